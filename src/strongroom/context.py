@@ -1,0 +1,100 @@
+"""Who acts, for which tenant, in which request, and at what time: frozen, and passed to every call."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from types import MappingProxyType
+from typing import Any
+
+from .errors import InvalidInput, Problem
+
+MAX_TENANT_BYTES = 128
+MAX_ACTOR_BYTES = 512
+_NO_CLAIMS: Mapping[str, Any] = MappingProxyType({})
+_SYSTEM_CLAIMS: Mapping[str, Any] = MappingProxyType({"admin": True})
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def utc_from_us(microseconds: int) -> datetime:
+    """The aware UTC time that lies `microseconds` after the Unix epoch, exactly."""
+    return _EPOCH + timedelta(microseconds=microseconds)
+
+
+def us_from_utc(moment: datetime) -> int:
+    """Microseconds since the Unix epoch, exactly (a float timestamp would round)."""
+    delta = moment - _EPOCH
+    return (delta.days * 86_400 + delta.seconds) * 1_000_000 + delta.microseconds
+
+
+def new_id(prefix: str = "") -> str:
+    """A random id of 128 bits, time-ordered so that new rows land at the end of an index."""
+    return f"{prefix}{time.time_ns() // 1_000_000:011x}{secrets.token_hex(10)}"
+
+
+def check_tenant(tenant: str, path: str = "tenant") -> None:
+    """Raise InvalidInput unless `tenant` is a text of 1 to MAX_TENANT_BYTES UTF-8 bytes without U+0000."""
+    problem = text_problem(tenant, MAX_TENANT_BYTES)
+    if problem:
+        raise InvalidInput([Problem(path, problem)])
+
+
+def text_problem(value: object, max_bytes: int) -> str | None:
+    """Why `value` cannot be an identifier on every engine, or None if it can."""
+    if not isinstance(value, str):
+        return f"found {type(value).__name__}, expected text"
+    if not value:
+        return "found an empty text, expected at least one character"
+    if "\x00" in value:
+        return "found U+0000, which no engine can index"
+    try:
+        size = len(value.encode())
+    except UnicodeEncodeError:
+        return "found a lone surrogate, expected valid Unicode"
+    if size > max_bytes:
+        return f"found {size} bytes, expected at most {max_bytes}"
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """One caller's call.
+
+    `tenant` is the tenant whose data the call sees, or None for the platform itself (no tenant's data).
+    `actor` names who acts, for the journal (`key:…`, `user:…`, `system`). `claims` are what the rules may ask
+    (`{"admin": True}`). `now` is read once, when the call begins, so that every line of it agrees.
+    """
+
+    tenant: str | None
+    actor: str = "system"
+    claims: Mapping[str, Any] = field(default_factory=lambda: _NO_CLAIMS)
+    request_id: str = field(default_factory=new_id)
+    now_us: int = field(default_factory=lambda: time.time_ns() // 1_000)
+
+    def __post_init__(self) -> None:
+        if self.tenant is not None:
+            check_tenant(self.tenant)
+        if problem := text_problem(self.actor, MAX_ACTOR_BYTES):
+            raise InvalidInput([Problem("actor", problem)])
+
+    @property
+    def now(self) -> datetime:
+        """The moment of the call, aware UTC, microseconds."""
+        return utc_from_us(self.now_us)
+
+    @property
+    def is_admin(self) -> bool:
+        return self.claims.get("admin") is True
+
+    def at_now(self) -> Context:
+        """The same caller at the present moment, with the same request id: for a retry or a long-lived handle."""
+        return replace(self, now_us=time.time_ns() // 1_000)
+
+
+def system_context(tenant: str | None = None, *, actor: str = "system") -> Context:
+    """The context of Strongroom's own work: an administrator of `tenant`."""
+    return Context(tenant, actor, _SYSTEM_CLAIMS)
+

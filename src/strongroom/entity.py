@@ -1,0 +1,605 @@
+"""Declare once: an entity is one Pydantic class; this module reads it into a `Collection`, and checks, encodes and decodes its documents.
+
+What backends see is the `Collection` (names, field types, indexes) and documents: plain dicts of a closed set of
+values. What users see is their class.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import re
+import types
+
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from decimal import Context as DecimalContext
+from decimal import Decimal, Inexact
+from typing import Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from .context import text_problem
+from .errors import InvalidInput, Problem, SchemaError
+
+MAX_ID_BYTES = 512
+MAX_TEXT_BYTES = 900_000
+MAX_DEPTH = 20
+MAX_INDEXES = 40
+MAX_FIELDS = 200
+MAX_DECIMAL_DIGITS = 38
+MAX_DECIMAL_EXPONENT = 500
+INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
+SYSTEM_FIELDS = ("id", "version", "created_at", "updated_at")
+RESERVED_NAMES = frozenset({*SYSTEM_FIELDS, "tenant_id"})
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,59}")
+_DECIMAL = DecimalContext(prec=MAX_DECIMAL_DIGITS, Emax=999_999, Emin=-999_999, traps=[Inexact])
+
+Scalar = None | bool | int | float | str | bytes | Decimal | datetime
+Value = Union[Scalar, "list[Value]", "dict[str, Value]"]
+Document = dict[str, Any]  # str → Value; Any, because mypy cannot narrow a recursive union usefully
+
+
+class FieldType(enum.StrEnum):
+    """What a column can hold. UUIDs and enumerations are TEXT; nested models are MAP."""
+
+    BOOL = "bool"
+    INT = "int"
+    FLOAT = "float"
+    DECIMAL = "decimal"
+    TEXT = "text"
+    BYTES = "bytes"
+    TIMESTAMP = "timestamp"
+    LIST = "list"
+    MAP = "map"
+
+    @property
+    def is_scalar(self) -> bool:
+        return self not in (FieldType.LIST, FieldType.MAP)
+
+    @property
+    def is_number(self) -> bool:
+        return self in (FieldType.INT, FieldType.FLOAT, FieldType.DECIMAL)
+
+
+@dataclass(frozen=True, slots=True)
+class FieldSpec:
+    """One declared field as a backend sees it. `default` is what documents written before the field existed get."""
+
+    name: str
+    type: FieldType
+    optional: bool = False
+    secret: bool = False
+    counter: bool = False
+    has_default: bool = False
+    default: Any = None
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class Index:
+    """An index over fields, in order; `-name` is descending. `unique` is per tenant (global entities: per store).
+
+    Several documents may be null in a unique index.
+    """
+
+    fields: tuple[str, ...]
+    unique: bool = False
+
+    def __init__(self, *fields: str, unique: bool = False) -> None:
+        object.__setattr__(self, "fields", fields)
+        object.__setattr__(self, "unique", unique)
+
+    @property
+    def columns(self) -> tuple[tuple[str, bool], ...]:
+        """(field, descending) pairs."""
+        return tuple((f.removeprefix("-"), f.startswith("-")) for f in self.fields)
+
+    @property
+    def name(self) -> str:
+        suffix = "_".join(n + ("_desc" if d else "") for n, d in self.columns)
+        return f"{suffix}_{'unique' if self.unique else 'index'}"
+
+
+@dataclass(frozen=True)
+class Collection:
+    """A declaration as backends see it: pure data, no class."""
+
+    name: str
+    tenant_scoped: bool
+    fields: Mapping[str, FieldSpec]
+    indexes: tuple[Index, ...] = ()
+    ttl: str | None = None
+    journalled: bool = True
+
+    @property
+    def secrets(self) -> frozenset[str]:
+        return frozenset(f.name for f in self.fields.values() if f.secret)
+
+    @property
+    def unique_fields(self) -> frozenset[str]:
+        """Fields that a single-field unique index makes a way to find one document."""
+        return frozenset(i.columns[0][0] for i in self.indexes if i.unique and len(i.columns) == 1)
+
+    def type_of(self, name: str) -> FieldType | None:
+        """The type of a declared or system field, or None if there is no such field."""
+        if name in self.fields:
+            return self.fields[name].type
+        return _SYSTEM_TYPES.get(name)
+
+
+_SYSTEM_TYPES = {
+    "id": FieldType.TEXT,
+    "version": FieldType.INT,
+    "created_at": FieldType.TIMESTAMP,
+    "updated_at": FieldType.TIMESTAMP,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Secret:
+    """Marks a field that never enters the journal, a log or an error in clear: `Annotated[str, Secret()]`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counter:
+    """Marks an int field that may be added to without reading it: `Annotated[int, Counter()]`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Indexed:
+    """Marks a field that has an index of its own: `Annotated[str, Indexed(unique=True)]`."""
+
+    unique: bool = False
+
+
+class Entity(BaseModel):
+    """Base class of everything stored.
+
+        class Note(Entity, collection="notes", indexes=[Index("status", "-created_at")]):
+            text: str
+            status: Literal["draft", "done"] = "draft"
+
+    Class arguments: `collection` (lower-case name), `scope` ("tenant" or "global"), `indexes`, `ttl` (the name of a
+    timestamp field; a document is gone once that time has come), `journalled`. The store sets `version`: it grows
+    with each change and is never used twice for one id, so it is safe to compare after a deletion; it is opaque
+    otherwise. `created_at` and `updated_at` are aware UTC times.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        validate_assignment=True,
+        hide_input_in_errors=True,
+        ser_json_bytes="base64",
+        val_json_bytes="base64",
+    )
+
+    __collection__: ClassVar[Collection]
+    __codec__: ClassVar[_Codec]
+
+    id: str = ""
+    version: int = 0
+    created_at: datetime | None = None
+    updated_at: datetime | None = None
+
+    def __init_subclass__(
+        cls,
+        *,
+        collection: str | None = None,
+        scope: Literal["tenant", "global"] = "tenant",
+        indexes: Iterable[Index] = (),
+        ttl: str | None = None,
+        journalled: bool = True,
+    ) -> None:
+        # Only for type checkers and for Python, which calls this first; the work is done below, once Pydantic
+        # knows the fields.
+        super().__init_subclass__()
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, *, collection: str | None = None, **declared: Any) -> None:
+        super().__pydantic_init_subclass__()
+        if collection is not None:  # None: an abstract base of the user's own
+            cls.__collection__ = _declare(cls, collection, **declared)
+            cls.__codec__ = _Codec(cls, cls.__collection__)
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        secret = self.__collection__.secrets if hasattr(type(self), "__collection__") else frozenset()
+        for name, value in super().__repr_args__():
+            yield name, ("***" if name in secret and value is not None else value)
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any]) -> Self:
+        """Validate outside input (JSON values are fine). Raises InvalidInput with every error and its path."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise InvalidInput(problems_of(error)) from None
+
+    @classmethod
+    def parse_json(cls, data: str | bytes) -> Self:
+        """As `parse`, from JSON text; bytes fields are base64 there."""
+        try:
+            return cls.model_validate_json(data)
+        except ValidationError as error:
+            raise InvalidInput(problems_of(error)) from None
+
+
+def problems_of(error: ValidationError, prefix: str = "") -> list[Problem]:
+    """Pydantic's errors as Problems: every one, with its path; never with the value of a secret."""
+    found = []
+    for item in error.errors(include_url=False, include_context=False, include_input=False):
+        path = ".".join(str(part) for part in item["loc"])
+        message = item["msg"]
+        if item["type"] == "extra_forbidden":
+            message = "is not a known field"
+        elif item["type"] == "missing":
+            message = "is required"
+        found.append(Problem(f"{prefix}{path}", message))
+    return found
+
+
+# --- Reading the declaration ---------------------------------------------------------------------------------
+
+
+def _declare(
+    cls: type[Entity],
+    name: str,
+    *,
+    scope: str = "tenant",
+    indexes: Iterable[Index] = (),
+    ttl: str | None = None,
+    journalled: bool = True,
+) -> Collection:
+    wrong: list[str] = []
+    if not _NAME.fullmatch(name):
+        wrong.append(f"collection {name!r}: expected lower-case letters, digits and _, at most 60 characters")
+    if scope not in ("tenant", "global"):
+        wrong.append(f"scope {scope!r}: expected 'tenant' or 'global'")
+    fields: dict[str, FieldSpec] = {}
+    own_indexes: list[Index] = []
+    for field_name, info in cls.model_fields.items():
+        if field_name in SYSTEM_FIELDS:
+            if info != Entity.model_fields[field_name] and info.annotation != Entity.model_fields[field_name].annotation:
+                wrong.append(f"field {field_name!r} is reserved: the store sets it")
+            continue
+        if field_name in RESERVED_NAMES or not _NAME.fullmatch(field_name):
+            wrong.append(f"field {field_name!r}: the name is reserved or not lower_case")
+            continue
+        try:
+            spec = _field_spec(field_name, info)
+        except TypeError as error:
+            wrong.append(f"field {field_name!r}: {error}")
+            continue
+        fields[field_name] = spec
+        own_indexes += [Index(field_name, unique=m.unique) for m in info.metadata if isinstance(m, Indexed)]
+    all_indexes = tuple(dict.fromkeys((*own_indexes, *indexes)))
+    for index in all_indexes:
+        for column, _ in index.columns:
+            kind = fields[column].type if column in fields else _SYSTEM_TYPES.get(column)
+            if kind is None:
+                wrong.append(f"index {index.fields}: there is no field {column!r}")
+            elif kind is FieldType.MAP or (kind is FieldType.LIST and (index.unique or len(index.columns) > 1)):
+                wrong.append(f"index {index.fields}: a {kind} field cannot be part of it")
+            elif column in fields and fields[column].secret:
+                wrong.append(f"index {index.fields}: {column!r} is secret, so it cannot be found by value")
+    if ttl is not None and (ttl not in fields or fields[ttl].type is not FieldType.TIMESTAMP):
+        wrong.append(f"ttl {ttl!r}: expected the name of a datetime field")
+    if len(all_indexes) > MAX_INDEXES or len(fields) > MAX_FIELDS:
+        wrong.append(f"at most {MAX_INDEXES} indexes and {MAX_FIELDS} fields")
+    if wrong:
+        raise SchemaError(f"{cls.__name__}: " + "; ".join(wrong))
+    return Collection(name, scope == "tenant", types.MappingProxyType(fields), all_indexes, ttl, journalled)
+
+
+def _strip_optional(annotation: Any) -> tuple[Any, bool]:
+    while get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    if get_origin(annotation) in (Union, types.UnionType):
+        arguments = [a for a in get_args(annotation) if a is not type(None)]
+        if len(arguments) == len(get_args(annotation)):
+            return annotation, False
+        inner = arguments[0] if len(arguments) == 1 else Union[tuple(arguments)]  # noqa: UP007
+        return _strip_optional(inner)[0], True
+    return annotation, False
+
+
+def _field_spec(name: str, info: FieldInfo) -> FieldSpec:
+    inner, optional = _strip_optional(info.annotation)
+    kind = _kind(inner)
+    is_secret = any(isinstance(m, Secret) for m in info.metadata)
+    is_counter = any(isinstance(m, Counter) for m in info.metadata)
+    if is_counter and (kind is not FieldType.INT or optional):
+        raise TypeError("a counter is an int that is not optional")
+    has_default, default = False, None
+    if not info.is_required():
+        value = info.get_default(call_default_factory=True, validated_data={})
+        if value is not PydanticUndefined:
+            has_default, default = True, _encoder(inner)(value, name) if value is not None else None
+    return FieldSpec(name, kind, optional, is_secret, is_counter, has_default, default)
+
+
+_SCALARS: dict[Any, FieldType] = {
+    bool: FieldType.BOOL,
+    int: FieldType.INT,
+    float: FieldType.FLOAT,
+    str: FieldType.TEXT,
+    bytes: FieldType.BYTES,
+    Decimal: FieldType.DECIMAL,
+    datetime: FieldType.TIMESTAMP,
+    uuid.UUID: FieldType.TEXT,
+}
+
+
+def _kind(annotation: Any) -> FieldType:
+    if annotation in _SCALARS:
+        return _SCALARS[annotation]
+    origin = get_origin(annotation)
+    if origin is Literal:
+        kinds = {type(a) for a in get_args(annotation)}
+        if kinds == {str}:
+            return FieldType.TEXT
+        if kinds == {int}:
+            return FieldType.INT
+        raise TypeError("a Literal must be all text or all int")
+    if origin in (list, set, frozenset, tuple) or annotation in (list, tuple):
+        return FieldType.LIST
+    if origin is dict or annotation is dict or origin is Mapping:
+        return FieldType.MAP
+    if isinstance(annotation, type):
+        if issubclass(annotation, enum.Enum):
+            values = {type(m.value) for m in annotation}
+            if values == {str}:
+                return FieldType.TEXT
+            if values == {int}:
+                return FieldType.INT
+            raise TypeError("an enumeration's values must be all text or all int")
+        if issubclass(annotation, BaseModel):
+            return FieldType.MAP
+        for base, kind in _SCALARS.items():
+            if issubclass(annotation, base):
+                return kind
+    if origin in (Union, types.UnionType):
+        kinds_ = {_kind(a) for a in get_args(annotation)}
+        if kinds_ == {FieldType.MAP}:
+            return FieldType.MAP
+    raise TypeError(
+        f"{annotation!r} cannot be stored; expected str, bool, int, float, Decimal, bytes, datetime, UUID, an "
+        "enumeration, a list, a dict, a nested model, or an optional one of these"
+    )
+
+
+# --- Values ---------------------------------------------------------------------------------------------------
+
+
+class NotStorable(Exception):
+    """A value that cannot be stored, with its path; callers collect these into one InvalidInput."""
+
+    def __init__(self, path: str, message: str) -> None:
+        self.problem = Problem(path, message)
+
+
+def _encode_text(value: str, path: str) -> str:
+    if "\x00" in value:
+        raise NotStorable(path, "found U+0000, which not every engine can store")
+    if not value.isascii() or len(value) > MAX_TEXT_BYTES:
+        try:
+            size = len(value.encode())
+        except UnicodeEncodeError:
+            raise NotStorable(path, "found a lone surrogate, expected valid Unicode") from None
+        if size > MAX_TEXT_BYTES:
+            raise NotStorable(path, f"found {size} bytes of text, expected at most {MAX_TEXT_BYTES}")
+    return value
+
+
+def _encode_int(value: int, path: str) -> int:
+    if not INT64_MIN <= value <= INT64_MAX:
+        raise NotStorable(path, "found a number outside int64")
+    return int(value)
+
+
+def _encode_float(value: float, path: str) -> float:
+    if not math.isfinite(value):
+        raise NotStorable(path, f"found {value}, expected a finite number")
+    return float(value) + 0.0  # -0.0 becomes 0.0: not every engine keeps the sign
+
+
+def _encode_decimal(value: Decimal, path: str) -> Decimal:
+    if not value.is_finite():
+        raise NotStorable(path, f"found {value}, expected a finite number")
+    try:
+        value = _DECIMAL.normalize(value)
+    except Inexact:
+        raise NotStorable(path, f"found more than {MAX_DECIMAL_DIGITS} digits") from None
+    if value and abs(value.adjusted()) > MAX_DECIMAL_EXPONENT:
+        raise NotStorable(path, f"found an exponent beyond {MAX_DECIMAL_EXPONENT}")
+    return value if value else Decimal(0)
+
+
+def _encode_time(value: datetime, path: str) -> datetime:
+    if value.tzinfo is UTC:
+        return value
+    if value.utcoffset() is None:
+        raise NotStorable(path, "found a time without a zone, expected one with (for example …Z)")
+    try:
+        return value.astimezone(UTC)
+    except OverflowError:
+        raise NotStorable(path, "found a time outside the years 1 to 9999 in UTC") from None
+
+
+def _encode_bytes(value: bytes, path: str) -> bytes:
+    if len(value) > MAX_TEXT_BYTES:
+        raise NotStorable(path, f"found {len(value)} bytes, expected at most {MAX_TEXT_BYTES}")
+    return bytes(value)
+
+
+def encode_value(value: Any, path: str = "", depth: int = 0) -> Any:
+    """Any value as a port value: nested models to dicts, UUIDs and enumerations to text, times to UTC."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, enum.Enum):
+        return encode_value(value.value, path, depth)
+    if isinstance(value, str):
+        return _encode_text(value, path)
+    if isinstance(value, int):
+        return _encode_int(value, path)
+    if isinstance(value, float):
+        return _encode_float(value, path)
+    if isinstance(value, Decimal):
+        return _encode_decimal(value, path)
+    if isinstance(value, bytes | bytearray):
+        return _encode_bytes(bytes(value), path)
+    if isinstance(value, datetime):
+        return _encode_time(value, path)
+    if isinstance(value, uuid.UUID):
+        return str(value)
+    if depth >= MAX_DEPTH:
+        raise NotStorable(path, f"found more than {MAX_DEPTH} levels")
+    if isinstance(value, BaseModel):
+        return {
+            name: encode_value(getattr(value, name), f"{path}.{name}", depth + 1)
+            for name in type(value).model_fields
+        }
+    if isinstance(value, Mapping):
+        return _encode_map(value, path, depth)
+    if isinstance(value, list | tuple | set | frozenset):
+        items = sorted(value, key=repr) if isinstance(value, set | frozenset) else value
+        encoded = [encode_value(v, f"{path}.{i}", depth + 1) for i, v in enumerate(items)]
+        for i, item in enumerate(encoded):
+            if isinstance(item, list):
+                raise NotStorable(f"{path}.{i}", "found a list directly inside a list, which not every engine can store")
+        return encoded
+    raise NotStorable(path, f"found {type(value).__name__}, which cannot be stored")
+
+
+def _encode_map(value: Mapping[Any, Any], path: str, depth: int) -> dict[str, Any]:
+    encoded = {}
+    for key, item in value.items():
+        key = str(key.value) if isinstance(key, enum.Enum) else key
+        if problem := text_problem(key, MAX_ID_BYTES):
+            raise NotStorable(f"{path}.{key!r}", f"as a key: {problem}")
+        encoded[key] = encode_value(item, f"{path}.{key}", depth + 1)
+    return encoded
+
+
+def _encoder(annotation: Any) -> Callable[[Any, str], Any]:
+    """The cheapest encoder that is right for a field of this type."""
+    return _PLAIN_ENCODERS.get(annotation, encode_value)
+
+
+def _encode_bool(value: bool, path: str) -> bool:
+    return value
+
+
+_PLAIN_ENCODERS: dict[Any, Callable[[Any, str], Any]] = {
+    bool: _encode_bool,
+    str: _encode_text,
+    int: _encode_int,
+    float: _encode_float,
+    Decimal: _encode_decimal,
+    bytes: _encode_bytes,
+    datetime: _encode_time,
+}
+
+
+class _Codec:
+    """Between one entity class and its documents."""
+
+    __slots__ = ("_encoders", "_validate", "cls", "collection")
+
+    def __init__(self, cls: type[Entity], collection: Collection) -> None:
+        self.cls = cls
+        self.collection = collection
+        self._encoders = tuple(
+            (name, _encoder(_strip_optional(cls.model_fields[name].annotation)[0])) for name in collection.fields
+        )
+        self._validate = cls.__pydantic_validator__.validate_python
+
+    def encode(self, entity: Entity) -> Document:
+        """The declared fields as a document; raises InvalidInput with every field that cannot be stored."""
+        document: Document = {}
+        problems: list[Problem] = []
+        values = entity.__dict__
+        for name, encoder in self._encoders:
+            value = values[name]
+            if value is None:
+                document[name] = None
+                continue
+            try:
+                document[name] = encoder(value, name)
+            except NotStorable as bad:
+                problems.append(bad.problem)
+        if problems:
+            raise InvalidInput(problems)
+        return document
+
+    def decode(self, document: Document) -> Entity:
+        """A stored document as an entity. Raises SchemaError if it no longer fits the class."""
+        try:
+            return self._validate(document)  # type: ignore[no-any-return]
+        except ValidationError as error:
+            name = self.collection.name
+            what = "; ".join(f"{p.path}: {p.message}" for p in problems_of(error))
+            raise SchemaError(
+                f"{name}/{document.get('id')}: the stored document does not fit {self.cls.__name__}: {what}"
+            ) from None
+
+
+def check_id(value: object, path: str = "id") -> None:
+    """Raise InvalidInput unless `value` can be an id on every engine: text of 1 to MAX_ID_BYTES UTF-8 bytes."""
+    if problem := text_problem(value, MAX_ID_BYTES):
+        raise InvalidInput([Problem(path, problem)])
+
+
+# --- Registry -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Registry:
+    """The entities of one store, by collection name. Two classes with one name are refused."""
+
+    entities: tuple[type[Entity], ...]
+    by_name: Mapping[str, type[Entity]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        by_name: dict[str, type[Entity]] = {}
+        for cls in self.entities:
+            if not hasattr(cls, "__collection__"):
+                raise SchemaError(f"{cls.__name__} declares no collection: class {cls.__name__}(Entity, collection=…)")
+            name = cls.__collection__.name
+            if by_name.setdefault(name, cls) is not cls:
+                raise SchemaError(f"{cls.__name__} and {by_name[name].__name__} both declare the collection {name!r}")
+        object.__setattr__(self, "by_name", types.MappingProxyType(by_name))
+
+    @property
+    def collections(self) -> tuple[Collection, ...]:
+        return tuple(cls.__collection__ for cls in self.by_name.values())
+
+    def json_schema(self) -> dict[str, Any]:
+        """JSON Schema 2020-12 of every entity, by collection name, with what the declaration adds under `x-strongroom`."""
+        return {name: json_schema(cls) for name, cls in sorted(self.by_name.items())}
+
+
+def json_schema(cls: type[Entity]) -> dict[str, Any]:
+    """One entity's JSON Schema; `x-strongroom` names its scope, indexes, time-to-live, secrets and counters."""
+    collection = cls.__collection__
+    schema = cls.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["x-strongroom"] = {
+        "collection": collection.name,
+        "scope": "tenant" if collection.tenant_scoped else "global",
+        "indexes": [{"fields": list(i.fields), "unique": i.unique} for i in collection.indexes],
+        "ttl": collection.ttl,
+        "secrets": sorted(collection.secrets),
+        "counters": sorted(f.name for f in collection.fields.values() if f.counter),
+        "journalled": collection.journalled,
+    }
+    return schema
+
+
+__all__ = [
+    "Collection", "Counter", "Document", "Entity", "Field", "FieldSpec", "FieldType", "Index", "Indexed", "Registry",
+    "Secret", "Value", "check_id", "encode_value", "json_schema", "problems_of",
+]  # fmt: skip

@@ -1,0 +1,52 @@
+"""`open_store(url)`: the one place that knows which backend serves which URL; backends are imported only when used."""
+
+from __future__ import annotations
+
+from urllib.parse import unquote, urlsplit
+
+from ..errors import ConfigError
+from .port import Store
+
+SCHEMES = ("sqlite", "json")
+
+
+def store_for(url: str) -> Store:
+    """A backend for `url`, not yet opened.
+
+    `sqlite:///relative/path.db`, `sqlite:////absolute/path.db`, `json:///path.json`, `json://:memory:`.
+    Raises ConfigError for anything else.
+    """
+    scheme, separator, rest = url.partition("://")
+    if not separator or scheme not in SCHEMES:
+        known = ", ".join(f"{s}:///path" for s in SCHEMES)
+        raise ConfigError(f"store {_masked(url)!r}: expected a URL such as {known} or json://:memory:")
+    path = unquote(rest.partition("?")[0])
+    if scheme == "json" and path == ":memory:":
+        from .jsonfile import JsonStore
+
+        return JsonStore(None)
+    if not path.startswith("/") or path == "/":
+        raise ConfigError(f"store {url!r}: expected {scheme}:/// and a path, for example {scheme}:///data/strongroom.db")
+    path = path[1:]
+    if scheme == "json":
+        from .jsonfile import JsonStore
+
+        return JsonStore(path)
+    from .sqlite import SqliteStore
+
+    return SqliteStore(path)
+
+
+def _masked(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return url.partition(":")[0] + ":…"
+    return url.replace(parts.password, "***") if parts.password else url
+
+
+async def open_store(url: str) -> Store:
+    """As `store_for`, opened."""
+    store = store_for(url)
+    await store.open()
+    return store

@@ -1,0 +1,303 @@
+"""The storage port: what a backend is. It stores documents, finds them, and commits batches atomically; nothing more.
+
+Rules of the house, checked by the conformance suite (`strongroom.testing`):
+
+- A document is a dict of the collection's declared fields (all present) and the system fields `id`, `version`,
+  `created_at`, `updated_at`. Values are those of `entity.Value`: None, bool, int64, finite float, Decimal, str, bytes,
+  aware UTC datetime with microseconds, list, dict; a backend gives back equal values of the same type.
+- What callers pass has been checked by `entity` and `query`; a backend does not validate again, it may rely on it.
+- `tenant` is the tenant whose documents are meant; None for global collections. A backend must make it impossible,
+  not just unlikely, that a call with tenant A sees or changes a document of tenant B.
+- Errors are those of `strongroom.errors`; no driver's exception leaves a backend.
+- A backend belongs to the event loop it was opened on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, Literal, Protocol
+
+from ..entity import Collection, Document
+from ..query import Aggregate, Filter, Query
+
+MAX_DOCUMENT_BYTES = 1_000_000
+MAX_OPERATIONS = 500
+MAX_BATCH_BYTES = 8_000_000
+MAX_CHANGES_PAGE = 1_000
+
+
+# --- What a commit is made of ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Create:
+    """Add a document. AlreadyExists if the id, or a value of a unique index, is taken.
+
+    `document` has the declared fields; `created_at` overrides the batch's time (imports, restores).
+    """
+
+    collection: str
+    id: str
+    document: Document
+    created_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Put:
+    """Replace a document's declared fields, or add it. `expected` is the version it must have: None for any, 0 for none."""
+
+    collection: str
+    id: str
+    document: Document
+    expected: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """Set some declared fields. NotFound if there is no document; Conflict if it has another version than `expected`."""
+
+    collection: str
+    id: str
+    fields: Document
+    expected: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Delete:
+    """Remove a document. NotFound if there is none; Conflict if it has another version than `expected`."""
+
+    collection: str
+    id: str
+    expected: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Add:
+    """Add `amount` to an int field without reading it. NotFound if there is no document.
+
+    BoundExceeded if the result would be above `at_most` or below `at_least`, or leave int64.
+    """
+
+    collection: str
+    id: str
+    field: str
+    amount: int
+    at_most: int | None = None
+    at_least: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """The document must have this version when the batch commits (0: must not exist). Conflict otherwise."""
+
+    collection: str
+    id: str
+    expected: int
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One line of the journal. `sequence` and `version` are the store's; the rest is the caller's.
+
+    `before` and `after` hold the changed fields (all of them for create and delete), secrets masked.
+    `tenant` is whom the change concerns; None is the platform itself. `at_us` is microseconds since the epoch.
+    """
+
+    id: str
+    tenant: str | None
+    at_us: int
+    actor: str
+    request_id: str
+    action: str
+    collection: str
+    entity_id: str
+    before: Document | None = None
+    after: Document | None = None
+    version: int | None = None
+    sequence: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Append:
+    """Append a record to the journal. `of` is the index, in the same batch, of the operation whose version it takes."""
+
+    record: Record
+    of: int | None = None
+
+
+Operation = Create | Put | Patch | Delete | Add | Check | Append
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Operations that commit together or not at all. At most MAX_OPERATIONS; an operation sees those before it.
+
+    Operations on tenant collections concern `tenant`; those on global collections may stand beside them.
+    `now_us` becomes `updated_at` (and `created_at`), and the least new version: a new version is the greater of
+    `now_us` and the old version + 1, so that no id ever has the same version twice.
+    """
+
+    tenant: str | None
+    operations: tuple[Operation, ...]
+    now_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """What a durable commit gave: the new version of each operation's document (0 for delete, check, append), the new
+    value of each Add by its index, and the last journal sequence of the batch (None if it appended nothing)."""
+
+    versions: tuple[int, ...]
+    values: Mapping[int, int] = field(default_factory=dict)
+    sequence: int | None = None
+
+
+# --- Schema ---------------------------------------------------------------------------------------------------
+
+
+class ChangeKind(StrEnum):
+    CREATE_COLLECTION = "create collection"
+    ADD_FIELD = "add field"
+    ADD_INDEX = "add index"
+    DROP_INDEX = "drop index"
+    CHANGE_FIELD = "change field"
+    DROP_FIELD = "drop field"
+    DROP_COLLECTION = "drop collection"
+
+
+@dataclass(frozen=True, slots=True)
+class SchemaChange:
+    """One difference between the declarations and the store. A destructive one can lose data."""
+
+    kind: ChangeKind
+    collection: str
+    name: str | None = None
+    destructive: bool = False
+    detail: str = ""
+
+    def __str__(self) -> str:
+        what = f"{self.collection}.{self.name}" if self.name else self.collection
+        return f"{self.kind} {what}" + (f": {self.detail}" if self.detail else "")
+
+
+# --- The port -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """In what backends may differ; the suite asks, it does not skip."""
+
+    name: str
+    multi_process: bool
+    """Several processes may use the store at once. False: a second one is refused with a sentence."""
+    persistent: bool
+    """What was committed is there after a reopening."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChangesPage:
+    """Journal records in commit order, and the opaque cursor after the last of them."""
+
+    records: tuple[Record, ...]
+    cursor: str
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """Whether the store answers, and what an operator should see."""
+
+    ok: bool
+    latency_s: float
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Store(Protocol):
+    """A backend. `storage.open_store(url)` gives one; `open` comes before, `close` after everything else."""
+
+    @property
+    def capabilities(self) -> Capabilities: ...
+
+    async def open(self) -> None:
+        """Connect. StoreError if what is there is damaged or foreign, Unavailable if it is locked or cannot be reached."""
+        ...
+
+    async def close(self) -> None:
+        """Commit what is in flight, then let go of everything. Idempotent."""
+        ...
+
+    async def prepare(
+        self,
+        collections: Sequence[Collection],
+        *,
+        mode: Literal["apply", "plan"] = "apply",
+        allow_destructive: bool = False,
+    ) -> tuple[SchemaChange, ...]:
+        """Make the store fit the declarations, or (plan) only say what differs.
+
+        Adding collections, fields and indexes never loses anything; documents written before a field existed get its
+        default (or null). A field that is added, not optional and without default, in a collection that has
+        documents, and every destructive change (a field dropped or its type changed) is refused with SchemaError
+        unless `allow_destructive`; then nothing at all is applied. Collections that are not declared are left alone.
+        Afterwards, exactly `collections` can be used, until the next prepare.
+        """
+        ...
+
+    async def get(self, collection: str, tenant: str | None, id: str) -> Document | None:
+        """One document, or None. Reads what was last committed by anyone (strong consistency)."""
+        ...
+
+    async def find(self, collection: str, tenant: str | None, query: Query) -> list[Document]:
+        """At most query.limit documents in query.order, as `query.evaluate` defines. `query` has been checked."""
+        ...
+
+    async def aggregate(
+        self, collection: str, tenant: str | None, aggregates: Sequence[Aggregate], where: Filter | None
+    ) -> dict[str, Any]:
+        """Values by Aggregate.name, as `query.aggregate` defines."""
+        ...
+
+    def commit(self, batch: Batch) -> Awaitable[Committed]:
+        """Apply a batch atomically and durably. Batches given without awaiting may share one engine transaction
+        (group commit), each succeeding or failing by itself, in the order given.
+
+        Raises what its operations say (the message and `details["operation"]`, the index, name the one that failed),
+        TooLarge past the MAX_ limits above, Unavailable or StorageFull when the engine cannot write; then nothing of
+        the batch is applied. Not a coroutine: the batch is taken when commit is called, in order.
+        """
+        ...
+
+    async def changes(
+        self, after: str | None, *, tenant: str | None = None, limit: int = MAX_CHANGES_PAGE
+    ) -> ChangesPage:
+        """Journal records after a cursor (None: from the beginning), of one tenant or (None) of all, in commit order:
+        no record ever becomes visible behind a cursor that was given out. The cursor `"end"` gives an empty page
+        whose cursor is the present end. InvalidInput for a text that is not a cursor.
+        """
+        ...
+
+    async def check(self) -> Health:
+        """Whether the store answers now. Never raises; `ok` is False instead."""
+        ...
+
+
+def document_size(document: Document) -> int:
+    """The size of a document in bytes, counted alike for every engine (close to Firestore's way): names, text and bytes
+    by their UTF-8 length + 1, numbers and times 8, booleans and null 1, 32 for the document."""
+    return 32 + _size(document)
+
+
+def _size(value: Any) -> int:
+    if value is None or isinstance(value, bool):
+        return 1
+    if isinstance(value, str):
+        return (len(value) if value.isascii() else len(value.encode())) + 1
+    if isinstance(value, bytes):
+        return len(value) + 1
+    if isinstance(value, dict):
+        return sum(_size(k) + _size(v) for k, v in value.items())
+    if isinstance(value, list):
+        return sum(map(_size, value))
+    return 8
