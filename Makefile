@@ -10,7 +10,7 @@ SHELL := bash
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
 
-pip := .venv/bin/python -m pip --disable-pip-version-check --quiet
+pip := .venv/bin/python -m pip --disable-pip-version-check -qq
 typed := src $(foreach folder,benchmarks examples tests/typing,$(if $(shell find $(folder) -name '*.py' -print -quit 2>/dev/null),$(folder)))
 
 # A .venv whose interpreter is gone, or that was moved with its folder, is made again instead of failing oddly.
