@@ -1,4 +1,4 @@
-"""A query is a closed value: filters, order, cursor, limit, projection, aggregates; and its in-memory evaluator, which defines the meaning.
+"""A query is a closed value: filters, order, cursor, projection, aggregates; its evaluator here defines the meaning.
 
 The meaning, the same on every engine:
 
@@ -22,17 +22,9 @@ from decimal import Decimal
 from enum import StrEnum
 from typing import Any, Literal
 
-from .entity import (
-    INT64_MAX,
-    INT64_MIN,
-    MAX_DECIMAL_DIGITS,
-    Collection,
-    Document,
-    FieldType,
-    NotStorable,
-    encode_value,
-)
+from .entity import Collection, Document, FieldType
 from .errors import InvalidInput, Problem
+from .values import INT64_MAX, INT64_MIN, MAX_DECIMAL_DIGITS, NotStorable, encode_value
 
 MAX_LIMIT = 1_000
 DEFAULT_LIMIT = 100
