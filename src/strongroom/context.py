@@ -71,7 +71,7 @@ class Context:
     tenant: str | None
     actor: str = "system"
     claims: Mapping[str, Any] = field(default_factory=lambda: _NO_CLAIMS)
-    request_id: str = field(default_factory=new_id)
+    request_id: str = ""
     now_us: int = field(default_factory=lambda: time.time_ns() // 1_000)
 
     def __post_init__(self) -> None:

@@ -1,0 +1,407 @@
+"""The write trip, and the reads beside it: context → validate → rules → batch (change + journal record) → commit → notify.
+
+Nothing reaches a backend by another way. `Database.transaction` is the trip; create, replace, update, delete and add
+are transactions of one change.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import random
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from typing import Any, Generic, TypeVar, cast
+
+from .context import Context, new_id, text_problem, utc_from_us
+from .entity import Collection, Document, Entity, Registry, check_id
+from .errors import AlreadyExists, Conflict, Denied, InvalidInput, NotFound, Problem
+from .journal import denial_record
+from .query import Aggregate, And, Filter, Or, Query, Where, cursor_of, project, with_cursor
+from .rules import Operation as RuleOperation
+from .rules import Policy, Request, default_policy
+from .storage.port import Append, Batch, Committed, Create, Operation, Put, Store
+from .transaction import Transaction, is_expired, with_fields
+
+MAX_ATTEMPTS = 12
+FIRST_BACKOFF_S = 0.002
+MAX_BACKOFF_S = 0.25
+IDEMPOTENCY_TTL = timedelta(days=1)
+MAX_IDEMPOTENCY_KEY_BYTES = 255
+
+E = TypeVar("E", bound=Entity)
+T = TypeVar("T")
+
+
+class IdempotentCall(Entity, collection="idempotent_calls", scope="global", ttl="expires_at", journalled=False):
+    """What a call with an idempotency key was, so that the same call again does nothing and answers the same.
+
+    The id is a hash of tenant, actor and key; `fingerprint` tells another request with the same key apart; `written`
+    names the documents; `memo` is what the caller wants back on a repeat (encrypted where it is secret).
+    """
+
+    fingerprint: str
+    written: list[str] = []
+    memo: bytes | None = None
+    expires_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Idempotency:
+    """An idempotency key (text of 1 to 255 bytes), what the request was, and a memo to get back on a repeat."""
+
+    key: str
+    request: str
+    memo: bytes | None = None
+
+
+class Replayed(Exception):
+    """This very call was committed before. Carries the ids it wrote and its memo. Never leaves the library."""
+
+    def __init__(self, written: list[str], memo: bytes | None) -> None:
+        super().__init__("done before")
+        self.written = written
+        self.memo = memo
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Generic[T]):
+    """One page of a list, and the cursor of the next (None: this was the last)."""
+
+    items: list[T]
+    next_cursor: str | None
+
+
+class Database:
+    """One store with its entities and rules. Every method takes the caller's Context first."""
+
+    def __init__(self, store: Store, registry: Registry, policy: Policy = default_policy) -> None:
+        self._store = store
+        self.registry = registry
+        self._policy = policy
+        self._listeners: list[Callable[[Transaction], None]] = []
+
+    def after_commit(self, listener: Callable[[Transaction], None]) -> None:
+        """Call `listener` with each transaction once it is durably committed, and never before."""
+        self._listeners.append(listener)
+
+    # --- THE write trip ---------------------------------------------------------------------------------------
+
+    async def transaction(
+        self,
+        context: Context,
+        body: Callable[[Transaction], Awaitable[T]],
+        *,
+        idempotency: Idempotency | None = None,
+    ) -> T:
+        """Run `body`, which reads and changes, and commit all its changes and their journal records, or nothing.
+
+        When something it read was changed by someone else meanwhile, `body` runs again on what is there now (at most
+        MAX_ATTEMPTS times, with jitter): it must have no other effect than through its Transaction. Raises what `body`
+        raises, Denied (journalled), Conflict, AlreadyExists, NotFound, BoundExceeded, TooLarge, Unavailable.
+        """
+        if not context.request_id:
+            context = replace(context, request_id=new_id())
+        for attempt in range(MAX_ATTEMPTS):
+            transaction = Transaction(self, context)
+            result = await body(transaction)
+            for change in transaction.changes:
+                after = None if change.action == "add" else change.after
+                rule = _RULE_OF[change.action]
+                await self.authorize(context, rule, change.collection, change.operation.id, change.before, after)
+            operations = transaction.operations()
+            if not operations:
+                return result
+            if idempotency is not None:
+                operations.insert(0, await self._once(context, idempotency, transaction))
+            batch = Batch(context.tenant, tuple(operations), context.now_us)
+            try:
+                committed = await self._store.commit(batch)
+            except (Conflict, AlreadyExists) as error:
+                failed = _operation_of(error, batch)
+                retry = idempotency is not None and failed is batch.operations[0]
+                if attempt + 1 == MAX_ATTEMPTS or not (retry or transaction.may_retry(failed)):
+                    raise
+                await asyncio.sleep(_backoff_s(attempt))
+                context = context.at_now()
+                continue
+            _stamp(transaction, batch, committed)
+            for listener in self._listeners:
+                listener(transaction)
+            return result
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _once(self, context: Context, idempotency: Idempotency, transaction: Transaction) -> Operation:
+        """The operation that makes this call happen once. Raises Replayed if it has happened, Conflict if the key is another's."""
+        if problem := text_problem(idempotency.key, MAX_IDEMPOTENCY_KEY_BYTES):
+            raise InvalidInput([Problem("idempotency_key", problem)])
+        collection = IdempotentCall.__collection__
+        text = "\x00".join((context.tenant or "", context.actor, idempotency.key))
+        id = hashlib.sha256(text.encode()).hexdigest()
+        fingerprint = hashlib.sha256(idempotency.request.encode("utf-8", "backslashreplace")).hexdigest()
+        stored = await self._store.get(collection.name, None, id)
+        if stored is not None and not is_expired(collection, stored, context.now):
+            if stored["fingerprint"] != fingerprint:
+                raise Conflict("the idempotency key was used for a different request: take a new one")
+            raise Replayed(stored["written"], stored["memo"])
+        call = IdempotentCall(
+            fingerprint=fingerprint,
+            written=[change.operation.id for change in transaction.changes],
+            memo=idempotency.memo,
+            expires_at=context.now + IDEMPOTENCY_TTL,
+        )
+        document = IdempotentCall.__codec__.encode(call)
+        if stored is not None:
+            return Put(collection.name, id, document, stored["version"])
+        return Create(collection.name, id, document)
+
+    async def authorize(
+        self,
+        context: Context,
+        operation: RuleOperation,
+        collection: Collection,
+        id: str | None = None,
+        before: Document | None = None,
+        after: Document | None = None,
+    ) -> None:
+        """Ask the rules. A denial is journalled first, then raised."""
+        decision = self._policy(Request(context, operation, collection, id, before, after))
+        if decision.allowed:
+            return
+        record = denial_record(context, operation, collection, id or "", decision.reason)
+        await self._store.commit(Batch(context.tenant, (Append(record),), context.now_us))
+        raise Denied(f"{operation} {collection.name}: {decision.reason}", reason=decision.reason)
+
+    def commit_counters(self, operations: Sequence[Operation], now_us: int) -> Awaitable[Committed]:
+        """The trip's short form for Strongroom's own counters: global collections that are not journalled, which no
+        caller's rules concern, changed under the versions they were decided on. As `Store.commit`."""
+        return self._store.commit(Batch(None, tuple(operations), now_us))
+
+    # --- One change -------------------------------------------------------------------------------------------
+
+    async def create(self, context: Context, entity: E, *, idempotency_key: str | None = None) -> E:
+        """Add an entity; without an id it gets a new one. Raises AlreadyExists, InvalidInput, Denied.
+
+        The same call again with the same idempotency key (within a day) adds nothing and returns the entity as it is.
+        """
+        cls = type(entity)
+        once = _idempotency(idempotency_key, "create", entity)
+        try:
+            return await self.transaction(context, lambda tx: tx.create(entity), idempotency=once)
+        except Replayed as replayed:
+            return await self.get(context, cls, replayed.written[0])
+
+    async def replace(
+        self, context: Context, entity: E, *, expected: int | None = None, idempotency_key: str | None = None
+    ) -> E:
+        """Replace the entity of this id, or add it. `expected`: the version it must have now (0: must not exist)."""
+        once = _idempotency(idempotency_key, "replace", entity, expected)
+        try:
+            return await self.transaction(context, lambda tx: tx.replace(entity, expected=expected), idempotency=once)
+        except Replayed as replayed:
+            return await self.get(context, type(entity), replayed.written[0])
+
+    async def update(
+        self,
+        context: Context,
+        cls: type[E],
+        id: str,
+        fields: Mapping[str, Any],
+        *,
+        expected: int | None = None,
+        idempotency_key: str | None = None,
+    ) -> E:
+        """Set some fields of a document. Raises NotFound, Conflict (if `expected` is not its version), InvalidInput."""
+        once = _idempotency(idempotency_key, "update", cls.__collection__.name, id, sorted(fields.items()), expected)
+        try:
+            return await self.transaction(
+                context, lambda tx: tx.update(cls, id, fields, expected=expected), idempotency=once
+            )
+        except Replayed as replayed:
+            return await self.get(context, cls, replayed.written[0])
+
+    async def delete(
+        self,
+        context: Context,
+        cls: type[Entity],
+        id: str,
+        *,
+        expected: int | None = None,
+        idempotency_key: str | None = None,
+    ) -> None:
+        """Remove a document. Raises NotFound, Conflict."""
+        once = _idempotency(idempotency_key, "delete", cls.__collection__.name, id, expected)
+        try:
+            await self.transaction(context, lambda tx: tx.delete(cls, id, expected=expected), idempotency=once)
+        except Replayed:
+            return
+
+    async def add(
+        self,
+        context: Context,
+        cls: type[Entity],
+        id: str,
+        field: str,
+        amount: int,
+        *,
+        at_most: int | None = None,
+        at_least: int | None = None,
+        idempotency_key: str | None = None,
+    ) -> None:
+        """Add to a counter without reading it, within bounds. Raises NotFound, BoundExceeded."""
+
+        async def body(tx: Transaction) -> None:
+            tx.add(cls, id, field, amount, at_most=at_most, at_least=at_least)
+
+        request = ("add", cls.__collection__.name, id, field, amount, at_most, at_least)
+        try:
+            await self.transaction(context, body, idempotency=_idempotency(idempotency_key, *request))
+        except Replayed:
+            return
+
+    # --- Reading ----------------------------------------------------------------------------------------------
+
+    async def load(self, context: Context, collection: Collection, id: str) -> Document | None:
+        """A document as stored, expired or not, unauthorised: for the trip itself."""
+        check_id(id)
+        return await self._store.get(collection.name, _scope(context, collection), id)
+
+    async def get(self, context: Context, cls: type[E], id: str) -> E:
+        """A document. Raises NotFound, Denied."""
+        found = await self.get_or_none(context, cls, id)
+        if found is None:
+            raise NotFound(f"{cls.__collection__.name}/{id}: there is no such document")
+        return found
+
+    async def get_or_none(self, context: Context, cls: type[E], id: str) -> E | None:
+        """A document, or None. Raises Denied."""
+        collection = cls.__collection__
+        document = await self._store.get(collection.name, _scope(context, collection), id) if id else None
+        if collection.ttl is not None and is_expired(collection, document, context.now):
+            document = None
+        decision = self._policy(Request(context, "get", collection, id, document))
+        if not decision.allowed:
+            await self.authorize(context, "get", collection, id, document)
+        return cast(E, cls.__codec__.decode(document)) if document is not None else None
+
+    async def find(self, context: Context, cls: type[E], query: Query = Query(), cursor: str | None = None) -> Page[E]:
+        """One page of the documents that match. `query.fields` is for `select`. Raises InvalidInput, Denied."""
+        if query.fields is not None:
+            raise InvalidInput([Problem("fields", "a projection gives dicts: use select")])
+        page = await self.select(context, cls, query, cursor)
+        return Page([cast(E, cls.__codec__.decode(document)) for document in page.items], page.next_cursor)
+
+    async def select(
+        self, context: Context, cls: type[Entity], query: Query, cursor: str | None = None
+    ) -> Page[Document]:
+        """One page of documents as dicts, with only `query.fields` (and the id) where that is given."""
+        collection = cls.__collection__
+        await self.authorize(context, "list", collection)
+        tenant = _scope(context, collection)
+        query = query.check(collection)
+        scope = f"{tenant}/{collection.name}"
+        if cursor is not None:
+            query = with_cursor(query, scope, cursor)
+        visible = _unexpired(collection, query.where, context.now)
+        wider = replace(query, where=visible, limit=query.limit + 1, fields=_with_order(query))
+        documents = await self._store.find(collection.name, tenant, wider)
+        page = documents[: query.limit]
+        more = len(documents) > query.limit
+        next_cursor = cursor_of(query, scope, page[-1]) if more else None
+        return Page([project(query.fields, document) for document in page], next_cursor)
+
+    async def aggregate(
+        self, context: Context, cls: type[Entity], *aggregates: Aggregate, where: Filter | None = None
+    ) -> dict[str, Any]:
+        """count, sum and average over the documents that match, by Aggregate.name. Raises InvalidInput, Denied."""
+        collection = cls.__collection__
+        await self.authorize(context, "list", collection)
+        for item in aggregates:
+            item.check(collection)
+        where = Query(where).check(collection).where
+        visible = _unexpired(collection, where, context.now)
+        return await self._store.aggregate(collection.name, _scope(context, collection), aggregates, visible)
+
+    async def purge_expired(self, context: Context, cls: type[Entity], limit: int = 200) -> int:
+        """Remove documents whose time to live is over, at most `limit`; returns how many. They were invisible already."""
+        collection = cls.__collection__
+        if collection.ttl is None:
+            return 0
+        query = Query(Where(collection.ttl, "<=", context.now), (collection.ttl,), limit).check(collection)
+        found = await self._store.find(collection.name, _scope(context, collection), query)
+        removed = 0
+        for document in found:
+            try:
+                await self.transaction(context, _removal(cls, document))
+            except (Conflict, NotFound):
+                continue  # renewed, or removed by another process: nothing is left to do
+            removed += 1
+        return removed
+
+
+# --- Helpers --------------------------------------------------------------------------------------------------
+
+
+_RULE_OF: dict[str, RuleOperation] = {
+    "create": "create",
+    "update": "update",
+    "add": "update",
+    "delete": "delete",
+    "expire": "delete",
+}
+
+
+def _removal(cls: type[Entity], document: Document) -> Callable[[Transaction], Awaitable[None]]:
+    async def body(transaction: Transaction) -> None:
+        await transaction.remove_expired(cls, document)
+
+    return body
+
+
+def _scope(context: Context, collection: Collection) -> str | None:
+    return context.tenant if collection.tenant_scoped else None
+
+
+def _unexpired(collection: Collection, where: Filter | None, now: datetime) -> Filter | None:
+    ttl = collection.ttl
+    if ttl is None:
+        return where
+    alive: Filter = Where(ttl, ">", now)
+    if collection.fields[ttl].optional:
+        alive = Or(Where(ttl, "==", None), alive)
+    return alive if where is None else And(where, alive)
+
+
+def _with_order(query: Query) -> tuple[str, ...] | None:
+    """The projection, widened by the fields that the next cursor is made of."""
+    if query.fields is None:
+        return None
+    return tuple(dict.fromkeys((*query.fields, *(name for name, _ in query.order))))
+
+
+def _operation_of(error: Conflict | AlreadyExists, batch: Batch) -> Operation | None:
+    index = error.details.get("operation")
+    return batch.operations[index] if isinstance(index, int) else None
+
+
+def _backoff_s(attempt: int) -> float:
+    return random.uniform(0, min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2**attempt))  # noqa: S311 - jitter, not a secret
+
+
+def _idempotency(key: str | None, *request: object) -> Idempotency | None:
+    return Idempotency(key, repr(request)) if key is not None else None
+
+
+def _stamp(transaction: Transaction, batch: Batch, committed: Committed) -> None:
+    """Give the entities that the body returned what the store decided: version and times."""
+    versions = {id(op): version for op, version in zip(batch.operations, committed.versions, strict=True)}
+    now = utc_from_us(batch.now_us)
+    for change in transaction.changes:
+        if change.entity is None:
+            continue
+        created = change.before["created_at"] if change.before is not None else change.entity.created_at or now
+        change.entity.__dict__.update(version=versions[id(change.operation)], created_at=created, updated_at=now)
+
+
+__all__ = ["Database", "Idempotency", "IdempotentCall", "Page", "Replayed", "Transaction", "with_fields"]
