@@ -1,9 +1,10 @@
-"""How values look inside engines that lack a type: nested values as tagged JSON, decimals as text that sorts like the number."""
+"""How values look in engines that lack a type: nested values as tagged JSON, decimals as text in their order."""
 
 from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Callable
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
@@ -16,21 +17,22 @@ from typing import Any
 
 def dumps(value: Any) -> str:
     """A port value as JSON text."""
-    return json.dumps(_tag(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return json.dumps(tag(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
 def loads(text: str | bytes) -> Any:
     """The port value behind `dumps`' text, equal and of the same types."""
-    return _untag(json.loads(text))
+    return untag(json.loads(text))
 
 
-def _tag(value: Any) -> Any:
+def tag(value: Any) -> Any:
+    """A port value as what JSON can hold."""
     if value is None or isinstance(value, str | bool | int | float):
         return value
     if isinstance(value, dict):
-        return {("$" + k if k.startswith("$") else k): _tag(v) for k, v in value.items()}
+        return {("$" + k if k.startswith("$") else k): tag(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [_tag(v) for v in value]
+        return [tag(v) for v in value]
     if isinstance(value, bytes):
         return {"$bytes": base64.b64encode(value).decode("ascii")}
     if isinstance(value, Decimal):
@@ -40,22 +42,27 @@ def _tag(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} is not a port value")
 
 
-_UNTAG = {
-    "$bytes": lambda t: base64.b64decode(t),
+def text_to_time(text: str) -> datetime:
+    return datetime.fromisoformat(text).replace(tzinfo=UTC)
+
+
+_UNTAG: dict[str, Callable[[str], Any]] = {
+    "$bytes": base64.b64decode,
     "$decimal": Decimal,
-    "$time": lambda t: text_to_time(t),
+    "$time": text_to_time,
 }
 
 
-def _untag(value: Any) -> Any:
+def untag(value: Any) -> Any:
+    """The port value behind what `tag` gave."""
     if isinstance(value, list):
-        return [_untag(v) for v in value]
+        return [untag(v) for v in value]
     if isinstance(value, dict):
         if len(value) == 1:
             (key, inner), *_ = value.items()
             if key in _UNTAG:
                 return _UNTAG[key](inner)
-        return {(k[1:] if k.startswith("$") else k): _untag(v) for k, v in value.items()}
+        return {(k[1:] if k.startswith("$") else k): untag(v) for k, v in value.items()}
     return value
 
 
@@ -70,10 +77,6 @@ def time_to_text(value: datetime) -> str:
 def _old_time(value: datetime) -> str:
     # strftime does not pad years below 1000 on every platform
     return f"{value.year:04d}-" + value.replace(year=2000).strftime("%m-%dT%H:%M:%S.%fZ")
-
-
-def text_to_time(text: str) -> datetime:
-    return datetime.fromisoformat(text).replace(tzinfo=UTC)
 
 
 # --- Decimals -------------------------------------------------------------------------------------------------
