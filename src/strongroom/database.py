@@ -302,7 +302,7 @@ class Database:
         query = query.check(collection)
         scope = f"{tenant}/{collection.name}"
         if cursor is not None:
-            query = with_cursor(query, scope, cursor)
+            query = with_cursor(query, collection, scope, cursor)
         visible = _unexpired(collection, query.where, context.now)
         wider = replace(query, where=visible, limit=query.limit + 1, fields=_with_order(query))
         documents = await self._store.find(collection.name, tenant, wider)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from decimal import Context as DecimalContext
@@ -23,7 +23,7 @@ from enum import StrEnum
 from typing import Any, Literal
 
 from .entity import Collection, Document, FieldType
-from .errors import InvalidInput, Problem
+from .errors import InvalidInput, Problem, TooLarge
 from .values import INT64_MAX, INT64_MIN, MAX_DECIMAL_DIGITS, NotStorable, encode_value
 
 MAX_LIMIT = 1_000
@@ -131,7 +131,7 @@ class Query:
                 problems.append(Problem("order_by", f"{name!r} cannot be ordered by"))
         if len(set(names)) != len(names) or len(names) > MAX_ORDER:
             problems.append(Problem("order_by", f"expected at most {MAX_ORDER} different fields"))
-        if isinstance(self.limit, bool) or not isinstance(self.limit, int) or not 1 <= self.limit <= MAX_LIMIT:
+        if type(self.limit) is not int or not 1 <= self.limit <= MAX_LIMIT:
             problems.append(Problem("limit", f"found {self.limit!r}, expected 1 to {MAX_LIMIT}"))
         for name in self.fields or ():
             if collection.type_of(name) is None:
@@ -167,7 +167,7 @@ def disjunctions(where: Filter) -> int:
     return ways
 
 
-def _check_filter(where: Filter, collection: Collection, problems: list[Problem], depth: int = 0) -> Filter:
+def _check_filter(where: Any, collection: Collection, problems: list[Problem], depth: int = 0) -> Any:
     if isinstance(where, Where):
         return _check_where(where, collection, problems)
     if not isinstance(where, And | Or):
@@ -236,17 +236,17 @@ _PYTHON_TYPES: dict[FieldType, tuple[type, ...]] = {
 }
 
 
-def _encoded_scalar(name: str, kind: FieldType, value: Any, problems: list[Problem]) -> Any:
-    if value is None:
+def _encoded_scalar(name: str, kind: FieldType, given: Any, problems: list[Problem]) -> Any:
+    if given is None:
         problems.append(Problem(name, "found null; only == and != take null"))
-        return value
-    value = _encoded(name, value, problems)
+        return given
+    value = _encoded(name, given, problems)
     if isinstance(value, bool) != (kind is FieldType.BOOL) or not isinstance(value, _PYTHON_TYPES[kind]):
         problems.append(Problem(name, f"found {type(value).__name__}, expected {kind}"))
-        return value
-    if kind is FieldType.FLOAT:
+        return given
+    if kind is FieldType.FLOAT and isinstance(value, int):
         return float(value)
-    return Decimal(value) if kind is FieldType.DECIMAL else value
+    return Decimal(value) if kind is FieldType.DECIMAL and isinstance(value, int) else value
 
 
 def _check_combination(where: Filter, problems: list[Problem]) -> None:
@@ -472,25 +472,54 @@ def _tag(value: Any) -> Any:
     return value
 
 
-_UNTAG = {"b": base64.b64decode, "d": Decimal, "t": datetime.fromisoformat}
+_UNTAG: dict[str, Callable[[str], Any]] = {"b": base64.b64decode, "d": Decimal, "t": datetime.fromisoformat}
 
 
 def cursor_of(query: Query, scope: str, last: Document) -> str:
-    """The opaque cursor that continues a checked query after `last`. `scope` ties it to a tenant and collection."""
+    """The opaque cursor that continues a checked query after `last`. `scope` ties it to a tenant and collection.
+
+    Raises TooLarge if the fields that it is ordered by hold more than a cursor can.
+    """
     position = [_tag(last[name]) for name, _ in query.order]
-    text = json.dumps([_fingerprint(query, scope), position], separators=(",", ":"))
-    return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
+    text = json.dumps([_fingerprint(query, scope), position], ensure_ascii=False, separators=(",", ":"))
+    cursor = base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
+    if len(cursor) > MAX_CURSOR_BYTES:
+        names = ", ".join(name for name, _ in query.order)
+        raise TooLarge(f"the values of {names} are too long for a cursor of {MAX_CURSOR_BYTES} bytes: order by others")
+    return cursor
 
 
-def with_cursor(query: Query, scope: str, cursor: str) -> Query:
+def with_cursor(query: Query, collection: Collection, scope: str, cursor: str) -> Query:
     """The query, to be continued at `cursor`. Raises InvalidInput if the cursor is not one of this very query's."""
+    refused = InvalidInput([Problem("cursor", "is not a cursor of this query: begin again without it")])
+    problems: list[Problem] = []
     try:
         if len(cursor) > MAX_CURSOR_BYTES:
             raise ValueError("too long")
         fingerprint, position = json.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
-        if fingerprint != _fingerprint(query, scope) or len(position) != len(query.order):
+        if fingerprint != _fingerprint(query, scope):
             raise ValueError("another query's")
-        values = tuple(_UNTAG[next(iter(v))](next(iter(v.values()))) if isinstance(v, dict) else v for v in position)
-    except (ValueError, KeyError, TypeError, ArithmeticError, StopIteration):
-        raise InvalidInput([Problem("cursor", "is not a cursor of this query: begin again without it")]) from None
+        # A cursor comes back from outside: a value of another type would not compare, on any engine.
+        values = tuple(
+            None if value is None else _encoded_scalar(name, _scalar_type(collection, name), _untag(value), problems)
+            for (name, _), value in zip(query.order, position, strict=True)
+        )
+    except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError):
+        raise refused from None
+    if problems:
+        raise refused
     return replace(query, start_after=values)
+
+
+def _untag(value: Any) -> Any:
+    if isinstance(value, dict):
+        ((tag, text),) = value.items()
+        return _UNTAG[tag](text)
+    return value
+
+
+def _scalar_type(collection: Collection, name: str) -> FieldType:
+    kind = collection.type_of(name)
+    if kind is None or not kind.is_scalar:
+        raise ValueError(f"{name} is not ordered by")
+    return kind
