@@ -1,0 +1,1 @@
+"""Benchmarks beside a bare floor and a peer, measured in one run: `python -m benchmarks` (or `make bench`)."""
