@@ -7,26 +7,21 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import datetime
-from importlib import import_module
 from itertools import count, cycle
 from pathlib import Path
 from random import Random
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
+from strongroom import Entity, Index, IssuedKey, Strongroom
 from strongroom.context import new_id
-from strongroom.entity import Document, Entity, Index
+from strongroom.entity import Document
 from strongroom.storage import open_store
 from strongroom.storage.port import Append, Batch, Check, Create, Put, Record
 
 from .harness import Job, Round, Sample, closed_loop
 from .notes import TENANT, note
-
-
-# Looked up by name only until the package exports it.
-def _strongroom() -> Any:
-    return import_module("strongroom").Strongroom
 
 
 class Note(Entity, collection="notes", indexes=[Index("status", "-created_at")]):
@@ -56,7 +51,7 @@ async def entities(folder: str, rows: int) -> AsyncIterator[Round]:
     `get`: `tenant.get(Note, id)`, uniformly over `rows` rows.
     `create`: `tenant.create(Note(…))`, so validated, allowed by the rules, journalled and durable.
     """
-    async with _strongroom().open(_url(folder), entities=[Note]) as room:
+    async with Strongroom.open(_url(folder), entities=[Note]) as room:
         tenant = room.tenant(TENANT)
         ids: list[str] = []
         for begin in range(0, rows, AT_ONCE):
@@ -82,9 +77,13 @@ async def entities(folder: str, rows: int) -> AsyncIterator[Round]:
 async def verifying(folder: str, keys: int, tokens: int) -> AsyncIterator[Round]:
     """For a `Worker`: `room.keys.verify(…)`. Jobs: `one` (always the same key) and `many` (each in turn)."""
     limit = {"resource": "tokens", "limit": 1_000_000_000_000, "window": {"kind": "rolling", "seconds": 18_000}}
-    async with _strongroom().open(_url(folder)) as room:
-        issued = [await room.keys.create(name=f"bench {n}", tenant=TENANT, limits=[limit]) for n in range(keys)]
-        texts = [one.key for one in issued]
+    async with Strongroom.open(_url(folder)) as room:
+        issued: list[IssuedKey] = []
+        for begin in range(0, keys, AT_ONCE):
+            numbers = range(begin, min(begin + AT_ONCE, keys))
+            fresh = (room.keys.create(name=f"bench {n}", tenant=TENANT, limits=[limit]) for n in numbers)
+            issued += await asyncio.gather(*fresh)
+        texts = [one.text for one in issued]
 
         async def measure(job: Job) -> Sample:
             turn = cycle(texts[:1] if job.what == "one" else texts)
