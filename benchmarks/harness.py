@@ -198,8 +198,7 @@ def _worker_main(pipe: multiprocessing.connection.Connection, setup: Setup, argu
         try:
             uvloop.run(_worker_rounds(pipe, setup, arguments))
         except Exception as error:
-            reason = _innermost(error)
-            pipe.send(_Failure(f"{type(reason).__name__}: {reason}", traceback.format_exc()))
+            pipe.send(_failure(error))
 
 
 async def _worker_rounds(pipe: multiprocessing.connection.Connection, setup: Setup, arguments: tuple[Any, ...]) -> None:
@@ -210,13 +209,19 @@ async def _worker_rounds(pipe: multiprocessing.connection.Connection, setup: Set
                 job = await asyncio.to_thread(pipe.recv)
             except (EOFError, ConnectionError):
                 return
-            pipe.send(await measure(job))
+            try:
+                answer: Sample | _Failure = await measure(job)
+            except Exception as error:
+                answer = _failure(error)
+            pipe.send(answer)
 
 
-def _innermost(error: BaseException) -> BaseException:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
+def _failure(error: Exception) -> _Failure:
+    reason: BaseException = error
+    while isinstance(reason, BaseExceptionGroup):  # what failed, not the task group around it
+        reason = reason.exceptions[0]
+    text = str(reason) if isinstance(reason, BenchmarkError) else f"{type(reason).__name__}: {reason}"
+    return _Failure(text, "".join(traceback.format_exception(error)))
 
 
 # --- Rounds in turn, and what comes of them --------------------------------------------------------------------
