@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -133,12 +134,9 @@ class Database:
         raise AssertionError("the last attempt returns or raises")
 
     async def _once(self, context: Context, idempotency: Idempotency, transaction: Transaction) -> Operation:
-        """The operation that makes this call happen once. Raises Replayed if it has happened, Conflict if the key is another's."""
-        if problem := text_problem(idempotency.key, MAX_IDEMPOTENCY_KEY_BYTES):
-            raise InvalidInput([Problem("idempotency_key", problem)])
+        """The operation that lets this call happen once. Raises Replayed if it has, Conflict if the key was another's."""
         collection = IdempotentCall.__collection__
-        text = "\x00".join((context.tenant or "", context.actor, idempotency.key))
-        id = hashlib.sha256(text.encode()).hexdigest()
+        id = _call_id((context.tenant or "", context.actor), idempotency.key)
         fingerprint = hashlib.sha256(idempotency.request.encode("utf-8", "backslashreplace")).hexdigest()
         stored = await self._store.get(collection.name, None, id)
         if stored is not None and not is_expired(collection, stored, context.now):
@@ -155,6 +153,14 @@ class Database:
         if stored is not None:
             return Put(collection.name, id, document, stored["version"])
         return Create(collection.name, id, document)
+
+    @staticmethod
+    def once_only(scope: str, key: str) -> tuple[str, Create]:
+        """For `commit_counters`: an operation that commits once for one idempotency key, and its document's id in
+        `idempotent_calls`."""
+        id = _call_id((scope,), key)
+        call = IdempotentCall(fingerprint="", expires_at=utc_from_us(time.time_ns() // 1_000) + IDEMPOTENCY_TTL)
+        return id, Create(IdempotentCall.__collection__.name, id, IdempotentCall.__codec__.encode(call))
 
     async def authorize(
         self,
@@ -350,6 +356,12 @@ _RULE_OF: dict[str, RuleOperation] = {
     "delete": "delete",
     "expire": "delete",
 }
+
+
+def _call_id(scope: tuple[str, ...], key: str) -> str:
+    if problem := text_problem(key, MAX_IDEMPOTENCY_KEY_BYTES):
+        raise InvalidInput([Problem("idempotency_key", problem)])
+    return hashlib.sha256("\x00".join((*scope, key)).encode()).hexdigest()
 
 
 def _removal(cls: type[Entity], document: Document) -> Callable[[Transaction], Awaitable[None]]:

@@ -276,7 +276,9 @@ def _expect(cls: type[Entity], id: str, before: Document | None, expected: int |
     found = 0 if before is None else before["version"]
     if expected is not None and expected != found:
         raise Conflict(
-            f"{cls.__collection__.name}/{id}: found version {found}, expected {expected}", found=found, expected=expected
+            f"{cls.__collection__.name}/{id}: found version {found}, expected {expected}",
+            found=found,
+            expected=expected,
         )
 
 

@@ -1,0 +1,154 @@
+"""What an API key is: its entity, and what callers may say of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from datetime import datetime
+from ipaddress import ip_network
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .context import MAX_TENANT_BYTES, text_problem
+from .entity import MAX_ID_BYTES, Entity, Index, Indexed, Secret, problems_of
+from .errors import InvalidInput
+from .keytext import DEFAULT_PREFIX, MAX_PREFIX_CHARS, PREFIX_PATTERN
+from .windows import MAX_LIMITS, Limit
+
+NAME = "api_keys"
+ALL_TENANTS = "*"
+"""The tenant of a management key that may act for every tenant."""
+DEFAULT_TENANT = "default"
+MAX_PERMISSIONS = 100
+MAX_ADDRESSES = 100
+MAX_METADATA_BYTES = 16_384
+_PERMISSION = re.compile(r"^[A-Za-z0-9_.:/*-]{1,128}$")
+M = TypeVar("M", bound=BaseModel)
+
+
+class ApiKey(
+    Entity,
+    collection=NAME,
+    scope="global",
+    indexes=[
+        Index("tenant", "-created_at"),
+        Index("tenant", "user_id", "-created_at"),
+        Index("user_id", "-created_at"),
+    ],
+):
+    """One key. It belongs to a tenant, but is not stored under it: a verification does not know the tenant before it
+    has found the key. `hash` is what the text is found by, `sealed` its SHA-256 encrypted, for exports."""
+
+    tenant: str
+    name: str
+    hash: Annotated[str, Indexed(unique=True)]
+    previous_hash: Annotated[str | None, Indexed(unique=True)] = None
+    previous_until: datetime | None = None
+    sealed: Annotated[bytes | None, Secret()] = None
+    display: str
+    user_id: str | None = None
+    permissions: list[str] = []
+    metadata: dict[str, Any] = {}
+    allowed_ips: list[str] = []
+    limits: list[Limit] = []
+    enabled: bool = True
+    expires_at: datetime | None = None
+
+    def is_expired(self, now: datetime) -> bool:
+        return self.expires_at is not None and now >= self.expires_at
+
+
+class KeyFields(BaseModel):
+    """What a caller may say of a key, when it is made and later."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    name: str = Field(min_length=1, max_length=200)
+    user_id: str | None = None
+    permissions: list[str] = Field(default=[], max_length=MAX_PERMISSIONS)
+    expires_at: datetime | None = None
+    metadata: dict[str, Any] = {}
+    allowed_ips: list[str] = Field(default=[], max_length=MAX_ADDRESSES)
+    limits: list[Limit] = Field(default=[], max_length=MAX_LIMITS)
+
+    @field_validator("name", "user_id")
+    @classmethod
+    def _text(cls, value: str | None) -> str | None:
+        if value is not None and (problem := text_problem(value, MAX_ID_BYTES)):
+            raise ValueError(problem)
+        return value
+
+    @field_validator("expires_at")
+    @classmethod
+    def _zoned(cls, value: datetime | None) -> datetime | None:
+        if value is not None and value.utcoffset() is None:
+            raise ValueError("found a time without a zone, expected one with (for example 2027-01-01T00:00:00Z)")
+        return value
+
+    @field_validator("permissions")
+    @classmethod
+    def _permissions(cls, value: list[str]) -> list[str]:
+        wrong = [p for p in value if not _PERMISSION.fullmatch(p)]
+        if wrong:
+            raise ValueError(f"found {wrong[0][:64]!r}, expected 1 to 128 letters, digits and _ . : / * -")
+        return list(dict.fromkeys(value))
+
+    @field_validator("allowed_ips")
+    @classmethod
+    def _addresses(cls, value: list[str]) -> list[str]:
+        for item in value:
+            try:
+                ip_network(item, strict=False)
+            except ValueError:
+                raise ValueError(f"found {item[:64]!r}, expected an address or a range such as 10.0.0.0/8") from None
+        return value
+
+    @field_validator("metadata")
+    @classmethod
+    def _metadata(cls, value: dict[str, Any]) -> dict[str, Any]:
+        try:
+            size = len(msgspec.json.encode(value))
+        except (TypeError, ValueError, RecursionError):
+            raise ValueError("expected JSON values") from None
+        if size > MAX_METADATA_BYTES:
+            raise ValueError(f"found {size} bytes of JSON, expected at most {MAX_METADATA_BYTES}")
+        return value
+
+    @field_validator("limits")
+    @classmethod
+    def _distinct(cls, value: list[Limit]) -> list[Limit]:
+        seen: set[str] = set()
+        for limit in value:
+            if limit.id in seen:
+                raise ValueError(f"found two limits on {limit.resource} with the same window")
+            seen.add(limit.id)
+        return value
+
+
+class NewKey(KeyFields):
+    """A key to be made. `prefix` begins its text."""
+
+    tenant: str = DEFAULT_TENANT
+    prefix: str = Field(default=DEFAULT_PREFIX, pattern=PREFIX_PATTERN, max_length=MAX_PREFIX_CHARS)
+
+    @model_validator(mode="after")
+    def _tenant(self) -> NewKey:
+        if problem := text_problem(self.tenant, MAX_TENANT_BYTES):
+            raise ValueError(f"tenant: {problem}")
+        return self
+
+
+class KeyChanges(KeyFields):
+    """Some fields of a key, to be changed; those not given stay."""
+
+    name: str = Field(default="", min_length=1, max_length=200)
+
+
+def parse(model: type[M], fields: Mapping[str, Any]) -> M:
+    """Validate a caller's fields; InvalidInput with every problem."""
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        raise InvalidInput(problems_of(error)) from None

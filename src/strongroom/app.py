@@ -1,0 +1,187 @@
+"""The composition root: builds everything from a store's URL, and closes it in the right order."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Annotated, Any, Self, TypeVar
+
+from .changes import ChangeFeed
+from .context import Context, system_context
+from .database import Database, IdempotentCall, Page
+from .entity import Entity, Registry, Secret
+from .errors import AlreadyExists, ConfigError
+from .keys import ApiKey, Keys
+from .keytext import Hasher, Pepper
+from .query import Aggregate, Filter, Query
+from .rules import Policy, default_policy
+from .storage import open_store
+from .storage.port import Record, Store
+from .usage import KeyUsage, Ledger
+
+DEFAULT_STORE = "sqlite:///data/strongroom.db"
+MIN_PEPPER_CHARS = 32
+E = TypeVar("E", bound=Entity)
+
+
+class StoredPepper(Entity, collection="peppers", scope="global"):
+    """A secret that key hashes are made with, where the configuration gives none. The greatest id is the current one."""
+
+    secret: Annotated[bytes, Secret()]
+
+
+SYSTEM_ENTITIES: tuple[type[Entity], ...] = (ApiKey, KeyUsage, IdempotentCall, StoredPepper)
+
+
+class Strongroom:
+    """One store, opened: `keys`, `database`, and a handle for each tenant's own data.
+
+    async with Strongroom.open("sqlite:///app.db", entities=[Note]) as room:
+        acme = room.tenant("acme")
+        note = await acme.create(Note(text="hello"))
+        issued = await room.keys.create(name="worker", tenant="acme")
+        answer = await room.keys.verify(issued.text)
+    """
+
+    def __init__(self, store: Store, database: Database, ledger: Ledger, keys: Keys, feed: ChangeFeed) -> None:
+        self.store = store
+        self.database = database
+        self.ledger = ledger
+        self.keys = keys
+        self.feed = feed
+
+    @classmethod
+    @asynccontextmanager
+    async def open(
+        cls,
+        url: str = DEFAULT_STORE,
+        *,
+        entities: Sequence[type[Entity]] = (),
+        policy: Policy = default_policy,
+        peppers: Sequence[str] = (),
+    ) -> AsyncIterator[Self]:
+        """Open a store, make its schema fit the declarations (additions only), and close everything at the end.
+
+        `peppers`: secrets of 32 characters or more that key hashes are made with, the current one first; without
+        them one is made and kept in the store. Raises ConfigError, SchemaError, StoreError, Unavailable.
+        """
+        registry = Registry((*SYSTEM_ENTITIES, *entities))
+        async with AsyncExitStack() as stack:
+            store = await open_store(url)
+            stack.push_async_callback(store.close)
+            await store.prepare(registry.collections)
+            database = Database(store, registry, policy)
+            hasher = Hasher([*_configured(peppers), *await _stored_peppers(database)])
+            ledger = Ledger(database, store)
+            stack.push_async_callback(ledger.close)
+            feed = ChangeFeed(store)
+            room = cls(store, database, ledger, Keys(database, ledger, hasher), feed)
+            database.after_commit(lambda _: feed.wake())
+            feed.on_record(room._seen)
+            await feed.start()
+            stack.push_async_callback(feed.close)
+            room._configured_peppers = tuple(peppers)
+            yield room
+
+    _configured_peppers: tuple[str, ...] = ()
+    _reload: asyncio.Task[None] | None = None
+
+    def tenant(self, tenant: str, *, actor: str = "system", claims: Mapping[str, Any] | None = None) -> Tenant:
+        """A handle on one tenant's data. Without claims it acts for the application itself."""
+        return Tenant(self.database, Context(tenant, actor, claims if claims is not None else {}))
+
+    def _seen(self, record: Record) -> None:
+        """A journal record of any process: forget what it makes untrue."""
+        if record.collection == ApiKey.__collection__.name:
+            self.keys.changed(record.entity_id)
+        elif record.collection == StoredPepper.__collection__.name:
+            self._reload = asyncio.get_running_loop().create_task(self._reload_peppers())
+
+    async def rotate_pepper(self) -> None:
+        """Make new hashes with a new pepper from now on. Old hashes keep working, each is renewed at its next use."""
+        if self._configured_peppers:
+            raise ConfigError(
+                "the peppers come from the configuration: put a new one first there, and keep the old one"
+            )
+        current = await _stored_peppers(self.database)
+        pepper = StoredPepper(id=f"{int(current[0].id) + 1:06d}", secret=secrets.token_bytes(32))
+        await self.database.create(system_context(), pepper)
+        await self._reload_peppers()
+
+    async def _reload_peppers(self) -> None:
+        stored = await _stored_peppers(self.database)
+        self.keys.hasher = Hasher([*_configured(self._configured_peppers), *stored])
+
+
+class Tenant:
+    """One tenant's data, as one actor. The methods are Database's, without the context."""
+
+    def __init__(self, database: Database, context: Context) -> None:
+        self._database = database
+        self._context = context
+
+    @property
+    def context(self) -> Context:
+        """This handle's context, now."""
+        return self._context.at_now()
+
+    async def get(self, cls: type[E], id: str) -> E:
+        """A document. Raises NotFound, Denied."""
+        return await self._database.get(self._context.at_now(), cls, id)
+
+    async def get_or_none(self, cls: type[E], id: str) -> E | None:
+        """A document, or None."""
+        return await self._database.get_or_none(self._context.at_now(), cls, id)
+
+    async def find(self, cls: type[E], query: Query = Query(), cursor: str | None = None) -> Page[E]:
+        """One page of the documents that match."""
+        return await self._database.find(self._context.at_now(), cls, query, cursor)
+
+    async def aggregate(self, cls: type[Entity], *aggregates: Aggregate, where: Filter | None = None) -> dict[str, Any]:
+        """count, sum and average, by Aggregate.name."""
+        return await self._database.aggregate(self._context.at_now(), cls, *aggregates, where=where)
+
+    async def create(self, entity: E, **options: Any) -> E:
+        """Add an entity. Options as Database.create."""
+        return await self._database.create(self._context.at_now(), entity, **options)
+
+    async def replace(self, entity: E, **options: Any) -> E:
+        """Replace an entity, or add it. Options as Database.replace."""
+        return await self._database.replace(self._context.at_now(), entity, **options)
+
+    async def update(self, cls: type[E], id: str, fields: Mapping[str, Any], **options: Any) -> E:
+        """Set some fields. Options as Database.update."""
+        return await self._database.update(self._context.at_now(), cls, id, fields, **options)
+
+    async def delete(self, cls: type[Entity], id: str, **options: Any) -> None:
+        """Remove a document. Options as Database.delete."""
+        await self._database.delete(self._context.at_now(), cls, id, **options)
+
+    async def add(self, cls: type[Entity], id: str, field: str, amount: int, **options: Any) -> None:
+        """Add to a counter. Options as Database.add."""
+        await self._database.add(self._context.at_now(), cls, id, field, amount, **options)
+
+
+def _configured(peppers: Sequence[str]) -> list[Pepper]:
+    for text in peppers:
+        if len(text) < MIN_PEPPER_CHARS:
+            raise ConfigError(f"a pepper has {len(text)} characters, expected {MIN_PEPPER_CHARS} or more")
+    digests = [hashlib.sha256(text.encode()) for text in peppers]
+    return [Pepper("c" + hashlib.sha256(d.digest()).hexdigest()[:10], d.digest()) for d in digests]
+
+
+async def _stored_peppers(database: Database) -> list[Pepper]:
+    """The store's own peppers, newest first; makes the first one (two processes that start together make one)."""
+    context = system_context()
+    query = Query(order_by=("-id",), limit=100)
+    found = (await database.find(context, StoredPepper, query)).items
+    if not found:
+        try:
+            await database.create(context, StoredPepper(id="000001", secret=secrets.token_bytes(32)))
+        except AlreadyExists:
+            pass
+        found = (await database.find(context, StoredPepper, query)).items
+    return [Pepper(pepper.id, pepper.secret) for pepper in found]

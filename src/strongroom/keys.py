@@ -1,0 +1,461 @@
+"""API keys: issue, verify, change, rotate, revoke. The text is shown once; the store holds a hash of it."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from .apikey import ALL_TENANTS, NAME, ApiKey, KeyChanges, NewKey, parse
+from .context import Context, new_id, system_context, us_from_utc, utc_from_us
+from .database import Database, Idempotency, Page, Replayed
+from .errors import AlreadyExists, Conflict, InvalidInput, NotFound, Problem, Unavailable
+from .keytext import DEFAULT_PREFIX, PREFIX_PATTERN, Hasher, generate, is_possible, masked
+from .query import And, Filter, Query, Where
+from .storage.port import Create
+from .transaction import Transaction
+from .usage import Account, KeyChanged, KeyUsage, Ledger
+from .verification import (
+    NOT_FOUND,
+    ONE_REQUEST,
+    KnownKey,
+    LimitStatus,
+    Verification,
+    admitted,
+    check_address,
+    cost_units,
+    exceeded,
+    limit_status,
+    metered,
+    refused,
+)
+from .windows import Amount, from_units
+
+MAX_CACHED_KEYS = 100_000
+MAX_UNKNOWN = 10_000
+UNKNOWN_FOR_S = 1.0
+"""An unknown key is remembered as unknown for this long, so that guessing costs no reads."""
+MAX_OVERLAP_S = 30 * 86_400
+MAX_KEY_ATTEMPTS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class IssuedKey:
+    """A key with its text. The text is not stored: this is the one time it is there."""
+
+    key: ApiKey
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class KeyStats:
+    """A key's statistics: expired or not, usage of each limit's window, lifetime totals, number and time of uses."""
+
+    key: ApiKey
+    expired: bool
+    count: int
+    last_used_at: datetime | None
+    totals: dict[str, Amount]
+    limits: list[LimitStatus]
+    account: Account
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What a text was found to be, and until when (a text that was rotated away works until its overlap ends)."""
+
+    key: KnownKey
+    until_us: int | None
+
+
+class Keys:
+    """The keys of one store."""
+
+    def __init__(self, database: Database, ledger: Ledger, hasher: Hasher) -> None:
+        self._database = database
+        self._ledger = ledger
+        self.hasher = hasher
+        self._known: dict[bytes, _Found] = {}
+        self._by_id: dict[str, KnownKey] = {}
+        self._unknown: dict[bytes, float] = {}
+        database.after_commit(self._committed)
+
+    # --- Making and changing ----------------------------------------------------------------------------------
+
+    async def create(
+        self,
+        new: NewKey | None = None,
+        /,
+        *,
+        context: Context | None = None,
+        idempotency_key: str | None = None,
+        **fields: Any,
+    ) -> IssuedKey:
+        """Make a key: `create(name="billing worker", limits=[…])`, or from a NewKey.
+
+        The same call again with the same idempotency key gives back the same key and text (within a day).
+        Raises InvalidInput with every problem.
+        """
+        new = new if new is not None else parse(NewKey, fields)
+        context = _writer(context, new.tenant)
+        text = generate(new.prefix)
+        key = ApiKey(
+            id=new_id("key_"),
+            hash=self.hasher.hash(text),
+            sealed=self.hasher.seal(hashlib.sha256(text.encode()).digest()),
+            display=masked(text),
+            **new.model_dump(exclude={"prefix"}),
+        )
+        once = self._once(context, idempotency_key, f"create key {new!r}", text)
+        try:
+            return IssuedKey(
+                await self._database.transaction(context, lambda tx: tx.create(key), idempotency=once), text
+            )
+        except Replayed as replayed:
+            return await self._replay(context, idempotency_key or "", replayed)
+
+    async def get(self, id: str, *, context: Context | None = None) -> ApiKey:
+        """A key by its id. NotFound for another tenant's too."""
+        key = await self._database.get_or_none(_reader(context), ApiKey, id)
+        if key is None or not _may_see(context, key.tenant):
+            raise NotFound(f"there is no key {id!r}")
+        return key
+
+    async def list(
+        self,
+        *,
+        tenant: str | None = None,
+        user_id: str | None = None,
+        limit: int = 100,
+        cursor: str | None = None,
+        context: Context | None = None,
+    ) -> Page[ApiKey]:
+        """One page of keys, newest first; of one tenant where the caller is bound to one."""
+        own = context.claims.get("tenant") if context is not None else None
+        filters: list[Filter] = []
+        if own is not None or tenant is not None:
+            if own is not None and tenant is not None and own != tenant:
+                return Page([], None)
+            filters.append(Where("tenant", "==", own or tenant))
+        if user_id is not None:
+            filters.append(Where("user_id", "==", user_id))
+        query = Query(And(*filters) if filters else None, ("-created_at",), limit)
+        return await self._database.find(_reader(context), ApiKey, query, cursor)
+
+    async def update(
+        self,
+        id: str,
+        changes: KeyChanges | None = None,
+        /,
+        *,
+        context: Context | None = None,
+        expected: int | None = None,
+        idempotency_key: str | None = None,
+        **fields: Any,
+    ) -> ApiKey:
+        """Change some fields. Usage already counted stays counted where resource and window stay the same."""
+        changes = changes if changes is not None else parse(KeyChanges, fields)
+        values = {name: getattr(changes, name) for name in changes.model_fields_set}
+        return await self._change(id, values, context, expected, idempotency_key)
+
+    async def disable(self, id: str, *, context: Context | None = None) -> ApiKey:
+        """Refuse the key from now on. Idempotent."""
+        return await self._change(id, {"enabled": False}, context)
+
+    async def enable(self, id: str, *, context: Context | None = None) -> ApiKey:
+        """Accept the key again. Idempotent."""
+        return await self._change(id, {"enabled": True}, context)
+
+    async def _change(
+        self,
+        id: str,
+        values: Mapping[str, Any],
+        context: Context | None,
+        expected: int | None = None,
+        idempotency_key: str | None = None,
+    ) -> ApiKey:
+        key = await self.get(id, context=context)
+        writer = _writer(context, key.tenant)
+        if expected is None and all(getattr(key, name) == value for name, value in values.items()):
+            return key
+        return await self._database.update(
+            writer, ApiKey, id, values, expected=expected, idempotency_key=idempotency_key
+        )
+
+    async def delete(self, id: str, *, context: Context | None = None) -> None:
+        """Remove a key and its usage; its text is unknown from then on."""
+        key = await self.get(id, context=context)
+        await self._database.delete(_writer(context, key.tenant), ApiKey, id)
+        # Only now: while the key was there, its counters were being written; no charge can commit without the key.
+        self._ledger.forget(id)
+        try:
+            await self._database.delete(system_context(), KeyUsage, id)
+        except NotFound:
+            return  # it was never used
+
+    async def rotate(
+        self,
+        id: str,
+        *,
+        overlap_s: int = 0,
+        context: Context | None = None,
+        idempotency_key: str | None = None,
+    ) -> IssuedKey:
+        """Give a key a new text; the old one works for `overlap_s` seconds more. Id, limits and usage stay.
+
+        A text that an earlier rotation left in its overlap stops working.
+        """
+        if isinstance(overlap_s, bool) or not isinstance(overlap_s, int) or not 0 <= overlap_s <= MAX_OVERLAP_S:
+            raise InvalidInput([Problem("overlap_s", f"found {overlap_s!r}, expected 0 to {MAX_OVERLAP_S} seconds")])
+        key = await self.get(id, context=context)
+        writer = _writer(context, key.tenant)
+        prefix = key.display.rpartition("_")[0]
+        text = generate(prefix if re.fullmatch(PREFIX_PATTERN, prefix) else DEFAULT_PREFIX)
+
+        async def body(tx: Transaction) -> ApiKey:
+            now = await tx.get(ApiKey, id)
+            fields = {
+                "hash": self.hasher.hash(text),
+                "sealed": self.hasher.seal(hashlib.sha256(text.encode()).digest()),
+                "display": masked(text),
+                "previous_hash": now.hash if overlap_s else None,
+                "previous_until": tx.context.now + timedelta(seconds=overlap_s) if overlap_s else None,
+            }
+            return await tx.update(ApiKey, id, fields)
+
+        once = self._once(writer, idempotency_key, f"rotate key {id} {overlap_s}", text)
+        try:
+            return IssuedKey(await self._database.transaction(writer, body, idempotency=once), text)
+        except Replayed as replayed:
+            return await self._replay(writer, idempotency_key or "", replayed)
+
+    def _once(self, context: Context, key: str | None, request: str, text: str) -> Idempotency | None:
+        """The text is kept for the repeat of this very call, encrypted under the pepper and the caller's own key."""
+        if key is None:
+            return None
+        nonce = hashlib.sha256(text.encode()).digest()[:12]  # a text is random and used once
+        memo = self.hasher.memo_box(f"{context.actor}\x00{key}").encrypt(nonce, text.encode(), None)
+        return Idempotency(key, request, nonce + memo)
+
+    async def _replay(self, context: Context, key: str, replayed: Replayed) -> IssuedKey:
+        memo = replayed.memo or b""
+        text = self.hasher.memo_box(f"{context.actor}\x00{key}").decrypt(memo[:12], memo[12:], None).decode()
+        return IssuedKey(await self.get(replayed.written[0], context=context), text)
+
+    # --- Verifying --------------------------------------------------------------------------------------------
+
+    async def verify(
+        self,
+        text: str,
+        *,
+        cost: Mapping[str, Amount] | None = None,
+        permission: str | None = None,
+        ip: str | None = None,
+        tenant: str | None = None,
+    ) -> Verification:
+        """Decide whether a key may be used now for this `cost` (default: one request), and debit all its limits, or none.
+
+        The answer comes once the debit is durable. `tenant` restricts to that tenant's keys (others are NOT_FOUND).
+        Raises InvalidInput for a cost or address that is none; never for a key.
+        """
+        units = ONE_REQUEST if cost is None else cost_units(cost)
+        if ip is not None:
+            check_address(ip)
+        for _ in range(MAX_KEY_ATTEMPTS):
+            now_us = time.time_ns() // 1_000
+            key = await self._find(text, now_us)
+            if key is None or (tenant is not None and key.tenant != tenant):
+                return NOT_FOUND
+            refusal = key.refusal(now_us, permission, ip)
+            if refusal is not None:
+                return refused(key, *refusal)
+            if not key.metered.allowances:
+                self._ledger.tally(key.metered, units)
+                return admitted(key, ())
+            try:
+                outcome = await self._ledger.charge(key.metered, units)
+            except KeyChanged:
+                self._forget(key.id)
+                continue
+            return admitted(key, outcome.statuses) if outcome.allowed else exceeded(key, outcome, units)
+        raise Unavailable("the key is being changed too quickly to verify it: try again")
+
+    async def record(
+        self,
+        *,
+        key: str | None = None,
+        key_id: str | None = None,
+        cost: Mapping[str, Amount],
+        idempotency_key: str | None = None,
+        context: Context | None = None,
+    ) -> Verification:
+        """Count what has happened, over a limit too, on a key given by its text or its id, disabled and expired ones as
+        well. Durable once it returns; counted once for one idempotency key (within a day). Raises NotFound."""
+        if (key is None) == (key_id is None):
+            raise InvalidInput([Problem("key", "expected exactly one of key and key_id")])
+        units = cost_units(cost)
+        for _ in range(MAX_KEY_ATTEMPTS):
+            known = await self._known_for(key, key_id)
+            if known is None or not _may_see(context, known.tenant):
+                raise NotFound("there is no such key")
+            once = self._usage_once(known, idempotency_key, context)
+            try:
+                outcome = await self._ledger.charge(known.metered, units, force=True, once=once)
+            except KeyChanged:
+                self._forget(known.id)
+                continue
+            return admitted(known, outcome.statuses)
+        raise Unavailable("the key is being changed too quickly to record its usage: try again")
+
+    def _usage_once(
+        self, key: KnownKey, idempotency_key: str | None, context: Context | None
+    ) -> tuple[str, Create] | None:
+        if idempotency_key is None:
+            return None
+        actor = context.actor if context is not None else "system"
+        return self._database.once_only(f"usage\x00{key.id}\x00{actor}", idempotency_key)
+
+    async def authenticate(self, text: str) -> KnownKey | None:
+        """The key that a bearer token is, if it may be used now; nothing is debited. For the caller's own authentication."""
+        now_us = time.time_ns() // 1_000
+        key = await self._find(text, now_us)
+        return key if key is not None and key.refusal(now_us, None, None) is None else None
+
+    async def stats(self, id: str, *, context: Context | None = None) -> KeyStats:
+        """A key's statistics, as of now."""
+        key = await self.get(id, context=context)
+        now_us = time.time_ns() // 1_000
+        account = await self._ledger.account(id)
+        statuses = account.statuses(metered(key).allowances, now_us)
+        return KeyStats(
+            key=key,
+            expired=key.is_expired(utc_from_us(now_us)),
+            count=account.count,
+            last_used_at=utc_from_us(account.last_used_us) if account.last_used_us is not None else None,
+            totals={name: from_units(name, units) for name, units in sorted(account.totals.items())},
+            limits=[limit_status(s, limit.window.model_dump()) for s, limit in zip(statuses, key.limits, strict=True)],
+            account=account,
+        )
+
+    # --- Finding a key by its text ----------------------------------------------------------------------------
+
+    async def _known_for(self, text: str | None, id: str | None) -> KnownKey | None:
+        if text is not None:
+            return await self._find(text, time.time_ns() // 1_000)
+        known = self._by_id.get(id or "")
+        if known is None or known.stale:
+            key = await self._database.get_or_none(system_context(), ApiKey, id or "")
+            known = self._remember(key) if key is not None else None
+        return known
+
+    async def _find(self, text: str, now_us: int) -> KnownKey | None:
+        """The key behind a text, from memory or by one read; None if there is none."""
+        name = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+        found = self._known.get(name)
+        if found is not None and not found.key.stale:
+            return found.key if found.until_us is None or now_us < found.until_us else None
+        if not is_possible(text):
+            return None
+        until = self._unknown.get(name)
+        if until is not None and time.monotonic() < until:
+            return None
+        found = await self._read(text)
+        if found is None:
+            if len(self._unknown) >= MAX_UNKNOWN:
+                for oldest in list(self._unknown)[: MAX_UNKNOWN // 10]:
+                    del self._unknown[oldest]
+            self._unknown.pop(name, None)  # so that it goes to the end of the line
+            self._unknown[name] = time.monotonic() + UNKNOWN_FOR_S
+            return None
+        if len(self._known) >= MAX_CACHED_KEYS:
+            for oldest in list(self._known)[: MAX_CACHED_KEYS // 10]:
+                del self._known[oldest]
+        self._known.pop(name, None)
+        self._known[name] = found
+        return found.key if found.until_us is None or now_us < found.until_us else None
+
+    async def _read(self, text: str) -> _Found | None:
+        candidates = self.hasher.candidates(text)
+        context = system_context()
+        page = await self._database.find(context, ApiKey, Query(Where("hash", "in", candidates), limit=1))
+        if page.items:
+            key = page.items[0]
+            if not any(hmac.compare_digest(key.hash, candidate) for candidate in candidates):
+                return None
+            if not self.hasher.is_current(key.hash):
+                key = await self._upgrade(key, text)
+            return _Found(self._remember(key), None)
+        page = await self._database.find(context, ApiKey, Query(Where("previous_hash", "in", candidates), limit=1))
+        if page.items and page.items[0].previous_until is not None:
+            return _Found(self._remember(page.items[0]), us_from_utc(page.items[0].previous_until))
+        return None
+
+    async def _upgrade(self, key: ApiKey, text: str) -> ApiKey:
+        """Bring an imported or older hash under the current pepper, now that the text is known."""
+        fields = {
+            "hash": self.hasher.hash(text),
+            "sealed": self.hasher.seal(hashlib.sha256(text.encode()).digest()),
+            "display": masked(text),
+        }
+        try:
+            return await self._database.update(system_context(key.tenant), ApiKey, key.id, fields)
+        except (AlreadyExists, Conflict, NotFound, Unavailable):
+            return key  # the old hash is as good; the next use tries again
+
+    def _remember(self, key: ApiKey) -> KnownKey:
+        known = self._by_id.get(key.id)
+        if known is not None and not known.stale and known.metered.guard.expected == key.version:
+            return known
+        if known is not None:
+            known.stale = True
+        if len(self._by_id) >= MAX_CACHED_KEYS:
+            for oldest in list(self._by_id)[: MAX_CACHED_KEYS // 10]:
+                self._by_id.pop(oldest).stale = True
+        known = self._by_id[key.id] = KnownKey(key)
+        return known
+
+    # --- Forgetting what was changed --------------------------------------------------------------------------
+
+    def changed(self, id: str) -> None:
+        """A key was changed, here or on another node: read it again at its next use."""
+        self._forget(id)
+        self._unknown.clear()
+
+    def _forget(self, id: str) -> None:
+        known = self._by_id.pop(id, None)
+        if known is not None:
+            known.stale = True
+
+    def _committed(self, transaction: Transaction) -> None:
+        for change in transaction.changes:
+            if change.collection.name == NAME:
+                self.changed(change.operation.id)
+
+
+# --- Helpers ---------------------------------------------------------------------------------------------------
+
+
+def _reader(context: Context | None) -> Context:
+    """Keys are found by the system on the caller's behalf; whom the caller may see is checked on what was found."""
+    return system_context() if context is None else system_context(actor=context.actor)
+
+
+def _writer(context: Context | None, tenant: str) -> Context:
+    """The caller's context, on behalf of the key's tenant: the rules see both, and the journal record is that tenant's."""
+    scoped = None if tenant == ALL_TENANTS else tenant
+    if context is None:
+        return system_context(scoped)
+    return Context(scoped, context.actor, context.claims, context.request_id)
+
+
+def _may_see(context: Context | None, tenant: str) -> bool:
+    own = context.claims.get("tenant") if context is not None else None
+    return own is None or own == tenant
+
+
+__all__ = ["ApiKey", "IssuedKey", "KeyChanges", "KeyStats", "Keys", "LimitStatus", "NewKey", "Verification"]

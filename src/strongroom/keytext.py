@@ -1,0 +1,149 @@
+"""The text of an API key: made, recognised, masked, hashed. Pure.
+
+    sr_SR1k3Jx…43 random characters…Qa0dK2x
+    │  │  │                          └ checksum: CRC-32 of everything before it, 6 characters of base62
+    │  │  └ 43 characters of base62: 256 bits of randomness
+    │  └ the mark and format version, in every key whatever its prefix
+    └ a prefix of the issuer's choice
+
+A text that carries the mark and is not exactly that (mistyped, truncated) is refused without a read. Secret scanners
+find keys by SCAN_PATTERN and need nothing else to tell a real one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from .errors import StoreError
+
+ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+MARK = "SR1"
+DEFAULT_PREFIX = "sr"
+RANDOM_CHARS = 43
+CHECKSUM_CHARS = 6
+PREFIX_PATTERN = r"^[a-z][a-z0-9]*(?:_[a-z0-9]+)*$"
+MAX_PREFIX_CHARS = 24
+MAX_KEY_CHARS = 512
+"""A longer text is not a key, imported ones included."""
+SCAN_PATTERN = r"\b[a-z][a-z0-9]*(?:_[a-z0-9]+)*_SR1[0-9A-Za-z]{49}\b"
+_KEY = re.compile(r"[a-z][a-z0-9]*(?:_[a-z0-9]+)*_SR1[0-9A-Za-z]{49}")
+_MARKED = re.compile(r"[a-z][a-z0-9_]*_SR1[0-9A-Za-z]*")
+_SHA256 = "sha256:"
+
+
+def generate(prefix: str = DEFAULT_PREFIX) -> str:
+    """A new key's text. `prefix` matches PREFIX_PATTERN."""
+    body = f"{prefix}_{MARK}" + "".join(secrets.choice(ALPHABET) for _ in range(RANDOM_CHARS))
+    return body + checksum(body)
+
+
+def checksum(body: str) -> str:
+    """CRC-32 of the text before it, as 6 base62 digits."""
+    number = zlib.crc32(body.encode())
+    digits = []
+    for _ in range(CHECKSUM_CHARS):
+        number, rest = divmod(number, 62)
+        digits.append(ALPHABET[rest])
+    return "".join(reversed(digits))
+
+
+def is_possible(text: str) -> bool:
+    """Whether a text can be a key at all: ours with the right checksum, or one that may have been imported."""
+    if not 1 <= len(text) <= MAX_KEY_CHARS:
+        return False
+    if _MARKED.fullmatch(text) is None:
+        return text.isprintable()
+    return _KEY.fullmatch(text) is not None and checksum(text[:-CHECKSUM_CHARS]) == text[-CHECKSUM_CHARS:]
+
+
+def masked(text: str) -> str:
+    """What may be shown of a key: enough to recognise it, useless to anyone else."""
+    if _KEY.fullmatch(text):
+        prefix, _, rest = text.rpartition("_")
+        return f"{prefix}_{rest[:7]}…{text[-4:]}"
+    shown = min(4, len(text) // 8)
+    return f"{text[:shown]}…{text[-shown:] if shown else ''}"
+
+
+@dataclass(frozen=True, slots=True)
+class Pepper:
+    """A secret that the hashes in the store are made with; the newest comes first, older ones still open old hashes."""
+
+    id: str
+    secret: bytes
+
+
+class Hasher:
+    """Key texts as what the store holds: HMAC-SHA-256 under a pepper, of the text's SHA-256.
+
+    Going by way of the SHA-256 lets an imported SHA-256 be brought under the pepper as well. A stored hash is
+    `pepper id:hex`, or `sha256:hex` as imported.
+    """
+
+    def __init__(self, peppers: Sequence[Pepper]) -> None:
+        self._peppers = tuple(peppers)
+        self._current = self._peppers[0]
+        self._secret = self._current.secret
+
+    @property
+    def current_id(self) -> str:
+        return self._current.id
+
+    def digest(self, text: str) -> bytes:
+        """The key's HMAC under the current pepper, 32 bytes: the name of the key in caches."""
+        return hmac.digest(self._secret, hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest(), "sha256")
+
+    def hash(self, text: str) -> str:
+        """What is stored for a text."""
+        return self.hash_of(hashlib.sha256(text.encode()).digest())
+
+    def hash_of(self, sha256: bytes) -> str:
+        return f"{self._current.id}:{hmac.digest(self._secret, sha256, 'sha256').hex()}"
+
+    def candidates(self, text: str) -> list[str]:
+        """Every hash that a store may hold for this text, the current pepper's first."""
+        sha256 = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+        under = [f"{p.id}:{hmac.digest(p.secret, sha256, 'sha256').hex()}" for p in self._peppers]
+        return [*under, _SHA256 + sha256.hex()]
+
+    def is_current(self, stored: str) -> bool:
+        return stored.startswith(self._current.id + ":")
+
+    def seal(self, sha256: bytes) -> bytes:
+        """The key's SHA-256, encrypted under the current pepper: kept for exports, useless without the pepper."""
+        nonce = secrets.token_bytes(12)
+        id = self._current.id.encode()
+        return id + b":" + nonce + AESGCM(self._box(self._current)).encrypt(nonce, sha256, id)
+
+    def unseal(self, sealed: bytes) -> bytes:
+        """What `seal` was given. StoreError if its pepper is not among ours, or it was altered."""
+        id, _, rest = sealed.partition(b":")
+        for pepper in self._peppers:
+            if pepper.id.encode() == id:
+                try:
+                    return AESGCM(self._box(pepper)).decrypt(rest[:12], rest[12:], id)
+                except InvalidTag:
+                    break
+        raise StoreError("a sealed hash cannot be opened: its pepper is missing, or it was altered")
+
+    def memo_box(self, context: str) -> AESGCM:
+        """A cipher for what is given back to one idempotent call; `context` includes the caller's idempotency key."""
+        return AESGCM(hmac.digest(self._secret, b"memo\x00" + context.encode("utf-8", "backslashreplace"), "sha256"))
+
+    @staticmethod
+    def _box(pepper: Pepper) -> bytes:
+        return hmac.digest(pepper.secret, b"seal", "sha256")
+
+
+def imported_sha256(hex_digest: str) -> str:
+    """The stored form of an imported SHA-256."""
+    return _SHA256 + hex_digest.lower()

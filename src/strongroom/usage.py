@@ -1,0 +1,416 @@
+"""The usage ledger: charges against limits, decided exactly and written durably before they are answered.
+
+How it is exact. All that one key has used is one document (`KeyUsage`): its counters, its totals, when it was last
+used. A charge is decided on the document as it is in memory, and committed under the version it was decided on,
+together with a check that the key itself has not changed. If anyone else, another process or machine, changed either
+meanwhile, nothing is applied; the document is read again and the charge decided again. So of two nodes that would
+spend the same remainder, one commits and the other learns of it: a limit cannot be over-admitted, and all limits of a
+key are charged together or not at all.
+
+How it is fast. Charges that arrive while a commit is under way are decided together and share the next one: one row
+is written for a key, however many charges it had. The answer waits for that commit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+import msgspec
+
+from .context import utc_from_us
+from .database import Database
+from .entity import Document, Entity
+from .errors import AlreadyExists, Conflict, StrongroomError, TooManyRequests, Unavailable
+from .storage.port import Check, Create, Operation, Put, Store
+from .windows import SATURATED, Counter, Limit, counter_for
+
+MAX_WAITING = 50_000
+"""Charges that may wait for a commit; the next one is refused (429) instead of filling the memory."""
+MAX_ACCOUNTS = 100_000
+"""Usage documents kept in memory."""
+MAX_ATTEMPTS = 200
+MAX_BACKOFF_S = 0.02
+LAZY_FLUSH_S = 1.0
+"""Keys without limits decide nothing by their usage: it is written at most this much later, many uses in one write."""
+
+NAME = "key_usage"
+Cost = Mapping[str, int]
+
+
+class KeyUsage(Entity, collection=NAME, scope="global", journalled=False):
+    """What one key has used; the id is the key's. `state` is JSON: {"totals": {resource: units}, "counters": {limit id: …}}."""
+
+    count: int = 0
+    last_used_at: datetime | None = None
+    state: str = "{}"
+
+
+class KeyChanged(Exception):
+    """The key was changed or removed since it was read: read it again and decide again. Never leaves the library."""
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """One limit, ready to be counted: its counter's id, its resource, and the most units that may count."""
+
+    limit: Limit
+    id: str
+    resource: str
+    most: int
+
+
+@dataclass(frozen=True, slots=True)
+class Metered:
+    """Whose usage it is: the usage document's id, what must still be true when it commits, and the limits."""
+
+    id: str
+    guard: Check
+    allowances: tuple[Allowance, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """One limit after a charge. `frees_at_us` is set where this limit denied: when it would admit (None: never)."""
+
+    allowance: Allowance
+    used: int
+    resets_at_us: int | None
+    exceeded: bool = False
+    frees_at_us: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The decision on a charge: `statuses` in the order of the limits; `now_us` is when it was decided."""
+
+    allowed: bool
+    statuses: tuple[Status, ...]
+    now_us: int
+    repeated: bool = False
+
+
+class Account:
+    """One usage document in memory, and the version it has in the store (0: it is not there yet)."""
+
+    __slots__ = ("count", "counters", "last_used_us", "totals", "unknown", "version")
+
+    def __init__(self, document: Document | None = None) -> None:
+        self.version: int = 0
+        self.count: int = 0
+        self.last_used_us: int | None = None
+        self.totals: dict[str, int] = {}
+        self.counters: dict[str, Counter] = {}
+        self.unknown: dict[str, Any] = {}  # states of limits nobody asked for yet, or that a key no longer has
+        if document is not None:
+            state = msgspec.json.decode(document["state"])
+            self.version = document["version"]
+            self.count = document["count"]
+            last = document["last_used_at"]
+            self.last_used_us = None if last is None else round(last.timestamp() * 1_000_000)
+            self.totals = state.get("totals", {})
+            self.unknown = state.get("counters", {})
+
+    def counter(self, allowance: Allowance) -> Counter:
+        counter = self.counters.get(allowance.id)
+        if counter is None:
+            counter = counter_for(allowance.limit.window, self.unknown.pop(allowance.id, None))
+            self.counters[allowance.id] = counter
+        return counter
+
+    def decide(self, allowances: Sequence[Allowance], cost: Cost, now_us: int, *, force: bool) -> Outcome:
+        """Charge all limits or none. `force` charges what has happened already, over a limit too."""
+        counters = [(allowance, self.counter(allowance)) for allowance in allowances]
+        if not force and any(c.used(now_us) + cost.get(a.resource, 0) > a.most for a, c in counters):
+            return Outcome(False, tuple(_denied(a, c, cost, now_us) for a, c in counters), now_us)
+        for allowance, counter in counters:
+            counter.add(now_us, cost.get(allowance.resource, 0))
+        self.tally(cost, 1, now_us)
+        return Outcome(True, tuple(Status(a, c.used(now_us), c.resets_at_us(now_us)) for a, c in counters), now_us)
+
+    def tally(self, cost: Cost, count: int, now_us: int) -> None:
+        """What is counted whether or not there are limits: uses, lifetime totals, the time of the last use."""
+        self.count += count
+        totals = self.totals
+        for resource, units in cost.items():
+            totals[resource] = min(totals.get(resource, 0) + units, SATURATED)
+        if self.last_used_us is None or now_us > self.last_used_us:
+            self.last_used_us = now_us
+
+    def statuses(self, allowances: Iterable[Allowance], now_us: int) -> tuple[Status, ...]:
+        """Where each limit stands, charging nothing."""
+        return tuple(Status(a, (c := self.counter(a)).used(now_us), c.resets_at_us(now_us)) for a in allowances)
+
+    def document(self) -> Document:
+        counters = {**self.unknown, **{id: counter.dump() for id, counter in self.counters.items()}}
+        return {
+            "count": min(self.count, SATURATED),
+            "last_used_at": None if self.last_used_us is None else utc_from_us(self.last_used_us),
+            "state": _encode({"totals": self.totals, "counters": counters}).decode(),
+        }
+
+
+_encode = msgspec.json.Encoder().encode
+
+
+def _denied(allowance: Allowance, counter: Counter, cost: Cost, now_us: int) -> Status:
+    asked = cost.get(allowance.resource, 0)
+    used = counter.used(now_us)
+    exceeded = used + asked > allowance.most
+    frees = counter.frees_at_us(now_us, allowance.most - asked) if exceeded else None
+    return Status(allowance, used, counter.resets_at_us(now_us), exceeded, frees)
+
+
+@dataclass(slots=True)
+class _Charge:
+    metered: Metered
+    cost: Cost
+    force: bool
+    once: tuple[str, Create] | None
+    future: asyncio.Future[Outcome] | None
+    count: int = 1
+    used_at_us: int | None = None
+    attempts: int = 0
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What a key without limits has used since the last write."""
+
+    metered: Metered
+    count: int = 0
+    cost: dict[str, int] = field(default_factory=dict)
+    used_at_us: int = 0
+
+
+class Ledger:
+    """Charges keys. One for a store and process; it belongs to the event loop it is used on."""
+
+    def __init__(self, database: Database, store: Store) -> None:
+        self._database = database
+        self._store = store
+        self._accounts: dict[str, Account] = {}
+        self._waiting: list[_Charge] = []
+        self._tallies: dict[str, _Tally] = {}
+        self._task: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    # --- What callers do --------------------------------------------------------------------------------------
+
+    def charge(
+        self, metered: Metered, cost: Cost, *, force: bool = False, once: tuple[str, Create] | None = None
+    ) -> asyncio.Future[Outcome]:
+        """Decide and charge; the outcome comes once it is durable (a denial, which writes nothing, as soon as decided).
+
+        `once` is an id and an operation that fails with AlreadyExists if this very charge was made before. The future
+        raises KeyChanged, TooManyRequests, Unavailable.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Outcome] = loop.create_future()
+        if len(self._waiting) >= MAX_WAITING:
+            future.set_exception(TooManyRequests("too many charges are waiting for the store: try again in a moment"))
+            return future
+        self._waiting.append(_Charge(metered, cost, force, once, future))
+        self._wake(loop)
+        return future
+
+    def tally(self, metered: Metered, cost: Cost) -> None:
+        """Count the use of a key that has no limits: nothing is decided by it, so nobody waits for its write."""
+        self._tally(metered, cost, 1, time.time_ns() // 1_000)
+
+    def _tally(self, metered: Metered, cost: Cost, count: int, used_at_us: int) -> None:
+        tally = self._tallies.get(metered.id)
+        if tally is None:
+            tally = self._tallies[metered.id] = _Tally(metered)
+        tally.metered = metered
+        tally.count += count
+        tally.used_at_us = max(tally.used_at_us, used_at_us)
+        for resource, units in cost.items():
+            tally.cost[resource] = tally.cost.get(resource, 0) + units
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(LAZY_FLUSH_S, self._flush_tallies)
+
+    async def account(self, id: str) -> Account:
+        """A key's usage as the store has it now, with what is still to be written added: for statistics."""
+        account = Account(await self._store.get(NAME, None, id))
+        tally = self._tallies.get(id)
+        if tally is not None:
+            account.tally(tally.cost, tally.count, tally.used_at_us)
+        return account
+
+    def forget(self, id: str) -> None:
+        """The key was changed: read its usage again at the next charge."""
+        self._accounts.pop(id, None)
+
+    async def close(self) -> None:
+        """Write everything that waits. Afterwards nothing may be charged."""
+        self._flush_tallies()
+        while self._task is not None:
+            await self._task
+
+    # --- Group commit -----------------------------------------------------------------------------------------
+
+    def _wake(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._task is None:
+            # The task starts in the loop's next turn, so that all that arrives in this one shares its commit.
+            self._task = loop.create_task(self._run())
+
+    async def _run(self) -> None:
+        try:
+            while self._waiting:
+                charges, self._waiting = self._waiting, []
+                try:
+                    await self._settle(charges)
+                except BaseException as error:  # nobody may wait for ever, whatever went wrong
+                    for charge in charges:
+                        _fail(charge, Unavailable(f"the charge could not be decided: {type(error).__name__}"))
+                    raise
+                self._evict()
+        finally:
+            self._task = None
+            if self._waiting:  # only if something unforeseen ended the loop: do not leave the others waiting
+                self._wake(asyncio.get_running_loop())
+
+    async def _settle(self, charges: list[_Charge]) -> None:
+        """Decide the charges of each key, commit one batch a key, answer."""
+        groups: dict[str, list[_Charge]] = {}
+        for charge in charges:
+            groups.setdefault(charge.metered.id, []).append(charge)
+        try:
+            repeated = await self._repeated(charges)
+            await self._load([id for id in groups if id not in self._accounts])
+        except StrongroomError as error:
+            for charge in charges:
+                _fail(charge, error)
+            return
+        now_us = time.time_ns() // 1_000
+        under_way = []
+        for id, group in groups.items():
+            account = self._accounts[id]
+            operations, answers = _decide(account, group, now_us, repeated)
+            if not operations:
+                _answer(answers)
+                continue
+            under_way.append((id, account, answers, self._database.commit_counters(operations, now_us)))
+        for id, account, answers, commit in under_way:
+            try:
+                committed = await commit
+            except Exception as error:
+                self._accounts.pop(id, None)  # it holds charges that did not happen
+                await self._not_committed(error, [charge for charge, _ in answers])
+            else:
+                account.version = committed.versions[1]
+                _answer(answers)
+
+    async def _load(self, ids: list[str]) -> None:
+        if not ids:
+            return
+        documents = await asyncio.gather(*(self._store.get(NAME, None, id) for id in ids))
+        for id, document in zip(ids, documents, strict=True):
+            self._accounts[id] = Account(document)
+
+    def _evict(self) -> None:
+        if len(self._accounts) > MAX_ACCOUNTS:  # those read longest ago go
+            for id in list(self._accounts)[: MAX_ACCOUNTS // 10]:
+                del self._accounts[id]
+
+    async def _repeated(self, charges: list[_Charge]) -> set[str]:
+        """Which of the charges that may happen only once have happened."""
+        found = set()
+        for charge in charges:
+            if charge.once is not None:
+                id, operation = charge.once
+                if await self._store.get(operation.collection, None, id):
+                    found.add(id)
+        return found
+
+    async def _not_committed(self, error: Exception, charges: list[_Charge]) -> None:
+        """Someone else changed the usage: decide again. Someone changed the key: its caller must. Else: it failed."""
+        if isinstance(error, Conflict) and error.details.get("operation") == 0:
+            for charge in charges:
+                await self._key_changed(charge)
+            return
+        again = isinstance(error, Conflict | AlreadyExists)
+        for charge in charges:
+            charge.attempts += 1
+            if again and charge.attempts < MAX_ATTEMPTS:
+                self._waiting.append(charge)
+            elif again:
+                _fail(charge, Unavailable("this key's usage is being changed by too many nodes at once: try again"))
+            elif charge.future is None:
+                self._tally(charge.metered, charge.cost, charge.count, charge.used_at_us or 0)  # at the next flush
+            else:
+                _fail(charge, error)
+        if again and charges[0].attempts > 1:
+            # One that lost twice lets the others pass; the first retry is at once, since the winner is done.
+            await asyncio.sleep(random.uniform(0, min(MAX_BACKOFF_S, 0.001 * charges[0].attempts)))  # noqa: S311
+
+    async def _key_changed(self, charge: _Charge) -> None:
+        if charge.future is not None:
+            _fail(charge, KeyChanged())
+            return
+        guard = charge.metered.guard
+        key = await self._store.get(guard.collection, None, guard.id)
+        if key is not None:  # a tally counts, whatever was changed; but what a removed key had used is gone with it
+            charge.metered = Metered(charge.metered.id, Check(guard.collection, guard.id, key["version"]), ())
+            self._waiting.append(charge)
+
+    def _flush_tallies(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        tallies, self._tallies = self._tallies, {}
+        for tally in tallies.values():
+            charge = _Charge(tally.metered, tally.cost, True, None, None, tally.count, tally.used_at_us)
+            self._waiting.append(charge)
+        if self._waiting:
+            self._wake(asyncio.get_running_loop())
+
+
+def _decide(
+    account: Account, group: list[_Charge], now_us: int, repeated: set[str]
+) -> tuple[list[Operation], list[tuple[_Charge, Outcome]]]:
+    """The outcome of each charge of one key, and what to commit so that they become true (nothing if all are denied)."""
+    metered = max((charge.metered for charge in group), key=lambda m: m.guard.expected)
+    extra: list[Operation] = []
+    answers = []
+    charged = False
+    for charge in group:
+        if charge.future is None:
+            account.tally(charge.cost, charge.count, charge.used_at_us or now_us)
+            answers.append((charge, Outcome(True, (), now_us)))
+            charged = True
+            continue
+        if charge.metered.guard.expected != metered.guard.expected:
+            _fail(charge, KeyChanged())
+            continue
+        if charge.once is not None:
+            id, operation = charge.once
+            if id in repeated:
+                statuses = account.statuses(metered.allowances, now_us)
+                answers.append((charge, Outcome(True, statuses, now_us, repeated=True)))
+                continue
+            repeated.add(id)
+            extra.append(operation)
+        outcome = account.decide(charge.metered.allowances, charge.cost, now_us, force=charge.force)
+        charged = charged or outcome.allowed
+        answers.append((charge, outcome))
+    if not charged:
+        return [], answers
+    return [metered.guard, Put(NAME, metered.id, account.document(), account.version), *extra], answers
+
+
+def _answer(answers: list[tuple[_Charge, Outcome]]) -> None:
+    for charge, outcome in answers:
+        if charge.future is not None and not charge.future.done():
+            charge.future.set_result(outcome)
+
+
+def _fail(charge: _Charge, error: Exception) -> None:
+    if charge.future is not None and not charge.future.done():
+        charge.future.set_exception(error)
