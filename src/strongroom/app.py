@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Annotated, Any, Self, TypeVar
 
 from .changes import ChangeFeed
@@ -28,7 +28,7 @@ E = TypeVar("E", bound=Entity)
 
 
 class StoredPepper(Entity, collection="peppers", scope="global"):
-    """A secret that key hashes are made with, where the configuration gives none. The greatest id is the current one."""
+    """A secret that key hashes are made with, where the configuration gives none. The greatest id is current."""
 
     secret: Annotated[bytes, Secret()]
 
@@ -179,9 +179,7 @@ async def _stored_peppers(database: Database) -> list[Pepper]:
     query = Query(order_by=("-id",), limit=100)
     found = (await database.find(context, StoredPepper, query)).items
     if not found:
-        try:
+        with suppress(AlreadyExists):  # another process made it in this moment
             await database.create(context, StoredPepper(id="000001", secret=secrets.token_bytes(32)))
-        except AlreadyExists:
-            pass
         found = (await database.find(context, StoredPepper, query)).items
     return [Pepper(pepper.id, pepper.secret) for pepper in found]

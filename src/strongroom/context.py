@@ -97,4 +97,3 @@ class Context:
 def system_context(tenant: str | None = None, *, actor: str = "system") -> Context:
     """The context of Strongroom's own work: an administrator of `tenant`."""
     return Context(tenant, actor, _SYSTEM_CLAIMS)
-

@@ -1,4 +1,4 @@
-"""The write trip, and the reads beside it: context → validate → rules → batch (change + journal record) → commit → notify.
+"""The write trip and the reads: context → validate → rules → batch (change + journal record) → commit → notify.
 
 Nothing reaches a backend by another way. `Database.transaction` is the trip; create, replace, update, delete and add
 are transactions of one change.
@@ -134,7 +134,7 @@ class Database:
         raise AssertionError("the last attempt returns or raises")
 
     async def _once(self, context: Context, idempotency: Idempotency, transaction: Transaction) -> Operation:
-        """The operation that lets this call happen once. Raises Replayed if it has, Conflict if the key was another's."""
+        """The operation that lets this call happen once. Raises Replayed if it has, Conflict if the key is taken."""
         collection = IdempotentCall.__collection__
         id = _call_id((context.tenant or "", context.actor), idempotency.key)
         fingerprint = hashlib.sha256(idempotency.request.encode("utf-8", "backslashreplace")).hexdigest()
@@ -330,7 +330,7 @@ class Database:
         return await self._store.aggregate(collection.name, _scope(context, collection), aggregates, visible)
 
     async def purge_expired(self, context: Context, cls: type[Entity], limit: int = 200) -> int:
-        """Remove documents whose time to live is over, at most `limit`; returns how many. They were invisible already."""
+        """Remove at most `limit` documents whose time to live is over; returns how many. They were invisible already."""
         collection = cls.__collection__
         if collection.ttl is None:
             return 0

@@ -36,9 +36,7 @@ class InvalidInput(StrongroomError):
     code = "invalid_input"
 
     def __init__(self, problems: Iterable[Problem] | str, message: str | None = None) -> None:
-        self.problems: tuple[Problem, ...] = (
-            (Problem("", problems),) if isinstance(problems, str) else tuple(problems)
-        )
+        self.problems: tuple[Problem, ...] = (Problem("", problems),) if isinstance(problems, str) else tuple(problems)
         if message is None:
             message = "; ".join(f"{p.path}: {p.message}" if p.path else p.message for p in self.problems)
         super().__init__(message or None)

@@ -58,7 +58,11 @@ def masked(collection: Collection, document: Document | None) -> Document | None
     if document is None:
         return None
     secrets = collection.secrets
-    return {name: _mask(value) if name in secrets else value for name, value in document.items() if name in collection.fields}
+    return {
+        name: _mask(value) if name in secrets else value
+        for name, value in document.items()
+        if name in collection.fields
+    }
 
 
 def _mask(value: Any) -> Any:

@@ -210,7 +210,7 @@ class Keys:
 
         A text that an earlier rotation left in its overlap stops working.
         """
-        if isinstance(overlap_s, bool) or not isinstance(overlap_s, int) or not 0 <= overlap_s <= MAX_OVERLAP_S:
+        if type(overlap_s) is not int or not 0 <= overlap_s <= MAX_OVERLAP_S:
             raise InvalidInput([Problem("overlap_s", f"found {overlap_s!r}, expected 0 to {MAX_OVERLAP_S} seconds")])
         key = await self.get(id, context=context)
         writer = _writer(context, key.tenant)
@@ -258,7 +258,7 @@ class Keys:
         ip: str | None = None,
         tenant: str | None = None,
     ) -> Verification:
-        """Decide whether a key may be used now for this `cost` (default: one request), and debit all its limits, or none.
+        """Decide whether a key may be used now for this `cost` (default: one request); debit all its limits, or none.
 
         The answer comes once the debit is durable. `tenant` restricts to that tenant's keys (others are NOT_FOUND).
         Raises InvalidInput for a cost or address that is none; never for a key.
@@ -321,7 +321,7 @@ class Keys:
         return self._database.once_only(f"usage\x00{key.id}\x00{actor}", idempotency_key)
 
     async def authenticate(self, text: str) -> KnownKey | None:
-        """The key that a bearer token is, if it may be used now; nothing is debited. For the caller's own authentication."""
+        """The key that a bearer token is, if it may be used now; nothing is debited. For authenticating a caller."""
         now_us = time.time_ns() // 1_000
         key = await self._find(text, now_us)
         return key if key is not None and key.refusal(now_us, None, None) is None else None
@@ -446,7 +446,7 @@ def _reader(context: Context | None) -> Context:
 
 
 def _writer(context: Context | None, tenant: str) -> Context:
-    """The caller's context, on behalf of the key's tenant: the rules see both, and the journal record is that tenant's."""
+    """The caller's context, on behalf of the key's tenant: the rules see both, the journal record is that tenant's."""
     scoped = None if tenant == ALL_TENANTS else tenant
     if context is None:
         return system_context(scoped)

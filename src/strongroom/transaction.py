@@ -172,7 +172,7 @@ class Transaction:
         problems = []
         if field not in counters:
             problems.append(Problem("field", f"found {field!r}, expected a counter of {collection.name}: {counters}"))
-        if isinstance(amount, bool) or not isinstance(amount, int) or not INT64_MIN <= amount <= INT64_MAX:
+        if type(amount) is not int or not INT64_MIN <= amount <= INT64_MAX:
             problems.append(Problem("amount", f"found {amount!r}, expected an int64"))
         if problems:
             raise InvalidInput(problems)

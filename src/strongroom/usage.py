@@ -44,7 +44,10 @@ Cost = Mapping[str, int]
 
 
 class KeyUsage(Entity, collection=NAME, scope="global", journalled=False):
-    """What one key has used; the id is the key's. `state` is JSON: {"totals": {resource: units}, "counters": {limit id: …}}."""
+    """What one key has used; the id is the key's.
+
+    `state` is JSON: {"totals": {resource: units}, "counters": {limit id: what its counter dumped}}.
+    """
 
     count: int = 0
     last_used_at: datetime | None = None
@@ -375,7 +378,7 @@ class Ledger:
 def _decide(
     account: Account, group: list[_Charge], now_us: int, repeated: set[str]
 ) -> tuple[list[Operation], list[tuple[_Charge, Outcome]]]:
-    """The outcome of each charge of one key, and what to commit so that they become true (nothing if all are denied)."""
+    """The outcome of each charge of one key, and what to commit to make them true (nothing if all are denied)."""
     metered = max((charge.metered for charge in group), key=lambda m: m.guard.expected)
     extra: list[Operation] = []
     answers = []

@@ -1,4 +1,4 @@
-"""Windows and limits: how much of a resource may be used in what span of time, and what is used now. Pure, exact, integers.
+"""Windows and limits: how much may be used in what span of time, and what is used now. Pure, exact, integers.
 
 Amounts are counted in *units*, whole numbers: of a resource's own (requests, tokens, …), and for `cost` (money) in
 billionths, so that money is exact. Times are microseconds since the epoch.
@@ -92,7 +92,7 @@ def _zones() -> frozenset[str]:
 
 
 class Limit(_Model):
-    """At most `limit` of `resource` in each `window`. For the resource `cost`, `limit` is money with up to 9 decimals."""
+    """At most `limit` of `resource` in each `window`. For the resource `cost` it is money, with up to 9 decimals."""
 
     resource: str = Field(pattern=RESOURCE_PATTERN)
     limit: Annotated[int, Field(strict=True, ge=0, le=MAX_AMOUNT)] | Decimal
@@ -131,7 +131,7 @@ class Limit(_Model):
 
 
 def to_units(resource: str, amount: object) -> int:
-    """An amount as units. ValueError, with what was found and expected, for anything that is not exact or not possible."""
+    """An amount as units. ValueError, with what was found and expected, for what is not exact or not possible."""
     if isinstance(amount, bool) or not isinstance(amount, int | float | Decimal):
         raise ValueError(f"found {type(amount).__name__}, expected a number")
     if isinstance(amount, int):
@@ -157,7 +157,7 @@ def _out_of_range(resource: str, amount: object) -> str:
 
 
 def from_units(resource: str, units: int) -> Amount:
-    """Units as the amount a user sees: an int, or for money a Decimal without superfluous zeros (an int where whole)."""
+    """Units as the amount a user sees: an int, or for money that is not whole a Decimal without superfluous zeros."""
     if resource != MONEY:
         return units
     whole, rest = divmod(units, MONEY_SCALE)
@@ -273,7 +273,9 @@ class _SpanCounter:
     __slots__ = ("_end_us", "_start_us", "_used")
 
     def __init__(self, state: list[Any] | None) -> None:
-        self._start_us, self._end_us, self._used = state or (0, 0, 0)
+        self._start_us: int = state[0] if state else 0
+        self._end_us: int = state[1] if state else 0
+        self._used: int = state[2] if state else 0
 
     def used(self, now_us: int) -> int:
         if now_us >= self._end_us:
