@@ -330,7 +330,7 @@ class Database:
         return await self._store.aggregate(collection.name, _scope(context, collection), aggregates, visible)
 
     async def purge_expired(self, context: Context, cls: type[Entity], limit: int = 200) -> int:
-        """Remove at most `limit` documents whose time to live is over; returns how many. They were invisible already."""
+        """Remove at most `limit` documents whose time to live is over (invisible already); returns how many."""
         collection = cls.__collection__
         if collection.ttl is None:
             return 0
