@@ -1,14 +1,18 @@
 """Strongroom: the data layer for API platforms. These are the public names."""
 
-from .app import Strongroom, Tenant
-from .context import Context, system_context
-from .database import Database, Page
-from .entity import Counter, Entity, Index, Indexed, Registry, Secret
-from .errors import StrongroomError
-from .keys import ApiKey, IssuedKey, Keys, Verification
-from .query import Aggregate, And, Or, Query, Where
-from .transaction import Transaction
-from .windows import Anchored, Calendar, Limit, Rolling, Total
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .app import Strongroom, Tenant
+    from .context import Context, system_context
+    from .database import Database, Page
+    from .entity import Counter, Entity, Index, Indexed, Registry, Secret
+    from .errors import StrongroomError
+    from .keys import ApiKey, IssuedKey, Keys, Verification
+    from .query import Aggregate, And, Or, Query, Where
+    from .transaction import Transaction
+    from .windows import Anchored, Calendar, Limit, Rolling, Total
 
 __version__ = "0.1.0"
 
@@ -17,3 +21,29 @@ __all__ = [
     "Indexed", "IssuedKey", "Keys", "Limit", "Or", "Page", "Query", "Registry", "Rolling", "Secret", "Strongroom",
     "StrongroomError", "Tenant", "Total", "Transaction", "Verification", "Where", "__version__", "system_context",
 ]  # fmt: skip
+
+# The names are loaded at their first use (PEP 562), because the command line imports this package too and must answer
+# `--help` without waiting for pydantic and cryptography.
+_HOMES = {
+    "app": ("Strongroom", "Tenant"),
+    "context": ("Context", "system_context"),
+    "database": ("Database", "Page"),
+    "entity": ("Counter", "Entity", "Index", "Indexed", "Registry", "Secret"),
+    "errors": ("StrongroomError",),
+    "keys": ("ApiKey", "IssuedKey", "Keys", "Verification"),
+    "query": ("Aggregate", "And", "Or", "Query", "Where"),
+    "transaction": ("Transaction",),
+    "windows": ("Anchored", "Calendar", "Limit", "Rolling", "Total"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+if not TYPE_CHECKING:  # a type checker would take it to mean that every name exists
+
+    def __getattr__(name: str) -> object:
+        if name not in _HOME_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
