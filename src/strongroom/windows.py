@@ -20,6 +20,7 @@ import functools
 from bisect import bisect_left
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from decimal import Context as DecimalContext
 from decimal import Decimal
 from typing import Annotated, Any, Literal, Protocol
 from zoneinfo import ZoneInfo, available_timezones
@@ -40,6 +41,8 @@ MONEY_SCALE = 10**9
 MAX_RESOURCE_CHARS = 64
 RESOURCE_PATTERN = r"^[a-z][a-z0-9_.:-]{0,63}$"
 _SECOND = 1_000_000
+_EXACT = DecimalContext(prec=40)
+"""Enough digits for every amount, whatever the caller's own context is set to."""
 
 Amount = int | Decimal
 
@@ -144,11 +147,13 @@ def to_units(resource: str, amount: object) -> int:
     most = MAX_AMOUNT if resource != MONEY else MAX_AMOUNT // 10**6
     if not 0 <= number <= most:
         raise ValueError(_out_of_range(resource, number))
-    scaled = number * MONEY_SCALE if resource == MONEY else number
-    if scaled != scaled.to_integral_value():
+    decimals = 9 if resource == MONEY else 0
+    # Comparing is exact where arithmetic would round to the context's digits, and so take 0.…01 for nothing.
+    rounded = _EXACT.quantize(number, Decimal(1).scaleb(-decimals))
+    if rounded != number:
         what = "at most 9 decimals" if resource == MONEY else "a whole number"
         raise ValueError(f"found {number}, expected {what}")
-    return int(scaled)
+    return int(_EXACT.scaleb(rounded, decimals))
 
 
 def _out_of_range(resource: str, amount: object) -> str:
@@ -161,7 +166,7 @@ def from_units(resource: str, units: int) -> Amount:
     if resource != MONEY:
         return units
     whole, rest = divmod(units, MONEY_SCALE)
-    return whole if not rest else (Decimal(units) / MONEY_SCALE).normalize()
+    return whole if not rest else _EXACT.normalize(_EXACT.scaleb(Decimal(units), -9))
 
 
 # --- What is used: one counter for each window kind -----------------------------------------------------------
@@ -216,7 +221,7 @@ class RollingCounter:
                 gone = bisect_left(numbers, oldest)
                 self._sum -= sum(self._units[:gone])
                 del numbers[:gone], self._units[:gone]
-        return self._sum
+        return self._sum if self._sum < SATURATED else SATURATED
 
     def add(self, now_us: int, units: int) -> None:
         self.used(now_us)
@@ -226,6 +231,7 @@ class RollingCounter:
         if (
             self._numbers and number <= self._numbers[-1]
         ):  # also when the clock went backwards: count it later, not earlier
+            units = min(units, SATURATED - self._units[-1])
             self._units[-1] += units
         else:
             self._numbers.append(number)
@@ -234,9 +240,12 @@ class RollingCounter:
 
     def add_at(self, moment_us: int, units: int) -> None:
         """Count `units` as used at a moment in the past: for imports."""
+        if not units:
+            return
         number = moment_us // self._bucket_us
         position = bisect_left(self._numbers, number)
         if position < len(self._numbers) and self._numbers[position] == number:
+            units = min(units, SATURATED - self._units[position])
             self._units[position] += units
         else:
             self._numbers.insert(position, number)
@@ -247,11 +256,11 @@ class RollingCounter:
         return (self._numbers[0] + 1) * self._bucket_us + self._window_us if self.used(now_us) else None
 
     def frees_at_us(self, now_us: int, most: int) -> int | None:
-        left = self.used(now_us)
-        if left <= most:
+        if self.used(now_us) <= most:
             return now_us
         if most < 0:
             return None
+        left = self._sum
         for number, units in zip(self._numbers, self._units, strict=True):
             left -= units
             if left <= most:
@@ -307,7 +316,7 @@ class AnchoredCounter(_SpanCounter):
             return
         if now_us >= self._end_us:
             self._start_us, self._end_us, self._used = now_us, now_us + self._window_us, 0
-        self._used += units
+        self._used = min(self._used + units, SATURATED)
 
     def resets_at_us(self, now_us: int) -> int | None:
         return self._end_us if now_us < self._end_us else None
@@ -328,7 +337,7 @@ class CalendarCounter(_SpanCounter):
 
     def add(self, now_us: int, units: int) -> None:
         self._move(now_us)
-        self._used += units
+        self._used = min(self._used + units, SATURATED)
 
     def resets_at_us(self, now_us: int) -> int | None:
         self._move(now_us)
@@ -395,7 +404,10 @@ def calendar_span(unit: str, zone: ZoneInfo, now_us: int) -> tuple[int, int]:
     else:
         day = day.replace(day=1)
         end = (day + timedelta(days=32)).replace(day=1)
-    return _at(day, zone), _at(end, zone)
+    start_us, end_us = _at(day, zone), _at(end, zone)
+    if end_us <= now_us:  # the clock was put back from after midnight to before it: the second midnight ends the day
+        end_us = _at(end.replace(fold=1), zone)
+    return start_us, end_us
 
 
 def _at(wall: datetime, zone: ZoneInfo) -> int:
