@@ -1,0 +1,506 @@
+"""The SQLite store: one file, any number of processes, every commit on the disk before it is acknowledged.
+
+Who does what, and why: the event loop's thread reads single documents and applies batches itself, because each call
+into SQLite gives up the interpreter's lock, and a second thread that wants it back from a busy loop waits for up to
+5 ms each time. What blocks goes to threads: the commit with its fsync and the wait for another process's lock to the
+one writer thread, scans to a few reader threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import re
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import apsw
+
+from ..entity import Collection, Document
+from ..errors import InvalidInput, Problem, StrongroomError, Unavailable
+from ..query import Aggregate, And, Filter, Op, Query, Where
+from ._sql import Codec, json_value, listed
+from ._sqlite_dialect import SqliteDialect, translated
+from ._sqlite_guard import Guarded, Table
+from ._sqlite_schema import JOURNAL_COLUMNS, fit, integrity_problems, make_or_recognise, write_snapshot
+from ._sqlite_writer import Torn, Writer
+from .port import (
+    MAX_CHANGES_PAGE,
+    Batch,
+    Capabilities,
+    ChangesPage,
+    Committed,
+    Health,
+    Record,
+    SchemaChange,
+)
+
+BUSY_TIMEOUT_S = 5.0
+"""How long to wait for the lock of another process before Unavailable."""
+
+MAX_READERS = 4
+"""Scans that run at once, each on a thread and a connection of its own; more wait their turn."""
+
+MAX_GROUP = 512
+MAX_APPLY_S = 0.005
+"""A group commit takes this many batches, or as many as are applied in this time: the loop stands still for it."""
+
+_POINT_TIMEOUT_S = 0.02
+_ROWS_AT_ONCE = 200
+_CURSOR = re.compile(r"[0-9]{1,18}")
+_END = "end"
+_T = TypeVar("_T")
+
+_HEAD = "SELECT seq FROM main.sqlite_sequence WHERE name = '_journal'"
+_CHANGES = (
+    f"WITH page AS MATERIALIZED (SELECT {listed(JOURNAL_COLUMNS)} FROM _journal WHERE sequence > ?1 "
+    "ORDER BY sequence LIMIT ?2) SELECT * FROM page"
+)
+
+
+class _Job(NamedTuple):
+    batch: Batch
+    future: asyncio.Future[Committed]
+
+
+class _Readers:
+    """A few connections for scans, each used by one scan at a time; made when they are first needed."""
+
+    def __init__(self, threads: Executor | None, connect: Callable[[], Guarded], most: int) -> None:
+        self._threads = threads
+        self._connect = connect
+        self._most = most
+        self._slots = asyncio.Semaphore(most)
+        self._free: list[Guarded] = []
+
+    async def rows(self, sql: str, values: Sequence[Any], tenant: str | None) -> list[tuple[Any, ...]]:
+        """The rows of a text that makes them all in its first step, which a thread does. Raises apsw.Error."""
+        await self._slots.acquire()
+        step = asyncio.get_running_loop().run_in_executor(self._threads, self._first_step, sql, values, tenant)
+        try:
+            guarded = await asyncio.shield(step)
+        except asyncio.CancelledError:
+            step.add_done_callback(self._abandon)  # the thread still uses the connection
+            raise
+        except BaseException:
+            self._slots.release()
+            raise
+        try:
+            rows = guarded.cursor.fetchall()
+        except BaseException:
+            guarded.close()
+            raise
+        else:
+            guarded.set_tenant(None)
+            self._free.append(guarded)
+        finally:
+            self._slots.release()
+        return rows
+
+    def _first_step(self, sql: str, values: Sequence[Any], tenant: str | None) -> Guarded:
+        guarded = self._free.pop() if self._free else self._connect()
+        try:
+            guarded.set_tenant(tenant)
+            guarded.execute(sql, values)
+        except BaseException:
+            guarded.close()  # whatever it was, the next scan begins on a new connection
+            raise
+        return guarded
+
+    def _abandon(self, step: asyncio.Future[Guarded]) -> None:
+        self._slots.release()
+        if not step.cancelled() and step.exception() is None:
+            step.result().close()
+
+    async def finish(self) -> None:
+        """Wait for the scans under way; no other will begin."""
+        for _ in range(self._most):
+            await self._slots.acquire()
+
+    def close(self) -> None:
+        for guarded in self._free:
+            guarded.close()
+
+
+class _Session:
+    """The connections made for one set of declarations; `prepare` makes a new one."""
+
+    def __init__(
+        self, path: str, collections: Sequence[Collection], busy_timeout_s: float, threads: Executor | None
+    ) -> None:
+        dialect = SqliteDialect()
+        self._path = path
+        self._busy_timeout_s = busy_timeout_s
+        self.tables: Mapping[str, Table] = {c.name: Table(Codec(c, dialect)) for c in collections}
+        self.points = Guarded(path, self.tables.values(), _POINT_TIMEOUT_S)
+        self.scans = _Readers(threads, lambda: Guarded(path, self.tables.values(), busy_timeout_s), MAX_READERS)
+        self.journal = _Readers(threads, lambda: Guarded(path, (), busy_timeout_s, whole_journal=True), 1)
+        self.writer: Writer | None = None
+
+    def open_writer(self) -> Writer:
+        guarded = Guarded(self._path, self.tables.values(), self._busy_timeout_s, writes=True)
+        self.writer = Writer(self._path, guarded, self.tables)
+        return self.writer
+
+    def drop_writer(self) -> None:
+        """Roll back and let go: after an error of the disk nothing that this connection holds can be trusted, and an
+        fsync that failed must not be tried again on it."""
+        writer, self.writer = self.writer, None
+        if writer is not None:
+            with suppress(apsw.Error):  # the error that led here is the one that is reported
+                writer.roll_back()
+            writer.close()
+
+    async def finish(self) -> None:
+        """Wait for the scans under way. Nothing else may be."""
+        await self.scans.finish()
+        await self.journal.finish()
+
+    def close(self) -> None:
+        """Close every connection. The file's last one takes the write-ahead log over into the database."""
+        self.scans.close()
+        self.journal.close()
+        self.points.close()
+        if self.writer is not None:
+            self.writer.close()
+
+
+class SqliteStore:
+    """The storage port over one SQLite file.
+
+    Beyond the port it offers an operator `integrity`, which reads everything, and `snapshot`, a consistent copy.
+    """
+
+    def __init__(self, path: str, *, busy_timeout_s: float = BUSY_TIMEOUT_S) -> None:
+        self.path = os.path.abspath(path)
+        self._busy_timeout_s = busy_timeout_s
+        self._session: _Session | None = None
+        self._writer_thread: ThreadPoolExecutor | None = None
+        self._reader_threads: ThreadPoolExecutor | None = None
+        self._jobs: deque[_Job] = deque()
+        self._writing = asyncio.Lock()  # held by the group that is being written, and by prepare
+        self._task: asyncio.Task[None] | None = None
+        self._closing = False
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities("sqlite", multi_process=True, persistent=True)
+
+    # --- Opening and closing ---
+
+    async def open(self) -> None:
+        if self._session is not None:
+            return
+        self._writer_thread = ThreadPoolExecutor(1, "strongroom-writer")
+        self._reader_threads = ThreadPoolExecutor(MAX_READERS, "strongroom-reader")
+        try:
+            await self._blocking(make_or_recognise, self.path, self._busy_timeout_s)
+            self._session = await self._blocking(self._new_session, ())
+        except BaseException:
+            self._stop_threads()
+            raise
+        self._closing = False
+
+    async def close(self) -> None:
+        self._closing = True
+        if self._task is not None:
+            await asyncio.wait([self._task])
+        async with self._writing:  # a prepare may be under way
+            session, self._session = self._session, None
+            if session is not None:
+                await session.finish()
+                await self._blocking(session.close)
+            self._stop_threads()
+
+    def _stop_threads(self) -> None:
+        for threads in (self._writer_thread, self._reader_threads):
+            if threads is not None:
+                threads.shutdown(wait=False)
+
+    def _opened(self) -> _Session:
+        if self._session is None:
+            raise Unavailable(f"{self.path}: the store is not open")
+        return self._session
+
+    def _new_session(self, collections: Sequence[Collection]) -> _Session:
+        return _Session(self.path, collections, self._busy_timeout_s, self._reader_threads)
+
+    async def _blocking(self, work: Callable[..., _T], *arguments: Any) -> _T:
+        """Run on the writer's thread. SQLite's errors come back as Strongroom's."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._writer_thread, work, *arguments)
+        except apsw.Error as error:
+            raise translated(error, self.path) from error
+
+    async def prepare(
+        self,
+        collections: Sequence[Collection],
+        *,
+        mode: Literal["apply", "plan"] = "apply",
+        allow_destructive: bool = False,
+    ) -> tuple[SchemaChange, ...]:
+        self._opened()
+        work = functools.partial(
+            fit,
+            self.path,
+            collections,
+            apply=mode == "apply",
+            allow_destructive=allow_destructive,
+            busy_timeout_s=self._busy_timeout_s,
+        )
+        if mode == "plan":
+            return await self._blocking(work)
+        async with self._writing:
+            before = self._opened()
+            changes = await self._blocking(work)
+            self._session = await self._blocking(self._new_session, collections)
+        await before.finish()
+        await self._blocking(before.close)
+        return changes
+
+    # --- Reading ---
+
+    def _table(self, collection: str, tenant: str | None) -> Table:
+        table = self._opened().tables.get(collection)
+        if table is None:
+            raise InvalidInput(f"{collection}: the store was not prepared for this collection")
+        if tenant is None and table.tenant_scoped:
+            raise InvalidInput([Problem("tenant", f"is needed: {collection} belongs to tenants")])
+        return table
+
+    async def get(self, collection: str, tenant: str | None, id: str) -> Document | None:
+        session = self._session
+        table = session.tables.get(collection) if session is not None else None
+        if session is None or table is None or (tenant is None and table.tenant_scoped):
+            table = self._table(collection, tenant)  # raises what is wrong
+            session = self._opened()
+        points = session.points
+        points.set_tenant(tenant)
+        try:
+            rows = points.execute(table.by_id, (id,)).fetchall()
+        except apsw.Error as error:
+            rows = await self._patiently(error, session, table.by_id, (id,), tenant)
+        return table.decode(rows[0]) if rows else None
+
+    async def find(self, collection: str, tenant: str | None, query: Query) -> list[Document]:
+        table = self._table(collection, tenant)
+        session = self._opened()
+        if _is_point(query.where, table.point_fields):
+            select, values = table.points.find(query)
+            points = session.points
+            points.set_tenant(tenant)
+            try:
+                rows = points.execute(select.sql, values).fetchall()
+            except apsw.Error as error:
+                rows = await self._patiently(error, session, select.sql, values, tenant)
+            return [select.decode(row) for row in rows]
+        select, values = table.pages.find(query)
+        return await self._decoded(await self._scan(session.scans, select.sql, values, tenant), select.decode)
+
+    async def aggregate(
+        self, collection: str, tenant: str | None, aggregates: Sequence[Aggregate], where: Filter | None
+    ) -> dict[str, Any]:
+        totals, values = self._table(collection, tenant).points.aggregate(aggregates, where)
+        return totals.read((await self._scan(self._opened().scans, totals.sql, values, tenant))[0])
+
+    async def changes(
+        self, after: str | None, *, tenant: str | None = None, limit: int = MAX_CHANGES_PAGE
+    ) -> ChangesPage:
+        session = self._opened()
+        readers = session.journal if tenant is None else session.scans
+        if after == _END:
+            return ChangesPage((), str(await self._head(readers)))
+        if after is not None and not _CURSOR.fullmatch(after):
+            raise InvalidInput([Problem("after", "is not a cursor of this journal")])
+        position = int(after or 0)
+        rows = await self._scan(readers, _CHANGES, (position, min(limit, MAX_CHANGES_PAGE)), tenant)
+        if not rows and position > await self._head(readers):
+            raise InvalidInput([Problem("after", "lies behind the end of this journal: an older copy was put back")])
+        records = await self._decoded(rows, _record)
+        return ChangesPage(tuple(records), str(records[-1].sequence if records else position))
+
+    async def _head(self, readers: _Readers) -> int:
+        rows = await self._scan(readers, _HEAD, (), None)
+        return rows[0][0] if rows else 0
+
+    async def _scan(
+        self, readers: _Readers, sql: str, values: Sequence[Any], tenant: str | None
+    ) -> list[tuple[Any, ...]]:
+        try:
+            return await readers.rows(sql, values, tenant)
+        except apsw.Error as error:
+            raise translated(error, self.path) from error
+
+    async def _patiently(
+        self, error: apsw.Error, session: _Session, sql: str, values: Sequence[Any], tenant: str | None
+    ) -> list[tuple[Any, ...]]:
+        """The rows after all, if it was only that another process held the file: then a thread waits for it."""
+        if isinstance(error, apsw.BusyError):
+            return await self._scan(session.scans, sql, values, tenant)
+        raise translated(error, self.path) from error
+
+    async def _decoded(self, rows: Sequence[tuple[Any, ...]], decode: Callable[[Sequence[Any]], _T]) -> list[_T]:
+        """The rows decoded, a part at a time, so that a large page does not hold up the loop."""
+        found = [decode(row) for row in rows[:_ROWS_AT_ONCE]]
+        for begin in range(_ROWS_AT_ONCE, len(rows), _ROWS_AT_ONCE):
+            await asyncio.sleep(0)
+            found += map(decode, rows[begin : begin + _ROWS_AT_ONCE])
+        return found
+
+    # --- Writing ---
+
+    def commit(self, batch: Batch) -> Awaitable[Committed]:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Committed] = loop.create_future()
+        if self._closing or self._session is None:
+            future.set_exception(Unavailable(f"{self.path}: the store is not open"))
+            return future
+        self._jobs.append(_Job(batch, future))
+        if self._task is None:
+            self._task = loop.create_task(self._write_all())
+        return future
+
+    async def _write_all(self) -> None:
+        """Write group after group until nothing waits."""
+        group: list[_Job] = []
+        try:
+            while self._jobs:
+                async with self._writing:
+                    while self._jobs and len(group) < MAX_GROUP:
+                        group.append(self._jobs.popleft())
+                    await self._write_group(self._opened(), group)
+                group = []
+                await asyncio.sleep(0)  # who was answered may have more to write, which then joins the next group
+        except BaseException as error:
+            # The loop is being torn down, or memory ran out: what became of the commit is not known.
+            self._closing = True
+            for job in (*group, *self._jobs):
+                _answer(
+                    job, Unavailable(f"{self.path}: writing ended with {type(error).__name__}: open the store again")
+                )
+            raise
+        finally:
+            self._task = None
+
+    async def _write_group(self, session: _Session, group: list[_Job]) -> None:
+        """One transaction for as many of the jobs as its time allows; the others stay queued."""
+        answers: list[Committed | Exception] = []
+        try:
+            writer = await self._begin(session)
+            try:
+                self._apply(writer, group, answers)
+            except Torn as torn:
+                # A part of this one batch is written and cannot be taken back alone: all the others begin again.
+                writer.roll_back()
+                _answer(group.pop(len(answers)), torn.reason)
+                self._jobs.extendleft(reversed(group))
+                return
+            if writer.has_changes:
+                await asyncio.get_running_loop().run_in_executor(self._writer_thread, writer.commit)
+            else:
+                writer.commit()
+        except apsw.Error as error:
+            # All of them: a precondition that failed was judged by a state that never came to be, too.
+            await asyncio.get_running_loop().run_in_executor(self._writer_thread, session.drop_writer)
+            answers = [translated(error, self.path) for _ in group]
+        self._jobs.extendleft(reversed(group[len(answers) :]))
+        for job, answer in zip(group, answers, strict=False):
+            _answer(job, answer)
+
+    async def _begin(self, session: _Session) -> Writer:
+        writer = session.writer
+        if writer is not None:
+            try:
+                writer.begin(0)
+                return writer
+            except apsw.BusyError:
+                pass  # another process is writing: a thread waits for it
+        return await asyncio.get_running_loop().run_in_executor(self._writer_thread, self._begin_patiently, session)
+
+    def _begin_patiently(self, session: _Session) -> Writer:
+        writer = session.writer or session.open_writer()
+        writer.begin(self._busy_timeout_s)
+        return writer
+
+    def _apply(self, writer: Writer, group: Sequence[_Job], answers: list[Committed | Exception]) -> None:
+        until = time.perf_counter() + MAX_APPLY_S
+        for batch, _ in group:
+            try:
+                answers.append(writer.apply(batch))
+            except (apsw.Error, Torn):
+                raise
+            except Exception as error:
+                answers.append(error)
+            if time.perf_counter() > until:
+                return
+
+    # --- For operators ---
+
+    async def check(self) -> Health:
+        began = time.perf_counter()
+        details: dict[str, Any] = {"path": self.path, "sqlite": apsw.sqlite_lib_version(), "queued": len(self._jobs)}
+        try:
+            details["journal"] = await self._head(self._opened().scans)
+        except StrongroomError as error:
+            return Health(False, time.perf_counter() - began, {**details, "problem": error.message})
+        latency_s = time.perf_counter() - began
+        for name, suffix in (("file_bytes", ""), ("wal_bytes", "-wal")):
+            with suppress(OSError):
+                details[name] = os.stat(self.path + suffix).st_size
+        return Health(True, latency_s, details)
+
+    async def integrity(self) -> list[str]:
+        """What is wrong in the file, a sentence each; nothing if it is sound. Reads all of it, which takes its time."""
+        self._opened()
+        return await self._on_a_reader_thread(integrity_problems)
+
+    async def snapshot(self, path: str) -> None:
+        """Write a consistent copy of the store, as it is now, to a file that must not exist. Writes go on meanwhile."""
+        self._opened()
+        await self._on_a_reader_thread(write_snapshot, path)
+
+    async def _on_a_reader_thread(self, work: Callable[..., _T], *arguments: Any) -> _T:
+        run = functools.partial(work, self.path, self._busy_timeout_s, *arguments)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._reader_threads, run)
+        except apsw.Error as error:
+            raise translated(error, self.path) from error
+
+
+def _answer(job: _Job, answer: Committed | Exception) -> None:
+    if job.future.done():  # its caller was cancelled
+        return
+    if isinstance(answer, Exception):
+        job.future.set_exception(answer)
+    else:
+        job.future.set_result(answer)
+
+
+def _is_point(where: Filter | None, point_fields: frozenset[str]) -> bool:
+    """Whether a filter names, at most, the few documents of a key or a unique index."""
+    if isinstance(where, Where):
+        return where.field in point_fields and (where.op is Op.EQ or where.op is Op.IN) and where.value is not None
+    return isinstance(where, And) and any(_is_point(part, point_fields) for part in where.filters)
+
+
+def _record(row: Sequence[Any]) -> Record:
+    sequence, id, tenant, at_us, actor, request_id, action, collection, entity_id, version, before, after = row
+    return Record(
+        id=id,
+        tenant=tenant,
+        at_us=at_us,
+        actor=actor,
+        request_id=request_id,
+        action=action,
+        collection=collection,
+        entity_id=entity_id,
+        before=None if before is None else json_value(before),
+        after=None if after is None else json_value(after),
+        version=version,
+        sequence=sequence,
+    )
