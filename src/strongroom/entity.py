@@ -219,7 +219,7 @@ def problems_of(error: ValidationError, prefix: str = "") -> list[Problem]:
     found = []
     for item in error.errors(include_url=False, include_context=False, include_input=False):
         path = ".".join(str(part) for part in item["loc"])
-        message = item["msg"]
+        message = item["msg"].removeprefix("Value error, ")  # Pydantic's, before what a validator of ours says
         if item["type"] == "extra_forbidden":
             message = "is not a known field"
         elif item["type"] == "missing":
