@@ -1,0 +1,89 @@
+"""The command line: `strongroom …`. One module a noun; here they are put together, and every error becomes a sentence.
+
+Nothing heavy is imported at module level, here or in the nouns' modules: `--help` and completion must answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from ..errors import ConfigError, InvalidInput, StrongroomError
+from . import keys, output
+from .session import DEBUG_VARIABLE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_WRONG_CALL, Interrupted
+
+app = typer.Typer(
+    name="strongroom",
+    help="Strongroom: API keys with exact usage limits, tenant-isolated state and a tamper-evident journal.",
+    epilog="Exit status: 0 done, 1 the work failed, 2 the call is wrong. Settings come from the environment.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # help in plain text: rich would double the time that --help takes
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
+app.add_typer(keys.app, name="keys")
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help=f"Show tracebacks (or set {DEBUG_VARIABLE}=1).", is_eager=True)
+    ] = False,
+) -> None:
+    if version:
+        typer.echo(f"strongroom {__version__}")
+        raise typer.Exit
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit status. Errors are one sentence on standard error (with --json: one
+    document on standard output), never a traceback unless it was asked for."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    as_json = "--json" in given
+    output.make_every_text_printable()
+    try:
+        status = typer.main.get_command(app).main(given, prog_name="strongroom", standalone_mode=False)
+        status = status if isinstance(status, int) else 0
+        if status == EXIT_INTERRUPTED:
+            raise Interrupted
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader has seen enough: `strongroom keys list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except Exception as error:
+        if "--debug" in given or os.environ.get(DEBUG_VARIABLE, "") not in ("", "0"):
+            import traceback
+
+            traceback.print_exc()
+        status, code, message, problems = _explained(error)
+        output.print_error(as_json, code, message, problems)
+        return status
+
+
+def _explained(error: Exception) -> tuple[int, str, str, list[dict[str, str]]]:
+    """Exit status, error code, sentence, and each problem of a wrong call."""
+    if isinstance(error, Interrupted):
+        return EXIT_INTERRUPTED, "interrupted", error.message, []
+    if isinstance(error, StrongroomError):
+        problems = error.problems if isinstance(error, InvalidInput) else ()
+        status = EXIT_WRONG_CALL if isinstance(error, InvalidInput | ConfigError) else EXIT_FAILED
+        return status, error.code, error.message, [{"path": p.path, "message": p.message} for p in problems]
+    if isinstance(error, typer.Abort):
+        return EXIT_FAILED, "aborted", "nothing was done", []
+    if isinstance(error, typer.TyperException):
+        context = getattr(error, "ctx", None)
+        hint = f" (see {context.command_path} --help)" if context is not None else ""
+        message = error.format_message()
+        return error.exit_code, "invalid_input", message.rstrip(".") + hint, []
+    name = type(error).__name__
+    return EXIT_FAILED, "internal", f"{name}: {error} (an error in Strongroom: --debug shows where)", []
+
+
+__all__ = ["app", "main"]

@@ -1,0 +1,406 @@
+"""`strongroom keys …`: issue, list, show, verify, rotate, disable, enable, delete, statistics."""
+
+from __future__ import annotations
+
+import sys
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import InvalidInput, Problem
+from . import output, shortforms
+from .session import EXIT_FAILED, JsonOption, StoreOption, in_store, operator
+
+if TYPE_CHECKING:
+    from ..apikey import NewKey
+    from ..app import Strongroom
+    from ..keys import ApiKey, IssuedKey, KeyStats
+    from ..verification import LimitStatus, Verification
+
+app = typer.Typer(help="Issue, verify and manage API keys.", no_args_is_help=True, rich_markup_mode=None)
+
+IdArgument = Annotated[str, typer.Argument(metavar="ID", help="The key's id, as `keys list` shows it.")]
+ONCE = "Keep this text now: it is not stored and cannot be shown again."
+
+
+@app.command()
+def create(
+    name: Annotated[str, typer.Option("--name", help="What the key is for.")],
+    tenant: Annotated[str, typer.Option("--tenant", help="Whose key it is.")] = "default",
+    user: Annotated[str | None, typer.Option("--user", help="The user it belongs to.")] = None,
+    permission: Annotated[list[str] | None, typer.Option(help="A permission; may be given again.")] = None,
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RESOURCE=AMOUNT/WINDOW", help="A limit, for example tokens=100000/5h; may be given again."
+        ),
+    ] = None,
+    expires: Annotated[
+        str | None, typer.Option(metavar="TIME", help="When it ends: 2027-01-01T00:00:00Z, or 30d from now.")
+    ] = None,
+    allow_ip: Annotated[
+        list[str] | None,
+        typer.Option(metavar="RANGE", help="An address or range it may be used from; may be given again."),
+    ] = None,
+    metadata: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="A note on the key; may be given again.")
+    ] = None,
+    prefix: Annotated[str | None, typer.Option(help="What the text begins with (default: sr).")] = None,
+    idempotency_key: Annotated[
+        str | None, typer.Option(help="The same call again with this text gives the same key (within a day).")
+    ] = None,
+    store: StoreOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Make a key and print its text, once.
+
+    \b
+    strongroom keys create --name "billing worker" --tenant acme --permission chat:write \\
+        --limit tokens=100000/5h --limit requests=60/60s --expires 90d
+
+    \b
+    Limits are RESOURCE=AMOUNT/WINDOW, and all of them hold:
+        tokens=100000/5h                          the last five hours (rolling)
+        tokens=100000/anchored:5h                 five hours from the first use
+        cost=25.50/calendar:month@Europe/Berlin   the calendar month there
+        requests=1000/total                       for ever
+    """
+    new = _new_key(
+        name=name,
+        tenant=tenant,
+        user_id=user,
+        permissions=permission or [],
+        limits=limit or [],
+        expires_at=expires,
+        allowed_ips=allow_ip or [],
+        metadata=metadata or [],
+        prefix=prefix,
+    )
+    issued = in_store(store, lambda room: room.keys.create(new, context=operator(), idempotency_key=idempotency_key))
+    _print_issued(issued, json)
+
+
+@app.command("list")
+def list_keys(
+    tenant: Annotated[str | None, typer.Option("--tenant", help="Only this tenant's keys.")] = None,
+    user: Annotated[str | None, typer.Option("--user", help="Only this user's keys.")] = None,
+    limit: Annotated[int, typer.Option(help="At most this many (1 to 1000).")] = 100,
+    cursor: Annotated[str | None, typer.Option(help="Where the page before ended.")] = None,
+    store: StoreOption = None,
+    json: JsonOption = False,
+) -> None:
+    """List keys, newest first.
+
+    \b
+    strongroom keys list --tenant acme
+    """
+    page = in_store(store, lambda room: room.keys.list(tenant=tenant, user_id=user, limit=limit, cursor=cursor))
+    if json:
+        output.print_json({"items": [key_view(key) for key in page.items], "next_cursor": page.next_cursor})
+        return
+    now = datetime.now(UTC)
+    rows = [
+        (key.id, key.tenant, key.name, key.display, _state(key, now), output.moment(key.expires_at), _limits(key))
+        for key in page.items
+    ]
+    output.print_table(("ID", "TENANT", "NAME", "KEY", "STATE", "EXPIRES", "LIMITS"), rows, "there are no keys")
+    if page.next_cursor is not None:
+        output.print_note(f"there are more: --cursor {page.next_cursor}")
+
+
+@app.command()
+def show(id: IdArgument, store: StoreOption = None, json: JsonOption = False) -> None:
+    """Show a key.
+
+    \b
+    strongroom keys show key_0199f3c2…
+    """
+    _print_key(in_store(store, lambda room: room.keys.get(id)), json)
+
+
+@app.command()
+def verify(
+    key: Annotated[
+        str, typer.Argument(metavar="[KEY]", help="The key's text; - (the default) reads a line of standard input.")
+    ] = "-",
+    cost: Annotated[
+        list[str] | None,
+        typer.Option(metavar="RESOURCE=AMOUNT", help="What it is used for (default: requests=1); may be given again."),
+    ] = None,
+    permission: Annotated[str | None, typer.Option(help="A permission it must have.")] = None,
+    ip: Annotated[str | None, typer.Option("--ip", help="The address it is used from.")] = None,
+    tenant: Annotated[str | None, typer.Option("--tenant", help="Only a key of this tenant will do.")] = None,
+    store: StoreOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Verify a key as a service would, and debit its limits. Exit status 1 if it is not valid.
+
+    What stands on a command line can be seen by every user of the machine: pass the text on standard input.
+
+    \b
+    strongroom keys verify --cost tokens=250 --permission chat:write < key.txt
+    """
+    text = _asked_for("Key: ") if key == "-" else key
+    problems: list[Problem] = []
+    pairs = shortforms.each("cost", cost or [], _cost, problems).values()
+    if problems:
+        raise InvalidInput(problems)
+    answer = in_store(
+        store,
+        lambda room: room.keys.verify(
+            text, cost=dict(pairs) if pairs else None, permission=permission, ip=ip, tenant=tenant
+        ),
+    )
+    _print_answer(answer, json)
+    if not answer.valid:
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def rotate(
+    id: IdArgument,
+    overlap: Annotated[
+        str, typer.Option(metavar="DURATION", help="How long the old text works on, for example 1h.")
+    ] = "0s",
+    idempotency_key: Annotated[
+        str | None, typer.Option(help="The same call again with this text gives the same key (within a day).")
+    ] = None,
+    store: StoreOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Give a key a new text and print it, once. Id, limits and usage stay.
+
+    \b
+    strongroom keys rotate key_0199f3c2… --overlap 1h
+    """
+    problems: list[Problem] = []
+    overlap_s = shortforms.one("overlap", overlap, shortforms.seconds, problems)
+    if overlap_s is None:
+        raise InvalidInput(problems)
+    issued = in_store(
+        store,
+        lambda room: room.keys.rotate(id, overlap_s=overlap_s, context=operator(), idempotency_key=idempotency_key),
+    )
+    _print_issued(issued, json)
+
+
+@app.command()
+def disable(id: IdArgument, store: StoreOption = None, json: JsonOption = False) -> None:
+    """Refuse a key from now on; `enable` takes it back.
+
+    \b
+    strongroom keys disable key_0199f3c2…
+    """
+    _print_key(in_store(store, lambda room: room.keys.disable(id, context=operator())), json)
+
+
+@app.command()
+def enable(id: IdArgument, store: StoreOption = None, json: JsonOption = False) -> None:
+    """Accept a disabled key again.
+
+    \b
+    strongroom keys enable key_0199f3c2…
+    """
+    _print_key(in_store(store, lambda room: room.keys.enable(id, context=operator())), json)
+
+
+@app.command()
+def delete(
+    id: IdArgument,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    store: StoreOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Remove a key and its usage, for good. `disable` can be taken back.
+
+    Asks first; without a terminal, --yes is needed.
+
+    \b
+    strongroom keys delete key_0199f3c2… --yes
+    """
+    if not yes and (json or not sys.stdin.isatty()):
+        raise InvalidInput([Problem("yes", "removing a key cannot be undone: confirm it with --yes")])
+
+    async def remove(room: Strongroom) -> ApiKey:
+        key = await room.keys.get(id)
+        if not yes:
+            typer.confirm(
+                f"Remove {key.id}, {output.shown(key.name)!r} of {output.shown(key.tenant)!r}, and its usage?",
+                abort=True,
+                err=True,
+            )
+        await room.keys.delete(id, context=operator())
+        return key
+
+    key = in_store(store, remove)
+    if json:
+        output.print_json({"deleted": key.id})
+    else:
+        output.print_line(f"removed {key.id} ({key.name})")
+
+
+@app.command()
+def stats(id: IdArgument, store: StoreOption = None, json: JsonOption = False) -> None:
+    """Show what a key has used: each limit's window, and lifetime totals.
+
+    \b
+    strongroom keys stats key_0199f3c2…
+    """
+    found = in_store(store, lambda room: room.keys.stats(id))
+    if json:
+        output.print_json(stats_view(found))
+        return
+    key = found.key
+    fields = [
+        ("id", key.id),
+        ("name", key.name),
+        ("state", "expired" if found.expired else _state(key, datetime.now(UTC))),
+        ("uses", str(found.count)),
+        ("last used", output.moment(found.last_used_at)),
+        *((f"total {name}", str(amount)) for name, amount in found.totals.items()),
+    ]
+    output.print_fields(fields)
+    _print_limits(found.limits)
+
+
+# --- Reading the call -----------------------------------------------------------------------------------------
+
+
+def _new_key(**given: Any) -> NewKey:
+    """The key that the options describe. InvalidInput names everything that is wrong with them at once."""
+    from ..apikey import NewKey, parse
+
+    problems: list[Problem] = []
+    fields = {name: value for name, value in given.items() if value is not None}
+    limits = shortforms.each("limits", given["limits"], shortforms.limit, problems)
+    fields["limits"] = list(limits.values())
+    pairs = shortforms.each("metadata", given["metadata"], shortforms.pair, problems).values()
+    fields["metadata"] = {name: shortforms.metadata_value(value) for name, value in pairs}
+    if given["expires_at"] is not None:
+        now = datetime.now(UTC)
+        fields["expires_at"] = shortforms.one(
+            "expires_at", given["expires_at"], lambda text: shortforms.moment(text, now), problems
+        )
+    try:
+        new = parse(NewKey, fields)
+    except InvalidInput as error:
+        raise InvalidInput([*problems, *(_as_given(problem, list(limits)) for problem in error.problems)]) from None
+    if problems:
+        raise InvalidInput(problems)
+    return new
+
+
+def _as_given(problem: Problem, positions: list[int]) -> Problem:
+    """A problem of the limits that could be read, counted among those that were given."""
+    parts = problem.path.split(".")
+    if parts[0] == "limits" and len(parts) > 1 and parts[1].isdecimal():
+        parts[1] = str(positions[int(parts[1])])
+    return Problem(".".join(parts), problem.message)
+
+
+def _cost(text: str) -> tuple[str, Any]:
+    name, value = shortforms.pair(text)
+    return name, shortforms.amount(value)
+
+
+def _asked_for(prompt: str) -> str:
+    """A line of standard input; at a terminal it is asked for and not echoed."""
+    if sys.stdin.isatty():
+        import getpass
+
+        return getpass.getpass(prompt, stream=sys.stderr)
+    return sys.stdin.readline().rstrip("\r\n")
+
+
+# --- Printing -------------------------------------------------------------------------------------------------
+
+
+def key_view(key: ApiKey) -> dict[str, Any]:
+    """A key as JSON shows it, here as over HTTP: everything but its hashes."""
+    return key.model_dump(exclude={"hash", "previous_hash", "sealed"})
+
+
+def stats_view(found: KeyStats) -> dict[str, Any]:
+    return {
+        "key": key_view(found.key),
+        "expired": found.expired,
+        "count": found.count,
+        "last_used_at": found.last_used_at,
+        "totals": found.totals,
+        "limits": found.limits,
+    }
+
+
+def _print_issued(issued: IssuedKey, json: bool) -> None:
+    if json:
+        output.print_json({**key_view(issued.key), "key": issued.text})
+        return
+    _print_key(issued.key, json)
+    output.print_line(f"key       {issued.text}")
+    output.print_note(ONCE)
+
+
+def _print_key(key: ApiKey, json: bool) -> None:
+    if json:
+        output.print_json(key_view(key))
+        return
+    fields = [
+        ("id", key.id),
+        ("tenant", key.tenant),
+        ("name", key.name),
+        ("shown as", key.display),
+        ("state", _state(key, datetime.now(UTC))),
+        ("user", key.user_id or ""),
+        ("permissions", " ".join(key.permissions)),
+        ("limits", _limits(key)),
+        ("addresses", " ".join(key.allowed_ips)),
+        ("metadata", str(key.metadata) if key.metadata else ""),
+        ("created", output.moment(key.created_at)),
+        ("expires", output.moment(key.expires_at)),
+        ("old text until", output.moment(key.previous_until, "")),
+    ]
+    output.print_fields([(name, value) for name, value in fields if value])
+
+
+def _print_answer(answer: Verification, json: bool) -> None:
+    if json:
+        output.print_json(answer)
+        return
+    fields = [
+        ("code", answer.code),
+        ("why", answer.message or ""),
+        ("id", answer.key_id or ""),
+        ("tenant", answer.tenant or ""),
+        ("user", answer.user_id or ""),
+        ("permissions", " ".join(answer.permissions)),
+        ("retry after", f"{answer.retry_after_s:.3f} s" if answer.retry_after_s is not None else ""),
+    ]
+    output.print_fields([(name, value) for name, value in fields if value])
+    _print_limits(answer.limits)
+
+
+def _print_limits(limits: list[LimitStatus]) -> None:
+    if not limits:
+        return
+    output.print_line()
+    rows = [
+        (
+            s.resource,
+            shortforms.show_window(s.window),
+            str(s.used),
+            str(s.limit),
+            str(s.remaining),
+            output.moment(s.resets_at, ""),
+        )
+        for s in limits
+    ]
+    output.print_table(("RESOURCE", "WINDOW", "USED", "LIMIT", "REMAINING", "FREES FROM"), rows, "")
+
+
+def _limits(key: ApiKey) -> str:
+    return " ".join(shortforms.show_limit(limit.model_dump()) for limit in key.limits)
+
+
+def _state(key: ApiKey, now: datetime) -> str:
+    return "disabled" if not key.enabled else "expired" if key.is_expired(now) else "active"

@@ -1,0 +1,122 @@
+"""What commands print: tables and fields for people, one JSON document for programs, errors, progress."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Any
+
+Rows = Sequence[Sequence[str]]
+
+
+def make_every_text_printable() -> None:
+    """On a terminal of another encoding, a name that it cannot show must not end the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+# --- For programs ---------------------------------------------------------------------------------------------
+
+
+def print_json(value: Any) -> None:
+    """One document: plain values, dataclass-like structs, times, exact decimals as numbers."""
+    import msgspec
+
+    encoded = msgspec.json.format(msgspec.json.Encoder(decimal_format="number").encode(value)).decode()
+    encoding = (sys.stdout.encoding or "utf-8").lower().replace("-", "")
+    if encoding != "utf8":
+        encoded = "".join(c if c.isascii() else json.dumps(c)[1:-1] for c in encoded)
+    sys.stdout.write(encoded + "\n")
+
+
+def print_error(as_json: bool, code: str, message: str, problems: Sequence[Mapping[str, str]] = ()) -> None:
+    """With --json a document on standard output; else a sentence on standard error, each of several problems a line."""
+    if as_json:
+        print_json({"error": {"code": code, "message": message, "errors": problems}})
+        return
+    if len(problems) < 2:
+        print_note(f"strongroom: {message}")
+        return
+    print_note(f"strongroom: {len(problems)} things are wrong:")
+    for problem in problems:
+        print_note(f"  {problem['path']}: {problem['message']}" if problem["path"] else f"  {problem['message']}")
+
+
+# --- For people -----------------------------------------------------------------------------------------------
+
+
+def print_line(text: str = "") -> None:
+    sys.stdout.write(shown(text) + "\n")
+
+
+def print_note(text: str) -> None:
+    """A line on standard error: what is said about the work, beside its result."""
+    sys.stderr.write(shown(text) + "\n")
+
+
+def shown(text: str) -> str:
+    """A text without what would move a terminal's cursor or colour it: names come from anyone."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
+def moment(value: datetime | None, absent: str = "never") -> str:
+    return absent if value is None else value.isoformat(sep=" ", timespec="seconds").replace("+00:00", "Z")
+
+
+def print_fields(fields: Sequence[tuple[str, str]]) -> None:
+    """Names and values, one a line, aligned."""
+    width = max((_cells(name) for name, _ in fields), default=0)
+    for name, value in fields:
+        print_line(f"{name}{' ' * (width - _cells(name))}  {value}".rstrip())
+
+
+def print_table(columns: Sequence[str], rows: Rows, empty: str) -> None:
+    """A table: drawn by Rich on a terminal, else plain aligned columns."""
+    if not rows:
+        print_note(empty)
+        return
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for column in columns:
+            table.add_column(column, overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(shown(cell)) for cell in row))
+        Console().print(table)
+        return
+    cells = [list(columns), *([shown(cell) for cell in row] for row in rows)]
+    widths = [max(_cells(row[i]) for row in cells) for i in range(len(columns))]
+    for row in cells:
+        line = "  ".join(cell + " " * (width - _cells(cell)) for cell, width in zip(row, widths, strict=True))
+        sys.stdout.write(line.rstrip() + "\n")
+
+
+def _cells(text: str) -> int:
+    """The columns a text takes: East Asian wide characters take two, combining marks none."""
+    if text.isascii():
+        return len(text)
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Progress on standard error where that is a terminal: the function takes what is done and how much there is."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

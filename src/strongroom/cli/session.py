@@ -1,0 +1,82 @@
+"""What commands share when they work on a store: its settings, opening it, who acts, and how a stop is told."""
+
+from __future__ import annotations
+
+import asyncio
+import getpass
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+from ..errors import StrongroomError
+
+if TYPE_CHECKING:
+    from ..app import Strongroom
+    from ..context import Context
+
+EXIT_FAILED = 1
+EXIT_WRONG_CALL = 2
+EXIT_INTERRUPTED = 130
+DEBUG_VARIABLE = "STRONGROOM_DEBUG"
+
+StoreOption = Annotated[
+    str | None,
+    typer.Option(
+        "--store", metavar="URL", help="The store (default: STRONGROOM_STORE, else sqlite:///data/strongroom.db)."
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, nothing else.")]
+TenantOption = Annotated[str, typer.Option("--tenant", help="The tenant.")]
+
+T = TypeVar("T")
+
+
+class Interrupted(StrongroomError):
+    """Stopped. What was committed before stays, nothing is half done."""
+
+    code = "interrupted"
+
+
+def in_store(store: str | None, work: Callable[[Strongroom], Awaitable[T]]) -> T:
+    """Open the store, do the work, close it. Raises what both raise, and Interrupted on Ctrl-C."""
+    from ..app import Strongroom
+
+    url, peppers = _configured(store)
+
+    async def opened() -> T:
+        async with Strongroom.open(url, peppers=peppers) as room:
+            return await work(room)
+
+    return run(opened)
+
+
+def run(work: Callable[[], Awaitable[T]]) -> T:
+    """Run asynchronous work to its end. Raises Interrupted on Ctrl-C, after everything it opened was closed."""
+
+    async def entered() -> T:
+        return await work()
+
+    try:
+        return asyncio.run(entered())
+    except KeyboardInterrupt:
+        raise Interrupted from None
+
+
+def operator() -> Context:
+    """The context of who sits at the command line: an administrator, named in the journal by the login name."""
+    from ..context import system_context
+
+    try:
+        name = getpass.getuser()
+    except (OSError, KeyError):  # no such user in this container
+        name = "unknown"
+    return system_context(actor=f"cli:{name}")
+
+
+def _configured(store: str | None) -> tuple[str, tuple[str, ...]]:
+    import os
+
+    from ..app import DEFAULT_STORE
+
+    return store or os.environ.get("STRONGROOM_STORE") or DEFAULT_STORE, ()

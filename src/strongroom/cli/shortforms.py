@@ -1,0 +1,140 @@
+"""What is written short on the command line, read into what the library takes: limits, costs, metadata, times. Pure.
+
+tokens=100000/5h                             rolling: the last five hours
+requests=60/60s
+tokens=100000/anchored:5h                    five hours from the first use
+cost=25.50/calendar:month@Europe/Berlin      the calendar month there (without @: UTC)
+requests=1000/total                          no window
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Any, TypeVar
+
+from ..errors import Problem
+
+T = TypeVar("T")
+SECONDS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
+_DURATION = re.compile(r"([0-9]{1,12})([smhdw])")
+_AMOUNT = re.compile(r"[0-9]{1,30}(\.[0-9]{1,30})?")
+LIMIT_FORM = "expected for example tokens=100000/5h, requests=60/60s, cost=25.50/calendar:month@Europe/Berlin"
+
+
+def limit(text: str) -> dict[str, Any]:
+    """`RESOURCE=AMOUNT/WINDOW` as the fields of a Limit. ValueError with what was found and expected."""
+    resource, equals, rest = text.partition("=")
+    number, slash, form = rest.partition("/")
+    if not (equals and slash and resource and form):
+        raise ValueError(f"found {text!r}, {LIMIT_FORM}")
+    return {"resource": resource, "limit": amount(number), "window": window(form)}
+
+
+def window(text: str) -> dict[str, Any]:
+    """`5h`, `rolling:5h`, `anchored:5h`, `calendar:UNIT[@ZONE]` or `total` as the fields of a window."""
+    kind, colon, rest = text.partition(":")
+    if text == "total":
+        return {"kind": "total"}
+    if not colon:
+        return {"kind": "rolling", "seconds": seconds(text)}
+    if kind in ("rolling", "anchored"):
+        return {"kind": kind, "seconds": seconds(rest)}
+    if kind == "calendar":
+        unit, _, zone = rest.partition("@")
+        return {"kind": "calendar", "unit": unit, "timezone": zone or "UTC"}
+    raise ValueError(f"found the window {text!r}, expected 5h, anchored:5h, calendar:day@Europe/Berlin or total")
+
+
+def seconds(text: str) -> int:
+    """`90s`, `5m`, `5h`, `30d`, `2w` as seconds."""
+    match = _DURATION.fullmatch(text)
+    if match is None:
+        raise ValueError(f"found the duration {text!r}, expected a number and s, m, h, d or w, for example 5h")
+    return int(match[1]) * SECONDS[match[2]]
+
+
+def amount(text: str) -> int | Decimal:
+    """A number that is not negative, exact."""
+    if not _AMOUNT.fullmatch(text):
+        raise ValueError(f"found the amount {text!r}, expected a number such as 100000 or 25.50")
+    return Decimal(text) if "." in text else int(text)
+
+
+def moment(text: str, now: datetime) -> datetime:
+    """A time with a zone (`2027-01-01T00:00:00Z`), or how long from now (`30d`)."""
+    if _DURATION.fullmatch(text):
+        try:
+            return (now + timedelta(seconds=seconds(text))).replace(microsecond=0)
+        except OverflowError:
+            raise ValueError(f"found {text!r}, which is past the year 9999") from None
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        raise ValueError(f"found {text!r}, expected a time such as 2027-01-01T00:00:00Z, or 30d from now") from None
+    if found.utcoffset() is None:
+        raise ValueError(f"found {text!r}, a time without a zone: add Z for UTC")
+    return found.astimezone(UTC)
+
+
+def pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (equals and name):
+        raise ValueError(f"found {text!r}, expected NAME=VALUE")
+    return name, value
+
+
+def metadata_value(text: str) -> Any:
+    """JSON where it is JSON (`3`, `true`, `["a"]`), else the text as it is."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def each(path: str, texts: Iterable[str], read: Callable[[str], T], problems: list[Problem]) -> dict[int, T]:
+    """Every text read, by its position; what is wrong with one goes to `problems`, so that all are told at once."""
+    found = {}
+    for index, text in enumerate(texts):
+        try:
+            found[index] = read(text)
+        except ValueError as error:
+            problems.append(Problem(f"{path}.{index}", str(error)))
+    return found
+
+
+def one(path: str, text: str, read: Callable[[str], T], problems: list[Problem]) -> T | None:
+    """As `each`, for one text; None if it is wrong."""
+    try:
+        return read(text)
+    except ValueError as error:
+        problems.append(Problem(path, str(error)))
+        return None
+
+
+def show_limit(limit: Mapping[str, Any]) -> str:
+    """The fields of a Limit in the short form."""
+    return f"{limit['resource']}={limit['limit']}/{show_window(limit['window'])}"
+
+
+def show_window(window: Mapping[str, Any]) -> str:
+    match window["kind"]:
+        case "rolling":
+            return show_seconds(window["seconds"])
+        case "anchored":
+            return f"anchored:{show_seconds(window['seconds'])}"
+        case "calendar":
+            zone = "" if window["timezone"] == "UTC" else f"@{window['timezone']}"
+            return f"calendar:{window['unit']}{zone}"
+        case _:
+            return "total"
+
+
+def show_seconds(count: int) -> str:
+    for unit in ("w", "d", "h", "m"):
+        if count % SECONDS[unit] == 0:
+            return f"{count // SECONDS[unit]}{unit}"
+    return f"{count}s"
