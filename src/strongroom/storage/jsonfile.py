@@ -760,8 +760,7 @@ class JsonStore:
         try:
             if draft.changed:
                 await self._write(draft)
-                self._state = draft.adopted()
-            self._declared = draft.declared
+            self._state, self._declared = draft.adopted(), draft.declared
         except Unavailable as error:
             # All of them: a failed precondition too was judged by a state that never came to be.
             answers = [type(error)(error.message) for _ in jobs]
