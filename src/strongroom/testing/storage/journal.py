@@ -1,0 +1,223 @@
+"""The journal: in commit order, complete, and never with a record behind a cursor that was given out."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import defaultdict
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ...entity import Document
+from ...errors import AlreadyExists, Conflict, InvalidInput
+from ...storage.port import MAX_CHANGES_PAGE, Add, Append, Check, Create, Delete, Patch, Put, Record, Store
+from ...values import INT64_MAX
+from .backend import StorageSuite, examples
+from .samples import HOSTILE_NAMES, NOW, batch, documents, identical, item, record, shared
+
+PATIENCE_S = 20
+
+
+async def tail(
+    store: Store, count: int, *, after: str | None = None, tenant: str | None = None, limit: int = MAX_CHANGES_PAGE
+) -> tuple[list[Record], str]:
+    """Follow the journal until `count` records have come; gives them and the cursor behind them.
+
+    A backend may show a record a moment after its commit was acknowledged, so this waits; but not for ever.
+    """
+    found: list[Record] = []
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            page = await store.changes(after, tenant=tenant, limit=limit)
+            assert len(page.records) <= limit
+            found += page.records
+            after = page.cursor
+            if len(found) >= count:
+                return found, after
+            await asyncio.sleep(0 if page.records else 0.002)
+
+
+class TestJournal(StorageSuite):
+    async def test_a_record_comes_back_as_it_was_given_with_its_sequence(self, store: Store) -> None:
+        given = [
+            record("full", before={"a": 1, "$": [b"x", None]}, after={"a": 1.0, "b": {"$bytes": "x"}}, version=7),
+            record("bare", None),
+            record("later", at_us=INT64_MAX, actor="key:k'\"", request_id="é", action="denied", collection="secret"),
+            *(record(name, name, id=name, actor=name) for name in HOSTILE_NAMES),
+        ]
+        committed = await store.commit(batch("acme", *(Append(one) for one in given)))
+        assert committed.versions == (0,) * len(given)
+        found, _ = await tail(store, len(given))
+        sequences = [one.sequence for one in found]
+        assert sequences == sorted(set(sequences))
+        assert min(sequences) > 0
+        assert committed.sequence == sequences[-1]
+        for one, expected in zip(found, given, strict=True):
+            assert replace(one, sequence=0) == expected
+            assert identical([one.before, one.after], [expected.before, expected.after])
+
+    @examples(2)
+    @given(before=st.none() | documents, after=st.none() | documents)
+    async def test_any_document_fits_into_a_record(
+        self, store: Store, before: Document | None, after: Document | None
+    ) -> None:
+        cursor = (await store.changes("end")).cursor
+        await store.commit(batch("acme", Append(record(before=before, after=after))))
+        (found,), _ = await tail(store, 1, after=cursor)
+        assert identical([found.before, found.after], [before, after]), found
+
+    async def test_a_record_takes_the_version_of_its_operation(self, store: Store) -> None:
+        committed = await store.commit(
+            batch(
+                "acme",
+                Append(record("none")),
+                Create("items", "x", item()),
+                Append(record("create"), of=1),
+                Put("items", "x", item("put")),
+                Append(record("put"), of=3),
+                Patch("items", "x", {"label": "patched"}),
+                Add("items", "x", "used", 1),
+                Append(record("add"), of=6),
+                Append(record("patch"), of=5),
+                Append(record("own", version=99)),
+            )
+        )
+        found, _ = await tail(store, 6)
+        versions = {one.entity_id: one.version for one in found}
+        expected = {"none": None, "create": NOW, "put": NOW + 1, "add": NOW + 3, "patch": NOW + 2, "own": 99}
+        assert versions == expected
+        assert committed.sequence == found[-1].sequence
+
+    async def test_a_failed_batch_leaves_no_record(self, store: Store) -> None:
+        await store.commit(batch("acme", Create("items", "x", item()), Append(record("1"), 0)))
+        for _ in range(3):
+            with pytest.raises(AlreadyExists):
+                await store.commit(batch("acme", Append(record("lie")), Create("items", "x", item())))
+        await store.commit(batch("acme", Append(record("2"))))
+        found, _ = await tail(store, 2)
+        assert [one.entity_id for one in found] == ["1", "2"]
+
+    async def test_a_cursor_continues_where_it_stands(self, store: Store) -> None:
+        for n in range(10):
+            await store.commit(batch("acme", Append(record(f"{n}-a")), Append(record(f"{n}-b"))))
+        everything, end = await tail(store, 20)
+        by_threes, last = await tail(store, 20, limit=3)
+        assert by_threes == everything
+        for cursor in (end, last):
+            page = await store.changes(cursor)
+            assert page.records == ()
+            assert (await store.changes(page.cursor)).records == ()
+        page = await store.changes(None, limit=7)
+        for _ in range(2):  # a cursor can be used again
+            assert (await store.changes(page.cursor, limit=5)).records == tuple(everything[7:12])
+
+    async def test_end_is_the_present_end(self, store: Store) -> None:
+        empty = await store.changes("end")
+        assert empty.records == ()
+        await store.commit(batch("acme", Append(record("1"))))
+        found, _ = await tail(store, 1, after=empty.cursor)
+        assert [one.entity_id for one in found] == ["1"]
+        end = await store.changes("end")
+        assert end.records == ()
+        await store.commit(batch("acme", Append(record("2"))))
+        found, _ = await tail(store, 1, after=end.cursor)
+        assert [one.entity_id for one in found] == ["2"]
+
+    async def test_the_beginning_of_an_empty_journal_is_a_cursor_too(self, store: Store) -> None:
+        page = await store.changes(None)
+        assert page.records == ()
+        await store.commit(batch("acme", Append(record("1"))))
+        found, _ = await tail(store, 1, after=page.cursor)
+        assert [one.entity_id for one in found] == ["1"]
+
+    @pytest.mark.parametrize(
+        "cursor", ["", " ", "nonsense", "-1", "1.5", "None", "END", "' OR 1=1 --", "é", "9" * 100, "\x00"]
+    )
+    async def test_what_is_not_a_cursor_is_refused(self, store: Store, cursor: str) -> None:
+        with pytest.raises(InvalidInput):
+            await store.changes(cursor)
+
+    async def test_each_tenant_has_its_part_of_it(self, store: Store) -> None:
+        names = ["acme", "other", None]
+        for n in range(30):
+            name = names[n % 3]
+            await store.commit(batch("acme", Append(record(f"{n}", name))))
+        for name in ("acme", "other"):
+            found, cursor = await tail(store, 10, tenant=name, limit=4)
+            assert [(one.entity_id, one.tenant) for one in found] == [
+                (f"{n}", name) for n in range(30) if names[n % 3] == name
+            ]
+            assert (await store.changes(cursor, tenant=name)).records == ()
+        assert (await store.changes(None, tenant="nobody")).records == ()
+        everything, _ = await tail(store, 30)
+        assert [one.entity_id for one in everything] == [f"{n}" for n in range(30)]
+
+    @pytest.mark.parametrize("seed", [1, 2])
+    async def test_followers_miss_nothing_and_see_nothing_twice_while_many_write(self, store: Store, seed: int) -> None:
+        """Small batches race large ones, some fail; followers begin at the start, at the end and in the middle."""
+        writers, rounds = 8, 15
+        await store.commit(batch(None, Create("shared", "lock", shared())))
+        committed: dict[str, list[str]] = defaultdict(list)
+        sequences: dict[str, int] = {}
+        done = asyncio.Event()
+
+        async def write(writer: int) -> None:
+            randoms = random.Random(1_000 * seed + writer)
+            tenant = f"tenant-{writer % 2}"
+            for n in range(rounds):
+                size = randoms.choice([1, 1, 2, 20])
+                names = [f"{writer}/{n}/{k}" for k in range(size)]
+                operations = [Append(record(name, tenant)) for name in names]
+                fails = randoms.random() < 0.2
+                check = Check("shared", "lock", 0) if fails else Put("items", f"{writer}", item(f"{n}"))
+                try:
+                    answer = await store.commit(batch(tenant, *operations, check))
+                except Conflict:
+                    assert fails
+                    continue
+                assert answer.sequence is not None
+                sequences[names[-1]] = answer.sequence
+                committed[tenant] += names
+
+        async def follow(tenant: str | None, limit: int, start: str | None) -> list[Record]:
+            seen: list[Record] = []
+            cursor = start
+            async with asyncio.timeout(PATIENCE_S):
+                while True:
+                    wanted = [name for t, names in committed.items() if tenant in (None, t) for name in names]
+                    if done.is_set() and len(seen) >= len(wanted):
+                        break
+                    page = await store.changes(cursor, tenant=tenant, limit=limit)
+                    seen += page.records
+                    cursor = page.cursor
+                    await asyncio.sleep(0)
+            return seen
+
+        async with asyncio.TaskGroup() as tasks:
+            followers = [
+                (tenant, tasks.create_task(follow(tenant, limit, None)))
+                for tenant, limit in ((None, 1000), (None, 7), ("tenant-0", 5), ("tenant-1", 1000))
+            ]
+            await asyncio.gather(*(write(n) for n in range(writers)))
+            done.set()
+        assert sum(map(len, committed.values())) > 200
+        for tenant, follower in followers:
+            seen = follower.result()
+            expected = [name for t, names in committed.items() if tenant in (None, t) for name in names]
+            order = [one.sequence for one in seen]
+            assert order == sorted(set(order)), "out of order, or twice"
+            assert sorted(one.entity_id for one in seen) == sorted(expected)
+            for writer in range(writers):  # each writer awaits its commits, so its records are in its order
+                own = [name for name in expected if name.startswith(f"{writer}/")]
+                assert [one.entity_id for one in seen if one.entity_id.startswith(f"{writer}/")] == own
+            for one in seen:
+                assert sequences.get(one.entity_id, one.sequence) == one.sequence
+
+    async def test_deleting_what_a_record_tells_of_leaves_the_record(self, store: Store) -> None:
+        await store.commit(batch("acme", Create("items", "x", item()), Append(record("x"), 0)))
+        await store.commit(batch("acme", Delete("items", "x"), Append(record("x", action="delete"), 0)))
+        found, _ = await tail(store, 2)
+        assert [one.action for one in found] == ["create", "delete"]

@@ -1,0 +1,132 @@
+"""Opening, closing and opening again: what was committed is there, and what came before is not repeated."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from ...errors import AlreadyExists, BoundExceeded, StrongroomError
+from ...query import Query
+from ...storage.port import Add, Append, Create, Delete, Patch, Store
+from .backend import Backend
+from .journal import tail
+from .preconditions import refused
+from .samples import COLLECTIONS, EDGES, NOW, batch, identical, item, record, sample, shared
+
+
+async def prepared(backend: Backend, url: str) -> Store:
+    store = await backend.open(url)
+    await store.prepare(COLLECTIONS)
+    return store
+
+
+class TestReopening:
+    async def test_what_was_committed_is_there_again(self, backend: Backend) -> None:
+        url = backend.new_url()
+        store = await prepared(backend, url)
+        persistent = store.capabilities.persistent
+        for name, values in EDGES.items():
+            await store.commit(
+                batch("acme", *(Create("samples", f"{name}-{n}", sample(**{name: v})) for n, v in enumerate(values)))
+            )
+        await store.commit(batch("é/'", Create("items", "a/b", item("é", code="c", used=3)), Append(record("a/b"), 0)))
+        await store.commit(batch("é/'", Create("shared", "x", shared("global"))))
+        await store.commit(batch("é/'", Create("items", "gone", item()), Delete("items", "gone")))
+        held = [
+            await store.find("samples", "acme", Query(limit=1000)),
+            await store.find("items", "é/'", Query()),
+            await store.find("shared", None, Query()),
+        ]
+        records, _ = await tail(store, 1)
+        await store.close()
+
+        store = await backend.open(url)
+        try:
+            changes = await store.prepare(COLLECTIONS)
+            again = [
+                await store.find("samples", "acme", Query(limit=1000)),
+                await store.find("items", "é/'", Query()),
+                await store.find("shared", None, Query()),
+            ]
+            if not persistent:
+                assert len(changes) == len(COLLECTIONS)
+                assert again == [[], [], []]
+                return
+            assert changes == ()
+            assert identical(again, held)
+            assert (await tail(store, 1))[0] == records
+            await refused(store, AlreadyExists, Create("items", "a/b", item()), tenant="é/'")
+            await refused(store, AlreadyExists, Create("items", "new", item(code="c")), tenant="é/'")
+            await refused(store, BoundExceeded, Add("items", "a/b", "used", 1, at_most=3), tenant="é/'")
+        finally:
+            await store.close()
+
+    async def test_sequences_versions_and_cursors_go_on(self, backend: Backend) -> None:
+        url = backend.new_url()
+        versions: list[int] = []
+        sequences: list[int] = []
+        cursor = None
+        for life in range(4):
+            store = await prepared(backend, url)
+            if not store.capabilities.persistent:
+                cursor = None
+                versions.clear()
+                sequences.clear()
+            now_us = NOW - 1_000_000 * life  # the clock goes back with every life
+            committed = await store.commit(
+                batch("acme", Create("items", "x", item()), Append(record(f"{life}"), 0), now_us=now_us)
+            )
+            versions.append(committed.versions[0])
+            committed = await store.commit(batch("acme", Patch("items", "x", {"label": "b"}), now_us=now_us))
+            versions.append(committed.versions[0])
+            await store.commit(batch("acme", Delete("items", "x"), now_us=now_us))
+            found, cursor = await tail(store, 1, after=cursor)
+            assert [one.entity_id for one in found] == [f"{life}"], "a kept cursor gives what is new, and all of it"
+            sequences += [one.sequence for one in found]
+            await store.close()
+        assert versions == sorted(set(versions))
+        assert sequences == sorted(set(sequences))
+
+    async def test_closing_commits_what_is_in_flight(self, backend: Backend) -> None:
+        url = backend.new_url()
+        store = await prepared(backend, url)
+        persistent = store.capabilities.persistent
+        pending = [store.commit(batch("acme", Create("items", f"{n}", item()))) for n in range(50)]
+        await store.close()
+        committed = await asyncio.gather(*pending)
+        assert [one.versions for one in committed] == [(NOW,)] * 50
+        store = await prepared(backend, url)
+        try:
+            assert len(await store.find("items", "acme", Query())) == (50 if persistent else 0)
+        finally:
+            await store.close()
+
+    async def test_closing_twice_is_fine_and_a_closed_store_says_so(self, backend: Backend) -> None:
+        store = await prepared(backend, backend.new_url())
+        assert (await store.check()).ok
+        await store.close()
+        await store.close()
+        with pytest.raises(StrongroomError):
+            await store.get("items", "acme", "x")
+        with pytest.raises(StrongroomError):
+            await store.commit(batch("acme", Create("items", "x", item())))
+        with pytest.raises(StrongroomError):
+            await store.changes(None)
+        assert not (await store.check()).ok
+
+    async def test_a_store_that_is_not_prepared_says_so(self, backend: Backend) -> None:
+        store = await backend.open(backend.new_url())
+        with pytest.raises(StrongroomError):  # opened, but not prepared
+            await store.get("items", "acme", "x")
+        await store.close()
+
+    async def test_two_stores_have_nothing_in_common(self, backend: Backend) -> None:
+        first, second = await prepared(backend, backend.new_url()), await prepared(backend, backend.new_url())
+        try:
+            await first.commit(batch("acme", Create("items", "x", item()), Append(record("x"), 0)))
+            assert await second.get("items", "acme", "x") is None
+            assert (await second.changes(None)).records == ()
+        finally:
+            await first.close()
+            await second.close()

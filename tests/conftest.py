@@ -1,0 +1,82 @@
+"""Fixtures and policies that all tests share: hypothesis profiles, the backends, waiting, and missing servers."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import itertools
+import os
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn, TypeVar
+from urllib.parse import quote
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# The suite is imported by the tests that run it, not here: it asks the hypothesis profile how many examples to take,
+# and `--hypothesis-profile` is read after this file.
+if TYPE_CHECKING:
+    from strongroom.testing.storage import Backend
+
+pytest.register_assert_rewrite("strongroom.testing")
+
+T = TypeVar("T")
+
+# `--hypothesis-profile=thorough` looks longer, and elsewhere each time.
+settings.register_profile(
+    "quick",
+    max_examples=25,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.register_profile(
+    "thorough", settings.get_profile("quick"), max_examples=1_000, derandomize=False, print_blob=True
+)
+settings.load_profile("quick")
+
+
+async def wait_until(condition: Callable[[], T | Awaitable[T]], timeout_s: float = 10) -> T:
+    """Wait until `condition` gives something true, and give that; a test never sleeps for luck."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        answer = condition()
+        value = await answer if inspect.isawaitable(answer) else answer
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            pytest.fail(f"after {timeout_s} s it was still {value!r}: {inspect.getsource(condition).strip()}")
+        await asyncio.sleep(0.01)
+
+
+def missing(what: str, how_to_get_it: str) -> NoReturn:
+    """Skip a test whose server or tool is not there. With STRONGROOM_REQUIRE=all, as in CI, that is a failure."""
+    message = f"{what} is missing: {how_to_get_it}"
+    if os.environ.get("STRONGROOM_REQUIRE") == "all":
+        pytest.fail(message)
+    pytest.skip(message)
+
+
+def backend_of(scheme: str, folder: Path) -> Backend:
+    """The backend `sqlite`, `json` or `json-memory`, its stores in `folder`."""
+    from strongroom.testing.storage import Backend
+
+    if scheme == "json-memory":
+        return Backend(lambda: "json://:memory:")
+    numbers = itertools.count()
+    return Backend(lambda: f"{scheme}:///{quote(str(folder / f'store-{next(numbers)}.{scheme}'))}")
+
+
+@pytest.fixture(params=["sqlite", "json", "json-memory"])
+def backend(request: pytest.FixtureRequest, tmp_path: Path) -> Backend:
+    """Every backend in turn; what runs on it promises the same on each."""
+    return backend_of(request.param, tmp_path)
+
+
+@pytest.fixture
+def url(backend: Backend) -> str:
+    """The URL of a new store, on every backend in turn."""
+    return backend.new_url()
