@@ -111,7 +111,10 @@ class Hasher:
 
     def candidates(self, text: str) -> list[str]:
         """Every hash that a store may hold for this text, the current pepper's first."""
-        sha256 = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+        return self.candidates_of(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
+
+    def candidates_of(self, sha256: bytes) -> list[str]:
+        """As `candidates`, for the text's SHA-256."""
         under = [f"{p.id}:{hmac.digest(p.secret, sha256, 'sha256').hex()}" for p in self._peppers]
         return [*under, _SHA256 + sha256.hex()]
 
@@ -147,3 +150,8 @@ class Hasher:
 def imported_sha256(hex_digest: str) -> str:
     """The stored form of an imported SHA-256."""
     return _SHA256 + hex_digest.lower()
+
+
+def sha256_of_imported(stored: str) -> bytes | None:
+    """The SHA-256 in a stored form that was imported; None if it is under a pepper."""
+    return bytes.fromhex(stored.removeprefix(_SHA256)) if stored.startswith(_SHA256) else None
