@@ -46,6 +46,9 @@ BUSY_TIMEOUT_S = 5.0
 MAX_READERS = 4
 """Scans that run at once, each on a thread and a connection of its own; more wait their turn."""
 
+GIVE_WAY_S = 0.000_05
+GIVE_WAY_EVERY_S = 0.001
+
 MAX_GROUP = 512
 MAX_APPLY_S = 0.005
 """A group commit takes this many batches, or as many as are applied in this time: the loop stands still for it."""
@@ -68,10 +71,59 @@ class _Job(NamedTuple):
     future: asyncio.Future[Committed]
 
 
+class _Threads:
+    """The writer's thread and the readers', which work on while the loop does.
+
+    A thread that waits for the interpreter's lock gets it at once from a loop that is idle, and within 5 ms from one
+    that computes; but hardly ever from a loop that is never idle and polls its sockets more often than that, since it
+    takes the lock back before the thread has woken up. Commits waited for seconds. So while a thread has work, the
+    loop sleeps GIVE_WAY_S once in GIVE_WAY_EVERY_S.
+    """
+
+    def __init__(self) -> None:
+        self._writer = ThreadPoolExecutor(1, "strongroom-writer")
+        self._readers = ThreadPoolExecutor(MAX_READERS, "strongroom-reader")
+        self._at_work = 0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def write(self, work: Callable[..., _T], *arguments: Any) -> asyncio.Future[_T]:
+        """Run on the writer's thread, one after the other."""
+        return self._run(self._writer, work, *arguments)
+
+    def read(self, work: Callable[..., _T], *arguments: Any) -> asyncio.Future[_T]:
+        """Run on one of the readers' threads."""
+        return self._run(self._readers, work, *arguments)
+
+    def _run(self, executor: Executor, work: Callable[..., _T], *arguments: Any) -> asyncio.Future[_T]:
+        loop = asyncio.get_running_loop()
+        future = loop.run_in_executor(executor, work, *arguments)
+        future.add_done_callback(self._done)
+        self._at_work += 1
+        if self._timer is None:
+            self._timer = loop.call_later(GIVE_WAY_EVERY_S, self._give_way, loop)
+        return future
+
+    def _done(self, _: asyncio.Future[Any]) -> None:
+        self._at_work -= 1
+
+    def _give_way(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._at_work:
+            time.sleep(GIVE_WAY_S)
+            self._timer = loop.call_later(GIVE_WAY_EVERY_S, self._give_way, loop)
+        else:
+            self._timer = None
+
+    def stop(self) -> None:
+        self._writer.shutdown(wait=False)
+        self._readers.shutdown(wait=False)
+        if self._timer is not None:
+            self._timer.cancel()
+
+
 class _Readers:
     """A few connections for scans, each used by one scan at a time; made when they are first needed."""
 
-    def __init__(self, threads: Executor | None, connect: Callable[[], Guarded], most: int) -> None:
+    def __init__(self, threads: _Threads, connect: Callable[[], Guarded], most: int) -> None:
         self._threads = threads
         self._connect = connect
         self._most = most
@@ -81,7 +133,7 @@ class _Readers:
     async def rows(self, sql: str, values: Sequence[Any], tenant: str | None) -> list[tuple[Any, ...]]:
         """The rows of a text that makes them all in its first step, which a thread does. Raises apsw.Error."""
         await self._slots.acquire()
-        step = asyncio.get_running_loop().run_in_executor(self._threads, self._first_step, sql, values, tenant)
+        step = self._threads.read(self._first_step, sql, values, tenant)
         try:
             guarded = await asyncio.shield(step)
         except asyncio.CancelledError:
@@ -130,9 +182,7 @@ class _Readers:
 class _Session:
     """The connections made for one set of declarations; `prepare` makes a new one."""
 
-    def __init__(
-        self, path: str, collections: Sequence[Collection], busy_timeout_s: float, threads: Executor | None
-    ) -> None:
+    def __init__(self, path: str, collections: Sequence[Collection], busy_timeout_s: float, threads: _Threads) -> None:
         dialect = SqliteDialect()
         self._path = path
         self._busy_timeout_s = busy_timeout_s
@@ -180,8 +230,7 @@ class SqliteStore:
         self.path = os.path.abspath(path)
         self._busy_timeout_s = busy_timeout_s
         self._session: _Session | None = None
-        self._writer_thread: ThreadPoolExecutor | None = None
-        self._reader_threads: ThreadPoolExecutor | None = None
+        self._threads = _Threads()
         self._jobs: deque[_Job] = deque()
         self._writing = asyncio.Lock()  # held by the group that is being written, and by prepare
         self._task: asyncio.Task[None] | None = None
@@ -196,13 +245,12 @@ class SqliteStore:
     async def open(self) -> None:
         if self._session is not None:
             return
-        self._writer_thread = ThreadPoolExecutor(1, "strongroom-writer")
-        self._reader_threads = ThreadPoolExecutor(MAX_READERS, "strongroom-reader")
+        self._threads = _Threads()
         try:
-            await self._blocking(make_or_recognise, self.path, self._busy_timeout_s)
-            self._session = await self._blocking(self._new_session, ())
+            await self._awaited(self._threads.write(make_or_recognise, self.path, self._busy_timeout_s))
+            self._session = await self._awaited(self._threads.write(self._new_session, ()))
         except BaseException:
-            self._stop_threads()
+            self._threads.stop()
             raise
         self._closing = False
 
@@ -214,13 +262,8 @@ class SqliteStore:
             session, self._session = self._session, None
             if session is not None:
                 await session.finish()
-                await self._blocking(session.close)
-            self._stop_threads()
-
-    def _stop_threads(self) -> None:
-        for threads in (self._writer_thread, self._reader_threads):
-            if threads is not None:
-                threads.shutdown(wait=False)
+                await self._awaited(self._threads.write(session.close))
+            self._threads.stop()
 
     def _opened(self) -> _Session:
         if self._session is None:
@@ -228,12 +271,12 @@ class SqliteStore:
         return self._session
 
     def _new_session(self, collections: Sequence[Collection]) -> _Session:
-        return _Session(self.path, collections, self._busy_timeout_s, self._reader_threads)
+        return _Session(self.path, collections, self._busy_timeout_s, self._threads)
 
-    async def _blocking(self, work: Callable[..., _T], *arguments: Any) -> _T:
-        """Run on the writer's thread. SQLite's errors come back as Strongroom's."""
+    async def _awaited(self, work: Awaitable[_T]) -> _T:
+        """Its answer. SQLite's errors come back as Strongroom's."""
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._writer_thread, work, *arguments)
+            return await work
         except apsw.Error as error:
             raise translated(error, self.path) from error
 
@@ -254,13 +297,13 @@ class SqliteStore:
             busy_timeout_s=self._busy_timeout_s,
         )
         if mode == "plan":
-            return await self._blocking(work)
+            return await self._awaited(self._threads.read(work))
         async with self._writing:
             before = self._opened()
-            changes = await self._blocking(work)
-            self._session = await self._blocking(self._new_session, collections)
+            changes = await self._awaited(self._threads.write(work))
+            self._session = await self._awaited(self._threads.write(self._new_session, collections))
         await before.finish()
-        await self._blocking(before.close)
+        await self._awaited(self._threads.write(before.close))
         return changes
 
     # --- Reading ---
@@ -331,10 +374,7 @@ class SqliteStore:
     async def _scan(
         self, readers: _Readers, sql: str, values: Sequence[Any], tenant: str | None
     ) -> list[tuple[Any, ...]]:
-        try:
-            return await readers.rows(sql, values, tenant)
-        except apsw.Error as error:
-            raise translated(error, self.path) from error
+        return await self._awaited(readers.rows(sql, values, tenant))
 
     async def _patiently(
         self, error: apsw.Error, session: _Session, sql: str, values: Sequence[Any], tenant: str | None
@@ -401,12 +441,12 @@ class SqliteStore:
                 self._jobs.extendleft(reversed(group))
                 return
             if writer.has_changes:
-                await asyncio.get_running_loop().run_in_executor(self._writer_thread, writer.commit)
+                await self._threads.write(writer.commit)
             else:
                 writer.commit()
         except apsw.Error as error:
             # All of them: a precondition that failed was judged by a state that never came to be, too.
-            await asyncio.get_running_loop().run_in_executor(self._writer_thread, session.drop_writer)
+            await self._threads.write(session.drop_writer)
             answers = [translated(error, self.path) for _ in group]
         self._jobs.extendleft(reversed(group[len(answers) :]))
         for job, answer in zip(group, answers, strict=False):
@@ -420,7 +460,7 @@ class SqliteStore:
                 return writer
             except apsw.BusyError:
                 pass  # another process is writing: a thread waits for it
-        return await asyncio.get_running_loop().run_in_executor(self._writer_thread, self._begin_patiently, session)
+        return await self._threads.write(self._begin_patiently, session)
 
     def _begin_patiently(self, session: _Session) -> Writer:
         writer = session.writer or session.open_writer()
@@ -457,19 +497,12 @@ class SqliteStore:
     async def integrity(self) -> list[str]:
         """What is wrong in the file, a sentence each; nothing if it is sound. Reads all of it, which takes its time."""
         self._opened()
-        return await self._on_a_reader_thread(integrity_problems)
+        return await self._awaited(self._threads.read(integrity_problems, self.path, self._busy_timeout_s))
 
     async def snapshot(self, path: str) -> None:
         """Write a consistent copy of the store, as it is now, to a file that must not exist. Writes go on meanwhile."""
         self._opened()
-        await self._on_a_reader_thread(write_snapshot, path)
-
-    async def _on_a_reader_thread(self, work: Callable[..., _T], *arguments: Any) -> _T:
-        run = functools.partial(work, self.path, self._busy_timeout_s, *arguments)
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._reader_threads, run)
-        except apsw.Error as error:
-            raise translated(error, self.path) from error
+        await self._awaited(self._threads.read(write_snapshot, self.path, self._busy_timeout_s, path))
 
 
 def _answer(job: _Job, answer: Committed | Exception) -> None:
