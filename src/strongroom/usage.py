@@ -271,6 +271,7 @@ class Ledger:
                     await self._settle(charges)
                 except BaseException as error:  # nobody may wait for ever, whatever went wrong
                     for charge in charges:
+                        self._accounts.pop(charge.metered.id, None)  # it may hold charges that did not happen
                         _fail(charge, Unavailable(f"the charge could not be decided: {type(error).__name__}"))
                     raise
                 self._evict()
