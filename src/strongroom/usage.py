@@ -359,7 +359,11 @@ class Ledger:
             _fail(charge, KeyChanged())
             return
         guard = charge.metered.guard
-        key = await self._store.get(guard.collection, None, guard.id)
+        try:
+            key = await self._store.get(guard.collection, None, guard.id)
+        except StrongroomError:
+            self._tally(charge.metered, charge.cost, charge.count, charge.used_at_us or 0)  # at the next flush
+            return
         if key is not None:  # a tally counts, whatever was changed; but what a removed key had used is gone with it
             charge.metered = Metered(charge.metered.id, Check(guard.collection, guard.id, key["version"]), ())
             self._waiting.append(charge)
