@@ -394,6 +394,8 @@ def _decide(
             answers.append((charge, Outcome(True, (), now_us)))
             charged = True
             continue
+        if charge.future.cancelled() and not charge.force:
+            continue  # its caller went away before it was decided: nothing was used
         if charge.metered.guard.expected != metered.guard.expected:
             _fail(charge, KeyChanged())
             continue
