@@ -14,6 +14,7 @@ is written for a key, however many charges it had. The answer waits for that com
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -41,6 +42,7 @@ LAZY_FLUSH_S = 1.0
 
 NAME = "key_usage"
 Cost = Mapping[str, int]
+_log = logging.getLogger(__name__)
 
 
 class KeyUsage(Entity, collection=NAME, scope="global", journalled=False):
@@ -202,6 +204,7 @@ class Ledger:
         self._tallies: dict[str, _Tally] = {}
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._closed = False
 
     # --- What callers do --------------------------------------------------------------------------------------
 
@@ -215,6 +218,9 @@ class Ledger:
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Outcome] = loop.create_future()
+        if self._closed:
+            future.set_exception(Unavailable("the ledger is closed"))
+            return future
         if len(self._waiting) >= MAX_WAITING:
             future.set_exception(TooManyRequests("too many charges are waiting for the store: try again in a moment"))
             return future
@@ -235,7 +241,7 @@ class Ledger:
         tally.used_at_us = max(tally.used_at_us, used_at_us)
         for resource, units in cost.items():
             tally.cost[resource] = tally.cost.get(resource, 0) + units
-        if self._timer is None:
+        if self._timer is None and not self._closed:
             self._timer = asyncio.get_running_loop().call_later(LAZY_FLUSH_S, self._flush_tallies)
 
     async def account(self, id: str) -> Account:
@@ -251,10 +257,13 @@ class Ledger:
         self._accounts.pop(id, None)
 
     async def close(self) -> None:
-        """Write everything that waits. Afterwards nothing may be charged."""
+        """Write everything that waits. Afterwards nothing can be charged."""
+        self._closed = True
         self._flush_tallies()
         while self._task is not None:
             await self._task
+        if self._tallies:
+            _log.warning("the last uses of %d keys without limits could not be written", len(self._tallies))
 
     # --- Group commit -----------------------------------------------------------------------------------------
 
