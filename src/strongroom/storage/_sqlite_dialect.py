@@ -15,7 +15,7 @@ from ..entity import FieldSpec, FieldType
 from ..errors import SchemaError, StorageFull, StoreError, StrongroomError, TooLarge, Unavailable
 from ..query import total
 from . import _values
-from ._sql import Convert, Dialect, Total, json_value, quoted
+from ._sql import Convert, Dialect, Total, json_text, json_value, quoted
 
 ENGINE = sqlite.dialect()
 """SQLAlchemy's, which writes the DDL."""
@@ -34,8 +34,8 @@ class SqliteDialect(Dialect):
     encoders: Mapping[FieldType, Convert] = {
         FieldType.DECIMAL: _values.decimal_to_text,
         FieldType.TIMESTAMP: _values.time_to_text,
-        FieldType.LIST: _values.dumps,
-        FieldType.MAP: _values.dumps,
+        FieldType.LIST: json_text,
+        FieldType.MAP: json_text,
     }
     decoders: Mapping[FieldType, Convert] = {
         FieldType.BOOL: bool,

@@ -20,7 +20,7 @@ from ..errors import (
     TooLarge,
 )
 from . import _values
-from ._sql import listed, quoted
+from ._sql import json_text, listed, quoted
 from ._sqlite_dialect import translated
 from ._sqlite_guard import Guarded, Table
 from ._sqlite_schema import JOURNAL_COLUMNS
@@ -341,8 +341,8 @@ class Writer:
 
     def _append(self, operation: Append, versions: Sequence[int]) -> int:
         record = operation.record
-        before = None if record.before is None else _values.dumps(record.before)
-        after = None if record.after is None else _values.dumps(record.after)
+        before = None if record.before is None else json_text(record.before)
+        after = None if record.after is None else json_text(record.after)
         self._size += (len(before or "") + len(after or "")) * _BYTES_PER_CHARACTER
         self._execute(
             _APPEND,
