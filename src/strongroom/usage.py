@@ -25,10 +25,11 @@ from typing import Any
 import msgspec
 
 from .context import utc_from_us
-from .database import Database
+from .database import Database, IdempotentCall
 from .entity import Document, Entity
 from .errors import AlreadyExists, Conflict, StrongroomError, TooManyRequests, Unavailable
 from .storage.port import Check, Create, Operation, Put, Store
+from .transaction import is_expired
 from .windows import SATURATED, Counter, Limit, counter_for
 
 MAX_WAITING = 50_000
@@ -176,7 +177,7 @@ class _Charge:
     metered: Metered
     cost: Cost
     force: bool
-    once: tuple[str, Create] | None
+    once: tuple[str, Create | Put] | None
     future: asyncio.Future[Outcome] | None
     count: int = 1
     used_at_us: int | None = None
@@ -333,12 +334,18 @@ class Ledger:
                 del self._accounts[id]
 
     async def _repeated(self, charges: list[_Charge]) -> set[str]:
-        """Which of the charges that may happen only once have happened."""
+        """Which of the charges that may happen only once have happened, within the time that this is remembered."""
         found = set()
+        now = utc_from_us(time.time_ns() // 1_000)
         for charge in charges:
             if charge.once is not None:
                 id, operation = charge.once
-                if await self._store.get(operation.collection, None, id):
+                stored = await self._store.get(operation.collection, None, id)
+                if stored is None:
+                    charge.once = id, Create(operation.collection, id, operation.document)
+                elif is_expired(IdempotentCall.__collection__, stored, now):
+                    charge.once = id, Put(operation.collection, id, operation.document, stored["version"])
+                else:
                     found.add(id)
         return found
 
