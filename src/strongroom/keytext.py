@@ -36,7 +36,7 @@ MAX_KEY_CHARS = 512
 """A longer text is not a key, imported ones included."""
 SCAN_PATTERN = r"\b[a-z][a-z0-9]*(?:_[a-z0-9]+)*_SR1[0-9A-Za-z]{49}\b"
 _KEY = re.compile(r"[a-z][a-z0-9]*(?:_[a-z0-9]+)*_SR1[0-9A-Za-z]{49}")
-_MARKED = re.compile(r"[a-z][a-z0-9_]*_SR1[0-9A-Za-z]*")
+_MARKED = re.compile(r"[a-z][a-z0-9_]*_SR1")
 _SHA256 = "sha256:"
 
 
@@ -60,7 +60,7 @@ def is_possible(text: str) -> bool:
     """Whether a text can be a key at all: ours with the right checksum, or one that may have been imported."""
     if not 1 <= len(text) <= MAX_KEY_CHARS:
         return False
-    if _MARKED.fullmatch(text) is None:
+    if _MARKED.match(text) is None:
         return text.isprintable()
     return _KEY.fullmatch(text) is not None and checksum(text[:-CHECKSUM_CHARS]) == text[-CHECKSUM_CHARS:]
 
@@ -134,7 +134,7 @@ class Hasher:
             if pepper.id.encode() == id:
                 try:
                     return AESGCM(self._box(pepper)).decrypt(rest[:12], rest[12:], id)
-                except InvalidTag:
+                except (InvalidTag, ValueError):  # ValueError: too short to hold a nonce
                     break
         raise StoreError("a sealed hash cannot be opened: its pepper is missing, or it was altered")
 
