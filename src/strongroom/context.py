@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import secrets
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
 from typing import Any
@@ -31,8 +33,28 @@ def us_from_utc(moment: datetime) -> int:
 
 
 def new_id(prefix: str = "") -> str:
-    """A random id of 128 bits, time-ordered so that new rows land at the end of an index."""
+    """An id that nobody can guess: the time, so that new rows land at the end of an index, and 80 random bits."""
     return f"{prefix}{time.time_ns() // 1_000_000:011x}{secrets.token_hex(10)}"
+
+
+class _Sequence:
+    """Ids that never repeat and may be guessed: the time, 64 random bits of this process, a counter."""
+
+    def __init__(self) -> None:
+        self.start()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self.start)  # a child that kept them would repeat its parent's ids
+
+    def start(self) -> None:
+        self._process = secrets.token_hex(8)
+        self._next = itertools.count().__next__
+
+    def __call__(self) -> str:
+        return f"{time.time_ns() // 1_000_000:011x}{self._process}{self._next():x}"
+
+
+next_id = _Sequence()
+"""An id for a request or a journal record: unique, and cheaper than `new_id`; its holder gains nothing by guessing."""
 
 
 def check_tenant(tenant: str, path: str = "tenant") -> None:
@@ -91,7 +113,7 @@ class Context:
 
     def at_now(self) -> Context:
         """The same caller at the present moment, with the same request id: for a retry or a long-lived handle."""
-        return replace(self, now_us=time.time_ns() // 1_000)
+        return Context(self.tenant, self.actor, self.claims, self.request_id)
 
 
 def system_context(tenant: str | None = None, *, actor: str = "system") -> Context:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, Generic, TypeVar, cast
 
-from .context import Context, new_id, text_problem, utc_from_us
+from .context import Context, next_id, text_problem, utc_from_us
 from .entity import Collection, Document, Entity, Registry, check_id
 from .errors import AlreadyExists, Conflict, Denied, InvalidInput, NotFound, Problem
 from .journal import denial_record
@@ -103,7 +103,7 @@ class Database:
         raises, Denied (journalled), Conflict, AlreadyExists, NotFound, BoundExceeded, TooLarge, Unavailable.
         """
         if not context.request_id:
-            context = replace(context, request_id=new_id())
+            context = Context(context.tenant, context.actor, context.claims, next_id(), context.now_us)
         for attempt in range(MAX_ATTEMPTS):
             transaction = Transaction(self, context)
             result = await body(transaction)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .context import Context, new_id
+from .context import Context, next_id
 from .entity import Collection, Document
 from .storage.port import Record
 
@@ -25,7 +25,7 @@ def change_record(
         before = {name: before.get(name) for name in changed}
         after = {name: after[name] for name in changed}
     return Record(
-        id=new_id(),
+        id=next_id(),
         tenant=context.tenant,
         at_us=context.now_us,
         actor=context.actor,
@@ -41,7 +41,7 @@ def change_record(
 def denial_record(context: Context, operation: str, collection: Collection, entity_id: str, reason: str) -> Record:
     """The record of a call that the rules refused."""
     return Record(
-        id=new_id(),
+        id=next_id(),
         tenant=context.tenant,
         at_us=context.now_us,
         actor=context.actor,
