@@ -74,43 +74,6 @@ def time_to_text(value: datetime) -> str:
     return value.isoformat(timespec="microseconds")[:-6] + "Z"
 
 
-def text_to_time(text: str) -> datetime:
-    return datetime.fromisoformat(text).replace(tzinfo=UTC)
-
-
-_UNTAG: dict[str, Callable[[str], Any]] = {
-    "$bytes": base64.b64decode,
-    "$decimal": Decimal,
-    "$time": text_to_time,
-}
-
-
-def untag(value: Any) -> Any:
-    """The port value behind what `tag` gave."""
-    if isinstance(value, list):
-        return [untag(v) for v in value]
-    if isinstance(value, dict):
-        if len(value) == 1:
-            (key, inner), *_ = value.items()
-            if key in _UNTAG:
-                return _UNTAG[key](inner)
-        return {(k[1:] if k.startswith("$") else k): untag(v) for k, v in value.items()}
-    return value
-
-
-# --- Times ----------------------------------------------------------------------------------------------------
-
-
-def time_to_text(value: datetime) -> str:
-    """An aware UTC time as ISO 8601 text of fixed width, so that text order is time order."""
-    return value.strftime("%Y-%m-%dT%H:%M:%S.%fZ") if value.year >= 1000 else _old_time(value)
-
-
-def _old_time(value: datetime) -> str:
-    # strftime does not pad years below 1000 on every platform
-    return f"{value.year:04d}-" + value.replace(year=2000).strftime("%m-%dT%H:%M:%S.%fZ")
-
-
 # --- Decimals -------------------------------------------------------------------------------------------------
 #
 # A positive number is 0.d1d2d3… × 10^e: "1", then e + 5000 in four digits, then the digits without trailing zeros.
