@@ -283,6 +283,8 @@ class Database:
     async def get_or_none(self, context: Context, cls: type[E], id: str) -> E | None:
         """A document, or None. Raises Denied."""
         collection = cls.__collection__
+        if id:
+            check_id(id)
         document = await self._store.get(collection.name, _scope(context, collection), id) if id else None
         if collection.ttl is not None and is_expired(collection, document, context.now):
             document = None
