@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar, cast
 
 from .context import Context, next_id, text_problem, utc_from_us
 from .entity import Collection, Document, Entity, Registry, check_id
-from .errors import AlreadyExists, Conflict, Denied, InvalidInput, NotFound, Problem
+from .errors import AlreadyExists, Conflict, Denied, InvalidInput, NotFound, Problem, StrongroomError
 from .journal import denial_record
 from .query import Aggregate, And, Filter, Or, Query, Where, cursor_of, project, with_cursor
 from .rules import Operation as RuleOperation
@@ -106,7 +106,12 @@ class Database:
             context = Context(context.tenant, context.actor, context.claims, next_id(), context.now_us)
         for attempt in range(MAX_ATTEMPTS):
             transaction = Transaction(self, context)
-            result = await body(transaction)
+            try:
+                result = await body(transaction)
+            except StrongroomError:
+                if idempotency is not None:  # what the body found missing or changed may be this very call's doing
+                    await self._call_before(context, idempotency)
+                raise
             for change in transaction.changes:
                 after = None if change.action == "add" else change.after
                 rule = _RULE_OF[change.action]
@@ -136,13 +141,7 @@ class Database:
     async def _once(self, context: Context, idempotency: Idempotency, transaction: Transaction) -> Operation:
         """The operation that lets this call happen once. Raises Replayed if it has, Conflict if the key is taken."""
         collection = IdempotentCall.__collection__
-        id = _call_id((context.tenant or "", context.actor), idempotency.key)
-        fingerprint = hashlib.sha256(idempotency.request.encode("utf-8", "backslashreplace")).hexdigest()
-        stored = await self._store.get(collection.name, None, id)
-        if stored is not None and not is_expired(collection, stored, context.now):
-            if stored["fingerprint"] != fingerprint:
-                raise Conflict("the idempotency key was used for a different request: take a new one")
-            raise Replayed(stored["written"], stored["memo"])
+        id, fingerprint, stored = await self._call_before(context, idempotency)
         call = IdempotentCall(
             fingerprint=fingerprint,
             written=[change.operation.id for change in transaction.changes],
@@ -153,6 +152,21 @@ class Database:
         if stored is not None:
             return Put(collection.name, id, document, stored["version"])
         return Create(collection.name, id, document)
+
+    async def _call_before(self, context: Context, idempotency: Idempotency) -> tuple[str, str, Document | None]:
+        """The call's id and fingerprint, and what is left of one so long ago that it may happen again.
+
+        Raises Replayed if this very call was committed before, Conflict if the key was another request's.
+        """
+        collection = IdempotentCall.__collection__
+        id = _call_id((context.tenant or "", context.actor), idempotency.key)
+        fingerprint = hashlib.sha256(idempotency.request.encode("utf-8", "backslashreplace")).hexdigest()
+        stored = await self._store.get(collection.name, None, id)
+        if stored is not None and not is_expired(collection, stored, context.now):
+            if stored["fingerprint"] != fingerprint:
+                raise Conflict("the idempotency key was used for a different request: take a new one")
+            raise Replayed(stored["written"], stored["memo"])
+        return id, fingerprint, stored
 
     @staticmethod
     def once_only(scope: str, key: str) -> tuple[str, Create]:
