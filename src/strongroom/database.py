@@ -116,11 +116,10 @@ class Database:
                 after = None if change.action == "add" else change.after
                 rule = _RULE_OF[change.action]
                 await self.authorize(context, rule, change.collection, change.operation.id, change.before, after)
-            operations = transaction.operations()
-            if not operations:
+            if transaction.is_empty:
                 return result
-            if idempotency is not None:
-                operations.insert(0, await self._once(context, idempotency, transaction))
+            once = await self._once(context, idempotency, transaction) if idempotency is not None else None
+            operations = transaction.operations(once)
             batch = Batch(context.tenant, tuple(operations), context.now_us)
             try:
                 committed = await self._store.commit(batch)

@@ -212,9 +212,14 @@ class Transaction:
 
     # --- What the commit is made of ---------------------------------------------------------------------------
 
-    def operations(self) -> list[Operation]:
-        """The changes, each followed by its journal record, then checks of what was only read."""
-        operations: list[Operation] = []
+    @property
+    def is_empty(self) -> bool:
+        """Whether it changed and read nothing."""
+        return not self.changes and not self._read
+
+    def operations(self, first: Operation | None = None) -> list[Operation]:
+        """`first`, then the changes, each followed by its journal record, then checks of what was only read."""
+        operations: list[Operation] = [] if first is None else [first]
         for change in self.changes:
             operations.append(change.operation)
             if change.collection.journalled:
