@@ -218,8 +218,18 @@ class Transaction:
         return not self.changes and not self._read
 
     def operations(self, first: Operation | None = None) -> list[Operation]:
-        """`first`, then the changes, each followed by its journal record, then checks of what was only read."""
+        """`first`, then checks of what was read and no change expects, then the changes, each followed by its record."""
         operations: list[Operation] = [] if first is None else [first]
+        # Before the changes, because a check sees what was changed before it. An addition and a creation expect no
+        # version themselves; what was decided on the document as it was read must hold for them as well.
+        expected = {
+            (c.collection.name, c.operation.id)
+            for c in self.changes
+            if isinstance(c.operation, Put | Patch | Delete) and c.operation.expected is not None
+        }
+        for (name, id), document in self._read.items():
+            if (name, id) not in expected:
+                operations.append(Check(name, id, 0 if document is None else document["version"]))
         for change in self.changes:
             operations.append(change.operation)
             if change.collection.journalled:
@@ -227,10 +237,6 @@ class Transaction:
                     self.context, change.action, change.collection, change.operation.id, change.before, change.after
                 )
                 operations.append(Append(record, of=len(operations) - 1))
-        changed = {(c.collection.name, c.operation.id) for c in self.changes}
-        for (name, id), document in self._read.items():
-            if (name, id) not in changed:
-                operations.append(Check(name, id, 0 if document is None else document["version"]))
         return operations
 
     def may_retry(self, failed: Operation | None) -> bool:
