@@ -427,7 +427,8 @@ def _stamp(transaction: Transaction, batch: Batch, committed: Committed) -> None
     for change in transaction.changes:
         if change.entity is None:
             continue
-        created = change.before["created_at"] if change.before is not None else change.entity.created_at or now
+        before = change.before["created_at"] if change.before is not None else None  # none yet if it was just created
+        created = before or change.entity.created_at or now
         change.entity.__dict__.update(version=versions[id(change.operation)], created_at=created, updated_at=now)
 
 
