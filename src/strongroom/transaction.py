@@ -55,6 +55,7 @@ class Transaction:
         self.changes: list[Change] = []
         self._read: dict[tuple[str, str], Document | None] = {}  # as stored, expired ones too
         self._pending: dict[tuple[str, str], Document | None] = {}
+        self._added: set[tuple[str, str]] = set()
 
     # --- Reading ----------------------------------------------------------------------------------------------
 
@@ -196,12 +197,14 @@ class Transaction:
         *,
         fixed: bool,
     ) -> None:
-        self.changes.append(Change(action, collection, operation, before, after, entity, fixed))
         key = (collection.name, operation.id)
-        if action != "add":
-            self._pending[key] = {**after, **_system_fields(entity)} if after is not None and entity else None
-        elif key in self._pending and self._pending[key] is not None:
+        if key in self._added if action != "add" else self._pending.get(key) is not None:
             raise InvalidInput([Problem("field", "add and another change of one document cannot share a transaction")])
+        self.changes.append(Change(action, collection, operation, before, after, entity, fixed))
+        if action == "add":
+            self._added.add(key)
+        else:
+            self._pending[key] = {**after, **_system_fields(entity)} if after is not None and entity else None
 
     def _version_to_expect(self, collection: Collection, id: str) -> int | None:
         key = (collection.name, id)
