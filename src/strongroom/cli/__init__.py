@@ -14,7 +14,7 @@ import typer
 
 from .. import __version__
 from ..errors import ConfigError, InvalidInput, StrongroomError
-from . import keys, output
+from . import bench, keyfile, keys, output, schema, serve
 from .session import DEBUG_VARIABLE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_WRONG_CALL, Interrupted
 
 app = typer.Typer(
@@ -26,7 +26,12 @@ app = typer.Typer(
     rich_markup_mode=None,  # help in plain text: rich would double the time that --help takes
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
+app.command("serve")(serve.serve)
 app.add_typer(keys.app, name="keys")
+app.command("import")(keyfile.import_keys)
+app.command("export")(keyfile.export_keys)
+app.add_typer(schema.app, name="schema")
+app.command("bench")(bench.bench)
 
 
 @app.callback()

@@ -56,8 +56,9 @@ def create(
     """Make a key and print its text, once.
 
     \b
-    strongroom keys create --name "billing worker" --tenant acme --permission chat:write \\
-        --limit tokens=100000/5h --limit requests=60/60s --expires 90d
+    Example:
+      strongroom keys create --name "billing worker" --tenant acme --permission chat:write \\
+          --limit tokens=100000/5h --limit requests=60/60s --expires 90d
 
     \b
     Limits are RESOURCE=AMOUNT/WINDOW, and all of them hold:
@@ -93,7 +94,8 @@ def list_keys(
     """List keys, newest first.
 
     \b
-    strongroom keys list --tenant acme
+    Example:
+      strongroom keys list --tenant acme
     """
     page = in_store(store, lambda room: room.keys.list(tenant=tenant, user_id=user, limit=limit, cursor=cursor))
     if json:
@@ -104,7 +106,10 @@ def list_keys(
         (key.id, key.tenant, key.name, key.display, _state(key, now), output.moment(key.expires_at), _limits(key))
         for key in page.items
     ]
-    output.print_table(("ID", "TENANT", "NAME", "KEY", "STATE", "EXPIRES", "LIMITS"), rows, "there are no keys")
+    if rows:
+        output.print_table(("ID", "TENANT", "NAME", "KEY", "STATE", "EXPIRES", "LIMITS"), rows)
+    else:
+        output.print_note("there are no keys")
     if page.next_cursor is not None:
         output.print_note(f"there are more: --cursor {page.next_cursor}")
 
@@ -114,7 +119,8 @@ def show(id: IdArgument, store: StoreOption = None, json: JsonOption = False) ->
     """Show a key.
 
     \b
-    strongroom keys show key_0199f3c2…
+    Example:
+      strongroom keys show key_0199f3c2…
     """
     _print_key(in_store(store, lambda room: room.keys.get(id)), json)
 
@@ -139,7 +145,8 @@ def verify(
     What stands on a command line can be seen by every user of the machine: pass the text on standard input.
 
     \b
-    strongroom keys verify --cost tokens=250 --permission chat:write < key.txt
+    Example:
+      strongroom keys verify --cost tokens=250 --permission chat:write < key.txt
     """
     text = _asked_for("Key: ") if key == "-" else key
     problems: list[Problem] = []
@@ -172,7 +179,8 @@ def rotate(
     """Give a key a new text and print it, once. Id, limits and usage stay.
 
     \b
-    strongroom keys rotate key_0199f3c2… --overlap 1h
+    Example:
+      strongroom keys rotate key_0199f3c2… --overlap 1h
     """
     problems: list[Problem] = []
     overlap_s = shortforms.one("overlap", overlap, shortforms.seconds, problems)
@@ -190,7 +198,8 @@ def disable(id: IdArgument, store: StoreOption = None, json: JsonOption = False)
     """Refuse a key from now on; `enable` takes it back.
 
     \b
-    strongroom keys disable key_0199f3c2…
+    Example:
+      strongroom keys disable key_0199f3c2…
     """
     _print_key(in_store(store, lambda room: room.keys.disable(id, context=operator())), json)
 
@@ -200,7 +209,8 @@ def enable(id: IdArgument, store: StoreOption = None, json: JsonOption = False) 
     """Accept a disabled key again.
 
     \b
-    strongroom keys enable key_0199f3c2…
+    Example:
+      strongroom keys enable key_0199f3c2…
     """
     _print_key(in_store(store, lambda room: room.keys.enable(id, context=operator())), json)
 
@@ -217,7 +227,8 @@ def delete(
     Asks first; without a terminal, --yes is needed.
 
     \b
-    strongroom keys delete key_0199f3c2… --yes
+    Example:
+      strongroom keys delete key_0199f3c2… --yes
     """
     if not yes and (json or not sys.stdin.isatty()):
         raise InvalidInput([Problem("yes", "removing a key cannot be undone: confirm it with --yes")])
@@ -245,7 +256,8 @@ def stats(id: IdArgument, store: StoreOption = None, json: JsonOption = False) -
     """Show what a key has used: each limit's window, and lifetime totals.
 
     \b
-    strongroom keys stats key_0199f3c2…
+    Example:
+      strongroom keys stats key_0199f3c2…
     """
     found = in_store(store, lambda room: room.keys.stats(id))
     if json:
@@ -395,7 +407,7 @@ def _print_limits(limits: list[LimitStatus]) -> None:
         )
         for s in limits
     ]
-    output.print_table(("RESOURCE", "WINDOW", "USED", "LIMIT", "REMAINING", "FREES FROM"), rows, "")
+    output.print_table(("RESOURCE", "WINDOW", "USED", "LIMIT", "REMAINING", "FREES FROM"), rows)
 
 
 def _limits(key: ApiKey) -> str:

@@ -76,11 +76,8 @@ def print_fields(fields: Sequence[tuple[str, str]]) -> None:
         print_line(f"{name}{' ' * (width - _cells(name))}  {value}".rstrip())
 
 
-def print_table(columns: Sequence[str], rows: Rows, empty: str) -> None:
+def print_table(columns: Sequence[str], rows: Rows) -> None:
     """A table: drawn by Rich on a terminal, else plain aligned columns."""
-    if not rows:
-        print_note(empty)
-        return
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table

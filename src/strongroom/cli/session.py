@@ -40,12 +40,13 @@ class Interrupted(StrongroomError):
 
 def in_store(store: str | None, work: Callable[[Strongroom], Awaitable[T]]) -> T:
     """Open the store, do the work, close it. Raises what both raise, and Interrupted on Ctrl-C."""
+    from .. import config
     from ..app import Strongroom
 
-    url, peppers = _configured(store)
+    settings = config.load(store=store)
 
     async def opened() -> T:
-        async with Strongroom.open(url, peppers=peppers) as room:
+        async with Strongroom.open(settings.store_url, peppers=settings.pepper_texts) as room:
             return await work(room)
 
     return run(opened)
@@ -72,11 +73,3 @@ def operator() -> Context:
     except (OSError, KeyError):  # no such user in this container
         name = "unknown"
     return system_context(actor=f"cli:{name}")
-
-
-def _configured(store: str | None) -> tuple[str, tuple[str, ...]]:
-    import os
-
-    from ..app import DEFAULT_STORE
-
-    return store or os.environ.get("STRONGROOM_STORE") or DEFAULT_STORE, ()

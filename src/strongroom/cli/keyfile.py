@@ -1,0 +1,356 @@
+"""`strongroom import` and `strongroom export`: key files in the two public shapes."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from ..errors import AlreadyExists
+from . import output
+from .session import EXIT_FAILED, Interrupted, JsonOption, StoreOption, in_store, operator
+
+if TYPE_CHECKING:
+    from ..app import Strongroom
+    from ..keyfile import Finding, KeyFile
+    from ..keytransfer import Checksums, Exported, Planned
+
+MAX_SHOWN = 100
+"""Rows of each kind that a report for people names; with --json all that were kept."""
+
+TenantOption = Annotated[str, typer.Option("--tenant", help="The tenant whose keys they are.")]
+
+
+# --- Import ---------------------------------------------------------------------------------------------------
+
+
+def import_keys(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A JSON file of keys, in either public shape.")],
+    tenant: TenantOption = "default",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")] = False,
+    skip_invalid: Annotated[
+        bool, typer.Option("--skip-invalid", help="Import the rows that are right, although others are wrong.")
+    ] = False,
+    update: Annotated[
+        bool, typer.Option("--update", help="Where file and store differ on a key, take the file's word.")
+    ] = False,
+    store: StoreOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Import API keys from a file.
+
+    They keep working with the text their holders have; live usage windows and lifetime totals carry over. It reads
+    {"keys": [{"key", "name", "token_limit_per_5h", "usage_windows", ...}]} and
+    {"keys": {"<SHA-256>": {"name", "user_id", "usage_count", ...}}}, of at most 1 GiB.
+
+    Every row is judged first: if one is wrong, nothing is imported (unless --skip-invalid). The same file again changes
+    nothing; an import that was stopped is completed by the same command. A key that was removed here since comes back:
+    disable it instead, or take it out of the file.
+
+    \b
+    Example:
+      strongroom import apikeys.json --tenant acme --dry-run
+      strongroom import apikeys.json --tenant acme
+    """
+    from ..keyfile import parse
+
+    data = _read(file)
+    now_us = time.time_ns() // 1_000
+    with _named(file):
+        found = parse(data, now_us)
+    del data
+    job = _Import(file, tenant, found, dry_run, skip_invalid, update)
+    if found.refused and not skip_invalid:
+        job.refuse(json)
+    try:
+        in_store(store, job.work)
+    except Interrupted:
+        raise Interrupted(
+            f"stopped: {job.committed} keys were imported, each of them whole; the same command completes it"
+        ) from None
+    if job.foreign and not skip_invalid:
+        job.refuse(json)
+    job.report(json)
+
+
+class _Import:
+    """One import: what was asked, and what came of it."""
+
+    def __init__(
+        self, file: Path, tenant: str, found: KeyFile, dry_run: bool, skip_invalid: bool, update: bool
+    ) -> None:
+        self.file = file
+        self.tenant = tenant
+        self.found = found
+        self.dry_run = dry_run
+        self.skip_invalid = skip_invalid
+        self.update = update
+        self.planned: list[Planned] = []
+        self.foreign: list[Planned] = []
+        self.committed = 0
+        self.checksums: Checksums | None = None
+
+    async def work(self, room: Strongroom) -> None:
+        from ..keytransfer import KeyImport, Standing
+
+        job = KeyImport(room.database, room.keys.hasher, self.found.shape, self.tenant, operator())
+        with output.progress("comparing") as progress:
+            self.planned = await job.plan(self.found.rows, progress)
+        self.foreign = [p for p in self.planned if p.standing is Standing.FOREIGN]
+        if self.dry_run or (self.foreign and not self.skip_invalid):
+            return
+        try:
+            with output.progress("importing") as progress:
+                await job.apply(self.planned, update=self.update, progress=progress)
+        finally:
+            self.committed = job.committed
+        with output.progress("checking") as progress:
+            now_us = time.time_ns() // 1_000
+            self.checksums = await job.checksums(self.planned, now_us, updated=self.update, progress=progress)
+
+    # --- What is told -------------------------------------------------------------------------------------------
+
+    def refuse(self, json: bool) -> None:
+        """Say what is wrong and that nothing was imported. Raises Exit."""
+        wrong = self.found.refused + len(self.foreign)
+        message = f"{self.file}: {wrong} of {self.found.count} rows are wrong; nothing was imported"
+        if json:
+            errors = [{"path": f.path, "message": f.message} for f in self._problems()]
+            error = {"code": "invalid_input", "message": message, "errors": errors}
+            output.print_json({"error": error, **self._view()})
+        else:
+            self._print_findings()
+            output.print_note(f"strongroom: {message} (--skip-invalid imports the others)")
+        raise typer.Exit(EXIT_FAILED)
+
+    def report(self, json: bool) -> None:
+        """Say what was done. Raises Exit if what was read back is not what the file has."""
+        sums = self.checksums
+        if json:
+            output.print_json(self._view())
+        else:
+            self._print_findings()
+            self._print_differences()
+            output.print_fields(self._fields())
+        if sums is not None and not sums.equal:
+            output.print_note(f"strongroom: file and store differ in {len(sums.unequal)} keys, first {sums.unequal[0]}")
+            raise typer.Exit(EXIT_FAILED)
+
+    def _problems(self) -> list[Finding]:
+        from ..keyfile import Finding
+
+        message = "is in the store already, for the tenant {!r}: a key belongs to one tenant"
+        foreign = [Finding(p.row.path, "", p.row.name, message.format(p.tenant), True) for p in self.foreign]
+        return [*self.found.problems, *foreign]
+
+    def _standings(self) -> Counter[str]:
+        return Counter(p.standing.value for p in self.planned)
+
+    def _view(self) -> dict[str, Any]:
+        standings = self._standings()
+        return {
+            "file": str(self.file),
+            "shape": self.found.shape,
+            "tenant": self.tenant,
+            "dry_run": self.dry_run,
+            "rows": self.found.count,
+            "refused": self.found.refused + len(self.foreign),
+            "new": standings["new"],
+            "unchanged": standings["unchanged"],
+            "changed": standings["changed"],
+            "rotated": standings["rotated"],
+            "written": self.committed,
+            "problems": [_view(finding) for finding in self._problems()],
+            "notes": [_view(finding) for finding in self.found.notes],
+            "differences": [
+                {"path": p.row.path, "key_id": p.id, "fields": [asdict(d) for d in p.differences]}
+                for p in self.planned
+                if p.standing == "changed"
+            ],
+            "checksums": {**asdict(self.checksums), "equal": self.checksums.equal} if self.checksums else None,
+        }
+
+    def _print_findings(self) -> None:
+        problems, notes = self._problems(), self.found.notes
+        shown = [*problems[:MAX_SHOWN], *notes[:MAX_SHOWN]]
+        rows = [(f.path, f.key, f.name, f.message if f.refused else f"note: {f.message}") for f in shown]
+        if not rows:
+            return
+        output.print_table(("ROW", "KEY", "NAME", "WHAT"), rows)
+        hidden = len(problems) + len(notes) + self.found.dropped - len(shown)
+        if hidden:
+            output.print_line(f"… and {hidden} more")
+        output.print_line()
+
+    def _print_differences(self) -> None:
+        changed = [p for p in self.planned if p.standing == "changed"]
+        rows = [
+            (p.row.path, p.id, d.field, _plain(d.file), _plain(d.store))
+            for p in changed[:MAX_SHOWN]
+            for d in p.differences
+        ]
+        if not rows:
+            return
+        output.print_table(("ROW", "ID", "FIELD", "IN THE FILE", "IN THE STORE"), rows)
+        if len(changed) > MAX_SHOWN:
+            output.print_line(f"… and {len(changed) - MAX_SHOWN} more keys")
+        output.print_line()
+
+    def _fields(self) -> list[tuple[str, str]]:
+        standings = self._standings()
+        was = "would be " if self.dry_run else ""
+        fields = [
+            ("file", f"{self.file} ({self.found.shape})"),
+            ("tenant", self.tenant),
+            ("rows", str(self.found.count)),
+            ("new", f"{standings['new']} ({was}imported)" if standings["new"] else "0"),
+            ("unchanged", str(standings["unchanged"])),
+        ]
+        if standings["changed"]:
+            what = f"{was}updated" if self.update else "left as they are in the store; --update takes the file's word"
+            fields.append(("changed", f"{standings['changed']} ({what})"))
+        if standings["rotated"]:
+            fields.append(("rotated", f"{standings['rotated']} (have another text since; left alone)"))
+        if self.found.refused or self.foreign:
+            fields.append(("refused", str(self.found.refused + len(self.foreign))))
+        sums = self.checksums
+        if sums is not None:
+            fields.append(("checksum of the file", f"{sums.file} ({sums.file_keys} keys)"))
+            fields.append(("checksum of the store", f"{sums.store} ({sums.store_keys} keys)"))
+            if sums.used_since:
+                fields.append(("used since", f"{sums.used_since} (their usage is not compared)"))
+        if self.dry_run:
+            fields.append(("dry run", "nothing was written"))
+        return fields
+
+
+def _view(finding: Finding) -> dict[str, str]:
+    return {"path": finding.path, "key": finding.key, "name": finding.name, "message": finding.message}
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):  # usage windows
+        return f"{sum(tokens for _, tokens in value)} tokens"
+    return output.moment(value) if isinstance(value, datetime) else "" if value is None else str(value)
+
+
+# --- Export ---------------------------------------------------------------------------------------------------
+
+
+def export_keys(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The file to write; only its owner may read it.")],
+    shape: Annotated[
+        Literal["plain", "hashed"], typer.Option(help="plain: limits and usage windows; hashed: users and counts.")
+    ] = "plain",
+    tenant: TenantOption = "default",
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file if it is there.")] = False,
+    store: StoreOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Write a tenant's API keys to a file.
+
+    `strongroom import` reads it, and so do the services that the shape comes from. The text of a key is not stored: the
+    plain shape has "sha256:<hex>" in its place, which import accepts. Disabled keys are left out, since neither shape
+    can say that they are. What else the shape has no place for is told.
+
+    \b
+    Example:
+      strongroom export apikeys.json --shape plain --tenant acme
+    """
+    from ..keyfile import render_file
+    from ..keytransfer import export_keys as exported_keys
+
+    _check_target(file, force)
+
+    async def work(room: Strongroom) -> Exported:
+        with output.progress("reading") as progress:
+            now_us = time.time_ns() // 1_000
+            return await exported_keys(room.database, room.keys.hasher, shape, tenant, operator(), now_us, progress)
+
+    found = in_store(store, work)
+    _write(file, render_file(shape, found.rows), force)
+    view = {"file": str(file), "shape": shape, "tenant": tenant, "keys": len(found.rows)}
+    if json:
+        output.print_json({**view, "left_out": dict(found.left_out), "lost": dict(found.lost)})
+        return
+    output.print_line(f"wrote {len(found.rows)} keys of {tenant} to {file}")
+    for what, count in found.left_out.items():
+        output.print_note(f"left out {count} {'key' if count == 1 else 'keys'}: each {what}")
+    for what, count in found.lost.items():
+        output.print_note(
+            f"{count} {'key has' if count == 1 else 'keys have'} {what}, for which the shape has no place"
+        )
+
+
+# --- Files ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """What is wrong with the file, told with its name."""
+    from ..keyfile import KeyFileError
+
+    try:
+        yield
+    except KeyFileError as error:
+        raise KeyFileError(f"{file}: {error.message}") from None
+    except OSError as error:
+        raise KeyFileError(f"{file}: {(error.strerror or str(error)).lower()}") from None
+
+
+def _read(file: Path) -> bytes:
+    from ..keyfile import MAX_FILE_BYTES, KeyFileError
+
+    with _named(file), file.open("rb") as opened:
+        data = opened.read(MAX_FILE_BYTES + 1)
+        if len(data) > MAX_FILE_BYTES:
+            raise KeyFileError(
+                f"is larger than {MAX_FILE_BYTES >> 20} MiB: split it, an import may be made of several files"
+            )
+        return data
+
+
+def _check_target(file: Path, force: bool) -> None:
+    """Refuse before the work what would fail after it."""
+    with _named(file):
+        if file.is_dir():
+            raise IsADirectoryError(None, "is a directory")
+        if not file.absolute().parent.is_dir():
+            raise NotADirectoryError(None, "its folder does not exist")
+    if file.exists() and not force:
+        raise AlreadyExists(f"{file}: is there already (--force overwrites it)")
+
+
+def _write(file: Path, parts: Iterable[bytes], force: bool) -> None:
+    """Write a file whole or not at all, readable by its owner only; durable when this returns."""
+    folder = file.absolute().parent
+    with _named(file):
+        handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=folder)  # made with mode 0600
+        try:
+            with os.fdopen(handle, "wb") as new:
+                new.writelines(parts)
+                new.flush()
+                os.fsync(new.fileno())
+            if force:
+                os.replace(name, file)
+            else:
+                os.link(name, file)  # unlike a rename, it never takes the place of a file that came meanwhile
+        except FileExistsError:
+            raise AlreadyExists(f"{file}: is there already (--force overwrites it)") from None
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(name)
+        sync = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(sync)
+        finally:
+            os.close(sync)
