@@ -30,7 +30,7 @@ from strongroom.errors import (
 )
 from strongroom.rules import Decision, Request, default_policy
 from strongroom.storage import open_store
-from strongroom.storage.port import MAX_OPERATIONS, Batch, Create, Record
+from strongroom.storage.port import MAX_OPERATIONS, Record
 from strongroom.transaction import Transaction
 
 from .support import STORES, Fault, FaultyStore, new_url
@@ -575,16 +575,19 @@ async def test_a_repeat_after_a_lost_answer_has_no_second_effect(database: Datab
 
 async def test_every_repeat_answers_as_the_first_call_did(database: Database) -> None:
     made = await database.create(ACME, Account(id="a", owner="ada"))
-    for _ in range(2):
-        updated = await database.update(
-            ACME, Account, "a", {"balance": 2}, expected=made.version, idempotency_key="update"
-        )
-        assert updated.balance == 2
-    for _ in range(2):
-        replaced = await database.replace(
-            ACME, Account(id="a", owner="bob"), expected=updated.version, idempotency_key="replace"
-        )
-        assert replaced.owner == "bob"
+
+    async def update() -> Account:
+        return await database.update(ACME, Account, "a", {"balance": 2}, expected=made.version, idempotency_key="u")
+
+    updated = await update()
+    assert await update() == updated
+
+    async def replace() -> Account:
+        new = Account(id="a", owner="bob")
+        return await database.replace(ACME, new, expected=updated.version, idempotency_key="r")
+
+    replaced = await replace()
+    assert await replace() == replaced
     for _ in range(2):
         await database.replace(ACME, Account(id="b", owner="new"), expected=0, idempotency_key="replace b")
     for _ in range(2):

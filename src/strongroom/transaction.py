@@ -221,7 +221,7 @@ class Transaction:
         return not self.changes and not self._read
 
     def operations(self, first: Operation | None = None) -> list[Operation]:
-        """`first`, then checks of what was read and no change expects, then the changes, each followed by its record."""
+        """`first`, checks of what was read and no change expects, then the changes, each followed by its record."""
         operations: list[Operation] = [] if first is None else [first]
         # Before the changes, because a check sees what was changed before it. An addition and a creation expect no
         # version themselves; what was decided on the document as it was read must hold for them as well.
