@@ -1,0 +1,309 @@
+"""One table of settings: name, default, help. Read from the environment; what contradicts itself stops the start.
+
+The fields of `Settings` are the table; `settings_table()` gives it to the documentation.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Annotated, Any, Literal
+from urllib.parse import quote, urlsplit
+
+from pydantic import Field, SecretStr, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from .entity import Entity, problems_of
+from .errors import ConfigError
+from .keytext import is_possible
+
+DEFAULT_STORE = "sqlite:///data/strongroom.db"
+DEFAULT_ANALYTICS = "duckdb:///data/analytics"
+MIN_ADMIN_KEY_CHARS = 32
+MIN_PEPPER_CHARS = 32
+MAX_WORKERS = 64
+PREFIX = "STRONGROOM_"
+NOT_SETTINGS = ("STRONGROOM_DEBUG", "STRONGROOM_REQUIRE")
+"""Names that others read: the command line, the tests."""
+
+
+def _setting(name: str, default: Any, help: str, **constraints: Any) -> Any:
+    return Field(default=default, validation_alias=name, description=help, **constraints)
+
+
+class Settings(BaseSettings):
+    """What the environment says. `load` reads and checks it; `store_url` and its like are what the program uses."""
+
+    model_config = SettingsConfigDict(
+        case_sensitive=True, env_ignore_empty=True, extra="ignore", frozen=True, hide_input_in_errors=True
+    )
+
+    # Where the data is.
+    store: str | None = _setting(
+        "STRONGROOM_STORE", None, f"The store: sqlite:///path or json:///path (default {DEFAULT_STORE}).", repr=False
+    )
+    database_url: str | None = _setting("DATABASE_URL", None, "Another name for STRONGROOM_STORE.", repr=False)
+    database_path: str | None = _setting("DATABASE_PATH", None, "A SQLite file: as STRONGROOM_STORE=sqlite:///path.")
+    db_host: str | None = _setting("DB_HOST", None, "PostgreSQL, in parts: the host (localhost).")
+    db_port: int | None = _setting("DB_PORT", None, "PostgreSQL, in parts: the port (5432).", ge=1, le=65_535)
+    db_user: str | None = _setting("DB_USER", None, "PostgreSQL, in parts: the user (postgres).")
+    db_password: SecretStr | None = _setting("DB_PASSWORD", None, "PostgreSQL, in parts: the password.")
+    db_name: str | None = _setting("DB_NAME", None, "PostgreSQL, in parts: the database (strongroom).")
+    db_max_connections: int = _setting("DB_MAX_CONNECTIONS", 20, "PostgreSQL: connections in the pool.", ge=1, le=1_000)
+    analytics: str | None = _setting(
+        "STRONGROOM_ANALYTICS", None, f"Where cost analytics are kept (default {DEFAULT_ANALYTICS})."
+    )
+    cache: str | None = _setting("STRONGROOM_CACHE", None, "A Redis that several nodes share: redis://….", repr=False)
+    redis_url: str | None = _setting("REDIS_URL", None, "Another name for STRONGROOM_CACHE.", repr=False)
+
+    # The server.
+    host: str = _setting("STRONGROOM_HOST", "127.0.0.1", "The address that the server listens on.")
+    port: int = _setting(
+        "STRONGROOM_PORT", 8080, "The port that the server listens on; 0 takes a free one.", ge=0, le=65_535
+    )
+    workers: int = _setting("STRONGROOM_WORKERS", 1, "Server processes on one store.", ge=1, le=MAX_WORKERS)
+    log_level: Literal["debug", "info", "warning", "error"] = _setting(
+        "STRONGROOM_LOG_LEVEL", "info", "The least level that is logged: debug, info, warning or error."
+    )
+    access_log: bool = _setting(
+        "STRONGROOM_ACCESS_LOG", False, "Log every request but verifications and health checks: true or false."
+    )
+    max_body_bytes: int = _setting(
+        "STRONGROOM_MAX_BODY_BYTES", 1_048_576, "The largest request body; larger ones are answered 413.",
+        ge=1_024, le=64 * 1_048_576,
+    )  # fmt: skip
+    max_concurrency: int = _setting(
+        "STRONGROOM_MAX_CONCURRENCY", 1_000, "Requests in work at once, for each worker; more are answered 429.",
+        ge=1, le=100_000,
+    )  # fmt: skip
+    max_watchers: int = _setting(
+        "STRONGROOM_MAX_WATCHERS", 200, "Streams of `:watch` open at once, for each worker; more are answered 429.",
+        ge=0, le=100_000,
+    )  # fmt: skip
+    stop_timeout_s: int = _setting(
+        "STRONGROOM_STOP_TIMEOUT_S", 20, "Seconds that requests in flight get to finish when the server is stopped.",
+        ge=1, le=600,
+    )  # fmt: skip
+
+    # Access and secrets.
+    admin_key: SecretStr | None = _setting(
+        "STRONGROOM_ADMIN_KEY",
+        None,
+        f"The administrator's key, any text of {MIN_ADMIN_KEY_CHARS} characters or more. Without it one is made at the "
+        "first start and printed once.",
+    )
+    peppers: Annotated[tuple[SecretStr, ...], NoDecode] = _setting(
+        "STRONGROOM_PEPPER",
+        (),
+        f"Secrets that key hashes are made with, {MIN_PEPPER_CHARS} characters or more each, the current one first, "
+        "separated by commas. Without them one is made and kept in the store.",
+    )
+    rules: str | None = _setting("STRONGROOM_RULES", None, "A file with access rules.")
+    pq_encryption_password: SecretStr | None = _setting(
+        "PQ_ENCRYPTION_PASSWORD", None, "The password that secret fields are encrypted with."
+    )
+    entities: Annotated[tuple[str, ...], NoDecode] = _setting(
+        "STRONGROOM_ENTITIES", (), "Python modules with Entity classes of your own, separated by commas."
+    )
+
+    # Google Cloud.
+    google_application_credentials: str | None = _setting(
+        "GOOGLE_APPLICATION_CREDENTIALS", None, "Google Cloud: a service account's key file."
+    )
+    google_cloud_project_id: str | None = _setting("GOOGLE_CLOUD_PROJECT_ID", None, "Google Cloud: the project.")
+    firestore_collection: str = _setting("FIRESTORE_COLLECTION", "api_keys", "Firestore: the collection of keys.")
+    firestore_emulator_host: str | None = _setting("FIRESTORE_EMULATOR_HOST", None, "Firestore: an emulator.")
+    pubsub_emulator_host: str | None = _setting("PUBSUB_EMULATOR_HOST", None, "Pub/Sub: an emulator.")
+
+    @classmethod
+    def settings_customise_sources(cls, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """What the caller gives, then the environment; no files."""
+        return (kwargs["init_settings"], kwargs["env_settings"]) if kwargs else (args[1], args[2])
+
+    # What the program uses.
+
+    @property
+    def store_url(self) -> str:
+        named = self._stores()
+        return named[0][1] if named else DEFAULT_STORE
+
+    @property
+    def pepper_texts(self) -> tuple[str, ...]:
+        return tuple(pepper.get_secret_value() for pepper in self.peppers)
+
+    def _stores(self) -> list[tuple[str, str]]:
+        """Each setting that names the store, and the URL it names."""
+        named = []
+        if self.store is not None:
+            named.append(("STRONGROOM_STORE", self.store))
+        if self.database_url is not None:
+            named.append(("DATABASE_URL", re.sub(r"^postgres://", "postgresql://", self.database_url)))
+        if self.database_path is not None:
+            named.append(("DATABASE_PATH", f"sqlite:///{quote(self.database_path)}"))
+        parts = [name for name in ("db_host", "db_port", "db_user", "db_password", "db_name") if getattr(self, name)]
+        if parts:
+            password = f":{quote(self.db_password.get_secret_value(), safe='')}" if self.db_password else ""
+            account = quote(self.db_user or "postgres", safe="") + password
+            where = f"{self.db_host or 'localhost'}:{self.db_port or 5432}"
+            named.append((parts[0].upper(), f"postgresql://{account}@{where}/{quote(self.db_name or 'strongroom')}"))
+        return named
+
+
+# --- Reading and checking -------------------------------------------------------------------------------------
+
+
+def load(**given: Any) -> Settings:
+    """The settings: what is given (by field name, None for not given), then the environment.
+
+    A store that is given replaces whatever the environment says of the store. Raises ConfigError: one sentence that
+    names every setting that is wrong, contradicts another, or asks for what this version does not have.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    if "store" in given:  # the command line outranks every name that the environment has for the store
+        given = {**dict.fromkeys(_STORE_FIELDS), **given}
+    fields = {Settings.model_fields[name].validation_alias: value for name, value in given.items()}
+    try:
+        settings = Settings(**{str(alias): value for alias, value in fields.items()})
+    except ValidationError as error:
+        raise ConfigError("; ".join(f"{p.path}: {p.message}" for p in problems_of(error))) from None
+    wrong = [*_contradictions(settings), *_not_yet(settings), *_secrets(settings)]
+    if wrong:
+        raise ConfigError("; ".join(wrong))
+    return settings
+
+
+_STORE_FIELDS = ("database_url", "database_path", "db_host", "db_port", "db_user", "db_password", "db_name")
+
+
+def _contradictions(settings: Settings) -> list[str]:
+    wrong = []
+    stores = settings._stores()
+    for (first, one), (second, other) in pairwise(stores):
+        if one != other:
+            wrong.append(f"{first} and {second} name different stores: keep one of them")
+    if settings.cache is not None and settings.redis_url is not None and settings.cache != settings.redis_url:
+        wrong.append("STRONGROOM_CACHE and REDIS_URL name different caches: keep one of them")
+    if settings.workers > 1 and settings.store_url.startswith("json:"):
+        wrong.append(
+            f"STRONGROOM_WORKERS={settings.workers} and a json: store (STRONGROOM_STORE): only one process can use it"
+        )
+    return wrong
+
+
+def _not_yet(settings: Settings) -> list[str]:
+    """What is asked for and this version does not have: said, and never ignored."""
+    wrong = []
+    name, url = next(iter(settings._stores()), ("STRONGROOM_STORE", DEFAULT_STORE))
+    scheme = url.partition(":")[0]
+    if scheme in ("postgresql", "firestore"):
+        what = "PostgreSQL" if scheme == "postgresql" else "Firestore"
+        wrong.append(f"{name}: this version cannot use {what} yet; use sqlite:///path or json:///path")
+    elif scheme not in ("sqlite", "json") or "://" not in url:
+        wrong.append(f"{name}: found {_without_password(url)!r}, expected sqlite:///path or json:///path")
+    if settings.analytics is not None and settings.analytics != DEFAULT_ANALYTICS:
+        wrong.append("STRONGROOM_ANALYTICS: this version has no cost analytics yet; leave it out")
+    for name, value in (("STRONGROOM_CACHE", settings.cache), ("REDIS_URL", settings.redis_url)):
+        if value is not None:
+            wrong.append(f"{name}: this version cannot use Redis yet; leave it out")
+    if settings.rules is not None:
+        wrong.append("STRONGROOM_RULES: this version cannot read a rules file yet; leave it out")
+    if settings.pq_encryption_password is not None:
+        wrong.append("PQ_ENCRYPTION_PASSWORD: this version does not encrypt secret fields yet; leave it out")
+    return wrong
+
+
+def _without_password(url: str) -> str:
+    try:
+        password = urlsplit(url).password
+    except ValueError:
+        return url.partition(":")[0] + ":…"
+    return url.replace(password, "***") if password else url
+
+
+def _secrets(settings: Settings) -> list[str]:
+    wrong = []
+    if settings.admin_key is not None:
+        text = settings.admin_key.get_secret_value()
+        if len(text) < MIN_ADMIN_KEY_CHARS:
+            wrong.append(f"STRONGROOM_ADMIN_KEY: found {len(text)} characters, expected {MIN_ADMIN_KEY_CHARS} or more")
+        elif not is_possible(text) or text != text.strip():
+            wrong.append(
+                "STRONGROOM_ADMIN_KEY: expected printable text of at most 512 characters without spaces around it, "
+                "and not a mistyped Strongroom key"
+            )
+    for number, pepper in enumerate(settings.pepper_texts, 1):
+        if len(pepper) < MIN_PEPPER_CHARS:
+            wrong.append(
+                f"STRONGROOM_PEPPER: number {number} has {len(pepper)} characters, expected {MIN_PEPPER_CHARS} or more"
+            )
+    return wrong
+
+
+def warnings(settings: Settings, environment: Mapping[str, str] = os.environ) -> list[str]:
+    """What is set and has no effect: unknown names that begin like ours, settings of engines that are not used."""
+    found = []
+    known = [row.name for row in settings_table()]
+    for name in sorted(environment):
+        if name.startswith(PREFIX) and name not in known and name not in NOT_SETTINGS:
+            close = difflib.get_close_matches(name, known, 1)
+            found.append(f"{name} is not a setting" + (f"; did you mean {close[0]}?" if close else ""))
+    for name in ("DB_MAX_CONNECTIONS", "FIRESTORE_COLLECTION", "FIRESTORE_EMULATOR_HOST", "PUBSUB_EMULATOR_HOST"):
+        if environment.get(name):
+            found.append(f"{name} has no effect with this store")
+    return found
+
+
+# --- The table ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One row of the table. `default` is None where there is none; a secret's value is never shown."""
+
+    name: str
+    default: Any
+    help: str
+    secret: bool
+
+
+def settings_table() -> list[Setting]:
+    """Every setting, in the order of the declaration."""
+    return [_row(field) for field in Settings.model_fields.values()]
+
+
+def _row(field: FieldInfo) -> Setting:
+    secret = "SecretStr" in str(field.annotation)
+    return Setting(str(field.validation_alias), field.default or None, field.description or "", secret)
+
+
+# --- The user's own entities ----------------------------------------------------------------------------------
+
+
+def load_entities(modules: Sequence[str]) -> tuple[type[Entity], ...]:
+    """The Entity classes that these modules declare. The current folder is looked in first. Raises ConfigError."""
+    found: dict[type[Entity], None] = {}
+    for name in modules:
+        if "" not in sys.path and os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+        try:
+            module = importlib.import_module(name)
+        except Exception as error:
+            raise ConfigError(
+                f"STRONGROOM_ENTITIES: {name!r} cannot be imported: {type(error).__name__}: {error}"
+            ) from error
+        own = [
+            value
+            for value in vars(module).values()
+            if isinstance(value, type) and issubclass(value, Entity) and "__collection__" in vars(value)
+        ]
+        if not own:
+            raise ConfigError(f"STRONGROOM_ENTITIES: {name!r} declares no Entity class with a collection")
+        found.update(dict.fromkeys(own))
+    return tuple(found)

@@ -1,0 +1,1 @@
+"""The HTTP server: keys, usage and entities over version 1 of the interface."""

@@ -1,0 +1,85 @@
+"""The administrator's key: made at the first start and shown once, or as the configuration gives it."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+
+from ..apikey import ALL_TENANTS, ApiKey
+from ..app import Strongroom
+from ..context import system_context
+from ..errors import AlreadyExists, ConfigError
+from ..keytext import generate, masked
+from ..query import Query, Where
+from .auth import Scope
+
+ID = "admin"
+PREFIX = "sr_admin"
+_PERMISSION = Scope.ADMIN.permission
+
+
+async def ensure(room: Strongroom, given: str | None) -> str | None:
+    """Make sure there is an administrator's key. Returns the text of one that was made now, to be shown once.
+
+    With `given`, the key `admin` has exactly this text afterwards; any number of processes may do so at once.
+    Raises ConfigError if the text belongs to another key.
+    """
+    if given is not None:
+        await _set(room, given)
+        return None
+    query = Query(Where("permissions", "array-contains", _PERMISSION), limit=1)
+    if (await room.database.find(system_context(), ApiKey, query)).items:
+        return None
+    text = generate(PREFIX)
+    try:
+        await room.database.create(system_context(), _key(room, text))
+    except AlreadyExists:  # another process made it in this moment, and shows it; or it lost its permission by hand
+        return None
+    return text
+
+
+async def _set(room: Strongroom, text: str) -> None:
+    context = system_context()
+    hasher = room.keys.hasher
+    for _ in range(3):
+        key = await room.database.get_or_none(context, ApiKey, ID)
+        try:
+            if key is None:
+                await room.database.create(context, _key(room, text))
+            elif not _is(key, hasher.candidates(text)):
+                wanted = _key(room, text)
+                fields = ("tenant", "hash", "sealed", "display", "permissions", "enabled", "expires_at", "allowed_ips")
+                changes = {name: getattr(wanted, name) for name in fields}
+                changes |= {"previous_hash": None, "previous_until": None}
+                await room.database.update(context, ApiKey, ID, changes)
+            return
+        except AlreadyExists:  # another process was faster: look whether it set the same text
+            if key is not None:
+                break
+    raise ConfigError("STRONGROOM_ADMIN_KEY: another key has this text; choose a new one")
+
+
+def _is(key: ApiKey, candidates: list[str]) -> bool:
+    """Whether the key is an administrator's, usable, with one of these hashes. Compares all, in constant time."""
+    same = [hmac.compare_digest(key.hash, candidate) for candidate in candidates]
+    return (
+        any(same)
+        and key.enabled
+        and key.expires_at is None
+        and key.tenant == ALL_TENANTS
+        and _PERMISSION in key.permissions
+        and not key.allowed_ips
+    )
+
+
+def _key(room: Strongroom, text: str) -> ApiKey:
+    hasher = room.keys.hasher
+    return ApiKey(
+        id=ID,
+        tenant=ALL_TENANTS,
+        name="administrator",
+        hash=hasher.hash(text),
+        sealed=hasher.seal(hashlib.sha256(text.encode()).digest()),
+        display=masked(text),
+        permissions=[_PERMISSION],
+    )

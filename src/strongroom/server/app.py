@@ -1,0 +1,212 @@
+"""The ASGI application: verify as a bare route, the rest through FastAPI; bounded, counted, with one error shape."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from ..app import Strongroom
+from ..errors import InvalidInput, NotFound, Problem, StrongroomError, TooManyRequests
+from . import errors, openapi
+from .auth import authorization
+from .errors import MalformedRequest, Message, MethodNotAllowed, Send, send_problem
+from .routes import entities, health, keys, stats, usage
+from .services import Bounds, Services
+from .verify import PATH as VERIFY
+from .verify import Receive, VerifyRoute, too_large
+from .wire import request_id_of
+
+_log = logging.getLogger(__name__)
+_access = logging.getLogger("strongroom.access")
+_OPEN = frozenset({"/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", "/stats"})
+"""Paths that need no management key; `/stats` takes the API key itself."""
+_ENCODED_SLASH = re.compile(rb"%2f", re.IGNORECASE)
+DEFAULT_BOUNDS = Bounds()
+SLASH = "\x00"
+"""Stands for an encoded slash inside a path's segment, while the path is routed; no id contains U+0000."""
+
+
+class Application:
+    """What uvicorn calls."""
+
+    def __init__(self, services: Services, api: FastAPI) -> None:
+        self.services = services
+        self.api = api
+        self._verify = VerifyRoute(
+            services.room.keys, services.authenticator, services.metrics, services.gate, services.bounds.max_body_bytes
+        )
+
+    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            if scope["path"] == VERIFY and scope["method"] == "POST":
+                await self._verify(scope, receive, send)
+            else:
+                await self._handle(scope, receive, send)
+        elif scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+        else:  # a websocket: there is none here
+            await receive()
+            await send({"type": "websocket.close", "code": 1000})
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        """The store was opened before and is closed after, by whoever built this application."""
+        while (await receive())["type"] == "lifespan.startup":
+            await send({"type": "lifespan.startup.complete"})
+        self.services.close()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def _handle(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        """Everything but a verification: identify, authenticate, bound, hand on, count."""
+        started = time.perf_counter()
+        request_id = scope["strongroom.request_id"] = request_id_of(scope["headers"])
+        answer = _Answer(send, request_id)
+        gate = self.services.gate
+        streams = scope["path"].endswith(":watch")  # an open stream is bounded as a watcher, not as a request
+        gate.inside += not streams
+        try:
+            if gate.inside > gate.limit:
+                raise TooManyRequests
+            _route_encoded_slashes(scope)
+            if scope["path"] not in _OPEN and scope["path"].startswith("/v1"):
+                scope["strongroom.caller"] = await self.services.authenticator.caller(authorization(scope["headers"]))
+            await self.api(scope, self._bounded(scope, receive), answer)
+        except StrongroomError as error:
+            if not answer.started:
+                await send_problem(answer, error, request_id)
+        except Exception as error:  # what the handlers below let through, or a failure in the midst of an answer
+            _log.exception("request failed", extra={"request_id": request_id, "error": type(error).__name__})
+            if not answer.started:
+                await send_problem(answer, StrongroomError(), request_id)
+        finally:
+            gate.inside -= not streams
+            self._count(scope, answer.status, time.perf_counter() - started, request_id)
+
+    def _bounded(self, scope: Mapping[str, Any], receive: Receive) -> Receive:
+        """`receive`, which raises TooLarge as soon as the body is known to be larger than the bound."""
+        most = self.services.bounds.max_body_bytes
+        for name, value in scope["headers"]:
+            if name == b"content-length" and (not value.isdigit() or int(value[:20]) > most):
+                raise too_large(most)
+        size = 0
+
+        async def bounded() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > most:
+                raise too_large(most)
+            return message
+
+        return bounded
+
+    def _count(self, scope: Mapping[str, Any], status: int, seconds: float, request_id: str) -> None:
+        route = getattr(scope.get("route"), "path", None) or "unmatched"
+        self.services.metrics.request(scope["method"], route, status, seconds)
+        if self.services.access_log and scope["path"] not in _OPEN:
+            caller = scope.get("strongroom.caller")
+            _access.info(
+                "request",
+                extra={
+                    "method": scope["method"],
+                    "path": scope["path"],
+                    "status": status,
+                    "ms": round(seconds * 1_000, 2),
+                    "request_id": request_id,
+                    "actor": caller.actor if caller is not None else None,
+                },
+            )
+
+
+class _Answer:
+    """`send`, remembering what was sent, and adding the request's id."""
+
+    __slots__ = ("_request_id", "_send", "started", "status")
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send = send
+        self._request_id = request_id.encode()
+        self.started = False
+        self.status = 499  # the client went away before there was an answer
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.started = True
+            self.status = message["status"]
+            headers = message["headers"] = list(message.get("headers", ()))
+            if not any(name == b"x-request-id" for name, _ in headers):
+                headers.append((b"x-request-id", self._request_id))
+        await self._send(message)
+
+
+def _route_encoded_slashes(scope: dict[str, Any]) -> None:
+    """A tenant or an id may contain a slash, sent as %2F: the server has decoded it, which would change the route."""
+    raw: bytes = scope.get("raw_path") or b""
+    if b"%00" in raw:
+        raise InvalidInput([Problem("path", "found U+0000, which no name contains")])
+    if _ENCODED_SLASH.search(raw):
+        scope["path"] = unquote_to_bytes(_ENCODED_SLASH.sub(SLASH.encode(), raw)).decode("utf-8", "replace")
+
+
+# --- Building -------------------------------------------------------------------------------------------------
+
+
+def build(room: Strongroom, bounds: Bounds = DEFAULT_BOUNDS, *, access_log: bool = False) -> Application:
+    """The application on an opened Strongroom, which stays the caller's to close."""
+    services = Services(room, bounds, access_log)
+    api = FastAPI(
+        title="Strongroom",
+        version=openapi.version(),
+        description="API keys with exact usage limits, and tenant-isolated state.",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+        responses=openapi.PROBLEMS,
+        generate_unique_id_function=lambda route: route.name,
+    )
+    _handle_errors(api)
+    for module in (health, stats, usage, keys, entities):
+        api.include_router(module.router(services))
+    openapi.serve(api)
+    return Application(services, api)
+
+
+def _handle_errors(api: FastAPI) -> None:
+    def problem(request: Request, error: StrongroomError) -> Response:
+        status, headers, body = errors.response(error, request.scope["strongroom.request_id"])
+        answer = Response(body, status)
+        answer.raw_headers = headers
+        return answer
+
+    @api.exception_handler(StrongroomError)
+    async def ours(request: Request, error: StrongroomError) -> Response:
+        if errors.status_of(error) == 500:
+            _log.error("request failed: %s", error, extra={"request_id": request.scope["strongroom.request_id"]})
+        return problem(request, error)
+
+    @api.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        found = [Problem(".".join(str(part) for part in item["loc"][1:]), str(item["msg"])) for item in error.errors()]
+        return problem(request, InvalidInput(found))
+
+    @api.exception_handler(HTTPException)
+    async def framework(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 404:
+            return problem(request, NotFound(f"there is no {request.url.path}"))
+        if error.status_code == 405:
+            allow = (error.headers or {}).get("Allow", "")
+            return problem(request, MethodNotAllowed(f"{request.method} is not for this path", allow=allow))
+        if error.status_code == 400:
+            return problem(request, MalformedRequest(str(error.detail)))
+        return problem(request, StrongroomError(str(error.detail)))
+
+
+__all__ = ["Application", "Bounds", "build"]

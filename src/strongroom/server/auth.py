@@ -1,0 +1,133 @@
+"""Who calls: a management key in `Authorization: Bearer …`, what it may do, and for which tenants."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from enum import IntEnum
+from types import MappingProxyType
+from typing import Any
+
+from ..apikey import ALL_TENANTS
+from ..context import Context
+from ..errors import Denied, Unauthenticated
+from ..keys import Keys
+from ..verification import KnownKey
+
+MAX_CALLERS = 10_000
+"""Callers kept in memory, by the text of their header."""
+TRUSTED_FOR_S = 1.0
+"""A caller is looked up again after this long, whatever was heard of its key meanwhile."""
+MANAGEMENT = "strongroom:"
+
+
+class Scope(IntEnum):
+    """What a management key may do; each includes those before it."""
+
+    NONE = 0
+    READ = 1
+    WRITE = 2
+    ADMIN = 3
+
+    @property
+    def permission(self) -> str:
+        return MANAGEMENT + self.name.lower()
+
+
+_SCOPES = {scope.permission: scope for scope in (Scope.READ, Scope.WRITE, Scope.ADMIN)}
+
+
+def scope_of(permissions: Iterable[str]) -> Scope:
+    """The widest scope that is named in full. A wildcard such as `*` gives none: whoever may write could grant it."""
+    return max((_SCOPES[name] for name in permissions if name in _SCOPES), default=Scope.NONE)
+
+
+def is_management(permissions: Iterable[str], tenant: str) -> bool:
+    """Whether a key with these permissions, of this tenant, is one that only an administrator may make or touch."""
+    return tenant == ALL_TENANTS or any(name.startswith(MANAGEMENT) for name in permissions)
+
+
+class Caller:
+    """An authenticated caller. `tenant` is the one it is bound to, or None for all of them."""
+
+    __slots__ = ("actor", "claims", "key", "scope", "tenant", "trusted_until")
+
+    def __init__(self, key: KnownKey) -> None:
+        self.key = key
+        self.scope = scope_of(key.permissions)
+        self.tenant = None if key.tenant == ALL_TENANTS else key.tenant
+        self.actor = f"key:{key.id}"
+        claims: dict[str, Any] = {"admin": True, "scope": self.scope.name.lower(), "key_id": key.id}
+        if self.tenant is not None:
+            claims["tenant"] = self.tenant
+        self.claims: Mapping[str, Any] = MappingProxyType(claims)
+        self.trusted_until = time.monotonic() + TRUSTED_FOR_S
+
+    @property
+    def is_current(self) -> bool:
+        """Whether nothing has happened to the key since it was looked up, and it has not expired."""
+        key = self.key
+        return (
+            not key.stale
+            and time.monotonic() < self.trusted_until
+            and (key.expires_us is None or time.time_ns() // 1_000 < key.expires_us)
+        )
+
+    def needs(self, scope: Scope) -> None:
+        """Raise Denied unless the caller has this scope."""
+        if self.scope < scope:
+            has = f"it has {self.scope.permission}" if self.scope else "it is not a management key"
+            raise Denied(f"this call needs a key with the permission {scope.permission}; {has}")
+
+    def context(self, tenant: str | None, request_id: str) -> Context:
+        """The caller's call for one tenant, now. The rules refuse a tenant it does not belong to."""
+        return Context(tenant, self.actor, self.claims, request_id)
+
+
+class Authenticator:
+    """Turns an Authorization header into a Caller. Known ones cost one dict lookup."""
+
+    def __init__(self, keys: Keys) -> None:
+        self._keys = keys
+        # A dict finds by a keyed hash of all bytes and then compares once, so its time says nothing of how many
+        # characters of a guess were right; the store's hash is compared in constant time by Keys.
+        self._callers: dict[bytes, Caller] = {}
+
+    def known(self, header: bytes | None) -> Caller | None:
+        """The caller, if it is known and nothing has happened to its key."""
+        caller = self._callers.get(header) if header is not None else None
+        return caller if caller is not None and caller.is_current else None
+
+    async def caller(self, header: bytes | None) -> Caller:
+        """The caller. Raises Unauthenticated."""
+        caller = self.known(header)
+        if caller is not None:
+            return caller
+        text = bearer(header)
+        key = await self._keys.authenticate(text) if text else None
+        if key is None or header is None:
+            if header is not None:
+                self._callers.pop(header, None)
+            raise Unauthenticated("the key is unknown, disabled or expired" if text else None, token=bool(text))
+        if len(self._callers) >= MAX_CALLERS:
+            self._callers.clear()
+        caller = self._callers[header] = Caller(key)
+        return caller
+
+
+def bearer(header: bytes | None) -> str | None:
+    """The token of an `Authorization: Bearer …` header, or None."""
+    if header is None or header[:7].lower() != b"bearer ":
+        return None
+    try:
+        return header[7:].strip().decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def authorization(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
+    """The Authorization header of an ASGI scope."""
+    for name, value in headers:
+        if name == b"authorization":
+            return value
+    return None

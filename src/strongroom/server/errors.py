@@ -1,0 +1,126 @@
+"""The one map from error codes to HTTP statuses, and the one error shape: problem details (RFC 9457)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable, MutableMapping
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+
+from ..errors import InvalidInput, StrongroomError
+
+Message = MutableMapping[str, Any]
+Send = Callable[[Message], Awaitable[None]]
+Headers = list[tuple[bytes, bytes]]
+
+MEDIA_TYPE = "application/problem+json"
+RETRY_AFTER_S = 1
+MAX_PROBLEMS = 100
+"""Of a request with more problems than these, the first are named."""
+MAX_DETAIL_CHARS = 2_000
+
+
+class MalformedRequest(StrongroomError):
+    """The request is not well-formed: the body is not JSON, or a header cannot be read."""
+
+    code = "malformed_request"
+
+
+class MethodNotAllowed(StrongroomError):
+    """This path does not take this method: the header Allow names those it takes."""
+
+    code = "method_not_allowed"
+
+
+class PreconditionFailed(StrongroomError):
+    """The document does not have the version that If-Match or If-None-Match demands: read it again."""
+
+    code = "precondition_failed"
+
+
+class HeadersTooLarge(StrongroomError):
+    """The request's headers are larger than the server takes."""
+
+    code = "headers_too_large"
+
+
+class ShuttingDown(StrongroomError):
+    """The server is stopping: send the request to another, or again in a moment."""
+
+    code = "unavailable"
+
+
+STATUS: dict[str, int] = {
+    "malformed_request": 400,
+    "unauthenticated": 401,
+    "denied": 403,
+    "not_found": 404,
+    "method_not_allowed": 405,
+    "already_exists": 409,
+    "conflict": 409,
+    "bound_exceeded": 409,
+    "precondition_failed": 412,
+    "too_large": 413,
+    "invalid_input": 422,
+    "too_many_requests": 429,
+    "headers_too_large": 431,
+    "internal": 500,
+    "store_error": 500,
+    "schema_error": 500,
+    "config_error": 500,
+    "unavailable": 503,
+    "storage_full": 507,
+}
+_RETRY = frozenset({"too_many_requests", "unavailable", "storage_full"})
+_encode = msgspec.json.Encoder().encode
+
+
+def status_of(error: StrongroomError) -> int:
+    return STATUS.get(error.code, 500)
+
+
+def document(error: StrongroomError, request_id: str) -> dict[str, Any]:
+    """The error as problem details. What is the server's own fault is said without its particulars: they are logged."""
+    status = status_of(error)
+    title = (type(error).__doc__ or HTTPStatus(status).phrase).strip().split("\n")[0]
+    body: dict[str, Any] = {
+        "type": f"/docs#error-{error.code}",
+        "title": title,
+        "status": status,
+        "detail": error.message[:MAX_DETAIL_CHARS] if status != 500 or error.code != "internal" else title,
+        "code": error.code,
+        "request_id": request_id,
+    }
+    if isinstance(error, InvalidInput):
+        body["errors"] = [{"path": p.path, "message": p.message} for p in error.problems[:MAX_PROBLEMS]]
+    return body
+
+
+def response(error: StrongroomError, request_id: str) -> tuple[int, Headers, bytes]:
+    """Status, headers and body of the answer that tells the error."""
+    status = status_of(error)
+    body = _encode(document(error, request_id))
+    headers = [
+        (b"content-type", MEDIA_TYPE.encode()),
+        (b"content-length", b"%d" % len(body)),
+        (b"x-request-id", request_id.encode()),
+    ]
+    if error.code in _RETRY:
+        wait_s = error.details.get("retry_after_s", RETRY_AFTER_S)
+        headers.append((b"retry-after", b"%d" % max(1, math.ceil(wait_s))))
+    if status == 401:
+        token = b', error="invalid_token"' if error.details.get("token") else b""
+        headers.append((b"www-authenticate", b'Bearer realm="strongroom"' + token))
+    if "allow" in error.details:
+        headers.append((b"allow", str(error.details["allow"]).encode()))
+    return status, headers, body
+
+
+async def send_problem(send: Send, error: StrongroomError, request_id: str) -> int:
+    """Answer with the error; returns the status."""
+    status, headers, body = response(error, request_id)
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+    return status

@@ -1,0 +1,79 @@
+"""`GET /stats`: a key's statistics for whoever holds the key, in the shape of the service that seed 004 describes."""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime, timedelta
+from typing import Any
+from zoneinfo import ZoneInfo
+
+from fastapi import APIRouter, Request, Response
+
+from ...context import us_from_utc, utc_from_us
+from ...errors import Unauthenticated
+from ...keys import KeyStats
+from ...windows import calendar_span
+from ..auth import authorization, bearer
+from ..services import Services
+from ..wire import Json
+
+FIVE_HOURS_S = 18_000
+
+
+def router(services: Services) -> APIRouter:
+    routes = APIRouter(tags=["stats"])
+    keys = services.room.keys
+
+    @routes.get("/stats", summary="Statistics of the key that calls")
+    async def stats(request: Request) -> Response:
+        """The bearer token is the API key itself. Expired keys are answered too (`is_expired`)."""
+        text = bearer(authorization(request.scope["headers"]))
+        known = await keys.authenticate(text) if text else None
+        if known is None:
+            raise Unauthenticated("the key is unknown or disabled", token=bool(text))
+        return Json(_as_seed_004(await keys.stats(known.id)))
+
+    return routes
+
+
+def _as_seed_004(stats: KeyStats) -> dict[str, Any]:
+    key = stats.key
+    tokens = [s for s in stats.limits if s.resource == "tokens"]
+    five_hours = [s for s in tokens if s.window.get("seconds") == FIVE_HOURS_S]
+    limit = next(iter(five_hours or tokens), None)
+    now = utc_from_us(time.time_ns() // 1_000)
+    window = limit.window if limit is not None else {"kind": "rolling", "seconds": FIVE_HOURS_S}
+    started, ends = _span(window, limit.resets_at if limit is not None else None, now, key.created_at or now)
+    return {
+        "key": key.display,
+        "name": key.name,
+        "model": key.metadata.get("model"),
+        "token_limit_per_5h": limit.limit if limit is not None else None,
+        "expiry_date": key.expires_at,
+        "created_at": key.created_at,
+        "last_used": stats.last_used_at,
+        "is_expired": stats.expired,
+        "current_usage": {
+            "tokens_used_in_current_window": limit.used if limit is not None else 0,
+            "window_started_at": started,
+            "window_ends_at": ends,
+            "remaining_tokens": limit.remaining if limit is not None else None,
+        },
+        "total_lifetime_tokens": stats.totals.get("tokens", 0),
+    }
+
+
+def _span(
+    window: dict[str, Any], resets_at: datetime | None, now: datetime, created: datetime
+) -> tuple[datetime, datetime | None]:
+    """When the window that now counts began, and when it ends: for a rolling one, when its oldest use came and goes."""
+    match window["kind"]:
+        case "rolling" | "anchored":
+            length = timedelta(seconds=window["seconds"])
+            ends = resets_at if resets_at is not None else now + length
+            return min(ends - length, now), ends  # the oldest use counts until its whole bucket has gone
+        case "calendar":
+            start_us, end_us = calendar_span(window["unit"], ZoneInfo(window["timezone"]), us_from_utc(now))
+            return utc_from_us(start_us), utc_from_us(end_us)
+        case _:
+            return created, None

@@ -1,0 +1,156 @@
+"""Starts and stops the server: `serve(settings)` listens, opens the store, answers until it is told to stop, closes.
+
+Nothing that was acknowledged is lost by a stop: SIGTERM (or Ctrl-C) ends the listening, lets requests in flight finish,
+ends the streams, writes what the ledger still holds, and closes the store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from typing import Any
+
+import uvicorn
+
+from ..app import Strongroom
+from ..config import Settings, load, load_entities, warnings
+from ..errors import ConfigError, StrongroomError
+from . import adminkey, logs
+from .app import Application, Bounds, build
+
+EXIT_STOPPED = 0
+EXIT_FAILED = 1
+EXIT_WRONG_CALL = 2
+BACKLOG = 2_048
+KEEP_ALIVE_S = 30
+_log = logging.getLogger(__name__)
+
+
+class CannotListen(StrongroomError):
+    """The server cannot listen at its address."""
+
+    code = "cannot_listen"
+
+
+def serve(settings: Settings) -> int:
+    """Serve until SIGTERM or Ctrl-C. Returns the exit status: 0 stopped, 1 could not run, 2 wrongly configured.
+
+    The reason for 1 and 2 is one sentence on standard error.
+    """
+    logs.configure(settings.log_level)
+    try:
+        for warning in warnings(settings):
+            _log.warning(warning)
+        load_entities(settings.entities)
+        with contextlib.closing(_listen(settings.host, settings.port)) as listener:
+            return _run(_work(settings, listener))
+    except StrongroomError as error:
+        return _said(error)
+
+
+def _said(error: StrongroomError) -> int:
+    print(f"strongroom: {error.message}", file=sys.stderr, flush=True)
+    return EXIT_WRONG_CALL if isinstance(error, ConfigError) else EXIT_FAILED
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except (OSError, OverflowError) as error:
+        reason = {
+            errno.EADDRINUSE: "another program listens there; stop it, or choose another with STRONGROOM_PORT",
+            errno.EACCES: "this needs a permission that the program does not have; choose a port from 1024 on",
+            errno.EADDRNOTAVAIL: "this machine has no such address; choose another with STRONGROOM_HOST",
+        }.get(getattr(error, "errno", None) or 0, str(error))
+        raise CannotListen(f"cannot listen at {host}:{port}: {reason}") from None
+
+
+def _run(work: Coroutine[Any, Any, None]) -> int:
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(work)
+    return EXIT_STOPPED
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:  # not on Windows
+        return None
+    return uvloop.new_event_loop
+
+
+@contextlib.asynccontextmanager
+async def _opened(settings: Settings) -> AsyncIterator[Strongroom]:
+    entities = load_entities(settings.entities)
+    async with Strongroom.open(settings.store_url, entities=entities, peppers=settings.pepper_texts) as room:
+        yield room
+
+
+async def _first_start(settings: Settings, room: Strongroom) -> None:
+    given = settings.admin_key.get_secret_value() if settings.admin_key is not None else None
+    made = await adminkey.ensure(room, given)
+    if made is not None:
+        print(f"The administrator's key, shown this once; keep it:\n{made}", flush=True)
+
+
+async def _work(settings: Settings, listener: socket.socket) -> None:
+    async with _opened(settings) as room:
+        await _first_start(settings, room)
+        bounds = Bounds(settings.max_body_bytes, settings.max_concurrency, settings.max_watchers)
+        application = build(room, bounds, access_log=settings.access_log)
+        config = uvicorn.Config(
+            application,
+            interface="asgi3",
+            lifespan="off",
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            backlog=BACKLOG,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=settings.stop_timeout_s,
+        )
+        host, port = listener.getsockname()[:2]
+        _log.info("listening at http://%s:%s", f"[{host}]" if ":" in host else host, port)
+        await _Server(config, application).serve(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which on a signal returns instead of raising it again: the store is closed after it."""
+
+    def __init__(self, config: uvicorn.Config, application: Application) -> None:
+        super().__init__(config)
+        self._application = application
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._application.services.close()
+        await super().shutdown(sockets)
+
+
+def main() -> int:
+    """`python -m strongroom.server.run`: serve as the environment says."""
+    try:
+        return serve(load())
+    except StrongroomError as error:
+        return _said(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""What the routes work with: the opened store and this process's own counters, bounds and watchers."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from ..app import Strongroom
+from ..errors import StrongroomError, TooManyRequests
+from ..transaction import Transaction
+from .auth import Authenticator
+from .errors import ShuttingDown
+from .metrics import Metrics
+from .verify import Gate
+
+MAX_BATCH_ITEMS = 1_000
+"""Verifications in one `verify:batch`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What one process takes on at once."""
+
+    max_body_bytes: int = 1_048_576
+    max_concurrency: int = 1_000
+    max_watchers: int = 200
+
+
+@dataclass(slots=True)
+class Services:
+    """One server process: built by `server.app.build`, handed to every route."""
+
+    room: Strongroom
+    bounds: Bounds
+    access_log: bool = False
+    metrics: Metrics = field(default_factory=Metrics)
+    closing: asyncio.Event = field(default_factory=asyncio.Event)
+    watchers: int = 0
+    authenticator: Authenticator = field(init=False)
+    gate: Gate = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.authenticator = Authenticator(self.room.keys)
+        self.gate = Gate(self.bounds.max_concurrency)
+        self.room.database.after_commit(self._committed)
+        metrics = self.metrics
+        metrics.gauge("strongroom_requests_in_work", "Requests being answered.", lambda: self.gate.inside)
+        metrics.gauge("strongroom_watchers", "Streams of changes that are open.", lambda: self.watchers)
+
+    def _committed(self, transaction: Transaction) -> None:
+        for change in transaction.changes:
+            self.metrics.write(change.collection.name, change.action)
+
+    def enter_watcher(self) -> None:
+        """Take a watcher's place. Raises TooManyRequests, ShuttingDown."""
+        if self.closing.is_set():
+            raise ShuttingDown
+        if self.watchers >= self.bounds.max_watchers:
+            raise TooManyRequests(f"{self.watchers} streams are open, which is as many as this server keeps")
+        self.watchers += 1
+
+    def leave_watcher(self) -> None:
+        self.watchers -= 1
+
+    def close(self) -> None:
+        """The server is to stop: end the streams, which would never end by themselves."""
+        self.closing.set()
+
+
+__all__ = ["Bounds", "Services", "StrongroomError"]

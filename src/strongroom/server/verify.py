@@ -1,0 +1,191 @@
+"""`POST /v1/keys/verify` as bare ASGI: the one route that must be fast. It logs nothing and allocates little.
+
+A request that is right goes through `VerifyRoute.__call__` alone. One that is not is read again by `problems_with`,
+slowly, so that the answer names everything that is wrong with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from decimal import Decimal
+from typing import Any
+
+import msgspec
+
+from ..errors import InvalidInput, Problem, StrongroomError, TooLarge, TooManyRequests
+from ..keys import Keys
+from ..verification import Verification, check_address, cost_units
+from .auth import Authenticator, Scope
+from .errors import Message, Send, send_problem
+from .metrics import Metrics
+from .wire import expect_object, parse_json, request_id_of
+
+PATH = "/v1/keys/verify"
+Receive = Callable[[], Awaitable[Message]]
+_log = logging.getLogger(__name__)
+
+
+class Ask(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    """The body of a verification."""
+
+    key: str
+    cost: dict[str, Any] | None = None
+    permission: str | None = None
+    ip: str | None = None
+
+
+class Gate:
+    """Counts the requests in work, so that more than `limit` of them are refused instead of piling up."""
+
+    __slots__ = ("inside", "limit")
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.inside = 0
+
+
+# Numbers with a point become Decimals, so that money keeps all its digits.
+_decode = msgspec.json.Decoder(Ask, float_hook=Decimal).decode
+_encode = msgspec.json.Encoder(decimal_format="number").encode
+_CONTENT_TYPE = (b"content-type", b"application/json")
+
+
+class VerifyRoute:
+    """The ASGI application of this one route."""
+
+    def __init__(
+        self, keys: Keys, authenticator: Authenticator, metrics: Metrics, gate: Gate, max_body_bytes: int
+    ) -> None:
+        self._keys = keys
+        self._authenticator = authenticator
+        self._metrics = metrics
+        self._gate = gate
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
+        started = time.perf_counter()
+        gate = self._gate
+        gate.inside += 1
+        try:
+            if gate.inside > gate.limit:
+                raise TooManyRequests
+            authorization = None
+            for name, value in scope["headers"]:
+                if name == b"authorization":
+                    authorization = value
+            caller = self._authenticator.known(authorization)
+            if caller is None:
+                caller = await self._authenticator.caller(authorization)
+            if caller.scope < Scope.WRITE:
+                caller.needs(Scope.WRITE)
+            message = await receive()
+            if message["type"] != "http.request":
+                return  # the client has gone
+            body: bytes = message["body"]
+            if message.get("more_body"):
+                body = await self._rest(body, receive)
+            if len(body) > self._max_body_bytes:
+                raise too_large(self._max_body_bytes)
+            try:
+                ask = _decode(body)
+                answer = await self._keys.verify(
+                    ask.key, cost=ask.cost, permission=ask.permission, ip=ask.ip, tenant=caller.tenant
+                )
+            except (msgspec.MsgspecError, InvalidInput, RecursionError) as error:
+                raise problems_with(body, error) from None
+            payload = _encode(answer)
+        except StrongroomError as error:
+            await self._refuse(scope, send, error, started)
+        except Exception as error:
+            _log.exception("verify failed", extra={"error": type(error).__name__})
+            await self._refuse(scope, send, StrongroomError(), started)
+        else:
+            await send(
+                {
+                    "type": "http.response.start",
+                    "status": 200,
+                    "headers": [_CONTENT_TYPE, (b"content-length", b"%d" % len(payload))],
+                }
+            )
+            await send({"type": "http.response.body", "body": payload})
+            self._metrics.verification(answer.code, time.perf_counter() - started)
+        finally:
+            gate.inside -= 1
+
+    async def _rest(self, first: bytes, receive: Receive) -> bytes:
+        parts, size = [first], len(first)
+        more = True
+        while more:
+            if size > self._max_body_bytes:
+                raise too_large(self._max_body_bytes)
+            message = await receive()
+            part: bytes = message.get("body", b"")
+            parts.append(part)
+            size += len(part)
+            more = bool(message.get("more_body"))
+        return b"".join(parts)
+
+    async def _refuse(self, scope: Mapping[str, Any], send: Send, error: StrongroomError, started: float) -> None:
+        status = await send_problem(send, error, request_id_of(scope["headers"]))
+        self._metrics.request("POST", PATH, status, time.perf_counter() - started)
+
+
+def too_large(most: int) -> TooLarge:
+    return TooLarge(f"the body is larger than {most} bytes")
+
+
+# --- The slow path --------------------------------------------------------------------------------------------
+
+
+def problems_with(body: bytes, error: Exception) -> StrongroomError:
+    """Everything that is wrong with a body that the fast path refused with `error`."""
+    try:
+        value, problems = parse_json(body)
+        fields = expect_object(value)
+    except StrongroomError as found:
+        return found
+    found_paths = {problem.path for problem in problems}
+    problems += [problem for problem in item_problems(fields) if problem.path not in found_paths]
+    if problems:
+        return InvalidInput(problems)
+    return error if isinstance(error, StrongroomError) else InvalidInput(str(error))
+
+
+def item_problems(fields: dict[str, Any], prefix: str = "") -> list[Problem]:
+    """What is wrong with one verification, field by field."""
+    problems = [
+        Problem(f"{prefix}{name[:64]}", "is not a known field") for name in fields if name not in Ask.__struct_fields__
+    ]
+    if "key" not in fields:
+        problems.append(Problem(f"{prefix}key", "is required"))
+    for name in ("key", "permission", "ip"):
+        value = fields.get(name)
+        if not isinstance(value, str) and (value is not None or (name == "key" and name in fields)):
+            problems.append(Problem(f"{prefix}{name}", f"found {_kind(value)}, expected text"))
+    cost = fields.get("cost")
+    if cost is not None:
+        if isinstance(cost, dict):
+            problems += _problems_of(cost_units, cost, prefix)
+        else:
+            problems.append(Problem(f"{prefix}cost", f"found {_kind(cost)}, expected an object"))
+    if isinstance(fields.get("ip"), str):
+        problems += _problems_of(check_address, fields["ip"], prefix)
+    return problems
+
+
+def _problems_of(check: Callable[[Any], Any], value: Any, prefix: str) -> list[Problem]:
+    try:
+        check(value)
+    except InvalidInput as error:
+        return [Problem(f"{prefix}{problem.path}", problem.message) for problem in error.problems]
+    return []
+
+
+def _kind(value: Any) -> str:
+    names = {str: "text", dict: "an object", list: "an array", type(None): "null", bool: "a boolean"}
+    return names.get(type(value), "a number")
+
+
+__all__ = ["Ask", "Gate", "Verification", "VerifyRoute", "item_problems"]
