@@ -21,6 +21,7 @@ FSYNC_PROBE_S = 0.3
 # No disk that keeps its word is faster; memory file systems answer at once.
 FASTEST_HONEST_FSYNC_PER_S = 150_000
 NAME_WIDTH = 64
+BUSY_LOAD_PER_CORE = 0.3
 
 
 def machine(folder: str) -> dict[str, Any]:
@@ -117,6 +118,10 @@ def text(facts: dict[str, Any], plan: Plan, benchmarks: Sequence[Benchmark]) -> 
         f"Measured  in turn, {plan.rounds} rounds of {plan.seconds:g} s each; rates and latencies are medians of the "
         "rounds, ratios medians of the ratios of neighbouring rounds",
     ]
+    if facts["load_before"] > BUSY_LOAD_PER_CORE * (facts["cores"] or 1):
+        lines.append(
+            "          BUSY: other work ran here when this began, so rates are too low; so are ratios of what waits for the disk"
+        )
     if plan.quick:
         lines.append("          QUICK: a smoke run on little data; not figures to publish")
     for benchmark in benchmarks:
