@@ -78,6 +78,9 @@ def connect(path: str, busy_timeout_s: float) -> apsw.Connection:
     connection = apsw.Connection(path, flags=flags, statementcachesize=_CACHED_STATEMENTS)
     try:
         connection.set_busy_timeout(round(busy_timeout_s * 1000))
+        # or SQLite would take "name" for the text 'name' where another process has dropped that column
+        connection.config(apsw.SQLITE_DBCONFIG_DQS_DML, 0)
+        connection.config(apsw.SQLITE_DBCONFIG_DQS_DDL, 0)
         for pragma, value in (
             ("synchronous", "FULL"),  # with NORMAL a power loss takes acknowledged commits
             ("fullfsync", "ON"),  # macOS: its plain fsync does not reach the disk
@@ -123,7 +126,7 @@ def _is_ours(connection: apsw.Connection, path: str) -> bool:
     if application == APPLICATION_ID:
         if layout > LAYOUT:
             raise StoreError(
-                f"{path}: has layout {layout}, expected at most {LAYOUT}: it was made by a later version of Strongroom"
+                f"{path}: found layout {layout}, expected at most {LAYOUT}: a later version of Strongroom made it"
             )
         return True
     if application or layout or _one(connection, "SELECT 1 FROM sqlite_schema"):
@@ -159,9 +162,12 @@ def _use_wal(connection: apsw.Connection, path: str, busy_timeout_s: float) -> N
 
 
 def integrity_problems(path: str, busy_timeout_s: float) -> list[str]:
-    """What SQLite finds wrong in the file: at most a hundred sentences. Raises apsw.Error if it cannot read on."""
+    """What SQLite finds wrong in the file: at most a hundred sentences."""
     with closing(connect(path, busy_timeout_s)) as connection:
-        found = [str(line) for (line,) in connection.execute("PRAGMA integrity_check").fetchall()]
+        try:
+            found = [str(line) for (line,) in connection.execute("PRAGMA integrity_check").fetchall()]
+        except apsw.CorruptError as error:
+            return [str(error)]  # so damaged that it could not read on
     return [] if found == ["ok"] else found
 
 
