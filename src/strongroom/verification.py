@@ -144,7 +144,7 @@ def cost_units(cost: Mapping[str, Any]) -> dict[str, int]:
     if len(cost) > MAX_RESOURCES:
         raise InvalidInput([Problem("cost", f"found {len(cost)} resources, expected at most {MAX_RESOURCES}")])
     for name, amount in cost.items():
-        if type(amount) is int and 0 <= amount <= MAX_AMOUNT and name != MONEY and _RESOURCE.match(name):
+        if type(amount) is int and 0 <= amount <= MAX_AMOUNT and name != MONEY and _RESOURCE.fullmatch(name):
             units[name] = amount
             continue
         if not _RESOURCE.fullmatch(name):
