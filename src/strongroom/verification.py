@@ -70,6 +70,7 @@ class KnownKey:
     __slots__ = (
         "enabled",
         "expires_us",
+        "held",
         "id",
         "metadata",
         "metered",
@@ -86,6 +87,7 @@ class KnownKey:
         self.tenant = key.tenant
         self.user_id = key.user_id
         self.permissions = key.permissions
+        self.held = tuple(key.permissions)  # answers hand `permissions` out; what a caller does to it grants nothing
         self.metadata = key.metadata
         self.networks: list[Network] = [ip_network(item, strict=False) for item in key.allowed_ips]
         self.enabled = key.enabled
@@ -96,7 +98,7 @@ class KnownKey:
 
     def permits(self, permission: str) -> bool:
         """Whether the key has a permission: by name, or by one that ends in `*`."""
-        for held in self.permissions:
+        for held in self.held:
             if held == permission or (held.endswith("*") and permission.startswith(held[:-1])):
                 return True
         return False
