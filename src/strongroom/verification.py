@@ -89,7 +89,7 @@ class KnownKey:
         self.permissions = key.permissions
         self.held = tuple(key.permissions)  # answers hand `permissions` out; what a caller does to it grants nothing
         self.metadata = key.metadata
-        self.networks: list[Network] = [ip_network(item, strict=False) for item in key.allowed_ips]
+        self.networks: list[Network] = [_network(item) for item in key.allowed_ips]
         self.enabled = key.enabled
         self.expires_us = us_from_utc(key.expires_at) if key.expires_at is not None else None
         self.metered = metered(key)
@@ -122,6 +122,16 @@ def metered(key: ApiKey) -> Metered:
         Allowance(limit, limit.id, limit.resource, to_units(limit.resource, limit.limit)) for limit in key.limits
     )
     return Metered(key.id, Check(NAME, key.id, key.version), allowances)
+
+
+def _network(text: str) -> Network:
+    """A range; an IPv4 range written as IPv6 (::ffff:10.0.0.0/104) as what it is, since addresses are compared so."""
+    network = ip_network(text, strict=False)
+    if isinstance(network, IPv6Network) and network.prefixlen >= 96:
+        mapped = network.network_address.ipv4_mapped
+        if mapped is not None:
+            return IPv4Network((mapped, network.prefixlen - 96))
+    return network
 
 
 def _allowed(networks: Sequence[Network], address: str | None) -> bool:
