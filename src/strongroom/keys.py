@@ -40,6 +40,7 @@ MAX_CACHED_KEYS = 100_000
 MAX_UNKNOWN = 10_000
 UNKNOWN_FOR_S = 1.0
 """An unknown key is remembered as unknown for this long, so that guessing costs no reads."""
+_ANY_TENANT = "\x00keys"  # no tenant is called so
 MAX_OVERLAP_S = 30 * 86_400
 MAX_KEY_ATTEMPTS = 20
 
@@ -187,10 +188,32 @@ class Keys:
             writer, ApiKey, id, values, expected=expected, idempotency_key=idempotency_key
         )
 
-    async def delete(self, id: str, *, context: Context | None = None) -> None:
+    async def delete(
+        self,
+        id: str,
+        *,
+        context: Context | None = None,
+        expected: int | None = None,
+        idempotency_key: str | None = None,
+    ) -> None:
         """Remove a key and its usage; its text is unknown from then on."""
-        key = await self.get(id, context=context)
-        await self._database.delete(_writer(context, key.tenant), ApiKey, id)
+        once = None
+        if idempotency_key is not None:
+            once = Idempotency(idempotency_key, f"delete key {id} {expected}", scope=_ANY_TENANT)
+        try:
+            key = await self.get(id, context=context)
+        except NotFound:
+            if once is not None and await self._database.was_done(context or system_context(), once):
+                return
+            raise
+
+        async def body(tx: Transaction) -> None:
+            await tx.delete(ApiKey, id, expected=expected)
+
+        try:
+            await self._database.transaction(_writer(context, key.tenant), body, idempotency=once)
+        except Replayed:
+            return
         # Only now: while the key was there, its counters were being written; no charge can commit without the key.
         self._ledger.forget(id)
         try:
@@ -204,6 +227,7 @@ class Keys:
         *,
         overlap_s: int = 0,
         context: Context | None = None,
+        expected: int | None = None,
         idempotency_key: str | None = None,
     ) -> IssuedKey:
         """Give a key a new text; the old one works for `overlap_s` seconds more. Id, limits and usage stay.
@@ -226,9 +250,9 @@ class Keys:
                 "previous_hash": now.hash if overlap_s else None,
                 "previous_until": tx.context.now + timedelta(seconds=overlap_s) if overlap_s else None,
             }
-            return await tx.update(ApiKey, id, fields)
+            return await tx.update(ApiKey, id, fields, expected=expected)
 
-        once = self._once(writer, idempotency_key, f"rotate key {id} {overlap_s}", text)
+        once = self._once(writer, idempotency_key, f"rotate key {id} {overlap_s} {expected}", text)
         try:
             return IssuedKey(await self._database.transaction(writer, body, idempotency=once), text)
         except Replayed as replayed:
@@ -257,10 +281,13 @@ class Keys:
         permission: str | None = None,
         ip: str | None = None,
         tenant: str | None = None,
+        idempotency_key: str | None = None,
+        actor: str = "system",
     ) -> Verification:
         """Decide whether a key may be used now for this `cost` (default: one request); debit all its limits, or none.
 
         The answer comes once the debit is durable. `tenant` restricts to that tenant's keys (others are NOT_FOUND).
+        Of one actor's calls with one idempotency key (within a day), at most one debits.
         Raises InvalidInput for a cost or address that is none; never for a key.
         """
         units = ONE_REQUEST if cost is None else cost_units(cost)
@@ -274,11 +301,12 @@ class Keys:
             refusal = key.refusal(now_us, permission, ip)
             if refusal is not None:
                 return refused(key, *refusal)
-            if not key.metered.allowances:
+            if not key.metered.allowances and idempotency_key is None:
                 self._ledger.tally(key.metered, units)
                 return admitted(key, ())
+            once = self._charged_once("verify", key, idempotency_key, actor) if idempotency_key is not None else None
             try:
-                outcome = await self._ledger.charge(key.metered, units)
+                outcome = await self._ledger.charge(key.metered, units, once=once)
             except KeyChanged:
                 self._forget(key.id)
                 continue
@@ -303,7 +331,8 @@ class Keys:
             known = await self._known_for(key, key_id)
             if known is None or not _may_see(context, known.tenant):
                 raise NotFound("there is no such key")
-            once = self._usage_once(known, idempotency_key, context)
+            actor = context.actor if context is not None else "system"
+            once = self._charged_once("usage", known, idempotency_key, actor)
             try:
                 outcome = await self._ledger.charge(known.metered, units, force=True, once=once)
             except KeyChanged:
@@ -312,19 +341,22 @@ class Keys:
             return admitted(known, outcome.statuses)
         raise Unavailable("the key is being changed too quickly to record its usage: try again")
 
-    def _usage_once(
-        self, key: KnownKey, idempotency_key: str | None, context: Context | None
+    def _charged_once(
+        self, what: str, key: KnownKey, idempotency_key: str | None, actor: str
     ) -> tuple[str, Create] | None:
         if idempotency_key is None:
             return None
-        actor = context.actor if context is not None else "system"
-        return self._database.once_only(f"usage\x00{key.id}\x00{actor}", idempotency_key)
+        return self._database.once_only(f"{what}\x00{key.id}\x00{actor}", idempotency_key)
 
     async def authenticate(self, text: str) -> KnownKey | None:
         """The key that a bearer token is, if it may be used now; nothing is debited. For authenticating a caller."""
         now_us = time.time_ns() // 1_000
         key = await self._find(text, now_us)
         return key if key is not None and key.refusal(now_us, None, None) is None else None
+
+    async def identify(self, text: str) -> KnownKey | None:
+        """The key that a text is, whether or not it may be used; nothing is debited. None if there is none."""
+        return await self._find(text, time.time_ns() // 1_000)
 
     async def stats(self, id: str, *, context: Context | None = None) -> KeyStats:
         """A key's statistics, as of now."""
@@ -403,7 +435,7 @@ class Keys:
             "display": masked(text),
         }
         try:
-            return await self._database.update(system_context(key.tenant), ApiKey, key.id, fields)
+            return await self._database.update(_writer(None, key.tenant), ApiKey, key.id, fields)
         except (AlreadyExists, Conflict, NotFound, Unavailable):
             return key  # the old hash is as good; the next use tries again
 
