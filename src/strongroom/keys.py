@@ -6,7 +6,7 @@ import hashlib
 import hmac
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -16,7 +16,7 @@ from .context import Context, new_id, system_context, us_from_utc, utc_from_us
 from .database import Database, Idempotency, Page, Replayed
 from .errors import AlreadyExists, Conflict, InvalidInput, NotFound, Problem, Unavailable
 from .keytext import DEFAULT_PREFIX, PREFIX_PATTERN, Hasher, generate, is_possible, masked
-from .query import And, Filter, Query, Where
+from .query import MAX_IN, And, Filter, Query, Where
 from .storage.port import Create
 from .transaction import Transaction
 from .usage import Account, KeyChanged, KeyUsage, Ledger
@@ -413,18 +413,25 @@ class Keys:
 
     async def _read(self, text: str) -> _Found | None:
         candidates = self.hasher.candidates(text)
-        context = system_context()
-        page = await self._database.find(context, ApiKey, Query(Where("hash", "in", candidates), limit=1))
-        if page.items:
-            key = page.items[0]
+        key = await self._first("hash", candidates)
+        if key is not None:
             if not any(hmac.compare_digest(key.hash, candidate) for candidate in candidates):
                 return None
             if not self.hasher.is_current(key.hash):
                 key = await self._upgrade(key, text)
             return _Found(self._remember(key), None)
-        page = await self._database.find(context, ApiKey, Query(Where("previous_hash", "in", candidates), limit=1))
-        if page.items and page.items[0].previous_until is not None:
-            return _Found(self._remember(page.items[0]), us_from_utc(page.items[0].previous_until))
+        key = await self._first("previous_hash", candidates)
+        if key is not None and key.previous_until is not None:
+            return _Found(self._remember(key), us_from_utc(key.previous_until))
+        return None
+
+    async def _first(self, field: str, hashes: Sequence[str]) -> ApiKey | None:
+        """The key that has one of these hashes: by one read, unless there are more peppers than a query takes."""
+        for start in range(0, len(hashes), MAX_IN):
+            query = Query(Where(field, "in", hashes[start : start + MAX_IN]), limit=1)
+            page = await self._database.find(system_context(), ApiKey, query)
+            if page.items:
+                return page.items[0]
         return None
 
     async def _upgrade(self, key: ApiKey, text: str) -> ApiKey:
