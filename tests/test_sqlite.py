@@ -320,6 +320,43 @@ async def test_a_scan_whose_caller_gave_up_keeps_its_connection_until_it_ends(st
     assert [r.entity_id for r in (await store.changes(None)).records] == ["a", "b"]
 
 
+class UnindexedNote(Entity, collection="notes"):
+    text: str = ""
+    status: str = "draft"
+    stars: Annotated[int, Counter()] = 0
+    slug: str | None = None
+    token: Annotated[str | None, Secret()] = None
+
+
+async def test_work_goes_on_while_the_store_is_prepared_again_and_again(store: SqliteStore) -> None:
+    done = asyncio.Event()
+
+    async def write(worker: int) -> int:
+        for n in range(1_000_000):
+            if done.is_set():
+                return n
+            id = f"{worker}-{n}"
+            await store.commit(batch(Create("notes", id, note()), Append(record(id))))
+            assert await store.get("notes", "acme", id) is not None
+        raise AssertionError("the preparing never ends")
+
+    async def read() -> None:
+        while not done.is_set():
+            await store.find("notes", "acme", Query(limit=3))
+            end = (await store.changes("end")).cursor
+            await store.changes(end, tenant="acme", limit=3)
+
+    work = [asyncio.create_task(write(worker)) for worker in range(3)]
+    reading = [asyncio.create_task(read()) for _ in range(8)]
+    for _ in range(10):
+        await store.prepare((UnindexedNote.__collection__, Key.__collection__))
+        await store.prepare(COLLECTIONS)
+    done.set()
+    written = sum(await asyncio.wait_for(asyncio.gather(*work), 30))
+    await asyncio.wait_for(asyncio.gather(*reading), 30)
+    assert len((await store.changes(None)).records) == written
+
+
 # --- The disk -------------------------------------------------------------------------------------------------
 
 

@@ -133,7 +133,7 @@ class _Readers:
     async def rows(self, sql: str, values: Sequence[Any], tenant: str | None) -> list[tuple[Any, ...]]:
         """The rows of a text that makes them all in its first step, which a thread does. Raises apsw.Error."""
         await self._slots.acquire()
-        step = self._threads.read(self._first_step, sql, values, tenant)
+        step = self._threads.read(self._first_step, self._free.pop() if self._free else None, sql, values, tenant)
         try:
             guarded = await asyncio.shield(step)
         except asyncio.CancelledError:
@@ -154,8 +154,8 @@ class _Readers:
             self._slots.release()
         return rows
 
-    def _first_step(self, sql: str, values: Sequence[Any], tenant: str | None) -> Guarded:
-        guarded = self._free.pop() if self._free else self._connect()
+    def _first_step(self, free: Guarded | None, sql: str, values: Sequence[Any], tenant: str | None) -> Guarded:
+        guarded = free or self._connect()
         try:
             guarded.set_tenant(tenant)
             guarded.execute(sql, values)
@@ -170,7 +170,7 @@ class _Readers:
             step.result().close()
 
     async def finish(self) -> None:
-        """Wait for the scans under way; no other will begin."""
+        """Wait for the scans under way, and those that wait for them. Another one would wait for ever."""
         for _ in range(self._most):
             await self._slots.acquire()
 
@@ -354,21 +354,23 @@ class SqliteStore:
     async def changes(
         self, after: str | None, *, tenant: str | None = None, limit: int = MAX_CHANGES_PAGE
     ) -> ChangesPage:
-        session = self._opened()
-        readers = session.journal if tenant is None else session.scans
         if after == _END:
-            return ChangesPage((), str(await self._head(readers)))
+            return ChangesPage((), str(await self._head()))
         if after is not None and not _CURSOR.fullmatch(after):
             raise InvalidInput([Problem("after", "is not a cursor of this journal")])
         position = int(after or 0)
+        session = self._opened()
+        readers = session.journal if tenant is None else session.scans
         rows = await self._scan(readers, _CHANGES, (position, min(limit, MAX_CHANGES_PAGE)), tenant)
-        if not rows and position > await self._head(readers):
+        if not rows and position > await self._head():
             raise InvalidInput([Problem("after", "lies behind the end of this journal: an older copy was put back")])
         records = await self._decoded(rows, _record)
         return ChangesPage(tuple(records), str(records[-1].sequence if records else position))
 
-    async def _head(self, readers: _Readers) -> int:
-        rows = await self._scan(readers, _HEAD, (), None)
+    async def _head(self) -> int:
+        """The journal's last sequence."""
+        # asked for anew, since a prepare may have put another session in place
+        rows = await self._scan(self._opened().scans, _HEAD, (), None)
         return rows[0][0] if rows else 0
 
     async def _scan(
@@ -485,7 +487,7 @@ class SqliteStore:
         began = time.perf_counter()
         details: dict[str, Any] = {"path": self.path, "sqlite": apsw.sqlite_lib_version(), "queued": len(self._jobs)}
         try:
-            details["journal"] = await self._head(self._opened().scans)
+            details["journal"] = await self._head()
         except StrongroomError as error:
             return Health(False, time.perf_counter() - began, {**details, "problem": error.message})
         latency_s = time.perf_counter() - began
