@@ -21,7 +21,7 @@ from .errors import AlreadyExists, Conflict, Denied, InvalidInput, NotFound, Pro
 from .journal import denial_record
 from .query import Aggregate, And, Filter, Or, Query, Where, cursor_of, project, with_cursor
 from .rules import Operation as RuleOperation
-from .rules import Policy, Request, default_policy
+from .rules import Decision, Policy, Request, default_policy
 from .storage.port import Append, Batch, Committed, Create, Operation, Put, Store
 from .transaction import Transaction, is_expired, with_fields
 
@@ -50,11 +50,15 @@ class IdempotentCall(Entity, collection="idempotent_calls", scope="global", ttl=
 
 @dataclass(frozen=True, slots=True)
 class Idempotency:
-    """An idempotency key (text of 1 to 255 bytes), what the request was, and a memo to get back on a repeat."""
+    """An idempotency key (text of 1 to 255 bytes), what the request was, and a memo to get back on a repeat.
+
+    Keys of different tenants are apart; `scope` stands for the tenant where a repeat would not know it any more.
+    """
 
     key: str
     request: str
     memo: bytes | None = None
+    scope: str | None = None
 
 
 class Replayed(Exception):
@@ -158,7 +162,8 @@ class Database:
         Raises Replayed if this very call was committed before, Conflict if the key was another request's.
         """
         collection = IdempotentCall.__collection__
-        id = _call_id((context.tenant or "", context.actor), idempotency.key)
+        scope = idempotency.scope if idempotency.scope is not None else context.tenant or ""
+        id = _call_id((scope, context.actor), idempotency.key)
         fingerprint = hashlib.sha256(idempotency.request.encode("utf-8", "backslashreplace")).hexdigest()
         stored = await self._store.get(collection.name, None, id)
         if stored is not None and not is_expired(collection, stored, context.now):
@@ -166,6 +171,14 @@ class Database:
                 raise Conflict("the idempotency key was used for a different request: take a new one")
             raise Replayed(stored["written"], stored["memo"])
         return id, fingerprint, stored
+
+    async def was_done(self, context: Context, idempotency: Idempotency) -> bool:
+        """Whether this very call was committed before: for what a repeat does not find any more. Raises Conflict."""
+        try:
+            await self._call_before(context, idempotency)
+        except Replayed:
+            return True
+        return False
 
     @staticmethod
     def once_only(scope: str, key: str) -> tuple[str, Create]:
@@ -185,12 +198,24 @@ class Database:
         after: Document | None = None,
     ) -> None:
         """Ask the rules. A denial is journalled first, then raised."""
-        decision = self._policy(Request(context, operation, collection, id, before, after))
+        decision = self.decide(context, operation, collection, id, before, after)
         if decision.allowed:
             return
         record = denial_record(context, operation, collection, id or "", decision.reason)
         await self._store.commit(Batch(context.tenant, (Append(record),), context.now_us))
         raise Denied(f"{operation} {collection.name}: {decision.reason}", reason=decision.reason)
+
+    def decide(
+        self,
+        context: Context,
+        operation: RuleOperation,
+        collection: Collection,
+        id: str | None = None,
+        before: Document | None = None,
+        after: Document | None = None,
+    ) -> Decision:
+        """What the rules say, journalling nothing: for each delivery of a stream, whose journal it would feed."""
+        return self._policy(Request(context, operation, collection, id, before, after))
 
     def commit_counters(self, operations: Sequence[Operation], now_us: int) -> Awaitable[Committed]:
         """The trip's short form for Strongroom's own counters: global collections that are not journalled, which no
