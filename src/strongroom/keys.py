@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
+from cryptography.exceptions import InvalidTag
+
 from .apikey import ALL_TENANTS, NAME, ApiKey, KeyChanges, NewKey, parse
 from .context import Context, new_id, system_context, us_from_utc, utc_from_us
 from .database import Database, Idempotency, Page, Replayed
@@ -263,13 +265,18 @@ class Keys:
         if key is None:
             return None
         nonce = hashlib.sha256(text.encode()).digest()[:12]  # a text is random and used once
-        memo = self.hasher.memo_box(f"{context.actor}\x00{key}").encrypt(nonce, text.encode(), None)
+        memo = self.hasher.memo_boxes(f"{context.actor}\x00{key}")[0].encrypt(nonce, text.encode(), None)
         return Idempotency(key, request, nonce + memo)
 
     async def _replay(self, context: Context, key: str, replayed: Replayed) -> IssuedKey:
         memo = replayed.memo or b""
-        text = self.hasher.memo_box(f"{context.actor}\x00{key}").decrypt(memo[:12], memo[12:], None).decode()
-        return IssuedKey(await self.get(replayed.written[0], context=context), text)
+        for box in self.hasher.memo_boxes(f"{context.actor}\x00{key}"):
+            try:
+                text = box.decrypt(memo[:12], memo[12:], None).decode()
+            except InvalidTag:
+                continue  # the pepper was rotated since
+            return IssuedKey(await self.get(replayed.written[0], context=context), text)
+        raise Conflict("this was done before, under a pepper that is not configured any more: the text is lost")
 
     # --- Verifying --------------------------------------------------------------------------------------------
 

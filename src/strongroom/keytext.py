@@ -138,9 +138,11 @@ class Hasher:
                     break
         raise StoreError("a sealed hash cannot be opened: its pepper is missing, or it was altered")
 
-    def memo_box(self, context: str) -> AESGCM:
-        """A cipher for what is given back to one idempotent call; `context` includes the caller's idempotency key."""
-        return AESGCM(hmac.digest(self._secret, b"memo\x00" + context.encode("utf-8", "backslashreplace"), "sha256"))
+    def memo_boxes(self, context: str) -> list[AESGCM]:
+        """Ciphers for what is given back to one idempotent call, the current pepper's first; `context` includes the
+        caller's idempotency key."""
+        info = b"memo\x00" + context.encode("utf-8", "backslashreplace")
+        return [AESGCM(hmac.digest(pepper.secret, info, "sha256")) for pepper in self._peppers]
 
     @staticmethod
     def _box(pepper: Pepper) -> bytes:
