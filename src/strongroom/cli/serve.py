@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import nullcontext, redirect_stdout
 from typing import Annotated
 
 import typer
 
+from ..errors import ConfigError
 from . import output
 from .session import JsonOption, StoreOption
 
@@ -29,9 +32,19 @@ def serve(
       strongroom serve --store sqlite:///data/strongroom.db --port 8080
     """
     from .. import config
-    from ..server.run import serve as run_server
 
-    status = run_server(config.load(store=store, host=host, port=port, workers=workers))
-    if json:
-        output.print_json({"exit_status": status})
+    try:
+        from ..server.run import serve as run_server
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "strongroom":
+            raise
+        raise ConfigError(f"the server needs {error.name}: pip install 'strongroom[server]'") from None
+    settings = config.load(store=store, host=host, port=port, workers=workers)
+    # With --json what the server says for people, the first administrator's key too, goes to standard error.
+    with redirect_stdout(sys.stderr) if json else nullcontext():
+        status = run_server(settings)
+    if json and status == 0:
+        output.print_json({"stopped": True})
+    elif json:
+        output.print_error(True, "failed", "the server could not run: the reason is on standard error")
     raise typer.Exit(status)
