@@ -7,7 +7,7 @@ import hmac
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -52,7 +52,7 @@ class IssuedKey:
     """A key with its text. The text is not stored: this is the one time it is there."""
 
     key: ApiKey
-    text: str
+    text: str = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -432,10 +432,10 @@ class Keys:
             return _Found(self._remember(key), us_from_utc(key.previous_until))
         return None
 
-    async def _first(self, field: str, hashes: Sequence[str]) -> ApiKey | None:
+    async def _first(self, name: str, hashes: Sequence[str]) -> ApiKey | None:
         """The key that has one of these hashes: by one read, unless there are more peppers than a query takes."""
         for start in range(0, len(hashes), MAX_IN):
-            query = Query(Where(field, "in", hashes[start : start + MAX_IN]), limit=1)
+            query = Query(Where(name, "in", hashes[start : start + MAX_IN]), limit=1)
             page = await self._database.find(system_context(), ApiKey, query)
             if page.items:
                 return page.items[0]
