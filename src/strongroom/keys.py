@@ -139,7 +139,7 @@ class Keys:
         context: Context | None = None,
     ) -> Page[ApiKey]:
         """One page of keys, newest first; of one tenant where the caller is bound to one."""
-        own = context.claims.get("tenant") if context is not None else None
+        own = _bound_to(context)
         filters: list[Filter] = []
         if own is not None or tenant is not None:
             if own is not None and tenant is not None and own != tenant:
@@ -500,8 +500,16 @@ def _writer(context: Context | None, tenant: str) -> Context:
 
 
 def _may_see(context: Context | None, tenant: str) -> bool:
-    own = context.claims.get("tenant") if context is not None else None
+    own = _bound_to(context)
     return own is None or own == tenant
+
+
+def _bound_to(context: Context | None) -> str | None:
+    """The tenant whose keys alone a caller sees: the one it belongs to, else the one it acts for; None for all."""
+    if context is None:
+        return None
+    own: str | None = context.claims.get("tenant")
+    return own if own is not None else context.tenant
 
 
 __all__ = ["ApiKey", "IssuedKey", "KeyChanges", "KeyStats", "Keys", "LimitStatus", "NewKey", "Verification"]
