@@ -14,8 +14,7 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -24,10 +23,11 @@ import apsw
 from ..entity import Collection, Document
 from ..errors import InvalidInput, Problem, StrongroomError, Unavailable
 from ..query import Aggregate, And, Filter, Op, Query, Where
-from ._sql import Codec, json_value, listed
-from ._sqlite_dialect import SqliteDialect, translated
-from ._sqlite_guard import Guarded, Table
+from ._sql import json_value, listed
+from ._sqlite_dialect import translated
+from ._sqlite_guard import Table
 from ._sqlite_schema import JOURNAL_COLUMNS, fit, integrity_problems, make_or_recognise, write_snapshot
+from ._sqlite_session import Readers, Session, Threads
 from ._sqlite_writer import Torn, Writer
 from .port import (
     MAX_CHANGES_PAGE,
@@ -43,17 +43,10 @@ from .port import (
 BUSY_TIMEOUT_S = 5.0
 """How long to wait for the lock of another process before Unavailable."""
 
-MAX_READERS = 4
-"""Scans that run at once, each on a thread and a connection of its own; more wait their turn."""
-
-GIVE_WAY_S = 0.000_05
-GIVE_WAY_EVERY_S = 0.001
-
 MAX_GROUP = 512
 MAX_APPLY_S = 0.005
 """A group commit takes this many batches, or as many as are applied in this time: the loop stands still for it."""
 
-_POINT_TIMEOUT_S = 0.02
 _ROWS_AT_ONCE = 200
 _CURSOR = re.compile(r"[0-9]{1,18}")
 _END = "end"
@@ -71,155 +64,6 @@ class _Job(NamedTuple):
     future: asyncio.Future[Committed]
 
 
-class _Threads:
-    """The writer's thread and the readers', which work on while the loop does.
-
-    A thread that waits for the interpreter's lock gets it at once from a loop that is idle, and within 5 ms from one
-    that computes; but hardly ever from a loop that is never idle and polls its sockets more often than that, since it
-    takes the lock back before the thread has woken up. Commits waited for seconds. So while a thread has work, the
-    loop sleeps GIVE_WAY_S once in GIVE_WAY_EVERY_S.
-    """
-
-    def __init__(self) -> None:
-        self._writer = ThreadPoolExecutor(1, "strongroom-writer")
-        self._readers = ThreadPoolExecutor(MAX_READERS, "strongroom-reader")
-        self._at_work = 0
-        self._timer: asyncio.TimerHandle | None = None
-
-    def write(self, work: Callable[..., _T], *arguments: Any) -> asyncio.Future[_T]:
-        """Run on the writer's thread, one after the other."""
-        return self._run(self._writer, work, *arguments)
-
-    def read(self, work: Callable[..., _T], *arguments: Any) -> asyncio.Future[_T]:
-        """Run on one of the readers' threads."""
-        return self._run(self._readers, work, *arguments)
-
-    def _run(self, executor: Executor, work: Callable[..., _T], *arguments: Any) -> asyncio.Future[_T]:
-        loop = asyncio.get_running_loop()
-        future = loop.run_in_executor(executor, work, *arguments)
-        future.add_done_callback(self._done)
-        self._at_work += 1
-        if self._timer is None:
-            self._timer = loop.call_later(GIVE_WAY_EVERY_S, self._give_way, loop)
-        return future
-
-    def _done(self, _: asyncio.Future[Any]) -> None:
-        self._at_work -= 1
-
-    def _give_way(self, loop: asyncio.AbstractEventLoop) -> None:
-        if self._at_work:
-            time.sleep(GIVE_WAY_S)
-            self._timer = loop.call_later(GIVE_WAY_EVERY_S, self._give_way, loop)
-        else:
-            self._timer = None
-
-    def stop(self) -> None:
-        self._writer.shutdown(wait=False)
-        self._readers.shutdown(wait=False)
-        if self._timer is not None:
-            self._timer.cancel()
-
-
-class _Readers:
-    """A few connections for scans, each used by one scan at a time; made when they are first needed."""
-
-    def __init__(self, threads: _Threads, connect: Callable[[], Guarded], most: int) -> None:
-        self._threads = threads
-        self._connect = connect
-        self._most = most
-        self._slots = asyncio.Semaphore(most)
-        self._free: list[Guarded] = []
-
-    async def rows(self, sql: str, values: Sequence[Any], tenant: str | None) -> list[tuple[Any, ...]]:
-        """The rows of a text that makes them all in its first step, which a thread does. Raises apsw.Error."""
-        await self._slots.acquire()
-        step = self._threads.read(self._first_step, self._free.pop() if self._free else None, sql, values, tenant)
-        try:
-            guarded = await asyncio.shield(step)
-        except asyncio.CancelledError:
-            step.add_done_callback(self._abandon)  # the thread still uses the connection
-            raise
-        except BaseException:
-            self._slots.release()
-            raise
-        try:
-            rows = guarded.cursor.fetchall()
-        except BaseException:
-            guarded.close()
-            raise
-        else:
-            guarded.set_tenant(None)
-            self._free.append(guarded)
-        finally:
-            self._slots.release()
-        return rows
-
-    def _first_step(self, free: Guarded | None, sql: str, values: Sequence[Any], tenant: str | None) -> Guarded:
-        guarded = free or self._connect()
-        try:
-            guarded.set_tenant(tenant)
-            guarded.execute(sql, values)
-        except BaseException:
-            guarded.close()  # whatever it was, the next scan begins on a new connection
-            raise
-        return guarded
-
-    def _abandon(self, step: asyncio.Future[Guarded]) -> None:
-        self._slots.release()
-        if not step.cancelled() and step.exception() is None:
-            step.result().close()
-
-    async def finish(self) -> None:
-        """Wait for the scans under way, and those that wait for them. Another one would wait for ever."""
-        for _ in range(self._most):
-            await self._slots.acquire()
-
-    def close(self) -> None:
-        for guarded in self._free:
-            guarded.close()
-
-
-class _Session:
-    """The connections made for one set of declarations; `prepare` makes a new one."""
-
-    def __init__(self, path: str, collections: Sequence[Collection], busy_timeout_s: float, threads: _Threads) -> None:
-        dialect = SqliteDialect()
-        self._path = path
-        self._busy_timeout_s = busy_timeout_s
-        self.tables: Mapping[str, Table] = {c.name: Table(Codec(c, dialect)) for c in collections}
-        self.points = Guarded(path, self.tables.values(), _POINT_TIMEOUT_S)
-        self.scans = _Readers(threads, lambda: Guarded(path, self.tables.values(), busy_timeout_s), MAX_READERS)
-        self.journal = _Readers(threads, lambda: Guarded(path, (), busy_timeout_s, whole_journal=True), 1)
-        self.writer: Writer | None = None
-
-    def open_writer(self) -> Writer:
-        guarded = Guarded(self._path, self.tables.values(), self._busy_timeout_s, writes=True)
-        self.writer = Writer(self._path, guarded, self.tables)
-        return self.writer
-
-    def drop_writer(self) -> None:
-        """Roll back and let go: after an error of the disk nothing that this connection holds can be trusted, and an
-        fsync that failed must not be tried again on it."""
-        writer, self.writer = self.writer, None
-        if writer is not None:
-            with suppress(apsw.Error):  # the error that led here is the one that is reported
-                writer.roll_back()
-            writer.close()
-
-    async def finish(self) -> None:
-        """Wait for the scans under way. Nothing else may be."""
-        await self.scans.finish()
-        await self.journal.finish()
-
-    def close(self) -> None:
-        """Close every connection. The file's last one takes the write-ahead log over into the database."""
-        self.scans.close()
-        self.journal.close()
-        self.points.close()
-        if self.writer is not None:
-            self.writer.close()
-
-
 class SqliteStore:
     """The storage port over one SQLite file.
 
@@ -229,8 +73,8 @@ class SqliteStore:
     def __init__(self, path: str, *, busy_timeout_s: float = BUSY_TIMEOUT_S) -> None:
         self.path = os.path.abspath(path)
         self._busy_timeout_s = busy_timeout_s
-        self._session: _Session | None = None
-        self._threads = _Threads()
+        self._session: Session | None = None
+        self._threads = Threads()
         self._jobs: deque[_Job] = deque()
         self._writing = asyncio.Lock()  # held by the group that is being written, and by prepare
         self._task: asyncio.Task[None] | None = None
@@ -245,7 +89,7 @@ class SqliteStore:
     async def open(self) -> None:
         if self._session is not None:
             return
-        self._threads = _Threads()
+        self._threads = Threads()
         try:
             await self._awaited(self._threads.write(make_or_recognise, self.path, self._busy_timeout_s))
             self._session = await self._awaited(self._threads.write(self._new_session, ()))
@@ -265,13 +109,13 @@ class SqliteStore:
                 await self._awaited(self._threads.write(session.close))
             self._threads.stop()
 
-    def _opened(self) -> _Session:
+    def _opened(self) -> Session:
         if self._session is None:
             raise Unavailable(f"{self.path}: the store is not open")
         return self._session
 
-    def _new_session(self, collections: Sequence[Collection]) -> _Session:
-        return _Session(self.path, collections, self._busy_timeout_s, self._threads)
+    def _new_session(self, collections: Sequence[Collection]) -> Session:
+        return Session(self.path, collections, self._busy_timeout_s, self._threads)
 
     async def _awaited(self, work: Awaitable[_T]) -> _T:
         """Its answer. SQLite's errors come back as Strongroom's."""
@@ -374,12 +218,12 @@ class SqliteStore:
         return rows[0][0] if rows else 0
 
     async def _scan(
-        self, readers: _Readers, sql: str, values: Sequence[Any], tenant: str | None
+        self, readers: Readers, sql: str, values: Sequence[Any], tenant: str | None
     ) -> list[tuple[Any, ...]]:
         return await self._awaited(readers.rows(sql, values, tenant))
 
     async def _patiently(
-        self, error: apsw.Error, session: _Session, sql: str, values: Sequence[Any], tenant: str | None
+        self, error: apsw.Error, session: Session, sql: str, values: Sequence[Any], tenant: str | None
     ) -> list[tuple[Any, ...]]:
         """The rows after all, if it was only that another process held the file: then a thread waits for it."""
         if isinstance(error, apsw.BusyError):
@@ -429,7 +273,7 @@ class SqliteStore:
         finally:
             self._task = None
 
-    async def _write_group(self, session: _Session, group: list[_Job]) -> None:
+    async def _write_group(self, session: Session, group: list[_Job]) -> None:
         """One transaction for as many of the jobs as its time allows; the others stay queued."""
         answers: list[Committed | Exception] = []
         try:
@@ -454,7 +298,7 @@ class SqliteStore:
         for job, answer in zip(group, answers, strict=False):
             _answer(job, answer)
 
-    async def _begin(self, session: _Session) -> Writer:
+    async def _begin(self, session: Session) -> Writer:
         writer = session.writer
         if writer is not None:
             try:
@@ -464,7 +308,7 @@ class SqliteStore:
                 pass  # another process is writing: a thread waits for it
         return await self._threads.write(self._begin_patiently, session)
 
-    def _begin_patiently(self, session: _Session) -> Writer:
+    def _begin_patiently(self, session: Session) -> Writer:
         writer = session.writer or session.open_writer()
         writer.begin(self._busy_timeout_s)
         return writer
