@@ -86,6 +86,8 @@ class Keys:
         self._known: dict[bytes, _Found] = {}
         self._by_id: dict[str, KnownKey] = {}
         self._unknown: dict[bytes, float] = {}
+        self._reading: dict[object, set[str]] = {}
+        """For each read that is under way, the keys that were changed since it began."""
         database.after_commit(self._committed)
 
     # --- Making and changing ----------------------------------------------------------------------------------
@@ -403,8 +405,21 @@ class Keys:
         until = self._unknown.get(name)
         if until is not None and time.monotonic() < until:
             return None
-        found = await self._read(text)
+        changed: set[str] = set()
+        ticket = object()
+        self._reading[ticket] = changed
+        try:
+            found = await self._read(text, changed)
+        finally:
+            del self._reading[ticket]
+        if found is not None and found.key.id in changed:
+            # Read before the change, and told of it before there was anything to forget: true of the moment it was
+            # read, not to be remembered.
+            found.key.stale = True
+            return found.key if found.until_us is None or now_us < found.until_us else None
         if found is None:
+            if changed:
+                return None  # it may have been made meanwhile
             if len(self._unknown) >= MAX_UNKNOWN:
                 for oldest in list(self._unknown)[: MAX_UNKNOWN // 10]:
                     del self._unknown[oldest]
@@ -418,14 +433,14 @@ class Keys:
         self._known[name] = found
         return found.key if found.until_us is None or now_us < found.until_us else None
 
-    async def _read(self, text: str) -> _Found | None:
+    async def _read(self, text: str, changed: set[str]) -> _Found | None:
         candidates = self.hasher.candidates(text)
         key = await self._first("hash", candidates)
         if key is not None:
             if not any(hmac.compare_digest(key.hash, candidate) for candidate in candidates):
                 return None
             if not self.hasher.is_current(key.hash):
-                key = await self._upgrade(key, text)
+                key = await self._upgrade(key, text, changed)
             return _Found(self._remember(key), None)
         key = await self._first("previous_hash", candidates)
         if key is not None and key.previous_until is not None:
@@ -441,7 +456,7 @@ class Keys:
                 return page.items[0]
         return None
 
-    async def _upgrade(self, key: ApiKey, text: str) -> ApiKey:
+    async def _upgrade(self, key: ApiKey, text: str, changed: set[str]) -> ApiKey:
         """Bring an imported or older hash under the current pepper, now that the text is known."""
         fields = {
             "hash": self.hasher.hash(text),
@@ -449,9 +464,11 @@ class Keys:
             "display": masked(text),
         }
         try:
-            return await self._database.update(_writer(None, key.tenant), ApiKey, key.id, fields)
+            upgraded = await self._database.update(_writer(None, key.tenant), ApiKey, key.id, fields)
         except (AlreadyExists, Conflict, NotFound, Unavailable):
             return key  # the old hash is as good; the next use tries again
+        changed.discard(key.id)  # what was changed before is in it
+        return upgraded
 
     def _remember(self, key: ApiKey) -> KnownKey:
         known = self._by_id.get(key.id)
@@ -471,6 +488,8 @@ class Keys:
         """A key was changed, here or on another node: read it again at its next use."""
         self._forget(id)
         self._unknown.clear()
+        for changed in self._reading.values():
+            changed.add(id)
 
     def _forget(self, id: str) -> None:
         known = self._by_id.pop(id, None)
