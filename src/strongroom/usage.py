@@ -28,7 +28,7 @@ from .context import utc_from_us
 from .database import Database, IdempotentCall
 from .entity import Document, Entity
 from .errors import AlreadyExists, Conflict, StrongroomError, TooManyRequests, Unavailable
-from .storage.port import Check, Create, Operation, Put, Store
+from .storage.port import MAX_OPERATIONS, Check, Create, Operation, Put, Store
 from .transaction import is_expired
 from .windows import SATURATED, Counter, Limit, counter_for
 
@@ -38,6 +38,10 @@ MAX_ACCOUNTS = 100_000
 """Usage documents kept in memory."""
 MAX_ATTEMPTS = 200
 MAX_BACKOFF_S = 0.02
+MAX_BUNDLE_CHARS = 400_000
+"""Keys share a batch until their states are this long together: far from the port's MAX_BATCH_BYTES."""
+COMMITS_APART = 50
+"""After a conflict, for so many commits each key has a batch of its own."""
 LAZY_FLUSH_S = 1.0
 """Keys without limits decide nothing by their usage: it is written at most this much later, many uses in one write."""
 
@@ -185,6 +189,17 @@ class _Charge:
 
 
 @dataclass(slots=True)
+class _Decided:
+    """The charges of one key with their outcomes, and what has to commit for these to be true: the guard, the usage
+    document, then whatever may happen only once."""
+
+    id: str
+    account: Account
+    operations: list[Operation]
+    answers: list[tuple[_Charge, Outcome]]
+
+
+@dataclass(slots=True)
 class _Tally:
     """What a key without limits has used since the last write."""
 
@@ -205,6 +220,7 @@ class Ledger:
         self._tallies: dict[str, _Tally] = {}
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._apart = 0
         self._closed = False
 
     # --- What callers do --------------------------------------------------------------------------------------
@@ -300,26 +316,48 @@ class Ledger:
             await self._load([id for id in groups if id not in self._accounts])
         except StrongroomError as error:
             for charge in charges:
-                _fail(charge, error)
+                self._failed(charge, error)
             return
         now_us = time.time_ns() // 1_000
-        under_way = []
+        decided = []
         for id, group in groups.items():
             account = self._accounts[id]
             operations, answers = _decide(account, group, now_us, repeated)
-            if not operations:
+            if operations:
+                decided.append(_Decided(id, account, operations, answers))
+            else:
                 _answer(answers)
-                continue
-            under_way.append((id, account, answers, self._database.commit_counters(operations, now_us)))
-        for id, account, answers, commit in under_way:
+        await self._commit(decided, now_us)
+
+    async def _commit(self, decided: list[_Decided], now_us: int) -> None:
+        """Make the decisions true, many keys in one batch, and answer.
+
+        A batch fails whole, so if one key's charge cannot be, each key is committed alone. Where other nodes change the
+        same keys that is likely, so for a while no batches of many are tried.
+        """
+        together = self._apart == 0
+        self._apart = max(0, self._apart - 1)
+        bundles = _bundles(decided) if together else [[one] for one in decided]
+        commits = [self._database.commit_counters(_operations(bundle), now_us) for bundle in bundles]
+        again: list[_Decided] = []
+        for bundle, commit in zip(bundles, commits, strict=True):
             try:
                 committed = await commit
             except Exception as error:
-                self._accounts.pop(id, None)  # it holds charges that did not happen
-                await self._not_committed(error, [charge for charge, _ in answers])
+                # Unavailable is no key's fault, and may mean that the answer was lost and all of it committed.
+                if len(bundle) > 1 and isinstance(error, StrongroomError) and not isinstance(error, Unavailable):
+                    again += bundle
+                else:
+                    await self._not_committed(error, bundle)
             else:
-                account.version = committed.versions[1]
-                _answer(answers)
+                position = 0
+                for one in bundle:
+                    one.account.version = committed.versions[position + 1]
+                    position += len(one.operations)
+                    _answer(one.answers)
+        if again:
+            self._apart = COMMITS_APART
+            await self._commit(again, now_us)
 
     async def _load(self, ids: list[str]) -> None:
         if not ids:
@@ -349,8 +387,11 @@ class Ledger:
                     found.add(id)
         return found
 
-    async def _not_committed(self, error: Exception, charges: list[_Charge]) -> None:
+    async def _not_committed(self, error: Exception, bundle: list[_Decided]) -> None:
         """Someone else changed the usage: decide again. Someone changed the key: its caller must. Else: it failed."""
+        charges = [charge for one in bundle for charge, _ in one.answers]
+        for one in bundle:
+            self._accounts.pop(one.id, None)  # it holds charges that did not happen
         if isinstance(error, Conflict) and error.details.get("operation") == 0:
             for charge in charges:
                 await self._key_changed(charge)
@@ -362,10 +403,8 @@ class Ledger:
                 self._waiting.append(charge)
             elif again:
                 _fail(charge, Unavailable("this key's usage is being changed by too many nodes at once: try again"))
-            elif charge.future is None:
-                self._tally(charge.metered, charge.cost, charge.count, charge.used_at_us or 0)  # at the next flush
             else:
-                _fail(charge, error)
+                self._failed(charge, error)
         if again and charges[0].attempts > 1:
             # One that lost twice lets the others pass; the first retry is at once, since the winner is done.
             await asyncio.sleep(random.uniform(0, min(MAX_BACKOFF_S, 0.001 * charges[0].attempts)))  # noqa: S311
@@ -377,12 +416,18 @@ class Ledger:
         guard = charge.metered.guard
         try:
             key = await self._store.get(guard.collection, None, guard.id)
-        except StrongroomError:
-            self._tally(charge.metered, charge.cost, charge.count, charge.used_at_us or 0)  # at the next flush
+        except StrongroomError as error:
+            self._failed(charge, error)
             return
         if key is not None:  # a tally counts, whatever was changed; but what a removed key had used is gone with it
             charge.metered = Metered(charge.metered.id, Check(guard.collection, guard.id, key["version"]), ())
             self._waiting.append(charge)
+
+    def _failed(self, charge: _Charge, error: Exception) -> None:
+        if charge.future is None:
+            self._tally(charge.metered, charge.cost, charge.count, charge.used_at_us or 0)  # at the next flush
+        else:
+            _fail(charge, error)
 
     def _flush_tallies(self) -> None:
         if self._timer is not None:
@@ -429,6 +474,26 @@ def _decide(
     if not charged:
         return [], answers
     return [metered.guard, Put(NAME, metered.id, account.document(), account.version), *extra], answers
+
+
+def _bundles(decided: list[_Decided]) -> list[list[_Decided]]:
+    """The decisions in as few batches as the port's limits allow, with room to spare."""
+    bundles: list[list[_Decided]] = []
+    operations, size = MAX_OPERATIONS, 0
+    for one in decided:
+        more = len(one.operations)
+        state = len(one.operations[1].document["state"])  # type: ignore[union-attr]  # the second is always the Put
+        if operations + more > MAX_OPERATIONS or size + state > MAX_BUNDLE_CHARS:
+            bundles.append([])
+            operations, size = 0, 0
+        bundles[-1].append(one)
+        operations += more
+        size += state
+    return bundles
+
+
+def _operations(bundle: list[_Decided]) -> list[Operation]:
+    return [operation for one in bundle for operation in one.operations]
 
 
 def _answer(answers: list[tuple[_Charge, Outcome]]) -> None:
