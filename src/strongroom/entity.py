@@ -87,8 +87,8 @@ class Index:
 
     @property
     def name(self) -> str:
-        suffix = "_".join(n + ("_desc" if d else "") for n, d in self.columns)
-        return f"{suffix}_{'unique' if self.unique else 'index'}"
+        columns = "__".join(n + ("_desc" if d else "") for n, d in self.columns)
+        return f"{columns}_{'unique' if self.unique else 'index'}"
 
 
 @dataclass(frozen=True)
@@ -277,6 +277,8 @@ def _declare(
                 wrong.append(f"index {index.fields}: {column!r} is secret, so it cannot be found by value")
     if ttl is not None and (ttl not in fields or fields[ttl].type is not FieldType.TIMESTAMP):
         wrong.append(f"ttl {ttl!r}: expected the name of a datetime field")
+    if len({index.name for index in all_indexes}) < len(all_indexes):
+        wrong.append("two indexes have one name: rename a field")
     if len(all_indexes) > MAX_INDEXES or len(fields) > MAX_FIELDS:
         wrong.append(f"at most {MAX_INDEXES} indexes and {MAX_FIELDS} fields")
     if wrong:

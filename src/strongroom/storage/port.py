@@ -6,6 +6,7 @@ Rules of the house, checked by the conformance suite (`strongroom.testing`):
   `created_at`, `updated_at`. Values are those of `entity.Value`: None, bool, int64, finite float, Decimal, str, bytes,
   aware UTC datetime with microseconds, list, dict; a backend gives back equal values of the same type.
 - What callers pass has been checked by `entity` and `query`; a backend does not validate again, it may rely on it.
+- A collection that was not prepared, and no tenant for a collection that is kept by tenant: InvalidInput.
 - `tenant` is the tenant whose documents are meant; None for global collections. A backend must make it impossible,
   not just unlikely, that a call with tenant A sees or changes a document of tenant B.
 - Errors are those of `strongroom.errors`; no driver's exception leaves a backend.
@@ -240,7 +241,8 @@ class Store(Protocol):
         Adding collections, fields and indexes never loses anything; documents written before a field existed get its
         default (or null). A field that is added, not optional and without default, in a collection that has
         documents, and every destructive change (a field dropped or its type changed) is refused with SchemaError
-        unless `allow_destructive`; then nothing at all is applied. Collections that are not declared are left alone.
+        unless `allow_destructive`; then nothing at all is applied. A field that becomes optional is changed; one that is
+        optional no longer stays as it is, since documents may be without it. Collections that are not declared are left alone.
         Afterwards, exactly `collections` can be used, until the next prepare.
         """
         ...
