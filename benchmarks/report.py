@@ -120,7 +120,7 @@ def text(facts: dict[str, Any], plan: Plan, benchmarks: Sequence[Benchmark]) -> 
     ]
     if facts["load_before"] > BUSY_LOAD_PER_CORE * (facts["cores"] or 1):
         lines.append(
-            "          BUSY: other work ran here when this began, so rates are too low; so are ratios of what waits for the disk"
+            "          BUSY: other work ran here; rates are too low, and ratios of what waits for the disk too"
         )
     if plan.quick:
         lines.append("          QUICK: a smoke run on little data; not figures to publish")
