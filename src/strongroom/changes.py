@@ -49,6 +49,7 @@ class ChangeFeed:
 
     async def _run(self, cursor: str) -> None:
         while True:
+            self._wake.clear()  # before reading: what is committed while the journal is read may not be in the page
             try:
                 page = await self._store.changes(cursor, limit=PAGE)
             except StrongroomError as error:
@@ -63,7 +64,6 @@ class ChangeFeed:
                 self._moved.set()
                 self._moved = asyncio.Event()
                 continue
-            self._wake.clear()
             try:
                 async with asyncio.timeout(POLL_S):
                     await self._wake.wait()
