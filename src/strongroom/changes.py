@@ -59,7 +59,10 @@ class ChangeFeed:
             cursor = page.cursor
             for record in page.records:
                 for callback in self._callbacks:
-                    callback(record)
+                    try:
+                        callback(record)
+                    except Exception:  # the others, and the records to come, must be told: keys are revoked by them
+                        _log.exception("a listener failed on journal record %s", record.id)
             if page.records:
                 self._moved.set()
                 self._moved = asyncio.Event()
