@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Annotated, Any, Self, TypeVar
 
-from .changes import ChangeFeed
+from .changes import POLL_S, ChangeFeed
 from .context import Context, system_context
 from .database import Database, IdempotentCall, Page
 from .entity import Entity, Registry, Secret
-from .errors import AlreadyExists, ConfigError
+from .errors import AlreadyExists, ConfigError, StrongroomError
 from .keys import ApiKey, Keys
 from .keytext import Hasher, Pepper
-from .query import Aggregate, Filter, Query
+from .query import MAX_LIMIT, Aggregate, Filter, Query
 from .rules import Policy, default_policy
 from .storage import open_store
 from .storage.port import Record, Store
@@ -25,6 +26,7 @@ from .usage import KeyUsage, Ledger
 DEFAULT_STORE = "sqlite:///data/strongroom.db"
 MIN_PEPPER_CHARS = 32
 E = TypeVar("E", bound=Entity)
+_log = logging.getLogger(__name__)
 
 
 class StoredPepper(Entity, collection="peppers", scope="global"):
@@ -80,14 +82,17 @@ class Strongroom:
             feed = ChangeFeed(store)
             room = cls(store, database, ledger, Keys(database, ledger, hasher), feed)
             database.after_commit(lambda _: feed.wake())
+            room._configured_peppers = tuple(peppers)
             feed.on_record(room._seen)
+            stack.push_async_callback(room._stop_reloading)
             await feed.start()
             stack.push_async_callback(feed.close)
-            room._configured_peppers = tuple(peppers)
+            await room._reload_peppers()  # one may have been made after they were read and before the feed began
             yield room
 
     _configured_peppers: tuple[str, ...] = ()
     _reload: asyncio.Task[None] | None = None
+    _reload_again = False
 
     def tenant(self, tenant: str, *, actor: str = "system", claims: Mapping[str, Any] | None = None) -> Tenant:
         """A handle on one tenant's data. Without claims it acts for the application itself."""
@@ -98,7 +103,9 @@ class Strongroom:
         if record.collection == ApiKey.__collection__.name:
             self.keys.changed(record.entity_id)
         elif record.collection == StoredPepper.__collection__.name:
-            self._reload = asyncio.get_running_loop().create_task(self._reload_peppers())
+            self._reload_again = True
+            if self._reload is None or self._reload.done():
+                self._reload = asyncio.get_running_loop().create_task(self._reload_until_done())
 
     async def rotate_pepper(self) -> None:
         """Make new hashes with a new pepper from now on. Old hashes keep working, each is renewed at its next use."""
@@ -113,7 +120,22 @@ class Strongroom:
 
     async def _reload_peppers(self) -> None:
         stored = await _stored_peppers(self.database)
-        self.keys.hasher = Hasher([*_configured(self._configured_peppers), *stored])
+        self.keys.use(Hasher([*_configured(self._configured_peppers), *stored]))
+
+    async def _reload_until_done(self) -> None:
+        while self._reload_again:
+            self._reload_again = False
+            try:
+                await self._reload_peppers()
+            except StrongroomError as error:
+                _log.warning("the peppers cannot be read, trying again: %s", error)
+                self._reload_again = True
+                await asyncio.sleep(POLL_S)
+
+    async def _stop_reloading(self) -> None:
+        if self._reload is not None:
+            self._reload.cancel()
+            await asyncio.wait([self._reload])
 
 
 class Tenant:
@@ -176,7 +198,7 @@ def _configured(peppers: Sequence[str]) -> list[Pepper]:
 async def _stored_peppers(database: Database) -> list[Pepper]:
     """The store's own peppers, newest first; makes the first one (two processes that start together make one)."""
     context = system_context()
-    query = Query(order_by=("-id",), limit=100)
+    query = Query(order_by=("-id",), limit=MAX_LIMIT)
     found = (await database.find(context, StoredPepper, query)).items
     if not found:
         with suppress(AlreadyExists):  # another process made it in this moment

@@ -491,6 +491,11 @@ class Keys:
         for changed in self._reading.values():
             changed.add(id)
 
+    def use(self, hasher: Hasher) -> None:
+        """Make and find hashes with other peppers from now on; what was unknown may be known to them."""
+        self.hasher = hasher
+        self._unknown.clear()
+
     def _forget(self, id: str) -> None:
         known = self._by_id.pop(id, None)
         if known is not None:
