@@ -1,0 +1,208 @@
+"""The journal as it grows: every record once and in order, of one's own tenant, soon; nothing lost by a slow follower."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from strongroom import Entity, Strongroom, changes
+from strongroom.changes import ChangeFeed
+from strongroom.errors import InvalidInput, Unavailable
+from strongroom.storage.port import ChangesPage, Record
+
+from .support import STORES, FaultyStore, new_url, opened, wait_until
+
+
+class Note(Entity, collection="notes"):
+    text: str
+
+
+@pytest.fixture(params=STORES)
+async def both(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[tuple[Strongroom, FaultyStore]]:
+    async with opened(new_url(request.param, tmp_path), entities=[Note]) as both:
+        yield both
+
+
+@pytest.fixture
+def room(both: tuple[Strongroom, FaultyStore]) -> Strongroom:
+    return both[0]
+
+
+@pytest.fixture
+def store(both: tuple[Strongroom, FaultyStore]) -> FaultyStore:
+    return both[1]
+
+
+async def collect(pages: AsyncIterator[ChangesPage], count: int) -> list[Record]:
+    found: list[Record] = []
+    async with asyncio.timeout(10):
+        while len(found) < count:
+            found += (await anext(pages)).records
+    return found
+
+
+async def test_every_record_is_told_once_and_in_order(room: Strongroom) -> None:
+    told: list[Record] = []
+    room.feed.on_record(told.append)
+    acme = room.tenant("acme")
+    notes = [
+        note for _ in range(10) for note in await asyncio.gather(*(acme.create(Note(text="x")) for _ in range(30)))
+    ]
+    await wait_until(lambda: len(told) >= 300)
+    assert [record.sequence for record in told] == sorted({record.sequence for record in told})
+    assert {record.entity_id for record in told} == {note.id for note in notes}
+    assert len(told) == 300
+
+
+async def test_a_change_made_here_is_seen_at_once(room: Strongroom, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(changes, "POLL_S", 60)
+    told: list[Record] = []
+    room.feed.on_record(told.append)
+    await asyncio.sleep(0)
+    for number in range(1, 30):
+        await room.tenant("acme").create(Note(text="x"))
+        await wait_until(lambda number=number: len(told) == number, timeout_s=5)  # type: ignore[misc]
+
+
+async def test_a_change_made_while_the_journal_is_read_is_not_slept_over(
+    store: FaultyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The wake-up comes after the page was read and before the feed goes to sleep."""
+    monkeypatch.setattr(changes, "POLL_S", 60)
+    own = FaultyStore(store.store, shared=True)
+    feed = ChangeFeed(own)
+    asked = 0
+    original = own.changes
+
+    async def read(after: str | None, **options: Any) -> ChangesPage:
+        nonlocal asked
+        asked += 1
+        page = await original(after, **options)
+        if asked == 2:  # the first of the feed's own; what it found is out of date already
+            feed.wake()
+        return page
+
+    monkeypatch.setattr(own, "changes", read)
+    await feed.start()
+    await wait_until(lambda: asked >= 3, timeout_s=5)
+    await feed.close()
+
+
+async def test_a_change_of_another_process_is_seen_within_the_poll(tmp_path: Path) -> None:
+    url = new_url("sqlite", tmp_path)
+    async with Strongroom.open(url, entities=[Note]) as here, Strongroom.open(url, entities=[Note]) as there:
+        told: list[Record] = []
+        there.feed.on_record(told.append)
+        await here.tenant("acme").create(Note(id="n", text="x"))
+        await wait_until(lambda: [record.entity_id for record in told] == ["n"], timeout_s=changes.POLL_S + 0.75)
+
+
+async def test_the_feed_goes_on_after_the_store_failed(
+    room: Strongroom, store: FaultyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(changes, "POLL_S", 0.01)
+    told: list[Record] = []
+    room.feed.on_record(told.append)
+    failures = 3
+    original = store.store.changes
+
+    async def fail(after: str | None, **options: Any) -> ChangesPage:
+        nonlocal failures
+        if failures:
+            failures -= 1
+            raise Unavailable("gone")
+        return await original(after, **options)
+
+    monkeypatch.setattr(store, "changes", fail)
+    await room.tenant("acme").create(Note(text="x"))
+    await wait_until(lambda: len(told) == 1)
+    assert not failures
+
+
+async def test_a_callback_that_raises_does_not_stop_the_feed_or_the_other_callbacks(room: Strongroom) -> None:
+    # It would stop the invalidation of keys: a key revoked elsewhere would stay valid here.
+    def broken(record: Record) -> None:
+        raise RuntimeError("a bug")
+
+    told: list[Record] = []
+    room.feed.on_record(broken)
+    room.feed.on_record(told.append)
+    for number in range(1, 4):
+        await room.tenant("acme").create(Note(text="x"))
+        await wait_until(lambda number=number: len(told) == number)  # type: ignore[misc]
+
+
+async def test_closing_twice_and_without_a_start_is_nothing(store: FaultyStore) -> None:
+    feed = ChangeFeed(store)
+    await feed.close()
+    await feed.start()
+    await feed.close()
+    await feed.close()
+
+
+# --- Following one tenant -------------------------------------------------------------------------------------
+
+
+async def test_a_follower_gets_its_tenants_records_from_where_it_stands(room: Strongroom) -> None:
+    acme, beta = room.tenant("acme"), room.tenant("beta")
+    await acme.create(Note(id="before", text="x"))
+    async with aclosing(room.feed.follow("acme")) as pages:
+        assert (await anext(pages)).records == ()  # at once: it carries the cursor
+        await beta.create(Note(id="other", text="x"))
+        await acme.create(Note(id="one", text="x"))
+        await acme.create(Note(id="two", text="x"))
+        assert [record.entity_id for record in await collect(pages, 2)] == ["one", "two"]
+    async with aclosing(room.feed.follow("acme", None)) as pages:
+        assert [record.entity_id for record in await collect(pages, 3)] == ["before", "one", "two"]
+
+
+async def test_a_follower_that_reconnects_goes_on_where_it_was(room: Strongroom) -> None:
+    acme = room.tenant("acme")
+    async with aclosing(room.feed.follow("acme")) as pages:
+        cursor = (await anext(pages)).cursor
+    for number in range(5):
+        await acme.create(Note(id=f"n{number}", text="x"))
+    seen: list[str] = []
+    while len(seen) < 5:
+        async with aclosing(room.feed.follow("acme", cursor)) as pages:
+            page = await anext(pages)
+            cursor = page.cursor
+            seen += [record.entity_id for record in page.records]
+    assert seen == [f"n{number}" for number in range(5)]
+
+
+async def test_a_slow_follower_loses_nothing_and_holds_nobody_up(
+    room: Strongroom, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(changes, "PAGE", 7)
+    acme = room.tenant("acme")
+    async with aclosing(room.feed.follow("acme")) as slow, aclosing(room.feed.follow("acme")) as quick:
+        await anext(slow)
+        await anext(quick)
+        seen: list[Record] = []
+        for _ in range(10):
+            await asyncio.gather(*(acme.create(Note(text="x")) for _ in range(10)))
+            seen += await collect(quick, 10)
+        assert [r.id for r in await collect(slow, 100)] == [r.id for r in seen]
+
+
+async def test_a_heartbeat_comes_when_nothing_else_does(room: Strongroom) -> None:
+    async with aclosing(room.feed.follow("acme", heartbeat_s=0.02)) as pages, asyncio.timeout(5):
+        first = await anext(pages)
+        second = await anext(pages)
+        assert (second.records, second.cursor) == ((), first.cursor)
+        await room.tenant("beta").create(Note(text="x"))  # another tenant's wakes it, and gives it nothing
+        assert (await anext(pages)).records == ()
+        await room.tenant("acme").create(Note(id="mine", text="x"))
+        assert [record.entity_id for record in await collect(pages, 1)] == ["mine"]
+
+
+@pytest.mark.parametrize("cursor", ["nonsense", "-1", "99999999999"])
+async def test_what_is_no_cursor_is_refused(room: Strongroom, cursor: str) -> None:
+    with pytest.raises(InvalidInput):
+        await anext(room.feed.follow("acme", cursor))
