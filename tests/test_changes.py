@@ -1,4 +1,4 @@
-"""The journal as it grows: every record once and in order, of one's own tenant, soon; nothing lost by a slow follower."""
+"""The journal as it grows: every record once, in order, soon, of one's own tenant; nothing lost by a slow follower."""
 
 from __future__ import annotations
 

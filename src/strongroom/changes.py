@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 
 from .errors import StrongroomError
 from .storage.port import ChangesPage, Record, Store
@@ -75,7 +75,7 @@ class ChangeFeed:
 
     async def follow(
         self, tenant: str, after: str | None = "end", *, heartbeat_s: float = 15.0
-    ) -> AsyncIterator[ChangesPage]:
+    ) -> AsyncGenerator[ChangesPage, None]:
         """One tenant's records from a cursor on (None: from the beginning), in commit order, without end.
 
         A page without records comes at once (it carries the cursor one stands at) and then every `heartbeat_s`.
