@@ -169,7 +169,6 @@ def build(room: Strongroom, bounds: Bounds = DEFAULT_BOUNDS, *, access_log: bool
         redoc_url=None,
         openapi_url=None,
         redirect_slashes=False,
-        responses=openapi.PROBLEMS,
         generate_unique_id_function=lambda route: route.name,
     )
     _handle_errors(api)

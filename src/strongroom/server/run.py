@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import logging
+import os
 import signal
 import socket
 import sys
@@ -21,15 +23,20 @@ import uvicorn
 from ..app import Strongroom
 from ..config import Settings, load, load_entities, warnings
 from ..errors import ConfigError, StrongroomError
+from ..state import ENTITIES
 from . import adminkey, logs
 from .app import Application, Bounds, build
+from .protocol import Protocol
+from .workers import supervise
 
 EXIT_STOPPED = 0
 EXIT_FAILED = 1
 EXIT_WRONG_CALL = 2
 BACKLOG = 2_048
 KEEP_ALIVE_S = 30
-_log = logging.getLogger(__name__)
+STOP_SLACK_S = 5
+"""More than the requests in flight get, for closing the store."""
+_log = logging.getLogger("strongroom.server")
 
 
 class CannotListen(StrongroomError):
@@ -38,10 +45,11 @@ class CannotListen(StrongroomError):
     code = "cannot_listen"
 
 
-def serve(settings: Settings) -> int:
+def serve(settings: Settings, *, announce: Callable[[str], None] | None = None) -> int:
     """Serve until SIGTERM or Ctrl-C. Returns the exit status: 0 stopped, 1 could not run, 2 wrongly configured.
 
-    The reason for 1 and 2 is one sentence on standard error.
+    The reason for 1 and 2 is one sentence on standard error. `announce` gets what is to be shown on standard output:
+    the administrator's key of a first start.
     """
     logs.configure(settings.log_level)
     try:
@@ -49,9 +57,15 @@ def serve(settings: Settings) -> int:
             _log.warning(warning)
         load_entities(settings.entities)
         with contextlib.closing(_listen(settings.host, settings.port)) as listener:
-            return _run(_work(settings, listener))
+            if settings.workers == 1:
+                _run(_work(settings, listener, announce=announce or _print))
+            else:
+                _run(_prepared(settings, announce or _print))
+                target = functools.partial(_worker, settings, os.getpid())
+                supervise(target, listener, settings.workers, settings.stop_timeout_s + STOP_SLACK_S)
     except StrongroomError as error:
         return _said(error)
+    return EXIT_STOPPED
 
 
 def _said(error: StrongroomError) -> int:
@@ -72,10 +86,18 @@ def _listen(host: str, port: int) -> socket.socket:
         raise CannotListen(f"cannot listen at {host}:{port}: {reason}") from None
 
 
-def _run(work: Coroutine[Any, Any, None]) -> int:
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _print(text: str) -> None:
+    print(text, flush=True)
+
+
+def _run(work: Coroutine[Any, Any, None]) -> None:
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(work)
-    return EXIT_STOPPED
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -88,25 +110,48 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 @contextlib.asynccontextmanager
 async def _opened(settings: Settings) -> AsyncIterator[Strongroom]:
-    entities = load_entities(settings.entities)
+    entities = (*ENTITIES, *load_entities(settings.entities))
     async with Strongroom.open(settings.store_url, entities=entities, peppers=settings.pepper_texts) as room:
         yield room
 
 
-async def _first_start(settings: Settings, room: Strongroom) -> None:
+async def _prepared(settings: Settings, announce: Callable[[str], None]) -> None:
+    """What is done once, before any of several workers starts: the schema, and the administrator's key."""
+    async with _opened(settings) as room:
+        await _ensure_admin(settings, room, announce)
+
+
+async def _ensure_admin(settings: Settings, room: Strongroom, announce: Callable[[str], None]) -> None:
     given = settings.admin_key.get_secret_value() if settings.admin_key is not None else None
     made = await adminkey.ensure(room, given)
     if made is not None:
-        print(f"The administrator's key, shown this once; keep it:\n{made}", flush=True)
+        announce(f"The administrator's key, shown this once; keep it:\n{made}")
 
 
-async def _work(settings: Settings, listener: socket.socket) -> None:
+def _worker(settings: Settings, parent: int, listener: socket.socket) -> None:
+    """One of several processes; it stops when its parent is gone, which could not tell it to."""
+    logs.configure(settings.log_level)
+    try:
+        _run(_work(settings, listener, parent=parent))
+    except StrongroomError as error:
+        sys.exit(_said(error))
+
+
+async def _work(
+    settings: Settings,
+    listener: socket.socket,
+    *,
+    announce: Callable[[str], None] | None = None,
+    parent: int | None = None,
+) -> None:
     async with _opened(settings) as room:
-        await _first_start(settings, room)
+        if announce is not None:
+            await _ensure_admin(settings, room, announce)
         bounds = Bounds(settings.max_body_bytes, settings.max_concurrency, settings.max_watchers)
         application = build(room, bounds, access_log=settings.access_log)
         config = uvicorn.Config(
             application,
+            http=Protocol,
             interface="asgi3",
             lifespan="off",
             ws="none",
@@ -118,17 +163,16 @@ async def _work(settings: Settings, listener: socket.socket) -> None:
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=settings.stop_timeout_s,
         )
-        host, port = listener.getsockname()[:2]
-        _log.info("listening at http://%s:%s", f"[{host}]" if ":" in host else host, port)
-        await _Server(config, application).serve(sockets=[listener])
+        await _Server(config, application, parent).serve(sockets=[listener])
 
 
 class _Server(uvicorn.Server):
     """uvicorn's server, which on a signal returns instead of raising it again: the store is closed after it."""
 
-    def __init__(self, config: uvicorn.Config, application: Application) -> None:
+    def __init__(self, config: uvicorn.Config, application: Application, parent: int | None) -> None:
         super().__init__(config)
         self._application = application
+        self._parent = parent
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -138,6 +182,15 @@ class _Server(uvicorn.Server):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or ():
+            _log.info("listening at %s", _address(listener), extra={"pid": os.getpid()})
+
+    async def on_tick(self, counter: int) -> bool:
+        orphaned = self._parent is not None and os.getppid() != self._parent
+        return await super().on_tick(counter) or orphaned
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._application.services.close()

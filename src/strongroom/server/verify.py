@@ -71,10 +71,12 @@ class VerifyRoute:
         try:
             if gate.inside > gate.limit:
                 raise TooManyRequests
-            authorization = None
+            authorization = idempotency_key = None
             for name, value in scope["headers"]:
                 if name == b"authorization":
                     authorization = value
+                elif name == b"idempotency-key":
+                    idempotency_key = value.decode("latin-1")
             caller = self._authenticator.known(authorization)
             if caller is None:
                 caller = await self._authenticator.caller(authorization)
@@ -91,7 +93,13 @@ class VerifyRoute:
             try:
                 ask = _decode(body)
                 answer = await self._keys.verify(
-                    ask.key, cost=ask.cost, permission=ask.permission, ip=ask.ip, tenant=caller.tenant
+                    ask.key,
+                    cost=ask.cost,
+                    permission=ask.permission,
+                    ip=ask.ip,
+                    tenant=caller.tenant,
+                    idempotency_key=idempotency_key,
+                    actor=caller.actor,
                 )
             except (msgspec.MsgspecError, InvalidInput, RecursionError) as error:
                 raise problems_with(body, error) from None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from decimal import Decimal
 from typing import Any, TypeVar
 
 import msgspec
@@ -21,10 +22,12 @@ from .errors import MalformedRequest, PreconditionFailed
 
 M = TypeVar("M", bound=BaseModel)
 
+_VERSION = re.compile(r"[1-9][0-9]{0,18}")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 _ETAG = re.compile(r'(W/)?"([\x21\x23-\x7e\x80-\xff]*)"')
 MAX_ETAGS = 20
 _decode = msgspec.json.Decoder().decode
+_decode_exactly = msgspec.json.Decoder(float_hook=Decimal).decode
 _encode = msgspec.json.Encoder(decimal_format="number").encode
 
 
@@ -73,12 +76,21 @@ def expect_object(value: Any, path: str = "") -> dict[str, Any]:
     return value
 
 
-async def body_fields(request: Request) -> dict[str, Any]:
-    """The body as a dict. Raises MalformedRequest, InvalidInput."""
-    value, problems = parse_json(await request.body())
+async def body_fields(request: Request, *, exact: Iterable[str] | None = ()) -> dict[str, Any]:
+    """The body as a dict; in the fields named `exact` (None: all), numbers with a point are Decimals.
+
+    Raises MalformedRequest, InvalidInput.
+    """
+    body = await request.body()
+    value, problems = parse_json(body)
     if problems:
         raise InvalidInput(problems)
-    return expect_object(value)
+    fields = expect_object(value)
+    wanted = list(fields) if exact is None else [name for name in exact if name in fields]
+    if wanted:
+        exactly = _decode_exactly(body)
+        fields.update({name: exactly[name] for name in wanted})
+    return fields
 
 
 async def read(request: Request, model: type[M]) -> M:
@@ -151,7 +163,11 @@ def _etags(value: str, header: str) -> list[str]:
 
 
 class Preconditions:
-    """If-Match and If-None-Match of a request, as versions."""
+    """If-Match and If-None-Match of a write, as versions. A context manager that turns the conflict that breaks one
+    into PreconditionFailed.
+
+    `any`: If-Match is `*`, the document must exist. `none`: If-None-Match is `*`, it must not.
+    """
 
     def __init__(self, request: Request) -> None:
         match, none_match = request.headers.get("if-match"), request.headers.get("if-none-match")
@@ -159,28 +175,40 @@ class Preconditions:
             raise InvalidInput([Problem("If-None-Match", "cannot stand beside If-Match")])
         self.any = match is not None and match.strip() == "*"
         self.none = none_match is not None and none_match.strip() == "*"
-        self.versions: frozenset[int] | None = None
+        self.versions: tuple[int, ...] = ()
         if match is not None and not self.any:
-            texts = _etags(match, "If-Match")
-            # Versions are positive; "0" would mean "must not exist" to the store.
-            self.versions = frozenset(int(t) for t in texts if re.fullmatch(r"[1-9][0-9]{0,18}", t))
+            # Versions are positive; a 0 would mean "must not exist" to the store.
+            self.versions = tuple(int(t) for t in _etags(match, "If-Match") if _VERSION.fullmatch(t))
             if not self.versions:
                 raise PreconditionFailed
-        if none_match is not None and not self.none and request.method not in ("GET", "HEAD"):
+        if none_match is not None and not self.none:
             raise InvalidInput([Problem("If-None-Match", "expected * (the document must not exist yet)")])
 
-    @property
-    def given(self) -> bool:
-        return self.any or self.none or self.versions is not None
+    async def expected(self, version: Callable[[], Awaitable[int | None]]) -> int | None:
+        """The version to expect; `version` reads the present one (None: there is no document), if that is needed.
 
-    @property
-    def one(self) -> int | None:
-        """The only version that If-Match names; None if it names none or several."""
-        return next(iter(self.versions)) if self.versions is not None and len(self.versions) == 1 else None
+        Raises PreconditionFailed.
+        """
+        if len(self.versions) == 1:
+            return self.versions[0]
+        if self.none:
+            return 0
+        if not self.any and not self.versions:
+            return None
+        found = await version()
+        if found is None or (self.versions and found not in self.versions):
+            raise PreconditionFailed
+        return None if self.any else found
 
-    def failed(self, error: Conflict) -> bool:
-        """Whether a conflict is the answer to the precondition (and not, say, to a reused idempotency key)."""
-        return self.given and ("expected" in error.details or "operation" in error.details)
+    def __enter__(self) -> Preconditions:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        demanded = self.any or self.none or self.versions
+        # A conflict over a reused idempotency key names no version.
+        broken = isinstance(error, Conflict) and ("expected" in error.details or "operation" in error.details)
+        if demanded and broken:
+            raise PreconditionFailed from None
 
 
 def not_modified(request: Request, version: int) -> bool:
@@ -191,7 +219,3 @@ def not_modified(request: Request, version: int) -> bool:
     if value.strip() == "*":
         return True
     return str(version) in [part.strip().removeprefix("W/").strip('"') for part in value.split(",")]
-
-
-def unknown(fields: Mapping[str, Any], known: Any) -> list[Problem]:
-    return [Problem(name[:128], "is not a known field") for name in fields if name not in known]

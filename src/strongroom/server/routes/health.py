@@ -12,6 +12,7 @@ from ...storage.port import Health
 from ..auth import Scope, authorization
 from ..metrics import CONTENT_TYPE
 from ..services import Services
+from ..shapes import AliveOut, ReadyOut
 from ..wire import Json
 
 CHECK_TIMEOUT_S = 5.0
@@ -37,12 +38,12 @@ def router(services: Services) -> APIRouter:
             "details": dict(health.details),
         }
 
-    @routes.get("/healthz", summary="Alive")
+    @routes.get("/healthz", response_model=AliveOut, summary="Alive")
     async def healthz() -> Response:
         """The process answers. It says nothing of what it depends on."""
         return Json({"status": "ok"})
 
-    @routes.get("/readyz", summary="Ready")
+    @routes.get("/readyz", response_model=ReadyOut, responses={503: {"model": ReadyOut}}, summary="Ready")
     async def readyz(request: Request) -> Response:
         """Each dependency, its latency, and whether it is degraded. 503 if requests would fail. The details are for
         callers with a management key."""

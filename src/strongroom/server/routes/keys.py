@@ -2,27 +2,174 @@
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+import hashlib
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 
-from ...keys import ApiKey
-from ..services import Services
-from ..wire import Json, body_fields, context_of, etag, idempotency_key
+from ...apikey import KeyChanges, KeyFields, NewKey, parse
+from ...errors import InvalidInput, NotFound, Problem
+from ...keys import ApiKey, KeyStats
+from ..auth import Caller, Scope, is_management
+from ..openapi import body
+from ..services import MAX_BATCH_ITEMS, Services
+from ..shapes import (
+    IssuedKeyOut,
+    KeyListOut,
+    KeyListQuery,
+    KeyOut,
+    KeyStatsOut,
+    RotateIn,
+    VerifyBatchIn,
+    VerifyBatchOut,
+)
+from ..verify import item_problems
+from ..wire import (
+    Json,
+    Preconditions,
+    body_fields,
+    caller_of,
+    context_of,
+    etag,
+    idempotency_key,
+    not_modified,
+    read,
+)
 
 HIDDEN = frozenset({"hash", "previous_hash", "sealed"})
+"""Fields of a key that nobody is shown."""
+
+K = TypeVar("K", bound=KeyFields)
 
 
 def router(services: Services) -> APIRouter:
     routes = APIRouter(prefix="/v1/keys", tags=["keys"])
     keys = services.room.keys
 
-    @routes.post("", status_code=201)
+    @routes.post("", status_code=201, response_model=IssuedKeyOut, openapi_extra=body(NewKey), summary="Make a key")
     async def create_key(request: Request) -> Response:
-        issued = await keys.create(
-            context=context_of(request), idempotency_key=idempotency_key(request), **await body_fields(request)
+        """The answer has the key's text (`key`), this once. `tenant` is `default` unless the caller is bound to one.
+        A key with a `strongroom:` permission is a management key: only an administrator makes one."""
+        caller = _writer(request)
+        new = await _parsed(request, NewKey, {"tenant": caller.tenant} if caller.tenant is not None else {})
+        _guard(caller, new.permissions, new.tenant)
+        issued = await keys.create(new, context=context_of(request), idempotency_key=idempotency_key(request))
+        return _answer(issued.key, 201, key=issued.text)
+
+    @routes.get("", response_model=KeyListOut, summary="List keys, newest first")
+    async def list_keys(request: Request, query: Annotated[KeyListQuery, Query()]) -> Response:
+        caller_of(request).needs(Scope.READ)
+        page = await keys.list(**query.model_dump(), context=context_of(request))
+        return Json({"items": [shown(key) for key in page.items], "next_cursor": page.next_cursor})
+
+    @routes.get("/{id}", response_model=KeyOut, summary="One key")
+    async def get_key(request: Request, id: str) -> Response:
+        caller_of(request).needs(Scope.READ)
+        key = await keys.get(id, context=context_of(request))
+        if not_modified(request, key.version):
+            return Response(status_code=304, headers={"etag": etag(key.version)})
+        return _answer(key)
+
+    @routes.patch("/{id}", response_model=KeyOut, openapi_extra=body(KeyChanges), summary="Change some fields of a key")
+    async def update_key(request: Request, id: str) -> Response:
+        """Fields that are not given stay. Usage stays counted where a limit's resource and window stay the same."""
+        caller = _writer(request)
+        changes = await _parsed(request, KeyChanges)
+        before = await _own(request, id)
+        _guard(caller, changes.permissions if "permissions" in changes.model_fields_set else (), before.tenant)
+        with Preconditions(request) as preconditions:
+            changed = await keys.update(
+                id,
+                changes,
+                context=context_of(request),
+                expected=await preconditions.expected(_version_of(before)),
+                idempotency_key=idempotency_key(request),
+            )
+        return _answer(changed)
+
+    @routes.delete("/{id}", status_code=204, response_class=Response, summary="Remove a key and its usage")
+    async def delete_key(request: Request, id: str) -> Response:
+        once = idempotency_key(request)
+        try:
+            before = await _own(request, id)
+        except NotFound:
+            if once is None:
+                raise
+            before = None  # it may be this very call that removed it
+        with Preconditions(request) as preconditions:
+            expected = await preconditions.expected(_version_of(before))
+            await keys.delete(id, context=context_of(request), expected=expected, idempotency_key=once)
+        return Response(status_code=204)
+
+    @routes.post("/{id}/disable", response_model=KeyOut, summary="Refuse a key from now on")
+    async def disable_key(request: Request, id: str) -> Response:
+        await _own(request, id)
+        return _answer(await keys.disable(id, context=context_of(request)))
+
+    @routes.post("/{id}/enable", response_model=KeyOut, summary="Accept a key again")
+    async def enable_key(request: Request, id: str) -> Response:
+        await _own(request, id)
+        return _answer(await keys.enable(id, context=context_of(request)))
+
+    @routes.post(
+        "/{id}/rotate", response_model=IssuedKeyOut, openapi_extra=body(RotateIn, required=False), summary="New text"
+    )
+    async def rotate_key(request: Request, id: str) -> Response:
+        """The key gets a new text, shown this once; its id, limits and usage stay. The old text works for `overlap_s`
+        seconds more."""
+        _writer(request)
+        asked = await read(request, RotateIn) if await request.body() else RotateIn()
+        before = await _own(request, id)
+        with Preconditions(request) as preconditions:
+            issued = await keys.rotate(
+                id,
+                overlap_s=asked.overlap_s,
+                context=context_of(request),
+                expected=await preconditions.expected(_version_of(before)),
+                idempotency_key=idempotency_key(request),
+            )
+        return _answer(issued.key, key=issued.text)
+
+    @routes.get("/{id}/stats", response_model=KeyStatsOut, summary="A key's statistics")
+    async def key_stats(request: Request, id: str) -> Response:
+        caller_of(request).needs(Scope.READ)
+        return Json(_stats(await keys.stats(id, context=context_of(request))))
+
+    @routes.post(
+        "/verify:batch", response_model=VerifyBatchOut, openapi_extra=body(VerifyBatchIn), summary="Verify several keys"
+    )
+    async def verify_batch(request: Request) -> Response:
+        """Decided in the order given, and answered in it. If the answer is an error, some may have been debited."""
+        caller = _writer(request)
+        items = _items(await body_fields(request, exact=("items",)))
+        once = idempotency_key(request)
+        answers = await asyncio.gather(
+            *(
+                keys.verify(
+                    item["key"],
+                    cost=item.get("cost"),
+                    permission=item.get("permission"),
+                    ip=item.get("ip"),
+                    tenant=caller.tenant,
+                    idempotency_key=None if once is None else _nth(once, number),
+                    actor=caller.actor,
+                )
+                for number, item in enumerate(items)
+            )
         )
-        return Json({**shown(issued.key), "key": issued.text}, 201, headers={"etag": etag(issued.key.version)})
+        for answer in answers:
+            services.metrics.verified[answer.code] = services.metrics.verified.get(answer.code, 0) + 1
+        return Json({"items": answers})
+
+    async def _own(request: Request, id: str) -> ApiKey:
+        """The key that is to be changed. Raises NotFound, and Denied if it is one that only administrators touch."""
+        caller = _writer(request)
+        key = await keys.get(id, context=context_of(request))
+        _guard(caller, key.permissions, key.tenant)
+        return key
 
     return routes
 
@@ -30,3 +177,80 @@ def router(services: Services) -> APIRouter:
 def shown(key: ApiKey) -> dict[str, Any]:
     """What callers see of a key."""
     return {name: value for name, value in key.model_dump().items() if name not in HIDDEN}
+
+
+def _answer(found: ApiKey, status: int = 200, **more: Any) -> Response:
+    return Json({**shown(found), **more}, status, headers={"etag": etag(found.version)})
+
+
+def _writer(request: Request) -> Caller:
+    caller = caller_of(request)
+    caller.needs(Scope.WRITE)
+    return caller
+
+
+def _guard(caller: Caller, permissions: Iterable[str], tenant: str) -> None:
+    """Management keys are for administrators: nobody gives, or takes, more than they have."""
+    if is_management(permissions, tenant):
+        caller.needs(Scope.ADMIN)
+
+
+async def _parsed(request: Request, model: type[K], defaults: Mapping[str, Any] = MappingProxyType({})) -> K:
+    """The body as a key's fields. Amounts keep all their digits; a time is a text, not seconds since some epoch.
+
+    Raises InvalidInput with every problem.
+    """
+    fields = {**defaults, **await body_fields(request, exact=("limits",))}
+    problems = []
+    if not isinstance(fields.get("expires_at"), str | None):
+        del fields["expires_at"]
+        problems.append(Problem("expires_at", "expected a time such as 2027-01-01T00:00:00Z"))
+    try:
+        parsed = parse(model, fields)
+    except InvalidInput as error:
+        raise InvalidInput([*problems, *error.problems]) from None
+    if problems:
+        raise InvalidInput(problems)
+    return parsed
+
+
+def _version_of(key: ApiKey | None) -> Callable[[], Awaitable[int | None]]:
+    async def version() -> int | None:
+        return key.version if key is not None else None
+
+    return version
+
+
+def _stats(stats: KeyStats) -> dict[str, Any]:
+    return {
+        "key_id": stats.key.id,
+        "tenant": stats.key.tenant,
+        "enabled": stats.key.enabled,
+        "expired": stats.expired,
+        "count": stats.count,
+        "last_used_at": stats.last_used_at,
+        "totals": stats.totals,
+        "limits": stats.limits,
+    }
+
+
+def _nth(key: str, number: int) -> str:
+    """The idempotency key of one item of a batch: apart from every other, and from the same text sent for one call."""
+    return hashlib.sha256(f"{number}\x00{key}".encode()).hexdigest()
+
+
+def _items(fields: dict[str, Any]) -> list[dict[str, Any]]:
+    """The verifications of a batch. Raises InvalidInput with every problem of every one, before any is decided."""
+    problems = [Problem(name[:64], "is not a known field") for name in fields if name != "items"]
+    items = fields.get("items")
+    if not isinstance(items, list) or not 1 <= len(items) <= MAX_BATCH_ITEMS:
+        problems.append(Problem("items", f"expected a list of 1 to {MAX_BATCH_ITEMS} verifications"))
+        raise InvalidInput(problems)
+    for number, item in enumerate(items):
+        if isinstance(item, dict):
+            problems += item_problems(item, f"items.{number}.")
+        else:
+            problems.append(Problem(f"items.{number}", "expected an object"))
+    if problems:
+        raise InvalidInput(problems)
+    return items

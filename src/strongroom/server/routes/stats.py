@@ -15,6 +15,7 @@ from ...keys import KeyStats
 from ...windows import calendar_span
 from ..auth import authorization, bearer
 from ..services import Services
+from ..shapes import StatsOut
 from ..wire import Json
 
 FIVE_HOURS_S = 18_000
@@ -24,12 +25,12 @@ def router(services: Services) -> APIRouter:
     routes = APIRouter(tags=["stats"])
     keys = services.room.keys
 
-    @routes.get("/stats", summary="Statistics of the key that calls")
+    @routes.get("/stats", response_model=StatsOut, summary="Statistics of the key that calls")
     async def stats(request: Request) -> Response:
         """The bearer token is the API key itself. Expired keys are answered too (`is_expired`)."""
         text = bearer(authorization(request.scope["headers"]))
-        known = await keys.authenticate(text) if text else None
-        if known is None:
+        known = await keys.identify(text) if text else None
+        if known is None or not known.enabled:
             raise Unauthenticated("the key is unknown or disabled", token=bool(text))
         return Json(_as_seed_004(await keys.stats(known.id)))
 

@@ -1,0 +1,70 @@
+"""uvicorn's HTTP protocol with the bounds that it lacks: the size of a request's head, and the time it may take."""
+
+from __future__ import annotations
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from ..context import next_id
+from . import errors
+from .errors import HeadersTooLarge, MalformedRequest
+
+MAX_HEAD_BYTES = 65_536
+"""Request line and headers together (a little more may pass if it arrives in one piece)."""
+MAX_DISCARDED_BYTES = 64 * 1_048_576
+"""Of a body that was refused already, this much is read and dropped, so that its sender gets to read the answer."""
+HEAD_TIMEOUT_S = 20
+"""A connection that has not sent a whole head after this long is closed."""
+
+
+class Protocol(HttpToolsProtocol):
+    """One connection."""
+
+    _in_head = True
+    _head_bytes = 0
+    _discarded_bytes = 0
+
+    def connection_made(self, transport) -> None:  # type: ignore[no-untyped-def]
+        super().connection_made(transport)
+        self.timeout_keep_alive_task = self.loop.call_later(HEAD_TIMEOUT_S, self.timeout_keep_alive_handler)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._in_head:
+            self._unfinished_head(len(data))
+        elif self.cycle.response_complete:
+            self._discarded_bytes += len(data)
+            if self._discarded_bytes > MAX_DISCARDED_BYTES:
+                self.transport.close()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_head = True
+        self._head_bytes = 0
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        self._discarded_bytes = 0
+        super().on_headers_complete()
+
+    def _unfinished_head(self, received: int) -> None:
+        self._head_bytes += received
+        if self._head_bytes > MAX_HEAD_BYTES:
+            self._refuse(HeadersTooLarge())
+        elif not self.transport.is_closing() and self.timeout_keep_alive_task is None:
+            self.timeout_keep_alive_task = self.loop.call_later(HEAD_TIMEOUT_S, self.timeout_keep_alive_handler)
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(MalformedRequest("the request is not valid HTTP"))
+
+    def _refuse(self, error: HeadersTooLarge | MalformedRequest) -> None:
+        if self.transport.is_closing():
+            return
+        status, headers, body = errors.response(error, next_id())
+        lines = [
+            STATUS_LINE[status],
+            *(b"%s: %s\r\n" % header for header in headers),
+            b"connection: close\r\n\r\n",
+            body,
+        ]
+        self.transport.write(b"".join(lines))
+        self.transport.close()

@@ -1,0 +1,210 @@
+"""What requests and answers look like, for OpenAPI. Answers are not validated by these: the tests compare them."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..keys import MAX_OVERLAP_S
+from ..query import DEFAULT_LIMIT, MAX_LIMIT
+from ..windows import MAX_AMOUNT, Limit, Window
+from .services import MAX_BATCH_ITEMS
+
+Cost = dict[str, Annotated[float, Field(ge=0, le=MAX_AMOUNT, allow_inf_nan=False)]]
+Number = Annotated[float, Field(description="A whole number; for the resource `cost` one with up to 9 decimals.")]
+
+
+class Closed(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+# --- Errors ---------------------------------------------------------------------------------------------------
+
+
+class ProblemItem(BaseModel):
+    """One thing that is wrong with the input: where, and what was found and expected."""
+
+    path: str
+    message: str
+
+
+class ProblemDetails(BaseModel):
+    """An error, as RFC 9457 has it. `errors` is there where the input is wrong, and names everything that is."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    request_id: str
+    errors: list[ProblemItem] = []
+
+
+# --- Keys -----------------------------------------------------------------------------------------------------
+
+
+class KeyOut(BaseModel):
+    """A key. `display` is what may be shown of its text; the text itself is shown once, when it is made."""
+
+    id: str
+    tenant: str
+    name: str
+    display: str
+    user_id: str | None
+    permissions: list[str]
+    metadata: dict[str, Any]
+    allowed_ips: list[str]
+    limits: list[Limit]
+    enabled: bool
+    expires_at: datetime | None
+    previous_until: datetime | None = Field(description="Until when the text before the last rotation works.")
+    version: int
+    created_at: datetime
+    updated_at: datetime
+
+
+class IssuedKeyOut(KeyOut):
+    """A key with its text, which is shown this once."""
+
+    key: str
+
+
+class KeyListOut(BaseModel):
+    items: list[KeyOut]
+    next_cursor: str | None
+
+
+class RotateIn(Closed):
+    overlap_s: int = Field(0, ge=0, le=MAX_OVERLAP_S, description="Seconds that the old text works on.")
+
+
+class LimitStatusOut(BaseModel):
+    """Where one limit stands. `resets_at`: when `used` next falls. `exceeded`: this limit denied the call."""
+
+    resource: str
+    limit: Number
+    used: Number
+    remaining: Number
+    window: Window
+    resets_at: datetime | None
+    exceeded: bool = False
+
+
+class KeyStatsOut(BaseModel):
+    """`count`: uses. `totals`: what was used of each resource in the key's lifetime."""
+
+    key_id: str
+    tenant: str
+    enabled: bool
+    expired: bool
+    count: int
+    last_used_at: datetime | None
+    totals: dict[str, Number]
+    limits: list[LimitStatusOut]
+
+
+class KeyListQuery(Closed):
+    tenant: str | None = Field(None, description="Only this tenant's keys.")
+    user_id: str | None = Field(None, description="Only this user's keys.")
+    limit: int = Field(DEFAULT_LIMIT, ge=1, le=MAX_LIMIT)
+    cursor: str | None = Field(None, description="The `next_cursor` of the page before.")
+
+
+# --- Verifying and usage --------------------------------------------------------------------------------------
+
+
+class VerifyIn(Closed):
+    """`cost`: amounts by resource; without it one request. `permission`: one the key must have. `ip`: who uses it."""
+
+    key: str
+    cost: Cost | None = None
+    permission: str | None = None
+    ip: str | None = None
+
+
+class VerifyOut(BaseModel):
+    """Whether the key may be used now. Only VALID debits anything."""
+
+    valid: bool
+    code: Literal[
+        "VALID", "NOT_FOUND", "DISABLED", "EXPIRED", "INSUFFICIENT_PERMISSIONS", "FORBIDDEN", "RATE_LIMITED",
+        "USAGE_EXCEEDED",
+    ]  # fmt: skip
+    key_id: str | None
+    tenant: str | None
+    user_id: str | None
+    permissions: list[str]
+    metadata: dict[str, Any]
+    limits: list[LimitStatusOut]
+    retry_after_s: float | None = Field(description="Seconds after which the same call would be admitted.")
+    message: str | None = Field(description="Why the call is not valid.")
+
+
+class VerifyBatchIn(Closed):
+    items: list[VerifyIn] = Field(min_length=1, max_length=MAX_BATCH_ITEMS)
+
+
+class VerifyBatchOut(BaseModel):
+    items: list[VerifyOut]
+
+
+class UsageIn(Closed):
+    """What has happened, on a key given by its text or its id."""
+
+    key: str | None = None
+    key_id: str | None = None
+    cost: Cost
+    idempotency_key: str | None = Field(None, description="As the header Idempotency-Key.")
+
+
+class UsageOut(BaseModel):
+    key_id: str
+    tenant: str
+    limits: list[LimitStatusOut]
+
+
+# --- Statistics as seed 004 has them --------------------------------------------------------------------------
+
+
+class CurrentUsageOut(BaseModel):
+    tokens_used_in_current_window: int
+    window_started_at: datetime
+    window_ends_at: datetime | None
+    remaining_tokens: int | None
+
+
+class StatsOut(BaseModel):
+    """The statistics of the key that calls."""
+
+    key: str
+    name: str
+    model: Any
+    token_limit_per_5h: int | None
+    expiry_date: datetime | None
+    created_at: datetime
+    last_used: datetime | None
+    is_expired: bool
+    current_usage: CurrentUsageOut
+    total_lifetime_tokens: int
+
+
+# --- Health ---------------------------------------------------------------------------------------------------
+
+
+class AliveOut(BaseModel):
+    status: Literal["ok"]
+
+
+class DependencyOut(BaseModel):
+    status: Literal["ok", "degraded", "unavailable"]
+    kind: str
+    latency_ms: float
+    details: dict[str, Any] = {}
+
+
+class ReadyOut(BaseModel):
+    status: Literal["ready", "degraded", "unavailable", "stopping"]
+    ready: bool
+    dependencies: dict[str, DependencyOut]
