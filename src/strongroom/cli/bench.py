@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -52,6 +50,8 @@ def bench(
     if store is not None:
         results = in_store(store, lambda room: _measure(room, seconds, callers))
     else:
+        import tempfile
+
         with tempfile.TemporaryDirectory(prefix="strongroom-bench-") as folder:
             results = in_store(f"sqlite:///{folder}/bench.db", lambda room: _measure(room, seconds, callers))
     if json:
@@ -107,6 +107,8 @@ async def _measure(room: Strongroom, seconds: float, callers: int) -> list[Measu
 
 async def _timed(what: str, call: Callable[[int], Awaitable[None]], seconds: float, callers: int) -> Measured:
     """Call without pause from `callers` tasks for a while."""
+    import asyncio
+
     took: list[float] = []
     turn = 0
     end = time.perf_counter() + seconds
@@ -132,5 +134,7 @@ async def _timed(what: str, call: Callable[[int], Awaitable[None]], seconds: flo
 
 
 async def _remove(room: Strongroom, context: Context, ids: list[str]) -> None:
+    import asyncio
+
     for start in range(0, len(ids), 100):
         await asyncio.gather(*(room.keys.delete(id, context=context) for id in ids[start : start + 100]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -332,6 +331,8 @@ def _check_target(file: Path, force: bool) -> None:
 
 def _write(file: Path, parts: Iterable[bytes], force: bool) -> None:
     """Write a file whole or not at all, readable by its owner only; durable when this returns."""
+    import tempfile
+
     folder = file.absolute().parent
     with _named(file):
         handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=folder)  # made with mode 0600

@@ -230,7 +230,7 @@ def delete(
     Example:
       strongroom keys delete key_0199f3c2… --yes
     """
-    if not yes and (json or not sys.stdin.isatty()):
+    if not yes and (json or not is_interactive()):
         raise InvalidInput([Problem("yes", "removing a key cannot be undone: confirm it with --yes")])
 
     async def remove(room: Strongroom) -> ApiKey:
@@ -316,9 +316,14 @@ def _cost(text: str) -> tuple[str, Any]:
     return name, shortforms.amount(value)
 
 
+def is_interactive() -> bool:
+    """Whether there is someone to ask."""
+    return sys.stdin.isatty()
+
+
 def _asked_for(prompt: str) -> str:
     """A line of standard input; at a terminal it is asked for and not echoed."""
-    if sys.stdin.isatty():
+    if is_interactive():
         import getpass
 
         return getpass.getpass(prompt, stream=sys.stderr)

@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from typing import Any
+from typing import Any, TextIO
 
 Rows = Sequence[Sequence[str]]
 
@@ -78,7 +78,7 @@ def print_fields(fields: Sequence[tuple[str, str]]) -> None:
 
 def print_table(columns: Sequence[str], rows: Rows) -> None:
     """A table: drawn by Rich on a terminal, else plain aligned columns."""
-    if sys.stdout.isatty():
+    if _is_terminal(sys.stdout):
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
@@ -97,6 +97,10 @@ def print_table(columns: Sequence[str], rows: Rows) -> None:
         sys.stdout.write(line.rstrip() + "\n")
 
 
+def _is_terminal(stream: TextIO) -> bool:
+    return stream.isatty()
+
+
 def _cells(text: str) -> int:
     """The columns a text takes: East Asian wide characters take two, combining marks none."""
     if text.isascii():
@@ -107,7 +111,7 @@ def _cells(text: str) -> int:
 @contextmanager
 def progress(title: str) -> Iterator[Callable[[int, int], None]]:
     """Progress on standard error where that is a terminal: the function takes what is done and how much there is."""
-    if not sys.stderr.isatty():
+    if not _is_terminal(sys.stderr):
         yield lambda done, total: None
         return
     from rich.console import Console

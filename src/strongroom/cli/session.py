@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import getpass
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -54,6 +52,7 @@ def in_store(store: str | None, work: Callable[[Strongroom], Awaitable[T]]) -> T
 
 def run(work: Callable[[], Awaitable[T]]) -> T:
     """Run asynchronous work to its end. Raises Interrupted on Ctrl-C, after everything it opened was closed."""
+    import asyncio
 
     async def entered() -> T:
         return await work()
@@ -66,6 +65,8 @@ def run(work: Callable[[], Awaitable[T]]) -> T:
 
 def operator() -> Context:
     """The context of who sits at the command line: an administrator, named in the journal by the login name."""
+    import getpass
+
     from ..context import system_context
 
     try:
