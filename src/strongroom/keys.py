@@ -363,6 +363,11 @@ class Keys:
         key = await self._find(text, now_us)
         return key if key is not None and key.refusal(now_us, None, None) is None else None
 
+    def works_until_us(self, text: str) -> int | None:
+        """When a text that was just authenticated stops working because it was rotated away; None if it was not."""
+        found = self._known.get(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
+        return found.until_us if found is not None else None
+
     async def identify(self, text: str) -> KnownKey | None:
         """The key that a text is, whether or not it may be used; nothing is debited. None if there is none."""
         return await self._find(text, time.time_ns() // 1_000)
