@@ -178,6 +178,12 @@ def build(room: Strongroom, bounds: Bounds = DEFAULT_BOUNDS, *, access_log: bool
     return Application(services, api)
 
 
+def _parameter_problem(item: Mapping[str, Any]) -> Problem:
+    """One of FastAPI's errors: of a query parameter or a part of the path, for it reads nothing else here."""
+    message = "is not a known parameter" if item["type"] == "extra_forbidden" else str(item["msg"])
+    return Problem(".".join(str(part) for part in item["loc"][1:]), message)
+
+
 def _handle_errors(api: FastAPI) -> None:
     def problem(request: Request, error: StrongroomError) -> Response:
         status, headers, body = errors.response(error, request.scope["strongroom.request_id"])
@@ -193,8 +199,7 @@ def _handle_errors(api: FastAPI) -> None:
 
     @api.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        found = [Problem(".".join(str(part) for part in item["loc"][1:]), str(item["msg"])) for item in error.errors()]
-        return problem(request, InvalidInput(found))
+        return problem(request, InvalidInput([_parameter_problem(item) for item in error.errors()]))
 
     @api.exception_handler(HTTPException)
     async def framework(request: Request, error: HTTPException) -> Response:

@@ -50,10 +50,12 @@ def is_management(permissions: Iterable[str], tenant: str) -> bool:
 class Caller:
     """An authenticated caller. `tenant` is the one it is bound to, or None for all of them."""
 
-    __slots__ = ("actor", "claims", "key", "scope", "tenant", "trusted_until")
+    __slots__ = ("actor", "claims", "ends_us", "key", "scope", "tenant", "trusted_until")
 
-    def __init__(self, key: KnownKey) -> None:
+    def __init__(self, key: KnownKey, until_us: int | None) -> None:
         self.key = key
+        ends = [moment for moment in (key.expires_us, until_us) if moment is not None]
+        self.ends_us = min(ends, default=None)
         self.scope = scope_of(key.permissions)
         self.tenant = None if key.tenant == ALL_TENANTS else key.tenant
         self.actor = f"key:{key.id}"
@@ -66,11 +68,10 @@ class Caller:
     @property
     def is_current(self) -> bool:
         """Whether nothing has happened to the key since it was looked up, and it has not expired."""
-        key = self.key
         return (
-            not key.stale
+            not self.key.stale
             and time.monotonic() < self.trusted_until
-            and (key.expires_us is None or time.time_ns() // 1_000 < key.expires_us)
+            and (self.ends_us is None or time.time_ns() // 1_000 < self.ends_us)
         )
 
     def needs(self, scope: Scope) -> None:
@@ -105,13 +106,13 @@ class Authenticator:
             return caller
         text = bearer(header)
         key = await self._keys.authenticate(text) if text else None
-        if key is None or header is None:
+        if key is None or header is None or text is None:
             if header is not None:
                 self._callers.pop(header, None)
             raise Unauthenticated("the key is unknown, disabled or expired" if text else None, token=bool(text))
         if len(self._callers) >= MAX_CALLERS:
             self._callers.clear()
-        caller = self._callers[header] = Caller(key)
+        caller = self._callers[header] = Caller(key, self._keys.works_until_us(text))
         return caller
 
 
