@@ -233,6 +233,23 @@ def test_an_export_that_fails_leaves_the_old_file_and_no_other(
     assert [name for name in os.listdir(tmp_path) if name.startswith(".")] == []
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_an_export_never_overwrites_a_file_that_came_meanwhile(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    def none(*_: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr("strongroom.cli.keyfile.os.link", none)
+    file = tmp_path / "out.json"
+    assert run("export", str(file)).status == 0
+    monkeypatch.setattr("strongroom.cli.keyfile._check_target", lambda *_: None)
+    file.write_text("theirs")
+    assert run("export", str(file)).status == 1
+    assert file.read_text() == "theirs"
+
+
 def test_a_round_trip_between_stores(run: Run, tmp_path: Path) -> None:
     with time_machine.travel(NOW, tick=False):
         for shape, file in (("plain", PLAIN), ("hashed", HASHED)):

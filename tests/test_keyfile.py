@@ -444,6 +444,19 @@ async def test_an_update_never_takes_back_usage_that_was_counted_here(room: Stro
         assert (stats.totals["tokens"], stats.limits[0].used) == (5_050, 250)
 
 
+async def test_a_use_between_plan_and_update_is_not_taken_back(room: Strongroom) -> None:
+    with time_machine.travel(NOW, tick=False):
+        row = plain_row()
+        await put(room, plain_file(row))
+        job = KeyImport(room.database, room.keys.hasher, "plain", "default", SYSTEM)
+        planned = await job.plan(parsed(plain_file(plain_row(total_lifetime_tokens=9, usage_windows=[]))).rows)
+        assert planned[0].standing is Standing.CHANGED
+        assert (await room.keys.verify(row["key"], cost={"tokens": 50})).valid
+        await job.apply(planned, update=True)
+        stats = await room.keys.stats(planned[0].id)
+        assert (stats.totals["tokens"], stats.limits[0].used) == (5_050, 250)
+
+
 async def test_a_text_that_was_rotated_away_does_not_come_back(room: Strongroom) -> None:
     row = plain_row()
     ((planned,), _) = await put(room, plain_file(row))

@@ -341,10 +341,7 @@ def _write(file: Path, parts: Iterable[bytes], force: bool) -> None:
                 new.writelines(parts)
                 new.flush()
                 os.fsync(new.fileno())
-            if force:
-                os.replace(name, file)
-            else:
-                os.link(name, file)  # unlike a rename, it never takes the place of a file that came meanwhile
+            _put_in_place(name, file, force)
         except FileExistsError:
             raise AlreadyExists(f"{file}: is there already (--force overwrites it)") from None
         finally:
@@ -355,3 +352,17 @@ def _write(file: Path, parts: Iterable[bytes], force: bool) -> None:
             os.fsync(sync)
         finally:
             os.close(sync)
+
+
+def _put_in_place(name: str, file: Path, force: bool) -> None:
+    """Give a finished file its name. FileExistsError, without `force`, if a file came there meanwhile."""
+    if not force:
+        try:
+            os.link(name, file)  # unlike a rename, it never takes the place of another file
+            return
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            if file.exists():
+                raise FileExistsError from None
+    os.replace(name, file)

@@ -339,8 +339,11 @@ def key_view(key: ApiKey) -> dict[str, Any]:
 
 
 def stats_view(found: KeyStats) -> dict[str, Any]:
+    """A key's statistics as JSON shows them, here as over HTTP."""
     return {
-        "key": key_view(found.key),
+        "key_id": found.key.id,
+        "tenant": found.key.tenant,
+        "enabled": found.key.enabled,
         "expired": found.expired,
         "count": found.count,
         "last_used_at": found.last_used_at,
