@@ -309,8 +309,10 @@ def _apply(draft: _Draft, batch: Batch) -> Committed:
                 continue
             version, value = _apply_one(draft, batch, operation)
         except StrongroomError as error:
-            message = f"operation {number}: {error.message}"
-            raise type(error)(message, **{**error.details, "operation": number}) from None
+            error.message = f"operation {number}: {error.message}"
+            error.args = (error.message,)
+            error.details["operation"] = number
+            raise
         versions.append(version)
         if value is not None:
             values[number] = value
@@ -385,7 +387,7 @@ def _key(declared: Mapping[str, Collection], name: str, tenant: str | None) -> _
     """Where a tenant's documents of a collection are: no other tenant's key is ever made from the same two."""
     collection = declared.get(name)
     if collection is None:
-        raise SchemaError(f"{name}: the store was not prepared for this collection")
+        raise InvalidInput(f"{name}: the store was not prepared for this collection")
     if not collection.tenant_scoped:
         return None, name
     if tenant is None:

@@ -164,6 +164,30 @@ class TestLimits(StorageSuite):
         assert got is not None
         assert len(got["blob"]) == len(document(MAX_DOCUMENT_BYTES)["blob"])
 
+    @pytest.mark.parametrize("how", ["create", "put", "patch"])
+    @pytest.mark.parametrize(
+        "content", [[1], [True], ["é" * 10_000], [{"a": ""}]], ids=["ints", "bools", "text", "maps"]
+    )
+    async def test_size_is_what_document_size_says_not_what_the_engine_takes(
+        self, store: Store, how: str, content: list[Any]
+    ) -> None:
+        each = document_size(sample(tags=content)) - document_size(sample(tags=[]))
+        fits = (MAX_DOCUMENT_BYTES - document_size(sample(tags=[]))) // each
+        await store.commit(batch("acme", Create("samples", "patched", sample())))
+        for number, error in ((fits, None), (fits + 1, TooLarge)):
+            document = sample(tags=content * number)
+            operation: Operation = Create("samples", f"{number}", document)
+            if how != "create":
+                put = how == "put"
+                operation = (
+                    Put("samples", "x", document) if put else Patch("samples", "patched", {"tags": document["tags"]})
+                )
+            if error is None:
+                await store.commit(batch("acme", operation))
+            else:
+                with pytest.raises(error):
+                    await store.commit(batch("acme", operation))
+
     async def test_a_batch_may_be_so_large_and_no_larger(self, store: Store) -> None:
         each = sample(name="x" * 800_000)
         fits = MAX_BATCH_BYTES // document_size(each)

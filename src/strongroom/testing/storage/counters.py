@@ -87,6 +87,10 @@ class TestCounters(StorageSuite):
         assert await used(store) == INT64_MAX
         await store.commit(batch("acme", Add("items", "x", "used", -INT64_MAX), Add("items", "x", "used", INT64_MIN)))
         assert await used(store) == INT64_MIN
+        committed = await store.commit(batch("acme", Add("items", "x", "used", INT64_MAX)))
+        assert committed.values[0] == -1
+        await store.commit(batch("acme", Add("items", "x", "used", -INT64_MAX)))
+        assert await used(store) == INT64_MIN
         await refused(store, BoundExceeded, Add("items", "x", "used", -1))
         assert await used(store) == INT64_MIN
 

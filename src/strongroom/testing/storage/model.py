@@ -162,7 +162,7 @@ class PortMachine(RuleBasedStateMachine):
         taken = {k: expected.get(v, v) if k == "expected" else v for k, v in taken.items()}
         return _CLASSES[kind](**taken)
 
-    @rule(groups=st.lists(_batches, min_size=1, max_size=3))
+    @rule(groups=st.lists(_batches, min_size=1, max_size=5))
     def commit(self, groups: list[tuple[str, list[tuple[str, dict[str, Any]]], int, bool]]) -> None:
         """Commit some batches at once, and compare each answer with the model's."""
         given: list[Batch] = []

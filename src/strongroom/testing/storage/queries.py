@@ -61,6 +61,15 @@ _POOLS: dict[str, st.SearchStrategy[Any]] = {
     "blob": st.sampled_from(BLOBS),
     "moment": st.sampled_from(MOMENTS),
 }
+_VALUES: dict[str, tuple[Any, ...]] = {
+    "flag": (False, True),
+    "rank": INTS,
+    "ratio": FLOATS,
+    "price": DECIMALS,
+    "name": TEXTS,
+    "blob": BLOBS,
+    "moment": MOMENTS,
+}
 _ELEMENTS = st.sampled_from(
     ["a", "b", "", 0, 1, 1.0, 2.5, True, False, Decimal(1), Decimal("2.5"), b"a", b"", MOMENTS[5], "1"]
 )
@@ -265,11 +274,7 @@ class TestQueries(StorageSuite):
     @pytest.mark.parametrize("field", _POOLS)
     async def test_each_type_has_its_order_nulls_first(self, store: Store, field: str) -> None:
         """Numbers by size, text by its UTF-8 bytes (not UTF-16, not a locale), bytes bytewise, false before true."""
-        values: dict[str, tuple[Any, ...]] = {
-            "flag": (False, True), "rank": INTS, "ratio": FLOATS, "price": DECIMALS, "name": TEXTS, "blob": BLOBS,
-            "moment": MOMENTS,
-        }  # fmt: skip
-        distinct = dict.fromkeys(values[field])
+        distinct = dict.fromkeys(_VALUES[field])
         operations = [Create("samples", f"{n}", sample(**{field: v})) for n, v in enumerate((None, *distinct))]
         await store.commit(batch("acme", *operations))
         ordered: list[Any] = sorted(distinct, key=str.encode) if field == "name" else sorted(distinct)
@@ -282,6 +287,35 @@ class TestQueries(StorageSuite):
             assert [d[field] for d in above] == ordered[number + 1 :], repr(value)
             equal = await store.find("samples", "acme", Query(Where(field, "==", value)))
             assert [d[field] for d in equal] == [value], repr(value)
+
+    @pytest.mark.parametrize("op", [*_COMPARISONS, Op.IN, Op.NOT_IN])
+    async def test_each_comparison_of_each_type(self, store: Store, op: Op) -> None:
+        """Every pair of a stored value, null among them, and a value that is asked for."""
+        rows = [sample(**{field: value}) for field, values in _VALUES.items() for value in (None, *values[:9])]
+        held = await fill(store, "acme", rows)
+        for field, values in _VALUES.items():
+            for value in values[:9]:
+                given = [value, values[0]] if op in (Op.IN, Op.NOT_IN) else value
+                query = Query(Where(field, op, given), limit=1000).check(SAMPLES)
+                found = await store.find("samples", "acme", query)
+                assert [d["id"] for d in found] == [d["id"] for d in evaluate(query, held)], query.where
+
+    async def test_an_element_is_found_by_its_value_and_kind(self, store: Store) -> None:
+        """True is not 1, 1 is 1.0, a Decimal is not an int, text is not bytes, and null is never found."""
+        elements: list[Any] = [
+            True, False, 0, 1, 1.0, 1.5, 0.0, -1, INT64_MAX, "", "1", "true", "a", b"", b"a", b"1", "null", "{}",
+            "$time", Decimal(0), Decimal(1), Decimal("1.5"), MOMENTS[5], MOMENTS[7], "é", "e\u0301", "\U00010000",
+            "'", '"', "\\",
+        ]  # fmt: skip
+        rows = [[element] for element in elements]
+        rows += [[], [None], [None, "a", 1], [{"a": 1}, {"b": [True]}], [{"$time": "x"}], ["a", "b", "a"]]
+        held = await fill(store, "acme", [sample(tags=tags) for tags in rows] + [sample()])
+        for number, element in enumerate(elements):
+            pair = [element, elements[number - 1]]
+            for where in (Where("tags", Op.CONTAINS, element), Where("tags", Op.CONTAINS_ANY, pair)):
+                query = Query(where, limit=1000).check(SAMPLES)
+                found = await store.find("samples", "acme", query)
+                assert [d["id"] for d in found] == [d["id"] for d in evaluate(query, held)], where
 
     async def test_hostile_text_in_a_filter_is_only_text(self, store: Store) -> None:
         names = [name for name in HOSTILE_NAMES if name]

@@ -94,13 +94,13 @@ class TestReopening:
         persistent = store.capabilities.persistent
         pending = [store.commit(batch("acme", Create("items", f"{n}", item()))) for n in range(50)]
         await store.close()
-        committed = await asyncio.gather(*pending)
-        assert [one.versions for one in committed] == [(NOW,)] * 50
-        store = await prepared(backend, url)
+        store = await prepared(backend, url)  # at once: closing has waited for them
         try:
             assert len(await store.find("items", "acme", Query())) == (50 if persistent else 0)
         finally:
             await store.close()
+        committed = await asyncio.gather(*pending)
+        assert [one.versions for one in committed] == [(NOW,)] * 50
 
     async def test_closing_twice_is_fine_and_a_closed_store_says_so(self, backend: Backend) -> None:
         store = await prepared(backend, backend.new_url())
