@@ -85,7 +85,7 @@ def print_table(columns: Sequence[str], rows: Rows) -> None:
 
         table = Table(box=None, pad_edge=False, header_style="bold")
         for column in columns:
-            table.add_column(column, overflow="fold")
+            table.add_column(column, overflow="fold", no_wrap=column == "ID")  # an id is there to be copied
         for row in rows:
             table.add_row(*(Text(shown(cell)) for cell in row))
         Console().print(table)
