@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 import shutil
+import stat
 import sys
 import textwrap
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -557,7 +558,7 @@ async def test_a_folder_and_a_path_below_a_file_are_refused(tmp_path: Path) -> N
     with pytest.raises(Unavailable, match="its folder cannot be made: "):
         await store.open()
     store = SqliteStore("/proc/store.db")  # not even root may write there
-    with pytest.raises(Unavailable, match="unable to open database file"):
+    with pytest.raises(Unavailable, match="cannot be made: "):
         await store.open()
     assert not (await store.check()).ok
 
@@ -569,6 +570,14 @@ async def test_an_empty_file_and_a_missing_folder_become_a_store(tmp_path: Path)
     for one in (path, tmp_path / "other" / "folder" / "store.db"):
         async with opened(one) as store:
             assert (await store.check()).ok
+
+
+async def test_a_new_file_is_its_owners_alone(tmp_path: Path) -> None:
+    path = tmp_path / "store.db"
+    async with opened(path) as store:
+        await store.commit(batch(Create("notes", "a", note())))
+        modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()}
+    assert modes and set(modes.values()) == {0o600}, modes
 
 
 async def test_a_damaged_page_is_an_error_that_names_the_file_and_integrity_finds_it(tmp_path: Path) -> None:

@@ -105,6 +105,14 @@ def make_or_recognise(path: str, busy_timeout_s: float) -> None:
     except OSError as error:
         raise Unavailable(f"{path}: its folder cannot be made: {error.strerror}") from None
     try:
+        # For its owner alone: it holds hashes of keys, and the pepper where none is configured. SQLite gives the
+        # write-ahead log the same mode.
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise Unavailable(f"{path}: cannot be made: {error.strerror}") from None
+    try:
         with closing(connect(path, busy_timeout_s)) as connection:
             if not _is_ours(connection, path):
                 _make(connection, path)
