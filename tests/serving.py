@@ -23,7 +23,7 @@ from pydantic import BaseModel
 
 from strongroom import Entity, Secret, Strongroom
 from strongroom.server import adminkey
-from strongroom.server.app import Application, Bounds, build
+from strongroom.server.app import DEFAULT_BOUNDS, Application, Bounds, build
 from strongroom.state import ENTITIES
 
 ADMIN = "an-administrator's-key-of-enough-characters"
@@ -134,7 +134,10 @@ def check_problem(answer: httpx.Response) -> None:
 
 @asynccontextmanager
 async def serving(
-    url: str = "json://:memory:", *, bounds: Bounds = Bounds(), entities: Sequence[type[Entity]] = (Account,)  # noqa: B008
+    url: str = "json://:memory:",
+    *,
+    bounds: Bounds = DEFAULT_BOUNDS,
+    entities: Sequence[type[Entity]] = (Account,),
 ) -> AsyncIterator[Served]:
     """The application in this process, with the administrator's key ADMIN."""
     async with Strongroom.open(url, entities=(*ENTITIES, *entities)) as room:
@@ -154,7 +157,7 @@ class Stream:
     def __init__(self, app: Application, path: str, key: str = ADMIN, **headers: str) -> None:
         self._app = app
         path, _, query = path.partition("?")
-        named = {"authorization": f"Bearer {key}", **{n.replace("_", "-"): v for n, v in headers.items()}}
+        named = {"authorization": f"Bearer {key}", **{n.replace("_", "-").lower(): v for n, v in headers.items()}}
         self._scope = {
             "type": "http",
             "method": "GET",

@@ -16,7 +16,16 @@ from tests.serving import ADMIN, TOKENS, serving
 
 @pytest.mark.parametrize(
     "header",
-    ["", "Bearer", "Bearer ", "Basic dXNlcjpwYXNz", "Bearer unknown", "Bearer \xff\xfe", "bearer" + " " * 600 + "x", "x" * 9000],
+    [
+        "",
+        "Bearer",
+        "Bearer ",
+        "Basic dXNlcjpwYXNz",
+        "Bearer unknown",
+        "Bearer \xff\xfe",
+        "bearer" + " " * 600 + "x",
+        "x" * 9000,
+    ],
 )
 async def test_without_a_known_key_every_path_of_v1_answers_401(header: str) -> None:
     async with serving() as served:
@@ -50,7 +59,8 @@ async def test_each_scope_includes_those_before_it_and_no_more() -> None:
             ("POST", "/v1/keys/verify:batch", {"items": [{"key": "x"}]}),
             ("POST", "/v1/usage", {"key_id": subject["id"], "cost": {"tokens": 1}}),
             ("PUT", "/v1/tenants/acme/policies/p", {"policy_type": "t", "policy_name": "n"}),
-            ("PATCH", "/v1/tenants/acme/policies/p", {"enabled": False}), ("DELETE", "/v1/tenants/acme/policies/p", None),
+            ("PATCH", "/v1/tenants/acme/policies/p", {"enabled": False}),
+            ("DELETE", "/v1/tenants/acme/policies/p", None),
         ]  # fmt: skip
         for scope in ("read", "write", "admin"):
             text = await served.manager(scope)
@@ -104,7 +114,8 @@ async def test_a_bound_manager_is_kept_to_its_tenant_by_every_route() -> None:
             ("GET", "/v1/tenants/theirs/policies:watch", None), ("GET", "/v1/tenants/%74heirs/policies", None),
             ("POST", "/v1/tenants/theirs/policies", {"policy_type": "t", "policy_name": "n"}),
             ("PUT", "/v1/tenants/theirs/policies/p", {"policy_type": "t", "policy_name": "n"}),
-            ("PATCH", "/v1/tenants/theirs/policies/p", {"enabled": False}), ("DELETE", "/v1/tenants/theirs/policies/p", None),
+            ("PATCH", "/v1/tenants/theirs/policies/p", {"enabled": False}),
+            ("DELETE", "/v1/tenants/theirs/policies/p", None),
             ("POST", "/v1/keys", {"name": "n", "tenant": "theirs"}), ("POST", "/v1/keys", {"name": "n", "tenant": "*"}),
         ):  # fmt: skip
             answer = await served.call(method, path, body, key=ours)

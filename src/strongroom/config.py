@@ -16,7 +16,7 @@ from itertools import pairwise
 from typing import Annotated, Any, Literal
 from urllib.parse import quote, urlsplit
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
@@ -122,10 +122,10 @@ class Settings(BaseSettings):
     firestore_emulator_host: str | None = _setting("FIRESTORE_EMULATOR_HOST", None, "Firestore: an emulator.")
     pubsub_emulator_host: str | None = _setting("PUBSUB_EMULATOR_HOST", None, "Pub/Sub: an emulator.")
 
+    @field_validator("peppers", "entities", mode="before")
     @classmethod
-    def settings_customise_sources(cls, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """What the caller gives, then the environment; no files."""
-        return (kwargs["init_settings"], kwargs["env_settings"]) if kwargs else (args[1], args[2])
+    def _listed(cls, value: Any) -> Any:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
     # What the program uses.
 
@@ -280,7 +280,9 @@ def settings_table() -> list[Setting]:
 
 def _row(field: FieldInfo) -> Setting:
     secret = "SecretStr" in str(field.annotation)
-    return Setting(str(field.validation_alias), field.default or None, field.description or "", secret)
+    return Setting(
+        str(field.validation_alias), None if field.default == () else field.default, field.description or "", secret
+    )
 
 
 # --- The user's own entities ----------------------------------------------------------------------------------

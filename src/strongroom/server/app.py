@@ -77,6 +77,8 @@ class Application:
             _route_encoded_slashes(scope)
             if scope["path"] not in _OPEN and scope["path"].startswith("/v1"):
                 scope["strongroom.caller"] = await self.services.authenticator.caller(authorization(scope["headers"]))
+            if scope["path"] == VERIFY:
+                raise MethodNotAllowed(f"{scope['method']} is not for this path", allow="POST")
             await self.api(scope, self._bounded(scope, receive), answer)
         except StrongroomError as error:
             if not answer.started:
@@ -201,12 +203,16 @@ def _handle_errors(api: FastAPI) -> None:
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         return problem(request, InvalidInput([_parameter_problem(item) for item in error.errors()]))
 
+    @api.exception_handler(Exception)
+    async def unforeseen(request: Request, error: Exception) -> Response:
+        return problem(request, StrongroomError())  # Starlette raises it again: `_handle` logs it
+
     @api.exception_handler(HTTPException)
     async def framework(request: Request, error: HTTPException) -> Response:
         if error.status_code == 404:
             return problem(request, NotFound(f"there is no {request.url.path}"))
         if error.status_code == 405:
-            allow = (error.headers or {}).get("Allow", "")
+            allow = ", ".join(openapi.methods(api, request.url.path))
             return problem(request, MethodNotAllowed(f"{request.method} is not for this path", allow=allow))
         if error.status_code == 400:
             return problem(request, MalformedRequest(str(error.detail)))

@@ -15,7 +15,7 @@ from ..keytext import SCAN_PATTERN
 
 _SECRETS = re.compile(rf"{SCAN_PATTERN}|(?<=[Bb]earer )\S+")
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message", "taskName"}
-_encode = msgspec.json.Encoder(enc_hook=str).encode
+_encode = msgspec.json.Encoder().encode
 QUIET = ("uvicorn.error", "uvicorn.access", "asyncio")
 """Loggers that are heard from `warning` on: their usual lines say nothing that ours do not."""
 
@@ -31,14 +31,20 @@ class JsonFormatter(logging.Formatter):
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": _masked(record.getMessage()),
         }
-        line.update({name: value for name, value in vars(record).items() if name not in _STANDARD})
+        line.update({name: _masked(value) for name, value in vars(record).items() if name not in _STANDARD})
         if record.exc_info and record.exc_info[0] is not None:
             line["error"] = record.exc_info[0].__name__
             frames = traceback.extract_tb(record.exc_info[2])
             line["trace"] = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames]
-        return _SECRETS.sub("***", _encode(line).decode())
+        return _encode(line).decode()
+
+
+def _masked(value: object) -> object:
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    return _SECRETS.sub("***", str(value))
 
 
 def configure(level: str, stream: TextIO | None = None) -> None:

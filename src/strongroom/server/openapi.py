@@ -62,24 +62,40 @@ def serve(api: FastAPI) -> None:
     """Add `/openapi.json` and `/docs`."""
 
     @cache
-    def document() -> dict[str, Any]:
-        return build(api)
-
-    @cache
     def html() -> bytes:
-        return page(document()).encode()
+        return page(document(api)).encode()
 
     @api.get("/openapi.json", include_in_schema=False)
     async def openapi_json(request: Request) -> Response:
-        return Json(document())
+        return Json(document(api))
 
     @api.get("/docs", include_in_schema=False)
     async def docs(request: Request) -> Response:
         return Response(html(), media_type=HTML)
 
 
-def build(api: FastAPI) -> dict[str, Any]:
-    """The OpenAPI document of all that is served."""
+def document(api: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document of all that is served, made once."""
+    if api.openapi_schema is None:
+        api.openapi_schema = _build(api)
+    return api.openapi_schema
+
+
+def methods(api: FastAPI, path: str) -> list[str]:
+    """The methods that a path takes, for Allow (the framework knows only those of the first route that it meets)."""
+    paths = document(api)["paths"]
+    found = {method.upper() for template, item in paths.items() if _matches(template, path) for method in item}
+    return sorted(found or {"GET"})
+
+
+def _matches(template: str, path: str) -> bool:
+    parts, given = template.split("/"), path.split("/")
+    return len(parts) == len(given) and all(
+        one.startswith("{") or one == other for one, other in zip(parts, given, strict=True)
+    )
+
+
+def _build(api: FastAPI) -> dict[str, Any]:
     spec = get_openapi(title=api.title, version=api.version, description=DESCRIPTION, routes=api.routes)
     spec["paths"]["/v1/keys/verify"] = {"post": _verify()}
     components = spec.setdefault("components", {})

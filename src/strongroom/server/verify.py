@@ -92,6 +92,9 @@ class VerifyRoute:
                 raise too_large(self._max_body_bytes)
             try:
                 ask = _decode(body)
+            except (msgspec.MsgspecError, ValueError, RecursionError):
+                raise problems_with(body) from None
+            try:
                 answer = await self._keys.verify(
                     ask.key,
                     cost=ask.cost,
@@ -101,7 +104,7 @@ class VerifyRoute:
                     idempotency_key=idempotency_key,
                     actor=caller.actor,
                 )
-            except (msgspec.MsgspecError, InvalidInput, RecursionError) as error:
+            except InvalidInput as error:
                 raise problems_with(body, error) from None
             payload = _encode(answer)
         except StrongroomError as error:
@@ -147,8 +150,8 @@ def too_large(most: int) -> TooLarge:
 # --- The slow path --------------------------------------------------------------------------------------------
 
 
-def problems_with(body: bytes, error: Exception) -> StrongroomError:
-    """Everything that is wrong with a body that the fast path refused with `error`."""
+def problems_with(body: bytes, otherwise: InvalidInput | None = None) -> StrongroomError:
+    """Everything that is wrong with a body that the fast path refused; `otherwise` if nothing in it is."""
     try:
         value, problems = parse_json(body)
         fields = expect_object(value)
@@ -156,9 +159,7 @@ def problems_with(body: bytes, error: Exception) -> StrongroomError:
         return found
     found_paths = {problem.path for problem in problems}
     problems += [problem for problem in item_problems(fields) if problem.path not in found_paths]
-    if problems:
-        return InvalidInput(problems)
-    return error if isinstance(error, StrongroomError) else InvalidInput(str(error))
+    return InvalidInput(problems) if problems else otherwise or InvalidInput("the body cannot be read")
 
 
 def item_problems(fields: dict[str, Any], prefix: str = "") -> list[Problem]:

@@ -39,7 +39,7 @@ def parse_json(body: bytes) -> tuple[Any, list[Problem]]:
     which some clients send). Raises MalformedRequest if it cannot be read at all."""
     try:
         return _decode(body), []
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
     value, problems = None, []
     try:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from copy import copy
+from decimal import Decimal
 from typing import Any, TypeVar
 
 import msgspec
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
-from ...entity import SYSTEM_FIELDS, Entity, json_schema, problems_of
+from ...entity import SYSTEM_FIELDS, Entity, FieldType, json_schema, problems_of
 from ...errors import InvalidInput, NotFound, Problem
 from ...journal import MASK
 from ..auth import Scope
@@ -73,6 +74,7 @@ class _Collection:
         self.cls = cls
         self.collection = cls.__collection__
         self.name = cls.__collection__.name
+        self.decimals = {f.name for f in cls.__collection__.fields.values() if f.type is FieldType.DECIMAL}
         self.changes = _changes_model(cls)
         self.schemas = _Schemas(cls)
 
@@ -230,6 +232,9 @@ class _Collection:
             except InvalidInput as error:
                 problems += error.problems
             raise InvalidInput(problems)
+        for name in self.decimals & fields.keys():
+            if type(fields[name]) in (int, Decimal):
+                fields[name] = str(fields[name])  # as a number it would be read by way of a float
         return fields
 
     @staticmethod

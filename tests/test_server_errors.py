@@ -1,0 +1,157 @@
+"""One error shape from every path, also where it is the framework or the store that fails; and the bounds."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from typing import Any
+
+import pytest
+
+from strongroom import errors as library
+from strongroom.errors import StorageFull, StoreError, StrongroomError, TooManyRequests, Unavailable
+from strongroom.server import errors, logs
+from strongroom.server.app import Bounds
+from tests.serving import ADMIN, serving
+
+PATHS = [
+    ("POST", "/v1/keys"), ("GET", "/v1/keys"), ("GET", "/v1/keys/admin"), ("POST", "/v1/keys/verify"),
+    ("POST", "/v1/keys/verify:batch"), ("POST", "/v1/usage"), ("GET", "/v1/tenants/acme/policies"),
+    ("POST", "/v1/tenants/acme/policies"), ("GET", "/v1/tenants/acme/policies/x"),
+    ("PUT", "/v1/tenants/acme/policies/x"),
+    ("DELETE", "/v1/tenants/acme/policies/x"), ("PATCH", "/v1/tenants/acme/policies/x"), ("GET", "/stats"),
+]  # fmt: skip
+BODIES = {
+    "/v1/keys": {"name": "n"},
+    "/v1/keys/verify": {"key": "another"},
+    "/v1/keys/verify:batch": {"items": [{"key": "another"}]},
+    "/v1/usage": {"key_id": "admin", "cost": {"tokens": 1}},
+}
+
+
+def every_code() -> set[str]:
+    classes = [v for module in (library, errors) for v in vars(module).values() if isinstance(v, type)]
+    return {cls.code for cls in classes if issubclass(cls, StrongroomError)}
+
+
+def test_each_code_has_its_status_and_nothing_else_has() -> None:
+    assert set(errors.STATUS) == every_code()
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (Unavailable("the store is away"), 503), (StorageFull(), 507), (StoreError("damaged"), 500),
+        (TooManyRequests(), 429),
+        (RuntimeError("secret text"), 500), (KeyError("secret text"), 500), (OSError("secret text"), 500),
+    ],
+)  # fmt: skip
+async def test_a_store_that_fails_is_told_alike_everywhere(error: Exception, status: int) -> None:
+    async with serving() as served:
+        await served.get("/v1/keys")  # the caller is known
+
+        async def fail(*_: Any, **__: Any) -> Any:
+            raise error
+
+        for name in ("get", "find", "commit"):
+            setattr(served.room.store, name, fail)
+        for method, path in PATHS:
+            body = BODIES.get(path, {"policy_type": "t", "policy_name": "n"})
+            answer = await served.call(method, path, None if method == "GET" else body)
+            if path == "/v1/keys/verify" and answer.status == 200:
+                continue
+            assert answer.status == status, (method, path, answer)
+            assert "secret text" not in answer.answer.text
+
+
+async def test_what_is_not_there_and_what_is_not_for_a_path() -> None:
+    async with serving() as served:
+        for path in ("/nothing", "/v1/nothing", "/v2/keys", "/v1/keys/", "//v1/keys", "/v1/keys/x/y/z", "/V1/KEYS"):
+            assert (await served.get(path)).status == 404, path
+        for method, path, allow in (
+            ("DELETE", "/v1/keys", {"GET", "POST"}), ("PUT", "/v1/keys/x", {"GET", "PATCH", "DELETE"}),
+            ("POST", "/healthz", {"GET"}), ("GET", "/v1/usage", {"POST"}), ("GET", "/v1/keys/verify", {"POST"}),
+            ("OPTIONS", "/v1/keys", {"GET", "POST"}),
+            ("DELETE", "/v1/tenants/acme/policies", {"GET", "POST"}), ("BREW", "/v1/keys", {"GET", "POST"}),
+        ):  # fmt: skip
+            answer = await served.call(method, path)
+            assert (answer.status, answer.code) == (405, "method_not_allowed"), (method, path, answer)
+            assert {part.strip() for part in answer.headers["allow"].split(",")} == allow, (method, path)
+
+
+async def test_a_body_over_the_bound_is_not_read_to_its_end() -> None:
+    async with serving(bounds=Bounds(max_body_bytes=10_000)) as served:
+        for method, path in PATHS:
+            if method in ("GET", "DELETE"):
+                continue
+            assert (await served.call(method, path, b" " * 10_001)).status == 413, path
+            if path != "/v1/keys/verify":  # which takes no word for it, and counts
+                assert (await served.call(method, path, b"{}", Content_Length="9" * 30)).status == 413, path
+                assert (await served.call(method, path, b"{}", Content_Length="many")).status == 413, path
+            taken = 0
+
+            async def endless() -> Any:
+                nonlocal taken
+                while True:
+                    taken += 1
+                    yield b" " * 1_000
+
+            answer = await served.client.request(
+                method, path, content=endless(), headers={"Authorization": f"Bearer {ADMIN}"}
+            )
+            assert (answer.status_code, answer.json()["code"]) == (413, "too_large"), path
+            assert taken < 20, path
+
+
+async def test_more_requests_at_once_than_the_bound_are_told_to_come_back() -> None:
+    async with serving(bounds=Bounds(max_concurrency=1)) as served:
+        served.app.services.gate.inside = 1
+        for method, path in PATHS:
+            answer = await served.call(method, path)
+            assert (answer.status, answer.code) == (429, "too_many_requests"), path
+        served.app.services.gate.inside = 0
+        assert (await served.get("/v1/keys")).status == 200
+        assert served.app.services.gate.inside == 0
+
+
+@pytest.mark.parametrize("name", ["", "a" * 129, "ü", "a b", "a\tb", '"><script>'])
+async def test_a_request_id_that_is_not_sane_is_replaced(name: str) -> None:
+    async with serving() as served:
+        answer = await served.get("/v1/nothing", X_Request_Id=name.encode())
+        assert answer.json["request_id"] not in (name, "")
+        kept = await served.get("/v1/nothing", X_Request_Id="a.b:c-d_1")
+        assert kept.json["request_id"] == "a.b:c-d_1"
+        assert (await served.get("/healthz", X_Request_Id="ok")).headers["x-request-id"] == "ok"
+
+
+async def test_logs_are_json_and_have_no_secret() -> None:
+    stream = io.StringIO()
+    root, handlers, level = logging.getLogger(), logging.getLogger().handlers[:], logging.getLogger().level
+    try:
+        logs.configure("debug", stream)
+        logging.getLogger("httpx").setLevel(logging.WARNING)  # the test's own client
+        async with serving() as served:
+            made = await served.make_key()
+            served.app.services.access_log = True
+            await served.get("/v1/keys?user_id=hunter2", key=made["key"])
+
+            async def fail(*_: Any, **__: Any) -> Any:
+                raise RuntimeError(f"hunter2 Bearer {made['key']}")
+
+            served.room.store.find = fail  # type: ignore[method-assign]
+            assert (await served.get("/v1/keys")).status == 500
+            logging.getLogger("strongroom").warning("found %s and Bearer hunter2", made["key"])
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert {line["message"] for line in lines} >= {"request", "request failed"}
+    (failed,) = [line for line in lines if line["message"] == "request failed"]
+    assert (failed["error"], failed["level"], "request_id" in failed) == ("RuntimeError", "error", True)
+    assert any("fail" in place for place in failed["trace"])
+    assert {"time", "level", "logger", "message", "method", "path", "status", "ms", "actor"} <= set(
+        next(line for line in lines if line["message"] == "request")
+    )
+    for secret in ("hunter2", made["key"]):
+        assert secret not in stream.getvalue()
