@@ -14,9 +14,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
-from typing import Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -143,6 +143,9 @@ class Indexed:
     unique: bool = False
 
 
+_Mark = TypeVar("_Mark", Secret, Counter, Indexed)
+
+
 class Entity(BaseModel):
     """Base class of everything stored.
 
@@ -263,8 +266,11 @@ def _declare(
         except TypeError as error:
             wrong.append(f"field {field_name!r}: {error}")
             continue
+        except NotStorable as bad:
+            wrong.append(f"field {field_name!r}: its default: {bad.problem.path}: {bad.problem.message}")
+            continue
         fields[field_name] = spec
-        own_indexes += [Index(field_name, unique=m.unique) for m in info.metadata if isinstance(m, Indexed)]
+        own_indexes += [Index(field_name, unique=mark.unique) for mark in _marks(info, Indexed)]
     all_indexes = tuple(dict.fromkeys((*own_indexes, *indexes)))
     for index in all_indexes:
         for column, _ in index.columns:
@@ -286,28 +292,53 @@ def _declare(
     return Collection(name, scope == "tenant", types.MappingProxyType(fields), all_indexes, ttl, journalled)
 
 
-def _strip_optional(annotation: Any) -> tuple[Any, bool]:
-    while get_origin(annotation) is Annotated:
-        annotation = get_args(annotation)[0]
-    if get_origin(annotation) in (Union, types.UnionType):
-        arguments = [a for a in get_args(annotation) if a is not type(None)]
-        if len(arguments) == len(get_args(annotation)):
-            return annotation, False
-        inner = arguments[0] if len(arguments) == 1 else Union[tuple(arguments)]  # noqa: UP007
-        return _strip_optional(inner)[0], True
-    return annotation, False
+def _unwrapped(annotation: Any) -> tuple[Any, bool, tuple[Any, ...]]:
+    """The type inside `Annotated` and `… | None`, whether it is optional, and what it was annotated with on the way."""
+    optional, marks = False, []
+    while True:
+        origin = get_origin(annotation)
+        if origin is Annotated:
+            annotation, *more = get_args(annotation)
+            marks += more
+        elif origin in (Union, types.UnionType) and type(None) in get_args(annotation):
+            inner = [a for a in get_args(annotation) if a is not type(None)]
+            annotation = inner[0] if len(inner) == 1 else Union[tuple(inner)]  # noqa: UP007
+            optional = True
+        else:
+            return annotation, optional, tuple(marks)
+
+
+def _marks(info: FieldInfo, kind: type[_Mark]) -> list[_Mark]:
+    """The marks of one kind on a field, wherever they stand: `Annotated[str | None, Secret()]`,
+    `Annotated[str, Secret()] | None`, and the class alone, without (), too."""
+    found = (*info.metadata, *_unwrapped(info.annotation)[2])
+    marks = (kind() if mark is kind else mark for mark in found)
+    return [mark for mark in marks if isinstance(mark, kind)]
+
+
+def _hides_secret(annotation: Any, seen: frozenset[type] = frozenset()) -> bool:
+    """Whether a part of the type is marked secret: an element of a list, a field of a nested model."""
+    if any(mark is Secret or isinstance(mark, Secret) for mark in getattr(annotation, "__metadata__", ())):
+        return True
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel) and annotation not in seen:
+        seen |= {annotation}
+        return any(
+            _marks(info, Secret) or _hides_secret(info.annotation, seen) for info in annotation.model_fields.values()
+        )
+    return any(_hides_secret(argument, seen) for argument in get_args(annotation))
 
 
 def _field_spec(name: str, info: FieldInfo) -> FieldSpec:
-    inner, optional = _strip_optional(info.annotation)
+    inner, optional, _ = _unwrapped(info.annotation)
     kind = _kind(inner)
-    is_secret = any(isinstance(m, Secret) for m in info.metadata)
-    is_counter = any(isinstance(m, Counter) for m in info.metadata)
+    is_secret, is_counter = bool(_marks(info, Secret)), bool(_marks(info, Counter))
     if is_counter and (kind is not FieldType.INT or optional):
         raise TypeError("a counter is an int that is not optional")
+    if not is_secret and _hides_secret(inner):
+        raise TypeError("a part of it is marked secret, which would not keep it so: mark the whole field")
     has_default, default = False, None
-    if not info.is_required():
-        value = info.get_default(call_default_factory=True, validated_data={})
+    if not info.is_required() and not info.default_factory_takes_validated_data:
+        value = info.get_default(call_default_factory=True)
         if value is not PydanticUndefined:
             has_default, default = True, encoder_for(inner)(value, name) if value is not None else None
     return FieldSpec(name, kind, optional, is_secret, is_counter, has_default, default)
@@ -321,6 +352,7 @@ _SCALARS: dict[Any, FieldType] = {
     bytes: FieldType.BYTES,
     Decimal: FieldType.DECIMAL,
     datetime: FieldType.TIMESTAMP,
+    AwareDatetime: FieldType.TIMESTAMP,
     uuid.UUID: FieldType.TEXT,
 }
 
@@ -375,7 +407,7 @@ class _Codec:
         self.cls = cls
         self.collection = collection
         self._encoders = tuple(
-            (name, encoder_for(_strip_optional(cls.model_fields[name].annotation)[0])) for name in collection.fields
+            (name, encoder_for(_unwrapped(cls.model_fields[name].annotation)[0])) for name in collection.fields
         )
         self._validate = cls.__pydantic_validator__.validate_python
 
