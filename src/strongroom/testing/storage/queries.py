@@ -73,7 +73,7 @@ _VALUES: dict[str, tuple[Any, ...]] = {
 _ELEMENTS = st.sampled_from(
     ["a", "b", "", 0, 1, 1.0, 2.5, True, False, Decimal(1), Decimal("2.5"), b"a", b"", MOMENTS[5], "1"]
 )
-_documents = st.lists(
+document_lists = st.lists(
     st.fixed_dictionaries(
         {
             **{name: st.none() | pool for name, pool in _POOLS.items()},
@@ -127,7 +127,7 @@ def _combined(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 filters: st.SearchStrategy[Filter | None] = st.one_of(
     st.none(), _comparisons(), st.recursive(_comparisons(), _combined, max_leaves=5), _not_in()
 )
-_orders = st.lists(
+orders = st.lists(
     st.tuples(st.sampled_from(list(_SCALARS)), st.booleans()), unique_by=lambda pair: pair[0], max_size=4
 ).map(lambda pairs: tuple("-" + name if descending else name for name, descending in pairs))
 
@@ -139,7 +139,7 @@ def checked(query: Query) -> Query:
         reject()
 
 
-_queries = st.builds(Query, filters, _orders, st.integers(1, 15)).map(checked)
+queries_of_samples = st.builds(Query, filters, orders, st.integers(1, 15)).map(checked)
 
 
 async def fill(store: Store, tenant: str, documents: list[Document]) -> list[Document]:
@@ -164,7 +164,7 @@ def close(found: Any, expected: Any, scale: float) -> bool:
 
 class TestQueries(StorageSuite):
     @examples(6)
-    @given(documents=_documents, queries=st.lists(_queries, min_size=1, max_size=6))
+    @given(documents=document_lists, queries=st.lists(queries_of_samples, min_size=1, max_size=6))
     async def test_find_gives_what_the_evaluator_gives(
         self, store: Store, documents: list[Document], queries: list[Query]
     ) -> None:
@@ -177,7 +177,7 @@ class TestQueries(StorageSuite):
             assert identical(found, expected), f"{query}: found {ids[0]}, expected {ids[1]}"
 
     @examples(4)
-    @given(documents=_documents, where=filters, order=_orders, size=st.integers(1, 4))
+    @given(documents=document_lists, where=filters, order=orders, size=st.integers(1, 4))
     async def test_pages_give_every_match_once_and_in_order(
         self, store: Store, documents: list[Document], where: Filter | None, order: tuple[str, ...], size: int
     ) -> None:
@@ -194,7 +194,7 @@ class TestQueries(StorageSuite):
         assert [d["id"] for d in found] == [d["id"] for d in expected]
 
     @examples(4)
-    @given(documents=_documents, order=_orders, position=st.integers(0, 11), where=filters)
+    @given(documents=document_lists, order=orders, position=st.integers(0, 11), where=filters)
     async def test_a_position_between_documents_is_a_start_too(
         self, store: Store, documents: list[Document], order: tuple[str, ...], position: int, where: Filter | None
     ) -> None:
