@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from datetime import UTC, datetime
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 # --- Nested values as JSON ------------------------------------------------------------------------------------
@@ -47,7 +48,7 @@ def text_to_time(text: str) -> datetime:
 
 
 _UNTAG: dict[str, Callable[[str], Any]] = {
-    "$bytes": base64.b64decode,
+    "$bytes": partial(base64.b64decode, validate=True),
     "$decimal": Decimal,
     "$time": text_to_time,
 }

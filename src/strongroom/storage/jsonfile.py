@@ -18,10 +18,12 @@ import stat
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
+from decimal import Decimal
 from typing import Any, Literal, TypeVar
 
 from ..context import utc_from_us
-from ..entity import INT64_MAX, INT64_MIN, SYSTEM_FIELDS, Collection, Document, FieldSpec, Index
+from ..entity import INT64_MAX, INT64_MIN, Collection, Document, FieldSpec, Index
 from ..errors import (
     AlreadyExists,
     BoundExceeded,
@@ -513,7 +515,7 @@ def _read(path: str) -> _State:
         raise StoreError(f"{path}: damaged at {where}: {error.msg}; it was left as it is") from None
     except (RecursionError, ValueError):
         raise StoreError(f"{path}: damaged: nested too deeply, or a number too long; it was left as it is") from None
-    if not isinstance(data, dict) or not isinstance(data.get("strongroom"), int):
+    if not isinstance(data, dict) or type(data.get("strongroom")) is not int:
         raise StoreError(f"{path}: is JSON, but not a Strongroom store; it was left as it is")
     if data["strongroom"] != FORMAT:
         raise StoreError(f"{path}: has format {data['strongroom']}, this version of Strongroom reads format {FORMAT}")
@@ -531,6 +533,7 @@ class _Reader:
         try:
             state = _State(data["schema"], {}, [], [], int(data["deleted_version"]))
             self._sections(state, None, data["global"], "global")
+            self.at = "tenants"
             for tenant, collections in data["tenants"].items():
                 self._sections(state, tenant, collections, f"tenants/{tenant}")
             for number, line in enumerate(data["journal"], 1):
@@ -546,16 +549,42 @@ class _Reader:
         return state
 
     def _sections(self, state: _State, tenant: str | None, collections: dict[str, Any], at: str) -> None:
+        self.at = at
         for name, documents in collections.items():
             self.at = f"{at}/{name}"
-            fields = {*SYSTEM_FIELDS, *state.schema[name]["fields"]}
+            kinds = {**_SYSTEM_KINDS, **state.schema[name]["fields"]}
             section = state.sections[tenant, name] = _Section()
             for id, tagged in documents.items():
                 self.at = f"{at}/{name}/{id}"
-                document = _values.untag(tagged)
-                if document.keys() != fields or document["id"] != id:
-                    raise ValueError("its fields are not those of the schema")
-                section.stored[id] = _Stored.of(document)
+                section.stored[id] = _Stored.of(_fitting(_values.untag(tagged), id, kinds))
+
+
+# By names as the file has them. People edit these files, and a text among numbers would break each comparison later.
+_SYSTEM_KINDS = {"id": "text", "version": "int", "created_at": "timestamp", "updated_at": "timestamp"}
+_TYPES: dict[str, type] = {
+    "bool": bool,
+    "int": int,
+    "float": float,
+    "decimal": Decimal,
+    "text": str,
+    "bytes": bytes,
+    "timestamp": datetime,
+    "list": list,
+    "map": dict,
+}
+
+
+def _fitting(document: Document, id: str, kinds: Mapping[str, str]) -> Document:
+    """The document, or ValueError if its fields are not those of the schema."""
+    if document.keys() != kinds.keys():
+        raise ValueError(f"its fields differ from the schema's in {', '.join(sorted(document.keys() ^ kinds.keys()))}")
+    for name, kind in kinds.items():
+        value = document[name]
+        if type(value) is not _TYPES[kind] and (value is not None or name in _SYSTEM_KINDS):
+            raise ValueError(f"{name}: found {type(value).__name__}, expected {kind}")
+    if document["id"] != id:
+        raise ValueError("its id is another")
+    return document
 
 
 def _write_new(path: str, text: str) -> None:
