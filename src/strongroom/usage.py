@@ -40,6 +40,8 @@ MAX_ATTEMPTS = 200
 MAX_BACKOFF_S = 0.02
 MAX_BUNDLE_CHARS = 400_000
 """Keys share a batch until their states are this long together: far from the port's MAX_BATCH_BYTES."""
+MAX_ONCE = 400
+"""Charges of one key that may happen only once, in one commit: with the rest they fit into a batch."""
 COMMITS_APART = 50
 """After a conflict, for so many commits each key has a batch of its own."""
 LAZY_FLUSH_S = 1.0
@@ -308,6 +310,8 @@ class Ledger:
 
     async def _settle(self, charges: list[_Charge]) -> None:
         """Decide the charges of each key, commit one batch a key, answer."""
+        charges, later = _for_one_batch_a_key(charges)
+        self._waiting[:0] = later
         groups: dict[str, list[_Charge]] = {}
         for charge in charges:
             groups.setdefault(charge.metered.id, []).append(charge)
@@ -474,6 +478,21 @@ def _decide(
     if not charged:
         return [], answers
     return [metered.guard, Put(NAME, metered.id, account.document(), account.version), *extra], answers
+
+
+def _for_one_batch_a_key(charges: list[_Charge]) -> tuple[list[_Charge], list[_Charge]]:
+    """The charges to decide now and those for the next round: each that may happen only once is an operation of its
+    own, and a batch takes so many."""
+    now, later = [], []
+    once: dict[str, int] = {}
+    for charge in charges:
+        if charge.once is not None:
+            count = once[charge.metered.id] = once.get(charge.metered.id, 0) + 1
+            if count > MAX_ONCE:
+                later.append(charge)
+                continue
+        now.append(charge)
+    return now, later
 
 
 def _bundles(decided: list[_Decided]) -> list[list[_Decided]]:
