@@ -367,6 +367,7 @@ async def test_a_rotation_without_overlap_ends_the_old_text_at_once(room: Strong
     first = await room.keys.create(name="k")
     assert (await room.keys.verify(first.text)).valid
     second = await room.keys.rotate(first.key.id)
+    assert (second.key.previous_hash, second.key.previous_until) == (None, None)
     assert (await room.keys.verify(first.text)).code == "NOT_FOUND"
     assert (await room.keys.verify(second.text)).valid
     third = await room.keys.rotate(first.key.id, overlap_s=60)

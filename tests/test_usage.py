@@ -453,6 +453,14 @@ async def test_the_same_recording_counts_once_however_often_and_wherever(kind: s
         assert await cluster.used(key.id) == {"tokens": 50}
 
 
+async def test_more_recordings_at_once_than_a_batch_takes_are_all_counted_once(cluster: Cluster) -> None:
+    key = await cluster.key(rolling("tokens", 10_000))
+    made = [recording(cluster.one, key, f"i{number % 1_200}", {"tokens": 1}) for number in range(1_300)]
+    outcomes = await asyncio.gather(*made)
+    assert sum(not outcome.repeated for outcome in outcomes) == 1_200
+    assert await cluster.used(key.id) == {"tokens": 1_200}
+
+
 async def test_a_recording_whose_answer_was_lost_is_repeated_without_effect(cluster: Cluster) -> None:
     key = await cluster.key(rolling("tokens", 100))
     failing_once(cluster.one.store, "after", Unavailable("lost"))

@@ -419,6 +419,11 @@ def test_a_clock_that_goes_back_frees_nothing(window: Window, steps: list[tuple[
     assert counter.used(now) == used + 3
     if resets is not None and used:
         assert counter.used(resets - 1) == used + 3  # what was added in the past counts at least as long
+    counter.add(now, 2)
+    frees = counter.frees_at_us(now - back, 2)
+    if frees is not None and frees > now:
+        assert counter_for(window, counter.dump()).used(frees - 1) > 2
+        assert counter_for(window, counter.dump()).used(frees) <= 2
 
 
 @pytest.mark.parametrize("window", WINDOWS, ids=lambda window: window.kind)
