@@ -320,6 +320,11 @@ async def test_after_a_folder_that_cannot_be_synced_nothing_is_written_until_the
     health = await store.check()
     assert not health.ok
     assert "open the store again" in health.details["problem"]
+    await store.close()
+    await store.open()
+    await store.prepare(COLLECTIONS)
+    assert await store.find("items", "acme", Query(fields=())) == [{"id": "a"}], "it was in place after all"
+    await store.commit(batch("acme", Create("items", "b", item())))
 
 
 async def test_what_waits_shares_one_write_and_nothing_is_seen_before_it_is_durable(

@@ -17,237 +17,43 @@ import re
 import stat
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from decimal import Decimal
 from typing import Any, Literal, TypeVar
 
-from ..context import utc_from_us
-from ..entity import INT64_MAX, INT64_MIN, Collection, Document, FieldSpec, Index
-from ..errors import (
-    AlreadyExists,
-    BoundExceeded,
-    Conflict,
-    InvalidInput,
-    NotFound,
-    Problem,
-    SchemaError,
-    StorageFull,
-    StoreError,
-    StrongroomError,
-    TooLarge,
-    Unavailable,
-)
+from ..entity import Collection, Document
+from ..errors import InvalidInput, Problem, StorageFull, StoreError, Unavailable
 from ..query import Aggregate, Filter, Query, aggregate, evaluate
-from . import _values
-from .port import (
-    MAX_BATCH_BYTES,
-    MAX_CHANGES_PAGE,
-    MAX_DOCUMENT_BYTES,
-    MAX_OPERATIONS,
-    Add,
-    Append,
-    Batch,
-    Capabilities,
-    ChangeKind,
-    ChangesPage,
-    Check,
-    Committed,
-    Create,
-    Delete,
-    Health,
-    Operation,
-    Patch,
-    Put,
-    Record,
-    SchemaChange,
-    document_size,
-)
+from . import _memory, _values
+from ._memory import Draft, Section, State, Stored, copied, key_of
+from .port import MAX_CHANGES_PAGE, Batch, Capabilities, ChangesPage, Committed, Health, Record, SchemaChange
 
 FORMAT = 1
 _CURSOR = re.compile(r"[0-9]{1,18}")
 _T = TypeVar("_T")
 
 
-# --- What is in memory ----------------------------------------------------------------------------------------
+# --- The file -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    """A document, and its JSON, which is made once so that a write only joins texts."""
-
-    document: Document
-    text: str
-
-    @classmethod
-    def of(cls, document: Document) -> _Stored:
-        return cls(document, _values.dumps(document))
-
-
-@dataclass(frozen=True, slots=True)
-class _Change:
-    """One document's step: its values in unique indexes and itself, before and after."""
-
-    values_before: list[tuple[Any, ...]]
-    values_after: list[tuple[Any, ...]]
-    before: _Stored | None
-    after: _Stored | None
-
-    def reversed(self) -> _Change:
-        return _Change(self.values_after, self.values_before, self.after, self.before)
-
-
-@dataclass(slots=True)
-class _Section:
-    """One tenant's documents of one collection, and who holds each value of its unique indexes."""
-
-    stored: dict[str, _Stored] = field(default_factory=dict)
-    holders: dict[tuple[Any, ...], str] = field(default_factory=dict)
-
-    def copy(self) -> _Section:
-        return _Section(dict(self.stored), dict(self.holders))
-
-    def documents(self) -> Iterable[Document]:
-        return (entry.document for entry in self.stored.values())
-
-    def apply(self, id: str, change: _Change) -> None:
-        for values in change.values_before:
-            del self.holders[values]
-        for values in change.values_after:
-            self.holders[values] = id
-        if change.after is None:
-            del self.stored[id]
-        else:
-            self.stored[id] = change.after
-
-    def index_again(self, collection: Collection) -> None:
-        """Fill `holders` from the documents. SchemaError if two of them have one value of a unique index."""
-        self.holders = {}
-        for id, entry in self.stored.items():
-            for index, values in _unique_values(collection, entry.document):
-                if (other := self.holders.setdefault(values, id)) != id:
-                    columns = " and ".join(_columns(index))
-                    raise SchemaError(
-                        f"add index {collection.name}.{index.name}: {other!r} and {id!r} have the same {columns}"
-                    )
-
-
-_Key = tuple[str | None, str]  # tenant (None: global), collection
-
-
-@dataclass(slots=True)
-class _State:
-    """What is committed. The journal only grows, and drafts share it."""
-
-    schema: dict[str, dict[str, Any]] = field(default_factory=dict)
-    sections: dict[_Key, _Section] = field(default_factory=dict)
-    journal: list[Record] = field(default_factory=list)
-    lines: list[str] = field(default_factory=list)
-    deleted_version: int = 0
-    """The greatest version that a deleted document had. New documents get a greater one, so that an id that is used
-    again never repeats a version, even if the clock stands still or goes back."""
-
-
-class _Draft:
-    """The next state: what a group of jobs makes of the committed one, which stays as it is for readers.
-
-    A section is copied when the group first touches it; a job that fails is undone step by step.
-    """
-
-    def __init__(self, state: _State, declared: Mapping[str, Collection]) -> None:
-        self.state = state
-        self.declared = declared
-        self.schema = state.schema
-        self.sections = dict(state.sections)
-        self.deleted_version = state.deleted_version
-        self.records: list[Record] = []
-        self.lines: list[str] = []
-        self.changed = False
-        self._own: set[_Key] = set()
-        self._undo: list[Callable[[], object]] = []
-
-    def attempt(self, job: Callable[[_Draft], _T]) -> _T | Exception:
-        """The job's answer, or its error, and then nothing of it has happened."""
-        self._undo.clear()
-        records, deleted_version, changed = len(self.records), self.deleted_version, self.changed
-        try:
-            return job(self)
-        except Exception as error:
-            for step in reversed(self._undo):
-                step()
-            del self.records[records:], self.lines[records:]
-            self.deleted_version, self.changed = deleted_version, changed
-            return error
-
-    def section(self, key: _Key) -> _Section:
-        """The section, to be changed."""
-        if key not in self._own:
-            self._own.add(key)
-            self.sections[key] = self.sections[key].copy() if key in self.sections else _Section()
-        return self.sections[key]
-
-    def find(self, key: _Key, id: str) -> Document | None:
-        section = self.sections.get(key)
-        entry = section.stored.get(id) if section else None
-        return entry.document if entry else None
-
-    def store(self, key: _Key, id: str, document: Document) -> None:
-        """Add or replace a document. AlreadyExists if another one holds a value of a unique index."""
-        section = self.section(key)
-        old = section.stored.get(id)
-        mine = list(_unique_values(self.declared[key[1]], document))
-        for index, values in mine:
-            if section.holders.get(values, id) != id:
-                raise AlreadyExists(f"{key[1]}/{id}: another document has this {' and '.join(_columns(index))}")
-        before = [values for _, values in _unique_values(self.declared[key[1]], old.document)] if old else []
-        self._move(section, id, _Change(before, [values for _, values in mine], old, _Stored.of(document)))
-
-    def remove(self, key: _Key, id: str) -> None:
-        section = self.section(key)
-        old = section.stored[id]
-        before = [values for _, values in _unique_values(self.declared[key[1]], old.document)]
-        self._move(section, id, _Change(before, [], old, None))
-
-    def _move(self, section: _Section, id: str, change: _Change) -> None:
-        section.apply(id, change)
-        self.changed = True
-        self._undo.append(lambda: section.apply(id, change.reversed()))
-
-    def append(self, record: Record, version: int | None) -> int:
-        """Put a record at the journal's end; gives its sequence."""
-        sequence = len(self.state.journal) + len(self.records) + 1
-        record = replace(
-            record, before=_copied(record.before), after=_copied(record.after), version=version, sequence=sequence
-        )
-        self.records.append(record)
-        self.lines.append(_values.dumps(asdict(record)))
-        self.changed = True
-        return sequence
-
-    def adopted(self) -> _State:
-        """The draft as the committed state."""
-        journal, lines = self.state.journal, self.state.lines
-        journal.extend(self.records)
-        lines.extend(self.lines)
-        return _State(self.schema, self.sections, journal, lines, self.deleted_version)
-
-    def rendered(self) -> str:
-        """The draft as the text of its file."""
-        tenants: dict[str, dict[str, str]] = {}
-        shared: dict[str, str] = {}
-        for (tenant, collection), section in self.sections.items():
-            if section.stored:
-                text = _braced((id, entry.text) for id, entry in section.stored.items())
-                (shared if tenant is None else tenants.setdefault(tenant, {}))[collection] = text
-        journal = ",\n".join([*self.state.lines, *self.lines])
-        return (
-            f'{{"strongroom": {FORMAT},\n'
-            f'"schema": {_braced((name, json.dumps(one)) for name, one in self.schema.items())},\n'
-            f'"deleted_version": {self.deleted_version},\n'
-            f'"global": {_braced(shared.items())},\n'
-            f'"tenants": {_braced((tenant, _braced(parts.items())) for tenant, parts in tenants.items())},\n'
-            f'"journal": [\n{journal}\n]}}\n'
-        )
+def _rendered(draft: Draft) -> str:
+    """A draft as the text of its file."""
+    tenants: dict[str, dict[str, str]] = {}
+    shared: dict[str, str] = {}
+    for (tenant, collection), section in draft.sections.items():
+        if section.stored:
+            text = _braced((id, entry.text) for id, entry in section.stored.items())
+            (shared if tenant is None else tenants.setdefault(tenant, {}))[collection] = text
+    journal = ",\n".join([*draft.state.lines, *draft.lines])
+    return (
+        f'{{"strongroom": {FORMAT},\n'
+        f'"schema": {_braced((name, json.dumps(one)) for name, one in draft.schema.items())},\n'
+        f'"deleted_version": {draft.deleted_version},\n'
+        f'"global": {_braced(shared.items())},\n'
+        f'"tenants": {_braced((tenant, _braced(parts.items())) for tenant, parts in tenants.items())},\n'
+        f'"journal": [\n{journal}\n]}}\n'
+    )
 
 
 def _braced(members: Iterable[tuple[str, str]]) -> str:
@@ -255,255 +61,13 @@ def _braced(members: Iterable[tuple[str, str]]) -> str:
     return f"{{\n{body}\n}}" if body else "{}"
 
 
-def _copied(value: Any) -> Any:
-    """A copy that shares nothing that can be changed: callers may alter what they gave or were given."""
-    if isinstance(value, dict):
-        return {name: _copied(inner) for name, inner in value.items()}
-    return [_copied(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _columns(index: Index) -> list[str]:
-    return [name for name, _ in index.columns]
-
-
-def _unique_values(collection: Collection, document: Document) -> Iterable[tuple[Index, tuple[Any, ...]]]:
-    """Each unique index, with what the document has there; an index with a null in it is not compared."""
-    for index in collection.indexes:
-        if index.unique:
-            values = tuple(document[name] for name in _columns(index))
-            if None not in values:
-                yield index, (index.name, *values)
-
-
-# --- Commit ---------------------------------------------------------------------------------------------------
-
-
-def _check_limits(batch: Batch) -> None:
-    if len(batch.operations) > MAX_OPERATIONS:
-        raise TooLarge(f"found {len(batch.operations)} operations in a batch, expected at most {MAX_OPERATIONS}")
-    size = 0
-    for operation in batch.operations:
-        match operation:
-            case Create() | Put():
-                size += document_size(operation.document)
-            case Patch():
-                size += document_size(operation.fields)
-            case Append():
-                size += sum(document_size(part) for part in (operation.record.before, operation.record.after) if part)
-            case _:
-                pass
-    if size > MAX_BATCH_BYTES:
-        raise TooLarge(f"found {size} bytes in a batch, expected at most {MAX_BATCH_BYTES}")
-
-
-def _apply(draft: _Draft, batch: Batch) -> Committed:
-    """Apply a batch to a draft, or raise what the port says, with the number of the operation that failed."""
-    _check_limits(batch)
-    versions: list[int] = []
-    values: dict[int, int] = {}
-    sequence = None
-    for number, operation in enumerate(batch.operations):
-        try:
-            if isinstance(operation, Append):
-                record = operation.record
-                sequence = draft.append(record, record.version if operation.of is None else versions[operation.of])
-                versions.append(0)
-                continue
-            version, value = _apply_one(draft, batch, operation)
-        except StrongroomError as error:
-            error.message = f"operation {number}: {error.message}"
-            error.args = (error.message,)
-            error.details["operation"] = number
-            raise
-        versions.append(version)
-        if value is not None:
-            values[number] = value
-    return Committed(tuple(versions), values, sequence)
-
-
-def _apply_one(
-    draft: _Draft, batch: Batch, operation: Create | Put | Patch | Delete | Add | Check
-) -> tuple[int, int | None]:
-    """The new version of the operation's document (0 if it has none), and what an Add came to."""
-    key = _key(draft.declared, operation.collection, batch.tenant)
-    id = operation.id
-    old = draft.find(key, id)
-    found: int = old["version"] if old else 0
-    name = f"{operation.collection}/{id}"
-    _check_expectation(operation, name, found)
-    value, created_at = None, None
-    match operation:
-        case Check():
-            return 0, None
-        case Delete():
-            draft.remove(key, id)
-            draft.deleted_version = max(draft.deleted_version, found)
-            return 0, None
-        case Create():
-            given, created_at = operation.document, operation.created_at
-        case Put():
-            given = operation.document
-        case Patch():
-            given = {**(old or {}), **operation.fields}
-        case _:
-            value = _added(operation, name, (old or {})[operation.field])
-            given = {**(old or {}), operation.field: value}
-    declared = {field_name: _copied(given[field_name]) for field_name in draft.declared[operation.collection].fields}
-    if (size := document_size(declared)) > MAX_DOCUMENT_BYTES:
-        raise TooLarge(f"{name}: found {size} bytes in a document, expected at most {MAX_DOCUMENT_BYTES}")
-    now = utc_from_us(batch.now_us)
-    version = max(batch.now_us, (found or draft.deleted_version) + 1)
-    system = {
-        "id": id,
-        "version": version,
-        "created_at": old["created_at"] if old else created_at or now,
-        "updated_at": now,
-    }
-    draft.store(key, id, {**system, **declared})
-    return version, value
-
-
-def _check_expectation(operation: Operation, name: str, found: int) -> None:
-    match operation:
-        case Create() if found:
-            raise AlreadyExists(f"{name}: a document with this id exists already")
-        case Patch() | Delete() | Add() if not found:
-            raise NotFound(f"{name}: there is no such document")
-        case Put(expected=expected) | Patch(expected=expected) | Delete(expected=expected) | Check(expected=expected):
-            if expected is not None and expected != found:
-                raise Conflict(f"{name}: found version {found}, expected {expected}")
-        case _:
-            pass
-
-
-def _added(operation: Add, name: str, value: int) -> int:
-    value += operation.amount
-    least = INT64_MIN if operation.at_least is None else operation.at_least
-    most = INT64_MAX if operation.at_most is None else operation.at_most
-    if not least <= value <= most:
-        raise BoundExceeded(f"{name}: adding {operation.amount} to {operation.field} would leave {least} to {most}")
-    return value
-
-
-def _key(declared: Mapping[str, Collection], name: str, tenant: str | None) -> _Key:
-    """Where a tenant's documents of a collection are: no other tenant's key is ever made from the same two."""
-    collection = declared.get(name)
-    if collection is None:
-        raise InvalidInput(f"{name}: the store was not prepared for this collection")
-    if not collection.tenant_scoped:
-        return None, name
-    if tenant is None:
-        raise InvalidInput([Problem("tenant", f"is needed: {name} belongs to tenants")])
-    return tenant, name
-
-
-# --- Schema ---------------------------------------------------------------------------------------------------
-
-
-def _described(collection: Collection) -> dict[str, Any]:
-    """What the file says of a declaration."""
-    return {
-        "scope": "tenant" if collection.tenant_scoped else "global",
-        "fields": {spec.name: str(spec.type) for spec in collection.fields.values()},
-        "indexes": [{"fields": list(index.fields), "unique": index.unique} for index in collection.indexes],
-    }
-
-
-def _differences(draft: _Draft, collection: Collection) -> list[SchemaChange]:
-    """What would have to change for the store to fit one declaration."""
-    name = collection.name
-    there, wanted = draft.schema.get(name), _described(collection)
-    if there is None:
-        return [SchemaChange(ChangeKind.CREATE_COLLECTION, name)]
-    if there["scope"] != wanted["scope"]:
-        detail = f"it is {there['scope']} in the store, {wanted['scope']} in the declaration"
-        dropped = SchemaChange(ChangeKind.DROP_COLLECTION, name, destructive=True, detail=detail)
-        return [dropped, SchemaChange(ChangeKind.CREATE_COLLECTION, name)]
-    changes = []
-    for spec in collection.fields.values():
-        kind = there["fields"].get(spec.name)
-        if kind is None:
-            changes.append(_addition(draft, name, spec))
-        elif kind != spec.type:
-            detail = f"from {kind} to {spec.type}"
-            changes.append(SchemaChange(ChangeKind.CHANGE_FIELD, name, spec.name, destructive=True, detail=detail))
-    for field_name in there["fields"].keys() - collection.fields.keys():
-        changes.append(SchemaChange(ChangeKind.DROP_FIELD, name, field_name, destructive=True))
-    for index in wanted["indexes"]:
-        if index not in there["indexes"]:
-            changes.append(SchemaChange(ChangeKind.ADD_INDEX, name, _index_name(index)))
-    for index in there["indexes"]:
-        if index not in wanted["indexes"]:
-            changes.append(SchemaChange(ChangeKind.DROP_INDEX, name, _index_name(index)))
-    return changes
-
-
-def _index_name(described: dict[str, Any]) -> str:
-    return Index(*described["fields"], unique=described["unique"]).name
-
-
-def _addition(draft: _Draft, name: str, spec: FieldSpec) -> SchemaChange:
-    has_documents = any(section.stored for (_, other), section in draft.sections.items() if other == name)
-    if has_documents and not spec.optional and not spec.has_default:
-        detail = "it is required and has no default, and there are documents"
-        return SchemaChange(ChangeKind.ADD_FIELD, name, spec.name, destructive=True, detail=detail)
-    return SchemaChange(ChangeKind.ADD_FIELD, name, spec.name)
-
-
-def _prepare(
-    draft: _Draft, collections: Sequence[Collection], plan_only: bool, allow_destructive: bool
-) -> tuple[SchemaChange, ...]:
-    changes = {c.name: _differences(draft, c) for c in collections}
-    planned = tuple(change for some in changes.values() for change in some)
-    if plan_only:
-        return planned
-    refused = [change for change in planned if change.destructive]
-    if refused and not allow_destructive:
-        raise SchemaError(
-            f"the declarations would lose or misfit what is stored: {'; '.join(map(str, refused))}; "
-            "allow_destructive permits it"
-        )
-    sections = dict(draft.sections)
-    for (tenant, name), section in draft.sections.items():
-        collection = next((c for c in collections if c.name == name), None)
-        if collection is not None:
-            fitted = _Section(_fitted(section, collection, changes[name]))
-            fitted.index_again(collection)
-            sections[tenant, name] = fitted
-    # From here on nothing fails: a prepare is applied whole or not at all.
-    draft.sections = sections
-    draft.schema = {**draft.schema, **{c.name: _described(c) for c in collections}}
-    draft.declared = {c.name: c for c in collections}
-    draft.changed = draft.changed or bool(planned)
-    return planned
-
-
-def _fitted(section: _Section, collection: Collection, changes: list[SchemaChange]) -> dict[str, _Stored]:
-    """The section's documents with exactly the declared fields."""
-    if any(change.kind is ChangeKind.DROP_COLLECTION for change in changes):
-        return {}
-    reset = {c.name for c in changes if c.kind in (ChangeKind.ADD_FIELD, ChangeKind.CHANGE_FIELD)}
-    dropped = {c.name for c in changes if c.kind is ChangeKind.DROP_FIELD}
-    if not reset and not dropped:
-        return section.stored
-    fitted = {}
-    for id, entry in section.stored.items():
-        kept = {name: value for name, value in entry.document.items() if name not in reset | dropped}
-        given = {name: _copied(spec.default) for name, spec in collection.fields.items() if name in reset}
-        fitted[id] = _Stored.of({**kept, **given})
-    return fitted
-
-
-# --- The file -------------------------------------------------------------------------------------------------
-
-
-def _read(path: str) -> _State:
+def _read(path: str) -> State:
     """What the file holds; nothing, if there is none. StoreError if it is damaged, foreign or of a later format."""
     try:
         with open(path, "rb") as file:
             content = file.read()
     except FileNotFoundError:
-        return _State()
+        return State()
     except OSError as error:
         raise Unavailable(f"{path}: cannot be read: {error.strerror}") from None
     try:
@@ -529,9 +93,9 @@ class _Reader:
         self.path = path
         self.at = "the top level"
 
-    def state(self, data: dict[str, Any]) -> _State:
+    def state(self, data: dict[str, Any]) -> State:
         try:
-            state = _State(data["schema"], {}, [], [], int(data["deleted_version"]))
+            state = State(data["schema"], {}, [], [], int(data["deleted_version"]))
             self._sections(state, None, data["global"], "global")
             self.at = "tenants"
             for tenant, collections in data["tenants"].items():
@@ -548,15 +112,15 @@ class _Reader:
             raise StoreError(f"{self.path}: damaged at {self.at}: {what}; it was left as it is") from None
         return state
 
-    def _sections(self, state: _State, tenant: str | None, collections: dict[str, Any], at: str) -> None:
+    def _sections(self, state: State, tenant: str | None, collections: dict[str, Any], at: str) -> None:
         self.at = at
         for name, documents in collections.items():
             self.at = f"{at}/{name}"
             kinds = {**_SYSTEM_KINDS, **state.schema[name]["fields"]}
-            section = state.sections[tenant, name] = _Section()
+            section = state.sections[tenant, name] = Section()
             for id, tagged in documents.items():
                 self.at = f"{at}/{name}/{id}"
-                section.stored[id] = _Stored.of(_fitting(_values.untag(tagged), id, kinds))
+                section.stored[id] = Stored.of(_fitting(_values.untag(tagged), id, kinds))
 
 
 # By names as the file has them. People edit these files, and a text among numbers would break each comparison later.
@@ -636,7 +200,7 @@ def _lock(path: str) -> int:
 class _Job:
     """What waits for the next write: a step of the state, and who waits for its answer."""
 
-    step: Callable[[_Draft], Any]
+    step: Callable[[Draft], Any]
     future: asyncio.Future[Any]
 
 
@@ -654,7 +218,7 @@ class JsonStore:
 
     def __init__(self, path: str | None) -> None:
         self._path = os.path.realpath(path) if path is not None else None
-        self._state = _State()
+        self._state = State()
         self._declared: Mapping[str, Collection] = {}
         self._jobs: list[_Job] = []
         self._writer: asyncio.Task[None] | None = None
@@ -667,16 +231,20 @@ class JsonStore:
         return Capabilities("json", multi_process=False, persistent=self._path is not None)
 
     async def open(self) -> None:
+        if self._closed is None:
+            return
+        state = State()
         if self._path is not None:
             self._lock = _lock(self._path)
             try:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(_new(self._path))  # a process was killed while it wrote this
-                self._state = await asyncio.to_thread(_read, self._path)
+                state = await asyncio.to_thread(_read, self._path)
             except BaseException:
                 self._unlock()
                 raise
-        self._closed = None
+        self._state, self._declared = state, {}
+        self._closed = self._broken = None
 
     async def close(self) -> None:
         if self._closed is None:
@@ -699,16 +267,16 @@ class JsonStore:
         allow_destructive: bool = False,
     ) -> tuple[SchemaChange, ...]:
         changes: tuple[SchemaChange, ...] = await self._do(
-            lambda draft: _prepare(draft, collections, mode == "plan", allow_destructive)
+            lambda draft: _memory.prepare(draft, collections, mode == "plan", allow_destructive)
         )
         return changes
 
     async def get(self, collection: str, tenant: str | None, id: str) -> Document | None:
         entry = self._section(collection, tenant).stored.get(id)
-        return _copied(entry.document) if entry else None
+        return copied(entry.document) if entry else None
 
     async def find(self, collection: str, tenant: str | None, query: Query) -> list[Document]:
-        return [_copied(document) for document in evaluate(query, self._section(collection, tenant).documents())]
+        return [copied(document) for document in evaluate(query, self._section(collection, tenant).documents())]
 
     async def aggregate(
         self, collection: str, tenant: str | None, aggregates: Sequence[Aggregate], where: Filter | None
@@ -717,7 +285,7 @@ class JsonStore:
         return aggregate(aggregates, where, self._declared[collection], section.documents())
 
     def commit(self, batch: Batch) -> Awaitable[Committed]:
-        return self._do(lambda draft: _apply(draft, batch))
+        return self._do(lambda draft: _memory.apply(draft, batch))
 
     async def changes(
         self, after: str | None, *, tenant: str | None = None, limit: int = MAX_CHANGES_PAGE
@@ -734,7 +302,7 @@ class JsonStore:
             record = journal[position]
             position += 1
             if tenant is None or record.tenant == tenant:
-                found.append(replace(record, before=_copied(record.before), after=_copied(record.after)))
+                found.append(replace(record, before=copied(record.before), after=copied(record.after)))
         return ChangesPage(tuple(found), str(position))
 
     async def check(self) -> Health:
@@ -752,11 +320,11 @@ class JsonStore:
         if self._closed is not None:
             raise Unavailable(self._closed)
 
-    def _section(self, collection: str, tenant: str | None) -> _Section:
+    def _section(self, collection: str, tenant: str | None) -> Section:
         self._check_open()
-        return self._state.sections.get(_key(self._declared, collection, tenant)) or _Section()
+        return self._state.sections.get(key_of(self._declared, collection, tenant)) or Section()
 
-    def _do(self, step: Callable[[_Draft], _T]) -> asyncio.Future[_T]:
+    def _do(self, step: Callable[[Draft], _T]) -> asyncio.Future[_T]:
         """Queue a step for the next write; the future has its answer once that is durable."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[_T] = loop.create_future()
@@ -786,7 +354,7 @@ class JsonStore:
             self._writer = None
 
     async def _write_group(self, jobs: list[_Job]) -> None:
-        draft = _Draft(self._state, self._declared)
+        draft = Draft(self._state, self._declared)
         answers = [draft.attempt(job.step) for job in jobs]
         try:
             if draft.changed:
@@ -798,16 +366,16 @@ class JsonStore:
         for job, answer in zip(jobs, answers, strict=True):
             _answer(job, answer)
 
-    async def _write(self, draft: _Draft) -> None:
+    async def _write(self, draft: Draft) -> None:
         """Make the draft the file's content, durably. Unavailable or StorageFull if it cannot be."""
         if self._broken is not None:
             raise Unavailable(self._broken)
         if self._path is not None:
             await asyncio.to_thread(self._write_file, self._path, draft)
 
-    def _write_file(self, path: str, draft: _Draft) -> None:
+    def _write_file(self, path: str, draft: Draft) -> None:
         try:
-            _write_new(path, draft.rendered())
+            _write_new(path, _rendered(draft))
             os.replace(_new(path), path)
         except OSError as error:
             with contextlib.suppress(OSError):
