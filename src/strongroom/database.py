@@ -20,8 +20,8 @@ from .entity import Collection, Document, Entity, Registry, check_id
 from .errors import AlreadyExists, Conflict, Denied, InvalidInput, NotFound, Problem, StrongroomError
 from .journal import denial_record
 from .query import Aggregate, And, Filter, Or, Query, Where, cursor_of, project, with_cursor
-from .rules import Operation as RuleOperation
 from .rules import Decision, Policy, Request, default_policy
+from .rules import Operation as RuleOperation
 from .storage.port import Append, Batch, Committed, Create, Operation, Put, Store
 from .transaction import Transaction, is_expired, with_fields
 

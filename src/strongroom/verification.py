@@ -98,10 +98,9 @@ class KnownKey:
 
     def permits(self, permission: str) -> bool:
         """Whether the key has a permission: by name, or by one that ends in `*`."""
-        for held in self.held:
-            if held == permission or (held.endswith("*") and permission.startswith(held[:-1])):
-                return True
-        return False
+        return any(
+            held == permission or (held.endswith("*") and permission.startswith(held[:-1])) for held in self.held
+        )
 
     def refusal(self, now_us: int, permission: str | None, address: str | None) -> tuple[Code, str] | None:
         """Why the key may not be used at all, before any limit is asked; None if it may."""

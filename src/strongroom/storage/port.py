@@ -48,7 +48,7 @@ class Create:
 
 @dataclass(frozen=True, slots=True)
 class Put:
-    """Replace a document's declared fields, or add it. `expected` is the version it must have: None for any, 0 for none."""
+    """Replace a document's declared fields, or add it. `expected` is the version it must have; None: any, 0: none."""
 
     collection: str
     id: str
@@ -58,7 +58,7 @@ class Put:
 
 @dataclass(frozen=True, slots=True)
 class Patch:
-    """Set some declared fields. NotFound if there is no document; Conflict if it has another version than `expected`."""
+    """Set some fields. NotFound if there is no document, Conflict if it has another version than `expected`."""
 
     collection: str
     id: str
@@ -222,7 +222,7 @@ class Store(Protocol):
     def capabilities(self) -> Capabilities: ...
 
     async def open(self) -> None:
-        """Connect. StoreError if what is there is damaged or foreign, Unavailable if it is locked or cannot be reached."""
+        """Connect. StoreError if what is there is damaged or foreign, Unavailable if it is locked or out of reach."""
         ...
 
     async def close(self) -> None:
@@ -241,8 +241,9 @@ class Store(Protocol):
         Adding collections, fields and indexes never loses anything; documents written before a field existed get its
         default (or null). A field that is added, not optional and without default, in a collection that has
         documents, and every destructive change (a field dropped or its type changed) is refused with SchemaError
-        unless `allow_destructive`; then nothing at all is applied. A field that becomes optional is changed; one that is
-        optional no longer stays as it is, since documents may be without it. Collections that are not declared are left alone.
+        unless `allow_destructive`; then nothing at all is applied. A field that becomes optional is changed; one that
+        is optional no longer stays as it is, since documents may be without it. Collections that are not declared are
+        left alone.
         Afterwards, exactly `collections` can be used, until the next prepare.
         """
         ...
