@@ -334,6 +334,35 @@ async def test_one_keys_failure_is_not_anothers(cluster: Cluster) -> None:
     assert await cluster.used(good.id) == {"tokens": 40}
 
 
+async def test_keys_charged_together_share_commits_within_what_a_batch_takes(cluster: Cluster) -> None:
+    keys = [await cluster.key(rolling("tokens", 100)) for _ in range(600)]
+    for expected in (1, 2):
+        before = len(cluster.one.store.batches)
+        answers = await settled([cluster.one.ledger.charge(metered(key), {"tokens": 40}) for key in keys])
+        assert admitted(answers) == 600
+        assert len(cluster.one.store.batches) - before == 3  # two operations a key, 500 a batch; and no conflict
+        for key in keys[::100]:
+            assert await cluster.used(key.id) == {"tokens": 40 * expected}
+            await memory_is_the_stores(cluster.one, key.id)
+
+
+async def test_keys_recorded_together_are_remembered_at_the_version_they_have(cluster: Cluster) -> None:
+    keys = [await cluster.key(rolling("tokens", 100)) for _ in range(5)]
+    await settled([recording(cluster.one, key, f"i{n}", {"tokens": 10}) for key in keys for n in range(3)])
+    before = len(cluster.one.store.batches)
+    assert admitted(await settled([cluster.one.ledger.charge(metered(key), {"tokens": 10}) for key in keys])) == 5
+    assert len(cluster.one.store.batches) == before + 1
+    assert [await cluster.used(key.id) for key in keys] == [{"tokens": 40}] * 5
+
+
+async def test_an_answer_lost_for_several_keys_is_told_to_all_and_committed_once(cluster: Cluster) -> None:
+    keys = [await cluster.key(rolling("tokens", 100)) for _ in range(3)]
+    failing_once(cluster.one.store, "after", Unavailable("lost"))
+    answers = await settled([cluster.one.ledger.charge(metered(key), {"tokens": 40}) for key in keys])
+    assert [type(answer) for answer in answers] == [Unavailable] * 3
+    assert [await cluster.used(key.id) for key in keys] == [{"tokens": 40}] * 3
+
+
 async def test_a_read_that_fails_is_told_and_the_next_charge_reads_again(cluster: Cluster) -> None:
     key = await cluster.key(rolling("tokens", 100))
 
