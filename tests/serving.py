@@ -248,7 +248,7 @@ def start(folder: Path, **environment: str) -> subprocess.Popen[str]:
 @contextmanager
 def running(folder: Path, **environment: str) -> Iterator[Running]:
     """A server process on SQLite in `folder`, ready; killed at the end if it has not ended."""
-    port = free_port()
+    port = int(environment.get("STRONGROOM_PORT") or free_port())
     settings: Mapping[str, str] = {"STRONGROOM_PORT": str(port), "STRONGROOM_ADMIN_KEY": ADMIN, **environment}
     process = start(folder, **settings)
     try:

@@ -15,10 +15,14 @@ MAX_DISCARDED_BYTES = 64 * 1_048_576
 HEAD_TIMEOUT_S = 20
 """A connection that has not sent a whole head after this long is closed."""
 
+LINGER_S = 1.0
+"""A connection that was refused is closed after this long; what still comes is dropped."""
+
 
 class Protocol(HttpToolsProtocol):
     """One connection."""
 
+    _refused = False
     _in_head = True
     _head_bytes = 0
     _discarded_bytes = 0
@@ -28,6 +32,8 @@ class Protocol(HttpToolsProtocol):
         self.timeout_keep_alive_task = self.loop.call_later(HEAD_TIMEOUT_S, self.timeout_keep_alive_handler)
 
     def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
         super().data_received(data)
         if self._in_head:
             self._unfinished_head(len(data))
@@ -57,7 +63,7 @@ class Protocol(HttpToolsProtocol):
         self._refuse(MalformedRequest("the request is not valid HTTP"))
 
     def _refuse(self, error: HeadersTooLarge | MalformedRequest) -> None:
-        if self.transport.is_closing():
+        if self._refused or self.transport.is_closing():
             return
         status, headers, body = errors.response(error, next_id())
         lines = [
@@ -66,5 +72,8 @@ class Protocol(HttpToolsProtocol):
             b"connection: close\r\n\r\n",
             body,
         ]
+        self._refused = True
+        self._unset_keepalive_if_required()
         self.transport.write(b"".join(lines))
-        self.transport.close()
+        # Closing at once, with bytes still unread, would reset the connection, and the answer might never be read.
+        self.timeout_keep_alive_task = self.loop.call_later(LINGER_S, self.timeout_keep_alive_handler)

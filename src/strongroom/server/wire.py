@@ -10,7 +10,8 @@ from decimal import Decimal
 from typing import Any, TypeVar
 
 import msgspec
-from fastapi import Request, Response
+from fastapi import Request
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 
 from ..context import Context, new_id, text_problem
@@ -108,7 +109,7 @@ async def read(request: Request, model: type[M]) -> M:
 # --- JSON out -------------------------------------------------------------------------------------------------
 
 
-class Json(Response):
+class Json(JSONResponse):
     """A JSON answer. Decimals are numbers in it, with all their digits."""
 
     media_type = "application/json"

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import msgspec
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from ...entity import SYSTEM_FIELDS, Entity, FieldType, json_schema, problems_of
@@ -41,7 +42,7 @@ _encode = msgspec.json.Encoder().encode
 _encode_exactly = msgspec.json.Encoder(decimal_format="number").encode
 
 
-class Document(Response):
+class Document(JSONResponse):
     """An answer with documents. Decimals are texts in it, so that no client rounds them; bytes are base64."""
 
     media_type = "application/json"
