@@ -26,7 +26,9 @@ def store_for(url: str) -> Store:
 
         return JsonStore(None)
     if not path.startswith("/") or path == "/":
-        raise ConfigError(f"store {url!r}: expected {scheme}:/// and a path, for example {scheme}:///data/strongroom.db")
+        raise ConfigError(
+            f"store {url!r}: expected {scheme}:/// and a path, for example {scheme}:///data/strongroom.db"
+        )
     path = path[1:]
     if scheme == "json":
         from .jsonfile import JsonStore
