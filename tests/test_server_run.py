@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from strongroom.config import load
 from strongroom.server.run import serve
 from tests.serving import ADMIN, TOKENS, Running, check_problem, running, start
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.xdist_group("server")]
 
 
 def _sentence(err: str) -> str:
@@ -201,8 +202,15 @@ def test_a_request_in_flight_is_answered_before_the_stop(tmp_path: Path) -> None
 # --- The socket -----------------------------------------------------------------------------------------------
 
 
-def test_a_body_of_ten_megabytes_is_refused_and_its_sender_reads_why(tmp_path: Path) -> None:
-    with running(tmp_path) as server, server.client() as admin:
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """One process for the tests that only talk to it."""
+    with running(tmp_path_factory.mktemp("server")) as found:
+        yield found
+
+
+def test_a_body_of_ten_megabytes_is_refused_and_its_sender_reads_why(server: Running) -> None:
+    with server.client() as admin:
         for path in ("/v1/keys", "/v1/keys/verify", "/v1/tenants/acme/policies"):
             for content in (b" " * 10_000_000, iter([b" " * 100_000] * 100)):
                 answer = admin.post(path, content=content)
@@ -221,28 +229,27 @@ def _peak_kb(pid: int) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
-def test_what_is_not_http_or_has_too_large_a_head_has_the_error_shape_too(tmp_path: Path) -> None:
-    with running(tmp_path) as server:
-        bad = [
-            (b"nonsense\r\n\r\n", b"400"),
-            (b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n", b"400"),
-            (b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: many\r\n\r\n", b"400"),
-        ]
-        for sent, status in bad:
-            answer = _raw(server, sent)
-            assert answer.startswith(b"HTTP/1.1 " + status), (sent, answer)
-            assert json.loads(answer.partition(b"\r\n\r\n")[2])["code"] == "malformed_request"
-        fields = [b"X-%d: " % n + b"x" * 1_000 + b"\r\n" for n in range(1_000)]
-        answer = _raw(server, b"GET / HTTP/1.1\r\n", *fields)
-        assert answer.startswith(b"HTTP/1.1 431"), answer[:200]
-        answer = _raw(server, b"GET /", *(b"x" * 10_000 for _ in range(1_000)))
-        assert answer.startswith(b"HTTP/1.1 431") or not answer, answer[:200]  # it may be gone before we read
-        with server.client() as admin:
-            assert admin.get("/v1/keys").status_code == 200
+def test_what_is_not_http_or_has_too_large_a_head_has_the_error_shape_too(server: Running) -> None:
+    bad = [
+        (b"nonsense\r\n\r\n", b"400"),
+        (b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n", b"400"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: many\r\n\r\n", b"400"),
+    ]
+    for sent, status in bad:
+        answer = _raw(server, sent)
+        assert answer.startswith(b"HTTP/1.1 " + status), (sent, answer)
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["code"] == "malformed_request"
+    fields = [b"X-%d: " % n + b"x" * 1_000 + b"\r\n" for n in range(1_000)]
+    answer = _raw(server, b"GET / HTTP/1.1\r\n", *fields)
+    assert answer.startswith(b"HTTP/1.1 431"), answer[:200]
+    answer = _raw(server, b"GET /", *(b"x" * 10_000 for _ in range(1_000)))
+    assert answer.startswith(b"HTTP/1.1 431") or not answer, answer[:200]  # it may be gone before we read
+    with server.client() as admin:
+        assert admin.get("/v1/keys").status_code == 200
 
 
-def test_slashes_and_strange_names_arrive_through_the_socket(tmp_path: Path) -> None:
-    with running(tmp_path) as server, server.client() as admin:
+def test_slashes_and_strange_names_arrive_through_the_socket(server: Running) -> None:
+    with server.client() as admin:
         body = {"policy_type": "t", "policy_name": "n"}
         made = admin.put("/v1/tenants/a%2Fb/policies/%E2%82%AC%2F1", json=body)
         assert (made.status_code, made.json()["id"]) == (201, "€/1")

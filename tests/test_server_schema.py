@@ -19,7 +19,7 @@ from schemathesis.specs.openapi.checks import content_type_conformance, response
 from tests.serving import ADMIN, Reply, Served, serving
 
 load_all_checks()
-EXAMPLES = 8
+EXAMPLES = 5
 """Of each operation and mode; `--hypothesis-profile=thorough` looks no further, but elsewhere each time."""
 CHECKS = [not_a_server_error, content_type_conformance, response_schema_conformance]
 

@@ -93,12 +93,12 @@ WRONG: list[tuple[bytes, list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("body", "paths"), WRONG)
-async def test_everything_that_is_wrong_is_told_at_once(body: bytes, paths: list[str]) -> None:
+async def test_everything_that_is_wrong_is_told_at_once() -> None:
     async with serving() as served:
-        answer = await served.post("/v1/keys/verify", body)
-        assert (answer.status, answer.code) == (422, "invalid_input"), answer
-        assert answer.paths == paths, answer
+        for body, paths in WRONG:
+            answer = await served.post("/v1/keys/verify", body)
+            assert (answer.status, answer.code) == (422, "invalid_input"), (body, answer)
+            assert answer.paths == paths, (body, answer)
 
 
 @pytest.mark.parametrize(
@@ -182,8 +182,8 @@ async def test_guessed_keys_at_full_speed_write_nothing_and_fill_no_memory(monke
             return commit(batch)
 
         served.room.store.commit = counted  # type: ignore[method-assign]
-        for begin in range(0, 1_000, 250):
-            guesses = (served.verify(f"guess {number}") for number in range(begin, begin + 250))
+        for begin in range(0, 600, 200):
+            guesses = (served.verify(f"guess {number}") for number in range(begin, begin + 200))
             assert {a.code for a in await asyncio.gather(*guesses)} == {"NOT_FOUND"}
         assert commits == 0
         assert (await served.room.store.changes("end")).cursor == before.cursor
