@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import gc
 import functools
+import gc
 import logging
 import os
 import signal
