@@ -416,7 +416,8 @@ def test_a_clock_that_goes_back_frees_nothing(window: Window, steps: list[tuple[
     assert counter.used(now - back) == used
     counter.add(now - back, 3)
     assert counter.used(now - back) == used + 3
-    assert counter.used(now) == used + 3
+    if used:  # else it was used in the past, and is past again at `now`
+        assert counter.used(now) == used + 3
     if resets is not None and used:
         assert counter.used(resets - 1) == used + 3  # what was added in the past counts at least as long
     counter.add(now, 2)
