@@ -281,6 +281,7 @@ async def test_a_write_that_fails_changes_nothing_and_the_next_one_is_tried(
     assert [type(outcome) for outcome in outcomes] == [kind] * 3
     assert str(path) in str(outcomes[0])
     assert path.read_bytes() == before
+    assert not path.with_name("store.json.new").exists(), "what was half written takes up no room"
     assert await labels(store) == ["old"], "reads go on, and see nothing of it"
     assert len((await store.changes(None)).records) == 1
     disk.failing.clear()

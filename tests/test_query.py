@@ -316,6 +316,34 @@ def test_text_is_ordered_by_its_utf8_bytes() -> None:
     assert [d["name"] for d in evaluate(Query(order_by=("name",)), documents)] == texts
 
 
+def test_null_comes_before_everything() -> None:
+    values = [None, -1, 0]
+    documents = [stored(f"{n}", NOW, sample(rank=rank, flag=None)) for n, rank in enumerate(reversed(values))]
+    assert [d["rank"] for d in evaluate(Query(order_by=("rank",)), documents)] == values
+    assert [d["rank"] for d in evaluate(Query(order_by=("-rank",)), documents)] == values[::-1]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found_in"),
+    [
+        (True, [True]),
+        (False, [False]),
+        (1, [1, 1.0]),
+        (1.0, [1, 1.0]),
+        (0, [0]),
+        (Decimal(1), [Decimal(1)]),
+        ("1", ["1"]),
+        (b"1", [b"1"]),
+        ("", []),
+    ],
+    ids=repr,
+)
+def test_an_element_is_looked_for_by_value_and_kind(wanted: Any, found_in: list[Any]) -> None:
+    elements = [True, False, 1, 1.0, 0, Decimal(1), "1", b"1", None, {"1": 1}]
+    found = [e for e in elements if matches(Where("tags", "array-contains", wanted), sample(tags=["x", e]))]
+    assert identical(found, found_in)
+
+
 def test_a_projection_keeps_the_id_and_only_what_is_asked_for() -> None:
     document = stored("d", NOW, sample(rank=1))
     assert project(None, document) == document
@@ -401,6 +429,10 @@ def test_a_cursor_of_another_query_tenant_or_collection_is_refused(query: Query,
     for scope in ("other/samples", "acme/items", "", "acme"):
         with pytest.raises(InvalidInput):
             with_cursor(query, SAMPLES, scope, cursor)
+    for order in (("-id",), ("-id", "rank"), ("name", "-id"), ("-name", "id")):
+        if replace(query, order_by=order).order != query.order:
+            with pytest.raises(InvalidInput):
+                with_cursor(replace(query, order_by=order), SAMPLES, SCOPE, cursor)
     if (query.where, query.order) != (other.where, other.order):
         with pytest.raises(InvalidInput):
             with_cursor(other, SAMPLES, SCOPE, cursor)
