@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import secrets
@@ -21,6 +22,7 @@ _SYSTEM_CLAIMS: Mapping[str, Any] = MappingProxyType({"admin": True})
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
+@functools.lru_cache(maxsize=4_096)  # the same few moments come again: the time of a commit, the end of a window
 def utc_from_us(microseconds: int) -> datetime:
     """The aware UTC time that lies `microseconds` after the Unix epoch, exactly."""
     return _EPOCH + timedelta(microseconds=microseconds)

@@ -44,6 +44,11 @@ MAX_ONCE = 400
 """Charges of one key that may happen only once, in one commit: with the rest they fit into a batch."""
 COMMITS_APART = 50
 """After a conflict, for so many commits each key has a batch of its own."""
+MAX_TOTALS = 100
+"""Resources whose lifetime totals a key keeps; what is used of further ones is added up under OTHER_RESOURCES."""
+OTHER_RESOURCES = "other"
+MAX_IDLE_COUNTERS = 64
+"""Counters kept of limits that a key no longer has, so that one that comes back finds its own."""
 LAZY_FLUSH_S = 1.0
 """Keys without limits decide nothing by their usage: it is written at most this much later, many uses in one write."""
 
@@ -86,8 +91,7 @@ class Metered:
     allowances: tuple[Allowance, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Status:
+class Status(msgspec.Struct, frozen=True, gc=False):
     """One limit after a charge. `frees_at_us` is set where this limit denied: when it would admit (None: never)."""
 
     allowance: Allowance
@@ -97,8 +101,7 @@ class Status:
     frees_at_us: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(msgspec.Struct, frozen=True, gc=False):
     """The decision on a charge: `statuses` in the order of the limits; `now_us` is when it was decided."""
 
     allowed: bool
@@ -137,20 +140,26 @@ class Account:
 
     def decide(self, allowances: Sequence[Allowance], cost: Cost, now_us: int, *, force: bool) -> Outcome:
         """Charge all limits or none. `force` charges what has happened already, over a limit too."""
+        # Plain loops, no generators: this runs once for every verification.
         counters = [(allowance, self.counter(allowance)) for allowance in allowances]
-        if not force and any(c.used(now_us) + cost.get(a.resource, 0) > a.most for a, c in counters):
-            return Outcome(False, tuple(_denied(a, c, cost, now_us) for a, c in counters), now_us)
+        if not force:
+            for allowance, counter in counters:
+                if counter.used(now_us) + cost.get(allowance.resource, 0) > allowance.most:
+                    return Outcome(False, tuple(_denied(a, c, cost, now_us) for a, c in counters), now_us)
         for allowance, counter in counters:
             counter.add(now_us, cost.get(allowance.resource, 0))
         self.tally(cost, 1, now_us)
-        return Outcome(True, tuple(Status(a, c.used(now_us), c.resets_at_us(now_us)) for a, c in counters), now_us)
+        return Outcome(True, tuple([Status(a, c.used(now_us), c.resets_at_us(now_us)) for a, c in counters]), now_us)
 
     def tally(self, cost: Cost, count: int, now_us: int) -> None:
         """What is counted whether or not there are limits: uses, lifetime totals, the time of the last use."""
         self.count += count
         totals = self.totals
         for resource, units in cost.items():
-            totals[resource] = min(totals.get(resource, 0) + units, SATURATED)
+            before = totals.get(resource)
+            if before is None and len(totals) >= MAX_TOTALS:
+                resource, before = OTHER_RESOURCES, totals.get(OTHER_RESOURCES)
+            totals[resource] = min((before or 0) + units, SATURATED)
         if self.last_used_us is None or now_us > self.last_used_us:
             self.last_used_us = now_us
 
@@ -159,7 +168,10 @@ class Account:
         return tuple(Status(a, (c := self.counter(a)).used(now_us), c.resets_at_us(now_us)) for a in allowances)
 
     def document(self) -> Document:
-        counters = {**self.unknown, **{id: counter.dump() for id, counter in self.counters.items()}}
+        counters = {id: counter.dump() for id, counter in self.counters.items()}
+        if self.unknown:
+            kept = list(self.unknown)[-MAX_IDLE_COUNTERS:]  # those of the latest limits that the key no longer has
+            counters = {**{id: self.unknown[id] for id in kept}, **counters}
         return {
             "count": min(self.count, SATURATED),
             "last_used_at": None if self.last_used_us is None else utc_from_us(self.last_used_us),
@@ -449,7 +461,10 @@ def _decide(
     account: Account, group: list[_Charge], now_us: int, repeated: set[str]
 ) -> tuple[list[Operation], list[tuple[_Charge, Outcome]]]:
     """The outcome of each charge of one key, and what to commit to make them true (nothing if all are denied)."""
-    metered = max((charge.metered for charge in group), key=lambda m: m.guard.expected)
+    metered = group[0].metered
+    for charge in group:
+        if charge.metered.guard.expected > metered.guard.expected:
+            metered = charge.metered
     extra: list[Operation] = []
     answers = []
     charged = False
