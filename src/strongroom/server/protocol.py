@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from ..context import next_id
 from . import errors
@@ -59,34 +59,26 @@ class Protocol(HttpToolsProtocol):
     """One connection."""
 
     _refused = False
-    _in_head = True
     _head_bytes = 0
     _discarded_bytes = 0
 
     def connection_made(self, transport) -> None:  # type: ignore[no-untyped-def]
-        super().connection_made(_Coalesced(transport, self.loop))  # type: ignore[arg-type]  # as much as is used of one
+        super().connection_made(transport)
         self.timeout_keep_alive_task = self.loop.call_later(HEAD_TIMEOUT_S, self.timeout_keep_alive_handler)
 
     def data_received(self, data: bytes) -> None:
         if self._refused:
             return
         super().data_received(data)
-        if self._in_head:
+        cycle: RequestResponseCycle | None = self.cycle
+        if cycle is None or cycle.scope is not self.scope:  # the next request has begun, and its head has no end yet
             self._unfinished_head(len(data))
-        elif self.cycle.response_complete:
+        elif not cycle.response_complete:
+            self._head_bytes = self._discarded_bytes = 0
+        else:  # what is left of a body that was refused
             self._discarded_bytes += len(data)
             if self._discarded_bytes > MAX_DISCARDED_BYTES:
                 self.transport.close()
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self._in_head = True
-        self._head_bytes = 0
-
-    def on_headers_complete(self) -> None:
-        self._in_head = False
-        self._discarded_bytes = 0
-        super().on_headers_complete()
 
     def _unfinished_head(self, received: int) -> None:
         self._head_bytes += received
