@@ -9,6 +9,8 @@ import shutil
 import stat
 import sys
 import textwrap
+import threading
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
@@ -30,6 +32,7 @@ from strongroom.errors import (
 )
 from strongroom.query import Query, Where
 from strongroom.storage import _sqlite_schema
+from strongroom.storage._sqlite_writer import Writer
 from strongroom.storage.port import Add, Append, Batch, ChangeKind, Check, Create, Delete, Operation, Patch, Put, Record
 from strongroom.storage.sqlite import SqliteStore
 
@@ -833,3 +836,30 @@ async def test_an_old_file_is_read_and_fitted(tmp_path: Path) -> None:
             await store.commit(batch(Put("notes", "gone", note(), expected=NOW + 5)))
     finally:
         await store.close()
+
+
+# --- Where a commit runs --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slow", [False, True])
+async def test_a_slow_disk_holds_up_a_thread_and_a_quick_one_the_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: bool
+) -> None:
+    threads: list[str] = []
+    commit = Writer.commit
+
+    def watched(self: Writer) -> None:
+        threads.append(threading.current_thread().name)
+        if slow:
+            time.sleep(0.005)  # the disk, not a wait for luck
+        commit(self)
+
+    monkeypatch.setattr(Writer, "commit", watched)
+    monkeypatch.setattr("strongroom.storage.sqlite.QUICK_COMMIT_S", 0.000_5 if slow else 60.0)
+    async with opened(tmp_path / "store.db") as store:
+        for n in range(20):
+            await store.commit(batch(Create("notes", f"{n}", note())))
+        assert len(await store.find("notes", "acme", Query())) == 20
+    loop = threading.current_thread().name
+    late = set(threads[-10:])
+    assert loop not in late if slow else late == {loop}
