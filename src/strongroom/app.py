@@ -17,6 +17,7 @@ from .entity import Entity, Registry, Secret
 from .errors import AlreadyExists, ConfigError, StrongroomError
 from .keys import ApiKey, Keys
 from .keytext import Hasher, Pepper
+from .lifecycle import Sweeper
 from .query import MAX_LIMIT, Aggregate, Filter, Query
 from .rules import Policy, default_policy
 from .storage import open_store
@@ -54,6 +55,7 @@ class Strongroom:
         self.ledger = ledger
         self.keys = keys
         self.feed = feed
+        self.sweeper = Sweeper(database)
 
     @classmethod
     @asynccontextmanager
@@ -84,6 +86,9 @@ class Strongroom:
             database.after_commit(lambda _: feed.wake())
             room._configured_peppers = tuple(peppers)
             feed.on_record(room._seen)
+            feed.on_record(room.sweeper.seen)
+            room.sweeper.start()
+            stack.push_async_callback(room.sweeper.close)
             stack.push_async_callback(room._stop_reloading)
             await feed.start()
             stack.push_async_callback(feed.close)

@@ -16,7 +16,7 @@ from datetime import datetime, timedelta
 from typing import Any, Generic, TypeVar, cast
 
 from .context import Context, next_id, text_problem, utc_from_us
-from .entity import Collection, Document, Entity, Registry, check_id
+from .entity import Collection, Document, Entity, Index, Registry, check_id
 from .errors import AlreadyExists, Conflict, Denied, InvalidInput, NotFound, Problem, StrongroomError
 from .journal import denial_record
 from .query import Aggregate, And, Filter, Or, Query, Where, cursor_of, project, with_cursor
@@ -35,7 +35,14 @@ E = TypeVar("E", bound=Entity)
 T = TypeVar("T")
 
 
-class IdempotentCall(Entity, collection="idempotent_calls", scope="global", ttl="expires_at", journalled=False):
+class IdempotentCall(
+    Entity,
+    collection="idempotent_calls",
+    scope="global",
+    indexes=[Index("expires_at")],
+    ttl="expires_at",
+    journalled=False,
+):
     """What a call with an idempotency key was, so that the same call again does nothing and answers the same.
 
     The id is a hash of tenant, actor and key; `fingerprint` tells another request with the same key apart; `written`
@@ -376,14 +383,13 @@ class Database:
             return 0
         query = Query(Where(collection.ttl, "<=", context.now), (collection.ttl,), limit).check(collection)
         found = await self._store.find(collection.name, _scope(context, collection), query)
-        removed = 0
-        for document in found:
-            try:
-                await self.transaction(context, _removal(cls, document))
-            except (Conflict, NotFound):
-                continue  # renewed, or removed by another process: nothing is left to do
-            removed += 1
-        return removed
+        removals = [self.transaction(context, _removal(cls, document)) for document in found]
+        results = await asyncio.gather(*removals, return_exceptions=True)
+        for result in results:
+            # A Conflict was renewed, a NotFound removed by another process: nothing is left to do.
+            if isinstance(result, BaseException) and not isinstance(result, Conflict | NotFound):
+                raise result
+        return sum(result is None for result in results)
 
 
 # --- Helpers --------------------------------------------------------------------------------------------------
