@@ -63,7 +63,7 @@ class Protocol(HttpToolsProtocol):
     _discarded_bytes = 0
 
     def connection_made(self, transport) -> None:  # type: ignore[no-untyped-def]
-        super().connection_made(transport)
+        super().connection_made(_Coalesced(transport, self.loop))  # type: ignore[arg-type]  # as much as is used of one
         self.timeout_keep_alive_task = self.loop.call_later(HEAD_TIMEOUT_S, self.timeout_keep_alive_handler)
 
     def data_received(self, data: bytes) -> None:
