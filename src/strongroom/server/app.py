@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
@@ -44,18 +44,18 @@ class Application:
             services.room.keys, services.authenticator, services.metrics, services.gate, services.bounds.max_body_bytes
         )
 
-    def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> Awaitable[None]:
-        """Not a coroutine itself: one frame less to go through for each verification."""
+    # A coroutine function, as servers tell ASGI 3 from ASGI 2 by it.
+    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             if scope["path"] == VERIFY and scope["method"] == "POST":
-                return self._verify(scope, receive, send)
-            return self._handle(scope, receive, send)
-        return self._lifespan(receive, send) if scope["type"] == "lifespan" else self._no_websocket(receive, send)
-
-    @staticmethod
-    async def _no_websocket(receive: Receive, send: Send) -> None:
-        await receive()
-        await send({"type": "websocket.close", "code": 1000})
+                await self._verify(scope, receive, send)
+            else:
+                await self._handle(scope, receive, send)
+        elif scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+        else:  # a websocket: there is none here
+            await receive()
+            await send({"type": "websocket.close", "code": 1000})
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         """The store was opened before and is closed after, by whoever built this application."""
