@@ -248,6 +248,19 @@ def test_what_is_not_http_or_has_too_large_a_head_has_the_error_shape_too(server
         assert admin.get("/v1/keys").status_code == 200
 
 
+def test_a_client_that_goes_away_in_its_body_is_no_error(tmp_path: Path) -> None:
+    with running(tmp_path) as server:
+        for path in ("/v1/keys", "/v1/keys/verify", "/v1/tenants/acme/policies"):
+            head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {ADMIN}\r\nContent-Length: 500\r\n\r\n"
+            with socket.create_connection(("127.0.0.1", server.port)) as connection:
+                connection.sendall(head.encode() + b'{"key": "k"}')
+                time.sleep(0.1)
+        with server.client() as admin:
+            assert "strongroom_requests_in_work 1.0" in admin.get("/metrics").text
+        _, _, err = server.stop()
+        assert [line for line in err.splitlines() if json.loads(line)["level"] == "error"] == []
+
+
 def test_slashes_and_strange_names_arrive_through_the_socket(server: Running) -> None:
     with server.client() as admin:
         body = {"policy_type": "t", "policy_name": "n"}

@@ -12,6 +12,7 @@ from urllib.parse import unquote_to_bytes
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from ..app import Strongroom
 from ..errors import InvalidInput, NotFound, Problem, StrongroomError, TooManyRequests
@@ -84,6 +85,8 @@ class Application:
         except StrongroomError as error:
             if not answer.started:
                 await send_problem(answer, error, request_id)
+        except ClientDisconnect:
+            pass  # there is nobody to answer
         except Exception as error:  # what the handlers below let through, or a failure in the midst of an answer
             _log.exception("request failed", extra={"request_id": request_id, "error": type(error).__name__})
             if not answer.started:

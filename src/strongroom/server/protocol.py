@@ -15,8 +15,8 @@ MAX_HEAD_BYTES = 65_536
 """Request line and headers together (a little more may pass if it arrives in one piece)."""
 MAX_DISCARDED_BYTES = 64 * 1_048_576
 """Of a body that was refused already, this much is read and dropped, so that its sender gets to read the answer."""
-HEAD_TIMEOUT_S = 20
-"""A connection that has not sent a whole head after this long is closed."""
+ARRIVAL_TIMEOUT_S = 60.0
+"""A connection whose request has not arrived whole after this long is closed: it would hold a place for ever."""
 
 LINGER_S = 1.0
 """A connection that was refused is closed after this long; what still comes is dropped."""
@@ -61,10 +61,11 @@ class Protocol(HttpToolsProtocol):
     _refused = False
     _head_bytes = 0
     _discarded_bytes = 0
+    _late_at: float | None = None
 
     def connection_made(self, transport) -> None:  # type: ignore[no-untyped-def]
         super().connection_made(_Coalesced(transport, self.loop))  # type: ignore[arg-type]  # as much as is used of one
-        self.timeout_keep_alive_task = self.loop.call_later(HEAD_TIMEOUT_S, self.timeout_keep_alive_handler)
+        self._await_the_rest()
 
     def data_received(self, data: bytes) -> None:
         if self._refused:
@@ -72,20 +73,32 @@ class Protocol(HttpToolsProtocol):
         super().data_received(data)
         cycle: RequestResponseCycle | None = self.cycle
         if cycle is None or cycle.scope is not self.scope:  # the next request has begun, and its head has no end yet
-            self._unfinished_head(len(data))
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self._refuse(HeadersTooLarge())
+            else:
+                self._await_the_rest()
         elif not cycle.response_complete:
             self._head_bytes = self._discarded_bytes = 0
+            if cycle.more_body:
+                self._await_the_rest()
+            else:
+                self._late_at = None
         else:  # what is left of a body that was refused
             self._discarded_bytes += len(data)
             if self._discarded_bytes > MAX_DISCARDED_BYTES:
                 self.transport.close()
+            else:
+                self._await_the_rest()
 
-    def _unfinished_head(self, received: int) -> None:
-        self._head_bytes += received
-        if self._head_bytes > MAX_HEAD_BYTES:
-            self._refuse(HeadersTooLarge())
-        elif not self.transport.is_closing() and self.timeout_keep_alive_task is None:
-            self.timeout_keep_alive_task = self.loop.call_later(HEAD_TIMEOUT_S, self.timeout_keep_alive_handler)
+    def _await_the_rest(self) -> None:
+        """Close the connection if the request has not arrived by a time that later pieces do not put off."""
+        if self._refused or self.transport.is_closing():
+            return
+        if self._late_at is None:
+            self._late_at = self.loop.time() + ARRIVAL_TIMEOUT_S
+        self._unset_keepalive_if_required()
+        self.timeout_keep_alive_task = self.loop.call_at(self._late_at, self.timeout_keep_alive_handler)
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(MalformedRequest("the request is not valid HTTP"))

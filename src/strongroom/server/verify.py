@@ -18,7 +18,7 @@ from ..errors import InvalidInput, Problem, StrongroomError, TooLarge, TooManyRe
 from ..keys import Keys
 from ..verification import Verification, check_address, cost_units
 from .auth import Authenticator, Scope
-from .errors import Message, Send, send_problem
+from .errors import MalformedRequest, Message, Send, send_problem
 from .metrics import Metrics
 from .wire import expect_object, parse_json, request_id_of
 
@@ -132,6 +132,8 @@ class VerifyRoute:
             if size > self._max_body_bytes:
                 raise too_large(self._max_body_bytes)
             message = await receive()
+            if message["type"] != "http.request":
+                raise MalformedRequest("the connection ended before the body")
             part: bytes = message.get("body", b"")
             parts.append(part)
             size += len(part)
