@@ -19,7 +19,7 @@ from .session import DEBUG_VARIABLE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_WRONG_C
 
 app = typer.Typer(
     name="strongroom",
-    help="Strongroom: API keys with exact usage limits, tenant-isolated state and a tamper-evident journal.",
+    help="Strongroom: API keys with exact usage limits, tenant-isolated state and a journal of every change.",
     epilog="Exit status: 0 done, 1 the work failed, 2 the call is wrong. Settings come from the environment.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
