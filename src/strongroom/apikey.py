@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from .context import MAX_TENANT_BYTES, text_problem
 from .entity import MAX_ID_BYTES, Entity, Index, Indexed, Secret, problems_of
-from .errors import InvalidInput
+from .errors import InvalidInput, Problem
 from .keytext import DEFAULT_PREFIX, MAX_PREFIX_CHARS, PREFIX_PATTERN
 from .windows import MAX_LIMITS, Limit
 
@@ -24,6 +24,7 @@ DEFAULT_TENANT = "default"
 MAX_PERMISSIONS = 100
 MAX_ADDRESSES = 100
 MAX_METADATA_BYTES = 16_384
+_KIND_IN_PATH = re.compile(r"(?<=\.window)\.(?:rolling|anchored|calendar|total)(?=\.|$)")
 _PERMISSION = re.compile(r"^[A-Za-z0-9_.:/*-]{1,128}$")
 M = TypeVar("M", bound=BaseModel)
 
@@ -151,4 +152,6 @@ def parse(model: type[M], fields: Mapping[str, Any]) -> M:
     try:
         return model.model_validate(fields)
     except ValidationError as error:
-        raise InvalidInput(problems_of(error)) from None
+        # Pydantic puts the window's kind into the path, where the caller's input has no such step.
+        found = [Problem(_KIND_IN_PATH.sub("", p.path), p.message) for p in problems_of(error)]
+        raise InvalidInput(found) from None

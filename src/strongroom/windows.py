@@ -25,7 +25,7 @@ from decimal import Decimal
 from typing import Annotated, Any, Literal, Protocol
 from zoneinfo import ZoneInfo, available_timezones
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from .context import us_from_utc, utc_from_us
 
@@ -115,10 +115,11 @@ class Limit(_Model):
             raise ValueError(f"found {type(value).__name__}, expected a number")
         return Decimal(repr(value)) if isinstance(value, float) else value
 
-    @model_validator(mode="after")
-    def _amount(self) -> Limit:
-        to_units(self.resource, self.limit)
-        return self
+    @field_validator("limit")
+    @classmethod
+    def _amount(cls, value: int | Decimal, info: ValidationInfo) -> int | Decimal:
+        to_units(info.data.get("resource", ""), value)  # without one, that is another problem, and told as well
+        return value
 
     @property
     def id(self) -> str:
