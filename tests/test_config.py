@@ -142,6 +142,12 @@ def test_what_has_no_effect_is_warned_of() -> None:
     assert first == "STRONGROOM_PROT is not a setting; did you mean STRONGROOM_PORT?"
 
 
+def test_embedded_analytics_may_be_named_and_are_said_to_have_no_effect_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STRONGROOM_ANALYTICS", "duckdb:///elsewhere")
+    (warning,) = config.warnings(config.load(), {"STRONGROOM_ANALYTICS": "duckdb:///elsewhere"})
+    assert "STRONGROOM_ANALYTICS has no effect yet" in warning
+
+
 def test_the_table_has_every_name_with_a_help_text_and_no_secret_default() -> None:
     rows = config.settings_table()
     names = [row.name for row in rows]

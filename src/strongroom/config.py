@@ -207,8 +207,8 @@ def _not_yet(settings: Settings) -> list[str]:
         wrong.append(f"{name}: this version cannot use {what} yet; use sqlite:///path or json:///path")
     elif scheme not in ("sqlite", "json") or "://" not in url:
         wrong.append(f"{name}: found {_without_password(url)!r}, expected sqlite:///path or json:///path")
-    if settings.analytics is not None and settings.analytics != DEFAULT_ANALYTICS:
-        wrong.append("STRONGROOM_ANALYTICS: this version has no cost analytics yet; leave it out")
+    if settings.analytics is not None and not settings.analytics.startswith("duckdb:///"):
+        wrong.append("STRONGROOM_ANALYTICS: expected duckdb:///folder; this version cannot use another yet")
     for name, value in (("STRONGROOM_CACHE", settings.cache), ("REDIS_URL", settings.redis_url)):
         if value is not None:
             wrong.append(f"{name}: this version cannot use Redis yet; leave it out")
@@ -257,6 +257,8 @@ def warnings(settings: Settings, environment: Mapping[str, str] = os.environ) ->
     for name in ("DB_MAX_CONNECTIONS", "FIRESTORE_COLLECTION", "FIRESTORE_EMULATOR_HOST", "PUBSUB_EMULATOR_HOST"):
         if environment.get(name):
             found.append(f"{name} has no effect with this store")
+    if environment.get("STRONGROOM_ANALYTICS"):
+        found.append("STRONGROOM_ANALYTICS has no effect yet: this version keeps no cost analytics")
     return found
 
 
