@@ -11,7 +11,7 @@ import time_machine
 
 from strongroom.server.app import Bounds
 from tests.conftest import wait_until
-from tests.serving import ADMIN, TOKENS, Served, serving
+from tests.serving import ADMIN, TOKENS, Reply, Served, serving
 
 CONTRACT = {
     "valid", "code", "key_id", "tenant", "user_id", "permissions", "metadata", "limits", "retry_after_s", "message",
@@ -148,6 +148,22 @@ async def test_the_same_verification_again_with_its_idempotency_key_is_debited_o
             assert stats["totals"] == {"tokens": 100}
         wrong = await served.post("/v1/keys/verify", {"key": made["key"]}, Idempotency_Key="x" * 300)
         assert wrong.paths == ["idempotency_key"]
+
+
+async def test_a_denial_is_not_remembered_as_done_and_another_cost_with_the_same_idempotency_key_is_refused() -> None:
+    async with serving() as served:
+        made = await served.make_key(limits=[TOKENS])
+
+        async def ask(tokens: int, once: str) -> Reply:
+            body = {"key": made["key"], "cost": {"tokens": tokens}}
+            return await served.post("/v1/keys/verify", body, Idempotency_Key=once)
+
+        first = await asyncio.gather(ask(900, "a"), ask(200, "b"))  # decided together, in one commit
+        assert [answer.code for answer in first] == ["VALID", "USAGE_EXCEEDED"]
+        assert (await ask(200, "b")).code == "USAGE_EXCEEDED", "a repeat of what was denied was let through"
+        other = await ask(100, "a")
+        assert (other.status, other.code) == (409, "conflict")
+        assert (await served.get(f"/v1/keys/{made['id']}/stats")).json["totals"] == {"tokens": 900}
 
 
 async def test_more_requests_at_once_than_the_bound_are_told_to_come_back() -> None:

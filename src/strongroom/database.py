@@ -188,11 +188,14 @@ class Database:
         return False
 
     @staticmethod
-    def once_only(scope: str, key: str) -> tuple[str, Create]:
+    def once_only(scope: str, key: str, request: str = "") -> tuple[str, Create]:
         """For `commit_counters`: an operation that commits once for one idempotency key, and its document's id in
-        `idempotent_calls`."""
+        `idempotent_calls`. `request` tells another request with the same key apart."""
         id = _call_id((scope,), key)
-        call = IdempotentCall(fingerprint="", expires_at=utc_from_us(time.time_ns() // 1_000) + IDEMPOTENCY_TTL)
+        fingerprint = hashlib.sha256(request.encode("utf-8", "backslashreplace")).hexdigest()
+        call = IdempotentCall(
+            fingerprint=fingerprint, expires_at=utc_from_us(time.time_ns() // 1_000) + IDEMPOTENCY_TTL
+        )
         return id, Create(IdempotentCall.__collection__.name, id, IdempotentCall.__codec__.encode(call))
 
     async def authorize(

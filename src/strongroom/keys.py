@@ -313,7 +313,9 @@ class Keys:
             if not key.metered.allowances and idempotency_key is None:
                 self._ledger.tally(key.metered, units)
                 return admitted(key, ())
-            once = self._charged_once("verify", key, idempotency_key, actor) if idempotency_key is not None else None
+            once = None
+            if idempotency_key is not None:
+                once = self._charged_once("verify", key, idempotency_key, actor, units)
             try:
                 outcome = await self._ledger.charge(key.metered, units, once=once)
             except KeyChanged:
@@ -341,7 +343,7 @@ class Keys:
             if known is None or not _may_see(context, known.tenant):
                 raise NotFound("there is no such key")
             actor = context.actor if context is not None else "system"
-            once = self._charged_once("usage", known, idempotency_key, actor)
+            once = self._charged_once("usage", known, idempotency_key, actor, units)
             try:
                 outcome = await self._ledger.charge(known.metered, units, force=True, once=once)
             except KeyChanged:
@@ -351,11 +353,11 @@ class Keys:
         raise Unavailable("the key is being changed too quickly to record its usage: try again")
 
     def _charged_once(
-        self, what: str, key: KnownKey, idempotency_key: str | None, actor: str
+        self, what: str, key: KnownKey, idempotency_key: str | None, actor: str, units: Mapping[str, int]
     ) -> tuple[str, Create] | None:
         if idempotency_key is None:
             return None
-        return self._database.once_only(f"{what}\x00{key.id}\x00{actor}", idempotency_key)
+        return self._database.once_only(f"{what}\x00{key.id}\x00{actor}", idempotency_key, repr(sorted(units.items())))
 
     async def authenticate(self, text: str) -> KnownKey | None:
         """The key that a bearer token is, if it may be used now; nothing is debited. For authenticating a caller."""

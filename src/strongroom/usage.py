@@ -387,9 +387,10 @@ class Ledger:
             for id in list(self._accounts)[: MAX_ACCOUNTS // 10]:
                 del self._accounts[id]
 
-    async def _repeated(self, charges: list[_Charge]) -> set[str]:
-        """Which of the charges that may happen only once have happened, within the time that this is remembered."""
-        found = set()
+    async def _repeated(self, charges: list[_Charge]) -> dict[str, str]:
+        """Which of the charges that may happen only once have happened, within the time that this is remembered, and
+        the fingerprint of what each was."""
+        found = {}
         now = utc_from_us(time.time_ns() // 1_000)
         for charge in charges:
             if charge.once is not None:
@@ -400,7 +401,7 @@ class Ledger:
                 elif is_expired(IdempotentCall.__collection__, stored, now):
                     charge.once = id, Put(operation.collection, id, operation.document, stored["version"])
                 else:
-                    found.add(id)
+                    found[id] = stored["fingerprint"]
         return found
 
     async def _not_committed(self, error: Exception, bundle: list[_Decided]) -> None:
@@ -458,7 +459,7 @@ class Ledger:
 
 
 def _decide(
-    account: Account, group: list[_Charge], now_us: int, repeated: set[str]
+    account: Account, group: list[_Charge], now_us: int, repeated: dict[str, str]
 ) -> tuple[list[Operation], list[tuple[_Charge, Outcome]]]:
     """The outcome of each charge of one key, and what to commit to make them true (nothing if all are denied)."""
     metered = group[0].metered
@@ -482,12 +483,17 @@ def _decide(
         if charge.once is not None:
             id, operation = charge.once
             if id in repeated:
+                if repeated[id] != operation.document["fingerprint"]:
+                    _fail(charge, Conflict("the idempotency key was used for a different request: take a new one"))
+                    continue
                 statuses = account.statuses(metered.allowances, now_us)
                 answers.append((charge, Outcome(True, statuses, now_us, repeated=True)))
                 continue
-            repeated.add(id)
-            extra.append(operation)
         outcome = account.decide(charge.metered.allowances, charge.cost, now_us, force=charge.force)
+        if outcome.allowed and charge.once is not None:  # what was denied may be asked again, and decided anew
+            id, operation = charge.once
+            repeated[id] = operation.document["fingerprint"]
+            extra.append(operation)
         charged = charged or outcome.allowed
         answers.append((charge, outcome))
     if not charged:
