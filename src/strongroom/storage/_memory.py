@@ -24,9 +24,7 @@ from ..errors import (
 )
 from . import _values
 from .port import (
-    MAX_BATCH_BYTES,
     MAX_DOCUMENT_BYTES,
-    MAX_OPERATIONS,
     Add,
     Append,
     Batch,
@@ -40,6 +38,8 @@ from .port import (
     Put,
     Record,
     SchemaChange,
+    check_batch_size,
+    check_operations,
     document_size,
 )
 
@@ -229,27 +229,10 @@ def _unique_values(collection: Collection, document: Document) -> Iterable[tuple
 # --- Commit ---------------------------------------------------------------------------------------------------
 
 
-def _check_limits(batch: Batch) -> None:
-    if len(batch.operations) > MAX_OPERATIONS:
-        raise TooLarge(f"found {len(batch.operations)} operations in a batch, expected at most {MAX_OPERATIONS}")
-    size = 0
-    for operation in batch.operations:
-        match operation:
-            case Create() | Put():
-                size += document_size(operation.document)
-            case Patch():
-                size += document_size(operation.fields)
-            case Append():
-                size += sum(document_size(part) for part in (operation.record.before, operation.record.after) if part)
-            case _:
-                pass
-    if size > MAX_BATCH_BYTES:
-        raise TooLarge(f"found {size} bytes in a batch, expected at most {MAX_BATCH_BYTES}")
-
-
 def apply(draft: Draft, batch: Batch) -> Committed:
     """Apply a batch to a draft, or raise what the port says, with the number of the operation that failed."""
-    _check_limits(batch)
+    check_operations(batch)
+    check_batch_size(batch)
     versions: list[int] = []
     values: dict[int, int] = {}
     sequence = None

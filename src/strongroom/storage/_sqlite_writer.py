@@ -27,7 +27,6 @@ from ._sqlite_schema import JOURNAL_COLUMNS
 from .port import (
     MAX_BATCH_BYTES,
     MAX_DOCUMENT_BYTES,
-    MAX_OPERATIONS,
     Add,
     Append,
     Batch,
@@ -38,6 +37,8 @@ from .port import (
     Operation,
     Patch,
     Put,
+    check_batch_size,
+    check_operations,
     document_size,
 )
 
@@ -167,8 +168,7 @@ class Writer:
         """The batch's outcome, if the transaction commits. Raises what its operations say, with nothing of it applied;
         Torn if something of it is; apsw.Error if SQLite itself fails."""
         operations = batch.operations
-        if len(operations) > MAX_OPERATIONS:
-            raise TooLarge(f"found {len(operations)} operations in a batch, expected at most {MAX_OPERATIONS}")
+        check_operations(batch)
         self._tenant = batch.tenant
         self._guarded.set_tenant(batch.tenant)
         if batch.now_us != self._now_us:
@@ -225,7 +225,7 @@ class Writer:
                 raise
             versions.append(version)
         if self._size > MAX_BATCH_BYTES:
-            _check_batch_size(batch)
+            check_batch_size(batch)
         return Committed(tuple(versions), values, sequence)
 
     def _of(self, collection: str) -> _Statements:
@@ -439,19 +439,3 @@ def _check_size(operation: Create | Put | Patch, statements: _Statements, docume
     if size > MAX_DOCUMENT_BYTES:
         raise TooLarge(f"{_name(operation)}: found {size} bytes in a document, expected at most {MAX_DOCUMENT_BYTES}")
     return size
-
-
-def _check_batch_size(batch: Batch) -> None:
-    size = 0
-    for operation in batch.operations:
-        match operation:
-            case Create() | Put():
-                size += document_size(operation.document)
-            case Patch():
-                size += document_size(operation.fields)
-            case Append():
-                size += sum(document_size(part) for part in (operation.record.before, operation.record.after) if part)
-            case _:
-                pass
-    if size > MAX_BATCH_BYTES:
-        raise TooLarge(f"found {size} bytes in a batch, expected at most {MAX_BATCH_BYTES}")

@@ -22,6 +22,7 @@ from enum import StrEnum
 from typing import Any, Literal, Protocol
 
 from ..entity import Collection, Document
+from ..errors import TooLarge
 from ..query import Aggregate, Filter, Query
 
 MAX_DOCUMENT_BYTES = 1_000_000
@@ -304,3 +305,26 @@ def _size(value: Any) -> int:
     if isinstance(value, list):
         return sum(map(_size, value))
     return 8
+
+
+def check_operations(batch: Batch) -> None:
+    """Raise TooLarge if a batch has more than MAX_OPERATIONS."""
+    if len(batch.operations) > MAX_OPERATIONS:
+        raise TooLarge(f"found {len(batch.operations)} operations in a batch, expected at most {MAX_OPERATIONS}")
+
+
+def check_batch_size(batch: Batch) -> None:
+    """Raise TooLarge if the documents, the fields and what the journal records hold are more than MAX_BATCH_BYTES."""
+    size = 0
+    for operation in batch.operations:
+        match operation:
+            case Create() | Put():
+                size += document_size(operation.document)
+            case Patch():
+                size += document_size(operation.fields)
+            case Append():
+                size += sum(document_size(part) for part in (operation.record.before, operation.record.after) if part)
+            case _:
+                pass
+    if size > MAX_BATCH_BYTES:
+        raise TooLarge(f"found {size} bytes in a batch, expected at most {MAX_BATCH_BYTES}")
