@@ -56,7 +56,7 @@ lock: ## resolve the dependencies again, with hashes
 	@tools=$$(mktemp -d); trap 'rm -rf "$$tools"' EXIT; \
 	$(PYTHON) -m venv "$$tools"; "$$tools/bin/python" -m pip --quiet install uv; \
 	compile() { "$$tools/bin/uv" pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes \
-	  --no-header --no-emit-index-url --no-emit-find-links --quiet --extra server --group build "$$@"; }; \
+	  --no-header --no-emit-index-url --no-emit-find-links --quiet --extra all --group build "$$@"; }; \
 	compile --group dev --group bench -o requirements/bench.txt $(ARGS); \
 	cp requirements/bench.txt requirements/dev.txt; compile --group dev -o requirements/dev.txt; \
 	cp requirements/dev.txt requirements/serve.txt; compile -o requirements/serve.txt; \

@@ -9,6 +9,8 @@ Rules of the house, checked by the conformance suite (`strongroom.testing`):
 - A collection that was not prepared, and no tenant for a collection that is kept by tenant: InvalidInput.
 - `tenant` is the tenant whose documents are meant; None for global collections. A backend must make it impossible,
   not just unlikely, that a call with tenant A sees or changes a document of tenant B.
+- A version is the store's own, an opaque positive int64: each change of a document gives it a greater one than it
+  had, and no id ever has one version twice, not even if it was deleted and made again, whatever the clocks do.
 - Errors are those of `strongroom.errors`; no driver's exception leaves a backend.
 - A backend belongs to the event loop it was opened on.
 """
@@ -29,6 +31,7 @@ MAX_DOCUMENT_BYTES = 1_000_000
 MAX_OPERATIONS = 500
 MAX_BATCH_BYTES = 8_000_000
 MAX_CHANGES_PAGE = 1_000
+MAX_TENANTS_PAGE = 1_000
 
 
 # --- What a commit is made of ---------------------------------------------------------------------------------
@@ -38,23 +41,29 @@ MAX_CHANGES_PAGE = 1_000
 class Create:
     """Add a document. AlreadyExists if the id, or a value of a unique index, is taken.
 
-    `document` has the declared fields; `created_at` overrides the batch's time (imports, restores).
+    `document` has the declared fields; `created_at` and `updated_at` override the batch's time (imports, migrations).
     """
 
     collection: str
     id: str
     document: Document
     created_at: datetime | None = None
+    updated_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Put:
-    """Replace a document's declared fields, or add it. `expected` is the version it must have; None: any, 0: none."""
+    """Replace a document's declared fields, or add it. `expected` is the version it must have; None: any, 0: none.
+
+    `created_at`, for a document that is there already too, and `updated_at` override what the store would set.
+    """
 
     collection: str
     id: str
     document: Document
     expected: int | None = None
+    created_at: datetime | None = None
+    updated_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +113,8 @@ class Check:
 class Record:
     """One line of the journal. `sequence` and `version` are the store's; the rest is the caller's.
 
+    No two records have one sequence, and of one tenant's records (or of those of none) a later one has a greater one.
+
     `before` and `after` hold the changed fields (all of them for create and delete), secrets masked.
     `tenant` is whom the change concerns; None is the platform itself. `at_us` is microseconds since the epoch.
     """
@@ -124,7 +135,8 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Append:
-    """Append a record to the journal. `of` is the index, in the same batch, of the operation whose version it takes."""
+    """Append a record to the journal. `of` is the index, in the same batch, of the operation whose version it takes
+    (0 if that is a Delete)."""
 
     record: Record
     of: int | None = None
@@ -138,8 +150,7 @@ class Batch:
     """Operations that commit together or not at all. At most MAX_OPERATIONS; an operation sees those before it.
 
     Operations on tenant collections concern `tenant`; those on global collections may stand beside them.
-    `now_us` becomes `updated_at` (and `created_at`), and the least new version: a new version is the greater of
-    `now_us` and the old version + 1, so that no id ever has the same version twice.
+    `now_us` becomes `updated_at` (and `created_at`).
     """
 
     tenant: str | None
@@ -150,7 +161,10 @@ class Batch:
 @dataclass(frozen=True, slots=True)
 class Committed:
     """What a durable commit gave: the new version of each operation's document (0 for delete, check, append), the new
-    value of each Add by its index, and the last journal sequence of the batch (None if it appended nothing)."""
+    value of each Add by its index, and the sequence of the batch's last journal record (None if it appended nothing).
+
+    Of several operations on one document the last one's version is the document's; those before it have versions that
+    are no greater."""
 
     versions: tuple[int, ...]
     values: Mapping[int, int] = field(default_factory=dict)
@@ -253,6 +267,17 @@ class Store(Protocol):
         """One document, or None. Reads what was last committed by anyone (strong consistency)."""
         ...
 
+    async def tenants(self, after: str | None = None, limit: int = MAX_TENANTS_PAGE) -> list[str]:
+        """The tenants that have documents, or once had, in the order of their UTF-8 bytes, after `after`.
+
+        For those who run the store (expiry, migration, backup), and for nobody who acts for a tenant.
+        """
+        ...
+
+    async def now_us(self) -> int:
+        """The store's clock, in microseconds since the epoch: one clock for every node that uses the store."""
+        ...
+
     async def find(self, collection: str, tenant: str | None, query: Query) -> list[Document]:
         """At most query.limit documents in query.order, as `query.evaluate` defines. `query` has been checked."""
         ...
@@ -265,7 +290,7 @@ class Store(Protocol):
 
     def commit(self, batch: Batch) -> Awaitable[Committed]:
         """Apply a batch atomically and durably. Batches given without awaiting may share one engine transaction
-        (group commit), each succeeding or failing by itself, in the order given.
+        (group commit), each succeeding or failing by itself; those of one tenant (or of none) in the order given.
 
         Raises what its operations say (the message and `details["operation"]`, the index, name the one that failed),
         TooLarge past the MAX_ limits above, Unavailable or StorageFull when the engine cannot write; then nothing of
@@ -276,9 +301,11 @@ class Store(Protocol):
     async def changes(
         self, after: str | None, *, tenant: str | None = None, limit: int = MAX_CHANGES_PAGE
     ) -> ChangesPage:
-        """Journal records after a cursor (None: from the beginning), of one tenant or (None) of all, in commit order:
-        no record ever becomes visible behind a cursor that was given out. The cursor `"end"` gives an empty page
-        whose cursor is the present end. InvalidInput for a text that is not a cursor.
+        """Journal records after a cursor (None: from the beginning), of one tenant or (None) of all.
+
+        Those of one tenant (and those of none) come in commit order, and no record ever becomes visible behind a
+        cursor that was given out. The cursor `"end"` gives an empty page whose cursor is the present end.
+        InvalidInput for a text that is not a cursor.
         """
         ...
 
