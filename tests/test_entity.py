@@ -363,7 +363,7 @@ def test_a_secret_inside_a_field_is_refused_unless_the_field_is_secret(annotatio
 
 @given(documents)
 def test_an_entity_comes_back_from_its_document(document: Document) -> None:
-    entity = Sample.__codec__.decode(stored("a", NOW, document))
+    entity = Sample.__codec__.decode(stored("a", document, version=NOW))
     assert (entity.id, entity.version) == ("a", NOW)
     assert identical(Sample.__codec__.encode(entity), document)
 
@@ -376,7 +376,7 @@ def test_encoding_names_every_field_that_cannot_be_stored() -> None:
 
 
 def test_a_document_that_no_longer_fits_is_named_and_not_quoted() -> None:
-    document = stored("n1", NOW, {"title": "x", "password": ["hunter2"]})
+    document = stored("n1", {"title": "x", "password": ["hunter2"]}, version=NOW)
     with pytest.raises(SchemaError, match=r"notes/n1: .* does not fit Note: password") as caught:
         Note.__codec__.decode(document)
     assert "hunter2" not in str(caught.value)

@@ -20,6 +20,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from .cached import Cached, problems_of_cache
 from .context import text_problem
 from .errors import InvalidInput, Problem, SchemaError
 from .values import INT64_MAX, INT64_MIN, MAX_ID_BYTES, Document, NotStorable, Value, encode_value, encoder_for
@@ -101,6 +102,7 @@ class Collection:
     indexes: tuple[Index, ...] = ()
     ttl: str | None = None
     journalled: bool = True
+    cached: Cached | None = None
 
     @property
     def secrets(self) -> frozenset[str]:
@@ -154,9 +156,9 @@ class Entity(BaseModel):
             status: Literal["draft", "done"] = "draft"
 
     Class arguments: `collection` (lower-case name), `scope` ("tenant" or "global"), `indexes`, `ttl` (the name of a
-    timestamp field; a document is gone once that time has come), `journalled`. The store sets `version`: it grows
-    with each change and is never used twice for one id, so it is safe to compare after a deletion; it is opaque
-    otherwise. `created_at` and `updated_at` are aware UTC times.
+    timestamp field; a document is gone once that time has come), `journalled`, `cache` (a Cached). The store sets
+    `version`: it grows with each change and is never used twice for one id, so it is safe to compare after a
+    deletion; it is opaque otherwise. `created_at` and `updated_at` are aware UTC times.
     """
 
     model_config = ConfigDict(
@@ -183,6 +185,7 @@ class Entity(BaseModel):
         indexes: Iterable[Index] = (),
         ttl: str | None = None,
         journalled: bool = True,
+        cache: Cached | None = None,
     ) -> None:
         # Only for type checkers and for Python, which calls this first; the work is done below, once Pydantic
         # knows the fields.
@@ -242,6 +245,7 @@ def _declare(
     indexes: Iterable[Index] = (),
     ttl: str | None = None,
     journalled: bool = True,
+    cache: Cached | None = None,
 ) -> Collection:
     wrong: list[str] = []
     if not _NAME.fullmatch(name):
@@ -277,6 +281,8 @@ def _declare(
             kind = fields[column].type if column in fields else _SYSTEM_TYPES.get(column)
             if kind is None:
                 wrong.append(f"index {index.fields}: there is no field {column!r}")
+            elif column == "version":
+                wrong.append(f"index {index.fields}: a version is opaque, so nothing is found by it")
             elif kind is FieldType.MAP or (kind is FieldType.LIST and (index.unique or len(index.columns) > 1)):
                 wrong.append(f"index {index.fields}: a {kind} field cannot be part of it")
             elif column in fields and fields[column].secret:
@@ -287,9 +293,19 @@ def _declare(
         wrong.append("two indexes have one name: rename a field")
     if len(all_indexes) > MAX_INDEXES or len(fields) > MAX_FIELDS:
         wrong.append(f"at most {MAX_INDEXES} indexes and {MAX_FIELDS} fields")
+    if cache is not None:
+        cache = cache.named(name)
+        wrong += problems_of_cache(
+            cache,
+            fields={f.name: f.type in (FieldType.TEXT, FieldType.INT, FieldType.BOOL) for f in fields.values()},
+            hidden=(f.name for f in fields.values() if f.secret),
+            counters=(f.name for f in fields.values() if f.counter),
+            ttl=ttl,
+            journalled=journalled,
+        )
     if wrong:
         raise SchemaError(f"{cls.__name__}: " + "; ".join(wrong))
-    return Collection(name, scope == "tenant", types.MappingProxyType(fields), all_indexes, ttl, journalled)
+    return Collection(name, scope == "tenant", types.MappingProxyType(fields), all_indexes, ttl, journalled, cache)
 
 
 def _unwrapped(annotation: Any) -> tuple[Any, bool, tuple[Any, ...]]:

@@ -4,6 +4,7 @@ The meaning, the same on every engine:
 
 - `==` and `!=` compare values of one type; `field == None` and `field != None` find null and not-null.
 - Any other comparison with a null field is false, `!=` and `not-in` included (as in SQL and Firestore).
+- A version is opaque, so no filter, order or sum names it; a projection may.
 - Text is ordered by its UTF-8 bytes, bytes bytewise, false before true, null before everything else.
 - A page is ordered by the named fields, then by id, so that the order is total; the id goes the way of the last field.
 - What Firestore cannot run is refused for all: see the MAX_ constants and `Query.check`.
@@ -127,7 +128,7 @@ class Query:
             kind = collection.type_of(name)
             if kind is None:
                 problems.append(Problem("order_by", f"there is no field {name!r} in {collection.name}"))
-            elif not kind.is_scalar or name in collection.secrets:
+            elif not kind.is_scalar or name in collection.secrets or name == "version":
                 problems.append(Problem("order_by", f"{name!r} cannot be ordered by"))
         if len(set(names)) != len(names) or len(names) > MAX_ORDER:
             problems.append(Problem("order_by", f"expected at most {MAX_ORDER} different fields"))
@@ -181,6 +182,9 @@ def _check_filter(where: Any, collection: Collection, problems: list[Problem], d
 
 def _check_where(where: Where, collection: Collection, problems: list[Problem]) -> Where:
     name, op, value = where.field, where.op, where.value
+    if name == "version":
+        problems.append(Problem(name, "is opaque and cannot be filtered by"))
+        return where
     kind = collection.type_of(name)
     if kind is None:
         problems.append(Problem(name, f"there is no such field in {collection.name}"))
@@ -408,7 +412,7 @@ class Aggregate:
                 raise InvalidInput([Problem("aggregate", "count takes no field")])
             return
         kind = collection.type_of(self.field or "")
-        if kind is None or not kind.is_number or self.field in collection.secrets:
+        if kind is None or not kind.is_number or self.field in collection.secrets or self.field == "version":
             raise InvalidInput([Problem("aggregate", f"{self.kind} needs a number field, found {self.field!r}")])
 
 

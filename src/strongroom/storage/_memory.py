@@ -265,7 +265,7 @@ def _apply_one(
     found: int = old["version"] if old else 0
     name = f"{operation.collection}/{id}"
     _check_expectation(operation, name, found)
-    value, created_at = None, None
+    value, created_at, updated_at = None, None, None
     match operation:
         case Check():
             return 0, None
@@ -274,9 +274,11 @@ def _apply_one(
             draft.deleted_version = max(draft.deleted_version, found)
             return 0, None
         case Create():
-            given, created_at = operation.document, operation.created_at
+            given = operation.document
+            created_at, updated_at = operation.created_at, operation.updated_at
         case Put():
             given = operation.document
+            created_at, updated_at = operation.created_at, operation.updated_at
         case Patch():
             given = {**(old or {}), **operation.fields}
         case _:
@@ -290,8 +292,8 @@ def _apply_one(
     system = {
         "id": id,
         "version": version,
-        "created_at": old["created_at"] if old else created_at or now,
-        "updated_at": now,
+        "created_at": created_at or (old["created_at"] if old else now),
+        "updated_at": updated_at or now,
     }
     draft.store(key, id, {**system, **declared})
     return version, value

@@ -187,6 +187,21 @@ def write_snapshot(path: str, busy_timeout_s: float, target: str) -> None:
         connection.execute("VACUUM INTO ?", (target,)).fetchall()
 
 
+def tenants_of(path: str, busy_timeout_s: float, tables: Sequence[str], after: str, limit: int) -> list[str]:
+    """The tenants in these tables, in order, after `after`. Each step of the recursion is one look into the index."""
+    found: set[str] = set()
+    with closing(connect(path, busy_timeout_s)) as connection:
+        for table in map(quoted, tables):
+            rows = connection.execute(
+                f"WITH RECURSIVE step(tenant) AS (SELECT min(tenant_id) FROM {table} WHERE tenant_id > ?1 "
+                f"UNION ALL SELECT (SELECT min(tenant_id) FROM {table} WHERE tenant_id > step.tenant) FROM step "
+                "WHERE step.tenant IS NOT NULL LIMIT ?2) SELECT tenant FROM step WHERE tenant IS NOT NULL",
+                (after, limit),
+            )
+            found.update(tenant for (tenant,) in rows)
+    return sorted(found)[:limit]  # code points are in the order of their UTF-8 bytes
+
+
 # --- What is there --------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 import apsw
@@ -76,6 +77,7 @@ class _Statements:
         self.insert = f"INSERT INTO {name} ({listed(codec.columns)}) VALUES ({marks})"
         self.delete = f"DELETE FROM {name} WHERE id = ? RETURNING version"
         self.delete_version = f"DELETE FROM {name} WHERE id = ? AND version = ? RETURNING version"
+        self.times = f"UPDATE {name} SET created_at = ifnull(?, created_at), updated_at = ? WHERE id = ?"
         self.put = self._update(sets, "", "")
         self.put_version = self._update(sets, " AND version = ?", "")
         self._patches: dict[tuple[tuple[str, ...], bool], tuple[str, Sequence[Callable[[Any], Any] | None]]] = {}
@@ -245,11 +247,9 @@ class Writer:
 
     def _create(self, operation: Create) -> int:
         statements = self._of(operation.collection)
-        at = operation.created_at
-        created_at = self._now_text if at is None else _values.time_to_text(at)
         row = self._encoded(statements, operation)
         try:
-            return self._insert(statements, operation, row, created_at)
+            return self._insert(statements, operation, row)
         except apsw.ConstraintError:
             if self._version(statements, operation.id):
                 raise AlreadyExists(f"{_name(operation)}: a document with this id exists already") from None
@@ -266,9 +266,9 @@ class Writer:
             elif expected is None:
                 found = self._execute(statements.put, (self._now_us, self._now_text, *row, id)).fetchall()
                 if not found:
-                    return self._insert(statements, operation, row, self._now_text)
+                    return self._insert(statements, operation, row)
             else:
-                return self._insert(statements, operation, row, self._now_text)
+                return self._insert(statements, operation, row)
         except apsw.ConstraintError:
             version = self._version(statements, id)
             if expected is not None and expected != version:
@@ -276,12 +276,22 @@ class Writer:
             raise self._misfit(statements, operation, operation.document) from None
         if not found:
             raise _conflict(operation, self._version(statements, id))
+        if operation.created_at is not None or operation.updated_at is not None:
+            times = (self._time(operation.created_at), self._time(operation.updated_at) or self._now_text)
+            self._execute(statements.times, (*times, id)).fetchall()
         return int(found[0][0])
 
-    def _insert(self, statements: _Statements, operation: Create | Put, row: tuple[Any, ...], created_at: str) -> int:
+    def _insert(self, statements: _Statements, operation: Create | Put, row: tuple[Any, ...]) -> int:
+        # versions are times, greater than those of what was deleted: an id that is used again never repeats one
         version = max(self._now_us, self._deleted_version + 1)
-        self._execute(statements.insert, (operation.id, version, created_at, self._now_text, *row))
+        created_at = self._time(operation.created_at) or self._now_text
+        updated_at = self._time(operation.updated_at) or self._now_text
+        self._execute(statements.insert, (operation.id, version, created_at, updated_at, *row))
         return version
+
+    @staticmethod
+    def _time(given: datetime | None) -> str | None:
+        return None if given is None else _values.time_to_text(given)
 
     def _patch(self, operation: Patch) -> int:
         statements = self._of(operation.collection)

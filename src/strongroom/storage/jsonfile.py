@@ -27,7 +27,17 @@ from ..errors import InvalidInput, Problem, StorageFull, StoreError, Unavailable
 from ..query import Aggregate, Filter, Query, aggregate, evaluate
 from . import _memory, _values
 from ._memory import Draft, Section, State, Stored, copied, key_of
-from .port import MAX_CHANGES_PAGE, Batch, Capabilities, ChangesPage, Committed, Health, Record, SchemaChange
+from .port import (
+    MAX_CHANGES_PAGE,
+    MAX_TENANTS_PAGE,
+    Batch,
+    Capabilities,
+    ChangesPage,
+    Committed,
+    Health,
+    Record,
+    SchemaChange,
+)
 
 FORMAT = 1
 _CURSOR = re.compile(r"[0-9]{1,18}")
@@ -228,7 +238,7 @@ class JsonStore:
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities("json", multi_process=False, persistent=self._path is not None)
+        return Capabilities("json", multi_process=False, persistent=self._path is not None, embedded=True)
 
     async def open(self) -> None:
         if self._closed is None:
@@ -278,6 +288,16 @@ class JsonStore:
     async def find(self, collection: str, tenant: str | None, query: Query) -> list[Document]:
         return [copied(document) for document in evaluate(query, self._section(collection, tenant).documents())]
 
+    async def tenants(self, after: str | None = None, limit: int = MAX_TENANTS_PAGE) -> list[str]:
+        self._check_open()
+        names = {
+            tenant for tenant, _ in self._state.sections if tenant is not None and (after is None or tenant > after)
+        }
+        return sorted(names)[:limit]  # code points are in the order of their UTF-8 bytes
+
+    async def now_us(self) -> int:
+        return time.time_ns() // 1_000  # a file belongs to one process, and so does its clock
+
     async def aggregate(
         self, collection: str, tenant: str | None, aggregates: Sequence[Aggregate], where: Filter | None
     ) -> dict[str, Any]:
@@ -304,6 +324,9 @@ class JsonStore:
             if tenant is None or record.tenant == tenant:
                 found.append(replace(record, before=copied(record.before), after=copied(record.after)))
         return ChangesPage(tuple(found), str(position))
+
+    def on_change(self, callback: Callable[[], None]) -> None:
+        """There is no other process."""
 
     async def check(self) -> Health:
         began = time.perf_counter()

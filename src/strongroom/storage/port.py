@@ -17,7 +17,7 @@ Rules of the house, checked by the conformance suite (`strongroom.testing`):
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -211,6 +211,8 @@ class Capabilities:
     """Several processes may use the store at once. False: a second one is refused with a sentence."""
     persistent: bool
     """What was committed is there after a reopening."""
+    embedded: bool = False
+    """The engine runs in this process: its clock is this machine's, and no server may be gone for a while."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,6 +309,11 @@ class Store(Protocol):
         cursor that was given out. The cursor `"end"` gives an empty page whose cursor is the present end.
         InvalidInput for a text that is not a cursor.
         """
+        ...
+
+    def on_change(self, callback: Callable[[], None]) -> None:
+        """Call `callback`, on the event loop, when another process may have appended to the journal, where the engine
+        tells (PostgreSQL, Firestore). It only wakes: some wakes are lost, so whoever follows the journal polls too."""
         ...
 
     async def check(self) -> Health:

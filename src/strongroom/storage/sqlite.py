@@ -27,11 +27,12 @@ from ..query import Aggregate, And, Filter, Op, Query, Where
 from ._sql import json_value, listed
 from ._sqlite_dialect import translated
 from ._sqlite_guard import Table
-from ._sqlite_schema import JOURNAL_COLUMNS, fit, integrity_problems, make_or_recognise, write_snapshot
+from ._sqlite_schema import JOURNAL_COLUMNS, fit, integrity_problems, make_or_recognise, tenants_of, write_snapshot
 from ._sqlite_session import Readers, Session, Threads
 from ._sqlite_writer import Torn, Writer
 from .port import (
     MAX_CHANGES_PAGE,
+    MAX_TENANTS_PAGE,
     Batch,
     Capabilities,
     ChangesPage,
@@ -91,7 +92,7 @@ class SqliteStore:
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities("sqlite", multi_process=True, persistent=True)
+        return Capabilities("sqlite", multi_process=True, persistent=True, embedded=True)
 
     # --- Opening and closing ---
 
@@ -197,6 +198,15 @@ class SqliteStore:
             return [select.decode(row) for row in rows]
         select, values = table.pages.find(query)
         return await self._decoded(await self._scan(session.scans, select.sql, values, tenant), select.decode)
+
+    async def tenants(self, after: str | None = None, limit: int = MAX_TENANTS_PAGE) -> list[str]:
+        names = [name for name, table in self._opened().tables.items() if table.tenant_scoped]
+        return await self._awaited(
+            self._threads.read(tenants_of, self.path, self._busy_timeout_s, names, after or "", limit)
+        )
+
+    async def now_us(self) -> int:
+        return time.time_ns() // 1_000  # a file belongs to one machine, and so does its clock
 
     async def aggregate(
         self, collection: str, tenant: str | None, aggregates: Sequence[Aggregate], where: Filter | None
@@ -345,6 +355,9 @@ class SqliteStore:
                 return
 
     # --- For operators ---
+
+    def on_change(self, callback: Callable[[], None]) -> None:
+        """Nothing tells one process of another's commits to a file."""
 
     async def check(self) -> Health:
         began = time.perf_counter()

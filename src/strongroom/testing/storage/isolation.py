@@ -34,7 +34,7 @@ class TestIsolation(StorageSuite):
         ]
         await asyncio.gather(*created)
         for name in names:
-            expected = stored("same", NOW, item(name, code="same", used=1))
+            expected = stored("same", item(name, code="same", used=1))
             assert identical(await store.get("items", name, "same"), expected), repr(name)
             assert identical(await store.find("items", name, Query(Where("code", "==", "same"))), [expected]), repr(
                 name
@@ -90,7 +90,7 @@ class TestIsolation(StorageSuite):
         await store.commit(batch("other", Check("items", "x", 0), Put("items", "x", item("theirs"), expected=0)))
         await store.commit(batch("other", Patch("items", "x", {"code": "c"}), now_us=NOW + 9))
         await store.commit(batch("other", Delete("items", "x"), now_us=NOW + 10))
-        assert identical(await store.get("items", "acme", "x"), stored("x", NOW, mine))
+        assert identical(await store.get("items", "acme", "x"), stored("x", mine))
 
     async def test_every_kind_of_read_stays_in_its_tenant(self, store: Store) -> None:
         for n, tenant in enumerate(("acme", "other", "third")):
@@ -129,3 +129,21 @@ class TestIsolation(StorageSuite):
         for tenant in ("None", "null", "global", "shared"):
             assert [d["label"] for d in await store.find("items", tenant, Query())] == [tenant]
         assert await store.aggregate("shared", None, COUNT, None) == {"count": 1, "sum_used": 4}
+
+    async def test_those_who_run_the_store_can_ask_for_its_tenants(self, store: Store) -> None:
+        assert await store.tenants() == []
+        names = sorted(dict.fromkeys(HOSTILE_NAMES), key=str.encode)
+        for name in names:
+            await store.commit(batch(name, Create("items", "x", item())))
+        await store.commit(batch("acme", Create("samples", "x", sample())))
+        await store.commit(batch(None, Create("shared", "x", shared())))
+        expected = sorted({*names, "acme"}, key=str.encode)
+        assert await store.tenants(limit=1_000) == expected
+        pages: list[str] = []
+        while page := await store.tenants(pages[-1] if pages else None, limit=7):
+            assert len(page) <= 7
+            pages += page
+        assert pages == expected
+        assert await store.tenants(after=expected[3], limit=1) == expected[4:5]
+        await store.commit(batch("acme", Delete("samples", "x")))
+        assert set(await store.tenants()) >= set(names)

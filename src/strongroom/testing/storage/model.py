@@ -21,7 +21,7 @@ from .samples import COLLECTIONS, ITEMS, NOW, item, record, shared, stored
 
 Where_ = tuple[str | None, str]  # tenant, collection
 Held = dict[Where_, dict[str, Document]]
-Last = dict[tuple[Where_, str], int]  # the last version that each id had
+Last = dict[tuple[Where_, str], int]  # the greatest version that each id had
 
 TENANTS = ("acme", "other")
 IDS = ("a", "b", "a/b")
@@ -32,8 +32,12 @@ class Refused(Exception):
         self.error = error
 
 
-def apply(held: Held, last: Last, tenant: str, operation: Operation, now_us: int) -> tuple[int, int | None]:
-    """What one operation does to `held`: the least version that it may make (0: none), and what an Add came to."""
+MADE = -1
+"""The version of a document that the present batch has changed: the store will say which that is."""
+
+
+def apply(held: Held, tenant: str, operation: Operation, now_us: int) -> tuple[bool, int | None]:
+    """What one operation does to `held`: whether it makes a version, and what an Add came to."""
     assert not isinstance(operation, Append)
     where = (None if operation.collection == "shared" else tenant, operation.collection)
     documents = held.setdefault(where, {})
@@ -47,10 +51,10 @@ def apply(held: Held, last: Last, tenant: str, operation: Operation, now_us: int
     if not isinstance(operation, Create | Add) and operation.expected not in (None, found):
         raise Refused(Conflict)
     if isinstance(operation, Check):
-        return 0, None
+        return False, None
     if isinstance(operation, Delete):
         del documents[id]
-        return 0, None
+        return False, None
     value = None
     if isinstance(operation, Add):
         assert old
@@ -67,14 +71,12 @@ def apply(held: Held, last: Last, tenant: str, operation: Operation, now_us: int
     code = new["code"]
     if code is not None and any(d["code"] == code for other, d in documents.items() if other != id):
         raise Refused(AlreadyExists)
-    version = max(now_us, last.get((where, id), 0) + 1)
     created = old["created_at"] if old else None
     documents[id] = stored(
-        id, version, {k: v for k, v in new.items() if k in _FIELDS[operation.collection]}, updated_us=now_us
+        id, {k: v for k, v in new.items() if k in _FIELDS[operation.collection]}, version=MADE, updated_us=now_us
     )
     documents[id]["created_at"] = created or documents[id]["updated_at"]
-    last[where, id] = version
-    return version, value
+    return True, value
 
 
 _FIELDS = {collection.name: collection.fields.keys() for collection in COLLECTIONS}
@@ -124,7 +126,6 @@ _CLASSES: dict[str, Callable[..., Operation]] = {
     "check": Check,
 }
 _batches = st.tuples(
-    st.sampled_from(TENANTS),
     st.lists(_operations(), min_size=1, max_size=4),
     st.integers(-3, 3),  # the clock, which may go back
     st.booleans(),  # with a journal record
@@ -140,7 +141,7 @@ class PortMachine(RuleBasedStateMachine):
         self.backend = backend
         self.held: Held = {}
         self.last: Last = {}
-        self.journal: list[str] = []
+        self.journal: dict[str, list[str]] = {tenant: [] for tenant in TENANTS}
 
     @initialize()
     def start(self) -> None:
@@ -162,14 +163,14 @@ class PortMachine(RuleBasedStateMachine):
         taken = {k: expected.get(v, v) if k == "expected" else v for k, v in taken.items()}
         return _CLASSES[kind](**taken)
 
-    @rule(groups=st.lists(_batches, min_size=1, max_size=5))
-    def commit(self, groups: list[tuple[str, list[tuple[str, dict[str, Any]]], int, bool]]) -> None:
-        """Commit some batches at once, and compare each answer with the model's."""
+    @rule(tenant=st.sampled_from(TENANTS), group=st.lists(_batches, min_size=1, max_size=5))
+    def commit(self, tenant: str, group: list[tuple[list[tuple[str, dict[str, Any]]], int, bool]]) -> None:
+        """Commit some batches of one tenant at once, and compare each answer with the model's."""
         given: list[Batch] = []
-        for tenant, makings, tick, with_record in groups:
+        for makings, tick, with_record in group:
             operations = [self._made(tenant, kind, taken) for kind, taken in makings]
             if with_record:
-                operations.append(Append(record(f"{len(self.journal)}-{len(given)}", tenant)))
+                operations.append(Append(record(f"{len(self.journal[tenant])}-{len(given)}", tenant)))
             given.append(Batch(tenant, tuple(operations), NOW + tick))
 
         async def run() -> list[Committed | BaseException]:
@@ -179,39 +180,51 @@ class PortMachine(RuleBasedStateMachine):
             self._follow(one, outcome)
 
     def _follow(self, given: Batch, outcome: Committed | BaseException) -> None:
-        held, last = copy.deepcopy(self.held), dict(self.last)
-        versions: list[int] = []
+        held = copy.deepcopy(self.held)
+        makes: list[bool] = []
         values: dict[int, int] = {}
         expected: type[StrongroomError] | None = None
         for number, operation in enumerate(given.operations):
             if isinstance(operation, Append):
-                versions.append(0)
+                makes.append(False)
                 continue
-            where = (None if operation.collection == "shared" else given.tenant, operation.collection)
-            was_there = operation.id in held.get(where, {})
             try:
-                version, value = apply(held, last, given.tenant or "", operation, given.now_us)
+                made, value = apply(held, given.tenant or "", operation, given.now_us)
             except Refused as refused:
                 expected = refused.error
                 break
-            if version and not was_there and isinstance(outcome, Committed):
-                # A store may give a new document a still greater version, to be past any that was deleted.
-                assert outcome.versions[number] >= version, "a version came twice, or went back"
-                version = held[where][operation.id]["version"] = last[where, operation.id] = outcome.versions[number]
-            versions.append(version)
+            makes.append(made)
             if value is not None:
                 values[number] = value
         if expected is not None:
             assert type(outcome) is expected, f"expected {expected.__name__}, found {outcome!r}"
-            assert outcome.details["operation"] == len(versions)
+            assert outcome.details["operation"] == len(makes)
             return
         assert isinstance(outcome, Committed), f"expected success, found {outcome!r}"
-        assert outcome.versions == tuple(versions)
+        assert [version > 0 for version in outcome.versions] == makes
         assert dict(outcome.values) == values
-        self.held, self.last = held, last
+        self.held = held
+        self._learn(given, outcome)
         appended = [o.record.entity_id for o in given.operations if isinstance(o, Append)]
         assert (outcome.sequence is not None) == bool(appended)
-        self.journal += appended
+        self.journal[given.tenant or ""] += appended
+
+    def _learn(self, given: Batch, outcome: Committed) -> None:
+        """Take the versions that the store made: each greater than any that its id had."""
+        latest: dict[tuple[Where_, str], int] = {}
+        for operation, version in zip(given.operations, outcome.versions, strict=True):
+            if version and not isinstance(operation, Append):
+                place = (
+                    (None if operation.collection == "shared" else given.tenant, operation.collection),
+                    operation.id,
+                )
+                assert version > self.last.get(place, 0), "a version came twice, or went back"
+                assert version >= latest.get(place, 0)
+                latest[place] = version
+        self.last |= latest
+        for (where, id), version in latest.items():
+            if id in self.held[where]:
+                self.held[where][id]["version"] = version
 
     @rule(
         tenant=st.sampled_from(TENANTS), label=st.sampled_from("xyzpq"), order=st.sampled_from(["id", "-used", "code"])
@@ -237,7 +250,11 @@ class PortMachine(RuleBasedStateMachine):
             expected = sorted(self.held.get((tenant, collection), {}).values(), key=lambda d: str(d["id"]).encode())
             assert found == expected, f"{tenant}/{collection}: found {found}, expected {expected}"
         page = self.runner.run(self.store.changes(None))
-        assert [one.entity_id for one in page.records] == self.journal
+        for tenant, names in self.journal.items():
+            assert [one.entity_id for one in page.records if one.tenant == tenant] == names
+            mine = self.runner.run(self.store.changes(None, tenant=tenant))
+            assert [one.entity_id for one in mine.records] == names
+        assert len(page.records) == sum(map(len, self.journal.values()))
 
 
 class TestModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -15,43 +16,52 @@ from ...values import INT64_MAX, INT64_MIN
 from .backend import StorageSuite
 from .samples import NOW, batch, identical, item, shared, stored
 
-# What each operation says when the document is missing, and when it is there with version NOW.
+# What each operation says when the document is missing, and when it is there with version CURRENT.
+CURRENT, OLDER, NEWER = -1, -2, -3
 MISSING: list[tuple[Operation, type[StrongroomError] | None]] = [
     (Create("items", "x", item("new")), None),
     (Put("items", "x", item("new")), None),
     (Put("items", "x", item("new"), expected=0), None),
-    (Put("items", "x", item("new"), expected=NOW), Conflict),
+    (Put("items", "x", item("new"), expected=5), Conflict),
     (Patch("items", "x", {"label": "new"}), NotFound),
-    (Patch("items", "x", {"label": "new"}, expected=NOW), NotFound),
+    (Patch("items", "x", {"label": "new"}, expected=5), NotFound),
     (Delete("items", "x"), NotFound),
-    (Delete("items", "x", expected=NOW), NotFound),
+    (Delete("items", "x", expected=5), NotFound),
     (Add("items", "x", "used", 1), NotFound),
     (Add("items", "x", "used", 1, at_most=5, at_least=0), NotFound),
     (Check("items", "x", 0), None),
-    (Check("items", "x", NOW), Conflict),
+    (Check("items", "x", 5), Conflict),
 ]
 PRESENT: list[tuple[Operation, type[StrongroomError] | None]] = [
     (Create("items", "x", item("new")), AlreadyExists),
     (Put("items", "x", item("new")), None),
-    (Put("items", "x", item("new"), expected=NOW), None),
+    (Put("items", "x", item("new"), expected=CURRENT), None),
     (Put("items", "x", item("new"), expected=0), Conflict),
-    (Put("items", "x", item("new"), expected=NOW - 1), Conflict),
-    (Put("items", "x", item("new"), expected=NOW + 1), Conflict),
+    (Put("items", "x", item("new"), expected=OLDER), Conflict),
+    (Put("items", "x", item("new"), expected=NEWER), Conflict),
     (Patch("items", "x", {"label": "new"}), None),
-    (Patch("items", "x", {"label": "new"}, expected=NOW), None),
-    (Patch("items", "x", {"label": "new"}, expected=NOW - 1), Conflict),
+    (Patch("items", "x", {"label": "new"}, expected=CURRENT), None),
+    (Patch("items", "x", {"label": "new"}, expected=OLDER), Conflict),
     (Patch("items", "x", {"label": "new"}, expected=INT64_MAX), Conflict),
     (Delete("items", "x"), None),
-    (Delete("items", "x", expected=NOW), None),
-    (Delete("items", "x", expected=NOW + 1), Conflict),
+    (Delete("items", "x", expected=CURRENT), None),
+    (Delete("items", "x", expected=NEWER), Conflict),
     (Add("items", "x", "used", 2), None),
     (Add("items", "x", "used", 2, at_most=4), BoundExceeded),
     (Add("items", "x", "used", -2, at_least=2), BoundExceeded),
     (Add("items", "x", "used", 2, at_most=5, at_least=0), None),
-    (Check("items", "x", NOW), None),
+    (Check("items", "x", CURRENT), None),
     (Check("items", "x", 0), Conflict),
-    (Check("items", "x", NOW - 1), Conflict),
+    (Check("items", "x", OLDER), Conflict),
 ]
+
+
+def _expecting(operation: Operation, current: int) -> Operation:
+    """The operation with its expected version told relative to the current one."""
+    expected = getattr(operation, "expected", None)
+    if expected not in (CURRENT, OLDER, NEWER):
+        return operation
+    return replace(operation, expected=current + {CURRENT: 0, OLDER: -1, NEWER: 1}[expected])  # type: ignore[arg-type]
 
 
 def _label(value: object) -> str:
@@ -80,19 +90,20 @@ class TestPreconditions(StorageSuite):
         if isinstance(operation, Check):
             assert committed.versions == (0,)
         else:
-            assert committed.versions == (NOW,)
-            assert identical(await store.get("items", "acme", "x"), stored("x", NOW, item("new")))
+            (version,) = committed.versions
+            assert identical(await store.get("items", "acme", "x"), stored("x", item("new"), version=version))
 
     @pytest.mark.parametrize(("operation", "error"), PRESENT, ids=_label)
     async def test_of_a_present_document(
         self, store: Store, operation: Operation, error: type[StrongroomError] | None
     ) -> None:
         before = item("old", code="c", used=3)
-        await store.commit(batch("acme", Create("items", "x", before)))
+        (version,) = (await store.commit(batch("acme", Create("items", "x", before)))).versions
+        operation = _expecting(operation, version)
         later = NOW + 5
         if error is not None:
             await refused(store, error, operation, now_us=later)
-            assert identical(await store.get("items", "acme", "x"), stored("x", NOW, before))
+            assert identical(await store.get("items", "acme", "x"), stored("x", before, version=version))
             return
         committed = await store.commit(batch("acme", operation, now_us=later))
         changed = {
@@ -102,11 +113,13 @@ class TestPreconditions(StorageSuite):
             Check: before,
         }.get(type(operation))
         is_change = not isinstance(operation, Check)
-        assert committed.versions == (later if is_change and changed else 0,)
+        (made,) = committed.versions
+        assert (made > version) if is_change and changed else made == 0
         assert dict(committed.values) == ({0: 5} if isinstance(operation, Add) else {})
         got = await store.get("items", "acme", "x")
         moment = later if is_change else NOW
-        assert identical(got, stored("x", moment, changed, updated_us=moment) if changed else None), got
+        there = stored("x", changed, version=made or version, updated_us=moment) if changed else None
+        assert identical(got, there), got
 
     async def test_a_value_of_a_unique_index_is_taken(self, store: Store) -> None:
         taken = item(code="c", shelf="s", place=1)
@@ -120,8 +133,8 @@ class TestPreconditions(StorageSuite):
             store, AlreadyExists, Create("items", "p", item(code="d")), Create("items", "q", item(code="d")), at=1
         )
         assert await store.get("items", "acme", "z") is None
-        assert identical(await store.get("items", "acme", "y"), stored("y", NOW, item("y")))
-        assert identical(await store.get("items", "acme", "x"), stored("x", NOW, taken))
+        assert identical(await store.get("items", "acme", "y"), stored("y", item("y")))
+        assert identical(await store.get("items", "acme", "x"), stored("x", taken))
 
     async def test_a_document_may_keep_its_own_unique_value(self, store: Store) -> None:
         await store.commit(batch("acme", Create("items", "x", item(code="c"))))
@@ -164,14 +177,14 @@ class TestVersions(StorageSuite):
             Put("items", "x", item("put")),
         ]
         clock = [NOW, NOW, NOW - 1_000_000, NOW + 10, NOW + 10, 1, NOW + 11]
-        expected = NOW - 1
+        last = 0
         for change, now_us in zip(changes, clock, strict=True):
-            expected = max(now_us, expected + 1)
-            committed = await store.commit(batch("acme", change, now_us=now_us))
-            assert committed.versions == (expected,)
+            (version,) = (await store.commit(batch("acme", change, now_us=now_us))).versions
+            assert version > last
+            last = version
             document = await store.get("items", "acme", "x")
             assert document is not None
-            assert document["version"] == expected
+            assert document["version"] == version
             assert document["updated_at"] == utc_from_us(now_us)
             assert document["created_at"] == utc_from_us(NOW)
 
@@ -192,7 +205,7 @@ class TestVersions(StorageSuite):
                 ).versions
             await store.commit(batch("acme", Delete("items", "x"), now_us=now_us))
         in_one = batch("acme", recreate, Delete("items", "x"), recreate, Delete("items", "x"), recreate, now_us=now_us)
-        seen += [version for version in (await store.commit(in_one)).versions if version]
+        seen.append((await store.commit(in_one)).versions[-1])
         assert seen == sorted(set(seen)), "a version came twice, or went back"
         document = await store.get("items", "acme", "x")
         assert document is not None
@@ -204,6 +217,32 @@ class TestVersions(StorageSuite):
         await refused(store, Conflict, Patch("items", "x", {"label": "lost update"}, expected=old))
         await refused(store, Conflict, Delete("items", "x", expected=old))
         await refused(store, Conflict, Check("items", "x", old))
+
+    async def test_a_migration_keeps_both_times(self, store: Store) -> None:
+        created, updated = datetime(2001, 2, 3, 4, 5, 6, 789, tzinfo=UTC), datetime(2002, 2, 3, tzinfo=UTC)
+        times: dict[str, Any] = {"created_at": created, "updated_at": updated}
+        await store.commit(
+            batch(
+                "acme",
+                Create("items", "created", item(), **times),
+                Put("items", "put", item(), **times),
+                Create("items", "replaced", item()),
+                Create("items", "expected", item(), created_at=created),
+            )
+        )
+        version = (await store.get("items", "acme", "expected") or {})["version"]
+        await store.commit(
+            batch(
+                "acme",
+                Put("items", "replaced", item("put"), **times),
+                Put("items", "expected", item("put"), expected=version, updated_at=updated),
+                Put("items", "new", item("put"), expected=0, **times),
+            )
+        )
+        found = await store.find("items", "acme", Query())
+        assert {d["id"]: (d["created_at"], d["updated_at"]) for d in found} == dict.fromkeys(
+            ("created", "expected", "new", "put", "replaced"), (created, updated)
+        )
 
     async def test_an_import_keeps_its_creation_time(self, store: Store) -> None:
         long_ago = datetime(2001, 2, 3, 4, 5, 6, 789, tzinfo=UTC)
@@ -224,4 +263,6 @@ class TestVersions(StorageSuite):
         await refused(store, NotFound, Delete("shared", "y"), tenant=None)
         committed = await store.commit(batch(None, Add("shared", "x", "used", INT64_MIN), now_us=NOW))
         assert dict(committed.values) == {0: INT64_MIN}
-        assert committed.versions == (NOW + 1,)
+        found = await store.get("shared", None, "x")
+        assert found is not None
+        assert committed.versions == (found["version"],)

@@ -85,7 +85,6 @@ document_lists = st.lists(
 )
 _SYSTEM_POOLS: dict[str, st.SearchStrategy[Any]] = {
     "id": st.sampled_from(["d0", "d1", "d10", "d2", "x"]),
-    "version": st.integers(NOW - 1, NOW + 3),
     "created_at": st.integers(NOW - 1, NOW + 3).map(utc_from_us),
     "updated_at": st.integers(NOW - 1, NOW + 3).map(utc_from_us),
 }
@@ -148,8 +147,10 @@ async def fill(store: Store, tenant: str, documents: list[Document]) -> list[Doc
     for moment, half in ((NOW, slice(0, None, 2)), (NOW + 2, slice(1, None, 2))):
         some = [(f"d{number}", document) for number, document in enumerate(documents)][half]
         if some:
-            await store.commit(batch(tenant, *(Create("samples", id, d) for id, d in some), now_us=moment))
-        held += [stored(id, moment, d, created_us=moment, updated_us=moment) for id, d in some]
+            creates = (Create("samples", id, d) for id, d in some)
+            versions = (await store.commit(batch(tenant, *creates, now_us=moment))).versions
+            times = {"created_us": moment, "updated_us": moment}
+            held += [stored(id, d, version=v, **times) for (id, d), v in zip(some, versions, strict=True)]
     return held
 
 
@@ -203,7 +204,7 @@ class TestQueries(StorageSuite):
         tenant = next(_tenant)
         held = await fill(store, tenant, documents)
         names = [name for name, _ in query.order]
-        start = held[position % len(held)] if held else sample(id="d1", version=NOW)
+        start = held[position % len(held)] if held else sample(id="d1")
         after = tuple("d1x" if name == "id" else start.get(name) for name in names)
         query = replace(query, start_after=after)
         found = await store.find("samples", tenant, query)

@@ -95,6 +95,8 @@ def tenants(prefix: str = "tenant") -> Iterator[str]:
 
 def identical(found: Any, expected: Any) -> bool:
     """Equal and of the same types, all the way down: 1, 1.0, True and Decimal(1) are four values."""
+    if expected is ANY_VERSION:
+        return type(found) is int and found > 0
     if type(found) is not type(expected):
         return False
     if isinstance(expected, dict):
@@ -106,8 +108,20 @@ def identical(found: Any, expected: Any) -> bool:
     return bool(found == expected)
 
 
-def stored(id: str, version: int, document: Document, *, created_us: int = NOW, updated_us: int = NOW) -> Document:
-    """What a store gives back for a document."""
+class AnyVersion:
+    """Stands where a version is expected, whichever: versions are the store's own."""
+
+    def __repr__(self) -> str:
+        return "ANY_VERSION"
+
+
+ANY_VERSION: Any = AnyVersion()
+
+
+def stored(
+    id: str, document: Document, *, version: int = ANY_VERSION, created_us: int = NOW, updated_us: int = NOW
+) -> Document:
+    """What a store gives back for a document; `identical` compares it."""
     times = {"created_at": utc_from_us(created_us), "updated_at": utc_from_us(updated_us)}
     return {"id": id, "version": version, **times, **document}
 

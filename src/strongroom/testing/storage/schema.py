@@ -16,7 +16,7 @@ from ...query import Aggregate, Query, Where
 from ...storage.port import Add, ChangeKind, Create, Patch, Put, SchemaChange, Store
 from .backend import Backend, StorageSuite
 from .preconditions import refused
-from .samples import COLLECTIONS, NOW, batch, identical, item, stored
+from .samples import COLLECTIONS, batch, identical, item, stored
 
 TEXT = FieldSpec("name", FieldType.TEXT)
 
@@ -37,7 +37,7 @@ async def fill(store: Store, **more: Any) -> list[Document]:
     for tenant in ("acme", "other"):
         for name in ("a", "b"):
             await store.commit(batch(tenant, Create("things", name, {"name": name, **more})))
-    return [stored(name, NOW, {"name": name, **more}) for name in ("a", "b")]
+    return [stored(name, {"name": name, **more}) for name in ("a", "b")]
 
 
 class TestSchema(StorageSuite):
@@ -86,7 +86,7 @@ class TestSchema(StorageSuite):
         }
         for tenant in ("acme", "other"):
             got = await store.get("things", tenant, "a")
-            assert identical(got, stored("a", NOW, {"name": "a", **expected})), got
+            assert identical(got, stored("a", {"name": "a", **expected})), got
             for name, value in expected.items():
                 if defaults.get(name, (FieldType.TEXT,))[0].is_scalar and not name.startswith("null"):
                     assert len(await store.find("things", tenant, Query(Where(name, "==", value)))) == 2, name
@@ -138,7 +138,7 @@ class TestSchema(StorageSuite):
             await store.prepare([declare(FieldSpec("more", FieldType.INT, optional=True))])
         assert identical(await store.find("things", "acme", Query()), held)
         await store.prepare([declare()], allow_destructive=True)
-        assert identical(await store.get("things", "other", "b"), stored("b", NOW, {"name": "b"}))
+        assert identical(await store.get("things", "other", "b"), stored("b", {"name": "b"}))
         assert await store.prepare([declare()]) == ()
 
     async def test_changing_a_fields_type_is_destructive(self, store: Store) -> None:
@@ -201,7 +201,7 @@ class TestSchema(StorageSuite):
             await store.commit(batch("acme", Create("things", "a", {"name": "a"}), Create("items", "y", item())))
         assert await store.find("things", "acme", Query()) == []
         assert await store.prepare(COLLECTIONS) == ()
-        assert identical(await store.get("items", "acme", "x"), stored("x", NOW, item("kept")))
+        assert identical(await store.get("items", "acme", "x"), stored("x", item("kept")))
         assert await store.get("items", "acme", "y") is None
 
     async def test_a_changed_schema_outlives_the_process(self, backend: Backend) -> None:
@@ -216,7 +216,7 @@ class TestSchema(StorageSuite):
         try:
             if store.capabilities.persistent:
                 assert await store.prepare([grown]) == ()
-                assert identical(await store.get("things", "acme", "a"), stored("a", NOW, {"name": "a", "rank": 7}))
+                assert identical(await store.get("things", "acme", "a"), stored("a", {"name": "a", "rank": 7}))
             else:
                 assert kinds(await store.prepare([grown])) == {(ChangeKind.CREATE_COLLECTION, "things")}
         finally:
