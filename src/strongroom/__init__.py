@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .app import Strongroom, Tenant
+    from .cached import Cached, CachedList
     from .context import Context, system_context
     from .database import Database, Page
     from .entity import Counter, Entity, Index, Indexed, Registry, Secret
@@ -17,15 +18,17 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "Aggregate", "Anchored", "And", "ApiKey", "Calendar", "Context", "Counter", "Database", "Entity", "Index",
-    "Indexed", "IssuedKey", "Keys", "Limit", "Or", "Page", "Query", "Registry", "Rolling", "Secret", "Strongroom",
-    "StrongroomError", "Tenant", "Total", "Transaction", "Verification", "Where", "__version__", "system_context",
+    "Aggregate", "Anchored", "And", "ApiKey", "Cached", "CachedList", "Calendar", "Context", "Counter", "Database",
+    "Entity", "Index", "Indexed", "IssuedKey", "Keys", "Limit", "Or", "Page", "Query", "Registry", "Rolling",
+    "Secret", "Strongroom", "StrongroomError", "Tenant", "Total", "Transaction", "Verification", "Where",
+    "__version__", "system_context",
 ]  # fmt: skip
 
 # The names are loaded at their first use (PEP 562), because the command line imports this package too and must answer
 # `--help` without waiting for pydantic and cryptography.
 _HOMES = {
     "app": ("Strongroom", "Tenant"),
+    "cached": ("Cached", "CachedList"),
     "context": ("Context", "system_context"),
     "database": ("Database", "Page"),
     "entity": ("Counter", "Entity", "Index", "Indexed", "Registry", "Secret"),

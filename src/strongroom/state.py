@@ -1,7 +1,8 @@
 """Shared state of a platform's services, as seed 002 has it: policies, signals, actions, coordination status.
 
 Each is kept by tenant. Times in nanoseconds are ints, as their producers send them; `created_at`, `updated_at` and
-`version` are the store's, on every entity.
+`version` are the store's, on every entity. Policies, signals and actions may be read from a cache, under the names and
+for the times of the seed.
 """
 
 from __future__ import annotations
@@ -11,13 +12,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from .cached import Cached, CachedList
 from .entity import Entity, Index, Indexed
 
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 MAX_PAYLOAD_BYTES = 262_144
 
 
-class Policy(Entity, collection="policies", indexes=[Index("policy_type", "-created_at")]):
+class Policy(
+    Entity,
+    collection="policies",
+    indexes=[Index("policy_type", "-created_at")],
+    cache=Cached(seconds=300, name="policy"),
+):
     """A rule of governance that services ask for. Its history is the journal's."""
 
     policy_type: Name
@@ -31,6 +38,7 @@ class Signal(
     collection="signals",
     indexes=[Index("status", "created_at"), Index("status", "-priority", "timestamp_ns"), Index("expires_at")],
     ttl="expires_at",
+    cache=Cached(seconds=60, name="signal"),
 ):
     """A control signal on its way from a producer to whoever processes it. It is gone once `expires_at` has come."""
 
@@ -44,10 +52,15 @@ class Signal(
     expires_at: datetime | None = None
 
 
+PENDING_ACTIONS = CachedList("actions", by="source_service", where={"status": "pending"}, order_by=("-created_at",))
+"""A service's pending actions, newest first."""
+
+
 class Action(
     Entity,
     collection="actions",
     indexes=[Index("status", "created_at"), Index("source_service", "status", "-created_at")],
+    cache=Cached(seconds=60, name="action", lists=[PENDING_ACTIONS]),
 ):
     """A task that one service wants another to do."""
 
