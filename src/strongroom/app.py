@@ -12,7 +12,7 @@ from typing import Annotated, Any, Self, TypeVar
 
 from .changes import POLL_S, ChangeFeed
 from .context import Context, system_context
-from .database import Database, IdempotentCall, Page
+from .database import Database, IdempotentCall, Page, StoreState
 from .entity import Entity, Registry, Secret
 from .errors import AlreadyExists, ConfigError, StrongroomError
 from .keys import ApiKey, Keys
@@ -36,7 +36,7 @@ class StoredPepper(Entity, collection="peppers", scope="global"):
     secret: Annotated[bytes, Secret()]
 
 
-SYSTEM_ENTITIES: tuple[type[Entity], ...] = (ApiKey, KeyUsage, IdempotentCall, StoredPepper)
+SYSTEM_ENTITIES: tuple[type[Entity], ...] = (ApiKey, KeyUsage, IdempotentCall, StoredPepper, StoreState)
 
 
 class Strongroom:
@@ -78,6 +78,7 @@ class Strongroom:
             stack.push_async_callback(store.close)
             await store.prepare(registry.collections)
             database = Database(store, registry, policy)
+            await database.load_state()
             hasher = Hasher([*_configured(peppers), *await _stored_peppers(database)])
             ledger = Ledger(database, store)
             stack.push_async_callback(ledger.close)
@@ -85,6 +86,7 @@ class Strongroom:
             room = cls(store, database, ledger, Keys(database, ledger, hasher), feed)
             database.after_commit(lambda _: feed.wake())
             room._configured_peppers = tuple(peppers)
+            feed.on_record(database.seen)
             feed.on_record(room._seen)
             feed.on_record(room.sweeper.seen)
             room.sweeper.start()
@@ -92,6 +94,7 @@ class Strongroom:
             stack.push_async_callback(room._stop_reloading)
             await feed.start()
             stack.push_async_callback(feed.close)
+            await database.load_state()
             await room._reload_peppers()  # one may have been made after they were read and before the feed began
             yield room
 

@@ -17,12 +17,12 @@ from typing import Any, Generic, TypeVar, cast
 
 from .context import Context, next_id, text_problem, utc_from_us
 from .entity import Collection, Document, Entity, Index, Registry, check_id
-from .errors import AlreadyExists, Conflict, Denied, InvalidInput, NotFound, Problem, StrongroomError
+from .errors import AlreadyExists, Conflict, Denied, InvalidInput, NotFound, Problem, StrongroomError, Unavailable
 from .journal import denial_record
 from .query import Aggregate, And, Filter, Or, Query, Where, cursor_of, project, with_cursor
 from .rules import Decision, Policy, Request, default_policy
 from .rules import Operation as RuleOperation
-from .storage.port import Append, Batch, Committed, Create, Operation, Put, Store
+from .storage.port import Append, Batch, Committed, Create, Operation, Put, Record, Store
 from .transaction import Transaction, is_expired, with_fields
 
 MAX_ATTEMPTS = 12
@@ -53,6 +53,19 @@ class IdempotentCall(
     written: list[str] = []
     memo: bytes | None = None
     expires_at: datetime
+
+
+class StoreState(Entity, collection="store_state", scope="global"):
+    """Whether the store takes writes, and if not, why: a migration turns them off at its source when it switches over.
+
+    The one document is called WRITES; without it writes are allowed. Every process learns of a change by the journal.
+    """
+
+    allowed: bool = True
+    reason: str = ""
+
+
+WRITES = "writes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +106,34 @@ class Database:
         self.registry = registry
         self._policy = policy
         self._listeners: list[Callable[[Transaction], None]] = []
+        self._refusal: str | None = None  # why nothing may be written, if so
+        self._state_version = 0
+
+    # --- Whether the store takes writes -----------------------------------------------------------------------
+
+    async def load_state(self) -> None:
+        """Read whether the store takes writes. Once before anything is written, and once when `seen` is being told."""
+        document = await self._store.get(StoreState.__collection__.name, None, WRITES)
+        if document is not None:
+            self._use_state(document["version"], document)
+
+    def seen(self, record: Record) -> None:
+        """A journal record of any process: it may turn writes off, or on again."""
+        if record.collection == StoreState.__collection__.name and record.entity_id == WRITES:
+            self._use_state(record.version or self._state_version + 1, record.after or {})
+
+    def _use_state(self, version: int, state: Document) -> None:
+        if version > self._state_version:  # what was read may be older than what the journal has said meanwhile
+            self._state_version = version
+            self._refusal = None if state.get("allowed", True) else state.get("reason") or "the store takes no writes"
+
+    def _commit(self, batch: Batch) -> Awaitable[Committed]:
+        """As `Store.commit`; Unavailable while the store takes no writes."""
+        if self._refusal is not None:
+            refused: asyncio.Future[Committed] = asyncio.get_running_loop().create_future()
+            refused.set_exception(Unavailable(self._refusal))
+            return refused
+        return self._store.commit(batch)
 
     def after_commit(self, listener: Callable[[Transaction], None]) -> None:
         """Call `listener` with each transaction once it is durably committed, and never before."""
@@ -133,7 +174,7 @@ class Database:
             operations = transaction.operations(once)
             batch = Batch(context.tenant, tuple(operations), context.now_us)
             try:
-                committed = await self._store.commit(batch)
+                committed = await self._commit(batch)
             except (Conflict, AlreadyExists) as error:
                 failed = _operation_of(error, batch)
                 retry = idempotency is not None and failed is batch.operations[0]
@@ -212,7 +253,7 @@ class Database:
         if decision.allowed:
             return
         record = denial_record(context, operation, collection, id or "", decision.reason)
-        await self._store.commit(Batch(context.tenant, (Append(record),), context.now_us))
+        await self._commit(Batch(context.tenant, (Append(record),), context.now_us))
         raise Denied(f"{operation} {collection.name}: {decision.reason}", reason=decision.reason)
 
     def decide(
@@ -230,7 +271,7 @@ class Database:
     def commit_counters(self, operations: Sequence[Operation], now_us: int) -> Awaitable[Committed]:
         """The trip's short form for Strongroom's own counters: global collections that are not journalled, which no
         caller's rules concern, changed under the versions they were decided on. As `Store.commit`."""
-        return self._store.commit(Batch(None, tuple(operations), now_us))
+        return self._commit(Batch(None, tuple(operations), now_us))
 
     # --- One change -------------------------------------------------------------------------------------------
 
@@ -466,4 +507,7 @@ def _stamp(transaction: Transaction, batch: Batch, committed: Committed) -> None
         change.entity.__dict__.update(version=versions[id(change.operation)], created_at=created, updated_at=now)
 
 
-__all__ = ["Database", "Idempotency", "IdempotentCall", "Page", "Replayed", "Transaction", "with_fields"]
+__all__ = [
+    "WRITES", "Database", "Idempotency", "IdempotentCall", "Page", "Replayed", "StoreState", "Transaction",
+    "with_fields",
+]  # fmt: skip
