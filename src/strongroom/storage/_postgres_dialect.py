@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from decimal import Context, Decimal
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
-from ..entity import FieldSpec, FieldType
+from ..entity import SYSTEM_FIELDS, FieldSpec, FieldType
 from ..query import SUM_CONTEXT
 from . import _values
 from ._sql import Convert, Dialect, Total, json_text, json_value
@@ -52,6 +53,15 @@ def _normalised(value: Decimal) -> Decimal:
     return _NORMAL.normalize(value) if value else Decimal(0)
 
 
+_FIRST, _LAST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
+_ENDS = {_FIRST: "-infinity", _LAST: "infinity"}
+"""How the driver writes the first and the last time there is; they sort as they should."""
+
+
+def _time(value: datetime) -> datetime:
+    return value if value.tzinfo is not None else value.replace(tzinfo=UTC)  # the driver reads those two without zone
+
+
 class PostgresDialect(Dialect):
     """Scalars are the engine's own types and need no conversion: text sorts by bytes (COLLATE "C"), decimals are
     numeric. Lists and maps are `json`, which keeps their text as it was written; `jsonb` would give back 1E+16 as an
@@ -60,9 +70,15 @@ class PostgresDialect(Dialect):
     encoders: Mapping[FieldType, Convert] = {FieldType.LIST: json_text, FieldType.MAP: json_text}
     decoders: Mapping[FieldType, Convert] = {
         FieldType.DECIMAL: _normalised,
+        FieldType.TIMESTAMP: _time,
         FieldType.LIST: json_value,
         FieldType.MAP: json_value,
     }
+
+    def order(self, column: str, name: str, descending: bool) -> str:
+        if name in SYSTEM_FIELDS:  # never null; to say more would keep the primary key from serving the order
+            return super().order(column, name, descending)
+        return f"{column} DESC NULLS LAST" if descending else f"{column} ASC NULLS FIRST"
 
     def placeholder(self, number: int) -> str:
         return f"${number}"
@@ -82,7 +98,7 @@ class PostgresDialect(Dialect):
             case FieldType.LIST | FieldType.MAP:
                 return f"{_text(value)}::json"
             case FieldType.TIMESTAMP:
-                return f"'{_values.time_to_text(value)}'::timestamptz"
+                return f"'{_ENDS.get(value) or _values.time_to_text(value)}'::timestamptz"
             case FieldType.FLOAT:
                 return f"'{value!r}'::double precision"
             case FieldType.DECIMAL:

@@ -80,6 +80,10 @@ class Dialect(ABC):
     @abstractmethod
     def total(self, column: str, kind: FieldType | None) -> Total: ...
 
+    def order(self, column: str, name: str, descending: bool) -> str:
+        """`column`, of the field `name`, as a term of ORDER BY that puts null first (descending: last)."""
+        return f"{column} DESC" if descending else column
+
     def encode(self, kind: FieldType | None, value: Any) -> Any:
         convert = self.encoders.get(kind) if kind is not None else None
         return value if convert is None else convert(value)
@@ -242,11 +246,11 @@ class Totals:
 
 
 class _Text:
-    """Numbers the placeholders of one text in the order of its values."""
+    """Numbers the placeholders of one text in the order of its values, after those that are `bound` elsewhere."""
 
-    def __init__(self, dialect: Dialect) -> None:
+    def __init__(self, dialect: Dialect, bound: int) -> None:
         self._dialect = dialect
-        self._count = 0
+        self._count = bound
 
     def bind(self) -> str:
         self._count += 1
@@ -254,14 +258,33 @@ class _Text:
 
 
 class Compiler:
-    """Queries of one collection as SQL, compiled once a shape. `source` is the table or view to read, quoted."""
+    """Queries of one collection as SQL, compiled once a shape.
 
-    def __init__(self, codec: Codec, source: str, page: str = "{}") -> None:
+    `source` is the table or view to read, quoted, or (then `table` says what it stands for) its alias. `scope` is a
+    condition on every row, with `bound` placeholders of its own, the first ones; `page` and `totals` are put around
+    the text of a page and of an aggregate.
+    """
+
+    def __init__(
+        self,
+        codec: Codec,
+        source: str,
+        page: str = "{}",
+        *,
+        totals: str = "{}",
+        table: str | None = None,
+        scope: str | None = None,
+        bound: int = 0,
+    ) -> None:
         self._codec = codec
         self._collection = codec.collection
         self._dialect = codec.dialect
         self._source = source
+        self._from = source if table is None else f"{table} AS {source}"
         self._page = page
+        self._totals_page = totals
+        self._scope = scope
+        self._bound = bound
         self._texts: dict[Shape, Any] = {}
 
     def find(self, query: Query) -> tuple[Select, list[Any]]:
@@ -366,17 +389,17 @@ class Compiler:
         nulls: Sequence[bool] | None,
         fields: Sequence[str] | None,
     ) -> Select:
-        text = _Text(self._dialect)
+        text = _Text(self._dialect, self._bound)
         columns = self._codec.columns if fields is None else tuple(dict.fromkeys(("id", *fields)))
         decode = self._codec.decode if fields is None else self._codec.decoder(columns)
-        conditions = []
+        conditions = [] if self._scope is None else [self._scope]
         if shape is not None:
             conditions.append(self._condition(shape, text))
         if nulls is not None:
             conditions.append(self._after(order, nulls, text))
-        where = f" WHERE {' AND '.join(conditions)}" if conditions else ""
-        by = ", ".join(f"{self._source}.{quoted(name)}{' DESC' if down else ''}" for name, down in order)
-        sql = f"SELECT {listed(columns)} FROM {self._source}{where} ORDER BY {by} LIMIT {text.bind()}"
+        where = _where(conditions)
+        by = ", ".join(self._dialect.order(f"{self._source}.{quoted(name)}", name, down) for name, down in order)
+        sql = f"SELECT {listed(columns)} FROM {self._from}{where} ORDER BY {by} LIMIT {text.bind()}"
         return Select(self._page.format(sql), decode)
 
     def _totals(self, aggregates: Sequence[Aggregate], shape: Shape | None) -> Totals:
@@ -394,8 +417,15 @@ class Compiler:
                 finish = _sum(summed, kind) if item.kind == "sum" else _average(summed, kind)
             answers.append((item.name, slice(len(columns), len(columns) + len(parts)), finish))
             columns += parts
-        where = f" WHERE {self._condition(shape, _Text(self._dialect))}" if shape is not None else ""
-        return Totals(f"SELECT {', '.join(columns)} FROM {self._source}{where}", tuple(answers))
+        conditions = [] if self._scope is None else [self._scope]
+        if shape is not None:
+            conditions.append(self._condition(shape, _Text(self._dialect, self._bound)))
+        sql = f"SELECT {', '.join(columns)} FROM {self._from}{_where(conditions)}"
+        return Totals(self._totals_page.format(sql), tuple(answers))
+
+
+def _where(conditions: Sequence[str]) -> str:
+    return f" WHERE {' AND '.join(conditions)}" if conditions else ""
 
 
 _SIGNS = {Op.EQ: "=", Op.NE: "<>", Op.LT: "<", Op.LE: "<=", Op.GT: ">", Op.GE: ">="}
