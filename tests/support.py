@@ -109,6 +109,15 @@ class FaultyStore:
     async def changes(self, after: str | None, *, tenant: str | None = None, limit: int = 1_000) -> ChangesPage:
         return await self.store.changes(after, tenant=tenant, limit=limit)
 
+    async def tenants(self, after: str | None = None, limit: int = 1_000) -> list[str]:
+        return await self.store.tenants(after, limit)
+
+    async def now_us(self) -> int:
+        return await self.store.now_us()
+
+    def on_change(self, callback: Callable[[], None]) -> None:
+        self.store.on_change(callback)
+
     async def check(self) -> Health:
         return await self.store.check()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Callable
 
 from .errors import StrongroomError
@@ -16,6 +17,8 @@ from .storage.port import ChangesPage, Record, Store
 POLL_S = 0.25
 """How long a change made by another process may stay unseen; one of this process is seen at once."""
 PAGE = 500
+READ_TIMEOUT_S = 5.0
+"""A read of the journal that takes longer is given up: a connection that is half open would hold the feed for ever."""
 _log = logging.getLogger(__name__)
 
 
@@ -28,17 +31,27 @@ class ChangeFeed:
         self._wake = asyncio.Event()
         self._moved = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self.current_at = 0.0
+        """The moment, by `time.monotonic`, up to which every change in the store has been told to the callbacks."""
+
+    @property
+    def behind_s(self) -> float:
+        """For how long changes may have gone unseen: below POLL_S and the time of a read, as long as all is well."""
+        return time.monotonic() - self.current_at
 
     def on_record(self, callback: Callable[[Record], None]) -> None:
         """Call `callback` with every record committed from now on, by any process, within POLL_S."""
         self._callbacks.append(callback)
 
     def wake(self) -> None:
-        """Something was committed here: look at once."""
+        """Something was committed, here or (where the store tells) by another process: look at once."""
         self._wake.set()
 
     async def start(self) -> None:
+        began = time.monotonic()
         page = await self._store.changes("end")
+        self.current_at = began
+        self._store.on_change(self.wake)
         self._task = asyncio.get_running_loop().create_task(self._run(page.cursor))
 
     async def close(self) -> None:
@@ -50,10 +63,12 @@ class ChangeFeed:
     async def _run(self, cursor: str) -> None:
         while True:
             self._wake.clear()  # before reading: what is committed while the journal is read may not be in the page
+            began = time.monotonic()
             try:
-                page = await self._store.changes(cursor, limit=PAGE)
-            except StrongroomError as error:
-                _log.warning("the journal cannot be read, trying again: %s", error)
+                async with asyncio.timeout(READ_TIMEOUT_S):
+                    page = await self._store.changes(cursor, limit=PAGE)
+            except (StrongroomError, TimeoutError) as error:
+                _log.warning("the journal cannot be read, trying again: %s", str(error) or type(error).__name__)
                 await asyncio.sleep(POLL_S)
                 continue
             cursor = page.cursor
@@ -63,6 +78,8 @@ class ChangeFeed:
                         callback(record)
                     except Exception:  # the others, and the records to come, must be told: keys are revoked by them
                         _log.exception("a listener failed on journal record %s", record.id)
+            if len(page.records) < PAGE:  # a full page says nothing of what comes after it
+                self.current_at = began
             if page.records:
                 self._moved.set()
                 self._moved = asyncio.Event()

@@ -7,8 +7,13 @@ meanwhile, nothing is applied; the document is read again and the charge decided
 spend the same remainder, one commits and the other learns of it: a limit cannot be over-admitted, and all limits of a
 key are charged together or not at all.
 
+By which time. Each node has the store's clock (`clock.py`), and along the versions of a usage document time never goes
+back (`Account` says why a limit therefore holds whatever the clocks do).
+
 How it is fast. Charges that arrive while a commit is under way are decided together and share the next one: one row
-is written for a key, however many charges it had. The answer waits for that commit.
+is written for a key, however many charges it had. The answer waits for that commit. Where nodes compete for one key,
+the loser waits a little before it tries again, without holding up other keys, and the winner lets others have a turn;
+what arrives meanwhile is decided with it, so that each turn settles more.
 """
 
 from __future__ import annotations
@@ -17,177 +22,41 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
-from typing import Any
 
-import msgspec
-
+from .accounts import NAME, Account, Allowance, Cost, KeyUsage, Metered, Outcome, Status
+from .clock import Clock, MachineClock
 from .context import utc_from_us
 from .database import Database, IdempotentCall
-from .entity import Document, Entity
 from .errors import AlreadyExists, Conflict, StrongroomError, TooManyRequests, Unavailable
 from .storage.port import MAX_OPERATIONS, Check, Create, Operation, Put, Store
 from .transaction import is_expired
-from .windows import SATURATED, Counter, Limit, counter_for
 
 MAX_WAITING = 50_000
 """Charges that may wait for a commit; the next one is refused (429) instead of filling the memory."""
 MAX_ACCOUNTS = 100_000
 """Usage documents kept in memory."""
 MAX_ATTEMPTS = 200
+FIRST_BACKOFF_S = 0.001
 MAX_BACKOFF_S = 0.02
+COURTESY_COMMITS = 16
+"""After losing a key to another node, for so many of its commits a pause follows in which the other has its turn."""
+MAX_CONTENDED = 10_000
+"""Keys remembered as being used by other nodes as well."""
 MAX_BUNDLE_CHARS = 400_000
 """Keys share a batch until their states are this long together: far from the port's MAX_BATCH_BYTES."""
 MAX_ONCE = 400
 """Charges of one key that may happen only once, in one commit: with the rest they fit into a batch."""
 COMMITS_APART = 50
 """After a conflict, for so many commits each key has a batch of its own."""
-MAX_TOTALS = 100
-"""Resources whose lifetime totals a key keeps; what is used of further ones is added up under OTHER_RESOURCES."""
-OTHER_RESOURCES = "other"
-MAX_IDLE_COUNTERS = 64
-"""Counters kept of limits that a key no longer has, so that one that comes back finds its own."""
 LAZY_FLUSH_S = 1.0
 """Keys without limits decide nothing by their usage: it is written at most this much later, many uses in one write."""
 
-NAME = "key_usage"
-Cost = Mapping[str, int]
 _log = logging.getLogger(__name__)
-
-
-class KeyUsage(Entity, collection=NAME, scope="global", journalled=False):
-    """What one key has used; the id is the key's.
-
-    `state` is JSON: {"totals": {resource: units}, "counters": {limit id: what its counter dumped}}.
-    """
-
-    count: int = 0
-    last_used_at: datetime | None = None
-    state: str = "{}"
 
 
 class KeyChanged(Exception):
     """The key was changed or removed since it was read: read it again and decide again. Never leaves the library."""
-
-
-@dataclass(frozen=True, slots=True)
-class Allowance:
-    """One limit, ready to be counted: its counter's id, its resource, and the most units that may count."""
-
-    limit: Limit
-    id: str
-    resource: str
-    most: int
-
-
-@dataclass(frozen=True, slots=True)
-class Metered:
-    """Whose usage it is: the usage document's id, what must still be true when it commits, and the limits."""
-
-    id: str
-    guard: Check
-    allowances: tuple[Allowance, ...]
-
-
-class Status(msgspec.Struct, frozen=True, gc=False):
-    """One limit after a charge. `frees_at_us` is set where this limit denied: when it would admit (None: never)."""
-
-    allowance: Allowance
-    used: int
-    resets_at_us: int | None
-    exceeded: bool = False
-    frees_at_us: int | None = None
-
-
-class Outcome(msgspec.Struct, frozen=True, gc=False):
-    """The decision on a charge: `statuses` in the order of the limits; `now_us` is when it was decided."""
-
-    allowed: bool
-    statuses: tuple[Status, ...]
-    now_us: int
-    repeated: bool = False
-
-
-class Account:
-    """One usage document in memory, and the version it has in the store (0: it is not there yet)."""
-
-    __slots__ = ("count", "counters", "last_used_us", "totals", "unknown", "version")
-
-    def __init__(self, document: Document | None = None) -> None:
-        self.version: int = 0
-        self.count: int = 0
-        self.last_used_us: int | None = None
-        self.totals: dict[str, int] = {}
-        self.counters: dict[str, Counter] = {}
-        self.unknown: dict[str, Any] = {}  # states of limits nobody asked for yet, or that a key no longer has
-        if document is not None:
-            state = msgspec.json.decode(document["state"])
-            self.version = document["version"]
-            self.count = document["count"]
-            last = document["last_used_at"]
-            self.last_used_us = None if last is None else round(last.timestamp() * 1_000_000)
-            self.totals = state.get("totals", {})
-            self.unknown = state.get("counters", {})
-
-    def counter(self, allowance: Allowance) -> Counter:
-        counter = self.counters.get(allowance.id)
-        if counter is None:
-            counter = counter_for(allowance.limit.window, self.unknown.pop(allowance.id, None))
-            self.counters[allowance.id] = counter
-        return counter
-
-    def decide(self, allowances: Sequence[Allowance], cost: Cost, now_us: int, *, force: bool) -> Outcome:
-        """Charge all limits or none. `force` charges what has happened already, over a limit too."""
-        # Plain loops, no generators: this runs once for every verification.
-        counters = [(allowance, self.counter(allowance)) for allowance in allowances]
-        if not force:
-            for allowance, counter in counters:
-                if counter.used(now_us) + cost.get(allowance.resource, 0) > allowance.most:
-                    return Outcome(False, tuple(_denied(a, c, cost, now_us) for a, c in counters), now_us)
-        for allowance, counter in counters:
-            counter.add(now_us, cost.get(allowance.resource, 0))
-        self.tally(cost, 1, now_us)
-        return Outcome(True, tuple([Status(a, c.used(now_us), c.resets_at_us(now_us)) for a, c in counters]), now_us)
-
-    def tally(self, cost: Cost, count: int, now_us: int) -> None:
-        """What is counted whether or not there are limits: uses, lifetime totals, the time of the last use."""
-        self.count += count
-        totals = self.totals
-        for resource, units in cost.items():
-            before = totals.get(resource)
-            if before is None and len(totals) >= MAX_TOTALS:
-                resource, before = OTHER_RESOURCES, totals.get(OTHER_RESOURCES)
-            totals[resource] = min((before or 0) + units, SATURATED)
-        if self.last_used_us is None or now_us > self.last_used_us:
-            self.last_used_us = now_us
-
-    def statuses(self, allowances: Iterable[Allowance], now_us: int) -> tuple[Status, ...]:
-        """Where each limit stands, charging nothing."""
-        return tuple(Status(a, (c := self.counter(a)).used(now_us), c.resets_at_us(now_us)) for a in allowances)
-
-    def document(self) -> Document:
-        counters = {id: counter.dump() for id, counter in self.counters.items()}
-        if self.unknown:
-            kept = list(self.unknown)[-MAX_IDLE_COUNTERS:]  # those of the latest limits that the key no longer has
-            counters = {**{id: self.unknown[id] for id in kept}, **counters}
-        return {
-            "count": min(self.count, SATURATED),
-            "last_used_at": None if self.last_used_us is None else utc_from_us(self.last_used_us),
-            "state": _encode({"totals": self.totals, "counters": counters}).decode(),
-        }
-
-
-_encode = msgspec.json.Encoder().encode
-
-
-def _denied(allowance: Allowance, counter: Counter, cost: Cost, now_us: int) -> Status:
-    asked = cost.get(allowance.resource, 0)
-    used = counter.used(now_us)
-    exceeded = used + asked > allowance.most
-    frees = counter.frees_at_us(now_us, allowance.most - asked) if exceeded else None
-    return Status(allowance, used, counter.resets_at_us(now_us), exceeded, frees)
 
 
 @dataclass(slots=True)
@@ -226,9 +95,17 @@ class _Tally:
 class Ledger:
     """Charges keys. One for a store and process; it belongs to the event loop it is used on."""
 
-    def __init__(self, database: Database, store: Store) -> None:
+    def __init__(self, database: Database, store: Store, clock: Clock | None = None) -> None:
         self._database = database
         self._store = store
+        self._clock = clock if clock is not None else MachineClock()
+        self._held: dict[str, list[_Charge]] = {}
+        """Keys that wait for their turn, and what is charged to them meanwhile."""
+        self._contended: dict[str, int] = {}
+        """Keys lost to another node, and after how many more commits a pause is to follow."""
+        self._commit_s = 0.0
+        self.retries = 0
+        """Charges decided again because another node was faster."""
         self._accounts: dict[str, Account] = {}
         self._waiting: list[_Charge] = []
         self._tallies: dict[str, _Tally] = {}
@@ -261,7 +138,7 @@ class Ledger:
 
     def tally(self, metered: Metered, cost: Cost) -> None:
         """Count the use of a key that has no limits: nothing is decided by it, so nobody waits for its write."""
-        self._tally(metered, cost, 1, time.time_ns() // 1_000)
+        self._tally(metered, cost, 1, self._clock.now_us())
 
     def _tally(self, metered: Metered, cost: Cost, count: int, used_at_us: int) -> None:
         tally = self._tallies.get(metered.id)
@@ -291,8 +168,12 @@ class Ledger:
         """Write everything that waits. Afterwards nothing can be charged."""
         self._closed = True
         self._flush_tallies()
-        while self._task is not None:
-            await self._task
+        while self._task is not None or self._held:
+            if self._task is None:
+                for id in list(self._held):
+                    self._release(id)
+            if self._task is not None:
+                await self._task
         if self._tallies:
             _log.warning("the last uses of %d keys without limits could not be written", len(self._tallies))
 
@@ -310,6 +191,7 @@ class Ledger:
                 try:
                     await self._settle(charges)
                 except BaseException as error:  # nobody may wait for ever, whatever went wrong
+                    # (those of a held key are not concerned: they were not decided in this round)
                     for charge in charges:
                         self._accounts.pop(charge.metered.id, None)  # it may hold charges that did not happen
                         _fail(charge, Unavailable(f"the charge could not be decided: {type(error).__name__}"))
@@ -321,24 +203,28 @@ class Ledger:
                 self._wake(asyncio.get_running_loop())
 
     async def _settle(self, charges: list[_Charge]) -> None:
-        """Decide the charges of each key, commit one batch a key, answer."""
+        """Decide the charges of each key, commit them, answer."""
         charges, later = _for_one_batch_a_key(charges)
         self._waiting[:0] = later
         groups: dict[str, list[_Charge]] = {}
         for charge in charges:
             groups.setdefault(charge.metered.id, []).append(charge)
+        for id in self._held.keys() & groups.keys():
+            self._held[id] += groups.pop(id)
+        charges = [charge for group in groups.values() for charge in group]
+        now_us = self._clock.now_us()
         try:
-            repeated = await self._repeated(charges)
+            repeated = await self._repeated(charges, now_us)
             await self._load([id for id in groups if id not in self._accounts])
         except StrongroomError as error:
             for charge in charges:
                 self._failed(charge, error)
             return
-        now_us = time.time_ns() // 1_000
+        now_us = self._clock.now_us()
         decided = []
         for id, group in groups.items():
             account = self._accounts[id]
-            operations, answers = _decide(account, group, now_us, repeated)
+            operations, answers = _decide(account, group, account.moment(now_us), repeated)
             if operations:
                 decided.append(_Decided(id, account, operations, answers))
             else:
@@ -354,6 +240,7 @@ class Ledger:
         together = self._apart == 0
         self._apart = max(0, self._apart - 1)
         bundles = _bundles(decided) if together else [[one] for one in decided]
+        began = time.perf_counter()
         commits = [self._database.commit_counters(_operations(bundle), now_us) for bundle in bundles]
         again: list[_Decided] = []
         for bundle, commit in zip(bundles, commits, strict=True):
@@ -371,6 +258,9 @@ class Ledger:
                     one.account.version = committed.versions[position + 1]
                     position += len(one.operations)
                     _answer(one.answers)
+                    if one.id in self._contended:
+                        self._give_way(one.id)
+        self._commit_s = time.perf_counter() - began
         if again:
             self._apart = COMMITS_APART
             await self._commit(again, now_us)
@@ -387,44 +277,82 @@ class Ledger:
             for id in list(self._accounts)[: MAX_ACCOUNTS // 10]:
                 del self._accounts[id]
 
-    async def _repeated(self, charges: list[_Charge]) -> dict[str, str]:
+    async def _repeated(self, charges: list[_Charge], now_us: int) -> dict[str, str]:
         """Which of the charges that may happen only once have happened, within the time that this is remembered, and
         the fingerprint of what each was."""
-        found = {}
-        now = utc_from_us(time.time_ns() // 1_000)
-        for charge in charges:
-            if charge.once is not None:
-                id, operation = charge.once
-                stored = await self._store.get(operation.collection, None, id)
-                if stored is None:
-                    charge.once = id, Create(operation.collection, id, operation.document)
-                elif is_expired(IdempotentCall.__collection__, stored, now):
-                    charge.once = id, Put(operation.collection, id, operation.document, stored["version"])
-                else:
-                    found[id] = stored["fingerprint"]
+        found: dict[str, str] = {}
+        once = [(charge, *charge.once) for charge in charges if charge.once is not None]
+        if not once:
+            return found
+        documents = await asyncio.gather(*(self._store.get(op.collection, None, id) for _, id, op in once))
+        now = utc_from_us(now_us)
+        for (charge, id, operation), stored in zip(once, documents, strict=True):
+            if stored is None:
+                charge.once = id, Create(operation.collection, id, operation.document)
+            elif is_expired(IdempotentCall.__collection__, stored, now):
+                charge.once = id, Put(operation.collection, id, operation.document, stored["version"])
+            else:
+                found[id] = stored["fingerprint"]
         return found
 
     async def _not_committed(self, error: Exception, bundle: list[_Decided]) -> None:
         """Someone else changed the usage: decide again. Someone changed the key: its caller must. Else: it failed."""
-        charges = [charge for one in bundle for charge, _ in one.answers]
         for one in bundle:
             self._accounts.pop(one.id, None)  # it holds charges that did not happen
         if isinstance(error, Conflict) and error.details.get("operation") == 0:
-            for charge in charges:
+            for charge in _charges(bundle):
                 await self._key_changed(charge)
-            return
-        again = isinstance(error, Conflict | AlreadyExists)
-        for charge in charges:
-            charge.attempts += 1
-            if again and charge.attempts < MAX_ATTEMPTS:
-                self._waiting.append(charge)
-            elif again:
-                _fail(charge, Unavailable("this key's usage is being changed by too many nodes at once: try again"))
-            else:
+        elif isinstance(error, Conflict | AlreadyExists):
+            for one in bundle:
+                self._lost(one)
+        else:
+            for charge in _charges(bundle):
                 self._failed(charge, error)
-        if again and charges[0].attempts > 1:
-            # One that lost twice lets the others pass; the first retry is at once, since the winner is done.
-            await asyncio.sleep(random.uniform(0, min(MAX_BACKOFF_S, 0.001 * charges[0].attempts)))  # noqa: S311
+
+    # --- Keys that other nodes use as well --------------------------------------------------------------------
+
+    def _lost(self, one: _Decided) -> None:
+        """Another node was faster: its charges are decided again, at once the first time, since the winner is done."""
+        again = []
+        for charge in _charges([one]):
+            charge.attempts += 1
+            if charge.attempts < MAX_ATTEMPTS:
+                again.append(charge)
+            else:
+                _fail(charge, Unavailable("this key's usage is being changed by too many nodes at once: try again"))
+        self.retries += len(again)
+        if len(self._contended) >= MAX_CONTENDED:
+            self._contended.clear()
+        self._contended[one.id] = COURTESY_COMMITS
+        if not again:
+            return
+        attempts = max(charge.attempts for charge in again)
+        self._waiting[:0] = again  # before what came later
+        if attempts > 1:
+            self._hold(one.id, min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2 ** min(attempts - 2, 10)))
+
+    def _give_way(self, id: str) -> None:
+        """This node has had its turn on a key that others use. They must read before they write, so without a pause
+        whoever won once would go on winning."""
+        left = self._contended[id] - 1
+        if left:
+            self._contended[id] = left
+        else:
+            del self._contended[id]
+        self._hold(id, min(MAX_BACKOFF_S, 2 * self._commit_s))
+
+    def _hold(self, id: str, most_s: float) -> None:
+        """Decide nothing on this key for a while of at most `most_s`."""
+        if id not in self._held:
+            self._held[id] = []
+            delay_s = random.uniform(0, most_s)  # noqa: S311 - jitter, not a secret
+            asyncio.get_running_loop().call_later(delay_s, self._release, id)
+
+    def _release(self, id: str) -> None:
+        charges = self._held.pop(id, None)
+        if charges:
+            self._waiting[:0] = charges
+            self._wake(asyncio.get_running_loop())
 
     async def _key_changed(self, charge: _Charge) -> None:
         if charge.future is not None:
@@ -498,6 +426,7 @@ def _decide(
         answers.append((charge, outcome))
     if not charged:
         return [], answers
+    account.at_us = now_us
     return [metered.guard, Put(NAME, metered.id, account.document(), account.version), *extra], answers
 
 
@@ -536,6 +465,10 @@ def _operations(bundle: list[_Decided]) -> list[Operation]:
     return [operation for one in bundle for operation in one.operations]
 
 
+def _charges(bundle: list[_Decided]) -> list[_Charge]:
+    return [charge for one in bundle for charge, _ in one.answers]
+
+
 def _answer(answers: list[tuple[_Charge, Outcome]]) -> None:
     for charge, outcome in answers:
         if charge.future is not None and not charge.future.done():
@@ -545,3 +478,16 @@ def _answer(answers: list[tuple[_Charge, Outcome]]) -> None:
 def _fail(charge: _Charge, error: Exception) -> None:
     if charge.future is not None and not charge.future.done():
         charge.future.set_exception(error)
+
+
+__all__ = [
+    "Account",
+    "Allowance",
+    "Cost",
+    "KeyChanged",
+    "KeyUsage",
+    "Ledger",
+    "Metered",
+    "Outcome",
+    "Status",
+]
