@@ -36,6 +36,12 @@ def test_without_anything_set_the_embedded_default_is_used() -> None:
         ("DATABASE_URL", "sqlite:///a.db", "sqlite:///a.db"),
         ("DATABASE_PATH", "data/a b.db", "sqlite:///data/a%20b.db"),
         ("DATABASE_PATH", "/var/a.db", "sqlite:////var/a.db"),
+        ("STRONGROOM_STORE", "postgresql://u:p@h/d", "postgresql://u:p@h/d?max_connections=20"),
+        ("DATABASE_URL", "postgres://u:p@h/d?ssl=on", "postgresql://u:p@h/d?ssl=on&max_connections=20"),
+        ("DATABASE_URL", "postgres://u@h/d?max_connections=3", "postgresql://u@h/d?max_connections=3"),
+        ("DB_HOST", "h", "postgresql://postgres@h:5432/strongroom?max_connections=20"),
+        ("DB_PASSWORD", "a/b?", "postgresql://postgres:a%2Fb%3F@localhost:5432/strongroom?max_connections=20"),
+        ("STRONGROOM_STORE", "firestore://p/d", "firestore://p/d?collection=api_keys"),
     ],
 )
 def test_each_name_of_the_store_is_understood(name: str, value: str, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,6 +69,10 @@ def test_the_same_store_under_two_names_is_no_contradiction(monkeypatch: pytest.
         ({"DATABASE_URL": "postgres://a/b", "DB_HOST": "c"}, ["DATABASE_URL", "DB_HOST"]),
         ({"STRONGROOM_STORE": "sqlite:///a.db", "DB_PASSWORD": "c"}, ["STRONGROOM_STORE", "DB_PASSWORD"]),
         ({"STRONGROOM_CACHE": "redis://a", "REDIS_URL": "redis://b"}, ["STRONGROOM_CACHE", "REDIS_URL"]),
+        (
+            {"STRONGROOM_STORE": "firestore://a/d", "GOOGLE_CLOUD_PROJECT_ID": "b"},
+            ["STRONGROOM_STORE", "GOOGLE_CLOUD_PROJECT_ID"],
+        ),
         ({"STRONGROOM_WORKERS": "2", "STRONGROOM_STORE": "json:///a"}, ["STRONGROOM_WORKERS", "STRONGROOM_STORE"]),
     ],
 )
@@ -80,10 +90,10 @@ def test_two_that_contradict_each_other_are_both_named(
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("STRONGROOM_STORE", "postgresql://u:hunter2@h/d"), ("DATABASE_URL", "postgres://u:hunter2@h/d"),
-        ("DB_PASSWORD", "hunter2"), ("DB_HOST", "h"), ("STRONGROOM_STORE", "firestore://p/d"),
+        ("STRONGROOM_STORE", "firestore:///d"), ("STRONGROOM_STORE", "postgresql:u:hunter2@h/d"),
         ("STRONGROOM_STORE", "mysql://u:hunter2@h/d"), ("STRONGROOM_STORE", "a.db"),
-        ("STRONGROOM_ANALYTICS", "bigquery://p/d"), ("STRONGROOM_CACHE", "redis://:hunter2@h"), ("REDIS_URL", "redis://h"),
+        ("STRONGROOM_ANALYTICS", "bigquery://p/d"), ("STRONGROOM_CACHE", "memcached://:hunter2@h"),
+        ("REDIS_URL", "localhost:6379"), ("DB_MAX_CONNECTIONS", "1"),
         ("STRONGROOM_RULES", "rules.txt"), ("PQ_ENCRYPTION_PASSWORD", "hunter2"),
         ("STRONGROOM_ADMIN_KEY", "hunter2"), ("STRONGROOM_ADMIN_KEY", "x" * 31), ("STRONGROOM_ADMIN_KEY", "x" * 513),
         ("STRONGROOM_ADMIN_KEY", "x" * 32 + "\n"), ("STRONGROOM_ADMIN_KEY", " " + "x" * 32),
@@ -107,9 +117,21 @@ def test_what_cannot_be_is_refused_with_its_name_and_without_its_secret(
 def test_everything_that_is_wrong_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STRONGROOM_RULES", "r")
     monkeypatch.setenv("STRONGROOM_ADMIN_KEY", "short")
-    monkeypatch.setenv("REDIS_URL", "redis://h")
+    monkeypatch.setenv("REDIS_URL", "h")
     with pytest.raises(ConfigError, match=r"REDIS_URL.*STRONGROOM_RULES.*STRONGROOM_ADMIN_KEY"):
         config.load()
+
+
+def test_other_settings_become_options_of_the_url(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DB_MAX_CONNECTIONS", "7")
+    monkeypatch.setenv("FIRESTORE_COLLECTION", "our keys")
+    monkeypatch.setenv("GOOGLE_CLOUD_PROJECT_ID", "p")
+    assert config.load(store="postgresql://h/d").store_url == "postgresql://h/d?max_connections=7"
+    assert config.load(store="firestore:///d").store_url == "firestore://p/d?collection=our%20keys"
+    monkeypatch.setenv("REDIS_URL", "redis://:hunter2@h/0")
+    settings = config.load()
+    assert settings.cache_url == "redis://:hunter2@h/0"
+    assert "hunter2" not in repr(settings)
 
 
 def test_an_empty_value_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

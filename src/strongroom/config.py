@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Any, Literal
-from urllib.parse import quote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic.fields import FieldInfo
@@ -25,6 +25,14 @@ from .errors import ConfigError
 from .keytext import is_possible
 
 DEFAULT_STORE = "sqlite:///data/strongroom.db"
+STORES = {
+    "sqlite": "sqlite:///path",
+    "json": "json:///path",
+    "postgresql": "postgresql://user:password@host:port/database",
+    "firestore": "firestore://project/database",
+}
+"""How the URL of each kind of store looks."""
+CACHES = ("redis", "rediss", "unix")
 DEFAULT_ANALYTICS = "duckdb:///data/analytics"
 MIN_ADMIN_KEY_CHARS = 32
 MIN_PEPPER_CHARS = 32
@@ -47,7 +55,10 @@ class Settings(BaseSettings):
 
     # Where the data is.
     store: str | None = _setting(
-        "STRONGROOM_STORE", None, f"The store: sqlite:///path or json:///path (default {DEFAULT_STORE}).", repr=False
+        "STRONGROOM_STORE",
+        None,
+        f"The store: {', '.join(STORES.values())} (default {DEFAULT_STORE}).",
+        repr=False,
     )
     database_url: str | None = _setting("DATABASE_URL", None, "Another name for STRONGROOM_STORE.", repr=False)
     database_path: str | None = _setting("DATABASE_PATH", None, "A SQLite file: as STRONGROOM_STORE=sqlite:///path.")
@@ -56,7 +67,9 @@ class Settings(BaseSettings):
     db_user: str | None = _setting("DB_USER", None, "PostgreSQL, in parts: the user (postgres).")
     db_password: SecretStr | None = _setting("DB_PASSWORD", None, "PostgreSQL, in parts: the password.")
     db_name: str | None = _setting("DB_NAME", None, "PostgreSQL, in parts: the database (strongroom).")
-    db_max_connections: int = _setting("DB_MAX_CONNECTIONS", 20, "PostgreSQL: connections in the pool.", ge=1, le=1_000)
+    db_max_connections: int = _setting(
+        "DB_MAX_CONNECTIONS", 20, "PostgreSQL: connections that one process opens at most.", ge=2, le=1_000
+    )
     analytics: str | None = _setting(
         "STRONGROOM_ANALYTICS", None, f"Where cost analytics are kept (default {DEFAULT_ANALYTICS})."
     )
@@ -131,8 +144,22 @@ class Settings(BaseSettings):
 
     @property
     def store_url(self) -> str:
+        """The store, with what other settings say of it as options of the URL; options that it has already stay."""
         named = self._stores()
-        return named[0][1] if named else DEFAULT_STORE
+        url = named[0][1] if named else DEFAULT_STORE
+        match url.partition(":")[0]:
+            case "postgresql":
+                return _with_option(url, "max_connections", str(self.db_max_connections))
+            case "firestore":
+                project = self.google_cloud_project_id or ""
+                url = re.sub(r"^firestore:///", f"firestore://{quote(project, safe='')}/", url)
+                return _with_option(url, "collection", self.firestore_collection)
+            case _:
+                return url
+
+    @property
+    def cache_url(self) -> str | None:
+        return self.cache if self.cache is not None else self.redis_url
 
     @property
     def pepper_texts(self) -> tuple[str, ...]:
@@ -154,6 +181,12 @@ class Settings(BaseSettings):
             where = f"{self.db_host or 'localhost'}:{self.db_port or 5432}"
             named.append((parts[0].upper(), f"postgresql://{account}@{where}/{quote(self.db_name or 'strongroom')}"))
         return named
+
+
+def _with_option(url: str, name: str, value: str) -> str:
+    if name in dict(parse_qsl(urlsplit(url).query, keep_blank_values=True)):
+        return url
+    return f"{url}{'&' if '?' in url else '?'}{name}={quote(value, safe='')}"
 
 
 # --- Reading and checking -------------------------------------------------------------------------------------
@@ -190,6 +223,10 @@ def _contradictions(settings: Settings) -> list[str]:
             wrong.append(f"{first} and {second} name different stores: keep one of them")
     if settings.cache is not None and settings.redis_url is not None and settings.cache != settings.redis_url:
         wrong.append("STRONGROOM_CACHE and REDIS_URL name different caches: keep one of them")
+    if stores and (project := settings.google_cloud_project_id) and stores[0][1].startswith("firestore://"):
+        named = unquote(stores[0][1].removeprefix("firestore://").partition("/")[0])
+        if named not in ("", project):
+            wrong.append(f"{stores[0][0]} and GOOGLE_CLOUD_PROJECT_ID name different projects: keep one of them")
     if settings.workers > 1 and settings.store_url.startswith("json:"):
         wrong.append(
             f"STRONGROOM_WORKERS={settings.workers} and a json: store (STRONGROOM_STORE): only one process can use it"
@@ -201,17 +238,16 @@ def _not_yet(settings: Settings) -> list[str]:
     """What is asked for and this version does not have: said, and never ignored."""
     wrong = []
     name, url = next(iter(settings._stores()), ("STRONGROOM_STORE", DEFAULT_STORE))
-    scheme = url.partition(":")[0]
-    if scheme in ("postgresql", "firestore"):
-        what = "PostgreSQL" if scheme == "postgresql" else "Firestore"
-        wrong.append(f"{name}: this version cannot use {what} yet; use sqlite:///path or json:///path")
-    elif scheme not in ("sqlite", "json") or "://" not in url:
-        wrong.append(f"{name}: found {_without_password(url)!r}, expected sqlite:///path or json:///path")
+    scheme, separator, rest = url.partition("://")
+    if not separator or scheme not in STORES:
+        wrong.append(f"{name}: found {_without_password(url)!r}, expected {' or '.join(STORES.values())}")
+    elif scheme == "firestore" and rest.startswith("/") and not settings.google_cloud_project_id:
+        wrong.append(f"{name}: names no project: expected {STORES['firestore']}, or GOOGLE_CLOUD_PROJECT_ID beside it")
     if settings.analytics is not None and not settings.analytics.startswith("duckdb:///"):
         wrong.append("STRONGROOM_ANALYTICS: expected duckdb:///folder; this version cannot use another yet")
     for name, value in (("STRONGROOM_CACHE", settings.cache), ("REDIS_URL", settings.redis_url)):
-        if value is not None:
-            wrong.append(f"{name}: this version cannot use Redis yet; leave it out")
+        if value is not None and value.partition("://")[0] not in CACHES:
+            wrong.append(f"{name}: found {_without_password(value)!r}, expected redis://host:port/database")
     if settings.rules is not None:
         wrong.append("STRONGROOM_RULES: this version cannot read a rules file yet; leave it out")
     if settings.pq_encryption_password is not None:
@@ -223,6 +259,8 @@ def _without_password(url: str) -> str:
     try:
         password = urlsplit(url).password
     except ValueError:
+        return url.partition(":")[0] + ":…"
+    if password is None and "@" in url:  # mistyped in a way that hides what the password is
         return url.partition(":")[0] + ":…"
     return url.replace(password, "***") if password else url
 
@@ -246,6 +284,15 @@ def _secrets(settings: Settings) -> list[str]:
     return wrong
 
 
+_ENGINE_OF = {
+    "DB_MAX_CONNECTIONS": "postgresql",
+    "FIRESTORE_COLLECTION": "firestore",
+    "FIRESTORE_EMULATOR_HOST": "firestore",
+    "PUBSUB_EMULATOR_HOST": "pubsub",
+}
+"""Settings that only one engine looks at."""
+
+
 def warnings(settings: Settings, environment: Mapping[str, str] = os.environ) -> list[str]:
     """What is set and has no effect: unknown names that begin like ours, settings of engines that are not used."""
     found = []
@@ -254,8 +301,9 @@ def warnings(settings: Settings, environment: Mapping[str, str] = os.environ) ->
         if name.startswith(PREFIX) and name not in known and name not in NOT_SETTINGS:
             close = difflib.get_close_matches(name, known, 1)
             found.append(f"{name} is not a setting" + (f"; did you mean {close[0]}?" if close else ""))
-    for name in ("DB_MAX_CONNECTIONS", "FIRESTORE_COLLECTION", "FIRESTORE_EMULATOR_HOST", "PUBSUB_EMULATOR_HOST"):
-        if environment.get(name):
+    scheme = settings.store_url.partition(":")[0]
+    for name, engine in _ENGINE_OF.items():
+        if environment.get(name) and scheme != engine:
             found.append(f"{name} has no effect with this store")
     if environment.get("STRONGROOM_ANALYTICS"):
         found.append("STRONGROOM_ANALYTICS has no effect yet: this version keeps no cost analytics")
