@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Annotated, Any, Self, TypeVar
 
 from .changes import POLL_S, ChangeFeed
+from .clock import MachineClock, StoreClock, clock_of
 from .context import Context, system_context
 from .database import Database, IdempotentCall, Page, StoreState
 from .entity import Entity, Registry, Secret
@@ -49,8 +50,17 @@ class Strongroom:
         answer = await room.keys.verify(issued.text)
     """
 
-    def __init__(self, store: Store, database: Database, ledger: Ledger, keys: Keys, feed: ChangeFeed) -> None:
+    def __init__(
+        self,
+        store: Store,
+        database: Database,
+        ledger: Ledger,
+        keys: Keys,
+        feed: ChangeFeed,
+        clock: MachineClock | StoreClock,
+    ) -> None:
         self.store = store
+        self.clock = clock
         self.database = database
         self.ledger = ledger
         self.keys = keys
@@ -80,10 +90,13 @@ class Strongroom:
             database = Database(store, registry, policy)
             await database.load_state()
             hasher = Hasher([*_configured(peppers), *await _stored_peppers(database)])
-            ledger = Ledger(database, store)
+            clock = clock_of(store)
+            await clock.start()
+            stack.push_async_callback(clock.close)
+            ledger = Ledger(database, store, clock)
             stack.push_async_callback(ledger.close)
             feed = ChangeFeed(store)
-            room = cls(store, database, ledger, Keys(database, ledger, hasher), feed)
+            room = cls(store, database, ledger, Keys(database, ledger, hasher, clock, feed), feed, clock)
             database.after_commit(lambda _: feed.wake())
             room._configured_peppers = tuple(peppers)
             feed.on_record(database.seen)

@@ -19,7 +19,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
 
-from .errors import StrongroomError
+from .errors import StrongroomError, Unavailable
 from .storage.port import Store
 
 SAMPLE_EVERY_S = 4.0
@@ -29,7 +29,7 @@ KEPT_SAMPLES = 16
 SAMPLE_TIMEOUT_S = 2.0
 DRIFT_PPM = 200
 """How far two machines' oscillators may run apart: twice what the worst of ordinary ones do."""
-MAX_HOLD_US = 1_000_000
+MAX_HOLD_US = 250_000
 """A correction backwards of up to this much is waited out, the time standing still. A longer one is no correction: the
 store's clock was set back, and to stand still would keep windows closed that the store's clock says are over."""
 STALE_AFTER_S = 60.0
@@ -48,7 +48,7 @@ class Clock(Protocol):
 @dataclass(frozen=True, slots=True)
 class ClockState:
     """What an operator should see of a clock. `offset_us`: the store's clock minus this machine's wall clock now.
-    `uncertainty_us`: how far the time may be off. `age_s`: since when the store could not be asked; 0 if it is local."""
+    `uncertainty_us`: how far the time may be off. `age_s`: how long ago the store was asked last; 0 if it is local."""
 
     offset_us: int
     uncertainty_us: int
@@ -142,10 +142,13 @@ class StoreClock:
         return ClockState(offset_us, self._best.uncertain_at(monotonic_us), age_s, age_s > STALE_AFTER_S)
 
     async def sample(self) -> None:
-        """Ask the store once and use the answer if it is the most certain that there is."""
+        """Ask the store once and use the answer if it is the most certain that there is. Raises Unavailable."""
         before_us = time.monotonic_ns() // 1_000
-        async with asyncio.timeout(SAMPLE_TIMEOUT_S):
-            store_us = await self._store.now_us()
+        try:
+            async with asyncio.timeout(SAMPLE_TIMEOUT_S):
+                store_us = await self._store.now_us()
+        except TimeoutError:
+            raise Unavailable(f"the store's clock did not answer within {SAMPLE_TIMEOUT_S} s") from None
         after_us = time.monotonic_ns() // 1_000
         half_us = (after_us - before_us + 1) // 2
         new = _Sample(store_us - before_us - half_us, half_us, after_us)
@@ -165,7 +168,7 @@ class StoreClock:
             try:
                 await self.sample()
                 failed = False
-            except (StrongroomError, TimeoutError) as error:
+            except StrongroomError as error:
                 if not failed:
                     _log.warning("the store's clock cannot be asked, going on from the last answer: %s", error)
                 failed = True

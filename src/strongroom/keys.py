@@ -14,6 +14,8 @@ from typing import Any
 from cryptography.exceptions import InvalidTag
 
 from .apikey import ALL_TENANTS, NAME, ApiKey, KeyChanges, NewKey, parse
+from .changes import ChangeFeed
+from .clock import Clock, MachineClock
 from .context import Context, new_id, system_context, us_from_utc, utc_from_us
 from .database import Database, Idempotency, Page, Replayed
 from .errors import AlreadyExists, Conflict, InvalidInput, NotFound, Problem, Unavailable
@@ -42,6 +44,10 @@ MAX_CACHED_KEYS = 100_000
 MAX_UNKNOWN = 10_000
 UNKNOWN_FOR_S = 1.0
 """An unknown key is remembered as unknown for this long, so that guessing costs no reads."""
+TRUSTED_FOR_S = 0.75
+"""A key in memory is believed for this long after it was last known to be as the store has it: the feed of changes
+renews that many times a second. Where nothing else asks the store, a key is read again before it is believed further,
+so that a revocation reaches every node within a second although a node's feed may be broken."""
 _ANY_TENANT = "\x00keys"  # no tenant is called so
 MAX_OVERLAP_S = 30 * 86_400
 MAX_KEY_ATTEMPTS = 20
@@ -79,10 +85,19 @@ class _Found:
 class Keys:
     """The keys of one store."""
 
-    def __init__(self, database: Database, ledger: Ledger, hasher: Hasher) -> None:
+    def __init__(
+        self,
+        database: Database,
+        ledger: Ledger,
+        hasher: Hasher,
+        clock: Clock | None = None,
+        feed: ChangeFeed | None = None,
+    ) -> None:
         self._database = database
         self._ledger = ledger
         self.hasher = hasher
+        self._clock = clock if clock is not None else MachineClock()
+        self._feed = feed
         self._known: dict[bytes, _Found] = {}
         self._by_id: dict[str, KnownKey] = {}
         self._unknown: dict[bytes, float] = {}
@@ -247,12 +262,13 @@ class Keys:
 
         async def body(tx: Transaction) -> ApiKey:
             now = await tx.get(ApiKey, id)
+            now_utc = utc_from_us(self._clock.now_us())
             fields = {
                 "hash": self.hasher.hash(text),
                 "sealed": self.hasher.seal(hashlib.sha256(text.encode()).digest()),
                 "display": masked(text),
                 "previous_hash": now.hash if overlap_s else None,
-                "previous_until": tx.context.now + timedelta(seconds=overlap_s) if overlap_s else None,
+                "previous_until": now_utc + timedelta(seconds=overlap_s) if overlap_s else None,
             }
             return await tx.update(ApiKey, id, fields, expected=expected)
 
@@ -303,7 +319,7 @@ class Keys:
         if ip is not None:
             check_address(ip)
         for _ in range(MAX_KEY_ATTEMPTS):
-            now_us = time.time_ns() // 1_000
+            now_us = self._clock.now_us()
             key = await self._find(text, now_us)
             if key is None or (tenant is not None and key.tenant != tenant):
                 return NOT_FOUND
@@ -311,6 +327,8 @@ class Keys:
             if refusal is not None:
                 return refused(key, *refusal)
             if not key.metered.allowances and idempotency_key is None:
+                if not await self._is_current(key):
+                    continue
                 self._ledger.tally(key.metered, units)
                 return admitted(key, ())
             once = None
@@ -361,9 +379,14 @@ class Keys:
 
     async def authenticate(self, text: str) -> KnownKey | None:
         """The key that a bearer token is, if it may be used now; nothing is debited. For authenticating a caller."""
-        now_us = time.time_ns() // 1_000
-        key = await self._find(text, now_us)
-        return key if key is not None and key.refusal(now_us, None, None) is None else None
+        for _ in range(MAX_KEY_ATTEMPTS):
+            now_us = self._clock.now_us()
+            key = await self._find(text, now_us)
+            if key is None or key.refusal(now_us, None, None) is not None:
+                return None
+            if await self._is_current(key):
+                return key
+        raise Unavailable("the key is being changed too quickly to authenticate with it: try again")
 
     def works_until_us(self, text: str) -> int | None:
         """When a text that was just authenticated stops working because it was rotated away; None if it was not."""
@@ -372,14 +395,14 @@ class Keys:
 
     async def identify(self, text: str) -> KnownKey | None:
         """The key that a text is, whether or not it may be used; nothing is debited. None if there is none."""
-        return await self._find(text, time.time_ns() // 1_000)
+        return await self._find(text, self._clock.now_us())
 
     async def stats(self, id: str, *, context: Context | None = None) -> KeyStats:
         """A key's statistics, as of now."""
         key = await self.get(id, context=context)
-        now_us = time.time_ns() // 1_000
+        now_us = self._clock.now_us()
         account = await self._ledger.account(id)
-        statuses = account.statuses(metered(key).allowances, now_us)
+        statuses = account.statuses(metered(key).allowances, account.moment(now_us))
         return KeyStats(
             key=key,
             expired=key.is_expired(utc_from_us(now_us)),
@@ -394,7 +417,7 @@ class Keys:
 
     async def _known_for(self, text: str | None, id: str | None) -> KnownKey | None:
         if text is not None:
-            return await self._find(text, time.time_ns() // 1_000)
+            return await self._find(text, self._clock.now_us())
         known = self._by_id.get(id or "")
         if known is None or known.stale:
             key = await self._database.get_or_none(system_context(), ApiKey, id or "")
@@ -439,6 +462,21 @@ class Keys:
         self._known.pop(name, None)
         self._known[name] = found
         return found.key if found.until_us is None or now_us < found.until_us else None
+
+    async def _is_current(self, key: KnownKey) -> bool:
+        """Whether a key is as the store has it, to within TRUSTED_FOR_S; if not, it is forgotten. Raises Unavailable if
+        that can not be told."""
+        now = time.monotonic()
+        fresh = self._feed.current_at if self._feed is not None else now
+        if now - max(fresh, key.checked_at) <= TRUSTED_FOR_S:
+            return True
+        stored = await self._database.get_or_none(system_context(), ApiKey, key.id)
+        if key.stale or stored is None or stored.version != key.metered.guard.expected:
+            self._forget(key.id)
+            self._unknown.clear()
+            return False
+        key.checked_at = now
+        return True
 
     async def _read(self, text: str, changed: set[str]) -> _Found | None:
         candidates = self.hasher.candidates(text)

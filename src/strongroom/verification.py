@@ -68,6 +68,7 @@ class KnownKey:
     """A key as verification needs it, kept in memory until it is changed (`stale`)."""
 
     __slots__ = (
+        "checked_at",
         "enabled",
         "expires_us",
         "held",
@@ -95,6 +96,7 @@ class KnownKey:
         self.metered = metered(key)
         self.windows = [limit.window.model_dump() for limit in key.limits]
         self.stale = False
+        self.checked_at = 0.0  # by time.monotonic: when it was last compared with the store, beside the feed of changes
 
     def permits(self, permission: str) -> bool:
         """Whether the key has a permission: by name, or by one that ends in `*`."""
