@@ -182,6 +182,8 @@ class ChangeKind(StrEnum):
     CHANGE_FIELD = "change field"
     DROP_FIELD = "drop field"
     DROP_COLLECTION = "drop collection"
+    CHANGE_POLICIES = "change policies"
+    """What keeps tenants apart in the engine itself was changed there by hand, and is set up again."""
 
 
 @dataclass(frozen=True, slots=True)
