@@ -57,33 +57,21 @@ def physical_indexes(collection: Collection) -> dict[str, Index]:
     }
 
 
-def order_term(column: str, name: str, descending: bool) -> str:
-    """`column` (SQL) of the field `name` as a term of ORDER BY or of an index: null comes first, as `query` has it.
-
-    What is never null says nothing about nulls, or the primary key would not serve the order.
-    """
-    if name in OWN_COLUMNS:
-        return f"{column} DESC" if descending else column
-    return f"{column} DESC NULLS LAST" if descending else f"{column} ASC NULLS FIRST"
-
-
 # --- Tables ---------------------------------------------------------------------------------------------------
 
 
-def described(schema: str, collection: Collection, metadata: sa.MetaData) -> sa.Table:
-    """The collection's table with its indexes, as SQLAlchemy Core and Alembic have it. `metadata` is the schema's."""
+def described(collection: Collection, metadata: sa.MetaData) -> sa.Table:
+    """The collection's table with its indexes, as SQLAlchemy Core and Alembic have it. `metadata` names the schema."""
     table = describe(collection, DIALECT, metadata)
     table.primary_key.name = primary_key_name(collection)
     for name, index in physical_indexes(collection).items():
         _described_index(table, collection, name, index)
-    if metadata.schema != schema:
-        raise ValueError(f"found metadata of {metadata.schema!r}, expected {schema!r}")
     return table
 
 
 def _described_index(table: sa.Table, collection: Collection, name: str, index: Index) -> sa.Index:
     columns: list[sa.ColumnElement[Any]] = []
-    for field, descending in index_columns(collection, index):
+    for field, descending in index_columns(collection, index):  # in the order that `PostgresDialect.order` gives
         column: sa.ColumnElement[Any] = table.c[field]
         if field in OWN_COLUMNS:
             columns.append(column.desc() if descending else column)
@@ -98,7 +86,7 @@ def _ddl(element: CreateTable | CreateColumn | CreateIndex) -> str:
 
 def create_collection(schema: str, collection: Collection) -> str:
     """The script that makes the collection's table, its row-level security and its indexes."""
-    table = described(schema, collection, sa.MetaData(schema=schema))
+    table = described(collection, sa.MetaData(schema=schema))
     statements = [_ddl(CreateTable(table))]
     if collection.tenant_scoped:
         statements += secure(schema, collection.name)
@@ -117,7 +105,7 @@ def comment_on_index(schema: str, name: str, collection: Collection, index: Inde
 
 def create_index(schema: str, collection: Collection, name: str, *, concurrently: bool) -> str:
     """The statement that builds one of `physical_indexes`."""
-    table = described(schema, collection, sa.MetaData(schema=schema))
+    table = described(collection, sa.MetaData(schema=schema))
     index = next(item for item in table.indexes if item.name == name)
     text = _ddl(CreateIndex(index))
     return text.replace("INDEX ", "INDEX CONCURRENTLY ", 1) if concurrently else text
@@ -166,6 +154,20 @@ def policy_name(command: str) -> str:
 
 
 POLICY_NAMES = frozenset(map(policy_name, _POLICIES))
+
+
+_POLICY_EXPRESSION = "(tenant_id=(SELECTNULLIF(current_setting('app.current_tenant'::text,true),''::text)AS\"nullif\"))"
+
+
+def is_policy(name: str, command: str, using: str | None, check: str | None) -> bool:
+    """Whether a policy is one of those above, as the catalogue gives it back: its polcmd, its conditions as text."""
+    letters = {policy_name("select"): "r", policy_name("insert"): "a", policy_name("update"): "w"}
+    wanted = letters.get(name, "d")
+    conditions = {"r": (True, False), "a": (False, True), "w": (True, True), "d": (True, False)}[wanted]
+    return command == wanted and all(
+        (text is not None and "".join(text.split()) == _POLICY_EXPRESSION) if needed else text is None
+        for text, needed in zip((using, check), conditions, strict=True)
+    )
 
 
 # --- Declarations as data -------------------------------------------------------------------------------------
