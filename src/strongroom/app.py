@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import hmac
 import logging
 import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Annotated, Any, Self, TypeVar
+from urllib.parse import urlsplit
 
+from .cache import Cache
 from .changes import POLL_S, ChangeFeed
 from .clock import MachineClock, StoreClock, clock_of
 from .context import Context, system_context
@@ -78,9 +81,14 @@ class Strongroom:
         peppers: Sequence[str] = (),
     ) -> AsyncIterator[Self]:
         """Open a store, make its schema fit the declarations (additions only), and close everything at the end.
+        journal_kept_s: float | None = None,
+        cache: str | None = None,
 
         `peppers`: secrets of 32 characters or more that key hashes are made with, the current one first; without
-        them one is made and kept in the store. Raises ConfigError, SchemaError, StoreError, Unavailable.
+        them one is made and kept in the store. `journal_kept_s`: how long the journal is kept, where the store can drop
+        its old parts (PostgreSQL); without it, for ever. `cache`: where what entities declare as cached is kept,
+        `redis://…`, or `memory://` for this process alone; without it every read goes to the store. Raises
+        ConfigError, SchemaError, StoreError, Unavailable.
         """
         registry = Registry((*SYSTEM_ENTITIES, *entities))
         async with AsyncExitStack() as stack:
@@ -103,17 +111,24 @@ class Strongroom:
             feed.on_record(room._seen)
             feed.on_record(room.sweeper.seen)
             room.sweeper.start()
+            if cache is not None:
+                room.cache = Cache(store, feed, registry.collections, cache, await _namespace(url, database))
+                database.use(room.cache)
             stack.push_async_callback(room.sweeper.close)
             stack.push_async_callback(room._stop_reloading)
             await feed.start()
             stack.push_async_callback(feed.close)
             await database.load_state()
+            if room.cache is not None:
+                room.cache.start()
+                stack.push_async_callback(room.cache.close)
             await room._reload_peppers()  # one may have been made after they were read and before the feed began
             yield room
 
     _configured_peppers: tuple[str, ...] = ()
     _reload: asyncio.Task[None] | None = None
     _reload_again = False
+    cache: Cache | None = None
 
     def tenant(self, tenant: str, *, actor: str = "system", claims: Mapping[str, Any] | None = None) -> Tenant:
         """A handle on one tenant's data. Without claims it acts for the application itself."""
@@ -226,3 +241,12 @@ async def _stored_peppers(database: Database) -> list[Pepper]:
             await database.create(context, StoredPepper(id="000001", secret=secrets.token_bytes(32)))
         found = (await database.find(context, StoredPepper, query)).items
     return [Pepper(pepper.id, pepper.secret) for pepper in found]
+
+
+async def _namespace(url: str, database: Database) -> str:
+    """What sets this store's entries apart from any other store's on one Redis: made of its URL without user and
+    password (a copy of the store is another one) and of a secret that was made with it (so is a new one there)."""
+    oldest = (await _stored_peppers(database))[-1]
+    parts = urlsplit(url)
+    place = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    return hmac.digest(oldest.secret, f"cache {place}".encode(), "sha256").hex()[:16]

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, Generic, TypeVar, cast
 
+from .cache import Cache
 from .context import Context, next_id, text_problem, utc_from_us
 from .entity import Collection, Document, Entity, Index, Registry, check_id
 from .errors import AlreadyExists, Conflict, Denied, InvalidInput, NotFound, Problem, StrongroomError, Unavailable
@@ -106,8 +107,13 @@ class Database:
         self.registry = registry
         self._policy = policy
         self._listeners: list[Callable[[Transaction], None]] = []
+        self._cache: Cache | None = None
         self._refusal: str | None = None  # why nothing may be written, if so
         self._state_version = 0
+
+    def use(self, cache: Cache) -> None:
+        """Read through this cache from now on, for the entities that declare it."""
+        self._cache = cache
 
     # --- Whether the store takes writes -----------------------------------------------------------------------
 
@@ -184,6 +190,7 @@ class Database:
                 context = context.at_now()
                 continue
             _stamp(transaction, batch, committed)
+            self._forget_cached(transaction)
             for listener in self._listeners:
                 listener(transaction)
             return result
@@ -285,7 +292,7 @@ class Database:
         try:
             return await self.transaction(context, lambda tx: tx.create(entity), idempotency=once)
         except Replayed as replayed:
-            return await self.get(context, cls, replayed.written[0])
+            return await self.get(context, cls, replayed.written[0], fresh=True)
 
     async def replace(
         self, context: Context, entity: E, *, expected: int | None = None, idempotency_key: str | None = None
@@ -295,7 +302,7 @@ class Database:
         try:
             return await self.transaction(context, lambda tx: tx.replace(entity, expected=expected), idempotency=once)
         except Replayed as replayed:
-            return await self.get(context, type(entity), replayed.written[0])
+            return await self.get(context, type(entity), replayed.written[0], fresh=True)
 
     async def update(
         self,
@@ -314,7 +321,7 @@ class Database:
                 context, lambda tx: tx.update(cls, id, fields, expected=expected), idempotency=once
             )
         except Replayed as replayed:
-            return await self.get(context, cls, replayed.written[0])
+            return await self.get(context, cls, replayed.written[0], fresh=True)
 
     async def delete(
         self,
@@ -362,19 +369,20 @@ class Database:
         check_id(id)
         return await self._store.get(collection.name, _scope(context, collection), id)
 
-    async def get(self, context: Context, cls: type[E], id: str) -> E:
-        """A document. Raises NotFound, Denied."""
-        found = await self.get_or_none(context, cls, id)
+    async def get(self, context: Context, cls: type[E], id: str, *, fresh: bool = False) -> E:
+        """A document. `fresh`: from the store, not from a cache. Raises NotFound, Denied."""
+        found = await self.get_or_none(context, cls, id, fresh=fresh)
         if found is None:
             raise NotFound(f"{cls.__collection__.name}/{id}: there is no such document")
         return found
 
-    async def get_or_none(self, context: Context, cls: type[E], id: str) -> E | None:
-        """A document, or None. Raises Denied."""
+    async def get_or_none(self, context: Context, cls: type[E], id: str, *, fresh: bool = False) -> E | None:
+        """A document, or None. `fresh`: from the store, not from a cache. Raises Denied."""
         collection = cls.__collection__
         if id:
             check_id(id)
-        document = await self._store.get(collection.name, _scope(context, collection), id) if id else None
+        reader = self._reader(collection, fresh)
+        document = await reader.get(collection.name, _scope(context, collection), id) if id else None
         if collection.ttl is not None and is_expired(collection, document, context.now):
             document = None
         decision = self._policy(Request(context, "get", collection, id, document))
@@ -382,17 +390,27 @@ class Database:
             await self.authorize(context, "get", collection, id, document)
         return cast(E, cls.__codec__.decode(document)) if document is not None else None
 
-    async def find(self, context: Context, cls: type[E], query: Query = Query(), cursor: str | None = None) -> Page[E]:
-        """One page of the documents that match. `query.fields` is for `select`. Raises InvalidInput, Denied."""
+    async def find(
+        self,
+        context: Context,
+        cls: type[E],
+        query: Query = Query(),
+        cursor: str | None = None,
+        *,
+        fresh: bool = False,
+    ) -> Page[E]:
+        """One page of the documents that match. `query.fields` is for `select`. `fresh`: from the store, not from a
+        cache. Raises InvalidInput, Denied."""
         if query.fields is not None:
             raise InvalidInput([Problem("fields", "a projection gives dicts: use select")])
-        page = await self.select(context, cls, query, cursor)
+        page = await self.select(context, cls, query, cursor, fresh=fresh)
         return Page([cast(E, cls.__codec__.decode(document)) for document in page.items], page.next_cursor)
 
     async def select(
-        self, context: Context, cls: type[Entity], query: Query, cursor: str | None = None
+        self, context: Context, cls: type[Entity], query: Query, cursor: str | None = None, *, fresh: bool = False
     ) -> Page[Document]:
-        """One page of documents as dicts, with only `query.fields` (and the id) where that is given."""
+        """One page of documents as dicts, with only `query.fields` (and the id) where that is given. `fresh`: as
+        `find`."""
         collection = cls.__collection__
         await self.authorize(context, "list", collection)
         tenant = _scope(context, collection)
@@ -402,13 +420,26 @@ class Database:
             query = with_cursor(query, collection, scope, cursor)
         visible = _unexpired(collection, query.where, context.now)
         wider = replace(query, where=visible, limit=query.limit + 1, fields=_with_order(query))
-        documents = await self._store.find(collection.name, tenant, wider)
+        documents = await self._reader(collection, fresh).find(collection.name, tenant, wider)
         page = documents[: query.limit]
         more = len(documents) > query.limit
         next_cursor = cursor_of(query, scope, page[-1]) if more else None
         return Page([project(query.fields, document) for document in page], next_cursor)
 
     async def aggregate(
+    def _reader(self, collection: Collection, fresh: bool) -> Store | Cache:
+        return self._store if self._cache is None or collection.cached is None or fresh else self._cache
+
+    def _forget_cached(self, transaction: Transaction) -> None:
+        """Before the next read here: the journal tells the other processes, and this one again."""
+        if self._cache is None:
+            return
+        for change in transaction.changes:
+            tenant = _scope(transaction.context, change.collection)
+            version = change.entity.version if change.entity is not None else 0
+            id = change.operation.id
+            self._cache.changed(change.collection.name, tenant, id, version, change.before, change.after)
+
         self, context: Context, cls: type[Entity], *aggregates: Aggregate, where: Filter | None = None
     ) -> dict[str, Any]:
         """count, sum and average over the documents that match, by Aggregate.name. Raises InvalidInput, Denied."""

@@ -19,9 +19,11 @@ def change_record(
     before: Document | None,
     after: Document | None,
 ) -> Record:
-    """The record of one change. Create and delete carry the whole document, an update what it changed."""
+    """The record of one change. Create and delete carry the whole document, an update what it changed, and the fields
+    by which cached lists are found: a node that hears of it must know which lists to forget."""
     if before is not None and after is not None:
-        changed = [name for name in after if name not in before or before[name] != after[name]]
+        lists = {listed.by for listed in collection.cached.lists} if collection.cached is not None else ()
+        changed = [name for name in after if name in lists or name not in before or before[name] != after[name]]
         before = {name: before.get(name) for name in changed}
         after = {name: after[name] for name in changed}
     return Record(

@@ -74,7 +74,7 @@ class Transaction:
 
     async def find(self, cls: type[E], query: Query = Query(), cursor: str | None = None) -> Page[E]:
         """As `Database.find`; every document it returns is guarded until the commit."""
-        page = await self._database.find(self.context, cls, query, cursor)
+        page = await self._database.find(self.context, cls, query, cursor, fresh=True)  # never a cache
         for entity in page.items:
             key = (cls.__collection__.name, entity.id)
             self._read.setdefault(key, {**cls.__codec__.encode(entity), **_system_fields(entity)})
