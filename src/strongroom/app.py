@@ -79,16 +79,14 @@ class Strongroom:
         entities: Sequence[type[Entity]] = (),
         policy: Policy = default_policy,
         peppers: Sequence[str] = (),
+        cache: str | None = None,
     ) -> AsyncIterator[Self]:
         """Open a store, make its schema fit the declarations (additions only), and close everything at the end.
-        journal_kept_s: float | None = None,
-        cache: str | None = None,
 
         `peppers`: secrets of 32 characters or more that key hashes are made with, the current one first; without
-        them one is made and kept in the store. `journal_kept_s`: how long the journal is kept, where the store can drop
-        its old parts (PostgreSQL); without it, for ever. `cache`: where what entities declare as cached is kept,
-        `redis://…`, or `memory://` for this process alone; without it every read goes to the store. Raises
-        ConfigError, SchemaError, StoreError, Unavailable.
+        them one is made and kept in the store. `cache`: where what entities declare as cached is kept, `redis://…`, or
+        `memory://` for this process alone; without it every read goes to the store. Raises ConfigError, SchemaError,
+        StoreError, Unavailable.
         """
         registry = Registry((*SYSTEM_ENTITIES, *entities))
         async with AsyncExitStack() as stack:
@@ -107,28 +105,28 @@ class Strongroom:
             room = cls(store, database, ledger, Keys(database, ledger, hasher, clock, feed), feed, clock)
             database.after_commit(lambda _: feed.wake())
             room._configured_peppers = tuple(peppers)
+            if cache is not None:
+                room.cache = Cache(store, feed, registry.collections, cache, await _namespace(url, database))
+                database.use(room.cache)
             feed.on_record(database.seen)
             feed.on_record(room._seen)
             feed.on_record(room.sweeper.seen)
             room.sweeper.start()
-            if cache is not None:
-                room.cache = Cache(store, feed, registry.collections, cache, await _namespace(url, database))
-                database.use(room.cache)
             stack.push_async_callback(room.sweeper.close)
             stack.push_async_callback(room._stop_reloading)
             await feed.start()
             stack.push_async_callback(feed.close)
-            await database.load_state()
             if room.cache is not None:
                 room.cache.start()
                 stack.push_async_callback(room.cache.close)
+            await database.load_state()
             await room._reload_peppers()  # one may have been made after they were read and before the feed began
             yield room
 
+    cache: Cache | None = None
     _configured_peppers: tuple[str, ...] = ()
     _reload: asyncio.Task[None] | None = None
     _reload_again = False
-    cache: Cache | None = None
 
     def tenant(self, tenant: str, *, actor: str = "system", claims: Mapping[str, Any] | None = None) -> Tenant:
         """A handle on one tenant's data. Without claims it acts for the application itself."""

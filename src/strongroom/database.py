@@ -426,7 +426,6 @@ class Database:
         next_cursor = cursor_of(query, scope, page[-1]) if more else None
         return Page([project(query.fields, document) for document in page], next_cursor)
 
-    async def aggregate(
     def _reader(self, collection: Collection, fresh: bool) -> Store | Cache:
         return self._store if self._cache is None or collection.cached is None or fresh else self._cache
 
@@ -440,6 +439,7 @@ class Database:
             id = change.operation.id
             self._cache.changed(change.collection.name, tenant, id, version, change.before, change.after)
 
+    async def aggregate(
         self, context: Context, cls: type[Entity], *aggregates: Aggregate, where: Filter | None = None
     ) -> dict[str, Any]:
         """count, sum and average over the documents that match, by Aggregate.name. Raises InvalidInput, Denied."""
