@@ -154,6 +154,7 @@ class _Rights:
     def allow_table(self, name: str, writes: bool) -> None:
         for what in (apsw.SQLITE_READ, *(_WRITES.values() if writes else ())):
             self._allowed[what, "main", name] = None
+        self._allowed[apsw.SQLITE_READ, None, name] = None  # how SQLite asks for a count of rows, of no column
 
     def allow_view(self, name: str) -> None:
         self._allowed[apsw.SQLITE_READ, "temp", name] = None
