@@ -40,7 +40,11 @@ class ApiKey(
     ],
 ):
     """One key. It belongs to a tenant, but is not stored under it: a verification does not know the tenant before it
-    has found the key. `hash` is what the text is found by, `sealed` its SHA-256 encrypted, for exports."""
+    has found the key. `hash` is what the text is found by, `sealed` its SHA-256 encrypted, for exports.
+
+    `last_used` and `usage_count` are copied from the key's usage in the background, about once a minute (a new version
+    of the key, but no change that the journal tells of); the statistics of a key are as of now.
+    """
 
     tenant: str
     name: str
@@ -56,6 +60,8 @@ class ApiKey(
     limits: list[Limit] = []
     enabled: bool = True
     expires_at: datetime | None = None
+    last_used: datetime | None = None
+    usage_count: int = 0
 
     def is_expired(self, now: datetime) -> bool:
         return self.expires_at is not None and now >= self.expires_at

@@ -21,7 +21,8 @@ from .entity import Entity, Registry, Secret
 from .errors import AlreadyExists, ConfigError, StrongroomError
 from .keys import ApiKey, Keys
 from .keytext import Hasher, Pepper
-from .lifecycle import Sweeper
+from .leases import Lease, Leases
+from .lifecycle import Background, background
 from .query import MAX_LIMIT, Aggregate, Filter, Query
 from .rules import Policy, default_policy
 from .storage import open_store
@@ -40,7 +41,7 @@ class StoredPepper(Entity, collection="peppers", scope="global"):
     secret: Annotated[bytes, Secret()]
 
 
-SYSTEM_ENTITIES: tuple[type[Entity], ...] = (ApiKey, KeyUsage, IdempotentCall, StoredPepper, StoreState)
+SYSTEM_ENTITIES: tuple[type[Entity], ...] = (ApiKey, KeyUsage, IdempotentCall, StoredPepper, StoreState, Lease)
 
 
 class Strongroom:
@@ -61,6 +62,7 @@ class Strongroom:
         keys: Keys,
         feed: ChangeFeed,
         clock: MachineClock | StoreClock,
+        background: Background,
     ) -> None:
         self.store = store
         self.clock = clock
@@ -68,7 +70,7 @@ class Strongroom:
         self.ledger = ledger
         self.keys = keys
         self.feed = feed
-        self.sweeper = Sweeper(database)
+        self.background = background
 
     @classmethod
     @asynccontextmanager
@@ -79,14 +81,16 @@ class Strongroom:
         entities: Sequence[type[Entity]] = (),
         policy: Policy = default_policy,
         peppers: Sequence[str] = (),
+        journal_kept_s: float | None = None,
         cache: str | None = None,
     ) -> AsyncIterator[Self]:
         """Open a store, make its schema fit the declarations (additions only), and close everything at the end.
 
         `peppers`: secrets of 32 characters or more that key hashes are made with, the current one first; without
-        them one is made and kept in the store. `cache`: where what entities declare as cached is kept, `redis://…`, or
-        `memory://` for this process alone; without it every read goes to the store. Raises ConfigError, SchemaError,
-        StoreError, Unavailable.
+        them one is made and kept in the store. `journal_kept_s`: how long the journal is kept, where the store can drop
+        its old parts (PostgreSQL); without it, for ever. `cache`: where what entities declare as cached is kept,
+        `redis://…`, or `memory://` for this process alone; without it every read goes to the store. Raises
+        ConfigError, SchemaError, StoreError, Unavailable.
         """
         registry = Registry((*SYSTEM_ENTITIES, *entities))
         async with AsyncExitStack() as stack:
@@ -102,7 +106,9 @@ class Strongroom:
             ledger = Ledger(database, store, clock)
             stack.push_async_callback(ledger.close)
             feed = ChangeFeed(store)
-            room = cls(store, database, ledger, Keys(database, ledger, hasher, clock, feed), feed, clock)
+            leases = Leases(database, clock)
+            work = background(database, store, clock, leases, journal_kept_s=journal_kept_s)
+            room = cls(store, database, ledger, Keys(database, ledger, hasher, clock, feed), feed, clock, work)
             database.after_commit(lambda _: feed.wake())
             room._configured_peppers = tuple(peppers)
             if cache is not None:
@@ -110,9 +116,6 @@ class Strongroom:
                 database.use(room.cache)
             feed.on_record(database.seen)
             feed.on_record(room._seen)
-            feed.on_record(room.sweeper.seen)
-            room.sweeper.start()
-            stack.push_async_callback(room.sweeper.close)
             stack.push_async_callback(room._stop_reloading)
             await feed.start()
             stack.push_async_callback(feed.close)
@@ -121,6 +124,8 @@ class Strongroom:
                 stack.push_async_callback(room.cache.close)
             await database.load_state()
             await room._reload_peppers()  # one may have been made after they were read and before the feed began
+            work.start()
+            stack.push_async_callback(work.close)
             yield room
 
     cache: Cache | None = None

@@ -23,7 +23,7 @@ from .journal import denial_record
 from .query import Aggregate, And, Filter, Or, Query, Where, cursor_of, project, with_cursor
 from .rules import Decision, Policy, Request, default_policy
 from .rules import Operation as RuleOperation
-from .storage.port import Append, Batch, Committed, Create, Operation, Put, Record, Store
+from .storage.port import Append, Batch, Check, Committed, Create, Operation, Put, Record, Store
 from .transaction import Transaction, is_expired, with_fields
 
 MAX_ATTEMPTS = 12
@@ -276,8 +276,9 @@ class Database:
         return self._policy(Request(context, operation, collection, id, before, after))
 
     def commit_counters(self, operations: Sequence[Operation], now_us: int) -> Awaitable[Committed]:
-        """The trip's short form for Strongroom's own counters: global collections that are not journalled, which no
-        caller's rules concern, changed under the versions they were decided on. As `Store.commit`."""
+        """The trip's short form for Strongroom's own counters and leases: global collections (or fields of one) that
+        are not journalled and no caller's rules concern, changed under the versions they were decided on. As
+        `Store.commit`."""
         return self._commit(Batch(None, tuple(operations), now_us))
 
     # --- One change -------------------------------------------------------------------------------------------
@@ -451,14 +452,17 @@ class Database:
         visible = _unexpired(collection, where, context.now)
         return await self._store.aggregate(collection.name, _scope(context, collection), aggregates, visible)
 
-    async def purge_expired(self, context: Context, cls: type[Entity], limit: int = 200) -> int:
-        """Remove at most `limit` documents whose time to live is over (invisible already); returns how many."""
+    async def purge_expired(
+        self, context: Context, cls: type[Entity], limit: int = 200, *, guard: Check | None = None
+    ) -> int:
+        """Remove at most `limit` documents whose time to live is over (invisible already); returns how many. Nothing is
+        removed any more once `guard`, the lease of whoever does this, is not true."""
         collection = cls.__collection__
         if collection.ttl is None:
             return 0
         query = Query(Where(collection.ttl, "<=", context.now), (collection.ttl,), limit).check(collection)
         found = await self._store.find(collection.name, _scope(context, collection), query)
-        removals = [self.transaction(context, _removal(cls, document)) for document in found]
+        removals = [self.transaction(context, _removal(cls, document, guard)) for document in found]
         results = await asyncio.gather(*removals, return_exceptions=True)
         for result in results:
             # A Conflict was renewed, a NotFound removed by another process: nothing is left to do.
@@ -485,8 +489,9 @@ def _call_id(scope: tuple[str, ...], key: str) -> str:
     return hashlib.sha256("\x00".join((*scope, key)).encode()).hexdigest()
 
 
-def _removal(cls: type[Entity], document: Document) -> Callable[[Transaction], Awaitable[None]]:
+def _removal(cls: type[Entity], document: Document, guard: Check | None) -> Callable[[Transaction], Awaitable[None]]:
     async def body(transaction: Transaction) -> None:
+        transaction.guard = guard
         await transaction.remove_expired(cls, document)
 
     return body

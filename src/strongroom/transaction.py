@@ -53,6 +53,8 @@ class Transaction:
         self._database = database
         self.context = context
         self.changes: list[Change] = []
+        self.guard: Check | None = None
+        """What else must be so at the commit, beside what was read: a background worker's lease."""
         self._read: dict[tuple[str, str], Document | None] = {}  # as stored, expired ones too
         self._pending: dict[tuple[str, str], Document | None] = {}
         self._added: set[tuple[str, str]] = set()
@@ -223,6 +225,8 @@ class Transaction:
     def operations(self, first: Operation | None = None) -> list[Operation]:
         """`first`, checks of what was read and no change expects, then the changes, each followed by its record."""
         operations: list[Operation] = [] if first is None else [first]
+        if self.guard is not None:
+            operations.append(self.guard)
         # Before the changes, because a check sees what was changed before it. An addition and a creation expect no
         # version themselves; what was decided on the document as it was read must hold for them as well.
         expected = {
@@ -244,6 +248,8 @@ class Transaction:
 
     def may_retry(self, failed: Operation | None) -> bool:
         """Whether a conflict on this operation is nobody's answer, so that reading again and retrying is right."""
+        if failed is self.guard and failed is not None:
+            return False
         for change in self.changes:
             if change.operation is failed:
                 return not change.fixed

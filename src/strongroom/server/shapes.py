@@ -60,6 +60,8 @@ class KeyOut(BaseModel):
     enabled: bool
     expires_at: datetime | None
     previous_until: datetime | None = Field(description="Until when the text before the last rotation works.")
+    last_used: datetime | None = Field(description="As of about a minute ago; `/stats` has it as of now.")
+    usage_count: int = Field(description="Uses, as of about a minute ago; `/stats` has it as of now.")
     version: int
     created_at: datetime
     updated_at: datetime
