@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from strongroom import health
 from strongroom.server.errors import STATUS
-from strongroom.server.routes import health
 from strongroom.storage.port import Health
 from tests.serving import TOKENS, Served, serving
 

@@ -23,10 +23,11 @@ from .keys import ApiKey, Keys
 from .keytext import Hasher, Pepper
 from .leases import Lease, Leases
 from .lifecycle import Background, background
+from .observed import ObservedStore
 from .query import MAX_LIMIT, Aggregate, Filter, Query
 from .rules import Policy, default_policy
 from .storage import open_store
-from .storage.port import Record, Store
+from .storage.port import Record
 from .usage import KeyUsage, Ledger
 
 DEFAULT_STORE = "sqlite:///data/strongroom.db"
@@ -56,7 +57,7 @@ class Strongroom:
 
     def __init__(
         self,
-        store: Store,
+        store: ObservedStore,
         database: Database,
         ledger: Ledger,
         keys: Keys,
@@ -94,7 +95,7 @@ class Strongroom:
         """
         registry = Registry((*SYSTEM_ENTITIES, *entities))
         async with AsyncExitStack() as stack:
-            store = await open_store(url)
+            store = ObservedStore(await open_store(url))
             stack.push_async_callback(store.close)
             await store.prepare(registry.collections)
             database = Database(store, registry, policy)

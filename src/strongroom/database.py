@@ -23,7 +23,7 @@ from .journal import denial_record
 from .query import Aggregate, And, Filter, Or, Query, Where, cursor_of, project, with_cursor
 from .rules import Decision, Policy, Request, default_policy
 from .rules import Operation as RuleOperation
-from .storage.port import Append, Batch, Check, Committed, Create, Operation, Put, Record, Store
+from .storage.port import Add, Append, Batch, Check, Committed, Create, Delete, Operation, Patch, Put, Record, Store
 from .transaction import Transaction, is_expired, with_fields
 
 MAX_ATTEMPTS = 12
@@ -107,6 +107,8 @@ class Database:
         self.registry = registry
         self._policy = policy
         self._listeners: list[Callable[[Transaction], None]] = []
+        self.retries: dict[str, int] = {}
+        """Transactions that ran again because something they read had changed, by the collection of what had."""
         self._cache: Cache | None = None
         self._refusal: str | None = None  # why nothing may be written, if so
         self._state_version = 0
@@ -186,6 +188,8 @@ class Database:
                 retry = idempotency is not None and failed is batch.operations[0]
                 if attempt + 1 == MAX_ATTEMPTS or not (retry or transaction.may_retry(failed)):
                     raise
+                name = failed.collection if isinstance(failed, Create | Put | Patch | Delete | Add | Check) else "other"
+                self.retries[name] = self.retries.get(name, 0) + 1
                 await asyncio.sleep(_backoff_s(attempt))
                 context = context.at_now()
                 continue

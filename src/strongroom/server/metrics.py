@@ -3,50 +3,31 @@
 from __future__ import annotations
 
 import os
-from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from ..observed import Histogram, StoreMetrics
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-BOUNDS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 MAX_SERIES = 2_000
 """Series of one family; further ones are counted under `other`."""
 
 
-class Histogram:
-    """How often something took how long."""
-
-    __slots__ = ("counts", "sum_s")
-
-    def __init__(self) -> None:
-        self.counts = [0] * (len(BOUNDS_S) + 1)
-        self.sum_s = 0.0
-
-    def observe(self, seconds: float) -> None:
-        self.counts[bisect_left(BOUNDS_S, seconds)] += 1
-        self.sum_s += seconds
-
-    def buckets(self) -> list[tuple[str, float]]:
-        total, found = 0, []
-        for bound, count in zip((*map(str, BOUNDS_S), "+Inf"), self.counts, strict=True):
-            total += count
-            found.append((bound, float(total)))
-        return found
-
-
 class Metrics(Collector):
-    """What this process has done since it started."""
+    """What this process has done since it started. Each of several workers has its own: `strongroom_process` names it."""
 
-    def __init__(self) -> None:
+    def __init__(self, store: StoreMetrics | None = None) -> None:
+        self.store = store
         self.requests: dict[tuple[str, str, int], int] = {}
         self.latency: dict[tuple[str, str], Histogram] = {}
         self.verified: dict[str, int] = {}
         self.verify_latency = Histogram()
         self.writes: dict[tuple[str, str], int] = {}
         self.gauges: dict[str, tuple[str, Callable[[], float]]] = {}
+        self.counters: dict[str, tuple[str, str, Callable[[], Mapping[str, float]]]] = {}
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
 
@@ -71,6 +52,10 @@ class Metrics(Collector):
     def gauge(self, name: str, help: str, value: Callable[[], float]) -> None:
         """A number that is asked for when the metrics are read."""
         self.gauges[name] = (help, value)
+
+    def counter(self, name: str, help: str, label: str, values: Callable[[], Mapping[str, float]]) -> None:
+        """Numbers that only grow, by one label, which are asked for when the metrics are read."""
+        self.counters[name] = (help, label, values)
 
     def text(self) -> bytes:
         """The exposition, Prometheus' text format."""
@@ -104,6 +89,48 @@ class Metrics(Collector):
         yield writes
         for name, (help, value) in self.gauges.items():
             yield GaugeMetricFamily(name, help, value=value())
+        for name, (help, label, values) in self.counters.items():
+            family = CounterMetricFamily(name, help, labels=(label,))
+            for value, count in sorted(values().items()):
+                family.add_metric((value,), count)
+            yield family
+        if self.store is not None:
+            yield from store_families(self.store)
         info = GaugeMetricFamily("strongroom_process", "The process that these numbers are of.", labels=("pid",))
         info.add_metric((str(os.getpid()),), 1)
         yield info
+
+
+def store_families(store: StoreMetrics) -> Iterable[Metric]:
+    """What was asked of the store, by backend and collection: as many series as there are declared collections."""
+    labels = ("backend", "collection", "operation")
+    operations = CounterMetricFamily(
+        "strongroom_store_operations", "Reads, and operations of batches that were committed.", labels=labels
+    )
+    for (collection, call), series in sorted(store.calls.items()):
+        if call != "commit":
+            operations.add_metric((store.backend, collection, call), series.count)
+    for (collection, kind), count in sorted(store.operations.items()):
+        operations.add_metric((store.backend, collection, kind), count)
+    yield operations
+    latency = HistogramMetricFamily(
+        "strongroom_store_seconds", "Time that the store took; of the gets one in 16 is timed.", labels=labels
+    )
+    errors = CounterMetricFamily(
+        "strongroom_store_errors", "Calls of the store that failed, conflicts aside.", labels=(*labels, "code")
+    )
+    for (collection, call), series in sorted(store.calls.items()):
+        names = (store.backend, collection, call)
+        latency.add_metric(names, buckets=series.latency.buckets(), sum_value=series.latency.sum_s)
+        for code, count in sorted(series.errors.items()):
+            errors.add_metric((*names, code), count)
+    yield latency
+    yield errors
+    conflicts = CounterMetricFamily(
+        "strongroom_store_conflicts",
+        "Batches refused because what they expected had changed, or was there already.",
+        labels=("backend", "collection"),
+    )
+    for collection, count in sorted(store.conflicts.items()):
+        conflicts.add_metric((store.backend, collection), count)
+    yield conflicts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..app import Strongroom
@@ -33,23 +34,42 @@ class Services:
     room: Strongroom
     bounds: Bounds
     access_log: bool = False
-    metrics: Metrics = field(default_factory=Metrics)
+    metrics: Metrics = field(init=False)
     closing: asyncio.Event = field(default_factory=asyncio.Event)
     watchers: int = 0
     authenticator: Authenticator = field(init=False)
     gate: Gate = field(init=False)
 
     def __post_init__(self) -> None:
+        self.metrics = Metrics(self.room.store.metrics)
         self.authenticator = Authenticator(self.room.keys)
         self.gate = Gate(self.bounds.max_concurrency)
         self.room.database.after_commit(self._committed)
         metrics = self.metrics
         metrics.gauge("strongroom_requests_in_work", "Requests being answered.", lambda: self.gate.inside)
+        room = self.room
+        metrics.gauge(
+            "strongroom_feed_behind_seconds", "Age of what is known of others' changes.", lambda: room.feed.behind_s
+        )
+        metrics.gauge(
+            "strongroom_clock_offset_seconds",
+            "The store's clock minus this machine's.",
+            lambda: room.clock.state().offset_us / 1_000_000,
+        )
+        metrics.gauge(
+            "strongroom_clock_uncertainty_seconds",
+            "How far the store's time, as this process knows it, may be off.",
+            lambda: room.clock.state().uncertainty_us / 1_000_000,
+        )
+        metrics.counter("strongroom_retries", "Done again because another was faster.", "what", self._retries)
         metrics.gauge("strongroom_watchers", "Streams of changes that are open.", lambda: self.watchers)
 
     def _committed(self, transaction: Transaction) -> None:
         for change in transaction.changes:
             self.metrics.write(change.collection.name, change.action)
+
+    def _retries(self) -> Mapping[str, float]:
+        return {**self.room.database.retries, "usage": self.room.ledger.retries}
 
     def enter_watcher(self) -> None:
         """Take a watcher's place. Raises TooManyRequests, ShuttingDown."""

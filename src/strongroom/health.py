@@ -1,0 +1,119 @@
+"""What an operator should see: each thing that this process depends on, whether it is well, and how quick it is."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from .changes import ChangeFeed
+from .clock import MachineClock, StoreClock
+from .context import utc_from_us
+from .lifecycle import Background
+from .storage.port import Health, Store
+
+CHECK_TIMEOUT_S = 5.0
+DEGRADED_S = 0.5
+"""A dependency that answers, but later than this, is degraded."""
+FEED_LATE_S = 0.75
+"""Where the feed of changes is further behind than this, keys in memory are not believed without asking the store."""
+MISSED_PERIODS = 3
+"""Background work that was not done by any node for so many of its periods is said to be late."""
+
+Status = Literal["ok", "degraded", "unavailable"]
+
+
+@dataclass(frozen=True, slots=True)
+class Dependency:
+    """How one thing is. `kind`: which implementation it is. `latency_s`: how long it took to answer, where it is asked.
+    `details` are for operators only."""
+
+    status: Status
+    kind: str
+    latency_s: float = 0.0
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Checked(Protocol):
+    """Something that can be asked how it is: a store, a cache."""
+
+    async def check(self) -> Health: ...
+
+
+async def ask(kind: str, what: Checked) -> Dependency:
+    """Ask a store or a cache; one that does not answer in CHECK_TIMEOUT_S is unavailable."""
+    try:
+        async with asyncio.timeout(CHECK_TIMEOUT_S):
+            health = await what.check()
+    except TimeoutError:
+        health = Health(False, CHECK_TIMEOUT_S, {"error": f"no answer within {CHECK_TIMEOUT_S} s"})
+    status: Status = "unavailable" if not health.ok else "degraded" if health.latency_s > DEGRADED_S else "ok"
+    return Dependency(status, kind, health.latency_s, health.details)
+
+
+def of_feed(feed: ChangeFeed) -> Dependency:
+    """How far this process is behind what others have committed."""
+    behind_s = feed.behind_s
+    return Dependency("degraded" if behind_s > FEED_LATE_S else "ok", "journal", behind_s)
+
+
+def of_clock(clock: MachineClock | StoreClock) -> Dependency:
+    """How well the store's time is known."""
+    state = clock.state()
+    details = {
+        "offset_ms": state.offset_us / 1_000,
+        "uncertainty_ms": state.uncertainty_us / 1_000,
+        "asked_s_ago": round(state.age_s, 3),
+    }
+    kind = "store" if isinstance(clock, StoreClock) else "machine"
+    return Dependency("degraded" if state.degraded else "ok", kind, state.uncertainty_us / 1_000_000, details)
+
+
+def of_background(background: Background, now_us: int) -> Dependency:
+    """Who does the background work, and when it was done last, by any node."""
+    details: dict[str, Any] = {}
+    late = False
+    for job in background.jobs:
+        state = background.leases.jobs.get(job.name)
+        if state is None:
+            details[job.name] = {"state": "not looked at yet"}
+            continue
+        done_us = state.done_us
+        overdue = done_us is not None and now_us - done_us > MISSED_PERIODS * job.every_s * 1_000_000
+        late = late or overdue or state.error is not None
+        details[job.name] = {
+            "holder": state.holder or None,
+            "token": state.token,
+            "last_success": None if done_us is None else utc_from_us(done_us).isoformat(),
+            "error": state.error,
+        }
+    return Dependency("degraded" if late else "ok", "leases", 0.0, details)
+
+
+async def check(
+    store: Store,
+    feed: ChangeFeed,
+    clock: MachineClock | StoreClock,
+    background: Background,
+    cache: Checked | None = None,
+) -> dict[str, Dependency]:
+    """Everything, by name. Only the store is needed for everything; without the others one is degraded."""
+    asked = [ask(store.capabilities.name, store)]
+    if cache is not None:
+        asked.append(ask("redis", cache))
+    store_found, *cache_found = await asyncio.gather(*asked)
+    found = {"store": store_found}
+    for dependency in cache_found:
+        status: Status = "ok" if dependency.status == "ok" else "degraded"
+        found["cache"] = Dependency(status, dependency.kind, dependency.latency_s, dependency.details)
+    found["feed"] = of_feed(feed)
+    found["clock"] = of_clock(clock)
+    found["background"] = of_background(background, clock.now_us())
+    return found
+
+
+def overall(dependencies: Mapping[str, Dependency]) -> Status:
+    """The worst of them."""
+    statuses = {dependency.status for dependency in dependencies.values()}
+    return "unavailable" if "unavailable" in statuses else "degraded" if "degraded" in statuses else "ok"
