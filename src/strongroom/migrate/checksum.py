@@ -1,0 +1,98 @@
+"""What a document comes to, alike on every engine: canonical bytes, their digest, and the sum of a set of digests.
+
+The sum is of SHA-256 digests as numbers, modulo 2**256: it does not depend on an order, so two engines may be read as
+each of them is quickest; and a document that is there twice counts twice, where an exclusive or would cancel it.
+A version is the store's own and is left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from decimal import Decimal
+from hashlib import sha256
+from operator import itemgetter
+from typing import Any
+
+import msgspec
+
+from ..entity import Collection, Document, FieldType
+from ..storage.port import Record
+from ..values import encode_value
+
+MODULUS = 2**256
+_DECIMAL_CODE = 1
+_encode = msgspec.msgpack.Encoder(order="deterministic").encode
+_TOLD_APART = frozenset({FieldType.DECIMAL, FieldType.LIST, FieldType.MAP})
+
+
+@dataclass(slots=True)
+class SetSum:
+    """How many documents a set has, and the sum of their digests."""
+
+    count: int = 0
+    total: int = 0
+
+    def add(self, digest: int) -> None:
+        self.count += 1
+        self.total = (self.total + digest) % MODULUS
+
+    @property
+    def text(self) -> str:
+        return f"{self.total:064x}"
+
+    @classmethod
+    def of(cls, count: int, text: str) -> SetSum:
+        return cls(count, int(text, 16))
+
+
+class Canonical:
+    """Documents of one collection as bytes: the same for equal documents, and for those alone."""
+
+    def __init__(self, collection: Collection) -> None:
+        names = sorted(collection.fields)
+        self._values = itemgetter("id", "created_at", "updated_at", *names)
+        self._special = tuple(i for i, n in enumerate(names, 3) if collection.fields[n].type in _TOLD_APART)
+        self._head = sha256(_encode([collection.name, names])).digest()
+
+    def encoded(self, document: Document) -> bytes:
+        values = self._values(document)
+        for position in self._special:
+            if values[position]:
+                return _encode([told_apart(v) if i in self._special else v for i, v in enumerate(values)])
+        return _encode(values)
+
+    def digest(self, encoded: bytes) -> int:
+        return int.from_bytes(sha256(self._head + encoded).digest())
+
+    def of(self, document: Document) -> int:
+        """The document's digest."""
+        return int.from_bytes(sha256(self._head + self.encoded(document)).digest())
+
+
+def encoded_record(record: Record) -> bytes:
+    """A journal record as canonical bytes, without its sequence, which is the store's own."""
+    head = (record.id, record.tenant, record.at_us, record.actor, record.request_id, record.action)
+    rest = (record.collection, record.entity_id, told_apart(record.before), told_apart(record.after), record.version)
+    return _encode((*head, *rest))
+
+
+def record_digest(encoded: bytes) -> int:
+    return int.from_bytes(sha256(encoded).digest())
+
+
+_PLAIN = frozenset({type(None), bool, int, float, str, bytes, datetime})
+
+
+def told_apart(value: Any) -> Any:
+    """The value with its decimals marked, which would look like texts otherwise."""
+    kind = type(value)
+    if kind is dict:
+        if _PLAIN.issuperset(map(type, value.values())):
+            return value
+        return {name: inner if type(inner) in _PLAIN else told_apart(inner) for name, inner in value.items()}
+    if kind is list:
+        return value if _PLAIN.issuperset(map(type, value)) else [told_apart(inner) for inner in value]
+    if kind is Decimal:
+        return msgspec.msgpack.Ext(_DECIMAL_CODE, str(encode_value(value)).encode())
+    return value

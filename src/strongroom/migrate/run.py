@@ -1,0 +1,249 @@
+"""A migration from its beginning to its end, whatever interrupted it: begin, copy, follow, switch over, prove."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from contextlib import aclosing
+from datetime import UTC, datetime
+from pathlib import Path
+
+from ..changes import POLL_S
+from ..context import new_id
+from ..entity import Collection
+from ..errors import InvalidInput, Problem, Unavailable
+from ..storage.port import Batch, Put, Store
+from . import backup
+from .comparing import Comparison
+from .copying import clear, copy_documents, copy_journal, persistently
+from .following import equalise, follow, reconcile
+from .planning import (
+    Plan,
+    count_documents,
+    make_plan,
+    open_source,
+    open_target,
+    refusal,
+    refuse,
+    same_store,
+    wrong_options,
+)
+from .proving import PartReport, Report, fill, prove
+from .state import CURRENT, MIGRATIONS, OWN, Migration, Options, Part, Phase, Progress, Run, fence, no_progress, now_us
+
+NOTICE_S = 4 * POLL_S
+"""How long every process of the source has to learn, by the journal, that its writes are off."""
+MAX_NOTICE_S = 30.0
+"""How long the source's journal may go on moving after that until the switch-over is given up."""
+MAX_ROUNDS = 4
+"""How often what came in late is copied and everything compared again."""
+
+
+# --- The calls ------------------------------------------------------------------------------------------------
+
+
+async def plan(
+    source: Store,
+    target: Store,
+    collections: Sequence[Collection],
+    options: Options = Options(),
+    progress: Progress = no_progress,
+) -> Plan:
+    """What `migrate` would find and do. Writes nothing to either store. Raises InvalidInput for wrong options."""
+    return await make_plan(Run(source, target, collections, options, progress))
+
+
+async def migrate(
+    source: Store,
+    target: Store,
+    collections: Sequence[Collection],
+    options: Options = Options(),
+    progress: Progress = no_progress,
+) -> Report:
+    """Bring the target to hold what the source holds; the same call again goes on where an earlier one was stopped.
+
+    Both stores are open, and afterwards prepared for what was moved. With `options.live` the source may be written to
+    meanwhile; it stops before the switch-over (phase "following") unless `options.switch`. The report says whether
+    both stores are equal: it is the caller's to look. Raises InvalidInput (with every problem), Conflict, StoreError,
+    and Unavailable when a store is away for longer than some attempts: then the same call goes on later.
+    """
+    began = time.perf_counter()
+    run = Run(source, target, collections, options, progress)
+    refuse(wrong_options(run))
+    refuse([*await open_target(run), *await open_source(run)])
+    report = Report(options.source, options.target, Phase.DONE)
+    state = run.state
+    if state is not None and state.phase == Phase.DONE and not options.overwrite:
+        report.notes.append(f"was done already, at {state.ended_at:%Y-%m-%d %H:%M:%S}Z: nothing was changed")
+        fill(run, report)
+        report.seconds = time.perf_counter() - began
+        return report
+    if state is None or state.phase in (Phase.DONE, Phase.ROLLED_BACK):
+        await _begin(run)
+    else:
+        await target.prepare([*run.declared, *OWN])
+        if state.live != options.live:
+            await run.save(live=options.live)
+    await _advance(run, report)
+    fill(run, report)
+    report.seconds = time.perf_counter() - began
+    return report
+
+
+# --- Beginning ------------------------------------------------------------------------------------------------
+
+
+async def _begin(run: Run) -> None:
+    """Back up what is in the way, then write the first thing into the target: that a migration is under way."""
+    options, before = run.options, run.state
+    kept = None
+    if options.overwrite:
+        path = (options.backup or Path(f"strongroom-backup-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.jsonl.gz")).absolute()
+        there = [c for c in run.declared if await _readable(run.target, c)]
+        made = await backup.write(
+            run.target, options.target, there, path, lambda n: run.progress("backing up the target", n, None)
+        )
+        kept = str(made.path)
+    await run.target.prepare([*run.declared, *OWN])
+    end = (await run.target.changes("end")).cursor
+    same = before is not None and before.source == options.source
+    cursor = before.cursor if same and before is not None else None
+    if not options.journal and cursor is None:
+        cursor = (await run.source.changes("end")).cursor
+    state = Migration(
+        source=options.source,
+        target=options.target,
+        phase=Phase.CLEARING,
+        nonce=new_id(),
+        live=options.live,
+        journal=options.journal,
+        cursor=cursor,
+        target_cursor=end,
+        backup=kept,
+        fence=await refusal(run.target),
+        begun_at=datetime.now(UTC),
+    )
+    document = Migration.__codec__.encode(state)
+    first = Put(MIGRATIONS.name, CURRENT, document)
+    reason = f"a migration from {options.source} into this store is under way"
+    await run.target.commit(Batch(None, (first, *fence(False, reason, at=1)), now_us()))
+    await run.load()
+    if await same_store(run):
+        lifted = fence(state.fence is None, state.fence or "")
+        await run.target.commit(Batch(None, lifted, now_us()))
+        await run.save(phase=Phase.ROLLED_BACK)
+        refuse([Problem("--to", "is the source itself, under another name")])
+
+
+async def _readable(store: Store, collection: Collection) -> bool:
+    """Whether the store is prepared for the collection: it is if it has it."""
+    try:
+        await store.get(collection.name, "any" if collection.tenant_scoped else None, "any")
+    except InvalidInput:
+        return False
+    return True
+
+
+# --- The steps ------------------------------------------------------------------------------------------------
+
+
+async def _advance(run: Run, report: Report) -> None:
+    """From wherever it stands to the end, or to where it waits for the switch-over."""
+    state = run.migration
+    if state.phase == Phase.CLEARING:
+        await clear(run, "clearing the target")
+        await run.save(phase=Phase.JOURNAL)
+    if run.migration.phase == Phase.JOURNAL:
+        await copy_journal(run)
+        await run.save(phase=Phase.COPYING)
+    if run.migration.phase == Phase.COPYING:
+        began = time.perf_counter()
+        await copy_documents(run, await count_documents(run))
+        report.copied_s = time.perf_counter() - began
+        await run.save(phase=Phase.FOLLOWING)
+    if run.migration.phase == Phase.FOLLOWING:
+        found = await follow(run)
+        if found:
+            await run.save(followed=run.migration.followed + found)
+            if not run.options.live:
+                report.notes.append(
+                    f"the source was written to meanwhile: {found} records of its journal were followed, but what "
+                    "comes after them is not in the target; --live is for sources that are in use"
+                )
+        if not run.options.live:
+            await prove(run, report, again=run.migration.followed > 0)
+            if report.equal:
+                await _finish(run)
+            return
+        if not run.options.switch:
+            report.notes.append("ready to switch over: the same call with --switch does it")
+            return
+    await _switch_over(run, report)
+
+
+async def _switch_over(run: Run, report: Report) -> None:
+    """Turn the source's writes off, wait until every process knows, copy the rest, prove it, open the target."""
+    began = time.perf_counter()
+    await run.save(phase=Phase.SWITCHING, switched=True)
+    if await refusal(run.source) is None:
+        reason = f"the data moves to {run.options.target}: name that store, or wait until the move is aborted"
+        await run.source.commit(Batch(None, fence(False, reason), now_us()))
+    await _until_quiet(run)
+    copied = 0
+
+    async def work() -> None:
+        nonlocal copied
+        copied += await reconcile(run)
+
+    await persistently(run, work)
+    for number in range(MAX_ROUNDS):
+        late = await follow(run)
+        await prove(run, report, again=True)
+        if report.equal or number + 1 == MAX_ROUNDS:
+            break
+        for part in report.parts:
+            await _repair(run, part)
+            late += len(part.differences)
+        await run.save(late=run.migration.late + late)
+    if report.equal:
+        await _finish(run, pause_ms=round((time.perf_counter() - began) * 1000))
+
+
+async def _until_quiet(run: Run) -> None:
+    """Return once nothing was journalled for NOTICE_S; what came later than the first NOTICE_S is counted as late."""
+    deadline = time.monotonic() + MAX_NOTICE_S
+    await asyncio.sleep(NOTICE_S)  # each process looks into the journal four times meanwhile
+    found = await follow(run)
+    await run.save(followed=run.migration.followed + found)
+    while True:
+        run.progress("waiting until nothing is written any more", run.migration.late, None)
+        await asyncio.sleep(NOTICE_S)
+        late = await follow(run)
+        if not late:
+            return
+        await run.save(late=run.migration.late + late)
+        if time.monotonic() > deadline:
+            raise Unavailable(
+                f"{run.options.source} is still written to, {MAX_NOTICE_S:.0f} s after its writes were turned off: by "
+                "a process that does not see its journal, or an old version. Stop it, then give the same call again; "
+                "or take the switch-over back with --abort"
+            )
+
+
+async def _repair(run: Run, part: PartReport) -> None:
+    """Copy what differs although it should not: a process wrote after the others had stopped."""
+    if part.equal:
+        return
+    which = Part(run.collections[part.collection], part.tenant)
+    comparison = Comparison(run.source, run.target, which, run.canonical[part.collection])
+    async with aclosing(comparison.differences()) as some:
+        async for differences in some:
+            if differences:
+                await equalise(run, which, [difference.id for difference in differences])
+
+
+async def _finish(run: Run, **fields: object) -> None:
+    """The target takes writes from now on."""
+    lifted = fence(True, at=1)
+    await run.save(*lifted, phase=Phase.DONE, ended_at=datetime.now(UTC), **fields)
