@@ -17,7 +17,7 @@ MAX_SERIES = 2_000
 
 
 class Metrics(Collector):
-    """What this process has done since it started. Each of several workers has its own: `strongroom_process` names it."""
+    """What this process has done since it started; `strongroom_process` names it, as each worker has its own."""
 
     def __init__(self, store: StoreMetrics | None = None) -> None:
         self.store = store
