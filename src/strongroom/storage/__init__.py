@@ -7,19 +7,27 @@ from urllib.parse import unquote, urlsplit
 from ..errors import ConfigError
 from .port import Store
 
-SCHEMES = ("sqlite", "json")
+SCHEMES = ("sqlite", "json", "postgresql", "postgres")
+_FILES = ("sqlite", "json")
 
 
 def store_for(url: str) -> Store:
     """A backend for `url`, not yet opened.
 
-    `sqlite:///relative/path.db`, `sqlite:////absolute/path.db`, `json:///path.json`, `json://:memory:`.
+    `sqlite:///relative/path.db`, `sqlite:////absolute/path.db`, `json:///path.json`, `json://:memory:`,
+    `postgresql://user:password@host:port/database?schema=…` (its options: `PostgresStore`).
     Raises ConfigError for anything else.
     """
     scheme, separator, rest = url.partition("://")
     if not separator or scheme not in SCHEMES:
-        known = ", ".join(f"{s}:///path" for s in SCHEMES)
-        raise ConfigError(f"store {_masked(url)!r}: expected a URL such as {known} or json://:memory:")
+        known = ", ".join(f"{s}:///path" for s in _FILES)
+        raise ConfigError(
+            f"store {_masked(url)!r}: expected a URL such as {known}, json://:memory: or postgresql://user@host/database"
+        )
+    if scheme in ("postgresql", "postgres"):
+        from .postgres import PostgresStore
+
+        return PostgresStore(url)
     path = unquote(rest.partition("?")[0])
     if scheme == "json" and path == ":memory:":
         from .jsonfile import JsonStore

@@ -15,8 +15,8 @@ from ..query import SUM_CONTEXT
 from . import _values
 from ._sql import Convert, Dialect, Total, json_text, json_value
 
-ENGINE = postgresql.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy leaves it untyped
-"""SQLAlchemy's, which writes the DDL."""
+ENGINE = postgresql.dialect(paramstyle="named")  # type: ignore[no-untyped-call]  # SQLAlchemy leaves it untyped
+"""SQLAlchemy's, which writes the DDL; with its own parameter style it would double each % in a default."""
 
 _TYPES: dict[FieldType, sa.types.TypeEngine[Any]] = {
     FieldType.BOOL: sa.Boolean(),

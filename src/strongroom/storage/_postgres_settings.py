@@ -10,7 +10,6 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 from ..errors import ConfigError
 
-SCHEMES = ("postgresql", "postgres")
 SCHEMA = "strongroom"
 MAX_CONNECTIONS = 20
 CONNECT_TIMEOUT_S = 5.0

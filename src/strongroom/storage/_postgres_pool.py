@@ -1,0 +1,215 @@
+"""Connections to PostgreSQL: made one at a time when the server is in doubt, lent last in, first out, never cleaned.
+
+Nothing needs cleaning: what a transaction sets ends with it (`set_config(…, true)`), and a connection on which anything
+went wrong in an unforeseen way is thrown away. So a read costs one round trip.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import asyncpg
+
+from ..errors import ConfigError, StoreError, StrongroomError, Unavailable
+from ._postgres_errors import DRIVER_ERRORS, is_connection_lost, translated
+from ._postgres_settings import Settings
+
+OLDEST_SERVER = 15
+FIRST_PAUSE_S = 0.1
+MAX_PAUSE_S = 5.0
+"""After a connection could not be made, the next is tried after a pause that doubles from the first to the last of
+these, with jitter. Until then calls fail at once instead of each waiting for the time-out."""
+
+
+class Connector:
+    """Makes connections, and is the breaker in front of a server that is gone."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._failures = 0
+        self._not_before = 0.0
+        self._probing = False
+        self._last_error: StrongroomError | None = None
+
+    async def connect(self) -> asyncpg.Connection:
+        """A new connection. Unavailable, ConfigError or StoreError if there is none to be had."""
+        if self._failures and (self._probing or time.monotonic() < self._not_before):
+            raise self._refusal()
+        probing = self._probing = self._failures > 0
+        try:
+            connection = await self._connected()
+        except DRIVER_ERRORS as error:
+            # Not as the cause: what the driver says of a URL may show the password.
+            self._failed(translated(error, self.settings.place))
+            raise self._last_error or translated(error, self.settings.place) from None
+        finally:
+            if probing:
+                self._probing = False
+        self._failures = 0
+        return connection
+
+    def _failed(self, error: StrongroomError) -> None:
+        self._last_error = error
+        self._failures += 1
+        pause_s = min(MAX_PAUSE_S, FIRST_PAUSE_S * 2 ** min(self._failures - 1, 10))
+        self._not_before = time.monotonic() + pause_s * random.uniform(0.5, 1)  # noqa: S311  # jitter, no secret
+
+    def _refusal(self) -> Unavailable:
+        wait_s = max(0.0, self._not_before - time.monotonic())
+        last = self._last_error.message if self._last_error is not None else f"{self.settings.place}: cannot be reached"
+        return Unavailable(f"{last}; it is tried again soon", retry_after_s=round(max(wait_s, FIRST_PAUSE_S), 3))
+
+    async def _connected(self) -> asyncpg.Connection:
+        try:
+            connection = await asyncpg.connect(**self.settings.connect_arguments())
+        except (asyncpg.exceptions.ClientConfigurationError, ValueError) as error:
+            raise ConfigError(
+                f"{self.settings.place}: the driver does not understand the store's URL ({type(error).__name__}): "
+                "check its options"
+            ) from None
+        problem = _unsuited(connection)
+        if problem is not None:
+            connection.terminate()
+            raise StoreError(f"{self.settings.place}: {problem}")
+        return connection
+
+
+def _unsuited(connection: asyncpg.Connection) -> str | None:
+    """Why this server or database cannot be used, or None."""
+    version = connection.get_server_version()
+    settings = connection.get_settings()
+    if version.major < OLDEST_SERVER:
+        return f"found PostgreSQL {version.major}, expected {OLDEST_SERVER} or later: upgrade the server"
+    if settings.server_encoding != "UTF8":
+        return f"found a database in {settings.server_encoding}, expected UTF8: run createdb --encoding=UTF8"
+    if settings.standard_conforming_strings != "on":
+        return "found standard_conforming_strings off, expected on"
+    return None
+
+
+class Pool:
+    """At most `size` connections, for reads."""
+
+    def __init__(self, connector: Connector, size: int) -> None:
+        self._connector = connector
+        self._size = size
+        self._idle: list[asyncpg.Connection] = []
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._count = 0
+        self._closed = False
+
+    @property
+    def in_use(self) -> int:
+        return self._count - len(self._idle)
+
+    def take(self) -> asyncpg.Connection | None:
+        """An idle connection, or None. Give it to `give_back` or `drop`."""
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection.is_closed():
+                return connection
+            self._count -= 1
+        return None
+
+    async def acquire(self) -> asyncpg.Connection:
+        """A connection, idle or new. Unavailable if all are in use for longer than a connection may take."""
+        deadline = time.monotonic() + self._connector.settings.connect_timeout_s
+        while True:
+            if self._closed:
+                raise Unavailable(f"{self._connector.settings.place}: the store is not open")
+            connection = self.take()
+            if connection is not None:
+                return connection
+            if self._count < self._size:
+                return await self._grow()
+            await self._wait(deadline)
+
+    async def _grow(self) -> asyncpg.Connection:
+        self._count += 1
+        try:
+            connection = await self._connector.connect()
+        except BaseException:
+            self._count -= 1
+            self._wake()
+            raise
+        if self._closed:
+            connection.terminate()
+            raise Unavailable(f"{self._connector.settings.place}: the store is not open")
+        return connection
+
+    async def _wait(self, deadline: float) -> None:
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                await turn
+        except TimeoutError:
+            raise Unavailable(
+                f"{self._connector.settings.place}: all {self._size} connections are in use: try again, or raise "
+                "max_connections"
+            ) from None
+        finally:
+            if turn in self._waiting:
+                self._waiting.remove(turn)
+            elif turn.cancelled():
+                self._wake()
+
+    def _wake(self) -> None:
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
+
+    def give_back(self, connection: asyncpg.Connection) -> None:
+        if self._closed or connection.is_closed():
+            self.drop(connection)
+            return
+        self._idle.append(connection)
+        if self._waiting:
+            self._wake()
+
+    def drop(self, connection: asyncpg.Connection) -> None:
+        """Give back a connection that is not to be used again."""
+        self._count -= 1
+        connection.terminate()
+        self._wake()
+
+    def failed(self, connection: asyncpg.Connection, error: BaseException) -> None:
+        """Give back a connection on which a statement of its own failed."""
+        if isinstance(error, asyncpg.PostgresError) and not is_connection_lost(error):
+            self.give_back(connection)
+        else:
+            self.drop(connection)
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[asyncpg.Connection]:
+        """A connection for some statements, each a transaction of its own."""
+        connection = self.take() or await self.acquire()
+        try:
+            yield connection
+        except BaseException as error:
+            self.failed(connection, error)
+            raise
+        self.give_back(connection)
+
+    async def close(self) -> None:
+        self._closed = True
+        idle, self._idle = self._idle, []
+        self._count -= len(idle)
+        while self._waiting:
+            self._wake()
+        await asyncio.gather(*(close_politely(connection) for connection in idle))
+
+
+async def close_politely(connection: asyncpg.Connection, timeout_s: float = 1.0) -> None:
+    """Say goodbye, so that the server logs no lost client; not for long."""
+    try:
+        await connection.close(timeout=timeout_s)
+    except DRIVER_ERRORS:
+        connection.terminate()

