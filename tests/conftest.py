@@ -60,20 +60,28 @@ def missing(what: str, how_to_get_it: str) -> NoReturn:
     pytest.skip(message)
 
 
-def backend_of(scheme: str, folder: Path) -> Backend:
-    """The backend `sqlite`, `json` or `json-memory`, its stores in `folder`."""
+def backend_of(scheme: str, folder: Path, request: pytest.FixtureRequest | None = None) -> Backend:
+    """The backend `sqlite`, `json` or `json-memory`, its stores in `folder`; or `postgres`, on the server of the run
+    that `request` belongs to."""
     from strongroom.testing.storage import Backend
 
+    if scheme == "postgres":
+        from tests.servers import postgres
+
+        if request is None:
+            raise TypeError("backend_of: postgres needs the test's request")
+        server = postgres.start(request, "postgres-18", postgres.bundled())
+        return Backend(lambda: server.url(postgres.new_schema()))
     if scheme == "json-memory":
         return Backend(lambda: "json://:memory:")
     numbers = itertools.count()
     return Backend(lambda: f"{scheme}:///{quote(str(folder / f'store-{next(numbers)}.{scheme}'))}")
 
 
-@pytest.fixture(params=["sqlite", "json", "json-memory"])
+@pytest.fixture(params=["sqlite", "json", "json-memory", "postgres"])
 def backend(request: pytest.FixtureRequest, tmp_path: Path) -> Backend:
     """Every backend in turn; what runs on it promises the same on each."""
-    return backend_of(request.param, tmp_path)
+    return backend_of(request.param, tmp_path, request)
 
 
 @pytest.fixture
