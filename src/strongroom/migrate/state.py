@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from ..context import next_id
 from ..database import WRITES, StoreState
 from ..entity import Collection, Counter, Document, Entity
+from ..leases import Lease
 from ..storage.port import MAX_OPERATIONS, Add, Append, Batch, Operation, Patch, Put, Record, Store
 from .checksum import Canonical
 
@@ -82,8 +83,8 @@ class MigrationPart(Entity, collection="migration_parts", scope="global", journa
 
 MIGRATIONS, PARTS, STORE_STATE = (c.__collection__ for c in (Migration, MigrationPart, StoreState))
 OWN = (MIGRATIONS, PARTS, STORE_STATE)
-NOT_MOVED = frozenset(collection.name for collection in OWN)
-"""What a migration or a store says of itself stays where it is."""
+NOT_MOVED = frozenset(collection.name for collection in (*OWN, Lease.__collection__))
+"""What a store says of itself stays where it is; so do its nodes' leases, whose positions mean its own journal."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,328 @@
+"""`strongroom migrate`: everything from one store into another, planned, resumed, switched over, taken back."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+import typer
+
+from ..errors import ConfigError, InvalidInput, Problem
+from . import output
+from .keys import is_interactive
+from .session import EXIT_FAILED, Interrupted, JsonOption, run
+
+if TYPE_CHECKING:
+    from ..entity import Collection
+    from ..migrate import Options, Plan, Progress, Report
+    from ..storage.port import Store
+
+T = TypeVar("T")
+MAX_SHOWN = 40
+"""Parts that a report for people lists; with --json all of them."""
+_FILES = ("sqlite", "json")
+
+
+def migrate(
+    source: Annotated[str, typer.Option("--from", metavar="URL", help="The store to move.")],
+    target: Annotated[str, typer.Option("--to", metavar="URL", help="The store to move it into.")],
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what would be done and what is in the way; write nothing.")
+    ] = False,
+    live: Annotated[
+        bool, typer.Option("--live", help="The source is in use: follow its journal until the switch-over.")
+    ] = False,
+    switch: Annotated[
+        bool, typer.Option("--switch", help="Switch over without asking, once the target is up to date.")
+    ] = False,
+    abort: Annotated[bool, typer.Option("--abort", help="Take a switch-over back that is not complete.")] = False,
+    rollback: Annotated[
+        bool, typer.Option("--rollback", help="Remove what was written, and put the backup back.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what the target holds, after a backup of it.")
+    ] = False,
+    backup: Annotated[
+        Path | None,
+        typer.Option("--backup", metavar="FILE", help="The backup of the target (default: a new file here)."),
+    ] = None,
+    no_journal: Annotated[bool, typer.Option("--no-journal", help="Leave the source's journal behind.")] = False,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option("--ignore", metavar="NAME", help="A collection to leave behind; may be given again."),
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", help="Operations in a batch, 3 to 500.")] = 500,
+    json: JsonOption = False,
+) -> None:
+    """Move everything from one store into another.
+
+    Documents keep their id, their times and every value; versions are the target's own. The same command goes on where
+    it was stopped, whatever stopped it. The source is only read; with --live, its writes are turned off for the
+    switch-over. Both stores are compared by count and checksum, for each collection and tenant: exit status 1 if they
+    differ. Entities of your own are named by STRONGROOM_ENTITIES. --store is not used here.
+
+    \b
+    Example:
+      strongroom migrate --from sqlite:///data/strongroom.db --to postgresql://app@db/strongroom --plan
+      strongroom migrate --from sqlite:///data/strongroom.db --to postgresql://app@db/strongroom --live
+    """
+    from ..migrate import Options
+
+    _check_call(source, target, {"--plan": plan, "--abort": abort, "--rollback": rollback})
+    options = Options(
+        source=shown(source), target=shown(target), live=live, switch=switch, overwrite=overwrite, backup=backup,
+        journal=not no_journal, ignore=tuple(ignore or ()), batch=batch,
+    )  # fmt: skip
+    job = _Job(source, target, options, json)
+    if plan:
+        job.plan()
+    elif abort:
+        job.abort()
+    elif rollback:
+        job.roll_back()
+    else:
+        job.migrate()
+
+
+# --- The stores' names ----------------------------------------------------------------------------------------
+
+
+def shown(url: str) -> str:
+    """A store's URL as it may be shown and kept: without a password, a file by its whole path."""
+    file = _file(url)
+    if file is not None:
+        return f"{url.partition(':')[0]}:///{file}"
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return url.partition(":")[0] + ":…"
+    if parts.password is None and not parts.query:
+        return url
+    user, _, host = parts.netloc.rpartition("@")
+    return urlunsplit((parts.scheme, f"{user.partition(':')[0]}@{host}" if user else host, parts.path, "", ""))
+
+
+def _file(url: str) -> str | None:
+    """The path of the file that a URL names; None if it names a server, or nothing."""
+    scheme, separator, rest = url.partition(":///")
+    path = unquote(rest.partition("?")[0])
+    return os.path.realpath(path) if separator and scheme in _FILES and path else None
+
+
+def _check_call(source: str, target: str, modes: dict[str, bool]) -> None:
+    """Raise InvalidInput that names everything wrong with the stores' URLs and the options that exclude each other."""
+    from ..storage import store_for
+
+    problems = []
+    for option, url in (("--from", source), ("--to", target)):
+        try:
+            store_for(url)
+        except ConfigError as error:
+            problems.append(Problem(option, error.message))
+            continue
+        if url.endswith("://:memory:"):
+            problems.append(Problem(option, "a store in memory is gone when the command ends: name a file or a server"))
+    if (file := _file(source)) is not None and not os.path.exists(file):
+        problems.append(Problem("--from", f"there is no file {file}"))
+    if shown(source) == shown(target) or (file is not None and file == _file(target)):
+        problems.append(Problem("--to", "names the same store as --from"))
+    given = [name for name, is_given in modes.items() if is_given]
+    if len(given) > 1:
+        problems.append(Problem(given[1], f"cannot be given with {given[0]}"))
+    if problems:
+        raise InvalidInput(problems)
+
+
+# --- The work -------------------------------------------------------------------------------------------------
+
+
+class _Job:
+    """One call: the stores by their URLs, what was asked, and how it is told."""
+
+    def __init__(self, source: str, target: str, options: Options, json: bool) -> None:
+        self.urls = source, target
+        self.options = options
+        self.json = json
+
+    def _run(self, work: Callable[[Store, Store, tuple[Collection, ...]], Awaitable[T]]) -> T:
+        """Open both stores, do the work, close them."""
+        from ..app import SYSTEM_ENTITIES
+        from ..config import load, load_entities
+        from ..entity import Registry
+        from ..storage import open_store
+
+        collections = Registry((*SYSTEM_ENTITIES, *load_entities(load(store=self.urls[0]).entities))).collections
+
+        async def opened() -> T:
+            async with AsyncExitStack() as stack:
+                stores = []
+                for url in self.urls:
+                    stores.append(await open_store(url))
+                    stack.push_async_callback(stores[-1].close)
+                return await work(stores[0], stores[1], collections)
+
+        try:
+            return run(opened)
+        except Interrupted:
+            raise Interrupted("stopped: the same command goes on from here, --rollback undoes what was done") from None
+
+    def plan(self) -> None:
+        from .. import migrate as library
+
+        with phases() as progress:
+            found = self._run(lambda s, t, c: library.plan(s, t, c, self.options, progress))
+        output.print_json(_plan_view(found)) if self.json else _print_plan(found)
+        if found.problems:
+            raise typer.Exit(EXIT_FAILED)
+
+    def migrate(self) -> None:
+        report = self._migrate(self.options)
+        if report.phase == "following" and report.equal and not self.json and _asks(self.options.target):
+            from dataclasses import replace
+
+            report = self._migrate(replace(self.options, switch=True))
+        self._print(report)
+
+    def _migrate(self, options: Options) -> Report:
+        from .. import migrate as library
+
+        with phases() as progress:
+            return self._run(lambda s, t, c: library.migrate(s, t, c, options, progress))
+
+    def abort(self) -> None:
+        from .. import migrate as library
+
+        self._print(self._run(lambda s, t, c: library.abort(s, t, c, self.options)))
+
+    def roll_back(self) -> None:
+        from .. import migrate as library
+
+        with phases() as progress:
+            report = self._run(lambda s, t, c: library.roll_back(s, t, c, self.options, progress))
+        self._print(report)
+
+    def _print(self, report: Report) -> None:
+        if self.json:
+            output.print_json(_view(report))
+        else:
+            _print_report(report)
+            if report.is_done and report.equal:
+                output.print_note(f"everything is in {report.target}: set STRONGROOM_STORE to it wherever it is used")
+        if not report.equal:
+            raise typer.Exit(EXIT_FAILED)
+
+
+def _asks(target: str) -> bool:
+    """Whether someone at a terminal wants the switch-over now."""
+    return is_interactive() and typer.confirm(
+        f"{target} is up to date. Switch over now? Writes are refused until it is done.", err=True
+    )
+
+
+# --- What is told ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def phases() -> Iterator[Progress]:
+    """Progress on standard error where that is a terminal: a line for each thing that is done, with its rate."""
+    if not sys.stderr.isatty():
+        yield lambda what, done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+    from rich.progress import Task as Bar
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Bar) -> Text:
+            return Text(f"{task.speed:,.0f}/s" if task.speed else "")
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def tell(what: str, done: int, total: int | None) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield tell
+
+
+def _print_plan(plan: Plan) -> None:
+    for change in plan.schema:
+        output.print_line(f"in the target: {change}")
+    rows = [(p.collection, p.tenant or "", str(p.documents)) for p in plan.parts[:MAX_SHOWN]]
+    output.print_table(("COLLECTION", "TENANT", "DOCUMENTS"), rows)
+    if len(plan.parts) > MAX_SHOWN:
+        output.print_line(f"… and {len(plan.parts) - MAX_SHOWN} more (--json has them all)")
+    output.print_fields(
+        [
+            ("documents", str(plan.documents)),
+            ("journal records", str(plan.records)),
+            ("estimated", f"{plan.estimated_s:.0f} s"),
+        ]
+    )
+    for note in plan.notes:
+        output.print_line(f"note: {note}")
+    for problem in plan.problems:
+        output.print_note(f"in the way: {problem.path}: {problem.message}")
+
+
+def _plan_view(plan: Plan) -> dict[str, Any]:
+    return {
+        "schema": [str(change) for change in plan.schema],
+        "parts": [{"collection": p.collection, "tenant": p.tenant, "documents": p.documents} for p in plan.parts],
+        "documents": plan.documents,
+        "records": plan.records,
+        "estimated_s": plan.estimated_s,
+        "notes": list(plan.notes),
+        "problems": [{"path": p.path, "message": p.message} for p in plan.problems],
+    }
+
+
+def _print_report(report: Report) -> None:
+    rows = [
+        (p.collection, p.tenant or "", str(p.documents), str(p.target_documents), p.checksum[:16], _verdict(p.equal))
+        for p in sorted(report.parts, key=lambda part: part.equal)[:MAX_SHOWN]
+    ]
+    if rows:
+        output.print_table(("COLLECTION", "TENANT", "SOURCE", "TARGET", "CHECKSUM", ""), rows)
+    if len(report.parts) > MAX_SHOWN:
+        output.print_line(f"… and {len(report.parts) - MAX_SHOWN} more (--json has them all)")
+    for part in report.parts:
+        for difference in part.differences:
+            output.print_note(f"strongroom: {difference}")
+    if report.target_records not in (None, report.records):
+        output.print_note("strongroom: the journal's records in the target are not those of the source")
+    fields = [("from", report.source), ("to", report.target), ("stands at", report.phase)]
+    fields.append(("journal records", str(report.records)))
+    if report.followed:
+        fields.append(("followed", f"{report.followed} records written meanwhile"))
+    if report.late:
+        fields.append(("late", f"{report.late} changes came after every process should have known; they were copied"))
+    if report.pause_s is not None:
+        fields.append(("writes were off for", f"{report.pause_s:.1f} s"))
+    if report.backup:
+        fields.append(("backup of the target", report.backup))
+    fields.append(("took", f"{report.seconds:.1f} s"))
+    output.print_fields(fields)
+    for note in report.notes:
+        output.print_line(f"note: {note}")
+
+
+def _verdict(equal: bool) -> str:
+    return "equal" if equal else "DIFFERENT"
+
+
+def _view(report: Report) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    parts = [{**asdict(part), "equal": part.equal} for part in report.parts]
+    return {**asdict(report), "parts": parts, "documents": report.documents, "equal": report.equal}
