@@ -22,7 +22,7 @@ from ..errors import SchemaError, Unavailable
 from . import _postgres_schema_apply as online
 from ._postgres_roles import check_role
 from ._postgres_schema_compare import Difference, changes_of, compare
-from ._postgres_schema_layout import State, read_state, remember
+from ._postgres_schema_layout import State, read_state
 from ._postgres_schema_tables import RESERVED_PREFIX, declaration, stored
 from .port import ChangeKind, SchemaChange
 
@@ -59,9 +59,14 @@ async def prepare(
             state = await read_state(connection, settings.schema)
             return (await _plan(connection, settings.schema, state, collections)).changes
     state = await read_state(connection, settings.schema)
-    if not _differing(state, collections, drift=state.may_change):
+    if state.made and not _differing(state, collections, drift=state.may_change):
         return ()
     if not state.may_change:
+        if not state.made:
+            raise SchemaError(
+                f"schema {settings.schema} is not made yet, and this role may not make it: run what "
+                "`strongroom schema roles` prints, then `strongroom schema apply --store URL` with the owner's URL"
+            )
         plan = await _plan(connection, settings.schema, state, collections)
         if not plan.changes:
             return ()
@@ -154,7 +159,7 @@ async def _apply(
         if new or not state.made:
             await online.create(connection, schema, state, new, replaced)
         for collection in unsaid:  # what was said of it is new, what is there fits
-            await remember(connection, schema, collection.name, declaration(collection), finished=True)
+            await online.finish(connection, schema, collection)
 
 
 @asynccontextmanager

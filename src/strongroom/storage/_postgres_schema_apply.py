@@ -94,6 +94,13 @@ async def change(connection: asyncpg.Connection, schema: str, difference: Differ
         if name not in declared:
             _log.info("%s: dropping index %s", collection.name, name)
             await _drop_index(connection, schema, name)
+    await finish(connection, schema, collection)
+
+
+async def finish(connection: asyncpg.Connection, schema: str, collection: Collection) -> None:
+    """Say that a collection's table fits its declaration."""
+    for name, index in physical_indexes(collection).items():  # an apply that was killed may not have come to these
+        await connection.execute(comment_on_index(schema, name, collection, index))
     await remember(connection, schema, collection.name, declaration(collection), finished=True)
 
 
@@ -163,7 +170,6 @@ async def _build_index(
             await _drop_index(connection, schema, name)
             if attempt == _INDEX_ATTEMPTS:
                 raise Unavailable(f"{collection.name}: index {name} was not built: deadlocks, try again") from None
-    await connection.execute(comment_on_index(schema, name, collection, index))
 
 
 async def _drop_index(connection: asyncpg.Connection, schema: str, name: str) -> None:
