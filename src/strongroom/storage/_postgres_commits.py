@@ -192,7 +192,7 @@ class Commits:
                 tenant_sets = by_tenant[batch.tenant] = Sets(self._statements, self._locks)
             try:
                 tenant_sets.add(number, batch)
-            except StrongroomError as error:
+            except Exception as error:  # a document that is none is its own batch's fault, and nobody else's
                 group.answers[number] = error
             else:
                 outcomes[number] = Outcome(batch)
@@ -284,12 +284,14 @@ class Commits:
                 outcome = Outcome(batch)
                 outcome.versions, outcome.values = await steps.apply(batch)
                 outcomes[number] = outcome
-            except StrongroomError as error:
-                failed[number] = error
             except asyncpg.PostgresError as error:
                 if sqlstate(error)[:2] not in _OF_ONE_BATCH or _is_outdated(error):
                     raise
                 failed[number] = translated(error, self._settings.place)
+            except DRIVER_ERRORS:
+                raise
+            except Exception as error:
+                failed[number] = error
             if number in failed:
                 await connection.execute("ROLLBACK TO SAVEPOINT batch")
             else:
