@@ -277,8 +277,8 @@ class Link:
             except ResponseError as refused:
                 command = self._sent.popleft()
                 command.fail(refused)
-                if command.needed:
-                    self.drop(f"{command.arguments[0]} was refused: {refused}")
+                if command.needed:  # what follows was executed without it: none of those answers may be used
+                    raise RedisGone(f"{command.arguments[0]} was refused: {refused}") from None
             else:
                 self._sent.popleft().deliver(answer)
             self.stalled = False

@@ -101,7 +101,8 @@ class Cache:
         self.counters = Counters()
         self._store = store
         self._feed = feed
-        self._local_entries = local_entries
+        self.local_entries = local_entries
+        """How many documents and lists this process keeps; 0: none, so that every read asks Redis."""
         self._local: OrderedDict[str, _Local] = OrderedDict()
         self._local_bytes = 0
         self._heard = 0
@@ -286,11 +287,11 @@ class Cache:
 
     def _keep(self, key: str, entry: Entry, seconds: float) -> None:
         self._forget_local(key)
-        if seconds <= 0 or len(entry.body) > MAX_ENTRY_BYTES or self._local_entries == 0:
+        if seconds <= 0 or len(entry.body) > MAX_ENTRY_BYTES or self.local_entries == 0:
             return
         self._local[key] = _Local(entry.body, entry.version, time.monotonic() + seconds)
         self._local_bytes += len(key) + len(entry.body)
-        while len(self._local) > self._local_entries or self._local_bytes > MAX_LOCAL_BYTES:
+        while len(self._local) > self.local_entries or self._local_bytes > MAX_LOCAL_BYTES:
             self._forget_local(next(iter(self._local)))
 
     def _forget_local(self, key: str) -> None:
