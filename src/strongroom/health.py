@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
+from .cache import Cache
 from .changes import ChangeFeed
 from .clock import MachineClock, StoreClock
 from .context import utc_from_us
@@ -35,21 +36,23 @@ class Dependency:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Checked(Protocol):
-    """Something that can be asked how it is: a store, a cache."""
-
-    async def check(self) -> Health: ...
-
-
-async def ask(kind: str, what: Checked) -> Dependency:
-    """Ask a store or a cache; one that does not answer in CHECK_TIMEOUT_S is unavailable."""
+async def of_store(store: Store) -> Dependency:
+    """Ask the store; one that does not answer in CHECK_TIMEOUT_S is unavailable."""
     try:
         async with asyncio.timeout(CHECK_TIMEOUT_S):
-            health = await what.check()
+            health = await store.check()
     except TimeoutError:
         health = Health(False, CHECK_TIMEOUT_S, {"error": f"no answer within {CHECK_TIMEOUT_S} s"})
     status: Status = "unavailable" if not health.ok else "degraded" if health.latency_s > DEGRADED_S else "ok"
-    return Dependency(status, kind, health.latency_s, health.details)
+    return Dependency(status, store.capabilities.name, health.latency_s, health.details)
+
+
+def of_cache(cache: Cache) -> Dependency:
+    """Whether Redis is in use, and what the cache has spared. Without it reads are slower, never wrong."""
+    state = cache.redis_state
+    details = {"redis": state, **asdict(cache.counters)}
+    kind = "memory" if state == "none" else "redis"
+    return Dependency("ok" if state in ("none", "closed") else "degraded", kind, 0.0, details)
 
 
 def of_feed(feed: ChangeFeed) -> Dependency:
@@ -96,17 +99,12 @@ async def check(
     feed: ChangeFeed,
     clock: MachineClock | StoreClock,
     background: Background,
-    cache: Checked | None = None,
+    cache: Cache | None = None,
 ) -> dict[str, Dependency]:
-    """Everything, by name. Only the store is needed for everything; without the others one is degraded."""
-    asked = [ask(store.capabilities.name, store)]
+    """Everything, by name. Only the store is needed for all; where another is not well, the server is degraded."""
+    found = {"store": await of_store(store)}
     if cache is not None:
-        asked.append(ask("redis", cache))
-    store_found, *cache_found = await asyncio.gather(*asked)
-    found = {"store": store_found}
-    for dependency in cache_found:
-        status: Status = "ok" if dependency.status == "ok" else "degraded"
-        found["cache"] = Dependency(status, dependency.kind, dependency.latency_s, dependency.details)
+        found["cache"] = of_cache(cache)
     found["feed"] = of_feed(feed)
     found["clock"] = of_clock(clock)
     found["background"] = of_background(background, clock.now_us())

@@ -62,8 +62,12 @@ class Application:
         """The store was opened before and is closed after, by whoever built this application."""
         while (await receive())["type"] == "lifespan.startup":
             await send({"type": "lifespan.startup.complete"})
-        self.services.close()
+        self.close()
         await send({"type": "lifespan.shutdown.complete"})
+
+    def close(self) -> None:
+        """The server is to stop: streams end."""
+        self.services.close()
 
     async def _handle(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         """Everything but a verification: identify, authenticate, bound, hand on, count."""

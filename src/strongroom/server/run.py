@@ -1,5 +1,8 @@
 """Starts and stops the server: `serve(settings)` listens, opens the store, answers until it is told to stop, closes.
 
+A database that is gone at the start does not stop it: the server answers 503 until the database is there
+(`starting.py`). A wrong configuration does, as soon as it is known.
+
 Nothing that was acknowledged is lost by a stop: SIGTERM (or Ctrl-C) ends the listening, lets requests in flight finish,
 ends the streams, writes what the ledger still holds, and closes the store.
 """
@@ -17,17 +20,19 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import uvicorn
 
 from ..app import Strongroom
 from ..config import Settings, load, load_entities, warnings
-from ..errors import ConfigError, StrongroomError
+from ..errors import ConfigError, StrongroomError, Unavailable
 from ..state import ENTITIES
+from ..storage import store_for
 from . import adminkey, logs
 from .app import Application, Bounds, build
 from .protocol import Protocol
+from .starting import Late, until_open
 from .workers import supervise
 
 EXIT_STOPPED = 0
@@ -38,6 +43,7 @@ KEEP_ALIVE_S = 30
 STOP_SLACK_S = 5
 """More than the requests in flight get, for closing the store."""
 _log = logging.getLogger("strongroom.server")
+T = TypeVar("T")
 
 
 class CannotListen(StrongroomError):
@@ -61,8 +67,10 @@ def serve(settings: Settings, *, announce: Callable[[str], None] | None = None) 
             if settings.workers == 1:
                 _run(_work(settings, listener, announce=announce or _print))
             else:
-                _run(_prepared(settings, announce or _print))
-                target = functools.partial(_worker, settings, os.getpid())
+                prepared = _run(_prepared(settings, announce or _print))
+                # Workers are started anew, and know nothing of where this process's output was directed.
+                speak = None if prepared else _print_apart if sys.stdout is sys.stderr else _print
+                target = functools.partial(_worker, settings, os.getpid(), speak)
                 supervise(target, listener, settings.workers, settings.stop_timeout_s + STOP_SLACK_S)
     except StrongroomError as error:
         return _said(error)
@@ -96,9 +104,13 @@ def _print(text: str) -> None:
     print(text, flush=True)
 
 
-def _run(work: Coroutine[Any, Any, None]) -> None:
+def _print_apart(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _run(work: Coroutine[Any, Any, T]) -> T:
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(work)
+        return runner.run(work)
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -116,10 +128,23 @@ async def _opened(settings: Settings) -> AsyncIterator[Strongroom]:
         yield room
 
 
-async def _prepared(settings: Settings, announce: Callable[[str], None]) -> None:
-    """What is done once, before any of several workers starts: the schema, and the administrator's key."""
-    async with _opened(settings) as room:
-        await _ensure_admin(settings, room, announce)
+async def _prepared(settings: Settings, announce: Callable[[str], None]) -> bool:
+    """What is done once, before any of several workers starts: the schema, and the administrator's key. False if the
+    database is gone: each worker sees to it when it comes."""
+    try:
+        async with _opened(settings) as room:
+            await _ensure_admin(settings, room, announce)
+    except Unavailable as error:
+        if not _may_come_back(settings):
+            raise
+        _log.warning("the store cannot be reached, starting without it: %s", error)
+        return False
+    return True
+
+
+def _may_come_back(settings: Settings) -> bool:
+    """Whether the store is a server somewhere, and not a file of ours that is locked or has no folder."""
+    return not store_for(settings.store_url).capabilities.embedded
 
 
 async def _ensure_admin(settings: Settings, room: Strongroom, announce: Callable[[str], None]) -> None:
@@ -129,11 +154,11 @@ async def _ensure_admin(settings: Settings, room: Strongroom, announce: Callable
         announce(f"The administrator's key, shown this once; keep it:\n{made}")
 
 
-def _worker(settings: Settings, parent: int, listener: socket.socket) -> None:
+def _worker(settings: Settings, parent: int, announce: Callable[[str], None] | None, listener: socket.socket) -> None:
     """One of several processes; it stops when its parent is gone, which could not tell it to."""
     logs.configure(settings.log_level)
     try:
-        _run(_work(settings, listener, parent=parent))
+        _run(_work(settings, listener, announce=announce, parent=parent))
     except StrongroomError as error:
         sys.exit(_said(error))
 
@@ -145,11 +170,38 @@ async def _work(
     announce: Callable[[str], None] | None = None,
     parent: int | None = None,
 ) -> None:
-    async with _opened(settings) as room:
-        if announce is not None:
-            await _ensure_admin(settings, room, announce)
-        bounds = Bounds(settings.max_body_bytes, settings.max_concurrency, settings.max_watchers)
-        application = build(room, bounds, access_log=settings.access_log)
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def attempt() -> Application:
+            async with contextlib.AsyncExitStack() as opening:
+                room = await opening.enter_async_context(_opened(settings))
+                if announce is not None:
+                    await _ensure_admin(settings, room, announce)
+                await stack.enter_async_context(opening.pop_all())
+            bounds = Bounds(settings.max_body_bytes, settings.max_concurrency, settings.max_watchers)
+            application = build(room, bounds, access_log=settings.access_log)
+            # What is there now stays: without this a full collection walks through all of it, and every answer waits
+            # (tens of ms were seen at the 99th percentile).
+            gc.collect()
+            gc.freeze()
+            return application
+
+        try:
+            server = _Server(settings, await attempt(), parent)
+        except Unavailable as error:
+            if not _may_come_back(settings):
+                raise
+            _log.warning("the store cannot be reached, starting without it: %s", error)
+            late = Late(store_for(settings.store_url).capabilities.name)
+            await _Server(settings, late, parent).serve_late(late, until_open(attempt), listener)
+        else:
+            await server.serve(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which on a signal returns instead of raising it again: the store is closed after it."""
+
+    def __init__(self, settings: Settings, application: Application | Late, parent: int | None) -> None:
         config = uvicorn.Config(
             application,
             http=Protocol,
@@ -164,20 +216,31 @@ async def _work(
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=settings.stop_timeout_s,
         )
-        # What is there now stays: without this a full collection walks through all of it, and every answer waits (tens
-        # of ms were seen at the 99th percentile).
-        gc.collect()
-        gc.freeze()
-        await _Server(config, application, parent).serve(sockets=[listener])
-
-
-class _Server(uvicorn.Server):
-    """uvicorn's server, which on a signal returns instead of raising it again: the store is closed after it."""
-
-    def __init__(self, config: uvicorn.Config, application: Application, parent: int | None) -> None:
         super().__init__(config)
         self._application = application
         self._parent = parent
+
+    async def serve_late(self, late: Late, opening: Coroutine[Any, Any, Application], listener: socket.socket) -> None:
+        """Serve, and go over to the application once it can be opened. Raises what stops that for good."""
+
+        async def switch() -> None:
+            try:
+                application = await opening
+            except BaseException:
+                self.should_exit = True
+                raise
+            late.application = application
+            self.config.loaded_app = application  # new connections need not go through Late
+            _log.info("the store was reached")
+
+        task = asyncio.create_task(switch())
+        try:
+            await self.serve(sockets=[listener])
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
+        if not task.cancelled():
+            task.result()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -198,7 +261,7 @@ class _Server(uvicorn.Server):
         return await super().on_tick(counter) or orphaned
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._application.services.close()
+        self._application.close()
         await super().shutdown(sockets)
 
 

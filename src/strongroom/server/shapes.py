@@ -209,4 +209,5 @@ class DependencyOut(BaseModel):
 class ReadyOut(BaseModel):
     status: Literal["ready", "degraded", "unavailable", "stopping"]
     ready: bool
+    message: str | None = Field(None, description="Why it is not ready, where the server has not yet had its store.")
     dependencies: dict[str, DependencyOut]
