@@ -21,7 +21,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from ..entity import Collection, Document
 from ..errors import TooLarge
@@ -199,6 +199,34 @@ class SchemaChange:
     def __str__(self) -> str:
         what = f"{self.collection}.{self.name}" if self.name else self.collection
         return f"{self.kind} {what}" + (f": {self.detail}" if self.detail else "")
+
+
+# --- Advice ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """An index that serves nothing, or one that is missing; `fields` as in `Index`, `-name` for descending."""
+
+    collection: str
+    kind: Literal["unused index", "missing index"]
+    fields: tuple[str, ...]
+    reason: str
+    """What was seen, and since when."""
+    fix: str
+    """What to do."""
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.collection} ({', '.join(self.fields)}): {self.reason}; {self.fix}"
+
+
+@runtime_checkable
+class Advising(Protocol):
+    """A store whose engine counts what its indexes serve."""
+
+    async def advise(self) -> list[Advice]:
+        """What the engine's own statistics say of the collections that are prepared."""
+        ...
 
 
 # --- The port -------------------------------------------------------------------------------------------------
