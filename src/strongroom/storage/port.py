@@ -29,7 +29,8 @@ from ..query import Aggregate, Filter, Query
 
 MAX_DOCUMENT_BYTES = 1_000_000
 MAX_OPERATIONS = 500
-MAX_BATCH_BYTES = 8_000_000
+MAX_BATCH_BYTES = 3_500_000
+"""The greatest document with its journal record, before and after, is 3 MB; a message to Firestore's emulator 4 MiB."""
 MAX_CHANGES_PAGE = 1_000
 MAX_TENANTS_PAGE = 1_000
 
@@ -217,7 +218,8 @@ class Advice:
     """What to do."""
 
     def __str__(self) -> str:
-        return f"{self.kind} {self.collection} ({', '.join(self.fields)}): {self.reason}; {self.fix}"
+        where = f"{self.collection} ({', '.join(self.fields)})" if self.fields else self.collection
+        return f"{self.kind} {where}: {self.reason}; {self.fix}"
 
 
 @runtime_checkable
