@@ -9,6 +9,8 @@ import os
 import pwd
 import shutil
 import subprocess
+import sys
+import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +21,15 @@ import asyncpg
 import pytest
 
 from tests.servers import Command, answers, free_port, shared_server
+
+_REMOVED_AT_THE_END = """
+import shutil, signal, subprocess, sys
+child = subprocess.Popen(sys.argv[2:], cwd="/")
+signal.signal(signal.SIGTERM, lambda *_: child.send_signal(signal.SIGINT))  # which ends clients' sessions, too
+status = child.wait()
+shutil.rmtree(sys.argv[1], ignore_errors=True)
+sys.exit(status)
+"""
 
 UNPRIVILEGED = "nobody"
 """Whom PostgreSQL runs as when the tests run as root, whom it refuses. initdb wants a user with a name."""
@@ -50,26 +61,23 @@ def as_unprivileged(arguments: list[str]) -> list[str]:
 
 
 def reachable_folder(folder: Path) -> Path:
-    """A folder inside `folder` that the unprivileged user owns and can reach. pytest's own are closed to others."""
-    if os.geteuid() == 0:
-        for part in (folder, *folder.parents):
-            if part.stat().st_mode & 0o001 == 0:
-                part.chmod(part.stat().st_mode | 0o011)
-    inner = folder / "inner"
-    inner.mkdir()
-    if os.geteuid() == 0:
-        user = pwd.getpwnam(UNPRIVILEGED)
-        os.chown(inner, user.pw_uid, user.pw_gid)
-    return inner
+    """A folder for the server's data: `folder`, or for root a new one that the unprivileged user owns and can reach.
+    pytest's own are closed to others, and each start of pytest closes them again. Who starts the server removes it."""
+    if os.geteuid() != 0:
+        return folder
+    reachable = Path(tempfile.mkdtemp(prefix="strongroom-postgres-"))
+    user = pwd.getpwnam(UNPRIVILEGED)
+    os.chown(reachable, user.pw_uid, user.pw_gid)
+    return reachable
 
 
 def make_cluster(binaries: Path, folder: Path) -> Path:
-    """A new database cluster in a folder that the server's user can reach."""
-    inner = reachable_folder(folder)
-    data = inner / "data"
+    """A new database cluster, in a folder that the server's user can reach."""
+    parent = reachable_folder(folder)
+    data = parent / "data"
     options = ["-U", "admin", "--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync"]
     command = as_unprivileged([str(binaries / "initdb"), "-D", str(data), *options])
-    subprocess.run(command, check=True, capture_output=True, cwd=inner)
+    subprocess.run(command, check=True, capture_output=True, cwd=parent)
     return data
 
 
@@ -152,20 +160,26 @@ def _in_thread(run: Callable[[], Any]) -> None:
         raise failure[0]
 
 
+APP_ROLE = (
+    "CREATE ROLE app LOGIN PASSWORD 'app' NOSUPERUSER NOBYPASSRLS",
+    "GRANT CREATE ON DATABASE postgres TO app",
+)
+"""The role of the tests' stores: it may make schemas, which it then owns, and nothing else."""
+
+
 def start(request: pytest.FixtureRequest, name: str, binaries: Path) -> Server:
     """The shared server `name`, with the role `app`, which may log in and make schemas, and nothing else."""
 
     def prepare(folder: Path) -> Command:
         port = free_port()
-        return Command(server_command(binaries, make_cluster(binaries, folder), port), {"port": port})
+        data = make_cluster(binaries, folder)
+        wrapper = [sys.executable, "-c", _REMOVED_AT_THE_END, str(data.parent)]
+        return Command([*wrapper, *server_command(binaries, data, port)], {"port": port})
 
     def ready(facts: Mapping[str, Any]) -> bool:
         if not accepts(facts["port"]):
             return False
-        Server(facts["port"], binaries).execute(
-            "CREATE ROLE app LOGIN PASSWORD 'app' NOSUPERUSER NOBYPASSRLS",
-            "GRANT CREATE ON DATABASE postgres TO app",
-        )
+        Server(facts["port"], binaries).execute(*APP_ROLE)
         return True
 
     facts = shared_server(request, name, prepare, ready)

@@ -16,7 +16,8 @@ CONNECT_TIMEOUT_S = 5.0
 STATEMENT_TIMEOUT_S = 30.0
 LOCK_TIMEOUT_S = 5.0
 GRACE_S = 5.0
-"""An answer may take so much longer than the statement's time: then the connection, not the server, is at fault."""
+"""An answer may take so much longer than the statement's time (twice that, if it is short): then the connection, not
+the server, is at fault."""
 
 _DRIVER_OPTIONS = frozenset(
     {
@@ -45,7 +46,7 @@ class Settings:
 
     @property
     def command_timeout_s(self) -> float:
-        return self.statement_timeout_s + GRACE_S
+        return self.statement_timeout_s + min(GRACE_S, self.statement_timeout_s)
 
     def session_settings(self) -> Mapping[str, str]:
         """What each session is set to. The store's statements join lists of keys to tables, never tables: with nested
