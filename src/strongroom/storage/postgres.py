@@ -11,14 +11,15 @@ import asyncio
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Literal
+from datetime import UTC, datetime
+from typing import Any, Literal, TypeVar
 
 import asyncpg
 
 from ..entity import Collection, Document
 from ..errors import InvalidInput, Problem, StrongroomError, Unavailable
 from ..query import Aggregate, Filter, Query
-from . import _postgres_schema
+from . import _postgres_advice, _postgres_partitions, _postgres_schema
 from ._postgres_commits import Commits
 from ._postgres_errors import DRIVER_ERRORS, is_connection_lost, translated
 from ._postgres_journal import Journal, record_of
@@ -32,6 +33,7 @@ from ._sql import quoted
 from .port import (
     MAX_CHANGES_PAGE,
     MAX_TENANTS_PAGE,
+    Advice,
     Batch,
     Capabilities,
     ChangesPage,
@@ -43,6 +45,7 @@ from .port import (
 OWN_CONNECTIONS = 3
 """Of max_connections: one for each lane, one that listens. The others read."""
 
+T = TypeVar("T")
 _CURSOR = re.compile(r"[0-9]{1,18}")
 _END = "end"
 
@@ -286,6 +289,35 @@ class PostgresStore:
         if standby:
             details["problem"] = f"{self._place}: this PostgreSQL only reads: name the primary"
         return Health(not standby, latency_s, details)
+
+    async def advise(self) -> list[Advice]:
+        """What PostgreSQL's statistics say of the indexes of the prepared collections."""
+        collections = [table.collection for table in self._tables.values()]
+        return await self._maintain(
+            lambda connection: _postgres_advice.advise(connection, self.settings.schema, collections)
+        )
+
+    async def make_journal_partitions(self) -> int:
+        """Make the journal's partitions of this month and the next; how many were missing. Without them nothing is
+        lost, but a partition made late has to take over what came before it."""
+        return await self._maintain(
+            lambda connection: _postgres_partitions.ensure_partitions(connection, self.settings, datetime.now(UTC))
+        )
+
+    async def drop_journal_before(self, at_us: int) -> int:
+        """Drop the journal's partitions all of whose records are older; how many were. Denied for an application
+        role that does not own the schema: retention has a role of its own."""
+        before = _postgres_partitions.journal_time(at_us)
+        return await self._maintain(
+            lambda connection: _postgres_partitions.drop_partitions_before(connection, self.settings, before)
+        )
+
+    async def _maintain(self, work: Callable[[asyncpg.Connection], Awaitable[T]]) -> T:
+        try:
+            async with self._opened().connection() as connection:
+                return await work(connection)
+        except DRIVER_ERRORS as error:
+            raise translated(error, self._place) from error
 
 
 _HEALTH = (
