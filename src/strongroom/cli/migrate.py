@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
 import typer
 
@@ -101,10 +101,10 @@ def shown(url: str) -> str:
         parts = urlsplit(url)
     except ValueError:
         return url.partition(":")[0] + ":…"
-    if parts.password is None and not parts.query:
-        return url
     user, _, host = parts.netloc.rpartition("@")
-    return urlunsplit((parts.scheme, f"{user.partition(':')[0]}@{host}" if user else host, parts.path, "", ""))
+    account = f"{user.partition(':')[0]}@{host}" if user else host
+    query = urlencode([(name, value) for name, value in parse_qsl(parts.query) if "pass" not in name.lower()])
+    return urlunsplit((parts.scheme, account, parts.path, query, ""))
 
 
 def _file(url: str) -> str | None:

@@ -140,7 +140,7 @@ async def open_source(run: Run) -> list[Problem]:
 
     A collection that the source never had is no problem: there is nothing to move.
     """
-    absent, problems = await _open_as_it_is(run.source, run, "--from")
+    absent, problems = await open_as_it_is(run.source, run, "--from")
     run.held = tuple(c for c in run.declared if c.name not in absent)
     if run.options.live and STORE_STATE.name in absent:
         problems.append(
@@ -155,7 +155,7 @@ async def open_source(run: Run) -> list[Problem]:
     return problems
 
 
-async def _open_as_it_is(store: Store, run: Run, path: str) -> tuple[set[str], list[Problem]]:
+async def open_as_it_is(store: Store, run: Run, path: str) -> tuple[set[str], list[Problem]]:
     """Prepare a store for those of the collections that it has, unless one of them is not as declared; those it does
     not have, and what does not fit."""
     changes = await store.prepare([*run.declared, *OWN], mode="plan")
@@ -172,7 +172,7 @@ async def _open_as_it_is(store: Store, run: Run, path: str) -> tuple[set[str], l
 
 async def open_target(run: Run) -> list[Problem]:
     """Make readable what the target has, without changing anything; what does not fit or is in the way is told."""
-    absent, problems = await _open_as_it_is(run.target, run, "--to")
+    absent, problems = await open_as_it_is(run.target, run, "--to")
     if problems:
         return problems
     state = await run.load() if MIGRATIONS.name not in absent else None
@@ -222,7 +222,7 @@ async def refusal(store: Store) -> str | None:
 
 async def same_store(run: Run) -> bool:
     """Whether the source is the target under another name: then it has the very mark that was made in the target."""
-    absent, _ = await _open_as_it_is(run.source, run, "--from")
+    absent, _ = await open_as_it_is(run.source, run, "--from")
     if MIGRATIONS.name in absent:
         return False
     document = await run.source.get(MIGRATIONS.name, None, CURRENT)

@@ -15,9 +15,9 @@ from ..storage.port import MAX_BATCH_BYTES, Batch, Create, Operation, Store, doc
 from . import backup
 from .comparing import set_sum
 from .copying import clear, persistently
-from .planning import open_source, open_target, refusal, refuse
+from .planning import open_as_it_is, open_source, refusal, refuse
 from .proving import Report, count_journal, fill, prove
-from .state import OWN, UNDOING, Migration, Options, Part, Phase, Progress, Run, fence, no_progress, now_us
+from .state import MIGRATIONS, OWN, UNDOING, Migration, Options, Part, Phase, Progress, Run, fence, no_progress, now_us
 from .streams import Pipeline
 
 
@@ -86,10 +86,10 @@ async def roll_back(
 
 async def _standing(run: Run) -> Migration:
     """The state of the migration into the target; both stores are made readable as they are."""
-    absent_or_wrong = await open_target(run)
-    state = run.state
+    absent, problems = await open_as_it_is(run.target, run, "--to")
+    refuse(problems)
+    state = await run.load() if MIGRATIONS.name not in absent else None
     if state is None:
-        refuse(absent_or_wrong)
         raise NotFound("there is no migration into this target")
     if state.source != run.options.source:
         refuse([Problem("--from", f"the migration into the target is from {state.source}: name that")])
