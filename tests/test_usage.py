@@ -7,7 +7,7 @@ import random
 from collections import Counter as Bag
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ import time_machine
 from strongroom import Anchored, ApiKey, Calendar, Database, Limit, Registry, Rolling, Total, usage
 from strongroom.app import SYSTEM_ENTITIES
 from strongroom.context import new_id, system_context
+from strongroom.entity import Document
 from strongroom.errors import AlreadyExists, Conflict, StorageFull, TooLarge, TooManyRequests, Unavailable
 from strongroom.storage import open_store
-from strongroom.storage.port import Batch, Put
+from strongroom.storage.port import Batch, Capabilities, Committed, Put
 from strongroom.usage import KeyChanged, Ledger, Outcome
 from strongroom.verification import metered
 
@@ -240,6 +241,91 @@ async def test_of_two_nodes_that_would_spend_the_same_rest_one_does(tmp_path: Pa
             answers = await settled([node.ledger.charge(metered(key), {"tokens": 60}) for node in cluster.nodes])
             assert admitted(answers) == 1
             assert await cluster.used(key.id) == {"tokens": 100}
+
+
+class DistantStore(FaultyStore):
+    """A store some way off: a read takes a millisecond there and back, and so does a commit."""
+
+    WAY_S = 0.0005
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return replace(self.store.capabilities, multi_process=True)
+
+    async def get(self, collection: str, tenant: str | None, id: str) -> Document | None:
+        await asyncio.sleep(self.WAY_S)
+        found = await super().get(collection, tenant, id)
+        await asyncio.sleep(self.WAY_S)
+        return found
+
+    async def _commit(self, batch: Batch, fault: Fault | None) -> Committed:
+        await asyncio.sleep(self.WAY_S)
+        try:
+            return await super()._commit(batch, fault)
+        finally:
+            await asyncio.sleep(self.WAY_S)
+
+
+@pytest.mark.parametrize("nodes", [2, 4])
+async def test_nodes_that_hammer_one_key_spend_it_exactly_and_each_has_its_turn(nodes: int, tmp_path: Path) -> None:
+    async with cluster_of("json-memory", tmp_path, 1) as cluster:
+        inner, registry = cluster.one.store.store, Registry(SYSTEM_ENTITIES)
+        key = await cluster.key(rolling("requests", 600))
+        stores = [DistantStore(inner, shared=True) for _ in range(nodes)]
+        ledgers = [Ledger(Database(store, registry), store) for store in stores]
+        admitted_by = [0] * nodes
+
+        async def caller(node: int) -> None:
+            while (await ledgers[node].charge(metered(key), {"requests": 1})).allowed:
+                admitted_by[node] += 1
+
+        async with asyncio.timeout(30):
+            await asyncio.gather(*(caller(node) for node in range(nodes) for _ in range(4)))
+        assert sum(admitted_by) == 600
+        assert await cluster.used(key.id) == {"requests": 600}
+        assert min(admitted_by) >= 600 // nodes // 5, "one node kept the others out"
+        for ledger in ledgers:
+            await ledger.close()
+
+
+async def test_a_contended_key_holds_up_no_other(cluster: Cluster) -> None:
+    contended, quiet = await cluster.key(rolling("requests", 100)), await cluster.key(rolling("requests", 100))
+    node = cluster.one
+
+    def fault(number: int, batch: Batch) -> Fault | None:
+        mine = any(isinstance(op, Put) and op.id == contended.id for op in batch.operations)
+        return Fault("before", Conflict("another node was faster", operation=1)) if mine else None
+
+    node.store.fault = fault
+    waiting = node.ledger.charge(metered(contended), {"requests": 1})
+    await wait_until(lambda: contended.id in node.ledger._held)
+    assert (await node.ledger.charge(metered(quiet), {"requests": 1})).allowed
+    assert not waiting.done()
+    node.store.fault = lambda number, batch: None
+    assert (await waiting).allowed
+    assert await cluster.used(contended.id) == {"requests": 1}
+
+
+async def test_the_more_wait_the_more_share_a_commit_that_takes_its_time(tmp_path: Path) -> None:
+    async with cluster_of("json-memory", tmp_path, 1) as cluster:
+        keys = [await cluster.key(rolling("requests", 10**9)) for _ in range(50)]
+        store = DistantStore(cluster.one.store.store, shared=True)
+        ledger = Ledger(Database(store, Registry(SYSTEM_ENTITIES)), store)
+        a_commit = []
+        for callers in (10, 100, 1_000):
+
+            async def caller(key: ApiKey) -> None:
+                for _ in range(5):
+                    assert (await ledger.charge(metered(key), {"requests": 1})).allowed
+
+            before = len(store.batches)
+            await asyncio.gather(*(caller(keys[number % 50]) for number in range(callers)))
+            a_commit.append(5 * callers / (len(store.batches) - before))
+        await ledger.close()
+        # Two cohorts: those whose commit is under way, and those who gather meanwhile. So at least a third each.
+        assert a_commit[0] >= 3
+        assert a_commit[1] >= 30
+        assert a_commit[2] >= 300
 
 
 async def test_a_denial_by_one_limit_debits_no_other(cluster: Cluster) -> None:

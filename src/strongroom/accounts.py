@@ -22,6 +22,8 @@ MAX_IDLE_COUNTERS = 64
 ACTIVE_US = 60_000_000
 """`active_at` is rounded down to this, so that its index changes at most once a minute however often a key is used."""
 
+FIRST_PATIENCE = 16
+
 NAME = "key_usage"
 Cost = Mapping[str, int]
 
@@ -88,10 +90,23 @@ class Account:
     clocks that differ can do is to shift the moments: those of one store's clock, known to within `uncertainty_us`.
     """
 
-    __slots__ = ("at_us", "count", "counters", "last_used_us", "totals", "unknown", "version")
+    __slots__ = (
+        "at_us",
+        "count",
+        "counters",
+        "last_used_us",
+        "patience",
+        "totals",
+        "turns",
+        "unknown",
+        "version",
+    )
 
     def __init__(self, document: Document | None = None) -> None:
         self.version: int = 0
+        self.turns = 0
+        """Commits since the last pause, and after how many the next one comes: see `usage`."""
+        self.patience = FIRST_PATIENCE
         self.at_us: int = 0
         self.count: int = 0
         self.last_used_us: int | None = None

@@ -37,10 +37,13 @@ MAX_WAITING = 50_000
 MAX_ACCOUNTS = 100_000
 """Usage documents kept in memory."""
 MAX_ATTEMPTS = 200
-FIRST_BACKOFF_S = 0.001
-MAX_BACKOFF_S = 0.02
+MAX_PAUSE_S = 0.02
 COURTESY_COMMITS = 16
 """After losing a key to another node, for so many of its commits a pause follows in which the other has its turn."""
+MAX_PATIENCE = 128
+"""A node that never loses a key would not learn that another cannot win it. So after FIRST_PATIENCE commits of one key
+it pauses once, for as long as others need; while nobody shows up it goes on for twice as many commits each time, up to
+this many."""
 MAX_CONTENDED = 10_000
 """Keys remembered as being used by other nodes as well."""
 MAX_BUNDLE_CHARS = 400_000
@@ -104,6 +107,7 @@ class Ledger:
         self._contended: dict[str, int] = {}
         """Keys lost to another node, and after how many more commits a pause is to follow."""
         self._commit_s = 0.0
+        self._shared = store.capabilities.multi_process
         self.retries = 0
         """Charges decided again because another node was faster."""
         self._accounts: dict[str, Account] = {}
@@ -258,8 +262,7 @@ class Ledger:
                     one.account.version = committed.versions[position + 1]
                     position += len(one.operations)
                     _answer(one.answers)
-                    if one.id in self._contended:
-                        self._give_way(one.id)
+                    self._had_turn(one)
         self._commit_s = time.perf_counter() - began
         if again:
             self._apart = COMMITS_APART
@@ -329,23 +332,32 @@ class Ledger:
         attempts = max(charge.attempts for charge in again)
         self._waiting[:0] = again  # before what came later
         if attempts > 1:
-            self._hold(one.id, min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2 ** min(attempts - 2, 10)))
+            # No longer than a commit: whoever is faster than the others' pauses gets its turn in one of them.
+            self._hold(one.id, 0, self._commit_s)
 
-    def _give_way(self, id: str) -> None:
-        """This node has had its turn on a key that others use. They must read before they write, so without a pause
-        whoever won once would go on winning."""
-        left = self._contended[id] - 1
-        if left:
-            self._contended[id] = left
-        else:
-            del self._contended[id]
-        self._hold(id, min(MAX_BACKOFF_S, 2 * self._commit_s))
+    def _had_turn(self, one: _Decided) -> None:
+        """This node has committed a key. Others that use it must read before they write, so without a pause whoever
+        won once would go on winning."""
+        left = self._contended.get(one.id)
+        if left is not None:
+            if left > 1:
+                self._contended[one.id] = left - 1
+            else:
+                del self._contended[one.id]
+            self._hold(one.id, 0, 2 * self._commit_s)
+            return
+        account = one.account
+        account.turns += 1
+        if account.turns >= account.patience:
+            account.turns, account.patience = 0, min(2 * account.patience, MAX_PATIENCE)
+            if self._shared:
+                self._hold(one.id, 4 * self._commit_s, 4 * self._commit_s)
 
-    def _hold(self, id: str, most_s: float) -> None:
-        """Decide nothing on this key for a while of at most `most_s`."""
+    def _hold(self, id: str, least_s: float, most_s: float) -> None:
+        """Decide nothing on this key for a while."""
         if id not in self._held:
             self._held[id] = []
-            delay_s = random.uniform(0, most_s)  # noqa: S311 - jitter, not a secret
+            delay_s = min(random.uniform(least_s, most_s), MAX_PAUSE_S)  # noqa: S311 - jitter, not a secret
             asyncio.get_running_loop().call_later(delay_s, self._release, id)
 
     def _release(self, id: str) -> None:
