@@ -54,8 +54,10 @@ class Shape:
     @property
     def sought(self) -> tuple[str, ...]:
         """The fields of the index that serves it whole; none if the primary key does."""
+        if "id" in self.equal:
+            return ()
         if not self.is_ordered:
-            return (*sorted(self.equal - {"id"}), *sorted(self.ranged - {"id"}))
+            return (*sorted(self.equal), *sorted(self.ranged - {"id"}))
         order = list(self.order)
         if order[-1][0] == "id" and order[-1][1] == order[-2][1]:
             order.pop()  # every index goes on with the id, in the direction of its last field
@@ -155,10 +157,12 @@ def helps(index: Sequence[tuple[str, bool]], shape: Shape) -> bool:
 def serves(index: Sequence[tuple[str, bool]], shape: Shape) -> bool:
     """Whether an index finds what the shape asks for without sorting, and without reading what it must leave out but
     by an equal field that is not in it, or by a range beside an order."""
+    if "id" in shape.equal:
+        return index[0][0] == "id"
     lead = 0
     while lead < len(index) and index[lead][0] in shape.equal:
         lead += 1
-    rest = index[lead:]
+    rest = _with_id(index[lead:])
     if shape.equal and not lead:
         return False
     if shape.ranged and not shape.is_ordered:
@@ -166,15 +170,17 @@ def serves(index: Sequence[tuple[str, bool]], shape: Shape) -> bool:
     return _orders(rest, shape)
 
 
-def _orders(index: Sequence[tuple[str, bool]], shape: Shape) -> bool:
-    """Whether the index's columns are the shape's order, or its reverse. A last id may be left out: it is there."""
-    wanted = list(shape.order)
-    columns = list(index)
-    if all(name != "id" for name, _ in columns):
-        columns.append(("id", columns[-1][1] if columns else False))
-    if len(columns) < len(wanted):
+def _with_id(columns: Sequence[tuple[str, bool]]) -> list[tuple[str, bool]]:
+    """Columns and the id, which every index goes on with in the direction of its last column."""
+    named = any(name == "id" for name, _ in columns)
+    return [*columns] if named else [*columns, ("id", columns[-1][1] if columns else False)]
+
+
+def _orders(columns: Sequence[tuple[str, bool]], shape: Shape) -> bool:
+    """Whether the columns are the shape's order, or its reverse."""
+    if len(columns) < len(shape.order):
         return False
-    pairs = list(zip(columns, wanted, strict=False))
+    pairs = list(zip(columns, shape.order, strict=False))
     return any(all(c[0] == w[0] and (c[1] ^ turned) == w[1] for c, w in pairs) for turned in (False, True))
 
 
