@@ -76,6 +76,14 @@ class Settings(BaseSettings):
     cache: str | None = _setting("STRONGROOM_CACHE", None, "A Redis that several nodes share: redis://….", repr=False)
     redis_url: str | None = _setting("REDIS_URL", None, "Another name for STRONGROOM_CACHE.", repr=False)
 
+    journal_days: int | None = _setting(
+        "STRONGROOM_JOURNAL_DAYS",
+        None,
+        "PostgreSQL: days that the journal is kept; parts that are older are dropped, a month at a time (default: for "
+        "ever).",
+        ge=1, le=36_500,
+    )  # fmt: skip
+
     # The server.
     host: str = _setting("STRONGROOM_HOST", "127.0.0.1", "The address that the server listens on.")
     port: int = _setting(
@@ -156,6 +164,10 @@ class Settings(BaseSettings):
                 return _with_option(url, "collection", self.firestore_collection)
             case _:
                 return url
+
+    @property
+    def journal_kept_s(self) -> float | None:
+        return None if self.journal_days is None else self.journal_days * 86_400.0
 
     @property
     def cache_url(self) -> str | None:
@@ -286,6 +298,7 @@ def _secrets(settings: Settings) -> list[str]:
 
 _ENGINE_OF = {
     "DB_MAX_CONNECTIONS": "postgresql",
+    "STRONGROOM_JOURNAL_DAYS": "postgresql",
     "FIRESTORE_COLLECTION": "firestore",
     "FIRESTORE_EMULATOR_HOST": "firestore",
     "PUBSUB_EMULATOR_HOST": "pubsub",

@@ -124,7 +124,13 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 @contextlib.asynccontextmanager
 async def _opened(settings: Settings) -> AsyncIterator[Strongroom]:
     entities = (*ENTITIES, *load_entities(settings.entities))
-    async with Strongroom.open(settings.store_url, entities=entities, peppers=settings.pepper_texts) as room:
+    async with Strongroom.open(
+        settings.store_url,
+        entities=entities,
+        peppers=settings.pepper_texts,
+        journal_kept_s=settings.journal_kept_s,
+        cache=settings.cache_url,
+    ) as room:
         yield room
 
 
