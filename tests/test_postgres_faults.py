@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
-import shutil
-import signal
-import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import asyncpg
@@ -146,72 +141,16 @@ async def test_a_transaction_whose_backend_is_terminated_is_begun_again(server: 
         await store.close()
 
 
-class OwnServer:
-    """A server of one test's own, which may be killed and started again."""
-
-    def __init__(self, folder: Path) -> None:
-        self.binaries = postgres.bundled()
-        self.data = postgres.make_cluster(self.binaries, folder)
-        self.server = postgres.Server(free_port(), self.binaries)
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        command = postgres.server_command(self.binaries, self.data, self.server.port)
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=self.data
-        )
-        deadline = time.monotonic() + 60
-        while not postgres.accepts(self.server.port):
-            assert time.monotonic() < deadline, "the server did not start"
-            assert self._process.poll() is None, "the server ended at its start"
-            time.sleep(0.02)
-
-    def remove(self) -> None:
-        self.kill()
-        shutil.rmtree(self.data.parent)
-
-    def kill(self) -> None:
-        """SIGKILL for the postmaster and all its children, and wait until all are gone."""
-        assert self._process is not None
-        children = _children(self._process.pid)
-        self._process.send_signal(signal.SIGKILL)
-        for pid in children:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self._process.wait(10)
-        deadline = time.monotonic() + 10
-        while any(_runs(pid) for pid in children):
-            assert time.monotonic() < deadline, "a child of the postmaster did not end"
-            time.sleep(0.01)
-
-
-def _children(pid: int) -> list[int]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with suppress(OSError):
-                if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == pid:  # its parent
-                    found.append(int(entry.name))
-    return found
-
-
-def _runs(pid: int) -> bool:
-    try:
-        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 @pytest.fixture
-def own_server(tmp_path: Path) -> Iterator[OwnServer]:
-    own = OwnServer(tmp_path)
+def own_server(tmp_path: Path) -> Iterator[postgres.OwnServer]:
+    own = postgres.OwnServer(tmp_path)
     own.start()
     own.server.execute(*postgres.APP_ROLE)
     yield own
     own.remove()
 
 
-async def test_kill_9_under_load_loses_nothing_that_was_acknowledged(own_server: OwnServer) -> None:
+async def test_kill_9_under_load_loses_nothing_that_was_acknowledged(own_server: postgres.OwnServer) -> None:
     store = await prepared(own_server.server.url("s", connect_timeout_s=2))
     acknowledged: set[str] = set()
     uncertain: set[str] = set()
@@ -330,7 +269,9 @@ async def test_a_server_that_is_not_there_is_unavailable() -> None:
         await open_store(f"postgresql://app:app@127.0.0.1:{free_port()}/postgres")
 
 
-async def test_a_wrong_password_is_a_configuration_error_and_is_never_shown(own_password_server: OwnServer) -> None:
+async def test_a_wrong_password_is_a_configuration_error_and_is_never_shown(
+    own_password_server: postgres.OwnServer,
+) -> None:
     url = own_password_server.server.url("s").replace("app:app@", "app:hunter2@")
     store = PostgresStore(url)
     with pytest.raises(ConfigError, match="refuses the user or the password") as caught:
@@ -344,8 +285,8 @@ async def test_a_wrong_password_is_a_configuration_error_and_is_never_shown(own_
 
 
 @pytest.fixture
-def own_password_server(tmp_path: Path) -> Iterator[OwnServer]:
-    own = OwnServer(tmp_path)
+def own_password_server(tmp_path: Path) -> Iterator[postgres.OwnServer]:
+    own = postgres.OwnServer(tmp_path)
     (own.data / "pg_hba.conf").write_text(
         "host all admin 127.0.0.1/32 trust\nhost all all 127.0.0.1/32 scram-sha-256\n"
     )

@@ -8,11 +8,14 @@ import itertools
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from typing import Any
 import asyncpg
 import pytest
 
+from tests.conftest import missing
 from tests.servers import Command, answers, free_port, shared_server
 
 _REMOVED_AT_THE_END = """
@@ -192,3 +196,84 @@ _schemas = itertools.count()
 def new_schema() -> str:
     """A schema's name that no other test of this run has."""
     return f"s{os.getpid()}_{next(_schemas)}"
+
+
+def start_pgbouncer(request: pytest.FixtureRequest, server: Server, connections: int) -> int:
+    """The port of a pgbouncer in transaction mode before a server: all clients share so many of its connections."""
+    binary = shutil.which("pgbouncer") or next(map(str, Path("/usr/sbin").glob("pgbouncer")), None)
+    if binary is None:
+        missing("pgbouncer", "install Debian's package pgbouncer")
+
+    def prepare(folder: Path) -> Command:
+        port = free_port()
+        place = reachable_folder(folder)
+        (place / "users").write_text('"app" "app"\n')
+        (place / "ini").write_text(
+            "[databases]\n"
+            f"* = host=127.0.0.1 port={server.port} pool_size={connections}\n"
+            "[pgbouncer]\n"
+            f"listen_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n"
+            f"auth_type = trust\nauth_file = {place / 'users'}\npool_mode = transaction\n"
+        )
+        wrapper = [sys.executable, "-c", _REMOVED_AT_THE_END, str(place)]
+        return Command([*wrapper, *as_unprivileged([binary, str(place / "ini")])], {"port": port})
+
+    facts = shared_server(request, f"pgbouncer-{connections}", prepare, lambda facts: answers(facts["port"]))
+    port: int = facts["port"]
+    return port
+
+
+class OwnServer:
+    """A server of one test's own, which may be killed and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.binaries = bundled()
+        self.data = make_cluster(self.binaries, folder)
+        self.server = Server(free_port(), self.binaries)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = server_command(self.binaries, self.data, self.server.port)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=self.data
+        )
+        deadline = time.monotonic() + 60
+        while not accepts(self.server.port):
+            assert time.monotonic() < deadline, "the server did not start"
+            assert self._process.poll() is None, "the server ended at its start"
+            time.sleep(0.02)
+
+    def remove(self) -> None:
+        self.kill()
+        shutil.rmtree(self.data.parent)
+
+    def kill(self) -> None:
+        """SIGKILL for the postmaster and all its children, and wait until all are gone."""
+        assert self._process is not None
+        children = _children(self._process.pid)
+        self._process.send_signal(signal.SIGKILL)
+        for pid in children:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._process.wait(10)
+        deadline = time.monotonic() + 10
+        while any(_runs(pid) for pid in children):
+            assert time.monotonic() < deadline, "a child of the postmaster did not end"
+            time.sleep(0.01)
+
+
+def _children(pid: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == pid:  # its parent
+                    found.append(int(entry.name))
+    return found
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
