@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -65,6 +66,8 @@ class World:
         return record
 
 
+GATE: ContextVar[asyncio.Event] = ContextVar("gate")
+"""What the answer of the store waits for, of the read that asked first."""
 NOW = utc_from_us(1_700_000_000_000_000)
 
 
@@ -73,12 +76,9 @@ class SlowStore:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.gate: asyncio.Event | None = None
 
     async def _later(self, answer: Any) -> Any:
-        gate = self.gate
-        if gate is not None:
-            await gate.wait()
+        await GATE.get().wait()
         return answer
 
     async def get(self, collection: str, tenant: str | None, id: str) -> Document | None:
@@ -103,12 +103,12 @@ class StepFeed:
 
 
 class Node:
-    def __init__(self, world: World, url: str) -> None:
+    def __init__(self, world: World, url: str, local_entries: int) -> None:
         self.world = world
         self.store = SlowStore(world)
         self.feed = StepFeed()
         store, feed = cast(Store, self.store), cast(ChangeFeed, self.feed)
-        self.cache = Cache(store, feed, [Thing.__collection__], url, "machine")
+        self.cache = Cache(store, feed, [Thing.__collection__], url, "machine", local_entries=local_entries)
         self.known = len(world.states) - 1  # a feed begins at the end of the journal
         self.own: dict[str, int] = {}
         """By id, the moment of the node's own last commit."""
@@ -132,6 +132,19 @@ class Reading:
 
 
 nodes_ = st.sampled_from([0, 1])
+_read = st.tuples(st.just("read"), nodes_, st.sampled_from([*IDS, None]), st.booleans(), st.integers(0, 6))
+_write = st.tuples(st.just("write"), nodes_, st.sampled_from(IDS), st.sampled_from(["one", "two"]), st.booleans())
+_let_go = st.tuples(st.just("let_go"), st.integers(0, 50), st.integers(0, 4))
+steps_ = st.one_of(
+    _read,
+    _read,
+    _read,
+    _write,
+    _let_go,
+    _let_go,
+    st.tuples(st.just("delete"), nodes_, st.sampled_from(IDS), st.booleans()),
+    st.tuples(st.just("hear"), nodes_),
+)
 
 
 class Nodes(RuleBasedStateMachine):
@@ -151,8 +164,12 @@ class Nodes(RuleBasedStateMachine):
     async def _start(self) -> None:
         self.client = redis.asyncio.from_url(self.server.url)
         await self.client.flushall()
-        self.nodes = [Node(self.world, self.server.url) for _ in range(2)]
+        self.nodes = [self._node(number) for number in range(2)]
         await self._connected()
+
+    def _node(self, number: int) -> Node:
+        """The first has both tiers, the second asks Redis for every read."""
+        return Node(self.world, self.server.url, 100 if number == 0 else 0)
 
     async def _connected(self) -> None:
         await wait_until(lambda: all(node.cache.redis_state == "closed" for node in self.nodes))
@@ -173,12 +190,16 @@ class Nodes(RuleBasedStateMachine):
 
     # --- What happens -----------------------------------------------------------------------------------------
 
-    @rule(node=nodes_, id=st.sampled_from(IDS), owner=st.sampled_from(["one", "two"]), told=st.booleans())
+    @rule(steps=st.lists(steps_, min_size=8, max_size=16))
+    def happen(self, steps: list[tuple[Any, ...]]) -> None:
+        """Several steps at once, since a race takes some: hypothesis alone would seldom draw enough of them."""
+        for name, *arguments in steps:
+            getattr(self, name)(*arguments)
+
     def write(self, node: int, id: str, owner: str, told: bool) -> None:
         """Not `told`: the writer was killed after its commit, before it could invalidate (and another one runs now)."""
         self._commit(node, self.world.commit(id, {"owner": owner, "number": len(self.world.states)}), told)
 
-    @rule(node=nodes_, id=st.sampled_from(IDS), told=st.booleans())
     def delete(self, node: int, id: str, told: bool) -> None:
         if id in self.world.states[-1]:
             self._commit(node, self.world.commit(id, None), told)
@@ -193,21 +214,19 @@ class Nodes(RuleBasedStateMachine):
 
             self.run(forget())
 
-    @rule(node=nodes_)
     def hear(self, node: int) -> None:
         async def tell() -> None:
             self.nodes[node].hear()
 
         self.run(tell())
 
-    @rule(node=nodes_, id=st.sampled_from([*IDS, None]), slow=st.booleans(), steps=st.integers(0, 6))
     def read(self, node: int, id: str | None, slow: bool, steps: int) -> None:
         async def begin() -> None:
             reader = self.nodes[node]
             gate = asyncio.Event()
             if not slow:
                 gate.set()
-            reader.store.gate = gate
+            GATE.set(gate)
             work = reader.cache.get("things", TENANT, id) if id else reader.cache.find("things", TENANT, ALL_OF_ONE)
             task = asyncio.ensure_future(work)
             known = max(reader.known, reader.own.get(id or "", 0))
@@ -217,7 +236,6 @@ class Nodes(RuleBasedStateMachine):
 
         self.run(begin())
 
-    @rule(which=st.integers(0, 50), steps=st.integers(0, 4))
     def let_go(self, which: int, steps: int) -> None:
         """A slow reader gets its answer."""
 
@@ -235,33 +253,47 @@ class Nodes(RuleBasedStateMachine):
                 self._check(reading)
         self.readings = [reading for reading in self.readings if not reading.task.done()]
 
-    @rule(key=st.sampled_from(["thing:a", "thing:b", "by_owner:one"]))
-    def expire(self, key: str) -> None:
-        self.run(self.client.delete(f"strongroom:machine:{TENANT}:{key}"))
+    @rule(
+        node=nodes_,
+        what=st.sampled_from(
+            [
+                "expire",
+                "evict_the_counter",
+                "flush",
+                "forget_locally",
+                "save",
+                "save",
+                "restart_from_the_snapshot",
+                "restart_from_the_snapshot",
+                "lose_the_connection",
+                "restart",
+            ]
+        ),
+    )
+    def disturb(self, node: int, what: str) -> None:
+        getattr(self, f"_{what}")(node)
 
-    @rule()
-    def evict_the_counter(self) -> None:
+    def _expire(self, node: int) -> None:
+        self.run(self.client.delete(*(f"strongroom:machine:{TENANT}:{key}" for key in ("thing:a", "by_owner:one"))))
+
+    def _evict_the_counter(self, node: int) -> None:
         self.run(self.client.delete("strongroom:machine"))
 
-    @rule()
-    def flush(self) -> None:
+    def _flush(self, node: int) -> None:
         self.run(self.client.flushall())
 
-    @rule(node=nodes_)
-    def forget_locally(self, node: int) -> None:
+    def _forget_locally(self, node: int) -> None:
         """So that Redis is asked."""
         for key in list(self.nodes[node].cache._local):
             self.nodes[node].cache._forget_local(key)
 
-    @rule()
-    def save(self) -> None:
+    def _save(self, node: int) -> None:
         async def dump() -> None:
             self.snapshot = {key: await self.client.dump(key) for key in await self.client.keys("*")}
 
         self.run(dump())
 
-    @rule()
-    def restart_from_the_snapshot(self) -> None:
+    def _restart_from_the_snapshot(self, node: int) -> None:
         """As a Redis that was killed and has loaded what it saved: connections end, then the old entries are there."""
 
         async def load() -> None:
@@ -277,8 +309,7 @@ class Nodes(RuleBasedStateMachine):
 
         self.run(load())
 
-    @rule(node=nodes_)
-    def lose_the_connection(self, node: int) -> None:
+    def _lose_the_connection(self, node: int) -> None:
         async def drop() -> None:
             session = self._session(self.nodes[node])
             self.nodes[node].cache._distrust("the test says so")
@@ -287,8 +318,7 @@ class Nodes(RuleBasedStateMachine):
 
         self.run(drop())
 
-    @rule(node=nodes_)
-    def restart(self, node: int) -> None:
+    def _restart(self, node: int) -> None:
         """The node ends and another one starts: it hears only of what comes from now on."""
 
         async def again() -> None:
@@ -300,7 +330,7 @@ class Nodes(RuleBasedStateMachine):
                         await reading.task
             self.readings = [reading for reading in self.readings if reading.node is not old]
             await old.cache.close()
-            self.nodes[node] = Node(self.world, self.server.url)
+            self.nodes[node] = self._node(node)
             await self._connected()
 
         self.run(again())
@@ -344,8 +374,8 @@ def test_no_read_is_older_than_what_its_node_knows(
     run_state_machine_as_test(
         Machine,
         settings=settings(
-            max_examples=300 if thorough else 30,
-            stateful_step_count=50,
+            max_examples=500 if thorough else 40,
+            stateful_step_count=12,
             suppress_health_check=list(HealthCheck),
         ),
     )
