@@ -13,24 +13,30 @@ from .copying import MAX_ATTEMPTS, JournalCopy, make_way, persistently, taken_ov
 from .state import Part, Run, now_us
 from .streams import parts
 
-PAGE = 200
+PAGE = 400
 """Records that are followed at once. Their documents are read anew, so one that changed often is written once."""
 
 
-async def follow(run: Run) -> int:
-    """Make the target what the source's journal says, up to its present end; returns how many records that were."""
+async def follow(run: Run, *, closely: bool = False) -> int:
+    """Make the target what the source's journal says, up to its end; returns how many records that were.
+
+    `closely`: up to less than a page before its end, for a source that is written to all the time.
+    """
     found = 0
+    limit = min(PAGE, run.options.batch - 2)
 
     async def work() -> None:
         nonlocal found
         while True:
-            page = await run.source.changes(run.migration.cursor, limit=min(PAGE, run.options.batch))
+            page = await run.source.changes(run.migration.cursor, limit=limit)
             if not page.records:
                 return
             changed = await _apply(run, page)
             found += changed
             if changed:
                 run.progress("following the journal", run.migration.followed + found, None)
+            if closely and len(page.records) < limit:
+                return
 
     await persistently(run, work)
     return found
@@ -40,14 +46,14 @@ async def _apply(run: Run, page: ChangesPage) -> int:
     """The documents first, then the records together with the cursor: a kill between the two repeats the documents,
     which come out the same."""
     records = taken_over(run, page.records)
-    ids: dict[Part, dict[str, None]] = {}
+    ids: dict[tuple[str, str | None], dict[str, None]] = {}
     for record in records:
         collection = run.collections.get(record.collection)
         if collection is not None and record.entity_id and (record.tenant is not None or not collection.tenant_scoped):
-            part = Part(collection, record.tenant if collection.tenant_scoped else None)
-            ids.setdefault(part, {})[record.entity_id] = None
-    for part, some in ids.items():
-        await equalise(run, part, list(some))
+            key = collection.name, record.tenant if collection.tenant_scoped else None
+            ids.setdefault(key, {})[record.entity_id] = None
+    for (name, tenant), some in ids.items():
+        await equalise(run, Part(run.collections[name], tenant), list(some))
     batch, landed = JournalCopy(run).batch(page)
     await run.target.commit(batch)
     landed()

@@ -163,7 +163,7 @@ async def _advance(run: Run, report: Report) -> None:
         report.copied_s = time.perf_counter() - began
         await run.save(phase=Phase.FOLLOWING)
     if run.migration.phase == Phase.FOLLOWING:
-        found = await follow(run)
+        found = await follow(run, closely=run.options.live)
         if found:
             await run.save(followed=run.migration.followed + found)
             if not run.options.live:
