@@ -30,7 +30,8 @@ ROOT = Path(__file__).parent.parent
 COMMANDS = (
     "serve", "import", "export", "migrate", "bench", "keys create", "keys list", "keys show", "keys verify",
     "keys rotate",
-    "keys disable", "keys enable", "keys delete", "keys stats", "schema plan", "schema apply", "schema export",
+    "keys disable", "keys enable", "keys delete", "keys stats",
+    "schema plan", "schema apply", "schema export", "schema roles", "schema advise", "schema retain",
 )  # fmt: skip
 
 

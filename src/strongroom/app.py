@@ -12,6 +12,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Annotated, Any, Self, TypeVar
 from urllib.parse import urlsplit
 
+from .advice import QueryShape
 from .cache import Cache
 from .changes import POLL_S, ChangeFeed
 from .clock import MachineClock, StoreClock, clock_of
@@ -42,7 +43,15 @@ class StoredPepper(Entity, collection="peppers", scope="global"):
     secret: Annotated[bytes, Secret()]
 
 
-SYSTEM_ENTITIES: tuple[type[Entity], ...] = (ApiKey, KeyUsage, IdempotentCall, StoredPepper, StoreState, Lease)
+SYSTEM_ENTITIES: tuple[type[Entity], ...] = (
+    ApiKey,
+    KeyUsage,
+    IdempotentCall,
+    StoredPepper,
+    StoreState,
+    Lease,
+    QueryShape,
+)
 
 
 class Strongroom:

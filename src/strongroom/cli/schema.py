@@ -1,21 +1,27 @@
-"""`strongroom schema …`: what the declared entities ask of the store, and their JSON Schema."""
+"""`strongroom schema …`: what the declared entities ask of the store, roles, advice on indexes, JSON Schema."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 
+from ..errors import ConfigError, SchemaError
 from . import output
 from .session import JsonOption, StoreOption, run
 
 if TYPE_CHECKING:
     from ..entity import Registry
-    from ..storage.port import SchemaChange
+    from ..storage.port import Advice, SchemaChange, Store
+
+T = TypeVar("T")
 
 app = typer.Typer(
-    help="Compare the declared entities with the store, and make it fit.", no_args_is_help=True, rich_markup_mode=None
+    help="Compare the declared entities with the store, and make it fit; roles, indexes, retention.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 
 EntitiesOption = Annotated[
@@ -80,23 +86,131 @@ def export(
     output.print_json(_registry(entities or load(store=store).entities).json_schema())
 
 
+@app.command()
+def roles(
+    owner: Annotated[str, typer.Option("--owner", help="Who owns the tables and migrates.")] = "strongroom_owner",
+    application: Annotated[
+        str, typer.Option("--application", help="Who serves: reads and writes documents, appends to the journal.")
+    ] = "strongroom_app",
+    retention: Annotated[
+        str, typer.Option("--retention", help="Who drops the journal's old partitions.")
+    ] = "strongroom_retention",
+    store: StoreOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Print the SQL that makes PostgreSQL's roles and grants, for an administrator to run (the store is not opened).
+
+    \b
+    Example:
+      strongroom schema roles --application api | psql --host db --username postgres strongroom
+    """
+    from ..config import load
+    from ..storage import store_for
+
+    named = store_for(load(store=store).store_url)
+    roles_sql = getattr(named, "roles_sql", None)
+    if roles_sql is None:
+        raise ConfigError(f"a {named.capabilities.name} store has no roles: name a postgresql:// store")
+    sql: str = roles_sql(owner, application, retention)
+    if json:
+        output.print_json({"sql": sql})
+    else:
+        sys.stdout.write(sql)
+
+
+@app.command()
+def advise(
+    entities: EntitiesOption = None,
+    store: StoreOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Say which indexes serve no query, and which queries no index serves, as far as they were counted.
+
+    \b
+    Example:
+      strongroom schema advise --entities myapp.entities
+    """
+    from .. import advice
+
+    async def work(opened: Store, registry: Registry) -> list[Advice]:
+        collections = {c.name: c for c in (*registry.collections, advice.QueryShape.__collection__)}
+        missing = await opened.prepare(list(collections.values()), mode="plan")
+        if missing:
+            raise SchemaError(
+                f"the store does not fit the declarations yet ({len(missing)} changes): run `strongroom schema apply`"
+            )
+        await opened.prepare(list(collections.values()))
+        return await advice.advise(opened, list(collections.values()))
+
+    found = _with_store(entities, store, work)
+    if json:
+        output.print_json({"advice": found})
+        return
+    for item in found:
+        output.print_line(str(item))
+    output.print_note(f"{len(found)} pieces of advice" if found else "nothing to advise, as far as was counted")
+
+
+@app.command()
+def retain(
+    days: Annotated[int, typer.Argument(min=1, help="How many days of the journal are kept at least.")],
+    store: StoreOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Drop the journal's partitions that are wholly older, and make those of the months to come (PostgreSQL only).
+
+    \b
+    Example:
+      strongroom schema retain 400 --store postgresql://strongroom_retention@db/strongroom
+    """
+
+    async def work(opened: Store) -> tuple[int, int]:
+        drop = getattr(opened, "drop_journal_before", None)
+        make = getattr(opened, "make_journal_partitions", None)
+        if drop is None or make is None:
+            raise ConfigError(f"a {opened.capabilities.name} store has no partitions of its journal to drop")
+        made = await make()
+        return made, await drop(await opened.now_us() - days * 86_400_000_000)
+
+    made, dropped = _opened(store, work)
+    if json:
+        output.print_json({"made": made, "dropped": dropped})
+    else:
+        output.print_line(f"{dropped} partitions dropped, {made} made")
+
+
 def _prepare(
     modules: Sequence[str] | None, store: str | None, mode: Literal["plan", "apply"], allow_destructive: bool
 ) -> tuple[SchemaChange, ...]:
+    async def work(opened: Store, registry: Registry) -> tuple[SchemaChange, ...]:
+        return await opened.prepare(registry.collections, mode=mode, allow_destructive=allow_destructive)
+
+    with output.log_on_terminal("strongroom.storage"):
+        return _with_store(modules, store, work)
+
+
+def _with_store(modules: Sequence[str] | None, store: str | None, work: Callable[[Store, Registry], Awaitable[T]]) -> T:
+    """Work on the store, not yet prepared, with the entities declared."""
+    from ..config import load
+
+    registry = _registry(modules or load(store=store).entities)
+    return _opened(store, lambda opened: work(opened, registry))
+
+
+def _opened(store: str | None, work: Callable[[Store], Awaitable[T]]) -> T:
     from ..config import load
     from ..storage import open_store
 
     settings = load(store=store)
-    registry = _registry(modules or settings.entities)
 
-    async def work() -> tuple[SchemaChange, ...]:
-        opened = await open_store(settings.store_url)
+    async def opened() -> T:
+        held = await open_store(settings.store_url)
         try:
-            return await opened.prepare(registry.collections, mode=mode, allow_destructive=allow_destructive)
+            return await work(held)
         finally:
-            await opened.close()
+            await held.close()
 
-    return run(work)
+    return run(opened)
 
 
 def _registry(modules: Sequence[str]) -> Registry:

@@ -26,7 +26,7 @@ from ._postgres_journal import Journal, record_of
 from ._postgres_lanes import Lane
 from ._postgres_listener import Listener
 from ._postgres_pool import Connector, Pool, close_politely
-from ._postgres_roles import check_role
+from ._postgres_roles import check_role, roles_sql
 from ._postgres_settings import read_settings
 from ._postgres_tables import Table
 from ._sql import quoted
@@ -289,6 +289,10 @@ class PostgresStore:
         if standby:
             details["problem"] = f"{self._place}: this PostgreSQL only reads: name the primary"
         return Health(not standby, latency_s, details)
+
+    def roles_sql(self, owner: str, application: str, retention: str) -> str:
+        """The SQL that makes the roles of these names for this store's schema. ConfigError for what cannot be names."""
+        return roles_sql(self.settings, owner, application, retention)
 
     async def advise(self) -> list[Advice]:
         """What PostgreSQL's statistics say of the indexes of the prepared collections."""

@@ -1,0 +1,183 @@
+"""`strongroom schema` on PostgreSQL, and its advice, roles and retention on every store that has them."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from strongroom import advice
+from strongroom.app import SYSTEM_ENTITIES
+from strongroom.cli import main
+from strongroom.entity import Index
+from strongroom.query import Query, Where
+from strongroom.state import Signal
+from strongroom.storage import _postgres_advice as own
+from strongroom.storage import open_store
+from strongroom.storage.port import Create
+from strongroom.testing.storage.samples import batch
+from strongroom.testing.storage.schema import declare
+from tests.conftest import wait_until
+from tests.servers import postgres
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    for name in [n for n in os.environ if n.startswith(("STRONGROOM_", "DATABASE_", "DB_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        status = main(list(arguments))
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+@pytest.fixture
+def server(request: pytest.FixtureRequest) -> postgres.Server:
+    return postgres.start(request, "postgres-18", postgres.bundled())
+
+
+def test_the_printed_roles_serve_an_apply_a_plan_and_retention(run: Run, server: postgres.Server) -> None:
+    schema = postgres.new_schema()
+    owner, app, retention = (f"{schema}_{part}" for part in ("owner", "app", "ret"))
+    names = ("--owner", owner, "--application", app, "--retention", retention)
+    status, sql, err = run("schema", "roles", *names, "--store", server.url(schema))
+    assert (status, err) == (0, "")
+    assert json.loads(run("schema", "roles", *names, "--json", "--store", server.url(schema))[1]) == {"sql": sql}
+    server.execute(sql)
+
+    def url(role: str) -> str:
+        return server.url(schema, role)
+
+    status, _, err = run("schema", "apply", "--store", url(app))
+    assert status == 1
+    assert "strongroom schema apply" in err
+    assert run("schema", "apply", "--store", url(owner))[0] == 0
+    status, out, err = run("schema", "plan", "--store", url(app))
+    assert (status, out, err) == (0, "", "the store fits the declarations\n")
+    past = f"SELECT {schema}.strongroom_make_partitions('2020-01-01', 1)"
+    server.execute(past)
+    status, _, err = run("schema", "retain", "30", "--store", url(app))
+    assert (status, err.count("expected that of the schema's owner or of retention")) == (1, 1)
+    assert run("schema", "retain", "30", "--store", url(retention)) == (0, "2 partitions dropped, 0 made\n", "")
+    status, out, _ = run("schema", "retain", "30", "--json", "--store", url(retention))
+    assert (status, json.loads(out)) == (0, {"made": 0, "dropped": 0})
+
+
+def test_names_that_cannot_be_roles_and_stores_without_roles_are_refused(run: Run, server: postgres.Server) -> None:
+    status, out, err = run("schema", "roles", "--owner", "same", "--application", "same", "--store", server.url("s"))
+    assert (status, out) == (2, "")
+    assert "expected three different names" in err
+    for command in (("roles",), ("retain", "30")):
+        status, _, err = run("schema", *command, "--store", "sqlite:///x.db")
+        assert status == 2
+        assert "sqlite store has no" in err
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_steps_of_long_work_are_told_on_a_terminal_alone(
+    run: Run, server: postgres.Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    store = ("--store", server.url(postgres.new_schema()))
+    module = tmp_path / "steps_entities.py"
+    declared = "from strongroom import Entity, Index\nclass Note(Entity, collection='notes'{}):\n    text: str = ''\n"
+    module.write_text(declared.format(""))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert run("schema", "apply", "--entities", "steps_entities", *store)[0] == 0
+    module.write_text(declared.format(", indexes=[Index('text')]"))
+    del sys.modules["steps_entities"]
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    status, out, _ = run("schema", "apply", "--entities", "steps_entities", *store)
+    assert (status, out) == (0, "add index notes.text_index\n")
+    assert "notes: building index notes.index.text (1 of 1)\n" in terminal.getvalue()
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/store.db"
+    server: postgres.Server = request.getfixturevalue("server")
+    return server.url(postgres.new_schema())
+
+
+def test_advice_names_unused_and_missing_indexes(run: Run, store_url: str) -> None:
+    arguments = ("--entities", "strongroom.state", "--store", store_url)
+    assert run("schema", "advise", *arguments)[0] == 1, "nothing is made yet"
+    assert run("schema", "apply", *arguments)[0] == 0
+    assert run("schema", "advise", *arguments) == (0, "", "nothing to advise, as far as was counted\n")
+
+    async def ask() -> None:
+        store = await open_store(store_url)
+        await store.prepare([cls.__collection__ for cls in SYSTEM_ENTITIES])
+        shapes = advice.Shapes()
+        for _ in range(advice.LEAST_SEEN):
+            shapes.seen(Signal.__collection__, Query(Where("source_service", "==", "x"), ("-created_at",)))
+        await advice.persist(store, shapes)
+        await store.close()
+
+    asyncio.run(ask())
+    status, out, err = run("schema", "advise", *arguments)
+    assert (status, err) == (0, "4 pieces of advice\n")
+    (missing,) = [line for line in out.splitlines() if line.startswith("missing")]
+    assert re.fullmatch(
+        r"missing index signals \(source_service, -created_at\): asked for 100 times since [-0-9: ]+ UTC, and no index "
+        r'helps; declare Index\("source_service", "-created_at"\)',
+        missing,
+    )
+    found = json.loads(run("schema", "advise", "--json", *arguments)[1])["advice"]
+    assert {(item["kind"], *item["fields"]) for item in found} == {
+        ("missing index", "source_service", "-created_at"),
+        *(("unused index", *index.fields) for index in Signal.__collection__.indexes if index != Index("expires_at")),
+    }
+
+
+async def test_postgresql_tells_which_index_it_never_used_and_which_table_it_reads_whole(
+    server: postgres.Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for limit in ("LEAST_READS", "LEAST_WHOLE_READS", "LARGE_ROWS"):
+        monkeypatch.setattr(own, limit, 5)
+    url = server.url(schema := postgres.new_schema())
+    store = await open_store(url)
+    declared = declare(
+        indexes=(Index("name"), Index("created_at", "name"), Index("-name", unique=True)), scope="global"
+    )
+    await store.prepare([declared])
+    for number in range(10):
+        await store.commit(batch(None, Create("things", f"{number}", {"name": f"n{number}"})))
+    connection = await asyncpg.connect(server.admin)
+    for _ in range(10):
+        await connection.fetch(f"SELECT * FROM {schema}.things")
+    await connection.execute("SET enable_seqscan = off; SET enable_bitmapscan = off")
+    await connection.fetch(f"SELECT * FROM {schema}.things ORDER BY name NULLS FIRST, id")
+    await connection.close()
+
+    async def told() -> set[tuple[str, tuple[str, ...]]]:
+        return {(item.kind, item.fields) for item in await store.advise()}  # type: ignore[attr-defined]
+
+    expected = {("unused index", ("created_at", "name")), ("missing index", ())}
+    await wait_until(lambda: _equals(told, expected))
+    reasons = " ".join(item.reason for item in await store.advise())  # type: ignore[attr-defined]
+    assert "since the s" in reasons
+    await store.close()
+
+
+async def _equals(told: Callable[[], object], expected: object) -> bool:
+    return await told() == expected  # type: ignore[misc]
