@@ -39,6 +39,9 @@ AT_ONCE = 64
 
 
 def _url(folder: str) -> str:
+    """A SQLite store in a folder, or (a URL) the store it names."""
+    if "://" in folder:
+        return folder
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     return f"sqlite:///{path.absolute()}/strongroom.db"

@@ -23,10 +23,9 @@ from typing import Any
 import asyncpg
 import pytest
 
-from tests.conftest import missing
 from tests.servers import Command, answers, free_port, shared_server
 
-_REMOVED_AT_THE_END = """
+REMOVED_AT_THE_END = """
 import shutil, signal, subprocess, sys
 child = subprocess.Popen(sys.argv[2:], cwd="/")
 signal.signal(signal.SIGTERM, lambda *_: child.send_signal(signal.SIGINT))  # which ends clients' sessions, too
@@ -177,7 +176,7 @@ def start(request: pytest.FixtureRequest, name: str, binaries: Path) -> Server:
     def prepare(folder: Path) -> Command:
         port = free_port()
         data = make_cluster(binaries, folder)
-        wrapper = [sys.executable, "-c", _REMOVED_AT_THE_END, str(data.parent)]
+        wrapper = [sys.executable, "-c", REMOVED_AT_THE_END, str(data.parent)]
         return Command([*wrapper, *server_command(binaries, data, port)], {"port": port})
 
     def ready(facts: Mapping[str, Any]) -> bool:
@@ -200,6 +199,8 @@ def new_schema() -> str:
 
 def start_pgbouncer(request: pytest.FixtureRequest, server: Server, connections: int) -> int:
     """The port of a pgbouncer in transaction mode before a server: all clients share so many of its connections."""
+    from tests.conftest import missing  # here, since the benchmarks start servers too, without pytest's set-up
+
     binary = shutil.which("pgbouncer") or next(map(str, Path("/usr/sbin").glob("pgbouncer")), None)
     if binary is None:
         missing("pgbouncer", "install Debian's package pgbouncer")
@@ -215,7 +216,7 @@ def start_pgbouncer(request: pytest.FixtureRequest, server: Server, connections:
             f"listen_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n"
             f"auth_type = trust\nauth_file = {place / 'users'}\npool_mode = transaction\n"
         )
-        wrapper = [sys.executable, "-c", _REMOVED_AT_THE_END, str(place)]
+        wrapper = [sys.executable, "-c", REMOVED_AT_THE_END, str(place)]
         return Command([*wrapper, *as_unprivileged([binary, str(place / "ini")])], {"port": port})
 
     facts = shared_server(request, f"pgbouncer-{connections}", prepare, lambda facts: answers(facts["port"]))

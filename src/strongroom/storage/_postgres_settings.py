@@ -74,7 +74,7 @@ class Settings:
             "statement_cache_size": 1_000,
             "max_cached_statement_lifetime": 0,
             "max_cacheable_statement_size": 0,
-            "server_settings": {"application_name": "strongroom", **self.session_settings()},
+            "server_settings": dict(self.session_settings()),
         }
 
 
@@ -106,10 +106,10 @@ def read_settings(url: str) -> Settings:
             f"store postgresql://…: schema: found {schema!r}, expected a name of lower-case letters, digits and _ that "
             "is the store's alone"
         )
-    netloc = parts.netloc
+    driver.setdefault("application_name", "strongroom")
+    path = quote(unquote(parts.path.lstrip("/")))
     return Settings(
-        dsn=f"postgresql://{netloc}/{quote(unquote(parts.path.lstrip('/')))}"
-        + (f"?{urlencode(driver)}" if driver else ""),
+        dsn=f"postgresql://{parts.netloc}/{path}?{urlencode(driver)}",
         place=f"{host}:{options.get('port', port or 5432)}/{database}",
         schema=schema,
         max_connections=int(_number(options, "max_connections", MAX_CONNECTIONS, least=3, whole=True)),
