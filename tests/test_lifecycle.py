@@ -19,6 +19,7 @@ from strongroom.database import IdempotentCall
 from strongroom.errors import ConfigError
 from strongroom.leases import LeaseLost, Turn
 from strongroom.lifecycle import PAGE, Retention, Sweeper
+from tests.conftest import backend_of
 from tests.support import STORES, FaultyStore, new_url, opened, rolling
 
 START = datetime(2026, 11, 20, 12, tzinfo=UTC)
@@ -37,6 +38,11 @@ class Stay(Entity, collection="stays"):
 async def both(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[tuple[Strongroom, FaultyStore]]:
     async with opened(new_url(request.param, tmp_path), entities=[Pass, Stay]) as both:
         yield both
+
+
+@pytest.fixture
+def postgres_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return backend_of("postgres", tmp_path, request).new_url()
 
 
 @pytest.fixture
@@ -251,6 +257,24 @@ async def test_the_journal_is_dropped_before_the_time_it_is_kept(room: Strongroo
         assert turn is not None
         await Retention(drop, room.clock, 86_400).run(turn)
     assert asked == [round((START - timedelta(days=1)).timestamp() * 1_000_000)]
+
+
+@pytest.mark.server
+async def test_on_postgresql_every_job_does_its_work(postgres_url: str) -> None:
+    async with Strongroom.open(postgres_url, entities=[Pass], journal_kept_s=86_400) as room:
+        gone = datetime.now(UTC) - timedelta(seconds=1)
+        await room.tenant("acme").create(Pass(until=gone))
+        issued = await room.keys.create(name="k", limits=[rolling("requests", 5)])
+        assert (await room.keys.verify(issued.text)).valid
+        leases = room.background.leases
+        for job in room.background.jobs:
+            assert await leases.run_once(job.name, job.every_s, job.run) == job.every_s
+        assert {job.name for job in room.background.jobs} == {
+            "expiry", "usage-roll-up", "journal-partitions", "journal-retention",
+        }  # fmt: skip
+        assert all(state.done_us and not state.error for state in leases.jobs.values())
+        assert await stored(room, "passes", "acme") == 0
+        assert (await used(room, issued.key.id))[1] == 1
 
 
 async def test_a_store_that_cannot_drop_its_journal_says_so_at_the_start() -> None:

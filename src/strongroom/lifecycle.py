@@ -22,6 +22,7 @@ from .storage.port import Patch, Store
 
 EXPIRY_EVERY_S = 60.0
 ROLL_UP_EVERY_S = 60.0
+PARTITIONS_EVERY_S = 21_600.0
 RETENTION_EVERY_S = 3_600.0
 PAGE = 200
 TENANTS_PAGE = 100
@@ -144,7 +145,20 @@ class RollUp:
                 raise result
 
 
-# --- Retention ------------------------------------------------------------------------------------------------
+# --- The journal's partitions ---------------------------------------------------------------------------------
+
+
+class Partitions:
+    """Makes the journal's parts for the time to come, where the store keeps it in parts (PostgreSQL)."""
+
+    def __init__(self, make: Callable[[], Awaitable[int]]) -> None:
+        self._make = make
+
+    async def run(self, turn: Turn) -> None:
+        """Make those that are missing. To make one twice is to make it once, so this needs no guard."""
+        made = await self._make()
+        if made:
+            _log.info("made %d new parts of the journal", made)
 
 
 class Retention:
@@ -172,6 +186,9 @@ def background(
         Job("expiry", EXPIRY_EVERY_S, Sweeper(database, store).run),
         Job("usage-roll-up", ROLL_UP_EVERY_S, RollUp(database, clock).run),
     ]
+    make = getattr(store, "make_journal_partitions", None)
+    if make is not None:
+        jobs.append(Job("journal-partitions", PARTITIONS_EVERY_S, Partitions(make).run))
     if journal_kept_s is not None:
         drop_before = getattr(store, "drop_journal_before", None)
         if drop_before is None:
