@@ -131,6 +131,10 @@ class Reading:
     task: asyncio.Task[Any]
 
 
+DISTURBANCES = [
+    "expire", "evict_the_counter", "flush", "forget_locally", "save", "restart_from_the_snapshot", "rollback",
+    "lose_the_connection", "restart", "crash",
+]  # fmt: skip
 nodes_ = st.sampled_from([0, 1])
 _read = st.tuples(st.just("read"), nodes_, st.sampled_from([*IDS, None]), st.booleans(), st.integers(0, 6))
 _write = st.tuples(st.just("write"), nodes_, st.sampled_from(IDS), st.sampled_from(["one", "two"]), st.booleans())
@@ -253,23 +257,7 @@ class Nodes(RuleBasedStateMachine):
                 self._check(reading)
         self.readings = [reading for reading in self.readings if not reading.task.done()]
 
-    @rule(
-        node=nodes_,
-        what=st.sampled_from(
-            [
-                "expire",
-                "evict_the_counter",
-                "flush",
-                "forget_locally",
-                "save",
-                "save",
-                "restart_from_the_snapshot",
-                "restart_from_the_snapshot",
-                "lose_the_connection",
-                "restart",
-            ]
-        ),
-    )
+    @rule(node=nodes_, what=st.sampled_from(DISTURBANCES))
     def disturb(self, node: int, what: str) -> None:
         getattr(self, f"_{what}")(node)
 
@@ -334,6 +322,21 @@ class Nodes(RuleBasedStateMachine):
             await self._connected()
 
         self.run(again())
+
+    def _crash(self, node: int) -> None:
+        """Every node dies after a commit that none of them has heard of."""
+        self.write(node, "a", "one", False)
+        for number in range(2):
+            self._restart(number)
+
+    def _rollback(self, node: int) -> None:
+        """Redis saves what is there, changes are committed and heard of, and Redis comes back with what it saved."""
+        self._save(node)
+        for id in IDS:
+            self.write(node, id, "one", True)
+        self.hear(0)
+        self.hear(1)
+        self._restart_from_the_snapshot(node)
 
     # --- What must hold ---------------------------------------------------------------------------------------
 

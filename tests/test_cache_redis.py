@@ -213,6 +213,39 @@ async def test_what_redis_is_told_by_others_does_not_wait_for_the_journal(
         await wait_until(seen, timeout_s=5)
 
 
+@pytest.mark.parametrize("step", ["get", "claim"])
+async def test_an_entry_that_a_change_overtakes_on_its_way_from_redis_is_not_kept(
+    redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    async with nodes(tmp_path, redis_url, 1) as [(room, _)]:
+        acme = room.tenant("acme")
+        await acme.create(policy(policy_name="old"))
+        await told(room)
+        await acme.get(Policy, "p")
+        assert room.cache is not None
+        assert room.cache._redis is not None
+        counters = room.cache.counters
+        await wait_until(lambda: counters.fills)
+        room.cache._local.clear()
+        original = getattr(room.cache._redis, step)
+
+        async def overtaken(*arguments: Any) -> Any:
+            found = await original(*arguments)
+            await acme.update(Policy, "p", {"policy_name": "new"})
+            return found
+
+        async def nothing(*_: Any) -> bytes:
+            return b""
+
+        with monkeypatch.context() as patched:
+            if step == "claim":  # another node has filled it between the two
+                patched.setattr(room.cache._redis, "get", nothing)
+            patched.setattr(room.cache._redis, step, overtaken)
+            await acme.get(Policy, "p")
+        assert counters.redis_hits == 1
+        assert (await acme.get(Policy, "p")).policy_name == "new"
+
+
 async def test_a_crash_between_a_commit_and_its_invalidation_leaves_nothing_old(redis_url: str, tmp_path: Path) -> None:
     """A node dies after its commit; nobody else runs. The next one does not believe what stands in Redis."""
     async with nodes(tmp_path, redis_url, 1) as [(room, _)]:
