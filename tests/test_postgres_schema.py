@@ -782,6 +782,33 @@ async def test_retention_drops_whole_past_partitions_and_never_the_present_one(
     assert await held() == [9]
 
 
+async def test_each_start_makes_the_partitions_to_come_and_none_is_kept_from_starting_by_it(
+    roles: tuple[Place, Roles], caplog: pytest.LogCaptureFixture
+) -> None:
+    place, who = roles
+    owner, app = await place.connect(), await place.connect(who.application)
+    held = "SELECT count(*) FROM pg_inherits WHERE inhparent = $1::text::regclass"
+    journal = place.table("strongroom_journal")
+    full = await owner.fetchval(held, journal)
+    month = datetime.now(UTC)
+    assert full == 1 + 1 + partitions.MONTHS_AHEAD
+    await owner.execute(f"DROP TABLE {place.schema}.strongroom_journal_{month:%Y_%m}")
+    await append(owner, place, 1, us(month))
+    await prepare(app, place.settings, [declare(), *COLLECTIONS])
+    assert await owner.fetchval(held, journal) == full
+    assert await owner.fetchval(f"SELECT count(*) FROM {place.schema}.strongroom_journal_{month:%Y_%m}") == 1
+    await owner.execute(
+        f"REVOKE ALL ON FUNCTION {place.schema}.strongroom_make_partitions FROM "
+        + '"'
+        + who.application.replace('"', '""')
+        + '"'
+    )
+    assert await prepare(app, place.settings, [declare(), *COLLECTIONS]) == ()
+    assert "next partitions were not made" in caplog.text
+    await app.close()
+    await owner.close()
+
+
 async def test_a_journal_in_use_is_left_as_it_is(
     connection: asyncpg.Connection, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:

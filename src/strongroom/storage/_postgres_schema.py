@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import random
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Literal, Protocol
 
 import asyncpg
 
 from ..entity import Collection
-from ..errors import SchemaError, Unavailable
+from ..errors import Denied, SchemaError, Unavailable
 from . import _postgres_schema_apply as online
+from ._postgres_partitions import ensure_partitions
 from ._postgres_roles import check_role
 from ._postgres_schema_compare import Difference, changes_of, compare
 from ._postgres_schema_layout import State, read_state
@@ -29,6 +32,8 @@ from .port import ChangeKind, SchemaChange
 LOCK_WAIT_S = 300.0
 """How long an apply waits for another one to end."""
 _LOCK_PAUSE_S = 0.1
+
+_log = logging.getLogger(__name__)
 
 __all__ = ["check_role", "prepare"]
 
@@ -59,6 +64,8 @@ async def prepare(
             state = await read_state(connection, settings.schema)
             return (await _plan(connection, settings.schema, state, collections)).changes
     state = await read_state(connection, settings.schema)
+    if state.made:
+        await _keep_partitions_ahead(connection, settings)
     if state.made and not _differing(state, collections, drift=state.may_change):
         return ()
     if not state.may_change:
@@ -85,6 +92,17 @@ async def prepare(
             )
         await _apply(connection, settings, state, plan, collections)
         return plan.changes
+
+
+async def _keep_partitions_ahead(connection: asyncpg.Connection, settings: Settings) -> None:
+    """Each start of each node sees to it. It is no reason not to start: the default partition takes what has none."""
+    try:
+        made = await ensure_partitions(connection, settings, datetime.now(UTC))
+    except (Denied, Unavailable) as error:
+        _log.warning("schema %s: the journal's next partitions were not made: %s", settings.schema, error)
+        return
+    if made:
+        _log.info("schema %s: made %d partitions of the journal", settings.schema, made)
 
 
 def _refuse_reserved(collections: Sequence[Collection]) -> None:
