@@ -283,6 +283,46 @@ async def test_four_nodes_on_one_postgresql_lose_nothing_and_admit_no_more_thoug
         await scenario(fleet, own_postgres, rounds=1, seed=1)
 
 
+@pytest.mark.server
+async def test_several_workers_start_without_their_database_and_make_the_first_key_when_it_comes(
+    own_postgres: postgres.OwnServer, tmp_path: Path
+) -> None:
+    own_postgres.kill()
+    port = free_port()
+    url = own_postgres.server.url("workers", connect_timeout_s=2)
+    process = start(tmp_path, STRONGROOM_STORE=url, STRONGROOM_PORT=str(port), STRONGROOM_WORKERS="2")
+
+    async def status(path: str) -> int:
+        """By a connection of its own each time, so that both workers get some."""
+        try:
+            async with httpx.AsyncClient(timeout=20) as client:
+                return (await client.get(f"http://127.0.0.1:{port}{path}")).status_code
+        except httpx.TransportError:
+            return 0
+
+    async def lives() -> bool:
+        return await status("/healthz") == 200
+
+    async def is_ready() -> bool:
+        return await status("/readyz") == 200
+
+    try:
+        await wait_until(lives, 60)
+        assert await status("/readyz") == 503
+        await asyncio.to_thread(own_postgres.start)
+        for _ in range(10):
+            await wait_until(is_ready, 60)
+        process.send_signal(signal.SIGTERM)
+        out, err = await asyncio.to_thread(process.communicate, None, 30)
+        lines = out.split()
+        assert [line for line in lines if line.startswith("sr_admin_")] == lines[-1:], (out, err)
+        assert process.returncode == 0
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(3))
 async def test_four_nodes_on_postgresql_for_long(own_postgres: postgres.OwnServer, tmp_path: Path, seed: int) -> None:
