@@ -1,7 +1,8 @@
 """Connections to PostgreSQL: made one at a time when the server is in doubt, lent last in, first out, never cleaned.
 
 Nothing needs cleaning: what a transaction sets ends with it (`set_config(…, true)`), and a connection on which anything
-went wrong in an unforeseen way is thrown away. So a read costs one round trip.
+went wrong in an unforeseen way is thrown away. So a read costs one round trip. How long it may take is watched for all
+of them together: a timer of its own for each would cost a third of a point read.
 """
 
 from __future__ import annotations
@@ -36,13 +37,14 @@ class Connector:
         self._probing = False
         self._last_error: StrongroomError | None = None
 
-    async def connect(self) -> asyncpg.Connection:
-        """A new connection. Unavailable, ConfigError or StoreError if there is none to be had."""
+    async def connect(self, *, timed: bool = True) -> asyncpg.Connection:
+        """A new connection, on which no command may take longer than the settings say if `timed`. Unavailable,
+        ConfigError or StoreError if there is none to be had."""
         if self._failures and (self._probing or time.monotonic() < self._not_before):
             raise self._refusal()
         probing = self._probing = self._failures > 0
         try:
-            connection = await self._connected()
+            connection = await self._connected(timed)
         except DRIVER_ERRORS as error:
             # Not as the cause: what the driver says of a URL may show the password.
             self._failed(translated(error, self.settings.place))
@@ -64,9 +66,12 @@ class Connector:
         last = self._last_error.message if self._last_error is not None else f"{self.settings.place}: cannot be reached"
         return Unavailable(f"{last}; it is tried again soon", retry_after_s=round(max(wait_s, FIRST_PAUSE_S), 3))
 
-    async def _connected(self) -> asyncpg.Connection:
+    async def _connected(self, timed: bool) -> asyncpg.Connection:
+        arguments = self.settings.connect_arguments()
         try:
-            connection = await asyncpg.connect(**self.settings.connect_arguments())
+            connection = await asyncpg.connect(
+                **arguments, command_timeout=self.settings.command_timeout_s if timed else None
+            )
         except (asyncpg.exceptions.ClientConfigurationError, ValueError) as error:
             raise ConfigError(
                 f"{self.settings.place}: the driver does not understand the store's URL ({type(error).__name__}): "
@@ -93,25 +98,43 @@ def _unsuited(connection: asyncpg.Connection) -> str | None:
 
 
 class Pool:
-    """At most `size` connections, for reads."""
+    """At most `size` connections, for reads. One that is lent for longer than a command may take is ended."""
 
     def __init__(self, connector: Connector, size: int) -> None:
         self._connector = connector
         self._size = size
         self._idle: list[asyncpg.Connection] = []
         self._waiting: deque[asyncio.Future[None]] = deque()
+        self._lent: dict[asyncpg.Connection, float] = {}
+        self._expired: set[asyncpg.Connection] = set()
         self._count = 0
         self._closed = False
+        self._loop = asyncio.get_running_loop()
+        self._longest_s = connector.settings.command_timeout_s
+        self._timer = self._loop.call_later(self._longest_s / 4, self._sweep)
 
     @property
     def in_use(self) -> int:
         return self._count - len(self._idle)
+
+    def _sweep(self) -> None:
+        latest = self._loop.time() - self._longest_s
+        for connection, since in self._lent.items():
+            if since < latest and connection not in self._expired:
+                self._expired.add(connection)
+                connection.terminate()
+        self._timer = self._loop.call_later(min(1.0, self._longest_s / 4), self._sweep)
+
+    def expired(self, connection: asyncpg.Connection) -> bool:
+        """Whether a lent connection was ended because its command took too long."""
+        return connection in self._expired
 
     def take(self) -> asyncpg.Connection | None:
         """An idle connection, or None. Give it to `give_back` or `drop`."""
         while self._idle:
             connection = self._idle.pop()
             if not connection.is_closed():
+                self._lent[connection] = self._loop.time()
                 return connection
             self._count -= 1
         return None
@@ -132,7 +155,7 @@ class Pool:
     async def _grow(self) -> asyncpg.Connection:
         self._count += 1
         try:
-            connection = await self._connector.connect()
+            connection = await self._connector.connect(timed=False)
         except BaseException:
             self._count -= 1
             self._wake()
@@ -140,6 +163,7 @@ class Pool:
         if self._closed:
             connection.terminate()
             raise Unavailable(f"{self._connector.settings.place}: the store is not open")
+        self._lent[connection] = self._loop.time()
         return connection
 
     async def _wait(self, deadline: float) -> None:
@@ -170,6 +194,7 @@ class Pool:
         if self._closed or connection.is_closed():
             self.drop(connection)
             return
+        del self._lent[connection]
         self._idle.append(connection)
         if self._waiting:
             self._wake()
@@ -177,6 +202,8 @@ class Pool:
     def drop(self, connection: asyncpg.Connection) -> None:
         """Give back a connection that is not to be used again."""
         self._count -= 1
+        del self._lent[connection]
+        self._expired.discard(connection)
         connection.terminate()
         self._wake()
 
@@ -200,6 +227,7 @@ class Pool:
 
     async def close(self) -> None:
         self._closed = True
+        self._timer.cancel()
         idle, self._idle = self._idle, []
         self._count -= len(idle)
         while self._waiting:

@@ -57,15 +57,12 @@ class Settings:
             "idle_in_transaction_session_timeout": f"{round(self.command_timeout_s * 1000)}",
             "enable_hashjoin": "off",
             "enable_mergejoin": "off",
+            "jit": "off",  # it pays on long analyses, and would cost a page of documents a tenth of a second
         }
 
     def connect_arguments(self) -> dict[str, Any]:
-        """The arguments of `asyncpg.connect`."""
-        arguments: dict[str, Any] = {
-            "dsn": self.dsn,
-            "timeout": self.connect_timeout_s,
-            "command_timeout": self.command_timeout_s,
-        }
+        """The arguments of `asyncpg.connect`, but for the time that a command may take."""
+        arguments: dict[str, Any] = {"dsn": self.dsn, "timeout": self.connect_timeout_s}
         if self.pgbouncer:
             # What a session remembers is lost or leaks when the next transaction gets another one.
             return {**arguments, "statement_cache_size": 0}

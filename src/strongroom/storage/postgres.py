@@ -168,7 +168,9 @@ class PostgresStore:
         return table
 
     async def get(self, collection: str, tenant: str | None, id: str) -> Document | None:
-        table = self._table(collection, tenant)
+        table = self._tables.get(collection)
+        if table is None or (tenant is None and table.tenant_scoped):
+            table = self._table(collection, tenant)  # raises what is wrong
         rows = await self._rows(table.by_id, (tenant, id) if table.tenant_scoped else (id,))
         return table.decode(rows[0]) if rows else None
 
@@ -218,14 +220,23 @@ class PostgresStore:
 
     async def _rows(self, sql: str, values: Sequence[Any]) -> Sequence[Any]:
         """The rows of one read. If its connection is lost, it is tried once more on a new one."""
-        pool = self._opened()
+        pool = self._pool or self._opened()
         for last in (False, True):
             connection = pool.take() or await pool.acquire()
             try:
-                rows = await self._fetch(connection, sql, values)
+                rows: Sequence[Any]
+                if self.settings.pgbouncer:
+                    # The driver asks for a statement's types first; only in a transaction is it one server throughout.
+                    async with connection.transaction(readonly=True):
+                        rows = await connection.fetch(sql, *values)
+                else:
+                    rows = await connection.fetch(sql, *values)
             except DRIVER_ERRORS as error:
+                timed_out = isinstance(error, TimeoutError) or pool.expired(connection)
                 pool.failed(connection, error)
-                if last or isinstance(error, TimeoutError) or not is_connection_lost(error):
+                if timed_out:
+                    raise translated(TimeoutError(), self._place) from error
+                if last or not is_connection_lost(error):
                     raise translated(error, self._place) from error
             except BaseException:  # cancelled: the answer is still to come, on a connection that nobody listens to
                 pool.drop(connection)
@@ -234,15 +245,6 @@ class PostgresStore:
                 pool.give_back(connection)
                 return rows
         raise AssertionError("the last attempt returns or raises")
-
-    async def _fetch(self, connection: asyncpg.Connection, sql: str, values: Sequence[Any]) -> Sequence[Any]:
-        if not self.settings.pgbouncer:
-            found: Sequence[Any] = await connection.fetch(sql, *values)
-            return found
-        # The driver asks for a statement's types first; only in a transaction is it the same server that answers.
-        async with connection.transaction(readonly=True):
-            found = await connection.fetch(sql, *values)
-        return found
 
     # --- Writing ---
 
