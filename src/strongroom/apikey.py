@@ -38,6 +38,7 @@ class ApiKey(
         Index("tenant", "user_id", "-created_at"),
         Index("user_id", "-created_at"),
     ],
+    placed_by="hash",
 ):
     """One key. It belongs to a tenant, but is not stored under it: a verification does not know the tenant before it
     has found the key. `hash` is what the text is found by, `sealed` its SHA-256 encrypted, for exports.

@@ -103,6 +103,8 @@ class Collection:
     ttl: str | None = None
     journalled: bool = True
     cached: Cached | None = None
+    placed_by: str | None = None
+    """The field by whose value, instead of the id, a document is named where documents have names (Firestore)."""
 
     @property
     def secrets(self) -> frozenset[str]:
@@ -156,7 +158,8 @@ class Entity(BaseModel):
             status: Literal["draft", "done"] = "draft"
 
     Class arguments: `collection` (lower-case name), `scope` ("tenant" or "global"), `indexes`, `ttl` (the name of a
-    timestamp field; a document is gone once that time has come), `journalled`, `cache` (a Cached). The store sets
+    timestamp field; a document is gone once that time has come), `journalled`, `cache` (a Cached), `placed_by` (a
+    required text field with a unique index of its own, by which Firestore names the documents). The store sets
     `version`: it grows with each change and is never used twice for one id, so it is safe to compare after a
     deletion; it is opaque otherwise. `created_at` and `updated_at` are aware UTC times.
     """
@@ -186,6 +189,7 @@ class Entity(BaseModel):
         ttl: str | None = None,
         journalled: bool = True,
         cache: Cached | None = None,
+        placed_by: str | None = None,
     ) -> None:
         # Only for type checkers and for Python, which calls this first; the work is done below, once Pydantic
         # knows the fields.
@@ -246,6 +250,7 @@ def _declare(
     ttl: str | None = None,
     journalled: bool = True,
     cache: Cached | None = None,
+    placed_by: str | None = None,
 ) -> Collection:
     wrong: list[str] = []
     if not _NAME.fullmatch(name):
@@ -289,6 +294,13 @@ def _declare(
                 wrong.append(f"index {index.fields}: {column!r} is secret, so it cannot be found by value")
     if ttl is not None and (ttl not in fields or fields[ttl].type is not FieldType.TIMESTAMP):
         wrong.append(f"ttl {ttl!r}: expected the name of a datetime field")
+    if placed_by is not None and not (
+        placed_by in fields
+        and fields[placed_by].type is FieldType.TEXT
+        and not fields[placed_by].optional
+        and Index(placed_by, unique=True) in all_indexes
+    ):
+        wrong.append(f"placed_by {placed_by!r}: expected a required text field with a unique index of its own")
     if len({index.name for index in all_indexes}) < len(all_indexes):
         wrong.append("two indexes have one name: rename a field")
     if len(all_indexes) > MAX_INDEXES or len(fields) > MAX_FIELDS:
@@ -305,7 +317,8 @@ def _declare(
         )
     if wrong:
         raise SchemaError(f"{cls.__name__}: " + "; ".join(wrong))
-    return Collection(name, scope == "tenant", types.MappingProxyType(fields), all_indexes, ttl, journalled, cache)
+    frozen = types.MappingProxyType(fields)
+    return Collection(name, scope == "tenant", frozen, all_indexes, ttl, journalled, cache, placed_by)
 
 
 def _unwrapped(annotation: Any) -> tuple[Any, bool, tuple[Any, ...]]:
