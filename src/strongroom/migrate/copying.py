@@ -1,8 +1,8 @@
 """Copies documents and journal records in batches that carry their own progress: each is applied once, in its turn.
 
-A batch counts its part's `batches` from n to n + 1 before anything else, and is refused if that is not what it finds.
-So several can be in flight, a kill at any moment leaves a whole number of them applied, and what the part says of
-itself (the last id, the sum) is true of exactly those.
+Each batch takes the part's progress from the one before it (`state.Baton`), and is refused unless it comes right
+behind. So several can be in flight, a kill at any moment leaves a whole number of them applied, and what the part says
+of itself (the last id, the sum) is true of exactly those.
 """
 
 from __future__ import annotations
@@ -13,23 +13,20 @@ from collections.abc import Awaitable, Callable, Iterable
 from contextlib import aclosing
 
 from ..entity import Document
-from ..errors import AlreadyExists, BoundExceeded, Conflict, InvalidInput, Unavailable
+from ..errors import AlreadyExists, Conflict, InvalidInput, NotFound, Unavailable
 from ..query import And, Query, Where
 from ..storage.port import (
-    MAX_BATCH_BYTES,
-    Add,
     Append,
     Batch,
     ChangesPage,
     Create,
     Delete,
     Operation,
-    Patch,
     Record,
     document_size,
 )
 from .checksum import MODULUS, SetSum, encoded_record, record_digest
-from .state import NOT_MOVED, PARTS, Part, Run, now_us
+from .state import BATCH_BYTES, NOT_MOVED, PARTS, Baton, MigrationPart, Part, Run, now_us, standing
 from .streams import Pipeline, Refused, pages, parts
 
 MAX_ATTEMPTS = 6
@@ -54,7 +51,7 @@ async def persistently(run: Run, work: Callable[[], Awaitable[None]]) -> None:
             return
         except (Refused, Unavailable) as failure:
             error = failure.error if isinstance(failure, Refused) else failure
-            if not isinstance(error, Unavailable | BoundExceeded | AlreadyExists | Conflict):
+            if not isinstance(error, Unavailable | NotFound | AlreadyExists | Conflict):
                 raise error from None
             attempts = 1 if run.committed > before else attempts + 1
             if attempts >= MAX_ATTEMPTS:
@@ -161,14 +158,14 @@ class _PartCopy:
 
     async def copy(self) -> None:
         part = self._part
-        stored = await self._run.target.get(PARTS.name, None, part.id)
-        self._there = stored is not None
-        self._batches = stored["batches"] if stored is not None else 0
-        self._sum = SetSum.of(stored["documents"], stored["checksum"]) if stored is not None else SetSum()
+        fresh = MigrationPart(part=part.id, of=part.collection.name, tenant=part.tenant)
+        state = await standing(self._run.target, part.id) or fresh
+        self._baton = Baton(state)
+        self._sum = SetSum.of(state.count, state.checksum)
         self._counter.add(self._sum.count)
-        if stored is not None and stored["done"]:
+        if state.done:
             return
-        self._last_id = stored["last_id"] if stored is not None else ""
+        self._last_id = state.position or ""
         room = self._run.options.batch - 2
         encoded, digest, name = self._canonical.encoded, self._canonical.digest, part.collection.name
         async with aclosing(pages(self._run.source, part, self._last_id)) as found:
@@ -176,7 +173,7 @@ class _PartCopy:
                 for document in page:
                     text = encoded(document)
                     size = self._fixed + BYTES_PER_ENCODED * len(text)
-                    if len(self._operations) >= room or self._size + size > MAX_BATCH_BYTES:
+                    if len(self._operations) >= room or self._size + size > BATCH_BYTES:
                         await self._send(done=False)
                     self._sum.add(digest(text))
                     self._size += size
@@ -184,29 +181,16 @@ class _PartCopy:
                     del document["version"]  # the target gives its own
                     created, updated = document.pop("created_at"), document.pop("updated_at")
                     self._operations.append(Create(name, id, document, created, updated))
-        if self._operations or self._there:
+        if self._operations or self._baton.state.number:
             await self._send(done=True)
 
     async def _send(self, *, done: bool) -> None:
         creates, self._operations, self._size = self._operations, [], 0
         if not creates and not done:
             return  # the first document is larger than a batch is estimated to take: it goes alone
-        id = self._part.id
-        state: Document = {
-            "last_id": self._last_id,
-            "documents": self._sum.count,
-            "checksum": self._sum.text,
-            "done": done,
-        }
-        self._batches += 1
-        operations: tuple[Operation, ...]
-        if self._there:
-            step = Add(PARTS.name, id, "batches", 1, at_most=self._batches, at_least=self._batches)
-            operations = (step, *creates, Patch(PARTS.name, id, state))
-        else:
-            whole = {"of": self._part.collection.name, "tenant": self._part.tenant, "batches": self._batches, **state}
-            operations = (Create(PARTS.name, id, whole), *creates)
-            self._there = True
+        taken = self._baton.taken()
+        left = self._baton.handed_on(position=self._last_id, count=self._sum.count, checksum=self._sum.text, done=done)
+        operations = (*taken, *creates, left)
         count = len(creates)
         await self._pipeline.commit(Batch(self._part.tenant, operations, now_us()), lambda: self._landed(count))
 
@@ -224,7 +208,7 @@ async def copy_journal(run: Run) -> None:
     async def work() -> None:
         async with Pipeline(run.target) as pipeline:
             copy = JournalCopy(run)
-            cursor = run.migration.cursor
+            cursor = run.journal.position
             following = asyncio.ensure_future(run.source.changes(cursor, limit=_room(run)))
             try:
                 while (page := await _fitting(run, cursor, await following)).records:
@@ -243,27 +227,24 @@ class JournalCopy:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._step = run.migration.step
-        self._records = run.migration.records
-        self._sum = int(run.migration.record_sum, 16)
+        self._baton = Baton(run.journal)
 
     def batch(self, page: ChangesPage) -> tuple[Batch, Callable[[], None]]:
         """The batch, and what to call once it is committed."""
-        taken = taken_over(self._run, page.records)
-        appended: list[Append] = []
-        if self._run.migration.journal:
-            for record in taken:
-                self._sum = (self._sum + record_digest(encoded_record(record))) % MODULUS
-                appended.append(Append(record))
-        self._records += len(appended)
-        self._step += 1
-        step = self._step
-        fields = {"cursor": page.cursor, "records": self._records, "record_sum": f"{self._sum:064x}"}
-        operations: tuple[Operation, ...] = (self._run.guard(step), *appended, self._run.patch(**fields))
+        run, before = self._run, self._baton.state
+        kept = taken_over(run, page.records) if run.migration.journal else []
+        total = int(before.checksum, 16)
+        for record in kept:
+            total = (total + record_digest(encoded_record(record))) % MODULUS
+        taken = self._baton.taken()
+        left = self._baton.handed_on(position=page.cursor, count=before.count + len(kept), checksum=f"{total:064x}")
+        operations: tuple[Operation, ...] = (*taken, *map(Append, kept), left)
+        after = self._baton.state
 
         def landed() -> None:
-            self._run.note(**fields, step=step)
-            self._run.progress("copying the journal", fields["records"], None)  # type: ignore[arg-type]
+            run.journal = after
+            run.committed += 1
+            run.progress("copying the journal", after.count, None)
 
         return Batch(None, operations, now_us()), landed
 
@@ -287,12 +268,12 @@ def _room(run: Run) -> int:
 
 async def _fitting(run: Run, cursor: str | None, page: ChangesPage) -> ChangesPage:
     """The page, or so much of it as a batch can hold: a record may be nearly two megabytes."""
-    if sum(map(_rough_size, page.records)) <= MAX_BATCH_BYTES:
+    if sum(map(_rough_size, page.records)) <= BATCH_BYTES:
         return page
     size = 0
     for count, record in enumerate(page.records):
         size += sum(document_size(part) for part in (record.before, record.after) if part)
-        if size > MAX_BATCH_BYTES and count:
+        if size > BATCH_BYTES and count:
             return await run.source.changes(cursor, limit=count)
     return page
 

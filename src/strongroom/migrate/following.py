@@ -28,7 +28,7 @@ async def follow(run: Run, *, closely: bool = False) -> int:
     async def work() -> None:
         nonlocal found
         while True:
-            page = await run.source.changes(run.migration.cursor, limit=limit)
+            page = await run.source.changes(run.journal.position, limit=limit)
             if not page.records:
                 return
             changed = await _apply(run, page)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from .checksum import MODULUS, SetSum, encoded_record, record_digest
 from .comparing import Comparison, Difference, set_sum
-from .state import NOT_MOVED, PARTS, Part, Phase, Run
+from .state import NOT_MOVED, Part, Phase, Run, standing
 from .streams import parts
 
 MAX_DIFFERENCES = 10
@@ -78,12 +78,12 @@ async def prove(run: Run, report: Report, *, again: bool) -> None:
             if one.documents or one.target_documents:
                 report.parts.append(one)
     if run.migration.journal:
-        report.records, report.target_records = run.migration.records, await count_journal(run)
+        report.records, report.target_records = run.journal.count, await count_journal(run)
 
 
 async def _summed(run: Run, part: Part) -> PartReport:
-    stored = await run.target.get(PARTS.name, None, part.id)
-    source = SetSum.of(stored["documents"], stored["checksum"]) if stored is not None else SetSum()
+    state = await standing(run.target, part.id)
+    source = SetSum.of(state.count, state.checksum) if state is not None else SetSum()
     target = await set_sum(run.target, part, run.canonical[part.collection.name])
     if source == target:
         return _part_report(part, source, target)
@@ -115,14 +115,14 @@ async def count_journal(run: Run) -> int:
             if record.collection not in NOT_MOVED:
                 count += 1
                 total = (total + record_digest(encoded_record(record))) % MODULUS
-        run.progress("comparing the journal", count, run.migration.records)
-    return -1 if count == run.migration.records and f"{total:064x}" != run.migration.record_sum else count
+        run.progress("comparing the journal", count, run.journal.count)
+    return -1 if count == run.journal.count and f"{total:064x}" != run.journal.checksum else count
 
 
 def fill(run: Run, report: Report) -> None:
     """What the state says, into the report."""
     state = run.migration
     report.phase = state.phase
-    report.records = state.records
+    report.records = run.journal.count
     report.followed, report.late, report.backup = state.followed, state.late, state.backup
     report.pause_s = None if state.pause_ms is None else state.pause_ms / 1000

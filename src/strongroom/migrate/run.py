@@ -108,7 +108,7 @@ async def _begin(run: Run) -> None:
     await run.target.prepare([*run.declared, *OWN])
     end = (await run.target.changes("end")).cursor
     same = before is not None and before.source == options.source
-    cursor = before.cursor if same and before is not None else None
+    cursor = (run.journal.position or before.cursor) if same and before is not None else None
     if not options.journal and cursor is None:
         cursor = (await run.source.changes("end")).cursor
     state = Migration(
@@ -153,7 +153,7 @@ async def _advance(run: Run, report: Report) -> None:
     state = run.migration
     if state.phase == Phase.CLEARING:
         await clear(run, "clearing the target")
-        await run.save(phase=Phase.JOURNAL)
+        await run.save(run.begin_journal(), phase=Phase.JOURNAL)
     if run.migration.phase == Phase.JOURNAL:
         await copy_journal(run)
         await run.save(phase=Phase.COPYING)

@@ -9,16 +9,31 @@ from datetime import datetime
 from enum import StrEnum
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from ..context import next_id
 from ..database import WRITES, StoreState
-from ..entity import Collection, Counter, Document, Entity
+from ..entity import Collection, Document, Entity, Index
 from ..leases import Lease
-from ..storage.port import MAX_OPERATIONS, Add, Append, Batch, Operation, Patch, Put, Record, Store
+from ..query import Query, Where
+from ..storage.port import (
+    MAX_BATCH_BYTES,
+    MAX_OPERATIONS,
+    Append,
+    Batch,
+    Create,
+    Delete,
+    Operation,
+    Patch,
+    Put,
+    Record,
+    Store,
+)
 from .checksum import Canonical
 
 CURRENT = "current"
+BATCH_BYTES = MAX_BATCH_BYTES - 10_000
+"""What a batch may hold beside what it says of its progress."""
 NO_SUM = "0" * 64
 
 
@@ -42,8 +57,7 @@ UNDOING = frozenset({Phase.REMOVING, Phase.RESTORING})
 class Migration(Entity, collection="migrations", scope="global", journalled=False):
     """The one migration into this store. `source` and `target` are URLs without passwords.
 
-    `cursor` is up to where the source's journal has been taken over; `records` and `record_sum` are what was appended
-    here since `target_cursor`. `step` numbers the batches that move the cursor, so that none can be applied twice.
+    `cursor` is from where on the source's journal is taken over, `target_cursor` behind what it is appended here.
     `fence` is what the target said of its writes before, `switched` whether the source's were turned off.
     """
 
@@ -55,12 +69,8 @@ class Migration(Entity, collection="migrations", scope="global", journalled=Fals
     journal: bool = True
     cursor: str | None = None
     target_cursor: str | None = None
-    records: int = 0
-    record_sum: str = NO_SUM
-    step: Annotated[int, Counter()] = 0
     followed: int = 0
     backup: str | None = None
-    restored: int = 0
     fence: str | None = None
     switched: bool = False
     late: int = 0
@@ -69,14 +79,19 @@ class Migration(Entity, collection="migrations", scope="global", journalled=Fals
     ended_at: datetime | None = None
 
 
-class MigrationPart(Entity, collection="migration_parts", scope="global", journalled=False):
-    """One collection of one tenant: how many documents were copied in how many batches, up to which id, their sum."""
+class MigrationPart(Entity, collection="migration_parts", scope="global", journalled=False, indexes=[Index("part")]):
+    """How far one part is: a collection of one tenant, the journal, the restoring of a backup. There is one of a part.
 
+    `number` counts the batches, `position` is the last id, or the journal's cursor; `count` and `checksum` are of what
+    was written. The id is new with each batch: see `Baton`.
+    """
+
+    part: str
     of: str
     tenant: str | None = None
-    batches: Annotated[int, Counter()] = 0
-    last_id: str = ""
-    documents: int = 0
+    number: int = 0
+    position: str | None = None
+    count: int = 0
     checksum: str = NO_SUM
     done: bool = False
 
@@ -121,6 +136,37 @@ class Part:
         return self.collection.name if self.tenant is None else f"{self.collection.name} of tenant {self.tenant!r}"
 
 
+JOURNAL_PART = "journal"
+RESTORED_PART = "restored"
+
+
+class Baton:
+    """A part's progress, handed from batch to batch: each removes what the one before it has left, and leaves its own.
+
+    So a batch is refused unless it comes right behind the one before, and no batch is applied twice; and since no
+    document is touched twice in a batch, a store may write all of it as sets.
+    """
+
+    def __init__(self, state: MigrationPart) -> None:
+        self.state = state
+
+    def taken(self) -> tuple[Delete, ...]:
+        """What begins a batch: there is nothing to take from a part that was not begun."""
+        return (Delete(PARTS.name, self.state.id),) if self.state.id else ()
+
+    def handed_on(self, **fields: Any) -> Create:
+        """What ends the batch. It is what the next one takes."""
+        number = self.state.number + 1
+        self.state = self.state.model_copy(update={**fields, "number": number, "id": f"{self.state.part}-{number}"})
+        return Create(PARTS.name, self.state.id, MigrationPart.__codec__.encode(self.state))
+
+
+async def standing(store: Store, part: str) -> MigrationPart | None:
+    """How far a part is, as it was last committed."""
+    found = await store.find(PARTS.name, None, Query(Where("part", "==", part), limit=1).check(PARTS))
+    return MigrationPart.__codec__.decode(found[0]) if found else None  # type: ignore[return-value]
+
+
 Progress = Callable[[str, int, int | None], None]
 """Takes what is being done, how much of it is done, and how much there is (None: not known)."""
 
@@ -148,6 +194,7 @@ class Run:
         self.collections: Mapping[str, Collection] = {c.name: c for c in collections if c.name not in left}
         self.canonical: Mapping[str, Canonical] = {n: Canonical(c) for n, c in self.collections.items()}
         self.state: Migration | None = None
+        self.journal = MigrationPart(part=JOURNAL_PART, of=JOURNAL_PART)
         self.committed = 0
         """Batches that have moved the state: a failure after some of them is not the same failure again."""
 
@@ -171,6 +218,7 @@ class Run:
         """Read the state as it is in the target."""
         document = await self.target.get(MIGRATIONS.name, None, CURRENT)
         self.state = None if document is None else Migration.__codec__.decode(document)  # type: ignore[assignment]
+        self.journal = await standing(self.target, JOURNAL_PART) or MigrationPart(part=JOURNAL_PART, of=JOURNAL_PART)
         return self.state
 
     async def save(self, *more: Operation, **fields: Any) -> None:
@@ -181,14 +229,17 @@ class Run:
     def patch(self, **fields: Any) -> Patch:
         return Patch(MIGRATIONS.name, CURRENT, fields)
 
+    def begin_journal(self) -> Create:
+        """The journal's progress before its first batch, which takes it as every other batch does."""
+        baton = Baton(MigrationPart(part=JOURNAL_PART, of=JOURNAL_PART))
+        first = baton.handed_on(position=self.migration.cursor)
+        self.journal = baton.state
+        return first
+
     def note(self, **fields: Any) -> None:
         """These fields were committed."""
         self.committed += 1
         self.migration.__dict__.update(fields)
-
-    def guard(self, step: int) -> Add:
-        """Lets a batch through only as the one of this number: not twice, and not before the one that comes before."""
-        return Add(MIGRATIONS.name, CURRENT, "step", 1, at_most=step, at_least=step)
 
 
 def now_us() -> int:

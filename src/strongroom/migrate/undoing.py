@@ -11,13 +11,30 @@ from pathlib import Path
 
 from ..entity import Collection, Document
 from ..errors import Conflict, NotFound, Problem, StoreError
-from ..storage.port import MAX_BATCH_BYTES, Batch, Create, Operation, Store, document_size
+from ..storage.port import Batch, Create, Operation, Store, document_size
 from . import backup
 from .comparing import set_sum
 from .copying import clear, persistently
 from .planning import open_as_it_is, open_source, refusal, refuse
 from .proving import Report, count_journal, fill, prove
-from .state import MIGRATIONS, OWN, UNDOING, Migration, Options, Part, Phase, Progress, Run, fence, no_progress, now_us
+from .state import (
+    MIGRATIONS,
+    OWN,
+    RESTORED_PART,
+    UNDOING,
+    Baton,
+    Migration,
+    MigrationPart,
+    Options,
+    Part,
+    Phase,
+    Progress,
+    Run,
+    fence,
+    no_progress,
+    now_us,
+    standing,
+)
 from .streams import Pipeline
 
 
@@ -66,14 +83,15 @@ async def roll_back(
         await _check_unused(run)
     if state.phase not in UNDOING:
         reason = f"a migration from {state.source} into this store is being rolled back"
-        await run.save(*fence(False, reason, at=1), phase=Phase.REMOVING)
+        cursor = run.journal.position or state.cursor
+        await run.save(*fence(False, reason, at=1), phase=Phase.REMOVING, cursor=cursor)
     if run.migration.switched:
         await _lift(run)
         await run.save(switched=False)
         report.notes.append("the source takes writes again")
     if run.migration.phase == Phase.REMOVING:
         await clear(run, "removing what was written")
-        await run.save(phase=Phase.RESTORING, restored=0)
+        await run.save(phase=Phase.RESTORING)
     if whole is not None:
         await persistently(run, lambda: _restore(run, whole.path, whole.documents))
         await _check_restored(run, whole)
@@ -105,7 +123,7 @@ async def _lift(run: Run) -> None:
 
 async def _check_unused(run: Run) -> None:
     """Raise Conflict if the target was written to since the migration was done."""
-    known = run.migration.records if run.migration.journal else 0
+    known = run.journal.count if run.migration.journal else 0
     if await count_journal(run) == known:
         report = Report("", "", "")
         await prove(run, report, again=True)
@@ -119,7 +137,7 @@ async def _check_unused(run: Run) -> None:
 
 async def _restore(run: Run, path: Path, total: int) -> None:
     """Put the backup's documents into the target, each batch counted as it is committed."""
-    step, restored = run.migration.step, run.migration.restored
+    baton = Baton(await standing(run.target, RESTORED_PART) or MigrationPart(part=RESTORED_PART, of=RESTORED_PART))
     waiting: list[Create] = []
     tenant: str | None = None
     size = 0
@@ -127,28 +145,26 @@ async def _restore(run: Run, path: Path, total: int) -> None:
     async with Pipeline(run.target) as pipeline:
 
         async def send() -> None:
-            nonlocal step, restored, size
+            nonlocal size
             if not waiting:
                 return
-            step += 1
-            restored += len(waiting)
-            fields = {"restored": restored}
-            number = step
-
-            def landed() -> None:
-                run.note(**fields, step=number)
-                run.progress("restoring the backup", fields["restored"], total)
-
-            operations: tuple[Operation, ...] = (run.guard(step), *waiting, run.patch(**fields))
+            taken, count = baton.taken(), baton.state.count + len(waiting)
+            operations: tuple[Operation, ...] = (*taken, *waiting, baton.handed_on(count=count))
             waiting.clear()
             size = 0
+
+            def landed() -> None:
+                run.committed += 1
+                run.progress("restoring the backup", count, total)
+
             await pipeline.commit(Batch(tenant, operations, now_us()), landed)
 
-        async with aclosing(backup.documents(path, restored)) as some:
+        async with aclosing(backup.documents(path, baton.state.count)) as some:
             async for page in some:
                 for collection, owner, document in page:
                     more = document_size(document)
-                    if owner != tenant or len(waiting) >= run.options.batch - 2 or size + more > MAX_BATCH_BYTES:
+                    is_full = len(waiting) >= run.options.batch - 2 or size + more > BATCH_BYTES
+                    if is_full or owner != tenant:
                         await send()
                         tenant = owner
                     size += more
