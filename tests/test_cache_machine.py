@@ -342,8 +342,7 @@ class Nodes(RuleBasedStateMachine):
 
     @staticmethod
     def _session(node: Node) -> int:
-        assert node.cache._redis is not None
-        return node.cache._redis._link.session
+        return node.cache.counters.connections
 
     def _check(self, reading: Reading) -> None:
         """The answer was true at some moment between what the node knew when the read began, and now."""

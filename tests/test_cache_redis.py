@@ -246,6 +246,25 @@ async def test_an_entry_that_a_change_overtakes_on_its_way_from_redis_is_not_kep
         assert (await acme.get(Policy, "p")).policy_name == "new"
 
 
+async def test_a_node_at_rest_takes_thousands_of_pushes_one_after_the_other(redis_url: str, tmp_path: Path) -> None:
+    async with nodes(tmp_path, redis_url, 1) as [(room, _)], redis.asyncio.from_url(redis_url) as client:
+        assert room.cache is not None
+        assert room.cache._redis is not None
+        acme, prefix = room.tenant("acme"), room.cache._redis._prefix
+        ids = [f"p{number}" for number in range(3_000)]
+        counters = room.cache.counters
+        for begin in range(0, len(ids), 50):
+            await asyncio.gather(*(acme.get_or_none(Policy, id) for id in ids[begin : begin + 50]))
+        await wait_until(lambda: counters.fills > len(ids) - 500)  # on a busy machine some answers come too late
+        assert len(room.cache._local) == len(ids)
+        pipeline = client.pipeline(transaction=False)
+        for id in ids:
+            pipeline.delete(f"{prefix}acme:policy:{id}")
+        await pipeline.execute()
+        await wait_until(lambda: room.cache is not None and len(room.cache._local) <= 500)
+        assert counters.connections == 1
+
+
 async def test_a_crash_between_a_commit_and_its_invalidation_leaves_nothing_old(redis_url: str, tmp_path: Path) -> None:
     """A node dies after its commit; nobody else runs. The next one does not believe what stands in Redis."""
     async with nodes(tmp_path, redis_url, 1) as [(room, _)]:

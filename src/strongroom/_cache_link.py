@@ -20,6 +20,7 @@ from redis.asyncio.connection import AbstractConnection, Connection, parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
+from redis.maint_notifications import MaintNotificationsConfig
 
 from .errors import ConfigError
 
@@ -33,6 +34,7 @@ FIRST_BACKOFF_S = 0.05
 MAX_BACKOFF_S = 5.0
 MAX_QUEUED = 10_000
 MAX_KEYS_A_READ = 200
+_PUSH = object()
 NOT_IN_TIME = "no answer in time"
 _log = logging.getLogger(__name__)
 
@@ -90,6 +92,7 @@ class Link:
         options.pop("max_connections", None)
         self._class: type[AbstractConnection] = options.pop("connection_class", Connection)
         self._options = options | {"protocol": 3, "socket_timeout": None, "retry": Retry(NoBackoff(), 0)}
+        self._options["maint_notifications_config"] = MaintNotificationsConfig(enabled=False)
         self._greet = greet
         self._pushed = pushed
         self._answer_timeout_s = answer_timeout_s
@@ -102,8 +105,6 @@ class Link:
         self._task: asyncio.Task[None] | None = None
         self._end: asyncio.Future[None] | None = None
         self._used = False
-        self.session = 0
-        """How many connections there have been: what belonged to an earlier one is void."""
         self.ready = False
         """There is a connection, and it was greeted."""
         self.stalled = False
@@ -223,9 +224,10 @@ class Link:
         tasks: list[asyncio.Task[None]] = []
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                await connection.connect()
-                connection._parser.set_invalidation_push_handler(self._on_push)
-                self.session += 1
+                await connection.connect()  # type: ignore[no-untyped-call]
+                parser = connection._get_push_notifications_parser()
+                parser.set_invalidation_push_handler(self._on_invalidation)  # type: ignore[no-untyped-call]
+                parser.set_pubsub_push_handler(self._on_push)  # type: ignore[no-untyped-call]
                 self._connected = True
                 tasks = [asyncio.create_task(self._write(connection)), asyncio.create_task(self._read(connection))]
                 await _first([*tasks, end, asyncio.ensure_future(self._greet())])
@@ -273,18 +275,25 @@ class Link:
     async def _read(self, connection: AbstractConnection) -> None:
         while True:
             try:
-                answer = await connection.read_response(timeout=math.inf, disconnect_on_error=False)
+                # Pushes come back as answers too: otherwise each would be one more level of recursion in the client.
+                answer = await connection.read_response(timeout=math.inf, disconnect_on_error=False, push_request=True)
             except ResponseError as refused:
                 command = self._sent.popleft()
                 command.fail(refused)
                 if command.needed:  # what follows was executed without it: none of those answers may be used
                     raise RedisGone(f"{command.arguments[0]} was refused: {refused}") from None
             else:
+                if answer is _PUSH:
+                    continue
                 self._sent.popleft().deliver(answer)
             self.stalled = False
 
-    async def _on_push(self, message: list[Any]) -> None:
+    async def _on_invalidation(self, message: list[Any]) -> object:
         self._pushed(message[1])
+        return _PUSH
+
+    async def _on_push(self, message: list[Any]) -> object:
+        return _PUSH
 
 
 async def _first(awaited: list[asyncio.Future[None]]) -> None:

@@ -19,7 +19,8 @@ reads from Redis for a key that C changed was read from the store after C. This 
 4. *A refused `forget` ends the connection*, and so does an answer that does not come (rule 3 then applies).
 
 It needs no other node to do its part, and no clock. Late commands of a connection that was given up do no harm: a
-`forget` removes, a fill finds its lease gone or still sound, and a lease that nobody fills ends by itself.
+`forget` removes, a fill finds its lease gone or still sound (and has its ticket), and a lease that nobody fills ends
+by itself.
 
 It rests on one Redis server for the whole connection: a proxy that changes the server behind an open connection to a
 replica that lags could give back what was removed, until its lifetime is over. Redis Cluster is not supported.
@@ -95,12 +96,11 @@ SCRIPTS = {
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """The right to fill a key: void after an invalidation, after LEASE_S, and with the connection it was taken on."""
+    """The right to fill a key, void after an invalidation and after LEASE_S."""
 
     key: str
     token: bytes
     ticket: int
-    session: int
 
 
 class RedisTier:
@@ -174,7 +174,6 @@ class RedisTier:
         while True:
             late = time.monotonic() >= give_up
             token = LEASE + secrets.token_bytes(16)
-            session = self._link.session
             try:
                 found: int | bytes = await self._call(
                     "claim", 2, self._prefix + key, self._counter, token, int(LEASE_S * 1_000), instead_of
@@ -183,7 +182,7 @@ class RedisTier:
                 self._failed(error)
                 return None
             if isinstance(found, int):
-                return Lease(key, token, found, session)
+                return Lease(key, token, found)
             entry = self._usable(key, shape, found)
             if entry is not None or late:
                 return entry
@@ -196,8 +195,6 @@ class RedisTier:
 
     def fill(self, lease: Lease, shape: int, entry: Entry, seconds: float) -> None:
         """Put an entry where the lease is, if it still is, without waiting for it."""
-        if lease.session != self._link.session:
-            return
         if len(entry.body) > MAX_ENTRY_BYTES or seconds <= 0:
             self.give_back(lease)
             return
@@ -208,9 +205,8 @@ class RedisTier:
 
     def give_back(self, lease: Lease) -> None:
         """Let others take the lease at once."""
-        if lease.session == self._link.session:
-            answer = self._call("fill", 1, self._prefix + lease.key, lease.token, b"", 1)
-            answer.add_done_callback(_seen)
+        answer = self._call("fill", 1, self._prefix + lease.key, lease.token, b"", 1)
+        answer.add_done_callback(_seen)
 
     def _filled(self, answer: asyncio.Future[Any]) -> None:
         if answer.cancelled():
