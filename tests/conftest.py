@@ -61,8 +61,8 @@ def missing(what: str, how_to_get_it: str) -> NoReturn:
 
 
 def backend_of(scheme: str, folder: Path, request: pytest.FixtureRequest | None = None) -> Backend:
-    """The backend `sqlite`, `json` or `json-memory`, its stores in `folder`; or `postgres`, on the server of the run
-    that `request` belongs to."""
+    """The backend `sqlite`, `json` or `json-memory`, its stores in `folder`; or `postgres` or `firestore`, on the
+    server of the run that `request` belongs to."""
     from strongroom.testing.storage import Backend
 
     if scheme == "postgres":
@@ -72,13 +72,19 @@ def backend_of(scheme: str, folder: Path, request: pytest.FixtureRequest | None 
             raise TypeError("backend_of: postgres needs the test's request")
         server = postgres.start(request, "postgres-18", postgres.bundled())
         return Backend(lambda: server.url(postgres.new_schema()))
+    if scheme == "firestore":
+        from tests.servers import firestore
+
+        if request is None:
+            raise TypeError("backend_of: firestore needs the test's request")
+        return Backend(firestore.urls(firestore.start(request)))
     if scheme == "json-memory":
         return Backend(lambda: "json://:memory:")
     numbers = itertools.count()
     return Backend(lambda: f"{scheme}:///{quote(str(folder / f'store-{next(numbers)}.{scheme}'))}")
 
 
-@pytest.fixture(params=["sqlite", "json", "json-memory", "postgres"])
+@pytest.fixture(params=["sqlite", "json", "json-memory", "postgres", "firestore"])
 def backend(request: pytest.FixtureRequest, tmp_path: Path) -> Backend:
     """Every backend in turn; what runs on it promises the same on each."""
     return backend_of(request.param, tmp_path, request)

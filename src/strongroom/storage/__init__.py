@@ -7,7 +7,7 @@ from urllib.parse import unquote, urlsplit
 from ..errors import ConfigError
 from .port import Store
 
-SCHEMES = ("sqlite", "json", "postgresql", "postgres")
+SCHEMES = ("sqlite", "json", "postgresql", "postgres", "firestore")
 _FILES = ("sqlite", "json")
 
 
@@ -15,19 +15,25 @@ def store_for(url: str) -> Store:
     """A backend for `url`, not yet opened.
 
     `sqlite:///relative/path.db`, `sqlite:////absolute/path.db`, `json:///path.json`, `json://:memory:`,
-    `postgresql://user:password@host:port/database?schema=…` (its options: `PostgresStore`).
+    `postgresql://user:password@host:port/database?schema=…` (its options: `PostgresStore`),
+    `firestore://project/database?collection=…&emulator=host:port`.
     Raises ConfigError for anything else.
     """
     scheme, separator, rest = url.partition("://")
     if not separator or scheme not in SCHEMES:
         known = ", ".join(f"{s}:///path" for s in _FILES)
         raise ConfigError(
-            f"store {_masked(url)!r}: expected a URL such as {known}, json://:memory: or postgresql://user@host/database"
+            f"store {_masked(url)!r}: expected a URL such as {known}, json://:memory:, "
+            "postgresql://user@host/database or firestore://project/database"
         )
     if scheme in ("postgresql", "postgres"):
         from .postgres import PostgresStore
 
         return PostgresStore(url)
+    if scheme == "firestore":
+        from .firestore import FirestoreStore
+
+        return FirestoreStore.from_url(url)
     path = unquote(rest.partition("?")[0])
     if scheme == "json" and path == ":memory:":
         from .jsonfile import JsonStore
