@@ -238,7 +238,10 @@ class KeyImport:
                 # Made anew, so that a later run still knows it as imported and not used.
                 await tx.delete(KeyUsage, planned.id)
                 row, account = planned.row, _account(usage)
-                await tx.create(_usage_of(self._shape, planned.id, row, account, tx.context.now_us))
+                made = _usage_of(self._shape, planned.id, row, account, tx.context.now_us)
+                await tx.create(made)
+                copied = {"last_used": made.last_used_at, "usage_count": made.count}
+                await tx.update(ApiKey, planned.id, copied)
 
     def _key_of(self, row: KeyRow) -> ApiKey:
         """A row as a key. With its text it is hashed under the pepper; else that is done at its first use."""
@@ -255,6 +258,8 @@ class KeyImport:
             metadata={} if row.model is None else {"model": row.model},
             limits=_limits(row.token_limit),
             expires_at=_utc(row.expires_us),
+            last_used=_utc(row.last_used_us),
+            usage_count=row.uses,
         )
 
     def _changed(self, row: KeyRow, key: ApiKey) -> dict[str, Any]:
@@ -452,8 +457,8 @@ _encode = msgspec.json.Encoder().encode
 
 
 def _is_as_imported(usage: KeyUsage | None) -> bool:
-    """Whether a usage document is as it was made: a new document's version is the moment it was made at."""
-    return usage is not None and usage.created_at is not None and usage.version == us_from_utc(usage.created_at)
+    """Whether a usage document is as it was made, and no charge has been written into it since."""
+    return usage is not None and usage.active_at is None and usage.created_at == usage.updated_at
 
 
 def _usage_of(shape: Shape, id: str, row: KeyRow, account: Account, now_us: int) -> KeyUsage:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from datetime import datetime, timedelta
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -32,17 +31,16 @@ def router(services: Services) -> APIRouter:
         known = await keys.identify(text) if text else None
         if known is None or not known.enabled:
             raise Unauthenticated("the key is unknown or disabled", token=bool(text))
-        return Json(_as_seed_004(await keys.stats(known.id)))
+        return Json(_as_seed_004(await keys.stats(known.id), utc_from_us(services.room.clock.now_us())))
 
     return routes
 
 
-def _as_seed_004(stats: KeyStats) -> dict[str, Any]:
+def _as_seed_004(stats: KeyStats, now: datetime) -> dict[str, Any]:
     key = stats.key
     tokens = [s for s in stats.limits if s.resource == "tokens"]
     five_hours = [s for s in tokens if s.window.get("seconds") == FIVE_HOURS_S]
     limit = next(iter(five_hours or tokens), None)
-    now = utc_from_us(time.time_ns() // 1_000)
     window = limit.window if limit is not None else {"kind": "rolling", "seconds": FIVE_HOURS_S}
     started, ends = _span(window, limit.resets_at if limit is not None else None, now, key.created_at or now)
     return {
