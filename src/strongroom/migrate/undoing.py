@@ -18,6 +18,7 @@ from .copying import clear, persistently
 from .planning import open_as_it_is, open_source, refusal, refuse
 from .proving import Report, count_journal, fill, prove
 from .state import (
+    BATCH_BYTES,
     MIGRATIONS,
     OWN,
     RESTORED_PART,
