@@ -487,6 +487,33 @@ async def test_an_alteration_never_keeps_writers_waiting_behind_a_transaction_le
         await reader.close()
 
 
+async def test_writers_go_on_while_the_build_of_an_index_waits_for_an_older_transaction(
+    connection: asyncpg.Connection, place: Place
+) -> None:
+    await prepare(connection, place.settings, [declare()])
+    writer = await place.connect()
+    transaction = writer.transaction()
+    await transaction.start()
+    await writer.execute("SELECT set_config('app.current_tenant', 'slow', true)")
+    await writer.execute(f"UPDATE {place.table()} SET name = name")
+    try:
+        async with old_writers(place, most_s=5) as waits:
+            applying = asyncio.create_task(prepare(connection, place.settings, [declare(indexes=(Index("name"),))]))
+            begun = "SELECT count(*) FROM pg_index WHERE indrelid = $1::text::regclass AND NOT indisvalid"
+            await wait_until(lambda: _value(writer, begun, place.table()), 30)
+            after = len(waits) + 50
+            await wait_until(lambda: len(waits) >= after, 30)
+            assert not applying.done(), "the older transaction is still open"
+            await transaction.rollback()
+            assert kinds(await applying) == [(ChangeKind.ADD_INDEX, "name_index")]
+    finally:
+        await writer.close()
+
+
+async def _value(connection: asyncpg.Connection, sql: str, *arguments: Any) -> Any:
+    return await connection.fetchval(sql, *arguments)
+
+
 async def test_a_table_that_is_never_free_is_given_up_with_nothing_changed(
     connection: asyncpg.Connection, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
