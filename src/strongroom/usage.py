@@ -25,11 +25,23 @@ import time
 from dataclasses import dataclass, field
 
 from .accounts import NAME, Account, Allowance, Cost, KeyUsage, Metered, Outcome, Status
+from .charges import (
+    Charge,
+    Decided,
+    KeyChanged,
+    answer,
+    bundles_of,
+    charges_of,
+    decide,
+    fail,
+    for_one_batch_a_key,
+    operations_of,
+)
 from .clock import Clock, MachineClock
 from .context import utc_from_us
 from .database import Database, IdempotentCall
 from .errors import AlreadyExists, Conflict, StrongroomError, TooManyRequests, Unavailable
-from .storage.port import MAX_OPERATIONS, Check, Create, Operation, Put, Store
+from .storage.port import Check, Create, Put, Store
 from .transaction import is_expired
 
 MAX_WAITING = 50_000
@@ -46,43 +58,12 @@ it pauses once, for as long as others need; while nobody shows up it goes on for
 this many."""
 MAX_CONTENDED = 10_000
 """Keys remembered as being used by other nodes as well."""
-MAX_BUNDLE_CHARS = 400_000
-"""Keys share a batch until their states are this long together: far from the port's MAX_BATCH_BYTES."""
-MAX_ONCE = 400
-"""Charges of one key that may happen only once, in one commit: with the rest they fit into a batch."""
 COMMITS_APART = 50
 """After a conflict, for so many commits each key has a batch of its own."""
 LAZY_FLUSH_S = 1.0
 """Keys without limits decide nothing by their usage: it is written at most this much later, many uses in one write."""
 
 _log = logging.getLogger(__name__)
-
-
-class KeyChanged(Exception):
-    """The key was changed or removed since it was read: read it again and decide again. Never leaves the library."""
-
-
-@dataclass(slots=True)
-class _Charge:
-    metered: Metered
-    cost: Cost
-    force: bool
-    once: tuple[str, Create | Put] | None
-    future: asyncio.Future[Outcome] | None
-    count: int = 1
-    used_at_us: int | None = None
-    attempts: int = 0
-
-
-@dataclass(slots=True)
-class _Decided:
-    """The charges of one key with their outcomes, and what has to commit for these to be true: the guard, the usage
-    document, then whatever may happen only once."""
-
-    id: str
-    account: Account
-    operations: list[Operation]
-    answers: list[tuple[_Charge, Outcome]]
 
 
 @dataclass(slots=True)
@@ -102,7 +83,7 @@ class Ledger:
         self._database = database
         self._store = store
         self._clock = clock if clock is not None else MachineClock()
-        self._held: dict[str, list[_Charge]] = {}
+        self._held: dict[str, list[Charge]] = {}
         """Keys that wait for their turn, and what is charged to them meanwhile."""
         self._contended: dict[str, int] = {}
         """Keys lost to another node, and after how many more commits a pause is to follow."""
@@ -111,7 +92,7 @@ class Ledger:
         self.retries = 0
         """Charges decided again because another node was faster."""
         self._accounts: dict[str, Account] = {}
-        self._waiting: list[_Charge] = []
+        self._waiting: list[Charge] = []
         self._tallies: dict[str, _Tally] = {}
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -136,7 +117,7 @@ class Ledger:
         if len(self._waiting) >= MAX_WAITING:
             future.set_exception(TooManyRequests("too many charges are waiting for the store: try again in a moment"))
             return future
-        self._waiting.append(_Charge(metered, cost, force, once, future))
+        self._waiting.append(Charge(metered, cost, force, once, future))
         self._wake(loop)
         return future
 
@@ -198,7 +179,7 @@ class Ledger:
                     # (those of a held key are not concerned: they were not decided in this round)
                     for charge in charges:
                         self._accounts.pop(charge.metered.id, None)  # it may hold charges that did not happen
-                        _fail(charge, Unavailable(f"the charge could not be decided: {type(error).__name__}"))
+                        fail(charge, Unavailable(f"the charge could not be decided: {type(error).__name__}"))
                     raise
                 self._evict()
         finally:
@@ -206,11 +187,11 @@ class Ledger:
             if self._waiting:  # only if something unforeseen ended the loop: do not leave the others waiting
                 self._wake(asyncio.get_running_loop())
 
-    async def _settle(self, charges: list[_Charge]) -> None:
+    async def _settle(self, charges: list[Charge]) -> None:
         """Decide the charges of each key, commit them, answer."""
-        charges, later = _for_one_batch_a_key(charges)
+        charges, later = for_one_batch_a_key(charges)
         self._waiting[:0] = later
-        groups: dict[str, list[_Charge]] = {}
+        groups: dict[str, list[Charge]] = {}
         for charge in charges:
             groups.setdefault(charge.metered.id, []).append(charge)
         for id in self._held.keys() & groups.keys():
@@ -228,14 +209,14 @@ class Ledger:
         decided = []
         for id, group in groups.items():
             account = self._accounts[id]
-            operations, answers = _decide(account, group, account.moment(now_us), repeated)
+            operations, answers = decide(account, group, account.moment(now_us), repeated)
             if operations:
-                decided.append(_Decided(id, account, operations, answers))
+                decided.append(Decided(id, account, operations, answers))
             else:
-                _answer(answers)
+                answer(answers)
         await self._commit(decided, now_us)
 
-    async def _commit(self, decided: list[_Decided], now_us: int) -> None:
+    async def _commit(self, decided: list[Decided], now_us: int) -> None:
         """Make the decisions true, many keys in one batch, and answer.
 
         A batch fails whole, so if one key's charge cannot be, each key is committed alone. Where other nodes change the
@@ -243,10 +224,10 @@ class Ledger:
         """
         together = self._apart == 0
         self._apart = max(0, self._apart - 1)
-        bundles = _bundles(decided) if together else [[one] for one in decided]
+        bundles = bundles_of(decided) if together else [[one] for one in decided]
         began = time.perf_counter()
-        commits = [self._database.commit_counters(_operations(bundle), now_us) for bundle in bundles]
-        again: list[_Decided] = []
+        commits = [self._database.commit_counters(operations_of(bundle), now_us) for bundle in bundles]
+        again: list[Decided] = []
         for bundle, commit in zip(bundles, commits, strict=True):
             try:
                 committed = await commit
@@ -261,7 +242,7 @@ class Ledger:
                 for one in bundle:
                     one.account.version = committed.versions[position + 1]
                     position += len(one.operations)
-                    _answer(one.answers)
+                    answer(one.answers)
                     self._had_turn(one)
         self._commit_s = time.perf_counter() - began
         if again:
@@ -280,7 +261,7 @@ class Ledger:
             for id in list(self._accounts)[: MAX_ACCOUNTS // 10]:
                 del self._accounts[id]
 
-    async def _repeated(self, charges: list[_Charge], now_us: int) -> dict[str, str]:
+    async def _repeated(self, charges: list[Charge], now_us: int) -> dict[str, str]:
         """Which of the charges that may happen only once have happened, within the time that this is remembered, and
         the fingerprint of what each was."""
         found: dict[str, str] = {}
@@ -298,31 +279,31 @@ class Ledger:
                 found[id] = stored["fingerprint"]
         return found
 
-    async def _not_committed(self, error: Exception, bundle: list[_Decided]) -> None:
+    async def _not_committed(self, error: Exception, bundle: list[Decided]) -> None:
         """Someone else changed the usage: decide again. Someone changed the key: its caller must. Else: it failed."""
         for one in bundle:
             self._accounts.pop(one.id, None)  # it holds charges that did not happen
         if isinstance(error, Conflict) and error.details.get("operation") == 0:
-            for charge in _charges(bundle):
+            for charge in charges_of(bundle):
                 await self._key_changed(charge)
         elif isinstance(error, Conflict | AlreadyExists):
             for one in bundle:
                 self._lost(one)
         else:
-            for charge in _charges(bundle):
+            for charge in charges_of(bundle):
                 self._failed(charge, error)
 
     # --- Keys that other nodes use as well --------------------------------------------------------------------
 
-    def _lost(self, one: _Decided) -> None:
+    def _lost(self, one: Decided) -> None:
         """Another node was faster: its charges are decided again, at once the first time, since the winner is done."""
         again = []
-        for charge in _charges([one]):
+        for charge in charges_of([one]):
             charge.attempts += 1
             if charge.attempts < MAX_ATTEMPTS:
                 again.append(charge)
             else:
-                _fail(charge, Unavailable("this key's usage is being changed by too many nodes at once: try again"))
+                fail(charge, Unavailable("this key's usage is being changed by too many nodes at once: try again"))
         self.retries += len(again)
         if len(self._contended) >= MAX_CONTENDED:
             self._contended.clear()
@@ -335,7 +316,7 @@ class Ledger:
             # No longer than a commit: whoever is faster than the others' pauses gets its turn in one of them.
             self._hold(one.id, 0, self._commit_s)
 
-    def _had_turn(self, one: _Decided) -> None:
+    def _had_turn(self, one: Decided) -> None:
         """This node has committed a key. Others that use it must read before they write, so without a pause whoever
         won once would go on winning."""
         left = self._contended.get(one.id)
@@ -366,9 +347,9 @@ class Ledger:
             self._waiting[:0] = charges
             self._wake(asyncio.get_running_loop())
 
-    async def _key_changed(self, charge: _Charge) -> None:
+    async def _key_changed(self, charge: Charge) -> None:
         if charge.future is not None:
-            _fail(charge, KeyChanged())
+            fail(charge, KeyChanged())
             return
         guard = charge.metered.guard
         try:
@@ -380,11 +361,11 @@ class Ledger:
             charge.metered = Metered(charge.metered.id, Check(guard.collection, guard.id, key["version"]), ())
             self._waiting.append(charge)
 
-    def _failed(self, charge: _Charge, error: Exception) -> None:
+    def _failed(self, charge: Charge, error: Exception) -> None:
         if charge.future is None:
             self._tally(charge.metered, charge.cost, charge.count, charge.used_at_us or 0)  # at the next flush
         else:
-            _fail(charge, error)
+            fail(charge, error)
 
     def _flush_tallies(self) -> None:
         if self._timer is not None:
@@ -392,104 +373,10 @@ class Ledger:
             self._timer = None
         tallies, self._tallies = self._tallies, {}
         for tally in tallies.values():
-            charge = _Charge(tally.metered, tally.cost, True, None, None, tally.count, tally.used_at_us)
+            charge = Charge(tally.metered, tally.cost, True, None, None, tally.count, tally.used_at_us)
             self._waiting.append(charge)
         if self._waiting:
             self._wake(asyncio.get_running_loop())
-
-
-def _decide(
-    account: Account, group: list[_Charge], now_us: int, repeated: dict[str, str]
-) -> tuple[list[Operation], list[tuple[_Charge, Outcome]]]:
-    """The outcome of each charge of one key, and what to commit to make them true (nothing if all are denied)."""
-    metered = group[0].metered
-    for charge in group:
-        if charge.metered.guard.expected > metered.guard.expected:
-            metered = charge.metered
-    extra: list[Operation] = []
-    answers = []
-    charged = False
-    for charge in group:
-        if charge.future is None:
-            account.tally(charge.cost, charge.count, charge.used_at_us or now_us)
-            answers.append((charge, Outcome(True, (), now_us)))
-            charged = True
-            continue
-        if charge.future.cancelled() and not charge.force:
-            continue  # its caller went away before it was decided: nothing was used
-        if charge.metered.guard.expected != metered.guard.expected:
-            _fail(charge, KeyChanged())
-            continue
-        if charge.once is not None:
-            id, operation = charge.once
-            if id in repeated:
-                if repeated[id] != operation.document["fingerprint"]:
-                    _fail(charge, Conflict("the idempotency key was used for a different request: take a new one"))
-                    continue
-                statuses = account.statuses(metered.allowances, now_us)
-                answers.append((charge, Outcome(True, statuses, now_us, repeated=True)))
-                continue
-        outcome = account.decide(charge.metered.allowances, charge.cost, now_us, force=charge.force)
-        if outcome.allowed and charge.once is not None:  # what was denied may be asked again, and decided anew
-            id, operation = charge.once
-            repeated[id] = operation.document["fingerprint"]
-            extra.append(operation)
-        charged = charged or outcome.allowed
-        answers.append((charge, outcome))
-    if not charged:
-        return [], answers
-    account.at_us = now_us
-    return [metered.guard, Put(NAME, metered.id, account.document(), account.version), *extra], answers
-
-
-def _for_one_batch_a_key(charges: list[_Charge]) -> tuple[list[_Charge], list[_Charge]]:
-    """The charges to decide now and those for the next round: each that may happen only once is an operation of its
-    own, and a batch takes so many."""
-    now, later = [], []
-    once: dict[str, int] = {}
-    for charge in charges:
-        if charge.once is not None:
-            count = once[charge.metered.id] = once.get(charge.metered.id, 0) + 1
-            if count > MAX_ONCE:
-                later.append(charge)
-                continue
-        now.append(charge)
-    return now, later
-
-
-def _bundles(decided: list[_Decided]) -> list[list[_Decided]]:
-    """The decisions in as few batches as the port's limits allow, with room to spare."""
-    bundles: list[list[_Decided]] = []
-    operations, size = MAX_OPERATIONS, 0
-    for one in decided:
-        more = len(one.operations)
-        state = len(one.operations[1].document["state"])  # type: ignore[union-attr]  # the second is always the Put
-        if operations + more > MAX_OPERATIONS or size + state > MAX_BUNDLE_CHARS:
-            bundles.append([])
-            operations, size = 0, 0
-        bundles[-1].append(one)
-        operations += more
-        size += state
-    return bundles
-
-
-def _operations(bundle: list[_Decided]) -> list[Operation]:
-    return [operation for one in bundle for operation in one.operations]
-
-
-def _charges(bundle: list[_Decided]) -> list[_Charge]:
-    return [charge for one in bundle for charge, _ in one.answers]
-
-
-def _answer(answers: list[tuple[_Charge, Outcome]]) -> None:
-    for charge, outcome in answers:
-        if charge.future is not None and not charge.future.done():
-            charge.future.set_result(outcome)
-
-
-def _fail(charge: _Charge, error: Exception) -> None:
-    if charge.future is not None and not charge.future.done():
-        charge.future.set_exception(error)
 
 
 __all__ = [
