@@ -17,7 +17,7 @@ import asyncpg
 
 from ..errors import StrongroomError, Unavailable
 from . import _postgres_sets as sets
-from ._postgres_errors import DRIVER_ERRORS, UNMET, is_connection_lost, is_retried, sqlstate, translated
+from ._postgres_errors import DRIVER_ERRORS, UNMET, is_connection_lost, is_outdated, is_retried, sqlstate, translated
 from ._postgres_journal import Journal, Line
 from ._postgres_pool import Connector, close_politely
 from ._postgres_sets import Outcome, Sets, Statement
@@ -115,7 +115,7 @@ class Commits:
             except DRIVER_ERRORS as error:
                 await self._abandon(error)
                 lost += is_connection_lost(error)
-                again = is_retried(error) or _is_outdated(error) or (is_connection_lost(error) and lost <= 2)
+                again = is_retried(error) or is_outdated(error) or (is_connection_lost(error) and lost <= 2)
                 if again and attempt + 1 < MAX_ATTEMPTS and not isinstance(error, TimeoutError):
                     continue
                 if sqlstate(error)[:2] in _OF_ONE_BATCH and len(group.waiting()) > 1:
@@ -222,7 +222,7 @@ class Commits:
             verdicts = await self._verdicts(connection, found)
         except asyncpg.PostgresError as error:
             await self._abandon()
-            if sqlstate(error)[:2] in _OF_ONE_BATCH and not _is_outdated(error):
+            if sqlstate(error)[:2] in _OF_ONE_BATCH and not is_outdated(error):
                 return False
             raise
         await self._abandon()
@@ -285,7 +285,7 @@ class Commits:
                 outcome.versions, outcome.values = await steps.apply(batch)
                 outcomes[number] = outcome
             except asyncpg.PostgresError as error:
-                if sqlstate(error)[:2] not in _OF_ONE_BATCH or _is_outdated(error):
+                if sqlstate(error)[:2] not in _OF_ONE_BATCH or is_outdated(error):
                     raise
                 failed[number] = translated(error, self._settings.place)
             except DRIVER_ERRORS:
@@ -405,8 +405,3 @@ class Commits:
             "read before you try again",
             outcome="unknown",
         )
-
-
-def _is_outdated(error: BaseException) -> bool:
-    """A statement kept by the connection was made for tables that have changed since; the driver has forgotten it."""
-    return isinstance(error, asyncpg.exceptions.InvalidCachedStatementError | asyncpg.OutdatedSchemaCacheError)

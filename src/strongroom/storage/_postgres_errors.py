@@ -35,6 +35,11 @@ def is_connection_lost(error: BaseException) -> bool:
     return isinstance(error, asyncpg.InterfaceError | OSError | TimeoutError)
 
 
+def is_outdated(error: BaseException) -> bool:
+    """A statement kept by the connection was made for tables that have changed since; the driver has forgotten it."""
+    return isinstance(error, asyncpg.exceptions.InvalidCachedStatementError | asyncpg.OutdatedSchemaCacheError)
+
+
 def translated(error: BaseException, place: str) -> StrongroomError:
     """The driver's error as Strongroom's. Its own text goes along only where it cannot hold a value or a password."""
     state = sqlstate(error)

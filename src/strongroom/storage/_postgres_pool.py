@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import asyncpg
 
@@ -25,6 +26,8 @@ FIRST_PAUSE_S = 0.1
 MAX_PAUSE_S = 5.0
 """After a connection could not be made, the next is tried after a pause that doubles from the first to the last of
 these, with jitter. Until then calls fail at once instead of each waiting for the time-out."""
+MAX_PREPARED = 500
+"""Statements kept ready on each connection."""
 
 
 class Connector:
@@ -106,6 +109,7 @@ class Pool:
         self._idle: list[asyncpg.Connection] = []
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._lent: dict[asyncpg.Connection, float] = {}
+        self._prepared: dict[asyncpg.Connection, dict[str, Any]] = {}
         self._expired: set[asyncpg.Connection] = set()
         self._count = 0
         self._closed = False
@@ -136,8 +140,27 @@ class Pool:
             if not connection.is_closed():
                 self._lent[connection] = self._loop.time()
                 return connection
-            self._count -= 1
+            self._forget(connection)
         return None
+
+    def _forget(self, connection: asyncpg.Connection) -> None:
+        self._count -= 1
+        self._expired.discard(connection)
+        self._prepared.pop(connection, None)
+
+    def prepared(self, connection: asyncpg.Connection, sql: str) -> Any:
+        """The statement as it is kept ready on a lent connection, or None. The driver keeps statements too, but takes
+        longer to find one than this does."""
+        statements = self._prepared.get(connection)
+        return None if statements is None else statements.get(sql)
+
+    async def prepare(self, connection: asyncpg.Connection, sql: str) -> Any:
+        """The statement, ready on a lent connection from now on."""
+        statements = self._prepared.setdefault(connection, {})
+        if len(statements) >= MAX_PREPARED:
+            statements.clear()
+        statement = statements[sql] = await connection.prepare(sql)
+        return statement
 
     async def acquire(self) -> asyncpg.Connection:
         """A connection, idle or new. Unavailable if all are in use for longer than a connection may take."""
@@ -201,14 +224,14 @@ class Pool:
 
     def drop(self, connection: asyncpg.Connection) -> None:
         """Give back a connection that is not to be used again."""
-        self._count -= 1
         del self._lent[connection]
-        self._expired.discard(connection)
+        self._forget(connection)
         connection.terminate()
         self._wake()
 
     def failed(self, connection: asyncpg.Connection, error: BaseException) -> None:
         """Give back a connection on which a statement of its own failed."""
+        self._prepared.pop(connection, None)  # the tables may have changed
         if isinstance(error, asyncpg.PostgresError) and not is_connection_lost(error):
             self.give_back(connection)
         else:

@@ -21,7 +21,7 @@ from ..errors import InvalidInput, Problem, StrongroomError, Unavailable
 from ..query import Aggregate, Filter, Query
 from . import _postgres_advice, _postgres_partitions, _postgres_schema
 from ._postgres_commits import Commits
-from ._postgres_errors import DRIVER_ERRORS, is_connection_lost, translated
+from ._postgres_errors import DRIVER_ERRORS, is_connection_lost, is_outdated, translated
 from ._postgres_journal import Journal, record_of
 from ._postgres_lanes import Lane
 from ._postgres_listener import Listener
@@ -171,7 +171,23 @@ class PostgresStore:
         table = self._tables.get(collection)
         if table is None or (tenant is None and table.tenant_scoped):
             table = self._table(collection, tenant)  # raises what is wrong
-        rows = await self._rows(table.by_id, (tenant, id) if table.tenant_scoped else (id,))
+        values = (tenant, id) if table.tenant_scoped else (id,)
+        # Point reads are so many that they pay for no call that they can do without: the usual case is all here.
+        pool = self._pool or self._opened()
+        connection = pool.take()
+        statement = pool.prepared(connection, table.by_id) if connection is not None else None
+        if connection is None or statement is None:
+            if connection is not None:
+                pool.give_back(connection)
+            rows = await self._rows(table.by_id, values)
+        else:
+            try:
+                rows = await statement.fetch(*values)
+            except BaseException as error:
+                self._failed(pool, connection, error, last=False)
+                rows = await self._rows(table.by_id, values)
+            else:
+                pool.give_back(connection)
         return table.decode(rows[0]) if rows else None
 
     async def find(self, collection: str, tenant: str | None, query: Query) -> list[Document]:
@@ -230,21 +246,25 @@ class PostgresStore:
                     async with connection.transaction(readonly=True):
                         rows = await connection.fetch(sql, *values)
                 else:
-                    rows = await connection.fetch(sql, *values)
-            except DRIVER_ERRORS as error:
-                timed_out = isinstance(error, TimeoutError) or pool.expired(connection)
-                pool.failed(connection, error)
-                if timed_out:
-                    raise translated(TimeoutError(), self._place) from error
-                if last or not is_connection_lost(error):
-                    raise translated(error, self._place) from error
-            except BaseException:  # cancelled: the answer is still to come, on a connection that nobody listens to
-                pool.drop(connection)
-                raise
+                    statement = pool.prepared(connection, sql) or await pool.prepare(connection, sql)
+                    rows = await statement.fetch(*values)
+            except BaseException as error:
+                self._failed(pool, connection, error, last=last)
             else:
                 pool.give_back(connection)
                 return rows
         raise AssertionError("the last attempt returns or raises")
+
+    def _failed(self, pool: Pool, connection: asyncpg.Connection, error: BaseException, *, last: bool) -> None:
+        """Give back the connection of a read that failed. Raises the reason unless the read should be tried again."""
+        timed_out = isinstance(error, TimeoutError) or pool.expired(connection)
+        pool.failed(connection, error)  # one that was cancelled is dropped: its answer is still to come
+        if not isinstance(error, DRIVER_ERRORS):
+            raise error
+        if timed_out:
+            raise translated(TimeoutError(), self._place) from error
+        if last or not (is_connection_lost(error) or is_outdated(error)):
+            raise translated(error, self._place) from error
 
     # --- Writing ---
 
