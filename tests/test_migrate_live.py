@@ -28,7 +28,7 @@ from strongroom.migrate.state import fence, now_us
 from strongroom.query import Query
 from strongroom.storage import open_store
 from strongroom.storage.port import Append, Batch, Create, Delete, Put, Store
-from strongroom.testing.storage.samples import COLLECTIONS, item, record, shared
+from strongroom.testing.storage.samples import COLLECTIONS, item, record, sample, shared
 from tests.conftest import backend_of, wait_until
 from tests.migrate_writer import Paper
 from tests.support import FaultyStore
@@ -265,6 +265,19 @@ async def test_what_changes_behind_the_copy_is_followed_deleted_and_swapped(urls
         await add(one, "acme", Delete("items", "i4"), Append(record("i4", action="delete"), 0))
         report = await library.migrate(one, other, COLLECTIONS, SWITCH)
         assert (report.is_done, report.followed) == (True, 5)
+        await assert_equal(one, other)
+
+
+@pytest.mark.usefixtures("briefly")
+async def test_records_too_large_for_one_batch_are_followed_in_several(urls: Callable[[str], str]) -> None:
+    async with stores(urls("sqlite"), urls("sqlite")) as (one, other):
+        await filled(one, 2)
+        await one.prepare([*COLLECTIONS, *(c for c in ALL if c.name == "store_state")])
+        assert (await library.migrate(one, other, COLLECTIONS, LIVE)).phase == Phase.FOLLOWING
+        for n in range(6):
+            halves = sample(name="x" * 700_000)
+            await add(one, "acme", Append(record(f"{n}", id=f"large-{n}", before=halves, after=halves)))
+        assert (await library.migrate(one, other, COLLECTIONS, SWITCH)).is_done
         await assert_equal(one, other)
 
 

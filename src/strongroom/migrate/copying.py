@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing
 
 from ..entity import Document
@@ -211,10 +211,13 @@ async def copy_journal(run: Run) -> None:
             cursor = run.journal.position
             following = asyncio.ensure_future(run.source.changes(cursor, limit=_room(run)))
             try:
-                while (page := await _fitting(run, cursor, await following)).records:
+                while True:
+                    page, encoded = await bounded(run, cursor, await following)
+                    if not encoded:
+                        break
                     cursor = page.cursor
                     following = asyncio.ensure_future(run.source.changes(cursor, limit=_room(run)))
-                    await pipeline.commit(*copy.batch(page))
+                    await pipeline.commit(*copy.batch(page, encoded))
             finally:
                 following.cancel()
                 await asyncio.gather(following, return_exceptions=True)
@@ -229,16 +232,20 @@ class JournalCopy:
         self._run = run
         self._baton = Baton(run.journal)
 
-    def batch(self, page: ChangesPage) -> tuple[Batch, Callable[[], None]]:
-        """The batch, and what to call once it is committed."""
+    def batch(self, page: ChangesPage, encoded: Sequence[bytes]) -> tuple[Batch, Callable[[], None]]:
+        """The batch, and what to call once it is committed; `encoded` are the page's records."""
         run, before = self._run, self._baton.state
-        kept = taken_over(run, page.records) if run.migration.journal else []
+        taken_over(run, page.records)
+        kept: list[Append] = []
         total = int(before.checksum, 16)
-        for record in kept:
-            total = (total + record_digest(encoded_record(record))) % MODULUS
+        if run.migration.journal:
+            for record, text in zip(page.records, encoded, strict=True):
+                if record.collection not in NOT_MOVED:
+                    kept.append(Append(record))
+                    total = (total + record_digest(text)) % MODULUS
         taken = self._baton.taken()
         left = self._baton.handed_on(position=page.cursor, count=before.count + len(kept), checksum=f"{total:064x}")
-        operations: tuple[Operation, ...] = (*taken, *map(Append, kept), left)
+        operations: tuple[Operation, ...] = (*taken, *kept, left)
         after = self._baton.state
 
         def landed() -> None:
@@ -266,18 +273,15 @@ def _room(run: Run) -> int:
     return max(1, run.options.batch - 2)
 
 
-async def _fitting(run: Run, cursor: str | None, page: ChangesPage) -> ChangesPage:
-    """The page, or so much of it as a batch can hold: a record may be nearly two megabytes."""
-    if sum(map(_rough_size, page.records)) <= BATCH_BYTES:
-        return page
+async def bounded(run: Run, cursor: str | None, page: ChangesPage) -> tuple[ChangesPage, list[bytes]]:
+    """The page behind `cursor`, or so much of it as a batch can hold (a record may be nearly two megabytes), and its
+    records encoded."""
+    encoded = [encoded_record(record) for record in page.records]
+    if BYTES_PER_ENCODED * sum(map(len, encoded)) <= BATCH_BYTES:
+        return page, encoded
     size = 0
     for count, record in enumerate(page.records):
         size += sum(document_size(part) for part in (record.before, record.after) if part)
         if size > BATCH_BYTES and count:
-            return await run.source.changes(cursor, limit=count)
-    return page
-
-
-def _rough_size(record: Record) -> int:
-    """At least the size of what the record holds."""
-    return 128 + BYTES_PER_ENCODED * len(encoded_record(record))
+            return await run.source.changes(cursor, limit=count), encoded[:count]
+    return page, encoded

@@ -9,7 +9,7 @@ from contextlib import aclosing
 from ..errors import AlreadyExists, Conflict, NotFound
 from ..storage.port import MAX_BATCH_BYTES, Batch, ChangesPage, Delete, Put, document_size
 from .comparing import Comparison
-from .copying import MAX_ATTEMPTS, JournalCopy, make_way, persistently, taken_over
+from .copying import MAX_ATTEMPTS, JournalCopy, bounded, make_way, persistently, taken_over
 from .state import Part, Run, now_us
 from .streams import parts
 
@@ -31,18 +31,19 @@ async def follow(run: Run, *, closely: bool = False) -> int:
             page = await run.source.changes(run.journal.position, limit=limit)
             if not page.records:
                 return
-            changed = await _apply(run, page)
+            at_end = len(page.records) < limit
+            changed = await _apply(run, *await bounded(run, run.journal.position, page))
             found += changed
             if changed:
                 run.progress("following the journal", run.migration.followed + found, None)
-            if closely and len(page.records) < limit:
+            if closely and at_end:
                 return
 
     await persistently(run, work)
     return found
 
 
-async def _apply(run: Run, page: ChangesPage) -> int:
+async def _apply(run: Run, page: ChangesPage, encoded: Sequence[bytes]) -> int:
     """The documents first, then the records together with the cursor: a kill between the two repeats the documents,
     which come out the same."""
     records = taken_over(run, page.records)
@@ -54,7 +55,7 @@ async def _apply(run: Run, page: ChangesPage) -> int:
             ids.setdefault(key, {})[record.entity_id] = None
     for (name, tenant), some in ids.items():
         await equalise(run, Part(run.collections[name], tenant), list(some))
-    batch, landed = JournalCopy(run).batch(page)
+    batch, landed = JournalCopy(run).batch(page, encoded)
     await run.target.commit(batch)
     landed()
     return len(records)
