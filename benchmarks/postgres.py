@@ -52,7 +52,7 @@ def run(plan: Plan) -> Benchmark:
         "it is durable. Group commit writes a key once for all its events of a commit; the bare UPDATE writes each.",
     )
     with ExitStack() as stack:
-        url = stack.enter_context(_server())
+        url = stack.enter_context(server())
         us = start(stack, plan, "strongroom", ours.entities, f"{url}?schema=bench_entities", rows)
         store = start(stack, plan, "the store", reading, f"{url}?schema=bench_store", rows)
         bare = start(stack, plan, "bare asyncpg", bare_entities, url, rows)
@@ -82,7 +82,7 @@ def run(plan: Plan) -> Benchmark:
 
 
 @contextmanager
-def _server() -> Iterator[str]:
+def server() -> Iterator[str]:
     """The URL of an empty database: BENCH_POSTGRES, whose role owns it, or that of a server started for this."""
     if given := os.environ.get("BENCH_POSTGRES"):
         yield given

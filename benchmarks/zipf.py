@@ -6,32 +6,27 @@ import os
 from contextlib import ExitStack
 from pathlib import Path
 
-from . import cached
+from . import cached, postgres
 from .harness import Benchmark, Group, Plan, Role, Target, side_by_side, start
 from .redisserver import redis_server
 
 ROWS, QUICK_ROWS = 10_000, 500
 CALLERS = 32
 TARGET_PERCENT = 85
-# Two empty stores each, apart by a space: one for the nodes with the cache, one for the node without.
-SERVERS = {"postgresql": "BENCH_ZIPF_POSTGRESQL", "firestore": "BENCH_ZIPF_FIRESTORE"}
+FIRESTORE_VARIABLE = "BENCH_ZIPF_FIRESTORE"
 
 
-def _stores(folder: str) -> tuple[dict[str, tuple[str, str]], list[str]]:
-    """By backend, the URLs of two new stores; and what is missing."""
-    stores = {}
+def _stores(folder: str, postgresql: str) -> tuple[dict[str, tuple[str, str]], list[str]]:
+    """By backend, the URLs of two new stores, for the nodes with the cache and for the one without; what is missing."""
+    stores = {"postgresql": (f"{postgresql}?schema=zipf_cached", f"{postgresql}?schema=zipf_plain")}
     for scheme in ("sqlite", "json"):
         place = Path(folder) / scheme
         place.mkdir(parents=True)
         stores[scheme] = (f"{scheme}:///{place.absolute()}/cached", f"{scheme}:///{place.absolute()}/plain")
-    absent = []
-    for scheme, variable in SERVERS.items():
-        urls = os.environ.get(variable, "").split()
-        if len(urls) == 2:
-            stores[scheme] = (urls[0], urls[1])
-        else:
-            absent.append(f"{scheme} is not measured: {variable} names two empty stores, apart by a space.")
-    return stores, absent
+    firestore = os.environ.get(FIRESTORE_VARIABLE, "").split()
+    if len(firestore) != 2:
+        return stores, [f"Firestore is not measured: {FIRESTORE_VARIABLE} names two empty stores, apart by a space."]
+    return {**stores, "firestore": (firestore[0], firestore[1])}, []
 
 
 def run(plan: Plan) -> Benchmark:
@@ -39,7 +34,7 @@ def run(plan: Plan) -> Benchmark:
     groups: list[Group] = []
     with ExitStack() as stack:
         redis_url = stack.enter_context(redis_server(f"{plan.folder}/redis"))
-        stores, absent = _stores(plan.folder)
+        stores, absent = _stores(plan.folder, stack.enter_context(postgres.server()))
         for scheme, urls in stores.items():
             nodes = 1 if scheme == "json" else 2
             name = f"{scheme}, {nodes} node{'s' if nodes > 1 else ''} with the cache"

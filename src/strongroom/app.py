@@ -261,5 +261,5 @@ async def _namespace(url: str, database: Database) -> str:
     password (a copy of the store is another one) and of a secret that was made with it (so is a new one there)."""
     oldest = (await _stored_peppers(database))[-1]
     parts = urlsplit(url)
-    place = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    place = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}?{parts.query}"
     return hmac.digest(oldest.secret, f"cache {place}".encode(), "sha256").hex()[:16]
