@@ -7,19 +7,20 @@ that would change the order (a range over a field that the page is not ordered b
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+import json
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from google.cloud.firestore_v1.types import query as _query
 
 from ..entity import Collection, Document, FieldType
-from ..errors import InvalidInput
+from ..errors import InvalidInput, SchemaError
 from ..query import Aggregate, And, Filter, Op, Query, Where, aggregate, evaluate, leaves, matches, project, sort_key
 from ._firestore_draft import Plan
 from ._firestore_paths import Paths
 from ._firestore_values import PACKED_LIST, default_of, value_of
-from ._firestore_wire import AggregationRequest, RunQueryRequest, Wire
+from ._firestore_wire import AggregationRequest, MissingIndex, RunQueryRequest, Wire
 
 MAX_INDEXED_BYTES = 1_500
 """Firestore's indexes hold so much of a text; longer ones are compared here."""
@@ -250,7 +251,10 @@ class Search:
         query = request.structured_query
         while True:
             query.limit.value = size
-            found, moment = await self._wire.query(request)
+            try:
+                found, moment = await self._wire.query(request)
+            except MissingIndex as error:
+                raise self._missing(query, error) from None
             for document in found:
                 yield self._plan.codec.document(document)
             if len(found) < size:
@@ -338,7 +342,11 @@ class Search:
             else:
                 target = one.sum if item.kind == "sum" else one.avg
                 target.field.field_path = item.field
-        found = await self._wire.aggregate(request)
+        try:
+            found = await self._wire.aggregate(request)
+        except MissingIndex as error:
+            fields = [item.field for item in aggregates if item.field is not None]
+            raise self._missing(asked.structured_query, error, fields) from None
         answer: dict[str, Any] = {}
         for item in aggregates:
             value = found[item.name]
@@ -352,6 +360,54 @@ class Search:
             else:
                 return None
         return answer
+
+    def _missing(self, query: Any, error: MissingIndex, summed: Sequence[str] = ()) -> SchemaError:
+        """The error for a query that Firestore has no index for, with the entry of firestore.indexes.json to add."""
+        equal: list[str] = []
+        ranges: list[str] = []
+        contains: list[str] = []
+        for one in _leaves_of(query.where) if query.HasField("where") else ():
+            path = one.field.field_path
+            kind = {_F.EQUAL: equal, _F.IN: equal, _F.ARRAY_CONTAINS: contains, _F.ARRAY_CONTAINS_ANY: contains}
+            kind.get(getattr(one, "op", None) if _is_field(one) else _F.EQUAL, ranges).append(path)
+        order = [(by.field.field_path, by.direction == _D.DESCENDING) for by in query.order_by]
+        ordered = {name for name, _ in order}
+        columns = [(name, False) for name in (*contains, *equal)]
+        columns += [(name, False) for name in (*ranges, *summed) if name not in ordered]
+        columns += [one for one in order if one[0] != "__name__"]
+        entry = composite_index(self._paths.collection_id(self._collection), list(dict.fromkeys(columns)), contains)
+        return SchemaError(
+            f"{self._collection.name}: Firestore has no index for this query: add to the indexes of "
+            f"firestore.indexes.json, deploy it and wait until it is built: {json.dumps(entry)} ({error.message})",
+            index=entry,
+        )
+
+
+def _is_field(one: Any) -> bool:
+    return one.DESCRIPTOR.name == "FieldFilter"
+
+
+def _leaves_of(where: Any) -> list[Any]:
+    """Every comparison in a filter of Firestore's."""
+    kind = where.WhichOneof("filter_type")
+    if kind == "composite_filter":
+        return [leaf for part in where.composite_filter.filters for leaf in _leaves_of(part)]
+    return [getattr(where, kind)]
+
+
+def composite_index(group: str, columns: Sequence[tuple[str, bool]], contains: Iterable[str] = ()) -> dict[str, Any]:
+    """One entry of `firestore.indexes.json`: (field, descending) pairs, and which of them are looked into."""
+    held = set(contains)
+    return {
+        "collectionGroup": group,
+        "queryScope": "COLLECTION",
+        "fields": [
+            {"fieldPath": name, "arrayConfig": "CONTAINS"}
+            if name in held
+            else {"fieldPath": name, "order": "DESCENDING" if descending else "ASCENDING"}
+            for name, descending in columns
+        ],
+    }
 
 
 _NOTHING: Any = object()

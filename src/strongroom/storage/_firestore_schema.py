@@ -14,7 +14,7 @@ from google.cloud.firestore_v1.types import query as _query
 from ..entity import Collection, Document, FieldSpec, FieldType, Index
 from ..errors import SchemaError, StoreError, Unavailable
 from ._firestore_draft import SHARDS, Plan, values_of
-from ._firestore_find import collection_documents
+from ._firestore_find import collection_documents, composite_index
 from ._firestore_paths import JOURNAL, JOURNAL_PARTS, SCHEMA, TENANTS, UNIQUE, Paths, decoded, last_of
 from ._firestore_values import COMMIT_FIELD, Codec, WritePb, default_of, micros, put_field, timestamp
 from ._firestore_wire import PRECONDITION, Rejected, RunQueryRequest, Wire, pause, translated
@@ -387,21 +387,6 @@ def _composites(collection: Collection, group: str, index: Index) -> list[dict[s
     elif len(columns) > 1:
         found.append(columns)
     return [composite_index(group, one) for one in found]
-
-
-def composite_index(group: str, columns: Sequence[tuple[str, bool]], contains: Iterable[str] = ()) -> dict[str, Any]:
-    """One entry of `firestore.indexes.json`."""
-    held = set(contains)
-    return {
-        "collectionGroup": group,
-        "queryScope": "COLLECTION",
-        "fields": [
-            {"fieldPath": name, "arrayConfig": "CONTAINS"}
-            if name in held
-            else {"fieldPath": name, "order": "DESCENDING" if descending else "ASCENDING"}
-            for name, descending in columns
-        ],
-    }
 
 
 FIRESTORE_RULES = """rules_version = '2';

@@ -25,6 +25,8 @@ COMMIT_FIELD = "_commit"
 """Names the commit that wrote the document last. Two writes never give one document the same bytes, because Firestore
 keeps the version of a document that a write does not change; and after an answer that was lost it tells what came of
 the commit."""
+MAX_STORED_BYTES = 1_048_487
+"""Firestore's limit for one value, which it reaches before its limit for a document, 1 MiB."""
 MAX_NATIVE_DEPTH = 16
 """Maps are stored natively down to here, and as tagged JSON below: Firestore allows 20 levels, tags included."""
 MAX_NATIVE_BYTES = 65_536
@@ -168,6 +170,31 @@ _TAKE: dict[str | None, Callable[[Any], Any]] = {
 
 def _take_decimal(slot: Any) -> Any:
     return None if slot.WhichOneof("value_type") == "null_value" else _values.text_to_decimal(slot.string_value)
+
+
+def stored_size(found: Any) -> int:
+    """The bytes of a document as Firestore counts them against its limit."""
+    return 32 + sum(len(part.encode()) + 1 for part in found.name.split("/")) + _size_of_fields(found.fields)
+
+
+def _size_of_fields(fields: Any) -> int:
+    return sum(len(name.encode()) + 1 + _size_of(value) for name, value in fields.items())
+
+
+def _size_of(value: Any) -> int:
+    match value.WhichOneof("value_type"):
+        case "string_value":
+            return len(value.string_value.encode()) + 1
+        case "bytes_value":
+            return len(value.bytes_value)
+        case "map_value":
+            return _size_of_fields(value.map_value.fields)
+        case "array_value":
+            return sum(map(_size_of, value.array_value.values))
+        case "null_value" | "boolean_value":
+            return 1
+        case _:
+            return 8
 
 
 # --- Documents ------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import grpc  # type: ignore[import-untyped]
 from google.cloud.firestore_v1.services.firestore.transports import FirestoreGrpcAsyncIOTransport
 from google.cloud.firestore_v1.types import firestore as _rpc
 
-from ..errors import ConfigError, SchemaError, StoreError, StrongroomError, TooLarge, TooManyRequests, Unavailable
+from ..errors import ConfigError, SchemaError, StoreError, StrongroomError, TooManyRequests, Unavailable
 from ._firestore_paths import Paths
 from ._firestore_values import DocumentPb
 
@@ -50,6 +50,10 @@ _GetRequest: Any = _rpc.GetDocumentRequest.pb()
 _BatchGetRequest: Any = _rpc.BatchGetDocumentsRequest.pb()
 
 
+class MissingIndex(SchemaError):
+    """Firestore has no index for the query: the search says which one. It leaves the store as a SchemaError."""
+
+
 class Rejected(Exception):
     """A commit's status, for the writer, which knows what it means. Never leaves the store."""
 
@@ -73,15 +77,8 @@ def translated(code: Any, text: str, what: str) -> StrongroomError:
     if code in _AGAIN:
         return Unavailable(f"{what}: Firestore does not answer: {code.name}: {text}", retry_after_s=1.0)
     if code is Code.FAILED_PRECONDITION:
-        return SchemaError(f"{what}: Firestore refused it: {text}")
-    if code is Code.INVALID_ARGUMENT and _says_too_large(text):
-        return TooLarge(f"{what}: {text}")
+        return MissingIndex(f"{what}: Firestore refused it: {text}")
     return StoreError(f"{what}: Firestore refused it: {code.name}: {text}")
-
-
-def _says_too_large(text: str) -> bool:
-    """Firestore has no status of its own for what is too large; nothing but its sentence tells."""
-    return any(word in text for word in ("longer than", "maximum size", "too large", "too big", "exceeds the maximum"))
 
 
 class Wire:

@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import secrets
-import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from ..errors import StrongroomError, TooLarge, Unavailable
-from ._firestore_draft import (
-    ANY,
-    HINT,
-    Draft,
-    Line,
-    Outcome,
-    Pending,
-    Plan,
-    Raw,
-    Written,
-    needs_content,
-    places_of,
-)
-from ._firestore_journal import Journal, record_documents, shard_of
+from ._firestore_draft import Plan, Raw
+from ._firestore_group import Group, Job, Mode, Seen, fail
+from ._firestore_journal import Journal, shard_of
 from ._firestore_paths import HEADS, Paths
-from ._firestore_values import COMMIT_FIELD, WritePb, micros, put, timestamp
-from ._firestore_wire import PRECONDITION, UNCERTAIN, Code, Rejected, Wire, pause, translated
+from ._firestore_values import micros
+from ._firestore_wire import Wire
 from .port import (
     MAX_BATCH_BYTES,
     MAX_OPERATIONS,
@@ -49,87 +35,26 @@ COMMIT_TIMEOUT_S = 30.0
 MAX_IN_FLIGHT = 8
 MAX_GROUP = 100
 """Batches in one commit. So many additions to one document may share it; each has a version of its own."""
-MAX_SEEN = 4_096
-MAX_SEEN_BYTES = 16_384
-"""Documents larger than this are not remembered, and at most MAX_SEEN are."""
-MAX_ROUNDS = 10
-_Mode = Literal["add", "read", "write"]
-
-
-class Seen:
-    """What this process saw last at some places: a guess that saves a read, since each commit checks it."""
-
-    def __init__(self) -> None:
-        self._raws: OrderedDict[str, Raw] = OrderedDict()
-
-    def get(self, path: str) -> Raw | None:
-        raw = self._raws.get(path)
-        if raw is not None:
-            self._raws.move_to_end(path)
-        return raw
-
-    def keep(self, path: str, found: Any | None) -> Raw:
-        """Remember a stored document, or that there is none; gives it as the draft takes it."""
-        raw = Raw(0) if found is None else Raw(micros(found.update_time), found)
-        self.put(path, raw)
-        return raw
-
-    def put(self, path: str, raw: Raw) -> None:
-        if raw.found is not None and raw.found.ByteSize() <= MAX_SEEN_BYTES:
-            self._raws[path] = raw
-            self._raws.move_to_end(path)
-            if len(self._raws) > MAX_SEEN:
-                self._raws.popitem(last=False)
-        else:
-            self._raws.pop(path, None)
-
-    def forget(self, path: str) -> None:
-        self._raws.pop(path, None)
-
-    def clear(self) -> None:
-        self._raws.clear()
-
-
-@dataclass(slots=True)
-class _Job:
-    """A batch that waits, and what it touches: nothing else touches the `lanes` meanwhile, and the documents only as
-    the modes allow."""
-
-    batch: Batch
-    future: asyncio.Future[Committed]
-    lanes: frozenset[object]
-    documents: Mapping[object, _Mode]
-    size: int
-
-
-@dataclass(slots=True)
-class _Prepared:
-    """A commit that is ready to be sent."""
-
-    writes: list[Any]
-    places: list[Pending | None]
-    """What each write is of; None for records and tenants."""
-    lines: list[Line] = field(default_factory=list)
-    tenants: list[str] = field(default_factory=list)
 
 
 class Writer:
     """Takes batches in order, and says what became of them."""
 
     def __init__(self, wire: Wire, paths: Paths, journal: Journal) -> None:
-        self._wire = wire
-        self._paths = paths
-        self._journal = journal
+        self.wire = wire
+        self.paths = paths
+        self.journal = journal
         self.plans: Mapping[str, Plan] = {}
         self.seen = Seen()
-        self._heads: dict[str, Raw] = {}
-        self._tenants: set[str] = set()
-        self._jobs: deque[_Job] = deque()
+        self.heads: dict[str, Raw] = {}
+        self.tenants: set[str] = set()
+        self._jobs: deque[Job] = deque()
         self._busy: set[object] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._scheduled = False
         self._identity = secrets.token_hex(8)
         self._commits = 0
+        self.timeout_s = COMMIT_TIMEOUT_S
         self.counts = {"commits": 0, "conflicts": 0, "batches": 0}
 
     # --- Taking turns ---
@@ -138,7 +63,7 @@ class Writer:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Committed] = loop.create_future()
         lanes: set[object] = {("tenant", batch.tenant)}
-        documents: dict[object, _Mode] = {}
+        documents: dict[object, Mode] = {}
         for operation in batch.operations:
             if isinstance(operation, Append):
                 lanes.add(("shard", shard_of(operation.record.tenant)))
@@ -146,7 +71,7 @@ class Writer:
             plan = self.plans.get(operation.collection)
             scope = batch.tenant if plan is None or plan.collection.tenant_scoped else None
             key = (operation.collection, scope, operation.id)
-            mode: _Mode = "write"
+            mode: Mode = "write"
             if isinstance(operation, Add | Check):
                 mode = "add" if isinstance(operation, Add) else "read"
             documents[key] = mode if documents.get(key, mode) == mode else "write"
@@ -155,7 +80,7 @@ class Writer:
         except TooLarge as error:
             future.set_exception(error)
             return future
-        self._jobs.append(_Job(batch, future, frozenset(lanes), documents, size))
+        self._jobs.append(Job(batch, future, frozenset(lanes), documents, size))
         self._schedule()
         return future
 
@@ -188,12 +113,12 @@ class Writer:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _next_group(self) -> list[_Job]:
+    def _next_group(self) -> list[Job]:
         """The waiting batches that can commit together now, in order; each tenant's keep theirs."""
-        group: list[_Job] = []
-        later: deque[_Job] = deque()
+        group: list[Job] = []
+        later: deque[Job] = deque()
         blocked: set[object] = set()
-        documents: dict[object, _Mode] = {}
+        documents: dict[object, Mode] = {}
         operations = size = 0
         while self._jobs and len(group) < MAX_GROUP and len(later) < MAX_GROUP * 10:
             job = self._jobs.popleft()
@@ -216,15 +141,15 @@ class Writer:
         self._jobs = later
         return group
 
-    async def _run(self, group: list[_Job], busy: set[object]) -> None:
+    async def _run(self, group: list[Job], busy: set[object]) -> None:
         try:
-            await _Group(self, group).commit()
+            await Group(self, group).commit()
         except Exception as error:
-            _fail(group, error if isinstance(error, StrongroomError) else Unavailable(f"the commit ended: {error!r}"))
+            fail(group, error if isinstance(error, StrongroomError) else Unavailable(f"the commit ended: {error!r}"))
             if not isinstance(error, StrongroomError):
                 raise
         except BaseException:
-            _fail(group, Unavailable("the commit was interrupted: whether it was applied is not known"))
+            fail(group, Unavailable("the commit was interrupted: whether it was applied is not known"))
             raise
         finally:
             self._busy -= busy
@@ -237,17 +162,17 @@ class Writer:
         return f"{self._identity}-{self._commits:x}"
 
     def lookup(self, path: str) -> Raw | None:
-        return self._heads.get(path) or self.seen.get(path)
+        return self.heads.get(path) or self.seen.get(path)
 
     async def read(self, paths: Sequence[str] | set[str]) -> dict[str, Raw]:
-        found, _ = await self._wire.batch_get(list(paths))
+        found, _ = await self.wire.batch_get(list(paths))
         return {path: self.keep(path, document) for path, document in found.items()}
 
     def keep(self, path: str, document: Any | None) -> Raw:
         if f"/{HEADS}/" not in path:
             return self.seen.keep(path, document)
         raw = Raw(0) if document is None else Raw(micros(document.update_time), document)
-        self._heads[path] = raw
+        self.heads[path] = raw
         return raw
 
 
@@ -266,361 +191,3 @@ def _size(batch: Batch) -> int:
     if size > MAX_BATCH_BYTES:
         raise TooLarge(f"found {size} bytes in a batch, expected at most {MAX_BATCH_BYTES}")
     return size
-
-
-def _fail(group: list[_Job], error: StrongroomError) -> None:
-    for job in group:
-        if not job.future.done():
-            job.future.set_exception(copy.copy(error))
-
-
-class _Group:
-    """Batches on their way: decided, sent, and decided again until they are committed or refused."""
-
-    def __init__(self, writer: Writer, jobs: list[_Job]) -> None:
-        self._writer = writer
-        self._wire = writer._wire
-        self._paths = writer._paths
-        self._jobs = jobs
-        self._deadline = time.monotonic() + COMMIT_TIMEOUT_S
-
-    async def commit(self) -> None:
-        read: dict[str, Raw] | None = None  # None: optimistic
-        attempt = 0
-        while True:
-            draft, outcomes = await self._decided(read)
-            if read is None and any(outcome.error for outcome in outcomes):
-                read = await self._truth(draft)
-                continue
-            prepared, commit = self._prepared(draft, outcomes)
-            if not prepared.writes:
-                self._answer(outcomes, prepared, [], 0)
-                return
-            try:
-                moment, results = await self._sent(prepared, commit)
-            except Rejected as rejected:
-                if rejected.code not in PRECONDITION:
-                    if len(self._jobs) > 1:
-                        await self._apart()
-                        return
-                    raise translated(rejected.code, rejected.text, "commit") from None
-                self._writer.counts["conflicts"] += 1
-                if time.monotonic() > self._deadline:
-                    raise Unavailable(
-                        "commit: others write these documents without a pause; nothing was changed", retry_after_s=1.0
-                    ) from None
-                if read is not None or rejected.code is Code.ABORTED:
-                    await pause(attempt)
-                    attempt += 1
-                read = await self._truth(draft)
-                continue
-            self._answer(outcomes, prepared, results, moment)
-            return
-
-    async def _apart(self) -> None:
-        """Each batch in a commit of its own: one of them is too large for Firestore, or refused by it."""
-        for job in self._jobs:
-            try:
-                await _Group(self._writer, [job]).commit()
-            except StrongroomError as error:
-                _fail([job], error)
-
-    # --- Deciding ---
-
-    async def _decided(self, known: dict[str, Raw] | None) -> tuple[Draft, list[Outcome]]:
-        read = dict(known or {})
-        lookup = self._writer.lookup if known is None else None
-        wanted: set[str] = set()
-        if known is None:
-            for job in self._jobs:
-                if any(needs_content(self._writer.plans, operation) for operation in job.batch.operations):
-                    wanted |= self._unknown(job.batch)
-        for _ in range(MAX_ROUNDS):
-            if wanted:
-                read |= await self._writer.read(wanted)
-            draft = Draft(self._writer.plans, self._paths, read, lookup, shard_of)
-            outcomes = [draft.run(job.batch) for job in self._jobs]
-            if not draft.need:
-                return draft, outcomes
-            wanted = set(draft.need)
-        raise AssertionError("each round reads what the one before missed")
-
-    def _unknown(self, batch: Batch) -> set[str]:
-        """The places of operations that need to know the document, where this process does not."""
-        found: set[str] = set()
-        for operation in batch.operations:
-            if needs_content(self._writer.plans, operation):
-                found |= places_of(self._writer.plans, self._paths, Batch(batch.tenant, (operation,), 0))
-        return {path for path in found if self._writer.lookup(path) is None}
-
-    async def _truth(self, draft: Draft) -> dict[str, Raw]:
-        """What is there now, at all places that the batches touch."""
-        paths = set(draft.pending) | set(draft._own)
-        for job in self._jobs:
-            paths |= places_of(self._writer.plans, self._paths, job.batch)
-        return await self._writer.read(paths)
-
-    # --- Sending ---
-
-    def _prepared(self, draft: Draft, outcomes: Sequence[Outcome]) -> tuple[_Prepared, str]:
-        commit = self._writer.next_commit()
-        prepared = _Prepared([], [])
-        for place in draft.pending.values():
-            if (write := write_of(place, commit)) is not None:
-                prepared.writes.append(write)
-                prepared.places.append(place)
-        for number, line in enumerate(draft.lines):
-            back = None
-            if line.of is not None:
-                made = outcomes[self._index(outcomes, line.batch)].made[line.of]
-                back = 0 if made is None else _back(draft.pending[made.path], line.batch)
-            for document in record_documents(self._paths, line, commit, number, back):
-                write = WritePb(update=document)
-                write.current_document.exists = False
-                prepared.writes.append(write)
-                prepared.places.append(None)
-        prepared.lines = draft.lines
-        prepared.tenants = self._new_tenants(outcomes)
-        for tenant in prepared.tenants:
-            write = WritePb()
-            write.update.name = self._paths.tenant(tenant)
-            write.update.fields["id"].string_value = tenant
-            prepared.writes.append(write)
-            prepared.places.append(None)
-        return prepared, commit
-
-    @staticmethod
-    def _index(outcomes: Sequence[Outcome], number: int) -> int:
-        """Which batch of the group the draft's `number`th successful one is."""
-        return [index for index, outcome in enumerate(outcomes) if outcome.error is None][number]
-
-    def _new_tenants(self, outcomes: Sequence[Outcome]) -> list[str]:
-        found: dict[str, None] = {}
-        for job, outcome in zip(self._jobs, outcomes, strict=True):
-            tenant = job.batch.tenant
-            if outcome.error is None and tenant is not None and tenant not in self._writer._tenants:
-                plans = (self._writer.plans.get(getattr(o, "collection", "")) for o in job.batch.operations)
-                if any(plan is not None and plan.collection.tenant_scoped for plan in plans):
-                    found[tenant] = None
-        return list(found)
-
-    async def _sent(self, prepared: _Prepared, commit: str) -> tuple[int, list[Any]]:
-        """Commit, and find out what became of it where the answer was lost. The commit's time, and for each write what
-        its increments came to."""
-        attempt = 0
-        uncertain = False
-        while True:
-            self._writer.counts["commits"] += 1
-            try:
-                answer = await self._wire.commit(prepared.writes)
-                return micros(answer.commit_time), [result.transform_results for result in answer.write_results]
-            except Rejected as rejected:
-                if rejected.code not in UNCERTAIN and not (uncertain and rejected.code in PRECONDITION):
-                    raise
-                uncertain = True
-                answer = await self._found_out(prepared, commit, rejected)
-                if answer is not None:
-                    return answer
-                if rejected.code in PRECONDITION:
-                    raise
-            await pause(attempt)
-            attempt += 1
-
-    async def _found_out(self, prepared: _Prepared, commit: str, rejected: Rejected) -> tuple[int, list[Any]] | None:
-        """The answer of a commit that was lost; None if it was not applied. Unavailable if nobody can tell."""
-        unknown = Unavailable(
-            f"commit: Firestore's answer was lost ({rejected}): whether it was applied is not known",
-            outcome="unknown",
-            retry_after_s=1.0,
-        )
-        written = {write.update.name: place for write, place in zip(prepared.writes, prepared.places, strict=True)
-                   if write.HasField("update") and (write.update.fields or write.update_transforms)}  # fmt: skip
-        if not written:
-            raise unknown
-        found = await self._looked(list(written), unknown)
-        ours = {name: document for name, document in found.items() if document is not None
-                and document.fields[COMMIT_FIELD].string_value == commit}  # fmt: skip
-        if ours:
-            if any(place is not None and place.increments and name not in ours for name, place in written.items()):
-                raise unknown  # it was applied, but others have added to the counter since
-            moment = micros(next(iter(ours.values())).update_time)
-            return moment, [
-                [ours[place.path].fields[name] for name in place.increments] if place is not None else []
-                for place in prepared.places
-            ]
-        if prepared.lines and rejected.code in PRECONDITION:
-            return None  # the record is not there, and the head that the first try expected is not either
-        for name, place in written.items():
-            if place is not None:
-                document = found[name]
-                version = 0 if document is None else micros(document.update_time)
-                if place.base.version not in (version, ANY):
-                    raise unknown
-        if time.monotonic() > self._deadline:
-            raise unknown
-        return None
-
-    async def _looked(self, names: list[str], unknown: Unavailable) -> dict[str, Any | None]:
-        """What is there, as soon as Firestore answers again; `unknown` if it does not in time."""
-        attempt = 0
-        while time.monotonic() < self._deadline:
-            try:
-                return (await self._wire.batch_get(names))[0]
-            except Unavailable:
-                await pause(attempt)
-                attempt += 1
-        raise unknown
-
-    # --- Answering ---
-
-    def _answer(self, outcomes: Sequence[Outcome], prepared: _Prepared, results: Sequence[Any], moment: int) -> None:
-        writer = self._writer
-        writer.counts["batches"] += len(self._jobs)
-        sums: dict[tuple[str, str], int] = {}
-        places: dict[str, Pending] = {}
-        for number, (write, place) in enumerate(zip(prepared.writes, prepared.places, strict=True)):
-            if place is None:
-                continue
-            places[place.path] = place
-            if place.increments:
-                for name, value in zip(place.increments, results[number], strict=True):
-                    sums[place.path, name] = value.integer_value
-            self._remember(place, write, moment, sums)
-        for line in prepared.lines:
-            writer._journal.saw_head(line.shard, line.number)
-        writer._tenants.update(prepared.tenants)
-        number = 0
-        for job, outcome in zip(self._jobs, outcomes, strict=True):
-            if job.future.done():  # its caller was cancelled
-                number += outcome.error is None
-                continue
-            if outcome.error is not None:
-                job.future.set_exception(outcome.error)
-                continue
-            values = dict(outcome.values)
-            versions = []
-            for index, made in enumerate(outcome.made):
-                versions.append(self._version(made, places, number, moment))
-                if made is not None and made.field is not None:
-                    values[index] = _sum_of(made, places[made.path], sums)
-            sequence = outcome.lines[-1].sequence if outcome.lines else None
-            job.future.set_result(Committed(tuple(versions), values, sequence))
-            number += 1
-
-    @staticmethod
-    def _version(made: Written | None, places: Mapping[str, Pending], number: int, moment: int) -> int:
-        if made is None:
-            return 0
-        place = places.get(made.path)
-        return moment if place is None else moment - _back(place, number)
-
-    def _remember(self, place: Pending, write: Any, moment: int, sums: Mapping[tuple[str, str], int]) -> None:
-        """What this process knows now of a place."""
-        if not place.touched:
-            return
-        writer = self._writer
-        if not place.exists:
-            writer.seen.forget(place.path)
-            writer._heads.pop(place.path, None)
-            return
-        if place.whole:
-            found = type(write.update)()
-            found.CopyFrom(write.update)
-        elif place.base.found is not None:
-            found = type(write.update)()
-            found.CopyFrom(place.base.found)
-            for name, value in write.update.fields.items():
-                found.fields[name].CopyFrom(value)
-            for name in place.increments:
-                found.fields[name].integer_value = sums[place.path, name]
-        else:
-            writer.seen.forget(place.path)
-            return
-        found.name = place.path
-        found.update_time.CopyFrom(timestamp(moment))
-        if place.increments:
-            # Others may have changed other fields since this process read it: the counter alone is known.
-            writer.seen.put(place.path, Raw(HINT, found))
-        else:
-            writer.keep(place.path, found)
-
-
-def _sum_of(made: Written, place: Pending, sums: Mapping[tuple[str, str], int]) -> int:
-    """What a counter came to with one addition of several that were sent as one."""
-    if made.field in place.increments:
-        return sums[place.path, made.field] - (place.increments[made.field] - made.so_far)
-    before: Any = place.base.found
-    value: int = before.fields[made.field].integer_value  # a bounded one came after it, so it was read
-    return value + made.so_far
-
-
-def _back(place: Pending, number: int) -> int:
-    """How many microseconds before its commit the version of the group's `number`th batch lies: additions that share a
-    commit have versions of their own, the last one the document's. Two commits on one document are further apart."""
-    later = {adder for adder in place.adders if adder > number}
-    return len(later)
-
-
-def write_of(place: Pending, commit: str) -> Any | None:
-    """What is to be sent for a place; None if nothing. The precondition is what the draft took it to hold."""
-    base = place.base.version
-    if not place.touched:
-        if not place.checked:
-            return None
-        if base == 0:
-            return _deletion(place, exists=False)
-        # A write that changes nothing leaves the version as it is, and is refused if the version is another.
-        write = WritePb()
-        write.update.name = place.path
-        write.update_mask.SetInParent()
-        write.current_document.update_time.CopyFrom(timestamp(base))
-        return write
-    if not place.exists:
-        return _deletion(place, exists=False) if base == 0 else _deletion(place)
-    write = WritePb()
-    write.update.name = place.path
-    fields = write.update.fields
-    if place.plan is None:
-        for name, value in (place.content or {}).items():
-            if name != COMMIT_FIELD:
-                put(fields[name], value)
-    else:
-        _put_document(place, place.plan, write)
-    fields[COMMIT_FIELD].string_value = commit
-    if not place.whole:
-        write.update_mask.field_paths.extend(fields)
-    for name, amount in place.increments.items():
-        transform = write.update_transforms.add(field_path=name)
-        transform.increment.integer_value = amount
-    if base == 0:
-        write.current_document.exists = False
-    elif place.increments:
-        write.current_document.exists = True
-    elif base != ANY:
-        write.current_document.update_time.CopyFrom(timestamp(base))
-    return write
-
-
-def _put_document(place: Pending, plan: Plan, write: Any) -> None:
-    fields = write.update.fields
-    given = place.content if place.whole else place.sets
-    plan.codec.put(write.update, given or {})
-    if given and plan.derive is not None and place.content is not None:
-        for name, value in plan.derive(place.content).items():
-            put(fields[name], value)
-    put(fields["updated_at"], place.updated_at)
-    if not place.keeps_created:
-        put(fields["created_at"], place.created_at)
-    elif place.whole and place.base.found is not None:
-        fields["created_at"].CopyFrom(place.base.found.fields["created_at"])
-    if place.whole:
-        fields["id"].string_value = place.id
-
-
-def _deletion(place: Pending, *, exists: bool | None = None) -> Any:
-    write = WritePb(delete=place.path)
-    if exists is not None:
-        write.current_document.exists = exists
-    elif place.base.version != ANY:
-        write.current_document.update_time.CopyFrom(timestamp(place.base.version))
-    return write
