@@ -162,12 +162,16 @@ async def test_postgresql_tells_which_index_it_never_used_and_which_table_it_rea
     await store.prepare([declared])
     for number in range(10):
         await store.commit(batch(None, Create("things", f"{number}", {"name": f"n{number}"})))
+    await store.close()  # a session that ends hands in what it has counted
     connection = await asyncpg.connect(server.admin)
     for _ in range(10):
         await connection.fetch(f"SELECT * FROM {schema}.things")
     await connection.execute("SET enable_seqscan = off; SET enable_bitmapscan = off")
     await connection.fetch(f"SELECT * FROM {schema}.things ORDER BY name NULLS FIRST, id")
     await connection.close()
+
+    store = await open_store(url)
+    await store.prepare([declared])
 
     async def told() -> set[tuple[str, tuple[str, ...]]]:
         return {(item.kind, item.fields) for item in await store.advise()}  # type: ignore[attr-defined]
