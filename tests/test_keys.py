@@ -17,7 +17,7 @@ import time_machine
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strongroom import Anchored, ApiKey, Calendar, Context, Limit, Strongroom, Total, keys, usage
+from strongroom import Anchored, ApiKey, Calendar, Context, Limit, Strongroom, Total, keycache, usage
 from strongroom.apikey import ALL_TENANTS, MAX_METADATA_BYTES
 from strongroom.context import new_id, system_context
 from strongroom.errors import AlreadyExists, Conflict, Denied, InvalidInput, NotFound, Unavailable
@@ -589,20 +589,20 @@ async def test_a_mistyped_or_truncated_key_is_refused_without_a_read(room: Stron
 async def test_the_memory_for_unknown_keys_is_bounded(
     room: Strongroom, store: FaultyStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keys, "MAX_UNKNOWN", 50)
+    monkeypatch.setattr(keycache, "MAX_UNKNOWN", 50)
     for _ in range(300):
         await room.keys.verify(generate())
-        assert len(room.keys._unknown) <= 50
+        assert len(room.keys.cache._unknown) <= 50
 
 
 async def test_the_memory_for_known_keys_is_bounded(room: Strongroom, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keys, "MAX_CACHED_KEYS", 10)
+    monkeypatch.setattr(keycache, "MAX_CACHED_KEYS", 10)
     issued = [await room.keys.create(name="k") for _ in range(25)]
     for _ in range(2):
         for one in issued:
             assert (await room.keys.verify(one.text)).valid
-            assert len(room.keys._known) <= 10
-            assert len(room.keys._by_id) <= 10
+            assert len(room.keys.cache._known) <= 10
+            assert len(room.keys.cache._by_id) <= 10
     await room.keys.disable(issued[0].key.id)
     assert (await room.keys.verify(issued[0].text)).code == "DISABLED"
 

@@ -347,7 +347,7 @@ async def test_litellm_42689_invalid_keys_write_no_rows_and_fill_no_memory(
     await room.ledger.close()
     assert len(store.batches) == commits
     assert (await store.store.check()).details.get("documents") == before
-    assert len(room.keys._unknown) <= 10_000
+    assert len(room.keys.cache._unknown) <= 10_000
     assert not room.ledger._accounts
 
 

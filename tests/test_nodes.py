@@ -24,7 +24,7 @@ import pytest
 
 from strongroom import changes
 from strongroom.errors import Unavailable
-from strongroom.keys import TRUSTED_FOR_S
+from strongroom.keycache import TRUSTED_FOR_S
 from strongroom.server.auth import TRUSTED_FOR_S as CALLER_TRUSTED_FOR_S
 from strongroom.storage.port import ChangesPage
 from tests.conftest import wait_until

@@ -185,7 +185,7 @@ async def test_a_limit_is_never_over_admitted_through_http() -> None:
 
 
 async def test_guessed_keys_at_full_speed_write_nothing_and_fill_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("strongroom.keys.MAX_UNKNOWN", 300)
+    monkeypatch.setattr("strongroom.keycache.MAX_UNKNOWN", 300)
     async with serving() as served:
         await served.verify("warm up")
         before = await served.room.store.changes("end")
@@ -203,8 +203,8 @@ async def test_guessed_keys_at_full_speed_write_nothing_and_fill_no_memory(monke
             assert {a.code for a in await asyncio.gather(*guesses)} == {"NOT_FOUND"}
         assert commits == 0
         assert (await served.room.store.changes("end")).cursor == before.cursor
-        assert len(served.room.keys._unknown) <= 300
-        assert len(served.room.keys._known) <= 2
+        assert len(served.room.keys.cache._unknown) <= 300
+        assert len(served.room.keys.cache._known) <= 2
 
 
 async def test_expiry_is_exact_and_a_clock_set_back_does_not_free_a_limit() -> None:

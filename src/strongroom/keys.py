@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import hmac
 import re
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -16,11 +14,12 @@ from cryptography.exceptions import InvalidTag
 from .apikey import ALL_TENANTS, NAME, ApiKey, KeyChanges, NewKey, parse
 from .changes import ChangeFeed
 from .clock import Clock, MachineClock
-from .context import Context, new_id, system_context, us_from_utc, utc_from_us
+from .context import Context, new_id, system_context, utc_from_us
 from .database import Database, Idempotency, Page, Replayed
-from .errors import AlreadyExists, Conflict, InvalidInput, NotFound, Problem, Unavailable
-from .keytext import DEFAULT_PREFIX, PREFIX_PATTERN, Hasher, generate, is_possible, masked
-from .query import MAX_IN, And, Filter, Query, Where
+from .errors import Conflict, InvalidInput, NotFound, Problem, Unavailable
+from .keycache import KeyCache
+from .keytext import DEFAULT_PREFIX, PREFIX_PATTERN, Hasher, generate, masked
+from .query import And, Filter, Query, Where
 from .storage.port import Create
 from .transaction import Transaction
 from .usage import Account, KeyChanged, KeyUsage, Ledger
@@ -40,14 +39,6 @@ from .verification import (
 )
 from .windows import Amount, from_units
 
-MAX_CACHED_KEYS = 100_000
-MAX_UNKNOWN = 10_000
-UNKNOWN_FOR_S = 1.0
-"""An unknown key is remembered as unknown for this long, so that guessing costs no reads."""
-TRUSTED_FOR_S = 0.75
-"""A key in memory is believed for this long after it was last known to be as the store has it: the feed of changes
-renews that many times a second. Where nothing else asks the store, a key is read again before it is believed further,
-so that a revocation reaches every node within a second although a node's feed may be broken."""
 _ANY_TENANT = "\x00keys"  # no tenant is called so
 MAX_OVERLAP_S = 30 * 86_400
 MAX_KEY_ATTEMPTS = 20
@@ -74,14 +65,6 @@ class KeyStats:
     account: Account
 
 
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """What a text was found to be, and until when (a text that was rotated away works until its overlap ends)."""
-
-    key: KnownKey
-    until_us: int | None
-
-
 class Keys:
     """The keys of one store."""
 
@@ -97,12 +80,7 @@ class Keys:
         self._ledger = ledger
         self.hasher = hasher
         self._clock = clock if clock is not None else MachineClock()
-        self._feed = feed
-        self._known: dict[bytes, _Found] = {}
-        self._by_id: dict[str, KnownKey] = {}
-        self._unknown: dict[bytes, float] = {}
-        self._reading: dict[object, set[str]] = {}
-        """For each read that is under way, the keys that were changed since it began."""
+        self.cache = KeyCache(database, hasher, feed)
         database.after_commit(self._committed)
 
     # --- Making and changing ----------------------------------------------------------------------------------
@@ -320,14 +298,14 @@ class Keys:
             check_address(ip)
         for _ in range(MAX_KEY_ATTEMPTS):
             now_us = self._clock.now_us()
-            key = await self._find(text, now_us)
+            key = await self.cache.find(text, now_us)
             if key is None or (tenant is not None and key.tenant != tenant):
                 return NOT_FOUND
             refusal = key.refusal(now_us, permission, ip)
             if refusal is not None:
                 return refused(key, *refusal)
             if not key.metered.allowances and idempotency_key is None:
-                if not await self._is_current(key):
+                if not await self.cache.is_current(key):
                     continue
                 self._ledger.tally(key.metered, units)
                 return admitted(key, ())
@@ -337,7 +315,7 @@ class Keys:
             try:
                 outcome = await self._ledger.charge(key.metered, units, once=once)
             except KeyChanged:
-                self._forget(key.id)
+                self.cache.forget(key.id)
                 continue
             return admitted(key, outcome.statuses) if outcome.allowed else exceeded(key, outcome, units)
         raise Unavailable("the key is being changed too quickly to verify it: try again")
@@ -365,7 +343,7 @@ class Keys:
             try:
                 outcome = await self._ledger.charge(known.metered, units, force=True, once=once)
             except KeyChanged:
-                self._forget(known.id)
+                self.cache.forget(known.id)
                 continue
             return admitted(known, outcome.statuses)
         raise Unavailable("the key is being changed too quickly to record its usage: try again")
@@ -381,21 +359,20 @@ class Keys:
         """The key that a bearer token is, if it may be used now; nothing is debited. For authenticating a caller."""
         for _ in range(MAX_KEY_ATTEMPTS):
             now_us = self._clock.now_us()
-            key = await self._find(text, now_us)
+            key = await self.cache.find(text, now_us)
             if key is None or key.refusal(now_us, None, None) is not None:
                 return None
-            if await self._is_current(key):
+            if await self.cache.is_current(key):
                 return key
         raise Unavailable("the key is being changed too quickly to authenticate with it: try again")
 
     def works_until_us(self, text: str) -> int | None:
         """When a text that was just authenticated stops working because it was rotated away; None if it was not."""
-        found = self._known.get(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
-        return found.until_us if found is not None else None
+        return self.cache.works_until_us(text)
 
     async def identify(self, text: str) -> KnownKey | None:
         """The key that a text is, whether or not it may be used; nothing is debited. None if there is none."""
-        return await self._find(text, self._clock.now_us())
+        return await self.cache.find(text, self._clock.now_us())
 
     async def stats(self, id: str, *, context: Context | None = None) -> KeyStats:
         """A key's statistics, as of now."""
@@ -413,138 +390,21 @@ class Keys:
             account=account,
         )
 
-    # --- Finding a key by its text ----------------------------------------------------------------------------
+    # --- What is known of keys ----------------------------------------------------------------------------------
 
     async def _known_for(self, text: str | None, id: str | None) -> KnownKey | None:
         if text is not None:
-            return await self._find(text, self._clock.now_us())
-        known = self._by_id.get(id or "")
-        if known is None or known.stale:
-            key = await self._database.get_or_none(system_context(), ApiKey, id or "")
-            known = self._remember(key) if key is not None else None
-        return known
-
-    async def _find(self, text: str, now_us: int) -> KnownKey | None:
-        """The key behind a text, from memory or by one read; None if there is none."""
-        name = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-        found = self._known.get(name)
-        if found is not None and not found.key.stale:
-            return found.key if found.until_us is None or now_us < found.until_us else None
-        if not is_possible(text):
-            return None
-        until = self._unknown.get(name)
-        if until is not None and time.monotonic() < until:
-            return None
-        changed: set[str] = set()
-        ticket = object()
-        self._reading[ticket] = changed
-        try:
-            found = await self._read(text, changed)
-        finally:
-            del self._reading[ticket]
-        if found is not None and found.key.id in changed:
-            # Read before the change, and told of it before there was anything to forget: true of the moment it was
-            # read, not to be remembered.
-            found.key.stale = True
-            return found.key if found.until_us is None or now_us < found.until_us else None
-        if found is None:
-            if changed:
-                return None  # it may have been made meanwhile
-            if len(self._unknown) >= MAX_UNKNOWN:
-                for oldest in list(self._unknown)[: MAX_UNKNOWN // 10]:
-                    del self._unknown[oldest]
-            self._unknown.pop(name, None)  # so that it goes to the end of the line
-            self._unknown[name] = time.monotonic() + UNKNOWN_FOR_S
-            return None
-        if len(self._known) >= MAX_CACHED_KEYS:
-            for oldest in list(self._known)[: MAX_CACHED_KEYS // 10]:
-                del self._known[oldest]
-        self._known.pop(name, None)
-        self._known[name] = found
-        return found.key if found.until_us is None or now_us < found.until_us else None
-
-    async def _is_current(self, key: KnownKey) -> bool:
-        """Whether a key is as the store has it, to within TRUSTED_FOR_S; if not, it is forgotten. Raises Unavailable if
-        that can not be told."""
-        now = time.monotonic()
-        fresh = self._feed.current_at if self._feed is not None else now
-        if now - max(fresh, key.checked_at) <= TRUSTED_FOR_S:
-            return True
-        stored = await self._database.get_or_none(system_context(), ApiKey, key.id)
-        if key.stale or stored is None or stored.version != key.metered.guard.expected:
-            self._forget(key.id)
-            self._unknown.clear()
-            return False
-        key.checked_at = now
-        return True
-
-    async def _read(self, text: str, changed: set[str]) -> _Found | None:
-        candidates = self.hasher.candidates(text)
-        key = await self._first("hash", candidates)
-        if key is not None:
-            if not any(hmac.compare_digest(key.hash, candidate) for candidate in candidates):
-                return None
-            if not self.hasher.is_current(key.hash):
-                key = await self._upgrade(key, text, changed)
-            return _Found(self._remember(key), None)
-        key = await self._first("previous_hash", candidates)
-        if key is not None and key.previous_until is not None:
-            return _Found(self._remember(key), us_from_utc(key.previous_until))
-        return None
-
-    async def _first(self, name: str, hashes: Sequence[str]) -> ApiKey | None:
-        """The key that has one of these hashes: by one read, unless there are more peppers than a query takes."""
-        for start in range(0, len(hashes), MAX_IN):
-            query = Query(Where(name, "in", hashes[start : start + MAX_IN]), limit=1)
-            page = await self._database.find(system_context(), ApiKey, query)
-            if page.items:
-                return page.items[0]
-        return None
-
-    async def _upgrade(self, key: ApiKey, text: str, changed: set[str]) -> ApiKey:
-        """Bring an imported or older hash under the current pepper, now that the text is known."""
-        fields = {
-            "hash": self.hasher.hash(text),
-            "sealed": self.hasher.seal(hashlib.sha256(text.encode()).digest()),
-            "display": masked(text),
-        }
-        try:
-            upgraded = await self._database.update(_writer(None, key.tenant), ApiKey, key.id, fields)
-        except (AlreadyExists, Conflict, NotFound, Unavailable):
-            return key  # the old hash is as good; the next use tries again
-        changed.discard(key.id)  # what was changed before is in it
-        return upgraded
-
-    def _remember(self, key: ApiKey) -> KnownKey:
-        known = self._by_id.get(key.id)
-        if known is not None and not known.stale and known.metered.guard.expected == key.version:
-            return known
-        if known is not None:
-            known.stale = True
-        if len(self._by_id) >= MAX_CACHED_KEYS:
-            for oldest in list(self._by_id)[: MAX_CACHED_KEYS // 10]:
-                self._by_id.pop(oldest).stale = True
-        known = self._by_id[key.id] = KnownKey(key)
-        return known
-
-    # --- Forgetting what was changed --------------------------------------------------------------------------
+            return await self.cache.find(text, self._clock.now_us())
+        return await self.cache.by_id(id or "")
 
     def changed(self, id: str) -> None:
         """A key was changed, here or on another node: read it again at its next use."""
-        self._forget(id)
-        self._unknown.clear()
-        for changed in self._reading.values():
-            changed.add(id)
+        self.cache.changed(id)
 
     def use(self, hasher: Hasher) -> None:
         """Make and find hashes with other peppers from now on; what was unknown may be known to them."""
         self.hasher = hasher
-        self._unknown.clear()
-
-    def _forget(self, id: str) -> None:
-        known = self._by_id.pop(id, None)
-        if known is not None:
-            known.stale = True
+        self.cache.use(hasher)
 
     def _committed(self, transaction: Transaction) -> None:
         for change in transaction.changes:

@@ -1,0 +1,190 @@
+"""The keys that a process has in memory: found by their text, trusted for a while, forgotten when they are changed."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .apikey import ALL_TENANTS, ApiKey
+from .changes import ChangeFeed
+from .context import system_context, us_from_utc
+from .database import Database
+from .errors import AlreadyExists, Conflict, NotFound, Unavailable
+from .keytext import Hasher, is_possible, masked
+from .query import MAX_IN, Query, Where
+from .verification import KnownKey
+
+MAX_CACHED_KEYS = 100_000
+MAX_UNKNOWN = 10_000
+UNKNOWN_FOR_S = 1.0
+"""An unknown key is remembered as unknown for this long, so that guessing costs no reads."""
+TRUSTED_FOR_S = 0.75
+"""A key in memory is believed for this long after it was last known to be as the store has it: the feed of changes
+renews that many times a second. Where nothing else asks the store, a key is read again before it is believed further,
+so that a revocation reaches every node within a second although a node's feed may be broken."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What a text was found to be, and until when (a text that was rotated away works until its overlap ends)."""
+
+    key: KnownKey
+    until_us: int | None
+
+
+class KeyCache:
+    """What is known of the keys of one store. `feed` tells of changes made by others; without one they are not heard
+    of (a store that no other process uses)."""
+
+    def __init__(self, database: Database, hasher: Hasher, feed: ChangeFeed | None = None) -> None:
+        self._database = database
+        self._hasher = hasher
+        self._feed = feed
+        self._known: dict[bytes, _Found] = {}
+        self._by_id: dict[str, KnownKey] = {}
+        self._unknown: dict[bytes, float] = {}
+        self._reading: dict[object, set[str]] = {}
+        """For each read that is under way, the keys that were changed since it began."""
+
+    async def find(self, text: str, now_us: int) -> KnownKey | None:
+        """The key behind a text, from memory or by one read; None if there is none."""
+        name = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+        found = self._known.get(name)
+        if found is not None and not found.key.stale:
+            return found.key if found.until_us is None or now_us < found.until_us else None
+        if not is_possible(text):
+            return None
+        until = self._unknown.get(name)
+        if until is not None and time.monotonic() < until:
+            return None
+        changed: set[str] = set()
+        ticket = object()
+        self._reading[ticket] = changed
+        began = time.monotonic()
+        try:
+            found = await self._read(text, changed)
+        finally:
+            del self._reading[ticket]
+        if found is not None and found.key.id in changed:
+            # Read before the change, and told of it before there was anything to forget: true of the moment it was
+            # read, not to be remembered.
+            found.key.stale = True
+            return found.key if found.until_us is None or now_us < found.until_us else None
+        if found is None:
+            if changed:
+                return None  # it may have been made meanwhile
+            if len(self._unknown) >= MAX_UNKNOWN:
+                for oldest in list(self._unknown)[: MAX_UNKNOWN // 10]:
+                    del self._unknown[oldest]
+            self._unknown.pop(name, None)  # so that it goes to the end of the line
+            self._unknown[name] = time.monotonic() + UNKNOWN_FOR_S
+            return None
+        found.key.checked_at = began
+        if len(self._known) >= MAX_CACHED_KEYS:
+            for oldest in list(self._known)[: MAX_CACHED_KEYS // 10]:
+                del self._known[oldest]
+        self._known.pop(name, None)
+        self._known[name] = found
+        return found.key if found.until_us is None or now_us < found.until_us else None
+
+    async def by_id(self, id: str) -> KnownKey | None:
+        """The key of an id, from memory or by one read; None if there is none."""
+        known = self._by_id.get(id)
+        if known is None or known.stale:
+            key = await self._database.get_or_none(system_context(), ApiKey, id)
+            known = self._remember(key) if key is not None else None
+        return known
+
+    def works_until_us(self, text: str) -> int | None:
+        """When a text that was just found stops working because it was rotated away; None if it was not."""
+        found = self._known.get(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
+        return found.until_us if found is not None else None
+
+    async def is_current(self, key: KnownKey) -> bool:
+        """Whether a key is as the store has it, to within TRUSTED_FOR_S; if not, it is forgotten. Raises Unavailable if
+        that can not be told."""
+        now = time.monotonic()
+        fresh = self._feed.current_at if self._feed is not None else now
+        if now - max(fresh, key.checked_at) <= TRUSTED_FOR_S:
+            return True
+        stored = await self._database.get_or_none(system_context(), ApiKey, key.id)
+        if key.stale or stored is None or stored.version != key.metered.guard.expected:
+            self.forget(key.id)
+            self._unknown.clear()
+            return False
+        key.checked_at = now
+        return True
+
+    async def _read(self, text: str, changed: set[str]) -> _Found | None:
+        candidates = self._hasher.candidates(text)
+        key = await self._first("hash", candidates)
+        if key is not None:
+            if not any(hmac.compare_digest(key.hash, candidate) for candidate in candidates):
+                return None
+            if not self._hasher.is_current(key.hash):
+                key = await self._upgrade(key, text, changed)
+            return _Found(self._remember(key), None)
+        key = await self._first("previous_hash", candidates)
+        if key is not None and key.previous_until is not None:
+            return _Found(self._remember(key), us_from_utc(key.previous_until))
+        return None
+
+    async def _first(self, name: str, hashes: Sequence[str]) -> ApiKey | None:
+        """The key that has one of these hashes: by one read, unless there are more peppers than a query takes."""
+        for start in range(0, len(hashes), MAX_IN):
+            query = Query(Where(name, "in", hashes[start : start + MAX_IN]), limit=1)
+            page = await self._database.find(system_context(), ApiKey, query)
+            if page.items:
+                return page.items[0]
+        return None
+
+    async def _upgrade(self, key: ApiKey, text: str, changed: set[str]) -> ApiKey:
+        """Bring an imported or older hash under the current pepper, now that the text is known."""
+        fields = {
+            "hash": self._hasher.hash(text),
+            "sealed": self._hasher.seal(hashlib.sha256(text.encode()).digest()),
+            "display": masked(text),
+        }
+        try:
+            upgraded = await self._database.update(
+                system_context(None if key.tenant == ALL_TENANTS else key.tenant), ApiKey, key.id, fields
+            )
+        except (AlreadyExists, Conflict, NotFound, Unavailable):
+            return key  # the old hash is as good; the next use tries again
+        changed.discard(key.id)  # what was changed before is in it
+        return upgraded
+
+    def _remember(self, key: ApiKey) -> KnownKey:
+        known = self._by_id.get(key.id)
+        if known is not None and not known.stale and known.metered.guard.expected == key.version:
+            return known
+        if known is not None:
+            known.stale = True
+        if len(self._by_id) >= MAX_CACHED_KEYS:
+            for oldest in list(self._by_id)[: MAX_CACHED_KEYS // 10]:
+                self._by_id.pop(oldest).stale = True
+        known = self._by_id[key.id] = KnownKey(key)
+        return known
+
+    # --- Forgetting what was changed --------------------------------------------------------------------------
+
+    def changed(self, id: str) -> None:
+        """A key was changed, here or on another node: read it again at its next use."""
+        self.forget(id)
+        self._unknown.clear()
+        for changed in self._reading.values():
+            changed.add(id)
+
+    def use(self, hasher: Hasher) -> None:
+        """Make and find hashes with other peppers from now on; what was unknown may be known to them."""
+        self._hasher = hasher
+        self._unknown.clear()
+
+    def forget(self, id: str) -> None:
+        """Read a key again at its next use."""
+        known = self._by_id.pop(id, None)
+        if known is not None:
+            known.stale = True
