@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from strongroom import migrate as library
 from strongroom.app import SYSTEM_ENTITIES
 from strongroom.entity import Registry
 from strongroom.errors import Conflict, InvalidInput, NotFound, Unavailable
-from strongroom.migrate import Options, Phase
+from strongroom.migrate import Options, Phase, streams
 from strongroom.migrate import following as following_module
 from strongroom.migrate import run as run_module
 from strongroom.migrate.state import fence, now_us
@@ -278,6 +278,33 @@ async def test_records_too_large_for_one_batch_are_followed_in_several(urls: Cal
             halves = sample(name="x" * 700_000)
             await add(one, "acme", Append(record(f"{n}", id=f"large-{n}", before=halves, after=halves)))
         assert (await library.migrate(one, other, COLLECTIONS, SWITCH)).is_done
+        await assert_equal(one, other)
+
+
+@pytest.mark.usefixtures("briefly")
+async def test_a_unique_value_that_moves_ahead_of_the_copy_finds_its_place_taken_and_free_again(
+    urls: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy has read the old holder, and comes to the new one: the old one makes way, and is followed back."""
+    monkeypatch.setattr(streams, "FIRST_PAGE", 4)
+    monkeypatch.setattr(streams, "_page_limit", lambda page: 4)
+    async with stores(urls("sqlite"), urls("sqlite")) as (one, other):
+        await filled(one, 9, ["acme"])
+        await one.prepare([*COLLECTIONS, *(c for c in ALL if c.name == "store_state")])
+        source = FaultyStore(one)
+        moved = False
+
+        async def move(method: str, collection: str) -> None:
+            nonlocal moved
+            if (method, collection) == ("find", "items") and not moved:
+                moved = True
+                free = Put("items", "i0", item("free"))
+                taken = Put("items", "i8", item("taken", code="c0"))
+                await add(one, "acme", free, Append(record("i0"), 0), taken, Append(record("i8"), 2))
+
+        source.after_read = move
+        report = await library.migrate(source, other, COLLECTIONS, replace(SWITCH, batch=6))
+        assert (moved, report.is_done, report.followed) == (True, True, 2)
         await assert_equal(one, other)
 
 
