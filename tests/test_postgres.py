@@ -14,7 +14,7 @@ import pytest_asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strongroom.errors import ConfigError, StoreError, StrongroomError, Unavailable
+from strongroom.errors import AlreadyExists, ConfigError, StoreError, StrongroomError, Unavailable
 from strongroom.query import Aggregate, Query, Where
 from strongroom.storage import open_store
 from strongroom.storage._postgres_settings import read_settings
@@ -90,6 +90,20 @@ async def test_without_a_tenant_the_engine_shows_and_changes_nothing(
             async with app.transaction():
                 await app.execute(f"UPDATE {items} SET tenant_id = 'umbrella'")
     assert await app.fetch(f"SELECT * FROM {items}") == []
+
+
+async def test_were_the_policies_gone_the_store_would_still_filter_by_tenant(
+    store: PostgresStore, admin: asyncpg.Connection
+) -> None:
+    for tenant in ("acme", "umbrella"):
+        await store.commit(batch(tenant, Create("items", "a", item(tenant))))
+    table = store._tables["items"]
+    page, values = table.pages.find(Query().check(table.collection))
+    totals, _ = table.pages.aggregate([Aggregate("count")], None)
+    # A superuser, whom no policy binds.
+    assert [row["label"] for row in await admin.fetch(table.by_id, "acme", "a")] == ["acme"]
+    assert [row["label"] for row in await admin.fetch(page.sql, "acme", *values)] == ["acme"]
+    assert [row["count"] for row in await admin.fetch(totals.sql, "acme")] == [1]
 
 
 async def test_a_tenant_ends_with_its_statement_also_when_that_fails(store: PostgresStore, schema: str) -> None:
@@ -267,6 +281,20 @@ def _shape(answer: object) -> object:
         return [version > 0 for version in answer.versions], dict(answer.values)
     assert isinstance(answer, StrongroomError), repr(answer)
     return type(answer), answer.details.get("operation")
+
+
+async def test_values_of_a_unique_index_change_hands_in_the_order_given(store: PostgresStore) -> None:
+    await store.commit(batch("acme", Create("items", "a", item(code="k1")), Create("items", "b", item(code="k2"))))
+    # One statement, in the order of ids, would let both through.
+    taken, freed = await asyncio.gather(
+        store.commit(batch("acme", Patch("items", "b", {"code": "k1"}))),
+        store.commit(batch("acme", Patch("items", "a", {"code": "k3"}))),
+        return_exceptions=True,
+    )
+    assert isinstance(taken, AlreadyExists)
+    assert "code" in taken.message
+    assert isinstance(freed, Committed)
+    await store.commit(batch("acme", Delete("items", "a"), Create("items", "c", item(code="k3"))))
 
 
 # --- The journal's order ----------------------------------------------------------------------------------------
