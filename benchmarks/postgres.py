@@ -29,7 +29,7 @@ from .notes import DESCRIPTION, FIELDS, TENANT, note
 ROWS, QUICK_ROWS = 20_000, 500
 KEYS, QUICK_KEYS = 1_000, 20
 WRITERS = 32
-RECORDERS = 512
+RECORDERS = 4_096
 BARE_POOL = 32
 START_TIMEOUT_S = 60
 
@@ -48,7 +48,7 @@ def run(plan: Plan) -> Benchmark:
         "strongroom: row-level security, the rules asked, a validated entity back; a write with its journal record.",
         "bare asyncpg: no isolation, no types, no rules; each transaction of two rows is a commit of its own, on a "
         f"pool of {BARE_POOL} connections.",
-        f"Usage: {RECORDERS} callers record events on {keys:,} keys, each with one rolling limit; an event counts once "
+        f"Usage: {RECORDERS:,} callers record events on {keys:,} keys, each with one rolling limit; an event counts once "
         "it is durable. Group commit writes a key once for all its events of a commit; the bare UPDATE writes each.",
     )
     with ExitStack() as stack:
@@ -76,7 +76,7 @@ def run(plan: Plan) -> Benchmark:
             side_by_side(plan, "point reads, 1 reader", read, [Target(READ, 0.75, of_floor=True)]),
             side_by_side(plan, "row-level security", security, [Target(POLICIES, 0.9, of_floor=True)]),
             side_by_side(plan, f"writes, {WRITERS} writers", write, [Target(WRITE, 0.5, of_floor=True)]),
-            side_by_side(plan, f"usage events, {RECORDERS} callers", usage, [Target(RECORD, 40_000)]),
+            side_by_side(plan, f"usage events, {RECORDERS:,} callers", usage, [Target(RECORD, 40_000)]),
         )
     return Benchmark("postgres", "operations/s", labels, groups)
 
