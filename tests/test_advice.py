@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Sequence
 from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Any
@@ -15,7 +16,7 @@ from strongroom.advice import QueryShape, Seen, Shape, Shapes, compare, counted,
 from strongroom.entity import Collection, FieldSpec, FieldType, Index
 from strongroom.errors import Unavailable
 from strongroom.query import And, Or, Query, Where
-from strongroom.storage.port import Advice, Batch, Store
+from strongroom.storage.port import Advice, Batch, Committed, Operation, Store
 from strongroom.testing.storage import Backend
 
 FIELDS = MappingProxyType(
@@ -177,6 +178,13 @@ def test_counting_keeps_only_so_many_shapes(monkeypatch: pytest.MonkeyPatch) -> 
     assert shapes.overlooked == 2
 
 
+async def kept(store: Store, shapes: Shapes) -> None:
+    def commit(operations: Sequence[Operation], now_us: int) -> Awaitable[Committed]:
+        return store.commit(Batch(None, tuple(operations), now_us))
+
+    await persist(commit, await store.now_us(), shapes)
+
+
 async def test_the_counts_of_all_processes_add_up_and_outlive_them(backend: Backend) -> None:
     store = await backend.open(backend.new_url())
     await store.prepare([QueryShape.__collection__])
@@ -185,9 +193,9 @@ async def test_the_counts_of_all_processes_add_up_and_outlive_them(backend: Back
     for times, shapes in enumerate(processes, 1):
         for query in queries * times:
             shapes.seen(things(), query)
-        await persist(store, shapes)
+        await kept(store, shapes)
         assert shapes.snapshot() == []
-        await persist(store, shapes)
+        await kept(store, shapes)
     found, since = await counted(store)
     assert since is not None
     here = Shapes()
@@ -216,10 +224,10 @@ async def test_counts_that_could_not_be_kept_are_kept_the_next_time(tmp_path: An
 
     store.commit = failing  # type: ignore[method-assign]
     with pytest.raises(Unavailable):
-        await persist(store, shapes)
+        await kept(store, shapes)
     assert len(shapes.snapshot()) == 2
     store.commit = commit  # type: ignore[method-assign]
-    await persist(store, shapes)
+    await kept(store, shapes)
     assert sorted((await counted(store))[0], key=repr) == sorted(before, key=repr)
     await store.close()
 
@@ -229,7 +237,7 @@ async def test_an_engines_own_advice_joins_what_was_counted_once(tmp_path: Any) 
     shapes, collection = Shapes(), things(Index("kind"))
     for _ in range(200):
         shapes.seen(collection, Query(STATUS))
-    await persist(store, shapes)
+    await kept(store, shapes)
     own = [Advice("things", "unused index", ("kind",), "x", "y"), Advice("things", "missing index", (), "x", "y")]
 
     async def advise() -> list[Advice]:

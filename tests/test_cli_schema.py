@@ -14,12 +14,11 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from strongroom import advice
-from strongroom.app import SYSTEM_ENTITIES
+from strongroom import Strongroom, advice
 from strongroom.cli import main
 from strongroom.entity import Index
 from strongroom.query import Query, Where
-from strongroom.state import Signal
+from strongroom.state import ENTITIES, Signal
 from strongroom.storage import _postgres_advice as own
 from strongroom.storage import open_store
 from strongroom.storage.port import Create
@@ -125,13 +124,9 @@ def test_advice_names_unused_and_missing_indexes(run: Run, store_url: str) -> No
     assert run("schema", "advise", *arguments) == (0, "", "nothing to advise, as far as was counted\n")
 
     async def ask() -> None:
-        store = await open_store(store_url)
-        await store.prepare([cls.__collection__ for cls in SYSTEM_ENTITIES])
-        shapes = advice.Shapes()
-        for _ in range(advice.LEAST_SEEN):
-            shapes.seen(Signal.__collection__, Query(Where("source_service", "==", "x"), ("-created_at",)))
-        await advice.persist(store, shapes)
-        await store.close()
+        async with Strongroom.open(store_url, entities=ENTITIES) as room:
+            for _ in range(advice.LEAST_SEEN):
+                await room.tenant("acme").find(Signal, Query(Where("source_service", "==", "x"), ("-created_at",)))
 
     asyncio.run(ask())
     status, out, err = run("schema", "advise", *arguments)

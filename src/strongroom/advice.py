@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Annotated, Any
@@ -18,7 +18,7 @@ from typing import Annotated, Any
 from .entity import Collection, Counter, Entity, Index
 from .errors import AlreadyExists, BoundExceeded, NotFound
 from .query import MAX_LIMIT, RANGE_OPS, And, Filter, Op, Query, Where
-from .storage.port import MAX_OPERATIONS, Add, Advice, Advising, Batch, Create, Delete, Store
+from .storage.port import MAX_OPERATIONS, Add, Advice, Advising, Batch, Committed, Create, Delete, Operation, Store
 from .values import INT64_MAX
 
 MAX_SHAPES = 1_000
@@ -272,34 +272,37 @@ class QueryShape(Entity, collection=NAME, scope="global", journalled=False):
     count: Annotated[int, Counter()] = 0
 
 
-async def persist(store: Store, shapes: Shapes) -> None:
+Commit = Callable[[Sequence[Operation], int], Awaitable[Committed]]
+"""`Database.commit_counters`."""
+
+
+async def persist(commit: Commit, now_us: int, shapes: Shapes) -> None:
     """Add a process's counts to those in the store, which is prepared for QueryShape. What cannot be kept is counted
-    again the next time; raises what the store raises."""
+    again the next time; raises what `commit` raises."""
     taken = dict(shapes.take())
     try:
         while taken:
             key, count = next(iter(taken.items()))
-            await _add(store, key, count)
+            await _add(commit, now_us, key, count)
             del taken[key]
     finally:
         shapes.put_back(taken)
 
 
-async def _add(store: Store, key: _Key, count: int) -> None:
+async def _add(commit: Commit, now_us: int, key: _Key, count: int) -> None:
     text = json.dumps(key)
     id = hashlib.sha256(text.encode()).hexdigest()[:32]
-    now_us = await store.now_us()
-    add = Batch(None, (Add(NAME, id, "count", count, at_most=INT64_MAX),), now_us)
+    add = Add(NAME, id, "count", count, at_most=INT64_MAX)
     try:
-        await store.commit(add)
+        await commit([add], now_us)
     except BoundExceeded:
         return  # it was seen often enough
     except NotFound:
         document = {"of": key[0], "shape": text, "count": count}
         try:
-            await store.commit(Batch(None, (Create(NAME, id, document),), now_us))
+            await commit([Create(NAME, id, document)], now_us)
         except AlreadyExists:  # another process was faster
-            await store.commit(add)
+            await commit([add], now_us)
 
 
 async def counted(store: Store) -> tuple[list[Seen], datetime | None]:

@@ -23,7 +23,7 @@ from .errors import AlreadyExists, ConfigError, StrongroomError
 from .keys import ApiKey, Keys
 from .keytext import Hasher, Pepper
 from .leases import Lease, Leases
-from .lifecycle import Background, background
+from .lifecycle import Background, ShapeKeeper, background
 from .observed import ObservedStore
 from .query import MAX_LIMIT, Aggregate, Filter, Query
 from .rules import Policy, default_policy
@@ -136,6 +136,9 @@ class Strongroom:
             await room._reload_peppers()  # one may have been made after they were read and before the feed began
             work.start()
             stack.push_async_callback(work.close)
+            shapes = ShapeKeeper(database, clock)
+            shapes.start()
+            stack.push_async_callback(shapes.close)
             yield room
 
     cache: Cache | None = None

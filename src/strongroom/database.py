@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, Generic, TypeVar, cast
 
+from .advice import Shapes
 from .cache import Cache
 from .context import Context, next_id, text_problem, utc_from_us
 from .entity import Collection, Document, Entity, Index, Registry, check_id
@@ -107,6 +108,8 @@ class Database:
         self.registry = registry
         self._policy = policy
         self._listeners: list[Callable[[Transaction], None]] = []
+        self.shapes = Shapes()
+        """What this process has asked for, for advice on indexes."""
         self.retries: dict[str, int] = {}
         """Transactions that ran again because something they read had changed, by the collection of what had."""
         self._cache: Cache | None = None
@@ -420,6 +423,7 @@ class Database:
         await self.authorize(context, "list", collection)
         tenant = _scope(context, collection)
         query = query.check(collection)
+        self.shapes.seen(collection, query)
         scope = f"{tenant}/{collection.name}"
         if cursor is not None:
             query = with_cursor(query, collection, scope, cursor)
@@ -452,7 +456,9 @@ class Database:
         await self.authorize(context, "list", collection)
         for item in aggregates:
             item.check(collection)
-        where = Query(where).check(collection).where
+        query = Query(where).check(collection)
+        self.shapes.seen(collection, query)
+        where = query.where
         visible = _unexpired(collection, where, context.now)
         return await self._store.aggregate(collection.name, _scope(context, collection), aggregates, visible)
 

@@ -10,17 +10,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from .accounts import ACTIVE_US, KeyUsage
+from .advice import persist
 from .apikey import ApiKey
 from .clock import Clock
 from .context import Context, system_context, utc_from_us
 from .database import Database
 from .entity import Entity
-from .errors import ConfigError, Conflict, NotFound
+from .errors import ConfigError, Conflict, NotFound, StrongroomError
 from .leases import Leases, Turn
 from .query import MAX_IN, Query, Where
 from .storage.port import Patch, Store
 
 EXPIRY_EVERY_S = 60.0
+SHAPES_EVERY_S = 60.0
+SHAPES_TIMEOUT_S = 5.0
 ROLL_UP_EVERY_S = 60.0
 PARTITIONS_EVERY_S = 21_600.0
 RETENTION_EVERY_S = 3_600.0
@@ -143,6 +146,40 @@ class RollUp:
             # is the lease that is lost, saving the position tells.
             if isinstance(result, BaseException) and not isinstance(result, Conflict | NotFound):
                 raise result
+
+
+# --- What is asked for ----------------------------------------------------------------------------------------
+
+
+class ShapeKeeper:
+    """Adds the shapes of queries that this process has seen to those of all processes, each minute and at the end."""
+
+    def __init__(self, database: Database, clock: Clock) -> None:
+        self._database = database
+        self._clock = clock
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+            await self.keep()
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(SHAPES_EVERY_S)
+            await self.keep()
+
+    async def keep(self) -> None:
+        """Write the counts. Advice is not worth a failure: what could not be written waits for the next time."""
+        try:
+            async with asyncio.timeout(SHAPES_TIMEOUT_S):
+                await persist(self._database.commit_counters, self._clock.now_us(), self._database.shapes)
+        except (StrongroomError, TimeoutError) as error:
+            _log.info("the shapes of queries could not be kept, trying again: %s", error)
 
 
 # --- The journal's partitions ---------------------------------------------------------------------------------
