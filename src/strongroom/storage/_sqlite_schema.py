@@ -114,7 +114,11 @@ def make_or_recognise(path: str, busy_timeout_s: float) -> None:
         raise Unavailable(f"{path}: cannot be made: {error.strerror}") from None
     try:
         with closing(connect(path, busy_timeout_s)) as connection:
-            if not _is_ours(connection, path):
+            # in a transaction, which sees one state: another process may be making the file at this moment
+            connection.execute("BEGIN").fetchall()
+            made = _is_ours(connection, path)
+            connection.execute("COMMIT").fetchall()
+            if not made:
                 _make(connection, path)
             _use_wal(connection, path, busy_timeout_s)
     except apsw.Error as error:
