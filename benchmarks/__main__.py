@@ -15,7 +15,7 @@ from pathlib import Path
 from . import report
 from .harness import Benchmark, Plan
 
-NAMES = ("verify", "read", "write", "usage", "store", "cache", "zipf", "postgres")
+NAMES = ("verify", "verify_postgres", "read", "write", "usage", "store", "cache", "zipf", "postgres", "firestore")
 ROUNDS, SECONDS = 7, 1.5
 QUICK_ROUNDS, QUICK_SECONDS = 2, 0.25
 

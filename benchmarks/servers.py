@@ -104,15 +104,15 @@ def bare_server(folder: Path, keys: Sequence[str]) -> Iterator[Server]:
 
 
 @contextmanager
-def strongroom_server(folder: Path, admin_key: str) -> Iterator[Server]:
-    """Ours: `strongroom serve` on SQLite in `folder`, one worker process, as a user would start it."""
+def strongroom_server(folder: Path, admin_key: str, store: str | None = None) -> Iterator[Server]:
+    """Ours: `strongroom serve`, one worker process, as a user would start it; on SQLite in `folder`, or on `store`."""
     beside = Path(sys.executable).parent / "strongroom"
     program = str(beside) if beside.exists() else shutil.which("strongroom")
     if program is None:
         raise BenchmarkError("the command `strongroom` is not installed in this environment")
     port = free_port()
     environment = {
-        "STRONGROOM_STORE": f"sqlite:///{(folder / 'strongroom.db').absolute()}",
+        "STRONGROOM_STORE": store or f"sqlite:///{(folder / 'strongroom.db').absolute()}",
         "STRONGROOM_HOST": HOST,
         "STRONGROOM_PORT": str(port),
         "STRONGROOM_WORKERS": "1",

@@ -1,0 +1,15 @@
+"""`verify_postgres`: as `verify`, with the counts durable in PostgreSQL."""
+
+from __future__ import annotations
+
+from .harness import Benchmark, Plan
+from .postgres import server
+from .verify import measured
+
+TARGETS = {32: 0.5}
+
+
+def run(plan: Plan) -> Benchmark:
+    with server() as url:
+        engine = "a PostgreSQL on this machine, which shares its cores"
+        return measured(plan, "verify_postgres", engine, f"{url}?schema=bench_verify", TARGETS)
