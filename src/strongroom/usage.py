@@ -244,7 +244,8 @@ class Ledger:
                     position += len(one.operations)
                     answer(one.answers)
                     self._had_turn(one)
-        self._commit_s = time.perf_counter() - began
+        if commits:
+            self._commit_s = time.perf_counter() - began
         if again:
             self._apart = COMMITS_APART
             await self._commit(again, now_us)
