@@ -14,7 +14,7 @@ import typer
 
 from .. import __version__
 from ..errors import ConfigError, InvalidInput, StrongroomError
-from . import bench, keyfile, keys, migrate, output, schema, serve
+from . import bench, estimate, keyfile, keys, migrate, output, schema, serve
 from .session import DEBUG_VARIABLE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_WRONG_CALL, Interrupted
 
 app = typer.Typer(
@@ -33,6 +33,7 @@ app.command("export")(keyfile.export_keys)
 app.add_typer(schema.app, name="schema")
 app.command("migrate")(migrate.migrate)
 app.command("bench")(bench.bench)
+app.command("estimate")(estimate.command)
 
 
 def _print_version(asked: bool) -> None:

@@ -82,13 +82,15 @@ def translated(code: Any, text: str, what: str) -> StrongroomError:
 
 
 class Wire:
-    """One database's channel. `requests` counts the calls by method, for those who measure what an operation costs."""
+    """One database's channel. `requests` counts the calls by method, `billed` the documents that Firestore charges for:
+    each one read (a missing one too, and at least one a query), each write, each delete."""
 
     def __init__(self, paths: Paths, emulator: str | None, timeout_s: float = TIMEOUT_S) -> None:
         self.paths = paths
         self.emulator = emulator or os.environ.get(_EMULATOR) or None
         self.timeout_s = timeout_s
         self.requests: dict[str, int] = {}
+        self.billed = {"reads": 0, "writes": 0, "deletes": 0}
         self._channel: Any = None
         self._calls: dict[str, Callable[..., Any]] = {}
         database = quote(paths.database, safe="")
@@ -145,6 +147,7 @@ class Wire:
         """A document by its name, or None."""
 
         async def once() -> Any | None:
+            self.billed["reads"] += 1
             try:
                 return await self._call("get", _GetRequest(name=name))
             except grpc.aio.AioRpcError as error:
@@ -169,6 +172,7 @@ class Wire:
                     found[answer.found.name] = answer.found
                 elif answer.missing:
                     found[answer.missing] = None
+            self.billed["reads"] += len(found)
             return found, moment
 
         return await self._read("batch get", once)
@@ -184,6 +188,7 @@ class Wire:
                     moment = answer.read_time
                 if answer.HasField("document"):
                     found.append(answer.document)
+            self.billed["reads"] += max(1, len(found))
             return found, moment
 
         return await self._read("query", once)
@@ -195,6 +200,7 @@ class Wire:
             values: dict[str, Any] = {}
             async for answer in self._call("aggregate", request):
                 values.update(answer.result.aggregate_fields)
+            self.billed["reads"] += 1  # at least: one for each 1,000 index entries that match
             return values
 
         return await self._read("aggregate", once)
@@ -215,9 +221,13 @@ class Wire:
     async def commit(self, writes: Sequence[Any]) -> Any:
         """One commit. Raises Rejected with its status."""
         try:
-            return await self._call("commit", CommitRequest(database=self.paths.root, writes=writes))
+            answer = await self._call("commit", CommitRequest(database=self.paths.root, writes=writes))
         except grpc.aio.AioRpcError as error:
             raise Rejected(error.code(), error.details() or "") from None
+        deletes = sum(bool(write.delete) for write in writes)
+        self.billed["deletes"] += deletes
+        self.billed["writes"] += len(writes) - deletes
+        return answer
 
     async def listen(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
         """The answers of a listening stream, until it breaks (Unavailable) or the caller ends it."""
@@ -227,6 +237,8 @@ class Wire:
         call = self._calls["listen"](requests, metadata=self._metadata)
         try:
             async for answer in call:
+                if answer is None:  # what gRPC gives for a message that it could not read
+                    raise Unavailable("listen: an answer could not be read")
                 yield answer
         except grpc.aio.AioRpcError as error:
             raise translated(error.code(), error.details() or "", "listen") from None

@@ -294,6 +294,7 @@ class FirestoreStore:
                 "emulator": self.wire.emulator,
                 "listening": self._listener.is_live,
                 **self._writer.counts,
+                **self.wire.billed,
             },
         )
 

@@ -1,0 +1,167 @@
+"""`strongroom estimate`: what a month's load costs on Google's backends, by the prices of seed 000."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Annotated
+
+import typer
+
+from ..errors import InvalidInput, Problem
+from . import output
+from .session import JsonOption
+
+SOURCE = "ADR 006 (seed 000), cost comparison, 2024, US dollars, one region; the deletes are Google's list of that time"
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """What a backend charges: dollars a GB and month, a million of reads, writes and deletes, and a month at least and
+    at most for being there."""
+
+    backend: str
+    gb: float
+    reads: float
+    writes: float
+    deletes: float
+    base: tuple[float, float] = (0.0, 0.0)
+
+
+PRICES = (
+    Prices("GCS", 0.02, 0.40, 5.00, 0.0),
+    Prices("Firestore", 0.15, 0.30, 0.90, 0.10),
+    Prices("Cloud SQL", 0.24, 0.0, 0.0, 0.0, (30.0, 50.0)),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Documents read, written and deleted in a month, and how much is stored."""
+
+    reads: float = 0
+    writes: float = 0
+    deletes: float = 0
+    gb: float = 0
+
+    def __add__(self, other: Load) -> Load:
+        return Load(
+            self.reads + other.reads, self.writes + other.writes, self.deletes + other.deletes, self.gb + other.gb
+        )
+
+    def times(self, count: float) -> Load:
+        return Load(self.reads * count, self.writes * count, self.deletes * count, self.gb * count)
+
+
+OPERATIONS: Mapping[str, tuple[str, Load]] = {
+    "get": ("read an entity by its id", Load(reads=1)),
+    "list-20": ("list 20 entities, the filters pushed down", Load(reads=20)),
+    "create": ("create an entity: itself, its record in the journal, the head of that", Load(writes=3)),
+    "update": ("change an entity: it is read first", Load(reads=1, writes=3)),
+    "delete": ("delete an entity: it is read first", Load(reads=1, writes=2, deletes=1)),
+    "unique": ("… and for each unique index, when a document is created", Load(writes=1)),
+    "create-key": ("issue an API key: as an entity, and where its id is", Load(writes=4)),
+    "verify-cold": ("find a key that this node has not in memory", Load(reads=1)),
+    "verify": ("decide limits durably: the usage, and that the key is unchanged", Load(writes=2)),
+    "verify-unlimited": ("verify a key without limits that is in memory", Load()),
+    "poll": ("ask for changes without a listener: the 16 heads", Load(reads=16)),
+}  # fmt: skip
+"""What Strongroom does on Firestore for each operation once it runs: a tenant's first write of each process costs one
+write more, and a process's first record in a shard one read. Verifications of a key that wait together share two."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Dollars a month on one backend; the base price has a least and a most."""
+
+    backend: str
+    storage: float
+    reads: float
+    writes: float
+    deletes: float
+    least: float
+    most: float
+
+
+def estimate(load: Load) -> list[Estimate]:
+    """What a month's load costs on each backend."""
+    found = []
+    for price in PRICES:
+        parts = (
+            load.gb * price.gb,
+            load.reads / 1e6 * price.reads,
+            load.writes / 1e6 * price.writes,
+            load.deletes / 1e6 * price.deletes,
+        )
+        found.append(Estimate(price.backend, *parts, sum(parts) + price.base[0], sum(parts) + price.base[1]))
+    return found
+
+
+def load_of(counts: Mapping[str, float]) -> Load:
+    """The documents that so many of Strongroom's operations read and write. InvalidInput for an unknown one."""
+    total = Load()
+    for name, count in counts.items():
+        if name not in OPERATIONS or count < 0:
+            known = ", ".join(OPERATIONS)
+            raise InvalidInput([Problem("do", f"found {name}={count:g}, expected one of {known}, and 0 or more of it")])
+        total += OPERATIONS[name][1].times(count)
+    return total
+
+
+def command(
+    reads: Annotated[float, typer.Option(min=0, help="Documents read in a month.")] = 0,
+    writes: Annotated[float, typer.Option(min=0, help="Documents written in a month.")] = 0,
+    deletes: Annotated[float, typer.Option(min=0, help="Documents deleted in a month.")] = 0,
+    gb: Annotated[float, typer.Option(min=0, help="Gigabytes stored.")] = 0,
+    do: Annotated[
+        list[str] | None,
+        typer.Option("--do", metavar="WHAT=COUNT", help="So many of Strongroom's operations; may be given again."),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Estimate what a month's load costs on Cloud Storage, Firestore and Cloud SQL.
+
+    Without --do it also lists what each of Strongroom's operations reads and writes on Firestore. Prices are dated:
+    look up today's before you decide.
+
+    \b
+    Example:
+      strongroom estimate --gb 2 --do create-key=10000 --do verify=5000000
+    """
+    load = Load(reads, writes, deletes, gb) + load_of(dict(map(_counted, do or ())))
+    found = estimate(load)
+    if json:
+        operations = {name: {"what": what, **asdict(cost)} for name, (what, cost) in OPERATIONS.items()}
+        output.print_json(
+            {"source": SOURCE, "load": asdict(load), "estimates": [asdict(e) for e in found], "operations": operations}
+        )
+        return
+    output.print_table(
+        ("BACKEND", "STORAGE", "READS", "WRITES", "DELETES", "A MONTH"),
+        [
+            (e.backend, *(f"${part:,.2f}" for part in (e.storage, e.reads, e.writes, e.deletes)), _range(e))
+            for e in found
+        ],
+    )
+    if not do:
+        output.print_line()
+        output.print_table(
+            ("OPERATION", "READS", "WRITES", "DELETES", "WHAT"),
+            [
+                (name, f"{cost.reads:g}", f"{cost.writes:g}", f"{cost.deletes:g}", what)
+                for name, (what, cost) in OPERATIONS.items()
+            ],
+        )
+    output.print_note(f"{load.reads:,.0f} reads, {load.writes:,.0f} writes, {load.deletes:,.0f} deletes. {SOURCE}")
+
+
+def _range(found: Estimate) -> str:
+    return f"${found.least:,.2f}" + (f" to ${found.most:,.2f}" if found.most > found.least else "")
+
+
+def _counted(text: str) -> tuple[str, float]:
+    name, separator, count = text.partition("=")
+    try:
+        return name, float(count if separator else "nothing")
+    except ValueError:
+        raise InvalidInput([Problem("do", f"found {text!r}, expected WHAT=COUNT such as verify=5000000")]) from None
