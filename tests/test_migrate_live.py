@@ -169,7 +169,7 @@ async def test_a_store_in_use_is_moved_and_nothing_acknowledged_is_missing(
 ) -> None:
     one, other = urls(source), urls(target)
     id, text = await key_in(one)
-    async with writing(one, text) as (process, told):
+    async with writing(one, text, 2) as (process, told):
         async with stores(one, other) as (a, b):
             ready = await library.migrate(a, b, ALL, LIVE)
             assert (ready.phase, ready.is_done) == (Phase.FOLLOWING, False)

@@ -11,6 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from ..advice import QueryShape
 from ..context import next_id
 from ..database import WRITES, StoreState
 from ..entity import Collection, Document, Entity, Index
@@ -98,8 +99,9 @@ class MigrationPart(Entity, collection="migration_parts", scope="global", journa
 
 MIGRATIONS, PARTS, STORE_STATE = (c.__collection__ for c in (Migration, MigrationPart, StoreState))
 OWN = (MIGRATIONS, PARTS, STORE_STATE)
-NOT_MOVED = frozenset(collection.name for collection in (*OWN, Lease.__collection__))
-"""What a store says of itself stays where it is; so do its nodes' leases, whose positions mean its own journal."""
+NOT_MOVED = frozenset(c.name for c in (*OWN, Lease.__collection__, QueryShape.__collection__))
+"""What a store says of itself stays where it is: its nodes' leases, whose positions mean its own journal, and which
+queries it was asked."""
 
 
 @dataclass(frozen=True, slots=True)
