@@ -374,22 +374,26 @@ async def test_a_lock_held_for_long_is_unavailable_and_nothing_is_applied(server
 
 
 async def test_an_absence_that_was_checked_holds_until_the_commit(server: postgres.Server) -> None:
-    """Of two that each make one document if the other's is absent, at most one may succeed."""
+    """Of two that each make one document if the other's is absent, one may succeed: a tenant's documents, and those
+    that two tenants share."""
     url = server.url(postgres.new_schema())
     one, two = await prepared(url), await prepared(url)
 
-    async def attempt(store: Store, tenant: str, mine: str, others: str) -> bool:
+    async def attempt(store: Store, tenant: str, mine: Create, others: str) -> bool:
         try:
-            await store.commit(batch(tenant, Check("items", others, 0), Create("items", mine, item())))
+            await store.commit(batch(tenant, Check(mine.collection, others, 0), mine))
         except (Conflict, Unavailable):
             return False
         return True
 
     try:
-        for round_number in range(40):
-            tenant = f"t{round_number}"
-            made = await asyncio.gather(attempt(one, tenant, "a", "b"), attempt(two, tenant, "b", "a"))
-            assert sum(made) == 1, tenant
+        for n in range(40):
+            tenant = f"t{n}"
+            of_a_tenant = (Create("items", "a", item()), Create("items", "b", item()))
+            of_all = (Create("shared", f"a{n}", shared()), Create("shared", f"b{n}", shared()))
+            for (mine, theirs), other in ((of_a_tenant, tenant), (of_all, "other")):
+                made = await asyncio.gather(attempt(one, tenant, mine, theirs.id), attempt(two, other, theirs, mine.id))
+                assert sum(made) == 1, (tenant, mine.collection)
     finally:
         await one.close()
         await two.close()

@@ -122,7 +122,7 @@ class Sets:
             size += sum(len(value) for value in row if type(value) is str or type(value) is bytes)
             bucket = None
             if key[0] is INSERT or key[0] is UPSERT:
-                bucket = self._locks.bucket(table.name, tenant, operation.id)  # type: ignore[union-attr]
+                bucket = self._locks.bucket(table, tenant, operation.id)  # type: ignore[union-attr]
             staged.append((key, table, row, Slot(position, number, operation), bucket))
         if size * BYTES_PER_CHARACTER > MAX_BATCH_BYTES:
             check_batch_size(batch)

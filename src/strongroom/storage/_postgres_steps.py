@@ -76,7 +76,7 @@ class Steps:
     async def _lock_keys(self, operations: Sequence[Operation]) -> None:
         """See to it that what is checked to be absent stays so until the end, and that what is made waits for those
         who check. In one order, so that two commits do not wait for each other."""
-        locks = self._locks.of(self._tenant, operations)
+        locks = self._locks.of(self._tenant, operations, self._statements)
         if locks:
             await self._connection.fetch(TAKE_LOCKS, [key for key, _ in locks], [exclusive for _, exclusive in locks])
 
@@ -232,17 +232,23 @@ class Locks:
     def __init__(self, schema: str) -> None:
         self._base = zlib.crc32(schema.encode()) << 16
 
-    def bucket(self, collection: str, tenant: str | None, id: str) -> int:
-        return self._base | zlib.crc32(f"{collection}\0{tenant}\0{id}".encode()) % LOCK_BUCKETS
+    def bucket(self, table: Table, tenant: str | None, id: str) -> int:
+        owner = tenant if table.tenant_scoped else None  # a global document is the same one for whichever tenant
+        return self._base | zlib.crc32(f"{table.name}\0{owner}\0{id}".encode()) % LOCK_BUCKETS
 
-    def of(self, tenant: str | None, operations: Sequence[Operation]) -> list[tuple[int, bool]]:
+    def of(
+        self, tenant: str | None, operations: Sequence[Operation], statements: Mapping[str, Statements]
+    ) -> list[tuple[int, bool]]:
         """The locks that these operations need, each once, in their order: (key, exclusive)."""
         needed: dict[int, bool] = {}
         for operation in operations:
+            found = None if isinstance(operation, Append) else statements.get(operation.collection)
+            if found is None or isinstance(operation, Append):
+                continue
             if isinstance(operation, Create) or (isinstance(operation, Put) and not operation.expected):
-                needed.setdefault(self.bucket(operation.collection, tenant, operation.id), False)
+                needed.setdefault(self.bucket(found.table, tenant, operation.id), False)
             elif isinstance(operation, Check) and operation.expected == 0:
-                needed[self.bucket(operation.collection, tenant, operation.id)] = True
+                needed[self.bucket(found.table, tenant, operation.id)] = True
         return sorted(needed.items())
 
 

@@ -115,6 +115,7 @@ class PostgresStore:
         for lane in self._lanes():
             await lane.close()
         await pool.close()
+        self._tables = {}
 
     def _lanes(self) -> list[Lane]:
         return [lane for lane in (self._platform, self._tenants) if lane is not None]
