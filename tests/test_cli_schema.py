@@ -180,3 +180,24 @@ async def test_postgresql_tells_which_index_it_never_used_and_which_table_it_rea
 
 async def _equals(told: Callable[[], object], expected: object) -> bool:
     return await told() == expected  # type: ignore[misc]
+
+
+def test_what_firestore_deploys_is_written_from_the_declarations(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "deploy"
+    arguments = ("schema", "export", "--format", "firestore", "--entities", "strongroom.state")
+    status, out, err = run(*arguments, "--directory", str(folder))
+    assert (status, err) == (0, "")
+    assert out.splitlines() == [f"wrote {folder}/firestore.indexes.json", f"wrote {folder}/firestore.rules"]
+    indexes = json.loads((folder / "firestore.indexes.json").read_text())
+    fields = [
+        [(f["fieldPath"], f.get("order")) for f in one["fields"]]
+        for one in indexes["indexes"]
+        if one["collectionGroup"] == "signals"
+    ]
+    assert [("status", "ASCENDING"), ("created_at", "ASCENDING")] in fields, fields
+    (expiring,) = [one for one in indexes["fieldOverrides"] if one["collectionGroup"] == "signals" and one["ttl"]]
+    assert expiring["fieldPath"] == "expires_at"
+    assert "allow read, write: if false;" in (folder / "firestore.rules").read_text()
+    status, out, _ = run(*arguments, "--json")
+    assert status == 0
+    assert json.loads(out).keys() == {"firestore.indexes.json", "firestore.rules"}

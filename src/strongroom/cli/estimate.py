@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import InvalidInput, Problem
 from . import output
-from .session import JsonOption
+from .session import JsonOption, StoreOption, in_store
+
+if TYPE_CHECKING:
+    from ..app import Strongroom
 
 SOURCE = "ADR 006 (seed 000), cost comparison, 2024, US dollars, one region; the deletes are Google's list of that time"
+
+
+SAMPLE = 50
+"""Documents that the size of a collection is guessed from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,15 +119,19 @@ def command(
     reads: Annotated[float, typer.Option(min=0, help="Documents read in a month.")] = 0,
     writes: Annotated[float, typer.Option(min=0, help="Documents written in a month.")] = 0,
     deletes: Annotated[float, typer.Option(min=0, help="Documents deleted in a month.")] = 0,
-    gb: Annotated[float, typer.Option(min=0, help="Gigabytes stored.")] = 0,
+    gb: Annotated[
+        float | None, typer.Option(min=0, help="Gigabytes stored (default: what --store holds, else 0).")
+    ] = None,
     do: Annotated[
         list[str] | None,
         typer.Option("--do", metavar="WHAT=COUNT", help="So many of Strongroom's operations; may be given again."),
     ] = None,
+    store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
     """Estimate what a month's load costs on Cloud Storage, Firestore and Cloud SQL.
 
+    With --store and without --gb it looks how much that store holds, by a sample of each collection of each tenant.
     Without --do it also lists what each of Strongroom's operations reads and writes on Firestore. Prices are dated:
     look up today's before you decide.
 
@@ -128,7 +139,8 @@ def command(
     Example:
       strongroom estimate --gb 2 --do create-key=10000 --do verify=5000000
     """
-    load = Load(reads, writes, deletes, gb) + load_of(dict(map(_counted, do or ())))
+    stored = in_store(store, _stored_gb) if gb is None and store is not None else gb or 0
+    load = Load(reads, writes, deletes, stored) + load_of(dict(map(_counted, do or ())))
     found = estimate(load)
     if json:
         operations = {name: {"what": what, **asdict(cost)} for name, (what, cost) in OPERATIONS.items()}
@@ -153,6 +165,24 @@ def command(
             ],
         )
     output.print_note(f"{load.reads:,.0f} reads, {load.writes:,.0f} writes, {load.deletes:,.0f} deletes. {SOURCE}")
+
+
+async def _stored_gb(room: Strongroom) -> float:
+    """How much a store's documents take, as the port counts bytes."""
+    from ..query import Aggregate, Query
+    from ..storage.port import document_size
+
+    tenants: list[str] = []
+    while page := await room.store.tenants(tenants[-1] if tenants else None):
+        tenants += page
+    size = 0.0
+    for collection in room.database.registry.collections:
+        for tenant in tenants if collection.tenant_scoped else [None]:
+            sample = await room.store.find(collection.name, tenant, Query(limit=SAMPLE))
+            if sample:
+                counted = await room.store.aggregate(collection.name, tenant, [Aggregate("count")], None)
+                size += counted["count"] * sum(map(document_size, sample)) / len(sample)
+    return size / 1e9
 
 
 def _range(found: Estimate) -> str:

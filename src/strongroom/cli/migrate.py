@@ -15,7 +15,7 @@ import typer
 from ..errors import ConfigError, InvalidInput, Problem
 from . import output
 from .keys import is_interactive
-from .session import EXIT_FAILED, Interrupted, JsonOption, run
+from .session import EXIT_FAILED, Interrupted, JsonOption, as_owner, run
 
 if TYPE_CHECKING:
     from ..entity import Collection
@@ -73,6 +73,7 @@ def migrate(
     """
     from ..migrate import Options
 
+    as_owner()
     _check_call(source, target, {"--plan": plan, "--abort": abort, "--rollback": rollback})
     options = Options(
         source=shown(source), target=shown(target), live=live, switch=switch, overwrite=overwrite, backup=backup,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 
 from ..errors import ConfigError, SchemaError
 from . import output
-from .session import JsonOption, StoreOption, run
+from .session import JsonOption, StoreOption, as_owner, run
 
 if TYPE_CHECKING:
     from ..entity import Registry
@@ -72,18 +73,50 @@ def apply(
 @app.command()
 def export(
     entities: EntitiesOption = None,
+    format: Annotated[
+        Literal["json-schema", "firestore"],
+        typer.Option("--format", help="JSON Schema of every entity, or the files that Firestore's deployment takes."),
+    ] = "json-schema",
+    directory: Annotated[
+        Path, typer.Option("--directory", metavar="DIR", help="Where the files for Firestore are written.")
+    ] = Path(),
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Print the JSON Schema of every entity, by collection (always JSON; the store is not opened).
+    """Print the JSON Schema of every entity, by collection, always as JSON; or write firestore.indexes.json and
+    firestore.rules. The store is not opened.
 
     \b
     Example:
       strongroom schema export --entities myapp.entities > schema.json
+      strongroom schema export --format firestore --directory deploy
     """
     from ..config import load
 
-    output.print_json(_registry(entities or load(store=store).entities).json_schema())
+    settings = load(store=store)
+    registry = _registry(entities or settings.entities)
+    if format == "json-schema":
+        output.print_json(registry.json_schema())
+        return
+    files = _deployment(registry, settings.firestore_collection)
+    if json:
+        output.print_json(files)
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (directory / name).write_text(text)
+        print(f"wrote {directory / name}")
+
+
+def _deployment(registry: Registry, keys_collection: str) -> dict[str, str]:
+    """What is deployed beside Firestore, whichever store is configured: the files do not depend on a project."""
+    from urllib.parse import quote
+
+    from ..storage import store_for
+
+    named = store_for(f"firestore://project?collection={quote(keys_collection, safe='')}")
+    files: dict[str, str] = named.deployment(registry.collections)  # type: ignore[attr-defined]  # Firestore's own
+    return files
 
 
 @app.command()
@@ -202,6 +235,7 @@ def _opened(store: str | None, work: Callable[[Store], Awaitable[T]]) -> T:
     from ..storage import open_store
 
     settings = load(store=store)
+    as_owner()
 
     async def opened() -> T:
         held = await open_store(settings.store_url)

@@ -63,6 +63,13 @@ def run(work: Callable[[], Awaitable[T]]) -> T:
         raise Interrupted from None
 
 
+def as_owner() -> None:
+    """The owner of a PostgreSQL schema is right here: do not warn that it should not serve."""
+    import logging
+
+    logging.getLogger("strongroom.storage._postgres_roles").setLevel(logging.ERROR)
+
+
 def operator() -> Context:
     """The context of who sits at the command line: an administrator, named in the journal by the login name."""
     import getpass

@@ -7,6 +7,7 @@ whatever any machine's clock does, and it checks them itself.
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from ._firestore_find import Search
 from ._firestore_journal import Journal, shard_of
 from ._firestore_listener import Listener
 from ._firestore_paths import SCHEMA, TENANTS, Paths
-from ._firestore_schema import MAX_ATTEMPTS, Known, Schema, lazy_fields, plan_of
+from ._firestore_schema import FIRESTORE_RULES, MAX_ATTEMPTS, Known, Schema, firestore_indexes, lazy_fields, plan_of
 from ._firestore_values import micros
 from ._firestore_wire import RunQueryRequest, Wire, pause
 from ._firestore_writer import Writer
@@ -89,6 +90,12 @@ class FirestoreStore:
             keys_collection=collection,
             emulator=given.get("emulator"),
         )
+
+    def deployment(self, collections: Sequence[Collection]) -> dict[str, str]:
+        """What Google's tools deploy for these declarations: the texts of `firestore.indexes.json` and
+        `firestore.rules` by their names. The store need not be open."""
+        indexes = firestore_indexes(collections, self.paths.keys_collection)
+        return {"firestore.indexes.json": json.dumps(indexes, indent=2) + "\n", "firestore.rules": FIRESTORE_RULES}
 
     @property
     def capabilities(self) -> Capabilities:
