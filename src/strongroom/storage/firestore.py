@@ -94,7 +94,7 @@ class FirestoreStore:
     def deployment(self, collections: Sequence[Collection]) -> dict[str, str]:
         """What Google's tools deploy for these declarations: the texts of `firestore.indexes.json` and
         `firestore.rules` by their names. The store need not be open."""
-        indexes = firestore_indexes(collections, self.paths.keys_collection)
+        indexes = firestore_indexes(collections, self.paths.keys_collection or DEFAULT_COLLECTION)
         return {"firestore.indexes.json": json.dumps(indexes, indent=2) + "\n", "firestore.rules": FIRESTORE_RULES}
 
     @property
