@@ -28,7 +28,7 @@ from strongroom.errors import ConfigError, Conflict, InvalidInput, NotFound, Pro
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = (
-    "serve", "import", "export", "migrate", "bench", "keys create", "keys list", "keys show", "keys verify",
+    "serve", "import", "export", "migrate", "bench", "estimate", "keys create", "keys list", "keys show", "keys verify",
     "keys rotate",
     "keys disable", "keys enable", "keys delete", "keys stats",
     "schema plan", "schema apply", "schema export", "schema roles", "schema advise", "schema retain",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from strongroom import Limit, Rolling, Strongroom
 from strongroom.apikey import ApiKey
+from strongroom.cli import main
 from strongroom.cli.estimate import OPERATIONS, PRICES, Load, estimate, load_of
 from strongroom.context import Context
 from strongroom.database import IdempotentCall
@@ -205,3 +207,15 @@ class TestCosts:
         assert (found["Cloud SQL"].least, found["Cloud SQL"].most) == pytest.approx((32.4, 52.4))
         with pytest.raises(InvalidInput, match="expected one of"):
             load_of({"nonsense": 1})
+
+
+def test_the_command_line_estimates_what_a_store_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = f"sqlite:///{tmp_path}/store.db"
+    for name in ("a", "b"):
+        assert main(["keys", "create", "--name", name, "--store", store, "--json"]) == 0
+    capsys.readouterr()
+    assert main(["estimate", "--do", "verify=1000000", "--store", store, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["load"]["writes"] == 2_000_000
+    assert 2 * 300 / 1e9 < found["load"]["gb"] < 2 * 3_000 / 1e9
+    assert main(["estimate", "--do", "verify", "--json"]) == 2
