@@ -14,8 +14,9 @@ UNIQUE_VIOLATION = "23505"
 _RETRIED = frozenset({"40001", "40P01"})  # a serialisation failure, a deadlock
 _CONNECTION_LOST = frozenset({"57P01", "57P02", "57P05", "25P03"})  # ended by an administrator, a crash, a time-out
 
-DRIVER_ERRORS = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
-"""Everything that the driver raises when the server or the way to it is at fault (ssl.SSLError is an OSError)."""
+DRIVER_ERRORS = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError)
+"""Everything that the driver raises when the server or the way to it is at fault (ssl.SSLError is an OSError). The
+driver's own InternalClientError is what a call gets on a connection whose server was killed amid the call before."""
 
 
 def sqlstate(error: BaseException) -> str:
@@ -32,7 +33,7 @@ def is_connection_lost(error: BaseException) -> bool:
     state = sqlstate(error)
     if state:
         return state[:2] == "08" or state in _CONNECTION_LOST
-    return isinstance(error, asyncpg.InterfaceError | OSError | TimeoutError)
+    return isinstance(error, asyncpg.InterfaceError | asyncpg.InternalClientError | OSError | TimeoutError)
 
 
 def is_outdated(error: BaseException) -> bool:
