@@ -26,13 +26,15 @@ import pytest
 from tests.servers import Command, answers, free_port, shared_server
 
 REMOVED_AT_THE_END = """
-import shutil, signal, subprocess, sys
+import signal, subprocess, sys
 child = subprocess.Popen(sys.argv[2:], cwd="/")
-signal.signal(signal.SIGTERM, lambda *_: child.send_signal(signal.SIGINT))  # which ends clients' sessions, too
+signal.signal(signal.SIGTERM, lambda *_: child.send_signal(signal.SIGQUIT))  # at once: nobody needs the data any more
 status = child.wait()
-shutil.rmtree(sys.argv[1], ignore_errors=True)
+# In a session of its own: whoever ended this process may soon kill the rest of its group.
+subprocess.Popen(["rm", "-rf", sys.argv[1]], start_new_session=True)
 sys.exit(status)
 """
+"""A program that runs a server and removes its folder at the end."""
 
 UNPRIVILEGED = "nobody"
 """Whom PostgreSQL runs as when the tests run as root, whom it refuses. initdb wants a user with a name."""
