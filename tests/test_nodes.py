@@ -62,7 +62,8 @@ class Node:
     def kill(self) -> None:
         if self.process is not None:
             self.process.send_signal(signal.SIGKILL)
-            self.process.communicate()
+            _, said = self.process.communicate()
+            print(said)  # what a test that fails is to be understood by
             self.process = None
 
 

@@ -93,6 +93,36 @@ async def test_a_commit_that_never_arrived_is_done_again(
         await store.close()
 
 
+async def test_a_commit_that_never_arrived_at_a_server_that_stays_away_is_never_told_as_done(
+    server: postgres.Server, proxy: Proxy
+) -> None:
+    store = await prepared(through(proxy, server, postgres.new_schema(), connect_timeout_s=1))
+    try:
+        await store.commit(batch("acme", Create("items", "a", item())))
+
+        def last_word(chunk: bytes) -> bool:
+            if is_commit(chunk):
+                proxy.refuse()
+                return True
+            return False
+
+        proxy.drop_request(last_word)
+        with pytest.raises(Unavailable):
+            await store.commit(batch("acme", Create("items", "b", item()), Append(record("b"), 0)))
+        assert proxy.dropped.is_set()
+        proxy.heal()
+
+        async def absent() -> bool:
+            try:
+                return await store.get("items", "acme", "b") is None
+            except Unavailable:
+                return False
+
+        await wait_until(absent, 15)
+    finally:
+        await store.close()
+
+
 async def test_a_ledger_commit_whose_answer_is_lost_says_that_it_does_not_know(
     server: postgres.Server, proxy: Proxy
 ) -> None:

@@ -141,6 +141,7 @@ class Commits:
 
     async def _attempt(self, group: _Group, *, as_sets: bool) -> bool:
         """Try to commit what waits. What has no answer then is to be tried again; True: as sets."""
+        before = dict(group.answers)
         try:
             if not as_sets:
                 await self._run_steps(group)
@@ -148,9 +149,12 @@ class Commits:
             return await self._run_sets(group)
         except _Lost as lost:
             await self._abandon(lost)
-            if await self._was_committed(lost):
-                return as_sets
-            group.answers.clear()
+            committed = False
+            try:
+                committed = await self._was_committed(lost)
+            finally:
+                if not committed:  # or nobody knows: then nothing of this attempt may be told as done
+                    group.answers = before
             return as_sets
 
     async def _connected(self) -> asyncpg.Connection:
