@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from strongroom import Context, Limit, Rolling, Strongroom
 from strongroom.apikey import ApiKey
 from strongroom.context import utc_from_us
 from strongroom.entity import Document, Entity, Index, Indexed
@@ -30,6 +31,7 @@ from tests.conftest import wait_until
 from tests.servers import firestore
 
 KEYS = ApiKey.__collection__
+ADMIN = Context("acme", claims={"admin": True})
 
 
 @pytest.fixture
@@ -318,6 +320,21 @@ class TestNodes:
             ]
             assert all(answer.versions[0] for answer in await asyncio.gather(*puts))
             assert len((await first.changes(None)).records) == 1
+
+    async def test_a_limit_is_exact_and_a_revocation_seen_on_two_nodes(self, new_url: Callable[[], str]) -> None:
+        url = new_url()
+        limit = Limit(resource="requests", limit=20, window=Rolling(seconds=3600))
+        async with Strongroom.open(url) as first, Strongroom.open(url) as second:
+            issued = await first.keys.create(name="k", tenant="acme", limits=[limit], context=ADMIN)
+            verifications = [room.keys.verify(issued.text) for _ in range(30) for room in (first, second)]
+            codes = [one.code for one in await asyncio.gather(*verifications)]
+            assert (codes.count("VALID"), codes.count("RATE_LIMITED")) == (20, 40)
+            await first.keys.disable(issued.key.id, context=ADMIN)
+
+            async def refused() -> bool:
+                return (await second.keys.verify(issued.text)).code == "DISABLED"
+
+            await wait_until(refused)
 
     async def test_each_tenants_journal_is_in_order_under_writers_of_two_nodes(
         self, new_url: Callable[[], str]
