@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -59,7 +59,7 @@ def failing(code: Any, text: str = "no") -> Callable[..., Any]:
     """A call that fails with a status of gRPC's."""
 
     class Call:
-        def __await__(self) -> Iterator[Any]:
+        def __await__(self) -> Generator[Any, Any, Any]:
             raise grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), text)
             yield
 
@@ -147,7 +147,7 @@ class Losing:
         self.faults = list(faults)
         self.between = between
         self.calls = 0
-        store.wire.commit = self  # type: ignore[assignment, method-assign]
+        store.wire.commit = self  # type: ignore[method-assign]
 
     async def __call__(self, writes: Any) -> Any:
         self.calls += 1

@@ -384,7 +384,7 @@ class Search:
 
 
 def _is_field(one: Any) -> bool:
-    return one.DESCRIPTOR.name == "FieldFilter"
+    return str(one.DESCRIPTOR.name) == "FieldFilter"
 
 
 def _leaves_of(where: Any) -> list[Any]:
