@@ -91,8 +91,8 @@ class Metrics(Collector):
             yield GaugeMetricFamily(name, help, value=value())
         for name, (help, label, values) in self.counters.items():
             family = CounterMetricFamily(name, help, labels=(label,))
-            for value, count in sorted(values().items()):
-                family.add_metric((value,), count)
+            for labelled, number in sorted(values().items()):
+                family.add_metric((labelled,), number)
             yield family
         if self.store is not None:
             yield from store_families(self.store)
