@@ -18,8 +18,8 @@ MAX_CALLERS = 10_000
 """Callers kept in memory, by the text of their header."""
 TRUSTED_FOR_S = 0.25
 """A caller is looked up again after this long, whatever was heard of its key meanwhile. With what
-`keycache.TRUSTED_FOR_S` allows, a management key that was revoked elsewhere ends within a second, even where the feed of
-changes is broken."""
+`keycache.TRUSTED_FOR_S` allows, a management key that was revoked elsewhere ends within a second, even where the feed
+of changes is broken."""
 MANAGEMENT = "strongroom:"
 
 
