@@ -140,18 +140,26 @@ async def test_a_missing_index_of_a_sum_is_named_too(store: FirestoreStore) -> N
 
 
 class Losing:
-    """Between the store and Firestore: commits that fail `before` they arrive, or whose answers are lost `after`."""
+    """Between the store and Firestore: commits that fail `before` they arrive, whose answers are lost `after`, or that
+    arrive `late`: with the next one."""
 
     def __init__(self, store: FirestoreStore, *faults: str, between: Callable[[], Any] | None = None) -> None:
         self.commit = store.wire.commit
         self.faults = list(faults)
         self.between = between
         self.calls = 0
+        self.late: list[Any] = []
         store.wire.commit = self  # type: ignore[method-assign]
 
     async def __call__(self, writes: Any) -> Any:
         self.calls += 1
         fault = self.faults.pop(0) if self.faults else None
+        if fault == "late":
+            self.late = [type(write).FromString(write.SerializeToString()) for write in writes]
+            raise Rejected(Code.DEADLINE_EXCEEDED, "on the way")
+        if self.late:
+            late, self.late = self.late, []
+            await self.commit(late)
         if fault == "before":
             raise Rejected(Code.UNAVAILABLE, "lost on the way")
         answer = await self.commit(writes)
@@ -185,6 +193,20 @@ class TestLostAnswers:
         assert losing.calls == 4
         assert added.values == {0: 5}
         assert len((await store.changes(None)).records) == 1
+
+    async def test_a_commit_that_arrives_late_is_applied_once(self, store: FirestoreStore) -> None:
+        await store.commit(batch("acme", Create("items", "x", item())))
+        for total in (5, 10):  # as after a Create, and as after an addition
+            Losing(store, "late")
+            assert (await store.commit(batch("acme", Add("items", "x", "used", 5)))).values == {0: total}
+        Losing(store, "late")
+        await store.commit(batch("acme", Patch("items", "x", {"label": "late"}), Append(record("x"), 0)))
+        Losing(store, "late")
+        added = await store.commit(batch("acme", Add("items", "x", "used", 5, at_most=15), Append(record("y"), 0)))
+        assert added.values == {0: 15}
+        assert (await store.get("items", "acme", "x") or {})["used"] == 15
+        records = (await store.changes(None)).records
+        assert [one.entity_id for one in records] == ["x", "y"]
 
     async def test_where_nobody_can_tell_the_error_says_so(self, store: FirestoreStore) -> None:
         await store.commit(batch("acme", Create("items", "x", item())))

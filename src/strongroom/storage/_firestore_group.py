@@ -298,16 +298,20 @@ class Group:
                 [ours[place.path].fields[name] for name in place.increments] if place is not None else []
                 for place in prepared.places
             ]
-        if prepared.lines and rejected.code in PRECONDITION:
-            return None  # the record is not there, and the head that the first try expected is not either
-        for name, place in written.items():
-            if place is not None:
-                document = found[name]
-                version = 0 if document is None else micros(document.update_time)
-                if place.base.version not in (version, ANY):
-                    raise unknown
         if time.monotonic() > self._deadline:
             raise unknown
+        if prepared.lines:
+            # The record is not there. To send it again is safe: of two commits with one record, one is refused.
+            return None
+        for write, place in zip(prepared.writes, prepared.places, strict=True):
+            if place is not None and place.path in found:
+                document = found[place.path]
+                version = 0 if document is None else micros(document.update_time)
+                if _version_before(place) not in (version, ANY):
+                    raise unknown
+                if place.increments:
+                    # Should the first try arrive after all, then this one is refused, instead of adding once more.
+                    write.current_document.update_time.CopyFrom(timestamp(version))
         return None
 
     async def _looked(self, names: list[str], unknown: Unavailable) -> dict[str, Any | None]:
@@ -393,6 +397,13 @@ class Group:
             writer.seen.put(place.path, Raw(HINT, found))
         else:
             writer.keep(place.path, found)
+
+
+def _version_before(place: Pending) -> int:
+    """The version that a place had before the commit, as far as this process knows."""
+    if place.base.version == HINT and place.base.found is not None:
+        return micros(place.base.found.update_time)
+    return place.base.version
 
 
 def _sum_of(made: Written, place: Pending, sums: Mapping[tuple[str, str], int]) -> int:
