@@ -136,6 +136,36 @@ async def test_a_missing_index_of_a_sum_is_named_too(store: FirestoreStore) -> N
     assert [field["fieldPath"] for field in caught.value.details["index"]["fields"]] == ["label", "used"]
 
 
+class TestAborted:
+    async def test_a_commit_that_is_aborted_is_tried_again(self, store: FirestoreStore) -> None:
+        commit, times = store.wire.commit, 0
+
+        async def aborting(writes: Any) -> Any:
+            nonlocal times
+            times += 1
+            if times <= 6:
+                raise Rejected(Code.ABORTED, "too much contention on these documents")
+            return await commit(writes)
+
+        store.wire.commit = aborting  # type: ignore[method-assign]
+        committed = await store.commit(batch("acme", Create("items", "x", item()), Append(record("x"), 0)))
+        assert times == 7
+        assert (await store.get("items", "acme", "x") or {})["version"] == committed.versions[0]
+
+    async def test_a_storm_without_an_end_is_given_up_in_time(self, store: FirestoreStore) -> None:
+        async def aborting(writes: Any) -> Any:
+            raise Rejected(Code.ABORTED, "too much contention on these documents")
+
+        store.wire.commit = aborting  # type: ignore[method-assign]
+        store._writer.timeout_s = 0.5
+        began = time.monotonic()
+        with pytest.raises(Unavailable, match="nothing was changed") as caught:
+            await store.commit(batch("acme", Create("items", "x", item())))
+        assert time.monotonic() - began < 10
+        assert caught.value.details["retry_after_s"] > 0
+        assert await store.get("items", "acme", "x") is None
+
+
 # --- Answers that are lost -------------------------------------------------------------------------------------
 
 
