@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from strongroom.entity import (
     MAX_FIELDS,
+    MAX_INDEXED_BYTES,
     MAX_INDEXES,
     Counter,
     Document,
@@ -423,3 +424,22 @@ def test_the_json_schema_says_what_was_declared() -> None:
         "journalled": True,
     }
     assert Registry((Note, Sample)).json_schema().keys() == {"notes", "samples"}
+
+
+def test_texts_of_an_index_are_only_so_long_together() -> None:
+    class Place(Entity, collection="places", indexes=[Index("street", "town", "-number"), Index("code", unique=True)]):
+        street: str
+        town: str | None = None
+        number: int = 0
+        code: bytes = b""
+        story: str = ""
+
+    half = "é" * (MAX_INDEXED_BYTES // 4)
+    for fits in (Place(street=half, town=half), Place(street=half * 2), Place(street="", story="x" * 100_000)):
+        assert Place.__codec__.encode(fits)["street"] == fits.street
+    with pytest.raises(InvalidInput) as caught:
+        Place.__codec__.encode(Place(street=half, town=half + "x", code=b"x" * (MAX_INDEXED_BYTES + 1)))
+    assert [(p.path, p.message) for p in caught.value.problems] == [
+        ("street + town", "found 1501 bytes together, expected at most 1500 in an index"),
+        ("code", "found 1501 bytes, expected at most 1500 in an index"),
+    ]

@@ -242,7 +242,7 @@ async def test_large_documents_and_records_are_cut_into_batches_that_fit(simple:
     async with opened(*((b, b.new_url()) for b in simple)) as (one, other):
         await one.prepare(COLLECTIONS)
         for n in range(14):
-            large = sample(name="x" * 880_000, blob=b"y" * 90_000)
+            large = sample(note="x" * 880_000, blob=b"y" * 90_000)
             told = record(f"{n}", id=f"{n}", before=sample(name="b" * 700_000), after=sample(name="a" * 700_000))
             await add(one, "acme", Create("samples", f"{n}", large), Append(told))
         assert (await library.migrate(one, other, COLLECTIONS)).is_done

@@ -27,7 +27,7 @@ from strongroom.migrate import run as run_module
 from strongroom.migrate.state import fence, now_us
 from strongroom.query import Query
 from strongroom.storage import open_store
-from strongroom.storage.port import Append, Batch, Create, Delete, Put, Store
+from strongroom.storage.port import Append, Batch, Create, Delete, Patch, Put, Store
 from strongroom.testing.storage.samples import COLLECTIONS, item, record, sample, shared
 from tests.conftest import backend_of, wait_until
 from tests.migrate_writer import Paper
@@ -269,13 +269,27 @@ async def test_what_changes_behind_the_copy_is_followed_deleted_and_swapped(urls
 
 
 @pytest.mark.usefixtures("briefly")
+async def test_usage_that_is_rolled_up_into_keys_behind_the_copy_comes_along(urls: Callable[[str], str]) -> None:
+    one, other = urls("sqlite"), urls("sqlite")
+    await key_in(one)
+    async with stores(one, other) as (a, b):
+        assert (await library.migrate(a, b, ALL, LIVE)).phase == Phase.FOLLOWING
+        (key,) = await a.find("api_keys", None, Query())
+        roll_up = Patch("api_keys", key["id"], {"usage_count": 7}, key["version"])
+        await a.commit(Batch(None, (roll_up,), await a.now_us()))
+        assert (await library.migrate(a, b, ALL, SWITCH)).is_done
+        (moved,) = await b.find("api_keys", None, Query())
+        assert moved["usage_count"] == 7
+
+
+@pytest.mark.usefixtures("briefly")
 async def test_records_too_large_for_one_batch_are_followed_in_several(urls: Callable[[str], str]) -> None:
     async with stores(urls("sqlite"), urls("sqlite")) as (one, other):
         await filled(one, 2)
         await one.prepare([*COLLECTIONS, *(c for c in ALL if c.name == "store_state")])
         assert (await library.migrate(one, other, COLLECTIONS, LIVE)).phase == Phase.FOLLOWING
         for n in range(6):
-            halves = sample(name="x" * 700_000)
+            halves = sample(note="x" * 700_000)
             await add(one, "acme", Append(record(f"{n}", id=f"large-{n}", before=halves, after=halves)))
         assert (await library.migrate(one, other, COLLECTIONS, SWITCH)).is_done
         await assert_equal(one, other)

@@ -424,13 +424,19 @@ def _kind(annotation: Any) -> FieldType:
     )
 
 
+MAX_INDEXED_BYTES = 1_500
+"""Of the texts and bytes of one index, in UTF-8: what Firestore indexes of a value, and with the longest tenant and id
+what fits into an index of PostgreSQL."""
+_BYTES_PER_CHARACTER = 4
+
+
 # --- Codec ----------------------------------------------------------------------------------------------------
 
 
 class _Codec:
     """Between one entity class and its documents."""
 
-    __slots__ = ("_encoders", "_validate", "cls", "collection")
+    __slots__ = ("_encoders", "_indexed", "_validate", "cls", "collection")
 
     def __init__(self, cls: type[Entity], collection: Collection) -> None:
         self.cls = cls
@@ -439,6 +445,11 @@ class _Codec:
             (name, encoder_for(_unwrapped(cls.model_fields[name].annotation)[0])) for name in collection.fields
         )
         self._validate = cls.__pydantic_validator__.validate_python
+        texts = (
+            tuple(name for name, _ in index.columns if _is_text(collection.fields.get(name)))
+            for index in collection.indexes
+        )
+        self._indexed = tuple(dict.fromkeys(names for names in texts if names))
 
     def encode(self, entity: Entity) -> Document:
         """The declared fields as a document; raises InvalidInput with every field that cannot be stored."""
@@ -454,6 +465,12 @@ class _Codec:
                 document[name] = encoder(value, name)
             except NotStorable as bad:
                 problems.append(bad.problem)
+        for names in self._indexed:
+            size = 0
+            for name in names:
+                size += len(document.get(name) or "")
+            if size * _BYTES_PER_CHARACTER > MAX_INDEXED_BYTES:
+                problems += _too_long_for_an_index(names, document)
         if problems:
             raise InvalidInput(problems)
         return document
@@ -468,6 +485,20 @@ class _Codec:
             raise SchemaError(
                 f"{name}/{document.get('id')}: the stored document does not fit {self.cls.__name__}: {what}"
             ) from None
+
+
+def _is_text(spec: FieldSpec | None) -> bool:
+    return spec is not None and spec.type in (FieldType.TEXT, FieldType.BYTES)
+
+
+def _too_long_for_an_index(names: tuple[str, ...], document: Document) -> list[Problem]:
+    values = [document.get(name) or b"" for name in names]
+    size = sum(len(value.encode() if isinstance(value, str) else value) for value in values)
+    if size <= MAX_INDEXED_BYTES:
+        return []
+    together = " together" if len(names) > 1 else ""
+    message = f"found {size} bytes{together}, expected at most {MAX_INDEXED_BYTES} in an index"
+    return [Problem(" + ".join(names), message)]
 
 
 def check_id(value: object, path: str = "id") -> None:

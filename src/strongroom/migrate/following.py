@@ -13,6 +13,8 @@ from .copying import MAX_ATTEMPTS, JournalCopy, bounded, make_way, persistently,
 from .state import Part, Run, now_us
 from .streams import parts
 
+CHANGED_IN_SILENCE = ("api_keys",)
+"""Journalled collections of which some changes have no record: usage is rolled up into keys without one."""
 PAGE = 400
 """Records that are followed at once. Their documents are read anew, so one that changed often is written once."""
 
@@ -114,11 +116,11 @@ def _bounded(operations: Sequence[Delete | Put]) -> Iterable[list[Delete | Put]]
 
 
 async def reconcile(run: Run) -> int:
-    """Compare every document that the journal does not speak of, and copy what differs; returns how many that were.
+    """Compare every document that the journal may not speak of, and copy what differs; returns how many that were.
 
     For when nothing is written to the source any more: how many documents such collections have bounds how long.
     """
-    silent = [collection for collection in run.held if not collection.journalled]
+    silent = [c for c in run.held if not c.journalled or c.name in CHANGED_IN_SILENCE]
     copied = done = 0
     async with aclosing(parts(silent, run.source, run.target)) as found:
         async for part in found:

@@ -11,6 +11,7 @@ Rules of the house, checked by the conformance suite (`strongroom.testing`):
   not just unlikely, that a call with tenant A sees or changes a document of tenant B.
 - A version is the store's own, an opaque positive int64: each change of a document gives it a greater one than it
   had, and no id ever has one version twice, not even if it was deleted and made again, whatever the clocks do.
+- The texts and bytes of one index are at most `entity.MAX_INDEXED_BYTES` together, which `entity` has seen to.
 - Errors are those of `strongroom.errors`; no driver's exception leaves a backend.
 - A backend belongs to the event loop it was opened on.
 """
@@ -328,7 +329,9 @@ class Store(Protocol):
 
         Raises what its operations say (the message and `details["operation"]`, the index, name the one that failed),
         TooLarge past the MAX_ limits above, Unavailable or StorageFull when the engine cannot write; then nothing of
-        the batch is applied. Not a coroutine: the batch is taken when commit is called, in order.
+        the batch is applied, except that Unavailable with `details["outcome"] == "unknown"` says that the connection
+        was lost with the answer: the batch may be applied or not. Not a coroutine: the batch is taken when commit is
+        called, in order.
         """
         ...
 

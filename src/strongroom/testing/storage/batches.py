@@ -38,7 +38,7 @@ FAILING: list[tuple[Operation, type[StrongroomError]]] = [
     (Delete("items", "there", expected=1), Conflict),
     (Add("items", "there", "used", 1, at_most=0), BoundExceeded),
     (Check("items", "there", 0), Conflict),
-    (Create("samples", "huge", sample(name="x" * 600_000, blob=bytes(600_000))), TooLarge),
+    (Create("samples", "huge", sample(note="x" * 600_000, blob=bytes(600_000))), TooLarge),
 ]
 
 
@@ -158,7 +158,7 @@ class TestLimits(StorageSuite):
     @pytest.mark.parametrize("how", ["create", "put", "patch"])
     async def test_a_document_may_be_so_large_and_no_larger(self, store: Store, how: str) -> None:
         def document(size: int) -> Document:
-            small = sample(name="x" * 400_000, blob=b"")
+            small = sample(note="x" * 400_000, blob=b"")
             return {**small, "blob": bytes(size - document_size(small))}
 
         def operation(given: Document) -> Operation:
@@ -168,7 +168,7 @@ class TestLimits(StorageSuite):
 
         assert document_size(document(MAX_DOCUMENT_BYTES)) == MAX_DOCUMENT_BYTES
         if how == "patch":
-            await store.commit(batch("acme", Create("samples", "x", sample(name="x" * 400_000))))
+            await store.commit(batch("acme", Create("samples", "x", sample(note="x" * 400_000))))
         before = await store.get("samples", "acme", "x")
         with pytest.raises(TooLarge):
             await store.commit(batch("acme", operation(document(MAX_DOCUMENT_BYTES + 1))))
@@ -203,7 +203,7 @@ class TestLimits(StorageSuite):
                     await store.commit(batch("acme", operation))
 
     async def test_a_batch_may_be_so_large_and_no_larger(self, store: Store) -> None:
-        each = sample(name="x" * 800_000)
+        each = sample(note="x" * 800_000)
         fits = MAX_BATCH_BYTES // document_size(each)
         operations = [Create("samples", f"{n}", each) for n in range(fits + 1)]
         with pytest.raises(TooLarge):

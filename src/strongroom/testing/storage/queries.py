@@ -79,6 +79,7 @@ document_lists = st.lists(
             **{name: st.none() | pool for name, pool in _POOLS.items()},
             "tags": st.none() | st.lists(st.none() | _ELEMENTS | st.just({"a": 1}), max_size=3),
             "extra": st.none() | st.just({"a": 1}),
+            "note": st.none(),
         }
     ),
     max_size=12,

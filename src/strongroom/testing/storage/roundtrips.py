@@ -87,6 +87,6 @@ class TestRoundTrips(StorageSuite):
         assert await store.get("shared", None, "nothing") is None
 
     async def test_a_document_of_a_megabyte_comes_back(self, store: Store) -> None:
-        document = sample(name="é" * 245_000, blob=bytes(500_000), extra={"a": ["x" * 5_000]})
+        document = sample(note="é" * 245_000, blob=bytes(500_000), extra={"a": ["x" * 5_000]})
         await store.commit(batch("acme", Create("samples", "large", document)))
         assert identical(await store.get("samples", "acme", "large"), stored("large", document))

@@ -19,7 +19,7 @@ NOW = 1_750_000_000_123_456  # microseconds since the epoch: a moment in 2025
 
 
 class Sample(Entity, collection="samples", indexes=[Index("name", "-rank"), Index("moment"), Index("tags")]):
-    """A field of every type, each of which may be null."""
+    """A field of every type, each of which may be null; `note` is a text without an index, so it may be long."""
 
     flag: bool | None = None
     rank: int | None = None
@@ -30,6 +30,7 @@ class Sample(Entity, collection="samples", indexes=[Index("name", "-rank"), Inde
     moment: datetime | None = None
     tags: list[Any] | None = None
     extra: dict[str, Any] | None = None
+    note: str | None = None
 
 
 class Item(Entity, collection="items", indexes=[Index("code", unique=True), Index("shelf", "place", unique=True)]):
@@ -266,5 +267,5 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "extra": maps,
 }
 documents: st.SearchStrategy[Document] = st.fixed_dictionaries(
-    {name: st.none() | values for name, values in VALUES.items()}
+    {name: st.none() | values for name, values in {**VALUES, "note": VALUES["name"]}.items()}
 )
