@@ -180,6 +180,8 @@ class ShapeKeeper:
                 await persist(self._database.commit_counters, self._clock.now_us(), self._database.shapes)
         except (StrongroomError, TimeoutError) as error:
             _log.info("the shapes of queries could not be kept, trying again: %s", error)
+        except Exception:  # whatever it is: it may neither end the task nor keep the store from being closed
+            _log.exception("the shapes of queries could not be kept")
 
 
 # --- The journal's partitions ---------------------------------------------------------------------------------

@@ -73,7 +73,6 @@ def migrate(
     """
     from ..migrate import Options
 
-    as_owner()
     _check_call(source, target, {"--plan": plan, "--abort": abort, "--rollback": rollback})
     options = Options(
         source=shown(source), target=shown(target), live=live, switch=switch, overwrite=overwrite, backup=backup,
@@ -157,18 +156,21 @@ class _Job:
         from ..entity import Registry
         from ..storage import open_store
 
-        collections = Registry((*SYSTEM_ENTITIES, *load_entities(load(store=self.urls[0]).entities))).collections
+        # Each with what the environment says of its engine, as a server on it would have.
+        settings = [load(store=url) for url in self.urls]
+        collections = Registry((*SYSTEM_ENTITIES, *load_entities(settings[0].entities))).collections
 
         async def opened() -> T:
             async with AsyncExitStack() as stack:
                 stores = []
-                for url in self.urls:
-                    stores.append(await open_store(url))
+                for one in settings:
+                    stores.append(await open_store(one.store_url))
                     stack.push_async_callback(stores[-1].close)
                 return await work(stores[0], stores[1], collections)
 
         try:
-            return run(opened)
+            with as_owner():
+                return run(opened)
         except Interrupted:
             raise Interrupted("stopped: the same command goes on from here, --rollback undoes what was done") from None
 

@@ -235,7 +235,6 @@ def _opened(store: str | None, work: Callable[[Store], Awaitable[T]]) -> T:
     from ..storage import open_store
 
     settings = load(store=store)
-    as_owner()
 
     async def opened() -> T:
         held = await open_store(settings.store_url)
@@ -244,7 +243,8 @@ def _opened(store: str | None, work: Callable[[Store], Awaitable[T]]) -> T:
         finally:
             await held.close()
 
-    return run(opened)
+    with as_owner():
+        return run(opened)
 
 
 def _registry(modules: Sequence[str]) -> Registry:

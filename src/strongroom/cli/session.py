@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
@@ -63,11 +64,18 @@ def run(work: Callable[[], Awaitable[T]]) -> T:
         raise Interrupted from None
 
 
-def as_owner() -> None:
+@contextmanager
+def as_owner() -> Iterator[None]:
     """The owner of a PostgreSQL schema is right here: do not warn that it should not serve."""
     import logging
 
-    logging.getLogger("strongroom.storage._postgres_roles").setLevel(logging.ERROR)
+    logger = logging.getLogger("strongroom.storage._postgres_roles")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def operator() -> Context:
