@@ -28,6 +28,7 @@ from .notes import DESCRIPTION, FIELDS, TENANT, note
 
 ROWS, QUICK_ROWS = 20_000, 500
 KEYS, QUICK_KEYS = 1_000, 20
+FEW_KEYS = 100
 WRITERS = 32
 RECORDERS = 4_096
 BARE_POOL = 32
@@ -48,8 +49,9 @@ def run(plan: Plan) -> Benchmark:
         "strongroom: row-level security, the rules asked, a validated entity back; a write with its journal record.",
         "bare asyncpg: no isolation, no types, no rules; each transaction of two rows is a commit of its own, on a "
         f"pool of {BARE_POOL} connections.",
-        f"Usage: {RECORDERS:,} callers record events on {keys:,} keys, each with one rolling limit; an event counts "
-        "once it is durable. Group commit writes a key once for all its events of a commit; the bare one writes each.",
+        f"Usage: {RECORDERS:,} callers record events on {FEW_KEYS} or {keys:,} keys, each with one rolling limit; an event "
+        "counts once it is durable. Group commit writes a key once for all its events of a commit; the bare one writes "
+        "each.",
     )
     with ExitStack() as stack:
         url = stack.enter_context(server())
@@ -69,14 +71,16 @@ def run(plan: Plan) -> Benchmark:
             bare.contender(BARE_WRITE, Role.FLOOR, "create", WRITERS),
         )
         usage = (
-            recorder.contender(RECORD, Role.OURS, "record", RECORDERS),
+            recorder.contender(f"{RECORD}, {FEW_KEYS} keys", Role.OURS, "few", RECORDERS),
             updates.contender(BARE_RECORD, Role.FLOOR, "update", BARE_POOL),
+            recorder.contender(f"{RECORD}, {keys:,} keys", Role.OURS, "record", RECORDERS),
         )
+        aims = [Target(f"{RECORD}, {FEW_KEYS} keys", 40_000), Target(f"{RECORD}, {keys:,} keys", 40_000)]
         groups = (
             side_by_side(plan, "point reads, 1 reader", read, [Target(READ, 0.75, of_floor=True)]),
             side_by_side(plan, "row-level security", security, [Target(POLICIES, 0.9, of_floor=True)]),
             side_by_side(plan, f"writes, {WRITERS} writers", write, [Target(WRITE, 0.5, of_floor=True)]),
-            side_by_side(plan, f"usage events, {RECORDERS:,} callers", usage, [Target(RECORD, 40_000)]),
+            side_by_side(plan, f"usage events, {RECORDERS:,} callers", usage, aims),
         )
     return Benchmark("postgres", "operations/s", labels, groups)
 
@@ -251,12 +255,14 @@ async def recording(url: str, keys: int) -> AsyncIterator[Round]:
             numbers = range(begin, min(begin + ours.AT_ONCE, keys))
             fresh = (room.keys.create(name=f"bench {n}", tenant=TENANT, limits=[limit]) for n in numbers)
             ids += [issued.text for issued in await asyncio.gather(*fresh)]
-        turn = cycle(ids)
-
-        async def record() -> None:
-            await room.keys.record(key=next(turn), cost={"tokens": 250})
+        turns = {"record": cycle(ids), "few": cycle(ids[:FEW_KEYS])}
 
         async def measure(job: Job) -> Sample:
+            turn = turns[job.what]
+
+            async def record() -> None:
+                await room.keys.record(key=next(turn), cost={"tokens": 250})
+
             return await closed_loop(record, job.seconds, job.callers)
 
         yield measure
