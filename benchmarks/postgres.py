@@ -49,9 +49,9 @@ def run(plan: Plan) -> Benchmark:
         "strongroom: row-level security, the rules asked, a validated entity back; a write with its journal record.",
         "bare asyncpg: no isolation, no types, no rules; each transaction of two rows is a commit of its own, on a "
         f"pool of {BARE_POOL} connections.",
-        f"Usage: {RECORDERS:,} callers record events on {FEW_KEYS} or {keys:,} keys, each with one rolling limit; an event "
-        "counts once it is durable. Group commit writes a key once for all its events of a commit; the bare one writes "
-        "each.",
+        f"Usage: {RECORDERS:,} callers record events on {FEW_KEYS} or {keys:,} keys, each with one rolling limit; an "
+        "event counts once it is durable. Group commit writes a key once for all its events of a commit; the bare one "
+        "writes each.",
     )
     with ExitStack() as stack:
         url = stack.enter_context(server())
