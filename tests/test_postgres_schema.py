@@ -663,6 +663,9 @@ async def test_whoever_waits_too_long_for_another_apply_is_told(
     assert await prepare(connection, place.settings, [declare()])
 
 
+_OWN_ADVISORY_LOCKS = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()"
+
+
 async def test_an_apply_leaves_its_connection_as_it_was(connection: asyncpg.Connection, place: Place) -> None:
     await connection.execute("SET statement_timeout = 0")
     settings = ("statement_timeout", "lock_timeout", "app.current_tenant")
@@ -675,7 +678,7 @@ async def test_an_apply_leaves_its_connection_as_it_was(connection: asyncpg.Conn
     await insert(connection, place, "acme", "a", "a")
     await prepare(connection, place.settings, [declare(RANK, indexes=(Index("name", unique=True),))])
     assert await now() == before
-    assert await connection.fetchval("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'") == 0
+    assert await connection.fetchval(_OWN_ADVISORY_LOCKS) == 0
 
 
 async def test_through_pgbouncer_new_tables_are_made_and_tables_in_use_are_left_alone(
