@@ -302,8 +302,9 @@ async def test_a_contended_key_holds_up_no_other(cluster: Cluster) -> None:
 
     node.store.fault = fault
     waiting = node.ledger.charge(metered(contended), {"requests": 1})
-    await wait_until(lambda: lost >= 3)
-    assert (await node.ledger.charge(metered(quiet), {"requests": 1})).allowed
+    for _ in range(3):  # beside its first attempts; the attempts are bounded, so do not wait for many
+        assert (await node.ledger.charge(metered(quiet), {"requests": 1})).allowed
+    assert lost >= 2
     assert not waiting.done()
     node.store.fault = lambda number, batch: None
     assert (await waiting).allowed
