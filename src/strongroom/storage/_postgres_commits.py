@@ -18,13 +18,13 @@ import asyncpg
 from ..errors import StrongroomError, Unavailable
 from . import _postgres_sets as sets
 from ._postgres_errors import DRIVER_ERRORS, UNMET, is_connection_lost, is_outdated, is_retried, sqlstate, translated
-from ._postgres_journal import Journal, Line
+from ._postgres_journal import Journal
 from ._postgres_pool import Connector, close_politely
 from ._postgres_sets import Outcome, Sets, Statement
 from ._postgres_settings import Settings
 from ._postgres_steps import Locks, Steps
 from ._postgres_tables import Statements, Table
-from ._sql import quoted
+from ._sql import Line, quoted
 from .port import Append, Batch, Committed, check_batch_size, check_operations
 
 MAX_ATTEMPTS = 12

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 from ..context import utc_from_us
 from ..errors import StrongroomError
 from ._postgres_dialect import ARRAY_TYPES
-from ._postgres_journal import Line, line
 from ._postgres_steps import (
     BYTES_PER_CHARACTER,
     Locks,
@@ -30,7 +29,7 @@ from ._postgres_steps import (
     prepared,
 )
 from ._postgres_tables import Statements, Table
-from ._sql import MAX_SHAPES, listed, quoted
+from ._sql import MAX_SHAPES, Line, line, listed, quoted
 from .port import (
     MAX_BATCH_BYTES,
     MAX_DOCUMENT_BYTES,

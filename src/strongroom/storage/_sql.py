@@ -20,6 +20,7 @@ import sqlalchemy as sa
 from ..entity import SYSTEM_FIELDS, Collection, Document, FieldSpec, FieldType, Index
 from ..query import AVERAGE_CONTEXT, Aggregate, And, Filter, Op, Or, Query, Where, checked_sum
 from . import _values
+from .port import Record
 
 MAX_SHAPES = 500
 """Compiled texts kept for each collection; the oldest goes when there are more."""
@@ -218,6 +219,52 @@ def _made(source: str, name: str, scope: dict[str, Any]) -> Callable[[Any], Any]
     exec(source, scope)  # noqa: S102  # the source holds declared names only, each a checked identifier
     made: Callable[[Any], Any] = scope[name]
     return made
+
+
+# --- The journal's rows ---------------------------------------------------------------------------------------
+
+JOURNAL_COLUMNS = (
+    "sequence", "id", "tenant_id", "at_us", "actor", "request_id", "action", "collection", "entity_id", "version",
+    "before", "after",
+)  # fmt: skip
+Line = tuple[Any, ...]
+"""A record's values in the order of JOURNAL_COLUMNS, without the sequence, which the store gives."""
+
+
+def line(record: Record, version: int | None) -> Line:
+    """A record as a row; before and after are JSON text, the last two."""
+    return (
+        record.id,
+        record.tenant,
+        record.at_us,
+        record.actor,
+        record.request_id,
+        record.action,
+        record.collection,
+        record.entity_id,
+        version,
+        None if record.before is None else json_text(record.before),
+        None if record.after is None else json_text(record.after),
+    )
+
+
+def record_of(row: Sequence[Any]) -> Record:
+    """The record of a row of JOURNAL_COLUMNS."""
+    sequence, id, tenant, at_us, actor, request_id, action, collection, entity_id, version, before, after = row
+    return Record(
+        id=id,
+        tenant=tenant,
+        at_us=at_us,
+        actor=actor,
+        request_id=request_id,
+        action=action,
+        collection=collection,
+        entity_id=entity_id,
+        before=None if before is None else json_value(before),
+        after=None if after is None else json_value(after),
+        version=version,
+        sequence=sequence,
+    )
 
 
 # --- Queries --------------------------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ from typing import Any, Protocol
 
 import apsw
 
-from ._sql import Codec, Compiler, listed, quoted
-from ._sqlite_schema import JOURNAL_COLUMNS, connect
+from ._sql import JOURNAL_COLUMNS, Codec, Compiler, listed, quoted
+from ._sqlite_schema import connect
 
 _PAGE = "WITH page AS MATERIALIZED ({}) SELECT * FROM page"
 

@@ -59,11 +59,6 @@ CREATE TABLE _meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT, WITHO
 INSERT INTO _meta VALUES ('deleted_version', 0);
 """
 
-JOURNAL_COLUMNS = (
-    "sequence", "id", "tenant_id", "at_us", "actor", "request_id", "action", "collection", "entity_id", "version",
-    "before", "after",
-)  # fmt: skip
-
 _CACHED_STATEMENTS = 300
 _DIALECT = SqliteDialect()
 _REBUILT = "_rebuilt"

@@ -21,10 +21,9 @@ from ..errors import (
     TooLarge,
 )
 from . import _values
-from ._sql import json_text, listed, quoted
+from ._sql import JOURNAL_COLUMNS, line, listed, quoted
 from ._sqlite_dialect import translated
 from ._sqlite_guard import Guarded, Table
-from ._sqlite_schema import JOURNAL_COLUMNS
 from .port import (
     MAX_BATCH_BYTES,
     MAX_DOCUMENT_BYTES,
@@ -351,25 +350,9 @@ class Writer:
 
     def _append(self, operation: Append, versions: Sequence[int]) -> int:
         record = operation.record
-        before = None if record.before is None else json_text(record.before)
-        after = None if record.after is None else json_text(record.after)
-        self._size += (len(before or "") + len(after or "")) * _BYTES_PER_CHARACTER
-        self._execute(
-            _APPEND,
-            (
-                record.id,
-                record.tenant,
-                record.at_us,
-                record.actor,
-                record.request_id,
-                record.action,
-                record.collection,
-                record.entity_id,
-                record.version if operation.of is None else versions[operation.of],
-                before,
-                after,
-            ),
-        )
+        row = line(record, record.version if operation.of is None else versions[operation.of])
+        self._size += (len(row[-2] or "") + len(row[-1] or "")) * _BYTES_PER_CHARACTER
+        self._execute(_APPEND, row)
         return self._connection.last_insert_rowid()
 
     # --- Helpers ---

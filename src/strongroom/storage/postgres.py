@@ -22,14 +22,14 @@ from ..query import Aggregate, Filter, Query
 from . import _postgres_advice, _postgres_partitions, _postgres_schema
 from ._postgres_commits import Commits
 from ._postgres_errors import DRIVER_ERRORS, is_connection_lost, is_outdated, translated
-from ._postgres_journal import Journal, record_of
+from ._postgres_journal import Journal
 from ._postgres_lanes import Lane
 from ._postgres_listener import Listener
 from ._postgres_pool import Connector, Pool, close_politely
 from ._postgres_roles import check_role, roles_sql
 from ._postgres_settings import read_settings
 from ._postgres_tables import Table
-from ._sql import quoted
+from ._sql import quoted, record_of
 from .port import (
     MAX_CHANGES_PAGE,
     MAX_TENANTS_PAGE,

@@ -24,10 +24,10 @@ import apsw
 from ..entity import Collection, Document
 from ..errors import InvalidInput, Problem, StrongroomError, Unavailable
 from ..query import Aggregate, And, Filter, Op, Query, Where
-from ._sql import json_value, listed
+from ._sql import JOURNAL_COLUMNS, listed, record_of
 from ._sqlite_dialect import translated
 from ._sqlite_guard import Table
-from ._sqlite_schema import JOURNAL_COLUMNS, fit, integrity_problems, make_or_recognise, tenants_of, write_snapshot
+from ._sqlite_schema import fit, integrity_problems, make_or_recognise, tenants_of, write_snapshot
 from ._sqlite_session import Readers, Session, Threads
 from ._sqlite_writer import Torn, Writer
 from .port import (
@@ -38,7 +38,6 @@ from .port import (
     ChangesPage,
     Committed,
     Health,
-    Record,
     SchemaChange,
 )
 
@@ -227,7 +226,7 @@ class SqliteStore:
         rows = await self._scan(readers, _CHANGES, (position, min(limit, MAX_CHANGES_PAGE)), tenant)
         if not rows and position > await self._head():
             raise InvalidInput([Problem("after", "lies behind the end of this journal: an older copy was put back")])
-        records = await self._decoded(rows, _record)
+        records = await self._decoded(rows, record_of)
         return ChangesPage(tuple(records), str(records[-1].sequence if records else position))
 
     async def _head(self) -> int:
@@ -397,21 +396,3 @@ def _is_point(where: Filter | None, point_fields: frozenset[str]) -> bool:
     if isinstance(where, Where):
         return where.field in point_fields and (where.op is Op.EQ or where.op is Op.IN) and where.value is not None
     return isinstance(where, And) and any(_is_point(part, point_fields) for part in where.filters)
-
-
-def _record(row: Sequence[Any]) -> Record:
-    sequence, id, tenant, at_us, actor, request_id, action, collection, entity_id, version, before, after = row
-    return Record(
-        id=id,
-        tenant=tenant,
-        at_us=at_us,
-        actor=actor,
-        request_id=request_id,
-        action=action,
-        collection=collection,
-        entity_id=entity_id,
-        before=None if before is None else json_value(before),
-        after=None if after is None else json_value(after),
-        version=version,
-        sequence=sequence,
-    )
