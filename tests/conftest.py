@@ -7,7 +7,7 @@ import inspect
 import itertools
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 from urllib.parse import quote
@@ -18,7 +18,9 @@ from hypothesis import HealthCheck, settings
 # The suite is imported by the tests that run it, not here: it asks the hypothesis profile how many examples to take,
 # and `--hypothesis-profile` is read after this file.
 if TYPE_CHECKING:
+    from strongroom import Entity, Strongroom
     from strongroom.testing.storage import Backend
+    from tests.support import FaultyStore
 
 pytest.register_assert_rewrite("strongroom.testing")
 
@@ -94,3 +96,37 @@ def backend(request: pytest.FixtureRequest, tmp_path: Path) -> Backend:
 def url(backend: Backend) -> str:
     """The URL of a new store, on every backend in turn."""
     return backend.new_url()
+
+
+# --- The core, on every kind of store ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def entities() -> list[type[Entity]]:
+    """The entities of a test's own that `room` knows; a test file may say which."""
+    return []
+
+
+@pytest.fixture(params=["json-memory", "sqlite", "postgres"])
+def url_of_any(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of a new store on each engine in turn; not Firestore, whose client's deadlines do not travel in time."""
+    return backend_of(request.param, tmp_path, request).new_url()
+
+
+@pytest.fixture
+async def both(url_of_any: str, entities: list[type[Entity]]) -> AsyncIterator[tuple[Strongroom, FaultyStore]]:
+    """A Strongroom on each engine in turn, and its store, which can be made to fail."""
+    from tests.support import opened
+
+    async with opened(url_of_any, entities=entities) as both:
+        yield both
+
+
+@pytest.fixture
+def room(both: tuple[Strongroom, FaultyStore]) -> Strongroom:
+    return both[0]
+
+
+@pytest.fixture
+def store(both: tuple[Strongroom, FaultyStore]) -> FaultyStore:
+    return both[1]

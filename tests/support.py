@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
@@ -54,7 +54,8 @@ class FaultyStore:
 
     @property
     def capabilities(self) -> Capabilities:
-        return self.store.capabilities
+        # Embedded, whatever it is: so its clock is the machine's, which tests can move.
+        return replace(self.store.capabilities, embedded=True)
 
     async def open(self) -> None:
         await self.store.open()

@@ -42,16 +42,6 @@ async def both(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[
         yield both
 
 
-@pytest.fixture
-def room(both: tuple[Strongroom, FaultyStore]) -> Strongroom:
-    return both[0]
-
-
-@pytest.fixture
-def store(both: tuple[Strongroom, FaultyStore]) -> FaultyStore:
-    return both[1]
-
-
 def policy(**fields: Any) -> Policy:
     return Policy(**{"id": "p", "policy_type": "quota", "policy_name": "n", "rules": {"a": {"b": 1}}, **fields})
 

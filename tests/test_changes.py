@@ -15,27 +15,16 @@ from strongroom.changes import ChangeFeed
 from strongroom.errors import InvalidInput, Unavailable
 from strongroom.storage.port import ChangesPage, Record
 
-from .support import STORES, FaultyStore, new_url, opened, wait_until
+from .support import FaultyStore, new_url, wait_until
 
 
 class Note(Entity, collection="notes"):
     text: str
 
 
-@pytest.fixture(params=STORES)
-async def both(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[tuple[Strongroom, FaultyStore]]:
-    async with opened(new_url(request.param, tmp_path), entities=[Note]) as both:
-        yield both
-
-
 @pytest.fixture
-def room(both: tuple[Strongroom, FaultyStore]) -> Strongroom:
-    return both[0]
-
-
-@pytest.fixture
-def store(both: tuple[Strongroom, FaultyStore]) -> FaultyStore:
-    return both[1]
+def entities() -> list[type[Entity]]:
+    return [Note]
 
 
 async def collect(pages: AsyncIterator[ChangesPage], count: int) -> list[Record]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from strongroom.errors import Conflict, InvalidInput
 from strongroom.keyfile import KeyFile, KeyFileError, KeyRow, parse, render_file, render_row
 from strongroom.keytransfer import Checksums, Exported, KeyImport, Planned, Standing, export_keys, id_of
 
-from .support import STORES, Fault, FaultyStore, new_url, opened, stored_usage, wait_until
+from .support import Fault, FaultyStore, stored_usage, wait_until
 
 DATA = Path(__file__).parent / "data" / "keys"
 NOW = datetime(2026, 11, 20, 12, tzinfo=UTC)
@@ -251,22 +250,6 @@ def test_a_file_that_is_read_and_written_again_is_the_same_bytes(data: bytes) ->
 
 
 # --- Into a store -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(params=STORES)
-async def both(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[tuple[Strongroom, FaultyStore]]:
-    async with opened(new_url(request.param, tmp_path)) as both:
-        yield both
-
-
-@pytest.fixture
-def room(both: tuple[Strongroom, FaultyStore]) -> Strongroom:
-    return both[0]
-
-
-@pytest.fixture
-def store(both: tuple[Strongroom, FaultyStore]) -> FaultyStore:
-    return both[1]
 
 
 async def put(

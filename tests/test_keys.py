@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from functools import partial
@@ -26,28 +25,12 @@ from strongroom.query import Query
 from strongroom.storage.port import Record
 from strongroom.verification import KnownKey
 
-from .support import STORES, Fault, FaultyStore, new_url, opened, rolling, stored_usage, wait_until
+from .support import Fault, FaultyStore, new_url, opened, rolling, stored_usage, wait_until
 
 MOMENT = datetime(2026, 5, 5, 12, tzinfo=UTC)
 ADMIN = Context(None, "key:admin", {"admin": True}, "request-1")
 ACME = Context("acme", "key:acme", {"admin": True, "tenant": "acme"})
 SYSTEM = system_context()
-
-
-@pytest.fixture(params=STORES)
-async def both(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[tuple[Strongroom, FaultyStore]]:
-    async with opened(new_url(request.param, tmp_path)) as both:
-        yield both
-
-
-@pytest.fixture
-def room(both: tuple[Strongroom, FaultyStore]) -> Strongroom:
-    return both[0]
-
-
-@pytest.fixture
-def store(both: tuple[Strongroom, FaultyStore]) -> FaultyStore:
-    return both[1]
 
 
 async def used(store: FaultyStore, id: str) -> dict[str, int]:
