@@ -21,7 +21,7 @@ from strongroom.context import new_id, system_context
 from strongroom.entity import Document
 from strongroom.errors import AlreadyExists, Conflict, StorageFull, TooLarge, TooManyRequests, Unavailable
 from strongroom.storage import open_store
-from strongroom.storage.port import Batch, Capabilities, Committed, Put
+from strongroom.storage.port import Batch, Capabilities, Committed, Patch, Put
 from strongroom.usage import KeyChanged, Ledger, Outcome
 from strongroom.verification import metered
 
@@ -295,7 +295,7 @@ async def test_a_contended_key_holds_up_no_other(cluster: Cluster) -> None:
 
     def fault(number: int, batch: Batch) -> Fault | None:
         nonlocal lost
-        if not any(isinstance(op, Put) and op.id == contended.id for op in batch.operations):
+        if not any(isinstance(op, Put | Patch) and op.id == contended.id for op in batch.operations):
             return None
         lost += 1
         return Fault("before", Conflict("another node was faster", operation=1))
@@ -356,7 +356,7 @@ async def test_no_charge_is_answered_before_it_is_durable(cluster: Cluster) -> N
     key = await cluster.key(rolling("requests", 10))
     cluster.one.store.gate = asyncio.Event()
     future = cluster.one.ledger.charge(metered(key), {"requests": 1})
-    await wait_until(lambda: any(isinstance(op, Put) for op in cluster.one.store.batches[-1].operations))
+    await wait_until(lambda: any(isinstance(op, Put | Patch) for op in cluster.one.store.batches[-1].operations))
     for _ in range(20):
         await asyncio.sleep(0)
     assert not future.done()
@@ -415,7 +415,7 @@ async def test_one_keys_failure_is_not_anothers(cluster: Cluster) -> None:
     good, bad = await cluster.key(rolling("tokens", 100)), await cluster.key(rolling("tokens", 100))
 
     def fault(number: int, batch: Batch) -> Fault | None:
-        mine = any(isinstance(op, Put) and op.id == bad.id for op in batch.operations)
+        mine = any(isinstance(op, Put | Patch) and op.id == bad.id for op in batch.operations)
         return Fault("before", TooLarge("this one's document")) if mine else None
 
     cluster.one.store.fault = fault
@@ -475,7 +475,7 @@ async def test_what_nobody_foresaw_leaves_nobody_waiting_and_no_false_memory(
     await settled([node.ledger.charge(metered(key), {"tokens": 10}) for key in keys])
 
     def commit_counters(operations: Any, now_us: int) -> Any:
-        if any(isinstance(operation, Put) and operation.id == keys[1].id for operation in operations):
+        if any(isinstance(operation, Put | Patch) and operation.id == keys[1].id for operation in operations):
             raise RuntimeError("a bug")
         return original(operations, now_us)
 

@@ -96,6 +96,7 @@ class Account:
         "counters",
         "last_used_us",
         "patience",
+        "stored_active_at",
         "totals",
         "turns",
         "unknown",
@@ -104,6 +105,7 @@ class Account:
 
     def __init__(self, document: Document | None = None) -> None:
         self.version: int = 0
+        self.stored_active_at: datetime | None = None
         self.turns = 0
         """Commits since the last pause, and after how many the next one comes: see `usage`."""
         self.patience = FIRST_PATIENCE
@@ -116,6 +118,7 @@ class Account:
         if document is not None:
             state = msgspec.json.decode(document["state"])
             self.version = document["version"]
+            self.stored_active_at = document["active_at"]
             self.count = document["count"]
             last = document["last_used_at"]
             self.last_used_us = None if last is None else us_from_utc(last)

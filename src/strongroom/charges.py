@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .accounts import NAME, Account, Cost, Metered, Outcome
 from .errors import Conflict
-from .storage.port import MAX_OPERATIONS, Create, Operation, Put
+from .storage.port import MAX_OPERATIONS, Create, Operation, Patch, Put
 
 MAX_BUNDLE_CHARS = 400_000
 """Keys share a batch until their states are this long together: far from the port's MAX_BATCH_BYTES."""
@@ -85,7 +85,18 @@ def decide(
     if not charged:
         return [], answers
     account.at_us = now_us
-    return [metered.guard, Put(NAME, metered.id, account.document(), account.version), *extra], answers
+    return [metered.guard, _write(metered.id, account), *extra], answers
+
+
+def _write(id: str, account: Account) -> Put | Patch:
+    """What makes the store's usage document what the account is. `active_at` is left out while it stays the same, since
+    SQLite writes an index anew whenever its column is named."""
+    document = account.document()
+    if account.version and document["active_at"] == account.stored_active_at:
+        del document["active_at"]
+        return Patch(NAME, id, document, account.version)
+    account.stored_active_at = document["active_at"]  # if this does not commit, the account is read again
+    return Put(NAME, id, document, account.version)
 
 
 def for_one_batch_a_key(charges: list[Charge]) -> tuple[list[Charge], list[Charge]]:
@@ -109,7 +120,8 @@ def bundles_of(decided: list[Decided]) -> list[list[Decided]]:
     operations, size = MAX_OPERATIONS, 0
     for one in decided:
         more = len(one.operations)
-        state = len(one.operations[1].document["state"])  # type: ignore[union-attr]  # the second is always the Put
+        write = one.operations[1]  # the second is always the usage document's
+        state = len(write.fields["state"] if isinstance(write, Patch) else write.document["state"])  # type: ignore[union-attr]
         if operations + more > MAX_OPERATIONS or size + state > MAX_BUNDLE_CHARS:
             bundles.append([])
             operations, size = 0, 0

@@ -40,7 +40,7 @@ from .charges import (
 from .clock import Clock, MachineClock
 from .context import utc_from_us
 from .database import Database, IdempotentCall
-from .errors import AlreadyExists, Conflict, StrongroomError, TooManyRequests, Unavailable
+from .errors import AlreadyExists, Conflict, NotFound, StrongroomError, TooManyRequests, Unavailable
 from .storage.port import Check, Create, Put, Store
 from .transaction import is_expired
 
@@ -287,7 +287,7 @@ class Ledger:
         if isinstance(error, Conflict) and error.details.get("operation") == 0:
             for charge in charges_of(bundle):
                 await self._key_changed(charge)
-        elif isinstance(error, Conflict | AlreadyExists):
+        elif isinstance(error, Conflict | AlreadyExists | NotFound):
             for one in bundle:
                 self._lost(one)
         else:
