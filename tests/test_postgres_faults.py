@@ -147,6 +147,8 @@ async def test_a_transaction_whose_backend_is_terminated_is_begun_again(server: 
     schema = postgres.new_schema()
     store = await prepared(server.url(schema))
     admin = await asyncpg.connect(server.admin)
+    # Apart, since in a transaction what is seen of the others' activity stays as it was at the first look.
+    observer = await asyncpg.connect(server.admin)
     try:
         await store.commit(batch("acme", Create("items", "a", item())))
         async with admin.transaction():
@@ -158,15 +160,16 @@ async def test_a_transaction_whose_backend_is_terminated_is_begun_again(server: 
             waiting = (
                 "SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND usename = 'app' AND query LIKE $1"
             )
-            pid = await wait_until(lambda: admin.fetchval(waiting, f"%{schema}%"))
+            pid = await wait_until(lambda: observer.fetchval(waiting, f"%{schema}%"))
             # With a time to wait, it answers when the backend is gone.
-            assert await admin.fetchval("SELECT pg_terminate_backend($1, 10000)", pid)
+            assert await observer.fetchval("SELECT pg_terminate_backend($1, 10000)", pid)
         await committing
         found = await store.get("items", "acme", "a")
         assert found is not None
         assert found["used"] == 1
         assert len((await store.changes(None)).records) == 1
     finally:
+        await observer.close()
         await admin.close()
         await store.close()
 
