@@ -387,6 +387,7 @@ async def test_a_deadlock_is_begun_again(server: postgres.Server) -> None:
 
 async def _is_waiting(connection: asyncpg.Connection, schema: str) -> bool:
     sql = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND usename = 'app' AND query LIKE $1"
+    await connection.execute("SELECT pg_stat_clear_snapshot()")  # or, in a transaction, the first look would last
     return bool(await connection.fetch(sql, f"%{schema}%"))
 
 
