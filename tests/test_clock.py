@@ -21,9 +21,9 @@ from strongroom.app import SYSTEM_ENTITIES
 from strongroom.clock import DRIFT_PPM, MAX_HOLD_US, MachineClock, StoreClock, clock_of
 from strongroom.context import system_context
 from strongroom.errors import Unavailable
+from strongroom.knownkey import metered
 from strongroom.storage.jsonfile import JsonStore
 from strongroom.usage import KeyUsage, Ledger
-from strongroom.verification import metered
 from strongroom.windows import BUCKETS_PER_WINDOW
 from tests.conftest import wait_until
 from tests.support import FaultyStore, rolling

@@ -20,10 +20,10 @@ from strongroom.app import SYSTEM_ENTITIES
 from strongroom.context import new_id, system_context
 from strongroom.entity import Document
 from strongroom.errors import AlreadyExists, Conflict, StorageFull, TooLarge, TooManyRequests, Unavailable
+from strongroom.knownkey import metered
 from strongroom.storage import open_store
 from strongroom.storage.port import Batch, Capabilities, Committed, Patch, Put
 from strongroom.usage import KeyChanged, Ledger, Outcome
-from strongroom.verification import metered
 
 from .support import STORES, Fault, FaultyStore, new_url, rolling, stored_usage, wait_until
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from datetime import datetime
 from ipaddress import ip_network
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -26,6 +26,7 @@ MAX_ADDRESSES = 100
 MAX_METADATA_BYTES = 16_384
 _KIND_IN_PATH = re.compile(r"(?<=\.window)\.(?:rolling|anchored|calendar|total)(?=\.|$)")
 _PERMISSION = re.compile(r"^[A-Za-z0-9_.:/*-]{1,128}$")
+Environment = Literal["live", "test"]
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -37,6 +38,10 @@ class ApiKey(
         Index("tenant", "-created_at"),
         Index("tenant", "user_id", "-created_at"),
         Index("user_id", "-created_at"),
+        Index("-created_at"),
+        Index("tenant", "name"),
+        Index("name"),
+        Index("due_at"),
     ],
     placed_by="hash",
 ):
@@ -45,6 +50,12 @@ class ApiKey(
 
     `last_used` and `usage_count` are copied from the key's usage in the background, about once a minute (a new version
     of the key, but no change that the journal tells of); the statistics of a key are as of now.
+
+    `groups` names the quotas that it shares with other keys of its tenant. `verifier` is the imported hash
+    of a key whose hash cannot be looked up (bcrypt, Argon2, PBKDF2), until its first use; `hash` is then a hint to find
+    it by. `deleted_at` is set on a key that was removed and can be restored. `unclaimed` is the text of a rotation
+    that nobody was there to be shown, encrypted under the pepper, until it is claimed. `due_at` is when the background
+    work has something to do with the key: to rotate it, or to remove it for good.
     """
 
     tenant: str
@@ -63,6 +74,20 @@ class ApiKey(
     expires_at: datetime | None = None
     last_used: datetime | None = None
     usage_count: int = 0
+    description: str | None = None
+    owner: str | None = None
+    environment: Environment = "live"
+    groups: list[str] = []
+    allowed_models: list[str] = []
+    allowed_routes: list[str] = []
+    rotate_every_s: int | None = None
+    rotation_overlap_s: int | None = None
+    next_rotation_at: datetime | None = None
+    unclaimed: Annotated[bytes | None, Secret()] = None
+    leaked_at: datetime | None = None
+    deleted_at: datetime | None = None
+    due_at: datetime | None = None
+    verifier: Annotated[str | None, Secret()] = None
 
     def is_expired(self, now: datetime) -> bool:
         return self.expires_at is not None and now >= self.expires_at

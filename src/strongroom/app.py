@@ -26,6 +26,7 @@ from .leases import Lease, Leases
 from .lifecycle import Background, ShapeKeeper, background
 from .observed import ObservedStore
 from .query import MAX_LIMIT, Aggregate, Filter, Query
+from .quotas import Quota
 from .rules import Policy, default_policy
 from .storage import open_store
 from .storage.port import Record
@@ -46,6 +47,7 @@ class StoredPepper(Entity, collection="peppers", scope="global"):
 SYSTEM_ENTITIES: tuple[type[Entity], ...] = (
     ApiKey,
     KeyUsage,
+    Quota,
     IdempotentCall,
     StoredPepper,
     StoreState,

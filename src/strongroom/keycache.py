@@ -14,8 +14,8 @@ from .context import system_context, us_from_utc
 from .database import Database
 from .errors import AlreadyExists, Conflict, NotFound, Unavailable
 from .keytext import Hasher, is_possible, masked
+from .knownkey import KnownKey
 from .query import MAX_IN, Query, Where
-from .verification import KnownKey
 
 MAX_CACHED_KEYS = 100_000
 MAX_UNKNOWN = 10_000

@@ -13,35 +13,21 @@ from cryptography.exceptions import InvalidTag
 
 from .apikey import ALL_TENANTS, NAME, ApiKey, KeyChanges, NewKey, parse
 from .changes import ChangeFeed
-from .clock import Clock, MachineClock
+from .clock import Clock
 from .context import Context, new_id, system_context, utc_from_us
 from .database import Database, Idempotency, Page, Replayed
-from .errors import Conflict, InvalidInput, NotFound, Problem, Unavailable
-from .keycache import KeyCache
+from .errors import Conflict, InvalidInput, NotFound, Problem
 from .keytext import DEFAULT_PREFIX, PREFIX_PATTERN, Hasher, generate, masked
+from .knownkey import metered
 from .query import And, Filter, Query, Where
-from .storage.port import Create
 from .transaction import Transaction
-from .usage import Account, KeyChanged, KeyUsage, Ledger
-from .verification import (
-    NOT_FOUND,
-    ONE_REQUEST,
-    KnownKey,
-    LimitStatus,
-    Verification,
-    admitted,
-    check_address,
-    cost_units,
-    exceeded,
-    limit_status,
-    metered,
-    refused,
-)
+from .usage import Account, KeyUsage, Ledger
+from .verification import LimitStatus, Verification, limit_status
+from .verifier import Verifier, bound_to, may_see
 from .windows import Amount, from_units
 
 _ANY_TENANT = "\x00keys"  # no tenant is called so
 MAX_OVERLAP_S = 30 * 86_400
-MAX_KEY_ATTEMPTS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +51,7 @@ class KeyStats:
     account: Account
 
 
-class Keys:
+class Keys(Verifier):
     """The keys of one store."""
 
     def __init__(
@@ -76,11 +62,7 @@ class Keys:
         clock: Clock | None = None,
         feed: ChangeFeed | None = None,
     ) -> None:
-        self._database = database
-        self._ledger = ledger
-        self.hasher = hasher
-        self._clock = clock if clock is not None else MachineClock()
-        self.cache = KeyCache(database, hasher, feed)
+        super().__init__(database, ledger, hasher, clock, feed)
         database.after_commit(self._committed)
 
     # --- Making and changing ----------------------------------------------------------------------------------
@@ -120,7 +102,7 @@ class Keys:
     async def get(self, id: str, *, context: Context | None = None) -> ApiKey:
         """A key by its id. NotFound for another tenant's too."""
         key = await self._database.get_or_none(_reader(context), ApiKey, id)
-        if key is None or not _may_see(context, key.tenant):
+        if key is None or not may_see(context, key.tenant):
             raise NotFound(f"there is no key {id!r}")
         return key
 
@@ -134,7 +116,7 @@ class Keys:
         context: Context | None = None,
     ) -> Page[ApiKey]:
         """One page of keys, newest first; of one tenant where the caller is bound to one."""
-        own = _bound_to(context)
+        own = bound_to(context)
         filters: list[Filter] = []
         if own is not None or tenant is not None:
             if own is not None and tenant is not None and own != tenant:
@@ -274,106 +256,6 @@ class Keys:
             return IssuedKey(await self.get(replayed.written[0], context=context), text)
         raise Conflict("this was done before, under a pepper that is not configured any more: the text is lost")
 
-    # --- Verifying --------------------------------------------------------------------------------------------
-
-    async def verify(
-        self,
-        text: str,
-        *,
-        cost: Mapping[str, Amount] | None = None,
-        permission: str | None = None,
-        ip: str | None = None,
-        tenant: str | None = None,
-        idempotency_key: str | None = None,
-        actor: str = "system",
-    ) -> Verification:
-        """Decide whether a key may be used now for this `cost` (default: one request); debit all its limits, or none.
-
-        The answer comes once the debit is durable. `tenant` restricts to that tenant's keys (others are NOT_FOUND).
-        Of one actor's calls with one idempotency key (within a day), at most one debits.
-        Raises InvalidInput for a cost or address that is none; never for a key.
-        """
-        units = ONE_REQUEST if cost is None else cost_units(cost)
-        if ip is not None:
-            check_address(ip)
-        for _ in range(MAX_KEY_ATTEMPTS):
-            now_us = self._clock.now_us()
-            key = await self.cache.find(text, now_us)
-            if key is None or (tenant is not None and key.tenant != tenant):
-                return NOT_FOUND
-            refusal = key.refusal(now_us, permission, ip)
-            if refusal is not None:
-                return refused(key, *refusal)
-            if not key.metered.allowances and idempotency_key is None:
-                if not await self.cache.is_current(key):
-                    continue
-                self._ledger.tally(key.metered, units)
-                return admitted(key, ())
-            once = None
-            if idempotency_key is not None:
-                once = self._charged_once("verify", key, idempotency_key, actor, units)
-            try:
-                outcome = await self._ledger.charge(key.metered, units, once=once)
-            except KeyChanged:
-                self.cache.forget(key.id)
-                continue
-            return admitted(key, outcome.statuses) if outcome.allowed else exceeded(key, outcome, units)
-        raise Unavailable("the key is being changed too quickly to verify it: try again")
-
-    async def record(
-        self,
-        *,
-        key: str | None = None,
-        key_id: str | None = None,
-        cost: Mapping[str, Amount],
-        idempotency_key: str | None = None,
-        context: Context | None = None,
-    ) -> Verification:
-        """Count what has happened, over a limit too, on a key given by its text or its id, disabled and expired ones as
-        well. Durable once it returns; counted once for one idempotency key (within a day). Raises NotFound."""
-        if (key is None) == (key_id is None):
-            raise InvalidInput([Problem("key", "expected exactly one of key and key_id")])
-        units = cost_units(cost)
-        for _ in range(MAX_KEY_ATTEMPTS):
-            known = await self._known_for(key, key_id)
-            if known is None or not _may_see(context, known.tenant):
-                raise NotFound("there is no such key")
-            actor = context.actor if context is not None else "system"
-            once = self._charged_once("usage", known, idempotency_key, actor, units)
-            try:
-                outcome = await self._ledger.charge(known.metered, units, force=True, once=once)
-            except KeyChanged:
-                self.cache.forget(known.id)
-                continue
-            return admitted(known, outcome.statuses)
-        raise Unavailable("the key is being changed too quickly to record its usage: try again")
-
-    def _charged_once(
-        self, what: str, key: KnownKey, idempotency_key: str | None, actor: str, units: Mapping[str, int]
-    ) -> tuple[str, Create] | None:
-        if idempotency_key is None:
-            return None
-        return self._database.once_only(f"{what}\x00{key.id}\x00{actor}", idempotency_key, repr(sorted(units.items())))
-
-    async def authenticate(self, text: str) -> KnownKey | None:
-        """The key that a bearer token is, if it may be used now; nothing is debited. For authenticating a caller."""
-        for _ in range(MAX_KEY_ATTEMPTS):
-            now_us = self._clock.now_us()
-            key = await self.cache.find(text, now_us)
-            if key is None or key.refusal(now_us, None, None) is not None:
-                return None
-            if await self.cache.is_current(key):
-                return key
-        raise Unavailable("the key is being changed too quickly to authenticate with it: try again")
-
-    def works_until_us(self, text: str) -> int | None:
-        """When a text that was just authenticated stops working because it was rotated away; None if it was not."""
-        return self.cache.works_until_us(text)
-
-    async def identify(self, text: str) -> KnownKey | None:
-        """The key that a text is, whether or not it may be used; nothing is debited. None if there is none."""
-        return await self.cache.find(text, self._clock.now_us())
-
     async def stats(self, id: str, *, context: Context | None = None) -> KeyStats:
         """A key's statistics, as of now."""
         key = await self.get(id, context=context)
@@ -389,22 +271,6 @@ class Keys:
             limits=[limit_status(s, limit.window.model_dump()) for s, limit in zip(statuses, key.limits, strict=True)],
             account=account,
         )
-
-    # --- What is known of keys ----------------------------------------------------------------------------------
-
-    async def _known_for(self, text: str | None, id: str | None) -> KnownKey | None:
-        if text is not None:
-            return await self.cache.find(text, self._clock.now_us())
-        return await self.cache.by_id(id or "")
-
-    def changed(self, id: str) -> None:
-        """A key was changed, here or on another node: read it again at its next use."""
-        self.cache.changed(id)
-
-    def use(self, hasher: Hasher) -> None:
-        """Make and find hashes with other peppers from now on; what was unknown may be known to them."""
-        self.hasher = hasher
-        self.cache.use(hasher)
 
     def _committed(self, transaction: Transaction) -> None:
         for change in transaction.changes:
@@ -426,19 +292,6 @@ def _writer(context: Context | None, tenant: str) -> Context:
     if context is None:
         return system_context(scoped)
     return Context(scoped, context.actor, context.claims, context.request_id)
-
-
-def _may_see(context: Context | None, tenant: str) -> bool:
-    own = _bound_to(context)
-    return own is None or own == tenant
-
-
-def _bound_to(context: Context | None) -> str | None:
-    """The tenant whose keys alone a caller sees: the one it belongs to, else the one it acts for; None for all."""
-    if context is None:
-        return None
-    own: str | None = context.claims.get("tenant")
-    return own if own is not None else context.tenant
 
 
 __all__ = ["ApiKey", "IssuedKey", "KeyChanges", "KeyStats", "Keys", "LimitStatus", "NewKey", "Verification"]

@@ -1,36 +1,23 @@
-"""The answer to "may this key be used now?": a key in memory as that question needs it, and the answers. Pure."""
+"""The answer to "may this key be used now?", and what a caller says when asking. Pure."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
-from typing import Any, Literal
+from ipaddress import ip_address
+from typing import Any
 
 import msgspec
 
-from .apikey import NAME, ApiKey
-from .context import us_from_utc, utc_from_us
+from .context import utc_from_us
 from .errors import InvalidInput, Problem
-from .storage.port import Check
-from .usage import Allowance, Metered, Outcome, Status
+from .knownkey import Code, KnownKey
+from .usage import Outcome, Status
 from .windows import MAX_AMOUNT, MONEY, RESOURCE_PATTERN, Amount, Window, from_units, to_units
 
 MAX_RESOURCES = 32
 _RESOURCE = re.compile(RESOURCE_PATTERN)
-
-Network = IPv4Network | IPv6Network
-Code = Literal[
-    "VALID",
-    "NOT_FOUND",
-    "DISABLED",
-    "EXPIRED",
-    "INSUFFICIENT_PERMISSIONS",
-    "FORBIDDEN",
-    "RATE_LIMITED",
-    "USAGE_EXCEEDED",
-]
 
 
 class LimitStatus(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -62,86 +49,6 @@ class Verification(msgspec.Struct, frozen=True):
     limits: list[LimitStatus] = []
     retry_after_s: float | None = None
     message: str | None = None
-
-
-class KnownKey:
-    """A key as verification needs it, kept in memory until it is changed (`stale`)."""
-
-    __slots__ = (
-        "checked_at",
-        "enabled",
-        "expires_us",
-        "held",
-        "id",
-        "metadata",
-        "metered",
-        "networks",
-        "permissions",
-        "stale",
-        "tenant",
-        "user_id",
-        "windows",
-    )
-
-    def __init__(self, key: ApiKey) -> None:
-        self.id = key.id
-        self.tenant = key.tenant
-        self.user_id = key.user_id
-        self.permissions = key.permissions
-        self.held = tuple(key.permissions)  # answers hand `permissions` out; what a caller does to it grants nothing
-        self.metadata = key.metadata
-        self.networks: list[Network] = [_network(item) for item in key.allowed_ips]
-        self.enabled = key.enabled
-        self.expires_us = us_from_utc(key.expires_at) if key.expires_at is not None else None
-        self.metered = metered(key)
-        self.windows = [limit.window.model_dump() for limit in key.limits]
-        self.stale = False
-        self.checked_at = 0.0  # by time.monotonic: when it was last compared with the store, beside the feed of changes
-
-    def permits(self, permission: str) -> bool:
-        """Whether the key has a permission: by name, or by one that ends in `*`."""
-        return any(
-            held == permission or (held.endswith("*") and permission.startswith(held[:-1])) for held in self.held
-        )
-
-    def refusal(self, now_us: int, permission: str | None, address: str | None) -> tuple[Code, str] | None:
-        """Why the key may not be used at all, before any limit is asked; None if it may."""
-        if not self.enabled:
-            return "DISABLED", "the key is disabled"
-        if self.expires_us is not None and now_us >= self.expires_us:
-            return "EXPIRED", f"the key expired at {utc_from_us(self.expires_us).isoformat()}"
-        if permission is not None and not self.permits(permission):
-            return "INSUFFICIENT_PERMISSIONS", f"the key lacks the permission {permission!r}"
-        if self.networks and not _allowed(self.networks, address):
-            return "FORBIDDEN", "the key may not be used from this address"
-        return None
-
-
-def metered(key: ApiKey) -> Metered:
-    """A key as the ledger needs it."""
-    allowances = tuple(
-        Allowance(limit, limit.id, limit.resource, to_units(limit.resource, limit.limit)) for limit in key.limits
-    )
-    return Metered(key.id, Check(NAME, key.id, key.version), allowances)
-
-
-def _network(text: str) -> Network:
-    """A range; an IPv4 range written as IPv6 (::ffff:10.0.0.0/104) as what it is, since addresses are compared so."""
-    network = ip_network(text, strict=False)
-    if isinstance(network, IPv6Network) and network.prefixlen >= 96:
-        mapped = network.network_address.ipv4_mapped
-        if mapped is not None:
-            return IPv4Network((mapped, network.prefixlen - 96))
-    return network
-
-
-def _allowed(networks: Sequence[Network], address: str | None) -> bool:
-    if address is None:
-        return False
-    found = ip_address(address)
-    if isinstance(found, IPv6Address) and found.ipv4_mapped is not None:
-        found = found.ipv4_mapped
-    return any(found.version == network.version and found in network for network in networks)
 
 
 # --- What callers say ------------------------------------------------------------------------------------------

@@ -25,7 +25,15 @@ from decimal import Decimal
 from typing import Annotated, Any, Literal, Protocol
 from zoneinfo import ZoneInfo, available_timezones
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+)
 
 from .context import us_from_utc, utc_from_us
 
@@ -49,6 +57,12 @@ Amount = int | Decimal
 
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    @model_serializer(mode="wrap")
+    def _lean(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What nobody asked for is not shown: no models, no routes, no refill."""
+        fields: dict[str, Any] = dump(self)
+        return {name: value for name, value in fields.items() if value not in (None, (), [])}
 
 
 class Rolling(_Model):
@@ -80,10 +94,20 @@ class Calendar(_Model):
         return value
 
 
+class Refill(_Model):
+    """`amount` of a total comes back with each new `unit` of the calendar in `timezone`, or every `seconds`."""
+
+    amount: Annotated[int, Field(strict=True, ge=1, le=MAX_AMOUNT)] | Decimal
+    unit: Literal["minute", "hour", "day", "week", "month"] | None = None
+    timezone: str = "UTC"
+    seconds: int | None = Field(None, ge=1, le=MAX_WINDOW_S, strict=True)
+
+
 class Total(_Model):
-    """No window: what is used stays used."""
+    """No window: what is used stays used, but for what `refill` gives back."""
 
     kind: Literal["total"] = "total"
+    refill: Refill | None = None
 
 
 Window = Annotated[Rolling | Anchored | Calendar | Total, Field(discriminator="kind")]
@@ -100,6 +124,13 @@ class Limit(_Model):
     resource: str = Field(pattern=RESOURCE_PATTERN)
     limit: Annotated[int, Field(strict=True, ge=0, le=MAX_AMOUNT)] | Decimal
     window: Window
+    models: tuple[str, ...] = ()
+    routes: tuple[str, ...] = ()
+
+    def applies(self, model: str | None, route: str | None) -> bool:
+        """Whether a call that names this model and this route is counted: one that names none is, where it is not asked
+        for. A name in the list may end in `*`."""
+        return (not self.models or _named(self.models, model)) and (not self.routes or _named(self.routes, route))
 
     @field_validator("resource")
     @classmethod
@@ -132,6 +163,12 @@ class Limit(_Model):
                 return f"{self.resource}|calendar|{window.unit}|{window.timezone}"
             case _:
                 return f"{self.resource}|total"
+
+
+def _named(names: tuple[str, ...], name: str | None) -> bool:
+    if name is None:
+        return False
+    return any(name == one or (one.endswith("*") and name.startswith(one[:-1])) for one in names)
 
 
 def to_units(resource: str, amount: object) -> int:

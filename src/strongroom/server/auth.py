@@ -12,7 +12,7 @@ from ..apikey import ALL_TENANTS
 from ..context import Context
 from ..errors import Denied, Unauthenticated
 from ..keys import Keys
-from ..verification import KnownKey
+from ..knownkey import KnownKey
 
 MAX_CALLERS = 10_000
 """Callers kept in memory, by the text of their header."""
