@@ -198,19 +198,27 @@ def _judge(
     seen: dict[bytes, str] = {}
     named = enumerate(raws) if isinstance(raws, list) else raws.items()
     for name, raw in named:
-        reader = _Row(shape, f"keys.{name if isinstance(name, int) else _short(name)}", raw)
-        if isinstance(name, str):
-            reader.take_hash(name)
-            if name in twice:
-                reader.wrong("", "stands in the file more than once")
-        row = reader.read(now_us, seen)
+        row, findings = judged(shape, name, raw, now_us, seen, twice=name in twice)
         if row is not None:
             file.rows.append(row)
         else:
             file.refused += 1
-        for finding in reader.findings:
+        for finding in findings:
             file.keep(finding)
     return file
+
+
+def judged(
+    shape: Shape, name: int | str, raw: msgspec.Raw, now_us: int, seen: dict[bytes, str], *, twice: bool = False
+) -> tuple[KeyRow | None, list[Finding]]:
+    """One row, from its JSON, unless it is refused; and what was found of it. `name` is its place in the list or its
+    hash; `seen` has where the keys of the rows before stand, and gets this one's."""
+    reader = _Row(shape, f"keys.{name if isinstance(name, int) else _short(name)}", raw)
+    if isinstance(name, str):
+        reader.take_hash(name)
+        if twice:
+            reader.wrong("", "stands in the file more than once")
+    return reader.read(now_us, seen), reader.findings
 
 
 def _short(name: str) -> str:
