@@ -29,6 +29,12 @@ class StrongroomError(Exception):
         self.details = details
         super().__init__(self.message)
 
+    @property
+    def request_id(self) -> str | None:
+        """The server's name for the request that failed, where a client was told it."""
+        request_id: str | None = self.details.get("request_id")
+        return request_id
+
 
 class InvalidInput(StrongroomError):
     """The input is not valid."""

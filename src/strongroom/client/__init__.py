@@ -1,0 +1,59 @@
+"""A typed client of Strongroom's HTTP interface: `Client` for threads, `AsyncClient` for asyncio, of one source."""
+
+from importlib.util import find_spec
+
+if find_spec("httpx") is None:
+    raise ModuleNotFoundError("the client needs httpx: pip install 'strongroom[client]'", name="httpx")
+
+from ..errors import (
+    AlreadyExists,
+    BoundExceeded,
+    Conflict,
+    Denied,
+    InvalidInput,
+    NotFound,
+    Problem,
+    StorageFull,
+    StrongroomError,
+    TooLarge,
+    TooManyRequests,
+    Unauthenticated,
+    Unavailable,
+)
+from ._async.client import AsyncClient
+from ._async.entities import AsyncCollection, AsyncTenant
+from ._async.watch import AsyncWatch
+from ._sync.client import Client
+from ._sync.entities import Collection, Tenant
+from ._sync.watch import Watch
+from ._wire import Retries, new_idempotency_key
+from .errors import MalformedRequest, MethodNotAllowed, NoAnswer, PreconditionFailed, UnexpectedAnswer
+from .models import (
+    ApiKey,
+    Ask,
+    Change,
+    Cost,
+    CurrentUsage,
+    Dependency,
+    IssuedKey,
+    KeyStats,
+    Limit,
+    LimitStatus,
+    OwnStats,
+    Page,
+    Readiness,
+    Recorded,
+    Refill,
+    Used,
+    Verification,
+    Window,
+)
+
+__all__ = [
+    "AlreadyExists", "ApiKey", "Ask", "AsyncClient", "AsyncCollection", "AsyncTenant", "AsyncWatch", "BoundExceeded",
+    "Change", "Client", "Collection", "Conflict", "Cost", "CurrentUsage", "Denied", "Dependency", "InvalidInput",
+    "IssuedKey", "KeyStats", "Limit", "LimitStatus", "MalformedRequest", "MethodNotAllowed", "NoAnswer", "NotFound",
+    "OwnStats", "Page", "PreconditionFailed", "Problem", "Readiness", "Recorded", "Refill", "Retries", "StorageFull",
+    "StrongroomError", "Tenant", "TooLarge", "TooManyRequests", "Unauthenticated", "Unavailable", "UnexpectedAnswer",
+    "Used", "Verification", "Watch", "Window", "new_idempotency_key",
+]  # fmt: skip

@@ -1,0 +1,95 @@
+"""Server-sent events: the parser, and what a watcher must remember to go on without a gap or a repetition. Pure."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from ._wire import decode
+from .errors import UnexpectedAnswer
+from .models import Change
+
+MAX_EVENT_BYTES = 16 * 1_048_576
+_LINE_END = re.compile(rb"\r\n|\n|\r(?!$)")
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """What stood between two empty lines. `data` is None where there was none: it moves the cursor only."""
+
+    name: str
+    data: bytes | None
+    id: str | None
+
+
+class Parser:
+    """Bytes in, whole events out, as the WHATWG's HTML standard reads an event stream."""
+
+    def __init__(self) -> None:
+        self.retry_ms: int | None = None
+        self._rest = b""
+        self._size = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        self._name = "message"
+        self._data: list[bytes] = []
+        self._id: str | None = None
+        self._size = 0
+
+    def feed(self, chunk: bytes) -> list[Event]:
+        """The events that `chunk` completes. Raises UnexpectedAnswer for one that is larger than any may be."""
+        *lines, self._rest = _LINE_END.split(self._rest + chunk)
+        events = []
+        for line in lines:
+            if line:
+                self._line(line)
+            else:
+                if self._data or self._id is not None:
+                    events.append(Event(self._name, b"\n".join(self._data) if self._data else None, self._id))
+                self._begin()
+        if self._size + len(self._rest) > MAX_EVENT_BYTES:
+            raise UnexpectedAnswer(f"an event of the stream is larger than {MAX_EVENT_BYTES} bytes")
+        return events
+
+    def _line(self, line: bytes) -> None:
+        self._size += len(line)
+        name, _, value = line.partition(b":")
+        value = value.removeprefix(b" ")
+        match name:
+            case b"event":
+                self._name = value.decode("utf-8", "replace")
+            case b"data":
+                self._data.append(value)
+            case b"id" if b"\x00" not in value:
+                self._id = value.decode("utf-8", "replace")
+            case b"retry" if value.isdigit():
+                self.retry_ms = int(value)
+            case _:
+                pass  # a comment, or a field of a newer standard: to be ignored
+
+
+class Resumption:
+    """Where a watcher stands.
+
+    Only the last event of the server's page has a cursor, so that after a broken connection the first events of a page
+    come again: those that were given out already are known by what they say of themselves.
+    """
+
+    def __init__(self, cursor: str | None) -> None:
+        self.cursor = cursor
+        self._given: set[tuple[str, str, int | None, object]] = set()
+
+    def take(self, event: Event) -> Change | None:
+        """The change that an event tells of; None if it tells of none, or of one that was given out before."""
+        change = None
+        if event.data is not None and event.name in ("create", "update", "delete"):
+            change = decode(Change, event.data)
+            mark = (change.id, change.action, change.version, change.at)
+            if mark in self._given:
+                change = None
+            self._given.add(mark)
+        if event.id is not None and event.id != self.cursor:
+            self.cursor = event.id
+            self._given.clear()
+        return change

@@ -1,0 +1,44 @@
+"""What the synchronous client needs of threads; `_aio` has the same for asyncio."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import httpx
+
+sleep = time.sleep
+
+
+def new_http(timeout: httpx.Timeout, limits: httpx.Limits) -> httpx.Client:
+    """Connections that are kept for the next call; redirects are not followed, which would take the key elsewhere."""
+    return httpx.Client(timeout=timeout, limits=limits, follow_redirects=False)
+
+
+def uninterrupted(action: Callable[[], None]) -> None:
+    """Do it; a thread cannot be cancelled."""
+    action()
+
+
+class Ticker:
+    """Does something every `every_s` seconds until it is stopped, or until it says that there is nothing more to do."""
+
+    def __init__(self, every_s: float, action: Callable[[], bool]) -> None:
+        self._every_s = every_s
+        self._action = action
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="strongroom-hold", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stopped.wait(self._every_s):
+            if not self._action():
+                return

@@ -1,0 +1,2 @@
+# Generated from _async/__init__.py by `python -m strongroom.client._unasync`: change that, not this.
+"""The client's nouns. `_async` is written by hand, `_sync` is generated from it."""

@@ -1,0 +1,247 @@
+# Generated from _async/keys.py by `python -m strongroom.client._unasync`: change that, not this.
+"""API keys over HTTP: make, show, list, change, rotate, remove, verify."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
+from typing import Any, Literal
+
+from .._wire import (
+    UNSET,
+    Unset,
+    decode,
+    decode_page,
+    encode,
+    given,
+    if_match,
+    issued,
+    listed,
+    once_of,
+    query,
+    without_none,
+)
+from ..models import ApiKey, Ask, Cost, IssuedKey, KeyStats, Limit, Model, Page, Verification
+from .transport import Transport
+
+Environment = Literal["live", "test"]
+LimitIn = Limit | Mapping[str, Any]
+DEFAULT_PAGE = 100
+Verifications = list[Verification]
+Asks = Iterable[Ask | Mapping[str, Any]]
+
+
+class Answers(Model, frozen=True):
+    """The answers to a batch, in its order."""
+
+    items: list[Verification]
+
+
+class Keys:
+    """API keys. Every write is done once, however often it must be sent."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._http = transport
+
+    def create(
+        self,
+        name: str,
+        *,
+        tenant: str | None = None,
+        user_id: str | None = None,
+        description: str | None = None,
+        owner: str | None = None,
+        environment: Environment | None = None,
+        permissions: Iterable[str] = (),
+        expires_at: datetime | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        allowed_ips: Iterable[str] = (),
+        allowed_models: Iterable[str] = (),
+        allowed_routes: Iterable[str] = (),
+        groups: Iterable[str] = (),
+        limits: Iterable[LimitIn] = (),
+        rotate_every_s: int | None = None,
+        rotation_overlap_s: int | None = None,
+        prefix: str | None = None,
+        idempotency_key: str | None = None,
+    ) -> IssuedKey:
+        """Make a key. Its text is in the answer, this once. Raises InvalidInput with every problem."""
+        fields = without_none(
+            {
+                "name": name,
+                "tenant": tenant,
+                "user_id": user_id,
+                "description": description,
+                "owner": owner,
+                "environment": environment,
+                "permissions": listed(permissions) or None,
+                "expires_at": expires_at,
+                "metadata": metadata,
+                "allowed_ips": listed(allowed_ips) or None,
+                "allowed_models": listed(allowed_models) or None,
+                "allowed_routes": listed(allowed_routes) or None,
+                "groups": listed(groups) or None,
+                "limits": listed(limits) or None,
+                "rotate_every_s": rotate_every_s,
+                "rotation_overlap_s": rotation_overlap_s,
+                "prefix": prefix,
+            }
+        )
+        return issued(self._http.send("POST", "/v1/keys", body=encode(fields), once=once_of(idempotency_key)))
+
+    def get(self, id: str) -> ApiKey:
+        """One key. Raises NotFound."""
+        return decode(ApiKey, self._http.send("GET", "/v1/keys/{id}", {"id": id}))
+
+    def list(
+        self,
+        *,
+        tenant: str | None = None,
+        user_id: str | None = None,
+        owner: str | None = None,
+        environment: Environment | None = None,
+        name_prefix: str | None = None,
+        created_after: datetime | None = None,
+        created_before: datetime | None = None,
+        deleted: bool | None = None,
+        page_size: int = DEFAULT_PAGE,
+    ) -> Iterator[ApiKey]:
+        """Every key that fits, newest first, page after page. `deleted`: those that can still be restored."""
+        asked = query(
+            {
+                "tenant": tenant,
+                "user_id": user_id,
+                "owner": owner,
+                "environment": environment,
+                "name_prefix": name_prefix,
+                "created_after": created_after,
+                "created_before": created_before,
+                "deleted": deleted,
+            }
+        )
+        return self._http.items(ApiKey, "/v1/keys", {}, asked, page_size)
+
+    def page(self, *, limit: int = DEFAULT_PAGE, cursor: str | None = None, **filters: str | None) -> Page[ApiKey]:
+        """One page of `list`, with its filters as they stand in a query string."""
+        asked = query({**filters, "limit": limit, "cursor": cursor})
+        return decode_page(ApiKey, self._http.send("GET", "/v1/keys", query=asked))
+
+    def update(
+        self,
+        id: str,
+        *,
+        name: str | Unset = UNSET,
+        user_id: str | Unset | None = UNSET,
+        description: str | Unset | None = UNSET,
+        owner: str | Unset | None = UNSET,
+        environment: Environment | Unset = UNSET,
+        permissions: Iterable[str] | Unset = UNSET,
+        expires_at: datetime | Unset | None = UNSET,
+        metadata: Mapping[str, Any] | Unset = UNSET,
+        allowed_ips: Iterable[str] | Unset = UNSET,
+        allowed_models: Iterable[str] | Unset = UNSET,
+        allowed_routes: Iterable[str] | Unset = UNSET,
+        groups: Iterable[str] | Unset = UNSET,
+        limits: Iterable[LimitIn] | Unset = UNSET,
+        rotate_every_s: int | Unset | None = UNSET,
+        rotation_overlap_s: int | Unset | None = UNSET,
+        expected: int | None = None,
+        idempotency_key: str | None = None,
+    ) -> ApiKey:
+        """Change the fields that are given. `expected`: the version that the key must have, else PreconditionFailed.
+
+        Raises NotFound, InvalidInput with every problem.
+        """
+        fields = given(
+            {
+                "name": name,
+                "user_id": user_id,
+                "description": description,
+                "owner": owner,
+                "environment": environment,
+                "permissions": listed(permissions),
+                "expires_at": expires_at,
+                "metadata": metadata,
+                "allowed_ips": listed(allowed_ips),
+                "allowed_models": listed(allowed_models),
+                "allowed_routes": listed(allowed_routes),
+                "groups": listed(groups),
+                "limits": listed(limits),
+                "rotate_every_s": rotate_every_s,
+                "rotation_overlap_s": rotation_overlap_s,
+            }
+        )
+        answer = self._http.send(
+            "PATCH",
+            "/v1/keys/{id}",
+            {"id": id},
+            body=encode(fields),
+            headers=if_match(expected),
+            once=once_of(idempotency_key),
+        )
+        return decode(ApiKey, answer)
+
+    def delete(self, id: str, *, expected: int | None = None, idempotency_key: str | None = None) -> None:
+        """Remove a key and its usage. Raises NotFound."""
+        self._http.send(
+            "DELETE", "/v1/keys/{id}", {"id": id}, headers=if_match(expected), once=once_of(idempotency_key)
+        )
+
+    def disable(self, id: str) -> ApiKey:
+        """Refuse the key from now on. Raises NotFound."""
+        return decode(ApiKey, self._http.send("POST", "/v1/keys/{id}/disable", {"id": id}, once=once_of(None)))
+
+    def enable(self, id: str) -> ApiKey:
+        """Accept the key again. Raises NotFound."""
+        return decode(ApiKey, self._http.send("POST", "/v1/keys/{id}/enable", {"id": id}, once=once_of(None)))
+
+    def rotate(
+        self, id: str, *, overlap_s: int = 0, expected: int | None = None, idempotency_key: str | None = None
+    ) -> IssuedKey:
+        """Give the key a new text; its id, limits and usage stay. The old text works for `overlap_s` seconds more.
+
+        Raises NotFound, InvalidInput.
+        """
+        answer = self._http.send(
+            "POST",
+            "/v1/keys/{id}/rotate",
+            {"id": id},
+            body=encode({"overlap_s": overlap_s}),
+            headers=if_match(expected),
+            once=once_of(idempotency_key),
+        )
+        return issued(answer)
+
+    def stats(self, id: str) -> KeyStats:
+        """What was used of each limit, lifetime totals, the last use. Raises NotFound."""
+        return decode(KeyStats, self._http.send("GET", "/v1/keys/{id}/stats", {"id": id}))
+
+    def verify(
+        self,
+        key: str,
+        *,
+        cost: Cost | None = None,
+        permission: str | None = None,
+        ip: str | None = None,
+        model: str | None = None,
+        route: str | None = None,
+        idempotency_key: str | None = None,
+    ) -> Verification:
+        """Whether the key may be used now; if so, `cost` (default: one request) is debited from all its limits.
+
+        Without an `idempotency_key`, which costs the server a write, a call whose answer was lost is not sent again: it
+        raises NoAnswer, and may have debited. Where it surely did not reach the server it is tried again all the same.
+        """
+        asked = Ask(key=key, cost=cost, permission=permission, ip=ip, model=model, route=route)
+        once = None if idempotency_key is None else once_of(idempotency_key)
+        return decode(Verification, self._http.send("POST", "/v1/keys/verify", body=encode(asked), once=once))
+
+    def verify_batch(self, asks: Asks, *, idempotency_key: str | None = None) -> Verifications:
+        """Several verifications, at most 1,000, decided in their order and answered in it.
+
+        An `idempotency_key` does for them what it does for `verify`.
+        """
+        once = None if idempotency_key is None else once_of(idempotency_key)
+        body = encode({"items": listed(asks)})
+        answer = self._http.send("POST", "/v1/keys/verify:batch", body=body, once=once)
+        return decode(Answers, answer).items

@@ -1,0 +1,290 @@
+"""What the server answers, as typed values: exact amounts, aware times; what a newer server adds is ignored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from decimal import Decimal
+from typing import Annotated, Any, Generic, TypeVar
+
+import msgspec
+
+Amount = int | Decimal
+"""How much of a resource: whole, or for money with up to 9 decimals."""
+Cost = Mapping[str, int | float | Decimal]
+"""Amounts by resource, such as `{"requests": 1, "tokens": 250, "cost": Decimal("0.0025")}`."""
+Moment = Annotated[datetime, msgspec.Meta(tz=True)]
+T = TypeVar("T")
+
+
+class Model(msgspec.Struct, frozen=True, kw_only=True, repr_omit_defaults=True):
+    """An answer. Words such as `code` and `kind` stay texts, because a newer server may know more of them."""
+
+
+class Page(Model, Generic[T], frozen=True):
+    """Some items, and where the next page begins (None: this was the last)."""
+
+    items: list[T]
+    next_cursor: str | None = None
+
+
+# --- Limits ---------------------------------------------------------------------------------------------------
+
+
+class Refill(msgspec.Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
+    """What comes back of a total: `amount` with each `unit` of the calendar in `timezone`, or every `seconds`."""
+
+    amount: Amount
+    unit: str | None = None
+    timezone: str = "UTC"
+    seconds: int | None = None
+
+
+class Window(msgspec.Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
+    """The span in which a limit holds: made by `rolling`, `anchored`, `calendar` or `total`."""
+
+    kind: str
+    seconds: int | None = None
+    unit: str | None = None
+    timezone: str | None = None
+    refill: Refill | None = None
+
+    @classmethod
+    def rolling(cls, seconds: int) -> Window:
+        """The last `seconds`."""
+        return cls("rolling", seconds=seconds)
+
+    @classmethod
+    def anchored(cls, seconds: int) -> Window:
+        """`seconds` from the first use on; the first use after that starts another."""
+        return cls("anchored", seconds=seconds)
+
+    @classmethod
+    def calendar(cls, unit: str, timezone: str = "UTC") -> Window:
+        """The present minute, hour, day, week (from Monday) or month in `timezone` (an IANA name)."""
+        return cls("calendar", unit=unit, timezone=timezone)
+
+    @classmethod
+    def total(cls, refill: Refill | None = None) -> Window:
+        """No window: what is used stays used, but for what `refill` gives back."""
+        return cls("total", refill=refill)
+
+
+class Limit(msgspec.Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
+    """At most `limit` of `resource` in each `window`; with `models` or `routes`, of the calls that name one of them."""
+
+    resource: str
+    limit: Amount
+    window: Window
+    models: tuple[str, ...] = ()
+    routes: tuple[str, ...] = ()
+
+
+class LimitStatus(Model, frozen=True):
+    """Where one limit stands. `resets_at`: when `used` next falls. `exceeded`: this limit denied the call.
+
+    `subject` names whose limit it is, where it is not the key's own. Of what is `used`, `recorded` has been used for
+    certain, `reserved` is held by reservations and `leased` is with the server's nodes, if the server says so.
+    """
+
+    resource: str
+    limit: Amount
+    used: Amount
+    remaining: Amount
+    window: Window
+    resets_at: Moment | None = None
+    exceeded: bool = False
+    subject: str | None = None
+    recorded: Amount | None = None
+    reserved: Amount | None = None
+    leased: Amount | None = None
+    models: tuple[str, ...] = ()
+    routes: tuple[str, ...] = ()
+
+
+# --- Keys -----------------------------------------------------------------------------------------------------
+
+
+class ApiKey(Model, frozen=True):
+    """A key. `display` is what may be shown of its text; the text itself is answered once, when it is made."""
+
+    id: str
+    tenant: str
+    name: str
+    display: str
+    version: int
+    enabled: bool
+    created_at: Moment
+    updated_at: Moment
+    user_id: str | None = None
+    description: str | None = None
+    owner: str | None = None
+    environment: str = "live"
+    permissions: list[str] = []
+    metadata: dict[str, Any] = {}
+    allowed_ips: list[str] = []
+    allowed_models: list[str] = []
+    allowed_routes: list[str] = []
+    groups: list[str] = []
+    limits: list[Limit] = []
+    expires_at: Moment | None = None
+    previous_until: Moment | None = None
+    rotate_every_s: int | None = None
+    rotation_overlap_s: int | None = None
+    next_rotation_at: Moment | None = None
+    leaked_at: Moment | None = None
+    deleted_at: Moment | None = None
+    last_used: Moment | None = None
+    usage_count: int = 0
+
+
+class IssuedKey(Model, frozen=True):
+    """A key with its text, which the server shows this once. The text is left out of the representation."""
+
+    key: ApiKey
+    text: str
+
+    def __repr__(self) -> str:
+        return f"IssuedKey(key={self.key!r})"
+
+
+class KeyStats(Model, frozen=True):
+    """`count`: uses. `totals`: what was used of each resource in the key's lifetime."""
+
+    key_id: str
+    tenant: str
+    enabled: bool
+    expired: bool
+    count: int
+    last_used_at: Moment | None = None
+    totals: dict[str, Amount] = {}
+    limits: list[LimitStatus] = []
+
+
+class Verification(Model, frozen=True):
+    """Whether a key may be used now. `code` is VALID, or says why not; only VALID debits anything.
+
+    `retry_after_s`: seconds until the same call would be admitted if nothing else is used; None if waiting does not
+    help. `message` explains a refusal. `reservation_id` names the hold, where one was asked for.
+    """
+
+    valid: bool
+    code: str
+    key_id: str | None = None
+    tenant: str | None = None
+    user_id: str | None = None
+    permissions: list[str] = []
+    metadata: dict[str, Any] = {}
+    limits: list[LimitStatus] = []
+    retry_after_s: float | None = None
+    message: str | None = None
+    reservation_id: str | None = None
+
+
+class Ask(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One question of `verify_batch`: may this key be used, for this cost? The key is left out of the
+    representation."""
+
+    key: str
+    cost: Cost | None = None
+    permission: str | None = None
+    ip: str | None = None
+    model: str | None = None
+    route: str | None = None
+
+    def __repr__(self) -> str:
+        return f"Ask(cost={self.cost!r}, permission={self.permission!r}, ip={self.ip!r})"
+
+
+class BulkFailure(Model, frozen=True):
+    """A key that a bulk operation could not change, and why."""
+
+    id: str
+    code: str
+    message: str = ""
+
+
+# --- Usage ----------------------------------------------------------------------------------------------------
+
+
+class Used(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What was used of one key, given by its text or its id: an item of `record_many`. The text is left out of the
+    representation. `idempotency_key` keeps it from being counted twice; without one, it gets one of its own."""
+
+    cost: Cost
+    key: str | None = None
+    key_id: str | None = None
+    idempotency_key: str | None = None
+
+    def __repr__(self) -> str:
+        return f"Used(key_id={self.key_id!r}, cost={self.cost!r}, idempotency_key={self.idempotency_key!r})"
+
+
+class Recorded(Model, frozen=True):
+    """Where a key's limits stand after usage was recorded."""
+
+    key_id: str
+    tenant: str
+    limits: list[LimitStatus] = []
+
+
+# --- Statistics, health -----------------------------------------------------------------------------------------
+
+
+class CurrentUsage(Model, frozen=True):
+    """The window that counts now."""
+
+    tokens_used_in_current_window: Amount
+    window_started_at: Moment
+    window_ends_at: Moment | None = None
+    remaining_tokens: Amount | None = None
+
+
+class OwnStats(Model, frozen=True):
+    """The statistics of the key that asks, whose text is masked."""
+
+    key: str
+    name: str
+    created_at: Moment
+    is_expired: bool
+    current_usage: CurrentUsage
+    total_lifetime_tokens: Amount
+    model: Any = None
+    token_limit_per_5h: Amount | None = None
+    expiry_date: Moment | None = None
+    last_used: Moment | None = None
+
+
+class Dependency(Model, frozen=True):
+    """One thing that the server stands on. `status` is ok, degraded or unavailable."""
+
+    status: str
+    kind: str
+    latency_ms: float
+    details: dict[str, Any] = {}
+
+
+class Readiness(Model, frozen=True):
+    """Whether the server would answer requests, and what it stands on."""
+
+    status: str
+    ready: bool
+    message: str | None = None
+    dependencies: dict[str, Dependency] = {}
+
+
+# --- Entities -------------------------------------------------------------------------------------------------
+
+
+class Change(Model, frozen=True):
+    """One change of a document. `action` is create, update or delete; `before` and `after` have the fields that it
+    changed, secrets masked."""
+
+    id: str
+    action: str
+    version: int | None = None
+    at: Moment | None = None
+    actor: str | None = None
+    request_id: str | None = None
+    before: dict[str, Any] | None = None
+    after: dict[str, Any] | None = None
