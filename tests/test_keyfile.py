@@ -523,7 +523,7 @@ async def test_checksums_notice_what_is_not_as_in_the_file(room: Strongroom) -> 
     assert sums.equal
     job = KeyImport(room.database, room.keys.hasher, "plain", "default", SYSTEM)
     await room.keys.update(planned[3].id, name="changed behind its back")
-    await room.keys.delete(planned[4].id)
+    await room.keys.delete(planned[4].id, purge=True)
     sums = await job.checksums(planned, NOW_US, updated=False)
     assert not sums.equal
     assert set(sums.unequal) == {planned[3].row.path, planned[4].row.path}

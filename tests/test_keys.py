@@ -806,11 +806,11 @@ async def test_a_deleted_key_leaves_nothing(room: Strongroom, store: FaultyStore
     unused = await room.keys.create(name="unused")
     await room.keys.verify(issued.text)
     for one in (issued, unused):
-        await room.keys.delete(one.key.id)
+        await room.keys.delete(one.key.id, purge=True)
         assert (await room.keys.verify(one.text)).code == "NOT_FOUND"
         assert await store.get("key_usage", None, one.key.id) is None
         with pytest.raises(NotFound):
-            await room.keys.delete(one.key.id)
+            await room.keys.delete(one.key.id, purge=True)
 
 
 async def test_a_key_changed_at_every_attempt_is_told(room: Strongroom, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -275,7 +275,7 @@ async def test_litellm_25553_writing_usage_resurrects_no_old_key(tmp_path: Path)
                     here.keys.update(issued.key.id, name=f"n{number}", permissions=[f"p{number}"]),
                 )
             await there.ledger.account(issued.key.id)
-            await here.keys.delete(issued.key.id)
+            await here.keys.delete(issued.key.id, purge=True)
             await asyncio.gather(*(there.keys.record(key_id=issued.key.id, cost={"x": 1}) for _ in range(3)),
                                  return_exceptions=True)  # fmt: skip
             assert await here.database.get_or_none(ADMIN, ApiKey, issued.key.id) is None

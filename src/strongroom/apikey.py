@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import datetime, timedelta
 from ipaddress import ip_network
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from .context import MAX_TENANT_BYTES, text_problem
 from .entity import MAX_ID_BYTES, Entity, Index, Indexed, Secret, problems_of
@@ -26,6 +26,26 @@ MAX_ADDRESSES = 100
 MAX_METADATA_BYTES = 16_384
 _KIND_IN_PATH = re.compile(r"(?<=\.window)\.(?:rolling|anchored|calendar|total)(?=\.|$)")
 _PERMISSION = re.compile(r"^[A-Za-z0-9_.:/*-]{1,128}$")
+MAX_GROUPS = 16
+MAX_GROUP_BYTES = 200
+MAX_NAMES = 100
+"""Names in `allowed_models`, and in `allowed_routes`."""
+MAX_NAME_CHARS = 200
+MAX_DESCRIPTION_CHARS = 2_000
+MAX_OWNER_BYTES = 200
+MAX_OVERLAP_S = 30 * 86_400
+"""How long a text that was rotated away may work on at most."""
+MIN_ROTATION_S = 3_600
+MAX_ROTATION_S = 400 * 86_400
+MIN_SCHEDULED_OVERLAP_S = 60
+DEFAULT_SCHEDULED_OVERLAP_S = 7 * 86_400
+"""Of a scheduled rotation whose overlap is not said, unless half its period is less."""
+RESTORABLE_FOR_S = 30 * 86_400
+"""How long a deleted key can be restored; after that it is removed for good."""
+TEST_PREFIX = f"{DEFAULT_PREFIX}_test"
+"""What the text of a test key begins with instead of DEFAULT_PREFIX."""
+HIDDEN = frozenset({"hash", "previous_hash", "sealed", "verifier", "due_at"})
+"""Fields of a key that nobody is shown."""
 Environment = Literal["live", "test"]
 M = TypeVar("M", bound=BaseModel)
 
@@ -35,12 +55,17 @@ class ApiKey(
     collection=NAME,
     scope="global",
     indexes=[
-        Index("tenant", "-created_at"),
-        Index("tenant", "user_id", "-created_at"),
+        # A list leaves the deleted keys out, or shows them alone: with `deleted_at` in its index, it is served whole.
+        Index("tenant", "deleted_at", "-created_at"),
+        Index("tenant", "user_id", "deleted_at", "-created_at"),
+        Index("user_id", "deleted_at", "-created_at"),
         Index("user_id", "-created_at"),
-        Index("-created_at"),
-        Index("tenant", "name"),
-        Index("name"),
+        Index("deleted_at", "-created_at"),
+        Index("tenant", "deleted_at", "name"),
+        Index("deleted_at", "name"),
+        Index("owner", "deleted_at", "-created_at"),
+        Index("tenant", "environment", "deleted_at", "-created_at"),
+        Index("environment", "deleted_at", "-created_at"),
         Index("due_at"),
     ],
     placed_by="hash",
@@ -92,6 +117,35 @@ class ApiKey(
     def is_expired(self, now: datetime) -> bool:
         return self.expires_at is not None and now >= self.expires_at
 
+    @property
+    def scheduled_overlap_s(self) -> int:
+        """How long the old text works on after a scheduled rotation."""
+        if self.rotation_overlap_s is not None:
+            return self.rotation_overlap_s
+        return min(DEFAULT_SCHEDULED_OVERLAP_S, (self.rotate_every_s or 0) // 2)
+
+    def shown(self) -> dict[str, Any]:
+        """What callers are shown of a key. `unclaimed`: whether the text of a rotation waits to be claimed."""
+        return {**self.model_dump(exclude=set(HIDDEN)), "unclaimed": self.unclaimed is not None}
+
+
+def due_at(next_rotation_at: datetime | None, deleted_at: datetime | None) -> datetime | None:
+    """When the background work has something to do with a key: to remove it if it was deleted, else to rotate it."""
+    return next_rotation_at if deleted_at is None else deleted_at + timedelta(seconds=RESTORABLE_FOR_S)
+
+
+def schedule_problem(rotate_every_s: int | None, overlap_s: int | None) -> Problem | None:
+    """What is wrong with a schedule of rotations, whose two fields are single values within their own bounds."""
+    if overlap_s is None:
+        return None
+    if rotate_every_s is None:
+        return Problem("rotation_overlap_s", "needs rotate_every_s: there is no scheduled rotation")
+    if overlap_s >= rotate_every_s:
+        return Problem(
+            "rotation_overlap_s", f"found {overlap_s}, expected less than rotate_every_s, which is {rotate_every_s}"
+        )
+    return None
+
 
 class KeyFields(BaseModel):
     """What a caller may say of a key, when it is made and later."""
@@ -105,6 +159,13 @@ class KeyFields(BaseModel):
     metadata: dict[str, Any] = {}
     allowed_ips: list[str] = Field(default=[], max_length=MAX_ADDRESSES)
     limits: list[Limit] = Field(default=[], max_length=MAX_LIMITS)
+    description: str | None = Field(default=None, max_length=MAX_DESCRIPTION_CHARS)
+    owner: str | None = None
+    groups: list[str] = Field(default=[], max_length=MAX_GROUPS)
+    allowed_models: list[str] = Field(default=[], max_length=MAX_NAMES)
+    allowed_routes: list[str] = Field(default=[], max_length=MAX_NAMES)
+    rotate_every_s: int | None = Field(default=None, ge=MIN_ROTATION_S, le=MAX_ROTATION_S, strict=True)
+    rotation_overlap_s: int | None = Field(default=None, ge=MIN_SCHEDULED_OVERLAP_S, le=MAX_OVERLAP_S, strict=True)
 
     @field_validator("name", "user_id")
     @classmethod
@@ -112,6 +173,38 @@ class KeyFields(BaseModel):
         if value is not None and (problem := text_problem(value, MAX_ID_BYTES)):
             raise ValueError(problem)
         return value
+
+    @field_validator("owner")
+    @classmethod
+    def _owner(cls, value: str | None) -> str | None:
+        if value is not None and (problem := text_problem(value, MAX_OWNER_BYTES)):
+            raise ValueError(problem)
+        return value
+
+    @field_validator("description")
+    @classmethod
+    def _description(cls, value: str | None) -> str | None:
+        if value and (problem := text_problem(value, 4 * MAX_DESCRIPTION_CHARS)):
+            raise ValueError(problem)
+        return value
+
+    @field_validator("groups")
+    @classmethod
+    def _groups(cls, value: list[str]) -> list[str]:
+        for name in value:
+            if problem := text_problem(name, MAX_GROUP_BYTES):
+                raise ValueError(problem)
+        return list(dict.fromkeys(value))
+
+    @field_validator("allowed_models", "allowed_routes")
+    @classmethod
+    def _names(cls, value: list[str]) -> list[str]:
+        for name in value:
+            if not 1 <= len(name) <= MAX_NAME_CHARS or not name.isprintable() or "*" in name[:-1]:
+                raise ValueError(
+                    f"found {name[:64]!r}, expected 1 to {MAX_NAME_CHARS} printable characters, * only as the last"
+                )
+        return list(dict.fromkeys(value))
 
     @field_validator("expires_at")
     @classmethod
@@ -132,7 +225,11 @@ class KeyFields(BaseModel):
     @classmethod
     def _addresses(cls, value: list[str]) -> list[str]:
         for item in value:
+            length = item.partition("/")[2]
             try:
+                # A mask in dots has two readings (0.0.0.0 is every address, or one): only a length is taken.
+                if "/" in item and not (length.isascii() and length.isdigit()):
+                    raise ValueError
                 ip_network(item, strict=False)
             except ValueError:
                 raise ValueError(f"found {item[:64]!r}, expected an address or a range such as 10.0.0.0/8") from None
@@ -161,9 +258,10 @@ class KeyFields(BaseModel):
 
 
 class NewKey(KeyFields):
-    """A key to be made. `prefix` begins its text."""
+    """A key to be made. `prefix` begins its text; for a test key the default becomes `sr_test`."""
 
     tenant: str = DEFAULT_TENANT
+    environment: Environment = "live"
     prefix: str = Field(default=DEFAULT_PREFIX, pattern=PREFIX_PATTERN, max_length=MAX_PREFIX_CHARS)
 
     @model_validator(mode="after")
@@ -171,6 +269,17 @@ class NewKey(KeyFields):
         if problem := text_problem(self.tenant, MAX_TENANT_BYTES):
             raise ValueError(f"tenant: {problem}")
         return self
+
+    @field_validator("rotation_overlap_s")
+    @classmethod
+    def _shorter(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if "rotate_every_s" in info.data and (problem := schedule_problem(info.data["rotate_every_s"], value)):
+            raise ValueError(problem.message)
+        return value
+
+    @property
+    def text_prefix(self) -> str:
+        return TEST_PREFIX if self.environment == "test" and self.prefix == DEFAULT_PREFIX else self.prefix
 
 
 class KeyChanges(KeyFields):

@@ -3,39 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from cryptography.exceptions import InvalidTag
-
-from .apikey import ALL_TENANTS, NAME, ApiKey, KeyChanges, NewKey, parse
+from .apikey import MAX_OVERLAP_S, NAME, ApiKey, KeyChanges, NewKey, due_at, parse, schedule_problem
 from .changes import ChangeFeed
 from .clock import Clock
 from .context import Context, new_id, system_context, utc_from_us
 from .database import Database, Idempotency, Page, Replayed
-from .errors import Conflict, InvalidInput, NotFound, Problem
-from .keytext import DEFAULT_PREFIX, PREFIX_PATTERN, Hasher, generate, masked
-from .knownkey import metered
-from .query import And, Filter, Query, Where
+from .errors import InvalidInput, NotFound
+from .keyfilter import KeyFilter
+from .keytext import Hasher, generate, masked
+from .knownkey import KnownKey, metered
+from .query import Aggregate
+from .rotation import IssuedKey, Rotation, no_key, reader, writer
+from .storage.port import Check
 from .transaction import Transaction
 from .usage import Account, KeyUsage, Ledger
 from .verification import LimitStatus, Verification, limit_status
-from .verifier import Verifier, bound_to, may_see
+from .verifier import bound_to
 from .windows import Amount, from_units
 
 _ANY_TENANT = "\x00keys"  # no tenant is called so
-MAX_OVERLAP_S = 30 * 86_400
-
-
-@dataclass(frozen=True, slots=True)
-class IssuedKey:
-    """A key with its text. The text is not stored: this is the one time it is there."""
-
-    key: ApiKey
-    text: str = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +42,7 @@ class KeyStats:
     account: Account
 
 
-class Keys(Verifier):
+class Keys(Rotation):
     """The keys of one store."""
 
     def __init__(
@@ -82,13 +73,16 @@ class Keys(Verifier):
         Raises InvalidInput with every problem.
         """
         new = new if new is not None else parse(NewKey, fields)
-        context = _writer(context, new.tenant)
-        text = generate(new.prefix)
+        context = writer(context, new.tenant)
+        text = generate(new.text_prefix)
+        following = self._next_rotation(new.rotate_every_s)
         key = ApiKey(
             id=new_id("key_"),
             hash=self.hasher.hash(text),
             sealed=self.hasher.seal(hashlib.sha256(text.encode()).digest()),
             display=masked(text),
+            next_rotation_at=following,
+            due_at=due_at(following, None),
             **new.model_dump(exclude={"prefix"}),
         )
         once = self._once(context, idempotency_key, f"create key {new!r}", text)
@@ -99,33 +93,32 @@ class Keys(Verifier):
         except Replayed as replayed:
             return await self._replay(context, idempotency_key or "", replayed)
 
-    async def get(self, id: str, *, context: Context | None = None) -> ApiKey:
-        """A key by its id. NotFound for another tenant's too."""
-        key = await self._database.get_or_none(_reader(context), ApiKey, id)
-        if key is None or not may_see(context, key.tenant):
-            raise NotFound(f"there is no key {id!r}")
-        return key
-
     async def list(
         self,
         *,
-        tenant: str | None = None,
-        user_id: str | None = None,
         limit: int = 100,
         cursor: str | None = None,
         context: Context | None = None,
+        **filters: Any,
     ) -> Page[ApiKey]:
-        """One page of keys, newest first; of one tenant where the caller is bound to one."""
-        own = bound_to(context)
-        filters: list[Filter] = []
-        if own is not None or tenant is not None:
-            if own is not None and tenant is not None and own != tenant:
-                return Page([], None)
-            filters.append(Where("tenant", "==", own or tenant))
-        if user_id is not None:
-            filters.append(Where("user_id", "==", user_id))
-        query = Query(And(*filters) if filters else None, ("-created_at",), limit)
-        return await self._database.find(_reader(context), ApiKey, query, cursor)
+        """One page of the keys that `KeyFilter(**filters)` means; of one tenant where the caller is bound to one.
+
+        Newest first; by name where `name_prefix` is given; with `deleted=True`, those deleted longest ago first.
+        Raises InvalidInput.
+        """
+        wanted = KeyFilter(**filters).within(bound_to(context))
+        if wanted is None:
+            return Page([], None)
+        return await self._database.find(reader(context), ApiKey, wanted.query(limit), cursor)
+
+    async def count(self, filter: KeyFilter, *, context: Context | None = None) -> int:
+        """How many keys a filter means."""
+        wanted = filter.within(bound_to(context))
+        if wanted is None:
+            return 0
+        counted = Aggregate("count")
+        found = await self._database.aggregate(reader(context), ApiKey, counted, where=wanted.where)
+        return int(found[counted.name])
 
     async def update(
         self,
@@ -160,101 +153,141 @@ class Keys(Verifier):
         idempotency_key: str | None = None,
     ) -> ApiKey:
         key = await self.get(id, context=context)
-        writer = _writer(context, key.tenant)
         if expected is None and all(getattr(key, name) == value for name, value in values.items()):
             return key
-        return await self._database.update(
-            writer, ApiKey, id, values, expected=expected, idempotency_key=idempotency_key
-        )
+
+        async def body(tx: Transaction) -> ApiKey:
+            now = await tx.get(ApiKey, id)
+            if now.deleted_at is not None:
+                raise no_key(id)
+            return await tx.update(ApiKey, id, {**values, **self._schedule(now, values)}, expected=expected)
+
+        once = None
+        if idempotency_key is not None:
+            once = Idempotency(idempotency_key, repr(("update key", id, sorted(values.items()), expected)))
+        try:
+            return await self._database.transaction(writer(context, key.tenant), body, idempotency=once)
+        except Replayed:
+            return await self.get(id, context=context)
+
+    def _schedule(self, now: ApiKey, values: Mapping[str, Any]) -> dict[str, Any]:
+        """What else changes with the schedule of a key's rotations. Raises InvalidInput if its parts do not fit."""
+        if not {"rotate_every_s", "rotation_overlap_s"} & values.keys():
+            return {}
+        every_s = values.get("rotate_every_s", now.rotate_every_s)
+        overlap_s = values.get("rotation_overlap_s", now.rotation_overlap_s if every_s is not None else None)
+        if problem := schedule_problem(every_s, overlap_s):
+            raise InvalidInput([problem])
+        following = now.next_rotation_at if every_s == now.rotate_every_s else self._next_rotation(every_s)
+        return {
+            "rotation_overlap_s": overlap_s,
+            "next_rotation_at": following,
+            "due_at": due_at(following, now.deleted_at),
+        }
+
+    def _next_rotation(self, every_s: int | None) -> datetime | None:
+        return None if every_s is None else self._now() + timedelta(seconds=every_s)
+
+    # --- Removing ---------------------------------------------------------------------------------------------
 
     async def delete(
         self,
         id: str,
         *,
+        purge: bool = False,
         context: Context | None = None,
         expected: int | None = None,
         idempotency_key: str | None = None,
     ) -> None:
-        """Remove a key and its usage; its text is unknown from then on."""
+        """Delete a key: its texts are unknown from now on. For RESTORABLE_FOR_S `restore` takes that back; then it is
+        removed for good. `purge`: remove it and its usage for good now, one that was deleted before too.
+
+        Raises NotFound, Conflict. The same call again with the same idempotency key (within a day) does nothing.
+        """
         once = None
         if idempotency_key is not None:
-            once = Idempotency(idempotency_key, f"delete key {id} {expected}", scope=_ANY_TENANT)
+            request = f"delete key {id} {expected}{' purge' * purge}"
+            once = Idempotency(idempotency_key, request, scope=_ANY_TENANT)
         try:
-            key = await self.get(id, context=context)
+            key = await self.get(id, deleted=purge, context=context)
         except NotFound:
             if once is not None and await self._database.was_done(context or system_context(), once):
                 return
             raise
+        by = writer(context, key.tenant)
 
-        async def body(tx: Transaction) -> None:
-            await tx.delete(ApiKey, id, expected=expected)
+        async def mark(tx: Transaction) -> None:
+            now = await tx.get(ApiKey, id)
+            if now.deleted_at is not None:
+                raise no_key(id)
+            moment = self._now()
+            fields = {"deleted_at": moment, "due_at": due_at(None, moment)}
+            await tx.update(ApiKey, id, fields, expected=expected)
 
         try:
-            await self._database.transaction(_writer(context, key.tenant), body, idempotency=once)
+            if not purge:
+                await self._database.transaction(by, mark, idempotency=once)
+                return
+            await self._database.authorize(by, "delete", ApiKey.__collection__, id)
+            if key.deleted_at is None:
+                # First marked, so that nothing is charged to it any more while its counters are removed.
+                await self._database.transaction(by, mark)
+                expected = None
+            await self._remove(id, by, expected, once)
         except Replayed:
             return
-        # Only now: while the key was there, its counters were being written; no charge can commit without the key.
-        self._ledger.forget(id)
-        try:
-            await self._database.delete(system_context(), KeyUsage, id)
-        except NotFound:
-            return  # it was never used
 
-    async def rotate(
+    async def purge_due(self, id: str, guard: Check) -> bool:
+        """Remove a deleted key for good if it can be restored no longer, under the lease `guard`; whether it was.
+        Raises Conflict if the lease is lost, NotFound."""
+        key = await self.get(id, deleted=True)
+        if key.deleted_at is None or key.due_at is None or key.due_at > self._now():
+            return False
+        await self._remove(id, writer(None, key.tenant), key.version, guard=guard)
+        return True
+
+    async def _remove(
         self,
         id: str,
-        *,
-        overlap_s: int = 0,
-        context: Context | None = None,
-        expected: int | None = None,
-        idempotency_key: str | None = None,
-    ) -> IssuedKey:
-        """Give a key a new text; the old one works for `overlap_s` seconds more. Id, limits and usage stay.
+        by: Context,
+        expected: int | None,
+        once: Idempotency | None = None,
+        guard: Check | None = None,
+    ) -> None:
+        """Remove a key that is marked as deleted, and its usage, in one commit. The caller was asked about before."""
 
-        A text that an earlier rotation left in its overlap stops working.
-        """
-        if type(overlap_s) is not int or not 0 <= overlap_s <= MAX_OVERLAP_S:
-            raise InvalidInput([Problem("overlap_s", f"found {overlap_s!r}, expected 0 to {MAX_OVERLAP_S} seconds")])
-        key = await self.get(id, context=context)
-        writer = _writer(context, key.tenant)
-        prefix = key.display.rpartition("_")[0]
-        text = generate(prefix if re.fullmatch(PREFIX_PATTERN, prefix) else DEFAULT_PREFIX)
+        async def body(tx: Transaction) -> None:
+            tx.guard = guard
+            await tx.delete(ApiKey, id, expected=expected)
+            if await tx.get_or_none(KeyUsage, id) is not None:
+                await tx.delete(KeyUsage, id)
+
+        # The rules that a caller is under say nothing of counters.
+        own = Context(by.tenant, by.actor, system_context().claims, by.request_id)
+        await self._database.transaction(own, body, idempotency=once)
+        self._ledger.forget(id)
+
+    async def restore(self, id: str, *, context: Context | None = None) -> ApiKey:
+        """Take a deletion back: the key is as it was. Idempotent. NotFound once it is too late."""
+        key = await self.get(id, deleted=True, context=context)
+        if key.deleted_at is None:
+            return key
 
         async def body(tx: Transaction) -> ApiKey:
             now = await tx.get(ApiKey, id)
-            now_utc = utc_from_us(self._clock.now_us())
-            fields = {
-                "hash": self.hasher.hash(text),
-                "sealed": self.hasher.seal(hashlib.sha256(text.encode()).digest()),
-                "display": masked(text),
-                "previous_hash": now.hash if overlap_s else None,
-                "previous_until": now_utc + timedelta(seconds=overlap_s) if overlap_s else None,
-            }
-            return await tx.update(ApiKey, id, fields, expected=expected)
+            if now.deleted_at is None:
+                return now
+            if now.due_at is not None and now.due_at <= self._now():
+                raise no_key(id)
+            return await tx.update(ApiKey, id, {"deleted_at": None, "due_at": due_at(now.next_rotation_at, None)})
 
-        once = self._once(writer, idempotency_key, f"rotate key {id} {overlap_s} {expected}", text)
-        try:
-            return IssuedKey(await self._database.transaction(writer, body, idempotency=once), text)
-        except Replayed as replayed:
-            return await self._replay(writer, idempotency_key or "", replayed)
+        return await self._database.transaction(writer(context, key.tenant), body)
 
-    def _once(self, context: Context, key: str | None, request: str, text: str) -> Idempotency | None:
-        """The text is kept for the repeat of this very call, encrypted under the pepper and the caller's own key."""
-        if key is None:
-            return None
-        nonce = hashlib.sha256(text.encode()).digest()[:12]  # a text is random and used once
-        memo = self.hasher.memo_boxes(f"{context.actor}\x00{key}")[0].encrypt(nonce, text.encode(), None)
-        return Idempotency(key, request, nonce + memo)
+    async def _known_for(self, text: str | None, id: str | None) -> KnownKey | None:
+        known = await super()._known_for(text, id)
+        return None if known is None or known.deleted else known
 
-    async def _replay(self, context: Context, key: str, replayed: Replayed) -> IssuedKey:
-        memo = replayed.memo or b""
-        for box in self.hasher.memo_boxes(f"{context.actor}\x00{key}"):
-            try:
-                text = box.decrypt(memo[:12], memo[12:], None).decode()
-            except InvalidTag:
-                continue  # the pepper was rotated since
-            return IssuedKey(await self.get(replayed.written[0], context=context), text)
-        raise Conflict("this was done before, under a pepper that is not configured any more: the text is lost")
+    # --- Statistics -------------------------------------------------------------------------------------------
 
     async def stats(self, id: str, *, context: Context | None = None) -> KeyStats:
         """A key's statistics, as of now."""
@@ -278,20 +311,7 @@ class Keys(Verifier):
                 self.changed(change.operation.id)
 
 
-# --- Helpers ---------------------------------------------------------------------------------------------------
-
-
-def _reader(context: Context | None) -> Context:
-    """Keys are found by the system on the caller's behalf; whom the caller may see is checked on what was found."""
-    return system_context() if context is None else system_context(actor=context.actor)
-
-
-def _writer(context: Context | None, tenant: str) -> Context:
-    """The caller's context, on behalf of the key's tenant: the rules see both, the journal record is that tenant's."""
-    scoped = None if tenant == ALL_TENANTS else tenant
-    if context is None:
-        return system_context(scoped)
-    return Context(scoped, context.actor, context.claims, context.request_id)
-
-
-__all__ = ["ApiKey", "IssuedKey", "KeyChanges", "KeyStats", "Keys", "LimitStatus", "NewKey", "Verification"]
+__all__ = [
+    "MAX_OVERLAP_S", "ApiKey", "IssuedKey", "KeyChanges", "KeyFilter", "KeyStats", "Keys", "LimitStatus", "NewKey",
+    "Verification",
+]  # fmt: skip

@@ -12,6 +12,8 @@ from .context import us_from_utc, utc_from_us
 from .storage.port import Check
 from .windows import to_units
 
+MAX_SHOWN = 100
+"""Characters shown of a model or route that was asked for."""
 Network = IPv4Network | IPv6Network
 Code = Literal[
     "VALID",
@@ -30,14 +32,17 @@ class KnownKey:
 
     __slots__ = (
         "checked_at",
+        "deleted",
         "enabled",
         "expires_us",
         "held",
         "id",
         "metadata",
         "metered",
+        "models",
         "networks",
         "permissions",
+        "routes",
         "stale",
         "tenant",
         "user_id",
@@ -52,6 +57,9 @@ class KnownKey:
         self.held = tuple(key.permissions)  # answers hand `permissions` out; what a caller does to it grants nothing
         self.metadata = key.metadata
         self.networks: list[Network] = [_network(item) for item in key.allowed_ips]
+        self.models = tuple(key.allowed_models)
+        self.routes = tuple(key.allowed_routes)
+        self.deleted = key.deleted_at is not None
         self.enabled = key.enabled
         self.expires_us = us_from_utc(key.expires_at) if key.expires_at is not None else None
         self.metered = metered(key)
@@ -61,9 +69,7 @@ class KnownKey:
 
     def permits(self, permission: str) -> bool:
         """Whether the key has a permission: by name, or by one that ends in `*`."""
-        return any(
-            held == permission or (held.endswith("*") and permission.startswith(held[:-1])) for held in self.held
-        )
+        return names(self.held, permission)
 
     def refusal(
         self,
@@ -74,15 +80,28 @@ class KnownKey:
         route: str | None = None,
     ) -> tuple[Code, str] | None:
         """Why the key may not be used at all, before any limit is asked; None if it may."""
+        if self.deleted:
+            return "NOT_FOUND", "there is no such key"
         if not self.enabled:
             return "DISABLED", "the key is disabled"
         if self.expires_us is not None and now_us >= self.expires_us:
             return "EXPIRED", f"the key expired at {utc_from_us(self.expires_us).isoformat()}"
         if permission is not None and not self.permits(permission):
             return "INSUFFICIENT_PERMISSIONS", f"the key lacks the permission {permission!r}"
+        for what, allowed, asked in (("model", self.models, model), ("route", self.routes, route)):
+            if allowed and not names(allowed, asked):
+                found = f"not for {asked[:MAX_SHOWN]!r}" if asked is not None else "and none was named"
+                return "INSUFFICIENT_PERMISSIONS", f"the key is for certain {what}s, {found}"
         if self.networks and not _allowed(self.networks, address):
             return "FORBIDDEN", "the key may not be used from this address"
         return None
+
+
+def names(patterns: Sequence[str], name: str | None) -> bool:
+    """Whether one of the patterns is this name, or ends in `*` and begins it."""
+    return name is not None and any(
+        pattern == name or (pattern.endswith("*") and name.startswith(pattern[:-1])) for pattern in patterns
+    )
 
 
 def metered(key: ApiKey) -> Metered:

@@ -137,4 +137,4 @@ async def _remove(room: Strongroom, context: Context, ids: list[str]) -> None:
     import asyncio
 
     for start in range(0, len(ids), 100):
-        await asyncio.gather(*(room.keys.delete(id, context=context) for id in ids[start : start + 100]))
+        await asyncio.gather(*(room.keys.delete(id, purge=True, context=context) for id in ids[start : start + 100]))

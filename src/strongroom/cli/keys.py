@@ -335,7 +335,7 @@ def _asked_for(prompt: str) -> str:
 
 def key_view(key: ApiKey) -> dict[str, Any]:
     """A key as JSON shows it, here as over HTTP: everything but its hashes."""
-    return key.model_dump(exclude={"hash", "previous_hash", "sealed"})
+    return key.shown()
 
 
 def stats_view(found: KeyStats) -> dict[str, Any]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
-from ..keys import MAX_OVERLAP_S
+from ..apikey import MAX_OVERLAP_S, Environment
 from ..query import DEFAULT_LIMIT, MAX_LIMIT
 from ..windows import MAX_AMOUNT, Limit, Window
 from .services import MAX_BATCH_ITEMS
@@ -62,15 +62,27 @@ class KeyOut(BaseModel):
     previous_until: datetime | None = Field(description="Until when the text before the last rotation works.")
     last_used: datetime | None = Field(description="As of about a minute ago; `/stats` has it as of now.")
     usage_count: int = Field(description="Uses, as of about a minute ago; `/stats` has it as of now.")
+    description: str | None
+    owner: str | None
+    environment: Environment
+    groups: list[str] = Field(description="The quotas of its tenant that it shares with other keys.")
+    allowed_models: list[str]
+    allowed_routes: list[str]
+    rotate_every_s: int | None
+    rotation_overlap_s: int | None
+    next_rotation_at: datetime | None
+    unclaimed: bool = Field(description="Whether the text of a rotation waits to be claimed.")
+    leaked_at: datetime | None
+    deleted_at: datetime | None
     version: int
     created_at: datetime
     updated_at: datetime
 
 
 class IssuedKeyOut(KeyOut):
-    """A key with its text, which is shown this once."""
+    """A key with its text, which is shown this once; null where a rotation holds it to be claimed."""
 
-    key: str
+    key: str | None
 
 
 class KeyListOut(BaseModel):
@@ -80,6 +92,7 @@ class KeyListOut(BaseModel):
 
 class RotateIn(Closed):
     overlap_s: int = Field(0, ge=0, le=MAX_OVERLAP_S, description="Seconds that the old text works on.")
+    hold: bool = Field(False, description="Do not show the new text: keep it to be claimed.")
 
 
 class LimitStatusOut(BaseModel):
@@ -110,8 +123,22 @@ class KeyStatsOut(BaseModel):
 class KeyListQuery(Closed):
     tenant: str | None = Field(None, description="Only this tenant's keys.")
     user_id: str | None = Field(None, description="Only this user's keys.")
+    owner: str | None = Field(None, description="Only this owner's keys.")
+    environment: Environment | None = None
+    name_prefix: str | None = Field(None, description="Only keys whose names begin so; by name.")
+    created_after: AwareDatetime | None = None
+    created_before: AwareDatetime | None = None
+    deleted: bool = Field(False, description="The deleted keys that can be restored, instead of the others.")
     limit: int = Field(DEFAULT_LIMIT, ge=1, le=MAX_LIMIT)
     cursor: str | None = Field(None, description="The `next_cursor` of the page before.")
+
+
+class KeyQuery(Closed):
+    deleted: bool = Field(False, description="Show it if it was deleted, too.")
+
+
+class DeleteQuery(Closed):
+    purge: bool = Field(False, description="Remove it and its usage for good.")
 
 
 # --- Verifying and usage --------------------------------------------------------------------------------------

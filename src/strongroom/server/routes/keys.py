@@ -17,10 +17,12 @@ from ..auth import Caller, Scope, is_management
 from ..openapi import body
 from ..services import MAX_BATCH_ITEMS, Services
 from ..shapes import (
+    DeleteQuery,
     IssuedKeyOut,
     KeyListOut,
     KeyListQuery,
     KeyOut,
+    KeyQuery,
     KeyStatsOut,
     RotateIn,
     VerifyBatchIn,
@@ -38,9 +40,6 @@ from ..wire import (
     not_modified,
     read,
 )
-
-HIDDEN = frozenset({"hash", "previous_hash", "sealed"})
-"""Fields of a key that nobody is shown."""
 
 K = TypeVar("K", bound=KeyFields)
 
@@ -63,12 +62,12 @@ def router(services: Services) -> APIRouter:
     async def list_keys(request: Request, query: Annotated[KeyListQuery, Query()]) -> Response:
         caller_of(request).needs(Scope.READ)
         page = await keys.list(**query.model_dump(), context=context_of(request))
-        return Json({"items": [shown(key) for key in page.items], "next_cursor": page.next_cursor})
+        return Json({"items": [key.shown() for key in page.items], "next_cursor": page.next_cursor})
 
     @routes.get("/{id}", response_model=KeyOut, summary="One key")
-    async def get_key(request: Request, id: str) -> Response:
+    async def get_key(request: Request, id: str, query: Annotated[KeyQuery, Query()]) -> Response:
         caller_of(request).needs(Scope.READ)
-        key = await keys.get(id, context=context_of(request))
+        key = await keys.get(id, deleted=query.deleted, context=context_of(request))
         if not_modified(request, key.version):
             return Response(status_code=304, headers={"etag": etag(key.version)})
         return _answer(key)
@@ -90,19 +89,29 @@ def router(services: Services) -> APIRouter:
             )
         return _answer(changed)
 
-    @routes.delete("/{id}", status_code=204, response_class=Response, summary="Remove a key and its usage")
-    async def delete_key(request: Request, id: str) -> Response:
+    @routes.delete("/{id}", status_code=204, response_class=Response, summary="Delete a key")
+    async def delete_key(request: Request, id: str, query: Annotated[DeleteQuery, Query()]) -> Response:
+        """Its texts are unknown from now on. For 30 days `restore` takes that back; then it is removed for good, with
+        its usage. `purge` removes it for good now, one that was deleted before too."""
         once = idempotency_key(request)
         try:
-            before = await _own(request, id)
+            before = await _own(request, id, deleted=query.purge)
         except NotFound:
             if once is None:
                 raise
             before = None  # it may be this very call that removed it
         with Preconditions(request) as preconditions:
             expected = await preconditions.expected(_version_of(before))
-            await keys.delete(id, context=context_of(request), expected=expected, idempotency_key=once)
+            await keys.delete(
+                id, purge=query.purge, context=context_of(request), expected=expected, idempotency_key=once
+            )
         return Response(status_code=204)
+
+    @routes.post("/{id}/restore", response_model=KeyOut, summary="Take the deletion of a key back")
+    async def restore_key(request: Request, id: str) -> Response:
+        """Within 30 days; the key is as it was. Of a key that was not deleted it changes nothing."""
+        await _own(request, id, deleted=True)
+        return _answer(await keys.restore(id, context=context_of(request)))
 
     @routes.post("/{id}/disable", response_model=KeyOut, summary="Refuse a key from now on")
     async def disable_key(request: Request, id: str) -> Response:
@@ -119,7 +128,7 @@ def router(services: Services) -> APIRouter:
     )
     async def rotate_key(request: Request, id: str) -> Response:
         """The key gets a new text, shown this once; its id, limits and usage stay. The old text works for `overlap_s`
-        seconds more."""
+        seconds more. With `hold` the new text is not shown (`key` is null) but kept, until it is claimed."""
         _writer(request)
         asked = await read(request, RotateIn) if await request.body() else RotateIn()
         before = await _own(request, id)
@@ -127,10 +136,19 @@ def router(services: Services) -> APIRouter:
             issued = await keys.rotate(
                 id,
                 overlap_s=asked.overlap_s,
+                hold=asked.hold,
                 context=context_of(request),
                 expected=await preconditions.expected(_version_of(before)),
                 idempotency_key=idempotency_key(request),
             )
+        return _answer(issued.key, key=issued.text or None)
+
+    @routes.post("/{id}/claim", response_model=IssuedKeyOut, summary="The text that a rotation has held")
+    async def claim_key(request: Request, id: str) -> Response:
+        """The text of a scheduled rotation, or of one with `hold`: shown this once, then forgotten. With an
+        `Idempotency-Key` the same call again shows it again, for a day."""
+        await _own(request, id)
+        issued = await keys.claim(id, context=context_of(request), idempotency_key=idempotency_key(request))
         return _answer(issued.key, key=issued.text)
 
     @routes.get("/{id}/stats", response_model=KeyStatsOut, summary="A key's statistics")
@@ -164,23 +182,18 @@ def router(services: Services) -> APIRouter:
             services.metrics.verified[answer.code] = services.metrics.verified.get(answer.code, 0) + 1
         return Json({"items": answers})
 
-    async def _own(request: Request, id: str) -> ApiKey:
+    async def _own(request: Request, id: str, *, deleted: bool = False) -> ApiKey:
         """The key that is to be changed. Raises NotFound, and Denied if it is one that only administrators touch."""
         caller = _writer(request)
-        key = await keys.get(id, context=context_of(request))
+        key = await keys.get(id, deleted=deleted, context=context_of(request))
         _guard(caller, key.permissions, key.tenant)
         return key
 
     return routes
 
 
-def shown(key: ApiKey) -> dict[str, Any]:
-    """What callers see of a key."""
-    return {name: value for name, value in key.model_dump().items() if name not in HIDDEN}
-
-
 def _answer(found: ApiKey, status: int = 200, **more: Any) -> Response:
-    return Json({**shown(found), **more}, status, headers={"etag": etag(found.version)})
+    return Json({**found.shown(), **more}, status, headers={"etag": etag(found.version)})
 
 
 def _writer(request: Request) -> Caller:
