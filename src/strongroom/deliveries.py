@@ -1,0 +1,535 @@
+"""Deliveries of events to webhooks: an outbox, sent soon, tried again for a day, then a dead letter.
+
+How nothing is lost or told under two ids. An event is committed with its cause (`events.py`). Whoever takes it up
+commits, in one batch, that it was taken up and one delivery for each endpoint that wants it. A delivery is claimed by
+moving its `due_at` past the time that an attempt can take, under the version it was read at: of two nodes one succeeds.
+If that node dies, the claim lapses and another takes over. So an endpoint hears of an event at least once, sometimes
+twice, and always under the event's own id.
+
+Who does it. The node that committed an event takes it up at once. What is due otherwise (repeats, and what a node that
+died left behind) is looked for by every node, but claimed under a lease, by one at a time; each claim carries the
+lease's guard. The result of an attempt is written under the claim's own version instead: it is worth keeping even if
+the lease has changed hands meanwhile, and is refused once someone else has claimed the delivery.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import random
+from collections import Counter, deque
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Literal, TypeVar
+
+from .apikey import ALL_TENANTS
+from .clock import Clock
+from .context import Context, system_context, us_from_utc, utc_from_us
+from .database import Database, Page
+from .entity import Entity, Index
+from .errors import AlreadyExists, ConfigError, Conflict, NotFound, StrongroomError
+from .events import KEPT, TEST, Event, event
+from .events import NAME as EVENTS
+from .leases import LeaseLost, Leases, Turn
+from .query import And, Filter, Query, Where
+from .sending import GONE, Answer, Sender, require_httpx
+from .signatures import sign
+from .storage.port import Check, Create, Operation, Patch
+from .transaction import Transaction
+from .verifier import may_see
+from .webhooks import MAX_PER_TENANT, Webhook, Webhooks
+
+NAME = "webhook_deliveries"
+JOB = "webhook-deliveries"
+MAX_ATTEMPTS = 11
+FIRST_BACKOFF_S = 5.0
+BACKOFF_FACTOR = 4.0
+MAX_BACKOFF_S = 21_600.0
+"""The waits between attempts: 5 s, 20 s, 80 s, 5 min, 21 min, 85 min, 5.7 h, then 6 h each; 25.6 h in all."""
+JITTER = 0.1
+DISABLE_AFTER = timedelta(days=5)
+"""An endpoint none of whose attempts succeeded for so long is disabled."""
+MAX_SENDING = 64
+"""Attempts under way at once in one process; of one endpoint MAX_SENDING_EACH, so that one that hangs leaves room."""
+MAX_SENDING_EACH = 4
+MAX_FRESH = 10_000
+"""Events of this process that wait to be taken up at once; further ones are found like those of others."""
+PAGE = 100
+SAVE_EVERY_S = 4.0
+CLAIM_MARGIN_S = 20.0
+"""A claim is longer than an attempt by so much, for the commits before and after it."""
+CLOSE_TIMEOUT_S = 3.0
+MAX_ERROR_CHARS = 300
+State = Literal["pending", "delivered", "dead"]
+E = TypeVar("E", bound=Entity)
+_log = logging.getLogger(__name__)
+
+
+class Delivery(
+    Entity,
+    collection=NAME,
+    scope="global",
+    journalled=False,
+    ttl="expires_at",
+    indexes=[Index("due_at"), Index("webhook_id", "-created_at"), Index("webhook_id", "state", "-created_at")],
+):
+    """One event on its way to one endpoint. `due_at`: when it is attempted next, or, during an attempt, when that
+    attempt is given up for lost; None once it is `delivered` or `dead`. `attempts` counts those since it was made or
+    redriven."""
+
+    webhook_id: str
+    tenant: str
+    event_id: str
+    event_type: str
+    state: State = "pending"
+    attempts: int = 0
+    due_at: datetime | None = None
+    last_attempt_at: datetime | None = None
+    last_status: int | None = None
+    last_error: str | None = None
+    delivered_at: datetime | None = None
+    expires_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """How often what is due is looked for, and how long a claim holds beyond an attempt. Tests shorten them."""
+
+    poll_s: float = 5.0
+    first_look_s: float = 5.0
+    """A process that lives shorter takes up only what it committed itself."""
+    claim_margin_s: float = CLAIM_MARGIN_S
+    backoff_s: float = FIRST_BACKOFF_S
+    disable_after: timedelta = DISABLE_AFTER
+
+
+DEFAULT_TIMING = Timing()
+
+
+def backoff_s(attempts: int, first_s: float = FIRST_BACKOFF_S) -> float:
+    """How long to wait after so many attempts, without jitter."""
+    return min(MAX_BACKOFF_S, first_s * BACKOFF_FACTOR ** (attempts - 1))
+
+
+def delivery_id(event_id: str, webhook_id: str) -> str:
+    """One event goes to one endpoint once, however often it is taken up."""
+    return "dlv_" + hashlib.sha256(f"{event_id}\x00{webhook_id}".encode()).hexdigest()[:31]
+
+
+class Deliveries:
+    """The outbox of one store, as one node works on it. `start` after everything else is there; `close` before."""
+
+    def __init__(
+        self,
+        database: Database,
+        clock: Clock,
+        leases: Leases,
+        webhooks: Webhooks,
+        sender: Sender,
+        timing: Timing = DEFAULT_TIMING,
+    ) -> None:
+        self._database = database
+        self._clock = clock
+        self._leases = leases
+        self._webhooks = webhooks
+        self._sender = sender
+        self._timing = timing
+        self._claim = timedelta(seconds=sender.total_timeout_s + timing.claim_margin_s)
+        self._fresh: deque[str] = deque()
+        self._wake = asyncio.Event()
+        self._sending: dict[asyncio.Task[None], Delivery] = {}
+        self._busy: Counter[str] = Counter()
+        """Attempts under way, by endpoint."""
+        self._task: asyncio.Task[None] | None = None
+        self.counts: Counter[str] = Counter()
+        """Attempts of this process by what came of them: delivered, failed, dead."""
+        database.after_commit(self._committed)
+
+    # --- What callers do --------------------------------------------------------------------------------------
+
+    async def list(
+        self,
+        webhook_id: str,
+        *,
+        state: State | None = None,
+        limit: int = 100,
+        cursor: str | None = None,
+        context: Context | None = None,
+    ) -> Page[Delivery]:
+        """One page of an endpoint's deliveries, newest first. Raises NotFound."""
+        await self._webhooks.get(webhook_id, context=context)
+        where: Filter = Where("webhook_id", "==", webhook_id)
+        if state is not None:
+            where = And(where, Where("state", "==", state))
+        return await self._database.find(system_context(), Delivery, Query(where, ("-created_at",), limit), cursor)
+
+    async def get(self, id: str, *, context: Context | None = None) -> Delivery:
+        """A delivery by its id. NotFound for another tenant's too."""
+        found = await self._database.get_or_none(system_context(), Delivery, id)
+        if found is None or not may_see(context, found.tenant):
+            raise NotFound(f"there is no delivery {id!r}")
+        return found
+
+    async def redrive(self, id: str, *, context: Context | None = None) -> Delivery:
+        """Send a delivery again from the beginning, under the same event id: a dead letter, or one that arrived. One
+        that waits for its next attempt is attempted now. Raises NotFound; Conflict while the endpoint is disabled."""
+        delivery = await self.get(id, context=context)
+        webhook = await self._webhooks.get(delivery.webhook_id, context=context)
+        if not webhook.enabled:
+            raise Conflict(f"the webhook {webhook.id} is disabled: enable it first")
+
+        async def body(tx: Transaction) -> Delivery:
+            cause = await tx.get_or_none(Event, delivery.event_id)
+            if cause is None:
+                raise NotFound(f"the event {delivery.event_id!r} is not kept any more")
+            now = utc_from_us(self._clock.now_us())
+            fields = {"state": "pending", "attempts": 0, "due_at": now, "delivered_at": None, "expires_at": now + KEPT}
+            await tx.update(Event, cause.id, {"expires_at": now + KEPT})
+            return await tx.update(Delivery, id, fields)
+
+        made = await self._database.transaction(system_context(), body)
+        self.wake()
+        return made
+
+    async def test(self, webhook_id: str, *, context: Context | None = None) -> Delivery:
+        """Send an endpoint a `webhook.test` event and wait for what comes of it: one attempt, `delivered` or `dead`.
+        Raises NotFound, ConfigError without httpx."""
+        webhook = await self._webhooks.get(webhook_id, context=context)
+        require_httpx()
+        now_us = self._clock.now_us()
+        ping = event(TEST, webhook.tenant, {"webhook_id": webhook.id}, now_us=now_us, only=webhook.id)
+        ping = ping.model_copy(update={"due_at": None})
+        delivery = self._delivery(ping, webhook, due_at=utc_from_us(now_us) + self._claim)
+
+        async def body(tx: Transaction) -> Delivery:
+            await tx.create(ping)
+            return await tx.create(delivery)
+
+        made = await self._database.transaction(system_context(), body)
+        await self._attempt(made)
+        return await self.get(made.id)
+
+    def wake(self, event_ids: Iterable[str] = ()) -> None:
+        """Look now: these events were committed by this process, or something else became due."""
+        for id in event_ids:
+            if len(self._fresh) < MAX_FRESH:
+                self._fresh.append(id)
+        self._wake.set()
+
+    def _committed(self, transaction: Transaction) -> None:
+        ids = [c.operation.id for c in transaction.changes if c.collection.name == EVENTS and c.action == "create"]
+        if ids:
+            self.wake(ids)
+
+    # --- The work ---------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to deliver. Without httpx nothing is delivered by this process, which is logged once."""
+        try:
+            require_httpx()
+        except ConfigError as error:
+            _log.info("%s", error)
+            return
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def close(self) -> None:
+        """Stop: what is under way may end within CLOSE_TIMEOUT_S; the rest is given back for others to do."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+            self._task = None
+        if self._sending:
+            await asyncio.wait(self._sending, timeout=CLOSE_TIMEOUT_S)
+        given_up = dict(self._sending)
+        for task in given_up:
+            task.cancel()
+        if given_up:
+            await asyncio.wait(given_up)
+            await self._give_back(given_up.values())
+        await self._sender.close()
+
+    async def _give_back(self, deliveries: Iterable[Delivery]) -> None:
+        """Make what was claimed and not done due at once. What this fails for becomes due by itself."""
+        now = utc_from_us(self._clock.now_us())
+        try:
+            async with asyncio.timeout(1.0):
+                for delivery in deliveries:
+                    await self._save(delivery, due_at=now)
+        except (StrongroomError, TimeoutError) as error:
+            _log.info("claims on deliveries could not be given back, they lapse: %s", error)
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        look_at = loop.time() + self._timing.first_look_s * random.uniform(1.0, 1.2)  # noqa: S311 - jitter
+        while True:
+            self._wake.clear()
+            try:
+                while self._fresh and len(self._sending) < MAX_SENDING:
+                    await self._take_up(self._fresh.popleft(), None)
+                if loop.time() >= look_at:
+                    look_at = loop.time() + self._timing.poll_s * random.uniform(1.0, 1.2)  # noqa: S311 - jitter
+                    look_at = min(look_at, loop.time() + await self._sweep())
+            except Exception as error:
+                # Whatever it is: an outbox that nobody works on any more would fill up silently.
+                level = logging.WARNING if isinstance(error, StrongroomError) else logging.ERROR
+                _log.log(level, "webhooks: trying again: %s", error, exc_info=level == logging.ERROR)
+                look_at = loop.time() + self._timing.poll_s
+            try:
+                async with asyncio.timeout(max(0.0, look_at - loop.time())):
+                    await self._wake.wait()
+            except TimeoutError:
+                continue
+            if not self._fresh:  # told of something else that is due
+                look_at = loop.time()
+
+    # --- Taking events up -------------------------------------------------------------------------------------
+
+    async def _take_up(self, id: str, guard: Check | None) -> None:
+        """Commit a delivery for each endpoint that wants the event, and begin to send as many as there is room for."""
+        found = await self._database.get_or_none(system_context(), Event, id, fresh=True)
+        if found is None or found.due_at is None:
+            return  # it was taken up by another node
+        made = [
+            self._delivery(found, webhook, due_at=utc_from_us(self._clock.now_us()))
+            for webhook in await self._wanting(found)
+        ]
+        claimed = []
+        for delivery in made:
+            if len(self._sending) + len(claimed) < MAX_SENDING and self._has_room(delivery.webhook_id):
+                delivery.due_at = utc_from_us(self._clock.now_us()) + self._claim
+                claimed.append(delivery)
+        operations: list[Operation] = [] if guard is None else [guard]
+        operations.append(Patch(EVENTS, id, {"due_at": None}, found.version))
+        first = len(operations)
+        operations += [Create(NAME, one.id, Delivery.__codec__.encode(one)) for one in made]
+        try:
+            committed = await self._database.commit_counters(operations, self._clock.now_us())
+        except AlreadyExists:
+            # The event was put a second time: what is sent of it was made at the first.
+            with suppress(Conflict, NotFound):
+                await self._database.commit_counters(operations[:first], self._clock.now_us())
+            return
+        except (Conflict, NotFound):
+            return  # another node was faster, and tells; or the lease was lost, which its next use tells
+        for number, delivery in enumerate(made):
+            delivery.version = committed.versions[first + number]
+        for delivery in claimed:
+            self._begin(delivery)
+
+    async def _wanting(self, event: Event) -> list[Webhook]:
+        tenants = [event.tenant] if event.tenant == ALL_TENANTS else [event.tenant, ALL_TENANTS]
+        query = Query(Where("tenant", "in", tenants), limit=2 * MAX_PER_TENANT)
+        found = (await self._database.find(system_context(), Webhook, query, fresh=True)).items
+        return [webhook for webhook in found if webhook.enabled and webhook.wants(event)]
+
+    def _delivery(self, event: Event, webhook: Webhook, due_at: datetime) -> Delivery:
+        return Delivery(
+            id=delivery_id(event.id, webhook.id),
+            webhook_id=webhook.id,
+            tenant=webhook.tenant,
+            event_id=event.id,
+            event_type=event.type,
+            due_at=due_at,
+            expires_at=event.expires_at,
+        )
+
+    # --- What is due ------------------------------------------------------------------------------------------
+
+    async def _sweep(self) -> float:
+        """Take up and attempt what is due and nobody else works on; returns in how many seconds the next is due."""
+        if not await self._is_due(Event) and not await self._is_due(Delivery):
+            return await self._next_due_s()
+        turn = await self._leases.acquire(JOB)
+        if turn is None:
+            return self._timing.poll_s
+        try:
+            await self._work(turn)
+        except LeaseLost:
+            return 0.0
+        except BaseException:
+            await self._return_lease(turn)
+            raise
+        await turn.give_back(done=True)
+        return await self._next_due_s()
+
+    async def _return_lease(self, turn: Turn) -> None:
+        try:
+            async with asyncio.timeout(1.0):
+                await turn.give_back(done=False)
+        except (StrongroomError, TimeoutError) as error:
+            _log.info("the lease of %r could not be given back, it ends by itself: %s", JOB, error)
+
+    async def _work(self, turn: Turn) -> None:
+        while True:
+            # What this node has just committed itself is not left to wait for what is due of others.
+            while self._fresh and len(self._sending) < MAX_SENDING:
+                await self._take_up(self._fresh.popleft(), None)
+            events = await self._due(Event)
+            for one in events:
+                await self._take_up(one.id, turn.guard)
+            deliveries = await self._due(Delivery)
+            if not events and not deliveries:
+                return
+            for delivery in deliveries:
+                await self._claim_one(delivery, turn)
+            if len(self._sending) >= MAX_SENDING:
+                await asyncio.wait(self._sending, timeout=SAVE_EVERY_S, return_when=asyncio.FIRST_COMPLETED)
+            await turn.save(None)  # raises if the lease was lost, for which nothing above succeeded
+
+    async def _claim_one(self, delivery: Delivery, turn: Turn) -> None:
+        """Begin an attempt; if its endpoint is busy, put it off, so that those behind it come into view."""
+        now = utc_from_us(self._clock.now_us())
+        if len(self._sending) >= MAX_SENDING:
+            return  # it stays due
+        has_room = self._has_room(delivery.webhook_id)
+        wait = self._claim if has_room else timedelta(seconds=self._sender.total_timeout_s * random.uniform(0.5, 1.5))  # noqa: S311
+        if await self._save(delivery, guard=turn.guard, due_at=now + wait) and has_room:
+            self._begin(delivery)
+
+    async def _is_due(self, cls: type[Event] | type[Delivery]) -> bool:
+        return bool(await self._due(cls, 1))
+
+    async def _due(self, cls: type[E], limit: int = PAGE) -> list[E]:
+        now = utc_from_us(self._clock.now_us())
+        query = Query(Where("due_at", "<=", now), ("due_at",), limit)
+        return (await self._database.find(system_context(), cls, query, fresh=True)).items
+
+    async def _next_due_s(self) -> float:
+        """In how many seconds the next delivery is due, at most the time between two looks."""
+        query = Query(Where("due_at", ">", utc_from_us(0)), ("due_at",), 1)
+        found = (await self._database.find(system_context(), Delivery, query, fresh=True)).items
+        due_at = found[0].due_at if found else None
+        if due_at is None:
+            return self._timing.poll_s
+        return min(self._timing.poll_s, max(0.0, (us_from_utc(due_at) - self._clock.now_us()) / 1_000_000))
+
+    # --- One attempt ------------------------------------------------------------------------------------------
+
+    def _has_room(self, webhook_id: str) -> bool:
+        return self._busy[webhook_id] < MAX_SENDING_EACH
+
+    def _begin(self, delivery: Delivery) -> None:
+        task = asyncio.get_running_loop().create_task(self._attempt(delivery))
+        self._sending[task] = delivery
+        self._busy[delivery.webhook_id] += 1
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        delivery = self._sending.pop(task)
+        self._busy[delivery.webhook_id] -= 1
+        if not self._busy[delivery.webhook_id]:
+            del self._busy[delivery.webhook_id]
+        if self._fresh:
+            self._wake.set()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("an attempt at %s failed, it is made again later", delivery.id, exc_info=error)
+
+    async def _attempt(self, delivery: Delivery) -> None:
+        """Send once, and keep what came of it."""
+        try:
+            webhook = await self._database.get_or_none(system_context(), Webhook, delivery.webhook_id, fresh=True)
+            cause = await self._database.get_or_none(system_context(), Event, delivery.event_id, fresh=True)
+            if webhook is None or cause is None or not (webhook.enabled or cause.type == TEST):
+                gone = "the event is not kept any more" if cause is None else "the webhook is disabled"
+                await self._keep(delivery, None, Answer(None, "the webhook was removed" if webhook is None else gone))
+                return
+            await self._keep(delivery, webhook, await self._send(webhook, cause))
+        except StrongroomError as error:
+            # The store is away. The claim lapses, and the attempt is made again.
+            _log.warning("the attempt at %s could not be kept: %s", delivery.id, error)
+
+    async def _send(self, webhook: Webhook, cause: Event) -> Answer:
+        body = cause.body.encode()
+        try:
+            keys = self._webhooks.keys_of(webhook)
+        except StrongroomError as error:
+            return Answer(None, error.message)
+        headers = {
+            **sign(keys, cause.id, self._clock.now_us() // 1_000_000, body),
+            "content-type": "application/json",
+            "user-agent": "Strongroom-Webhooks/1",
+        }
+        return await self._sender.send(webhook.url, headers, body, allow_private=webhook.allow_private)
+
+    async def _keep(self, delivery: Delivery, webhook: Webhook | None, answer: Answer) -> None:
+        """Write what came of an attempt: delivered, to be tried again, or dead."""
+        now = utc_from_us(self._clock.now_us())
+        attempts = delivery.attempts + 1
+        error = None if answer.accepted else _why(answer)[:MAX_ERROR_CHARS]
+        last = webhook is None or attempts >= MAX_ATTEMPTS or delivery.event_type == TEST or answer.status == GONE
+        state: State = "delivered" if answer.accepted else "dead" if last else "pending"
+        saved = await self._save(
+            delivery,
+            state=state,
+            attempts=attempts,
+            due_at=now + timedelta(seconds=self._wait_s(attempts, answer)) if state == "pending" else None,
+            last_attempt_at=now,
+            last_status=answer.status,
+            last_error=error,
+            delivered_at=now if answer.accepted else None,
+        )
+        if not saved:
+            return  # the attempt took longer than its claim, and another node has made one of its own
+        self.counts["failed" if state == "pending" else state] += 1
+        if webhook is not None:
+            await self._judge(webhook, delivery, answer, now)
+
+    def _wait_s(self, attempts: int, answer: Answer) -> float:
+        wait_s = backoff_s(attempts, self._timing.backoff_s) * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311
+        return min(MAX_BACKOFF_S, max(wait_s, answer.retry_after_s or 0.0))
+
+    async def _save(self, delivery: Delivery, *, guard: Check | None = None, **fields: object) -> bool:
+        """Write fields under the version that was claimed; False if another node has claimed it since."""
+        operations: list[Operation] = [] if guard is None else [guard]
+        operations.append(Patch(NAME, delivery.id, dict(fields), delivery.version))
+        try:
+            committed = await self._database.commit_counters(operations, self._clock.now_us())
+        except (Conflict, NotFound):
+            return False
+        delivery.version = committed.versions[-1]
+        return True
+
+    # --- Endpoints that fail ----------------------------------------------------------------------------------
+
+    async def _judge(self, webhook: Webhook, delivery: Delivery, answer: Answer, now: datetime) -> None:
+        """Remember since when an endpoint fails, and disable one that has failed for too long or says it is gone."""
+        if answer.accepted:
+            if webhook.failing_since is not None:
+                await self._mark(webhook, None)
+        elif answer.status == GONE and delivery.event_type != TEST:
+            await self._disable(webhook, "it answered 410: gone")
+        elif webhook.failing_since is None:
+            await self._mark(webhook, now)
+        elif now - webhook.failing_since >= self._timing.disable_after:
+            await self._disable(webhook, f"every attempt failed since {webhook.failing_since.isoformat()}")
+
+    async def _mark(self, webhook: Webhook, failing_since: datetime | None) -> None:
+        patch = Patch(Webhook.__collection__.name, webhook.id, {"failing_since": failing_since}, webhook.version)
+        try:
+            await self._database.commit_counters([patch], self._clock.now_us())
+        except (Conflict, NotFound):
+            return  # it was changed or removed meanwhile: the next attempt says it again
+
+    async def _disable(self, webhook: Webhook, reason: str) -> None:
+        tenant = None if webhook.tenant == ALL_TENANTS else webhook.tenant
+        context = system_context(tenant, actor="system:webhooks")
+        fields = {"enabled": False, "disabled_reason": reason}
+        try:
+            await self._database.update(context, Webhook, webhook.id, fields, expected=webhook.version)
+        except (Conflict, NotFound):
+            return  # it was changed meanwhile, perhaps so that it works: the next attempt says
+        _log.warning("the webhook %s was disabled: %s", webhook.id, reason)
+
+
+def _why(answer: Answer) -> str:
+    if answer.error is not None:
+        return answer.error.replace("\x00", "")
+    if answer.status is not None and 300 <= answer.status < 400:
+        return f"answered {answer.status}: redirects are not followed"
+    return f"answered {answer.status}"
+
+
+__all__ = ["Deliveries", "Delivery", "Timing", "backoff_s"]
