@@ -46,7 +46,7 @@ T = TypeVar("T")
 
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 _HASH_AS_KEY = re.compile(r"sha256:([0-9a-fA-F]{64})")
-_HASHES_NAMED = re.compile(rb'"([0-9a-fA-F]{64})"\s*:')
+HASHES_NAMED = re.compile(rb'"([0-9a-fA-F]{64})"\s*:')
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(Z|[+-]\d\d:\d\d)")
 _BYTE = re.compile(r" \(byte (\d+)\)$")
 _LAST_US = us_from_utc(datetime.fromisoformat("9999-12-30T00:00:00Z"))
@@ -185,7 +185,7 @@ def _named(document: dict[str, Any]) -> str:
 
 def _named_twice(data: bytes, count: int) -> frozenset[str]:
     """Hashes that the file names more than once: JSON keeps only the last, so a key would be lost without a word."""
-    names = _HASHES_NAMED.findall(data)
+    names = HASHES_NAMED.findall(data)
     if len(names) <= count:
         return frozenset()
     return frozenset(name.decode() for name, times in Counter(names).items() if times > 1)
