@@ -18,8 +18,10 @@ from .changes import POLL_S, ChangeFeed
 from .clock import MachineClock, StoreClock, clock_of
 from .context import Context, system_context
 from .database import Database, IdempotentCall, Page, StoreState
+from .deliveries import Deliveries, Delivery
 from .entity import Entity, Registry, Secret
 from .errors import AlreadyExists, ConfigError, StrongroomError
+from .events import Event
 from .keys import ApiKey, Keys
 from .keytext import Hasher, Pepper
 from .leases import Lease, Leases
@@ -28,9 +30,11 @@ from .observed import ObservedStore
 from .query import MAX_LIMIT, Aggregate, Filter, Query
 from .quotas import Quota
 from .rules import Policy, default_policy
+from .sending import Sender
 from .storage import open_store
 from .storage.port import Record
 from .usage import KeyUsage, Ledger
+from .webhooks import Webhook, Webhooks
 
 DEFAULT_STORE = "sqlite:///data/strongroom.db"
 MIN_PEPPER_CHARS = 32
@@ -53,6 +57,9 @@ SYSTEM_ENTITIES: tuple[type[Entity], ...] = (
     StoreState,
     Lease,
     QueryShape,
+    Webhook,
+    Event,
+    Delivery,
 )
 
 
@@ -129,6 +136,9 @@ class Strongroom:
             feed.on_record(database.seen)
             feed.on_record(room._seen)
             stack.push_async_callback(room._stop_reloading)
+            sender = Sender()
+            room.webhooks = Webhooks(database, lambda: room.keys.hasher, clock, feed, sender)
+            room.deliveries = Deliveries(database, clock, leases, room.webhooks, sender)
             await feed.start()
             stack.push_async_callback(feed.close)
             if room.cache is not None:
@@ -136,13 +146,18 @@ class Strongroom:
                 stack.push_async_callback(room.cache.close)
             await database.load_state()
             await room._reload_peppers()  # one may have been made after they were read and before the feed began
+            await room.webhooks.load()
             work.start()
             stack.push_async_callback(work.close)
+            room.deliveries.start()
+            stack.push_async_callback(room.deliveries.close)
             shapes = ShapeKeeper(database, clock)
             shapes.start()
             stack.push_async_callback(shapes.close)
             yield room
 
+    webhooks: Webhooks
+    deliveries: Deliveries
     cache: Cache | None = None
     _configured_peppers: tuple[str, ...] = ()
     _reload: asyncio.Task[None] | None = None
