@@ -23,6 +23,8 @@ from .entity import Entity, Registry, Secret
 from .errors import AlreadyExists, ConfigError, StrongroomError
 from .events import Event
 from .keys import ApiKey, Keys
+from .keysources import KeySource
+from .keysources import load as load_sources
 from .keytext import Hasher, Pepper
 from .leases import Lease, Leases
 from .lifecycle import Background, ShapeKeeper, background
@@ -54,6 +56,7 @@ SYSTEM_ENTITIES: tuple[type[Entity], ...] = (
     Quota,
     IdempotentCall,
     StoredPepper,
+    KeySource,
     StoreState,
     Lease,
     QueryShape,
@@ -118,7 +121,7 @@ class Strongroom:
             await store.prepare(registry.collections)
             database = Database(store, registry, policy)
             await database.load_state()
-            hasher = Hasher([*_configured(peppers), *await _stored_peppers(database)])
+            hasher = await _hasher(database, peppers)
             clock = clock_of(store)
             await clock.start()
             stack.push_async_callback(clock.close)
@@ -128,6 +131,7 @@ class Strongroom:
             leases = Leases(database, clock)
             work = background(database, store, clock, leases, journal_kept_s=journal_kept_s)
             room = cls(store, database, ledger, Keys(database, ledger, hasher, clock, feed), feed, clock, work)
+            stack.push_async_callback(room.keys.cache.close)
             database.after_commit(lambda _: feed.wake())
             room._configured_peppers = tuple(peppers)
             if cache is not None:
@@ -171,7 +175,7 @@ class Strongroom:
         """A journal record of any process: forget what it makes untrue."""
         if record.collection == ApiKey.__collection__.name:
             self.keys.changed(record.entity_id)
-        elif record.collection == StoredPepper.__collection__.name:
+        elif record.collection in (StoredPepper.__collection__.name, KeySource.__collection__.name):
             self._reload_again = True
             if self._reload is None or self._reload.done():
                 self._reload = asyncio.get_running_loop().create_task(self._reload_until_done())
@@ -188,8 +192,7 @@ class Strongroom:
         await self._reload_peppers()
 
     async def _reload_peppers(self) -> None:
-        stored = await _stored_peppers(self.database)
-        self.keys.use(Hasher([*_configured(self._configured_peppers), *stored]))
+        self.keys.use(await _hasher(self.database, self._configured_peppers))
 
     async def _reload_until_done(self) -> None:
         while self._reload_again:
@@ -274,6 +277,12 @@ async def _stored_peppers(database: Database) -> list[Pepper]:
             await database.create(context, StoredPepper(id="000001", secret=secrets.token_bytes(32)))
         found = (await database.find(context, StoredPepper, query)).items
     return [Pepper(pepper.id, pepper.secret) for pepper in found]
+
+
+async def _hasher(database: Database, peppers: Sequence[str]) -> Hasher:
+    """Hashes under the configured and the stored peppers; finds imported keys by what came with them."""
+    hasher = Hasher([*_configured(peppers), *await _stored_peppers(database)])
+    return hasher.with_imported(await load_sources(database, hasher))
 
 
 async def _namespace(url: str, database: Database) -> str:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import hmac
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .apikey import ALL_TENANTS, ApiKey
+from .apikey import ApiKey
 from .changes import ChangeFeed
 from .context import system_context, us_from_utc
 from .database import Database
-from .errors import AlreadyExists, Conflict, NotFound, Unavailable
-from .keytext import Hasher, is_possible, masked
+from .keylookup import KeyLookup
+from .keytext import Hasher, is_possible
 from .knownkey import KnownKey
-from .query import MAX_IN, Query, Where
 
 MAX_CACHED_KEYS = 100_000
 MAX_UNKNOWN = 10_000
@@ -41,7 +38,7 @@ class KeyCache:
 
     def __init__(self, database: Database, hasher: Hasher, feed: ChangeFeed | None = None) -> None:
         self._database = database
-        self._hasher = hasher
+        self._lookup = KeyLookup(database, hasher)
         self._feed = feed
         self._known: dict[bytes, _Found] = {}
         self._by_id: dict[str, KnownKey] = {}
@@ -90,6 +87,10 @@ class KeyCache:
         self._known[name] = found
         return found.key if found.until_us is None or now_us < found.until_us else None
 
+    async def close(self) -> None:
+        """Wait for the hashes that are being compared; keys that need that are not found any more."""
+        await self._lookup.slow.close()
+
     async def by_id(self, id: str) -> KnownKey | None:
         """The key of an id, from memory or by one read; None if there is none."""
         known = self._by_id.get(id)
@@ -119,43 +120,11 @@ class KeyCache:
         return True
 
     async def _read(self, text: str, changed: set[str]) -> _Found | None:
-        candidates = self._hasher.candidates(text)
-        key = await self._first("hash", candidates)
-        if key is not None:
-            if not any(hmac.compare_digest(key.hash, candidate) for candidate in candidates):
-                return None
-            if not self._hasher.is_current(key.hash):
-                key = await self._upgrade(key, text, changed)
-            return _Found(self._remember(key), None)
-        key = await self._first("previous_hash", candidates)
-        if key is not None and key.previous_until is not None:
-            return _Found(self._remember(key), us_from_utc(key.previous_until))
-        return None
-
-    async def _first(self, name: str, hashes: Sequence[str]) -> ApiKey | None:
-        """The key that has one of these hashes: by one read, unless there are more peppers than a query takes."""
-        for start in range(0, len(hashes), MAX_IN):
-            query = Query(Where(name, "in", hashes[start : start + MAX_IN]), limit=1)
-            page = await self._database.find(system_context(), ApiKey, query)
-            if page.items:
-                return page.items[0]
-        return None
-
-    async def _upgrade(self, key: ApiKey, text: str, changed: set[str]) -> ApiKey:
-        """Bring an imported or older hash under the current pepper, now that the text is known."""
-        fields = {
-            "hash": self._hasher.hash(text),
-            "sealed": self._hasher.seal(hashlib.sha256(text.encode()).digest()),
-            "display": masked(text),
-        }
-        try:
-            upgraded = await self._database.update(
-                system_context(None if key.tenant == ALL_TENANTS else key.tenant), ApiKey, key.id, fields
-            )
-        except (AlreadyExists, Conflict, NotFound, Unavailable):
-            return key  # the old hash is as good; the next use tries again
-        changed.discard(key.id)  # what was changed before is in it
-        return upgraded
+        found = await self._lookup.find(text, changed)
+        if found is None:
+            return None
+        key, until = found
+        return _Found(self._remember(key), None if until is None else us_from_utc(until))
 
     def _remember(self, key: ApiKey) -> KnownKey:
         known = self._by_id.get(key.id)
@@ -180,7 +149,7 @@ class KeyCache:
 
     def use(self, hasher: Hasher) -> None:
         """Make and find hashes with other peppers from now on; what was unknown may be known to them."""
-        self._hasher = hasher
+        self._lookup.hasher = hasher
         self._unknown.clear()
 
     def forget(self, id: str) -> None:

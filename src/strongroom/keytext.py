@@ -17,8 +17,8 @@ import hmac
 import re
 import secrets
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -38,6 +38,10 @@ SCAN_PATTERN = r"\b[a-z][a-z0-9]*(?:_[a-z0-9]+)*_SR1[0-9A-Za-z]{49}\b"
 _KEY = re.compile(r"[a-z][a-z0-9]*(?:_[a-z0-9]+)*_SR1[0-9A-Za-z]{49}")
 _MARKED = re.compile(r"[a-z][a-z0-9_]*_SR1")
 _SHA256 = "sha256:"
+_SHA512 = "sha512:"
+HINT_SLOTS = 4
+"""Keys that may have one hint. Each is looked up by a name of its own, so that a text is found by one read."""
+MAX_HINT_CHARS = 64
 
 
 def generate(prefix: str = DEFAULT_PREFIX) -> str:
@@ -79,20 +83,56 @@ class Pepper:
     """A secret that the hashes in the store are made with; the newest comes first, older ones still open old hashes."""
 
     id: str
-    secret: bytes
+    secret: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class HintRule:
+    """How the hint of an imported key whose hash has a salt is found in its text: it is what stands before the first
+    dot (`chars` None), or so many characters from the beginning."""
+
+    chars: int | None = None
+
+    @property
+    def id(self) -> str:
+        return "dot" if self.chars is None else str(self.chars)
+
+    def hint(self, text: str) -> str | None:
+        """A text's hint; None if it can have none."""
+        if self.chars is not None:
+            return text[: self.chars] if len(text) >= self.chars else None
+        before, dot, _ = text.partition(".")
+        return before if dot and len(before) <= MAX_HINT_CHARS else None
+
+    def names(self, hint: str) -> list[str]:
+        """What keys with this hint are stored under instead of a hash."""
+        return [f"hint:{self.id}:{slot}:{hint}" for slot in range(HINT_SLOTS)]
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """How keys of other systems are looked up: by HMACs under those systems' secrets (by id), and by hints."""
+
+    secrets: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    rules: tuple[HintRule, ...] = ()
 
 
 class Hasher:
     """Key texts as what the store holds: HMAC-SHA-256 under a pepper, of the text's SHA-256.
 
     Going by way of the SHA-256 lets an imported SHA-256 be brought under the pepper as well. A stored hash is
-    `pepper id:hex`, or `sha256:hex` as imported.
+    `pepper id:hex`; as imported `sha256:hex`, `sha512:hex`, `hmac:secret's id:hex`, or `hint:rule:slot:hint`.
     """
 
-    def __init__(self, peppers: Sequence[Pepper]) -> None:
+    def __init__(self, peppers: Sequence[Pepper], imported: Imported | None = None) -> None:
         self._peppers = tuple(peppers)
         self._current = self._peppers[0]
         self._secret = self._current.secret
+        self.imported = imported if imported is not None else Imported()
+
+    def with_imported(self, imported: Imported) -> Hasher:
+        """The same peppers, and other ways to look up imported keys."""
+        return Hasher(self._peppers, imported)
 
     @property
     def current_id(self) -> str:
@@ -111,32 +151,51 @@ class Hasher:
 
     def candidates(self, text: str) -> list[str]:
         """Every hash that a store may hold for this text, the current pepper's first."""
-        return self.candidates_of(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
+        encoded = text.encode("utf-8", "surrogatepass")
+        return [
+            *self.candidates_of(hashlib.sha256(encoded).digest()),
+            _SHA512 + hashlib.sha512(encoded).hexdigest(),
+            *(
+                imported_hmac(id, hmac.digest(secret, encoded, "sha256").hex())
+                for id, secret in self.imported.secrets.items()
+            ),
+        ]
+
+    def hints(self, text: str) -> list[str]:
+        """What a store may hold in place of the hash for a text whose hash cannot be looked up."""
+        found = []
+        for rule in self.imported.rules:
+            hint = rule.hint(text)
+            if hint is not None:
+                found += rule.names(hint)
+        return found
 
     def candidates_of(self, sha256: bytes) -> list[str]:
-        """As `candidates`, for the text's SHA-256."""
+        """Those of the candidates that a text's SHA-256 is enough for."""
         under = [f"{p.id}:{hmac.digest(p.secret, sha256, 'sha256').hex()}" for p in self._peppers]
         return [*under, _SHA256 + sha256.hex()]
 
     def is_current(self, stored: str) -> bool:
         return stored.startswith(self._current.id + ":")
 
-    def seal(self, sha256: bytes) -> bytes:
-        """The key's SHA-256, encrypted under the current pepper: kept for exports, useless without the pepper."""
+    def seal(self, content: bytes, purpose: str = "seal") -> bytes:
+        """What is kept secret, encrypted under the current pepper, useless without it: a key's SHA-256 for exports, or
+        something else with a purpose of its own."""
         nonce = secrets.token_bytes(12)
         id = self._current.id.encode()
-        return id + b":" + nonce + AESGCM(self._box(self._current)).encrypt(nonce, sha256, id)
+        return id + b":" + nonce + AESGCM(self._box(self._current, purpose)).encrypt(nonce, content, id)
 
-    def unseal(self, sealed: bytes) -> bytes:
+    def unseal(self, sealed: bytes, purpose: str = "seal") -> bytes:
         """What `seal` was given. StoreError if its pepper is not among ours, or it was altered."""
         id, _, rest = sealed.partition(b":")
         for pepper in self._peppers:
             if pepper.id.encode() == id:
                 try:
-                    return AESGCM(self._box(pepper)).decrypt(rest[:12], rest[12:], id)
+                    return AESGCM(self._box(pepper, purpose)).decrypt(rest[:12], rest[12:], id)
                 except (InvalidTag, ValueError):  # ValueError: too short to hold a nonce
                     break
-        raise StoreError("a sealed hash cannot be opened: its pepper is missing, or it was altered")
+        what = "hash" if purpose == "seal" else purpose
+        raise StoreError(f"a sealed {what} cannot be opened: its pepper is missing, or it was altered")
 
     def memo_boxes(self, context: str) -> list[AESGCM]:
         """Ciphers for what is given back to one idempotent call, the current pepper's first; `context` includes the
@@ -145,13 +204,26 @@ class Hasher:
         return [AESGCM(hmac.digest(pepper.secret, info, "sha256")) for pepper in self._peppers]
 
     @staticmethod
-    def _box(pepper: Pepper) -> bytes:
-        return hmac.digest(pepper.secret, b"seal", "sha256")
+    def _box(pepper: Pepper, purpose: str) -> bytes:
+        return hmac.digest(pepper.secret, purpose.encode(), "sha256")
 
 
 def imported_sha256(hex_digest: str) -> str:
     """The stored form of an imported SHA-256."""
     return _SHA256 + hex_digest.lower()
+
+
+def imported_hmac(secret_id: str, hex_digest: str) -> str:
+    """The stored form of an imported HMAC-SHA-256 under one of the secrets of `Imported`."""
+    return f"hmac:{secret_id}:{hex_digest}"
+
+
+def hint_of_imported(stored: str) -> tuple[HintRule, str] | None:
+    """The rule and the hint in a stored form that is one; None if it is a hash."""
+    if not stored.startswith("hint:"):
+        return None
+    _, rule, _, hint = stored.split(":", 3)
+    return HintRule(None if rule == "dot" else int(rule)), hint
 
 
 def sha256_of_imported(stored: str) -> bytes | None:

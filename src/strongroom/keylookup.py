@@ -1,0 +1,106 @@
+"""Finds the stored key of a text by one read, whichever hash that has, and renews hashes that are not ours."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from .apikey import ALL_TENANTS, ApiKey
+from .context import system_context
+from .database import Database
+from .errors import AlreadyExists, Conflict, NotFound, Unavailable
+from .keytext import Hasher, hint_of_imported, masked
+from .query import MAX_DISJUNCTIONS, Or, Query, Where
+from .slowcheck import SlowChecks
+
+NAMES_A_READ = MAX_DISJUNCTIONS // 2
+"""Hashes and hints that one read asks for, each as the present and as the previous one. More take more reads: that is
+so with more than a few peppers, imported secrets and kinds of hints."""
+UPGRADE_ATTEMPTS = 3
+
+
+class KeyLookup:
+    """The keys of one store, by their text."""
+
+    def __init__(self, database: Database, hasher: Hasher) -> None:
+        self._database = database
+        self.hasher = hasher
+        self.slow = SlowChecks()
+
+    async def find(self, text: str, changed: set[str]) -> tuple[ApiKey, datetime | None] | None:
+        """The key of a text, and until when the text is the key's if it was rotated away; None if there is none.
+
+        A key whose hash is not the current pepper's is renewed; its id is then taken out of `changed`. Raises
+        TooManyRequests where a slow hash cannot be compared now, and what the database raises.
+        """
+        hasher = self.hasher
+        names, hints = hasher.candidates(text), hasher.hints(text)
+        keys = await self._stored([*names, *hints])
+        for key in keys:
+            if _is_one_of(key.hash, names):
+                return (key if hasher.is_current(key.hash) else await self._renew(key, "hash", text, changed)), None
+        for key in keys:
+            if key.previous_hash is not None and _is_one_of(key.previous_hash, names):
+                return (key, key.previous_until) if key.previous_until is not None else None
+        for key in keys:
+            if key.verifier is None or key.deleted_at is not None:
+                continue
+            field = "hash" if key.hash in hints else "previous_hash"
+            if field == "previous_hash" and key.previous_until is None:
+                continue
+            if await self.slow.matches(_hint(getattr(key, field)), text, key.verifier):
+                until = None if field == "hash" else key.previous_until
+                return await self._renew(key, field, text, changed), until
+        return None
+
+    async def _stored(self, names: Sequence[str]) -> list[ApiKey]:
+        """The keys that are stored under one of these names, now or before their last rotation."""
+        keys: list[ApiKey] = []
+        for start in range(0, len(names), NAMES_A_READ):
+            some = tuple(names[start : start + NAMES_A_READ])
+            query = Query(Or(Where("hash", "in", some), Where("previous_hash", "in", some)), limit=2 * len(some))
+            keys += (await self._database.find(system_context(), ApiKey, query)).items
+            if any(_is_one_of(key.hash, some) and not key.hash.startswith("hint:") for key in keys):
+                break  # the others cannot be found under a better name
+        return keys
+
+    async def _renew(self, key: ApiKey, field: str, text: str, changed: set[str]) -> ApiKey:
+        """Bring an imported or older hash under the current pepper, now that the text is known.
+
+        Only if the key still has the hash that the text was found by: one that was rotated meanwhile keeps its own.
+        """
+        fields: dict[str, Any] = {field: self.hasher.hash(text)}
+        if getattr(key, field).startswith("hint:"):
+            fields["verifier"] = None
+        if field == "hash":
+            fields["sealed"] = self.hasher.seal(hashlib.sha256(text.encode()).digest())
+            fields["display"] = masked(text)
+        context = system_context(None if key.tenant == ALL_TENANTS else key.tenant)
+        found = key
+        for _ in range(UPGRADE_ATTEMPTS):
+            try:
+                renewed = await self._database.update(context, ApiKey, key.id, fields, expected=found.version)
+            except (AlreadyExists, NotFound, Unavailable):
+                return key  # the old hash is as good; the next use tries again
+            except Conflict:
+                now = await self._database.get_or_none(system_context(), ApiKey, key.id, fresh=True)
+                if now is None or getattr(now, field) != getattr(key, field) or now.verifier != key.verifier:
+                    return key
+                found = now
+            else:
+                changed.discard(key.id)  # what was changed before is in it
+                return renewed
+        return key
+
+
+def _is_one_of(stored: str, names: Sequence[str]) -> bool:
+    """Whether a text is among others; how long it takes says nothing of how far any two are the same."""
+    return any(hmac.compare_digest(stored.encode(), name.encode()) for name in names)
+
+
+def _hint(stored: str) -> str:
+    found = hint_of_imported(stored)
+    return f"{found[0].id}:{found[1]}" if found is not None else ""
