@@ -1,8 +1,13 @@
-"""What one key has used: its document, its counters in memory, and the decision on a charge. Pure."""
+"""What one subject (a key, or a quota that keys share) has used: its document, and its counters in memory. Pure.
+
+Of each limit three things count: what is *recorded* as used, what is *reserved* by reservations that are open, and what
+is *leased* to nodes, which spend it from memory and record it later (`shares.py`). A charge is admitted if all three
+and what it asks are together at most the limit.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -12,7 +17,7 @@ import msgspec
 from .context import us_from_utc, utc_from_us
 from .entity import Document, Entity, Index
 from .storage.port import Check
-from .windows import SATURATED, Counter, Limit, counter_for
+from .windows import SATURATED, Counter, Limit, counter_for, to_units
 
 MAX_TOTALS = 100
 """Resources whose lifetime totals a key keeps; what is used of further ones is added up under OTHER_RESOURCES."""
@@ -24,15 +29,21 @@ ACTIVE_US = 60_000_000
 
 FIRST_PATIENCE = 16
 
+MAX_HOLDS = 1_000
+"""Reservations that may be open on one account."""
+CONCURRENCY = "concurrency"
+"""The resource of which nothing is recorded: it counts the reservations that are open now."""
 NAME = "key_usage"
 Cost = Mapping[str, int]
 
 
 class KeyUsage(Entity, collection=NAME, scope="global", journalled=False, indexes=[Index("active_at")]):
-    """What one key has used; the id is the key's.
+    """What one subject has used; the id is the key's, or the quota's.
 
     `state` is JSON: {"totals": {resource: units}, "counters": {limit id: what its counter dumped}, "at": when the last
-    charge was decided}. `active_at` is that moment too, rounded down to ACTIVE_US: for finding what has changed.
+    charge was decided, "holds": {reservation id: [its end, {limit id: units}]}, "leases": {lease id: [its end, uses
+    recorded, {limit id: [units, units recorded, when it counts no longer]}]}}. Times are microseconds. `active_at` is
+    "at" too, rounded down to ACTIVE_US: for finding what has changed.
     """
 
     count: int = 0
@@ -43,29 +54,79 @@ class KeyUsage(Entity, collection=NAME, scope="global", journalled=False, indexe
 
 @dataclass(frozen=True, slots=True)
 class Allowance:
-    """One limit, ready to be counted: its counter's id, its resource, and the most units that may count."""
+    """One limit, ready to be counted: its counter's id, its resource, the most units that may count, its window as it
+    is shown, and whose limit it is (`key`, or the kind and name of a quota)."""
 
     limit: Limit
     id: str
     resource: str
     most: int
+    window: dict[str, Any]
+    subject: str = "key"
+
+
+def allowances(limits: Iterable[Limit], subject: str = "key") -> tuple[Allowance, ...]:
+    """Limits, ready to be counted."""
+    return tuple(
+        Allowance(
+            limit, limit.id, limit.resource, to_units(limit.resource, limit.limit), limit.window.model_dump(), subject
+        )
+        for limit in limits
+    )
 
 
 @dataclass(frozen=True, slots=True)
-class Metered:
-    """Whose usage it is: the usage document's id, what must still be true when it commits, and the limits."""
+class Part:
+    """One account that a charge is counted on: the usage document's id, what must still be true when it commits, and
+    its limits."""
 
     id: str
     guard: Check
     allowances: tuple[Allowance, ...]
+    scoped: bool
+    """Whether any of the limits is only for some models or routes."""
+
+    def asked(self, model: str | None, route: str | None) -> tuple[Allowance, ...]:
+        """The limits that a call with this model and route is counted by."""
+        if not self.scoped:
+            return self.allowances
+        return tuple(one for one in self.allowances if one.limit.applies(model, route))
+
+
+class Metered:
+    """Whose usage it is: the key's own account (`id`, `guard`, `allowances`), and those it shares with other keys. A
+    charge is counted on all of them or on none."""
+
+    __slots__ = ("allowances", "guard", "id", "parts", "shared")
+
+    def __init__(self, id: str, guard: Check, allowances: tuple[Allowance, ...], shared: tuple[Part, ...] = ()) -> None:
+        self.id = id
+        self.guard = guard
+        self.allowances = allowances
+        self.shared = shared
+        self.parts = (part(id, guard, allowances), *shared)
+
+    @property
+    def limited(self) -> bool:
+        """Whether there is any limit at all."""
+        return any(part.allowances for part in self.parts)
+
+
+def part(id: str, guard: Check, allowances: tuple[Allowance, ...]) -> Part:
+    """An account to be charged."""
+    return Part(id, guard, allowances, any(one.limit.models or one.limit.routes for one in allowances))
 
 
 class Status(msgspec.Struct, frozen=True, gc=False):
-    """One limit after a charge. `frees_at_us` is set where this limit denied: when it would admit (None: never)."""
+    """One limit after a charge. `used` is all of recorded, reserved and leased. `frees_at_us` is set where this limit
+    denied: when it would admit (None: never)."""
 
     allowance: Allowance
     used: int
     resets_at_us: int | None
+    recorded: int
+    reserved: int = 0
+    leased: int = 0
     exceeded: bool = False
     frees_at_us: int | None = None
 
@@ -79,23 +140,39 @@ class Outcome(msgspec.Struct, frozen=True, gc=False):
     repeated: bool = False
 
 
+Hold = list[Any]
+"""[end in microseconds, {limit id: units}]"""
+Lease = list[Any]
+"""[end in microseconds, uses recorded, {limit id: [units, units recorded, when it counts no longer (0: never)]}]"""
+
+
 class Account:
     """One usage document in memory, and the version it has in the store (0: it is not there yet).
 
     Its time never goes back along the document's versions, whatever the clocks of the nodes that write them say: each
-    charge is decided at `moment(clock)`, and that moment is stored with it (`at_us`). So the charges of one key are in
-    one order, that of their commits, which is the order of their moments as well. Whatever was charged within a window
-    before the moment of a charge was thus committed before it, and was in the counters that it was decided on: in no
-    window, measured in these moments, is more admitted than the limit, by any number of nodes with any clocks. What
-    clocks that differ can do is to shift the moments: those of one store's clock, known to within `uncertainty_us`.
+    charge is decided at `moment(clock)`, and that moment is stored with it (`at_us`). So the charges of one account are
+    in one order, that of their commits, which is the order of their moments as well. Whatever was charged within a
+    window before the moment of a charge was thus committed before it, and was in the counters that it was decided on:
+    in no window, measured in these moments, is more admitted than the limit, by any number of nodes with any clocks.
+    What clocks that differ can do is to shift the moments: those of one store's clock, known to within
+    `uncertainty_us`.
+
+    What a node spends from its lease has a moment too, not before the lease's; until it is recorded the whole lease
+    counts, at every moment up to the lease's end and for as long after it as the window is: so the same holds.
     """
 
     __slots__ = (
+        "_first_end_us",
+        "_held",
         "at_us",
         "count",
         "counters",
+        "holds",
         "last_used_us",
+        "leases",
         "patience",
+        "read_at",
+        "size",
         "stored_active_at",
         "totals",
         "turns",
@@ -103,9 +180,12 @@ class Account:
         "version",
     )
 
-    def __init__(self, document: Document | None = None) -> None:
+    def __init__(self, document: Document | None = None, read_at: float = 0.0) -> None:
         self.version: int = 0
         self.stored_active_at: datetime | None = None
+        self.read_at = read_at
+        """By time.monotonic: when it was last known to be as the store has it."""
+        self.size = 0
         self.turns = 0
         """Commits since the last pause, and after how many the next one comes: see `usage`."""
         self.patience = FIRST_PATIENCE
@@ -115,7 +195,10 @@ class Account:
         self.totals: dict[str, int] = {}
         self.counters: dict[str, Counter] = {}
         self.unknown: dict[str, Any] = {}  # states of limits nobody asked for yet, or that a key no longer has
+        self.holds: dict[str, Hold] = {}
+        self.leases: dict[str, Lease] = {}
         if document is not None:
+            self.size = len(document["state"])
             state = msgspec.json.decode(document["state"])
             self.version = document["version"]
             self.stored_active_at = document["active_at"]
@@ -125,6 +208,10 @@ class Account:
             self.at_us = state.get("at", 0)
             self.totals = state.get("totals", {})
             self.unknown = state.get("counters", {})
+            self.holds = state.get("holds", {})
+            self.leases = state.get("leases", {})
+        self._held: dict[str, int] = {}
+        self._first_end_us = 0  # that is past: what is held is added up at the first question
 
     def moment(self, now_us: int) -> int:
         """When a charge that comes at `now_us` is decided: not before what was decided already."""
@@ -137,18 +224,39 @@ class Account:
             self.counters[allowance.id] = counter
         return counter
 
-    def decide(self, allowances: Sequence[Allowance], cost: Cost, now_us: int, *, force: bool) -> Outcome:
-        """Charge all limits or none. `force` charges what has happened already, over a limit too."""
-        # Plain loops, no generators: this runs once for every verification.
-        counters = [(allowance, self.counter(allowance)) for allowance in allowances]
-        if not force:
-            for allowance, counter in counters:
-                if counter.used(now_us) + cost.get(allowance.resource, 0) > allowance.most:
-                    return Outcome(False, tuple(_denied(a, c, cost, now_us) for a, c in counters), now_us)
-        for allowance, counter in counters:
-            counter.add(now_us, cost.get(allowance.resource, 0))
-        self.tally(cost, 1, now_us)
-        return Outcome(True, tuple([Status(a, c.used(now_us), c.resets_at_us(now_us)) for a, c in counters]), now_us)
+    # --- What counts ------------------------------------------------------------------------------------------
+
+    def standing(self, allowance: Allowance, now_us: int) -> tuple[int, int, int]:
+        """Units that are recorded, reserved and leased now."""
+        recorded = self.counter(allowance).used(now_us)
+        reserved = leased = 0
+        if self.holds:
+            if now_us >= self._first_end_us:
+                self._end_holds(now_us)
+            reserved = self._held.get(allowance.id, 0)
+        if self.leases:
+            leased = self.leased(allowance.id, now_us)
+        return recorded, reserved, leased
+
+    def leased(self, id: str, now_us: int) -> int:
+        """Units of a limit that are lent to nodes. A lease that has ended unrecorded counts as spent at its end."""
+        units = 0
+        for _, _, shares in self.leases.values():
+            share = shares.get(id)
+            if share is not None and (not share[2] or now_us < share[2]):
+                units += share[0]
+        return units
+
+    def fits(self, asked: Iterable[tuple[Allowance, int]], now_us: int) -> bool:
+        """Whether so much more of each limit can be admitted."""
+        return all(sum(self.standing(allowance, now_us)) + units <= allowance.most for allowance, units in asked)
+
+    def charge(self, allowances: Iterable[Allowance], cost: Cost, now_us: int) -> None:
+        """Record what was used of each limit now."""
+        for allowance in allowances:
+            units = cost.get(allowance.resource, 0)
+            if units and allowance.resource != CONCURRENCY:
+                self.counter(allowance).add(now_us, units)
 
     def tally(self, cost: Cost, count: int, now_us: int) -> None:
         """What is counted whether or not there are limits: uses, lifetime totals, the time of the last use."""
@@ -163,28 +271,92 @@ class Account:
             self.last_used_us = now_us
 
     def statuses(self, allowances: Iterable[Allowance], now_us: int) -> tuple[Status, ...]:
-        """Where each limit stands, charging nothing."""
-        return tuple(Status(a, (c := self.counter(a)).used(now_us), c.resets_at_us(now_us)) for a in allowances)
+        """Where each limit stands."""
+        return tuple([self._status(allowance, now_us) for allowance in allowances])
+
+    def denials(self, asked: Iterable[tuple[Allowance, int]], now_us: int) -> tuple[Status, ...]:
+        """Where each limit stands, and which of them so much more would exceed, and until when."""
+        found = []
+        for allowance, units in asked:
+            status = self._status(allowance, now_us)
+            if status.used + units > allowance.most:
+                frees_at_us = self._frees_at_us(allowance, units, now_us)
+                status = msgspec.structs.replace(status, exceeded=True, frees_at_us=frees_at_us)
+            found.append(status)
+        return tuple(found)
+
+    def _status(self, allowance: Allowance, now_us: int) -> Status:
+        recorded, reserved, leased = self.standing(allowance, now_us)
+        resets_at_us = self.counter(allowance).resets_at_us(now_us)
+        return Status(allowance, recorded + reserved + leased, resets_at_us, recorded, reserved, leased)
+
+    def _frees_at_us(self, allowance: Allowance, units: int, now_us: int) -> int | None:
+        """When so much more would be admitted if nothing else is used: what is held and lent comes back at its end."""
+        most = allowance.most - units
+        free_at_us = self.counter(allowance).frees_at_us(now_us, most)
+        if free_at_us is None:
+            return None
+        ends = [(hold[0], hold[1].get(allowance.id, 0)) for hold in self.holds.values()]
+        ends += [(lease[0], lease[2][allowance.id][0]) for lease in self.leases.values() if allowance.id in lease[2]]
+        left = sum(self.standing(allowance, now_us))
+        for end_us, back in sorted(ends):
+            if left <= most:
+                break
+            left -= back
+            free_at_us = max(free_at_us, end_us)
+        return free_at_us
+
+    # --- Reservations -----------------------------------------------------------------------------------------
+
+    def hold(self, id: str, ends_us: int, units: dict[str, int]) -> None:
+        """Reserve units of some limits until `ends_us`, in place of what was reserved under this id."""
+        self.release(id)
+        self.holds[id] = [ends_us, units]
+        for limit, amount in units.items():
+            self._held[limit] = self._held.get(limit, 0) + amount
+        self._first_end_us = min(self._first_end_us, ends_us) if len(self.holds) > 1 else ends_us
+
+    def held(self, id: str, now_us: int) -> dict[str, int] | None:
+        """What is reserved under an id; None if it has ended, or never was."""
+        hold: Hold | None = self.holds.get(id)
+        return hold[1] if hold is not None and now_us < hold[0] else None
+
+    def release(self, id: str) -> None:
+        """Give back what is reserved under an id."""
+        hold = self.holds.pop(id, None)
+        if hold is not None:
+            for limit, amount in hold[1].items():
+                self._held[limit] -= amount
+
+    def _end_holds(self, now_us: int) -> None:
+        """Leave out those that have ended; a denial has the statistics right as well."""
+        self.holds = {id: hold for id, hold in self.holds.items() if now_us < hold[0]}
+        self._held = {}
+        for _, units in self.holds.values():
+            for limit, amount in units.items():
+                self._held[limit] = self._held.get(limit, 0) + amount
+        self._first_end_us = min((hold[0] for hold in self.holds.values()), default=0)
+
+    # --- The document -----------------------------------------------------------------------------------------
 
     def document(self) -> Document:
         counters = {id: counter.dump() for id, counter in self.counters.items()}
         if self.unknown:
             kept = list(self.unknown)[-MAX_IDLE_COUNTERS:]  # those of the latest limits that the key no longer has
             counters = {**{id: self.unknown[id] for id in kept}, **counters}
+        state: dict[str, Any] = {"totals": self.totals, "counters": counters, "at": self.at_us}
+        if self.holds:
+            state["holds"] = self.holds
+        if self.leases:
+            state["leases"] = self.leases
+        encoded = _encode(state).decode()
+        self.size = len(encoded)
         return {
             "count": min(self.count, SATURATED),
             "last_used_at": None if self.last_used_us is None else utc_from_us(self.last_used_us),
             "active_at": utc_from_us(self.at_us - self.at_us % ACTIVE_US) if self.at_us else None,
-            "state": _encode({"totals": self.totals, "counters": counters, "at": self.at_us}).decode(),
+            "state": encoded,
         }
 
 
 _encode = msgspec.json.Encoder().encode
-
-
-def _denied(allowance: Allowance, counter: Counter, cost: Cost, now_us: int) -> Status:
-    asked = cost.get(allowance.resource, 0)
-    used = counter.used(now_us)
-    exceeded = used + asked > allowance.most
-    frees = counter.frees_at_us(now_us, allowance.most - asked) if exceeded else None
-    return Status(allowance, used, counter.resets_at_us(now_us), exceeded, frees)

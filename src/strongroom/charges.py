@@ -1,27 +1,53 @@
-"""Charges that wait, what is decided on those of one key, and what has to commit for that to be true. Pure."""
+"""Charges that wait, what is decided on those that share accounts, and what has to commit for that to be true. Pure."""
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
-from .accounts import NAME, Account, Cost, Metered, Outcome
-from .errors import Conflict
-from .storage.port import MAX_OPERATIONS, Create, Operation, Patch, Put
+from .accounts import CONCURRENCY, MAX_HOLDS, NAME, Account, Allowance, Cost, Metered, Outcome, Part, Status
+from .errors import Conflict, NotFound, TooManyRequests
+from .shares import Share, Wallet, fold, recover
+from .storage.port import MAX_OPERATIONS, Check, Create, Operation, Patch, Put
 
 MAX_BUNDLE_CHARS = 400_000
-"""Keys share a batch until their states are this long together: far from the port's MAX_BATCH_BYTES."""
+"""Accounts share a batch until their states are this long together: far from the port's MAX_BATCH_BYTES."""
 MAX_ONCE = 400
-"""Charges of one key that may happen only once, in one commit: with the rest they fit into a batch."""
+"""Charges of one group that may happen only once, in one commit: with the rest they fit into a batch."""
+MAX_GROUP_OPERATIONS = 450
 
 
 class KeyChanged(Exception):
-    """The key was changed or removed since it was read: read it again and decide again. Never leaves the library."""
+    """The key, or a quota of it, was changed or removed since it was read: read it again and decide again. Never leaves
+    the library."""
+
+
+@dataclass(frozen=True, slots=True)
+class HoldChange:
+    """What becomes of a reservation: `ends_us` None ends it. `cost`: what it holds from now on. `open`: it must be
+    there, and not have ended."""
+
+    id: str
+    ends_us: int | None
+    cost: Cost
+    open: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What the log of a dead process says of its lease on one account: of each limit, the total that it had spent, and
+    when last."""
+
+    lease: str
+    spent: Mapping[str, tuple[int, int]]
 
 
 @dataclass(slots=True)
 class Charge:
-    """One use of a key that is to be decided, or (without a future) a tally of such that only has to be written."""
+    """One use of a key that is to be decided; or (without a future) something that only has to be written: a tally of
+    uses, a node's lease to be renewed or given back, the lease of a dead process."""
 
     metered: Metered
     cost: Cost
@@ -31,61 +57,314 @@ class Charge:
     count: int = 1
     used_at_us: int | None = None
     attempts: int = 0
+    model: str | None = None
+    route: str | None = None
+    hold: HoldChange | None = None
+    also: Operation | None = None
+    """Commits with the charge; if it fails, only this charge does."""
+    lease: Literal["renew", "return"] | None = None
+    found: Found | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """Charges that share accounts, directly or by way of others: they are decided in order, and commit together."""
+
+    charges: list[Charge] = field(default_factory=list)
+    parts: dict[str, Part] = field(default_factory=dict)
+    """The accounts, by id."""
 
 
 @dataclass(slots=True)
 class Decided:
-    """The charges of one key with their outcomes, and what has to commit for these to be true: the guard, the usage
-    document, then whatever may happen only once."""
+    """The charges of a group with their outcomes, and what has to commit for these to be true: the guards, the usage
+    documents, then whatever may happen only once."""
 
-    id: str
-    account: Account
-    operations: list[Operation]
-    answers: list[tuple[Charge, Outcome]]
+    group: Group
+    operations: list[Operation] = field(default_factory=list)
+    answers: list[tuple[Charge, Outcome]] = field(default_factory=list)
+    accounts: dict[int, Account] = field(default_factory=dict)
+    """The accounts that are written, by the index of their operation."""
+    also: dict[int, Charge] = field(default_factory=dict)
+    """The charges whose own operation is at an index."""
+    wallets: list[tuple[Wallet, list[tuple[Share, int]]]] = field(default_factory=list)
+    """Leases that were recorded and granted, and what of each share was."""
+    returned: list[Wallet] = field(default_factory=list)
 
 
-def decide(
-    account: Account, group: list[Charge], now_us: int, repeated: dict[str, str]
-) -> tuple[list[Operation], list[tuple[Charge, Outcome]]]:
-    """The outcome of each charge of one key, and what to commit to make them true (nothing if all are denied)."""
-    metered = group[0].metered
-    for charge in group:
-        if charge.metered.guard.expected > metered.guard.expected:
-            metered = charge.metered
-    extra: list[Operation] = []
-    answers = []
-    charged = False
-    for charge in group:
-        if charge.future is None:
-            account.tally(charge.cost, charge.count, charge.used_at_us or now_us)
-            answers.append((charge, Outcome(True, (), now_us)))
-            charged = True
+# --- Which charges belong together -------------------------------------------------------------------------------
+
+
+def groups_of(charges: Iterable[Charge], accounts: Mapping[str, Account]) -> tuple[list[Group], list[Charge]]:
+    """The charges in groups that share no account, and those for the next round, because a batch takes so many."""
+    groups: dict[str, Group] = {}
+    later: list[Charge] = []
+    for charge in charges:
+        parts = charge.metered.parts
+        if len(parts) == 1:
+            group = groups.get(parts[0].id) or Group()
+        else:
+            group = _merged(groups, parts)
+        group.charges.append(charge)
+        for part in parts:
+            known = group.parts.get(part.id)
+            if known is None or part.guard.expected > known.guard.expected:
+                group.parts[part.id] = part
+            groups[part.id] = group
+    found: list[Group] = []
+    for group in dict.fromkeys(groups.values()):
+        cut, rest = _cut(group, accounts)
+        found.append(cut)
+        later += rest
+    return found, later
+
+
+def _merged(groups: dict[str, Group], parts: Sequence[Part]) -> Group:
+    there = dict.fromkeys(group for part in parts if (group := groups.get(part.id)) is not None)
+    if not there:
+        return Group()
+    first, *others = there
+    for other in others:
+        first.charges += other.charges
+        for part_id, part in other.parts.items():
+            known = first.parts.get(part_id)
+            if known is None or part.guard.expected > known.guard.expected:
+                first.parts[part_id] = part
+            groups[part_id] = first
+    return first
+
+
+def _cut(group: Group, accounts: Mapping[str, Account]) -> tuple[Group, list[Charge]]:
+    """As many of a group's charges as fit into one batch, and the rest."""
+    once = sum(charge.once is not None or charge.also is not None for charge in group.charges)
+    if once <= MAX_ONCE and 2 * len(group.parts) + once <= MAX_GROUP_OPERATIONS:
+        return group, []
+    kept, rest = Group(), []
+    operations = size = 0
+    for charge in group.charges:
+        more = 2 * sum(part.id not in kept.parts for part in charge.metered.parts)
+        more += charge.once is not None or charge.also is not None
+        chars = sum(
+            accounts[part.id].size for part in charge.metered.parts if part.id not in kept.parts and part.id in accounts
+        )
+        if kept.charges and (operations + more > MAX_GROUP_OPERATIONS or size + chars > MAX_BUNDLE_CHARS):
+            rest.append(charge)
             continue
+        operations, size = operations + more, size + chars
+        kept.charges.append(charge)
+        kept.parts.update({part.id: group.parts[part.id] for part in charge.metered.parts})
+    return kept, rest
+
+
+# --- The decision ------------------------------------------------------------------------------------------------
+
+
+class Decision:
+    """Decides one group: `accounts` are those of its parts, `wallets` this node's leases, `repeated` the fingerprints
+    of what happened before and may not happen again."""
+
+    def __init__(
+        self,
+        group: Group,
+        accounts: Mapping[str, Account],
+        wallets: Mapping[str, Wallet],
+        now_us: int,
+        repeated: dict[str, str],
+        lease_us: int | None,
+    ) -> None:
+        self._group = group
+        self._accounts = {id: accounts[id] for id in group.parts}
+        self._wallets = wallets
+        self._now_us = max(account.moment(now_us) for account in self._accounts.values())
+        self._repeated = repeated
+        self._lease_us = lease_us
+        self._changed: set[str] = set()
+        self._asked: dict[str, dict[str, int]] = {}
+        self._guards: dict[tuple[str, str], Check] = {}
+        self._returning: set[str] = set()
+        self._extra: list[tuple[Operation, Charge | None]] = []
+        self._answers: list[tuple[Charge, Outcome]] = []
+
+    def decided(self) -> Decided:
+        """What every charge of the group comes to. Nothing has to commit if all are denied."""
+        for id, account in self._accounts.items():
+            wallet = self._wallets.get(id)
+            if wallet is not None and wallet.record(account):
+                self._changed.add(id)
+            fold(account, self._group.parts[id].allowances, self._now_us)
+        for charge in self._group.charges:
+            self._charge(charge)
+        return self._commitment()
+
+    def _charge(self, charge: Charge) -> None:
+        metered = charge.metered
+        if charge.future is None or charge.found is not None:
+            self._write(charge)
+            return
         if charge.future.cancelled() and not charge.force:
-            continue  # its caller went away before it was decided: nothing was used
-        if charge.metered.guard.expected != metered.guard.expected:
+            return  # its caller went away before it was decided: nothing was used
+        if any(part.guard.expected != self._group.parts[part.id].guard.expected for part in metered.parts):
             fail(charge, KeyChanged())
-            continue
-        if charge.once is not None:
+            return
+        if charge.once is not None and charge.once[0] in self._repeated:
+            self._repeat(charge, charge.once)
+            return
+        asked = [part.asked(charge.model, charge.route) for part in metered.parts]
+        if charge.hold is not None and not self._may_hold(charge, charge.hold):
+            return
+        if not charge.force and not self._fits(charge, asked):
+            return
+        for part, allowances in zip(metered.parts, asked, strict=True):
+            account = self._accounts[part.id]
+            account.charge(allowances, charge.cost, self._now_us)
+            if charge.hold is None or charge.cost or charge.hold.ends_us is None:
+                account.tally(charge.cost, charge.count, self._now_us)
+            if charge.hold is not None:
+                _hold(account, allowances, charge.hold)
+            self._changed.add(part.id)
+            if not charge.force:
+                self._want(part.id, allowances, charge.cost if charge.hold is None else charge.hold.cost)
+        self._guard(metered.guard)
+        if charge.once is not None:  # what was denied may be asked again, and decided anew
             id, operation = charge.once
-            if id in repeated:
-                if repeated[id] != operation.document["fingerprint"]:
-                    fail(charge, Conflict("the idempotency key was used for a different request: take a new one"))
-                    continue
-                statuses = account.statuses(metered.allowances, now_us)
-                answers.append((charge, Outcome(True, statuses, now_us, repeated=True)))
+            self._repeated[id] = operation.document["fingerprint"]
+            self._extra.append((operation, None))
+        if charge.also is not None:
+            self._extra.append((charge.also, charge))
+        self._answers.append((charge, Outcome(True, self._statuses(metered, asked), self._now_us)))
+
+    def _want(self, id: str, allowances: Iterable[Allowance], cost: Cost) -> None:
+        """Remember what one call asks of each limit, for the size of the next lease."""
+        if self._lease_us is not None:
+            wants = self._asked.setdefault(id, {})
+            for one in allowances:
+                wants[one.id] = max(wants.get(one.id, 0), cost.get(one.resource, 0))
+
+    def _write(self, charge: Charge) -> None:
+        for part in charge.metered.parts:
+            account = self._accounts[part.id]
+            if charge.found is not None:
+                if recover(account, part.allowances, charge.found.lease, charge.found.spent):
+                    self._changed.add(part.id)
+            elif charge.lease == "return":
+                self._returning.add(part.id)
+            elif charge.lease is None:
+                account.tally(charge.cost, charge.count, charge.used_at_us or self._now_us)
+                self._changed.add(part.id)
+        self._answers.append((charge, Outcome(True, (), self._now_us)))
+
+    def _repeat(self, charge: Charge, once: tuple[str, Create | Put]) -> None:
+        if self._repeated[once[0]] != once[1].document["fingerprint"]:
+            fail(charge, Conflict("the idempotency key was used for a different request: take a new one"))
+            return
+        asked = [part.asked(charge.model, charge.route) for part in charge.metered.parts]
+        statuses = self._statuses(charge.metered, asked)
+        self._answers.append((charge, Outcome(True, statuses, self._now_us, repeated=True)))
+
+    def _may_hold(self, charge: Charge, hold: HoldChange) -> bool:
+        """Whether a reservation can be changed; if not the charge has failed."""
+        account = self._accounts[charge.metered.id]
+        if hold.open and account.held(hold.id, self._now_us) is None:
+            fail(charge, NotFound("the reservation has ended: record what was used with a usage record"))
+            return False
+        if not hold.open and any(len(self._accounts[part.id].holds) >= MAX_HOLDS for part in charge.metered.parts):
+            fail(charge, TooManyRequests(f"{MAX_HOLDS} reservations are open on one account, which is the most"))
+            return False
+        return True
+
+    def _fits(self, charge: Charge, asked: Sequence[tuple[Allowance, ...]]) -> bool:
+        """Whether all limits admit a charge; if not it is answered."""
+        now_us = self._now_us
+        wanted = [
+            _wanted(charge, self._accounts[part.id], allowances, now_us)
+            for part, allowances in zip(charge.metered.parts, asked, strict=True)
+        ]
+        parts = charge.metered.parts
+        if all(self._accounts[part.id].fits(want, now_us) for part, want in zip(parts, wanted, strict=True)):
+            return True
+        statuses: list[Status] = []
+        for part, want in zip(parts, wanted, strict=True):
+            statuses += self._accounts[part.id].denials(want, now_us)
+        self._answers.append((charge, Outcome(False, tuple(statuses), now_us)))
+        return False
+
+    def _statuses(self, metered: Metered, asked: Sequence[tuple[Allowance, ...]]) -> tuple[Status, ...]:
+        if len(asked) == 1:
+            return self._accounts[metered.id].statuses(asked[0], self._now_us)
+        statuses: list[Status] = []
+        for part, allowances in zip(metered.parts, asked, strict=True):
+            statuses += self._accounts[part.id].statuses(allowances, self._now_us)
+        return tuple(statuses)
+
+    # --- What has to commit -----------------------------------------------------------------------------------
+
+    def _guard(self, guard: Check) -> None:
+        if guard.expected:  # a dead process's lease is set right whatever became of the key
+            self._guards[guard.collection, guard.id] = guard
+
+    def _commitment(self) -> Decided:
+        decided = Decided(self._group, answers=self._answers)
+        self._lend(decided)
+        if not self._changed:
+            return decided
+        operations = decided.operations
+        for id in self._changed:
+            self._guard(self._group.parts[id].guard)
+        operations += self._guards.values()
+        for id in sorted(self._changed):  # in one order for all nodes
+            account = self._accounts[id]
+            account.at_us = self._now_us
+            decided.accounts[len(operations)] = account
+            operations.append(_write(id, account))
+        for operation, charge in self._extra:
+            if charge is not None:
+                decided.also[len(operations)] = charge
+            operations.append(operation)
+        return decided
+
+    def _lend(self, decided: Decided) -> None:
+        """Renew this node's leases on what is written anyway, or give them back."""
+        for id in self._group.parts:
+            wallet = self._wallets.get(id)
+            if wallet is None:
                 continue
-        outcome = account.decide(charge.metered.allowances, charge.cost, now_us, force=charge.force)
-        if outcome.allowed and charge.once is not None:  # what was denied may be asked again, and decided anew
-            id, operation = charge.once
-            repeated[id] = operation.document["fingerprint"]
-            extra.append(operation)
-        charged = charged or outcome.allowed
-        answers.append((charge, outcome))
-    if not charged:
-        return [], answers
-    account.at_us = now_us
-    return [metered.guard, _write(metered.id, account), *extra], answers
+            account = self._accounts[id]
+            spent = wallet.totals_now()
+            if id in self._returning or self._lease_us is None:
+                wallet.give_back()
+                decided.returned.append(wallet)
+            elif id in self._changed or any(charge.lease == "renew" for charge in self._group.charges):
+                wallet.part = self._group.parts[id]
+                wallet.grant(account, self._asked.get(id, {}), self._now_us, self._lease_us)
+                if wallet.lease in account.leases:
+                    self._changed.add(id)
+            else:
+                continue
+            decided.wallets.append((wallet, spent))
+
+
+def _wanted(
+    charge: Charge, account: Account, allowances: Iterable[Allowance], now_us: int
+) -> list[tuple[Allowance, int]]:
+    """How much more of each limit a charge asks for."""
+    hold = charge.hold
+    if hold is None:
+        return [(one, charge.cost.get(one.resource, 0)) for one in allowances]
+    before = account.held(hold.id, now_us) or {}
+    wanted = []
+    for one in allowances:
+        more = hold.cost.get(one.resource, 0) + charge.cost.get(one.resource, 0) - before.get(one.id, 0)
+        if more > 0 or not hold.open:  # an extension that holds no more of a limit is not refused by it
+            wanted.append((one, more))
+    return wanted
+
+
+def _hold(account: Account, allowances: Iterable[Allowance], hold: HoldChange) -> None:
+    if hold.ends_us is None:
+        account.release(hold.id)
+        return
+    units = {one.id: hold.cost[one.resource] for one in allowances if hold.cost.get(one.resource)}
+    account.hold(hold.id, hold.ends_us, units)
 
 
 def _write(id: str, account: Account) -> Put | Patch:
@@ -99,19 +378,7 @@ def _write(id: str, account: Account) -> Put | Patch:
     return Put(NAME, id, document, account.version)
 
 
-def for_one_batch_a_key(charges: list[Charge]) -> tuple[list[Charge], list[Charge]]:
-    """The charges to decide now and those for the next round: each that may happen only once is an operation of its
-    own, and a batch takes so many."""
-    now, later = [], []
-    once: dict[str, int] = {}
-    for charge in charges:
-        if charge.once is not None:
-            count = once[charge.metered.id] = once.get(charge.metered.id, 0) + 1
-            if count > MAX_ONCE:
-                later.append(charge)
-                continue
-        now.append(charge)
-    return now, later
+# --- Batches, answers --------------------------------------------------------------------------------------------
 
 
 def bundles_of(decided: list[Decided]) -> list[list[Decided]]:
@@ -120,14 +387,13 @@ def bundles_of(decided: list[Decided]) -> list[list[Decided]]:
     operations, size = MAX_OPERATIONS, 0
     for one in decided:
         more = len(one.operations)
-        write = one.operations[1]  # the second is always the usage document's
-        state = len(write.fields["state"] if isinstance(write, Patch) else write.document["state"])  # type: ignore[union-attr]
-        if operations + more > MAX_OPERATIONS or size + state > MAX_BUNDLE_CHARS:
+        chars = sum(account.size for account in one.accounts.values())
+        if operations + more > MAX_OPERATIONS or size + chars > MAX_BUNDLE_CHARS:
             bundles.append([])
             operations, size = 0, 0
         bundles[-1].append(one)
         operations += more
-        size += state
+        size += chars
     return bundles
 
 
@@ -148,3 +414,6 @@ def answer(answers: list[tuple[Charge, Outcome]]) -> None:
 def fail(charge: Charge, error: Exception) -> None:
     if charge.future is not None and not charge.future.done():
         charge.future.set_exception(error)
+
+
+__all__ = ["CONCURRENCY", "Charge", "Decided", "Decision", "Found", "Group", "HoldChange", "KeyChanged"]

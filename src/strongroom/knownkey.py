@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Literal
 
-from .accounts import Allowance, Metered
+from .accounts import Metered, allowances, part
 from .apikey import NAME, ApiKey
 from .context import us_from_utc, utc_from_us
+from .quotas import NAME as QUOTAS
+from .quotas import Quota, quota_id
 from .storage.port import Check
-from .windows import to_units
 
 MAX_SHOWN = 100
 """Characters shown of a model or route that was asked for."""
@@ -44,12 +45,12 @@ class KnownKey:
         "permissions",
         "routes",
         "stale",
+        "subjects",
         "tenant",
         "user_id",
-        "windows",
     )
 
-    def __init__(self, key: ApiKey) -> None:
+    def __init__(self, key: ApiKey, quotas: Sequence[Quota] = ()) -> None:
         self.id = key.id
         self.tenant = key.tenant
         self.user_id = key.user_id
@@ -62,8 +63,8 @@ class KnownKey:
         self.deleted = key.deleted_at is not None
         self.enabled = key.enabled
         self.expires_us = us_from_utc(key.expires_at) if key.expires_at is not None else None
-        self.metered = metered(key)
-        self.windows = [limit.window.model_dump() for limit in key.limits]
+        self.metered = metered(key, quotas)
+        self.subjects = subjects(key)
         self.stale = False
         self.checked_at = 0.0  # by time.monotonic: when it was last compared with the store, beside the feed of changes
 
@@ -104,12 +105,21 @@ def names(patterns: Sequence[str], name: str | None) -> bool:
     )
 
 
-def metered(key: ApiKey) -> Metered:
-    """A key as the ledger needs it."""
-    allowances = tuple(
-        Allowance(limit, limit.id, limit.resource, to_units(limit.resource, limit.limit)) for limit in key.limits
+def metered(key: ApiKey, quotas: Sequence[Quota] = ()) -> Metered:
+    """A key as the ledger needs it, with the quotas that it shares with others."""
+    shared = tuple(
+        part(quota.id, Check(QUOTAS, quota.id, quota.version), allowances(quota.limits, quota.subject))
+        for quota in quotas
+        if quota.limits
     )
-    return Metered(key.id, Check(NAME, key.id, key.version), allowances)
+    return Metered(key.id, Check(NAME, key.id, key.version), allowances(key.limits), shared)
+
+
+def subjects(key: ApiKey) -> tuple[str, ...]:
+    """The ids of all quotas that a key is counted against, where there are such."""
+    groups = tuple(quota_id("group", key.tenant, name) for name in key.groups)
+    user = () if key.user_id is None else (quota_id("user", key.tenant, key.user_id),)
+    return (*groups, *user, quota_id("tenant", key.tenant))
 
 
 def _network(text: str) -> Network:

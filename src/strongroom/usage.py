@@ -1,11 +1,13 @@
 """The usage ledger: charges against limits, decided exactly and written durably before they are answered.
 
 How it is exact. All that one key has used is one document (`KeyUsage`): its counters, its totals, when it was last
-used. A charge is decided on the document as it is in memory, and committed under the version it was decided on,
-together with a check that the key itself has not changed. If anyone else, another process or machine, changed either
-meanwhile, nothing is applied; the document is read again and the charge decided again. So of two nodes that would
-spend the same remainder, one commits and the other learns of it: a limit cannot be over-admitted, and all limits of a
-key are charged together or not at all.
+used; and so is what the keys that share a quota have used together. A charge is decided on the documents as they are in
+memory, and committed under the versions it was decided on, together with a check that neither the key nor a quota has
+changed. If anyone else, another process or machine, changed one of them meanwhile, nothing is applied; the documents
+are read again and the charge decided again. So of two nodes that would spend the same remainder, one commits and the
+other learns of it: a limit cannot be over-admitted, and all limits are charged together or not at all.
+
+A node that lends itself a share of the limits in such a commit may spend it without another one: `lending.py`.
 
 By which time. Each node has the store's clock (`clock.py`), and along the versions of a usage document time never goes
 back (`Account` says why a limit therefore holds whatever the clocks do).
@@ -28,20 +30,22 @@ from .accounts import NAME, Account, Allowance, Cost, KeyUsage, Metered, Outcome
 from .charges import (
     Charge,
     Decided,
+    Decision,
+    HoldChange,
     KeyChanged,
     answer,
     bundles_of,
     charges_of,
-    decide,
     fail,
-    for_one_batch_a_key,
+    groups_of,
     operations_of,
 )
 from .clock import Clock, MachineClock
 from .context import utc_from_us
 from .database import Database, IdempotentCall
 from .errors import AlreadyExists, Conflict, NotFound, StrongroomError, TooManyRequests, Unavailable
-from .storage.port import Check, Create, Put, Store
+from .lending import Lending
+from .storage.port import Check, Create, Operation, Put, Store
 from .transaction import is_expired
 
 MAX_WAITING = 50_000
@@ -59,7 +63,9 @@ this many."""
 MAX_CONTENDED = 10_000
 """Keys remembered as being used by other nodes as well."""
 COMMITS_APART = 50
-"""After a conflict, for so many commits each key has a batch of its own."""
+"""After a conflict, for so many commits each group has a batch of its own."""
+BELIEVED_FOR_S = 0.25
+"""What others hold or have been lent of an account comes back without a word: so long it is believed to be out."""
 LAZY_FLUSH_S = 1.0
 """Keys without limits decide nothing by their usage: it is written at most this much later, many uses in one write."""
 
@@ -89,8 +95,12 @@ class Ledger:
         """Keys lost to another node, and after how many more commits a pause is to follow."""
         self._commit_s = 0.0
         self._shared = store.capabilities.multi_process
+        self.unreachable = False
+        """Whether the last commit found the store out of reach."""
         self.retries = 0
         """Charges decided again because another node was faster."""
+        self.lending: Lending | None = None
+        """This node's leases, where there are any: `Lending` sets it."""
         self._accounts: dict[str, Account] = {}
         self._waiting: list[Charge] = []
         self._tallies: dict[str, _Tally] = {}
@@ -102,24 +112,39 @@ class Ledger:
     # --- What callers do --------------------------------------------------------------------------------------
 
     def charge(
-        self, metered: Metered, cost: Cost, *, force: bool = False, once: tuple[str, Create] | None = None
+        self,
+        metered: Metered,
+        cost: Cost,
+        *,
+        force: bool = False,
+        once: tuple[str, Create] | None = None,
+        model: str | None = None,
+        route: str | None = None,
+        hold: HoldChange | None = None,
+        also: Operation | None = None,
+        count: int = 1,
     ) -> asyncio.Future[Outcome]:
         """Decide and charge; the outcome comes once it is durable (a denial, which writes nothing, as soon as decided).
 
-        `once` is an id and an operation that fails with AlreadyExists if this very charge was made before. The future
-        raises KeyChanged, TooManyRequests, Unavailable.
+        `once` is an id and an operation that fails with AlreadyExists if this very charge was made before; `also` an
+        operation that commits with the charge, and whose error is the charge's. `hold` is what becomes of a
+        reservation. `count` is how many uses it stands for. The future raises KeyChanged, TooManyRequests, NotFound (of
+        a reservation), Unavailable.
         """
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Outcome] = loop.create_future()
-        if self._closed:
-            future.set_exception(Unavailable("the ledger is closed"))
-            return future
-        if len(self._waiting) >= MAX_WAITING:
-            future.set_exception(TooManyRequests("too many charges are waiting for the store: try again in a moment"))
-            return future
-        self._waiting.append(Charge(metered, cost, force, once, future))
-        self._wake(loop)
+        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self.submit(Charge(metered, cost, force, once, future, count, None, 0, model, route, hold, also))
         return future
+
+    def submit(self, charge: Charge) -> None:
+        """Let a charge wait for its turn; its future, if it has one, fails if that cannot be."""
+        if self._closed:
+            fail(charge, Unavailable("the ledger is closed"))
+            return
+        if len(self._waiting) >= MAX_WAITING:
+            fail(charge, TooManyRequests("too many charges are waiting for the store: try again in a moment"))
+            return
+        self._waiting.append(charge)
+        self._wake(asyncio.get_running_loop())
 
     def tally(self, metered: Metered, cost: Cost) -> None:
         """Count the use of a key that has no limits: nothing is decided by it, so nobody waits for its write."""
@@ -140,17 +165,37 @@ class Ledger:
     async def account(self, id: str) -> Account:
         """A key's usage as the store has it now, with what is still to be written added: for statistics."""
         account = Account(await self._store.get(NAME, None, id))
+        if self.lending is not None:
+            self.lending.show(id, account)
         tally = self._tallies.get(id)
         if tally is not None:
             account.tally(tally.cost, tally.count, tally.used_at_us)
         return account
+
+    async def statuses(self, metered: Metered, now_us: int) -> tuple[Status, ...]:
+        """Where all limits of a key stand, as the store has it now: its own, then those that it shares."""
+        found: list[Status] = []
+        for part in metered.parts:
+            if part.allowances:
+                account = Account(await self._store.get(NAME, None, part.id))
+                if self.lending is not None:
+                    self.lending.show(part.id, account)
+                found += account.statuses(part.allowances, account.moment(now_us))
+        return tuple(found)
+
+    async def settled(self) -> None:
+        """Wait until nothing waits that could be decided now."""
+        while self._task is not None:
+            await asyncio.wait([self._task])
 
     def forget(self, id: str) -> None:
         """The key was changed: read its usage again at the next charge."""
         self._accounts.pop(id, None)
 
     async def close(self) -> None:
-        """Write everything that waits. Afterwards nothing can be charged."""
+        """Write everything that waits, and give back what was lent. Afterwards nothing can be charged."""
+        if self.lending is not None:
+            await self.lending.close()
         self._closed = True
         self._flush_tallies()
         while self._task is not None or self._held:
@@ -178,8 +223,11 @@ class Ledger:
                 except BaseException as error:  # nobody may wait for ever, whatever went wrong
                     # (those of a held key are not concerned: they were not decided in this round)
                     for charge in charges:
-                        self._accounts.pop(charge.metered.id, None)  # it may hold charges that did not happen
+                        for part in charge.metered.parts:
+                            self._accounts.pop(part.id, None)  # it may hold charges that did not happen
                         fail(charge, Unavailable(f"the charge could not be decided: {type(error).__name__}"))
+                        if self.lending is not None:
+                            self.lending.failed(charge.metered.id)
                     raise
                 self._evict()
         finally:
@@ -188,39 +236,49 @@ class Ledger:
                 self._wake(asyncio.get_running_loop())
 
     async def _settle(self, charges: list[Charge]) -> None:
-        """Decide the charges of each key, commit them, answer."""
-        charges, later = for_one_batch_a_key(charges)
+        """Decide the charges of each group, commit them, answer."""
+        if self._held:
+            charges = self._not_held(charges)
+        groups, later = groups_of(charges, self._accounts)
         self._waiting[:0] = later
-        groups: dict[str, list[Charge]] = {}
-        for charge in charges:
-            groups.setdefault(charge.metered.id, []).append(charge)
-        for id in self._held.keys() & groups.keys():
-            self._held[id] += groups.pop(id)
-        charges = [charge for group in groups.values() for charge in group]
+        charges = [charge for group in groups for charge in group.charges]
         now_us = self._clock.now_us()
         try:
             repeated = await self._repeated(charges, now_us)
-            await self._load([id for id in groups if id not in self._accounts])
+            await self._load({id for group in groups for id in group.parts})
         except StrongroomError as error:
             for charge in charges:
                 self._failed(charge, error)
             return
         now_us = self._clock.now_us()
+        lending = self.lending
+        wallets = lending.wallets_for(groups) if lending is not None else {}
+        lease_us = lending.lease_us if lending is not None else None
         decided = []
-        for id, group in groups.items():
-            account = self._accounts[id]
-            operations, answers = decide(account, group, account.moment(now_us), repeated)
-            if operations:
-                decided.append(Decided(id, account, operations, answers))
+        for group in groups:
+            one = Decision(group, self._accounts, wallets, now_us, repeated, lease_us).decided()
+            if one.operations:
+                decided.append(one)
             else:
-                answer(answers)
+                answer(one.answers)
         await self._commit(decided, now_us)
 
-    async def _commit(self, decided: list[Decided], now_us: int) -> None:
-        """Make the decisions true, many keys in one batch, and answer.
+    def _not_held(self, charges: list[Charge]) -> list[Charge]:
+        """Those charges whose accounts are not waiting for their turn; the others wait with them."""
+        free = []
+        for charge in charges:
+            held = next((part.id for part in charge.metered.parts if part.id in self._held), None)
+            if held is None:
+                free.append(charge)
+            else:
+                self._held[held].append(charge)
+        return free
 
-        A batch fails whole, so if one key's charge cannot be, each key is committed alone. Where other nodes change the
-        same keys that is likely, so for a while no batches of many are tried.
+    async def _commit(self, decided: list[Decided], now_us: int) -> None:
+        """Make the decisions true, many groups in one batch, and answer.
+
+        A batch fails whole, so if one group's charges cannot be, each group is committed alone. Where other nodes
+        change the same keys that is likely, so for a while no batches of many are tried.
         """
         together = self._apart == 0
         self._apart = max(0, self._apart - 1)
@@ -232,16 +290,22 @@ class Ledger:
             try:
                 committed = await commit
             except Exception as error:
+                self.unreachable = isinstance(error, Unavailable)
                 # Unavailable is no key's fault, and may mean that the answer was lost and all of it committed.
                 if len(bundle) > 1 and isinstance(error, StrongroomError) and not isinstance(error, Unavailable):
                     again += bundle
                 else:
                     await self._not_committed(error, bundle)
             else:
-                position = 0
+                self.unreachable = False
+                position, read_at = 0, time.monotonic()
                 for one in bundle:
-                    one.account.version = committed.versions[position + 1]
+                    for index, account in one.accounts.items():
+                        account.version = committed.versions[position + index]
+                        account.read_at = read_at
                     position += len(one.operations)
+                    if self.lending is not None:
+                        self.lending.committed(one)
                     answer(one.answers)
                     self._had_turn(one)
         if commits:
@@ -250,12 +314,23 @@ class Ledger:
             self._apart = COMMITS_APART
             await self._commit(again, now_us)
 
-    async def _load(self, ids: list[str]) -> None:
+    async def _load(self, wanted: set[str]) -> None:
+        ids = [id for id in wanted if self._unread(id)]
         if not ids:
             return
+        read_at = time.monotonic()
         documents = await asyncio.gather(*(self._store.get(NAME, None, id) for id in ids))
         for id, document in zip(ids, documents, strict=True):
-            self._accounts[id] = Account(document)
+            self._accounts[id] = Account(document, read_at)
+
+    def _unread(self, id: str) -> bool:
+        account = self._accounts.get(id)
+        if account is None:
+            return True
+        # What others give back is not told of: without a look, this node would go on denying for it.
+        own = self.lending.log.lease if self.lending is not None else None
+        lent = self._shared and (account.holds or any(lease != own for lease in account.leases))
+        return bool(lent) and time.monotonic() - account.read_at > BELIEVED_FOR_S
 
     def _evict(self) -> None:
         if len(self._accounts) > MAX_ACCOUNTS:  # those read longest ago go
@@ -283,16 +358,29 @@ class Ledger:
     async def _not_committed(self, error: Exception, bundle: list[Decided]) -> None:
         """Someone else changed the usage: decide again. Someone changed the key: its caller must. Else: it failed."""
         for one in bundle:
-            self._accounts.pop(one.id, None)  # it holds charges that did not happen
-        if isinstance(error, Conflict) and error.details.get("operation") == 0:
-            for charge in charges_of(bundle):
-                await self._key_changed(charge)
-        elif isinstance(error, Conflict | AlreadyExists | NotFound):
-            for one in bundle:
-                self._lost(one)
-        else:
+            for id in one.group.parts:
+                self._accounts.pop(id, None)  # it holds charges that did not happen
+            if self.lending is not None:
+                self.lending.not_committed(one)
+        if not isinstance(error, Conflict | AlreadyExists | NotFound) or len(bundle) > 1:
             for charge in charges_of(bundle):
                 self._failed(charge, error)
+            return
+        (one,) = bundle
+        number = error.details.get("operation")
+        operation = one.operations[number] if isinstance(number, int) else None
+        own = one.also.get(number) if isinstance(number, int) else None
+        if isinstance(operation, Check):
+            changed = [charge for charge, _ in one.answers if _guarded(charge, operation)]
+            again = [charge for charge, _ in one.answers if not _guarded(charge, operation)]
+            self._waiting[:0] = again
+            for charge in changed:
+                await self._key_changed(charge)
+        elif own is not None:
+            fail(own, error)
+            self._waiting[:0] = [charge for charge, _ in one.answers if charge is not own]
+        else:
+            self._lost(one)
 
     # --- Keys that other nodes use as well --------------------------------------------------------------------
 
@@ -308,32 +396,33 @@ class Ledger:
         self.retries += len(again)
         if len(self._contended) >= MAX_CONTENDED:
             self._contended.clear()
-        self._contended[one.id] = COURTESY_COMMITS
+        for id in one.group.parts:
+            self._contended[id] = COURTESY_COMMITS
         if not again:
             return
         attempts = max(charge.attempts for charge in again)
         self._waiting[:0] = again  # before what came later
         if attempts > 1:
             # No longer than a commit: whoever is faster than the others' pauses gets its turn in one of them.
-            self._hold(one.id, 0, self._commit_s)
+            self._hold(next(iter(one.group.parts)), 0, self._commit_s)
 
     def _had_turn(self, one: Decided) -> None:
         """This node has committed a key. Others that use it must read before they write, so without a pause whoever
         won once would go on winning."""
-        left = self._contended.get(one.id)
-        if left is not None:
-            if left > 1:
-                self._contended[one.id] = left - 1
-            else:
-                del self._contended[one.id]
-            self._hold(one.id, 0, 2 * self._commit_s)
+        lost = [id for id in one.group.parts if id in self._contended] if self._contended else ()
+        for id in lost:
+            self._contended[id] -= 1
+            if not self._contended[id]:
+                del self._contended[id]
+        if lost:
+            self._hold(lost[0], 0, 2 * self._commit_s)
             return
-        account = one.account
-        account.turns += 1
-        if account.turns >= account.patience:
-            account.turns, account.patience = 0, min(2 * account.patience, MAX_PATIENCE)
-            if self._shared:
-                self._hold(one.id, 4 * self._commit_s, 4 * self._commit_s)
+        for index, account in one.accounts.items():
+            account.turns += 1
+            if account.turns >= account.patience:
+                account.turns, account.patience = 0, min(2 * account.patience, MAX_PATIENCE)
+                if self._shared:
+                    self._hold(one.operations[index].id, 4 * self._commit_s, 4 * self._commit_s)  # type: ignore[union-attr]
 
     def _hold(self, id: str, least_s: float, most_s: float) -> None:
         """Decide nothing on this key for a while."""
@@ -354,19 +443,26 @@ class Ledger:
             return
         guard = charge.metered.guard
         try:
-            key = await self._store.get(guard.collection, None, guard.id)
+            document = await self._store.get(guard.collection, None, guard.id)
         except StrongroomError as error:
             self._failed(charge, error)
             return
-        if key is not None:  # a tally counts, whatever was changed; but what a removed key had used is gone with it
-            charge.metered = Metered(charge.metered.id, Check(guard.collection, guard.id, key["version"]), ())
+        if document is not None:  # it counts, whatever was changed; what a removed key had used is gone with it
+            guard = Check(guard.collection, guard.id, document["version"])
+            charge.metered = Metered(charge.metered.id, guard, charge.metered.allowances)
+            if charge.lease is not None:
+                charge.lease = "return"  # the limits may be others: the next use is lent something by those
             self._waiting.append(charge)
+        elif charge.lease is not None and self.lending is not None:
+            self.lending.gone(charge.metered.id)
 
     def _failed(self, charge: Charge, error: Exception) -> None:
-        if charge.future is None:
-            self._tally(charge.metered, charge.cost, charge.count, charge.used_at_us or 0)  # at the next flush
-        else:
+        if charge.future is not None:
             fail(charge, error)
+        elif charge.lease is None:
+            self._tally(charge.metered, charge.cost, charge.count, charge.used_at_us or 0)  # at the next flush
+        elif self.lending is not None:
+            self.lending.failed(charge.metered.id)
 
     def _flush_tallies(self) -> None:
         if self._timer is not None:
@@ -378,6 +474,10 @@ class Ledger:
             self._waiting.append(charge)
         if self._waiting:
             self._wake(asyncio.get_running_loop())
+
+
+def _guarded(charge: Charge, guard: Check) -> bool:
+    return any((part.guard.collection, part.guard.id) == (guard.collection, guard.id) for part in charge.metered.parts)
 
 
 __all__ = [

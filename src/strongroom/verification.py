@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from ipaddress import ip_address
 from typing import Any
@@ -21,15 +21,23 @@ _RESOURCE = re.compile(RESOURCE_PATTERN)
 
 
 class LimitStatus(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Where one limit stands. `resets_at`: when `used` next falls. `exceeded`: this limit denied the call."""
+    """Where one limit stands. `used` is what was `recorded`, is `reserved` (held by reservations that are open), and is
+    `leased` (lent to other nodes, which have not given it back yet). `resets_at`: when what was recorded next falls.
+    `subject`: whose limit it is, `key` or a quota. `exceeded`: this limit denied the call."""
 
     resource: str
     limit: Amount
     used: Amount
     remaining: Amount
+    recorded: Amount
+    reserved: Amount
+    leased: Amount
     window: dict[str, Any]
     resets_at: datetime | None
+    subject: str = "key"
     exceeded: bool = False
+    models: tuple[str, ...] = ()
+    routes: tuple[str, ...] = ()
 
 
 class Verification(msgspec.Struct, frozen=True):
@@ -93,34 +101,37 @@ def check_address(ip: str) -> None:
 NOT_FOUND = Verification(False, "NOT_FOUND", message="there is no such key")
 
 
-def limit_status(status: Status, window: dict[str, Any]) -> LimitStatus:
+def limit_status(status: Status) -> LimitStatus:
+    """Where a limit stands, as it is shown."""
     allowance = status.allowance
     resource = allowance.resource
     most, used = allowance.most, status.used
-    remaining = most - used if used < most else 0
-    resets = status.resets_at_us
+    amounts = (most, used, most - used if used < most else 0, status.recorded, status.reserved, status.leased)
+    resets = None if status.resets_at_us is None else utc_from_us(status.resets_at_us)
     if resource == MONEY:
-        return LimitStatus(
-            resource,
-            from_units(resource, most),
-            from_units(resource, used),
-            from_units(resource, remaining),
-            window,
-            None if resets is None else utc_from_us(resets),
-            status.exceeded,
-        )
+        shown: list[Amount] = [from_units(resource, units) for units in amounts]
+    else:
+        shown = list(amounts)
+    limit = allowance.limit
     return LimitStatus(
-        resource, most, used, remaining, window, None if resets is None else utc_from_us(resets), status.exceeded
+        resource, *shown, allowance.window, resets, allowance.subject, status.exceeded, limit.models, limit.routes
     )
 
 
-def _statuses(key: KnownKey, statuses: Sequence[Status]) -> list[LimitStatus]:
-    return [limit_status(status, window) for status, window in zip(statuses, key.windows, strict=True)]
+def _shown(statuses: Iterable[Status]) -> list[LimitStatus]:
+    return [limit_status(status) for status in statuses]
 
 
 def admitted(key: KnownKey, statuses: Sequence[Status]) -> Verification:
     return Verification(
-        True, "VALID", key.id, key.tenant, key.user_id, key.permissions, key.metadata, _statuses(key, statuses)
+        True,
+        "VALID",
+        key.id,
+        key.tenant,
+        key.user_id,
+        key.permissions,
+        key.metadata,
+        _shown(statuses),
     )
 
 
@@ -145,7 +156,7 @@ def exceeded(key: KnownKey, outcome: Outcome, cost: Mapping[str, int]) -> Verifi
         key.user_id,
         key.permissions,
         key.metadata,
-        _statuses(key, outcome.statuses),
+        _shown(outcome.statuses),
         retry_after_s,
         message,
     )

@@ -158,6 +158,10 @@ class Verifier:
         """A key was changed, here or on another node: read it again at its next use."""
         self.cache.changed(id)
 
+    def quota_changed(self, id: str) -> None:
+        """A quota was changed, here or on another node: so were the limits of the keys that share it."""
+        self.cache.quota_changed(id)
+
     def use(self, hasher: Hasher) -> None:
         """Make and find hashes with other peppers from now on; what was unknown may be known to them."""
         self.hasher = hasher

@@ -1,0 +1,207 @@
+"""What a process has spent from its leases, where it survives the process: so that what a killed one had not spent goes
+back, exactly.
+
+A file of 8-byte cells is mapped into memory: writing a cell costs no system call, and the kernel keeps what was written
+whatever becomes of the process (`kill -9` included). It does not survive the machine: a file of another boot is
+not believed, and its leases count as spent. The file is locked while its process lives; whoever gets the lock knows
+that the process is dead. Beside it stands a file of names, one JSON line for each pair of cells.
+
+    <lease>.spent   cells: magic, format; then for each slot what was spent in all, and when last (microseconds)
+    <lease>.names   {"boot": …}, then ["account", "limit", slot] for each slot that was given out
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such lock; leases go unlogged there
+    fcntl = None  # type: ignore[assignment]
+
+MAGIC = int.from_bytes(b"SRSPENT1", "little")
+HEADER_CELLS = 2
+FIRST_SLOTS = 1_024
+MAX_SLOTS = 1_000_000
+CELL = 8
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_log = logging.getLogger(__name__)
+
+
+class SpendLog:
+    """The cells of one process's leases. Without a folder they are in its memory only, and die with it."""
+
+    def __init__(self, lease: str, folder: Path | None = None) -> None:
+        self.lease = lease
+        self._free: list[int] = []
+        self._next = 0
+        self._slots = FIRST_SLOTS
+        self._spent: int | None = None
+        self._names: int | None = None
+        self._map: mmap.mmap | None = None
+        boot = boot_id()
+        if folder is not None and fcntl is not None and boot is not None:
+            try:
+                self._open(folder, boot)
+            except OSError as error:
+                self._close_files()
+                _log.warning(
+                    "limit leases are not logged, so what a killed process had left comes back late: %s", error
+                )
+        size = (HEADER_CELLS + 2 * self._slots) * CELL
+        self.cells = memoryview(self._map if self._map is not None else bytearray(size)).cast("Q")
+        self.cells[0], self.cells[1] = MAGIC, 1
+
+    def _open(self, folder: Path, boot: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        self._names = os.open(folder / f"{self.lease}.names", flags | os.O_APPEND, 0o600)
+        # Locked before the file of cells is there, which is what others look for.
+        fcntl.flock(self._names, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.write(self._names, json.dumps({"boot": boot}).encode() + b"\n")
+        self._folder = folder
+        self._spent = os.open(folder / f"{self.lease}.spent", flags, 0o600)
+        self._map = self._mapped(self._spent)
+
+    def _mapped(self, descriptor: int) -> mmap.mmap:
+        size = (HEADER_CELLS + 2 * self._slots) * CELL
+        os.ftruncate(descriptor, size)
+        return mmap.mmap(descriptor, size)
+
+    def slot(self, account: str, limit: str) -> int:
+        """The index of a cell for what is spent of one limit, zeroed; the cell after it is for the moment."""
+        if self._free:
+            number = self._free.pop()
+        else:
+            if self._next == self._slots:
+                self._grow()
+            number = self._next
+            self._next += 1
+        index = HEADER_CELLS + 2 * number
+        self.cells[index] = self.cells[index + 1] = 0
+        if self._names is not None:
+            os.write(self._names, json.dumps([account, limit, index]).encode() + b"\n")
+        return index
+
+    def free(self, index: int) -> None:
+        """A cell is not needed any more."""
+        self._free.append((index - HEADER_CELLS) // 2)
+
+    def moment(self, index: int, now_us: int) -> None:
+        """What is spent from now on is spent at `now_us` or later."""
+        self.cells[index + 1] = now_us
+
+    def _grow(self) -> None:
+        self._slots *= 2
+        before = self.cells
+        if self._spent is not None:
+            # The same file: the cells that were written through the old view are in the new one.
+            self._map = self._mapped(self._spent)
+            self.cells = memoryview(self._map).cast("Q")
+        else:
+            self.cells = memoryview(bytearray((HEADER_CELLS + 2 * self._slots) * CELL)).cast("Q")
+            self.cells[: len(before)] = before
+
+    def close(self) -> None:
+        """All leases were given back: the files go."""
+        if self._names is not None:
+            for suffix in ("spent", "names"):
+                with contextlib.suppress(OSError):
+                    os.unlink(self._folder / f"{self.lease}.{suffix}")
+        self._close_files()
+
+    def abandon(self) -> None:
+        """Leases are left that could not be given back: the files stay, for whoever comes next."""
+        self._close_files()
+
+    def _close_files(self) -> None:
+        for descriptor in (self._spent, self._names):
+            if descriptor is not None:
+                os.close(descriptor)
+        self._spent = self._names = None
+
+
+class DeadLog:
+    """The log of a process that is dead: by account and limit, what was spent in all and when last. `remove` it once
+    its leases were set right."""
+
+    def __init__(self, lease: str, found: dict[str, dict[str, tuple[int, int]]], folder: Path, lock: int) -> None:
+        self.lease = lease
+        self.found = found
+        self._folder = folder
+        self._lock = lock
+
+    def remove(self) -> None:
+        for suffix in ("spent", "names"):
+            with contextlib.suppress(OSError):
+                os.unlink(self._folder / f"{self.lease}.{suffix}")
+        os.close(self._lock)
+
+    def leave(self) -> None:
+        """Not now: the next look tries again."""
+        os.close(self._lock)
+
+
+def dead_logs(folder: Path) -> Iterator[DeadLog]:
+    """The logs in a folder whose processes are dead, each locked for the caller."""
+    if fcntl is None or not folder.is_dir():
+        return
+    for path in sorted(folder.glob("*.names")):
+        try:
+            lock = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(lock)  # its process lives, or another one is at it
+            continue
+        if not path.exists():  # another one has finished with it in this moment
+            os.close(lock)
+            continue
+        yield DeadLog(path.stem, _read(path), folder, lock)
+
+
+def _read(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
+    """What a dead process had spent; nothing of a log that is of another boot, or damaged."""
+    found: dict[str, dict[str, tuple[int, int]]] = {}
+    try:
+        lines = path.read_bytes().split(b"\n")
+        cells = memoryview(path.with_suffix(".spent").read_bytes()).cast("Q")
+        if json.loads(lines[0]).get("boot") != boot_id() or cells[0] != MAGIC:
+            return found
+    except (OSError, ValueError, TypeError, IndexError, AttributeError):
+        return found
+    for line in lines[1:]:
+        try:
+            account, limit, index = _name(json.loads(line))
+        except ValueError:
+            continue  # the last line of a process that was killed while it wrote it: it had not spent anything of it
+        if index + 1 < len(cells):
+            found.setdefault(account, {})[limit] = cells[index], cells[index + 1]
+    return found
+
+
+def _name(line: Any) -> tuple[str, str, int]:
+    match line:
+        case [str(account), str(limit), int(index)]:
+            return account, limit, index
+    raise ValueError
+
+
+def boot_id() -> str | None:
+    """What tells one boot of this machine from another; None where the system does not say."""
+    try:
+        return _BOOT_ID.read_text().strip()
+    except OSError:
+        return None
+
+
+__all__ = ["DeadLog", "SpendLog", "dead_logs"]
