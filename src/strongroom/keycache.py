@@ -13,6 +13,7 @@ from .database import Database
 from .keylookup import KeyLookup
 from .keytext import Hasher, is_possible
 from .knownkey import KnownKey
+from .quotacache import QuotaCache
 
 MAX_CACHED_KEYS = 100_000
 MAX_UNKNOWN = 10_000
@@ -40,6 +41,7 @@ class KeyCache:
         self._database = database
         self._lookup = KeyLookup(database, hasher)
         self._feed = feed
+        self.quotas = QuotaCache(database, feed)
         self._known: dict[bytes, _Found] = {}
         self._by_id: dict[str, KnownKey] = {}
         self._unknown: dict[bytes, float] = {}
@@ -96,7 +98,7 @@ class KeyCache:
         known = self._by_id.get(id)
         if known is None or known.stale:
             key = await self._database.get_or_none(system_context(), ApiKey, id)
-            known = self._remember(key) if key is not None else None
+            known = await self._remember(key) if key is not None else None
         return known
 
     def works_until_us(self, text: str) -> int | None:
@@ -112,7 +114,11 @@ class KeyCache:
         if now - max(fresh, key.checked_at) <= TRUSTED_FOR_S:
             return True
         stored = await self._database.get_or_none(system_context(), ApiKey, key.id)
-        if key.stale or stored is None or stored.version != key.metered.guard.expected:
+        same = stored is not None and stored.version == key.metered.guard.expected
+        if stored is not None and same:
+            shared = {part.guard.id: part.guard.expected for part in key.metered.shared}
+            same = shared == {quota.id: quota.version for quota in await self.quotas.of(stored) if quota.limits}
+        if key.stale or not same:
             self.forget(key.id)
             self._unknown.clear()
             return False
@@ -124,18 +130,25 @@ class KeyCache:
         if found is None:
             return None
         key, until = found
-        return _Found(self._remember(key), None if until is None else us_from_utc(until))
+        return _Found(await self._remember(key), None if until is None else us_from_utc(until))
 
-    def _remember(self, key: ApiKey) -> KnownKey:
+    async def _remember(self, key: ApiKey) -> KnownKey:
         known = self._by_id.get(key.id)
         if known is not None and not known.stale and known.metered.guard.expected == key.version:
             return known
+        changes = self.quotas.changes
+        quotas = await self.quotas.of(key)
+        known = self._by_id.pop(key.id, None)
         if known is not None:
             known.stale = True
+        if changes != self.quotas.changes:  # true of the moment it was read, not to be remembered
+            known = KnownKey(key, quotas)
+            known.stale = True
+            return known
         if len(self._by_id) >= MAX_CACHED_KEYS:
             for oldest in list(self._by_id)[: MAX_CACHED_KEYS // 10]:
                 self._by_id.pop(oldest).stale = True
-        known = self._by_id[key.id] = KnownKey(key)
+        known = self._by_id[key.id] = KnownKey(key, quotas)
         return known
 
     # --- Forgetting what was changed --------------------------------------------------------------------------
@@ -146,6 +159,12 @@ class KeyCache:
         self._unknown.clear()
         for changed in self._reading.values():
             changed.add(id)
+
+    def quota_changed(self, id: str) -> None:
+        """A quota was made, changed or removed, here or on another node: so were the limits of the keys it is for."""
+        self.quotas.changed(id)
+        for key in [known.id for known in self._by_id.values() if id in known.subjects]:
+            self.forget(key)
 
     def use(self, hasher: Hasher) -> None:
         """Make and find hashes with other peppers from now on; what was unknown may be known to them."""

@@ -18,6 +18,7 @@ from .keyfilter import KeyFilter
 from .keytext import Hasher, generate, masked
 from .knownkey import KnownKey, metered
 from .query import Aggregate
+from .quotas import NAME as QUOTAS
 from .rotation import IssuedKey, Rotation, no_key, reader, writer
 from .storage.port import Check
 from .transaction import Transaction
@@ -294,14 +295,14 @@ class Keys(Rotation):
         key = await self.get(id, context=context)
         now_us = self._clock.now_us()
         account = await self._ledger.account(id)
-        statuses = account.statuses(metered(key).allowances, account.moment(now_us))
+        statuses = await self._ledger.statuses(metered(key, await self.cache.quotas.of(key)), now_us)
         return KeyStats(
             key=key,
             expired=key.is_expired(utc_from_us(now_us)),
             count=account.count,
             last_used_at=utc_from_us(account.last_used_us) if account.last_used_us is not None else None,
             totals={name: from_units(name, units) for name, units in sorted(account.totals.items())},
-            limits=[limit_status(s, limit.window.model_dump()) for s, limit in zip(statuses, key.limits, strict=True)],
+            limits=[limit_status(status) for status in statuses],
             account=account,
         )
 
@@ -309,6 +310,8 @@ class Keys(Rotation):
         for change in transaction.changes:
             if change.collection.name == NAME:
                 self.changed(change.operation.id)
+            elif change.collection.name == QUOTAS:
+                self.quota_changed(change.operation.id)
 
 
 __all__ = [

@@ -26,6 +26,11 @@ class Quota(
     limits: list[Limit] = []
     description: str | None = None
 
+    @property
+    def subject(self) -> str:
+        """Whose limits these are, as answers name them."""
+        return "tenant" if self.kind == "tenant" else f"{self.kind}:{self.name}"
+
 
 def quota_id(kind: QuotaKind, tenant: str, name: str = "") -> str:
     """The id of a quota, and of the usage that is counted against it: never that of a key, which begins with `key_`.
@@ -33,3 +38,9 @@ def quota_id(kind: QuotaKind, tenant: str, name: str = "") -> str:
     A tenant's name may contain a slash, so its length stands before it: no two subjects have one id.
     """
     return f"{kind}:{len(tenant)}:{tenant}/{name}" if kind != "tenant" else f"tenant:{len(tenant)}:{tenant}"
+
+
+def tenant_of(id: str) -> str:
+    """The tenant that a quota's id names."""
+    _, length, rest = id.split(":", 2)
+    return rest[: int(length)]
