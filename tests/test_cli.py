@@ -31,6 +31,8 @@ COMMANDS = (
     "serve", "import", "export", "migrate", "bench", "estimate", "keys create", "keys list", "keys show", "keys verify",
     "keys rotate",
     "keys disable", "keys enable", "keys delete", "keys stats",
+    "webhooks create", "webhooks list", "webhooks show", "webhooks update", "webhooks rotate-secret",
+    "webhooks delete", "webhooks test", "webhooks deliveries", "webhooks redrive",
     "schema plan", "schema apply", "schema export", "schema roles", "schema advise", "schema retain",
 )  # fmt: skip
 

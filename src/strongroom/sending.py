@@ -64,7 +64,8 @@ class Sender:
         self._tls = tls
         self._connect_timeout_s = connect_timeout_s
         self._total_timeout_s = total_timeout_s
-        self._client: httpx.AsyncClient | None = None
+        self._transport: httpx.AsyncHTTPTransport | None = None
+        self._opening = asyncio.Lock()
 
     @property
     def total_timeout_s(self) -> float:
@@ -85,12 +86,12 @@ class Sender:
 
     async def send(self, url: str, headers: Mapping[str, str], body: bytes, *, allow_private: bool) -> Answer:
         """One attempt; whatever the receiver and the network do is an answer. Raises ConfigError without httpx."""
-        client = self._opened()
+        transport = await self._opened()
         try:
             async with asyncio.timeout(self._total_timeout_s):
                 target = parse_url(url, allow_private=allow_private)
                 found = await addresses_of(target, allow_private=allow_private, resolver=self._resolver)
-                return await self._to_any(client, target, found[:MAX_TRIED_ADDRESSES], headers, body)
+                return await self._to_any(transport, target, found[:MAX_TRIED_ADDRESSES], headers, body)
         except TimeoutError:
             return Answer(None, f"no answer within {self._total_timeout_s:g} s")
         except (Refused, InvalidInput) as refused:
@@ -99,27 +100,24 @@ class Sender:
             return Answer(None, f"the host cannot be resolved: {error}"[:MAX_ERROR_CHARS])
 
     async def close(self) -> None:
-        if self._client is not None:
-            await self._client.aclose()
-            self._client = None
+        if self._transport is not None:
+            await self._transport.aclose()
+            self._transport = None
 
-    def _opened(self) -> httpx.AsyncClient:
-        if self._client is None:
-            require_httpx()
-            import httpx
-
-            self._client = httpx.AsyncClient(
-                verify=self._tls if self._tls is not None else httpx.create_ssl_context(),
-                timeout=httpx.Timeout(self._total_timeout_s, connect=self._connect_timeout_s),
-                # A kept connection is found by its address, and would be one to another name there.
-                limits=httpx.Limits(max_keepalive_connections=0),
-                follow_redirects=False,
-                trust_env=False,
-            )
-        return self._client
+    async def _opened(self) -> httpx.AsyncHTTPTransport:
+        async with self._opening:
+            if self._transport is None:
+                # To import it and to read the certificates takes a tenth of a second.
+                self._transport = await asyncio.to_thread(_transport, self._tls)
+            return self._transport
 
     async def _to_any(
-        self, client: httpx.AsyncClient, target: Target, addresses: list[str], headers: Mapping[str, str], body: bytes
+        self,
+        transport: httpx.AsyncHTTPTransport,
+        target: Target,
+        addresses: list[str],
+        headers: Mapping[str, str],
+        body: bytes,
     ) -> Answer:
         """Try the addresses in turn until one can be connected to."""
         import httpx
@@ -127,7 +125,7 @@ class Sender:
         answer = Answer(None, "no address")
         for address in addresses:
             try:
-                return await self._to(client, target, address, headers, body)
+                return await self._to(transport, target, address, headers, body)
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:
                 answer = Answer(None, f"cannot connect: {_said(error)}")
             except httpx.HTTPError as error:
@@ -137,14 +135,22 @@ class Sender:
         return answer
 
     async def _to(
-        self, client: httpx.AsyncClient, target: Target, address: str, headers: Mapping[str, str], body: bytes
+        self,
+        transport: httpx.AsyncHTTPTransport,
+        target: Target,
+        address: str,
+        headers: Mapping[str, str],
+        body: bytes,
     ) -> Answer:
         import httpx
 
         url = httpx.URL(scheme=target.scheme, host=address, port=target.port, raw_path=target.path.encode())
-        named = {**headers, "host": target.authority, "connection": "close", "accept-encoding": "identity"}
-        extensions = {"sni_hostname": target.host}
-        async with client.stream("POST", url, content=body, headers=named, extensions=extensions) as response:
+        named = {"host": target.authority, "connection": "close", "accept": "*/*", "accept-encoding": "identity"}
+        timeout = httpx.Timeout(self._total_timeout_s, connect=self._connect_timeout_s).as_dict()
+        extensions = {"sni_hostname": target.host, "timeout": timeout}
+        request = httpx.Request("POST", url, headers={**named, **headers}, content=body, extensions=extensions)
+        response = await transport.handle_async_request(request)
+        try:
             # What it says does not matter, and is neither kept nor shown; but a receiver may be confused by a
             # connection that is closed before it has said it.
             size = 0
@@ -153,6 +159,22 @@ class Sender:
                 if size >= MAX_ANSWER_BYTES:
                     break
             return Answer(response.status_code, None, _retry_after_s(response.headers.get("retry-after")))
+        finally:
+            await response.aclose()
+
+
+def _transport(tls: ssl.SSLContext | None) -> httpx.AsyncHTTPTransport:
+    """httpx without its client: no redirects, no cookies, no proxy of the environment, and no log of URLs, which may be
+    secrets."""
+    require_httpx()
+    import httpx
+
+    return httpx.AsyncHTTPTransport(
+        verify=tls if tls is not None else httpx.create_ssl_context(),
+        # A kept connection is found by its address, and would be one to another name there.
+        limits=httpx.Limits(max_keepalive_connections=0),
+        trust_env=False,
+    )
 
 
 def require_httpx() -> None:

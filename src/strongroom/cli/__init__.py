@@ -14,7 +14,7 @@ import typer
 
 from .. import __version__
 from ..errors import ConfigError, InvalidInput, StrongroomError
-from . import bench, estimate, keyfile, keys, migrate, output, schema, serve
+from . import bench, estimate, keyfile, keys, migrate, output, schema, serve, webhooks
 from .session import DEBUG_VARIABLE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_WRONG_CALL, Interrupted
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ app.add_typer(keys.app, name="keys")
 app.command("import")(keyfile.import_keys)
 app.command("export")(keyfile.export_keys)
 app.add_typer(schema.app, name="schema")
+app.add_typer(webhooks.app, name="webhooks")
 app.command("migrate")(migrate.migrate)
 app.command("bench")(bench.bench)
 app.command("estimate")(estimate.command)

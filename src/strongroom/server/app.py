@@ -19,7 +19,7 @@ from ..errors import InvalidInput, NotFound, Problem, StrongroomError, TooManyRe
 from . import errors, openapi
 from .auth import authorization
 from .errors import MalformedRequest, Message, MethodNotAllowed, Send, send_problem
-from .routes import entities, health, keys, stats, usage
+from .routes import entities, health, keys, stats, usage, webhooks
 from .services import Bounds, Services
 from .verify import PATH as VERIFY
 from .verify import Receive, VerifyRoute, too_large
@@ -182,7 +182,7 @@ def build(room: Strongroom, bounds: Bounds = DEFAULT_BOUNDS, *, access_log: bool
         generate_unique_id_function=lambda route: route.name,
     )
     _handle_errors(api)
-    for module in (health, stats, usage, keys, entities):
+    for module in (health, stats, usage, webhooks, keys, entities):
         api.include_router(module.router(services))
     openapi.serve(api)
     return Application(services, api)

@@ -1,0 +1,272 @@
+"""Webhooks: endpoints made, shown, listed, changed, tested, their secrets rotated; deliveries listed and redriven."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import datetime
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, TypeVar
+
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import BaseModel, Field
+
+from ...apikey import parse
+from ...deliveries import Delivery
+from ...errors import NotFound
+from ...query import DEFAULT_LIMIT, MAX_LIMIT
+from ...webhooks import (
+    DEFAULT_OVERLAP_S,
+    MAX_OVERLAP_S,
+    IssuedWebhook,
+    NewWebhook,
+    Webhook,
+    WebhookChanges,
+    WebhookFields,
+)
+from ..auth import Caller, Scope
+from ..openapi import body
+from ..services import Services
+from ..shapes import Closed
+from ..wire import (
+    Json,
+    Preconditions,
+    body_fields,
+    caller_of,
+    context_of,
+    etag,
+    idempotency_key,
+    not_modified,
+    read,
+)
+
+HIDDEN = frozenset({"secret", "previous_secret"})
+"""Fields of an endpoint that nobody is shown."""
+F = TypeVar("F", bound=WebhookFields)
+
+
+class WebhookOut(BaseModel):
+    """An endpoint. `failing_since` is set while every attempt fails; `disabled_reason` if it was disabled for that."""
+
+    id: str
+    tenant: str
+    url: str
+    events: list[str]
+    thresholds: list[int]
+    min_window_s: int
+    description: str | None
+    enabled: bool
+    allow_private: bool
+    previous_until: datetime | None = Field(description="Until when the secret before the last rotation signs as well.")
+    failing_since: datetime | None
+    disabled_reason: str | None
+    version: int
+    created_at: datetime
+    updated_at: datetime
+
+
+class IssuedWebhookOut(WebhookOut):
+    """An endpoint with its secret, which is shown this once."""
+
+    secret: str
+
+
+class WebhookListOut(BaseModel):
+    items: list[WebhookOut]
+    next_cursor: str | None
+
+
+class RotateSecretIn(Closed):
+    overlap_s: int = Field(
+        DEFAULT_OVERLAP_S, ge=0, le=MAX_OVERLAP_S, description="Seconds that the old secret signs beside the new one."
+    )
+
+
+class DeliveryOut(BaseModel):
+    """One event on its way to one endpoint. `due_at`: when it is attempted next."""
+
+    id: str
+    webhook_id: str
+    tenant: str
+    event_id: str
+    event_type: str
+    state: Literal["pending", "delivered", "dead"]
+    attempts: int
+    due_at: datetime | None
+    last_attempt_at: datetime | None
+    last_status: int | None
+    last_error: str | None
+    delivered_at: datetime | None
+    expires_at: datetime
+    version: int
+    created_at: datetime
+    updated_at: datetime
+
+
+class DeliveryListOut(BaseModel):
+    items: list[DeliveryOut]
+    next_cursor: str | None
+
+
+class WebhookListQuery(Closed):
+    tenant: str | None = Field(None, description="Only this tenant's endpoints.")
+    limit: int = Field(DEFAULT_LIMIT, ge=1, le=MAX_LIMIT)
+    cursor: str | None = Field(None, description="The `next_cursor` of the page before.")
+
+
+class DeliveryListQuery(Closed):
+    state: Literal["pending", "delivered", "dead"] | None = Field(None, description="Only those in this state.")
+    limit: int = Field(DEFAULT_LIMIT, ge=1, le=MAX_LIMIT)
+    cursor: str | None = Field(None, description="The `next_cursor` of the page before.")
+
+
+def router(services: Services) -> APIRouter:
+    routes = APIRouter(tags=["webhooks"])
+    _endpoints(routes, services)
+    _deliveries(routes, services)
+    return routes
+
+
+def _endpoints(routes: APIRouter, services: Services) -> None:
+    webhooks = services.room.webhooks
+    path = "/v1/webhooks"
+
+    @routes.post(
+        path, status_code=201, response_model=IssuedWebhookOut, openapi_extra=body(NewWebhook), summary="Make a webhook"
+    )
+    async def create_webhook(request: Request) -> Response:
+        """The answer has the endpoint's secret, this once. `tenant` is `default` unless the caller is bound to one; `*`
+        hears of every tenant. Only an administrator who is bound to no tenant sets `allow_private`, or `*`."""
+        caller = _writer(request)
+        new = await _parsed(request, NewWebhook, {"tenant": caller.tenant} if caller.tenant is not None else {})
+        made = await webhooks.create(new, context=context_of(request), idempotency_key=idempotency_key(request))
+        return _issued(made, 201)
+
+    @routes.get(path, response_model=WebhookListOut, summary="List webhooks, newest first")
+    async def list_webhooks(request: Request, query: Annotated[WebhookListQuery, Query()]) -> Response:
+        caller_of(request).needs(Scope.READ)
+        page = await webhooks.list(**query.model_dump(), context=context_of(request))
+        return Json({"items": [shown(webhook) for webhook in page.items], "next_cursor": page.next_cursor})
+
+    @routes.get(path + "/{id}", response_model=WebhookOut, summary="One webhook")
+    async def get_webhook(request: Request, id: str) -> Response:
+        caller_of(request).needs(Scope.READ)
+        webhook = await webhooks.get(id, context=context_of(request))
+        if not_modified(request, webhook.version):
+            return Response(status_code=304, headers={"etag": etag(webhook.version)})
+        return _answer(webhook)
+
+    @routes.patch(
+        path + "/{id}",
+        response_model=WebhookOut,
+        openapi_extra=body(WebhookChanges),
+        summary="Change some fields of a webhook",
+    )
+    async def update_webhook(request: Request, id: str) -> Response:
+        """Fields that are not given stay. One that is enabled again begins without failures."""
+        _writer(request)
+        changes = await _parsed(request, WebhookChanges)
+        with Preconditions(request) as preconditions:
+            changed = await webhooks.update(
+                id,
+                changes,
+                context=context_of(request),
+                expected=await preconditions.expected(_version(request, id)),
+                idempotency_key=idempotency_key(request),
+            )
+        return _answer(changed)
+
+    @routes.delete(path + "/{id}", status_code=204, response_class=Response, summary="Remove a webhook")
+    async def delete_webhook(request: Request, id: str) -> Response:
+        """What was not delivered to it yet is not delivered any more."""
+        _writer(request)
+        with Preconditions(request) as preconditions:
+            expected = await preconditions.expected(_version(request, id))
+            once = idempotency_key(request)
+            await webhooks.delete(id, context=context_of(request), expected=expected, idempotency_key=once)
+        return Response(status_code=204)
+
+    @routes.post(
+        path + "/{id}/rotate-secret",
+        response_model=IssuedWebhookOut,
+        openapi_extra=body(RotateSecretIn, required=False),
+        summary="New secret",
+    )
+    async def rotate_webhook_secret(request: Request, id: str) -> Response:
+        """The endpoint gets a new secret, shown this once. The one before signs beside it for `overlap_s` seconds."""
+        _writer(request)
+        asked = await read(request, RotateSecretIn) if await request.body() else RotateSecretIn()
+        with Preconditions(request) as preconditions:
+            made = await webhooks.rotate_secret(
+                id,
+                overlap_s=asked.overlap_s,
+                context=context_of(request),
+                expected=await preconditions.expected(_version(request, id)),
+                idempotency_key=idempotency_key(request),
+            )
+        return _issued(made, 200)
+
+    def _version(request: Request, id: str) -> Callable[[], Awaitable[int | None]]:
+        async def version() -> int | None:
+            try:
+                return (await webhooks.get(id, context=context_of(request))).version
+            except NotFound:
+                return None
+
+        return version
+
+
+def _deliveries(routes: APIRouter, services: Services) -> None:
+    deliveries = services.room.deliveries
+
+    @routes.post("/v1/webhooks/{id}/test", response_model=DeliveryOut, summary="Send a webhook a test event")
+    async def test_webhook(request: Request, id: str) -> Response:
+        """One attempt, and what came of it: `delivered` or `dead`. A disabled endpoint can be tested too."""
+        _writer(request)
+        return Json(seen(await deliveries.test(id, context=context_of(request))))
+
+    @routes.get("/v1/webhooks/{id}/deliveries", response_model=DeliveryListOut, summary="A webhook's deliveries")
+    async def list_deliveries(request: Request, id: str, query: Annotated[DeliveryListQuery, Query()]) -> Response:
+        """Newest first. They are kept for 30 days."""
+        caller_of(request).needs(Scope.READ)
+        page = await deliveries.list(id, **query.model_dump(), context=context_of(request))
+        return Json({"items": [seen(delivery) for delivery in page.items], "next_cursor": page.next_cursor})
+
+    @routes.get("/v1/deliveries/{id}", response_model=DeliveryOut, summary="One delivery")
+    async def get_delivery(request: Request, id: str) -> Response:
+        caller_of(request).needs(Scope.READ)
+        return Json(seen(await deliveries.get(id, context=context_of(request))))
+
+    @routes.post("/v1/deliveries/{id}/redrive", response_model=DeliveryOut, summary="Send a delivery again")
+    async def redrive_delivery(request: Request, id: str) -> Response:
+        """From the beginning, under the same event id; one that waits for its next attempt is attempted now."""
+        _writer(request)
+        return Json(seen(await deliveries.redrive(id, context=context_of(request))))
+
+
+def shown(webhook: Webhook) -> dict[str, Any]:
+    """What callers see of an endpoint."""
+    return {name: value for name, value in webhook.model_dump().items() if name not in HIDDEN}
+
+
+def seen(delivery: Delivery) -> dict[str, Any]:
+    """What callers see of a delivery."""
+    return delivery.model_dump()
+
+
+def _answer(webhook: Webhook, status: int = 200, **more: Any) -> Response:
+    return Json({**shown(webhook), **more}, status, headers={"etag": etag(webhook.version)})
+
+
+def _issued(made: IssuedWebhook, status: int) -> Response:
+    return _answer(made.webhook, status, secret=made.secret)
+
+
+def _writer(request: Request) -> Caller:
+    caller = caller_of(request)
+    caller.needs(Scope.WRITE)
+    return caller
+
+
+async def _parsed(request: Request, model: type[F], defaults: Mapping[str, Any] = MappingProxyType({})) -> F:
+    """The body as an endpoint's fields. Raises InvalidInput with every problem."""
+    return parse(model, {**defaults, **await body_fields(request)})
