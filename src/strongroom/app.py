@@ -26,6 +26,7 @@ from .keys import ApiKey, Keys
 from .keysources import KeySource
 from .keysources import load as load_sources
 from .keytext import Hasher, Pepper
+from .keywork import KeyWork
 from .leases import Lease, Leases
 from .lifecycle import Background, ShapeKeeper, background
 from .observed import ObservedStore
@@ -129,8 +130,10 @@ class Strongroom:
             stack.push_async_callback(ledger.close)
             feed = ChangeFeed(store)
             leases = Leases(database, clock)
-            work = background(database, store, clock, leases, journal_kept_s=journal_kept_s)
-            room = cls(store, database, ledger, Keys(database, ledger, hasher, clock, feed), feed, clock, work)
+            keys = Keys(database, ledger, hasher, clock, feed)
+            jobs = [KeyWork(keys, database, clock).job]
+            work = background(database, store, clock, leases, more=jobs, journal_kept_s=journal_kept_s)
+            room = cls(store, database, ledger, keys, feed, clock, work)
             stack.push_async_callback(room.keys.cache.close)
             database.after_commit(lambda _: feed.wake())
             room._configured_peppers = tuple(peppers)

@@ -217,11 +217,18 @@ class Retention:
 
 
 def background(
-    database: Database, store: Store, clock: Clock, leases: Leases, *, journal_kept_s: float | None = None
+    database: Database,
+    store: Store,
+    clock: Clock,
+    leases: Leases,
+    *,
+    more: Sequence[Job] = (),
+    journal_kept_s: float | None = None,
 ) -> Background:
-    """All the jobs that a node takes its share of. `journal_kept_s`: how long the journal is kept; None: for ever.
-    Raises ConfigError if the store cannot drop what is older."""
+    """All the jobs that a node takes its share of, and `more` of those who stand above. `journal_kept_s`: how long the
+    journal is kept; None: for ever. Raises ConfigError if the store cannot drop what is older."""
     jobs = [
+        *more,
         Job("expiry", EXPIRY_EVERY_S, Sweeper(database, store).run),
         Job("usage-roll-up", ROLL_UP_EVERY_S, RollUp(database, clock).run),
     ]

@@ -19,7 +19,7 @@ from .apikey import ALL_TENANTS, MAX_OVERLAP_S, TEST_PREFIX, ApiKey, due_at
 from .context import Context, system_context, utc_from_us
 from .database import Idempotency, Replayed
 from .errors import Conflict, InvalidInput, NotFound, Problem
-from .keytext import DEFAULT_PREFIX, PREFIX_PATTERN, Hasher, generate, masked
+from .keytext import DEFAULT_PREFIX, PREFIX_PATTERN, Hasher, generate, hint_of_imported, masked
 from .storage.port import Check
 from .transaction import Transaction
 from .verifier import Verifier, may_see
@@ -171,6 +171,8 @@ class Rotation(Verifier):
             "display": masked(text),
             "previous_hash": old,
             "previous_until": moment + timedelta(seconds=overlap_s) if old is not None else None,
+            # What an old text of another system is compared with, as long as it works.
+            "verifier": now.verifier if old is not None and hint_of_imported(old) is not None else None,
             "unclaimed": conceal(self.hasher, now.id, text) if hold else None,
             "next_rotation_at": later,
             "due_at": due_at(later, now.deleted_at),
