@@ -22,12 +22,14 @@ from ..errors import (
 )
 from ._async.client import AsyncClient
 from ._async.entities import AsyncCollection, AsyncTenant
+from ._async.reservations import AsyncHold
 from ._async.watch import AsyncWatch
 from ._sync.client import Client
 from ._sync.entities import Collection, Tenant
+from ._sync.reservations import Hold
 from ._sync.watch import Watch
 from ._wire import Retries, new_idempotency_key
-from .errors import MalformedRequest, MethodNotAllowed, NoAnswer, PreconditionFailed, UnexpectedAnswer
+from .errors import MalformedRequest, MethodNotAllowed, NoAnswer, PreconditionFailed, Refused, UnexpectedAnswer
 from .models import (
     ApiKey,
     Ask,
@@ -50,10 +52,10 @@ from .models import (
 )
 
 __all__ = [
-    "AlreadyExists", "ApiKey", "Ask", "AsyncClient", "AsyncCollection", "AsyncTenant", "AsyncWatch", "BoundExceeded",
-    "Change", "Client", "Collection", "Conflict", "Cost", "CurrentUsage", "Denied", "Dependency", "InvalidInput",
-    "IssuedKey", "KeyStats", "Limit", "LimitStatus", "MalformedRequest", "MethodNotAllowed", "NoAnswer", "NotFound",
-    "OwnStats", "Page", "PreconditionFailed", "Problem", "Readiness", "Recorded", "Refill", "Retries", "StorageFull",
-    "StrongroomError", "Tenant", "TooLarge", "TooManyRequests", "Unauthenticated", "Unavailable", "UnexpectedAnswer",
-    "Used", "Verification", "Watch", "Window", "new_idempotency_key",
+    "AlreadyExists", "ApiKey", "Ask", "AsyncClient", "AsyncCollection", "AsyncHold", "AsyncTenant", "AsyncWatch",
+    "BoundExceeded", "Change", "Client", "Collection", "Conflict", "Cost", "CurrentUsage", "Denied", "Dependency",
+    "Hold", "InvalidInput", "IssuedKey", "KeyStats", "Limit", "LimitStatus", "MalformedRequest", "MethodNotAllowed",
+    "NoAnswer", "NotFound", "OwnStats", "Page", "PreconditionFailed", "Problem", "Readiness", "Recorded", "Refill",
+    "Refused", "Retries", "StorageFull", "StrongroomError", "Tenant", "TooLarge", "TooManyRequests", "Unauthenticated",
+    "Unavailable", "UnexpectedAnswer", "Used", "Verification", "Watch", "Window", "new_idempotency_key",
 ]  # fmt: skip

@@ -9,6 +9,8 @@ from ._wire import decode
 from .errors import UnexpectedAnswer
 from .models import Change
 
+READY = "ready"
+"""The name of the first event of each connection, which has the cursor that it stands at."""
 MAX_EVENT_BYTES = 16 * 1_048_576
 _LINE_END = re.compile(rb"\r\n|\n|\r(?!$)")
 

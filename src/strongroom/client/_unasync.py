@@ -1,7 +1,8 @@
 """Generates the synchronous client (`_sync/`) from the asynchronous one (`_async/`), token by token.
 
-`python -m strongroom.client._unasync` writes it; with `--check` it only says whether it is up to date. Texts are
-left alone: a string or a docstring says the same in both, so none of them may speak of awaiting.
+`python src/strongroom/client/_unasync.py` writes it, even while the package cannot be imported; with `--check` it only
+says whether it is up to date. Texts are left alone: a string or a docstring says the same in both, so none of them may
+speak of awaiting.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 SOURCE, TARGET = HERE / "_async", HERE / "_sync"
-HEADER = "# Generated from {source} by `python -m strongroom.client._unasync`: change that, not this.\n"
+HEADER = "# Generated from {source} by `python src/strongroom/client/_unasync.py`: change that, not this.\n"
 TIDIED = (["check", "--quiet", "--select", "I,UP028", "--fix-only", "--unsafe-fixes"], ["format", "--quiet"])
 """How ruff is called on what was generated: shorter names sort and fold otherwise."""
 DROPPED = frozenset({"async", "await"})

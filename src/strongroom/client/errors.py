@@ -23,6 +23,7 @@ from ..errors import (
     Unauthenticated,
     Unavailable,
 )
+from .models import Verification
 
 MAX_TEXT_CHARS = 500
 """Of an answer that is not Strongroom's, this much is told."""
@@ -64,6 +65,17 @@ class UnexpectedAnswer(StrongroomError):
     code = "unexpected_answer"
 
 
+class Refused(StrongroomError):
+    """The key may not be used for this now: `verification` says why."""
+
+    code = "refused"
+
+    def __init__(self, verification: Verification) -> None:
+        message = verification.message or self.__doc__ or ""
+        super().__init__(f"{verification.code}: {message}", retry_after_s=verification.retry_after_s)
+        self.verification = verification
+
+
 class ProblemItem(msgspec.Struct, frozen=True):
     path: str = ""
     message: str = ""
@@ -81,7 +93,7 @@ class ProblemDetails(msgspec.Struct, frozen=True):
 
 def _below(cls: type[StrongroomError]) -> Iterator[type[StrongroomError]]:
     for one in cls.__subclasses__():
-        if one.__module__ in (errors.__name__, __name__) and one not in (NoAnswer, UnexpectedAnswer):
+        if one.__module__ in (errors.__name__, __name__) and one not in (NoAnswer, Refused, UnexpectedAnswer):
             yield one
         yield from _below(one)
 

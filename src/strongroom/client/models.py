@@ -83,8 +83,8 @@ class Limit(msgspec.Struct, frozen=True, omit_defaults=True, repr_omit_defaults=
 class LimitStatus(Model, frozen=True):
     """Where one limit stands. `resets_at`: when `used` next falls. `exceeded`: this limit denied the call.
 
-    `subject` names whose limit it is, where it is not the key's own. Of what is `used`, `recorded` has been used for
-    certain, `reserved` is held by reservations and `leased` is with the server's nodes, if the server says so.
+    `subject` names whose limit it is: `key`, or a quota. Of what is `used`, `recorded` was used, `reserved` is held by
+    reservations that are open, and `leased` is lent to the server's nodes.
     """
 
     resource: str
@@ -94,7 +94,7 @@ class LimitStatus(Model, frozen=True):
     window: Window
     resets_at: Moment | None = None
     exceeded: bool = False
-    subject: str | None = None
+    subject: str = "key"
     recorded: Amount | None = None
     reserved: Amount | None = None
     leased: Amount | None = None
@@ -194,14 +194,6 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     def __repr__(self) -> str:
         return f"Ask(cost={self.cost!r}, permission={self.permission!r}, ip={self.ip!r})"
-
-
-class BulkFailure(Model, frozen=True):
-    """A key that a bulk operation could not change, and why."""
-
-    id: str
-    code: str
-    message: str = ""
 
 
 # --- Usage ----------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from .._wire import Retries, bearer, decode
 from ..models import OwnStats, Readiness
 from .entities import AsyncTenant
 from .keys import AsyncKeys
+from .reservations import AsyncReservations
 from .transport import AsyncTransport
 from .usage import AsyncUsage
 
@@ -48,6 +49,7 @@ class AsyncClient:
         )
         self.keys = AsyncKeys(self._http)
         self.usage = AsyncUsage(self._http)
+        self.reservations = AsyncReservations(self._http)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._http.url!r})"

@@ -9,7 +9,7 @@ from typing import Self
 
 from ...errors import StrongroomError
 from .._aio import sleep
-from .._events import Parser, Resumption
+from .._events import READY, Parser, Resumption
 from .._wire import may_resume
 from ..errors import NoAnswer
 from ..models import Change
@@ -22,7 +22,8 @@ MOST_WAIT_S = 30.0
 
 
 class AsyncWatch:
-    """An iterator of changes; as a context manager it closes its connection at the end."""
+    """An iterator of changes. As a context manager it stands at its place from the beginning of the block on, so that
+    what is changed in it is not missed, and closes its connection at the end."""
 
     def __init__(
         self, transport: AsyncTransport, at: Mapping[str, str], cursor: str | None, give_up_after_s: float
@@ -32,6 +33,7 @@ class AsyncWatch:
         self._give_up_after_s = give_up_after_s
         self._stands = Resumption(cursor)
         self._changes = self._follow()
+        self._first: Change | None = None
 
     @property
     def cursor(self) -> str | None:
@@ -42,9 +44,13 @@ class AsyncWatch:
         return self
 
     async def __anext__(self) -> Change:
-        return await anext(self._changes)
+        change, self._first = self._first, None
+        while change is None:
+            change = await anext(self._changes)
+        return change
 
     async def __aenter__(self) -> Self:
+        self._first = await anext(self._changes)
         return self
 
     async def __aexit__(
@@ -56,7 +62,8 @@ class AsyncWatch:
         """End the stream."""
         await self._changes.aclose()
 
-    async def _follow(self) -> AsyncGenerator[Change]:
+    async def _follow(self) -> AsyncGenerator[Change | None]:
+        """The changes; None where a connection was made."""
         alive_at = time.monotonic()
         tried = 0
         while True:
@@ -71,7 +78,7 @@ class AsyncWatch:
                         tried = 0
                         for event in parser.feed(chunk):
                             change = self._stands.take(event)
-                            if change is not None:
+                            if change is not None or event.name == READY:
                                 yield change
                 failure: StrongroomError = NoAnswer("the stream ended", outcome="unknown")
             except StrongroomError as error:

@@ -1,2 +1,2 @@
-# Generated from _async/__init__.py by `python -m strongroom.client._unasync`: change that, not this.
+# Generated from _async/__init__.py by `python src/strongroom/client/_unasync.py`: change that, not this.
 """The client's nouns. `_async` is written by hand, `_sync` is generated from it."""

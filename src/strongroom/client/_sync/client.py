@@ -1,4 +1,4 @@
-# Generated from _async/client.py by `python -m strongroom.client._unasync`: change that, not this.
+# Generated from _async/client.py by `python src/strongroom/client/_unasync.py`: change that, not this.
 """The client of a server: its connections, and what it has, noun by noun."""
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from .._wire import Retries, bearer, decode
 from ..models import OwnStats, Readiness
 from .entities import Tenant
 from .keys import Keys
+from .reservations import Reservations
 from .transport import Transport
 from .usage import Usage
 
@@ -49,6 +50,7 @@ class Client:
         )
         self.keys = Keys(self._http)
         self.usage = Usage(self._http)
+        self.reservations = Reservations(self._http)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._http.url!r})"

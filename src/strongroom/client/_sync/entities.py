@@ -1,4 +1,4 @@
-# Generated from _async/entities.py by `python -m strongroom.client._unasync`: change that, not this.
+# Generated from _async/entities.py by `python src/strongroom/client/_unasync.py`: change that, not this.
 """Entities over HTTP: one tenant's documents, typed if the caller says of what type, and their stream of changes."""
 
 from __future__ import annotations

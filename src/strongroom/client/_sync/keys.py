@@ -1,4 +1,4 @@
-# Generated from _async/keys.py by `python -m strongroom.client._unasync`: change that, not this.
+# Generated from _async/keys.py by `python src/strongroom/client/_unasync.py`: change that, not this.
 """API keys over HTTP: make, show, list, change, rotate, remove, verify."""
 
 from __future__ import annotations

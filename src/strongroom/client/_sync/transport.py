@@ -1,4 +1,4 @@
-# Generated from _async/transport.py by `python -m strongroom.client._unasync`: change that, not this.
+# Generated from _async/transport.py by `python src/strongroom/client/_unasync.py`: change that, not this.
 """One call to the server: sent, tried again where that is safe, answered or turned into the server's error."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-# Generated from _async/usage.py by `python -m strongroom.client._unasync`: change that, not this.
+# Generated from _async/usage.py by `python src/strongroom/client/_unasync.py`: change that, not this.
 """Usage over HTTP: what has happened, recorded after the fact."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-# Generated from _async/watch.py by `python -m strongroom.client._unasync`: change that, not this.
+# Generated from _async/watch.py by `python src/strongroom/client/_unasync.py`: change that, not this.
 """A stream of one collection's changes, that goes on where it was when the connection breaks."""
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from ...errors import StrongroomError
-from .._events import Parser, Resumption
+from .._events import READY, Parser, Resumption
 from .._sio import sleep
 from .._wire import may_resume
 from ..errors import NoAnswer
@@ -23,7 +23,8 @@ MOST_WAIT_S = 30.0
 
 
 class Watch:
-    """An iterator of changes; as a context manager it closes its connection at the end."""
+    """An iterator of changes. As a context manager it stands at its place from the beginning of the block on, so that
+    what is changed in it is not missed, and closes its connection at the end."""
 
     def __init__(self, transport: Transport, at: Mapping[str, str], cursor: str | None, give_up_after_s: float) -> None:
         self._http = transport
@@ -31,6 +32,7 @@ class Watch:
         self._give_up_after_s = give_up_after_s
         self._stands = Resumption(cursor)
         self._changes = self._follow()
+        self._first: Change | None = None
 
     @property
     def cursor(self) -> str | None:
@@ -41,9 +43,13 @@ class Watch:
         return self
 
     def __next__(self) -> Change:
-        return next(self._changes)
+        change, self._first = self._first, None
+        while change is None:
+            change = next(self._changes)
+        return change
 
     def __enter__(self) -> Self:
+        self._first = next(self._changes)
         return self
 
     def __exit__(
@@ -55,7 +61,8 @@ class Watch:
         """End the stream."""
         self._changes.close()
 
-    def _follow(self) -> Generator[Change]:
+    def _follow(self) -> Generator[Change | None]:
+        """The changes; None where a connection was made."""
         alive_at = time.monotonic()
         tried = 0
         while True:
@@ -70,7 +77,7 @@ class Watch:
                         tried = 0
                         for event in parser.feed(chunk):
                             change = self._stands.take(event)
-                            if change is not None:
+                            if change is not None or event.name == READY:
                                 yield change
                 failure: StrongroomError = NoAnswer("the stream ended", outcome="unknown")
             except StrongroomError as error:
