@@ -1,0 +1,353 @@
+"""What every integration shares: the key in a request, the caller's address, the answer that refuses, its headers.
+
+It knows no framework: headers come in as bytes, and an answer is a status, headers and a body.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from http import HTTPStatus
+from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from typing import Any, TypedDict, TypeVar
+
+import msgspec
+
+from ..app import Strongroom
+from ..errors import InvalidInput, Problem, StrongroomError
+from ..verification import LimitStatus, Verification, cost_units
+from ..windows import MONEY, Amount
+
+T = TypeVar("T")
+Cost = Mapping[str, Amount]
+Network = IPv4Network | IPv6Network
+
+AUTHORIZATION = "authorization"
+MEDIA_TYPE = "application/problem+json"
+REALM = "api"
+RETRY_AFTER_S = 1
+"""What Retry-After says when the store cannot be asked: nobody knows how long that lasts."""
+MAX_FORWARDED = 64
+"""Addresses of a X-Forwarded-For header that are looked at, from the right."""
+QUOTA_EXCEEDED = "https://iana.org/assignments/http-problem-types#quota-exceeded"
+_HEADER_NAME = re.compile(r"^[a-z0-9!#$%&'*+.^_`|~-]{1,64}$")
+_SECONDS = {"minute": 60, "hour": 3600}  # days, weeks and months have no fixed length
+_QUOTED = str.maketrans({"\\": "\\\\", '"': '\\"'})
+_encode = msgspec.json.Encoder(decimal_format="number").encode
+
+
+class Asked(TypedDict, total=False):
+    """What a verification is asked beside the key's text, as `keys.verify` takes it."""
+
+    cost: Cost | None
+    permission: str | None
+    ip: str | None
+    model: str | None
+    route: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Presented:
+    """A key as a request presented it, and what the request asks of it."""
+
+    text: str = field(repr=False)
+    header: str
+    asked: Asked
+
+    @classmethod
+    def of(cls, text: str, header: str, **asked: Any) -> Presented:
+        """What is asked, without what is not said."""
+        said: Any = {name: value for name, value in asked.items() if value is not None}
+        return cls(text, header, said)
+
+    def asking(self, **more: Any) -> Presented:
+        """The same key, asked for something else as well."""
+        return Presented.of(self.text, self.header, **{**self.asked, **more})
+
+
+async def verified(room: Strongroom, presented: Presented) -> Verification:
+    """The verification of a key that may be used. Raises KeyRefused."""
+    try:
+        answer = await room.keys.verify(presented.text, **presented.asked)
+    except StrongroomError as error:
+        raise KeyRefused(refusal_of_error(error)) from error
+    if not answer.valid:
+        raise KeyRefused(refusal_of(answer, presented.header))
+    return answer
+
+
+# --- Answers that refuse ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """An HTTP answer that refuses a request: a problem document (RFC 9457). Header names are in lower case."""
+
+    status: int
+    headers: tuple[tuple[str, str], ...]
+    body: bytes
+    detail: str
+    verification: Verification | None = None
+
+    @property
+    def raw_headers(self) -> list[tuple[bytes, bytes]]:
+        """The headers as ASGI takes them."""
+        return [(name.encode("latin-1"), value.encode("latin-1", "replace")) for name, value in self.headers]
+
+
+class KeyRefused(Exception):
+    """A key may not be used for this. `refusal` is the HTTP answer that says so."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        self.refusal = refusal
+        super().__init__(refusal.detail)
+
+    @property
+    def verification(self) -> Verification | None:
+        """The answer that refused; None if no key was asked (none came, or the store could not be reached)."""
+        return self.refusal.verification
+
+
+STATUS: dict[str, int] = {
+    "NOT_FOUND": 401,
+    "DISABLED": 403,
+    "EXPIRED": 403,
+    "INSUFFICIENT_PERMISSIONS": 403,
+    "FORBIDDEN": 403,
+    "RATE_LIMITED": 429,
+    "USAGE_EXCEEDED": 429,
+}
+_TITLES = {
+    "NOT_FOUND": "The API key is not known",
+    "DISABLED": "The API key is disabled",
+    "EXPIRED": "The API key has expired",
+    "INSUFFICIENT_PERMISSIONS": "The API key lacks a permission",
+    "FORBIDDEN": "The API key may not be used for this",
+    "RATE_LIMITED": "Too many requests for this API key",
+    "USAGE_EXCEEDED": "A usage limit of this API key is exceeded",
+}
+_STORE_STATUS = {"unavailable": 503, "storage_full": 503, "too_many_requests": 429}
+
+
+def refusal_of(answer: Verification, header: str = AUTHORIZATION) -> Refusal:
+    """The HTTP answer to a verification that is not valid: 401 for an unknown key, 429 for a limit, else 403."""
+    code: str = answer.code
+    status = STATUS.get(code, 403)
+    title = _TITLES.get(code, _TITLES["FORBIDDEN"])
+    members: dict[str, Any] = {}
+    headers: list[tuple[str, str]] = []
+    if status == 401:
+        headers.append(_challenge(header, 'error="invalid_token"'))
+    elif status == 429:
+        denying = [limit for limit in answer.limits if limit.exceeded]
+        members["limits"] = answer.limits
+        members["violated-policies"] = [_policy_name(limit) for limit in denying]
+        members["retry_after_s"] = answer.retry_after_s
+        headers += rate_limit_headers(answer.limits)
+        if answer.retry_after_s is not None:
+            headers.append(("retry-after", str(max(1, math.ceil(answer.retry_after_s)))))
+    kind = QUOTA_EXCEEDED if status == 429 else "about:blank"
+    refusal = _problem(status, kind, title, answer.message or title, code.lower(), members, headers)
+    return replace(refusal, verification=answer)
+
+
+def missing(header: str, detail: str) -> Refusal:
+    """The HTTP answer to a request without a key, or with none that can be read."""
+    return _problem(
+        401, "about:blank", "An API key is needed", detail, "unauthenticated", {}, [_challenge(header, None)]
+    )
+
+
+def refusal_of_error(error: StrongroomError) -> Refusal:
+    """The HTTP answer where the store cannot be asked: nobody is let in unverified. Other errors are the application's
+    own (a cost that is none, a broken store), and are raised."""
+    status = _STORE_STATUS.get(error.code)
+    if status is None:
+        raise error
+    title = "API keys cannot be verified at the moment"
+    wait_s = error.details.get("retry_after_s", RETRY_AFTER_S)
+    retry = ("retry-after", str(max(1, math.ceil(wait_s))))
+    return _problem(status, "about:blank", title, "try again in a moment", error.code, {}, [retry])
+
+
+def _problem(
+    status: int,
+    kind: str,
+    title: str,
+    detail: str,
+    code: str,
+    members: Mapping[str, Any],
+    headers: Sequence[tuple[str, str]],
+) -> Refusal:
+    if kind == "about:blank":  # then the title is the status's own (RFC 9457, section 4.2.1)
+        detail = f"{title}: {detail}" if detail != title else title
+        title = HTTPStatus(status).phrase
+    body = _encode({"type": kind, "title": title, "status": status, "detail": detail, "code": code, **members})
+    own = (("content-type", MEDIA_TYPE), ("content-length", str(len(body))), ("cache-control", "no-store"))
+    return Refusal(status, (*own, *headers), body, detail)
+
+
+def _challenge(header: str, error: str | None) -> tuple[str, str]:
+    """A 401 must say how to authenticate. There is no registered scheme for a header of one's own."""
+    if header == AUTHORIZATION:
+        return "www-authenticate", f'Bearer realm="{REALM}"' + (f", {error}" if error else "")
+    return "www-authenticate", f'ApiKey realm="{REALM}", header="{header}"'
+
+
+# --- RateLimit headers (draft-ietf-httpapi-ratelimit-headers) ---------------------------------------------------
+
+
+def rate_limit_headers(limits: Sequence[LimitStatus]) -> list[tuple[str, str]]:
+    """`RateLimit-Policy` and `RateLimit`, one item a limit; none for money, which these headers cannot say."""
+    policies: list[str] = []
+    states: list[str] = []
+    now_s = time.time()
+    for limit in limits:
+        if limit.resource == MONEY:
+            continue
+        name = _policy_name(limit)
+        policies.append(_policy(name, limit))
+        state = f'"{name}";r={limit.remaining}'
+        resets_at = limit.resets_at
+        if resets_at is not None:
+            state += f";t={max(0, math.ceil(resets_at.timestamp() - now_s))}"
+        states.append(state)
+    if not policies:
+        return []
+    return [("ratelimit-policy", ", ".join(policies)), ("ratelimit", ", ".join(states))]
+
+
+def _policy_name(limit: LimitStatus) -> str:
+    window = limit.window
+    parts = [limit.resource, *(str(window[part]) for part in ("kind", "seconds", "unit", "timezone") if part in window)]
+    return "-".join(parts).translate(_QUOTED)
+
+
+def _policy(name: str, limit: LimitStatus) -> str:
+    window = limit.window
+    unit = "concurrent-requests" if limit.resource == "concurrency" else limit.resource
+    text = f'"{name}";q={limit.limit}'
+    if unit != "requests":
+        text += f';qu="{unit}"'
+    seconds = window.get("seconds") or _SECONDS.get(window.get("unit", ""))
+    return f"{text};w={seconds}" if seconds else text
+
+
+# --- The key in a request ---------------------------------------------------------------------------------------
+
+
+def checked_header(name: str) -> str:
+    """The name of the header that carries keys, in lower case. Raises InvalidInput."""
+    lowered = name.lower()
+    if not _HEADER_NAME.fullmatch(lowered):
+        raise InvalidInput([Problem("header", f"found {name[:64]!r}, expected the name of a header such as x-api-key")])
+    return lowered
+
+
+def credential(header: str, values: Sequence[bytes]) -> str:
+    """The key's text in the values of the header that carries it. Raises KeyRefused (401)."""
+    if len(values) != 1:
+        found = "is missing" if not values else f"was sent {len(values)} times, expected once"
+        raise KeyRefused(missing(header, f"the header {header} {found}"))
+    value = values[0]
+    if header == AUTHORIZATION:
+        if value[:7].lower() != b"bearer ":
+            raise KeyRefused(missing(header, "the header authorization is not of the form `Bearer <key>`"))
+        value = value[7:]
+    try:
+        text = value.strip().decode()
+    except UnicodeDecodeError:
+        text = ""
+    if not text:
+        raise KeyRefused(missing(header, f"the header {header} holds no key"))
+    return text
+
+
+# --- The caller's address ---------------------------------------------------------------------------------------
+
+
+def networks(field: str, items: Iterable[str]) -> tuple[Network, ...]:
+    """Listed networks. Raises InvalidInput."""
+    found: list[Network] = []
+    for item in items:
+        try:
+            found.append(ip_network(item, strict=False))
+        except ValueError:
+            message = f"found {item[:64]!r}, expected an address or a range such as 10.0.0.0/8"
+            raise InvalidInput([Problem(field, message)]) from None
+    return tuple(found)
+
+
+@functools.lru_cache(maxsize=4_096)
+def address(text: str) -> str | None:
+    """An address without a port, in its canonical form, or None if the text is none."""
+    text = text.strip()
+    if text.startswith("["):
+        text = text[1:].partition("]")[0]
+    elif text.count(":") == 1:
+        text = text.partition(":")[0]
+    try:
+        found = ip_address(text)
+    except ValueError:
+        return None
+    if isinstance(found, IPv6Address) and found.ipv4_mapped is not None:
+        return str(found.ipv4_mapped)
+    return str(found)
+
+
+def client_address(peer: str | None, forwarded: Sequence[bytes], trusted: Sequence[Network]) -> str | None:
+    """The caller's address: the peer's, or where that is a trusted proxy, the first one from the right of
+    X-Forwarded-For that is not. None where it is not known; a key that is bound to addresses is then refused."""
+    found = address(peer) if peer is not None else None
+    if not trusted or not forwarded or found is None or not _is_in(found, trusted):
+        return found
+    hops = b",".join(forwarded).decode("latin-1").split(",")
+    for hop in list(reversed(hops))[:MAX_FORWARDED]:
+        found = address(hop)
+        if found is None or not _is_in(found, trusted):
+            return found
+    return found
+
+
+def _is_in(text: str, trusted: Sequence[Network]) -> bool:
+    found = ip_address(text)
+    return any(found.version == network.version and found in network for network in trusted)
+
+
+# --- Settings that integrations have in common ------------------------------------------------------------------
+
+
+class Paths:
+    """Paths that need no key: exact ones, and beginnings that are written with a `*` at the end."""
+
+    __slots__ = ("_beginnings", "_exact")
+
+    def __init__(self, items: Iterable[str]) -> None:
+        items = tuple(items)
+        for item in items:
+            if not item.startswith("/") or "*" in item[:-1]:
+                message = f"found {item[:64]!r}, expected a path such as /healthz, or a beginning such as /docs/*"
+                raise InvalidInput([Problem("exempt", message)])
+        self._exact = frozenset(item for item in items if not item.endswith("*"))
+        self._beginnings = tuple(item[:-1] for item in items if item.endswith("*"))
+
+    def __contains__(self, path: str) -> bool:
+        return path in self._exact or (bool(self._beginnings) and path.startswith(self._beginnings))
+
+
+def checked_cost(cost: Cost | None) -> Cost | None:
+    """A cost that is known beforehand. Raises InvalidInput, so that a wrong one stops the start, not each request."""
+    if cost is not None:
+        cost_units(cost)
+    return cost
+
+
+def constant_or_of(value: T | Callable[[Any], T | None] | None) -> Callable[[Any], T | None]:
+    """A setting that is a value for all requests, or a function of the request."""
+    if callable(value):
+        return value
+    return lambda _: value

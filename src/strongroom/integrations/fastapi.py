@@ -1,0 +1,143 @@
+"""FastAPI: a dependency that verifies the request's API key and gives the Verification, shown in OpenAPI.
+
+    app = FastAPI()
+    install(app, url="sqlite:///app.db")
+
+    @app.post("/chat")
+    async def chat(key: Annotated[Verification, Depends(ApiKeyAuth(permission="chat:write"))]) -> Answer: ...
+
+RoomMiddleware, which `install` adds, answers refusals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.models import APIKey, APIKeyIn, HTTPBearer
+from fastapi.security.base import SecurityBase
+from starlette.requests import HTTPConnection
+
+from ..app import Strongroom
+from ..errors import ConfigError
+from ..verification import Verification
+from ._core import (
+    AUTHORIZATION,
+    MEDIA_TYPE,
+    Cost,
+    KeyRefused,
+    Presented,
+    checked_cost,
+    constant_or_of,
+    networks,
+    verified,
+)
+from .asgi import (
+    STATE,
+    Door,
+    Guarded,
+    Hold,
+    RoomMiddleware,
+    address_of,
+    remember,
+    reserve,
+    route_of,
+    verification_of,
+)
+
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"description": text, "content": {MEDIA_TYPE: {}}}
+    for status, text in {
+        401: "The API key is missing or unknown",
+        403: "The API key may not be used for this",
+        429: "A limit of the API key is exceeded",
+    }.items()
+}
+"""For a route's or router's `responses`, so that OpenAPI shows the refusals."""
+
+
+def install(
+    app: FastAPI,
+    *,
+    url: str | None = None,
+    room: Strongroom | None = None,
+    trusted_proxies: Iterable[str] = (),
+    rate_limit_headers: bool = True,
+    **options: Any,
+) -> None:
+    """Give an application its Strongroom: opened at the start from `url` (with `options` of Strongroom.open), or one
+    that is open already. X-Forwarded-For is believed from `trusted_proxies` (networks) alone. The room is
+    `request.state.strongroom`. Raises ConfigError, InvalidInput."""
+    if room is None and url is None:
+        raise ConfigError("found neither a room nor a url, expected one of them")
+    proxies = tuple(trusted_proxies)
+    networks("trusted_proxies", proxies)  # FastAPI makes its middleware at the start: what is wrong is told now
+    app.add_middleware(
+        RoomMiddleware,
+        room=room,
+        url=url,
+        trusted_proxies=proxies,
+        rate_limit_headers=rate_limit_headers,
+        **options,
+    )
+
+
+class ApiKeyAuth(SecurityBase):
+    """`Depends(ApiKeyAuth(permission="chat:write", cost={"requests": 1}))`: the Verification of the request's key.
+
+    `cost` (one request unless it is given), `permission` and `model` are values, or functions of the connection.
+    `header` is `authorization` (Bearer) or one of your own. A key that is refused is answered with a problem document.
+    A dependency that is one object is asked, and charged, once in a request. Raises InvalidInput.
+    """
+
+    def __init__(
+        self,
+        *,
+        permission: str | Callable[[HTTPConnection], str | None] | None = None,
+        cost: Cost | Callable[[HTTPConnection], Cost | None] | None = None,
+        model: str | Callable[[HTTPConnection], str | None] | None = None,
+        header: str = AUTHORIZATION,
+        scheme_name: str = "ApiKey",
+        description: str | None = None,
+    ) -> None:
+        self._permission = constant_or_of(permission)
+        self._cost = constant_or_of(cost if callable(cost) else checked_cost(cost))
+        self._model = constant_or_of(model)
+        self._door = Door(header)
+        self.scheme_name = scheme_name
+        if self._door.header == AUTHORIZATION:
+            self.model = HTTPBearer(bearerFormat="API key", description=description)
+        else:
+            self.model = APIKey.model_validate({"in": APIKeyIn.header, "name": header, "description": description})
+
+    async def __call__(self, connection: HTTPConnection) -> Verification:
+        """The answer for a key that may be used. Raises KeyRefused."""
+        scope = connection.scope
+        room = scope.get("state", {}).get(STATE)
+        if not isinstance(room, Strongroom):
+            raise ConfigError("there is no open Strongroom: call strongroom.integrations.fastapi.install(app, url=…)")
+        presented = Presented.of(
+            self._door.key(scope),
+            self._door.header,
+            cost=self._cost(connection),
+            permission=self._permission(connection),
+            ip=address_of(scope),
+            model=self._model(connection),
+            route=route_of(scope),
+        )
+        answer = await verified(room, presented)
+        remember(scope, Guarded(room, presented), answer)
+        return answer
+
+
+__all__ = [
+    "RESPONSES",
+    "ApiKeyAuth",
+    "Hold",
+    "KeyRefused",
+    "Verification",
+    "install",
+    "reserve",
+    "verification_of",
+]

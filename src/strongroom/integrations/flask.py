@@ -1,0 +1,210 @@
+"""Flask: an extension whose decorator verifies the request's API key before the view.
+
+    keys = ApiKeys(app, url="sqlite:///app.db")
+
+    @app.post("/chat")
+    @keys.required(permission="chat:write")
+    def chat() -> ResponseReturnValue:
+        return {"hello": keys.verification.user_id}
+
+Views may be sync or async.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, ParamSpec, TypeVar
+
+from flask import Blueprint, Flask, Response, current_app, g, request
+
+from ..blocking import BlockingStrongroom
+from ..verification import Verification
+from ._core import (
+    AUTHORIZATION,
+    Cost,
+    KeyRefused,
+    Paths,
+    Presented,
+    checked_cost,
+    constant_or_of,
+    rate_limit_headers,
+)
+from ._hold import TTL_S
+from ._threads import BlockingHold, Desk
+
+P = ParamSpec("P")
+R = TypeVar("R")
+_MARK = "__strongroom_required__"
+_ANSWER, _PRESENTED, _HOLDS = "strongroom_key", "strongroom_presented", "strongroom_holds"
+
+
+class ApiKeys:
+    """The extension: `ApiKeys(app, url=…)`, or `ApiKeys(url=…)` and `init_app(app)`.
+
+    A store at `url` is opened by the first request (so in each worker of a server that forks) with `options` of
+    Strongroom.open, and closed with the process; or give a `room`. `header` is `authorization` (Bearer) or one of your
+    own. X-Forwarded-For is believed from `trusted_proxies` (networks) alone. A key that is refused is answered with a
+    problem document. Raises ConfigError, InvalidInput.
+    """
+
+    def __init__(
+        self,
+        app: Flask | None = None,
+        *,
+        url: str | None = None,
+        room: BlockingStrongroom | None = None,
+        header: str = AUTHORIZATION,
+        trusted_proxies: Iterable[str] = (),
+        rate_limit_headers: bool = True,
+        **options: Any,
+    ) -> None:
+        self._desk = Desk(url=url, room=room, header=header, trusted_proxies=trusted_proxies, options=options)
+        self._with_headers = rate_limit_headers
+        if app is not None:
+            self.init_app(app)
+
+    @property
+    def room(self) -> BlockingStrongroom:
+        """The store, for what else an application does with it."""
+        return self._desk.room
+
+    @property
+    def verification(self) -> Verification:
+        """The verification of this request's key. Raises LookupError where there was none."""
+        answer = g.get(_ANSWER)
+        if not isinstance(answer, Verification):
+            raise LookupError("this request's key was not verified: its view has no @keys.required")
+        return answer
+
+    def init_app(self, app: Flask) -> None:
+        """Answer refusals, and put the RateLimit headers on answers."""
+        app.extensions["strongroom"] = self
+        app.register_error_handler(KeyRefused, _refused)
+        app.after_request(self._finish)
+
+    def required(
+        self,
+        *,
+        permission: str | Callable[[], str | None] | None = None,
+        cost: Cost | Callable[[], Cost | None] | None = None,
+        model: str | Callable[[], str | None] | None = None,
+    ) -> Callable[[Callable[P, R]], Callable[P, R]]:
+        """A decorator for views, below the route's: the key is verified, and charged, before each call.
+
+        `permission`, `cost` (one request unless it is given) and `model` are values, or functions that look at
+        `flask.request`. Raises InvalidInput for a cost that is none.
+        """
+        verify = self._verifying(permission, cost, model)
+
+        def decorate(view: Callable[P, R]) -> Callable[P, R]:
+            @functools.wraps(view)
+            def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+                verify()
+                answer: R = current_app.ensure_sync(view)(*args, **kwargs)
+                return answer
+
+            setattr(wrapper, _MARK, True)
+            return wrapper
+
+        return decorate
+
+    def protect(
+        self,
+        app: Flask | Blueprint,
+        *,
+        permission: str | Callable[[], str | None] | None = None,
+        cost: Cost | Callable[[], Cost | None] | None = None,
+        model: str | Callable[[], str | None] | None = None,
+        exempt: Iterable[str] = (),
+    ) -> None:
+        """Verify the key of every request to an application or a blueprint, but for paths that are `exempt` (one may
+        end in `*`) and views that have @required themselves."""
+        verify = self._verifying(permission, cost, model)
+        paths = Paths(exempt)
+
+        def before() -> None:
+            view = current_app.view_functions.get(request.endpoint or "")
+            if request.path not in paths and not hasattr(view, _MARK):
+                verify()
+
+        app.before_request(before)
+
+    def reserve(
+        self, *, cost: Cost, ttl_s: int = TTL_S, permission: str | None = None, model: str | None = None
+    ) -> BlockingHold:
+        """Reserve an estimate before work whose cost shows as it goes; what was used is charged:
+
+            hold = keys.reserve(cost={"tokens": 1_000}).open()
+
+            def parts() -> Iterator[str]:
+                for part in answer:
+                    hold.use(tokens=part.tokens)
+                    yield part.text
+
+            return Response(parts())
+
+        or `with keys.reserve(…) as hold:` around work that ends before its answer. What was used is charged at the end
+        of the block or of the answer: also where the client went away, and also what exceeds the reservation. Opening
+        raises KeyRefused, which is answered, if the limits do not allow `cost`.
+        """
+        presented = g.get(_PRESENTED)
+        if not isinstance(presented, Presented):
+            raise LookupError("this request's key was not verified: its view has no @keys.required")
+        if _HOLDS not in g:
+            setattr(g, _HOLDS, [])
+        return self._desk.hold(presented, cost, ttl_s, permission, model, g.get(_HOLDS))
+
+    def _verifying(
+        self,
+        permission: str | Callable[[], str | None] | None,
+        cost: Cost | Callable[[], Cost | None] | None,
+        model: str | Callable[[], str | None] | None,
+    ) -> Callable[[], None]:
+        permission_of = _called(permission)
+        cost_of = _called(cost if callable(cost) else checked_cost(cost))
+        model_of = _called(model)
+
+        def verify() -> None:
+            presented = self._desk.presented(
+                request.environ, _route(), permission=permission_of(None), cost=cost_of(None), model=model_of(None)
+            )
+            answer = self._desk.verify(presented)
+            setattr(g, _PRESENTED, presented)
+            setattr(g, _ANSWER, answer)
+
+        return verify
+
+    def _finish(self, response: Response) -> Response:
+        holds: list[BlockingHold] = g.get(_HOLDS, [])
+        for hold in holds:
+            response.call_on_close(hold.close)
+        answer = g.get(_ANSWER)
+        if self._with_headers and isinstance(answer, Verification) and "RateLimit" not in response.headers:
+            for name, value in rate_limit_headers(answer.limits):
+                response.headers[name] = value
+        return response
+
+
+T = TypeVar("T")
+
+
+def _called(value: T | Callable[[], T | None] | None) -> Callable[[Any], T | None]:
+    """Flask's functions take no argument: the request is in the context."""
+    if callable(value):
+        ask: Callable[[], T | None] = value
+        return lambda _: ask()
+    return constant_or_of(value)
+
+
+def _route() -> str:
+    """`GET /items/<int:id>` where Flask has found the rule, else the method and the path."""
+    return f"{request.method} {request.url_rule.rule if request.url_rule is not None else request.path}"
+
+
+def _refused(error: KeyRefused) -> Response:
+    refusal = error.refusal
+    return Response(refusal.body, refusal.status, list(refusal.headers))
+
+
+__all__ = ["ApiKeys", "BlockingHold", "KeyRefused", "Verification"]
