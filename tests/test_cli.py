@@ -33,6 +33,7 @@ COMMANDS = (
     "keys disable", "keys enable", "keys delete", "keys stats",
     "webhooks create", "webhooks list", "webhooks show", "webhooks update", "webhooks rotate-secret",
     "webhooks delete", "webhooks test", "webhooks deliveries", "webhooks redrive",
+    "leaks report", "leaks list", "leaks policy",
     "schema plan", "schema apply", "schema export", "schema roles", "schema advise", "schema retain",
 )  # fmt: skip
 

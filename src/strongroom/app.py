@@ -26,6 +26,7 @@ from .keys import ApiKey, Keys
 from .keysources import KeySource
 from .keysources import load as load_sources
 from .keytext import Hasher, Pepper
+from .leaks import Leak, LeakPolicy, Leaks
 from .keywork import KeyWork
 from .leases import Lease, Leases
 from .lifecycle import Background, ShapeKeeper, background
@@ -60,6 +61,8 @@ SYSTEM_ENTITIES: tuple[type[Entity], ...] = (
     KeySource,
     StoreState,
     Lease,
+    LeakPolicy,
+    Leak,
     QueryShape,
     Webhook,
     Event,
@@ -92,6 +95,7 @@ class Strongroom:
         self.database = database
         self.ledger = ledger
         self.keys = keys
+        self.leaks = Leaks(database, keys, clock)
         self.feed = feed
         self.background = background
 

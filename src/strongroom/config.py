@@ -127,6 +127,13 @@ class Settings(BaseSettings):
         "separated by commas. Without them one is made and kept in the store.",
     )
     rules: str | None = _setting("STRONGROOM_RULES", None, "A file with access rules.")
+    leak_keys: str | None = _setting(
+        "STRONGROOM_LEAK_KEYS",
+        None,
+        "Where the public keys are of the secret scanners that may report leaked keys by signature: the https:// URL "
+        "of their list, or a file with the same JSON (default: reports need a management key).",
+        repr=False,
+    )
     pq_encryption_password: SecretStr | None = _setting(
         "PQ_ENCRYPTION_PASSWORD", None, "The password that secret fields are encrypted with."
     )
@@ -260,11 +267,26 @@ def _not_yet(settings: Settings) -> list[str]:
     for name, value in (("STRONGROOM_CACHE", settings.cache), ("REDIS_URL", settings.redis_url)):
         if value is not None and value.partition("://")[0] not in CACHES:
             wrong.append(f"{name}: found {_without_password(value)!r}, expected redis://host:port/database")
+    if settings.leak_keys is not None and not _is_list_of_keys(settings.leak_keys):
+        wrong.append(
+            f"STRONGROOM_LEAK_KEYS: found {_without_password(settings.leak_keys)!r}, expected an https:// URL (http:// "
+            "only on this machine) or a file"
+        )
     if settings.rules is not None:
         wrong.append("STRONGROOM_RULES: this version cannot read a rules file yet; leave it out")
     if settings.pq_encryption_password is not None:
         wrong.append("PQ_ENCRYPTION_PASSWORD: this version does not encrypt secret fields yet; leave it out")
     return wrong
+
+
+def _is_list_of_keys(place: str) -> bool:
+    """Whether a list of public keys may be read there: over a network that anyone can alter, it proves nothing."""
+    scheme, separator, rest = place.partition("://")
+    if not separator:
+        return True
+    host = rest.partition("/")[0].rpartition("@")[2]
+    local = host.partition(":")[0] in ("localhost", "127.0.0.1") or host.startswith("[::1]")
+    return bool(host) and (scheme == "https" or (scheme == "http" and local))
 
 
 def _without_password(url: str) -> str:

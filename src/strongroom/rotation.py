@@ -80,7 +80,7 @@ class Rotation(Verifier):
             now = await tx.get(ApiKey, id)
             if now.deleted_at is not None:
                 raise no_key(id)
-            return await tx.update(ApiKey, id, self._rotated(now, text, overlap_s, hold), expected=expected)
+            return await tx.update(ApiKey, id, self.replaced(now, text, overlap_s, hold), expected=expected)
 
         shown = "" if hold else text
         once = self._once(by, idempotency_key, f"rotate key {id} {overlap_s} {expected}{' hold' * hold}", shown)
@@ -110,7 +110,7 @@ class Rotation(Verifier):
                 later = moment + timedelta(seconds=every_s)
                 await tx.update(ApiKey, id, {"next_rotation_at": later, "due_at": later})
                 return False
-            await tx.update(ApiKey, id, self._rotated(now, text, now.scheduled_overlap_s, True))
+            await tx.update(ApiKey, id, self.replaced(now, text, now.scheduled_overlap_s, True))
             return True
 
         return await self._database.transaction(writer(None, key.tenant), body)
@@ -155,8 +155,8 @@ class Rotation(Verifier):
     def _now(self) -> datetime:
         return utc_from_us(self._clock.now_us())
 
-    def _rotated(self, now: ApiKey, text: str, overlap_s: int, hold: bool) -> dict[str, Any]:
-        """The fields of a key that has this new text."""
+    def replaced(self, now: ApiKey, text: str, overlap_s: int, hold: bool) -> dict[str, Any]:
+        """The fields of a key that change with this new text, for a transaction that does more than rotate."""
         moment = self._now()
         old: str | None = now.hash
         if now.unclaimed is not None:  # nobody has ever had the current text: who holds the key has the one before

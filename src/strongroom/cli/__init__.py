@@ -14,7 +14,7 @@ import typer
 
 from .. import __version__
 from ..errors import ConfigError, InvalidInput, StrongroomError
-from . import bench, estimate, keyfile, keys, migrate, output, schema, serve, webhooks
+from . import bench, estimate, keyfile, keys, leaks, migrate, output, schema, serve, webhooks
 from .session import DEBUG_VARIABLE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_WRONG_CALL, Interrupted
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 app.command("serve")(serve.serve)
 app.add_typer(keys.app, name="keys")
+app.add_typer(leaks.app, name="leaks")
 app.command("import")(keyfile.import_keys)
 app.command("export")(keyfile.export_keys)
 app.add_typer(schema.app, name="schema")

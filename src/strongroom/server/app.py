@@ -19,8 +19,9 @@ from ..errors import InvalidInput, NotFound, Problem, StrongroomError, TooManyRe
 from . import errors, openapi
 from .auth import authorization
 from .errors import MalformedRequest, Message, MethodNotAllowed, Send, send_problem
-from .routes import entities, health, keys, stats, usage, webhooks
+from .routes import entities, health, keys, leaks, stats, usage, webhooks
 from .services import Bounds, Services
+from .signers import Signers
 from .verify import PATH as VERIFY
 from .verify import Receive, VerifyRoute, too_large
 from .wire import request_id_of
@@ -81,7 +82,7 @@ class Application:
             if gate.inside > gate.limit:
                 raise TooManyRequests
             _route_encoded_slashes(scope)
-            if scope["path"] not in _OPEN and scope["path"].startswith("/v1"):
+            if scope["path"] not in _OPEN and scope["path"].startswith("/v1") and not leaks.is_report(scope):
                 scope["strongroom.caller"] = await self.services.authenticator.caller(authorization(scope["headers"]))
             if scope["path"] == VERIFY:
                 raise MethodNotAllowed(f"{scope['method']} is not for this path", allow="POST")
@@ -168,9 +169,16 @@ def _route_encoded_slashes(scope: dict[str, Any]) -> None:
 # --- Building -------------------------------------------------------------------------------------------------
 
 
-def build(room: Strongroom, bounds: Bounds = DEFAULT_BOUNDS, *, access_log: bool = False) -> Application:
-    """The application on an opened Strongroom, which stays the caller's to close."""
-    services = Services(room, bounds, access_log)
+def build(
+    room: Strongroom,
+    bounds: Bounds = DEFAULT_BOUNDS,
+    *,
+    access_log: bool = False,
+    leak_keys: str | None = None,
+) -> Application:
+    """The application on an opened Strongroom, which stays the caller's to close. `leak_keys`: where the public keys
+    are of those who may report leaked keys by signature. Raises ConfigError."""
+    services = Services(room, bounds, access_log, Signers(leak_keys) if leak_keys is not None else None)
     api = FastAPI(
         title="Strongroom",
         version=openapi.version(),
@@ -182,7 +190,7 @@ def build(room: Strongroom, bounds: Bounds = DEFAULT_BOUNDS, *, access_log: bool
         generate_unique_id_function=lambda route: route.name,
     )
     _handle_errors(api)
-    for module in (health, stats, usage, webhooks, keys, entities):
+    for module in (health, stats, usage, webhooks, leaks, keys, entities):
         api.include_router(module.router(services))
     openapi.serve(api)
     return Application(services, api)

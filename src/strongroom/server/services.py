@@ -12,6 +12,7 @@ from ..transaction import Transaction
 from .auth import Authenticator
 from .errors import ShuttingDown
 from .metrics import Metrics
+from .signers import Signers
 from .verify import Gate
 
 MAX_BATCH_ITEMS = 1_000
@@ -34,6 +35,7 @@ class Services:
     room: Strongroom
     bounds: Bounds
     access_log: bool = False
+    signers: Signers | None = None
     metrics: Metrics = field(init=False)
     closing: asyncio.Event = field(default_factory=asyncio.Event)
     watchers: int = 0

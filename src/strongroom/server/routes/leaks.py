@@ -1,0 +1,203 @@
+"""Leaked keys: reports of secret scanners, what they came to, and the policies that decide what is done."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import BaseModel, Field
+
+from ...errors import InvalidInput, Problem, Unauthenticated
+from ...leaks import MAX_SIGHTINGS, Action, Done, Leak, LeakPolicy, PolicyFields, Sighting
+from ...query import DEFAULT_LIMIT, MAX_LIMIT
+from ..auth import Scope, authorization
+from ..openapi import body, request_body
+from ..services import Services
+from ..shapes import Closed
+from ..signers import IDENTIFIER, SIGNATURE
+from ..wire import Json, body_fields, caller_of, context_of, idempotency_key, parse_json
+from .entities import SLASH
+
+PATH = "/v1/keys/leaked"
+_TEXTS = ("type", "url", "source")
+_SIGNED = [
+    {
+        "name": name,
+        "in": "header",
+        "required": False,
+        "schema": {"type": "string"},
+        "description": description,
+    }
+    for name, description in (
+        ("Github-Public-Key-Identifier", "Which public key the signature is to be checked with."),
+        ("Github-Public-Key-Signature", "ECDSA over P-256 with SHA-256 of the body as sent; DER, base64."),
+    )
+]
+
+
+class SightingIn(BaseModel):
+    """A text that was found, as GitHub's secret-scanning partner programme sends it. Other fields are ignored."""
+
+    token: str
+    type: str | None = Field(None, description="What the finder calls this kind of text.")
+    url: str | None = Field(None, description="Where it was found.")
+    source: str | None = Field(None, description="What kind of place that is: content, commit, …")
+
+
+class LabelOut(BaseModel):
+    """Whether a reported text is a key, in the shape in which the programme takes feedback."""
+
+    token_hash: str = Field(description="SHA-256 of the text, in hex.")
+    token_type: str
+    label: Literal["true_positive", "false_positive"]
+
+
+class LeakOut(BaseModel):
+    """A text of a key that was found in public. `ends_at`: when the text stops working; null: it works on."""
+
+    id: str
+    tenant: str
+    key_id: str
+    display: str
+    type: str
+    url: str
+    source: str
+    reporter: str
+    done: Done
+    ends_at: datetime | None
+    last_administrator: bool
+    created_at: datetime
+
+
+class LeakListOut(BaseModel):
+    items: list[LeakOut]
+    next_cursor: str | None
+
+
+class LeakListQuery(Closed):
+    tenant: str | None = Field(None, description="Only this tenant's.")
+    key_id: str | None = Field(None, description="Only this key's.")
+    limit: int = Field(DEFAULT_LIMIT, ge=1, le=MAX_LIMIT)
+    cursor: str | None = Field(None, description="The `next_cursor` of the page before.")
+
+
+class PolicyOut(BaseModel):
+    """What is done with a tenant's keys that leak. `updated_at`: null where none was set."""
+
+    tenant: str
+    action: Action
+    overlap_s: int | None = Field(description="How long a leaked text works on where it is rotated.")
+    updated_at: datetime | None
+
+
+def is_report(scope: Mapping[str, Any]) -> bool:
+    """Whether a request is a report of leaks: who makes it is found out by the route itself, which needs the body."""
+    return (scope["path"], scope["method"]) == (PATH, "POST")
+
+
+def router(services: Services) -> APIRouter:
+    routes = APIRouter(tags=["leaks"])
+    leaks = services.room.leaks
+    sightings = {"type": "array", "items": SightingIn.model_json_schema(), "maxItems": MAX_SIGHTINGS}
+
+    @routes.post(
+        PATH,
+        response_model=list[LabelOut],
+        openapi_extra={**request_body(sightings), "parameters": _SIGNED},
+        summary="Report keys that were found in public",
+    )
+    async def report_leaks(request: Request) -> Response:
+        """For secret scanners: signed as in GitHub's partner programme, or with a management key that may write. Each
+        key is dealt with as the policy of its tenant says; the same text again changes nothing."""
+        raw = await request.body()
+        reporter, tenant = await _reporter(request, raw)
+        reported = _sightings(raw)
+        found = await leaks.report(
+            reported, reporter=reporter, tenant=tenant, request_id=request.scope["strongroom.request_id"]
+        )
+        return Json([_label(s, f.leak is not None) for s, f in zip(reported, found, strict=True)])
+
+    async def _reporter(request: Request, raw: bytes) -> tuple[str, str | None]:
+        """Who reports, and the tenant whose keys alone it may know of. Nothing was looked up for whom this refuses."""
+        if IDENTIFIER in request.headers or SIGNATURE in request.headers:
+            if services.signers is None:
+                raise Unauthenticated("signed reports are not taken here: STRONGROOM_LEAK_KEYS is not set")
+            return f"secret-scanning:{await services.signers.check(request.headers, raw)}"[:200], None
+        caller = await services.authenticator.caller(authorization(request.scope["headers"]))
+        request.scope["strongroom.caller"] = caller
+        caller.needs(Scope.WRITE)
+        return caller.actor, caller.tenant
+
+    @routes.get("/v1/leaks", response_model=LeakListOut, summary="List leaks, newest first")
+    async def list_leaks(request: Request, query: Annotated[LeakListQuery, Query()]) -> Response:
+        caller_of(request).needs(Scope.READ)
+        page = await leaks.list(**query.model_dump(), context=context_of(request))
+        return Json({"items": [_shown(leak) for leak in page.items], "next_cursor": page.next_cursor})
+
+    @routes.get("/v1/leaks/policy/{tenant}", response_model=PolicyOut, summary="What is done with keys that leak")
+    async def get_leak_policy(request: Request, tenant: str) -> Response:
+        """Where none was set, it is to notify. The tenant `*` is that of the keys that belong to no one tenant."""
+        caller_of(request).needs(Scope.READ)
+        return _policy(await leaks.policy(tenant.replace(SLASH, "/"), context=context_of(request)))
+
+    @routes.put(
+        "/v1/leaks/policy/{tenant}",
+        response_model=PolicyOut,
+        openapi_extra=body(PolicyFields),
+        summary="Set what is done with keys that leak",
+    )
+    async def set_leak_policy(request: Request, tenant: str) -> Response:
+        """`notify`, `disable`, or `rotate`: a new text waits to be claimed, and the leaked one works for `overlap_s`
+        seconds more. Only an administrator may."""
+        caller_of(request).needs(Scope.ADMIN)
+        fields = await body_fields(request)
+        policy = await leaks.set_policy(
+            tenant.replace(SLASH, "/"),
+            context=context_of(request),
+            idempotency_key=idempotency_key(request),
+            **{"action": None, **fields},
+        )
+        return _policy(policy)
+
+    return routes
+
+
+def _sightings(raw: bytes) -> list[Sighting]:
+    """The reported texts. Raises MalformedRequest, InvalidInput with every problem."""
+    items, problems = parse_json(raw)
+    if problems:
+        raise InvalidInput(problems)
+    if not isinstance(items, list) or len(items) > MAX_SIGHTINGS:
+        raise InvalidInput([Problem("", f"expected an array of at most {MAX_SIGHTINGS} objects")])
+    found = []
+    for number, item in enumerate(items):
+        if not isinstance(item, dict):
+            problems.append(Problem(str(number), "expected an object"))
+            continue
+        wrong = [name for name in _TEXTS if not isinstance(item.get(name), str | None)]
+        wrong += [] if isinstance(item.get("token"), str) else ["token"]
+        problems += [Problem(f"{number}.{name}", "expected text") for name in wrong]
+        if not wrong:
+            found.append(Sighting(item["token"], *(item.get(name) or "" for name in _TEXTS)))
+    if problems:
+        raise InvalidInput(problems)
+    return found
+
+
+def _label(sighting: Sighting, is_key: bool) -> dict[str, Any]:
+    return {
+        "token_hash": hashlib.sha256(sighting.token.encode()).hexdigest(),
+        "token_type": sighting.type,
+        "label": "true_positive" if is_key else "false_positive",
+    }
+
+
+def _shown(leak: Leak) -> dict[str, Any]:
+    return leak.model_dump(exclude={"version", "updated_at"})
+
+
+def _policy(policy: LeakPolicy) -> Response:
+    return Json(policy.model_dump(include={"tenant", "action", "overlap_s", "updated_at"}))

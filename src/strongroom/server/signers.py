@@ -1,0 +1,183 @@
+"""Who may report leaked keys without a key of ours: secret scanners that sign, and their public keys.
+
+The signature is that of GitHub's secret-scanning partner programme: ECDSA over P-256 with SHA-256 of the body as it
+was sent, DER in base64, by a key that its public list names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import msgspec
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+from ..errors import ConfigError, Unauthenticated, Unavailable
+
+IDENTIFIER = "github-public-key-identifier"
+SIGNATURE = "github-public-key-signature"
+MAX_AGE_S = 3_600.0
+"""The list is fetched again after this long."""
+MAX_STALE_S = 86_400.0
+"""If it cannot be fetched, what it said before is believed for this long."""
+RETRY_S = 60.0
+"""It is fetched at most this often, whatever is asked for: those who ask need not have shown who they are."""
+CONNECT_TIMEOUT_S = 5.0
+TIMEOUT_S = 10.0
+MAX_LIST_BYTES = 65_536
+MAX_KEYS = 32
+MAX_HEADER_CHARS = 256
+_REFUSED = "the signature is none that a known key made for this body"
+_log = logging.getLogger(__name__)
+
+
+class _Listed(msgspec.Struct):
+    key_identifier: str
+    key: str
+
+
+class _List(msgspec.Struct):
+    public_keys: list[_Listed]
+
+
+class Signers:
+    """The public keys of one list: `place` is its URL, or a file with the same JSON."""
+
+    def __init__(self, place: str) -> None:
+        """Raises ConfigError for a file that cannot be used; a list behind a URL is fetched when it is needed."""
+        self._place = place
+        self._is_file = "://" not in place
+        self._keys: Mapping[str, ec.EllipticCurvePublicKey] = {}
+        self._known_at: float | None = None
+        self._tried_at: float | None = None
+        self._failed = False
+        self._fetching = asyncio.Lock()
+        if self._is_file:
+            try:
+                self._use(_read(Path(place)))
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"STRONGROOM_LEAK_KEYS: {place}: {_reason(error)}") from None
+
+    async def check(self, headers: Mapping[str, str], body: bytes) -> str:
+        """The identifier of the key that signed the body. Raises Unauthenticated, and Unavailable if the list of keys
+        cannot be had at the moment."""
+        identifier, signature = headers.get(IDENTIFIER, ""), headers.get(SIGNATURE, "")
+        if not 0 < len(identifier) <= MAX_HEADER_CHARS or not 0 < len(signature) <= MAX_HEADER_CHARS:
+            raise Unauthenticated(_REFUSED)
+        try:
+            signed = base64.b64decode(signature, validate=True)
+        except (binascii.Error, ValueError):
+            raise Unauthenticated(_REFUSED) from None
+        key = await self._find(identifier)
+        if key is None:
+            raise Unauthenticated(_REFUSED)
+        try:
+            key.verify(signed, body, ec.ECDSA(hashes.SHA256()))
+        except InvalidSignature:
+            raise Unauthenticated(_REFUSED) from None
+        return identifier
+
+    async def _find(self, identifier: str) -> ec.EllipticCurvePublicKey | None:
+        if identifier not in self._keys or self._age_s() > MAX_AGE_S:
+            await self._refresh()
+        if self._failed and (identifier not in self._keys or self._age_s() > MAX_STALE_S):
+            raise Unavailable("the public keys of those who report leaks cannot be read at the moment")
+        return self._keys.get(identifier)
+
+    def _age_s(self) -> float:
+        return float("inf") if self._known_at is None else time.monotonic() - self._known_at
+
+    async def _refresh(self) -> None:
+        """Read the list again, unless that was tried less than RETRY_S ago. What fails is logged and tried later."""
+        async with self._fetching:
+            now = time.monotonic()
+            if self._tried_at is not None and now - self._tried_at < RETRY_S:
+                return
+            self._tried_at = now
+            try:
+                self._use(_read(Path(self._place)) if self._is_file else await _fetched(self._place))
+                self._failed = False
+            except (OSError, ValueError) as error:
+                self._failed = True
+                _log.warning("the list of public keys at %s cannot be used: %s", _shown(self._place), _reason(error))
+
+    def _use(self, listed: bytes) -> None:
+        """Raises ValueError if there is no usable key in it."""
+        try:
+            found = msgspec.json.decode(listed, type=_List).public_keys
+        except msgspec.MsgspecError as error:
+            raise ValueError(f'expected {{"public_keys": [{{"key_identifier", "key"}}]}}: {error}') from None
+        keys = {}
+        for item in found[:MAX_KEYS]:
+            key = _public_key(item.key)
+            if key is None:
+                _log.warning("the public key %s is not one of ECDSA over P-256: it is left out", item.key_identifier)
+            else:
+                keys[item.key_identifier] = key
+        if not keys:
+            raise ValueError("it has no public key of ECDSA over P-256")
+        self._keys = keys
+        self._known_at = self._tried_at = time.monotonic()
+
+
+def _public_key(pem: str) -> ec.EllipticCurvePublicKey | None:
+    """The key, if it is of the one kind that signatures are checked with."""
+    try:
+        key = load_pem_public_key(pem.encode())
+    except (ValueError, UnsupportedAlgorithm):
+        return None
+    return key if isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP256R1) else None
+
+
+def _read(file: Path) -> bytes:
+    with file.open("rb") as opened:
+        listed = opened.read(MAX_LIST_BYTES + 1)
+    if len(listed) > MAX_LIST_BYTES:
+        raise ValueError(f"it has more than {MAX_LIST_BYTES} bytes")
+    return listed
+
+
+async def _fetched(url: str) -> bytes:
+    """What is at a URL. Raises ValueError, OSError; follows no redirect, since the operator named the place."""
+    import httpx
+
+    listed = b""
+    timeout = httpx.Timeout(TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
+    try:
+        async with (
+            asyncio.timeout(TIMEOUT_S),
+            httpx.AsyncClient(timeout=timeout) as client,
+            client.stream("GET", url, headers={"accept": "application/json"}) as answer,
+        ):
+            if answer.status_code != 200:
+                raise ValueError(f"it was answered with {answer.status_code}")
+            async for part in answer.aiter_bytes():
+                listed += part
+                if len(listed) > MAX_LIST_BYTES:
+                    raise ValueError(f"it has more than {MAX_LIST_BYTES} bytes")
+    except TimeoutError:
+        raise ValueError(f"there was no whole answer within {TIMEOUT_S:g} s") from None
+    except httpx.HTTPError as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+    return listed
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+
+
+def _shown(place: str) -> str:
+    """A place without the password that a URL may have."""
+    if "://" not in place:
+        return place
+    parts = urlsplit(place)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
