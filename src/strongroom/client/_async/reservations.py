@@ -1,0 +1,204 @@
+"""Reservations over HTTP: an amount held before it is known what will be used, then settled for what was."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from types import TracebackType
+from typing import Self
+
+from ...errors import NotFound, StrongroomError, TooManyRequests, Unavailable
+from .._aio import Ticker, uninterrupted
+from .._amounts import Amounts, added, less
+from .._wire import decode, encode, once_of, without_none
+from ..errors import Refused
+from ..models import Cost, Recorded, Used, Verification
+from .transport import AsyncTransport
+
+DEFAULT_TTL_S = 60
+TICKS_PER_TTL = 3
+"""A hold is extended so often in its time: two tries may fail before it ends."""
+
+
+class AsyncReservations:
+    """Holds on a key's limits. `hold` is the comfortable form; the others are the single steps."""
+
+    def __init__(self, transport: AsyncTransport) -> None:
+        self._http = transport
+
+    async def reserve(
+        self,
+        key: str,
+        *,
+        cost: Cost | None = None,
+        ttl_s: int = DEFAULT_TTL_S,
+        permission: str | None = None,
+        ip: str | None = None,
+        model: str | None = None,
+        route: str | None = None,
+        idempotency_key: str | None = None,
+    ) -> Verification:
+        """Verify the key and hold `cost` (default: one request) for `ttl_s` seconds; if it is valid, the answer has a
+        `reservation_id`. The amount is given back when that time is over."""
+        fields = {
+            "key": key,
+            "cost": cost,
+            "ttl_s": ttl_s,
+            "permission": permission,
+            "ip": ip,
+            "model": model,
+            "route": route,
+        }
+        answer = await self._http.send(
+            "POST", "/v1/reservations", body=encode(without_none(fields)), once=once_of(idempotency_key)
+        )
+        return decode(Verification, answer)
+
+    async def settle(self, reservation_id: str, cost: Cost) -> Verification:
+        """End a hold: `cost` is what was used in all, recorded whole even if it is more than was held. Doing it again
+        changes nothing. Raises NotFound where the hold has ended otherwise."""
+        answer = await self._http.send(
+            "POST",
+            "/v1/reservations/{id}/settle",
+            {"id": reservation_id},
+            body=encode({"cost": cost}),
+            repeatable=True,
+        )
+        return decode(Verification, answer)
+
+    async def extend(
+        self,
+        reservation_id: str,
+        *,
+        ttl_s: int = DEFAULT_TTL_S,
+        cost: Cost | None = None,
+        used: Cost | None = None,
+    ) -> Verification:
+        """Hold on for `ttl_s` seconds from now: `cost`, if it is given, from now on. `used` is what was used so far in
+        all, which is charged whatever becomes of the caller. Raises NotFound where the hold has ended."""
+        answer = await self._http.send(
+            "POST",
+            "/v1/reservations/{id}/extend",
+            {"id": reservation_id},
+            body=encode(without_none({"ttl_s": ttl_s, "cost": cost, "used": used})),
+            repeatable=True,
+        )
+        return decode(Verification, answer)
+
+    async def release(self, reservation_id: str) -> None:
+        """End a hold: nothing was used. Doing it again changes nothing."""
+        await self._http.send("POST", "/v1/reservations/{id}/release", {"id": reservation_id}, repeatable=True)
+
+    def hold(
+        self,
+        key: str,
+        cost: Cost | None = None,
+        *,
+        ttl_s: int = DEFAULT_TTL_S,
+        permission: str | None = None,
+        ip: str | None = None,
+        model: str | None = None,
+        route: str | None = None,
+    ) -> AsyncHold:
+        """A hold as a context manager, which raises Refused at its beginning if the key may not be used.
+
+        Say what was used by `hold.use(tokens=12)`, as it happens: at the end that is settled, whatever happened. The
+        requests that are held (by default one) count as used from the beginning. While it is open the hold extends
+        itself, and reports what was used so far.
+        """
+        return AsyncHold(self, self._http, key, cost, ttl_s, permission, ip, model, route)
+
+
+class AsyncHold:
+    """An open reservation: what was used of it so far, to be settled when its block ends."""
+
+    def __init__(
+        self,
+        reservations: AsyncReservations,
+        transport: AsyncTransport,
+        key: str,
+        cost: Cost | None,
+        ttl_s: int,
+        permission: str | None,
+        ip: str | None,
+        model: str | None,
+        route: str | None,
+    ) -> None:
+        self._reservations = reservations
+        self._http = transport
+        self._key = key
+        self._cost: Cost = {"requests": 1} if cost is None else cost
+        self._ttl_s = ttl_s
+        self._asked = {"permission": permission, "ip": ip, "model": model, "route": route}
+        self._ticker = Ticker(ttl_s / TICKS_PER_TTL, self._tick)
+        self._reported: Amounts = {}
+        self._verification: Verification | None = None
+        self.used: Amounts = added({}, {name: self._cost[name] for name in self._cost if name == "requests"})
+        """What was used so far, by resource."""
+        self.trouble: StrongroomError | None = None
+        """Why the hold could not be extended the last time; None if it could."""
+
+    @property
+    def verification(self) -> Verification:
+        """The server's answer to the reservation."""
+        if self._verification is None:
+            raise RuntimeError("the hold is not open: use it in a with statement")
+        return self._verification
+
+    @property
+    def id(self) -> str:
+        """The reservation's id."""
+        return self.verification.reservation_id or ""
+
+    def use(self, amounts: Cost | None = None, /, **more: float | Decimal) -> None:
+        """Say that so much more was used: `use(tokens=12)`, or `use({"my.resource": 1})`. It is sent later."""
+        self.used = added(added(self.used, amounts or {}), more)
+
+    async def extend(self, cost: Cost | None = None) -> Verification:
+        """Hold `cost` from now on, and report what was used so far. If the answer is not valid, there is no more to be
+        had, and what was held stays held. Raises NotFound where the hold has ended."""
+        used = self.used
+        answer = await self._reservations.extend(self.id, ttl_s=self._ttl_s, cost=cost, used=used)
+        self._reported = used
+        return answer
+
+    async def __aenter__(self) -> Self:
+        answer = await self._reservations.reserve(self._key, cost=self._cost, ttl_s=self._ttl_s, **self._asked)
+        if not answer.valid:
+            raise Refused(answer)
+        self._verification = answer
+        self._ticker.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await uninterrupted(self._end)
+
+    async def _end(self) -> None:
+        await self._ticker.stop()
+        try:
+            await self._reservations.settle(self.id, self.used)
+        except NotFound:
+            await self._record_rest()
+
+    async def _record_rest(self) -> None:
+        """The hold ended before it was settled, so that only what was reported was charged: what is more happened as
+        well."""
+        rest = less(self.used, self._reported)
+        if rest:
+            used = Used(cost=rest, key_id=self.verification.key_id)
+            once = once_of(f"hold-{self.id}")
+            decode(Recorded, await self._http.send("POST", "/v1/usage", body=encode(used), once=once))
+
+    async def _tick(self) -> bool:
+        """Extend the hold; whether to do so again."""
+        try:
+            await self.extend()
+        except (Unavailable, TooManyRequests) as error:
+            self.trouble = error
+            return True
+        except StrongroomError as error:
+            self.trouble = error
+            return False
+        self.trouble = None
+        return True
