@@ -43,6 +43,8 @@ STATE_KEY = "strongroom_key"
 """Where the Verification is found in a request's state: `request.state.strongroom_key` in Starlette and FastAPI."""
 _GUARDED = "strongroom.guarded"
 _PROXIES = "strongroom.trusted_proxies"
+_SHOWN = "strongroom.limits_shown"
+"""Set once the RateLimit headers are on the answer: an application may be inside two of these middlewares."""
 _KINDS = frozenset(("http", "websocket"))
 _ACCEPTED = frozenset(("websocket.accept", "websocket.close", "websocket.http.response.start"))
 POLICY_VIOLATION = 1008
@@ -142,7 +144,8 @@ class RoomMiddleware:
             await self._lifespan(scope, receive, send)
         elif kind in _KINDS:
             scope["state"] = {**scope.get("state", {}), STATE: self._opened(scope)}
-            scope[_PROXIES] = self._trusted
+            if self._trusted or _PROXIES not in scope:  # a mounted application's own middleware has none of its own
+                scope[_PROXIES] = self._trusted
             await self._inside(scope, receive, send)
         else:
             await self.app(scope, receive, send)
@@ -333,8 +336,9 @@ async def _forward_lifespan(app: ASGIApp, scope: Scope, first: Message, receive:
 
 def _rate_limit_headers(scope: Scope) -> list[tuple[bytes, bytes]]:
     answer = scope.get(KEY)
-    if answer is None or not answer.limits:
+    if answer is None or not answer.limits or _SHOWN in scope:
         return []
+    scope[_SHOWN] = True
     return [(name.encode(), value.encode("latin-1")) for name, value in rate_limit_headers(answer.limits)]
 
 

@@ -67,10 +67,10 @@ def install(
     **options: Any,
 ) -> None:
     """Give an application its Strongroom: opened at the start from `url` (with `options` of Strongroom.open), or one
-    that is open already. X-Forwarded-For is believed from `trusted_proxies` (networks) alone. The room is
-    `request.state.strongroom`. Raises ConfigError, InvalidInput."""
-    if room is None and url is None:
-        raise ConfigError("found neither a room nor a url, expected one of them")
+    that is open already, or with neither the one of the application that it is mounted in (or of its own lifespan's
+    state). X-Forwarded-For is believed from `trusted_proxies` (networks) alone. The room is `request.state.strongroom`.
+    Raises ConfigError, InvalidInput."""
+    app.state.strongroom_installed = True
     proxies = tuple(trusted_proxies)
     networks("trusted_proxies", proxies)  # FastAPI makes its middleware at the start: what is wrong is told now
     app.add_middleware(
@@ -115,8 +115,10 @@ class ApiKeyAuth(SecurityBase):
         """The answer for a key that may be used. Raises KeyRefused."""
         scope = connection.scope
         room = scope.get("state", {}).get(STATE)
-        if not isinstance(room, Strongroom):
-            raise ConfigError("there is no open Strongroom: call strongroom.integrations.fastapi.install(app, url=…)")
+        if not isinstance(room, Strongroom) or not hasattr(connection.app.state, "strongroom_installed"):
+            raise ConfigError(
+                "call strongroom.integrations.fastapi.install(app, url=…) first; install(app) for one that is mounted"
+            )
         presented = Presented.of(
             self._door.key(scope),
             self._door.header,

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from starlette.authentication import AuthCredentials, AuthenticationBackend, BaseUser
 from starlette.requests import HTTPConnection
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Match
+from starlette.routing import BaseRoute, Match, Mount
 
 from ..verification import Verification
 from ._core import KeyRefused
@@ -77,13 +77,20 @@ def templates(routes: Sequence[BaseRoute]) -> Callable[[Scope], str]:
     which middleware before the router does not know otherwise. It tries the routes in turn, as the router will."""
 
     def find(scope: Scope) -> str:
-        for route in routes:
-            match, child = route.matches(scope)
-            if match is Match.FULL:
-                return route_of({**scope, **child, "route": route})
-        return route_of(scope)
+        return _template(routes, scope) or route_of(scope)
 
     return find
+
+
+def _template(routes: Sequence[BaseRoute], scope: Scope) -> str | None:
+    for route in routes:
+        match, child = route.matches(scope)
+        if match is Match.FULL:
+            inside: Scope = {**scope, **child}
+            if isinstance(route, Mount):
+                return _template(route.routes, inside)
+            return route_of({**inside, "route": route})
+    return None
 
 
 async def refused(request: HTTPConnection, error: Exception) -> Response:
