@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
@@ -159,17 +158,25 @@ class Scripted:
         return f"http://127.0.0.1:{self.port}"
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
-            while True:
-                self.asked.append(await _request(reader))
-                told = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
-                if told.hangs:
-                    await reader.read()  # until the client goes
-                if told.hangs or told.status == 0:
-                    break
-                writer.write(_answer(told))
-                await writer.drain()
-        writer.transport.abort()
+        try:
+            while await self._answer(reader, writer):
+                pass
+        except (OSError, asyncio.IncompleteReadError):
+            pass  # the client has gone
+        finally:
+            writer.transport.abort()
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        """One request, answered; whether the connection stays."""
+        self.asked.append(await _request(reader))
+        told = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if told.hangs:
+            await reader.read()  # until the client goes
+        if told.hangs or told.status == 0:
+            return False
+        writer.write(_answer(told))
+        await writer.drain()
+        return True
 
 
 async def _request(reader: asyncio.StreamReader) -> Asked:

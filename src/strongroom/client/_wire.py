@@ -78,6 +78,13 @@ def base_url(url: str) -> str:
     return url.rstrip("/")
 
 
+def checked_timeout_s(timeout_s: float) -> float:
+    """A time-out that ends. Raises InvalidInput."""
+    if not 0 < timeout_s < float("inf"):
+        raise InvalidInput([Problem("timeout_s", f"found {timeout_s!r}, expected a number of seconds above 0")])
+    return timeout_s
+
+
 def bearer(key: str | None) -> dict[str, str]:
     """The Authorization header of a key, none without one. Raises InvalidInput, which does not show the key."""
     if key is None:

@@ -11,7 +11,7 @@ from urllib.parse import urlencode
 import httpx
 
 from .._aio import new_http, sleep
-from .._wire import Query, Retries, base_url, bearer, decode_page, no_answer, path
+from .._wire import Query, Retries, base_url, bearer, checked_timeout_s, decode_page, no_answer, path
 from ..errors import UnexpectedAnswer, error_of
 
 T = TypeVar("T")
@@ -38,7 +38,7 @@ class AsyncTransport:
         user_agent: str,
     ) -> None:
         self.url = base_url(url)
-        self.timeout_s = timeout_s
+        self.timeout_s = checked_timeout_s(timeout_s)
         self.retries = retries
         self._headers = {**bearer(key), "Accept": "application/json", "User-Agent": user_agent}
         self._owned = http is None
