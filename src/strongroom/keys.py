@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from .apikey import MAX_OVERLAP_S, NAME, ApiKey, KeyChanges, NewKey, due_at, parse, schedule_problem
+from .apikey import MAX_OVERLAP_S, NAME, ApiKey, Environment, KeyChanges, NewKey, due_at, parse, schedule_problem
+from .bulk import PAGE, Bulk, BulkStep, steps
 from .changes import ChangeFeed
 from .clock import Clock
 from .context import Context, new_id, system_context, utc_from_us
@@ -97,17 +98,33 @@ class Keys(Rotation):
     async def list(
         self,
         *,
+        tenant: str | None = None,
+        user_id: str | None = None,
+        owner: str | None = None,
+        environment: Environment | None = None,
+        name_prefix: str | None = None,
+        created_after: datetime | None = None,
+        created_before: datetime | None = None,
+        deleted: bool = False,
         limit: int = 100,
         cursor: str | None = None,
         context: Context | None = None,
-        **filters: Any,
     ) -> Page[ApiKey]:
-        """One page of the keys that `KeyFilter(**filters)` means; of one tenant where the caller is bound to one.
+        """One page of the keys for which all of this holds; of one tenant where the caller is bound to one.
 
-        Newest first; by name where `name_prefix` is given; with `deleted=True`, those deleted longest ago first.
-        Raises InvalidInput.
+        Newest first; by name where `name_prefix` is given; with `deleted`, which shows the deleted keys instead of the
+        others, those deleted longest ago first. Raises InvalidInput.
         """
-        wanted = KeyFilter(**filters).within(bound_to(context))
+        wanted = KeyFilter(
+            tenant, user_id, owner, environment, name_prefix, created_after, created_before, deleted=deleted
+        )
+        return await self.page(wanted, limit=limit, cursor=cursor, context=context)
+
+    async def page(
+        self, filter: KeyFilter, *, limit: int = 100, cursor: str | None = None, context: Context | None = None
+    ) -> Page[ApiKey]:
+        """As `list`, of the keys that a filter means."""
+        wanted = filter.within(bound_to(context))
         if wanted is None:
             return Page([], None)
         return await self._database.find(reader(context), ApiKey, wanted.query(limit), cursor)
@@ -287,6 +304,18 @@ class Keys(Rotation):
     async def _known_for(self, text: str | None, id: str | None) -> KnownKey | None:
         known = await super()._known_for(text, id)
         return None if known is None or known.deleted else known
+
+    # --- Many at once -----------------------------------------------------------------------------------------
+
+    def bulk(
+        self, bulk: Bulk, *, cursor: str | None = None, limit: int = PAGE, context: Context | None = None
+    ) -> AsyncIterator[BulkStep]:
+        """Change many keys, at most `limit` (1 to 500) a step: `async for step in keys.bulk(Bulk("disable", …))`.
+
+        Each key is changed whole or not at all; one that cannot be is told in its step, and passed over. Work that was
+        broken off goes on from the `cursor` of its last step. Raises InvalidInput, Unavailable.
+        """
+        return steps(self, bulk, cursor=cursor, limit=limit, context=context)
 
     # --- Statistics -------------------------------------------------------------------------------------------
 

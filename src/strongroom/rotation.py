@@ -20,9 +20,10 @@ from .context import Context, system_context, utc_from_us
 from .database import Idempotency, Replayed
 from .errors import Conflict, InvalidInput, NotFound, Problem
 from .keytext import DEFAULT_PREFIX, PREFIX_PATTERN, Hasher, generate, hint_of_imported, masked
+from .reservations import Reservations
 from .storage.port import Check
 from .transaction import Transaction
-from .verifier import Verifier, may_see
+from .verifier import may_see
 
 MAX_CLAIM_ATTEMPTS = 5
 """A text that another rotation replaces while it is being claimed is looked for again this often."""
@@ -42,7 +43,7 @@ class _ReplacedError(Conflict):
     """Another rotation has replaced the text since it was read. Never leaves this file."""
 
 
-class Rotation(Verifier):
+class Rotation(Reservations):
     """Verifies keys, and replaces their texts."""
 
     async def get(self, id: str, *, deleted: bool = False, context: Context | None = None) -> ApiKey:
