@@ -6,7 +6,7 @@ import decimal
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -16,48 +16,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from strongroom.context import us_from_utc, utc_from_us
+from strongroom.calendars import LAST_US, calendar_span
+from strongroom.context import us_from_utc
 from strongroom.windows import (
     BUCKETS_PER_WINDOW,
     MAX_AMOUNT,
+    MAX_SCOPE_CHARS,
+    MAX_SCOPE_NAMES,
     MONEY_SCALE,
     SATURATED,
     Anchored,
     Calendar,
     Limit,
+    Refill,
     Rolling,
     RollingCounter,
     Total,
     Window,
-    calendar_span,
     counter_for,
     from_units,
     to_units,
 )
+from tests.test_calendars import places, transitions, units_of_time, us
 
 SECOND = 1_000_000
 START = us_from_utc(datetime(2026, 3, 1, tzinfo=UTC))
-
-ZONES = [
-    "UTC",
-    "Europe/Berlin",
-    "America/New_York",
-    "Asia/Kolkata",  # half an hour
-    "Asia/Kathmandu",  # three quarters
-    "Australia/Lord_Howe",  # daylight saving of half an hour
-    "America/Sao_Paulo",  # midnight skipped
-    "America/Havana",  # midnight repeated
-    "Asia/Beirut",  # midnight skipped; the last hour of a day repeated
-    "Africa/Casablanca",
-    "Pacific/Chatham",
-    "Pacific/Apia",  # left out 30 December 2011
-    "Antarctica/Troll",  # two hours at once
-]
-
-
-def us(text: str) -> int:
-    return us_from_utc(datetime.fromisoformat(text))
-
 
 # --- The brute force ------------------------------------------------------------------------------------------
 
@@ -97,21 +80,6 @@ def anchored_span(events: Events, seconds: int, now: int) -> int | None:
         if start is None or moment >= start + seconds * SECOND:
             start = moment
     return start if start is not None and now < start + seconds * SECOND else None
-
-
-def label(unit: str, zone: ZoneInfo, moment: int) -> object:
-    """What two moments have in common that lie in one calendar unit."""
-    local = utc_from_us(moment).astimezone(zone)
-    offset = local.utcoffset() or timedelta()
-    seconds = moment // SECOND + int(offset.total_seconds())
-    labels: dict[str, Callable[[], object]] = {
-        "minute": lambda: seconds // 60 * 60 - int(offset.total_seconds()),
-        "hour": lambda: seconds // 3600 * 3600 - int(offset.total_seconds()),
-        "day": local.date,
-        "week": lambda: local.isocalendar()[:2],
-        "month": lambda: (local.year, local.month),
-    }
-    return labels[unit]()
 
 
 def first_fall(used_at: Callable[[int], int], most: int, candidates: list[int]) -> int | None:
@@ -258,109 +226,26 @@ def test_anchored_is_exact(steps: list[tuple[int, int]], seconds: int, most: int
 # --- Calendar -------------------------------------------------------------------------------------------------
 
 
-def transitions(zone: ZoneInfo, years: range) -> list[int]:
-    """When the zone's offset changes, to the second."""
-
-    def offset(moment: int) -> timedelta | None:
-        return utc_from_us(moment * SECOND).astimezone(zone).utcoffset()
-
-    found = []
-    at = int(datetime(years.start, 1, 1, tzinfo=UTC).timestamp())
-    end = int(datetime(years.stop, 1, 1, tzinfo=UTC).timestamp())
-    while at < end:
-        after = at + 14 * 86_400
-        if offset(at) != offset(after):
-            low, high = at, after
-            while high - low > 1:
-                middle = (low + high) // 2
-                low, high = (middle, high) if offset(middle) == offset(at) else (low, middle)
-            found.append(high * SECOND)
-        at = after
-    return found
-
-
-MOMENTS = {
-    name: [
-        *transitions(ZoneInfo(name), range(2025, 2028)),
-        *transitions(ZoneInfo(name), range(2011, 2013)),
-        *transitions(ZoneInfo(name), range(2017, 2019)),
-        us("2026-12-31T23:59:59+00:00"),
-        us("2024-02-29T12:00:00+00:00"),
-    ]
-    for name in ZONES
-}
-units_of_time = st.sampled_from(["minute", "hour", "day", "week", "month"])
-moments = st.sampled_from(ZONES).flatmap(lambda zone: st.tuples(st.just(zone), st.sampled_from(MOMENTS[zone])))
-
-
-@given(moments, units_of_time, st.integers(-3 * 86_400, 86_400), steps, st.integers(-1, 300))
+@given(places, units_of_time, steps, st.integers(-1, 300))
 def test_calendar_is_exact_across_daylight_saving(
-    moment: tuple[str, int], unit: str, offset: int, steps: list[tuple[int, int]], most: int
+    place: tuple[str, int], unit: str, steps: list[tuple[int, int]], most: int
 ) -> None:
-    name, near = moment
-    zone, events, now = ZoneInfo(name), Events(), near + offset * SECOND
+    name, now = place
+    zone, events = ZoneInfo(name), Events()
     window = Calendar.model_validate({"unit": unit, "timezone": name})
     counter = counter_for(window)
     for step, units in steps:
         now += step
         counter.add(now, units)
         events.add(now, units)
-        mine = label(unit, zone, now)
-        used = events.used(lambda moment: label(unit, zone, moment) == mine)  # noqa: B023 - used at once
+        start, end = calendar_span(unit, zone, now)
+        used = events.used(lambda moment: moment >= start)  # noqa: B023 - used at once
         assert counter.used(now) == used
-        end = counter.resets_at_us(now)
-        assert end is not None
-        assert end > now
-        assert label(unit, zone, end) != mine
-        assert label(unit, zone, end - 1) == mine
+        assert counter.resets_at_us(now) == counter.ends_us(now) == end
         assert counter.frees_at_us(now, most) == (now if used <= most else (end if most >= 0 else None))
         again = counter_for(window, counter.dump())
         assert again.used(end - 1) == used
         assert again.used(end) == 0
-
-
-# Their clocks were put back from just after midnight to before it, so that a day's last hour came after its end.
-BACK_ACROSS_MIDNIGHT = {"America/St_Johns": (2005, 2007), "Antarctica/Casey": (2009, 2011)}
-
-
-@pytest.mark.parametrize("name", [*ZONES, *BACK_ACROSS_MIDNIGHT])
-def test_a_calendar_window_always_contains_the_moment_it_was_asked_for(name: str) -> None:
-    # Otherwise it would end before it began, and every charge would begin another: a limit that limits nothing.
-    zone = ZoneInfo(name)
-    longest = {"minute": 60, "hour": 5400, "day": 28 * 3600, "week": 8 * 86_400, "month": 32 * 86_400}
-    for near in transitions(zone, range(*BACK_ACROSS_MIDNIGHT.get(name, (2025, 2030)))):
-        for offset in range(-7200, 7200, 613):
-            now = near + offset * SECOND + 1
-            for unit, most in longest.items():
-                start, end = calendar_span(unit, zone, now)
-                assert start <= now < end, (unit, utc_from_us(now))
-                assert end - start <= most * SECOND
-
-
-@pytest.mark.parametrize(
-    ("unit", "zone", "now", "start", "end"),
-    [
-        # The short and the long day of a zone with daylight saving.
-        ("day", "Europe/Berlin", "2026-03-29T12:00+02:00", "2026-03-29T00:00+01:00", "2026-03-30T00:00+02:00"),
-        ("day", "Europe/Berlin", "2026-10-25T02:30+01:00", "2026-10-25T00:00+02:00", "2026-10-26T00:00+01:00"),
-        # A repeated hour is two hours.
-        ("hour", "Europe/Berlin", "2026-10-25T02:30+02:00", "2026-10-25T02:00+02:00", "2026-10-25T02:00+01:00"),
-        ("hour", "Europe/Berlin", "2026-10-25T02:30+01:00", "2026-10-25T02:00+01:00", "2026-10-25T03:00+01:00"),
-        # Midnight does not exist: the day begins at one o'clock.
-        ("day", "Asia/Beirut", "2026-03-29T00:30+02:00", "2026-03-29T01:00+03:00", "2026-03-30T00:00+03:00"),
-        # Midnight comes twice: the first one counts.
-        ("day", "America/Havana", "2026-11-01T00:30-05:00", "2026-11-01T00:00-04:00", "2026-11-02T00:00-05:00"),
-        # A day that was left out.
-        ("day", "Pacific/Apia", "2011-12-29T12:00-10:00", "2011-12-29T00:00-10:00", "2011-12-31T00:00+14:00"),
-        ("hour", "Asia/Kolkata", "2026-05-05T10:10+05:30", "2026-05-05T10:00+05:30", "2026-05-05T11:00+05:30"),
-        ("week", "America/New_York", "2026-03-08T23:00-04:00", "2026-03-02T00:00-05:00", "2026-03-09T00:00-04:00"),
-        ("month", "Asia/Kathmandu", "2024-02-29T23:59:59+05:45", "2024-02-01T00:00+05:45", "2024-03-01T00:00+05:45"),
-        ("month", "UTC", "2026-12-31T23:59:59+00:00", "2026-12-01T00:00+00:00", "2027-01-01T00:00+00:00"),
-        ("minute", "UTC", "2026-01-01T00:00:59+00:00", "2026-01-01T00:00+00:00", "2026-01-01T00:01+00:00"),
-    ],
-)  # fmt: skip
-def test_calendar_spans_known_by_hand(unit: str, zone: str, now: str, start: str, end: str) -> None:
-    assert calendar_span(unit, ZoneInfo(zone), us(now)) == (us(start), us(end))
 
 
 # --- Total, and what all have in common -----------------------------------------------------------------------
@@ -386,9 +271,15 @@ WINDOWS: list[Window] = [
     Calendar(unit="day", timezone="Europe/Berlin"),
     Total(),
 ]
+REFILLED: list[Window] = [
+    Total(refill=Refill(amount=3, seconds=7)),
+    Total(refill=Refill(amount=40, unit="hour", timezone="Australia/Lord_Howe")),
+    Total(refill=Refill(amount=1, unit="minute")),
+    Total(refill=Refill(amount=500, unit="month", timezone="Europe/Berlin")),
+]
 
 
-@given(st.sampled_from(WINDOWS), steps, st.data())
+@given(st.sampled_from([*WINDOWS, *REFILLED]), steps, st.data())
 def test_a_counter_goes_on_from_its_dump_at_any_moment(
     window: Window, steps: list[tuple[int, int]], data: st.DataObject
 ) -> None:
@@ -405,7 +296,7 @@ def test_a_counter_goes_on_from_its_dump_at_any_moment(
         assert other.frees_at_us(now, 10) == counter.frees_at_us(now, 10)
 
 
-@given(st.sampled_from(WINDOWS), steps, st.integers(0, 10**12))
+@given(st.sampled_from([*WINDOWS, *REFILLED]), steps, st.integers(0, 10**12))
 def test_a_clock_that_goes_back_frees_nothing(window: Window, steps: list[tuple[int, int]], back: int) -> None:
     counter, now = counter_for(window), START
     for step, units in steps:
@@ -427,7 +318,7 @@ def test_a_clock_that_goes_back_frees_nothing(window: Window, steps: list[tuple[
         assert counter_for(window, counter.dump()).used(frees) <= 2
 
 
-@pytest.mark.parametrize("window", WINDOWS, ids=lambda window: window.kind)
+@pytest.mark.parametrize("window", [*WINDOWS, Total(refill=Refill(amount=1, unit="day"))], ids=lambda w: w.kind)
 def test_counters_stop_at_int64_and_still_deny(window: Window) -> None:
     counter = counter_for(window)
     for _ in range(25):
@@ -443,12 +334,227 @@ def test_counters_stop_at_int64_and_still_deny(window: Window) -> None:
     )
 
 
+@given(st.sampled_from([*WINDOWS, *REFILLED]), steps)
+def test_what_was_used_at_a_past_moment_counts_as_if_it_had_been_counted_then(
+    window: Window, steps: list[tuple[int, int]]
+) -> None:
+    live, later, now = counter_for(window), counter_for(window), START
+    for step, units in steps:
+        now += step
+        live.add(now, units)
+        later.add_at(now, units)
+    for ahead in (0, SECOND, 3600 * SECOND):
+        assert later.used(now + ahead) == live.used(now + ahead)
+        assert later.ends_us(now + ahead) == live.ends_us(now + ahead)
+        assert later.frees_at_us(now + ahead, 3) == live.frees_at_us(now + ahead, 3)
+
+
+@given(st.sampled_from(WINDOWS), steps, st.integers(0, 10**11), st.integers(1, 40))
+def test_what_was_used_before_the_present_window_does_not_count(
+    window: Window, steps: list[tuple[int, int]], back: int, units: int
+) -> None:
+    counter, now = counter_for(window), START
+    for step, more in steps:
+        now += step
+        counter.add(now, more)
+    used, end = counter.used(now), counter.ends_us(now)
+    moment = now - back
+    counter.add_at(moment, units)
+    match window:
+        case Rolling(seconds=seconds):
+            bucket = bucket_of(seconds)
+            counts = now < (moment // bucket + 1) * bucket + seconds * SECOND
+        case Anchored(seconds=seconds):
+            # Without an open window it begins one, if that is still open now and no earlier one stood there.
+            counts = moment >= end - seconds * SECOND if end is not None else now < moment + seconds * SECOND
+            counts = counts and (end is not None or counter.ends_us(now) == moment + seconds * SECOND)
+        case Calendar(unit=unit, timezone=zone):
+            counts = moment >= calendar_span(unit, ZoneInfo(zone), now)[0]
+        case _:
+            counts = True
+    assert counter.used(now) == used + (units if counts else 0)
+    if end is not None:
+        assert counter.ends_us(now) == end
+
+
+def test_an_anchored_window_begins_at_the_past_moment_if_there_is_none() -> None:
+    counter = counter_for(Anchored(seconds=100))
+    counter.add_at(START - 30 * SECOND, 4)
+    assert counter.used(START) == 4
+    assert counter.ends_us(START) == START + 70 * SECOND
+    counter.add_at(START - 31 * SECOND, 9)  # before the window that is open
+    counter.add_at(START - 30 * SECOND, 1)
+    assert counter.used(START) == 5
+    assert counter.used(START + 70 * SECOND) == 0
+
+
+@given(st.sampled_from([*WINDOWS, *REFILLED]), steps)
+def test_a_span_ends_when_it_says(window: Window, steps: list[tuple[int, int]]) -> None:
+    counter, now = counter_for(window), START
+    for step, units in steps:
+        now += step
+        counter.add(now, units)
+        end = counter.ends_us(now)
+        if not isinstance(window, Anchored | Calendar):
+            assert end is None
+        elif end is not None:
+            assert end > now
+            again = counter_for(window, counter.dump())
+            assert again.ends_us(end - 1) == end
+            assert again.used(end) == 0
+
+
 def test_what_saturates_one_rolling_bucket_does_not_hide_the_next() -> None:
     counter = RollingCounter(Rolling(seconds=60))
     counter.add(START, SATURATED)
     counter.add(START + 30 * SECOND, 500)
     assert counter.used(START + 30 * SECOND) == SATURATED
     assert counter.used(START + 61 * SECOND) == 500
+
+
+# --- Refills --------------------------------------------------------------------------------------------------
+
+
+def beginnings(refill: Refill, after: int, until: int) -> list[int]:
+    """The moments of the refills in (after, until], one by one."""
+    if refill.seconds is not None:
+        step = refill.seconds * SECOND
+        return list(range((after // step + 1) * step, until + 1, step))
+    found, zone = [], ZoneInfo(refill.timezone or "")
+    end = calendar_span(refill.unit or "", zone, after)[1]
+    while end <= until:
+        found.append(end)
+        end = calendar_span(refill.unit or "", zone, end)[1]
+    return found
+
+
+@dataclass
+class Bucket:
+    """A total with a refill, walked from refill to refill."""
+
+    refill: Refill
+    at: int
+    used: int = 0
+
+    def move(self, now: int) -> None:
+        for _ in beginnings(self.refill, self.at, now):
+            self.used = max(0, self.used - self.refill.units)
+        self.at = now
+
+
+refills = st.one_of(
+    st.builds(lambda amount, step: Refill(amount=amount, seconds=step), st.integers(1, 90), st.integers(60, 9999)),
+    st.builds(
+        lambda amount, unit, place: Refill(amount=amount, unit=unit, timezone=place[0]),
+        st.integers(1, 90),
+        st.sampled_from(["hour", "day", "week", "month"]),
+        places,
+    ),
+)
+
+
+@given(refills, st.data(), steps, st.integers(-1, 300))
+def test_a_refill_gives_back_as_much_as_began_and_never_more_than_was_used(
+    refill: Refill, data: st.DataObject, steps: list[tuple[int, int]], most: int
+) -> None:
+    near = transitions(refill.timezone) if refill.timezone is not None else ()
+    now = data.draw(st.sampled_from(near)) if near else START
+    window = Total(refill=refill)
+    counter, bucket = counter_for(window), Bucket(refill, now)
+    counter.add(now, 0)
+    for step, units in steps:
+        now += step
+        bucket.move(now)
+        bucket.used += units
+        counter.add(now, units)
+        assert counter.used(now) == bucket.used
+        state = json.loads(json.dumps(counter.dump()))
+        assert state == [bucket.used, now]
+        following = counter.resets_at_us(now)
+        assert (following is None) == (bucket.used == 0)
+        if following is not None:
+            assert counter_for(window, state).used(following - 1) == bucket.used
+            assert counter_for(window, state).used(following) == max(0, bucket.used - refill.units)
+        frees = counter.frees_at_us(now, most)
+        if bucket.used <= most:
+            assert frees == now
+        elif most < 0:
+            assert frees is None
+        else:
+            assert frees is not None
+            assert counter_for(window, state).used(frees - 1) > most
+            assert counter_for(window, state).used(frees) <= most
+
+
+@given(st.decimals("0.000000001", 100, places=9), st.lists(st.tuples(st.integers(0, 5), st.decimals(0, 50, places=9))))
+def test_a_budget_of_money_is_exact_through_use_and_refills(amount: Decimal, steps: list[tuple[int, Decimal]]) -> None:
+    limit = Limit(resource="cost", limit=Decimal(1000), window=Total(refill=Refill(amount=amount, unit="day")))
+    limit = Limit.model_validate(limit.model_dump())
+    counter, used, now = counter_for(limit.window), Decimal(0), START
+    for later, cost in steps:
+        now += later * 86_400 * SECOND
+        used = max(Decimal(0), used - later * amount) + cost
+        counter.add(now, to_units("cost", cost))
+        assert Decimal(from_units("cost", counter.used(now))) == used
+        days = -(-to_units("cost", used) // to_units("cost", amount))
+        frees = now + days * 86_400 * SECOND
+        assert counter.frees_at_us(now, 0) == (frees if frees <= LAST_US else None)
+
+
+def test_a_whole_amount_of_money_is_not_taken_for_billionths() -> None:
+    limit = Limit.model_validate(
+        {"resource": "cost", "limit": 9, "window": {"kind": "total", "refill": {"amount": 2, "seconds": 60}}}
+    )
+    again = Limit.model_validate(limit.model_dump())
+    for one in (limit, again):
+        counter = counter_for(one.window)
+        counter.add(START, to_units("cost", 5))
+        assert from_units("cost", counter.used(START + 60 * SECOND)) == 3
+
+
+def test_a_century_of_minutes_is_given_back_at_once() -> None:
+    counter = counter_for(Total(refill=Refill(amount=1, unit="minute", timezone="Europe/Berlin")))
+    counter.add(START, 10**15)
+    century = 100 * 365 * 86_400
+    assert counter.used(START + century * SECOND) == 10**15 - century // 60
+
+
+def test_what_was_counted_before_there_was_a_refill_comes_back_from_then_on() -> None:
+    counter = counter_for(Total(refill=Refill(amount=10, unit="day")), [25])
+    assert counter.dump() == [25]
+    assert counter.used(START + 3600 * SECOND) == 25
+    assert counter.used(START + 86_400 * SECOND) == 15
+    assert counter.dump() == [15, START + 86_400 * SECOND]
+
+
+def test_a_refill_that_is_changed_or_taken_away_neither_gives_nor_takes_for_the_past() -> None:
+    daily = counter_for(Total(refill=Refill(amount=10, unit="day")))
+    daily.add(START + 3 * 3600 * SECOND, 100)
+    hourly = counter_for(Total(refill=Refill(amount=1, unit="hour")), daily.dump())
+    assert hourly.used(START + 5 * 3600 * SECOND) == 98
+    fixed = counter_for(Total(), hourly.dump())
+    assert fixed.used(START + 10**13) == 98
+    assert fixed.dump() == [98]
+
+
+def test_a_clock_that_went_back_makes_no_refill_come_twice() -> None:
+    counter = counter_for(Total(refill=Refill(amount=10, unit="day")))
+    day = 86_400 * SECOND
+    counter.add(START + 3 * day, 100)
+    assert counter.used(START + 1 * day) == 100
+    assert counter.frees_at_us(START + 1 * day, 90) == START + 4 * day
+    assert counter.used(START + 3 * day) == 100
+    assert counter.used(START + 4 * day) == 90
+
+
+def test_what_never_comes_back_in_time_frees_never() -> None:
+    counter = counter_for(Total(refill=Refill(amount=1, unit="month")))
+    counter.add(START, MAX_AMOUNT)
+    assert counter.frees_at_us(START, 0) is None
+    assert counter.frees_at_us(START, MAX_AMOUNT - 1) == us("2026-04-01T00:00+00:00")
+    seconds = counter_for(Total(refill=Refill(amount=1, seconds=86_400)))
+    seconds.add(START, MAX_AMOUNT)
+    assert seconds.frees_at_us(START, 0) is None
 
 
 # --- Amounts --------------------------------------------------------------------------------------------------
@@ -522,6 +628,133 @@ def test_a_limit_is_the_same_counter_whatever_its_height() -> None:
     assert Limit(resource="tokens", limit=1, window=window).id == Limit(resource="tokens", limit=9, window=window).id
     limits = [Limit(resource="tokens", limit=1, window=w) for w in [*WINDOWS, Calendar(unit="day")]]
     assert len({limit.id for limit in limits}) == len(limits)
+    refilled = Limit(resource="tokens", limit=1, window=Total(refill=Refill(amount=1, unit="day")))
+    assert refilled.id == Limit(resource="tokens", limit=1, window=Total()).id == "tokens|total"
+
+
+def test_limits_of_other_models_or_routes_are_other_counters_whatever_the_order_of_their_names() -> None:
+    def id(**scope: tuple[str, ...]) -> str:
+        return Limit(resource="tokens", limit=1, window=Rolling(seconds=60), **scope).id
+
+    assert id() == "tokens|rolling|60"  # as ever: the counters of stored keys go on
+    assert id(models=("a", "b")) == id(models=("b", "a")) == id(models=("b", "a", "b"))
+    different = [
+        id(), id(models=("a",)), id(routes=("a",)), id(models=("a", "b")), id(models=("a,b",)), id(models=("a|b",)),
+        id(models=("a",), routes=("b",)), id(models=("b",), routes=("a",)), id(models=('a", "b',)),
+    ]  # fmt: skip
+    assert len(set(different)) == len(different)
+    assert len(id(models=tuple(f"{n:0200}" for n in range(32)))) < 100
+
+
+def test_a_limit_on_concurrency_needs_no_window() -> None:
+    limit = Limit.model_validate({"resource": "concurrency", "limit": 3})
+    assert limit.window == Total()
+    assert limit.id == "concurrency|total"
+    assert Limit.model_validate({"resource": "concurrency", "limit": 3, "window": {"kind": "total"}}) == limit
+
+
+@pytest.mark.parametrize("window", WINDOWS + REFILLED, ids=lambda window: window.kind)
+def test_a_limit_is_read_back_as_it_was(window: Window) -> None:
+    limit = Limit(resource="tokens", limit=5, window=window, models=("gpt-*",), routes=("/v1/chat",))
+    assert Limit.model_validate(limit.model_dump()) == limit
+    assert Limit.model_validate_json(limit.model_dump_json()) == limit
+
+
+MESSAGES = [
+    (
+        {"window": {"kind": "sliding"}},
+        "window.kind",
+        "found 'sliding', expected one of rolling, anchored, ",
+    ),
+    ({"window": {"seconds": 5}}, "window.kind", "is required: one of rolling, anchored, calendar or total"),
+    ({"window": 5}, "window", "found int, expected an object with a kind: rolling, anchored, calendar or total"),
+    ({"window": None}, "window", "is required, with a kind: rolling, anchored, calendar or total"),
+    (
+        {"window": {"kind": "calendar", "unit": "year"}},
+        "window.calendar.unit",
+        "found 'year', expected one of minute, hour, day, week or month",
+    ),
+    (
+        {"window": {"kind": "calendar", "unit": "day", "timezone": "Mars"}},
+        "window.calendar.timezone",
+        "found 'Mars', expected an IANA time zone such as UTC or Europe/Berlin",
+    ),
+    (
+        {"window": {"kind": "rolling", "seconds": 5, "refill": {"amount": 1, "unit": "day"}}},
+        "window.rolling.refill",
+        "a refill needs a window of kind total",
+    ),
+    ({"refill": {"amount": 1}}, "window.total.refill.seconds", "expected exactly one of unit and seconds"),
+    (
+        {"refill": {"amount": 1, "unit": "day", "seconds": 5}},
+        "window.total.refill.seconds",
+        "expected exactly one of unit and seconds",
+    ),
+    ({"refill": {"amount": 1, "unit": "year"}}, "window.total.refill.unit", "found 'year', expected one of minute, "),
+    (
+        {"refill": {"amount": 1, "unit": "day", "timezone": []}},
+        "window.total.refill.timezone",
+        "found list, ",
+    ),
+    (
+        {"refill": {"amount": 1, "seconds": 5, "timezone": "UTC"}},
+        "window.total.refill.timezone",
+        "a refill has a timezone only with a unit",
+    ),
+    ({"refill": {"amount": 0, "unit": "day"}}, "window.total.refill.amount", "found 0, expected more than 0"),
+    ({"refill": {"amount": -0.5, "unit": "day"}}, "window.total.refill.amount", "found -0.5, expected more than 0"),
+    ({"refill": {"amount": "9", "unit": "day"}}, "window.total.refill.amount", "found str, expected a number"),
+    ({"refill": {"amount": 1.5, "unit": "day"}}, "window.refill.amount", "found 1.5, expected a whole number"),
+    (
+        {"refill": {"amount": MAX_AMOUNT + 1, "unit": "day"}},
+        "window.refill.amount",
+        f"found {MAX_AMOUNT + 1}",
+    ),
+    (
+        {"resource": "cost", "refill": {"amount": Decimal("1E-10"), "unit": "day"}},
+        "window.refill.amount",
+        "found 1E-10, expected at most 9 decimals",
+    ),
+    (
+        {"resource": "concurrency", "window": {"kind": "rolling", "seconds": 5}},
+        "window",
+        "concurrency counts what is open now: expected no window, or total without a refill",
+    ),
+    (
+        {"resource": "concurrency", "refill": {"amount": 1, "seconds": 5}},
+        "window",
+        "concurrency counts what is open now: expected no window, or total without a refill",
+    ),
+    ({"models": ["a*b"]}, "models", "found 'a*b', expected * only at the end"),
+    ({"models": [""]}, "models", f"found '', expected 1 to {MAX_SCOPE_CHARS} printable characters"),
+    ({"routes": ["x" * 201]}, "routes", f"found {'x' * 64!r}, expected 1 to {MAX_SCOPE_CHARS} printable"),
+    ({"routes": ["a\nb"]}, "routes", "found 'a\\nb', expected 1 to 200 printable characters"),
+    ({"routes": ["a"] * 33}, "routes", f"found 33 names, expected at most {MAX_SCOPE_NAMES}"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "path", "message"), MESSAGES)
+def test_a_wrong_limit_is_told_where_and_what_was_expected(wrong: dict[str, Any], path: str, message: str) -> None:
+    fields = {"resource": "tokens", "limit": 5, "window": {"kind": "total"}, **wrong}
+    if "refill" in fields:
+        fields["window"] = {"kind": "total", "refill": fields.pop("refill")}
+    with pytest.raises(ValidationError) as caught:
+        Limit.model_validate(fields)
+    found = [
+        (".".join(map(str, item["loc"])), item["msg"].removeprefix("Value error, ")) for item in caught.value.errors()
+    ]
+    assert len(found) == 1
+    assert found[0][0] == path
+    assert found[0][1].startswith(message)
+
+
+def test_everything_that_is_wrong_with_a_refill_is_told_at_once() -> None:
+    refill = {"amount": 0, "unit": "year", "timezone": "Mars", "seconds": 0, "more": 1}
+    with pytest.raises(ValidationError) as caught:
+        Limit.model_validate({"resource": "T", "limit": -1, "window": {"kind": "total", "refill": refill}})
+    assert {item["loc"][-1] for item in caught.value.errors()} == {
+        "resource", "limit", "amount", "unit", "timezone", "seconds", "more"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,8 @@ def _shown(unit: str, zone: ZoneInfo, us: int) -> int:
 def _start(unit: str, zone: ZoneInfo, number: int) -> int:
     """The first moment at which the wall clock shows the unit of this number, or a later one."""
     if unit in _CLOCK_US:
-        return _clock_start(unit, zone, number)
+        us = number * _CLOCK_US[unit]
+        return us - _phase(unit, zone, us)
     if unit == "month":
         first = date(number // 12, number % 12 + 1, 1)
     else:
@@ -90,18 +91,6 @@ def _start(unit: str, zone: ZoneInfo, number: int) -> int:
         return us
     # Clocks skip this midnight, somewhere between it by the clock after (fold=1) and by the clock before.
     return _first(zone, us_from_utc(midnight.replace(fold=1)), us, midnight.replace(tzinfo=None))
-
-
-def _clock_start(unit: str, zone: ZoneInfo, number: int) -> int:
-    length = _CLOCK_US[unit]
-    us = number * length - _phase(unit, zone, number * length)
-    if _shown(unit, zone, us) == number and _shown(unit, zone, us - 1) < number:
-        return us
-    low, high = (number - 1) * length, (number + 1) * length  # near where clocks move by a part of the unit
-    while high - low > _SECOND:
-        middle = (low + high) // 2 // _SECOND * _SECOND
-        low, high = (low, middle) if _shown(unit, zone, middle) >= number else (middle, high)
-    return high
 
 
 def _first(zone: ZoneInfo, low: int, high: int, wall: datetime) -> int:
