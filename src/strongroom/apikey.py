@@ -44,7 +44,7 @@ RESTORABLE_FOR_S = 30 * 86_400
 """How long a deleted key can be restored; after that it is removed for good."""
 TEST_PREFIX = f"{DEFAULT_PREFIX}_test"
 """What the text of a test key begins with instead of DEFAULT_PREFIX."""
-HIDDEN = frozenset({"hash", "previous_hash", "sealed", "verifier", "due_at"})
+HIDDEN = frozenset({"hash", "previous_hash", "sealed", "previous_sealed", "verifier", "due_at"})
 """Fields of a key that nobody is shown."""
 Environment = Literal["live", "test"]
 M = TypeVar("M", bound=BaseModel)
@@ -71,7 +71,8 @@ class ApiKey(
     placed_by="hash",
 ):
     """One key. It belongs to a tenant, but is not stored under it: a verification does not know the tenant before it
-    has found the key. `hash` is what the text is found by, `sealed` its SHA-256 encrypted, for exports.
+    has found the key. `hash` is what the text is found by, `sealed` its SHA-256 encrypted, for exports;
+    `previous_hash` and `previous_sealed` are those of the text that was rotated away.
 
     `last_used` and `usage_count` are copied from the key's usage in the background, about once a minute (a new version
     of the key, but no change that the journal tells of); the statistics of a key are as of now.
@@ -89,6 +90,7 @@ class ApiKey(
     previous_hash: Annotated[str | None, Indexed(unique=True)] = None
     previous_until: datetime | None = None
     sealed: Annotated[bytes | None, Secret()] = None
+    previous_sealed: Annotated[bytes | None, Secret()] = None
     display: str
     user_id: str | None = None
     permissions: list[str] = []

@@ -315,7 +315,7 @@ class _Row:
         elif digest := _HASH_AS_KEY.fullmatch(value):
             self.shown = f"sha256:{digest[1][:8]}…"
             self.sha256 = bytes.fromhex(digest[1])
-        elif problem := _key_problem(value):
+        elif problem := key_problem(value):
             self.wrong("key", problem)
         else:
             self.shown = masked(value)
@@ -403,7 +403,7 @@ class _Row:
             self.note(name, f"lies ahead: these tokens count until {_z(start_us + WINDOW_S * 1_000_000)}")
 
 
-def _key_problem(text: str) -> str | None:
+def key_problem(text: str) -> str | None:
     if not text:
         return "found an empty text, expected the key"
     if len(text) > MAX_KEY_CHARS:

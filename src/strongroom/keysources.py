@@ -66,7 +66,7 @@ async def add_secret(
     database: Database, hasher: Hasher, imported: Imported, secret: bytes, context: Context
 ) -> tuple[Imported, str]:
     """The store with this secret, and its id; it may be there already. InvalidInput if it is none, or one too many."""
-    if (there := id_of(imported, secret)) is not None:
+    if (there := secret_id(imported, secret)) is not None:
         return imported, there
     if not 1 <= len(secret) <= MAX_SECRET_BYTES:
         raise InvalidInput([Problem("hmac_secret", f"found {len(secret)} bytes, expected 1 to {MAX_SECRET_BYTES}")])
@@ -82,7 +82,7 @@ async def add_secret(
     raise InvalidInput([Problem("hmac_secret", "other secrets are there whose pepper is not configured any more")])
 
 
-def id_of(imported: Imported, secret: bytes) -> str | None:
+def secret_id(imported: Imported, secret: bytes) -> str | None:
     """The id of a secret that the store has; None if it has it not."""
     return next((id for id, known in imported.secrets.items() if hmac.compare_digest(known, secret)), None)
 

@@ -160,17 +160,19 @@ class Rotation(Reservations):
         """The fields of a key that change with this new text, for a transaction that does more than rotate."""
         moment = self._now()
         old: str | None = now.hash
+        old_sealed = now.sealed
         if now.unclaimed is not None:  # nobody has ever had the current text: who holds the key has the one before
             in_overlap = now.previous_until is not None and moment < now.previous_until
-            old = now.previous_hash if in_overlap else None
+            old, old_sealed = (now.previous_hash, now.previous_sealed) if in_overlap else (None, None)
         if not overlap_s:
-            old = None
+            old = old_sealed = None
         later = moment + timedelta(seconds=now.rotate_every_s) if now.rotate_every_s is not None else None
         return {
             "hash": self.hasher.hash(text),
             "sealed": self.hasher.seal(hashlib.sha256(text.encode()).digest()),
             "display": masked(text),
             "previous_hash": old,
+            "previous_sealed": old_sealed,
             "previous_until": moment + timedelta(seconds=overlap_s) if old is not None else None,
             # What an old text of another system is compared with, as long as it works.
             "verifier": now.verifier if old is not None and hint_of_imported(old) is not None else None,

@@ -36,7 +36,6 @@ class SlowChecks:
         self._compare = compare
         self._pool: ThreadPoolExecutor | None = None
         self._closed = False
-        self._waiting = 0
         self._outcomes: dict[bytes, bool] = {}
         self._running: dict[bytes, asyncio.Task[bool]] = {}
         self._left: dict[str, tuple[float, float]] = {}
@@ -61,7 +60,7 @@ class SlowChecks:
         return await asyncio.shield(task)
 
     def _admit(self, hint: str) -> None:
-        if self._closed or self._waiting >= MAX_WAITING + THREADS:
+        if self._closed or len(self._running) >= MAX_WAITING + THREADS:
             raise TooManyRequests("too many keys are being used for the first time at once: try again in a moment")
         now = time.monotonic()
         left, at = self._left.get(hint, (float(GUESSES), now))
@@ -77,11 +76,9 @@ class SlowChecks:
     async def _run(self, name: bytes, hint: str, text: str, verifier: str) -> bool:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="strongroom-hash")
-        self._waiting += 1
         try:
             same = await asyncio.get_running_loop().run_in_executor(self._pool, self._compare, verifier, text)
         finally:
-            self._waiting -= 1
             del self._running[name]
         self.hashed += 1
         if len(self._outcomes) >= MAX_REMEMBERED:

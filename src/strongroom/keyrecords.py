@@ -1,0 +1,641 @@
+"""Files of records: a key or a quota a line, with all that is known of it, as JSON Lines or CSV. Pure.
+
+    {"hash": "pbkdf2_sha256$…", "prefix": "abcdefgh", "name": …, "tenant": …, "user_id": …, "limits": […], …}
+    {"id": "key_…", "hash": "sha256:…", "name": …, "usage": {"count": …, "totals": …, "counters": …}, …}
+    {"type": "quota", "kind": "user", "tenant": …, "name": …, "limits": […], "usage": …}
+
+It is what other systems' keys are imported from, whatever hash these have of them (`keyhash.py`), and what one store
+gives to another without loss. A CSV file has the same names in its first line; lists and objects stand in it as JSON.
+The columns of djangorestframework-api-key's table are read as they are, from CSV and from Django's `dumpdata`.
+
+A row is refused, with every reason, or accepted as it stands: nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any
+
+import msgspec
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator
+
+from .apikey import ALL_TENANTS, Environment, KeyFields, parse, schedule_problem
+from .context import MAX_TENANT_BYTES, text_problem
+from .errors import InvalidInput
+from .keyfile import Finding, KeyFileError, key_problem
+from .keyhash import ForeignHash, understood
+from .keytext import HINT_SLOTS, MAX_HINT_CHARS, HintRule, masked
+from .quotas import QuotaKind, quota_id
+from .values import MAX_ID_BYTES
+from .windows import MAX_LIMITS, SATURATED, Limit, counter_for
+
+MAX_LINE_BYTES = 1 << 20
+MAX_COUNTERS = 200
+MAX_BUCKETS = 1_000
+MAX_DISPLAY_CHARS = 64
+MAX_AHEAD_S = 86_400
+"""Usage may be told from this far ahead of now, for clocks that differ; what lies further ahead is a mistake."""
+
+_KEY_ID = re.compile(r"key_[0-9A-Za-z_-]{1,96}")
+_SHORT_OFFSET = re.compile(r"[+-]\d\d$")
+_LISTS = ("permissions", "allowed_ips", "groups", "allowed_models", "allowed_routes")
+_OBJECTS = ("metadata", "limits", "usage")
+_BOOLEANS = {"true": True, "t": True, "1": True, "yes": True, "false": False, "f": False, "0": False, "no": False}
+_TIMES = ("created_at", "expires_at", "last_used", "previous_until", "next_rotation_at", "leaked_at", "deleted_at")
+_OF_DJANGO = {"hashed_key": "hash", "created": "created_at", "expiry_date": "expires_at"}
+_HASHES = ("id", "key", "hash", "prefix", "hint", "previous_hash")
+_USED = frozenset({"last_used", "usage_count", "usage"})
+
+
+class UsageLine(BaseModel):
+    """What a key or a quota has used, as a store keeps it: amounts are units (billionths of money), `at` microseconds
+    since the epoch, each counter's state as `counters.py` has it."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    count: int = Field(default=0, ge=0, le=SATURATED)
+    last_used_at: datetime | None = None
+    totals: dict[str, int] = Field(default={}, max_length=MAX_COUNTERS)
+    counters: dict[str, list[Any]] = Field(default={}, max_length=MAX_COUNTERS)
+    at: int = Field(default=0, ge=0, le=SATURATED)
+
+    @field_validator("last_used_at")
+    @classmethod
+    def _plausible(cls, value: datetime | None) -> datetime | None:
+        return _moment(value)
+
+    @field_validator("totals")
+    @classmethod
+    def _counted(cls, value: dict[str, int]) -> dict[str, int]:
+        for name, units in value.items():
+            if not 0 <= units <= SATURATED:
+                raise ValueError(f"found {units} of {name[:64]!r}, expected 0 to {SATURATED}")
+        return value
+
+    @field_validator("counters")
+    @classmethod
+    def _states(cls, value: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        for id, state in value.items():
+            if problem := _state_problem(state):
+                raise ValueError(f"{id[:64]!r}: {problem}")
+        return value
+
+
+class _KeyLine(KeyFields):
+    """What a line may say of a key, but for what it is found by."""
+
+    tenant: str | None = None
+    enabled: StrictBool = True
+    environment: Environment = "live"
+    created_at: datetime | None = None
+    last_used: datetime | None = None
+    usage_count: int = Field(default=0, ge=0, le=SATURATED)
+    previous_until: datetime | None = None
+    next_rotation_at: datetime | None = None
+    leaked_at: datetime | None = None
+    deleted_at: datetime | None = None
+    display: str | None = Field(default=None, min_length=1, max_length=MAX_DISPLAY_CHARS)
+    usage: UsageLine | None = None
+
+    @field_validator("tenant")
+    @classmethod
+    def _one_tenant(cls, value: str | None) -> str | None:
+        return _tenant(value)
+
+    @field_validator(*_TIMES, check_fields=False)
+    @classmethod
+    def _plausible(cls, value: datetime | None) -> datetime | None:
+        return _moment(value)
+
+
+class _QuotaLine(BaseModel):
+    """What a line may say of a quota."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    tenant: str | None = None
+    kind: QuotaKind
+    name: str = ""
+    limits: list[Limit] = Field(default=[], max_length=MAX_LIMITS)
+    description: str | None = Field(default=None, max_length=2_000)
+    usage: UsageLine | None = None
+
+    @field_validator("tenant")
+    @classmethod
+    def _one_tenant(cls, value: str | None) -> str | None:
+        return _tenant(value)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRecord:
+    """A key of a file. `fields` are those of `ApiKey` that the line says, `path` is where it stands.
+
+    It is found by its `text` where the file has that, else by `hash`; a hash with a salt has a `hint` beside it.
+    """
+
+    path: str
+    id: str
+    tenant: str
+    fields: dict[str, Any]
+    text: str | None = field(repr=False)
+    hash: ForeignHash
+    hint: tuple[HintRule, str] | None
+    previous: ForeignHash | None
+    usage: UsageLine | None
+
+    @property
+    def name(self) -> str:
+        return str(self.fields["name"])
+
+
+@dataclass(frozen=True, slots=True)
+class QuotaRecord:
+    """A quota of a file."""
+
+    path: str
+    id: str
+    tenant: str
+    fields: dict[str, Any]
+    usage: UsageLine | None
+
+    @property
+    def name(self) -> str:
+        return f"quota of {self.fields['kind']} {self.fields['name']}".rstrip()
+
+
+Record = KeyRecord | QuotaRecord
+
+
+# --- Reading: the file ------------------------------------------------------------------------------------------
+
+
+def is_records(beginning: bytes) -> bool:
+    """Whether a file that begins like this is one of records, and not one of `keyfile`'s shapes."""
+    first = beginning.removeprefix(b"\xef\xbb\xbf").lstrip()[:MAX_LINE_BYTES].split(b"\n", 1)[0].strip()
+    if first.startswith(b"{"):
+        try:
+            return "keys" not in msgspec.json.decode(first, type=dict[str, msgspec.Raw])
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return False
+    columns = {name.strip(b' "') for name in re.split(rb"[,;\t]", first)}
+    return b"name" in columns and not columns.isdisjoint((b"hash", b"key", b"hashed_key", b"id"))
+
+
+class RecordReader:
+    """Reads a file of records line by line; each record comes with what was found of it. One for one pass of a file.
+
+    `tenant` is that of rows which name none. `with_secret`: the secret of the file's HMACs is known.
+    """
+
+    def __init__(self, tenant: str, now_us: int, *, with_secret: bool = False) -> None:
+        self._tenant = tenant
+        self._now_us = now_us
+        self._with_secret = with_secret
+        self._seen: dict[int, int] = {}
+        self._hints: dict[str, int] = {}
+
+    def read(self, lines: Iterable[bytes]) -> Iterator[tuple[Record | None, list[Finding]]]:
+        """The records of a file, None for one that is refused. KeyFileError if it is no file of records."""
+        for number, row, problem in _rows(lines):
+            line = _Line(number, row)
+            if problem is not None:
+                line.wrong("", problem)
+            record = line.record(self._tenant, self._now_us, self._with_secret) if problem is None else None
+            if record is not None:
+                self._compare(record, number, line)
+            yield (None if line.is_refused else record), line.findings
+
+    def _compare(self, record: Record, number: int, line: _Line) -> None:
+        """What is wrong with a record beside those before it."""
+        names = [record.id]
+        if isinstance(record, KeyRecord):
+            names.append(record.hash.text)
+            if record.hint is not None:
+                rule, hint = record.hint
+                count = self._hints[f"{rule.id}:{hint}"] = self._hints.get(f"{rule.id}:{hint}", 0) + 1
+                if count > HINT_SLOTS:
+                    line.wrong("hint" if rule.chars is not None else "prefix", too_many_hints(hint))
+        for name in names:
+            digest = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+            first = self._seen.setdefault(digest, number)
+            if first != number:
+                line.wrong("", f"is the same key as line {first}")
+                return
+
+
+def too_many_hints(hint: str) -> str:
+    return f"found more than {HINT_SLOTS} keys that begin with {hint[:16]!r}, expected {HINT_SLOTS} at most"
+
+
+def _rows(lines: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any], str | None]]:
+    """Number, content and problem of each line that holds anything."""
+    numbered = _numbered(lines)
+    first = next(numbered, None)
+    if first is None:
+        raise KeyFileError("is empty: expected one JSON object a line, or CSV")
+    if first[1].startswith(b"{"):
+        yield _json_row(*first)
+        for line in numbered:
+            yield _json_row(*line)
+    else:
+        yield from _csv_rows(first, numbered)
+
+
+def _numbered(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    for number, line in enumerate(lines, 1):
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if line.strip():
+            yield number, line
+
+
+def _json_row(number: int, line: bytes) -> tuple[int, dict[str, Any], str | None]:
+    if len(line) > MAX_LINE_BYTES:
+        return number, {}, f"found {len(line)} bytes, expected at most {MAX_LINE_BYTES}"
+    try:
+        raw = msgspec.json.decode(line, type=dict[str, msgspec.Raw])
+        if "model" in raw and "fields" in raw:  # Django's dumpdata, one object a line
+            id = {"id": raw["pk"]} if "pk" in raw else {}
+            raw = id | msgspec.json.decode(raw["fields"], type=dict[str, msgspec.Raw])
+        # Amounts of money keep every digit; everything else is what JSON makes of it.
+        return number, {n: _exact(v) if n == "limits" else msgspec.json.decode(v) for n, v in raw.items()}, None
+    except msgspec.ValidationError:
+        return number, {}, "expected a JSON object"
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        return number, {}, f"is not JSON: {str(error)[:200]}"
+
+
+def _exact(raw: msgspec.Raw | str) -> Any:
+    return json.loads(raw if isinstance(raw, str) else bytes(raw), parse_float=Decimal)
+
+
+def _csv_rows(
+    first: tuple[int, bytes], lines: Iterator[tuple[int, bytes]]
+) -> Iterator[tuple[int, dict[str, Any], str | None]]:
+    began = first[0]
+
+    def text() -> Iterator[str]:
+        nonlocal began
+        yield heading
+        for number, line in lines:
+            began = number
+            yield _decoded(number, line)
+
+    heading = _decoded(*first)
+    delimiter = max(",;\t", key=heading.count)
+    rows = csv.reader(text(), delimiter=delimiter, strict=True)
+    columns: list[str] | None = None
+    while True:
+        try:
+            cells = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise KeyFileError(f"line {began}: is not CSV: {error}") from None
+        if columns is None:
+            columns = [name.strip() for name in cells]
+            twice = [name for name in columns if columns.count(name) > 1]
+            if twice:
+                raise KeyFileError(f"has two columns {twice[0][:40]!r}")
+            if "name" not in columns or not {"key", "hash", "hashed_key", "id"} & set(columns):
+                raise KeyFileError("is neither JSON Lines nor CSV with the columns name and hash (or key)")
+            continue
+        if len(cells) != len(columns):
+            yield began, {}, f"found {len(cells)} columns, expected {len(columns)}"
+            continue
+        row, problems = _cells(dict(zip(columns, cells, strict=True)))
+        yield began, row, "; ".join(problems) or None
+
+
+def _decoded(number: int, line: bytes) -> str:
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise KeyFileError(f"line {number}: is not UTF-8: {error.reason}") from None
+
+
+def _cells(cells: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
+    """What a row's texts mean. An empty cell says nothing."""
+    row: dict[str, Any] = {}
+    problems: list[str] = []
+    for name, cell in cells.items():
+        text = cell.strip()
+        if not text:
+            continue
+        if name in _OBJECTS or (name in _LISTS and text.startswith("[")):
+            try:
+                row[name] = _exact(text) if name == "limits" else msgspec.json.decode(text.encode())
+            except (ValueError, RecursionError):
+                problems.append(f"{name}: expected JSON")
+        elif name in _LISTS:
+            row[name] = re.split(r"[,;\s]+", text)
+        elif name in ("enabled", "revoked"):
+            row[name] = _BOOLEANS.get(text.lower(), text)
+        elif name in ("usage_count", "rotate_every_s", "rotation_overlap_s"):
+            row[name] = int(text) if text.isascii() and text.isdigit() and len(text) < 20 else text
+        elif name in _TIMES or name in _OF_DJANGO:
+            row[name] = text + ":00" if _SHORT_OFFSET.search(text) and ":" in text else text  # PostgreSQL's +00
+        else:
+            row[name] = cell
+    return row, problems
+
+
+# --- Reading: one line ------------------------------------------------------------------------------------------
+
+
+class _Line:
+    """One line being read: what is wrong goes to `findings`, so that all of it is told."""
+
+    def __init__(self, number: int, row: dict[str, Any]) -> None:
+        self.path = f"line {number}"
+        self.row = row
+        self.shown = ""
+        self.findings: list[Finding] = []
+
+    def wrong(self, name: str, message: str) -> None:
+        self._found(name, message, True)
+
+    def note(self, name: str, message: str) -> None:
+        self._found(name, message, False)
+
+    def _found(self, name: str, message: str, refused: bool) -> None:
+        label = self.row.get("name")
+        path = f"{self.path}, {name}" if name else self.path
+        self.findings.append(Finding(path, self.shown, label[:60] if isinstance(label, str) else "", message, refused))
+
+    @property
+    def is_refused(self) -> bool:
+        return any(finding.refused for finding in self.findings)
+
+    def record(self, tenant: str, now_us: int, with_secret: bool) -> Record | None:
+        """What the line says, or None if anything is wrong with it."""
+        kind = self.row.pop("type", "key")
+        if kind == "quota":
+            return self._quota(tenant, now_us)
+        if kind != "key":
+            self.wrong("type", f"found {kind!r:.40}, expected key or quota")
+            return None
+        self._from_django()
+        return self._key(tenant, now_us, with_secret)
+
+    # --- Keys -----------------------------------------------------------------------------------------------------
+
+    def _from_django(self) -> None:
+        """The columns of djangorestframework-api-key by their names here. Its id was prefix.hash for a time, and ever
+        since then has no meaning."""
+        row = self.row
+        for theirs, ours in _OF_DJANGO.items():
+            if theirs in row:
+                if row.get(ours) is not None:
+                    self.wrong(theirs, f"stands beside {ours}, expected one of the two")
+                row[ours] = row.pop(theirs)
+        if "revoked" in row:
+            revoked = row.pop("revoked")
+            if not isinstance(revoked, bool):
+                self.wrong("revoked", f"found {revoked!r:.40}, expected true or false")
+            elif "enabled" in row:
+                self.wrong("revoked", "stands beside enabled, expected one of the two")
+            else:
+                row["enabled"] = not revoked
+        id = row.get("id")
+        if isinstance(id, str) and "." in id and not _KEY_ID.fullmatch(id):
+            before, _, rest = id.partition(".")
+            del row["id"]
+            if row.get("hash") is None and row.get("key") is None:
+                row["hash"] = rest
+                row.setdefault("prefix", before)
+
+    def _key(self, tenant: str, now_us: int, with_secret: bool) -> KeyRecord | None:
+        row = {name: value for name, value in self.row.items() if value is not None or name in _NULLABLE}
+        for unknown in sorted(row.keys() - _KEY_FIELDS):
+            self.note(unknown[:64], "is no field of a key and is not carried over")
+            del row[unknown]
+        given = {name: row.pop(name) for name in _HASHES if name in row}
+        text, hash = self._what_it_is_found_by(given, with_secret)
+        hint = self._hint(given, hash)
+        previous = self._previous(given, row, hash, with_secret)
+        line: _KeyLine | None = None
+        try:
+            line = parse(_KeyLine, row)
+        except InvalidInput as error:
+            for problem in error.problems:
+                self.wrong(problem.path, problem.message)
+        if line is not None:
+            self._schedule(line)
+            self._counted(line.usage, line.limits, now_us)
+        id = self._id(given, text, hash)
+        if self.is_refused or line is None or hash is None or id is None:
+            return None
+        fields = {n: getattr(line, n) for n in line.model_fields_set if n not in _USED and n != "tenant"}
+        usage = line.usage
+        if usage is None and line.model_fields_set & _USED:
+            totals = {"requests": line.usage_count} if line.usage_count else {}
+            usage = UsageLine(count=line.usage_count, last_used_at=line.last_used, totals=totals)
+        return KeyRecord(self.path, id, line.tenant or tenant, fields, text, hash, hint, previous, usage)
+
+    def _what_it_is_found_by(
+        self, given: Mapping[str, Any], with_secret: bool
+    ) -> tuple[str | None, ForeignHash | None]:
+        """The key's text, if the file has it, and its hash."""
+        text = given.get("key")
+        if (text is None) == (given.get("hash") is None):
+            both = text is not None
+            self.wrong(
+                "hash", "stands beside key, expected one of the two" if both else "is missing (or key, the text)"
+            )
+            return None, None
+        if text is None:
+            return None, self._hash("hash", given, with_secret)
+        if not isinstance(text, str):
+            self.wrong("key", "expected the key's text")
+        elif problem := key_problem(text):
+            self.wrong("key", problem)
+        else:
+            self.shown = masked(text)
+            return text, ForeignHash("sha256", f"sha256:{hashlib.sha256(text.encode()).hexdigest()}")
+        return None, None
+
+    def _hash(self, name: str, given: Mapping[str, Any], with_secret: bool) -> ForeignHash | None:
+        value = given[name]
+        if not isinstance(value, str):
+            self.wrong(name, "expected text")
+            return None
+        try:
+            hash = understood(value.strip())
+        except ValueError as error:
+            self.wrong(name, str(error))
+            return None
+        if name == "hash":
+            self.shown = shown(hash)
+        if hash.kind == "hmac-sha256" and not with_secret:
+            self.wrong(name, "found an HMAC, for which the secret of the other system is needed: --hmac-secret-file")
+        return hash
+
+    def _hint(self, given: Mapping[str, Any], hash: ForeignHash | None) -> tuple[HintRule, str] | None:
+        prefix, hint = given.get("prefix"), given.get("hint")
+        if prefix is not None and hint is not None:
+            self.wrong("hint", "stands beside prefix, expected one of the two")
+            return None
+        name, value = ("prefix", prefix) if prefix is not None else ("hint", hint)
+        if value is None:
+            if hash is not None and not hash.is_digest:
+                self.wrong(
+                    "prefix",
+                    "is missing: a hash with a salt cannot be looked up. Expected what stands before the first dot of "
+                    "the key as prefix, or how the key begins as hint",
+                )
+            return None
+        if not isinstance(value, str) or not value.isprintable() or len(value) > MAX_HINT_CHARS:
+            self.wrong(name, f"expected at most {MAX_HINT_CHARS} printable characters")
+            return None
+        if name == "prefix":
+            value = value.removesuffix(".")
+            if not value or "." in value:
+                self.wrong(name, "expected what stands before the first dot of the key")
+                return None
+            return HintRule(), value
+        return HintRule(len(value)), value
+
+    def _previous(
+        self, given: Mapping[str, Any], row: Mapping[str, Any], hash: ForeignHash | None, with_secret: bool
+    ) -> ForeignHash | None:
+        """The hash of the text that was rotated away and works on until `previous_until`."""
+        if given.get("previous_hash") is None:
+            if row.get("previous_until") is not None:
+                self.wrong("previous_until", "needs previous_hash")
+            return None
+        if row.get("previous_until") is None:
+            self.wrong("previous_hash", "needs previous_until")
+        previous = self._hash("previous_hash", given, with_secret)
+        if previous is None or hash is None or previous.is_digest:
+            return previous
+        if not hash.is_digest:
+            self.wrong("previous_hash", "found a salt as in hash, expected one of the two without")
+        elif given.get("prefix") is None and given.get("hint") is None:
+            self.wrong("prefix", "is missing: previous_hash has a salt and cannot be looked up")
+        return previous
+
+    def _id(self, given: Mapping[str, Any], text: str | None, hash: ForeignHash | None) -> str | None:
+        id = given.get("id")
+        if id is None:
+            return imported_id(hash) if hash is not None else None
+        if not isinstance(id, str) or not _KEY_ID.fullmatch(id):
+            self.wrong("id", f"found {id!r:.40}, expected key_…: another system's id belongs into metadata")
+            return None
+        return id
+
+    def _schedule(self, line: _KeyLine) -> None:
+        if problem := schedule_problem(line.rotate_every_s, line.rotation_overlap_s):
+            self.wrong(problem.path, problem.message)
+        if line.next_rotation_at is not None and line.rotate_every_s is None:
+            self.wrong("next_rotation_at", "needs rotate_every_s: there is no scheduled rotation")
+
+    # --- Quotas, and what was used --------------------------------------------------------------------------------
+
+    def _quota(self, tenant: str, now_us: int) -> QuotaRecord | None:
+        row = {name: value for name, value in self.row.items() if value is not None}
+        for unknown in sorted(row.keys() - _QuotaLine.model_fields.keys()):
+            self.note(unknown[:64], "is no field of a quota and is not carried over")
+            del row[unknown]
+        try:
+            line = parse(_QuotaLine, row)
+        except InvalidInput as error:
+            for problem in error.problems:
+                self.wrong(problem.path, problem.message)
+            return None
+        if line.kind == "tenant":
+            if line.name:
+                self.wrong("name", "found a name, expected none: it is the quota of the tenant itself")
+        elif problem_of := text_problem(line.name, MAX_ID_BYTES // 2):
+            self.wrong("name", problem_of)
+        self._counted(line.usage, line.limits, now_us)
+        if self.is_refused:
+            return None
+        whose = line.tenant or tenant
+        fields = {"kind": line.kind, "name": line.name, "limits": line.limits, "description": line.description}
+        return QuotaRecord(self.path, quota_id(line.kind, whose, line.name), whose, fields, line.usage)
+
+    def _counted(self, usage: UsageLine | None, limits: Iterable[Limit], now_us: int) -> None:
+        """Counters that the limits they are for can go on from."""
+        if usage is None:
+            return
+        latest_us = now_us + MAX_AHEAD_S * 1_000_000
+        if usage.at > latest_us:
+            self.wrong("usage.at", "lies more than a day ahead")
+        for limit in limits:
+            state = usage.counters.get(limit.id)
+            if state is None:
+                continue
+            try:
+                counter = counter_for(limit.window, state)
+                fits = counter.used(latest_us) >= 0 and _state_problem(counter.dump()) is None
+            except (TypeError, ValueError, LookupError, OverflowError):
+                fits = False
+            if not fits:
+                self.wrong(f"usage.counters.{limit.id}", f"is no state of a {limit.window.kind} window")
+
+
+_NULLABLE = frozenset(name for name, known in _KeyLine.model_fields.items() if known.default is None)
+_KEY_FIELDS = frozenset(_KeyLine.model_fields) | frozenset(_HASHES)
+
+
+def imported_id(hash: ForeignHash) -> str:
+    """The id of an imported key: the same in every run and store, and not a piece of a hash that other files show."""
+    known = bytes.fromhex(hash.text.removeprefix("sha256:")) if hash.kind == "sha256" else hash.text.encode()
+    return "key_" + hashlib.sha256(b"strongroom imported key\x00" + known).hexdigest()[:31]
+
+
+def shown(hash: ForeignHash) -> str:
+    """What may be shown of a key whose text is not known."""
+    return f"{hash.text[:15]}…" if hash.kind in ("sha256", "sha512") else hash.kind
+
+
+def _tenant(value: str | None) -> str | None:
+    if value is not None and (problem := text_problem(value, MAX_TENANT_BYTES)):
+        raise ValueError(problem)
+    if value == ALL_TENANTS:
+        raise ValueError("keys for all tenants are management keys: they are not imported")
+    return value
+
+
+def _moment(value: datetime | None) -> datetime | None:
+    if value is None:
+        return None
+    if value.utcoffset() is None:
+        raise ValueError("found a time without a zone, expected one with (for example 2027-01-01T00:00:00Z)")
+    if not 1971 <= value.year <= 9998:
+        raise ValueError(f"found the year {value.year}, expected 1971 to 9998")
+    return value.astimezone(UTC)
+
+
+def _state_problem(state: list[Any]) -> str | None:
+    """Why a value cannot be a counter's state: whole numbers, or two lists of them, the first rising."""
+    parts = state if all(isinstance(part, list) for part in state) else [state]
+    if len(state) > MAX_BUCKETS or any(len(part) > MAX_BUCKETS for part in parts):
+        return f"expected at most {MAX_BUCKETS} numbers"
+    if not all(type(number) is int and 0 <= number <= SATURATED for part in parts for number in part):
+        return "expected whole numbers"
+    if parts is state and state:
+        if len(parts) != 2 or len(parts[0]) != len(parts[1]):
+            return "expected two lists of one length"
+        if any(a >= b for a, b in zip(parts[0], parts[0][1:], strict=False)):
+            return "expected the buckets in order"
+    return None
+
+
+# --- Writing ----------------------------------------------------------------------------------------------------
+
+
+_encoder = msgspec.json.Encoder(decimal_format="number")
+
+
+def rendered(fields: Mapping[str, Any]) -> bytes:
+    """One line of JSON: times in UTC, money with every digit."""
+    return _encoder.encode(fields) + b"\n"
