@@ -14,7 +14,7 @@ from typing import Any
 from strongroom.client import AsyncClient, Client, Retries
 from tests.serving import Running, running
 
-AT_ONCE = frozenset({"tenant", "collection", "watch", "hold", "list", "find", "use"})
+AT_ONCE = frozenset({"tenant", "collection", "watch", "hold", "list", "find", "deliveries", "bulk", "use"})
 """Methods of both clients that are not awaited: they only make something."""
 OBJECTS = ("strongroom.client._sync.",)
 _END = object()

@@ -100,9 +100,7 @@ def _run(code: str) -> str:
 
 
 def test_the_client_needs_nothing_of_the_server() -> None:
-    heavy = (
-        "pydantic sqlalchemy apsw cryptography fastapi starlette uvicorn typer strongroom.app strongroom.entity"
-    )
+    heavy = "pydantic sqlalchemy apsw cryptography fastapi starlette uvicorn typer strongroom.app strongroom.entity"
     code = f"import sys, strongroom.client; print([m for m in {heavy.split()!r} if m in sys.modules])"
     assert _run(code) == "[]\n"
 

@@ -19,7 +19,7 @@ import msgspec
 
 from ..errors import InvalidInput, Problem, StrongroomError
 from .errors import NoAnswer, UnexpectedAnswer
-from .models import ApiKey, IssuedKey, Page
+from .models import ApiKey, IssuedKey, IssuedWebhook, Page, Webhook
 
 T = TypeVar("T")
 MAX_RETRIES = 20
@@ -141,12 +141,23 @@ def decode(type_: type[T], body: bytes | msgspec.Raw) -> T:
 class _Text(msgspec.Struct):
     """Of the answer to a new key or a new text, the text."""
 
-    key: str
+    key: str | None = None
+
+
+class _Secret(msgspec.Struct):
+    """Of the answer to a new webhook or a new secret, the secret."""
+
+    secret: str
 
 
 def issued(body: bytes) -> IssuedKey:
     """A key and its text, of an answer that has the one beside the other. Raises UnexpectedAnswer."""
-    return IssuedKey(key=decode(ApiKey, body), text=decode(_Text, body).key)
+    return IssuedKey(key=decode(ApiKey, body), text=decode(_Text, body).key or "")
+
+
+def issued_webhook(body: bytes) -> IssuedWebhook:
+    """A webhook and its secret, of an answer that has the one beside the other. Raises UnexpectedAnswer."""
+    return IssuedWebhook(webhook=decode(Webhook, body), secret=decode(_Secret, body).secret)
 
 
 def decode_page(type_: type[T], body: bytes) -> Page[T]:

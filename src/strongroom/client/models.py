@@ -106,7 +106,10 @@ class LimitStatus(Model, frozen=True):
 
 
 class ApiKey(Model, frozen=True):
-    """A key. `display` is what may be shown of its text; the text itself is answered once, when it is made."""
+    """A key. `display` is what may be shown of its text; the text itself is answered once, when it is made.
+
+    `unclaimed`: the text of a rotation waits to be claimed.
+    """
 
     id: str
     tenant: str
@@ -132,6 +135,7 @@ class ApiKey(Model, frozen=True):
     rotate_every_s: int | None = None
     rotation_overlap_s: int | None = None
     next_rotation_at: Moment | None = None
+    unclaimed: bool = False
     leaked_at: Moment | None = None
     deleted_at: Moment | None = None
     last_used: Moment | None = None
@@ -139,7 +143,8 @@ class ApiKey(Model, frozen=True):
 
 
 class IssuedKey(Model, frozen=True):
-    """A key with its text, which the server shows this once. The text is left out of the representation."""
+    """A key with its text, which the server shows this once (empty where a rotation holds it, to be claimed). The text
+    is left out of the representation."""
 
     key: ApiKey
     text: str
@@ -194,6 +199,26 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     def __repr__(self) -> str:
         return f"Ask(cost={self.cost!r}, permission={self.permission!r}, ip={self.ip!r})"
+
+
+class BulkFailure(Model, frozen=True):
+    """A key that was not changed, and why."""
+
+    id: str
+    code: str
+    message: str = ""
+
+
+class BulkStep(Model, frozen=True):
+    """One part of the work: how many keys were looked at, changed, or were so already (`unchanged`), and what failed.
+    `next_cursor` is None with the last part."""
+
+    looked_at: int
+    changed: int
+    unchanged: int
+    failed: list[BulkFailure] = []
+    dry_run: bool = False
+    next_cursor: str | None = None
 
 
 # --- Usage ----------------------------------------------------------------------------------------------------
@@ -280,3 +305,108 @@ class Change(Model, frozen=True):
     request_id: str | None = None
     before: dict[str, Any] | None = None
     after: dict[str, Any] | None = None
+
+
+# --- Webhooks -------------------------------------------------------------------------------------------------
+
+
+class Webhook(Model, frozen=True):
+    """An endpoint that is told of events. `failing_since` is set while every attempt fails; `disabled_reason` if it was
+    disabled for that. `previous_until`: until when the secret before the last rotation signs as well."""
+
+    id: str
+    tenant: str
+    url: str
+    events: list[str]
+    enabled: bool
+    version: int
+    created_at: Moment
+    updated_at: Moment
+    thresholds: list[int] = []
+    min_window_s: int = 0
+    description: str | None = None
+    allow_private: bool = False
+    previous_until: Moment | None = None
+    failing_since: Moment | None = None
+    disabled_reason: str | None = None
+
+
+class IssuedWebhook(Model, frozen=True):
+    """An endpoint with its secret, which the server shows this once. The secret is left out of the representation."""
+
+    webhook: Webhook
+    secret: str
+
+    def __repr__(self) -> str:
+        return f"IssuedWebhook(webhook={self.webhook!r})"
+
+
+class Delivery(Model, frozen=True):
+    """One event on its way to one endpoint. `state` is pending, delivered or dead; `due_at`: when it is tried next."""
+
+    id: str
+    webhook_id: str
+    tenant: str
+    event_id: str
+    event_type: str
+    state: str
+    attempts: int
+    created_at: Moment
+    due_at: Moment | None = None
+    last_attempt_at: Moment | None = None
+    last_status: int | None = None
+    last_error: str | None = None
+    delivered_at: Moment | None = None
+    expires_at: Moment | None = None
+    version: int = 0
+    updated_at: Moment | None = None
+
+
+# --- Leaks ----------------------------------------------------------------------------------------------------
+
+
+class Sighting(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A text that was found in public, and where. The text is left out of the representation."""
+
+    token: str
+    type: str | None = None
+    url: str | None = None
+    source: str | None = None
+
+    def __repr__(self) -> str:
+        return f"Sighting(type={self.type!r}, url={self.url!r}, source={self.source!r})"
+
+
+class LeakLabel(Model, frozen=True):
+    """Whether a reported text is a key: `label` is true_positive or false_positive."""
+
+    token_hash: str
+    token_type: str
+    label: str
+
+
+class Leak(Model, frozen=True):
+    """A text of a key that was found in public. `ends_at`: when the text stops working; None: it works on."""
+
+    id: str
+    tenant: str
+    key_id: str
+    display: str
+    done: str
+    created_at: Moment
+    type: str = ""
+    url: str = ""
+    source: str = ""
+    reporter: str = ""
+    ends_at: Moment | None = None
+    last_administrator: bool = False
+
+
+class LeakPolicy(Model, frozen=True):
+    """What is done with a tenant's keys that leak: `action` is notify, disable or rotate; `overlap_s`: how long a
+    leaked text works on where it is rotated. `updated_at` is None where none was set."""
+
+    tenant: str
+    action: str
+    overlap_s: int | None = None
+    updated_at: Moment | None = None

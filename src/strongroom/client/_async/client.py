@@ -12,9 +12,11 @@ from .._wire import Retries, bearer, decode
 from ..models import OwnStats, Readiness
 from .entities import AsyncTenant
 from .keys import AsyncKeys
+from .leaks import AsyncLeaks
 from .reservations import AsyncReservations
 from .transport import AsyncTransport
 from .usage import AsyncUsage
+from .webhooks import AsyncWebhooks
 
 TIMEOUT_S = 10.0
 DEFAULT_RETRIES = Retries()
@@ -50,6 +52,8 @@ class AsyncClient:
         self.keys = AsyncKeys(self._http)
         self.usage = AsyncUsage(self._http)
         self.reservations = AsyncReservations(self._http)
+        self.webhooks = AsyncWebhooks(self._http)
+        self.leaks = AsyncLeaks(self._http)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._http.url!r})"

@@ -20,7 +20,7 @@ from .._wire import (
     query,
     without_none,
 )
-from ..models import ApiKey, Ask, Cost, IssuedKey, KeyStats, Limit, Model, Page, Verification
+from ..models import ApiKey, Ask, BulkStep, Cost, IssuedKey, KeyStats, Limit, Model, Page, Verification
 from .transport import AsyncTransport
 
 Environment = Literal["live", "test"]
@@ -88,9 +88,10 @@ class AsyncKeys:
         )
         return issued(await self._http.send("POST", "/v1/keys", body=encode(fields), once=once_of(idempotency_key)))
 
-    async def get(self, id: str) -> ApiKey:
-        """One key. Raises NotFound."""
-        return decode(ApiKey, await self._http.send("GET", "/v1/keys/{id}", {"id": id}))
+    async def get(self, id: str, *, deleted: bool | None = None) -> ApiKey:
+        """One key; with `deleted` also one that was deleted and can be restored. Raises NotFound."""
+        asked = query({"deleted": deleted})
+        return decode(ApiKey, await self._http.send("GET", "/v1/keys/{id}", {"id": id}, query=asked))
 
     def list(
         self,
@@ -105,7 +106,10 @@ class AsyncKeys:
         deleted: bool | None = None,
         page_size: int = DEFAULT_PAGE,
     ) -> AsyncIterator[ApiKey]:
-        """Every key that fits, newest first, page after page. `deleted`: those that can still be restored."""
+        """Every key that fits, newest first (with a `name_prefix`: by name), page after page.
+
+        `deleted`: those that were deleted and can be restored, instead of those that were not.
+        """
         asked = query(
             {
                 "tenant": tenant,
@@ -182,11 +186,23 @@ class AsyncKeys:
         )
         return decode(ApiKey, answer)
 
-    async def delete(self, id: str, *, expected: int | None = None, idempotency_key: str | None = None) -> None:
-        """Remove a key and its usage. Raises NotFound."""
+    async def delete(
+        self, id: str, *, purge: bool | None = None, expected: int | None = None, idempotency_key: str | None = None
+    ) -> None:
+        """Delete a key: its texts are unknown from now on. For 30 days `restore` takes that back; with `purge` it is
+        removed for good now, with its usage. Raises NotFound."""
         await self._http.send(
-            "DELETE", "/v1/keys/{id}", {"id": id}, headers=if_match(expected), once=once_of(idempotency_key)
+            "DELETE",
+            "/v1/keys/{id}",
+            {"id": id},
+            query=query({"purge": purge}),
+            headers=if_match(expected),
+            once=once_of(idempotency_key),
         )
+
+    async def restore(self, id: str) -> ApiKey:
+        """Take the deletion of a key back; it is as it was. Raises NotFound."""
+        return decode(ApiKey, await self._http.send("POST", "/v1/keys/{id}/restore", {"id": id}, once=once_of(None)))
 
     async def disable(self, id: str) -> ApiKey:
         """Refuse the key from now on. Raises NotFound."""
@@ -197,9 +213,16 @@ class AsyncKeys:
         return decode(ApiKey, await self._http.send("POST", "/v1/keys/{id}/enable", {"id": id}, once=once_of(None)))
 
     async def rotate(
-        self, id: str, *, overlap_s: int = 0, expected: int | None = None, idempotency_key: str | None = None
+        self,
+        id: str,
+        *,
+        overlap_s: int = 0,
+        hold: bool | None = None,
+        expected: int | None = None,
+        idempotency_key: str | None = None,
     ) -> IssuedKey:
-        """Give the key a new text; its id, limits and usage stay. The old text works for `overlap_s` seconds more.
+        """Give the key a new text; its id, limits and usage stay. The old text works for `overlap_s` seconds more. With
+        `hold` the new text is not answered but kept, until it is claimed.
 
         Raises NotFound, InvalidInput.
         """
@@ -207,11 +230,17 @@ class AsyncKeys:
             "POST",
             "/v1/keys/{id}/rotate",
             {"id": id},
-            body=encode({"overlap_s": overlap_s}),
+            body=encode(without_none({"overlap_s": overlap_s, "hold": hold})),
             headers=if_match(expected),
             once=once_of(idempotency_key),
         )
         return issued(answer)
+
+    async def claim(self, id: str, *, idempotency_key: str | None = None) -> IssuedKey:
+        """The text that a scheduled rotation, or one with `hold`, has kept: answered this once, then forgotten. Raises
+        NotFound where none waits."""
+        once = once_of(idempotency_key)
+        return issued(await self._http.send("POST", "/v1/keys/{id}/claim", {"id": id}, once=once))
 
     async def stats(self, id: str) -> KeyStats:
         """What was used of each limit, lifetime totals, the last use. Raises NotFound."""
@@ -246,3 +275,43 @@ class AsyncKeys:
         body = encode({"items": listed(asks)})
         answer = await self._http.send("POST", "/v1/keys/verify:batch", body=body, once=once)
         return decode(Answers, answer).items
+
+    async def bulk(
+        self,
+        action: str,
+        *,
+        where: Mapping[str, Any] | None = None,
+        ids: Iterable[str] | None = None,
+        changes: Mapping[str, Any] | None = None,
+        dry_run: bool = False,
+        page_size: int = DEFAULT_PAGE,
+    ) -> AsyncIterator[BulkStep]:
+        """Change many keys, a part with each step of the iteration: those of `ids`, or those that `where` finds (the
+        filters of `list`).
+
+        `action` is disable, enable, delete, purge, restore, or update with `changes`. Each key is changed whole or not
+        at all. Done again after an interruption it finds what was done, and goes on.
+        """
+        fields = without_none(
+            {
+                "action": action,
+                "filter": where,
+                "ids": None if ids is None else listed(ids),
+                "changes": changes,
+                "dry_run": dry_run,
+                "limit": page_size,
+            }
+        )
+        cursor: str | None = None
+        while True:
+            body = encode(without_none({**fields, "cursor": cursor}))
+            step = decode(BulkStep, await self._http.send("POST", "/v1/keys:bulk", body=body, repeatable=True))
+            yield step
+            cursor = step.next_cursor
+            if cursor is None:
+                return
+
+    async def rotate_pepper(self) -> None:
+        """Make new hashes with a new secret from now on; the keys work on. It is not sent again where the answer is
+        lost. Raises Conflict where the peppers come from the server's configuration, Denied for whom it is not."""
+        await self._http.send("POST", "/v1/keys:rotate-pepper")

@@ -13,9 +13,11 @@ from .._wire import Retries, bearer, decode
 from ..models import OwnStats, Readiness
 from .entities import Tenant
 from .keys import Keys
+from .leaks import Leaks
 from .reservations import Reservations
 from .transport import Transport
 from .usage import Usage
+from .webhooks import Webhooks
 
 TIMEOUT_S = 10.0
 DEFAULT_RETRIES = Retries()
@@ -51,6 +53,8 @@ class Client:
         self.keys = Keys(self._http)
         self.usage = Usage(self._http)
         self.reservations = Reservations(self._http)
+        self.webhooks = Webhooks(self._http)
+        self.leaks = Leaks(self._http)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._http.url!r})"
