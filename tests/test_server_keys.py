@@ -244,3 +244,195 @@ async def test_a_batch_is_answered_in_order_and_a_wrong_item_debits_nothing() ->
             await served.post("/v1/keys/verify:batch", once, Idempotency_Key="b1")
         stats = (await served.get(f"/v1/keys/{made['id']}/stats")).json
         assert stats["totals"] == {"tokens": 820}, "each item of a batch is debited once"
+
+
+# --- The life of a key ----------------------------------------------------------------------------------------
+
+
+async def test_a_key_has_an_owner_an_environment_and_what_it_is_for() -> None:
+    fields = {
+        "description": "nightly jobs", "owner": "ops@acme", "environment": "test", "groups": ["trial"],
+        "allowed_models": ["small", "large-*"], "allowed_routes": ["GET /v1/*"], "rotate_every_s": 86_400,
+        "rotation_overlap_s": 3_600,
+    }  # fmt: skip
+    async with serving() as served:
+        made = await served.make_key(**fields)
+        assert {name: made[name] for name in fields} == fields
+        assert made["key"].startswith("sr_test_SR1")
+        assert made["display"].startswith("sr_test_SR1")
+        assert (made["unclaimed"], made["deleted_at"], made["leaked_at"]) == (False, None, None)
+        assert made["next_rotation_at"] is not None
+        path = f"/v1/keys/{made['id']}"
+        changed = await served.call("PATCH", path, {"owner": None, "allowed_models": [], "rotate_every_s": None})
+        assert (changed.json["owner"], changed.json["allowed_models"]) == (None, [])
+        assert (changed.json["next_rotation_at"], changed.json["rotation_overlap_s"]) == (None, None)
+        refused = await served.call("PATCH", path, {"environment": "live"})
+        assert refused.paths == ["environment"], "a text says which it is: it cannot change"
+        listed = await served.get("/v1/keys?environment=test&name_prefix=a%20k")
+        assert [item["id"] for item in listed.json["items"]] == [made["id"]]
+        assert (await served.get("/v1/keys?owner=ops@acme")).json["items"] == []
+        wrong = await served.get("/v1/keys?environment=prod&created_after=2026-01-01&deleted=perhaps")
+        assert wrong.paths == ["created_after", "deleted", "environment"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "path"),
+    [
+        ({"environment": "prod"}, "environment"),
+        ({"owner": ""}, "owner"),
+        ({"owner": "x" * 201}, "owner"),
+        ({"description": "x" * 2001}, "description"),
+        ({"groups": ["g"] * 17}, "groups"),
+        ({"groups": [""]}, "groups"),
+        ({"allowed_models": ["a*b"]}, "allowed_models"),
+        ({"allowed_models": [f"m{n}" for n in range(101)]}, "allowed_models"),
+        ({"allowed_routes": ["x" * 201]}, "allowed_routes"),
+        ({"allowed_routes": ["a\tb"]}, "allowed_routes"),
+        ({"rotate_every_s": 60}, "rotate_every_s"),
+        ({"rotation_overlap_s": 3600}, "rotation_overlap_s"),
+        ({"rotate_every_s": 86_400, "rotation_overlap_s": 86_400}, "rotation_overlap_s"),
+        ({"allowed_ips": ["10.0.0.1/0.0.0.0"]}, "allowed_ips"),
+        ({"allowed_ips": ["10.0.0.0/255.0.0.0"]}, "allowed_ips"),
+        ({"unclaimed": "x"}, "unclaimed"),
+        ({"deleted_at": None}, "deleted_at"),
+    ],
+)
+async def test_a_wrong_field_of_its_life_is_named(fields: dict[str, Any], path: str) -> None:
+    async with serving() as served:
+        answer = await served.post("/v1/keys", {"name": "n", **fields})
+        assert (answer.status, answer.paths) == (422, [path]), answer
+        made = await served.make_key()
+        changed = await served.call("PATCH", f"/v1/keys/{made['id']}", fields)
+        assert (changed.status, changed.paths) == (422, [path]), changed
+
+
+async def test_an_overlap_over_the_maximum_is_a_problem_document() -> None:
+    async with serving() as served:
+        made = await served.make_key()
+        answer = await served.post(f"/v1/keys/{made['id']}/rotate", {"overlap_s": 30 * 86_400 + 1})
+        assert (answer.status, answer.paths) == (422, ["overlap_s"])
+        assert (await served.verify(made["key"])).json["valid"]
+
+
+async def test_a_held_text_is_claimed_once_or_again_with_its_idempotency_key() -> None:
+    async with serving() as served:
+        made = await served.make_key(limits=[TOKENS])
+        path = f"/v1/keys/{made['id']}"
+        held = (await served.post(f"{path}/rotate", {"overlap_s": 60, "hold": True})).json
+        assert (held["key"], held["unclaimed"]) == (None, True)
+        reader = await served.manager("read")
+        assert (await served.post(f"{path}/claim", key=reader)).status == 403
+        claimed = [(await served.post(f"{path}/claim", Idempotency_Key="c")).json for _ in range(2)]
+        assert claimed[0]["key"] == claimed[1]["key"]
+        assert claimed[0]["unclaimed"] is False
+        for text in (made["key"], claimed[0]["key"]):
+            assert (await served.verify(text)).json["valid"]
+        again = await served.post(f"{path}/claim")
+        assert (again.status, again.code) == (409, "conflict")
+
+
+async def test_a_deleted_key_is_hidden_can_be_restored_and_is_purged() -> None:
+    async with serving() as served:
+        made = await served.make_key(limits=[TOKENS])
+        path = f"/v1/keys/{made['id']}"
+        await served.verify(made["key"], cost={"tokens": 400})
+        assert (await served.call("DELETE", path)).status == 204
+        assert (await served.verify(made["key"])).json["code"] == "NOT_FOUND"
+        assert (await served.post("/v1/usage", {"key": made["key"], "cost": {"tokens": 1}})).status == 404
+        for method, route in (("GET", path), ("PATCH", path), ("DELETE", path), ("POST", path + "/rotate")):
+            assert (await served.call(method, route, {} if method != "GET" else None)).status == 404, (method, route)
+        assert made["id"] not in [item["id"] for item in (await served.get("/v1/keys")).json["items"]]
+        (listed,) = (await served.get("/v1/keys?deleted=true")).json["items"]
+        assert listed == (await served.get(path + "?deleted=true")).json
+        assert listed["deleted_at"] is not None
+        restored = await served.post(path + "/restore")
+        assert (restored.status, restored.json["deleted_at"]) == (200, None)
+        assert (await served.post(path + "/restore")).status == 200
+        answer = (await served.verify(made["key"], cost={"tokens": 100})).json
+        assert answer["limits"][0]["used"] == 500, "what it had used is still counted"
+        for _ in range(2):
+            assert (await served.call("DELETE", path + "?purge=true", Idempotency_Key="p")).status == 204
+        assert (await served.get(path + "?deleted=true")).status == 404
+        assert (await served.post(path + "/restore")).status == 404
+        assert (await served.call("DELETE", path + "?purge=perhaps")).paths == ["purge"]
+
+
+async def test_many_keys_are_changed_a_part_at_a_time() -> None:
+    async with serving() as served:
+        made = [await served.make_key(tenant="acme", owner="ops") for _ in range(5)]
+        work = {"action": "disable", "filter": {"tenant": "acme"}, "limit": 2}
+        dry = (await served.post("/v1/keys:bulk", {**work, "dry_run": True})).json
+        assert (dry["dry_run"], dry["looked_at"], dry["changed"]) == (True, 2, 2)
+        cursor, changed = None, 0
+        for _ in range(3):
+            step = (await served.post("/v1/keys:bulk", {**work, "cursor": cursor})).json
+            cursor, changed = step["next_cursor"], changed + step["changed"]
+        assert (cursor, changed) == (None, 5)
+        again = (await served.post("/v1/keys:bulk", {"action": "disable", "filter": {"owner": "ops"}})).json
+        assert (again["changed"], again["unchanged"]) == (0, 5)
+        limit = {"resource": "cost", "limit": 0.123456789, "window": {"kind": "total"}}
+        ids = [made[0]["id"], "none"]
+        update = {"action": "update", "ids": ids, "changes": {"limits": [limit], "metadata": {"ratio": 0.5}}}
+        step = (await served.post("/v1/keys:bulk", update)).json
+        assert (step["changed"], [failure["id"] for failure in step["failed"]]) == (1, ["none"])
+        key = (await served.get(f"/v1/keys/{ids[0]}")).json
+        assert (key["limits"][0]["limit"], key["metadata"]) == (Decimal("0.123456789"), {"ratio": Decimal("0.5")})
+
+
+async def test_only_administrators_change_management_keys_in_bulk() -> None:
+    async with serving() as served:
+        writer = await served.manager("write")
+        plain = await served.make_key()
+        step = (
+            await served.post("/v1/keys:bulk", {"action": "delete", "filter": {"name_prefix": "a"}}, key=writer)
+        ).json
+        assert step["changed"] == 1
+        assert {failure["code"] for failure in step["failed"]} == {"denied"}
+        assert (await served.get(f"/v1/keys/{plain['id']}")).status == 404
+        assert (
+            await served.post("/v1/keys:bulk", {"action": "disable", "ids": ["x"]}, key=await served.manager("read"))
+        ).status == 403
+        bound = await served.manager("admin", tenant="acme")
+        other = await served.make_key(tenant="globex")
+        mine = await served.make_key(tenant="acme")
+        step = (
+            await served.post("/v1/keys:bulk", {"action": "disable", "ids": [other["id"], mine["id"]]}, key=bound)
+        ).json
+        assert ([f["code"] for f in step["failed"]], step["changed"]) == (["not_found"], 1)
+
+
+@pytest.mark.parametrize(
+    ("body", "paths"),
+    [
+        ({"action": "disable"}, ["filter"]),
+        ({"action": "disable", "filter": {}}, ["filter"]),
+        ({"action": "disable", "filter": {"deleted": False}}, ["filter"]),
+        ({"action": "disable", "filter": {"colour": "red"}}, ["filter.colour"]),
+        ({"action": "explode", "filter": {"tenant": "a"}, "limit": 501}, ["action", "limit"]),
+        ({"action": "disable", "filter": {"tenant": "a"}, "ids": ["b"]}, ["filter"]),
+        ({"action": "disable", "ids": []}, ["ids"]),
+        ({"action": "disable", "filter": {"tenant": "a"}, "cursor": "x"}, ["cursor"]),
+        ({"action": "disable", "ids": ["a"], "changes": {"owner": "x"}}, ["changes"]),
+        ({"action": "update", "ids": ["a"]}, ["changes"]),
+        ({"action": "update", "ids": ["a"], "changes": {"permissions": ["x"]}}, ["changes.permissions"]),
+        ({"action": "update", "ids": ["a"], "changes": {"owner": 5, "expires_at": 5}},
+         ["changes.expires_at", "changes.owner"]),
+        ({"action": "update", "filter": {}, "changes": {"limits": 5}}, ["changes.limits", "filter"]),
+    ],
+)  # fmt: skip
+async def test_wrong_work_on_many_keys_is_refused(body: dict[str, Any], paths: list[str]) -> None:
+    async with serving() as served:
+        answer = await served.post("/v1/keys:bulk", body)
+        assert (answer.status, answer.paths) == (422, paths), answer
+
+
+async def test_the_pepper_is_rotated_by_an_administrator_of_all_tenants_alone() -> None:
+    async with serving() as served:
+        made = await served.make_key()
+        for scope, tenant in (("write", "*"), ("admin", "acme")):
+            manager = await served.manager(scope, tenant)
+            assert (await served.post("/v1/keys:rotate-pepper", key=manager)).status == 403
+        before = served.room.keys.hasher.current_id
+        assert (await served.post("/v1/keys:rotate-pepper")).status == 204
+        assert served.room.keys.hasher.current_id != before
+        assert (await served.verify(made["key"])).json["valid"]

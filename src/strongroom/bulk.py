@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Literal
@@ -101,7 +101,7 @@ class Bulk:
 
 async def steps(
     keys: Keys, bulk: Bulk, *, cursor: str | None = None, limit: int = PAGE, context: Context | None = None
-) -> AsyncIterator[BulkStep]:
+) -> AsyncGenerator[BulkStep, None]:
     """Do it, at most `limit` keys a step, from `cursor` on. A key that cannot be changed is told and passed over.
 
     Raises InvalidInput before anything is done, and Unavailable if the store is gone: then the cursor of the last step

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -309,7 +309,7 @@ class Keys(Rotation):
 
     def bulk(
         self, bulk: Bulk, *, cursor: str | None = None, limit: int = PAGE, context: Context | None = None
-    ) -> AsyncIterator[BulkStep]:
+    ) -> AsyncGenerator[BulkStep, None]:
         """Change many keys, at most `limit` (1 to 500) a step: `async for step in keys.bulk(Bulk("disable", …))`.
 
         Each key is changed whole or not at all; one that cannot be is told in its step, and passed over. Work that was

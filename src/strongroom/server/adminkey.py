@@ -8,9 +8,9 @@ import hmac
 from ..apikey import ALL_TENANTS, ApiKey
 from ..app import Strongroom
 from ..context import system_context
-from ..errors import AlreadyExists, ConfigError
+from ..errors import AlreadyExists, ConfigError, NotFound
 from ..keytext import generate, masked
-from ..query import Query, Where
+from ..query import And, Query, Where
 from .auth import Scope
 
 ID = "admin"
@@ -27,13 +27,17 @@ async def ensure(room: Strongroom, given: str | None) -> str | None:
     if given is not None:
         await _set(room, given)
         return None
-    query = Query(Where("permissions", "array-contains", _PERMISSION), limit=1)
-    if (await room.database.find(system_context(), ApiKey, query)).items:
+    held = And(Where("permissions", "array-contains", _PERMISSION), Where("deleted_at", "==", None))
+    if (await room.database.find(system_context(), ApiKey, Query(held, limit=1))).items:
         return None
     text = generate(PREFIX)
     try:
+        deleted = await room.database.get_or_none(system_context(), ApiKey, ID)
+        if deleted is not None and deleted.deleted_at is not None:
+            await room.keys.delete(ID, purge=True)  # its id is needed for the new one
         await room.database.create(system_context(), _key(room, text))
-    except AlreadyExists:  # another process made it in this moment, and shows it; or it lost its permission by hand
+    except (AlreadyExists, NotFound):
+        # Another process made it in this moment, and shows it; or it lost its permission by hand.
         return None
     return text
 
@@ -50,7 +54,7 @@ async def _set(room: Strongroom, text: str) -> None:
                 wanted = _key(room, text)
                 fields = ("tenant", "hash", "sealed", "display", "permissions", "enabled", "expires_at", "allowed_ips")
                 changes = {name: getattr(wanted, name) for name in fields}
-                changes |= {"previous_hash": None, "previous_until": None}
+                changes |= dict.fromkeys(("previous_hash", "previous_until", "unclaimed", "deleted_at", "due_at"))
                 await room.database.update(context, ApiKey, ID, changes)
             return
         except AlreadyExists:  # another process was faster: look whether it set the same text
@@ -65,6 +69,7 @@ def _is(key: ApiKey, candidates: list[str]) -> bool:
     return (
         any(same)
         and key.enabled
+        and key.deleted_at is None
         and key.expires_at is None
         and key.tenant == ALL_TENANTS
         and _PERMISSION in key.permissions

@@ -8,6 +8,10 @@ from typing import Annotated, Any, Literal
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from ..apikey import MAX_OVERLAP_S, Environment
+from ..bulk import MAX_IDS as MAX_BULK_IDS
+from ..bulk import MAX_PAGE as MAX_BULK_PAGE
+from ..bulk import PAGE as BULK_PAGE
+from ..bulk import BulkAction
 from ..query import DEFAULT_LIMIT, MAX_LIMIT
 from ..windows import MAX_AMOUNT, Limit, Window
 from .services import MAX_BATCH_ITEMS
@@ -131,6 +135,46 @@ class KeyListQuery(Closed):
     deleted: bool = Field(False, description="The deleted keys that can be restored, instead of the others.")
     limit: int = Field(DEFAULT_LIMIT, ge=1, le=MAX_LIMIT)
     cursor: str | None = Field(None, description="The `next_cursor` of the page before.")
+
+
+class BulkFilterIn(Closed):
+    """All of what is given must hold."""
+
+    tenant: str | None = None
+    user_id: str | None = None
+    owner: str | None = None
+    environment: Environment | None = None
+    name_prefix: str | None = None
+    created_after: AwareDatetime | None = None
+    created_before: AwareDatetime | None = None
+    deleted: bool | None = None
+
+
+class BulkIn(Closed):
+    action: BulkAction
+    filter: BulkFilterIn | None = None
+    ids: list[str] | None = Field(None, max_length=MAX_BULK_IDS)
+    changes: dict[str, Any] | None = Field(None, description="With `update`: the fields, as of a change of one key.")
+    dry_run: bool = Field(False, description="Only count.")
+    limit: int = Field(BULK_PAGE, ge=1, le=MAX_BULK_PAGE, description="Keys to look at in this call.")
+    cursor: str | None = Field(None, description="The `next_cursor` of the call before.")
+
+
+class BulkFailureOut(BaseModel):
+    id: str
+    code: str
+    message: str
+
+
+class BulkOut(BaseModel):
+    """`changed` and `unchanged` (it was so already) and `failed` are together all that was `looked_at`."""
+
+    dry_run: bool
+    looked_at: int
+    changed: int
+    unchanged: int
+    failed: list[BulkFailureOut]
+    next_cursor: str | None
 
 
 class KeyQuery(Closed):

@@ -6,11 +6,11 @@ import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from types import MappingProxyType
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 
-from ...apikey import KeyChanges, KeyFields, NewKey, parse
+from ...apikey import KeyChanges, NewKey
 from ...errors import InvalidInput, NotFound, Problem
 from ...keys import ApiKey, KeyStats
 from ..auth import Caller, Scope, is_management
@@ -40,8 +40,8 @@ from ..wire import (
     not_modified,
     read,
 )
-
-K = TypeVar("K", bound=KeyFields)
+from . import keys_bulk
+from .keys_fields import K, parsed
 
 
 def router(services: Services) -> APIRouter:
@@ -182,6 +182,8 @@ def router(services: Services) -> APIRouter:
             services.metrics.verified[answer.code] = services.metrics.verified.get(answer.code, 0) + 1
         return Json({"items": answers})
 
+    keys_bulk.add(routes, services)
+
     async def _own(request: Request, id: str, *, deleted: bool = False) -> ApiKey:
         """The key that is to be changed. Raises NotFound, and Denied if it is one that only administrators touch."""
         caller = _writer(request)
@@ -209,22 +211,8 @@ def _guard(caller: Caller, permissions: Iterable[str], tenant: str) -> None:
 
 
 async def _parsed(request: Request, model: type[K], defaults: Mapping[str, Any] = MappingProxyType({})) -> K:
-    """The body as a key's fields. Amounts keep all their digits; a time is a text, not seconds since some epoch.
-
-    Raises InvalidInput with every problem.
-    """
-    fields = {**defaults, **await body_fields(request, exact=("limits",))}
-    problems = []
-    if not isinstance(fields.get("expires_at"), str | None):
-        del fields["expires_at"]
-        problems.append(Problem("expires_at", "expected a time such as 2027-01-01T00:00:00Z"))
-    try:
-        parsed = parse(model, fields)
-    except InvalidInput as error:
-        raise InvalidInput([*problems, *error.problems]) from None
-    if problems:
-        raise InvalidInput(problems)
-    return parsed
+    """The body as a key's fields. Amounts keep all their digits. Raises InvalidInput with every problem."""
+    return parsed(model, {**defaults, **await body_fields(request, exact=("limits",))})
 
 
 def _version_of(key: ApiKey | None) -> Callable[[], Awaitable[int | None]]:

@@ -1,0 +1,102 @@
+"""API keys, many at once: changes of those of a filter or of a list of ids; a new pepper for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from ...apikey import ApiKey, KeyChanges
+from ...bulk import Bulk, BulkStep
+from ...errors import ConfigError, Conflict, Denied, InvalidInput, Problem, StrongroomError
+from ...keyfilter import KeyFilter
+from ..auth import Caller, Scope, is_management
+from ..openapi import body
+from ..services import Services
+from ..shapes import BulkIn, BulkOut
+from ..wire import Json, body_fields, caller_of, context_of, read
+from .keys_fields import parsed
+
+
+def add(routes: APIRouter, services: Services) -> None:
+    """Add these routes to those of the keys."""
+    room = services.room
+
+    @routes.post(":bulk", response_model=BulkOut, openapi_extra=body(BulkIn), summary="Change many keys")
+    async def change_keys(request: Request) -> Response:
+        """Of `filter` or of `ids`, at most `limit` keys in one call; `next_cursor` goes on with the same call. Each key
+        is changed whole or not at all; one that cannot be is named in `failed`, and the others are changed. Done again
+        from the start it finds what was done `unchanged`. `restore` is about the deleted keys of a filter."""
+        caller = caller_of(request)
+        caller.needs(Scope.WRITE)
+        asked = await read(request, BulkIn)
+        bulk = await _bulk(request, asked, caller)
+        context = context_of(request)
+        async with aclosing(room.keys.bulk(bulk, cursor=asked.cursor, limit=asked.limit, context=context)) as steps:
+            step = await anext(steps)
+        return Json(_shown(step, asked.dry_run))
+
+    @routes.post(":rotate-pepper", status_code=204, response_class=Response, summary="A new pepper for new hashes")
+    async def rotate_pepper(request: Request) -> Response:
+        """New hashes are made with a new secret from now on; those that are there work on, each is renewed at its next
+        use. Only for an administrator of all tenants. 409 where the peppers come from the configuration."""
+        caller = caller_of(request)
+        caller.needs(Scope.ADMIN)
+        if caller.tenant is not None:
+            raise Denied("the pepper is that of all tenants: this call needs an administrator of all of them")
+        try:
+            await room.rotate_pepper()
+        except ConfigError as error:
+            raise Conflict(str(error)) from None
+        return Response(status_code=204)
+
+
+async def _bulk(request: Request, asked: BulkIn, caller: Caller) -> Bulk:
+    """What is asked for. Raises InvalidInput with everything that is wrong."""
+    problems: list[Problem] = []
+    where, changes = None, None
+    if asked.filter is not None:
+        given = {name: value for name, value in asked.filter.model_dump().items() if value not in (None, False)}
+        if not given:
+            problems.append(Problem("filter", "expected at least one condition"))
+        where = KeyFilter(**given)
+    if asked.changes is not None:
+        # With the amounts of limits to their last digit.
+        exactly = (await body_fields(request, exact=("changes",)))["changes"]
+        fields = {**asked.changes, **{name: exactly[name] for name in ("limits",) if name in exactly}}
+        try:
+            changes = parsed(KeyChanges, fields)
+        except InvalidInput as error:
+            problems += [Problem(f"changes.{p.path}", p.message) for p in error.problems]
+    bulk = Bulk(asked.action, where, asked.ids, changes, asked.dry_run, _refusal(caller))
+    try:
+        if changes is not None or asked.changes is None:
+            bulk.check()
+    except InvalidInput as error:
+        problems += error.problems
+    if problems:
+        raise InvalidInput(problems)
+    return bulk
+
+
+def _refusal(caller: Caller) -> Callable[[ApiKey], StrongroomError | None]:
+    def refusal(key: ApiKey) -> StrongroomError | None:
+        """Management keys are for administrators, as one by one."""
+        if caller.scope < Scope.ADMIN and is_management(key.permissions, key.tenant):
+            return Denied(f"this key is one that only {Scope.ADMIN.permission} may change")
+        return None
+
+    return refusal
+
+
+def _shown(step: BulkStep, dry_run: bool) -> dict[str, Any]:
+    return {
+        "dry_run": dry_run,
+        "looked_at": step.looked_at,
+        "changed": step.changed,
+        "unchanged": step.unchanged,
+        "failed": [{"id": one.id, "code": one.code, "message": one.message} for one in step.failed],
+        "next_cursor": step.cursor,
+    }
