@@ -47,8 +47,8 @@ class Crossing:
 
 
 def crossed(before: int, after: int, most: int, thresholds: Sequence[int]) -> list[int]:
-    """The thresholds (percent) that lie in the step from `before` to `after` units used of `most`, in ascending order.
-    None of them where nothing was allowed anyway."""
+    """The thresholds (percent) that lie in the step from `before` to `after` units used of `most`, in ascending order;
+    both as of the same moment, so that in a new window `before` is nothing. None where nothing was allowed anyway."""
     if after <= before or most <= 0:
         return []
     return sorted(t for t in thresholds if before * 100 < t * most <= after * 100)

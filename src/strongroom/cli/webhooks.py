@@ -200,8 +200,8 @@ def delete(
         output.print_line(f"removed {webhook.id} ({webhook.url})")
 
 
-@app.command()
-def test(id: IdArgument, store: StoreOption = None, json: JsonOption = False) -> None:
+@app.command("test")
+def ping(id: IdArgument, store: StoreOption = None, json: JsonOption = False) -> None:
     """Send a webhook a test event and say what came of it. Exit status 1 if it was not accepted.
 
     \b

@@ -1,0 +1,270 @@
+"""Threshold alerts: each threshold once a window, one event however often its batch is tried, money exact."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from decimal import Decimal
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from strongroom import Limit, Strongroom
+from strongroom.alerts import Crossing, Told, crossed, operations, subject_of, untold
+from strongroom.errors import NotFound
+from strongroom.events import NAME as EVENTS
+from strongroom.query import Query
+from strongroom.quotas import quota_id
+from strongroom.storage.port import Patch, Put
+from strongroom.windows import Anchored, Calendar, Total
+from tests.conftest import wait_until
+from tests.receiver import FAST, delivering, receiving
+from tests.support import FaultyStore, rolling
+
+SECOND = 1_000_000
+T0 = 1_800_000_000 * SECOND
+ROLLING = rolling("tokens", 1_000, 100)
+ANCHORED = Limit(resource="tokens", limit=1_000, window=Anchored(seconds=100))
+CALENDAR = Limit(resource="tokens", limit=1_000, window=Calendar(unit="day"))
+TOTAL = Limit(resource="tokens", limit=1_000, window=Total())
+THRESHOLDS = (50, 80, 100)
+
+
+class Watch:
+    """A ledger in small: what it remembers of one counter, and what it told."""
+
+    def __init__(self, limit: Limit, most: int = 1_000, thresholds: Sequence[int] = THRESHOLDS) -> None:
+        self.limit, self.most, self.thresholds = limit, most, thresholds
+        self.told: Told | None = None
+        self.used = 0
+        self.events: list[tuple[int, int]] = []
+
+    def use(self, used: int, now_us: int, ends_us: int | None = None) -> list[int]:
+        """Usage is now `used`; the thresholds that are told of."""
+        reached = crossed(self.used, used, self.most, self.thresholds)
+        self.used = used
+        if not reached:
+            return []
+        new, told = untold(self.told, reached, self.limit, self.most, ends_us, now_us)
+        self.told = json.loads(json.dumps(told))
+        self.events += [(threshold, now_us) for threshold in new]
+        return new
+
+
+# --- Which are crossed ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "most", "expected"),
+    [
+        (0, 499, 1_000, []),
+        (499, 500, 1_000, [50]),
+        (500, 501, 1_000, []),
+        (0, 1_000, 1_000, [50, 80, 100]),
+        (999, 2_000, 1_000, [100]),
+        (1_000, 2_000, 1_000, []),
+        (800, 100, 1_000, []),
+        (0, 5, 0, []),
+        (0, 1, 3, []),
+        (0, 2, 3, [50]),
+        (2, 3, 3, [80, 100]),
+    ],
+)
+def test_a_threshold_is_crossed_when_usage_comes_to_it_from_below(
+    before: int, after: int, most: int, expected: list[int]
+) -> None:
+    assert crossed(before, after, most, (100, 50, 80)) == expected
+
+
+@given(
+    st.integers(1, 10**15),
+    st.lists(st.integers(0, 10**15), min_size=2, max_size=20),
+    st.sets(st.integers(1, 1_000), max_size=20),
+)
+def test_however_usage_grows_in_steps_the_same_thresholds_are_crossed_once(
+    most: int, points: list[int], thresholds: set[int]
+) -> None:
+    steps = sorted(points)
+    wanted = sorted(thresholds)
+    one_by_one = [t for a, b in itertools.pairwise(steps) for t in crossed(a, b, most, wanted)]
+    assert one_by_one == crossed(steps[0], steps[-1], most, wanted)
+    assert len(one_by_one) == len(set(one_by_one))
+
+
+# --- Once a window --------------------------------------------------------------------------------------------
+
+
+def test_in_a_window_with_an_end_each_threshold_is_told_once_until_then() -> None:
+    for limit in (ANCHORED, CALENDAR):
+        watch = Watch(limit)
+        end = T0 + 100 * SECOND
+        assert watch.use(600, T0, end) == [50]
+        assert watch.use(400, T0 + 1, end) == []  # a reservation was released
+        assert watch.use(900, T0 + 2, end) == [80]
+        assert watch.use(0, T0 + 3, end) == []
+        assert watch.use(1_000, T0 + 4, end) == [100]
+        assert watch.use(0, end, end + 100 * SECOND) == []
+        assert watch.use(1_000, end + 1, end + 100 * SECOND) == [50, 80, 100]
+
+
+def test_a_total_is_told_of_once() -> None:
+    watch = Watch(TOTAL)
+    assert watch.use(1_000, T0) == [50, 80, 100]
+    watch.use(0, T0 + 1)
+    assert watch.use(1_000, T0 + 10**15) == []
+
+
+def test_a_rolling_window_whose_use_goes_up_and_down_across_a_threshold_does_not_flood() -> None:
+    watch = Watch(ROLLING)
+    for second in range(1_000):
+        watch.use(510 if second % 2 == 0 else 490, T0 + second * SECOND)
+    assert [(t, (at - T0) // SECOND) for t, at in watch.events] == [(50, s) for s in range(0, 1_000, 100)]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 1_500), st.integers(0, 60)), max_size=60),
+    st.sampled_from([ROLLING, ANCHORED, TOTAL]),
+)
+def test_whatever_happens_a_threshold_is_told_of_once_a_window_and_never_missed_in_a_new_one(
+    steps: list[tuple[int, int]], limit: Limit
+) -> None:
+    watch = Watch(limit)
+    now = T0
+    told: dict[object, set[int]] = {}
+    at: dict[int, int] = {}
+    for used, seconds in steps:
+        now += seconds * SECOND
+        window = now // (100 * SECOND)
+        ends = (window + 1) * 100 * SECOND if limit is ANCHORED else None
+        key = window if limit is ANCHORED else "all"
+        if key not in told:
+            told[key] = set()
+            watch.used = 0
+        reached = crossed(watch.used, used, 1_000, THRESHOLDS)
+        new = watch.use(used, now, ends)
+        if limit is ROLLING:
+            expected = [t for t in reached if t not in at or now - at[t] >= 100 * SECOND]
+            at.update(dict.fromkeys(new, now))
+        else:
+            expected = [t for t in reached if t not in told[key]]
+            told[key].update(new)
+        assert new == expected
+
+
+def test_a_limit_that_was_changed_begins_anew() -> None:
+    watch = Watch(ANCHORED)
+    end = T0 + 100 * SECOND
+    assert watch.use(900, T0, end) == [50, 80]
+    watch.most = 2_000
+    assert watch.use(1_100, T0 + 1, end) == [50]
+
+
+def test_what_is_remembered_is_small() -> None:
+    watch = Watch(ROLLING, thresholds=range(1, 101, 5))
+    watch.use(1_000, T0)
+    assert len(json.dumps(watch.told)) < 700
+
+
+# --- Events ---------------------------------------------------------------------------------------------------
+
+
+def crossing(**more: Any) -> Crossing:
+    fields: dict[str, Any] = {
+        "account_id": "key_1", "tenant": "acme", "key_id": "key_1", "limit": ROLLING, "threshold": 80, "used": 812,
+        "most": 1_000, "window_ends_us": None, "now_us": T0,
+    }  # fmt: skip
+    return Crossing(**{**fields, **more})
+
+
+def event_of(one: Crossing) -> Put:
+    (operation,) = operations(one)
+    assert isinstance(operation, Put)
+    return operation
+
+
+def test_the_event_says_whose_limit_was_used_how_far() -> None:
+    made = event_of(crossing(window_ends_us=T0 + SECOND, limit=ANCHORED))
+    assert made.collection == EVENTS
+    assert json.loads(made.document["body"]) == {
+        "type": "limit.threshold",
+        "timestamp": "2027-01-15T08:00:00Z",
+        "tenant": "acme",
+        "data": {
+            "subject": {"kind": "key", "id": "key_1"},
+            "key_id": "key_1",
+            "resource": "tokens",
+            "threshold": 80,
+            "limit": 1_000,
+            "used": 812,
+            "window": {"kind": "anchored", "seconds": 100},
+            "window_ends_at": "2027-01-15T08:00:01Z",
+        },
+    }
+
+
+def test_money_is_told_exactly() -> None:
+    money = Limit(resource="cost", limit=Decimal("0.3"), window=Total())
+    body = event_of(crossing(limit=money, most=300_000_000, used=240_000_001)).document["body"]
+    assert '"limit":0.3,"used":0.240000001,' in body
+
+
+def test_a_limit_for_some_models_says_for_which() -> None:
+    limit = ROLLING.model_copy(update={"models": ("m-*",), "routes": ("/chat",)})
+    data = json.loads(event_of(crossing(limit=limit)).document["body"])["data"]
+    assert (data["models"], data["routes"]) == (["m-*"], ["/chat"])
+
+
+def test_the_same_crossing_is_the_same_event_and_another_is_another() -> None:
+    again = event_of(crossing(now_us=T0 + SECOND, used=900))  # another node, a moment later, in the same window
+    assert again.id == event_of(crossing()).id
+    others = [
+        crossing(account_id="key_2"), crossing(threshold=50), crossing(most=2_000), crossing(now_us=T0 + 100 * SECOND),
+        crossing(limit=rolling("tokens", 1_000, 101)), crossing(limit=rolling("images", 1_000, 100)),
+        crossing(limit=ANCHORED, window_ends_us=T0), crossing(limit=ANCHORED, window_ends_us=T0 + 1),
+        crossing(limit=ROLLING.model_copy(update={"models": ("m",)})),
+        crossing(limit=ROLLING.model_copy(update={"routes": ("m",)})),
+    ]  # fmt: skip
+    ids = {event_of(one).id for one in (crossing(), *others)}
+    assert len(ids) == 1 + len(others)
+
+
+@pytest.mark.parametrize("tenant", ["acme", "a/b", "1:2", "tenant:4:x"])
+@pytest.mark.parametrize("name", ["u1", "a/b:c", "12:x"])
+def test_the_subject_of_a_shared_limit_is_told(tenant: str, name: str) -> None:
+    assert subject_of(quota_id("user", tenant, name)) == {"kind": "user", "id": name}
+    assert subject_of(quota_id("group", tenant, name)) == {"kind": "group", "id": name}
+    assert subject_of(quota_id("tenant", tenant)) == {"kind": "tenant", "id": tenant}
+
+
+# --- With a store, and a receiver -----------------------------------------------------------------------------
+
+
+async def test_a_crossing_that_is_committed_twice_is_delivered_once(url_of_any: str) -> None:
+    async with receiving() as receiver, delivering(url_of_any, timing=FAST) as (room, _):
+        for tenant, thresholds in (("acme", [80]), ("*", [80, 100]), ("acme", [50]), ("globex", [80])):
+            await room.webhooks.create(
+                url=f"{receiver.url}/{tenant}/{thresholds[0]}", tenant=tenant, thresholds=thresholds, allow_private=True
+            )
+        for _ in range(2):
+            await room.database.commit_counters(operations(crossing(now_us=room.clock.now_us())), T0)
+            room.deliveries.wake([event_of(crossing(now_us=room.clock.now_us())).id])
+            await wait_until(lambda: all_taken_up(room))
+        await wait_until(lambda: room.deliveries.counts["delivered"] == 2)
+        assert sorted(one.path for one in receiver.arrived) == ["/hook/*/80", "/hook/acme/80"]
+        assert len(set(receiver.ids)) == 1
+
+
+async def all_taken_up(room: Strongroom) -> bool:
+    found = await room.store.find(EVENTS, None, Query(limit=1_000))
+    return bool(found) and all(event["due_at"] is None for event in found)
+
+
+async def test_a_batch_that_fails_leaves_no_event(room: Strongroom, store: FaultyStore) -> None:
+    with pytest.raises(NotFound):
+        await room.database.commit_counters([*operations(crossing()), Patch("key_usage", "none", {"count": 1})], T0)
+    assert await store.get(EVENTS, None, event_of(crossing()).id) is None
+    await room.database.commit_counters(operations(crossing()), T0)
+    assert (await store.get(EVENTS, None, event_of(crossing()).id) or {})["type"] == "limit.threshold"
