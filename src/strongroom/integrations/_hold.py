@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Generator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
 from ..app import Strongroom
-from ..errors import InvalidInput, Problem, StrongroomError
-from ..verification import Verification, cost_units
+from ..errors import Conflict, NotFound, StrongroomError, Unavailable
+from ..verification import Reservation, cost_units
 from ..windows import Amount
 from ._core import Cost, KeyRefused, Presented, refusal_of, refusal_of_error
 
 TTL_S = 60
 """How long a hold outlives a process that is killed. One that is alive keeps its holds for as long as their work."""
+SETTLE_WAIT_S = 2.0
+"""How long the end of a request waits for its settlement, which goes on meanwhile if the store cannot be reached."""
+RETRY_S = 0.5
+CLOSE_WAIT_S = 10.0
 _log = logging.getLogger(__name__)
 _settling: set[asyncio.Task[None]] = set()
 """Tasks that settle: the loop itself holds tasks only weakly, and their callers may have been cancelled."""
@@ -39,23 +44,23 @@ class Hold:
         fixed: Cost | None = None,
         opened: list[Hold] | None = None,
     ) -> None:
-        if type(ttl_s) is not int or ttl_s < 1:
-            raise InvalidInput([Problem("ttl_s", f"found {ttl_s!r}, expected 1 or more whole seconds")])
-        cost_units(presented.asked.get("cost") or {})
         self._keys = room.keys
         self._presented = presented
         self._ttl_s = ttl_s
+        self._reserved: dict[str, Amount] = dict(presented.asked.get("cost") or {})
         self._used: dict[str, Amount] = dict(fixed or {})
+        self._reported: dict[str, Amount] = {}
+        """What the reservation was told to be used, and so is charged already."""
         self._opened = opened
         self._keeper: asyncio.Task[None] | None = None
-        self._verification: Verification | None = None
+        self._reservation: Reservation | None = None
 
     @property
-    def verification(self) -> Verification:
+    def verification(self) -> Reservation:
         """The answer that made the hold."""
-        if self._verification is None:
+        if self._reservation is None:
             raise RuntimeError("nothing is reserved yet: use `async with reserve(…)` or `await reserve(…)`")
-        return self._verification
+        return self._reservation
 
     @property
     def used(self) -> Mapping[str, Amount]:
@@ -69,13 +74,12 @@ class Hold:
         for resource, amount in amounts.items():
             self._used[resource] = self._used.get(resource, 0) + amount
 
-    async def extend(self, **more: Amount) -> Verification:
+    async def extend(self, **more: Amount) -> Reservation:
         """Reserve more: `await hold.extend(tokens=500)`. Raises KeyRefused if the limits do not allow it; what is held
         stays held."""
-        answer = await self._keys.extend(self._id, ttl_s=self._ttl_s, cost=more or None)
-        if not answer.valid:
-            raise KeyRefused(refusal_of(answer, self._presented.header))
-        return answer
+        cost_units(more)
+        wanted = {name: self._reserved.get(name, 0) + amount for name, amount in more.items()}
+        return await self._extend({**self._reserved, **wanted})
 
     async def close(self) -> None:
         """Charge what was used, and give back the rest. A second time does nothing."""
@@ -87,7 +91,7 @@ class Hold:
         task = asyncio.create_task(self._settle(dict(self._used)))
         _settling.add(task)
         task.add_done_callback(_settling.discard)
-        await asyncio.shield(task)
+        await asyncio.wait([task], timeout=SETTLE_WAIT_S)
 
     def __await__(self) -> Generator[Any, None, Self]:
         return self._reserve().__await__()
@@ -101,7 +105,7 @@ class Hold:
         await self.close()
 
     async def _reserve(self) -> Self:
-        if self._verification is not None:
+        if self._reservation is not None:
             raise RuntimeError("this was reserved already")
         try:
             answer = await self._keys.reserve(self._presented.text, ttl_s=self._ttl_s, **self._presented.asked)
@@ -109,7 +113,7 @@ class Hold:
             raise KeyRefused(refusal_of_error(error)) from error
         if not answer.valid:
             raise KeyRefused(refusal_of(answer, self._presented.header))
-        self._verification = answer
+        self._reservation = answer
         self._keeper = asyncio.create_task(self._keep())
         if self._opened is not None:
             self._opened.append(self)
@@ -122,12 +126,13 @@ class Hold:
             raise RuntimeError("a valid reservation has no id")
         return id
 
-    async def _settle(self, used: Cost) -> None:
-        try:
-            await self._keys.settle(self._id, used)
-        except StrongroomError as error:
-            # Logged, not raised: the work is done, and its answer is not to be lost over its bill.
-            _log.error("a reservation could not be settled", extra={"reservation": self._id, "error": error.code})
+    async def _extend(self, cost: Cost) -> Reservation:
+        used = dict(self._used)
+        answer = await self._keys.extend(self._id, ttl_s=self._ttl_s, cost=cost, used=used)
+        if not answer.valid:
+            raise KeyRefused(refusal_of(answer, self._presented.header))
+        self._reserved, self._reported = dict(cost), used
+        return answer
 
     async def _keep(self) -> None:
         """Work that takes long keeps its hold. What it used so far is told with it, and so is charged even if this
@@ -135,15 +140,61 @@ class Hold:
         while True:
             await asyncio.sleep(self._ttl_s / 2)
             try:
-                await self._keys.extend(self._id, ttl_s=self._ttl_s, used=dict(self._used) or None)
-            except StrongroomError as error:
+                await self._extend(self._reserved)
+            except (StrongroomError, KeyRefused) as error:
                 _log.warning(
-                    "a reservation could not be extended", extra={"reservation": self._id, "error": error.code}
+                    "a reservation could not be extended", extra={"reservation": self._id, "error": str(error)}
                 )
 
+    async def _settle(self, used: Cost) -> None:
+        """Charge what was used; tried again, since it is charged once, for as long as the hold lasts without us."""
+        deadline = time.monotonic() + self._ttl_s
+        while True:
+            try:
+                try:
+                    await self._keys.settle(self._id, used)
+                except (NotFound, Conflict):  # it has ended, so what it was not told is recorded
+                    await self._record(used)
+            except Unavailable as error:
+                if time.monotonic() >= deadline:
+                    self._lost(error)
+                    return
+                await asyncio.sleep(RETRY_S)
+            except StrongroomError as error:
+                self._lost(error)
+                return
+            else:
+                return
 
-async def settled() -> None:
+    async def _record(self, used: Cost) -> None:
+        rest = {name: amount - self._reported.get(name, 0) for name, amount in used.items()}
+        if any(rest.values()):
+            await self._keys.record(
+                key_id=self.verification.key_id, cost=rest, idempotency_key=f"{self._id} ended before it was settled"
+            )
+
+    def _lost(self, error: StrongroomError) -> None:
+        # Logged, not raised: the work is done, and its answer is not to be lost over its bill.
+        _log.error(
+            "a reservation could not be settled",
+            extra={"reservation": self._id, "used": str(self._used), "error": error.code},
+        )
+
+
+def reserving(presented: Presented, cost: Cost, permission: str | None, model: str | None, *, first: bool) -> Presented:
+    """What a reservation for a request asks. The `first` of them holds one of the key's limit on concurrency, unless
+    its cost says how many: a request is one, whatever it reserves."""
+    more: dict[str, Any] = {"cost": cost if first else {"concurrency": 0, **cost}}
+    if permission is not None:
+        more["permission"] = permission
+    if model is not None:
+        more["model"] = model
+    return presented.asking(**more)
+
+
+async def settled(timeout_s: float = CLOSE_WAIT_S) -> None:
     """Wait until what is being settled on this loop is: before a room is closed."""
     loop = asyncio.get_running_loop()
-    while tasks := [task for task in _settling if task.get_loop() is loop]:
-        await asyncio.wait(tasks)
+    tasks = [task for task in _settling if task.get_loop() is loop]
+    if tasks:
+        await asyncio.wait(tasks, timeout=timeout_s)

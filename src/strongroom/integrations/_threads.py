@@ -8,10 +8,10 @@ from typing import Any, Self
 from ..app import Strongroom
 from ..blocking import BlockingStrongroom
 from ..errors import ConfigError
-from ..verification import Verification
+from ..verification import Reservation, Verification
 from ..windows import Amount
 from ._core import Cost, Presented, checked_header, client_address, credential, networks, verified
-from ._hold import TTL_S, Hold
+from ._hold import TTL_S, Hold, reserving
 
 
 class BlockingHold:
@@ -47,7 +47,7 @@ class BlockingHold:
         return self._hold
 
     @property
-    def verification(self) -> Verification:
+    def verification(self) -> Reservation:
         """The answer that made the hold."""
         return self._held.verification
 
@@ -69,12 +69,12 @@ class BlockingHold:
         """`open` for an event loop."""
         return self._began(await self._room.acall(self._reserve))
 
-    def extend(self, **more: Amount) -> Verification:
+    def extend(self, **more: Amount) -> Reservation:
         """Reserve more. Raises KeyRefused if the limits do not allow it; what is held stays held."""
         hold = self._held
         return self._room.call(lambda _: hold.extend(**more))
 
-    async def aextend(self, **more: Amount) -> Verification:
+    async def aextend(self, **more: Amount) -> Reservation:
         """`extend` for an event loop."""
         hold = self._held
         return await self._room.acall(lambda _: hold.extend(**more))
@@ -152,6 +152,5 @@ class Desk:
         opened: list[BlockingHold],
     ) -> BlockingHold:
         """A reservation for the key of a request that was let in."""
-        more = {"cost": cost, "permission": permission, "model": model}
-        presented = presented.asking(**{name: value for name, value in more.items() if value is not None})
+        presented = reserving(presented, cost, permission, model, first=not opened)
         return BlockingHold(self.room, presented, ttl_s=ttl_s, opened=opened)

@@ -27,7 +27,7 @@ from ._core import (
     rate_limit_headers,
     verified,
 )
-from ._hold import TTL_S, Hold, settled
+from ._hold import TTL_S, Hold, reserving, settled
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -271,6 +271,7 @@ class StrongroomMiddleware(RoomMiddleware):
         room = self._opened(scope)
         try:
             guarded = self._guarded(scope, room)
+            answer: Verification
             if self._concurrency:
                 hold = await _concurrency(guarded)
                 guarded.holds.append(hold)
@@ -299,8 +300,7 @@ class StrongroomMiddleware(RoomMiddleware):
 async def _concurrency(guarded: Guarded) -> Hold:
     """A request that counts among those in work until it ends; what it costs is charged in any case."""
     cost = guarded.presented.asked.get("cost") or ONE_REQUEST
-    presented = guarded.presented.asking(cost={**cost, "concurrency": 1})
-    return await Hold(guarded.room, presented, fixed=cost)
+    return await Hold(guarded.room, guarded.presented.asking(cost=cost), fixed=cost)
 
 
 async def _forward_lifespan(app: ASGIApp, scope: Scope, first: Message, receive: Receive, send: Send) -> Message | None:
@@ -408,8 +408,7 @@ def reserve(
     guarded = _scope_of(request).get(_GUARDED)
     if not isinstance(guarded, Guarded):
         raise LookupError(_NOT_VERIFIED)
-    more = {"cost": cost, "permission": permission, "model": model}
-    presented = guarded.presented.asking(**{name: value for name, value in more.items() if value is not None})
+    presented = reserving(guarded.presented, cost, permission, model, first=not guarded.holds)
     return Hold(guarded.room, presented, ttl_s=ttl_s, opened=guarded.holds)
 
 
