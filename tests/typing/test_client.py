@@ -27,6 +27,7 @@ from strongroom.client import (
     Page,
     Readiness,
     Recorded,
+    Reservation,
     StrongroomError,
     Verification,
     Webhook,
@@ -76,7 +77,7 @@ def documents_have_the_callers_type(client: Client) -> None:
 def a_hold_is_a_context_manager(client: Client) -> None:
     with client.reservations.hold("k", {"tokens": 100}) as hold:
         assert_type(hold, Hold)
-        assert_type(hold.verification, Verification)
+        assert_type(hold.reservation, Reservation)
         hold.use(tokens=1, cost=Decimal("0.1"))
 
 

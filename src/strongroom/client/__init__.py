@@ -53,6 +53,7 @@ from .models import (
     Readiness,
     Recorded,
     Refill,
+    Reservation,
     Sighting,
     Used,
     Verification,
@@ -65,7 +66,7 @@ __all__ = [
     "BoundExceeded", "BulkFailure", "BulkStep", "Change", "Client", "Collection", "Conflict", "Cost", "CurrentUsage",
     "Delivery", "Denied", "Dependency", "Hold", "InvalidInput", "IssuedKey", "IssuedWebhook", "KeyStats", "Leak",
     "LeakLabel", "LeakPolicy", "Limit", "LimitStatus", "MalformedRequest", "MethodNotAllowed", "NoAnswer", "NotFound",
-    "OwnStats", "Page", "PreconditionFailed", "Problem", "Readiness", "Recorded", "Refill", "Refused", "Retries",
-    "Sighting", "StorageFull", "StrongroomError", "Tenant", "TooLarge", "TooManyRequests", "Unauthenticated",
+    "OwnStats", "Page", "PreconditionFailed", "Problem", "Readiness", "Recorded", "Refill", "Refused", "Reservation",
+    "Retries", "Sighting", "StorageFull", "StrongroomError", "Tenant", "TooLarge", "TooManyRequests", "Unauthenticated",
     "Unavailable", "UnexpectedAnswer", "Used", "Verification", "Watch", "Webhook", "Window", "new_idempotency_key",
 ]  # fmt: skip

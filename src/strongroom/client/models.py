@@ -170,7 +170,7 @@ class Verification(Model, frozen=True):
     """Whether a key may be used now. `code` is VALID, or says why not; only VALID debits anything.
 
     `retry_after_s`: seconds until the same call would be admitted if nothing else is used; None if waiting does not
-    help. `message` explains a refusal. `reservation_id` names the hold, where one was asked for.
+    help. `message` explains a refusal.
     """
 
     valid: bool
@@ -183,7 +183,16 @@ class Verification(Model, frozen=True):
     limits: list[LimitStatus] = []
     retry_after_s: float | None = None
     message: str | None = None
+
+
+class Reservation(Verification, frozen=True):
+    """The answer to a reservation, and to what is done to it. `state` is open, settled or released; None if it was
+    refused, and then there is no `reservation_id`. `charged`: what was used of it in all so far."""
+
     reservation_id: str | None = None
+    state: str | None = None
+    expires_at: Moment | None = None
+    charged: dict[str, Amount] = {}
 
 
 class Ask(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

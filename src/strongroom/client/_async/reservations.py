@@ -6,12 +6,12 @@ from decimal import Decimal
 from types import TracebackType
 from typing import Self
 
-from ...errors import NotFound, StrongroomError, TooManyRequests, Unavailable
+from ...errors import Conflict, NotFound, StrongroomError, TooManyRequests, Unavailable
 from .._aio import Ticker, uninterrupted
 from .._amounts import Amounts, added, less
 from .._wire import decode, encode, once_of, without_none
 from ..errors import Refused
-from ..models import Cost, Recorded, Used, Verification
+from ..models import Cost, Recorded, Reservation, Used
 from .transport import AsyncTransport
 
 DEFAULT_TTL_S = 60
@@ -36,9 +36,11 @@ class AsyncReservations:
         model: str | None = None,
         route: str | None = None,
         idempotency_key: str | None = None,
-    ) -> Verification:
-        """Verify the key and hold `cost` (default: one request) for `ttl_s` seconds; if it is valid, the answer has a
-        `reservation_id`. The amount is given back when that time is over."""
+    ) -> Reservation:
+        """Verify the key and hold `cost` (default: one request), and one of its `concurrency`, for `ttl_s` seconds.
+
+        If it is valid, the answer has a `reservation_id`. What is held is given back when that time is over.
+        """
         fields = {
             "key": key,
             "cost": cost,
@@ -51,11 +53,14 @@ class AsyncReservations:
         answer = await self._http.send(
             "POST", "/v1/reservations", body=encode(without_none(fields)), once=once_of(idempotency_key)
         )
-        return decode(Verification, answer)
+        return decode(Reservation, answer)
 
-    async def settle(self, reservation_id: str, cost: Cost) -> Verification:
-        """End a hold: `cost` is what was used in all, recorded whole even if it is more than was held. Doing it again
-        changes nothing. Raises NotFound where the hold has ended otherwise."""
+    async def settle(self, reservation_id: str, cost: Cost) -> Reservation:
+        """End a hold: `cost` is what was used in all, charged whole even if it is more than was held. The same again
+        answers the same.
+
+        Raises NotFound (unknown, or another tenant's); Conflict (it has ended, or was settled with other amounts).
+        """
         answer = await self._http.send(
             "POST",
             "/v1/reservations/{id}/settle",
@@ -63,7 +68,7 @@ class AsyncReservations:
             body=encode({"cost": cost}),
             repeatable=True,
         )
-        return decode(Verification, answer)
+        return decode(Reservation, answer)
 
     async def extend(
         self,
@@ -72,9 +77,12 @@ class AsyncReservations:
         ttl_s: int = DEFAULT_TTL_S,
         cost: Cost | None = None,
         used: Cost | None = None,
-    ) -> Verification:
-        """Hold on for `ttl_s` seconds from now: `cost`, if it is given, from now on. `used` is what was used so far in
-        all, which is charged whatever becomes of the caller. Raises NotFound where the hold has ended."""
+    ) -> Reservation:
+        """Hold on for `ttl_s` seconds from now: `cost` in all (default: as it is). `used` is what was used of it in all
+        so far: that is charged now, whatever becomes of the caller.
+
+        If the answer is not valid there is no more to be had, and the hold is as it was. Raises NotFound, Conflict.
+        """
         answer = await self._http.send(
             "POST",
             "/v1/reservations/{id}/extend",
@@ -82,11 +90,15 @@ class AsyncReservations:
             body=encode(without_none({"ttl_s": ttl_s, "cost": cost, "used": used})),
             repeatable=True,
         )
-        return decode(Verification, answer)
+        return decode(Reservation, answer)
 
-    async def release(self, reservation_id: str) -> None:
-        """End a hold: nothing was used. Doing it again changes nothing."""
-        await self._http.send("POST", "/v1/reservations/{id}/release", {"id": reservation_id}, repeatable=True)
+    async def release(self, reservation_id: str) -> Reservation:
+        """End a hold and charge nothing but what was reported as used. The same again answers the same.
+
+        Raises NotFound, Conflict (it was settled).
+        """
+        answer = await self._http.send("POST", "/v1/reservations/{id}/release", {"id": reservation_id}, repeatable=True)
+        return decode(Reservation, answer)
 
     def hold(
         self,
@@ -131,41 +143,42 @@ class AsyncHold:
         self._asked = {"permission": permission, "ip": ip, "model": model, "route": route}
         self._ticker = Ticker(ttl_s / TICKS_PER_TTL, self._tick)
         self._reported: Amounts = {}
-        self._verification: Verification | None = None
+        self._reservation: Reservation | None = None
         self.used: Amounts = added({}, {name: self._cost[name] for name in self._cost if name == "requests"})
         """What was used so far, by resource."""
         self.trouble: StrongroomError | None = None
         """Why the hold could not be extended the last time; None if it could."""
 
     @property
-    def verification(self) -> Verification:
-        """The server's answer to the reservation."""
-        if self._verification is None:
+    def reservation(self) -> Reservation:
+        """The server's answer when it was made."""
+        if self._reservation is None:
             raise RuntimeError("the hold is not open: use it in a with statement")
-        return self._verification
+        return self._reservation
 
     @property
     def id(self) -> str:
         """The reservation's id."""
-        return self.verification.reservation_id or ""
+        return self.reservation.reservation_id or ""
 
     def use(self, amounts: Cost | None = None, /, **more: float | Decimal) -> None:
         """Say that so much more was used: `use(tokens=12)`, or `use({"my.resource": 1})`. It is sent later."""
         self.used = added(added(self.used, amounts or {}), more)
 
-    async def extend(self, cost: Cost | None = None) -> Verification:
-        """Hold `cost` from now on, and report what was used so far. If the answer is not valid, there is no more to be
-        had, and what was held stays held. Raises NotFound where the hold has ended."""
+    async def extend(self, cost: Cost | None = None) -> Reservation:
+        """Hold `cost` in all (default: as it is), and report what was used so far. If the answer is not valid there is
+        no more to be had, and the hold is as it was. Raises NotFound and Conflict where it has ended."""
         used = self.used
         answer = await self._reservations.extend(self.id, ttl_s=self._ttl_s, cost=cost, used=used)
-        self._reported = used
+        if answer.valid:
+            self._reported = used
         return answer
 
     async def __aenter__(self) -> Self:
         answer = await self._reservations.reserve(self._key, cost=self._cost, ttl_s=self._ttl_s, **self._asked)
         if not answer.valid:
             raise Refused(answer)
-        self._verification = answer
+        self._reservation = answer
         self._ticker.start()
         return self
 
@@ -178,27 +191,26 @@ class AsyncHold:
         await self._ticker.stop()
         try:
             await self._reservations.settle(self.id, self.used)
-        except NotFound:
+        except (NotFound, Conflict):
             await self._record_rest()
 
     async def _record_rest(self) -> None:
-        """The hold ended before it was settled, so that only what was reported was charged: what is more happened as
-        well."""
+        """The hold has ended by itself, so that only what was reported was charged: the rest happened as well."""
         rest = less(self.used, self._reported)
         if rest:
-            used = Used(cost=rest, key_id=self.verification.key_id)
+            used = Used(cost=rest, key_id=self.reservation.key_id)
             once = once_of(f"hold-{self.id}")
             decode(Recorded, await self._http.send("POST", "/v1/usage", body=encode(used), once=once))
 
     async def _tick(self) -> bool:
         """Extend the hold; whether to do so again."""
         try:
-            await self.extend()
+            answer = await self.extend()
         except (Unavailable, TooManyRequests) as error:
             self.trouble = error
             return True
         except StrongroomError as error:
             self.trouble = error
             return False
-        self.trouble = None
+        self.trouble = None if answer.valid else Refused(answer)
         return True
