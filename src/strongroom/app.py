@@ -9,7 +9,7 @@ import logging
 import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 from urllib.parse import urlsplit
 
 from .advice import QueryShape
@@ -26,15 +26,19 @@ from .keys import ApiKey, Keys
 from .keysources import KeySource
 from .keysources import load as load_sources
 from .keytext import Hasher, Pepper
-from .leaks import Leak, LeakPolicy, Leaks
 from .keywork import KeyWork
+from .leaks import Leak, LeakPolicy, Leaks
 from .leases import Lease, Leases
+from .lending import LEASE_S, Lending
 from .lifecycle import Background, ShapeKeeper, background
 from .observed import ObservedStore
 from .query import MAX_LIMIT, Aggregate, Filter, Query
 from .quotas import Quota
+from .quotastore import Quotas
+from .reservations import StoredReservation
 from .rules import Policy, default_policy
 from .sending import Sender
+from .spendlog import folder_for
 from .storage import open_store
 from .storage.port import Record
 from .usage import KeyUsage, Ledger
@@ -42,6 +46,9 @@ from .webhooks import Webhook, Webhooks
 
 DEFAULT_STORE = "sqlite:///data/strongroom.db"
 MIN_PEPPER_CHARS = 32
+MIN_LEASE_S = 0.5
+MAX_LEASE_S = 60.0
+LimitMode = Literal["durable", "leased"]
 E = TypeVar("E", bound=Entity)
 _log = logging.getLogger(__name__)
 
@@ -56,6 +63,7 @@ SYSTEM_ENTITIES: tuple[type[Entity], ...] = (
     ApiKey,
     KeyUsage,
     Quota,
+    StoredReservation,
     IdempotentCall,
     StoredPepper,
     KeySource,
@@ -96,6 +104,7 @@ class Strongroom:
         self.ledger = ledger
         self.keys = keys
         self.leaks = Leaks(database, keys, clock)
+        self.quotas = Quotas(database, ledger, clock)
         self.feed = feed
         self.background = background
 
@@ -110,13 +119,19 @@ class Strongroom:
         peppers: Sequence[str] = (),
         journal_kept_s: float | None = None,
         cache: str | None = None,
+        limits: LimitMode = "durable",
+        lease_s: float = LEASE_S,
+        lease_folder: str | None = None,
     ) -> AsyncIterator[Self]:
         """Open a store, make its schema fit the declarations (additions only), and close everything at the end.
 
         `peppers`: secrets of 32 characters or more that key hashes are made with, the current one first; without
         them one is made and kept in the store. `journal_kept_s`: how long the journal is kept, where the store can drop
         its old parts (PostgreSQL); without it, for ever. `cache`: where what entities declare as cached is kept,
-        `redis://…`, or `memory://` for this process alone; without it every read goes to the store. Raises
+        `redis://…`, or `memory://` for this process alone; without it every read goes to the store.
+        `limits`: `durable` debits each use before it is answered, `leased` debits shares of the limits that are then
+        spent in memory (docs/limits.md); `lease_s`: how long such a share lasts; `lease_folder`: where what was spent
+        of it survives a killed process (default: beside the store's file, or among the temporary files). Raises
         ConfigError, SchemaError, StoreError, Unavailable.
         """
         registry = Registry((*SYSTEM_ENTITIES, *entities))
@@ -135,6 +150,7 @@ class Strongroom:
             feed = ChangeFeed(store)
             leases = Leases(database, clock)
             keys = Keys(database, ledger, hasher, clock, feed)
+            lending = _lending(ledger, clock, keys, url, limits, lease_s, lease_folder)
             jobs = [KeyWork(keys, database, clock).job]
             work = background(database, store, clock, leases, more=jobs, journal_kept_s=journal_kept_s)
             room = cls(store, database, ledger, keys, feed, clock, work)
@@ -165,6 +181,8 @@ class Strongroom:
             shapes = ShapeKeeper(database, clock)
             shapes.start()
             stack.push_async_callback(shapes.close)
+            if lending is not None:
+                lending.start()
             yield room
 
     webhooks: Webhooks
@@ -182,6 +200,8 @@ class Strongroom:
         """A journal record of any process: forget what it makes untrue."""
         if record.collection == ApiKey.__collection__.name:
             self.keys.changed(record.entity_id)
+        elif record.collection == Quota.__collection__.name:
+            self.keys.quota_changed(record.entity_id)
         elif record.collection in (StoredPepper.__collection__.name, KeySource.__collection__.name):
             self._reload_again = True
             if self._reload is None or self._reload.done():
@@ -264,6 +284,24 @@ class Tenant:
     async def add(self, cls: type[Entity], id: str, field: str, amount: int, **options: Any) -> None:
         """Add to a counter. Options as Database.add."""
         await self._database.add(self._context.at_now(), cls, id, field, amount, **options)
+
+
+def _lending(
+    ledger: Ledger,
+    clock: MachineClock | StoreClock,
+    keys: Keys,
+    url: str,
+    limits: LimitMode,
+    lease_s: float,
+    folder: str | None,
+) -> Lending | None:
+    if limits not in get_args(LimitMode):
+        raise ConfigError(f"limits: found {limits!r}, expected durable or leased")
+    if not MIN_LEASE_S <= lease_s <= MAX_LEASE_S:
+        raise ConfigError(f"lease_s: found {lease_s}, expected {MIN_LEASE_S} to {MAX_LEASE_S} seconds")
+    if limits == "durable":
+        return None
+    return Lending(ledger, clock, lease_s=lease_s, folder=folder_for(url, folder), describe=keys.part_of)
 
 
 def _configured(peppers: Sequence[str]) -> list[Pepper]:

@@ -101,10 +101,7 @@ def groups_of(charges: Iterable[Charge], accounts: Mapping[str, Account]) -> tup
     later: list[Charge] = []
     for charge in charges:
         parts = charge.metered.parts
-        if len(parts) == 1:
-            group = groups.get(parts[0].id) or Group()
-        else:
-            group = _merged(groups, parts)
+        group = groups.get(parts[0].id) or Group() if len(parts) == 1 else _merged(groups, parts)
         group.charges.append(charge)
         for part in parts:
             known = group.parts.get(part.id)

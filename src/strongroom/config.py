@@ -84,6 +84,22 @@ class Settings(BaseSettings):
         ge=1, le=36_500,
     )  # fmt: skip
 
+    limits: Literal["durable", "leased"] = _setting(
+        "STRONGROOM_LIMITS",
+        "durable",
+        "How limits are exact: durable debits each use before it is answered; leased debits shares of the limits, "
+        "which are then spent in memory.",
+    )
+    lease_s: float = _setting(
+        "STRONGROOM_LEASE_S", 5.0, "Seconds that a share of a limit lasts which is not renewed.", ge=0.5, le=60
+    )
+    lease_dir: str | None = _setting(
+        "STRONGROOM_LEASE_DIR",
+        None,
+        "A folder where what was spent of shares survives a killed process (default: beside the file of a SQLite or "
+        "JSON store, else among the temporary files).",
+    )
+
     # The server.
     host: str = _setting("STRONGROOM_HOST", "127.0.0.1", "The address that the server listens on.")
     port: int = _setting(

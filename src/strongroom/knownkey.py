@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Literal
 
-from .accounts import Metered, allowances, part
+from .accounts import Metered, Part, allowances, part
 from .apikey import NAME, ApiKey
 from .context import us_from_utc, utc_from_us
 from .quotas import NAME as QUOTAS
@@ -107,12 +107,13 @@ def names(patterns: Sequence[str], name: str | None) -> bool:
 
 def metered(key: ApiKey, quotas: Sequence[Quota] = ()) -> Metered:
     """A key as the ledger needs it, with the quotas that it shares with others."""
-    shared = tuple(
-        part(quota.id, Check(QUOTAS, quota.id, quota.version), allowances(quota.limits, quota.subject))
-        for quota in quotas
-        if quota.limits
-    )
+    shared = tuple(quota_part(quota) for quota in quotas if quota.limits)
     return Metered(key.id, Check(NAME, key.id, key.version), allowances(key.limits), shared)
+
+
+def quota_part(quota: Quota) -> Part:
+    """A quota as the ledger needs it."""
+    return part(quota.id, Check(QUOTAS, quota.id, quota.version), allowances(quota.limits, quota.subject))
 
 
 def subjects(key: ApiKey) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from .accounts import CONCURRENCY, MAX_TOTALS, OTHER_RESOURCES, Account, Cost, Metered, Outcome, Part
 from .charges import Charge, Decided, Found, Group
@@ -25,9 +25,6 @@ from .errors import StrongroomError
 from .shares import Share, Wallet
 from .spendlog import DeadLog, SpendLog, dead_logs
 from .storage.port import Check
-
-if TYPE_CHECKING:
-    from .usage import Ledger
 
 LEASE_S = 5.0
 """How long a lease lasts unless it is renewed: so long, at most, what a node holds is lost to others when it dies."""
@@ -46,6 +43,19 @@ NEVER = 2**62
 _log = logging.getLogger(__name__)
 
 Entries = Sequence[tuple[Share, str]]
+
+
+class Ledger(Protocol):
+    """What the leases need of the ledger that they belong to."""
+
+    lending: Lending | None
+    unreachable: bool
+
+    def submit(self, charge: Charge) -> None: ...
+
+    def tally(self, metered: Metered, cost: Cost) -> None: ...
+
+    async def settled(self) -> None: ...
 
 
 class Ticket:
@@ -225,6 +235,10 @@ class Lending:
         self._spend(hold.ticket, hold.entries, cost, now_us, count=1 if last else 0)
         return True
 
+    def end(self, id: str) -> None:
+        """Give back what a reservation holds."""
+        self._release(id)
+
     def _release(self, id: str) -> None:
         hold = self._holds.pop(id)
         for share, resource in hold.entries:
@@ -355,6 +369,7 @@ class Lending:
                     for wallet in list(self._wallets.values()):
                         self._renew(wallet, "return")
                     await self._ledger.settled()
+                    await asyncio.sleep(0)  # whatever it is that keeps one back, the time-out must be heard
                     if self._ledger.unreachable:
                         break
         if self._wallets:

@@ -12,7 +12,7 @@ QuotaKind = Literal["tenant", "user", "group"]
 
 
 class Quota(
-    Entity, collection=NAME, scope="global", indexes=[Index("tenant", "kind", "name"), Index("tenant", "-created_at")]
+    Entity, collection=NAME, scope="global", indexes=[Index("tenant", "kind", "name"), Index("kind", "tenant", "name")]
 ):
     """Limits on all that the keys of one subject use together; the id is `quota_id(kind, tenant, name)`.
 
@@ -44,3 +44,8 @@ def tenant_of(id: str) -> str:
     """The tenant that a quota's id names."""
     _, length, rest = id.split(":", 2)
     return rest[: int(length)]
+
+
+def is_quota(id: str) -> bool:
+    """Whether the id of a usage document is a quota's, and not a key's."""
+    return id.partition(":")[0] in ("tenant", "user", "group")

@@ -13,13 +13,16 @@ that the process is dead. Beside it stands a file of names, one JSON line for ea
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import mmap
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 try:
     import fcntl
@@ -61,6 +64,8 @@ class SpendLog:
 
     def _open(self, folder: Path, boot: str) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if folder.stat().st_uid != os.getuid():
+            raise PermissionError(f"{folder} belongs to another user")
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         self._names = os.open(folder / f"{self.lease}.names", flags | os.O_APPEND, 0o600)
         # Locked before the file of cells is there, which is what others look for.
@@ -196,6 +201,23 @@ def _name(line: Any) -> tuple[str, str, int]:
     raise ValueError
 
 
+def folder_for(url: str, given: str | None = None) -> Path | None:
+    """Where the processes of one machine that use a store keep their logs: the folder that is given; beside the file of
+    an embedded store; else a folder of this user's among the temporary ones, named after the store. None for a store
+    that lives in one process's memory."""
+    if given is not None:
+        return Path(given)
+    parts = urlsplit(url)
+    path = unquote(parts.path.removeprefix("/") if parts.scheme in ("sqlite", "json") else "")
+    if parts.netloc or not path:  # a server's
+        place = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        if parts.scheme in ("sqlite", "json"):
+            return None
+        name = hashlib.sha256(place.encode()).hexdigest()[:16]
+        return Path(tempfile.gettempdir()) / f"strongroom-{os.getuid()}" / name
+    return Path(f"{path}.leases")
+
+
 def boot_id() -> str | None:
     """What tells one boot of this machine from another; None where the system does not say."""
     try:
@@ -204,4 +226,4 @@ def boot_id() -> str | None:
         return None
 
 
-__all__ = ["DeadLog", "SpendLog", "dead_logs"]
+__all__ = ["DeadLog", "SpendLog", "dead_logs", "folder_for"]

@@ -260,6 +260,8 @@ class Ledger:
             if one.operations:
                 decided.append(one)
             else:
+                if lending is not None:
+                    lending.committed(one)  # there was nothing to be made true
                 answer(one.answers)
         await self._commit(decided, now_us)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
@@ -10,9 +11,12 @@ from typing import Any
 
 import msgspec
 
+from .accounts import CONCURRENCY
 from .context import utc_from_us
 from .errors import InvalidInput, Problem
 from .knownkey import Code, KnownKey
+from .lending import Entries
+from .shares import Share
 from .usage import Outcome, Status
 from .windows import MAX_AMOUNT, MONEY, RESOURCE_PATTERN, Amount, Window, from_units, to_units
 
@@ -59,21 +63,40 @@ class Verification(msgspec.Struct, frozen=True):
     message: str | None = None
 
 
+class Reservation(Verification, frozen=True, kw_only=True):
+    """The answer to a reservation, and to what is done to it. `state`: `open`, `settled` or `released`; None if it was
+    refused. `charged`: what was used of it in all so far."""
+
+    reservation_id: str | None = None
+    state: str | None = None
+    expires_at: datetime | None = None
+    charged: dict[str, Amount] = {}
+
+
 # --- What callers say ------------------------------------------------------------------------------------------
 
 
 ONE_REQUEST: dict[str, int] = {"requests": 1}
 
 
-def cost_units(cost: Mapping[str, Any]) -> dict[str, int]:
-    """A cost as units. InvalidInput names every amount that is wrong."""
+@functools.lru_cache(maxsize=1_000)
+def _is_counted(name: str) -> bool:
+    """Whether a name is a resource of whole numbers that can be used up."""
+    return name not in (MONEY, CONCURRENCY) and _RESOURCE.fullmatch(name) is not None
+
+
+def cost_units(cost: Mapping[str, Any], *, reserving: bool = False) -> dict[str, int]:
+    """A cost as units. InvalidInput names every amount that is wrong. `reserving`: `concurrency` may be among them."""
     units: dict[str, int] = {}
     problems: list[Problem] = []
     if len(cost) > MAX_RESOURCES:
         raise InvalidInput([Problem("cost", f"found {len(cost)} resources, expected at most {MAX_RESOURCES}")])
     for name, amount in cost.items():
-        if type(amount) is int and 0 <= amount <= MAX_AMOUNT and name != MONEY and _RESOURCE.fullmatch(name):
+        if type(amount) is int and 0 <= amount <= MAX_AMOUNT and _is_counted(name):
             units[name] = amount
+            continue
+        if name == CONCURRENCY and not reserving:
+            problems.append(Problem("cost.concurrency", "is held by reservations, and not used up: reserve it"))
             continue
         if not _RESOURCE.fullmatch(name):
             problems.append(
@@ -118,6 +141,36 @@ def limit_status(status: Status) -> LimitStatus:
     )
 
 
+def share_status(share: Share) -> LimitStatus:
+    """Where a limit stands that was charged from memory."""
+    allowance = share.allowance
+    limit, most = allowance.limit, allowance.most
+    recorded, reserved, leased = share.recorded + share.spent, share.reserved + share.held, share.leased
+    used = recorded + reserved + leased
+    remaining = most - used if used < most else 0
+    resource = allowance.resource
+    if resource == MONEY:
+        shown = [from_units(MONEY, units) for units in (most, used, remaining, recorded, reserved, leased)]
+        return LimitStatus(
+            resource, *shown, allowance.window, share.resets_at, allowance.subject, False, limit.models, limit.routes
+        )
+    return LimitStatus(
+        resource,
+        most,
+        used,
+        remaining,
+        recorded,
+        reserved,
+        leased,
+        allowance.window,
+        share.resets_at,
+        allowance.subject,
+        False,
+        limit.models,
+        limit.routes,
+    )
+
+
 def _shown(statuses: Iterable[Status]) -> list[LimitStatus]:
     return [limit_status(status) for status in statuses]
 
@@ -133,6 +186,12 @@ def admitted(key: KnownKey, statuses: Sequence[Status]) -> Verification:
         key.metadata,
         _shown(statuses),
     )
+
+
+def admitted_from(key: KnownKey, entries: Entries) -> Verification:
+    """VALID, charged from memory."""
+    statuses = [share_status(share) for share, _ in entries]
+    return Verification(True, "VALID", key.id, key.tenant, key.user_id, key.permissions, key.metadata, statuses)
 
 
 def refused(key: KnownKey, code: Code, message: str) -> Verification:
@@ -170,7 +229,14 @@ def _explained(status: Status, cost: Mapping[str, int]) -> str:
     when = (
         f"frees at {utc_from_us(status.frees_at_us).isoformat()}" if status.frees_at_us else "waiting does not free it"
     )
-    return f"{resource}: {used} of {most} used in {describe(allowance.limit.window)}, {asked} more asked; {when}"
+    whose = "" if allowance.subject == "key" else f" of {allowance.subject}"
+    if resource == CONCURRENCY:
+        return f"concurrency{whose}: {used} of {most} in use, {asked} more asked; {when}"
+    parts = f"{used} of {most} used in {describe(allowance.limit.window)}, {asked} more asked; {when}"
+    if status.reserved or status.leased:
+        held = f"{from_units(resource, status.reserved)} reserved, {from_units(resource, status.leased)} leased"
+        parts += f" ({held})"
+    return f"{resource}{whose}: {parts}"
 
 
 def describe(window: Window) -> str:

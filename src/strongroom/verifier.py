@@ -5,16 +5,21 @@ What happens to keys otherwise (made, changed, rotated, removed) is in `keys.py`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+from .accounts import Part
+from .apikey import ApiKey
 from .changes import ChangeFeed
 from .clock import Clock, MachineClock
-from .context import Context
+from .context import Context, system_context
 from .database import Database
 from .errors import InvalidInput, NotFound, Problem, Unavailable
 from .keycache import KeyCache
 from .keytext import Hasher
-from .knownkey import KnownKey
+from .knownkey import KnownKey, metered, quota_part
+from .quotas import Quota, is_quota
 from .storage.port import Create
 from .usage import KeyChanged, Ledger
 from .verification import (
@@ -22,6 +27,7 @@ from .verification import (
     ONE_REQUEST,
     Verification,
     admitted,
+    admitted_from,
     check_address,
     cost_units,
     exceeded,
@@ -30,6 +36,28 @@ from .verification import (
 from .windows import Amount
 
 MAX_KEY_ATTEMPTS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Something that a key was used for, given by its text or its id. `cost` is what was used."""
+
+    cost: Mapping[str, Amount]
+    key: str | None = None
+    key_id: str | None = None
+    model: str | None = None
+    route: str | None = None
+    idempotency_key: str | None = None
+
+
+@dataclass(slots=True)
+class _Sum:
+    """What several events of one key come to; `event` is the first of them."""
+
+    key: KnownKey
+    units: dict[str, int]
+    count: int
+    event: Usage
 
 
 class Verifier:
@@ -56,42 +84,71 @@ class Verifier:
         cost: Mapping[str, Amount] | None = None,
         permission: str | None = None,
         ip: str | None = None,
+        model: str | None = None,
+        route: str | None = None,
         tenant: str | None = None,
         idempotency_key: str | None = None,
         actor: str = "system",
     ) -> Verification:
-        """Decide whether a key may be used now for this `cost` (default: one request); debit all its limits, or none.
+        """Decide whether a key may be used now for this `cost` (default: one request); debit all its limits, or none:
+        its own, and those it shares with others of its groups, its user and its tenant.
 
-        The answer comes once the debit is durable. `tenant` restricts to that tenant's keys (others are NOT_FOUND).
-        Of one actor's calls with one idempotency key (within a day), at most one debits.
+        The answer comes once the debit is durable, or was made from a share of the limits that is (a lease). `model`
+        and `route` are what the call is for: some limits are for some of them only. `tenant` restricts to that tenant's
+        keys (others are NOT_FOUND). Of one actor's calls with one idempotency key (within a day), at most one debits.
         Raises InvalidInput for a cost or address that is none; never for a key.
         """
         units = ONE_REQUEST if cost is None else cost_units(cost)
         if ip is not None:
             check_address(ip)
+        now_us = self._clock.now_us()
+        if idempotency_key is None and self._ledger.lending is not None:
+            answer = self._from_memory(text, units, now_us, permission, ip, model, route, tenant)
+            if answer is not None:
+                return answer
         for _ in range(MAX_KEY_ATTEMPTS):
-            now_us = self._clock.now_us()
             key = await self.cache.find(text, now_us)
             if key is None or (tenant is not None and key.tenant != tenant):
                 return NOT_FOUND
-            refusal = key.refusal(now_us, permission, ip)
+            refusal = key.refusal(now_us, permission, ip, model, route)
             if refusal is not None:
                 return refused(key, *refusal)
-            if not key.metered.allowances and idempotency_key is None:
-                if not await self.cache.is_current(key):
-                    continue
-                self._ledger.tally(key.metered, units)
-                return admitted(key, ())
-            once = None
-            if idempotency_key is not None:
+            if not key.metered.limited and idempotency_key is None:
+                if await self.cache.is_current(key):
+                    self._ledger.tally(key.metered, units)
+                    return admitted(key, ())
+            elif self._ledger.lending is None or await self.cache.is_current(key):
                 once = self._charged_once("verify", key, idempotency_key, actor, units)
-            try:
-                outcome = await self._ledger.charge(key.metered, units, once=once)
-            except KeyChanged:
-                self.cache.forget(key.id)
-                continue
-            return admitted(key, outcome.statuses) if outcome.allowed else exceeded(key, outcome, units)
+                try:
+                    outcome = await self._ledger.charge(key.metered, units, once=once, model=model, route=route)
+                except KeyChanged:
+                    self.cache.forget(key.id)
+                else:
+                    return admitted(key, outcome.statuses) if outcome.allowed else exceeded(key, outcome, units)
+            now_us = self._clock.now_us()
         raise Unavailable("the key is being changed too quickly to verify it: try again")
+
+    def _from_memory(
+        self,
+        text: str,
+        units: dict[str, int],
+        now_us: int,
+        permission: str | None,
+        ip: str | None,
+        model: str | None,
+        route: str | None,
+        tenant: str | None,
+    ) -> Verification | None:
+        """The answer, where this node knows the key and holds shares of its limits; None where it takes more."""
+        lending = self._ledger.lending
+        key = self.cache.peek(text, now_us)
+        if key is None or lending is None or (tenant is not None and key.tenant != tenant):
+            return None
+        refusal = key.refusal(now_us, permission, ip, model, route)
+        if refusal is not None:
+            return refused(key, *refusal)
+        entries = lending.admit(key.metered, units, now_us, model, route)
+        return admitted_from(key, entries) if entries is not None else None
 
     async def record(
         self,
@@ -99,6 +156,8 @@ class Verifier:
         key: str | None = None,
         key_id: str | None = None,
         cost: Mapping[str, Amount],
+        model: str | None = None,
+        route: str | None = None,
         idempotency_key: str | None = None,
         context: Context | None = None,
     ) -> Verification:
@@ -114,11 +173,77 @@ class Verifier:
             actor = context.actor if context is not None else "system"
             once = self._charged_once("usage", known, idempotency_key, actor, units)
             try:
-                outcome = await self._ledger.charge(known.metered, units, force=True, once=once)
+                outcome = await self._ledger.charge(
+                    known.metered, units, force=True, once=once, model=model, route=route
+                )
             except KeyChanged:
                 self.cache.forget(known.id)
                 continue
             return admitted(known, outcome.statuses)
+        raise Unavailable("the key is being changed too quickly to record its usage: try again")
+
+    async def record_many(self, events: Sequence[Usage], *, context: Context | None = None) -> list[Verification]:
+        """Count much that has happened, as `record` does it for one: durable once it returns, in one debit for each key
+        and not for each event. The answers are one for each key, in the order in which the keys come first.
+
+        Raises InvalidInput with every problem of every event, unknown keys included: then nothing is counted. If it
+        raises Unavailable some may be counted: events with idempotency keys can be sent again.
+        """
+        sums = await self._sums(events, context)
+        actor = context.actor if context is not None else "system"
+        answers = await asyncio.gather(*(self._record_sum(one, actor) for one in sums))
+        return [answer for answer in answers if answer is not None]
+
+    async def _sums(self, events: Sequence[Usage], context: Context | None) -> list[_Sum]:
+        """The events added up by key, model and route; those that may be counted only once stay apart."""
+        problems: list[Problem] = []
+        missing: list[Problem] = []
+        known: dict[tuple[str | None, str | None], KnownKey | None] = {}
+        sums: dict[tuple[str, ...], _Sum] = {}
+        for number, event in enumerate(events):
+            try:
+                units = cost_units(event.cost)
+            except InvalidInput as error:
+                problems += [Problem(f"items.{number}.{one.path}", one.message) for one in error.problems]
+                continue
+            name = (event.key, event.key_id)
+            if (event.key is None) == (event.key_id is None):
+                problems.append(Problem(f"items.{number}.key", "expected exactly one of key and key_id"))
+                continue
+            if name not in known:
+                known[name] = await self._known_for(*name)
+            key = known[name]
+            if key is None or not may_see(context, key.tenant):
+                missing.append(Problem(f"items.{number}.key", "there is no such key"))
+                continue
+            place = (key.id, event.model or "", event.route or "", event.idempotency_key or "")
+            there = sums.get(place)
+            if there is None or event.idempotency_key is not None:
+                sums[(*place, str(number)) if there is not None else place] = _Sum(key, units, 1, event)
+                continue
+            there.count += 1
+            for resource, amount in units.items():
+                there.units[resource] = there.units.get(resource, 0) + amount
+        if problems or missing:
+            raise InvalidInput(problems + missing)
+        return list(sums.values())
+
+    async def _record_sum(self, one: _Sum, actor: str) -> Verification | None:
+        event, key = one.event, one.key
+        for _ in range(MAX_KEY_ATTEMPTS):
+            once = self._charged_once("usage", key, event.idempotency_key, actor, one.units)
+            try:
+                outcome = await self._ledger.charge(
+                    key.metered, one.units, force=True, once=once, model=event.model, route=event.route, count=one.count
+                )
+            except KeyChanged:
+                self.cache.forget(key.id)
+            else:
+                return admitted(key, outcome.statuses)
+            again = await self.cache.by_id(key.id)
+            if again is None:
+                return None  # it was removed meanwhile, and its usage with it
+            key = again
         raise Unavailable("the key is being changed too quickly to record its usage: try again")
 
     def _charged_once(
@@ -146,6 +271,14 @@ class Verifier:
     async def identify(self, text: str) -> KnownKey | None:
         """The key that a text is, whether or not it may be used; nothing is debited. None if there is none."""
         return await self.cache.find(text, self._clock.now_us())
+
+    async def part_of(self, id: str) -> Part | None:
+        """The limits of an account, by its id: a key's or a quota's; None if it is there no longer."""
+        if is_quota(id):
+            quota = await self._database.get_or_none(system_context(), Quota, id)
+            return None if quota is None else quota_part(quota)
+        key = await self._database.get_or_none(system_context(), ApiKey, id)
+        return None if key is None else metered(key).parts[0]
 
     # --- What is known of keys --------------------------------------------------------------------------------
 

@@ -130,6 +130,9 @@ async def _opened(settings: Settings) -> AsyncIterator[Strongroom]:
         peppers=settings.pepper_texts,
         journal_kept_s=settings.journal_kept_s,
         cache=settings.cache_url,
+        limits=settings.limits,
+        lease_s=settings.lease_s,
+        lease_folder=settings.lease_dir,
     ) as room:
         yield room
 

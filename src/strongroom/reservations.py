@@ -1,0 +1,442 @@
+"""Reservations: hold a part of the limits before something is done, settle what it came to.
+
+A reservation that is `durable` is a document, and its hold stands in the accounts that it concerns: any node can settle
+it, and it survives every process. One that this process's leases cover is kept in its memory: it costs no commit, only
+this process can settle it, and it ends with it. Both end by themselves when their time is over, and give back what
+they hold; what was reported as used until then stays charged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any, Literal
+
+import msgspec
+
+from .accounts import CONCURRENCY, Outcome
+from .changes import ChangeFeed
+from .charges import HoldChange
+from .clock import Clock
+from .context import Context, new_id, system_context, us_from_utc, utc_from_us
+from .database import Database
+from .entity import Entity, Index
+from .errors import AlreadyExists, Conflict, InvalidInput, NotFound, Problem, Unavailable
+from .keytext import Hasher
+from .knownkey import KnownKey
+from .lending import LOCAL, Entries, Lending, LocalHold
+from .storage.port import Create, Put
+from .usage import KeyChanged, Ledger
+from .verification import (
+    NOT_FOUND,
+    ONE_REQUEST,
+    LimitStatus,
+    Reservation,
+    Verification,
+    admitted,
+    check_address,
+    cost_units,
+    exceeded,
+    refused,
+    share_status,
+)
+from .verifier import MAX_KEY_ATTEMPTS, Verifier, may_see
+from .windows import Amount, from_units
+
+NAME = "reservations"
+DEFAULT_TTL_S = 60
+MAX_TTL_S = 86_400
+REMEMBERED_US = 86_400_000_000
+"""How long after its end a reservation is remembered, so that what is done to it twice is done once."""
+MAX_SETTLED = 10_000
+"""Reservations in memory that are remembered after they were settled."""
+_SECOND = 1_000_000
+
+State = Literal["open", "settled", "released"]
+
+
+class StoredReservation(
+    Entity, collection=NAME, scope="global", journalled=False, indexes=[Index("forget_at")], ttl="forget_at"
+):
+    """One durable reservation; amounts are in units. `holds` is what it holds, `used` what was used of it so far."""
+
+    key_id: str
+    tenant: str
+    holds: dict[str, int]
+    used: dict[str, int] = {}
+    model: str | None = None
+    route: str | None = None
+    state: State = "open"
+    expires_at: datetime
+    forget_at: datetime
+
+
+class Reservations(Verifier):
+    """Verifies keys, and reserves their limits."""
+
+    def __init__(
+        self,
+        database: Database,
+        ledger: Ledger,
+        hasher: Hasher,
+        clock: Clock | None = None,
+        feed: ChangeFeed | None = None,
+    ) -> None:
+        super().__init__(database, ledger, hasher, clock, feed)
+        self._settled: OrderedDict[str, tuple[dict[str, int], Reservation]] = OrderedDict()
+
+    async def reserve(
+        self,
+        text: str,
+        *,
+        cost: Mapping[str, Amount] | None = None,
+        ttl_s: int = DEFAULT_TTL_S,
+        permission: str | None = None,
+        ip: str | None = None,
+        model: str | None = None,
+        route: str | None = None,
+        tenant: str | None = None,
+        idempotency_key: str | None = None,
+        actor: str = "system",
+        durable: bool = False,
+    ) -> Reservation:
+        """Hold `cost` (default: one request) of all the limits of a key, and one of its `concurrency`, for `ttl_s`
+        seconds; decided as `verify` decides. The answer has a `reservation_id` if it is valid.
+
+        `durable`: any process can settle it, whatever becomes of this one; without it, it is kept in memory where this
+        process's leases cover it. The same call with the same idempotency key (within a day) is one reservation, a
+        durable one. Raises InvalidInput with every problem; never for a key.
+        """
+        units = _reserved(cost, ttl_s, ip)
+        for _ in range(MAX_KEY_ATTEMPTS):
+            now_us = self._clock.now_us()
+            key = await self.cache.find(text, now_us)
+            if key is None or (tenant is not None and key.tenant != tenant):
+                return _as_reservation(NOT_FOUND)
+            refusal = key.refusal(now_us, permission, ip, model, route)
+            if refusal is not None:
+                return _as_reservation(refused(key, *refusal))
+            if not await self.cache.is_current(key):
+                continue
+            ends_us = now_us + ttl_s * _SECOND
+            lending = self._ledger.lending
+            if lending is not None and not durable and idempotency_key is None:
+                held = lending.hold(key.metered, units, now_us, ends_us, key.tenant, model, route)
+                if held is not None:
+                    return _open(key, held[0], [share_status(share) for share, _ in held[1]], ends_us)
+            id = new_id("rsv_") if idempotency_key is None else _derived(actor, key.id, idempotency_key)
+            stored = StoredReservation(
+                id=id,
+                key_id=key.id,
+                tenant=key.tenant,
+                holds=units,
+                model=model,
+                route=route,
+                expires_at=utc_from_us(ends_us),
+                forget_at=utc_from_us(ends_us + REMEMBERED_US),
+            )
+            try:
+                outcome = await self._ledger.charge(
+                    key.metered,
+                    {},
+                    model=model,
+                    route=route,
+                    hold=HoldChange(id, ends_us, units, open=False),
+                    also=Create(NAME, id, StoredReservation.__codec__.encode(stored)),
+                )
+            except KeyChanged:
+                self.cache.forget(key.id)
+            except AlreadyExists:
+                return await self._again(key, id, units)
+            else:
+                if outcome.allowed:
+                    return _open(key, id, admitted(key, outcome.statuses).limits, ends_us)
+                return _as_reservation(exceeded(key, outcome, units))
+        raise Unavailable("the key is being changed too quickly to reserve its limits: try again")
+
+    async def _again(self, key: KnownKey, id: str, units: dict[str, int]) -> Reservation:
+        """The answer to a call that made this reservation before."""
+        stored = await self._stored(id, None)
+        if stored.holds != units and stored.state == "open" and not stored.used:
+            raise Conflict("the idempotency key was used for a different request: take a new one")
+        answer = _open(key, id, [], us_from_utc(stored.expires_at))
+        return _changed(answer, state=stored.state, charged=_shown(stored.used))
+
+    async def settle(
+        self, reservation_id: str, cost: Mapping[str, Amount], *, context: Context | None = None
+    ) -> Reservation:
+        """End a reservation and charge what was used in all, whole, even if that is more than it held. The same again
+        answers the same. Raises InvalidInput, NotFound (unknown, or another tenant's), Conflict (ended, or settled with
+        other amounts: record what was used as usage)."""
+        units = cost_units(cost)
+        if reservation_id.startswith(LOCAL):
+            return await self._settle_local(reservation_id, units, context)
+        return await self._end(reservation_id, units, "settled", context)
+
+    async def release(self, reservation_id: str, *, context: Context | None = None) -> Reservation:
+        """End a reservation and charge nothing but what was reported as used. The same again answers the same. Raises
+        NotFound, Conflict (it was settled)."""
+        if reservation_id.startswith(LOCAL):
+            return await self._settle_local(reservation_id, None, context)
+        return await self._end(reservation_id, None, "released", context)
+
+    async def extend(
+        self,
+        reservation_id: str,
+        *,
+        ttl_s: int = DEFAULT_TTL_S,
+        cost: Mapping[str, Amount] | None = None,
+        used: Mapping[str, Amount] | None = None,
+        context: Context | None = None,
+    ) -> Reservation:
+        """Let a reservation go on for `ttl_s` seconds from now, holding `cost` in all (default: as it is). `used` is
+        what was used of it in all so far: it is charged now, and stays charged if the reservation ends by itself.
+
+        The answer is not valid if more is asked than the limits have; the reservation is then as it was. Raises
+        InvalidInput, NotFound, Conflict.
+        """
+        units = None if cost is None else _reserved(cost, ttl_s, None)
+        if cost is None:
+            _reserved({}, ttl_s, None)
+        spent = {} if used is None else cost_units(used)
+        if reservation_id.startswith(LOCAL):
+            return await self._extend_local(reservation_id, ttl_s, units, spent, context)
+        for _ in range(MAX_KEY_ATTEMPTS):
+            stored = await self._stored(reservation_id, context)
+            key = await self._key_of(stored.key_id)
+            now_us = self._clock.now_us()
+            self._must_be_open(stored, now_us)
+            more = _more(stored.used, spent)
+            wanted = units if units is not None else _plus(stored.holds, stored.used)
+            holds = _minus(wanted, spent)
+            ends_us = now_us + ttl_s * _SECOND
+            changes = {
+                "holds": holds,
+                "used": {**stored.used, **spent},
+                "expires_at": utc_from_us(ends_us),
+                "forget_at": utc_from_us(ends_us + REMEMBERED_US),
+            }
+            outcome = await self._change(
+                stored, key, HoldChange(stored.id or "", ends_us, holds, open=True), more, changes
+            )
+            if outcome is None:
+                continue
+            if not outcome.allowed:
+                return _as_reservation(exceeded(key, outcome, wanted), reservation_id, "open")
+            answer = _open(key, reservation_id, admitted(key, outcome.statuses).limits, ends_us)
+            return _changed(answer, charged=_shown({**stored.used, **spent}))
+        raise Unavailable("the reservation is being changed too quickly: try again")
+
+    async def _end(self, id: str, units: dict[str, int] | None, state: State, context: Context | None) -> Reservation:
+        for _ in range(MAX_KEY_ATTEMPTS):
+            stored = await self._stored(id, context)
+            total = dict(stored.used) if units is None else {**stored.used, **units}
+            if stored.state != "open":
+                if stored.state == state and (units is None or stored.used == total):
+                    return await self._ended(stored)
+                raise Conflict(f"the reservation was {stored.state} before")
+            self._must_be_open(stored, self._clock.now_us())
+            key = await self._key_of(stored.key_id)
+            more = {} if units is None else _more(stored.used, units)
+            outcome = await self._change(
+                stored, key, HoldChange(id, None, {}, open=True), more, {"used": total, "state": state, "holds": {}}
+            )
+            if outcome is not None:
+                answer = admitted(key, outcome.statuses)
+                return _as_reservation(answer, id, state, charged=_shown(total))
+        raise Unavailable("the reservation is being changed too quickly: try again")
+
+    async def _change(
+        self, stored: StoredReservation, key: KnownKey, hold: HoldChange, more: dict[str, int], changes: dict[str, Any]
+    ) -> Outcome | None:
+        """Commit a change of a reservation with what it charges; None if it, or the key, was changed meanwhile."""
+        after = StoredReservation.__codec__.encode(stored.model_copy(update=changes))
+        try:
+            return await self._ledger.charge(
+                key.metered,
+                more,
+                force=hold.ends_us is None,
+                model=stored.model,
+                route=stored.route,
+                hold=hold,
+                also=Put(NAME, stored.id or "", after, stored.version),
+                count=1 if changes.get("state") == "settled" else 0,
+            )
+        except KeyChanged:
+            self.cache.forget(key.id)
+        except (Conflict, AlreadyExists):
+            pass  # someone else changed the reservation: it is read again, and says what happened
+        return None
+
+    async def _stored(self, id: str, context: Context | None) -> StoredReservation:
+        stored = await self._database.get_or_none(system_context(), StoredReservation, id)
+        if stored is None or not may_see(context, stored.tenant):
+            raise NotFound(f"there is no reservation {id[:64]!r}")
+        return stored
+
+    async def _key_of(self, id: str) -> KnownKey:
+        key = await self.cache.by_id(id)
+        if key is None:
+            raise NotFound("the key of this reservation was removed")
+        return key
+
+    @staticmethod
+    def _must_be_open(stored: StoredReservation, now_us: int) -> None:
+        if stored.state != "open":
+            raise Conflict(f"the reservation was {stored.state} before")
+        if now_us >= us_from_utc(stored.expires_at):
+            raise Conflict(f"the reservation ended at {stored.expires_at.isoformat()}: record what was used as usage")
+
+    async def _ended(self, stored: StoredReservation) -> Reservation:
+        key = await self._key_of(stored.key_id)
+        return _as_reservation(admitted(key, ()), stored.id, stored.state, charged=_shown(stored.used))
+
+    # --- In memory --------------------------------------------------------------------------------------------
+
+    async def _settle_local(self, id: str, units: dict[str, int] | None, context: Context | None) -> Reservation:
+        done = self._settled.get(id)
+        if done is not None and may_see(context, done[1].tenant or ""):
+            state = "released" if units is None else "settled"
+            if done[1].state == state and (units is None or done[0] == units):
+                return done[1]
+            raise Conflict(f"the reservation was {done[1].state} before")
+        lending, hold = self._local(id, context)
+        total = dict(hold.used) if units is None else {**hold.used, **units}
+        more = {} if units is None else _more(hold.used, units)
+        key = await self._key_of(hold.key_id)
+        if self._local(id, context)[1] is not hold:
+            raise NotFound(f"there is no reservation {id[:64]!r}")
+        limits: list[LimitStatus]
+        if units is None:
+            lending.end(id)
+            limits = [share_status(share) for share, _ in hold.entries]
+        elif lending.settle(id, more, self._clock.now_us()):
+            limits = [share_status(share) for share, _ in hold.entries]
+        else:  # more than this node holds: it happened, so it is recorded whole
+            answer = await self.record(key_id=hold.key_id, cost=_shown(more), model=hold.model, route=hold.route)
+            limits = answer.limits
+        state = "released" if units is None else "settled"
+        settled = _as_reservation(admitted(key, ()), id, state, charged=_shown(total))
+        settled = _changed(settled, limits=limits)
+        self._settled[id] = (units if units is not None else {}, settled)
+        while len(self._settled) > MAX_SETTLED:
+            self._settled.popitem(last=False)
+        return settled
+
+    async def _extend_local(
+        self, id: str, ttl_s: int, units: dict[str, int] | None, used: dict[str, int], context: Context | None
+    ) -> Reservation:
+        _, hold = self._local(id, context)
+        key = await self._key_of(hold.key_id)
+        lending, hold = self._local(id, context)
+        now_us = self._clock.now_us()
+        more = _more(hold.used, used)
+        wanted = units if units is not None else _plus(dict(hold.cost), hold.used)
+        ends_us = now_us + ttl_s * _SECOND
+        if not lending.change(id, _plus(_minus(wanted, used), more), ends_us, now_us):
+            denied = _denied(key, hold.entries, wanted)
+            return _as_reservation(denied, id, "open", charged=_shown(hold.used))
+        if more:
+            lending.change(id, _minus(wanted, used), ends_us, now_us)
+            if not lending.settle(id, more, now_us, last=False):
+                await self.record(key_id=hold.key_id, cost=_shown(more), model=hold.model, route=hold.route)
+            hold.used = {**hold.used, **used}
+        answer = _open(key, id, [share_status(share) for share, _ in hold.entries], ends_us)
+        return _changed(answer, charged=_shown(hold.used))
+
+    def _local(self, id: str, context: Context | None) -> tuple[Lending, LocalHold]:
+        lending = self._ledger.lending
+        hold = lending.held(id, self._clock.now_us()) if lending is not None else None
+        if lending is None or hold is None or not may_see(context, hold.tenant):
+            raise NotFound(f"there is no reservation {id[:64]!r} in this process, or it has ended")
+        return lending, hold
+
+
+# --- Helpers ---------------------------------------------------------------------------------------------------
+
+
+def _reserved(cost: Mapping[str, Amount] | None, ttl_s: int, ip: str | None) -> dict[str, int]:
+    """What is to be held, one of `concurrency` included. Raises InvalidInput with every problem."""
+    problems: list[Problem] = []
+    if type(ttl_s) is not int or not 1 <= ttl_s <= MAX_TTL_S:
+        problems.append(Problem("ttl_s", f"found {ttl_s!r}, expected 1 to {MAX_TTL_S} seconds"))
+    units: dict[str, int] = {}
+    try:
+        units = dict(ONE_REQUEST) if cost is None else cost_units(cost, reserving=True)
+    except InvalidInput as error:
+        problems += error.problems
+    if ip is not None:
+        try:
+            check_address(ip)
+        except InvalidInput as error:
+            problems += error.problems
+    if problems:
+        raise InvalidInput(problems)
+    units.setdefault(CONCURRENCY, 1)
+    return units
+
+
+def _derived(actor: str, key_id: str, idempotency_key: str) -> str:
+    """The id of a reservation that is made once for an idempotency key."""
+    text = f"{actor}\x00{key_id}\x00{idempotency_key}"
+    return "rsv_" + hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:40]
+
+
+def _more(before: Mapping[str, int], total: Mapping[str, int]) -> dict[str, int]:
+    """What has been used since `before`. InvalidInput if it is less in all: what was charged stays charged."""
+    problems = [
+        Problem(
+            f"cost.{name}",
+            f"found {from_units(name, units)}, expected at least the {from_units(name, least)} that were reported",
+        )
+        for name, units in total.items()
+        if units < (least := before.get(name, 0))
+    ]
+    if problems:
+        raise InvalidInput(problems)
+    return {name: units - before.get(name, 0) for name, units in total.items()}
+
+
+def _minus(wanted: Mapping[str, int], used: Mapping[str, int]) -> dict[str, int]:
+    return {name: max(0, units - used.get(name, 0)) for name, units in wanted.items()}
+
+
+def _plus(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
+    return {
+        name: one.get(name, 0) + other.get(name, 0) for name in (*one, *(name for name in other if name not in one))
+    }
+
+
+def _shown(units: Mapping[str, int]) -> dict[str, Amount]:
+    return {name: from_units(name, amount) for name, amount in units.items()}
+
+
+def _as_reservation(answer: Verification, id: str | None = None, state: str | None = None, **more: Any) -> Reservation:
+    fields = {name: getattr(answer, name) for name in Verification.__struct_fields__}
+    return Reservation(**fields, reservation_id=id, state=state, **more)
+
+
+def _changed(answer: Reservation, **changes: Any) -> Reservation:
+    return msgspec.structs.replace(answer, **changes)
+
+
+def _open(key: KnownKey, id: str, limits: list[LimitStatus], ends_us: int) -> Reservation:
+    answer = _as_reservation(admitted(key, ()), id, "open", expires_at=utc_from_us(ends_us))
+    return _changed(answer, limits=limits)
+
+
+def _denied(key: KnownKey, entries: Entries, wanted: Mapping[str, int]) -> Verification:
+    """The refusal of an extension for which this process's shares do not suffice."""
+    limits = [share_status(share) for share, _ in entries]
+    denied = [
+        msgspec.structs.replace(status, exceeded=True)
+        for status in limits
+        if wanted.get(status.resource) and status.resource != CONCURRENCY
+    ]
+    answer = refused(key, "USAGE_EXCEEDED", "this process's share of the limits does not suffice for so much more")
+    return msgspec.structs.replace(answer, limits=denied or limits)
+
+
+__all__ = ["DEFAULT_TTL_S", "MAX_TTL_S", "Reservations", "StoredReservation"]
