@@ -178,7 +178,7 @@ def test_a_beginning_far_away_is_found_at_once_and_counts_as_many(
     zone = ZoneInfo(name)
     moment = beginning(unit, zone, now, count)
     if moment is None:
-        assert now + count * 28 * 86_400 * SECOND > LAST_US - 10**16  # months or weeks: millions of them
+        assert now + count * 30 * 86_400 * SECOND > LAST_US * 9 // 10  # weeks or months, far too many of them
         return
     assert begun(unit, zone, now, moment) == count
     assert begun(unit, zone, now, moment - 1) == count - 1

@@ -270,13 +270,13 @@ class TotalCounter:
     """What was used in all, less what refills gave back: `[used]`, or with a refill `[used, moment]`, up to which it
     has given back. That is a moment, not the number of a refill, so that it stays true when the refill is changed."""
 
-    __slots__ = ("_amount", "_at_us", "_next_us", "_refills", "_used")
+    __slots__ = ("_amount", "_at_us", "_next_us", "_refills", "_used", "refill")
 
     def __init__(self, window: Total, state: list[Any] | None = None) -> None:
         self._used: int = state[0] if state else 0
         self._at_us: int | None = state[1] if state and len(state) > 1 else None
         self._next_us = 0  # the next refill, once it is known
-        refill = window.refill
+        self.refill = refill = window.refill
         self._refills = None if refill is None else _schedule(refill)
         self._amount = 0 if refill is None else refill.units
 

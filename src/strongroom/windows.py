@@ -41,7 +41,7 @@ from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from .calendars import UNITS, CalendarUnit, calendar_span
-from .counters import BUCKETS_PER_WINDOW, SATURATED, Counter, RollingCounter, counter_for
+from .counters import BUCKETS_PER_WINDOW, SATURATED, Counter, RollingCounter, TotalCounter, counter_for
 
 MAX_WINDOW_S = 366 * 86_400 * 10
 MAX_LIMITS = 32
@@ -353,6 +353,7 @@ __all__ = [
     "Rolling",
     "RollingCounter",
     "Total",
+    "TotalCounter",
     "Window",
     "calendar_span",
     "counter_for",

@@ -1,0 +1,295 @@
+"""The quotas of one store: put, changed, removed, listed, and where each stands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from .accounts import Account, KeyUsage
+from .apikey import parse
+from .clock import Clock
+from .context import MAX_TENANT_BYTES, Context, system_context, text_problem, utc_from_us
+from .database import Database, Idempotency, Page, Replayed
+from .entity import MAX_ID_BYTES
+from .errors import Denied, NotFound
+from .knownkey import quota_part
+from .query import And, Filter, Query, Where
+from .quotas import Quota, QuotaKind, quota_id
+from .rotation import reader, writer
+from .transaction import Transaction
+from .usage import Ledger
+from .verification import LimitStatus, limit_status
+from .verifier import bound_to, may_see
+from .windows import MAX_LIMITS, Amount, Limit, from_units
+
+MAX_DESCRIPTION_CHARS = 1_000
+KINDS = ("tenant", "user", "group")
+_ANY_TENANT = "\x00quotas"  # no tenant is called so
+
+
+class Subject(BaseModel):
+    """Whose quota it is: a tenant's, or that of a user or a group of it, by its `name`."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    kind: QuotaKind
+    tenant: str
+    name: str = Field(default="", validate_default=True)
+
+    @field_validator("kind", mode="before")
+    @classmethod
+    def _kind(cls, value: Any) -> Any:
+        if value not in KINDS:
+            found = repr(value[:64]) if isinstance(value, str) else type(value).__name__
+            raise ValueError(f"found {found}, expected tenant, user or group")
+        return value
+
+    @field_validator("tenant")
+    @classmethod
+    def _tenant(cls, value: str) -> str:
+        if problem := text_problem(value, MAX_TENANT_BYTES):
+            raise ValueError(problem)
+        return value
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, value: str, info: ValidationInfo) -> str:
+        kind, tenant = info.data.get("kind"), info.data.get("tenant", "")
+        if kind == "tenant" and value:
+            raise ValueError("a quota of kind tenant has no name: it is the tenant's own")
+        if kind in ("user", "group") and (problem := text_problem(value, MAX_ID_BYTES - len(tenant.encode()) - 16)):
+            raise ValueError(problem)
+        return value
+
+    @property
+    def id(self) -> str:
+        return quota_id(self.kind, self.tenant, self.name)
+
+
+class QuotaFields(BaseModel):
+    """What a caller may say of a quota."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    limits: list[Limit] = Field(default=[], max_length=MAX_LIMITS)
+    description: str | None = Field(default=None, max_length=MAX_DESCRIPTION_CHARS)
+
+    @field_validator("limits")
+    @classmethod
+    def _distinct(cls, value: list[Limit]) -> list[Limit]:
+        seen: set[str] = set()
+        for limit in value:
+            if limit.id in seen:
+                raise ValueError(f"found two limits on {limit.resource} with the same window")
+            seen.add(limit.id)
+        return value
+
+    @field_validator("description")
+    @classmethod
+    def _text(cls, value: str | None) -> str | None:
+        if value and (problem := text_problem(value, 4 * MAX_DESCRIPTION_CHARS)):
+            raise ValueError(problem)
+        return value
+
+
+class NewQuota(Subject, QuotaFields):
+    """A quota to be put."""
+
+    limits: list[Limit] = Field(max_length=MAX_LIMITS)
+
+
+class QuotaChanges(QuotaFields):
+    """Some fields of a quota, to be changed; those not given stay."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuotaStats:
+    """Where a quota stands: what all its keys used together, and each limit's window."""
+
+    quota: Quota
+    count: int
+    last_used_at: datetime | None
+    totals: dict[str, Amount]
+    limits: list[LimitStatus]
+
+
+class Quotas:
+    """The quotas of one store. A caller who is bound to a tenant sees, and sets, only those of its own tenant; the
+    quota of the tenant itself it sees and does not set."""
+
+    def __init__(self, database: Database, ledger: Ledger, clock: Clock) -> None:
+        self._database = database
+        self._ledger = ledger
+        self._clock = clock
+
+    async def put(
+        self,
+        new: NewQuota | None = None,
+        /,
+        *,
+        context: Context | None = None,
+        expected: int | None = None,
+        idempotency_key: str | None = None,
+        **fields: Any,
+    ) -> Quota:
+        """Make a quota, or replace the one of this subject: `put(kind="user", tenant="acme", name="u1", limits=[…])`.
+
+        What was counted stays counted where resource, window and scope stay the same. `expected`: the version that
+        is to be replaced (0: there must be none). Raises InvalidInput with every problem, Conflict, Denied.
+        """
+        new = new if new is not None else parse(NewQuota, fields)
+        self._may_set(context, new)
+        quota = Quota(
+            id=new.id,
+            tenant=new.tenant,
+            kind=new.kind,
+            name=new.name,
+            limits=new.limits,
+            description=new.description,
+        )
+        by = writer(context, new.tenant)
+        return await self._database.replace(by, quota, expected=expected, idempotency_key=idempotency_key)
+
+    async def get(self, kind: str, tenant: str, name: str = "", *, context: Context | None = None) -> Quota:
+        """The quota of a subject. NotFound for another tenant's too."""
+        subject = _subject(kind, tenant, name)
+        quota = None
+        if may_see(context, subject.tenant):
+            quota = await self._database.get_or_none(reader(context), Quota, subject.id)
+        if quota is None:
+            raise NotFound(f"there is no quota of {_named(subject)}")
+        return quota
+
+    async def list(
+        self,
+        *,
+        tenant: str | None = None,
+        kind: QuotaKind | None = None,
+        limit: int = 100,
+        cursor: str | None = None,
+        context: Context | None = None,
+    ) -> Page[Quota]:
+        """One page of quotas, by tenant, kind and name; of one tenant where the caller is bound to one."""
+        own = bound_to(context)
+        if own is not None and tenant is not None and own != tenant:
+            return Page([], None)
+        tenant = own if own is not None else tenant
+        filters: list[Filter] = [] if tenant is None else [Where("tenant", "==", tenant)]
+        if kind is not None:
+            filters.append(Where("kind", "==", kind))
+        order: Sequence[str] = ("tenant", "name") if kind is not None else ("tenant", "kind", "name")
+        if tenant is not None:
+            order = order[1:]
+        query = Query(And(*filters) if filters else None, tuple(order), limit)
+        return await self._database.find(reader(context), Quota, query, cursor)
+
+    async def update(
+        self,
+        kind: str,
+        tenant: str,
+        name: str = "",
+        /,
+        changes: QuotaChanges | None = None,
+        *,
+        context: Context | None = None,
+        expected: int | None = None,
+        idempotency_key: str | None = None,
+        **fields: Any,
+    ) -> Quota:
+        """Change some fields of a quota. What was counted stays counted where resource, window and scope stay the same.
+        Raises NotFound, InvalidInput, Conflict, Denied."""
+        changes = changes if changes is not None else parse(QuotaChanges, fields)
+        quota = await self.get(kind, tenant, name, context=context)
+        self._may_set(context, quota)
+        values = {field: getattr(changes, field) for field in changes.model_fields_set}
+        by = writer(context, quota.tenant)
+        return await self._database.update(
+            by, Quota, quota.id, values, expected=expected, idempotency_key=idempotency_key
+        )
+
+    async def delete(
+        self,
+        kind: str,
+        tenant: str,
+        name: str = "",
+        *,
+        context: Context | None = None,
+        expected: int | None = None,
+        idempotency_key: str | None = None,
+    ) -> None:
+        """Remove a quota, and what was counted against it. Raises NotFound, Conflict, Denied."""
+        once = None
+        if idempotency_key is not None:
+            request = f"delete quota {_subject(kind, tenant, name).id} {expected}"
+            once = Idempotency(idempotency_key, request, scope=_ANY_TENANT)
+        try:
+            quota = await self.get(kind, tenant, name, context=context)
+        except NotFound:
+            if once is not None and await self._database.was_done(context or system_context(), once):
+                return
+            raise
+        self._may_set(context, quota)
+
+        async def body(tx: Transaction) -> None:
+            await tx.delete(Quota, quota.id, expected=expected)
+
+        try:
+            await self._database.transaction(writer(context, quota.tenant), body, idempotency=once)
+        except Replayed:
+            return
+        # Only now: while the quota was there its counters were written; no charge commits against one that is not.
+        self._ledger.forget(quota.id)
+        try:
+            await self._database.delete(system_context(), KeyUsage, quota.id)
+        except NotFound:
+            return  # nothing was ever counted against it
+
+    async def stats(self, kind: str, tenant: str, name: str = "", *, context: Context | None = None) -> QuotaStats:
+        """Where a quota stands, as of now. Raises NotFound."""
+        quota = await self.get(kind, tenant, name, context=context)
+        now_us = self._clock.now_us()
+        return quota_stats(quota, await self._ledger.account(quota.id), now_us)
+
+    @staticmethod
+    def _may_set(context: Context | None, subject: Subject | Quota) -> None:
+        """Raise Denied unless the caller may set the quota of this subject."""
+        own = bound_to(context)
+        if own is None:
+            return
+        if own != subject.tenant:
+            raise Denied(f"the caller belongs to tenant {own!r}, not to {subject.tenant!r}")
+        if subject.kind == "tenant":
+            raise Denied(
+                "a tenant's own quota is set by callers who are bound to no tenant: it is what binds the tenant"
+            )
+
+
+def quota_stats(quota: Quota, account: Account, now_us: int) -> QuotaStats:
+    """Where a quota stands, from the account that its usage is counted on."""
+    statuses = account.statuses(quota_part(quota).allowances, account.moment(now_us))
+    return QuotaStats(
+        quota=quota,
+        count=account.count,
+        last_used_at=utc_from_us(account.last_used_us) if account.last_used_us is not None else None,
+        totals={name: from_units(name, units) for name, units in sorted(account.totals.items())},
+        limits=[limit_status(status) for status in statuses],
+    )
+
+
+def _subject(kind: str, tenant: str, name: str) -> Subject:
+    return parse(Subject, {"kind": kind, "tenant": tenant, "name": name})
+
+
+def _named(subject: Subject) -> str:
+    return (
+        f"the tenant {subject.tenant!r}"
+        if subject.kind == "tenant"
+        else (f"the {subject.kind} {subject.name!r} of the tenant {subject.tenant!r}")
+    )
+
+
+__all__ = ["NewQuota", "Quota", "QuotaChanges", "QuotaFields", "QuotaStats", "Quotas", "Subject", "quota_stats"]
