@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import re
 import tomllib
 from collections.abc import Sequence
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strongroom import Query, Strongroom, Where
+from strongroom import ApiKey, Query, Strongroom, Where
 from strongroom.context import Context, system_context
 from strongroom.errors import Denied, InvalidInput, Unavailable
+from strongroom.events import Event
 from strongroom.keys import IssuedKey
 from strongroom.keytext import SCAN_PATTERN, generate
 from strongroom.leaks import MAX_SIGHTINGS, MAX_URL_CHARS, Finding, Leak, LeakPolicy, Sighting
-from strongroom.storage.port import Record
+from strongroom.storage.port import Create, Patch, Record
 from tests.support import Fault, FaultyStore, new_url, opened
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -81,6 +83,20 @@ async def test_a_leak_is_in_the_tenants_journal_with_its_place_and_without_its_t
     assert (record.action, record.after["url"], record.after["source"]) == ("create", URL, "content")
     assert change.request_id == record.request_id != ""
     assert issued.text not in repr(await journal(room, "api_keys", "leaks"))
+
+
+async def test_webhooks_are_told_in_the_commit_of_the_leak(room: Strongroom, store: FaultyStore) -> None:
+    issued = await make(room, owner="team")
+    leak = await leaked(room, issued.text)
+    (told,) = (await room.database.find(system_context(), Event)).items
+    assert (told.type, told.tenant) == ("key.leaked", "acme")
+    data = json.loads(told.body)["data"]
+    assert (data["key_id"], data["owner"]) == (issued.key.id, "team")
+    assert (data["leak"]["id"], data["leak"]["url"], data["leak"]["done"]) == (leak.id, URL, "notified")
+    assert issued.text not in told.body
+    (batch,) = [batch for batch in store.batches if told.id in {getattr(o, "id", "") for o in batch.operations}][:1]
+    written = {operation.collection for operation in batch.operations if isinstance(operation, Create | Patch)}
+    assert written == {"api_keys", "leaks", "webhook_events"}
 
 
 async def test_a_policy_to_disable_refuses_the_key_at_once(room: Strongroom) -> None:
@@ -152,6 +168,34 @@ async def test_a_text_whose_overlap_has_ended_is_nobodys(room: Strongroom) -> No
     await room.keys.rotate(issued.key.id)
     assert await reported(room, issued.text) == [Finding(None)]
     assert (await room.keys.get(issued.key.id)).leaked_at is None
+
+
+@pytest.mark.parametrize("how", ["replaced", "its overlap ended"])
+async def test_a_text_that_stops_working_while_it_is_reported_harms_the_key_no_more(
+    room: Strongroom, store: FaultyStore, how: str
+) -> None:
+    await room.leaks.set_policy("acme", action="disable")
+    issued = await make(room)
+    if how == "its overlap ended":
+        await room.keys.rotate(issued.key.id, overlap_s=3_600)
+    happened = False
+
+    async def meanwhile(method: str, collection: str) -> None:
+        nonlocal happened
+        if collection == "leaks" and not happened:
+            happened = True
+            if how == "replaced":
+                await room.keys.rotate(issued.key.id)
+            else:
+                over = {"previous_until": datetime.now(UTC) - timedelta(seconds=1)}
+                await room.database.update(system_context("acme"), ApiKey, issued.key.id, over)
+
+    store.after_read = meanwhile
+    assert await reported(room, issued.text) == [Finding(None)]
+    assert happened
+    key = await room.keys.get(issued.key.id)
+    assert (key.enabled, key.leaked_at) == (True, None)
+    assert (await room.leaks.list()).items == []
 
 
 async def test_a_deleted_key_is_dealt_with_before_anyone_restores_it(room: Strongroom) -> None:
@@ -373,15 +417,15 @@ async def test_texts_that_are_no_keys_change_nothing_and_cost_at_most_one_lookup
     unknown = [generate() for _ in range(50)]
     await reported(room, *unknown[:1])
     store.reads.clear()
-    batches = len(store.batches)
+    store.batches.clear()
     mistyped = [text[:-1] + ("0" if text[-1] != "0" else "1") for text in unknown]
     found = await reported(room, *unknown[1:], *unknown[1:], *mistyped, "", "x" * 1_000, "a\x00b", "\ud800")
     assert set(found) == {Finding(None)}
-    assert len(store.batches) == batches
+    written = {getattr(operation, "collection", "") for batch in store.batches for operation in batch.operations}
+    assert not written & {"api_keys", "leaks", "webhook_events"}
     asked = [collection for _, collection in store.reads]
-    assert asked.count("leaks") == 0
+    assert asked.count("leaks") == asked.count("leak_policies") == 0
     assert asked.count("api_keys") <= 2 * 49  # by its hash, and by that before a rotation
-    assert len(asked) == asked.count("api_keys")
 
 
 async def test_a_report_has_a_bound(room: Strongroom) -> None:

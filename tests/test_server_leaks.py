@@ -349,7 +349,7 @@ BROKEN = {
     "not JSON": (b"<html>", "200 OK", ""),
     "another shape": (b'{"keys": []}', "200 OK", ""),
     "empty": (b'{"public_keys": []}', "200 OK", ""),
-    "huge": (b" " * (signers.MAX_LIST_BYTES + 1), "200 OK", ""),
+    "huge": (json.dumps(listed(**{ID: KEY})).encode() + b" " * signers.MAX_LIST_BYTES, "200 OK", ""),
 }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Literal
@@ -19,10 +19,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from .apikey import ALL_TENANTS, MAX_OVERLAP_S, ApiKey, parse
 from .clock import Clock
-from .context import Context, check_tenant, next_id, system_context, utc_from_us
+from .context import Context, check_tenant, next_id, system_context, us_from_utc, utc_from_us
 from .database import Database, Page
 from .entity import Entity, Index
 from .errors import AlreadyExists, InvalidInput, Problem
+from .events import KEY_LEAKED, Event, event
 from .keys import Keys
 from .keytext import masked
 from .query import MAX_IN, MAX_LIMIT, And, Filter, Query, Where
@@ -117,9 +118,6 @@ class Finding:
     new: bool = False
 
 
-LeakListener = Callable[[Transaction, ApiKey, Leak], Awaitable[None]]
-
-
 class Leaks:
     """The leaks of one store, and the policies for them."""
 
@@ -127,8 +125,6 @@ class Leaks:
         self._database = database
         self._keys = keys
         self._clock = clock
-        self.on_leak: LeakListener | None = None
-        """Called within the transaction of each leak: what it adds to it, such as an event, is committed with it."""
 
     # --- Policies ---------------------------------------------------------------------------------------------
 
@@ -257,8 +253,7 @@ class Leaks:
         )
         changed = await tx.update(ApiKey, key.id, {"leaked_at": now, **changes})
         leak = await tx.create(leak)
-        if self.on_leak is not None:
-            await self.on_leak(tx, changed, leak)
+        await tx.create(_event(changed, leak, now))
         return leak
 
     def _decide(
@@ -335,6 +330,19 @@ def _for(context: Context | None, tenant: str) -> Context:
     if context is None:
         return system_context(scoped)
     return Context(scoped, context.actor, context.claims, context.request_id)
+
+
+def _event(key: ApiKey, leak: Leak, now: datetime) -> Event:
+    """What webhooks are told, in the commit of the leak itself."""
+    data = {
+        "key_id": key.id,
+        "name": key.name,
+        "user_id": key.user_id,
+        "owner": key.owner,
+        "leaked_at": now,
+        "leak": leak.model_dump(exclude={"tenant", "key_id", "version", "created_at", "updated_at"}),
+    }
+    return event(KEY_LEAKED, key.tenant, data, now_us=us_from_utc(now))
 
 
 def _leak_id(key_id: str, candidate: str) -> str:
