@@ -11,15 +11,17 @@ import stat
 import subprocess
 import sys
 import time
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import apsw
 import pytest
 import time_machine
 
-from strongroom import Strongroom, keyfile
-from strongroom.keytransfer import KeyImport
+from strongroom import Strongroom, keyfile, keypieces
+from strongroom.keyrows import Maker
 
 from .test_cli import Run, process, run
 
@@ -62,6 +64,15 @@ async def counted(url: str) -> tuple[int, int]:
             if cursor is None:
                 break
         return keys, records
+
+
+def keys_in(file: Path) -> int:
+    """How many keys a store has that another process is writing; so quickly that it does not write many meanwhile."""
+    try:
+        with closing(apsw.Connection(str(file), flags=apsw.SQLITE_OPEN_READONLY)) as connection:
+            return int(connection.execute("SELECT count(*) FROM api_keys").fetchall()[0][0])
+    except (apsw.CantOpenError, apsw.SQLError, apsw.BusyError):  # it is being made
+        return 0
 
 
 # --- What is told -----------------------------------------------------------------------------------------------
@@ -145,14 +156,12 @@ def test_keys_of_another_tenant_are_refused(run: Run) -> None:
 
 
 def test_an_import_whose_checksums_differ_fails(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    key_of = KeyImport._key_of
+    key_of = Maker.key_of
 
-    def wrong(self: KeyImport, row: keyfile.KeyRow) -> Any:
-        key = key_of(self, row)
-        key.name = key.name.upper()
-        return key
+    def wrong(self: Maker, row: keyfile.KeyRow) -> Any:
+        return {**key_of(self, row), "name": row.name.upper()}
 
-    monkeypatch.setattr(KeyImport, "_key_of", wrong)
+    monkeypatch.setattr(Maker, "key_of", wrong)
     ran = run("import", HASHED)
     assert (ran.status, "differ in 25 keys" in ran.err) == (1, True)
 
@@ -185,8 +194,11 @@ def test_a_folder_a_forbidden_and_a_huge_file_are_one_sentence(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run("import", str(tmp_path)).err == f"strongroom: {tmp_path}: is a directory\n"
-    monkeypatch.setattr(keyfile, "MAX_FILE_BYTES", 1_000)
-    ran = run("import", PLAIN)
+    monkeypatch.setattr(keypieces, "MAX_FILE_BYTES", 1_000)
+    assert run("import", PLAIN, "--dry-run").status == 0  # read in pieces, however large it is
+    odd = tmp_path / "odd.json"
+    odd.write_text(json.dumps({"version": 1, **json.loads(Path(PLAIN).read_text())}))
+    ran = run("import", str(odd))
     assert (ran.status, "is larger than" in ran.err) == (1, True)
 
     def forbidden(*_: Any) -> Any:
@@ -277,12 +289,12 @@ def test_what_a_shape_cannot_say_is_told(run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_an_import_that_is_stopped_is_completed_by_the_same_command(tmp_path: Path, number: signal.Signals) -> None:
-    count = 4_000
+    count = 6_000
     file, url = generated(tmp_path / "keys.json", count), f"sqlite:///{tmp_path}/store.db"
     command = [sys.executable, "-m", "strongroom.cli", "import", str(file), "--store", url]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as importing:
         deadline = time.monotonic() + 30
-        while not (tmp_path / "store.db").exists() or asyncio.run(counted(url))[0] < 100:
+        while keys_in(tmp_path / "store.db") < 100:
             assert importing.poll() is None, importing.communicate()
             assert time.monotonic() < deadline
         importing.send_signal(number)

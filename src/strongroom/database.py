@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import random
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterable, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, Generic, TypeVar, cast
@@ -24,7 +24,22 @@ from .journal import denial_record
 from .query import Aggregate, And, Filter, Or, Query, Where, cursor_of, project, with_cursor
 from .rules import Decision, Policy, Request, default_policy
 from .rules import Operation as RuleOperation
-from .storage.port import Add, Append, Batch, Check, Committed, Create, Delete, Operation, Patch, Put, Record, Store
+from .storage.port import (
+    Add,
+    Append,
+    Batch,
+    Check,
+    Committed,
+    Create,
+    Delete,
+    Loading,
+    Operation,
+    Pack,
+    Patch,
+    Put,
+    Record,
+    Store,
+)
 from .transaction import Transaction, is_expired, with_fields
 
 MAX_ATTEMPTS = 12
@@ -281,6 +296,26 @@ class Database:
     ) -> Decision:
         """What the rules say, journalling nothing: for each delivery of a stream, whose journal it would feed."""
         return self._policy(Request(context, operation, collection, id, before, after))
+
+    @property
+    def loading(self) -> Loading | None:
+        """The store, if it can load and `load_packs` may be used: the rules are the default ones, which ask who the
+        caller is and never what the document says, so that one answer holds for all that is loaded."""
+        return self._store if isinstance(self._store, Loading) and self._policy is default_policy else None
+
+    async def load_packs(
+        self, context: Context, cls: type[Entity], packs: AsyncIterable[Pack], *, rebuild: bool = False
+    ) -> None:
+        """The trip for a great many new documents of one global entity, with the journal records and what belongs to
+        them. As `Loading.load`; Denied, Unavailable while the store takes no writes."""
+        if self.loading is None:
+            raise TypeError("this database cannot load")
+        await self.authorize(context, "create", cls.__collection__)
+        if self._refusal is not None:
+            raise Unavailable(self._refusal)
+        await self.loading.load(packs, context.now_us, rebuild=rebuild)
+        for listener in self._listeners:
+            listener(Transaction(self, context))  # of no change: the journal tells what was loaded
 
     def commit_counters(self, operations: Sequence[Operation], now_us: int) -> Awaitable[Committed]:
         """The trip's short form for Strongroom's own counters and leases: global collections (or fields of one) that

@@ -7,6 +7,7 @@ values. What users see is their class.
 from __future__ import annotations
 
 import enum
+import functools
 import re
 import types
 import uuid
@@ -106,7 +107,7 @@ class Collection:
     placed_by: str | None = None
     """The field by whose value, instead of the id, a document is named where documents have names (Firestore)."""
 
-    @property
+    @functools.cached_property  # asked for with each journal record
     def secrets(self) -> frozenset[str]:
         return frozenset(f.name for f in self.fields.values() if f.secret)
 

@@ -2,42 +2,67 @@
 
 An imported key's id is made from the key's own SHA-256, so a second run finds what the first has written: what is there
 is left alone, what is missing is added. Each key is committed together with its usage, many keys in one transaction;
-stopped anywhere, the same import completes it.
+stopped anywhere, the same import completes it. A file is worked on piece by piece (`keypieces`), so what is in memory
+does not grow with it, but for a byte a row.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from enum import StrEnum
 from typing import Any, TypeVar
 
-import msgspec
-
+from .accounts import Account, KeyUsage
 from .apikey import ALL_TENANTS, ApiKey
-from .context import Context, check_tenant, us_from_utc, utc_from_us
+from .context import Context, check_tenant
 from .database import Database, Transaction
-from .errors import AlreadyExists, Conflict, InvalidInput, Problem, StoreError
-from .keyfile import WINDOW_S, KeyRow, Shape, render_row
-from .keytext import Hasher, imported_sha256, masked, sha256_of_imported
+from .entity import Document
+from .errors import AlreadyExists, Conflict, InvalidInput, Problem
+from .keyexport import Exported, export_keys
+from .keyfile import MAX_FINDINGS, KeyRow, Shape
+from .keyload import Portion, Task, Workers
+from .keypieces import KeyPieces
+from .keyrows import (
+    FIVE_HOURS,
+    UNCHANGEABLE,
+    USAGE_SAID,
+    Maker,
+    canonical,
+    id_of,
+    is_as_imported,
+    is_five_hours,
+    limits_of,
+    row_of,
+    said,
+    usage_document,
+    utc,
+)
+from .keytext import Hasher
 from .query import MAX_IN, MAX_LIMIT, Query, Where
 from .storage.port import MAX_OPERATIONS
-from .usage import Account, KeyUsage
-from .windows import Limit, Rolling, RollingCounter
 
 KEYS_PER_COMMIT = MAX_OPERATIONS // 4
 """A key is four operations at most: itself, its journal record, its usage removed and made anew."""
+COMMITS_AT_ONCE = 4
+"""Transactions in flight: the store writes one, or joins several, while the next are made."""
+QUERIES_AT_ONCE = 8
 READS_AT_ONCE = 100
+"""Single documents that are read at once, where each is asked for by itself."""
+FIRST_LOAD, MOST_LOADED = 1_000, 30_000
+"""Keys in the first transaction of a load, which doubles, and in the largest one where others use the store: they wait
+for so long."""
+FEW_KEYS = 1_000
+"""A store with fewer keys is being filled for the first time: nobody else's writes have to be let in between."""
 
-_WINDOW = Rolling(seconds=WINDOW_S)
-FIVE_HOURS = Limit(resource="tokens", limit=0, window=_WINDOW).id
-"""The counter of the plain shape's one limit: tokens in the last five hours."""
-
+_log = logging.getLogger(__name__)
+MIN_FOR_WORKERS = 5_000
+"""Fewer keys are imported before a worker process would have started."""
 Progress = Callable[[int, int], None]
 T = TypeVar("T")
 
@@ -82,13 +107,47 @@ class Planned:
     differences: tuple[Difference, ...] = ()
 
 
+@dataclass(slots=True)
+class Plan:
+    """What a file's rows are to the store: how many of each standing, and those of other tenants and with differences
+    (MAX_FINDINGS of each at most). `standings` has each row's, by the number of its piece."""
+
+    counts: Counter[Standing] = field(default_factory=Counter)
+    foreign: list[Planned] = field(default_factory=list)
+    changed: list[Planned] = field(default_factory=list)
+    standings: list[bytes | None] = field(default_factory=list)
+    """A byte a row, the index of its standing in the enumeration; None: all are new."""
+    few_keys: bool = False
+
+    def add(self, planned: Sequence[Planned]) -> None:
+        for one in planned:
+            self.counts[one.standing] += 1
+            if one.standing is Standing.FOREIGN and len(self.foreign) < MAX_FINDINGS:
+                self.foreign.append(one)
+            elif one.standing is Standing.CHANGED and len(self.changed) < MAX_FINDINGS:
+                self.changed.append(one)
+        self.standings.append(bytes(_CODES[one.standing] for one in planned))
+
+    def rows(self, number: int, rows: Sequence[KeyRow], wanted: frozenset[Standing]) -> list[KeyRow]:
+        """The rows of a piece that had one of these standings when they were compared."""
+        codes = self.standings[number]
+        if codes is None:
+            return list(rows) if Standing.NEW in wanted else []
+        kept = {_CODES[standing] for standing in wanted}
+        return [row for row, code in zip(rows, codes, strict=True) if code in kept]
+
+
+_CODES = {standing: code for code, standing in enumerate(Standing)}
+
+
 @dataclass(frozen=True, slots=True)
 class Checksums:
     """The same digest over the file's rows and over what the store has of them, and how many keys each is over.
 
     It covers all that the shape speaks of; of a key that was used here since (`used_since` of them), all but its usage.
-    `left_out` are the rows of which file and store are known to say different things; `unequal` has the
-    paths of those where it was not known.
+    It is the sum of the rows' SHA-256, so it does not depend on their order. `left_out` are the rows of which file and
+    store are known to say different things; `unequal` has the paths of those where it was not known (MAX_FINDINGS at
+    most).
     """
 
     file: str
@@ -104,18 +163,42 @@ class Checksums:
         return self.file == self.store
 
 
-def id_of(sha256: bytes) -> str:
-    """The id of an imported key: the same in every run and store, and not a piece of the hash that other files show."""
-    return "key_" + hashlib.sha256(b"strongroom imported key\x00" + sha256).hexdigest()[:31]
+class _Sums:
+    """Checksums in the making."""
+
+    def __init__(self) -> None:
+        self.file = self.store = 0
+        self.file_keys = self.store_keys = self.used_since = 0
+        self.unequal: list[str] = []
+
+    def add(self, path: str, expected: bytes, found: bytes | None) -> None:
+        mine = int.from_bytes(hashlib.sha256(expected).digest(), "big")
+        self.file += mine
+        self.file_keys += 1
+        if found is not None:
+            self.store_keys += 1
+            self.store += mine if found == expected else int.from_bytes(hashlib.sha256(found).digest(), "big")
+        if found != expected and len(self.unequal) < MAX_FINDINGS:
+            self.unequal.append(path)
+
+    def of(self, rows: int) -> Checksums:
+        file, store = (f"sha256:{total % 2**256:064x}" for total in (self.file, self.store))
+        return Checksums(
+            file, store, self.file_keys, self.store_keys, self.used_since, rows - self.file_keys, tuple(self.unequal)
+        )
 
 
 class KeyImport:
     """One import into a tenant of one store, by one actor: `plan`, then `apply`, then `checksums`.
 
-    Each raises what the database raises. What `apply` has committed is counted in `committed`, also when it is stopped.
+    Each raises what the database raises. What is committed is counted in `committed`, also when it is stopped. For a
+    file that is read piece by piece: `compare`, `carry_out`, `check`; `workers` processes then read it beside this one,
+    where that pays.
     """
 
-    def __init__(self, database: Database, hasher: Hasher, shape: Shape, tenant: str, context: Context) -> None:
+    def __init__(
+        self, database: Database, hasher: Hasher, shape: Shape, tenant: str, context: Context, *, workers: int = 0
+    ) -> None:
         check_tenant(tenant)
         if tenant == ALL_TENANTS:
             raise InvalidInput([Problem("tenant", "keys for all tenants are management keys: they are not imported")])
@@ -124,34 +207,50 @@ class KeyImport:
         self._shape = shape
         self._tenant = tenant
         self._context = context
+        self._workers = workers
+        self._maker = Maker(hasher, shape, tenant)
         self.committed = 0
 
     # --- Plan ---------------------------------------------------------------------------------------------------
 
     async def plan(self, rows: Sequence[KeyRow], progress: Progress = no_progress) -> list[Planned]:
         """Compare the rows with the store. Reads only."""
-        is_empty = not (await self._database.find(self._reader(), ApiKey, Query(limit=1))).items
+        is_empty = not await self._some_keys(1)
         planned: list[Planned] = []
         for chunk in _chunks(rows, KEYS_PER_COMMIT):
             planned += [self._compare(row) for row in chunk] if is_empty else await self._plan(chunk)
             progress(len(planned), len(rows))
         return planned
 
+    async def compare(self, source: KeyPieces, progress: Progress = no_progress) -> Plan:
+        """As `plan`, for a file read piece by piece."""
+        plan = Plan(few_keys=len(await self._some_keys(FEW_KEYS)) < FEW_KEYS)
+        if not await self._some_keys(1):
+            plan.counts[Standing.NEW] = source.accepted
+            plan.standings = [None] * len(source.pieces)
+            return plan
+        for piece in source.pieces:
+            plan.add(await self._plan(source.rows(piece)))
+            progress(piece.first + piece.count, source.count)
+        return plan
+
+    async def _some_keys(self, limit: int) -> list[Document]:
+        return (await self._database.select(self._reader(), ApiKey, Query(limit=limit, fields=()))).items
+
     async def _plan(self, rows: Sequence[KeyRow]) -> list[Planned]:
         found = await self._stored(rows)
-        ids = [key.id for key in found.values()]
-        usages = dict(zip(ids, await self._each(ids, self._usage), strict=True))
+        usages = await self._by_id(KeyUsage, [key["id"] for key in found.values()])
         return [
-            self._compare(row, key, usages[key.id])
+            self._compare(row, key, usages.get(key["id"]))
             if (key := found.get(row.sha256)) is not None
             else self._compare(row)
             for row in rows
         ]
 
-    async def _stored(self, rows: Sequence[KeyRow]) -> dict[bytes, ApiKey]:
+    async def _stored(self, rows: Sequence[KeyRow]) -> dict[bytes, Document]:
         """The keys that the store has of these rows: imported ones by their id, its own by their hash."""
-        by_id = await self._each([id_of(row.sha256) for row in rows], self._key)
-        found = {row.sha256: key for row, key in zip(rows, by_id, strict=True) if key is not None}
+        ids = {id_of(row.sha256): row.sha256 for row in rows}
+        found = {ids[id]: key for id, key in (await self._by_id(ApiKey, list(ids))).items()}
         rows_by_hash = {
             candidate: row.sha256
             for row in rows
@@ -159,50 +258,58 @@ class KeyImport:
             for candidate in self._hasher.candidates_of(row.sha256)
         }
         for name in ("hash", "previous_hash"):
-            for chunk in _chunks(list(rows_by_hash), MAX_IN):
-                page = await self._database.find(
-                    self._reader(), ApiKey, Query(Where(name, "in", chunk), limit=MAX_LIMIT)
-                )
-                for key in page.items:
-                    found.setdefault(rows_by_hash[getattr(key, name)], key)
+            for key in await self._each(ApiKey, name, list(rows_by_hash)):
+                found.setdefault(rows_by_hash[key[name]], key)
         return found
 
-    def _compare(self, row: KeyRow, key: ApiKey | None = None, usage: KeyUsage | None = None) -> Planned:
+    def _compare(self, row: KeyRow, key: Document | None = None, usage: Document | None = None) -> Planned:
         if key is None:
             return Planned(row, id_of(row.sha256), Standing.NEW, self._tenant)
-        if key.tenant != self._tenant:
-            return Planned(row, key.id, Standing.FOREIGN, key.tenant)
+        if key["tenant"] != self._tenant:
+            return Planned(row, key["id"], Standing.FOREIGN, key["tenant"])
         now_us = time.time_ns() // 1_000
-        differences = tuple(
-            Difference(name, of_file, of_store)
-            for (name, of_file), (_, of_store) in zip(
-                _said(self._shape, row, now_us).items(),
-                _said(self._shape, row_of(key, usage, self._hasher, now_us), now_us).items(),
-                strict=True,
+        stored = row_of(key, usage, self._hasher, now_us)
+        differences: tuple[Difference, ...] = ()
+        if canonical(self._shape, row, now_us, with_usage=True) != canonical(
+            self._shape, stored, now_us, with_usage=True
+        ):
+            differences = tuple(
+                Difference(name, of_file, of_store)
+                for (name, of_file), (_, of_store) in zip(
+                    said(self._shape, row, now_us).items(), said(self._shape, stored, now_us).items(), strict=True
+                )
+                if of_file != of_store
+                and name not in UNCHANGEABLE
+                and (name not in USAGE_SAID or is_as_imported(usage))
             )
-            if of_file != of_store and name not in _UNCHANGEABLE and (name not in _USAGE or _is_as_imported(usage))
-        )
-        if key.hash not in self._hasher.candidates_of(row.sha256):
+        if key["hash"] not in self._hasher.candidates_of(row.sha256):
             standing = Standing.ROTATED
         else:
             standing = Standing.CHANGED if differences else Standing.UNCHANGED
-        return Planned(row, key.id, standing, key.tenant, differences)
+        return Planned(row, key["id"], standing, key["tenant"], differences)
 
     # --- Apply --------------------------------------------------------------------------------------------------
 
     async def apply(self, planned: Sequence[Planned], *, update: bool, progress: Progress = no_progress) -> None:
         """Add what is new and, with `update`, set what differs. The usage of a key that was used here since stays."""
         work = [p for p in planned if p.standing is Standing.NEW or (update and p.standing is Standing.CHANGED)]
-        for chunk in _chunks(work, KEYS_PER_COMMIT):
-            try:
-                await self._commit(chunk, fresh=True)
-            except (
-                AlreadyExists,
-                Conflict,
-            ):  # someone else wrote meanwhile, or a removed key has left its usage behind
-                await self._commit(await self._planned_again(chunk), fresh=False)
-            self.committed += len(chunk)
-            progress(self.committed, len(work))
+        await self._apply(_chunks(work, KEYS_PER_COMMIT), lambda: progress(self.committed, len(work)))
+
+    async def _apply(self, chunks: Iterator[Sequence[Planned]], progress: Callable[[], None]) -> None:
+        """Commit chunks, some at once. The first failure ends it, once those in flight have ended."""
+        while some := [chunk for _, chunk in zip(range(COMMITS_AT_ONCE), chunks, strict=False)]:
+            results = await asyncio.gather(*map(self._apply_one, some), return_exceptions=True)
+            for result in results:
+                if isinstance(result, BaseException):
+                    raise result
+            progress()
+
+    async def _apply_one(self, chunk: Sequence[Planned]) -> None:
+        try:
+            await self._commit(chunk, fresh=True)
+        except (AlreadyExists, Conflict):  # someone else wrote meanwhile, or a removed key has left its usage behind
+            await self._commit(await self._planned_again(chunk), fresh=False)
+        self.committed += len(chunk)
 
     async def _planned_again(self, chunk: Sequence[Planned]) -> list[Planned]:
         """Those of a chunk that still want what was planned for them; the others get their new standing."""
@@ -214,62 +321,101 @@ class KeyImport:
         return again
 
     async def _commit(self, chunk: Sequence[Planned], *, fresh: bool) -> None:
-        context = Context(self._tenant, self._context.actor, self._context.claims)
-
         async def body(tx: Transaction) -> None:
             for planned in chunk:
                 if planned.standing is Standing.CHANGED:
                     await self._update(tx, planned)
                     continue
-                await tx.create(self._key_of(planned.row))
-                usage = _usage_of(self._shape, planned.id, planned.row, Account(), tx.context.now_us)
+                key = self._maker.key_of(planned.row)
+                await tx.create(ApiKey(id=planned.id, created_at=utc(planned.row.created_us), **key))
+                usage = KeyUsage(id=planned.id, **self._maker.usage_of(planned.row, tx.context.now_us))
                 await (tx.create(usage) if fresh else tx.replace(usage))
 
-        await self._database.transaction(context, body)
+        await self._database.transaction(self._writer(), body)
 
     async def _update(self, tx: Transaction, planned: Planned) -> None:
         names = {difference.field for difference in planned.differences}
-        if names - _USAGE:
+        if names - USAGE_SAID:
             key = await tx.get(ApiKey, planned.id)
-            await tx.update(ApiKey, planned.id, self._changed(planned.row, key))
-        if names & _USAGE:
-            usage = await tx.get_or_none(KeyUsage, planned.id)
-            if usage is not None and _is_as_imported(usage):  # else it was used a moment ago
+            await tx.update(ApiKey, planned.id, self._changed(planned.row, ApiKey.__codec__.encode(key)))
+        if names & USAGE_SAID:
+            found = await tx.get_or_none(KeyUsage, planned.id)
+            usage = _document(found) if found is not None else None
+            if usage is not None and is_as_imported(usage):  # else it was used a moment ago
                 # Made anew, so that a later run still knows it as imported and not used.
                 await tx.delete(KeyUsage, planned.id)
-                row, account = planned.row, _account(usage)
-                made = _usage_of(self._shape, planned.id, row, account, tx.context.now_us)
-                await tx.create(made)
-                copied = {"last_used": made.last_used_at, "usage_count": made.count}
+                fields = usage_document(self._shape, planned.row, Account(usage), tx.context.now_us)
+                await tx.create(KeyUsage(id=planned.id, **fields))
+                copied = {"last_used": fields["last_used_at"], "usage_count": fields["count"]}
                 await tx.update(ApiKey, planned.id, copied)
 
-    def _key_of(self, row: KeyRow) -> ApiKey:
-        """A row as a key. With its text it is hashed under the pepper; else that is done at its first use."""
-        known = row.text is not None
-        return ApiKey(
-            id=id_of(row.sha256),
-            created_at=utc_from_us(row.created_us),
-            tenant=self._tenant,
-            name=row.name,
-            hash=self._hasher.hash_of(row.sha256) if known else imported_sha256(row.sha256.hex()),
-            sealed=self._hasher.seal(row.sha256) if known else None,
-            display=masked(row.text) if row.text is not None else f"sha256:{row.sha256.hex()[:8]}…",
-            user_id=row.user_id,
-            metadata={} if row.model is None else {"model": row.model},
-            limits=_limits(row.token_limit),
-            expires_at=_utc(row.expires_us),
-            last_used=_utc(row.last_used_us),
-            usage_count=row.uses,
-        )
-
-    def _changed(self, row: KeyRow, key: ApiKey) -> dict[str, Any]:
-        fields: dict[str, Any] = {"name": row.name, "expires_at": _utc(row.expires_us)}
+    def _changed(self, row: KeyRow, key: Document) -> dict[str, Any]:
+        fields: dict[str, Any] = {"name": row.name, "expires_at": utc(row.expires_us)}
         if self._shape == "hashed":
             return fields | {"user_id": row.user_id}
-        others = {name: value for name, value in key.metadata.items() if name != "model"}
+        others = {name: value for name, value in key["metadata"].items() if name != "model"}
         fields["metadata"] = others if row.model is None else {**others, "model": row.model}
-        fields["limits"] = [*_limits(row.token_limit), *(limit for limit in key.limits if limit.id != FIVE_HOURS)]
+        kept = [limit for limit in key["limits"] if not is_five_hours(limit)]
+        fields["limits"] = [*limits_of(row.token_limit), *kept]
         return fields
+
+    # --- A file, piece by piece ---------------------------------------------------------------------------------
+
+    async def carry_out(self, source: KeyPieces, plan: Plan, *, update: bool, progress: Progress = no_progress) -> None:
+        """As `apply`, of what was compared."""
+        total = plan.counts[Standing.NEW] + (plan.counts[Standing.CHANGED] if update else 0)
+        wanted = frozenset({Standing.NEW, Standing.CHANGED} if update else {Standing.NEW})
+
+        def told() -> None:
+            progress(self.committed, total)
+
+        loaded: set[int] = set()
+        if (store := self._database.loading) is not None:
+            new = bytes([_CODES[Standing.NEW]])
+            whole = [n for n, codes in enumerate(plan.standings) if codes is None or not codes.strip(new)]
+            task = Task(source.without_rows(), self._maker, store.packer(), self._context.actor, self._tenant)
+            loaded = await self._load(task, whole, plan.few_keys, told)
+        for number, piece in enumerate(source.pieces):
+            rows = [] if number in loaded else plan.rows(number, source.rows(piece), wanted)
+            if rows:
+                planned = [one for one in await self._plan(rows) if one.standing in wanted]
+                await self._apply(_chunks(planned, KEYS_PER_COMMIT), told)
+
+    async def _load(self, task: Task, numbers: Sequence[int], rebuild: bool, told: Callable[[], None]) -> set[int]:
+        """Load pieces of which every row is new, in transactions that grow. The numbers of those that are loaded; not
+        those where someone else has written such a key meanwhile, or a removed key has left its usage behind."""
+        pieces = {task.source.pieces[number].first: number for number in numbers}
+        count = sum(task.source.pieces[number].count for number in numbers)
+        loaded: set[int] = set()
+        async with Workers(task, self._workers if count >= MIN_FOR_WORKERS else 0) as workers:
+            packs = workers.packs([task.source.pieces[number] for number in numbers])
+            size, done = FIRST_LOAD, 0
+            while done < count:
+                portion = Portion(packs, size)
+                try:
+                    await self._database.load_packs(self._writer(), ApiKey, portion, rebuild=rebuild)
+                    self.committed += portion.keys
+                    loaded.update(pieces[piece.first] for piece in portion.pieces)
+                except (AlreadyExists, Conflict):
+                    _log.info("%d keys are imported one by one: some are there by now", portion.keys)
+                done += sum(piece.count for piece in portion.pieces)
+                told()
+                size = done if rebuild else min(size * 2, MOST_LOADED)
+        return loaded
+
+    async def check(
+        self, source: KeyPieces, plan: Plan, now_us: int, *, updated: bool, progress: Progress = no_progress
+    ) -> Checksums:
+        """As `checksums`, of what was compared and carried out."""
+        wanted = frozenset({Standing.NEW, Standing.UNCHANGED, *((Standing.CHANGED,) if updated else ())})
+        sums = _Sums()
+        for number, piece in enumerate(source.pieces):
+            rows = plan.rows(number, source.rows(piece), wanted)
+            found = await self._stored(rows) if plan.standings[number] is not None else None
+            ids = [key["id"] if found and (key := found.get(row.sha256)) else id_of(row.sha256) for row in rows]
+            await self._add_sums(sums, list(zip(rows, ids, strict=True)), now_us)
+            progress(piece.first + piece.count, source.count)
+        return sums.of(source.accepted)
 
     # --- Checksums ----------------------------------------------------------------------------------------------
 
@@ -278,239 +424,59 @@ class KeyImport:
     ) -> Checksums:
         """Read what was imported again, and compare it with the file."""
         included = (Standing.NEW, Standing.UNCHANGED, *((Standing.CHANGED,) if updated else ()))
-        compared = sorted((p for p in planned if p.standing in included), key=lambda p: p.row.sha256)
-        file, store = hashlib.sha256(), hashlib.sha256()
-        store_keys = used_since = done = 0
-        unequal = []
-        for chunk in _chunks(compared, READS_AT_ONCE):
-            keys = await self._each([p.id for p in chunk], self._key)
-            usages = await self._each([p.id for p in chunk], self._usage)
-            for p, key, usage in zip(chunk, keys, usages, strict=True):
-                as_imported = _is_as_imported(usage)
-                used_since += usage is not None and not as_imported
-                expected = _canonical(self._shape, p.row, now_us, with_usage=as_imported)
-                file.update(expected)
-                if key is None:
-                    unequal.append(p.row.path)
-                    continue
-                store_keys += 1
-                row = row_of(key, usage, self._hasher, now_us)
-                found = _canonical(self._shape, row, now_us, with_usage=as_imported)
-                store.update(found)
-                if found != expected:
-                    unequal.append(p.row.path)
-            done += len(chunk)
-            progress(done, len(compared))
-        return Checksums(
-            f"sha256:{file.hexdigest()}", f"sha256:{store.hexdigest()}", len(compared), store_keys, used_since,
-            len(planned) - len(compared), tuple(unequal),
-        )  # fmt: skip
+        compared = [p for p in planned if p.standing in included]
+        sums = _Sums()
+        for chunk in _chunks(compared, KEYS_PER_COMMIT):
+            await self._add_sums(sums, [(p.row, p.id) for p in chunk], now_us)
+            progress(sums.file_keys, len(compared))
+        return sums.of(len(planned))
+
+    async def _add_sums(self, sums: _Sums, rows: Sequence[tuple[KeyRow, str]], now_us: int) -> None:
+        ids = [id for _, id in rows]
+        keys, usages = await self._by_id(ApiKey, ids), await self._by_id(KeyUsage, ids)
+        for row, id in rows:
+            key, usage = keys.get(id), usages.get(id)
+            as_imported = is_as_imported(usage)
+            sums.used_since += usage is not None and not as_imported
+            expected = canonical(self._shape, row, now_us, with_usage=as_imported)
+            found = None
+            if key is not None:
+                stored = row_of(key, usage, self._hasher, now_us)
+                found = canonical(self._shape, stored, now_us, with_usage=as_imported)
+            sums.add(row.path, expected, found)
 
     # --- Reading ------------------------------------------------------------------------------------------------
 
     def _reader(self) -> Context:
         return Context(None, self._context.actor, self._context.claims)
 
-    async def _key(self, id: str) -> ApiKey | None:
-        return await self._database.get_or_none(self._reader(), ApiKey, id)
+    def _writer(self) -> Context:
+        return Context(self._tenant, self._context.actor, self._context.claims)
 
-    async def _usage(self, id: str) -> KeyUsage | None:
-        return await self._database.get_or_none(self._reader(), KeyUsage, id)
+    async def _by_id(self, cls: type[ApiKey | KeyUsage], ids: Sequence[str]) -> dict[str, Document]:
+        return {document["id"]: document for document in await self._each(cls, "id", ids)}
 
-    @staticmethod
-    async def _each(ids: Sequence[str], read: Callable[[str], Awaitable[T]]) -> list[T]:
-        found: list[T] = []
-        for chunk in _chunks(ids, READS_AT_ONCE):
-            found += await asyncio.gather(*map(read, chunk))
+    async def _each(self, cls: type[ApiKey | KeyUsage], name: str, values: Sequence[str]) -> list[Document]:
+        """The documents in which a unique field has one of these values: MAX_IN a query, some queries at once."""
+        found: list[Document] = []
+        for some in _chunks(list(_chunks(values, MAX_IN)), QUERIES_AT_ONCE):
+            queries = (Query(Where(name, "in", chunk), limit=MAX_LIMIT) for chunk in some)
+            for page in await asyncio.gather(*(self._database.select(self._reader(), cls, q) for q in queries)):
+                found += page.items
         return found
 
 
-# --- Export ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class Exported:
-    """A tenant's keys, rendered row by row in order of their creation, and what the shape has no place for.
-
-    `left_out` and `lost` count keys by what is the matter with them.
-    """
-
-    rows: list[bytes] = field(default_factory=list)
-    left_out: Counter[str] = field(default_factory=Counter)
-    lost: Counter[str] = field(default_factory=Counter)
-
-
-async def export_keys(
-    database: Database,
-    hasher: Hasher,
-    shape: Shape,
-    tenant: str,
-    context: Context,
-    now_us: int,
-    progress: Progress = no_progress,
-) -> Exported:
-    """Read all keys of a tenant. Keys that are changed meanwhile are in their old or their new state."""
-    check_tenant(tenant)
-    if tenant == ALL_TENANTS:
-        raise InvalidInput([Problem("tenant", "keys for all tenants are management keys: they are not exported")])
-    exported = Exported()
-    rendered: list[tuple[int, bytes, bytes]] = []
-    query, cursor, done = Query(Where("tenant", "==", tenant), ("-created_at",), MAX_LIMIT), None, 0
-    while True:
-        page = await database.find(context, ApiKey, query, cursor)
-        usages = await asyncio.gather(*(database.get_or_none(context, KeyUsage, key.id) for key in page.items))
-        for key, usage in zip(page.items, usages, strict=True):
-            if not key.enabled:
-                exported.left_out["is disabled, which the file cannot say: elsewhere it would work again"] += 1
-                continue
-            row = row_of(key, usage, hasher, now_us)
-            exported.lost.update(_lost(shape, key))
-            rendered.append((row.created_us, row.sha256, render_row(shape, row)))
-        done += len(page.items)
-        progress(done, done)
-        cursor = page.next_cursor
-        if cursor is None:
-            break
-    rendered.sort()
-    exported.rows = [row for _, _, row in rendered]
-    return exported
-
-
-def _lost(shape: Shape, key: ApiKey) -> Iterator[str]:
-    """What of a key the shape has no place for."""
-    if key.permissions:
-        yield "permissions"
-    if key.allowed_ips:
-        yield "addresses it may be used from"
-    if key.previous_hash is not None:
-        yield "an old text that still works"
-    if shape == "plain":
-        if key.user_id is not None:
-            yield "a user"
-        if any(limit.id != FIVE_HOURS for limit in key.limits):
-            yield "limits other than tokens in 5 hours"
-        if key.metadata.keys() - {"model"}:
-            yield "metadata other than the model"
-    else:
-        if key.limits:
-            yield "limits"
-        if key.metadata:
-            yield "metadata"
-
-
-def row_of(key: ApiKey, usage: KeyUsage | None, hasher: Hasher, now_us: int) -> KeyRow:
-    """A stored key as a row; without its text, which is not stored. StoreError if its SHA-256 cannot be opened."""
-    sha256 = sha256_of_imported(key.hash)
-    if sha256 is None:
-        if key.sealed is None:
-            raise StoreError(f"the key {key.id} has no sealed hash")
-        sha256 = hasher.unseal(key.sealed)
-    account = _account(usage)
-    model = key.metadata.get("model")
-    counter = RollingCounter(_WINDOW, account.unknown.get(FIVE_HOURS))
-    created_us = us_from_utc(key.created_at) if key.created_at is not None else 0
-    return KeyRow(
-        path=key.id,
-        sha256=sha256,
-        text=None,
-        name=key.name,
-        user_id=key.user_id,
-        model=model if isinstance(model, str) and model else None,
-        token_limit=_token_limit(key),
-        created_us=created_us,
-        expires_us=None if key.expires_at is None else us_from_utc(key.expires_at),
-        last_used_us=account.last_used_us,
-        uses=account.count,
-        tokens=account.totals.get("tokens", 0),
-        windows=tuple(counter.buckets(now_us)),
-    )
-
-
-# --- Helpers --------------------------------------------------------------------------------------------------
-
-
-_UNCHANGEABLE = frozenset({"created_at"})
-_USAGE = frozenset({"last_used", "total_lifetime_tokens", "usage_windows", "usage_count"})
-
-
-def _said(shape: Shape, row: KeyRow, now_us: int) -> dict[str, Any]:
-    """All that a shape says of a key, as values to compare; of its windows, the buckets that count now."""
-    said: dict[str, Any] = {"name": row.name, "created_at": _utc(row.created_us), "last_used": _utc(row.last_used_us)}
-    if shape == "plain":
-        return said | {
-            "expiry_date": _utc(row.expires_us),
-            "model": row.model,
-            "token_limit_per_5h": row.token_limit,
-            "total_lifetime_tokens": row.tokens,
-            "usage_windows": _live(row, now_us),
-        }
-    return said | {"expires_at": _utc(row.expires_us), "user_id": row.user_id, "usage_count": row.uses}
-
-
-def _canonical(shape: Shape, row: KeyRow, now_us: int, *, with_usage: bool) -> bytes:
-    """What the checksums are made of: one line a key."""
-    said = _said(shape, row, now_us)
-    return _encode([row.sha256.hex(), {n: v for n, v in said.items() if with_usage or n not in _USAGE}]) + b"\n"
-
-
-_encode = msgspec.json.Encoder().encode
-
-
-def _is_as_imported(usage: KeyUsage | None) -> bool:
-    """Whether a usage document is as it was made, and no charge has been written into it since."""
-    return usage is not None and usage.active_at is None and usage.created_at == usage.updated_at
-
-
-def _usage_of(shape: Shape, id: str, row: KeyRow, account: Account, now_us: int) -> KeyUsage:
-    """A row's usage: the live part of its windows, its totals, the number and time of its uses. What the shape does not
-    speak of stays as the account has it."""
-    account.last_used_us = row.last_used_us
-    if shape == "hashed":
-        account.count = row.uses
-        _set(account.totals, "requests", row.uses)
-        return KeyUsage(id=id, **account.document())
-    _set(account.totals, "tokens", row.tokens)
-    account.unknown.pop(FIVE_HOURS, None)
-    if live := _live(row, now_us):
-        counter = RollingCounter(_WINDOW)
-        for start_us, tokens in live:
-            counter.add_at(start_us, tokens)
-        account.counters[FIVE_HOURS] = counter
-    return KeyUsage(id=id, **account.document())
-
-
-def _set(totals: dict[str, int], resource: str, units: int) -> None:
-    totals.pop(resource, None)
-    if units:
-        totals[resource] = units
-
-
-def _live(row: KeyRow, now_us: int) -> list[tuple[int, int]]:
-    """The row's windows that count now, as buckets of a minute."""
-    counter = RollingCounter(_WINDOW)
-    for start_us, tokens in row.windows:
-        counter.add_at(start_us, tokens)
-    return [bucket for bucket in counter.buckets(now_us) if bucket[1]]
-
-
-def _account(usage: KeyUsage | None) -> Account:
-    if usage is None:
-        return Account()
-    return Account({**KeyUsage.__codec__.encode(usage), "version": usage.version})
-
-
-def _limits(token_limit: int | None) -> list[Limit]:
-    return [] if token_limit is None else [Limit(resource="tokens", limit=token_limit, window=_WINDOW)]
-
-
-def _token_limit(key: ApiKey) -> int | None:
-    return next((int(limit.limit) for limit in key.limits if limit.id == FIVE_HOURS), None)
-
-
-def _utc(us: int | None) -> datetime | None:
-    return None if us is None else utc_from_us(us)
+def _document(usage: KeyUsage) -> Document:
+    own = {"id": usage.id, "version": usage.version, "created_at": usage.created_at, "updated_at": usage.updated_at}
+    return {**KeyUsage.__codec__.encode(usage), **own}
 
 
 def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
+
+
+__all__ = [
+    "FIVE_HOURS", "Checksums", "Difference", "Exported", "KeyImport", "Plan", "Planned", "Standing", "export_keys",
+    "id_of",
+]  # fmt: skip

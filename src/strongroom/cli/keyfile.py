@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -20,11 +20,15 @@ from .session import EXIT_FAILED, Interrupted, JsonOption, StoreOption, in_store
 
 if TYPE_CHECKING:
     from ..app import Strongroom
-    from ..keyfile import Finding, KeyFile
-    from ..keytransfer import Checksums, Exported, Planned
+    from ..keyfile import Finding
+    from ..keypieces import KeyPieces
+    from ..keytransfer import Checksums, Plan
 
 MAX_SHOWN = 100
 """Rows of each kind that a report for people names; with --json all that were kept."""
+
+MAX_WORKERS = 2
+"""Processes that read a large file beside the one that writes: no more than it takes to keep SQLite busy."""
 
 TenantOption = Annotated[str, typer.Option("--tenant", help="The tenant whose keys they are.")]
 
@@ -49,7 +53,7 @@ def import_keys(
 
     They keep working with the text their holders have; live usage windows and lifetime totals carry over. It reads
     {"keys": [{"key", "name", "token_limit_per_5h", "usage_windows", ...}]} and
-    {"keys": {"<SHA-256>": {"name", "user_id", "usage_count", ...}}}, of at most 1 GiB.
+    {"keys": {"<SHA-256>": {"name", "user_id", "usage_count", ...}}}.
 
     Every row is judged first: if one is wrong, nothing is imported (unless --skip-invalid). The same file again changes
     nothing; an import that was stopped is completed by the same command. A key that was removed here since comes back:
@@ -60,14 +64,13 @@ def import_keys(
       strongroom import apikeys.json --tenant acme --dry-run
       strongroom import apikeys.json --tenant acme
     """
-    from ..keyfile import parse
+    from ..keypieces import survey
 
-    data = _read(file)
     now_us = time.time_ns() // 1_000
-    with _named(file):
-        found = parse(data, now_us)
-    del data
-    job = _Import(file, tenant, found, dry_run, skip_invalid, update)
+    with _named(file), output.progress("reading") as progress:
+        source = survey(file, now_us, progress)
+    found = source.file
+    job = _Import(file, tenant, source, dry_run, skip_invalid, update)
     if found.refused and not skip_invalid:
         job.refuse(json)
     try:
@@ -85,43 +88,56 @@ class _Import:
     """One import: what was asked, and what came of it."""
 
     def __init__(
-        self, file: Path, tenant: str, found: KeyFile, dry_run: bool, skip_invalid: bool, update: bool
+        self, file: Path, tenant: str, source: KeyPieces, dry_run: bool, skip_invalid: bool, update: bool
     ) -> None:
         self.file = file
         self.tenant = tenant
-        self.found = found
+        self.source = source
+        self.found = source.file
         self.dry_run = dry_run
         self.skip_invalid = skip_invalid
         self.update = update
-        self.planned: list[Planned] = []
-        self.foreign: list[Planned] = []
+        self.plan: Plan | None = None
         self.committed = 0
         self.checksums: Checksums | None = None
 
     async def work(self, room: Strongroom) -> None:
-        from ..keytransfer import KeyImport, Standing
+        from ..keytransfer import KeyImport
 
-        job = KeyImport(room.database, room.keys.hasher, self.found.shape, self.tenant, operator())
+        await room.feed.close()  # nobody here listens: all that is imported would be read again for nothing
+        shape = self.found.shape
+        job = KeyImport(
+            room.database,
+            room.keys.hasher,
+            shape,
+            self.tenant,
+            operator(),
+            workers=min(MAX_WORKERS, os.cpu_count() or 1),
+        )
         with output.progress("comparing") as progress:
-            self.planned = await job.plan(self.found.rows, progress)
-        self.foreign = [p for p in self.planned if p.standing is Standing.FOREIGN]
+            self.plan = await job.compare(self.source, progress)
         if self.dry_run or (self.foreign and not self.skip_invalid):
             return
         try:
             with output.progress("importing") as progress:
-                await job.apply(self.planned, update=self.update, progress=progress)
+                await job.carry_out(self.source, self.plan, update=self.update, progress=progress)
         finally:
             self.committed = job.committed
         with output.progress("checking") as progress:
             now_us = time.time_ns() // 1_000
-            self.checksums = await job.checksums(self.planned, now_us, updated=self.update, progress=progress)
+            self.checksums = await job.check(self.source, self.plan, now_us, updated=self.update, progress=progress)
+
+    @property
+    def foreign(self) -> int:
+        """Keys that are another tenant's."""
+        return self._standings()["foreign"]
 
     # --- What is told -------------------------------------------------------------------------------------------
 
     def refuse(self, json: bool) -> None:
         """Say what is wrong and that nothing was imported. Raises Exit."""
-        wrong = self.found.refused + len(self.foreign)
-        message = f"{self.file}: {wrong} of {self.found.count} rows are wrong; nothing was imported"
+        wrong = self.found.refused + self.foreign
+        message = f"{self.file}: {wrong} of {self.source.count} rows are wrong; nothing was imported"
         if json:
             errors = [{"path": f.path, "message": f.message} for f in self._problems()]
             error = {"code": "invalid_input", "message": message, "errors": errors}
@@ -148,11 +164,14 @@ class _Import:
         from ..keyfile import Finding
 
         message = "is in the store already, for the tenant {!r}: a key belongs to one tenant"
-        foreign = [Finding(p.row.path, "", p.row.name, message.format(p.tenant), True) for p in self.foreign]
+        foreign = [
+            Finding(p.row.path, "", p.row.name, message.format(p.tenant), True)
+            for p in (self.plan.foreign if self.plan else ())
+        ]
         return [*self.found.problems, *foreign]
 
     def _standings(self) -> Counter[str]:
-        return Counter(p.standing.value for p in self.planned)
+        return Counter({standing.value: count for standing, count in self.plan.counts.items()} if self.plan else {})
 
     def _view(self) -> dict[str, Any]:
         standings = self._standings()
@@ -161,8 +180,8 @@ class _Import:
             "shape": self.found.shape,
             "tenant": self.tenant,
             "dry_run": self.dry_run,
-            "rows": self.found.count,
-            "refused": self.found.refused + len(self.foreign),
+            "rows": self.source.count,
+            "refused": self.found.refused + self.foreign,
             "new": standings["new"],
             "unchanged": standings["unchanged"],
             "changed": standings["changed"],
@@ -172,8 +191,7 @@ class _Import:
             "notes": [_view(finding) for finding in self.found.notes],
             "differences": [
                 {"path": p.row.path, "key_id": p.id, "fields": [asdict(d) for d in p.differences]}
-                for p in self.planned
-                if p.standing == "changed"
+                for p in (self.plan.changed if self.plan else ())
             ],
             "checksums": {**asdict(self.checksums), "equal": self.checksums.equal} if self.checksums else None,
         }
@@ -191,7 +209,7 @@ class _Import:
         output.print_line()
 
     def _print_differences(self) -> None:
-        changed = [p for p in self.planned if p.standing == "changed"]
+        changed = self.plan.changed if self.plan else []
         rows = [
             (p.row.path, p.id, d.field, _plain(d.file), _plain(d.store))
             for p in changed[:MAX_SHOWN]
@@ -200,8 +218,8 @@ class _Import:
         if not rows:
             return
         output.print_table(("ROW", "ID", "FIELD", "IN THE FILE", "IN THE STORE"), rows)
-        if len(changed) > MAX_SHOWN:
-            output.print_line(f"… and {len(changed) - MAX_SHOWN} more keys")
+        if (more := self._standings()["changed"] - MAX_SHOWN) > 0:
+            output.print_line(f"… and {more} more keys")
         output.print_line()
 
     def _fields(self) -> list[tuple[str, str]]:
@@ -210,7 +228,7 @@ class _Import:
         fields = [
             ("file", f"{self.file} ({self.found.shape})"),
             ("tenant", self.tenant),
-            ("rows", str(self.found.count)),
+            ("rows", str(self.source.count)),
             ("new", f"{standings['new']} ({was}imported)" if standings["new"] else "0"),
             ("unchanged", str(standings["unchanged"])),
         ]
@@ -220,7 +238,7 @@ class _Import:
         if standings["rotated"]:
             fields.append(("rotated", f"{standings['rotated']} (have another text since; left alone)"))
         if self.found.refused or self.foreign:
-            fields.append(("refused", str(self.found.refused + len(self.foreign))))
+            fields.append(("refused", str(self.found.refused + self.foreign)))
         sums = self.checksums
         if sums is not None:
             fields.append(("checksum of the file", f"{sums.file} ({sums.file_keys} keys)"))
@@ -265,23 +283,26 @@ def export_keys(
     Example:
       strongroom export apikeys.json --shape plain --tenant acme
     """
-    from ..keyfile import render_file
-    from ..keytransfer import export_keys as exported_keys
+    from ..keyexport import Exported, export_rows, file_of
 
     _check_target(file, force)
+    found = Exported()
 
-    async def work(room: Strongroom) -> Exported:
+    async def work(room: Strongroom) -> None:
+        await room.feed.close()  # nobody here listens
+        now_us = time.time_ns() // 1_000
         with output.progress("reading") as progress:
-            now_us = time.time_ns() // 1_000
-            return await exported_keys(room.database, room.keys.hasher, shape, tenant, operator(), now_us, progress)
+            rows = export_rows(found, room.database, room.keys.hasher, shape, tenant, operator(), now_us, progress)
+            with _new_file(file, force) as new:
+                async for part in file_of(shape, rows):
+                    new.write(part)
 
-    found = in_store(store, work)
-    _write(file, render_file(shape, found.rows), force)
-    view = {"file": str(file), "shape": shape, "tenant": tenant, "keys": len(found.rows)}
+    in_store(store, work)
+    view = {"file": str(file), "shape": shape, "tenant": tenant, "keys": found.count}
     if json:
         output.print_json({**view, "left_out": dict(found.left_out), "lost": dict(found.lost)})
         return
-    output.print_line(f"wrote {len(found.rows)} keys of {tenant} to {file}")
+    output.print_line(f"wrote {found.count} keys of {tenant} to {file}")
     for what, count in found.left_out.items():
         output.print_note(f"left out {count} {'key' if count == 1 else 'keys'}: each {what}")
     for what, count in found.lost.items():
@@ -306,18 +327,6 @@ def _named(file: Path) -> Iterator[None]:
         raise KeyFileError(f"{file}: {(error.strerror or str(error)).lower()}") from None
 
 
-def _read(file: Path) -> bytes:
-    from ..keyfile import MAX_FILE_BYTES, KeyFileError
-
-    with _named(file), file.open("rb") as opened:
-        data = opened.read(MAX_FILE_BYTES + 1)
-        if len(data) > MAX_FILE_BYTES:
-            raise KeyFileError(
-                f"is larger than {MAX_FILE_BYTES >> 20} MiB: split it, an import may be made of several files"
-            )
-        return data
-
-
 def _check_target(file: Path, force: bool) -> None:
     """Refuse before the work what would fail after it."""
     with _named(file):
@@ -329,8 +338,9 @@ def _check_target(file: Path, force: bool) -> None:
         raise AlreadyExists(f"{file}: is there already (--force overwrites it)")
 
 
-def _write(file: Path, parts: Iterable[bytes], force: bool) -> None:
-    """Write a file whole or not at all, readable by its owner only; durable when this returns."""
+@contextmanager
+def _new_file(file: Path, force: bool) -> Iterator[IO[bytes]]:
+    """A file that is written whole or not at all, readable by its owner only; durable at the end."""
     import tempfile
 
     folder = file.absolute().parent
@@ -338,7 +348,7 @@ def _write(file: Path, parts: Iterable[bytes], force: bool) -> None:
         handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=folder)  # made with mode 0600
         try:
             with os.fdopen(handle, "wb") as new:
-                new.writelines(parts)
+                yield new
                 new.flush()
                 os.fsync(new.fileno())
             _put_in_place(name, file, force)

@@ -151,6 +151,8 @@ def json_text(value: Any) -> str:
     A tag shows as one `"$` in the text. If there are more of these than tags, then some text or key of the user's
     begins with $, and perhaps must be told apart.
     """
+    if not value and isinstance(value, list | dict):  # most lists and maps of most documents
+        return "{}" if isinstance(value, dict) else "[]"
     tags = 0
 
     def tag(inner: Any) -> Any:

@@ -18,7 +18,7 @@ Rules of the house, checked by the conformance suite (`strongroom.testing`):
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterable, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -229,6 +229,45 @@ class Advising(Protocol):
 
     async def advise(self) -> list[Advice]:
         """What the engine's own statistics say of the collections that are prepared."""
+        ...
+
+
+# --- Loading --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """New documents and their journal records, made ready for one kind of store; what is in it is that store's own."""
+
+    documents: int
+    rows: Mapping[str, Sequence[tuple[Any, ...]]]
+    lines: Sequence[tuple[Any, ...]] = ()
+
+
+class Packer(Protocol):
+    """Makes documents ready for a store; pure, and can be sent to another process."""
+
+    def pack(self, operations: Sequence[Create | Append]) -> Pack:
+        """Creations in global collections, and records of these. Raises as `commit` where one of them alone is wrong
+        (TooLarge, InvalidInput)."""
+        ...
+
+
+@runtime_checkable
+class Loading(Protocol):
+    """A store that takes a great many new documents faster than by batches."""
+
+    def packer(self) -> Packer:
+        """For the collections that are prepared now."""
+        ...
+
+    async def load(self, packs: AsyncIterable[Pack], now_us: int, *, rebuild: bool = False) -> None:
+        """Add the documents of all packs, durably, or (when this or the iteration raises) none of them.
+
+        Others who would write wait meanwhile, so let it take no longer than a second or two. `rebuild` has the indexes
+        built anew at the end, which is faster where most documents are new, and takes as long as there are documents.
+        AlreadyExists if an id, or a value of a unique index, is taken; else as `Store.commit`.
+        """
         ...
 
 

@@ -15,7 +15,7 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -27,6 +27,7 @@ from ..query import Aggregate, And, Filter, Op, Query, Where
 from ._sql import JOURNAL_COLUMNS, listed, record_of
 from ._sqlite_dialect import translated
 from ._sqlite_guard import Table
+from ._sqlite_load import Loader, SqlitePacker
 from ._sqlite_schema import fit, integrity_problems, make_or_recognise, tenants_of, write_snapshot
 from ._sqlite_session import Readers, Session, Threads
 from ._sqlite_writer import Torn, Writer
@@ -38,6 +39,7 @@ from .port import (
     ChangesPage,
     Committed,
     Health,
+    Pack,
     SchemaChange,
 )
 
@@ -352,6 +354,22 @@ class SqliteStore:
                 answers.append(error)
             if time.perf_counter() > until:
                 return
+
+    # --- Loading ---
+
+    def packer(self) -> SqlitePacker:
+        return SqlitePacker([table.codec.collection for table in self._opened().tables.values()])
+
+    async def load(self, packs: AsyncIterable[Pack], now_us: int, *, rebuild: bool = False) -> None:
+        async with self._writing:
+            loader = Loader(self.path, self._opened().tables)
+            try:
+                await self._awaited(self._threads.write(loader.begin, self._busy_timeout_s, now_us, rebuild))
+                async for pack in packs:
+                    await self._awaited(self._threads.write(loader.add, pack))
+                await self._awaited(self._threads.write(loader.commit))
+            finally:
+                await asyncio.shield(self._threads.write(loader.close))  # behind what its thread still does
 
     # --- For operators ---
 
