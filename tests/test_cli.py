@@ -30,7 +30,8 @@ ROOT = Path(__file__).parent.parent
 COMMANDS = (
     "serve", "import", "export", "migrate", "bench", "estimate", "keys create", "keys list", "keys show", "keys verify",
     "keys rotate",
-    "keys disable", "keys enable", "keys delete", "keys stats",
+    "keys disable", "keys enable", "keys delete", "keys stats", "keys claim", "keys restore", "keys bulk",
+    "keys rotate-pepper",
     "webhooks create", "webhooks list", "webhooks show", "webhooks update", "webhooks rotate-secret",
     "webhooks delete", "webhooks test", "webhooks deliveries", "webhooks redrive",
     "leaks report", "leaks list", "leaks policy",
@@ -132,7 +133,7 @@ def test_completion_knows_the_commands() -> None:
     ran = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, env={**os.environ, **words}
     )
-    assert (ran.returncode, ran.stdout.split()) == (0, ["rotate"])
+    assert (ran.returncode, ran.stdout.split()) == (0, ["rotate", "restore", "rotate-pepper"])
 
 
 def test_completion_can_be_shown() -> None:
@@ -359,10 +360,10 @@ def test_delete_asks_at_a_terminal(run: Run, monkeypatch: pytest.MonkeyPatch) ->
     key = created(run)
     monkeypatch.setattr("strongroom.cli.keys.is_interactive", lambda: True)
     ran = run("keys", "delete", key["id"], stdin="n\n")
-    assert (ran.status, "Remove" in ran.err) == (1, True)
+    assert (ran.status, "Delete" in ran.err) == (1, True)
     assert run("keys", "show", key["id"]).status == 0
     assert run("keys", "delete", key["id"], stdin="y\n").status == 0
-    assert run("keys", "show", key["id"]).status == 1
+    assert run("keys", "show", key["id"], "--json").json["deleted_at"] is not None
 
 
 def test_changes_are_in_the_journal_under_the_operators_name(run: Run, tmp_path: Path) -> None:

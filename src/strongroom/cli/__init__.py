@@ -14,7 +14,7 @@ import typer
 
 from .. import __version__
 from ..errors import ConfigError, InvalidInput, StrongroomError
-from . import bench, estimate, keyfile, keys, leaks, migrate, output, schema, serve, webhooks
+from . import bench, estimate, keychanges, keyfile, leaks, migrate, output, schema, serve, webhooks
 from .session import DEBUG_VARIABLE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_WRONG_CALL, Interrupted
 
 app = typer.Typer(
@@ -27,7 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 app.command("serve")(serve.serve)
-app.add_typer(keys.app, name="keys")
+app.add_typer(keychanges.app, name="keys")  # those of keys.py as well
 app.add_typer(leaks.app, name="leaks")
 app.command("import")(keyfile.import_keys)
 app.command("export")(keyfile.export_keys)

@@ -10,18 +10,31 @@ import typer
 
 from ..errors import InvalidInput, Problem
 from . import output, shortforms
+from .keyviews import key_view, limits_of, print_answer, print_issued, print_key, print_limits, state_of, stats_view
 from .session import EXIT_FAILED, JsonOption, StoreOption, in_store, operator
 
 if TYPE_CHECKING:
-    from ..apikey import NewKey
+    from ..apikey import ApiKey, NewKey
     from ..app import Strongroom
-    from ..keys import ApiKey, IssuedKey, KeyStats
-    from ..verification import LimitStatus, Verification
+    from ..keyfilter import KeyFilter
 
 app = typer.Typer(help="Issue, verify and manage API keys.", no_args_is_help=True, rich_markup_mode=None)
 
 IdArgument = Annotated[str, typer.Argument(metavar="ID", help="The key's id, as `keys list` shows it.")]
-ONCE = "Keep this text now: it is not stored and cannot be shown again."
+OwnerOption = Annotated[str | None, typer.Option("--owner", help="Only this owner's keys.")]
+EnvironmentOption = Annotated[
+    str | None, typer.Option("--environment", metavar="live|test", help="Only keys of this environment.")
+]
+PrefixOption = Annotated[str | None, typer.Option("--name-prefix", help="Only keys whose names begin so.")]
+AfterOption = Annotated[
+    str | None, typer.Option("--created-after", metavar="TIME", help="Only keys made after 2026-01-01T00:00:00Z.")
+]
+BeforeOption = Annotated[
+    str | None, typer.Option("--created-before", metavar="TIME", help="Only keys made before 2026-01-01T00:00:00Z.")
+]
+DeletedOption = Annotated[
+    bool, typer.Option("--deleted", help="The deleted keys that can be restored, instead of the others.")
+]
 
 
 @app.command()
@@ -46,7 +59,29 @@ def create(
     metadata: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="A note on the key; may be given again.")
     ] = None,
-    prefix: Annotated[str | None, typer.Option(help="What the text begins with (default: sr).")] = None,
+    prefix: Annotated[
+        str | None, typer.Option(help="What the text begins with (default: sr, of a test key sr_test).")
+    ] = None,
+    owner: Annotated[str | None, typer.Option("--owner", help="Who is responsible for it.")] = None,
+    description: Annotated[str | None, typer.Option(help="What else there is to say of it.")] = None,
+    environment: Annotated[
+        str | None, typer.Option("--environment", metavar="live|test", help="What it is for (default: live).")
+    ] = None,
+    group: Annotated[
+        list[str] | None, typer.Option(help="A quota of its tenant that it shares; may be given again.")
+    ] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="A model it may be used for, or name*; may be given again.")
+    ] = None,
+    route: Annotated[
+        list[str] | None, typer.Option(help="A route it may be used for, or name*; may be given again.")
+    ] = None,
+    rotate_every: Annotated[
+        str | None, typer.Option(metavar="DURATION", help="Rotate it so often, for example 90d.")
+    ] = None,
+    rotation_overlap: Annotated[
+        str | None, typer.Option(metavar="DURATION", help="How long the old text then works on, for example 7d.")
+    ] = None,
     idempotency_key: Annotated[
         str | None, typer.Option(help="The same call again with this text gives the same key (within a day).")
     ] = None,
@@ -77,33 +112,57 @@ def create(
         allowed_ips=allow_ip or [],
         metadata=metadata or [],
         prefix=prefix,
+        owner=owner,
+        description=description,
+        environment=environment,
+        groups=group or [],
+        allowed_models=model or [],
+        allowed_routes=route or [],
+        rotate_every_s=rotate_every,
+        rotation_overlap_s=rotation_overlap,
     )
     issued = in_store(store, lambda room: room.keys.create(new, context=operator(), idempotency_key=idempotency_key))
-    _print_issued(issued, json)
+    print_issued(issued, json)
 
 
 @app.command("list")
 def list_keys(
     tenant: Annotated[str | None, typer.Option("--tenant", help="Only this tenant's keys.")] = None,
     user: Annotated[str | None, typer.Option("--user", help="Only this user's keys.")] = None,
+    owner: OwnerOption = None,
+    environment: EnvironmentOption = None,
+    name_prefix: PrefixOption = None,
+    created_after: AfterOption = None,
+    created_before: BeforeOption = None,
+    deleted: DeletedOption = False,
     limit: Annotated[int, typer.Option(help="At most this many (1 to 1000).")] = 100,
     cursor: Annotated[str | None, typer.Option(help="Where the page before ended.")] = None,
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """List keys, newest first.
+    """List keys, newest first; with --name-prefix by name.
 
     \b
     Example:
       strongroom keys list --tenant acme
     """
-    page = in_store(store, lambda room: room.keys.list(tenant=tenant, user_id=user, limit=limit, cursor=cursor))
+    wanted = key_filter(
+        tenant=tenant,
+        user_id=user,
+        owner=owner,
+        environment=environment,
+        name_prefix=name_prefix,
+        created_after=created_after,
+        created_before=created_before,
+        deleted=deleted,
+    )
+    page = in_store(store, lambda room: room.keys.page(wanted, limit=limit, cursor=cursor))
     if json:
         output.print_json({"items": [key_view(key) for key in page.items], "next_cursor": page.next_cursor})
         return
     now = datetime.now(UTC)
     rows = [
-        (key.id, key.tenant, key.name, key.display, _state(key, now), output.moment(key.expires_at), _limits(key))
+        (key.id, key.tenant, key.name, key.display, state_of(key, now), output.moment(key.expires_at), limits_of(key))
         for key in page.items
     ]
     if rows:
@@ -116,13 +175,13 @@ def list_keys(
 
 @app.command()
 def show(id: IdArgument, store: StoreOption = None, json: JsonOption = False) -> None:
-    """Show a key.
+    """Show a key, a deleted one too.
 
     \b
     Example:
       strongroom keys show key_0199f3c2…
     """
-    _print_key(in_store(store, lambda room: room.keys.get(id)), json)
+    print_key(in_store(store, lambda room: room.keys.get(id, deleted=True)), json)
 
 
 @app.command()
@@ -159,7 +218,7 @@ def verify(
             text, cost=dict(pairs) if pairs else None, permission=permission, ip=ip, tenant=tenant
         ),
     )
-    _print_answer(answer, json)
+    print_answer(answer, json)
     if not answer.valid:
         raise typer.Exit(EXIT_FAILED)
 
@@ -170,6 +229,9 @@ def rotate(
     overlap: Annotated[
         str, typer.Option(metavar="DURATION", help="How long the old text works on, for example 1h.")
     ] = "0s",
+    hold: Annotated[
+        bool, typer.Option("--hold", help="Do not print the new text: keep it until `keys claim` asks for it.")
+    ] = False,
     idempotency_key: Annotated[
         str | None, typer.Option(help="The same call again with this text gives the same key (within a day).")
     ] = None,
@@ -188,9 +250,11 @@ def rotate(
         raise InvalidInput(problems)
     issued = in_store(
         store,
-        lambda room: room.keys.rotate(id, overlap_s=overlap_s, context=operator(), idempotency_key=idempotency_key),
+        lambda room: room.keys.rotate(
+            id, overlap_s=overlap_s, hold=hold, context=operator(), idempotency_key=idempotency_key
+        ),
     )
-    _print_issued(issued, json)
+    print_issued(issued, json)
 
 
 @app.command()
@@ -201,7 +265,7 @@ def disable(id: IdArgument, store: StoreOption = None, json: JsonOption = False)
     Example:
       strongroom keys disable key_0199f3c2…
     """
-    _print_key(in_store(store, lambda room: room.keys.disable(id, context=operator())), json)
+    print_key(in_store(store, lambda room: room.keys.disable(id, context=operator())), json)
 
 
 @app.command()
@@ -212,17 +276,20 @@ def enable(id: IdArgument, store: StoreOption = None, json: JsonOption = False) 
     Example:
       strongroom keys enable key_0199f3c2…
     """
-    _print_key(in_store(store, lambda room: room.keys.enable(id, context=operator())), json)
+    print_key(in_store(store, lambda room: room.keys.enable(id, context=operator())), json)
 
 
 @app.command()
 def delete(
     id: IdArgument,
+    purge: Annotated[
+        bool, typer.Option("--purge", help="Remove it and its usage for good, one that was deleted before too.")
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Remove a key and its usage, for good. `disable` can be taken back.
+    """Delete a key: its texts are unknown from now on. `restore` takes that back for 30 days.
 
     Asks first; without a terminal, --yes is needed.
 
@@ -234,21 +301,21 @@ def delete(
         raise InvalidInput([Problem("yes", "removing a key cannot be undone: confirm it with --yes")])
 
     async def remove(room: Strongroom) -> ApiKey:
-        key = await room.keys.get(id)
+        key = await room.keys.get(id, deleted=purge)
         if not yes:
-            typer.confirm(
-                f"Remove {key.id}, {output.shown(key.name)!r} of {output.shown(key.tenant)!r}, and its usage?",
-                abort=True,
-                err=True,
-            )
-        await room.keys.delete(id, context=operator())
+            what = f"{key.id}, {output.shown(key.name)!r} of {output.shown(key.tenant)!r}"
+            question = f"Remove {what}, and its usage, for good?" if purge else f"Delete {what}?"
+            typer.confirm(question, abort=True, err=True)
+        await room.keys.delete(id, purge=purge, context=operator())
         return key
 
     key = in_store(store, remove)
     if json:
         output.print_json({"deleted": key.id})
+    elif purge:
+        output.print_line(f"removed {key.id} ({key.name}) for good")
     else:
-        output.print_line(f"removed {key.id} ({key.name})")
+        output.print_line(f"deleted {key.id} ({key.name}); strongroom keys restore {key.id} takes that back")
 
 
 @app.command()
@@ -267,13 +334,13 @@ def stats(id: IdArgument, store: StoreOption = None, json: JsonOption = False) -
     fields = [
         ("id", key.id),
         ("name", key.name),
-        ("state", "expired" if found.expired else _state(key, datetime.now(UTC))),
+        ("state", "expired" if found.expired else state_of(key, datetime.now(UTC))),
         ("uses", str(found.count)),
         ("last used", output.moment(found.last_used_at)),
         *((f"total {name}", str(amount)) for name, amount in found.totals.items()),
     ]
     output.print_fields(fields)
-    _print_limits(found.limits)
+    print_limits(found.limits)
 
 
 # --- Reading the call -----------------------------------------------------------------------------------------
@@ -294,6 +361,9 @@ def _new_key(**given: Any) -> NewKey:
         fields["expires_at"] = shortforms.one(
             "expires_at", given["expires_at"], lambda text: shortforms.moment(text, now), problems
         )
+    for name in ("rotate_every_s", "rotation_overlap_s"):
+        if given[name] is not None:
+            fields[name] = shortforms.one(name, given[name], shortforms.seconds, problems)
     try:
         new = parse(NewKey, fields)
     except InvalidInput as error:
@@ -301,6 +371,32 @@ def _new_key(**given: Any) -> NewKey:
     if problems:
         raise InvalidInput(problems)
     return new
+
+
+def key_filter(*, created_after: str | None, created_before: str | None, **given: Any) -> KeyFilter:
+    """The filter that the options describe. InvalidInput names everything that is wrong with them at once."""
+    from ..keyfilter import KeyFilter
+
+    problems: list[Problem] = []
+    times: dict[str, datetime | None] = {}
+    for name, text in (("created_after", created_after), ("created_before", created_before)):
+        times[name] = shortforms.one(name, text, _time, problems) if text is not None else None
+    if given["environment"] not in (None, "live", "test"):
+        problems.append(Problem("environment", f"found {given['environment']!r}, expected live or test"))
+    if problems:
+        raise InvalidInput(problems)
+    return KeyFilter(**given, created_after=times["created_after"], created_before=times["created_before"])
+
+
+def _time(text: str) -> datetime:
+    """A time with a zone."""
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        raise ValueError(f"found {text[:64]!r}, expected a time such as 2027-01-01T00:00:00Z") from None
+    if found.utcoffset() is None:
+        raise ValueError(f"found {text!r}, a time without a zone: add Z for UTC")
+    return found.astimezone(UTC)
 
 
 def _as_given(problem: Problem, positions: list[int]) -> Problem:
@@ -328,99 +424,3 @@ def _asked_for(prompt: str) -> str:
 
         return getpass.getpass(prompt, stream=sys.stderr)
     return sys.stdin.readline().rstrip("\r\n")
-
-
-# --- Printing -------------------------------------------------------------------------------------------------
-
-
-def key_view(key: ApiKey) -> dict[str, Any]:
-    """A key as JSON shows it, here as over HTTP: everything but its hashes."""
-    return key.shown()
-
-
-def stats_view(found: KeyStats) -> dict[str, Any]:
-    """A key's statistics as JSON shows them, here as over HTTP."""
-    return {
-        "key_id": found.key.id,
-        "tenant": found.key.tenant,
-        "enabled": found.key.enabled,
-        "expired": found.expired,
-        "count": found.count,
-        "last_used_at": found.last_used_at,
-        "totals": found.totals,
-        "limits": found.limits,
-    }
-
-
-def _print_issued(issued: IssuedKey, json: bool) -> None:
-    if json:
-        output.print_json({**key_view(issued.key), "key": issued.text})
-        return
-    _print_key(issued.key, json)
-    output.print_line(f"key       {issued.text}")
-    output.print_note(ONCE)
-
-
-def _print_key(key: ApiKey, json: bool) -> None:
-    if json:
-        output.print_json(key_view(key))
-        return
-    fields = [
-        ("id", key.id),
-        ("tenant", key.tenant),
-        ("name", key.name),
-        ("shown as", key.display),
-        ("state", _state(key, datetime.now(UTC))),
-        ("user", key.user_id or ""),
-        ("permissions", " ".join(key.permissions)),
-        ("limits", _limits(key)),
-        ("addresses", " ".join(key.allowed_ips)),
-        ("metadata", str(key.metadata) if key.metadata else ""),
-        ("created", output.moment(key.created_at)),
-        ("expires", output.moment(key.expires_at)),
-        ("old text until", output.moment(key.previous_until, "")),
-    ]
-    output.print_fields([(name, value) for name, value in fields if value])
-
-
-def _print_answer(answer: Verification, json: bool) -> None:
-    if json:
-        output.print_json(answer)
-        return
-    fields = [
-        ("code", answer.code),
-        ("why", answer.message or ""),
-        ("id", answer.key_id or ""),
-        ("tenant", answer.tenant or ""),
-        ("user", answer.user_id or ""),
-        ("permissions", " ".join(answer.permissions)),
-        ("retry after", f"{answer.retry_after_s:.3f} s" if answer.retry_after_s is not None else ""),
-    ]
-    output.print_fields([(name, value) for name, value in fields if value])
-    _print_limits(answer.limits)
-
-
-def _print_limits(limits: list[LimitStatus]) -> None:
-    if not limits:
-        return
-    output.print_line()
-    rows = [
-        (
-            s.resource,
-            shortforms.show_window(s.window),
-            str(s.used),
-            str(s.limit),
-            str(s.remaining),
-            output.moment(s.resets_at, ""),
-        )
-        for s in limits
-    ]
-    output.print_table(("RESOURCE", "WINDOW", "USED", "LIMIT", "REMAINING", "FREES FROM"), rows)
-
-
-def _limits(key: ApiKey) -> str:
-    return " ".join(shortforms.show_limit(limit.model_dump()) for limit in key.limits)
-
-
-def _state(key: ApiKey, now: datetime) -> str:
-    return "disabled" if not key.enabled else "expired" if key.is_expired(now) else "active"

@@ -1,0 +1,122 @@
+"""How the command line shows keys, their statistics and what a verification answered."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from . import output, shortforms
+
+if TYPE_CHECKING:
+    from ..keys import ApiKey, IssuedKey, KeyStats
+    from ..verification import LimitStatus, Verification
+
+ONCE = "Keep this text now: it is not stored and cannot be shown again."
+
+
+def key_view(key: ApiKey) -> dict[str, Any]:
+    """A key as JSON shows it, here as over HTTP: everything but its hashes."""
+    return key.shown()
+
+
+def stats_view(found: KeyStats) -> dict[str, Any]:
+    """A key's statistics as JSON shows them, here as over HTTP."""
+    return {
+        "key_id": found.key.id,
+        "tenant": found.key.tenant,
+        "enabled": found.key.enabled,
+        "expired": found.expired,
+        "count": found.count,
+        "last_used_at": found.last_used_at,
+        "totals": found.totals,
+        "limits": found.limits,
+    }
+
+
+def print_issued(issued: IssuedKey, json: bool) -> None:
+    if json:
+        output.print_json({**key_view(issued.key), "key": issued.text or None})
+        return
+    print_key(issued.key, json)
+    if issued.text:
+        output.print_line(f"key       {issued.text}")
+        output.print_note(ONCE)
+    else:
+        output.print_note(f"The new text is kept until it is claimed: strongroom keys claim {issued.key.id}")
+
+
+def print_key(key: ApiKey, json: bool) -> None:
+    if json:
+        output.print_json(key_view(key))
+        return
+    fields = [
+        ("id", key.id),
+        ("tenant", key.tenant),
+        ("name", key.name),
+        ("shown as", key.display),
+        ("state", state_of(key, datetime.now(UTC))),
+        ("user", key.user_id or ""),
+        ("owner", key.owner or ""),
+        ("for", key.description or ""),
+        ("environment", key.environment),
+        ("permissions", " ".join(key.permissions)),
+        ("limits", limits_of(key)),
+        ("groups", " ".join(key.groups)),
+        ("models", " ".join(key.allowed_models)),
+        ("routes", " ".join(key.allowed_routes)),
+        ("addresses", " ".join(key.allowed_ips)),
+        ("metadata", str(key.metadata) if key.metadata else ""),
+        ("created", output.moment(key.created_at)),
+        ("expires", output.moment(key.expires_at)),
+        ("old text until", output.moment(key.previous_until, "")),
+        ("next rotation", output.moment(key.next_rotation_at, "")),
+        ("new text", "waits to be claimed" if key.unclaimed is not None else ""),
+        ("found in public", output.moment(key.leaked_at, "")),
+        ("deleted", output.moment(key.deleted_at, "")),
+    ]
+    output.print_fields([(name, value) for name, value in fields if value])
+
+
+def print_answer(answer: Verification, json: bool) -> None:
+    if json:
+        output.print_json(answer)
+        return
+    fields = [
+        ("code", answer.code),
+        ("why", answer.message or ""),
+        ("id", answer.key_id or ""),
+        ("tenant", answer.tenant or ""),
+        ("user", answer.user_id or ""),
+        ("permissions", " ".join(answer.permissions)),
+        ("retry after", f"{answer.retry_after_s:.3f} s" if answer.retry_after_s is not None else ""),
+    ]
+    output.print_fields([(name, value) for name, value in fields if value])
+    print_limits(answer.limits)
+
+
+def print_limits(limits: list[LimitStatus]) -> None:
+    if not limits:
+        return
+    output.print_line()
+    rows = [
+        (
+            s.resource,
+            shortforms.show_window(s.window),
+            str(s.used),
+            str(s.limit),
+            str(s.remaining),
+            output.moment(s.resets_at, ""),
+        )
+        for s in limits
+    ]
+    output.print_table(("RESOURCE", "WINDOW", "USED", "LIMIT", "REMAINING", "FREES FROM"), rows)
+
+
+def limits_of(key: ApiKey) -> str:
+    return " ".join(shortforms.show_limit(limit.model_dump()) for limit in key.limits)
+
+
+def state_of(key: ApiKey, now: datetime) -> str:
+    if key.deleted_at is not None:
+        return "deleted"
+    return "disabled" if not key.enabled else "expired" if key.is_expired(now) else "active"

@@ -1,0 +1,177 @@
+"""`strongroom keys …` over the life of a key: held texts, deletion and restoring, many at once, a new pepper."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from strongroom.cli import main
+
+
+@dataclass(frozen=True)
+class Ran:
+    status: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Run = Callable[..., Ran]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run one command line in this process, on a new SQLite store."""
+    for name in [n for n in os.environ if n.startswith(("STRONGROOM_", "DATABASE_", "DB_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("STRONGROOM_STORE", f"sqlite:///{tmp_path}/store.db")
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str, stdin: str = "") -> Ran:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        status = main(["keys", *arguments])
+        captured = capsys.readouterr()
+        return Ran(status, captured.out, captured.err)
+
+    return run
+
+
+def created(run: Run, *options: str) -> dict[str, Any]:
+    ran = run("create", "--name", "worker", "--json", *options)
+    assert ran.status == 0, ran
+    return dict(ran.json)
+
+
+def code(run: Run, text: str) -> str:
+    return str(run("verify", "--json", stdin=text + "\n").json["code"])
+
+
+def test_a_key_is_made_with_what_there_is_to_say_of_it(run: Run) -> None:
+    key = created(
+        run, "--owner", "ops", "--description", "nightly", "--environment", "test", "--group", "trial", "--model",
+        "small", "--route", "GET /*", "--rotate-every", "90d", "--rotation-overlap", "7d",
+    )  # fmt: skip
+    assert key["key"].startswith("sr_test_SR1")
+    assert (key["owner"], key["description"], key["environment"]) == ("ops", "nightly", "test")
+    assert (key["groups"], key["allowed_models"], key["allowed_routes"]) == (["trial"], ["small"], ["GET /*"])
+    assert (key["rotate_every_s"], key["rotation_overlap_s"]) == (90 * 86_400, 7 * 86_400)
+    assert not {"hash", "sealed", "previous_hash", "verifier", "due_at"} & key.keys()
+    said = run("show", key["id"]).out
+    assert all(word in said for word in ("ops", "nightly", "trial", "next rotation"))
+    ran = run("create", "--name", "k", "--rotate-every", "soon", "--environment", "prod", "--json")
+    assert [problem["path"] for problem in ran.json["error"]["errors"]] == ["rotate_every_s", "environment"]
+    assert ran.status == 2
+
+
+def test_a_held_text_is_claimed(run: Run) -> None:
+    key = created(run)
+    ran = run("rotate", key["id"], "--hold", "--overlap", "1h")
+    assert "strongroom keys claim" in ran.err
+    assert "_SR1" not in ran.out.replace(key["display"], "").split("shown as")[0]
+    again = run("rotate", key["id"], "--hold", "--overlap", "1h", "--json").json
+    assert (again["key"], again["unclaimed"]) == (None, True)
+    claimed = run("claim", key["id"], "--idempotency-key", "c", "--json").json
+    assert claimed == run("claim", key["id"], "--idempotency-key", "c", "--json").json
+    assert code(run, claimed["key"]) == code(run, key["key"]) == "VALID"
+    ran = run("claim", key["id"], "--json")
+    assert (ran.status, ran.json["error"]["code"]) == (1, "conflict")
+
+
+def test_a_deleted_key_is_restored_or_purged(run: Run) -> None:
+    key = created(run)
+    ran = run("delete", key["id"], "--yes")
+    assert f"strongroom keys restore {key['id']}" in ran.out
+    assert code(run, key["key"]) == "NOT_FOUND"
+    assert run("list", "--json").json["items"] == []
+    assert [item["id"] for item in run("list", "--deleted", "--json").json["items"]] == [key["id"]]
+    assert "deleted" in run("show", key["id"]).out
+    assert run("restore", key["id"], "--json").json["deleted_at"] is None
+    assert code(run, key["key"]) == "VALID"
+    assert run("delete", key["id"], "--yes").status == 0
+    assert "for good" in run("delete", key["id"], "--purge", "--yes").out
+    assert run("restore", key["id"]).status == 1
+    assert run("show", key["id"]).status == 1
+
+
+def test_lists_are_filtered(run: Run) -> None:
+    live, test = created(run, "--owner", "ops"), created(run, "--environment", "test")
+    for options, expected in (
+        (["--owner", "ops"], [live]),
+        (["--environment", "test"], [test]),
+        (["--name-prefix", "work", "--environment", "live"], [live]),
+        (["--created-after", "2020-01-01T00:00:00Z"], [test, live]),
+        (["--created-before", "2020-01-01T00:00:00Z"], []),
+    ):
+        found = run("list", *options, "--json").json["items"]
+        assert [item["id"] for item in found] == [key["id"] for key in expected], options
+    ran = run("list", "--created-after", "2020-01-01", "--created-before", "x", "--environment", "prod", "--json")
+    assert ran.status == 2
+    assert [p["path"] for p in ran.json["error"]["errors"]] == ["created_after", "created_before", "environment"]
+
+
+def test_many_keys_are_changed_at_once(run: Run) -> None:
+    keys = [created(run, "--tenant", tenant) for tenant in ("acme", "acme", "beta")]
+    ran = run("bulk", "disable", "--tenant", "acme", "--dry-run")
+    assert ran.out == "2 would be changed, 0 were so already, 0 failed\n"
+    assert code(run, keys[0]["key"]) == "VALID"
+    assert run("bulk", "disable", "--tenant", "acme", "--yes").out == "2 changed, 0 were so already, 0 failed\n"
+    assert [code(run, key["key"]) for key in keys] == ["DISABLED", "DISABLED", "VALID"]
+    done = run("bulk", "enable", "--all", "--yes", "--json").json
+    assert (done["looked_at"], done["changed"], done["unchanged"], done["failed"]) == (3, 2, 1, [])
+    ids = [keys[0]["id"], "none"]
+    ran = run("bulk", "update", *ids, "--limit", "tokens=5/1h", "--metadata", "plan=pro", "--group", "trial", "--yes")
+    assert ran.status == 1
+    assert ran.out == "1 changed, 0 were so already, 1 failed\n"
+    assert "none: there is no key 'none'" in ran.err
+    changed = run("show", ids[0], "--json").json
+    assert (changed["metadata"], changed["groups"], changed["limits"][0]["limit"]) == ({"plan": "pro"}, ["trial"], 5)
+    assert changed["name"] == "worker"
+    run("bulk", "delete", "--all", "--yes")
+    assert run("bulk", "restore", "--tenant", "beta", "--yes").out.startswith("1 changed")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["disable"], "expected ids, or a filter, or --all"),
+        (["disable", "x", "--all"], "only one of them"),
+        (["disable", "--tenant", "a", "--all", "--yes"], "only one of them"),
+        (["explode", "--all"], "found 'explode', expected disable, enable"),
+        (["update", "--all", "--yes"], "at least one field to change"),
+        (["disable", "--all", "--limit", "tokens=1/1h", "--yes"], "expected update"),
+        (["update", "--all", "--limit", "tokens", "--yes"], "limits"),
+        (["disable", "--all"], "confirm it with --yes"),
+        (["disable", "--all", "--cursor", "x", "--yes"], "cursor"),
+    ],
+)
+def test_wrong_work_on_many_keys_is_a_wrong_call(run: Run, arguments: list[str], said: str) -> None:
+    ran = run("bulk", *arguments)
+    assert ran.status == 2
+    assert said in ran.err
+
+
+def test_whoever_says_no_changes_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = created(run)
+    monkeypatch.setattr("strongroom.cli.keychanges.is_interactive", lambda: True)
+    ran = run("bulk", "delete", "--all", stdin="n\n")
+    assert ran.status != 0
+    assert "delete 1 keys?" in ran.err
+    assert code(run, key["key"]) == "VALID"
+
+
+def test_a_new_pepper_leaves_every_key_working(run: Run) -> None:
+    key = created(run)
+    assert run("rotate-pepper", "--json").json == {"pepper": "000002"}
+    assert code(run, key["key"]) == "VALID"
+    assert run("rotate-pepper").out == "new hashes are made with pepper 000003\n"
