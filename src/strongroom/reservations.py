@@ -218,7 +218,7 @@ class Reservations(Verifier):
                 "expires_at": utc_from_us(ends_us),
                 "forget_at": utc_from_us(ends_us + REMEMBERED_US),
             }
-            outcome = await self._change(
+            outcome = await self._change_hold(
                 stored, key, HoldChange(stored.id or "", ends_us, holds, open=True), more, changes
             )
             if outcome is None:
@@ -240,7 +240,7 @@ class Reservations(Verifier):
             self._must_be_open(stored, self._clock.now_us())
             key = await self._key_of(stored.key_id)
             more = {} if units is None else _more(stored.used, units)
-            outcome = await self._change(
+            outcome = await self._change_hold(
                 stored, key, HoldChange(id, None, {}, open=True), more, {"used": total, "state": state, "holds": {}}
             )
             if outcome is not None:
@@ -248,7 +248,7 @@ class Reservations(Verifier):
                 return _as_reservation(answer, id, state, charged=_shown(total))
         raise Unavailable("the reservation is being changed too quickly: try again")
 
-    async def _change(
+    async def _change_hold(
         self, stored: StoredReservation, key: KnownKey, hold: HoldChange, more: dict[str, int], changes: dict[str, Any]
     ) -> Outcome | None:
         """Commit a change of a reservation with what it charges; None if it, or the key, was changed meanwhile."""
