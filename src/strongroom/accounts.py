@@ -42,7 +42,8 @@ class KeyUsage(Entity, collection=NAME, scope="global", journalled=False, indexe
 
     `state` is JSON: {"totals": {resource: units}, "counters": {limit id: what its counter dumped}, "at": when the last
     charge was decided, "holds": {reservation id: [its end, {limit id: units}]}, "leases": {lease id: [its end, uses
-    recorded, {limit id: [units, units recorded, when it counts no longer]}]}}. Times are microseconds. `active_at` is
+    recorded, {limit id: [units, units recorded, when it counts no longer]}]}, "told": {limit id: which thresholds were
+    told of (`alerts.untold`)}}. Times are microseconds. `active_at` is
     "at" too, rounded down to ACTIVE_US: for finding what has changed.
     """
 
@@ -85,6 +86,8 @@ class Part:
     allowances: tuple[Allowance, ...]
     scoped: bool
     """Whether any of the limits is only for some models or routes."""
+    tenant: str = ""
+    """Whose it is, for those who are told of thresholds."""
 
     def asked(self, model: str | None, route: str | None) -> tuple[Allowance, ...]:
         """The limits that a call with this model and route is counted by."""
@@ -99,12 +102,19 @@ class Metered:
 
     __slots__ = ("allowances", "guard", "id", "parts", "shared")
 
-    def __init__(self, id: str, guard: Check, allowances: tuple[Allowance, ...], shared: tuple[Part, ...] = ()) -> None:
+    def __init__(
+        self,
+        id: str,
+        guard: Check,
+        allowances: tuple[Allowance, ...],
+        shared: tuple[Part, ...] = (),
+        tenant: str = "",
+    ) -> None:
         self.id = id
         self.guard = guard
         self.allowances = allowances
         self.shared = shared
-        self.parts = (part(id, guard, allowances), *shared)
+        self.parts = (part(id, guard, allowances, tenant), *shared)
 
     @property
     def limited(self) -> bool:
@@ -112,9 +122,9 @@ class Metered:
         return any(part.allowances for part in self.parts)
 
 
-def part(id: str, guard: Check, allowances: tuple[Allowance, ...]) -> Part:
+def part(id: str, guard: Check, allowances: tuple[Allowance, ...], tenant: str = "") -> Part:
     """An account to be charged."""
-    return Part(id, guard, allowances, any(one.limit.models or one.limit.routes for one in allowances))
+    return Part(id, guard, allowances, any(one.limit.models or one.limit.routes for one in allowances), tenant)
 
 
 class Status(msgspec.Struct, frozen=True, gc=False):
@@ -174,6 +184,7 @@ class Account:
         "read_at",
         "size",
         "stored_active_at",
+        "told",
         "totals",
         "turns",
         "unknown",
@@ -197,6 +208,7 @@ class Account:
         self.unknown: dict[str, Any] = {}  # states of limits nobody asked for yet, or that a key no longer has
         self.holds: dict[str, Hold] = {}
         self.leases: dict[str, Lease] = {}
+        self.told: dict[str, Any] = {}
         if document is not None:
             self.size = len(document["state"])
             state = msgspec.json.decode(document["state"])
@@ -210,6 +222,7 @@ class Account:
             self.unknown = state.get("counters", {})
             self.holds = state.get("holds", {})
             self.leases = state.get("leases", {})
+            self.told = state.get("told", {})
         self._held: dict[str, int] = {}
         self._first_end_us = 0  # that is past: what is held is added up at the first question
 
@@ -349,6 +362,8 @@ class Account:
             state["holds"] = self.holds
         if self.leases:
             state["leases"] = self.leases
+        if self.told:
+            state["told"] = self.told
         encoded = _encode(state).decode()
         self.size = len(encoded)
         return {

@@ -14,7 +14,7 @@ from typing import Any
 
 from .context import utc_from_us
 from .events import LIMIT_THRESHOLD, PREFIX, event, put
-from .storage.port import Operation
+from .storage.port import Put
 from .windows import Limit, Rolling, from_units
 
 DEFAULT_THRESHOLDS = (50, 80, 100)
@@ -74,7 +74,7 @@ def untold(
     return new, {"most": most, "ends": ends, "at": at}
 
 
-def operations(crossing: Crossing) -> Sequence[Operation]:
+def operations(crossing: Crossing) -> Sequence[Put]:
     """What to put into the batch that makes the crossing true: the event. Its id is made of what was crossed, so that a
     second node, or a repeat of a commit whose answer was lost, makes no second one."""
     limit = crossing.limit

@@ -166,6 +166,7 @@ class Strongroom:
             sender = Sender()
             room.webhooks = Webhooks(database, lambda: room.keys.hasher, clock, feed, sender)
             room.deliveries = Deliveries(database, clock, leases, room.webhooks, sender)
+            ledger.watcher, ledger.on_crossed = room.webhooks, room.deliveries.wake
             await feed.start()
             stack.push_async_callback(feed.close)
             if room.cache is not None:

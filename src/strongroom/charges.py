@@ -5,18 +5,33 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 from .accounts import CONCURRENCY, MAX_HOLDS, NAME, Account, Allowance, Cost, Metered, Outcome, Part, Status
+from .alerts import Crossing, crossed, untold
 from .errors import Conflict, NotFound, TooManyRequests
 from .shares import Share, Wallet, fold, recover
 from .storage.port import MAX_OPERATIONS, Check, Create, Operation, Patch, Put
+from .windows import Limit
 
 MAX_BUNDLE_CHARS = 400_000
 """Accounts share a batch until their states are this long together: far from the port's MAX_BATCH_BYTES."""
+KEYS = "api_keys"
 MAX_ONCE = 400
 """Charges of one group that may happen only once, in one commit: with the rest they fit into a batch."""
 MAX_GROUP_OPERATIONS = 450
+
+
+class Watcher(Protocol):
+    """Who is told when the use of a limit crosses a threshold."""
+
+    def thresholds(self, tenant: str, limit: Limit) -> tuple[int, ...]:
+        """The thresholds (percent) of a limit that anyone wants to be told of."""
+        ...
+
+    def on_crossing(self, crossing: Crossing) -> Sequence[Put]:
+        """What commits with a crossing."""
+        ...
 
 
 class KeyChanged(Exception):
@@ -90,6 +105,8 @@ class Decided:
     wallets: list[tuple[Wallet, list[tuple[Share, int]]]] = field(default_factory=list)
     """Leases that were recorded and granted, and what of each share was."""
     returned: list[Wallet] = field(default_factory=list)
+    events: list[str] = field(default_factory=list)
+    """The ids of the events that tell of thresholds."""
 
 
 # --- Which charges belong together -------------------------------------------------------------------------------
@@ -168,6 +185,7 @@ class Decision:
         now_us: int,
         repeated: dict[str, str],
         lease_us: int | None,
+        watcher: Watcher | None = None,
     ) -> None:
         self._group = group
         self._accounts = {id: accounts[id] for id in group.parts}
@@ -175,6 +193,9 @@ class Decision:
         self._now_us = max(account.moment(now_us) for account in self._accounts.values())
         self._repeated = repeated
         self._lease_us = lease_us
+        self._watcher = watcher
+        self._watched: list[tuple[Part, Allowance, tuple[int, ...], int]] = []
+        """Limits whose thresholds someone wants to be told of, and what was recorded of them before."""
         self._changed: set[str] = set()
         self._asked: dict[str, dict[str, int]] = {}
         self._guards: dict[tuple[str, str], Check] = {}
@@ -184,6 +205,8 @@ class Decision:
 
     def decided(self) -> Decided:
         """What every charge of the group comes to. Nothing has to commit if all are denied."""
+        if self._watcher is not None:
+            self._watch(self._watcher)
         for id, account in self._accounts.items():
             wallet = self._wallets.get(id)
             if wallet is not None and wallet.record(account):
@@ -308,6 +331,8 @@ class Decision:
         for id in self._changed:
             self._guard(self._group.parts[id].guard)
         operations += self._guards.values()
+        if self._watcher is not None:
+            decided.events = self._crossings(self._watcher)
         for id in sorted(self._changed):  # in one order for all nodes
             account = self._accounts[id]
             account.at_us = self._now_us
@@ -318,6 +343,47 @@ class Decision:
                 decided.also[len(operations)] = charge
             operations.append(operation)
         return decided
+
+    def _watch(self, watcher: Watcher) -> None:
+        for part in self._group.parts.values():
+            for allowance in part.allowances:
+                thresholds = watcher.thresholds(part.tenant, allowance.limit)
+                if thresholds:
+                    before = self._accounts[part.id].counter(allowance).used(self._now_us)
+                    self._watched.append((part, allowance, thresholds, before))
+
+    def _crossings(self, watcher: Watcher) -> list[str]:
+        """Have the thresholds told of that were crossed, in this commit; the ids of the events."""
+        events: list[str] = []
+        now_us = self._now_us
+        for part, allowance, thresholds, before in self._watched:
+            account = self._accounts[part.id]
+            counter = account.counter(allowance)
+            used = counter.used(now_us)
+            reached = crossed(before, used, allowance.most, thresholds)
+            if not reached or part.id not in self._changed:
+                continue
+            ends_us = counter.ends_us(now_us)
+            told = account.told.get(allowance.id)
+            new, remembered = untold(told, reached, allowance.limit, allowance.most, ends_us, now_us)
+            account.told[allowance.id] = remembered
+            key_id = part.id if part.guard.collection == KEYS else None
+            for threshold in new:
+                crossing = Crossing(
+                    part.id,
+                    part.tenant,
+                    key_id,
+                    allowance.limit,
+                    threshold,
+                    used,
+                    allowance.most,
+                    ends_us,
+                    now_us,
+                )
+                for put in watcher.on_crossing(crossing):
+                    self._extra.append((put, None))
+                    events.append(put.id)
+        return events
 
     def _lend(self, decided: Decided) -> None:
         """Renew this node's leases on what is written anyway, or give them back."""

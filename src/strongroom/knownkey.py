@@ -108,12 +108,14 @@ def names(patterns: Sequence[str], name: str | None) -> bool:
 def metered(key: ApiKey, quotas: Sequence[Quota] = ()) -> Metered:
     """A key as the ledger needs it, with the quotas that it shares with others."""
     shared = tuple(quota_part(quota) for quota in quotas if quota.limits)
-    return Metered(key.id, Check(NAME, key.id, key.version), allowances(key.limits), shared)
+    return Metered(key.id, Check(NAME, key.id, key.version), allowances(key.limits), shared, key.tenant)
 
 
 def quota_part(quota: Quota) -> Part:
     """A quota as the ledger needs it."""
-    return part(quota.id, Check(QUOTAS, quota.id, quota.version), allowances(quota.limits, quota.subject))
+    return part(
+        quota.id, Check(QUOTAS, quota.id, quota.version), allowances(quota.limits, quota.subject), quota.tenant
+    )
 
 
 def subjects(key: ApiKey) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ import asyncio
 import logging
 import random
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from .accounts import NAME, Account, Allowance, Cost, KeyUsage, Metered, Outcome, Status
@@ -33,6 +34,7 @@ from .charges import (
     Decision,
     HoldChange,
     KeyChanged,
+    Watcher,
     answer,
     bundles_of,
     charges_of,
@@ -101,6 +103,9 @@ class Ledger:
         """Charges decided again because another node was faster."""
         self.lending: Lending | None = None
         """This node's leases, where there are any: `Lending` sets it."""
+        self.watcher: Watcher | None = None
+        """Who is told of thresholds, in the commit that crosses them; `on_crossed` is called after it."""
+        self.on_crossed: Callable[[Sequence[str]], None] | None = None
         self._accounts: dict[str, Account] = {}
         self._waiting: list[Charge] = []
         self._tallies: dict[str, _Tally] = {}
@@ -256,7 +261,7 @@ class Ledger:
         lease_us = lending.lease_us if lending is not None else None
         decided = []
         for group in groups:
-            one = Decision(group, self._accounts, wallets, now_us, repeated, lease_us).decided()
+            one = Decision(group, self._accounts, wallets, now_us, repeated, lease_us, self.watcher).decided()
             if one.operations:
                 decided.append(one)
             else:
@@ -309,6 +314,8 @@ class Ledger:
                     if self.lending is not None:
                         self.lending.committed(one)
                     answer(one.answers)
+                    if one.events and self.on_crossed is not None:
+                        self.on_crossed(one.events)
                     self._had_turn(one)
         if commits:
             self._commit_s = time.perf_counter() - began

@@ -26,7 +26,7 @@ from .keytext import Hasher
 from .query import MAX_LIMIT, Query, Where
 from .sending import Sender
 from .signatures import new_secret, secret_bytes, secret_text
-from .storage.port import Operation, Record
+from .storage.port import Put, Record
 from .transaction import Transaction
 from .verifier import bound_to, may_see
 from .windows import Limit
@@ -323,7 +323,7 @@ class Webhooks:
 
     # --- Secrets ----------------------------------------------------------------------------------------------
 
-    def keys_of(self, webhook: Webhook) -> list[bytes]:
+    def keys_of(self, webhook: Webhook) -> Sequence[bytes]:
         """The keys that sign for an endpoint now, the current one's first. Raises StoreError."""
         keys = [self.unsealed(webhook)]
         until = webhook.previous_until
@@ -360,8 +360,13 @@ class Webhooks:
                 found.update(known.thresholds)
         return tuple(sorted(found))
 
+    @property
+    def any(self) -> bool:
+        """Whether there is any endpoint at all, as far as this process has heard."""
+        return bool(self._known)
+
     @staticmethod
-    def on_crossing(crossing: Crossing) -> Sequence[Operation]:
+    def on_crossing(crossing: Crossing) -> Sequence[Put]:
         """What the batch that makes a crossing true carries for it."""
         return alerts.operations(crossing)
 
