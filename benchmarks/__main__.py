@@ -15,7 +15,10 @@ from pathlib import Path
 from . import report
 from .harness import Benchmark, Plan
 
-NAMES = ("verify", "verify_postgres", "read", "write", "usage", "store", "cache", "zipf", "postgres", "firestore")
+NAMES = (
+    "verify", "verify_postgres", "read", "write", "usage", "middleware", "store", "cache",
+    "zipf", "postgres", "firestore", "manykeys",
+)  # fmt: skip
 ROUNDS, SECONDS = 7, 1.5
 QUICK_ROUNDS, QUICK_SECONDS = 2, 0.25
 
