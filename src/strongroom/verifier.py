@@ -6,6 +6,7 @@ What happens to keys otherwise (made, changed, rotated, removed) is in `keys.py`
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -182,17 +183,21 @@ class Verifier:
             return admitted(known, outcome.statuses)
         raise Unavailable("the key is being changed too quickly to record its usage: try again")
 
-    async def record_many(self, events: Sequence[Usage], *, context: Context | None = None) -> list[Verification]:
+    async def record_many(
+        self, events: Sequence[Usage], *, idempotency_key: str | None = None, context: Context | None = None
+    ) -> list[Verification]:
         """Count much that has happened, as `record` does it for one: durable once it returns, in one debit for each key
-        and not for each event. The answers are one for each key, in the order in which the keys come first.
+        and not for each event. The answers are one for each key, in the order in which the keys come first. With an
+        idempotency key the same events again count nothing twice (within a day).
 
         Raises InvalidInput with every problem of every event, unknown keys included: then nothing is counted. If it
         raises Unavailable some may be counted: events with idempotency keys can be sent again.
         """
         sums = await self._sums(events, context)
         actor = context.actor if context is not None else "system"
-        answers = await asyncio.gather(*(self._record_sum(one, actor) for one in sums))
-        return [answer for answer in answers if answer is not None]
+        answers = await asyncio.gather(*(self._record_sum(one, actor, idempotency_key) for one in sums))
+        by_key = {answer.key_id: answer for answer in answers if answer is not None}
+        return [by_key[id] for id in dict.fromkeys(one.key.id for one in sums) if id in by_key]
 
     async def _sums(self, events: Sequence[Usage], context: Context | None) -> list[_Sum]:
         """The events added up by key, model and route; those that may be counted only once stay apart."""
@@ -228,10 +233,13 @@ class Verifier:
             raise InvalidInput(problems + missing)
         return list(sums.values())
 
-    async def _record_sum(self, one: _Sum, actor: str) -> Verification | None:
+    async def _record_sum(self, one: _Sum, actor: str, batch: str | None) -> Verification | None:
         event, key = one.event, one.key
+        name = event.idempotency_key
+        if name is None and batch is not None:  # one for each sum, whatever its number
+            name = hashlib.sha256(repr((batch, event.model, event.route)).encode()).hexdigest()
         for _ in range(MAX_KEY_ATTEMPTS):
-            once = self._charged_once("usage", key, event.idempotency_key, actor, one.units)
+            once = self._charged_once("usage", key, name, actor, one.units)
             try:
                 outcome = await self._ledger.charge(
                     key.metered, one.units, force=True, once=once, model=event.model, route=event.route, count=one.count

@@ -17,6 +17,8 @@ from .verify import Gate
 
 MAX_BATCH_ITEMS = 1_000
 """Verifications in one `verify:batch`."""
+MAX_USAGE_ITEMS = 10_000
+"""Events in one `usage:batch`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,9 @@ from ..bulk import MAX_PAGE as MAX_BULK_PAGE
 from ..bulk import PAGE as BULK_PAGE
 from ..bulk import BulkAction
 from ..query import DEFAULT_LIMIT, MAX_LIMIT
+from ..reservations import DEFAULT_TTL_S, MAX_TTL_S
 from ..windows import MAX_AMOUNT, Limit, Window
-from .services import MAX_BATCH_ITEMS
+from .services import MAX_BATCH_ITEMS, MAX_USAGE_ITEMS
 
 Cost = dict[str, Annotated[float, Field(ge=0, le=MAX_AMOUNT, allow_inf_nan=False)]]
 Number = Annotated[float, Field(description="A whole number; for the resource `cost` one with up to 9 decimals.")]
@@ -100,12 +101,20 @@ class RotateIn(Closed):
 
 
 class LimitStatusOut(BaseModel):
-    """Where one limit stands. `resets_at`: when `used` next falls. `exceeded`: this limit denied the call."""
+    """Where one limit stands. `used` is what was `recorded`, is `reserved` (held by open reservations) and is `leased`
+    (lent to other nodes). `resets_at`: when `recorded` next falls. `subject`: whose limit it is, if not the key's own:
+    `tenant`, or `user:…` or `group:…`. `exceeded`: this limit denied the call."""
 
     resource: str
     limit: Number
     used: Number
     remaining: Number
+    recorded: Number
+    reserved: Number
+    leased: Number
+    subject: str = "key"
+    models: list[str] = []
+    routes: list[str] = []
     window: Window
     resets_at: datetime | None
     exceeded: bool = False
@@ -195,6 +204,8 @@ class VerifyIn(Closed):
     cost: Cost | None = None
     permission: str | None = None
     ip: str | None = None
+    model: str | None = Field(None, description="What the call is for: some limits are for some models only.")
+    route: str | None = Field(None, description="As `model`.")
 
 
 class VerifyOut(BaseModel):
@@ -229,13 +240,56 @@ class UsageIn(Closed):
     key: str | None = None
     key_id: str | None = None
     cost: Cost
+    model: str | None = None
+    route: str | None = None
     idempotency_key: str | None = Field(None, description="As the header Idempotency-Key.")
+
+
+class UsageBatchIn(Closed):
+    items: list[UsageIn] = Field(min_length=1, max_length=MAX_USAGE_ITEMS)
 
 
 class UsageOut(BaseModel):
     key_id: str
     tenant: str
     limits: list[LimitStatusOut]
+
+
+class UsageBatchOut(BaseModel):
+    """`recorded`: how many items were. `keys`: where the limits of each key stand, in the order of the first items."""
+
+    recorded: int
+    keys: list[UsageOut]
+
+
+class ReserveIn(VerifyIn):
+    """As a verification: `cost` is held for `ttl_s` seconds, and one of `concurrency`."""
+
+    ttl_s: int = Field(DEFAULT_TTL_S, ge=1, le=MAX_TTL_S)
+
+
+class ReservationOut(VerifyOut):
+    """A reservation. `charged`: what was used of it in all so far."""
+
+    reservation_id: str | None
+    state: Literal["open", "settled", "released"] | None
+    expires_at: datetime | None
+    charged: dict[str, Number]
+
+
+class SettleIn(Closed):
+    """What was used in all, more than was held too."""
+
+    cost: Cost
+
+
+class ExtendIn(Closed):
+    """`cost`: what is to be held in all from now on (without it: as it is). `used`: what was used in all so far; it is
+    charged now."""
+
+    ttl_s: int = Field(DEFAULT_TTL_S, ge=1, le=MAX_TTL_S)
+    cost: Cost | None = None
+    used: Cost | None = None
 
 
 # --- Statistics as seed 004 has them --------------------------------------------------------------------------

@@ -34,6 +34,8 @@ class Ask(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     cost: dict[str, Any] | None = None
     permission: str | None = None
     ip: str | None = None
+    model: str | None = None
+    route: str | None = None
 
 
 class Gate:
@@ -100,6 +102,8 @@ class VerifyRoute:
                     cost=ask.cost,
                     permission=ask.permission,
                     ip=ask.ip,
+                    model=ask.model,
+                    route=ask.route,
                     tenant=caller.tenant,
                     idempotency_key=idempotency_key,
                     actor=caller.actor,
@@ -164,21 +168,26 @@ def problems_with(body: bytes, otherwise: InvalidInput | None = None) -> Strongr
     return InvalidInput(problems) if problems else otherwise or InvalidInput("the body cannot be read")
 
 
-def item_problems(fields: dict[str, Any], prefix: str = "") -> list[Problem]:
-    """What is wrong with one verification, field by field."""
-    problems = [
-        Problem(f"{prefix}{name[:64]}", "is not a known field") for name in fields if name not in Ask.__struct_fields__
-    ]
+def item_problems(
+    fields: dict[str, Any],
+    prefix: str = "",
+    *,
+    more: tuple[str, ...] = (),
+    costs: Callable[[Any], Any] = cost_units,
+) -> list[Problem]:
+    """What is wrong with one verification, field by field; `more` are other fields that it may have."""
+    known = (*Ask.__struct_fields__, *more)
+    problems = [Problem(f"{prefix}{name[:64]}", "is not a known field") for name in fields if name not in known]
     if "key" not in fields:
         problems.append(Problem(f"{prefix}key", "is required"))
-    for name in ("key", "permission", "ip"):
+    for name in ("key", "permission", "ip", "model", "route"):
         value = fields.get(name)
         if not isinstance(value, str) and (value is not None or (name == "key" and name in fields)):
             problems.append(Problem(f"{prefix}{name}", f"found {_kind(value)}, expected text"))
     cost = fields.get("cost")
     if cost is not None:
         if isinstance(cost, dict):
-            problems += _problems_of(cost_units, cost, prefix)
+            problems += _problems_of(costs, cost, prefix)
         else:
             problems.append(Problem(f"{prefix}cost", f"found {_kind(cost)}, expected an object"))
     if isinstance(fields.get("ip"), str):

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter, Request, Response
 
-from ...errors import InvalidInput, Problem
+from ...errors import InvalidInput, Problem, StrongroomError
 from ...verification import cost_units
+from ...verifier import Usage
 from ..auth import Scope
 from ..openapi import body
-from ..services import Services
-from ..shapes import UsageIn, UsageOut
-from ..wire import Json, body_fields, caller_of, context_of, idempotency_key
+from ..services import MAX_USAGE_ITEMS, Services
+from ..shapes import UsageBatchIn, UsageBatchOut, UsageIn, UsageOut
+from ..wire import Json, body_fields, caller_of, context_of, expect_object, idempotency_key, parse_json
 
-_TEXTS = ("key", "key_id", "idempotency_key")
+_TEXTS = ("key", "key_id", "idempotency_key", "model", "route")
 
 
 def router(services: Services) -> APIRouter:
@@ -35,12 +38,68 @@ def router(services: Services) -> APIRouter:
             key=fields.get("key"),
             key_id=fields.get("key_id"),
             cost=fields["cost"],
+            model=fields.get("model"),
+            route=fields.get("route"),
             idempotency_key=header if header is not None else fields.get("idempotency_key"),
             context=context_of(request),
         )
         return Json({"key_id": answer.key_id, "tenant": answer.tenant, "limits": answer.limits})
 
+    @routes.post(
+        ":batch", response_model=UsageBatchOut, openapi_extra=body(UsageBatchIn), summary="Record much usage at once"
+    )
+    async def record_batch(request: Request) -> Response:
+        """As many single records, in one debit for each key. Nothing is counted if anything is wrong with one of them.
+        With an Idempotency-Key the same batch again counts nothing twice."""
+        caller_of(request).needs(Scope.WRITE)
+        items = _items(await request.body())
+        once = idempotency_key(request)
+        answers = await keys.record_many(items, idempotency_key=once, context=context_of(request))
+        shown = [{"key_id": one.key_id, "tenant": one.tenant, "limits": one.limits} for one in answers]
+        return Json({"recorded": len(items), "keys": shown})
+
     return routes
+
+
+class _Item(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    cost: dict[str, Any]
+    key: str | None = None
+    key_id: str | None = None
+    model: str | None = None
+    route: str | None = None
+    idempotency_key: str | None = None
+
+
+class _Batch(msgspec.Struct, forbid_unknown_fields=True):
+    items: list[_Item]
+
+
+_decode = msgspec.json.Decoder(_Batch, float_hook=Decimal).decode
+
+
+def _items(data: bytes) -> list[Usage]:
+    """The events of a batch. Raises InvalidInput with every problem of every one."""
+    try:
+        items = _decode(data).items
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        raise _problems_with(data) from None
+    if not 1 <= len(items) <= MAX_USAGE_ITEMS:
+        raise InvalidInput([Problem("items", f"found {len(items)}, expected 1 to {MAX_USAGE_ITEMS}")])
+    return [Usage(item.cost, item.key, item.key_id, item.model, item.route, item.idempotency_key) for item in items]
+
+
+def _problems_with(data: bytes) -> StrongroomError:
+    value, problems = parse_json(data)
+    fields = expect_object(value)
+    items = fields.get("items")
+    problems += [Problem(name[:64], "is not a known field") for name in fields if name != "items"]
+    if not isinstance(items, list):
+        problems.append(Problem("items", f"expected a list of 1 to {MAX_USAGE_ITEMS} records"))
+    else:
+        for number, item in enumerate(items[:MAX_USAGE_ITEMS]):
+            found = _problems(item, None) if isinstance(item, dict) else [Problem("", "expected an object")]
+            problems += [Problem(f"items.{number}.{one.path}".rstrip("."), one.message) for one in found]
+    return InvalidInput(problems or "the body cannot be read")
 
 
 def _problems(fields: dict[str, Any], header: str | None) -> list[Problem]:

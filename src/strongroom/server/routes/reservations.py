@@ -1,0 +1,107 @@
+"""Reservations: hold a part of a key's limits, settle what was used of it, extend it, release it."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from ...errors import InvalidInput, Problem
+from ...reservations import DEFAULT_TTL_S, MAX_TTL_S
+from ...verification import cost_units
+from ..auth import Scope
+from ..openapi import body
+from ..services import Services
+from ..shapes import ExtendIn, ReservationOut, ReserveIn, SettleIn
+from ..verify import item_problems
+from ..wire import Json, body_fields, caller_of, context_of, idempotency_key
+
+_reserved = functools.partial(cost_units, reserving=True)
+
+
+def router(services: Services) -> APIRouter:
+    routes = APIRouter(prefix="/v1/reservations", tags=["reservations"])
+    keys = services.room.keys
+
+    @routes.post(
+        "", response_model=ReservationOut, openapi_extra=body(ReserveIn), summary="Reserve a part of the limits"
+    )
+    async def reserve(request: Request) -> Response:
+        """Decided as a verification; `cost` is held, and one of `concurrency`, until it is settled or released, or ends
+        by itself after `ttl_s`. Durable: any node can settle it."""
+        caller = caller_of(request)
+        caller.needs(Scope.WRITE)
+        fields = await body_fields(request, exact=("cost",))
+        problems = [*item_problems(fields, more=("ttl_s",), costs=_reserved), *_ttl_problems(fields)]
+        if problems:
+            raise InvalidInput(problems)
+        answer = await keys.reserve(
+            fields.pop("key"),
+            **fields,
+            tenant=caller.tenant,
+            idempotency_key=idempotency_key(request),
+            actor=caller.actor,
+            durable=True,
+        )
+        return Json(answer)
+
+    @routes.post("/{id}/settle", response_model=ReservationOut, openapi_extra=body(SettleIn), summary="Settle it")
+    async def settle(request: Request, id: str) -> Response:
+        """Charges what was used in all, whole, even if it is more than was held; the same again answers the same."""
+        caller_of(request).needs(Scope.WRITE)
+        fields = await body_fields(request, exact=("cost",))
+        problems = _unknown(fields, ("cost",))
+        if not isinstance(fields.get("cost"), dict):
+            problems.append(Problem("cost", "expected an object: what was used in all, by resource"))
+        else:
+            problems += _cost_problems(fields["cost"], "cost")
+        if problems:
+            raise InvalidInput(problems)
+        return Json(await keys.settle(id, fields["cost"], context=context_of(request)))
+
+    @routes.post(
+        "/{id}/extend", response_model=ReservationOut, openapi_extra=body(ExtendIn, required=False), summary="Extend it"
+    )
+    async def extend(request: Request, id: str) -> Response:
+        """Lets it go on for `ttl_s` seconds from now, and hold `cost` in all; `used` is charged now. If the limits have
+        not that much more the answer is not valid, and the reservation is as it was."""
+        caller_of(request).needs(Scope.WRITE)
+        fields = await body_fields(request, exact=("cost", "used")) if await request.body() else {}
+        problems = [*_unknown(fields, ("ttl_s", "cost", "used")), *_ttl_problems(fields)]
+        for name in ("cost", "used"):
+            if fields.get(name) is not None:
+                if not isinstance(fields[name], dict):
+                    problems.append(Problem(name, "expected an object"))
+                else:
+                    problems += _cost_problems(fields[name], name, reserving=name == "cost")
+        if problems:
+            raise InvalidInput(problems)
+        return Json(await keys.extend(id, **fields, context=context_of(request)))
+
+    @routes.post("/{id}/release", response_model=ReservationOut, summary="Release it")
+    async def release(request: Request, id: str) -> Response:
+        """Charges nothing but what was reported as used; the same again answers the same."""
+        caller_of(request).needs(Scope.WRITE)
+        return Json(await keys.release(id, context=context_of(request)))
+
+    return routes
+
+
+def _unknown(fields: dict[str, Any], known: tuple[str, ...]) -> list[Problem]:
+    return [Problem(name[:64], "is not a known field") for name in fields if name not in known]
+
+
+def _ttl_problems(fields: dict[str, Any]) -> list[Problem]:
+    ttl_s = fields.get("ttl_s", DEFAULT_TTL_S)
+    if type(ttl_s) is int and 1 <= ttl_s <= MAX_TTL_S:
+        return []
+    return [Problem("ttl_s", f"found {str(ttl_s)[:64]!r}, expected a whole number of seconds from 1 to {MAX_TTL_S}")]
+
+
+def _cost_problems(cost: dict[str, Any], name: str, *, reserving: bool = False) -> list[Problem]:
+    try:
+        cost_units(cost, reserving=reserving)
+    except InvalidInput as error:
+        return [Problem(f"{name}{problem.path.removeprefix('cost')}", problem.message) for problem in error.problems]
+    return []
