@@ -32,6 +32,7 @@ COMMANDS = (
     "keys rotate",
     "keys disable", "keys enable", "keys delete", "keys stats", "keys claim", "keys restore", "keys bulk",
     "keys rotate-pepper",
+    "quotas set", "quotas list", "quotas show", "quotas stats", "quotas delete",
     "webhooks create", "webhooks list", "webhooks show", "webhooks update", "webhooks rotate-secret",
     "webhooks delete", "webhooks test", "webhooks deliveries", "webhooks redrive",
     "leaks report", "leaks list", "leaks policy",
@@ -404,6 +405,19 @@ def test_a_store_on_the_command_line_outranks_the_environment(run: Run, tmp_path
         ),
         ("cost=1/calendar:day", "cost", 1, {"kind": "calendar", "unit": "day", "timezone": "UTC"}),
         ("requests=9/total", "requests", 9, {"kind": "total"}),
+        (
+            "cost=100/total+0.5/day@Europe/Berlin",
+            "cost",
+            100,
+            {"kind": "total", "refill": {"amount": Decimal("0.5"), "unit": "day", "timezone": "Europe/Berlin"}},
+        ),
+        (
+            "tokens=100/total+5/month",
+            "tokens",
+            100,
+            {"kind": "total", "refill": {"amount": 5, "unit": "month", "timezone": "UTC"}},
+        ),
+        ("tokens=100/total+5/1h", "tokens", 100, {"kind": "total", "refill": {"amount": 5, "seconds": 3600}}),
     ],
 )
 def test_limits_are_read_from_their_short_form_and_shown_in_it(
@@ -415,7 +429,22 @@ def test_limits_are_read_from_their_short_form_and_shown_in_it(
     assert Limit.model_validate(shortforms.limit(shortforms.show_limit(limit.model_dump()))) == limit
 
 
-@given(st.text(max_size=30) | st.from_regex(r"[a-z]{1,5}=[0-9.]{0,6}/[a-z0-9:@]{0,12}", fullmatch=True))
+def test_limits_of_some_models_and_on_concurrency_have_a_short_form() -> None:
+    text = "tokens=9/1h models=gpt-*,o1 routes=/chat"
+    limit = Limit.model_validate(shortforms.limit(text))
+    assert (limit.models, limit.routes) == (("gpt-*", "o1"), ("/chat",))
+    assert shortforms.show_limit(limit.model_dump()) == text
+    open_now = Limit.model_validate(shortforms.limit("concurrency=5"))
+    assert (open_now.resource, open_now.limit) == ("concurrency", 5)
+    assert shortforms.show_limit(open_now.model_dump()) == "concurrency=5"
+    for wrong in ("tokens=9/1h models", "tokens=9/1h models=", "tokens=9/1h users=a", "tokens=9/1h models=a models=b"):
+        with pytest.raises(ValueError, match="expected models=NAME"):
+            shortforms.limit(wrong)
+    with pytest.raises(ValueError, match="found the refill '5', expected for example 10/day"):
+        shortforms.limit("tokens=9/total+5")
+
+
+@given(st.text(max_size=30) | st.from_regex(r"[a-z]{1,5}=[0-9.]{0,6}/[a-z0-9:@+/ =]{0,12}", fullmatch=True))
 def test_a_short_form_is_read_or_refused(text: str) -> None:
     for read in (
         shortforms.limit,

@@ -15,7 +15,7 @@ from .clock import Clock
 from .context import MAX_TENANT_BYTES, Context, system_context, text_problem, utc_from_us
 from .database import Database, Idempotency, Page, Replayed
 from .entity import MAX_ID_BYTES
-from .errors import Denied, NotFound
+from .errors import Denied, InvalidInput, NotFound, Problem
 from .knownkey import quota_part
 from .query import And, Filter, Query, Where
 from .quotas import Quota, QuotaKind, quota_id
@@ -43,9 +43,8 @@ class Subject(BaseModel):
     @field_validator("kind", mode="before")
     @classmethod
     def _kind(cls, value: Any) -> Any:
-        if value not in KINDS:
-            found = repr(value[:64]) if isinstance(value, str) else type(value).__name__
-            raise ValueError(f"found {found}, expected tenant, user or group")
+        if problem := _kind_problem(value):
+            raise ValueError(problem)
         return value
 
     @field_validator("tenant")
@@ -116,6 +115,18 @@ class QuotaStats:
     totals: dict[str, Amount]
     limits: list[LimitStatus]
 
+    def shown(self) -> dict[str, Any]:
+        """As JSON shows it, over HTTP and on the command line."""
+        return {
+            "tenant": self.quota.tenant,
+            "kind": self.quota.kind,
+            "name": self.quota.name,
+            "count": self.count,
+            "last_used_at": self.last_used_at,
+            "totals": self.totals,
+            "limits": self.limits,
+        }
+
 
 class Quotas:
     """The quotas of one store. A caller who is bound to a tenant sees, and sets, only those of its own tenant; the
@@ -168,12 +179,14 @@ class Quotas:
         self,
         *,
         tenant: str | None = None,
-        kind: QuotaKind | None = None,
+        kind: str | None = None,
         limit: int = 100,
         cursor: str | None = None,
         context: Context | None = None,
     ) -> Page[Quota]:
         """One page of quotas, by tenant, kind and name; of one tenant where the caller is bound to one."""
+        if kind is not None and (problem := _kind_problem(kind)):
+            raise InvalidInput([Problem("kind", problem)])
         own = bound_to(context)
         if own is not None and tenant is not None and own != tenant:
             return Page([], None)
@@ -278,6 +291,13 @@ def quota_stats(quota: Quota, account: Account, now_us: int) -> QuotaStats:
         totals={name: from_units(name, units) for name, units in sorted(account.totals.items())},
         limits=[limit_status(status) for status in statuses],
     )
+
+
+def _kind_problem(kind: object) -> str | None:
+    if kind in KINDS:
+        return None
+    found = repr(kind[:64]) if isinstance(kind, str) else type(kind).__name__
+    return f"found {found}, expected tenant, user or group"
 
 
 def _subject(kind: str, tenant: str, name: str) -> Subject:

@@ -14,7 +14,7 @@ import typer
 
 from .. import __version__
 from ..errors import ConfigError, InvalidInput, StrongroomError
-from . import bench, estimate, keychanges, keyfile, leaks, migrate, output, schema, serve, webhooks
+from . import bench, estimate, keychanges, keyfile, leaks, migrate, output, quotas, schema, serve, webhooks
 from .session import DEBUG_VARIABLE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_WRONG_CALL, Interrupted
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 app.command("serve")(serve.serve)
 app.add_typer(keychanges.app, name="keys")  # those of keys.py as well
+app.add_typer(quotas.app, name="quotas")
 app.add_typer(leaks.app, name="leaks")
 app.command("import")(keyfile.import_keys)
 app.command("export")(keyfile.export_keys)

@@ -367,7 +367,8 @@ def _new_key(**given: Any) -> NewKey:
     try:
         new = parse(NewKey, fields)
     except InvalidInput as error:
-        raise InvalidInput([*problems, *(_as_given(problem, list(limits)) for problem in error.problems)]) from None
+        positions = list(limits)
+        raise InvalidInput([*problems, *(shortforms.as_given(one, positions) for one in error.problems)]) from None
     if problems:
         raise InvalidInput(problems)
     return new
@@ -397,14 +398,6 @@ def _time(text: str) -> datetime:
     if found.utcoffset() is None:
         raise ValueError(f"found {text!r}, a time without a zone: add Z for UTC")
     return found.astimezone(UTC)
-
-
-def _as_given(problem: Problem, positions: list[int]) -> Problem:
-    """A problem of the limits that could be read, counted among those that were given."""
-    parts = problem.path.split(".")
-    if parts[0] == "limits" and len(parts) > 1 and parts[1].isdecimal():
-        parts[1] = str(positions[int(parts[1])])
-    return Problem(".".join(parts), problem.message)
 
 
 def _cost(text: str) -> tuple[str, Any]:

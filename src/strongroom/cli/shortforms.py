@@ -5,13 +5,17 @@ requests=60/60s
 tokens=100000/anchored:5h                    five hours from the first use
 cost=25.50/calendar:month@Europe/Berlin      the calendar month there (without @: UTC)
 requests=1000/total                          no window
+cost=100/total+10/day@Europe/Berlin          no window; 10 come back with each day there (without @: UTC)
+tokens=100000/total+500/1h                   no window; 500 come back every hour
+concurrency=5                                five at once
+tokens=1000/1h models=gpt-*,o1 routes=/chat  only what these models and routes use
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any, TypeVar
@@ -23,22 +27,40 @@ SECONDS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 _DURATION = re.compile(r"([0-9]{1,12})([smhdw])")
 _AMOUNT = re.compile(r"[0-9]{1,30}(\.[0-9]{1,30})?")
 LIMIT_FORM = "expected for example tokens=100000/5h, requests=60/60s, cost=25.50/calendar:month@Europe/Berlin"
+SCOPES = ("models", "routes")
 
 
 def limit(text: str) -> dict[str, Any]:
-    """`RESOURCE=AMOUNT/WINDOW` as the fields of a Limit. ValueError with what was found and expected."""
-    resource, equals, rest = text.partition("=")
-    number, slash, form = rest.partition("/")
-    if not (equals and slash and resource and form):
+    """`RESOURCE=AMOUNT/WINDOW [models=NAME,…] [routes=NAME,…]` as the fields of a Limit; `concurrency` has no window.
+    ValueError with what was found and expected."""
+    form, *scopes = text.split(" ")
+    fields = _counted(form, text)
+    for scope in scopes:
+        name, _, names = scope.partition("=")
+        if name not in SCOPES or not names or name in fields:
+            raise ValueError(f"found {scope!r} in {text!r}, expected models=NAME,… or routes=NAME,…")
+        fields[name] = names.split(",")
+    return fields
+
+
+def _counted(form: str, text: str) -> dict[str, Any]:
+    resource, equals, rest = form.partition("=")
+    number, slash, span = rest.partition("/")
+    if resource == "concurrency" and equals and not slash:
+        return {"resource": resource, "limit": amount(number)}
+    if not (equals and slash and resource and span):
         raise ValueError(f"found {text!r}, {LIMIT_FORM}")
-    return {"resource": resource, "limit": amount(number), "window": window(form)}
+    return {"resource": resource, "limit": amount(number), "window": window(span)}
 
 
 def window(text: str) -> dict[str, Any]:
-    """`5h`, `rolling:5h`, `anchored:5h`, `calendar:UNIT[@ZONE]` or `total` as the fields of a window."""
+    """`5h`, `rolling:5h`, `anchored:5h`, `calendar:UNIT[@ZONE]`, `total` or `total+REFILL` as the fields of a
+    window."""
     kind, colon, rest = text.partition(":")
     if text == "total":
         return {"kind": "total"}
+    if text.startswith("total+"):
+        return {"kind": "total", "refill": refill(text.removeprefix("total+"))}
     if not colon:
         return {"kind": "rolling", "seconds": seconds(text)}
     if kind in ("rolling", "anchored"):
@@ -47,6 +69,17 @@ def window(text: str) -> dict[str, Any]:
         unit, _, zone = rest.partition("@")
         return {"kind": "calendar", "unit": unit, "timezone": zone or "UTC"}
     raise ValueError(f"found the window {text!r}, expected 5h, anchored:5h, calendar:day@Europe/Berlin or total")
+
+
+def refill(text: str) -> dict[str, Any]:
+    """`AMOUNT/UNIT[@ZONE]` or `AMOUNT/DURATION` as the fields of a Refill."""
+    number, slash, every = text.partition("/")
+    if not slash or not every:
+        raise ValueError(f"found the refill {text!r}, expected for example 10/day@Europe/Berlin or 500/1h")
+    if _DURATION.fullmatch(every):
+        return {"amount": amount(number), "seconds": seconds(every)}
+    unit, _, zone = every.partition("@")
+    return {"amount": amount(number), "unit": unit, "timezone": zone or "UTC"}
 
 
 def seconds(text: str) -> int:
@@ -115,9 +148,19 @@ def one(path: str, text: str, read: Callable[[str], T], problems: list[Problem])
         return None
 
 
+def as_given(problem: Problem, positions: Sequence[int]) -> Problem:
+    """A problem of the limits that could be read, counted among those that were given."""
+    parts = problem.path.split(".")
+    if parts[0] == "limits" and len(parts) > 1 and parts[1].isdecimal():
+        parts[1] = str(positions[int(parts[1])])
+    return Problem(".".join(parts), problem.message)
+
+
 def show_limit(limit: Mapping[str, Any]) -> str:
     """The fields of a Limit in the short form."""
-    return f"{limit['resource']}={limit['limit']}/{show_window(limit['window'])}"
+    scopes = "".join(f" {scope}={','.join(limit[scope])}" for scope in SCOPES if limit.get(scope))
+    window = "" if limit["resource"] == "concurrency" else f"/{show_window(limit['window'])}"
+    return f"{limit['resource']}={limit['limit']}{window}{scopes}"
 
 
 def show_window(window: Mapping[str, Any]) -> str:
@@ -130,7 +173,14 @@ def show_window(window: Mapping[str, Any]) -> str:
             zone = "" if window["timezone"] == "UTC" else f"@{window['timezone']}"
             return f"calendar:{window['unit']}{zone}"
         case _:
-            return "total"
+            return "total" + (f"+{show_refill(window['refill'])}" if window.get("refill") else "")
+
+
+def show_refill(refill: Mapping[str, Any]) -> str:
+    if refill.get("unit") is None:
+        return f"{refill['amount']}/{show_seconds(refill['seconds'])}"
+    zone = "" if refill["timezone"] == "UTC" else f"@{refill['timezone']}"
+    return f"{refill['amount']}/{refill['unit']}{zone}"
 
 
 def show_seconds(count: int) -> str:

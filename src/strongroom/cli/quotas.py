@@ -1,0 +1,223 @@
+"""`strongroom quotas …`: limits that a tenant, a user or a group shares: set, list, show, statistics, delete."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import InvalidInput, Problem
+from . import output, shortforms
+from .keys import is_interactive
+from .keyviews import print_limits
+from .session import JsonOption, StoreOption, in_store, operator
+
+if TYPE_CHECKING:
+    from ..app import Strongroom
+    from ..quotastore import NewQuota, Quota
+
+app = typer.Typer(
+    help="Limit what the keys of a tenant, a user or a group use together.", no_args_is_help=True, rich_markup_mode=None
+)
+
+OfTenant = Annotated[str, typer.Option("--tenant", help="The tenant.")]
+OfUser = Annotated[str | None, typer.Option("--user", help="Of this user of the tenant.")]
+OfGroup = Annotated[str | None, typer.Option("--group", help="Of this group of the tenant's keys.")]
+
+
+@app.command("set")
+def set_quota(
+    tenant: OfTenant,
+    user: OfUser = None,
+    group: OfGroup = None,
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RESOURCE=AMOUNT/WINDOW", help="A limit, for example tokens=100000/5h; may be given again."
+        ),
+    ] = None,
+    description: Annotated[str | None, typer.Option(help="What it is for.")] = None,
+    idempotency_key: Annotated[
+        str | None, typer.Option(help="The same call again with this text changes nothing (within a day).")
+    ] = None,
+    store: StoreOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Set what all keys of a tenant, of one of its users or of a group may use together; replaces what was set.
+
+    What was used stays counted where resource, window, models and routes stay the same.
+
+    \b
+    Example:
+      strongroom quotas set --tenant acme --limit cost=100/total+10/day@Europe/Berlin --limit concurrency=20
+      strongroom quotas set --tenant acme --user u1 --limit "tokens=100000/5h models=gpt-*"
+    """
+    kind, name = _subject(user, group)
+    new = _new_quota(kind, tenant, name, limit or [], description)
+    _print_quota(
+        in_store(store, lambda room: room.quotas.put(new, context=operator(), idempotency_key=idempotency_key)), json
+    )
+
+
+@app.command("list")
+def list_quotas(
+    tenant: Annotated[str | None, typer.Option("--tenant", help="Only this tenant's quotas.")] = None,
+    kind: Annotated[str | None, typer.Option("--kind", help="Only quotas of this kind: tenant, user or group.")] = None,
+    limit: Annotated[int, typer.Option(help="At most this many (1 to 1000).")] = 100,
+    cursor: Annotated[str | None, typer.Option(help="Where the page before ended.")] = None,
+    store: StoreOption = None,
+    json: JsonOption = False,
+) -> None:
+    """List quotas, by tenant, kind and name.
+
+    \b
+    Example:
+      strongroom quotas list --tenant acme --kind user
+    """
+    page = in_store(store, lambda room: room.quotas.list(tenant=tenant, kind=kind, limit=limit, cursor=cursor))
+    if json:
+        output.print_json({"items": [one.model_dump() for one in page.items], "next_cursor": page.next_cursor})
+        return
+    rows = [(one.tenant, one.kind, one.name, _limits(one), one.description or "") for one in page.items]
+    if rows:
+        output.print_table(("TENANT", "KIND", "NAME", "LIMITS", "DESCRIPTION"), rows)
+    else:
+        output.print_note("there are no quotas")
+    if page.next_cursor is not None:
+        output.print_note(f"there are more: --cursor {page.next_cursor}")
+
+
+@app.command()
+def show(
+    tenant: OfTenant, user: OfUser = None, group: OfGroup = None, store: StoreOption = None, json: JsonOption = False
+) -> None:
+    """Show a quota.
+
+    \b
+    Example:
+      strongroom quotas show --tenant acme --user u1
+    """
+    kind, name = _subject(user, group)
+    _print_quota(in_store(store, lambda room: room.quotas.get(kind, tenant, name)), json)
+
+
+@app.command()
+def stats(
+    tenant: OfTenant, user: OfUser = None, group: OfGroup = None, store: StoreOption = None, json: JsonOption = False
+) -> None:
+    """Show what was used of a quota by all its keys together: each limit's window, and totals.
+
+    \b
+    Example:
+      strongroom quotas stats --tenant acme
+    """
+    kind, name = _subject(user, group)
+    found = in_store(store, lambda room: room.quotas.stats(kind, tenant, name))
+    if json:
+        output.print_json(found.shown())
+        return
+    output.print_fields(
+        [
+            *_subject_fields(found.quota),
+            ("uses", str(found.count)),
+            ("last used", output.moment(found.last_used_at)),
+            *((f"total {resource}", str(amount)) for resource, amount in found.totals.items()),
+        ]
+    )
+    print_limits(found.limits)
+
+
+@app.command()
+def delete(
+    tenant: OfTenant,
+    user: OfUser = None,
+    group: OfGroup = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    store: StoreOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Remove a quota, and what was counted against it: from now on it limits nothing.
+
+    Asks first; without a terminal, --yes is needed.
+
+    \b
+    Example:
+      strongroom quotas delete --tenant acme --group free --yes
+    """
+    kind, name = _subject(user, group)
+    if not yes and (json or not is_interactive()):
+        raise InvalidInput([Problem("yes", "removing a quota cannot be undone: confirm it with --yes")])
+
+    async def remove(room: Strongroom) -> Quota:
+        quota = await room.quotas.get(kind, tenant, name)
+        if not yes:
+            typer.confirm(f"Remove the quota of {_shown_subject(quota)}?", abort=True, err=True)
+        await room.quotas.delete(kind, tenant, name, context=operator())
+        return quota
+
+    quota = in_store(store, remove)
+    if json:
+        output.print_json({"deleted": quota.id})
+    else:
+        output.print_line(f"removed the quota of {_shown_subject(quota)}")
+
+
+# --- Reading the call -----------------------------------------------------------------------------------------
+
+
+def _subject(user: str | None, group: str | None) -> tuple[str, str]:
+    """The kind and the name of the quota that the options mean."""
+    if user is not None and group is not None:
+        raise InvalidInput([Problem("group", "cannot stand beside --user: a quota is of one or of the other")])
+    if user is not None:
+        return "user", user
+    return ("group", group) if group is not None else ("tenant", "")
+
+
+def _new_quota(kind: str, tenant: str, name: str, limits: list[str], description: str | None) -> NewQuota:
+    """The quota that the options describe. InvalidInput names everything that is wrong with them at once."""
+    from ..apikey import parse
+    from ..quotastore import NewQuota
+
+    problems: list[Problem] = []
+    read = shortforms.each("limits", limits, shortforms.limit, problems)
+    fields = {"kind": kind, "tenant": tenant, "name": name, "limits": list(read.values()), "description": description}
+    try:
+        new = parse(NewQuota, fields)
+    except InvalidInput as error:
+        positions = list(read)
+        raise InvalidInput([*problems, *(shortforms.as_given(one, positions) for one in error.problems)]) from None
+    if problems:
+        raise InvalidInput(problems)
+    return new
+
+
+# --- Printing -------------------------------------------------------------------------------------------------
+
+
+def _print_quota(quota: Quota, json: bool) -> None:
+    if json:
+        output.print_json(quota.model_dump())
+        return
+    fields = [
+        *_subject_fields(quota),
+        ("limits", _limits(quota)),
+        ("description", quota.description or ""),
+        ("created", output.moment(quota.created_at)),
+        ("changed", output.moment(quota.updated_at)),
+    ]
+    output.print_fields([(name, value) for name, value in fields if value])
+
+
+def _subject_fields(quota: Quota) -> list[tuple[str, str]]:
+    own = [] if quota.kind == "tenant" else [(quota.kind, quota.name)]
+    return [("tenant", quota.tenant), *own]
+
+
+def _shown_subject(quota: Quota) -> str:
+    of_tenant = f"the tenant {output.shown(quota.tenant)!r}"
+    return of_tenant if quota.kind == "tenant" else f"the {quota.kind} {output.shown(quota.name)!r} of {of_tenant}"
+
+
+def _limits(quota: Quota) -> str:
+    return "  ".join(shortforms.show_limit(limit.model_dump()) for limit in quota.limits)

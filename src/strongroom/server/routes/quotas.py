@@ -1,0 +1,228 @@
+"""Quotas: put, show, list, change, remove; where each stands."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Path, Query, Request, Response
+from pydantic import BaseModel, Field
+
+from ...apikey import parse
+from ...errors import InvalidInput, NotFound, Problem
+from ...query import DEFAULT_LIMIT, MAX_LIMIT
+from ...quotas import QuotaKind
+from ...quotastore import NewQuota, Quota, QuotaChanges, QuotaFields
+from ...windows import MAX_LIMITS, Limit
+from ..auth import Scope
+from ..openapi import body
+from ..services import Services
+from ..shapes import Closed, LimitStatusOut, Number
+from ..wire import (
+    Json,
+    Preconditions,
+    body_fields,
+    caller_of,
+    context_of,
+    etag,
+    idempotency_key,
+    not_modified,
+)
+from .entities import SLASH
+
+PATH = "/v1/quotas"
+OF_TENANT = PATH + "/{kind}/{tenant}"
+OF_NAME = PATH + "/{kind}/{tenant}/{name}"
+Kind = Annotated[
+    str,
+    Path(description="`tenant` has no name; `user` and `group` have.", json_schema_extra={"enum": ["user", "group"]}),
+]
+TenantKind = Annotated[str, Path(json_schema_extra={"enum": ["tenant"]})]
+
+
+class QuotaOut(BaseModel):
+    """Limits that all keys of a subject share. `name`: the user's id or the group's name; empty for the tenant."""
+
+    id: str
+    tenant: str
+    kind: QuotaKind
+    name: str
+    limits: list[Limit]
+    description: str | None
+    version: int
+    created_at: datetime
+    updated_at: datetime
+
+
+class QuotaListOut(BaseModel):
+    items: list[QuotaOut]
+    next_cursor: str | None
+
+
+class QuotaIn(QuotaFields):
+    """A quota to be put."""
+
+    limits: list[Limit] = Field(max_length=MAX_LIMITS)
+
+
+class QuotaStatsOut(BaseModel):
+    """`count`: uses. `totals`: what was used of each resource since the quota is there."""
+
+    tenant: str
+    kind: QuotaKind
+    name: str
+    count: int
+    last_used_at: datetime | None
+    totals: dict[str, Number]
+    limits: list[LimitStatusOut]
+
+
+class QuotaListQuery(Closed):
+    tenant: str | None = Field(None, description="Only this tenant's quotas.")
+    kind: Literal["tenant", "user", "group"] | None = Field(None, description="Only quotas of this kind.")
+    limit: int = Field(DEFAULT_LIMIT, ge=1, le=MAX_LIMIT)
+    cursor: str | None = Field(None, description="The `next_cursor` of the page before.")
+
+
+def router(services: Services) -> APIRouter:
+    routes = APIRouter(tags=["quotas"])
+    quotas = services.room.quotas
+
+    @routes.get(PATH, response_model=QuotaListOut, summary="List quotas, by tenant, kind and name")
+    async def list_quotas(request: Request, query: Annotated[QuotaListQuery, Query()]) -> Response:
+        caller_of(request).needs(Scope.READ)
+        page = await quotas.list(**query.model_dump(), context=context_of(request))
+        return Json({"items": [quota.model_dump() for quota in page.items], "next_cursor": page.next_cursor})
+
+    # Before the routes with a name, which `stats` would be taken for.
+    @routes.get(PATH + "/tenant/{tenant}/stats", response_model=QuotaStatsOut, summary="Where a tenant's quota stands")
+    async def tenant_quota_stats(request: Request, tenant: str) -> Response:
+        return await stats(request, "tenant", tenant, "")
+
+    @routes.get(OF_NAME + "/stats", response_model=QuotaStatsOut, summary="Where a user's or a group's quota stands")
+    async def quota_stats(request: Request, kind: Kind, tenant: str, name: str) -> Response:
+        return await stats(request, kind, tenant, name)
+
+    @routes.get(OF_TENANT, response_model=QuotaOut, summary="A tenant's quota")
+    async def get_tenant_quota(request: Request, kind: TenantKind, tenant: str) -> Response:
+        return await show(request, kind, tenant, "")
+
+    @routes.get(OF_NAME, response_model=QuotaOut, summary="A user's or a group's quota")
+    async def get_quota(request: Request, kind: Kind, tenant: str, name: str) -> Response:
+        return await show(request, kind, tenant, name)
+
+    @routes.put(OF_TENANT, response_model=QuotaOut, openapi_extra=body(QuotaIn), summary="Put a tenant's quota")
+    async def put_tenant_quota(request: Request, kind: TenantKind, tenant: str) -> Response:
+        """201 if it was made, 200 if it replaced one. What was used stays counted where resource, window and scope stay
+        the same. A caller who is bound to a tenant does not set the quota of that tenant itself."""
+        return await put(request, kind, tenant, "")
+
+    @routes.put(
+        OF_NAME, response_model=QuotaOut, openapi_extra=body(QuotaIn), summary="Put a user's or a group's quota"
+    )
+    async def put_quota(request: Request, kind: Kind, tenant: str, name: str) -> Response:
+        """201 if it was made, 200 if it replaced one. What was used stays counted where resource, window and scope stay
+        the same."""
+        return await put(request, kind, tenant, name)
+
+    @routes.patch(
+        OF_TENANT, response_model=QuotaOut, openapi_extra=body(QuotaChanges), summary="Change a tenant's quota"
+    )
+    async def change_tenant_quota(request: Request, kind: TenantKind, tenant: str) -> Response:
+        """Fields that are not given stay."""
+        return await change(request, kind, tenant, "")
+
+    @routes.patch(
+        OF_NAME, response_model=QuotaOut, openapi_extra=body(QuotaChanges), summary="Change a user's or a group's quota"
+    )
+    async def change_quota(request: Request, kind: Kind, tenant: str, name: str) -> Response:
+        """Fields that are not given stay."""
+        return await change(request, kind, tenant, name)
+
+    @routes.delete(OF_TENANT, status_code=204, response_class=Response, summary="Remove a tenant's quota")
+    async def delete_tenant_quota(request: Request, kind: TenantKind, tenant: str) -> Response:
+        """What was counted against it goes as well."""
+        return await remove(request, kind, tenant, "")
+
+    @routes.delete(OF_NAME, status_code=204, response_class=Response, summary="Remove a user's or a group's quota")
+    async def delete_quota(request: Request, kind: Kind, tenant: str, name: str) -> Response:
+        """What was counted against it goes as well."""
+        return await remove(request, kind, tenant, name)
+
+    async def show(request: Request, kind: str, tenant: str, name: str) -> Response:
+        caller_of(request).needs(Scope.READ)
+        quota = await quotas.get(*_subject(kind, tenant, name), context=context_of(request))
+        if not_modified(request, quota.version):
+            return Response(status_code=304, headers={"etag": etag(quota.version)})
+        return _answer(quota)
+
+    async def stats(request: Request, kind: str, tenant: str, name: str) -> Response:
+        caller_of(request).needs(Scope.READ)
+        return Json((await quotas.stats(*_subject(kind, tenant, name), context=context_of(request))).shown())
+
+    async def put(request: Request, kind: str, tenant: str, name: str) -> Response:
+        caller_of(request).needs(Scope.WRITE)
+        new = await _new(request, *_subject(kind, tenant, name))
+        with Preconditions(request) as preconditions:
+            stored = await quotas.put(
+                new,
+                context=context_of(request),
+                expected=await preconditions.expected(lambda: version(request, kind, tenant, name)),
+                idempotency_key=idempotency_key(request),
+            )
+        return _answer(stored, 201 if stored.created_at == stored.updated_at else 200)
+
+    async def change(request: Request, kind: str, tenant: str, name: str) -> Response:
+        caller_of(request).needs(Scope.WRITE)
+        changes = parse(QuotaChanges, await body_fields(request, exact=("limits",)))
+        with Preconditions(request) as preconditions:
+            changed = await quotas.update(
+                *_subject(kind, tenant, name),
+                changes,
+                context=context_of(request),
+                expected=await preconditions.expected(lambda: version(request, kind, tenant, name)),
+                idempotency_key=idempotency_key(request),
+            )
+        return _answer(changed)
+
+    async def remove(request: Request, kind: str, tenant: str, name: str) -> Response:
+        caller_of(request).needs(Scope.WRITE)
+        with Preconditions(request) as preconditions:
+            await quotas.delete(
+                *_subject(kind, tenant, name),
+                context=context_of(request),
+                expected=await preconditions.expected(lambda: version(request, kind, tenant, name)),
+                idempotency_key=idempotency_key(request),
+            )
+        return Response(status_code=204)
+
+    async def version(request: Request, kind: str, tenant: str, name: str) -> int | None:
+        try:
+            return (await quotas.get(*_subject(kind, tenant, name), context=context_of(request))).version
+        except NotFound:
+            return None
+
+    return routes
+
+
+async def _new(request: Request, kind: str, tenant: str, name: str) -> NewQuota:
+    """The body and the path as a quota. Amounts keep all their digits. Raises InvalidInput with every problem."""
+    fields = await body_fields(request, exact=("limits",))
+    problems = [
+        Problem(field, "stands in the path, not in the body") for field in ("kind", "tenant", "name") if field in fields
+    ]
+    try:
+        new = parse(NewQuota, {**fields, "kind": kind, "tenant": tenant, "name": name})
+    except InvalidInput as error:
+        raise InvalidInput([*problems, *error.problems]) from None
+    if problems:
+        raise InvalidInput(problems)
+    return new
+
+
+def _subject(kind: str, tenant: str, name: str) -> tuple[str, str, str]:
+    return kind, tenant.replace(SLASH, "/"), name.replace(SLASH, "/")
+
+
+def _answer(quota: Quota, status: int = 200) -> Response:
+    return Json(quota.model_dump(), status, headers={"etag": etag(quota.version)})
