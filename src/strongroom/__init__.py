@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from .keys import ApiKey, IssuedKey, Keys, Verification
     from .query import Aggregate, And, Or, Query, Where
     from .transaction import Transaction
-    from .windows import Anchored, Calendar, Limit, Rolling, Total
+    from .windows import Anchored, Calendar, Limit, Refill, Rolling, Total
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Aggregate", "Anchored", "And", "ApiKey", "Cached", "CachedList", "Calendar", "Context", "Counter", "Database",
-    "Entity", "Index", "Indexed", "IssuedKey", "Keys", "Limit", "Or", "Page", "Query", "Registry", "Rolling",
+    "Entity", "Index", "Indexed", "IssuedKey", "Keys", "Limit", "Or", "Page", "Query", "Refill", "Registry", "Rolling",
     "Secret", "Strongroom", "StrongroomError", "Tenant", "Total", "Transaction", "Verification", "Where",
     "__version__", "system_context",
 ]  # fmt: skip
@@ -36,7 +36,7 @@ _HOMES = {
     "keys": ("ApiKey", "IssuedKey", "Keys", "Verification"),
     "query": ("Aggregate", "And", "Or", "Query", "Where"),
     "transaction": ("Transaction",),
-    "windows": ("Anchored", "Calendar", "Limit", "Rolling", "Total"),
+    "windows": ("Anchored", "Calendar", "Limit", "Refill", "Rolling", "Total"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
