@@ -330,11 +330,18 @@ async def test_a_url_is_opened_at_the_start_and_closed_at_the_end(tmp_path: Path
         assert (await room.keys.verify(issued.text)).valid
 
 
-async def test_an_application_without_a_lifespan_has_its_room_too() -> None:
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        assert scope["type"] == "http", "only HTTP is known here"
+async def _http_alone(scope: Scope, receive: Receive, send: Send) -> None:
+    assert scope["type"] == "http", "only HTTP is known here"
+    await echo(scope, receive, send)
+
+
+async def _silent(scope: Scope, receive: Receive, send: Send) -> None:
+    if scope["type"] == "http":
         await echo(scope, receive, send)
 
+
+@pytest.mark.parametrize("app", [_http_alone, _silent, echo], ids=["raises", "returns", "answers as to HTTP"])
+async def test_an_application_without_a_lifespan_has_its_room_too(app: Any) -> None:
     middleware = StrongroomMiddleware(app, url="json://:memory:")
     async with lifespan(middleware) as state, client(middleware) as http:
         issued = await state["strongroom"].keys.create(name="k")

@@ -6,6 +6,7 @@ It knows no framework: headers come in as bytes, and an answer is a status, head
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import re
 import time
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Any, TypedDict, TypeVar
+from urllib.parse import quote
 
 import msgspec
 
@@ -27,6 +29,9 @@ Cost = Mapping[str, Amount]
 Network = IPv4Network | IPv6Network
 
 AUTHORIZATION = "authorization"
+LEASED: dict[str, Any] = {"limits": "leased"}
+"""How a room is opened that is given by its URL, unless its options say otherwise: limits are exact, and cost no commit
+a request (docs/limits.md)."""
 MEDIA_TYPE = "application/problem+json"
 REALM = "api"
 RETRY_AFTER_S = 1
@@ -34,6 +39,7 @@ RETRY_AFTER_S = 1
 MAX_FORWARDED = 64
 """Addresses of a X-Forwarded-For header that are looked at, from the right."""
 QUOTA_EXCEEDED = "https://iana.org/assignments/http-problem-types#quota-exceeded"
+_log = logging.getLogger(__name__)
 _HEADER_NAME = re.compile(r"^[a-z0-9!#$%&'*+.^_`|~-]{1,64}$")
 _SECONDS = {"minute": 60, "hour": 3600}  # days, weeks and months have no fixed length
 _QUOTED = str.maketrans({"\\": "\\\\", '"': '\\"'})
@@ -145,7 +151,7 @@ def refusal_of(answer: Verification, header: str = AUTHORIZATION) -> Refusal:
     elif status == 429:
         denying = [limit for limit in answer.limits if limit.exceeded]
         members["limits"] = answer.limits
-        members["violated-policies"] = [_policy_name(limit) for limit in denying]
+        members["violated-policies"] = [_policy(limit)[0] for limit in denying]
         members["retry_after_s"] = answer.retry_after_s
         headers += rate_limit_headers(answer.limits)
         if answer.retry_after_s is not None:
@@ -168,6 +174,7 @@ def refusal_of_error(error: StrongroomError) -> Refusal:
     status = _STORE_STATUS.get(error.code)
     if status is None:
         raise error
+    _log.warning("a key could not be verified: %s", error)  # the caller is not told why
     title = "API keys cannot be verified at the moment"
     wait_s = error.details.get("retry_after_s", RETRY_AFTER_S)
     retry = ("retry-after", str(max(1, math.ceil(wait_s))))
@@ -207,34 +214,49 @@ def rate_limit_headers(limits: Sequence[LimitStatus]) -> list[tuple[str, str]]:
     states: list[str] = []
     now_s = time.time()
     for limit in limits:
-        if limit.resource == MONEY:
-            continue
-        name = _policy_name(limit)
-        policies.append(_policy(name, limit))
-        state = f'"{name}";r={limit.remaining}'
-        resets_at = limit.resets_at
-        if resets_at is not None:
-            state += f";t={max(0, math.ceil(resets_at.timestamp() - now_s))}"
-        states.append(state)
+        if limit.resource != MONEY:
+            name, policy = _policy(limit)
+            policies.append(policy)
+            if limit.resets_at is None:
+                states.append(f'"{name}";r={limit.remaining}')
+            else:
+                left_s = limit.resets_at.timestamp() - now_s
+                states.append(f'"{name}";r={limit.remaining};t={math.ceil(left_s) if left_s > 0 else 0}')
     if not policies:
         return []
     return [("ratelimit-policy", ", ".join(policies)), ("ratelimit", ", ".join(states))]
 
 
-def _policy_name(limit: LimitStatus) -> str:
-    window = limit.window
-    parts = [limit.resource, *(str(window[part]) for part in ("kind", "seconds", "unit", "timezone") if part in window)]
-    return "-".join(parts).translate(_QUOTED)
+def _policy(limit: LimitStatus) -> tuple[str, str]:
+    """The name of a limit's policy, and the policy."""
+    window = limit.window.get
+    return _policy_of(
+        limit.subject,
+        limit.resource,
+        int(limit.limit),
+        (window("kind"), window("seconds"), window("unit"), window("timezone")),
+        limit.models,
+        limit.routes,
+    )
 
 
-def _policy(name: str, limit: LimitStatus) -> str:
-    window = limit.window
-    unit = "concurrent-requests" if limit.resource == "concurrency" else limit.resource
-    text = f'"{name}";q={limit.limit}'
+@functools.lru_cache(maxsize=4_096)
+def _policy_of(
+    subject: str, resource: str, most: int, window: tuple[Any, ...], models: tuple[str, ...], routes: tuple[str, ...]
+) -> tuple[str, str]:
+    """The name says what tells a limit from the others of its key, so that no two have one: whose it is unless it is
+    the key's own, the resource, the window, and the models and routes that it is for."""
+    parts = [resource, *(str(part) for part in window if part is not None), *models, *routes]
+    name = "-".join(parts if subject == "key" else [subject, *parts])
+    # A String holds printable ASCII (RFC 9651, section 3.3.3), which the name of a user or a model need not be.
+    name = "".join(c if " " <= c <= "~" else quote(c) for c in name).translate(_QUOTED)
+    unit = "concurrent-requests" if resource == "concurrency" else resource
+    policy = f'"{name}";q={most}'
     if unit != "requests":
-        text += f';qu="{unit}"'
-    seconds = window.get("seconds") or _SECONDS.get(window.get("unit", ""))
-    return f"{text};w={seconds}" if seconds else text
+        policy += f';qu="{unit}"'
+    _, seconds, calendar, _ = window
+    seconds = seconds or _SECONDS.get(calendar)
+    return name, f"{policy};w={seconds}" if seconds else policy
 
 
 # --- The key in a request ---------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from ..blocking import BlockingStrongroom
 from ..errors import ConfigError
 from ..verification import Reservation, Verification
 from ..windows import Amount
-from ._core import Cost, Presented, checked_header, client_address, credential, networks, verified
+from ._core import LEASED, Cost, Presented, checked_header, client_address, credential, networks, verified
 from ._hold import TTL_S, Hold, reserving
 
 
@@ -120,7 +120,7 @@ class Desk:
             raise ConfigError("found both a room and a url, or neither: expected one of them")
         if options and url is None:
             raise ConfigError(f"found {', '.join(sorted(options))}, which need a url to be opened with")
-        self.room = room if room is not None else BlockingStrongroom(url or "", **options)
+        self.room = room if room is not None else BlockingStrongroom(url or "", **{**LEASED, **options})
         self.header = checked_header(header)
         self.variable = "HTTP_" + self.header.upper().replace("-", "_")
         self._trusted = networks("trusted_proxies", trusted_proxies)

@@ -12,6 +12,7 @@ from ..errors import ConfigError, StrongroomError
 from ..verification import ONE_REQUEST, Verification
 from ._core import (
     AUTHORIZATION,
+    LEASED,
     Cost,
     KeyRefused,
     Network,
@@ -110,10 +111,11 @@ class RoomMiddleware:
     """Gives an application its Strongroom, in `request.state.strongroom`; keys are verified further inside.
 
     `room` is an open Strongroom; with `url` (and `options` of Strongroom.open) one is opened at the server's start and
-    closed at its end; with neither it is taken from the lifespan's state, under `strongroom`. X-Forwarded-For is
-    believed from `trusted_proxies` (networks) alone. For what is verified inside (by FastAPI's dependency), refusals
-    are answered, RateLimit headers are put on answers unless `rate_limit_headers` is false, and reservations are
-    settled at the end of the request. Raises ConfigError, InvalidInput.
+    closed at its end, its limits leased unless `limits="durable"` is given; with neither it is taken from the
+    lifespan's state, under `strongroom`. X-Forwarded-For is believed from `trusted_proxies` (networks) alone. For what
+    is verified inside (by FastAPI's dependency), refusals are answered, RateLimit headers are put on answers unless
+    `rate_limit_headers` is false, and reservations are settled at the end of the request. Raises ConfigError,
+    InvalidInput.
     """
 
     def __init__(
@@ -134,7 +136,7 @@ class RoomMiddleware:
         self.app = app
         self._room = room
         self._url = url
-        self._options = options
+        self._options = {**LEASED, **options}
         self._trusted = networks("trusted_proxies", trusted_proxies)
         self._with_headers = rate_limit_headers
 
@@ -315,6 +317,8 @@ async def _forward_lifespan(app: ASGIApp, scope: Scope, first: Message, receive:
 
     async def sending(message: Message) -> None:
         nonlocal answered, last
+        if not message["type"].startswith("lifespan."):
+            raise ValueError(f"found {message['type']!r}, expected an answer to a lifespan message")
         answered = True
         if message["type"] in ("lifespan.shutdown.complete", "lifespan.shutdown.failed"):
             last = message
@@ -327,7 +331,7 @@ async def _forward_lifespan(app: ASGIApp, scope: Scope, first: Message, receive:
         if answered:
             raise
     if not answered:
-        # An application that knows no lifespan raises, or returns, at once: the server is answered in its stead.
+        # An application that knows no lifespan raises, returns or answers as to HTTP: it is stood in for.
         await send({"type": "lifespan.startup.complete"})
         await receive()
         return {"type": "lifespan.shutdown.complete"}

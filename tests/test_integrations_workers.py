@@ -1,0 +1,80 @@
+"""Four worker processes over one SQLite file hold one limit together."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import pytest
+
+from strongroom import Strongroom
+
+from .conftest import wait_until
+from .integrating import REQUESTS, bearer
+from .serving import free_port
+
+ROOT = Path(__file__).parent.parent
+WORKERS, LIMIT, CONNECTIONS, EACH = 4, 300, 16, 40
+START_TIMEOUT_S = 60.0
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("limits", ["durable", "leased"])
+async def test_four_workers_let_a_limit_through_once(limits: str, tmp_path: Path) -> None:
+    """Together they let in what the limit allows and not one more; durable debits deny nobody early."""
+    store = f"sqlite:///{tmp_path}/a.db"
+    async with Strongroom.open(store) as room:
+        issued = await room.keys.create(name="k", limits=[{**REQUESTS, "limit": LIMIT}])
+    port = free_port()
+    command = [sys.executable, "-m", "uvicorn", "tests.guarded_app:app"]
+    options = ["--workers", str(WORKERS), "--port", str(port), "--log-level", "warning"]
+    environment = {"PATH": os.environ["PATH"], "STORE": store, "LIMITS": limits, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(  # noqa: ASYNC220 - it is started, and nothing else waits
+        [*command, *options], cwd=ROOT, env=environment
+    )
+    served: Counter[str] = Counter()
+
+    async def ask() -> None:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as http:
+            for _ in range(EACH):
+                answer = await http.get("/", headers=bearer(issued.text))
+                assert answer.status_code in (200, 429), answer.text
+                served[answer.text if answer.status_code == 200 else "denied"] += 1
+
+    try:
+        seen: set[str] = set()
+
+        async def all_alive() -> bool:
+            assert process.poll() is None
+            try:
+                async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as http:
+                    seen.add((await http.get("/alive")).text)
+            except httpx.TransportError:
+                return False
+            return len(seen) == WORKERS
+
+        await wait_until(all_alive, START_TIMEOUT_S)
+        await asyncio.gather(*(ask() for _ in range(CONNECTIONS)))
+    finally:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            await asyncio.to_thread(process.wait, 30)
+        process.kill()
+        process.wait()
+    admitted = served.total() - served["denied"]
+    assert len(served) > 2, served  # more than one worker let somebody in
+    assert admitted <= LIMIT
+    if limits == "durable":
+        assert admitted == LIMIT
+    async with Strongroom.open(store) as room:
+        assert (await room.keys.stats(issued.key.id)).totals == {"requests": admitted}
+        # What was lent and not spent came back when the workers stopped: the whole limit can be used.
+        while (await room.keys.verify(issued.text)).valid:
+            admitted += 1
+    assert admitted == LIMIT
