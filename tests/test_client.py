@@ -24,10 +24,14 @@ from strongroom.client import (
     NotFound,
     PreconditionFailed,
     Problem,
+    Refill,
+    Sighting,
     Unauthenticated,
+    Used,
     Window,
 )
-from tests.clients import Connector, shop
+from tests.clients import Connector, Told, scripted, shop
+from tests.conftest import wait_until
 from tests.servers.proxy import Proxy
 from tests.serving import ADMIN, Running
 
@@ -111,6 +115,28 @@ async def test_a_key_lives_its_whole_life(client: Any, tenant: str) -> None:
     assert (stats.totals, stats.limits[0].used, stats.count) == ({"tokens": 20}, 20, 2)
     assert await client.keys.delete(key.id) is None
     assert (await client.keys.verify(rotated.text)).code == "NOT_FOUND"
+    with pytest.raises(NotFound):
+        await client.keys.get(key.id)
+    assert (await client.keys.get(key.id, deleted=True)).deleted_at is not None
+    assert [one.id for one in await all_of(client.keys.list(tenant=tenant, deleted=True))] == [key.id]
+    assert (await client.keys.restore(key.id)).deleted_at is None
+    assert (await client.keys.verify(rotated.text, ip="10.1.2.3")).valid
+    await client.keys.delete(key.id, purge=True)
+    with pytest.raises(NotFound):
+        await client.keys.restore(key.id)
+
+
+async def test_a_held_rotation_is_claimed_once(client: Any) -> None:
+    issued = await client.keys.create("held")
+    held = await client.keys.rotate(issued.key.id, overlap_s=60, hold=True)
+    assert (held.text, held.key.unclaimed) == ("", True)
+    claimed = await client.keys.claim(issued.key.id, idempotency_key=f"claim {issued.key.id}")
+    again = await client.keys.claim(issued.key.id, idempotency_key=f"claim {issued.key.id}")
+    assert again.text == claimed.text
+    assert (await client.keys.verify(claimed.text)).valid
+    assert not claimed.key.unclaimed
+    with pytest.raises(Conflict):
+        await client.keys.claim(issued.key.id)
 
 
 async def test_lists_go_on_from_page_to_page(client: Any, tenant: str) -> None:
@@ -160,6 +186,21 @@ async def test_usage_is_recorded_past_a_limit_and_once_for_one_idempotency_key(c
         await client.usage.record(key_id=issued.key.id, cost={"tokens": 26}, idempotency_key="op-1")
 
 
+async def test_much_usage_is_recorded_at_once_or_not_at_all(client: Any) -> None:
+    ids = [(await client.keys.create(f"k{n}", limits=[Limit("tokens", 10, Window.total())])).key.id for n in range(2)]
+    items = [Used(key_id=ids[n % 2], cost={"tokens": n}) for n in range(10)]
+    for _ in range(2):
+        batch = await client.usage.record_many(items, idempotency_key=f"batch {ids[0]}")
+    assert batch.recorded == 10
+    assert [(one.key_id, one.limits[0].used) for one in batch.keys] == [(ids[0], 20), (ids[1], 25)]
+    with pytest.raises(InvalidInput) as caught:
+        await client.usage.record_many(
+            [{"key_id": ids[0], "cost": {"tokens": 1}}, {"key_id": "key_x", "cost": {"t": -1}}]
+        )
+    assert {problem.path.split(".")[1] for problem in caught.value.problems} == {"1"}
+    assert (await client.keys.stats(ids[0])).limits[0].used == 20
+
+
 async def test_a_key_asks_for_its_own_statistics(client: Any, connect: Connector, url: str) -> None:
     issued = await client.keys.create("own", limits=[Limit("tokens", 100, Window.rolling(18_000))])
     await client.keys.verify(issued.text, cost={"tokens": 7})
@@ -174,6 +215,88 @@ async def test_health_and_description(client: Any, connect: Connector, url: str)
     assert (ready.ready, ready.status, ready.dependencies["store"].status) == (True, "ready", "ok")
     assert "strongroom_" in await client.metrics()
     assert "/v1/keys" in (await client.openapi())["paths"]
+
+
+async def test_many_keys_are_changed_a_part_at_a_time(client: Any, tenant: str) -> None:
+    ids = [(await client.keys.create(f"k{n}", tenant=tenant)).key.id for n in range(5)]
+    dry = await all_of(client.keys.bulk("disable", where={"tenant": tenant}, dry_run=True))
+    assert (sum(step.changed for step in dry), dry[0].dry_run) == (5, True)
+    steps = await all_of(client.keys.bulk("disable", where={"tenant": tenant}, page_size=2))
+    assert len(steps) >= 3
+    assert (sum(step.looked_at for step in steps), sum(step.changed for step in steps)) == (5, 5)
+    assert not any([key.enabled async for key in client.keys.list(tenant=tenant)])
+    limits = [Limit("cost", Decimal("0.5"), Window.total())]
+    (step,) = await all_of(client.keys.bulk("update", ids=[*ids[:1], "key_x"], changes={"limits": limits}))
+    assert (step.changed, [one.id for one in step.failed]) == (1, ["key_x"])
+    assert (await client.keys.get(ids[0])).limits == limits
+
+
+async def test_a_quota_is_shared(client: Any, tenant: str) -> None:
+    limits = [Limit("tokens", 100, Window.total(Refill(10, unit="day", timezone="Europe/Berlin")))]
+    made = await client.quotas.put("group", tenant, "batch/a", limits=limits, expected=0)
+    assert (made.kind, made.tenant, made.name, made.limits) == ("group", tenant, "batch/a", limits)
+    whole = await client.quotas.put("tenant", tenant, limits=[Limit("requests", 9, Window.rolling(60))])
+    assert await client.quotas.get("tenant", tenant) == whole
+    texts = [(await client.keys.create(f"k{n}", tenant=tenant, groups=["batch/a"])).text for n in range(2)]
+    answers = [await client.keys.verify(text, cost={"tokens": 60, "requests": 1}) for text in texts]
+    assert [answer.code for answer in answers] == ["VALID", "USAGE_EXCEEDED"]
+    assert [one.subject for one in answers[1].limits if one.exceeded] != ["key"]
+    assert (await client.quotas.stats("group", tenant, "batch/a")).limits[0].used == 60
+    assert (await client.quotas.stats("tenant", tenant)).totals["requests"] == 1
+    changed = await client.quotas.update("group", tenant, "batch/a", description="shared", expected=made.version)
+    assert (changed.description, changed.limits) == ("shared", limits)
+    with pytest.raises(PreconditionFailed):
+        await client.quotas.update("group", tenant, "batch/a", description=None, expected=made.version)
+    assert [one.name async for one in client.quotas.list(tenant=tenant, page_size=1)] == ["batch/a", ""]
+    await client.quotas.delete("group", tenant, "batch/a")
+    with pytest.raises(NotFound):
+        await client.quotas.get("group", tenant, "batch/a")
+
+
+async def test_a_leaked_key_is_dealt_with_as_its_tenant_wants(client: Any, tenant: str) -> None:
+    issued = await client.keys.create("leaky", tenant=tenant)
+    assert (await client.leaks.policy(tenant)).action == "notify"
+    policy = await client.leaks.set_policy(tenant, "disable")
+    assert (policy.tenant, policy.action) == (tenant, "disable")
+    found = Sighting(token=issued.text, url="https://example.com/x", source="commit")
+    labels = await client.leaks.report([found, Sighting(token="sr_unknown")])
+    assert [label.label for label in labels] == ["true_positive", "false_positive"]
+    assert not (await client.keys.get(issued.key.id)).enabled
+    leaks = await all_of(client.leaks.list(tenant=tenant))
+    assert [(leak.key_id, leak.url, leak.source) for leak in leaks] == [(issued.key.id, found.url, "commit")]
+    assert issued.text not in repr(found) + repr(leaks)
+
+
+async def test_a_webhook_lives_its_whole_life(client: Any, tenant: str) -> None:
+    async with scripted(Told(500, {}), Told(200, {})) as receiver:
+        made = await client.webhooks.create(
+            receiver.url, tenant=tenant, events=["key.leaked"], thresholds=[50, 90], allow_private=True
+        )
+        webhook = made.webhook
+        assert made.secret.startswith("whsec_")
+        assert made.secret not in repr(made)
+        assert (webhook.events, webhook.thresholds, webhook.allow_private) == (["key.leaked"], [50, 90], True)
+        assert await client.webhooks.get(webhook.id) == webhook
+        tested = await client.webhooks.test(webhook.id)
+        assert (tested.webhook_id, tested.last_status) == (webhook.id, 500)
+        again = await client.webhooks.redrive(tested.id)
+        assert again.event_id == tested.event_id
+
+        async def delivered() -> bool:
+            return bool((await client.webhooks.delivery(tested.id)).state == "delivered")
+
+        await wait_until(delivered)
+        assert [one.id async for one in client.webhooks.deliveries(webhook.id, state="delivered")] == [tested.id]
+    rotated = await client.webhooks.rotate_secret(webhook.id, overlap_s=60)
+    assert rotated.secret != made.secret
+    changed = await client.webhooks.update(webhook.id, enabled=False, description="off")
+    assert (changed.enabled, changed.description, changed.events) == (False, "off", ["key.leaked"])
+    assert [one.id async for one in client.webhooks.list(tenant=tenant)] == [webhook.id]
+    await client.webhooks.delete(webhook.id)
+    with pytest.raises(NotFound):
+        await client.webhooks.get(webhook.id)
+    with pytest.raises(InvalidInput, match="url"):
+        await client.webhooks.create("http://169.254.169.254/", tenant=tenant)
 
 
 # --- Errors -----------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import dataclasses
 import inspect
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -82,6 +82,16 @@ def test_both_clients_have_the_same_methods_with_the_same_documentation() -> Non
             assert inspect.getdoc(value) == inspect.getdoc(synchronous[member])
 
 
+def test_the_page_names_every_method() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "client.md").read_text()
+    with Client("http://127.0.0.1") as client:
+        nouns = [type(value) for name, value in vars(client).items() if not name.startswith("_")]
+    assert len(nouns) >= 6
+    for cls in (Client, package.Collection, package.Hold, *nouns):
+        for name, _ in _members(cls):
+            assert f"`{name}`" in page or f".{name}" in page, f"{cls.__name__}.{name}"
+
+
 def test_no_text_of_the_source_speaks_of_asyncio() -> None:
     for source in SOURCE.glob("*.py"):
         for node in ast.walk(ast.parse(source.read_text())):
@@ -133,7 +143,27 @@ SHAPES = {
     "CurrentUsageOut": models.CurrentUsage,
     "ReadyOut": models.Readiness,
     "DependencyOut": models.Dependency,
+    "BulkOut": models.BulkStep,
+    "QuotaOut": models.Quota,
+    "QuotaStatsOut": models.QuotaStats,
+    "WebhookOut": models.Webhook,
+    "DeliveryOut": models.Delivery,
+    "LeakOut": models.Leak,
+    "LabelOut": models.LeakLabel,
+    "PolicyOut": models.LeakPolicy,
+    "VerifyIn": models.Ask,
+    "UsageIn": models.Used,
+    "UsageBatchOut": models.RecordedBatch,
+    "ReservationOut": models.Reservation,
 }
+
+
+def _texts(arguments: Iterable[ast.expr]) -> Iterator[str]:
+    for one in arguments:
+        if isinstance(one, ast.IfExp):
+            yield from _texts([one.body, one.orelse])
+        elif isinstance(one, ast.Constant) and isinstance(one.value, str):
+            yield one.value
 
 
 def called() -> set[tuple[str, str]]:
@@ -143,10 +173,10 @@ def called() -> set[tuple[str, str]]:
         for node in ast.walk(ast.parse(source.read_text())):
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
                 continue
-            texts = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            texts = list(_texts(node.args))
             match node.func.attr:
                 case "send" if len(texts) >= 2:
-                    found.add((texts[0], texts[1]))
+                    found |= {(texts[0], route) for route in texts[1:]}
                 case "items" if texts:
                     found.add(("GET", texts[0]))
                 case "stream" if texts and texts[0] != "GET":

@@ -234,12 +234,14 @@ class BulkStep(Model, frozen=True):
 
 
 class Used(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What was used of one key, given by its text or its id: an item of `record_many`. The text is left out of the
-    representation. `idempotency_key` keeps it from being counted twice; without one, it gets one of its own."""
+    """What was used of one key, given by its text or its id: an item of `record_many`. `idempotency_key` keeps it from
+    being counted twice, in whatever batch it comes. The text is left out of the representation."""
 
     cost: Cost
     key: str | None = None
     key_id: str | None = None
+    model: str | None = None
+    route: str | None = None
     idempotency_key: str | None = None
 
     def __repr__(self) -> str:
@@ -251,6 +253,43 @@ class Recorded(Model, frozen=True):
 
     key_id: str
     tenant: str
+    limits: list[LimitStatus] = []
+
+
+class RecordedBatch(Model, frozen=True):
+    """`recorded`: how many items were. `keys`: where the limits of each key stand, in the order of the first items."""
+
+    recorded: int
+    keys: list[Recorded] = []
+
+
+# --- Quotas ---------------------------------------------------------------------------------------------------
+
+
+class Quota(Model, frozen=True):
+    """Limits that all keys of a subject share. `kind` is tenant, user or group; `name`: the user's id or the group's
+    name, empty for the tenant itself."""
+
+    tenant: str
+    kind: str
+    name: str
+    version: int
+    created_at: Moment
+    updated_at: Moment
+    id: str = ""
+    limits: list[Limit] = []
+    description: str | None = None
+
+
+class QuotaStats(Model, frozen=True):
+    """`count`: uses. `totals`: what was used of each resource since the quota is there."""
+
+    tenant: str
+    kind: str
+    name: str
+    count: int
+    last_used_at: Moment | None = None
+    totals: dict[str, Amount] = {}
     limits: list[LimitStatus] = []
 
 

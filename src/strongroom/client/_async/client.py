@@ -13,6 +13,7 @@ from ..models import OwnStats, Readiness
 from .entities import AsyncTenant
 from .keys import AsyncKeys
 from .leaks import AsyncLeaks
+from .quotas import AsyncQuotas
 from .reservations import AsyncReservations
 from .transport import AsyncTransport
 from .usage import AsyncUsage
@@ -51,6 +52,7 @@ class AsyncClient:
         )
         self.keys = AsyncKeys(self._http)
         self.usage = AsyncUsage(self._http)
+        self.quotas = AsyncQuotas(self._http)
         self.reservations = AsyncReservations(self._http)
         self.webhooks = AsyncWebhooks(self._http)
         self.leaks = AsyncLeaks(self._http)

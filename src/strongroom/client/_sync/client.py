@@ -14,6 +14,7 @@ from ..models import OwnStats, Readiness
 from .entities import Tenant
 from .keys import Keys
 from .leaks import Leaks
+from .quotas import Quotas
 from .reservations import Reservations
 from .transport import Transport
 from .usage import Usage
@@ -52,6 +53,7 @@ class Client:
         )
         self.keys = Keys(self._http)
         self.usage = Usage(self._http)
+        self.quotas = Quotas(self._http)
         self.reservations = Reservations(self._http)
         self.webhooks = Webhooks(self._http)
         self.leaks = Leaks(self._http)

@@ -237,7 +237,7 @@ class Keys:
 
     def claim(self, id: str, *, idempotency_key: str | None = None) -> IssuedKey:
         """The text that a scheduled rotation, or one with `hold`, has kept: answered this once, then forgotten. Raises
-        NotFound where none waits."""
+        NotFound; Conflict where none waits."""
         once = once_of(idempotency_key)
         return issued(self._http.send("POST", "/v1/keys/{id}/claim", {"id": id}, once=once))
 

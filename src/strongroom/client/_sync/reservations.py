@@ -199,7 +199,8 @@ class Hold:
         """The hold has ended by itself, so that only what was reported was charged: the rest happened as well."""
         rest = less(self.used, self._reported)
         if rest:
-            used = Used(cost=rest, key_id=self.reservation.key_id)
+            key_id, model, route = self.reservation.key_id, self._asked["model"], self._asked["route"]
+            used = Used(cost=rest, key_id=key_id, model=model, route=route)
             once = once_of(f"hold-{self.id}")
             decode(Recorded, self._http.send("POST", "/v1/usage", body=encode(used), once=once))
 

@@ -1,0 +1,111 @@
+"""Quotas over HTTP: limits that the keys of a tenant, of one of its users, or of a named group share."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Mapping
+from typing import Any, Literal
+
+from .._wire import UNSET, Unset, decode, encode, given, if_match, listed, once_of, query, without_none
+from ..models import Limit, Quota, QuotaStats
+from .transport import AsyncTransport
+
+Kind = Literal["tenant", "user", "group"]
+LimitIn = Limit | Mapping[str, Any]
+DEFAULT_PAGE = 100
+
+
+class AsyncQuotas:
+    """Quotas. Each has a subject: `("tenant", "acme")`, `("user", "acme", "u1")` or `("group", "acme", "batch")`."""
+
+    def __init__(self, transport: AsyncTransport) -> None:
+        self._http = transport
+
+    async def put(
+        self,
+        kind: Kind,
+        tenant: str,
+        name: str = "",
+        *,
+        limits: Iterable[LimitIn],
+        description: str | None = None,
+        expected: int | None = None,
+        idempotency_key: str | None = None,
+    ) -> Quota:
+        """Make a subject's quota, or replace it; what was used stays counted where a limit's resource and window stay.
+
+        `expected`: the version that it must have, 0 that there must be none; else PreconditionFailed. Raises
+        InvalidInput with every problem; Denied for a caller whom the quota binds.
+        """
+        answer = await self._http.send(
+            "PUT",
+            "/v1/quotas/{kind}/{tenant}/{name}" if name else "/v1/quotas/{kind}/{tenant}",
+            {"kind": kind, "tenant": tenant, "name": name},
+            body=encode(without_none({"limits": listed(limits), "description": description})),
+            headers=if_match(expected),
+            once=once_of(idempotency_key),
+        )
+        return decode(Quota, answer)
+
+    async def get(self, kind: Kind, tenant: str, name: str = "") -> Quota:
+        """A subject's quota. Raises NotFound."""
+        answer = await self._http.send(
+            "GET",
+            "/v1/quotas/{kind}/{tenant}/{name}" if name else "/v1/quotas/{kind}/{tenant}",
+            {"kind": kind, "tenant": tenant, "name": name},
+        )
+        return decode(Quota, answer)
+
+    def list(
+        self, *, tenant: str | None = None, kind: Kind | None = None, page_size: int = DEFAULT_PAGE
+    ) -> AsyncIterator[Quota]:
+        """Every quota that fits, by tenant, kind and name, page after page."""
+        return self._http.items(Quota, "/v1/quotas", {}, query({"tenant": tenant, "kind": kind}), page_size)
+
+    async def update(
+        self,
+        kind: Kind,
+        tenant: str,
+        name: str = "",
+        *,
+        limits: Iterable[LimitIn] | Unset = UNSET,
+        description: str | Unset | None = UNSET,
+        expected: int | None = None,
+        idempotency_key: str | None = None,
+    ) -> Quota:
+        """Change the fields that are given. Raises NotFound, InvalidInput with every problem."""
+        answer = await self._http.send(
+            "PATCH",
+            "/v1/quotas/{kind}/{tenant}/{name}" if name else "/v1/quotas/{kind}/{tenant}",
+            {"kind": kind, "tenant": tenant, "name": name},
+            body=encode(given({"limits": listed(limits), "description": description})),
+            headers=if_match(expected),
+            once=once_of(idempotency_key),
+        )
+        return decode(Quota, answer)
+
+    async def delete(
+        self,
+        kind: Kind,
+        tenant: str,
+        name: str = "",
+        *,
+        expected: int | None = None,
+        idempotency_key: str | None = None,
+    ) -> None:
+        """Remove a subject's quota, and what was counted against it. Raises NotFound."""
+        await self._http.send(
+            "DELETE",
+            "/v1/quotas/{kind}/{tenant}/{name}" if name else "/v1/quotas/{kind}/{tenant}",
+            {"kind": kind, "tenant": tenant, "name": name},
+            headers=if_match(expected),
+            once=once_of(idempotency_key),
+        )
+
+    async def stats(self, kind: Kind, tenant: str, name: str = "") -> QuotaStats:
+        """What was used of each limit, and in all. Raises NotFound."""
+        answer = await self._http.send(
+            "GET",
+            "/v1/quotas/{kind}/{tenant}/{name}/stats" if name else "/v1/quotas/tenant/{tenant}/stats",
+            {"kind": kind, "tenant": tenant, "name": name},
+        )
+        return decode(QuotaStats, answer)
