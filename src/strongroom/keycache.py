@@ -15,7 +15,9 @@ from .keytext import Hasher, is_possible
 from .knownkey import KnownKey
 from .quotacache import QuotaCache
 
-MAX_CACHED_KEYS = 100_000
+MAX_CACHED_KEYS = 30_000
+"""A key in memory with its usage is about 5 kB, and a server is to stay below 300 MB whatever keys it is asked for. One
+that had to go costs a read by its hash, a fraction of a millisecond."""
 MAX_UNKNOWN = 10_000
 UNKNOWN_FOR_S = 1.0
 """An unknown key is remembered as unknown for this long, so that guessing costs no reads."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Literal
 
-from .accounts import Metered, Part, allowances, part
+from .accounts import Allowance, Metered, Part, allowances, part
 from .apikey import NAME, ApiKey
 from .context import us_from_utc, utc_from_us
 from .quotas import NAME as QUOTAS
 from .quotas import Quota, quota_id
 from .storage.port import Check
+from .windows import Limit
 
 MAX_SHOWN = 100
 """Characters shown of a model or route that was asked for."""
@@ -108,7 +110,13 @@ def names(patterns: Sequence[str], name: str | None) -> bool:
 def metered(key: ApiKey, quotas: Sequence[Quota] = ()) -> Metered:
     """A key as the ledger needs it, with the quotas that it shares with others."""
     shared = tuple(quota_part(quota) for quota in quotas if quota.limits)
-    return Metered(key.id, Check(NAME, key.id, key.version), allowances(key.limits), shared, key.tenant)
+    return Metered(key.id, Check(NAME, key.id, key.version), _interned(tuple(key.limits)), shared, key.tenant)
+
+
+@functools.lru_cache(maxsize=4_096)
+def _interned(limits: tuple[Limit, ...]) -> tuple[Allowance, ...]:
+    """Their allowances, the same objects for every key with the same limits: these are most of what a cached key is."""
+    return allowances(limits)
 
 
 def quota_part(quota: Quota) -> Part:

@@ -52,7 +52,7 @@ from .transaction import is_expired
 
 MAX_WAITING = 50_000
 """Charges that may wait for a commit; the next one is refused (429) instead of filling the memory."""
-MAX_ACCOUNTS = 100_000
+MAX_ACCOUNTS = 30_000
 """Usage documents kept in memory."""
 MAX_ATTEMPTS = 200
 MAX_PAUSE_S = 0.02
