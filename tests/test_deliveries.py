@@ -22,7 +22,7 @@ from strongroom.context import system_context
 from strongroom.deliveries import MAX_ATTEMPTS, MAX_SENDING_EACH, Delivery, backoff_s
 from strongroom.errors import ConfigError, Conflict, NotFound, Unavailable
 from strongroom.events import NAME as EVENTS
-from strongroom.events import event, put
+from strongroom.events import Event, event, put
 from strongroom.sending import MAX_ANSWER_BYTES, Answer, Sender
 from strongroom.signatures import verify_signature
 from strongroom.webhooks import IssuedWebhook
@@ -119,6 +119,23 @@ async def test_an_event_whose_commit_was_answered_by_nobody_is_found(
     await wait_until(lambda: receiver.arrived)
     await wait_until(lambda: room.deliveries.counts["delivered"])
     assert len(receiver.arrived) == 1
+
+
+async def test_an_endpoint_hears_of_nothing_that_happened_long_before_it_was_made(
+    room: Strongroom, receiver: Receiver
+) -> None:
+    old = event("key.leaked", "acme", {})
+    hour_ago_us = room.clock.now_us() - 3_600_000_000
+    await room.database.commit_counters([put(old)], hour_ago_us)
+    made = await endpoint(room, receiver)
+    id = await emit(room)
+    await wait_until(lambda: taken_up(room, old.id))
+    await ended(room, made)
+    assert receiver.ids == [id]
+
+
+async def taken_up(room: Strongroom, event_id: str) -> bool:
+    return (await room.database.get(system_context(), Event, event_id)).due_at is None
 
 
 async def test_an_event_in_a_batch_of_ones_own_is_delivered(room: Strongroom, receiver: Receiver) -> None:
@@ -394,7 +411,7 @@ async def test_the_connection_goes_to_the_checked_address_and_the_name_stays_in_
         (arrived,) = receiver.arrived
         assert (arrived.id, arrived.sni) == (id, "hooks.example")
         assert arrived.headers["host"] == f"hooks.example:{receiver.port}"
-    assert len(resolver.asked) == 2  # type: ignore[attr-defined] - at its making, and once for the attempt
+    assert len(resolver.asked) == 2  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("trusted", [True, False])

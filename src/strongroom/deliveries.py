@@ -17,9 +17,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import math
 import random
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -58,6 +59,8 @@ MAX_SENDING_EACH = 4
 MAX_FRESH = 10_000
 """Events of this process that wait to be taken up at once; further ones are found like those of others."""
 PAGE = 100
+MAX_SKEW = timedelta(minutes=1)
+"""An endpoint hears of what happened since it was made, and of so much before."""
 SAVE_EVERY_S = 4.0
 CLAIM_MARGIN_S = 20.0
 """A claim is longer than an attempt by so much, for the commits before and after it."""
@@ -296,7 +299,7 @@ class Deliveries:
             self._delivery(found, webhook, due_at=utc_from_us(self._clock.now_us()))
             for webhook in await self._wanting(found)
         ]
-        claimed = []
+        claimed: list[Delivery] = []
         for delivery in made:
             if len(self._sending) + len(claimed) < MAX_SENDING and self._has_room(delivery.webhook_id):
                 delivery.due_at = utc_from_us(self._clock.now_us()) + self._claim
@@ -319,11 +322,11 @@ class Deliveries:
         for delivery in claimed:
             self._begin(delivery)
 
-    async def _wanting(self, event: Event) -> list[Webhook]:
+    async def _wanting(self, event: Event) -> Sequence[Webhook]:
         tenants = [event.tenant] if event.tenant == ALL_TENANTS else [event.tenant, ALL_TENANTS]
         query = Query(Where("tenant", "in", tenants), limit=2 * MAX_PER_TENANT)
         found = (await self._database.find(system_context(), Webhook, query, fresh=True)).items
-        return [webhook for webhook in found if webhook.enabled and webhook.wants(event)]
+        return [webhook for webhook in found if webhook.enabled and webhook.wants(event) and _was_there(webhook, event)]
 
     def _delivery(self, event: Event, webhook: Webhook, due_at: datetime) -> Delivery:
         return Delivery(
@@ -339,9 +342,12 @@ class Deliveries:
     # --- What is due ------------------------------------------------------------------------------------------
 
     async def _sweep(self) -> float:
-        """Take up and attempt what is due and nobody else works on; returns in how many seconds the next is due."""
-        if not await self._is_due(Event) and not await self._is_due(Delivery):
-            return await self._next_due_s()
+        """Take up and attempt what is due and nobody else works on; returns in how many seconds to look again."""
+        if not self._webhooks.any:
+            return self._timing.poll_s  # what was left behind concerns nobody
+        due_s = min(await self._due_in_s(Event), await self._due_in_s(Delivery))
+        if due_s > 0:
+            return min(self._timing.poll_s, due_s)
         turn = await self._leases.acquire(JOB)
         if turn is None:
             return self._timing.poll_s
@@ -353,7 +359,7 @@ class Deliveries:
             await self._return_lease(turn)
             raise
         await turn.give_back(done=True)
-        return await self._next_due_s()
+        return min(self._timing.poll_s, max(0.0, await self._due_in_s(Delivery)))
 
     async def _return_lease(self, turn: Turn) -> None:
         try:
@@ -389,22 +395,18 @@ class Deliveries:
         if await self._save(delivery, guard=turn.guard, due_at=now + wait) and has_room:
             self._begin(delivery)
 
-    async def _is_due(self, cls: type[Event] | type[Delivery]) -> bool:
-        return bool(await self._due(cls, 1))
-
-    async def _due(self, cls: type[E], limit: int = PAGE) -> list[E]:
+    async def _due(self, cls: type[E]) -> Sequence[E]:
         now = utc_from_us(self._clock.now_us())
-        query = Query(Where("due_at", "<=", now), ("due_at",), limit)
+        query = Query(Where("due_at", "<=", now), ("due_at",), PAGE)
         return (await self._database.find(system_context(), cls, query, fresh=True)).items
 
-    async def _next_due_s(self) -> float:
-        """In how many seconds the next delivery is due, at most the time between two looks."""
+    async def _due_in_s(self, cls: type[Event] | type[Delivery]) -> float:
+        """In how many seconds the first is due; without end if none is."""
         query = Query(Where("due_at", ">", utc_from_us(0)), ("due_at",), 1)
-        found = (await self._database.find(system_context(), Delivery, query, fresh=True)).items
-        due_at = found[0].due_at if found else None
-        if due_at is None:
-            return self._timing.poll_s
-        return min(self._timing.poll_s, max(0.0, (us_from_utc(due_at) - self._clock.now_us()) / 1_000_000))
+        for one in (await self._database.find(system_context(), cls, query, fresh=True)).items:
+            if one.due_at is not None:
+                return (us_from_utc(one.due_at) - self._clock.now_us()) / 1_000_000
+        return math.inf
 
     # --- One attempt ------------------------------------------------------------------------------------------
 
@@ -522,6 +524,13 @@ class Deliveries:
         except (Conflict, NotFound):
             return  # it was changed meanwhile, perhaps so that it works: the next attempt says
         _log.warning("the webhook %s was disabled: %s", webhook.id, reason)
+
+
+def _was_there(webhook: Webhook, event: Event) -> bool:
+    """Whether the endpoint had been made when the event happened, by clocks that may differ a little."""
+    if webhook.created_at is None or event.created_at is None:
+        return True
+    return webhook.created_at <= event.created_at + MAX_SKEW
 
 
 def _why(answer: Answer) -> str:
