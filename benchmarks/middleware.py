@@ -69,7 +69,7 @@ async def guarding(folder: str, limits: Literal["durable", "leased"]) -> AsyncIt
     limit = {"resource": "requests", "limit": 1_000_000_000_000, "window": {"kind": "rolling", "seconds": 18_000}}
     async with Strongroom.open(f"sqlite:///{folder}.db", limits=limits) as room:
         issued = await room.keys.create(name="bench", limits=[limit])
-        apps = {
+        apps: dict[str, Callable[..., Awaitable[None]]] = {
             "bare": _app,
             "guarded": StrongroomMiddleware(_app, room=room),
             "plain": StrongroomMiddleware(_app, room=room, rate_limit_headers=False),
