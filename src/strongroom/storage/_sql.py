@@ -18,7 +18,7 @@ import msgspec
 import sqlalchemy as sa
 
 from ..entity import SYSTEM_FIELDS, Collection, Document, FieldSpec, FieldType, Index
-from ..query import AVERAGE_CONTEXT, Aggregate, And, Filter, Op, Or, Query, Where, checked_sum
+from ..query import AVERAGE_CONTEXT, Aggregate, And, Filter, Op, Or, Query, Where, checked_sum, sort_key
 from . import _values
 from .port import Record
 
@@ -339,7 +339,8 @@ class Compiler:
     def find(self, query: Query) -> tuple[Select, list[Any]]:
         """The text of a checked query, and its values."""
         values: list[Any] = []
-        shape = self._shape(query.where, values) if query.where is not None else None
+        where = _narrowed(query)
+        shape = self._shape(where, values) if where is not None else None
         order = query.order
         position = query.start_after
         nulls = None
@@ -471,6 +472,29 @@ class Compiler:
             conditions.append(self._condition(shape, _Text(self._dialect, self._bound)))
         sql = f"SELECT {', '.join(columns)} FROM {self._from}{_where(conditions)}"
         return Totals(self._totals_page.format(sql), tuple(answers))
+
+
+def _narrowed(query: Query) -> Filter | None:
+    """The filter, where its bound on the first field of the order lies before the position with the position for its
+    bound: the same documents lie behind the position, and an engine that begins where the filter does, instead of where
+    the position is, does not pass all that lies between on each page."""
+    where, position = query.where, query.start_after
+    if where is None or position is None or position[0] is None:
+        return where
+    (name, descending), at = query.order[0], position[0]
+    wider = (Op.LT, Op.LE) if descending else (Op.GT, Op.GE)
+
+    def narrowed(part: Filter) -> Filter:
+        if not isinstance(part, Where) or part.field != name:
+            return part
+        if part.op in wider:
+            before, after = (at, part.value) if descending else (part.value, at)
+            narrower = sort_key(before) < sort_key(after)
+        else:
+            narrower = part.op is Op.NE and part.value is None
+        return Where(name, Op.LE if descending else Op.GE, at) if narrower else part
+
+    return And(*map(narrowed, where.filters)) if isinstance(where, And) else narrowed(where)
 
 
 def _where(conditions: Sequence[str]) -> str:
