@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from strongroom import Anchored, ApiKey, Calendar, Context, Limit, Strongroom, Total, keycache, usage
-from strongroom.apikey import ALL_TENANTS, MAX_METADATA_BYTES
+from strongroom.apikey import ALL_TENANTS, MAX_METADATA_BYTES, RESTORABLE_FOR_S
 from strongroom.context import new_id, system_context
 from strongroom.errors import AlreadyExists, Conflict, Denied, InvalidInput, NotFound, Unavailable
 from strongroom.keytext import generate, imported_sha256
@@ -201,6 +201,19 @@ async def test_permissions_and_their_wildcards(held: list[str], asked: str | Non
         (["::ffff:10.0.0.0/104"], "10.1.2.3", True),
         (["::ffff:10.0.0.0/104"], "::ffff:10.1.2.3", True),
         (["::ffff:10.0.0.0/104"], "11.1.2.3", False),
+        (["::ffff:10.1.2.3/104"], "10.9.9.9", True),  # host bits are ignored here as well
+        (["::ffff:10.1.2.3"], "10.1.2.3", True),
+        (["::ffff:10.1.2.3"], "10.1.2.4", False),
+        (["::ffff:0:0/96"], "203.0.113.9", True),  # every IPv4 address
+        (["::ffff:0:0/96"], "2001:db8::1", False),
+        (["0.0.0.0/0"], "203.0.113.9", True),
+        (["0.0.0.0/0"], "::ffff:203.0.113.9", True),
+        (["::/0"], "::ffff:10.0.0.1", False),  # which is the IPv4 address 10.0.0.1
+        (["10.0.0.0/32"], "10.0.0.0", True),
+        (["10.0.0.0/31"], "10.0.0.1", True),
+        (["10.0.0.0/31"], "10.0.0.2", False),
+        (["fe80::/10"], "fe80::1%eth0", True),
+        (["2001:db8::1/128"], "2001:db8::1", True),
         (["192.168.0.0/16", "2001:db8::1"], "2001:0db8:0:0:0:0:0:1", True),
         ([], "10.0.0.1", True),
         ([], None, True),
@@ -288,6 +301,27 @@ WRONG_FIELDS: list[tuple[str, Any]] = [
     ("expires_at", "tomorrow"),
     ("allowed_ips", ["10.0.0.0/33"]),
     ("allowed_ips", ["example.com"]),
+    ("allowed_ips", ["10.0.0.1/0.0.0.0"]),
+    ("allowed_ips", ["10.0.0.0/255.0.0.0"]),
+    ("allowed_ips", ["10.0.0.0/"]),
+    ("allowed_ips", ["10.0.0.0/8/8"]),
+    ("allowed_ips", ["10.0.0.0/-8"]),
+    ("allowed_ips", ["10.0.0.0/\u0668"]),
+    ("allowed_ips", [" 10.0.0.0/8"]),
+    ("allowed_ips", ["::ffff:10.0.0.0/129"]),
+    ("allowed_ips", [""]),
+    ("environment", "prod"),
+    ("owner", ""),
+    ("owner", "x" * 201),
+    ("description", "a\x00"),
+    ("description", "x" * 2001),
+    ("groups", ["x"] * 17),
+    ("groups", ["x" * 201]),
+    ("allowed_models", ["a*b"]),
+    ("allowed_models", ["**"]),
+    ("allowed_models", [""]),
+    ("allowed_routes", ["a\nb"]),
+    ("allowed_routes", [f"r{n}" for n in range(101)]),
     ("metadata", {"big": "x" * MAX_METADATA_BYTES}),
     ("metadata", {"number": 2**70}),
     ("metadata", {"object": object()}),
@@ -897,3 +931,233 @@ async def test_an_issued_keys_own_representation_hides_its_text(room: Strongroom
     assert issued.text not in repr(issued)
     assert issued.text not in str(issued)
     assert issued.key.hash.partition(":")[2] not in repr(await room.keys.verify(issued.text))
+
+
+# --- Deleting and restoring -----------------------------------------------------------------------------------
+
+
+async def run_key_work(room: Strongroom) -> None:
+    """What the background does to keys, now."""
+    (job,) = [job for job in room.background.jobs if job.name == "keys"]
+    turn = await room.background.leases.acquire("keys")
+    assert turn is not None
+    await job.run(turn)
+    await turn.give_back(done=True)
+
+
+async def test_a_deleted_key_is_unknown_at_once_and_comes_back_as_it_was(room: Strongroom, store: FaultyStore) -> None:
+    first = await room.keys.create(
+        name="k", tenant="acme", limits=[rolling("tokens", 100)], metadata={"a": 1}, permissions=["strongroom:read"]
+    )
+    second = await room.keys.rotate(first.key.id, overlap_s=3_600)
+    id = first.key.id
+    await room.keys.verify(first.text, cost={"tokens": 60})
+    await room.keys.delete(id, context=ACME)
+    for text in (first.text, second.text):
+        assert (await room.keys.verify(text, cost={"tokens": 1})).code == "NOT_FOUND"
+        assert await room.keys.authenticate(text) is None
+    for call in (
+        room.keys.get(id),
+        room.keys.update(id, name="x"),
+        room.keys.disable(id),
+        room.keys.rotate(id),
+        room.keys.claim(id),
+        room.keys.delete(id),
+        room.keys.stats(id),
+        room.keys.record(key=first.text, cost={"tokens": 1}),
+        room.keys.record(key_id=id, cost={"tokens": 1}),
+        room.keys.restore(id, context=Context("beta", "key:b", {"admin": True, "tenant": "beta"})),
+    ):
+        with pytest.raises(NotFound):
+            await call
+    assert (await room.keys.list()).items == []
+    (deleted,) = (await room.keys.list(deleted=True)).items
+    assert deleted.deleted_at is not None
+    assert (await used(store, id)) == {"tokens": 60}
+    restored = await room.keys.restore(id, context=ACME)
+    assert restored == await room.keys.restore(id)
+    ignored = {"version", "updated_at", "deleted_at", "due_at"}
+    assert restored.model_dump(exclude=ignored) == second.key.model_dump(exclude=ignored)
+    assert (restored.deleted_at, restored.due_at) == (None, None)
+    for text in (first.text, second.text):
+        assert (await room.keys.verify(text, cost={"tokens": 10})).valid
+    assert (await room.keys.stats(id)).totals == {"tokens": 80}
+
+
+async def test_a_deleted_key_is_removed_for_good_after_its_time(room: Strongroom, store: FaultyStore) -> None:
+    with time_machine.travel(MOMENT, tick=False) as clock:
+        issued = await room.keys.create(name="k", limits=[rolling("tokens", 100)], rotate_every_s=86_400)
+        other = await room.keys.create(name="other")
+        await room.keys.verify(issued.text, cost={"tokens": 1})
+        clock.shift(3_600)
+        await room.keys.delete(issued.key.id)
+        clock.shift(timedelta(seconds=RESTORABLE_FOR_S - 1))
+        await run_key_work(room)  # it does not rotate what was deleted either
+        assert (await room.keys.get(issued.key.id, deleted=True)).hash == issued.key.hash
+        clock.shift(1)
+        with pytest.raises(NotFound):
+            await room.keys.restore(issued.key.id)
+        await run_key_work(room)
+        assert await store.get("api_keys", None, issued.key.id) is None
+        assert await store.get("key_usage", None, issued.key.id) is None
+        assert (await store.changes(None)).records[-1].action == "delete"
+        assert (await room.keys.verify(other.text)).valid
+
+
+async def test_a_restored_key_that_was_due_to_be_rotated_is_rotated(room: Strongroom) -> None:
+    with time_machine.travel(MOMENT, tick=False) as clock:
+        issued = await room.keys.create(name="k", rotate_every_s=86_400)
+        await room.keys.delete(issued.key.id)
+        clock.shift(10 * 86_400)
+        restored = await room.keys.restore(issued.key.id)
+        assert restored.due_at == restored.next_rotation_at == MOMENT + timedelta(days=1)
+        await run_key_work(room)
+        assert (await room.keys.get(issued.key.id)).unclaimed
+        assert (await room.keys.verify(issued.text)).valid
+
+
+async def test_the_text_of_a_deleted_key_is_no_others_until_it_is_purged(room: Strongroom) -> None:
+    key = await imported(room, "sk-imported")
+    await room.keys.delete(key.id)
+    with pytest.raises(AlreadyExists):
+        await imported(room, "sk-imported")
+    await room.keys.delete(key.id, purge=True)
+    await imported(room, "sk-imported")
+    assert (await room.keys.verify("sk-imported")).valid
+
+
+async def test_a_purge_that_was_broken_off_is_done_by_the_same_call_again(room: Strongroom, store: FaultyStore) -> None:
+    """It is two commits: the key is marked, then removed with its usage. Between them it is a deleted key."""
+    issued = await room.keys.create(name="k", limits=[rolling("tokens", 100)])
+    await room.keys.verify(issued.text, cost={"tokens": 1})
+    for broken in (0, 1):
+        number = len(store.batches) + broken
+        store.fault = lambda n, batch, number=number: Fault("before", Unavailable("killed")) if n == number else None
+        with pytest.raises(Unavailable):
+            await room.keys.delete(issued.key.id, purge=True, idempotency_key="p")
+        assert (await room.keys.verify(issued.text, cost={})).valid is (broken == 0)
+        assert await store.get("key_usage", None, issued.key.id) is not None
+    store.fault = lambda n, batch: None
+    for _ in range(2):
+        await room.keys.delete(issued.key.id, purge=True, idempotency_key="p")
+    assert await store.get("api_keys", None, issued.key.id) is None
+    assert await store.get("key_usage", None, issued.key.id) is None
+
+
+async def test_a_purge_under_load_leaves_nothing(room: Strongroom, store: FaultyStore) -> None:
+    issued = await room.keys.create(name="k", limits=[rolling("requests", 10**9)])
+    free = await room.keys.create(name="free")
+
+    async def use(text: str) -> None:
+        while (await room.keys.verify(text)).valid:
+            await asyncio.sleep(0)  # a key in memory without limits is verified without a pause
+
+    users = [asyncio.create_task(use(text)) for text in (issued.text, free.text) for _ in range(3)]
+    await wait_until(lambda: store.get("key_usage", None, issued.key.id))
+    for one in (issued, free):
+        await room.keys.delete(one.key.id, purge=True)
+    await asyncio.gather(*users)
+    for one in (issued, free):
+        assert await store.get("api_keys", None, one.key.id) is None
+
+    async def nothing_is_left() -> bool:
+        return all([await store.get("key_usage", None, one.key.id) is None for one in (issued, free)])
+
+    await wait_until(nothing_is_left)
+
+
+async def test_who_may_not_delete_purges_nothing(room: Strongroom, store: FaultyStore) -> None:
+    user = Context("acme", "user:ada", {"tenant": "acme"})
+    issued = await room.keys.create(name="k", tenant="acme", limits=[rolling("tokens", 100)])
+    await room.keys.verify(issued.text, cost={"tokens": 1})
+    with pytest.raises(Denied):
+        await room.keys.delete(issued.key.id, purge=True, context=user)
+    await room.keys.delete(issued.key.id)
+    for call in (
+        room.keys.delete(issued.key.id, purge=True, context=user),
+        room.keys.restore(issued.key.id, context=user),
+    ):
+        with pytest.raises(Denied):
+            await call
+    assert await used(store, issued.key.id) == {"tokens": 1}
+
+
+# --- What a key is for ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("allowed", "asked", "admitted"),
+    [
+        ([], None, True),
+        ([], "anything", True),
+        (["small"], "small", True),
+        (["small"], "smaller", False),
+        (["small"], None, False),
+        (["small"], "", False),
+        (["small", "large-*"], "large-2", True),
+        (["large-*"], "large-", True),
+        (["large-*"], "large", False),
+        (["large-*"], "xlarge-2", False),
+        (["*"], "anything", True),
+        (["*"], None, False),
+        (["Small"], "small", False),
+    ],
+)
+@pytest.mark.parametrize("what", ["model", "route"])
+def test_models_and_routes_and_their_wildcards(
+    what: str, allowed: list[str], asked: str | None, admitted: bool
+) -> None:
+    fields: dict[str, Any] = {f"allowed_{what}s": allowed}
+    key = KnownKey(ApiKey(id="k", tenant="t", name="n", hash="h", display="d", **fields))
+    refusal = key.refusal(0, None, None, **{what: asked})
+    assert (refusal is None) is admitted
+    if refusal is not None:
+        code, message = refusal
+        assert code == "INSUFFICIENT_PERMISSIONS"
+        assert message == f"the key is for certain {what}s, " + (
+            "and none was named" if asked is None else f"not for {asked!r}"
+        )
+
+
+async def test_a_key_for_certain_models_is_refused_for_others_and_nothing_is_debited(
+    room: Strongroom, store: FaultyStore
+) -> None:
+    issued = await room.keys.create(
+        name="k", allowed_models=["small"], allowed_routes=["GET /v1/*"], limits=[rolling("requests", 5)]
+    )
+    good = {"model": "small", "route": "GET /v1/chat"}
+    wrong: list[dict[str, str]] = [
+        {},
+        {"model": "small"},
+        {"route": "GET /v1/x"},
+        {**good, "model": "large"},
+        {**good, "route": "POST /v1/chat"},
+    ]
+    for named in wrong:
+        assert (await room.keys.verify(issued.text, **named)).code == "INSUFFICIENT_PERMISSIONS"
+    assert await used(store, issued.key.id) == {}
+    assert (await room.keys.verify(issued.text, **good)).valid
+    long = (await room.keys.verify(issued.text, model="x" * 10_000)).message
+    assert long is not None
+    assert len(long) < 200
+    await room.keys.update(issued.key.id, allowed_models=[], allowed_routes=[])
+    assert (await room.keys.verify(issued.text)).valid
+
+
+async def test_a_text_shows_its_environment(room: Strongroom) -> None:
+    live, test, own = [
+        await room.keys.create(name="k", **fields)
+        for fields in ({}, {"environment": "test"}, {"environment": "test", "prefix": "acme"})
+    ]
+    assert [issued.key.environment for issued in (live, test, own)] == ["live", "test", "test"]
+    assert live.text.startswith("sr_SR1")
+    assert test.text.startswith("sr_test_SR1")
+    assert test.key.display.startswith("sr_test_SR1")
+    assert own.text.startswith("acme_SR1")
+    for issued in (live, test, own):
+        rotated = await room.keys.rotate(issued.key.id)
+        assert rotated.text[: rotated.text.index("SR1")] == issued.text[: issued.text.index("SR1")]
+    key = await imported(room, "sk-imported", environment="test")
+    assert (await room.keys.rotate(key.id)).text.startswith("sr_test_SR1")
+    with pytest.raises(InvalidInput, match="environment"):
+        await room.keys.update(live.key.id, environment="test")
