@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Sequence
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,8 +22,8 @@ from strongroom.quotas import quota_id
 from strongroom.storage.port import Patch, Put
 from strongroom.windows import Anchored, Calendar, Total
 from tests.conftest import wait_until
-from tests.receiver import FAST, delivering, receiving
-from tests.support import FaultyStore, rolling
+from tests.receiver import FAST, Receiver, delivering, receiving
+from tests.support import FaultyStore, new_url, rolling
 
 SECOND = 1_000_000
 T0 = 1_800_000_000 * SECOND
@@ -268,3 +269,45 @@ async def test_a_batch_that_fails_leaves_no_event(room: Strongroom, store: Fault
     assert await store.get(EVENTS, None, event_of(crossing()).id) is None
     await room.database.commit_counters(operations(crossing()), T0)
     assert (await store.get(EVENTS, None, event_of(crossing()).id) or {})["type"] == "limit.threshold"
+
+
+# --- The ledger's own crossings ---------------------------------------------------------------------------------
+
+
+def percents(receiver: Receiver) -> list[tuple[str, int, int]]:
+    """What arrived: whose limit, which threshold, how much was used then."""
+    told = [json.loads(one.body)["data"] for one in receiver.arrived]
+    return sorted((data["subject"]["kind"], data["threshold"], data["used"]) for data in told)
+
+
+@pytest.mark.parametrize("limits", ["durable", "leased"])
+async def test_a_verification_that_crosses_a_threshold_is_told_of(url_of_any: str, limits: str) -> None:
+    async with receiving() as receiver, delivering(url_of_any, timing=FAST, limits=limits) as (room, _):
+        await room.webhooks.create(url=receiver.url, tenant="acme", allow_private=True)
+        key = await room.keys.create(name="worker", tenant="acme", limits=[rolling("tokens", 100)])
+        other = await room.keys.create(name="worker", tenant="globex", limits=[rolling("tokens", 100)])
+        for _ in range(12):
+            for issued in (key, other):
+                await room.keys.verify(issued.text, cost={"tokens": 10})
+        await wait_until(lambda: len(receiver.arrived) >= 3)
+        await wait_until(lambda: room.deliveries.counts["delivered"] == 3)
+        assert [(kind, threshold) for kind, threshold, _ in percents(receiver)] == [
+            ("key", 50),
+            ("key", 80),
+            ("key", 100),
+        ]
+        for one in receiver.arrived:
+            data = json.loads(one.body)["data"]
+            assert data["key_id"] == key.key.id
+            assert data["used"] >= data["threshold"]
+
+
+async def test_what_is_recorded_after_the_fact_is_told_of_too_and_money_exactly(tmp_path: Path) -> None:
+    async with receiving() as receiver, delivering(new_url("sqlite", tmp_path), timing=FAST) as (room, _):
+        await room.webhooks.create(url=receiver.url, tenant="acme", allow_private=True, thresholds=[90, 150])
+        budget = Limit(resource="cost", limit=Decimal("1.5"), window=Calendar(unit="month"))
+        key = await room.keys.create(name="worker", tenant="acme", limits=[budget])
+        await room.keys.record(key_id=key.key.id, cost={"cost": Decimal("2.250000001")})
+        await wait_until(lambda: room.deliveries.counts["delivered"] == 2)
+        assert {"90", "150"} == {str(json.loads(one.body)["data"]["threshold"]) for one in receiver.arrived}
+        assert all(b'"limit":1.5,"used":2.250000001,' in one.body for one in receiver.arrived)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .errors import StrongroomError
     from .keys import ApiKey, IssuedKey, Keys, Verification
     from .query import Aggregate, And, Or, Query, Where
+    from .signatures import InvalidSignature, verify_signature
     from .transaction import Transaction
     from .windows import Anchored, Calendar, Limit, Refill, Rolling, Total
 
@@ -19,9 +20,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Aggregate", "Anchored", "And", "ApiKey", "Cached", "CachedList", "Calendar", "Context", "Counter", "Database",
-    "Entity", "Index", "Indexed", "IssuedKey", "Keys", "Limit", "Or", "Page", "Query", "Refill", "Registry", "Rolling",
+    "Entity", "Index", "Indexed", "InvalidSignature", "IssuedKey", "Keys", "Limit", "Or", "Page", "Query", "Refill", "Registry", "Rolling",
     "Secret", "Strongroom", "StrongroomError", "Tenant", "Total", "Transaction", "Verification", "Where",
-    "__version__", "system_context",
+    "__version__", "system_context", "verify_signature",
 ]  # fmt: skip
 
 # The names are loaded at their first use (PEP 562), because the command line imports this package too and must answer
@@ -35,6 +36,7 @@ _HOMES = {
     "errors": ("StrongroomError",),
     "keys": ("ApiKey", "IssuedKey", "Keys", "Verification"),
     "query": ("Aggregate", "And", "Or", "Query", "Where"),
+    "signatures": ("InvalidSignature", "verify_signature"),
     "transaction": ("Transaction",),
     "windows": ("Anchored", "Calendar", "Limit", "Refill", "Rolling", "Total"),
 }

@@ -356,7 +356,7 @@ class Webhooks:
             return ()
         found: set[int] = set()
         for known in (*self._asking.get(tenant, {}).values(), *self._asking.get(ALL_TENANTS, {}).values()):
-            if known.min_window_s <= alerts.length_s(limit.window.model_dump()):
+            if not known.min_window_s or known.min_window_s <= alerts.length_s(limit.window.model_dump()):
                 found.update(known.thresholds)
         return tuple(sorted(found))
 
