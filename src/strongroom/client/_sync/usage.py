@@ -38,8 +38,8 @@ class Usage:
     def record_many(
         self, items: Iterable[Used | Mapping[str, Any]], *, idempotency_key: str | None = None
     ) -> RecordedBatch:
-        """Count at most 10,000 items in one call, which is much faster than one by one: all of them, or none if anything
-        is wrong with one. `idempotency_key` is that of the batch.
+        """Count at most 10,000 items in one call, which is much faster than one by one: all of them, or none if
+        anything is wrong with one. `idempotency_key` is that of the batch.
 
         Raises InvalidInput with every problem of every item, unknown keys included.
         """
