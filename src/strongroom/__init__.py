@@ -21,8 +21,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Aggregate", "Anchored", "And", "ApiKey", "Cached", "CachedList", "Calendar", "Context", "Counter", "Database",
     "Entity", "Index", "Indexed", "InvalidSignature", "IssuedKey", "Keys", "Limit", "Or", "Page", "Query", "Refill",
-    "Registry", "Rolling", "Secret", "Strongroom", "StrongroomError", "Tenant", "Total", "Transaction", "Verification", "Where",
-    "__version__", "system_context", "verify_signature",
+    "Registry", "Rolling", "Secret", "Strongroom", "StrongroomError", "Tenant", "Total", "Transaction", "Verification",
+    "Where", "__version__", "system_context", "verify_signature",
 ]  # fmt: skip
 
 # The names are loaded at their first use (PEP 562), because the command line imports this package too and must answer
