@@ -24,7 +24,7 @@ from .entity import Document
 from .errors import InvalidInput, Problem
 from .keyfile import Shape, render_row
 from .keyrows import lost, row_of
-from .keytext import Hasher
+from .keytext import Hasher, sha256_of_imported
 from .query import MAX_IN, MAX_LIMIT, Query, Where
 
 MAX_HELD = 20_000
@@ -87,6 +87,9 @@ async def export_rows(
             for key in page.items:
                 if not key["enabled"]:
                     exported.left_out["is disabled, which the file cannot say: elsewhere it would work again"] += 1
+                    continue
+                if key["sealed"] is None and sha256_of_imported(key["hash"]) is None:
+                    exported.left_out["has another system's hash until its first use: --shape records has it"] += 1
                     continue
                 exported.lost.update(lost(shape, key))
                 row = row_of(key, usages.get(key["id"]), hasher, now_us)

@@ -36,10 +36,12 @@ from .errors import ConfigError
 
 MAX_HASH_CHARS = 512
 MAX_SALT_CHARS = 128
-MAX_PBKDF2_ITERATIONS = 5_000_000
+MAX_PBKDF2_ITERATIONS = 4_000_000
 MAX_BCRYPT_COST = 15
 MAX_ARGON2_KIB = 262_144
 MAX_ARGON2_PASSES = 16
+MAX_ARGON2_WORK_KIB = 1_048_576
+"""Memory times passes."""
 MAX_ARGON2_LANES = 16
 """Work that a hash may ask for, each about 2 s of one core at most: more would let a file of keys stop a service."""
 MIN_ARGON2_SALT = 8
@@ -248,6 +250,8 @@ def _argon2(hash: str) -> ForeignHash:
     ):
         if not least <= value <= most:
             raise ValueError(f"found {name}={value}, expected {least} to {most}")
+    if int(memory) * int(passes) > MAX_ARGON2_WORK_KIB:
+        raise ValueError(f"found m={memory} and t={passes}, expected a product of at most {MAX_ARGON2_WORK_KIB}")
     if len(_from_base64(salt)) < MIN_ARGON2_SALT or len(_from_base64(digest)) < 4:
         raise ValueError("found a salt or a digest that is too short, expected 8 bytes and 4 at least")
     return ForeignHash("argon2", text)

@@ -54,6 +54,16 @@ _HASHES = ("id", "key", "hash", "prefix", "hint", "previous_hash")
 _USED = frozenset({"last_used", "usage_count", "usage"})
 
 
+class _ToldLine(BaseModel):
+    """Which thresholds of a limit were told of (`alerts.Told`)."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    most: int = Field(ge=0, le=SATURATED)
+    ends: int | None = Field(ge=0, le=SATURATED)
+    at: dict[str, int] = Field(max_length=MAX_COUNTERS)
+
+
 class UsageLine(BaseModel):
     """What a key or a quota has used, as a store keeps it: amounts are units (billionths of money), `at` microseconds
     since the epoch, each counter's state as `counters.py` has it."""
@@ -65,6 +75,7 @@ class UsageLine(BaseModel):
     totals: dict[str, int] = Field(default={}, max_length=MAX_COUNTERS)
     counters: dict[str, list[Any]] = Field(default={}, max_length=MAX_COUNTERS)
     at: int = Field(default=0, ge=0, le=SATURATED)
+    told: dict[str, _ToldLine] = Field(default={}, max_length=MAX_COUNTERS)
 
     @field_validator("last_used_at")
     @classmethod
@@ -125,12 +136,18 @@ class _QuotaLine(BaseModel):
     name: str = ""
     limits: list[Limit] = Field(default=[], max_length=MAX_LIMITS)
     description: str | None = Field(default=None, max_length=2_000)
+    created_at: datetime | None = None
     usage: UsageLine | None = None
 
     @field_validator("tenant")
     @classmethod
     def _one_tenant(cls, value: str | None) -> str | None:
         return _tenant(value)
+
+    @field_validator("created_at")
+    @classmethod
+    def _plausible(cls, value: datetime | None) -> datetime | None:
+        return _moment(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -560,6 +577,8 @@ class _Line:
             return None
         whose = line.tenant or tenant
         fields = {"kind": line.kind, "name": line.name, "limits": line.limits, "description": line.description}
+        if line.created_at is not None:
+            fields["created_at"] = line.created_at
         return QuotaRecord(self.path, quota_id(line.kind, whose, line.name), whose, fields, line.usage)
 
     def _counted(self, usage: UsageLine | None, limits: Iterable[Limit], now_us: int) -> None:

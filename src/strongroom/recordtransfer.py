@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from .accounts import ACTIVE_US, Account
+from .accounts import ACTIVE_US, CONCURRENCY, Account, KeyUsage, allowances
 from .apikey import ALL_TENANTS, ApiKey, due_at
 from .context import Context, check_tenant, us_from_utc, utc_from_us
 from .database import Database, Transaction
@@ -30,8 +30,6 @@ from .keytext import Hasher, HintRule, hint_of_imported, imported_hmac, imported
 from .keytransfer import KEYS_PER_COMMIT, READS_AT_ONCE, Difference, Standing
 from .query import MAX_IN, MAX_LIMIT, Query, Where
 from .quotas import Quota
-from .usage import KeyUsage
-from .windows import counter_for
 
 T = TypeVar("T")
 _NOT_COMPARED = frozenset({"created_at", "previous_until", "display"})
@@ -335,18 +333,23 @@ def _display(record: KeyRecord) -> str:
 
 
 def _usage_of(id: str, line: UsageLine) -> KeyUsage:
+    told = {"told"} if line.told else ()
     return KeyUsage(
         id=id,
         count=line.count,
         last_used_at=line.last_used_at,
         active_at=utc_from_us(line.at - line.at % ACTIVE_US) if line.at else None,
-        state=msgspec.json.encode({"totals": line.totals, "counters": line.counters, "at": line.at}).decode(),
+        state=msgspec.json.encode(line.model_dump(include={"totals", "counters", "at", *told})).decode(),
     )
 
 
 def _is_as_imported(usage: KeyUsage) -> bool:
     """Whether a usage document is as it was made, and no charge has been written into it since."""
     return usage.created_at == usage.updated_at
+
+
+def _is_used(usage: KeyUsage) -> bool:
+    return usage.count > 0 or usage.active_at is not None or usage.last_used_at is not None
 
 
 def _same_usage(one: KeyUsage, other: KeyUsage) -> bool:
@@ -358,21 +361,19 @@ def _same_usage(one: KeyUsage, other: KeyUsage) -> bool:
 
 
 def _usage_said(usage: KeyUsage, limits: Iterable[Any], now_us: int) -> dict[str, Any]:
-    """What was used, for another store: what is reserved or lent to a node here counts there as used."""
+    """What was used, for another store: what is reserved, or lent to a node, here counts there as used now: nobody can
+    settle it there. What runs at the same time (a limit on concurrency) does not run there."""
     account = Account({**KeyUsage.__codec__.encode(usage), "version": usage.version})
-    counters = dict(account.unknown)
-    for limit in limits:
-        if limit.id in counters:
-            counter = counter_for(limit.window, counters[limit.id])
-            counter.used(now_us)
-            counters[limit.id] = counter.dump()
-    return {
-        "count": usage.count,
-        "last_used_at": usage.last_used_at,
-        "totals": account.totals,
-        "counters": counters,
-        "at": account.at_us,
-    }
+    moment_us = account.moment(now_us)
+    for allowance in allowances(limits):
+        _, reserved, leased = account.standing(allowance, moment_us) if account.holds or account.leases else (0, 0, 0)
+        if reserved + leased and allowance.resource != CONCURRENCY:
+            account.counter(allowance).add(moment_us, reserved + leased)
+            account.at_us = moment_us
+    account.holds, account.leases = {}, {}
+    document = account.document()
+    state = msgspec.json.decode(document["state"])
+    return {"count": document["count"], "last_used_at": document["last_used_at"], **state}
 
 
 # --- Export -----------------------------------------------------------------------------------------------------
@@ -431,7 +432,8 @@ async def _usages(database: Database, context: Context, entities: Sequence[Entit
 def _quota_said(quota: Quota, usage: KeyUsage | None, now_us: int) -> dict[str, Any]:
     said: dict[str, Any] = {"type": "quota", "kind": quota.kind, "tenant": quota.tenant, "name": quota.name or None}
     said |= {"limits": [limit.model_dump() for limit in quota.limits], "description": quota.description}
-    if usage is not None:
+    said["created_at"] = quota.created_at
+    if usage is not None and _is_used(usage):
         said["usage"] = _usage_said(usage, quota.limits, now_us)
     return {name: value for name, value in said.items() if value is not None}
 
@@ -447,7 +449,7 @@ def _key_said(key: ApiKey, usage: KeyUsage | None, hasher: Hasher, now_us: int, 
         said |= _previous_said(key, hasher, lost)
     if key.unclaimed is not None:
         lost["a text that nobody has claimed yet: claim it before, or rotate the key there"] += 1
-    if usage is not None:
+    if usage is not None and _is_used(usage):
         said["usage"] = _usage_said(usage, key.limits, now_us)
     return {name: value for name, value in said.items() if value not in (None, [], {})}
 

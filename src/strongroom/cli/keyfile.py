@@ -1,4 +1,4 @@
-"""`strongroom import` and `strongroom export`: key files in the two public shapes."""
+"""`strongroom import` and `strongroom export`: key files in the two public shapes; those of records: `keyrecords`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..errors import AlreadyExists
+from ..errors import AlreadyExists, InvalidInput, Problem
 from . import output
 from .session import EXIT_FAILED, Interrupted, JsonOption, StoreOption, in_store, operator
 
@@ -46,6 +46,12 @@ def import_keys(
     update: Annotated[
         bool, typer.Option("--update", help="Where file and store differ on a key, take the file's word.")
     ] = False,
+    hmac_secret_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--hmac-secret-file", metavar="FILE", help="The secret of the system whose HMACs a file of records has."
+        ),
+    ] = None,
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -53,7 +59,9 @@ def import_keys(
 
     They keep working with the text their holders have; live usage windows and lifetime totals carry over. It reads
     {"keys": [{"key", "name", "token_limit_per_5h", "usage_windows", ...}]} and
-    {"keys": {"<SHA-256>": {"name", "user_id", "usage_count", ...}}}.
+    {"keys": {"<SHA-256>": {"name", "user_id", "usage_count", ...}}}, and files of records, JSON Lines or
+    CSV: {"hash", "prefix", "name", "tenant", "limits", ...}, with the hashes that another system keeps (SHA-2, HMAC,
+    bcrypt, Argon2, PBKDF2), or with all that `strongroom export --shape records` has written.
 
     Every row is judged first: if one is wrong, nothing is imported (unless --skip-invalid). The same file again changes
     nothing; an import that was stopped is completed by the same command. A key that was removed here since comes back:
@@ -65,7 +73,17 @@ def import_keys(
       strongroom import apikeys.json --tenant acme
     """
     from ..keypieces import survey
+    from .keyrecords import RecordsImport, is_records, read_secret
 
+    if is_records(file):
+        with _named(hmac_secret_file or file):
+            secret = read_secret(hmac_secret_file)
+        RecordsImport(file, tenant, secret=secret, dry_run=dry_run, skip_invalid=skip_invalid, update=update).run(
+            store, json
+        )
+        return
+    if hmac_secret_file is not None:
+        raise InvalidInput([Problem("hmac_secret_file", "is for files of records (JSON Lines or CSV)")])
     now_us = time.time_ns() // 1_000
     with _named(file), output.progress("reading") as progress:
         source = survey(file, now_us, progress)
@@ -266,9 +284,13 @@ def _plain(value: Any) -> str:
 def export_keys(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The file to write; only its owner may read it.")],
     shape: Annotated[
-        Literal["plain", "hashed"], typer.Option(help="plain: limits and usage windows; hashed: users and counts.")
+        Literal["plain", "hashed", "records"],
+        typer.Option(help="plain: limits and usage windows; hashed: users and counts; records: everything."),
     ] = "plain",
     tenant: TenantOption = "default",
+    all_tenants: Annotated[
+        bool, typer.Option("--all-tenants", help="The keys of all tenants (with --shape records).")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file if it is there.")] = False,
     store: StoreOption = None,
     json: JsonOption = False,
@@ -277,15 +299,22 @@ def export_keys(
 
     `strongroom import` reads it, and so do the services that the shape comes from. The text of a key is not stored: the
     plain shape has "sha256:<hex>" in its place, which import accepts. Disabled keys are left out, since neither shape
-    can say that they are. What else the shape has no place for is told.
+    can say that they are. What else the shape has no place for is told. The shape records is one JSON object a line, a
+    key or a quota, with all its fields and live counters, for another Strongroom store.
 
     \b
     Example:
       strongroom export apikeys.json --shape plain --tenant acme
+      strongroom export all.jsonl --shape records --all-tenants
     """
     from ..keyexport import Exported, export_rows, file_of
 
     _check_target(file, force)
+    if shape == "records":
+        _export_records(file, None if all_tenants else tenant, force, store, json)
+        return
+    if all_tenants:
+        raise InvalidInput([Problem("all_tenants", f"the shape {shape} has no place for a tenant: use records")])
     found = Exported()
 
     async def work(room: Strongroom) -> None:
@@ -309,6 +338,30 @@ def export_keys(
         output.print_note(
             f"{count} {'key has' if count == 1 else 'keys have'} {what}, for which the shape has no place"
         )
+
+
+def _export_records(file: Path, tenant: str | None, force: bool, store: str | None, json: bool) -> None:
+    from ..recordtransfer import ExportedRecords, export_records
+
+    told = ExportedRecords()
+
+    async def work(room: Strongroom) -> None:
+        now_us = time.time_ns() // 1_000
+        lines = export_records(room.database, room.keys.hasher, tenant, operator(), told, now_us)
+        with output.progress("reading") as progress, _new_file(file, force) as new:
+            async for line in lines:
+                new.write(line)
+                progress(told.keys, told.keys)
+
+    in_store(store, work)
+    if json:
+        view = {"file": str(file), "shape": "records", "tenant": tenant, "keys": told.keys, "quotas": told.quotas}
+        output.print_json({**view, "left_out": {}, "lost": dict(told.lost)})
+        return
+    whose = "all tenants" if tenant is None else tenant
+    output.print_line(f"wrote {told.keys} keys and {told.quotas} quotas of {whose} to {file}")
+    for what, count in told.lost.items():
+        output.print_note(f"{count} {'key has' if count == 1 else 'keys have'} {what}")
 
 
 # --- Files ----------------------------------------------------------------------------------------------------
