@@ -157,11 +157,15 @@ def _surveyed(path: Path, opened: BinaryIO, now_us: int, progress: Callable[[int
     marks = array("Q")
     pieces = []
     for piece, data in _pieces(opened, opening.end(), bracket):
-        rows, refused, findings = _judge(shape, data, piece.first, now_us, {})
+        seen: dict[bytes, str] = {}
+        usual = bytearray()
+        _, refused, findings = _judge(shape, data, piece.first, now_us, seen, usual=usual)
         file.refused += refused
         for finding in findings:
             file.keep(finding)
-        marks.frombytes(b"".join(row.sha256[:8] for row in rows))
+        # those of refused rows as well: a key that comes again is told, whatever was wrong where it came first
+        marks.frombytes(b"".join(known[:8] for known in seen))
+        marks.frombytes(usual)
         pieces.append(piece)
         progress(piece.end)
     count = sum(piece.count for piece in pieces)
@@ -310,8 +314,10 @@ def _judge(
     seen: dict[bytes, str],
     repeated: frozenset[int] = frozenset(),
     twice: list[str] | None = None,
+    usual: bytearray | None = None,
 ) -> tuple[list[KeyRow], int, list[Finding]]:
-    """The accepted rows of a piece, how many are refused, and what was found of them."""
+    """The accepted rows of a piece, how many are refused, and what was found of them. `usual` gets the marks of those
+    that were not judged with care; `seen` the others' keys."""
     wrapped = b"[" + data + b"]" if shape == "plain" else b"{" + data + b"}"
     raws: Any = msgspec.json.decode(wrapped, type=list[msgspec.Raw] if shape == "plain" else dict[str, msgspec.Raw])
     try:
@@ -337,6 +343,9 @@ def _judge(
                     twice.append(f"keys.{said}")
                 continue
             row = found
+        else:
+            if usual is not None:
+                usual += row.sha256[:8]
         rows.append(row)
     return rows, refused, findings
 
