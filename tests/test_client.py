@@ -172,7 +172,7 @@ async def test_a_refusal_says_which_limit_denied_and_when_to_come_back(client: A
 
 async def test_a_batch_is_answered_in_its_order(client: Any) -> None:
     text = (await client.keys.create("batch", limits=[Limit("tokens", 10, Window.total())])).text
-    asks = [Ask(key=text, cost={"tokens": 6}), {"key": text, "cost": {"tokens": 6}}, Ask(key="unknown")]
+    asks = [Ask(key=text, cost={"tokens": 6}), {"key": text, "cost": {"tokens": 11}}, Ask(key="unknown")]
     answers = await client.keys.verify_batch(asks)
     assert [answer.code for answer in answers] == ["VALID", "USAGE_EXCEEDED", "NOT_FOUND"]
 
