@@ -34,7 +34,7 @@ from tests.conftest import wait_until
 from tests.servers.proxy import Proxy
 from tests.serving import ADMIN, Running
 
-pytestmark = [pytest.mark.server, pytest.mark.xdist_group("client")]
+pytestmark = [pytest.mark.server, pytest.mark.xdist_group("client-faults")]
 VALID = {"valid": True, "code": "VALID", "key_id": "key_1", "reservation_id": "res_1"}
 
 

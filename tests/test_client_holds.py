@@ -15,7 +15,7 @@ from tests.conftest import wait_until
 from tests.servers.proxy import Proxy
 from tests.serving import ADMIN, Running
 
-pytestmark = [pytest.mark.server, pytest.mark.xdist_group("client")]
+pytestmark = [pytest.mark.server, pytest.mark.xdist_group("client-holds")]
 OPEN = Told(200, {"valid": True, "code": "VALID", "key_id": "key_1", "reservation_id": "rsv_1", "state": "open"})
 SETTLED = Told(200, {"valid": True, "code": "VALID", "key_id": "key_1", "state": "settled", "charged": {"tokens": 5}})
 RECORDED = Told(200, {"key_id": "key_1", "tenant": "t"})
