@@ -17,7 +17,7 @@ from .harness import Benchmark, Plan
 
 NAMES = (
     "verify", "verify_postgres", "read", "write", "usage", "middleware", "store", "cache",
-    "zipf", "postgres", "firestore", "manykeys",
+    "zipf", "postgres", "firestore", "manykeys", "revocation",
 )  # fmt: skip
 ROUNDS, SECONDS = 7, 1.5
 QUICK_ROUNDS, QUICK_SECONDS = 2, 0.25

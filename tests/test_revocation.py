@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -93,3 +96,18 @@ async def test_a_key_revoked_here_is_refused_by_a_server_process_within_a_second
                     latest = began
                     assert latest - revoked < 10, "it never learns of it"
                 assert latest - revoked <= REVOKED_WITHIN_S
+
+
+@pytest.mark.server
+def test_the_benchmark_measures_both_stores_with_and_without_a_feed(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--only", "revocation", "--json", "--dir", str(tmp_path)]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, check=False, cwd=root, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (benchmark,) = json.loads(done.stdout)["benchmarks"]
+    assert [label.split(":")[0] for label in benchmark["labels"][1:]] == [
+        f"{store}, {feed}"
+        for store in ("sqlite", "postgresql")
+        for feed in ("by the feed of changes", "its feed of changes broken")
+    ]
+    assert all("p50" in label and "max" in label for label in benchmark["labels"][1:])
