@@ -164,8 +164,9 @@ async def test_who_is_bound_to_a_tenant_sees_and_sets_only_its_own(room: Strongr
     for call in (room.quotas.get, room.quotas.stats, room.quotas.delete, room.quotas.update):
         with pytest.raises(NotFound):
             await call("user", "globex", "u1", context=acme)
-    with pytest.raises(Denied):
-        await put(room, "user", "globex", "u2", context=acme)
+    for caller in (acme, Context("acme", "key:acme", {"admin": True})):  # who belongs to it, and who acts for it
+        with pytest.raises(Denied):
+            await put(room, "user", "globex", "u2", context=caller)
     assert (await put(room, "user", "acme", "u2", rolling("tokens", 1), context=acme)).name == "u2"
     await room.quotas.delete("user", "acme", "u2", context=acme)
 
