@@ -18,7 +18,7 @@ from strongroom.errors import Unavailable
 from strongroom.storage.port import ChangesPage
 from tests.conftest import backend_of
 from tests.serving import running
-from tests.support import opened
+from tests.support import opened, rolling
 
 REVOKED_WITHIN_S = 1.0
 """What docs/keys.md states."""
@@ -51,12 +51,15 @@ async def last_valid(room: Strongroom, text: str, since: float) -> float:
 
 
 @pytest.mark.parametrize("broken", [False, True], ids=["feed", "broken-feed"])
+@pytest.mark.parametrize("leased", [False, True], ids=["free", "leased"])
 async def test_a_key_revoked_on_another_node_is_refused_within_a_second(
-    url: str, broken: bool, monkeypatch: pytest.MonkeyPatch
+    url: str, leased: bool, broken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However it is revoked; also by a node that can read keys, but not the journal that tells of their changes."""
-    async with opened(url) as (here, store), Strongroom.open(url) as there:
-        issued = {way: await there.keys.create(name=way) for way in WAYS}
+    """However it is revoked; also by a node that can read keys, but not the journal that tells of their changes. Of a
+    key without limits, and of one whose limits are spent from a lease: neither is checked by the store each time."""
+    limits = [rolling("requests", 1_000_000)] if leased else []
+    async with opened(url, limits="leased") as (here, store), Strongroom.open(url) as there:
+        issued = {way: await there.keys.create(name=way, limits=limits) for way in WAYS}
         for key in issued.values():
             assert (await here.keys.verify(key.text)).valid
         if broken:
