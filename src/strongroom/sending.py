@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
+import importlib.util
 import logging
 import math
 import ssl
@@ -178,11 +179,9 @@ def _transport(tls: ssl.SSLContext | None) -> httpx.AsyncHTTPTransport:
 
 
 def require_httpx() -> None:
-    """Raises ConfigError, which says how to get it, if httpx is not installed."""
-    try:
-        import httpx  # noqa: F401
-    except ImportError:
-        raise ConfigError("webhooks are delivered with httpx: pip install 'strongroom[client]'") from None
+    """Raises ConfigError, which says how to get it, if httpx is not installed. It is only looked for, not imported."""
+    if importlib.util.find_spec("httpx") is None:
+        raise ConfigError("webhooks are delivered with httpx: pip install 'strongroom[client]'")
 
 
 def _said(error: Exception) -> str:
