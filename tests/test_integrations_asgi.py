@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from strongroom import Strongroom, Verification
-from strongroom.errors import ConfigError, InvalidInput, Unavailable
+from strongroom.errors import ConfigError, InvalidInput, StrongroomError, Unavailable
 from strongroom.integrations import _core
 from strongroom.integrations.asgi import Message, Receive, Scope, Send, StrongroomMiddleware, route_of, verification_of
 from strongroom.keytext import generate
@@ -328,6 +328,33 @@ async def test_a_url_is_opened_at_the_start_and_closed_at_the_end(tmp_path: Path
     assert events == ["lifespan.startup", "lifespan.shutdown"]
     async with Strongroom.open(f"sqlite:///{tmp_path}/a.db") as room:  # closed: its lock is free
         assert (await room.keys.verify(issued.text)).valid
+
+
+async def _with_lifespan(scope: Scope, receive: Receive, send: Send) -> None:
+    for moment in ("startup", "shutdown"):
+        assert (await receive())["type"] == f"lifespan.{moment}"
+        await send({"type": f"lifespan.{moment}.complete"})
+
+
+@pytest.mark.parametrize("application", [_with_lifespan, echo], ids=["with a lifespan", "without"])
+async def test_the_server_is_told_that_all_has_ended_when_it_has(application: Any) -> None:
+    """A server may stop its event loop then, in the middle of what is still to be written."""
+    state: dict[str, Any] = {}
+    incoming: list[Message] = [{"type": "lifespan.shutdown"}, {"type": "lifespan.startup"}]
+    told: list[str] = []
+
+    async def receive() -> Message:
+        return incoming.pop()
+
+    async def send(message: Message) -> None:
+        told.append(message["type"])
+        if message["type"] == "lifespan.shutdown.complete":
+            with pytest.raises(StrongroomError):
+                await state["strongroom"].keys.create(name="late")
+
+    app = StrongroomMiddleware(application, url="json://:memory:")
+    await app({"type": "lifespan", "state": state}, receive, send)
+    assert told == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
 
 
 async def _http_alone(scope: Scope, receive: Receive, send: Send) -> None:

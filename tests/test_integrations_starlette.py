@@ -30,6 +30,8 @@ from strongroom.integrations.starlette import (
 
 from .integrating import JSON, REQUESTS, bearer, check_refusal, client, fields, lifespan, speak, websocket
 
+HUNDRED = {**REQUESTS, "limit": 100}
+
 
 @pytest.fixture
 async def room() -> AsyncIterator[Strongroom]:
@@ -208,12 +210,16 @@ async def test_each_route_is_named_by_its_whole_template(
 
 
 async def test_a_trusted_proxy_is_trusted_below_a_mount_too(room: Strongroom) -> None:
-    issued = await room.keys.create(name="k", permissions=["chat:write"], allowed_ips=["203.0.113.0/24"])
+    issued = await room.keys.create(
+        name="k", permissions=["chat:write"], allowed_ips=["203.0.113.0/24"], limits=[HUNDRED]
+    )
     headers = {**bearer(issued.text), "x-forwarded-for": "203.0.113.9"}
     app = fastapi(room=room, trusted_proxies=["10.0.0.0/8"])
     for path in ("/v1/items/3", "/sub/deep/items/3"):
         async with client(app, "10.0.0.1") as http:
-            assert (await http.get(path, headers=headers)).status_code == 200
+            answer = await http.get(path, headers=headers)
+            assert answer.status_code == 200
+            assert len(answer.headers.get_list("ratelimit")) == 1  # though it came through two middlewares
         async with client(app, "192.0.2.1") as http:
             check_refusal(await http.get(path, headers=headers), 403, "forbidden")
 

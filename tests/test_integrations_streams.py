@@ -147,6 +147,19 @@ async def test_a_reservation_that_the_limit_does_not_allow_is_a_429_before_anyth
     assert await tokens(room, issued) == (0, 0)
 
 
+async def test_an_answer_that_has_begun_is_not_begun_again_by_a_refusal(room: Strongroom) -> None:
+    issued = await room.keys.create(name="k", limits=[TOKENS])
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await reserve(scope, cost={"tokens": 1_001})
+
+    one = Client(StrongroomMiddleware(app, room=room), issued.text)
+    with pytest.raises(KeyRefused):
+        await one.task
+    assert [message["type"] for message in one.sent] == ["http.response.start"]
+
+
 async def test_a_block_settles_at_its_end_and_can_reserve_more(room: Strongroom) -> None:
     issued = await room.keys.create(name="k", limits=[TOKENS])
 
