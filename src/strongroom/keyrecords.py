@@ -51,6 +51,8 @@ _BOOLEANS = {"true": True, "t": True, "1": True, "yes": True, "false": False, "f
 _TIMES = ("created_at", "expires_at", "last_used", "previous_until", "next_rotation_at", "leaked_at", "deleted_at")
 _OF_DJANGO = {"hashed_key": "hash", "created": "created_at", "expiry_date": "expires_at"}
 _HASHES = ("id", "key", "hash", "prefix", "hint", "previous_hash")
+_TELLING = frozenset({"name", "hash", "key", "hashed_key", "type"})
+"""A line that has any of these is a record."""
 _USED = frozenset({"last_used", "usage_count", "usage"})
 
 
@@ -198,9 +200,10 @@ def is_records(beginning: bytes) -> bool:
     first = beginning.removeprefix(b"\xef\xbb\xbf").lstrip()[:MAX_LINE_BYTES].split(b"\n", 1)[0].strip()
     if first.startswith(b"{"):
         try:
-            return "keys" not in msgspec.json.decode(first, type=dict[str, msgspec.Raw])
+            names = msgspec.json.decode(first, type=dict[str, msgspec.Raw]).keys()
         except (msgspec.DecodeError, UnicodeDecodeError):
             return False
+        return "keys" not in names and (not names.isdisjoint(_TELLING) or {"model", "fields"} <= names)
     columns = {name.strip(b' "') for name in re.split(rb"[,;\t]", first)}
     return b"name" in columns and not columns.isdisjoint((b"hash", b"key", b"hashed_key", b"id"))
 
