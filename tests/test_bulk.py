@@ -318,3 +318,35 @@ async def test_a_page_or_cursor_that_is_none_is_refused(options: dict[str, Any])
             await total(room, Bulk("disable", ids=["a", "b"]), **options)
         with pytest.raises(InvalidInput):
             await total(room, Bulk("disable", KeyFilter()), **{"cursor": "x", **options})
+
+
+async def test_the_life_of_keys_is_the_same_on_every_backend(url: str) -> None:
+    async with Strongroom.open(url) as room:
+        made = [
+            await room.keys.create(
+                name=f"{'ab'[n % 2]}{n}", tenant="acme", owner=f"team{n % 2}", environment=("live", "test")[n % 2]
+            )
+            for n in range(4)
+        ]
+        ids = [issued.key.id for issued in made]
+        since = made[0].key.created_at
+
+        async def found(**fields: Any) -> list[int]:
+            return [ids.index(key.id) for key in (await room.keys.list(**fields)).items]
+
+        assert await found() == [3, 2, 1, 0]
+        assert await found(tenant="acme", owner="team1") == [3, 1]
+        assert await found(tenant="acme", environment="live", created_after=since) == [2]
+        assert await found(tenant="acme", name_prefix="b", created_after=since) == [1, 3]
+        await room.keys.rotate(ids[0], overlap_s=60, hold=True)
+        claimed = await room.keys.claim(ids[0])
+        for text in (made[0].text, claimed.text):
+            assert (await room.keys.verify(text)).valid
+        assert await total(room, Bulk("delete", KeyFilter(tenant="acme", owner="team1")), limit=1) == (2, 2, 0, [])
+        assert (await room.keys.verify(made[1].text)).code == "NOT_FOUND"
+        assert (await found(), await found(tenant="acme", deleted=True)) == ([2, 0], [3, 1])  # in the order of their deletion
+        assert await total(room, Bulk("restore", KeyFilter(owner="team1")), limit=1) == (2, 2, 0, [])
+        await room.keys.delete(ids[2], purge=True)
+        assert await found() == [3, 1, 0]
+        assert (await room.keys.verify(made[3].text)).valid
+        assert await room.keys.count(KeyFilter(environment="test")) == 2

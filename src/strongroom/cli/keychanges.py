@@ -220,3 +220,6 @@ async def _work(room: Strongroom, work: Bulk, cursor: str | None, *, ask: bool) 
         "unchanged": unchanged,
         "failed": [{"id": one.id, "code": one.code, "message": one.message} for one in failed],
     }
+
+
+__all__ = ["app"]
