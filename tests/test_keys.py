@@ -21,9 +21,9 @@ from strongroom.apikey import ALL_TENANTS, MAX_METADATA_BYTES, RESTORABLE_FOR_S
 from strongroom.context import new_id, system_context
 from strongroom.errors import AlreadyExists, Conflict, Denied, InvalidInput, NotFound, Unavailable
 from strongroom.keytext import generate, imported_sha256
+from strongroom.knownkey import KnownKey
 from strongroom.query import Query
 from strongroom.storage.port import Record
-from strongroom.verification import KnownKey
 
 from .support import Fault, FaultyStore, new_url, opened, rolling, stored_usage, wait_until
 
@@ -1026,13 +1026,17 @@ async def test_the_text_of_a_deleted_key_is_no_others_until_it_is_purged(room: S
     assert (await room.keys.verify("sk-imported")).valid
 
 
+def _killed_at(number: int, n: int, batch: Any) -> Fault | None:
+    return Fault("before", Unavailable("killed")) if n == number else None
+
+
 async def test_a_purge_that_was_broken_off_is_done_by_the_same_call_again(room: Strongroom, store: FaultyStore) -> None:
     """It is two commits: the key is marked, then removed with its usage. Between them it is a deleted key."""
     issued = await room.keys.create(name="k", limits=[rolling("tokens", 100)])
     await room.keys.verify(issued.text, cost={"tokens": 1})
     for broken in (0, 1):
         number = len(store.batches) + broken
-        store.fault = lambda n, batch, number=number: Fault("before", Unavailable("killed")) if n == number else None
+        store.fault = partial(_killed_at, number)
         with pytest.raises(Unavailable):
             await room.keys.delete(issued.key.id, purge=True, idempotency_key="p")
         assert (await room.keys.verify(issued.text, cost={})).valid is (broken == 0)
@@ -1049,7 +1053,9 @@ async def test_a_purge_under_load_leaves_nothing(room: Strongroom, store: Faulty
     free = await room.keys.create(name="free")
 
     async def use(text: str) -> None:
-        while (await room.keys.verify(text)).valid:
+        valid = True
+        while valid:
+            valid = (await room.keys.verify(text)).valid
             await asyncio.sleep(0)  # a key in memory without limits is verified without a pause
 
     users = [asyncio.create_task(use(text)) for text in (issued.text, free.text) for _ in range(3)]
@@ -1125,8 +1131,8 @@ async def test_a_key_for_certain_models_is_refused_for_others_and_nothing_is_deb
     issued = await room.keys.create(
         name="k", allowed_models=["small"], allowed_routes=["GET /v1/*"], limits=[rolling("requests", 5)]
     )
-    good = {"model": "small", "route": "GET /v1/chat"}
-    wrong: list[dict[str, str]] = [
+    good: dict[str, Any] = {"model": "small", "route": "GET /v1/chat"}
+    wrong: list[dict[str, Any]] = [
         {},
         {"model": "small"},
         {"route": "GET /v1/x"},

@@ -174,9 +174,7 @@ async def test_a_rotation_repeated_on_two_nodes_at_once_happens_once(url_of_any:
     async with opened(url_of_any) as (here, store), opened(url_of_any, beside=store) as (there, _):
         first = await here.keys.create(name="k")
         id = first.key.id
-        calls = (
-            room.keys.rotate(id, overlap_s=HOUR, context=ADMIN, idempotency_key="r") for room in [here, there] * 4
-        )
+        calls = (room.keys.rotate(id, overlap_s=HOUR, context=ADMIN, idempotency_key="r") for room in [here, there] * 4)
         rotated = await asyncio.gather(*calls)
         assert len({issued.text for issued in rotated}) == 1
         assert len({issued.key.version for issued in rotated}) == 1
