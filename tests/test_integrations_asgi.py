@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -398,3 +400,12 @@ async def test_without_lifespan_events_a_url_is_never_opened_and_that_is_said() 
     async with client(StrongroomMiddleware(echo, url="json://:memory:")) as http:
         with pytest.raises(ConfigError, match="lifespan"):
             await http.get("/", headers=bearer("x"))
+
+
+def test_no_framework_is_imported_unless_its_module_is() -> None:
+    script = (
+        "import sys, strongroom.integrations.asgi, strongroom.blocking; "
+        "print(sorted({'fastapi', 'starlette', 'flask', 'django', 'uvicorn'} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
