@@ -224,7 +224,9 @@ class Account:
             self.leases = state.get("leases", {})
             self.told = state.get("told", {})
         self._held: dict[str, int] = {}
-        self._first_end_us = 0  # that is past: what is held is added up at the first question
+        self._first_end_us = 0
+        if self.holds:
+            self._end_holds(self.at_us)
 
     def moment(self, now_us: int) -> int:
         """When a charge that comes at `now_us` is decided: not before what was decided already."""

@@ -224,7 +224,8 @@ class Reservations(Verifier):
             if outcome is None:
                 continue
             if not outcome.allowed:
-                return _as_reservation(exceeded(key, outcome, wanted), reservation_id, "open")
+                denied = exceeded(key, outcome, wanted)
+                return _as_reservation(denied, reservation_id, "open", charged=_shown(stored.used))
             answer = _open(key, reservation_id, admitted(key, outcome.statuses).limits, ends_us)
             return _changed(answer, charged=_shown({**stored.used, **spent}))
         raise Unavailable("the reservation is being changed too quickly: try again")
@@ -291,7 +292,8 @@ class Reservations(Verifier):
 
     async def _ended(self, stored: StoredReservation) -> Reservation:
         key = await self._key_of(stored.key_id)
-        return _as_reservation(admitted(key, ()), stored.id, stored.state, charged=_shown(stored.used))
+        statuses = await self._ledger.statuses(key.metered, self._clock.now_us())
+        return _as_reservation(admitted(key, statuses), stored.id, stored.state, charged=_shown(stored.used))
 
     # --- In memory --------------------------------------------------------------------------------------------
 
