@@ -162,7 +162,7 @@ async def use_up(url: str, mode: Mode, folder: Path, *, kills: int, seed: int) -
         restarted_at = await kill_in_turn(fleet, kills, seed)
 
         async def used_up() -> bool:
-            return await recorded(room, id) == LIMIT
+            return await recorded(room, id) >= LIMIT
 
         await wait_until(used_up, 90)
         await fleet.stop()
