@@ -27,6 +27,7 @@ from strongroom.keysources import KeySource
 from strongroom.keytext import HINT_SLOTS, Hasher, Pepper
 from strongroom.recordtransfer import RecordImport
 
+from .conftest import backend_of
 from .support import Fault, FaultyStore, new_url, opened, rolling, wait_until
 
 SYSTEM = system_context()
@@ -93,6 +94,21 @@ async def test_each_kind_of_hash_is_found_by_one_read_and_is_ours_after_the_firs
     assert room.keys.hasher.unseal(after.sealed or b"") == hashlib.sha256(TEXT.encode()).digest()
     assert (await room.keys.verify(TEXT + "x")).code == "NOT_FOUND"
     assert (await room.keys.verify(TEXT)).limits[0].used == 2
+
+
+async def test_imported_keys_are_found_on_firestore_too(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    async with Strongroom.open(backend_of("firestore", tmp_path, request).new_url()) as room:
+        for kind in ("hmac", "bcrypt"):
+            text = kind + TEXT
+            made = hmac.digest(SECRET, text.encode(), "sha256").hex()
+            hash = f"hmac-sha256:{made}" if kind == "hmac" else bcrypt.hashpw(text.encode(), bcrypt.gensalt(4)).decode()
+            (record,) = await imported(room, {"hash": hash, "hint": kind}, secret=SECRET)
+            assert (await room.keys.verify(text + "x")).code == "NOT_FOUND"
+            assert (await room.keys.verify(text)).key_id == record.id
+            assert room.keys.hasher.is_current((await room.keys.get(record.id)).hash)
+            rotated = await room.keys.rotate(record.id, overlap_s=60)
+            assert (await room.keys.verify(text)).key_id == record.id
+            assert (await room.keys.verify(rotated.text)).key_id == record.id
 
 
 @pytest.fixture

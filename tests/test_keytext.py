@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import re
 
 import pytest
@@ -11,13 +13,18 @@ from hypothesis import strategies as st
 from strongroom.errors import StoreError
 from strongroom.keytext import (
     ALPHABET,
+    HINT_SLOTS,
     MAX_KEY_CHARS,
     PREFIX_PATTERN,
     SCAN_PATTERN,
     Hasher,
+    HintRule,
+    Imported,
     Pepper,
     checksum,
     generate,
+    hint_of_imported,
+    imported_hmac,
     imported_sha256,
     is_possible,
     masked,
@@ -155,3 +162,39 @@ def test_an_altered_seal_does_not_open(position: int, flip: int) -> None:
     sealed[position % len(sealed)] ^= flip
     with pytest.raises(StoreError):
         Hasher([OLD]).unseal(bytes(sealed))
+
+
+# --- Hashes of other systems ------------------------------------------------------------------------------------
+
+
+def test_a_text_is_looked_up_under_every_kind_of_hash_that_needs_no_salt() -> None:
+    secrets = {"1": b"their secret"}
+    candidates = Hasher([NEW, OLD], Imported(secrets)).candidates("hello")
+    assert candidates[2:] == [
+        imported_sha256(hashlib.sha256(b"hello").hexdigest()),
+        "sha512:" + hashlib.sha512(b"hello").hexdigest(),
+        imported_hmac("1", hmac.digest(b"their secret", b"hello", "sha256").hex()),
+    ]
+    assert "their secret" not in repr(Imported(secrets))
+
+
+@given(st.text(max_size=20), st.integers(0, 12))
+def test_a_hint_is_found_in_every_text_that_begins_with_it(text: str, chars: int) -> None:
+    rules = (HintRule(), HintRule(chars))
+    hints = Hasher([NEW], Imported(rules=rules)).hints(text)
+    assert len(set(hints)) == len(hints) == HINT_SLOTS * (("." in text) + (len(text) >= chars))
+    for stored in hints:
+        rule, hint = hint_of_imported(stored) or (None, "")
+        assert rule in rules
+        assert text.startswith(hint)
+        assert rule == HintRule(chars) or text[len(hint)] == "."
+    assert not set(hints) & set(Hasher([NEW]).candidates(text))
+
+
+def test_what_is_sealed_for_one_purpose_does_not_open_for_another() -> None:
+    hasher = Hasher([OLD])
+    sealed = hasher.seal(b"their secret", "imported secret")
+    assert hasher.unseal(sealed, "imported secret") == b"their secret"
+    with pytest.raises(StoreError, match="a sealed hash cannot be opened"):
+        hasher.unseal(sealed)
+    assert b"o" * 32 not in repr(OLD).encode()
