@@ -279,7 +279,7 @@ def run(plan: Plan) -> Benchmark:
     keys = QUICK_KEYS if plan.quick else int(os.environ.get("BENCH_KEYS", KEYS))
     folder = Path(plan.folder)
     stores = {count: f"sqlite:///{folder}/{count}.db" for count in {min(FEW, keys), keys}}
-    labels, opened = [], {}
+    labels, opened, imported = [], {}, dict[str, Any]()
     for count, url in sorted(stores.items()):
         plan.progress(f"importing {count:,} keys")
         file = folder / f"{count}.json"
