@@ -280,7 +280,7 @@ def percents(receiver: Receiver) -> list[tuple[str, int, int]]:
     return sorted((data["subject"]["kind"], data["threshold"], data["used"]) for data in told)
 
 
-@pytest.mark.parametrize("limits", ["durable"])
+@pytest.mark.parametrize("limits", ["durable", "leased"])
 async def test_a_verification_that_crosses_a_threshold_is_told_of(url_of_any: str, limits: str) -> None:
     async with receiving() as receiver, delivering(url_of_any, timing=FAST, limits=limits) as (room, _):
         await room.webhooks.create(url=receiver.url, tenant="acme", allow_private=True)

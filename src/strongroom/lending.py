@@ -330,7 +330,7 @@ class Lending:
             return
         wallet.renewing = True
         part = wallet.part
-        charge = Charge(Metered(part.id, part.guard, part.allowances), {}, True, None, None)
+        charge = Charge(Metered(part.id, part.guard, part.allowances, (), part.tenant), {}, True, None, None)
         charge.lease = "return" if lease == "return" else "renew"
         self._ledger.submit(charge)
 
@@ -403,7 +403,8 @@ class Lending:
             part = await describe(id)
             if part is not None:
                 future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-                metered = Metered(id, Check(part.guard.collection, part.guard.id, 0), part.allowances)
+                guard = Check(part.guard.collection, part.guard.id, 0)
+                metered = Metered(id, guard, part.allowances, (), part.tenant)
                 charge = Charge(metered, {}, True, None, future)
                 charge.found = Found(dead.lease, spent)
                 self._ledger.submit(charge)

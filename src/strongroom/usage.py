@@ -458,7 +458,8 @@ class Ledger:
             return
         if document is not None:  # it counts, whatever was changed; what a removed key had used is gone with it
             guard = Check(guard.collection, guard.id, document["version"])
-            charge.metered = Metered(charge.metered.id, guard, charge.metered.allowances)
+            own = charge.metered.parts[0]
+            charge.metered = Metered(own.id, guard, own.allowances, (), own.tenant)
             if charge.lease is not None:
                 charge.lease = "return"  # the limits may be others: the next use is lent something by those
             self._waiting.append(charge)
