@@ -347,6 +347,9 @@ async def test_an_unknown_text_is_one_read_by_an_index(tmp_path: Path) -> None:
         store.reads.clear()
         assert (await room.keys.verify("nobodys1.text")).code == "NOT_FOUND"
         assert [method for method, collection in store.reads if collection == "api_keys"] == ["find"]
+        read = room.keys.verify("nobodys2.text")
+        with pytest.raises(StopIteration):  # on the calling thread: it does not even give way to the event loop
+            read.send(None)
         await room.keys.create(name="k")
     connection = apsw.Connection(str(tmp_path / "store.db"))
     plan = [

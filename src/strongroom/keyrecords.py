@@ -579,7 +579,12 @@ class _Line:
         if self.is_refused:
             return None
         whose = line.tenant or tenant
-        fields = {"kind": line.kind, "name": line.name, "limits": line.limits, "description": line.description}
+        fields: dict[str, Any] = {
+            "kind": line.kind,
+            "name": line.name,
+            "limits": line.limits,
+            "description": line.description,
+        }
         if line.created_at is not None:
             fields["created_at"] = line.created_at
         return QuotaRecord(self.path, quota_id(line.kind, whose, line.name), whose, fields, line.usage)

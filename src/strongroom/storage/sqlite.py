@@ -23,7 +23,7 @@ import apsw
 
 from ..entity import Collection, Document
 from ..errors import InvalidInput, Problem, StrongroomError, Unavailable
-from ..query import Aggregate, And, Filter, Op, Query, Where
+from ..query import Aggregate, And, Filter, Op, Or, Query, Where
 from ._sql import JOURNAL_COLUMNS, listed, record_of
 from ._sqlite_dialect import translated
 from ._sqlite_guard import Table
@@ -413,4 +413,6 @@ def _is_point(where: Filter | None, point_fields: frozenset[str]) -> bool:
     """Whether a filter names, at most, the few documents of a key or a unique index."""
     if isinstance(where, Where):
         return where.field in point_fields and (where.op is Op.EQ or where.op is Op.IN) and where.value is not None
+    if isinstance(where, Or):  # each part is looked up by its own index
+        return all(_is_point(part, point_fields) for part in where.filters)
     return isinstance(where, And) and any(_is_point(part, point_fields) for part in where.filters)
