@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic import BaseModel, Field
@@ -65,6 +65,9 @@ class QuotaIn(QuotaFields):
     limits: list[Limit] = Field(max_length=MAX_LIMITS)
 
 
+MADE: dict[int | str, dict[str, Any]] = {201: {"model": QuotaOut, "description": "It was made."}}
+
+
 class QuotaStatsOut(BaseModel):
     """`count`: uses. `totals`: what was used of each resource since the quota is there."""
 
@@ -111,14 +114,20 @@ def router(services: Services) -> APIRouter:
     async def get_quota(request: Request, kind: Kind, tenant: str, name: str) -> Response:
         return await show(request, kind, tenant, name)
 
-    @routes.put(OF_TENANT, response_model=QuotaOut, openapi_extra=body(QuotaIn), summary="Put a tenant's quota")
+    @routes.put(
+        OF_TENANT, response_model=QuotaOut, responses=MADE, openapi_extra=body(QuotaIn), summary="Put a tenant's quota"
+    )
     async def put_tenant_quota(request: Request, kind: TenantKind, tenant: str) -> Response:
         """201 if it was made, 200 if it replaced one. What was used stays counted where resource, window and scope stay
         the same. A caller who is bound to a tenant does not set the quota of that tenant itself."""
         return await put(request, kind, tenant, "")
 
     @routes.put(
-        OF_NAME, response_model=QuotaOut, openapi_extra=body(QuotaIn), summary="Put a user's or a group's quota"
+        OF_NAME,
+        response_model=QuotaOut,
+        responses=MADE,
+        openapi_extra=body(QuotaIn),
+        summary="Put a user's or a group's quota",
     )
     async def put_quota(request: Request, kind: Kind, tenant: str, name: str) -> Response:
         """201 if it was made, 200 if it replaced one. What was used stays counted where resource, window and scope stay
