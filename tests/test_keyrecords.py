@@ -29,12 +29,13 @@ from strongroom import Anchored, ApiKey, Calendar, Limit, Rolling, Strongroom, T
 from strongroom.context import system_context
 from strongroom.errors import InvalidInput, Unavailable
 from strongroom.keyfile import Finding, KeyFileError
-from strongroom.keyrecords import MAX_LINE_BYTES, KeyRecord, Record, RecordReader, is_records
+from strongroom.keyrecords import KeyRecord, Record, RecordReader
 from strongroom.keysources import MAX_RULES, KeySource
 from strongroom.keytext import HINT_SLOTS, generate
 from strongroom.keytransfer import Standing, id_of
 from strongroom.query import MAX_LIMIT, Query
 from strongroom.quotas import Quota, quota_id
+from strongroom.recordlines import MAX_LINE_BYTES, is_records
 from strongroom.recordtransfer import ExportedRecords, PlannedRecord, RecordImport, export_records
 from strongroom.testing.storage import Backend
 

@@ -13,14 +13,11 @@ A row is refused, with every reason, or accepted as it stands: nothing is guesse
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from decimal import Decimal
 from typing import Any
 
 import msgspec
@@ -29,14 +26,14 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator
 from .apikey import ALL_TENANTS, Environment, KeyFields, parse, schedule_problem
 from .context import MAX_TENANT_BYTES, text_problem
 from .errors import InvalidInput
-from .keyfile import Finding, KeyFileError, key_problem
+from .keyfile import Finding, key_problem
 from .keyhash import ForeignHash, understood
 from .keytext import HINT_SLOTS, MAX_HINT_CHARS, HintRule, masked
 from .quotas import QuotaKind, quota_id
+from .recordlines import OF_DJANGO, TIMES, rows_of
 from .values import MAX_ID_BYTES
 from .windows import MAX_LIMITS, SATURATED, Limit, counter_for
 
-MAX_LINE_BYTES = 1 << 20
 MAX_COUNTERS = 200
 MAX_BUCKETS = 1_000
 MAX_DISPLAY_CHARS = 64
@@ -44,15 +41,7 @@ MAX_AHEAD_S = 86_400
 """Usage may be told from this far ahead of now, for clocks that differ; what lies further ahead is a mistake."""
 
 _KEY_ID = re.compile(r"key_[0-9A-Za-z_-]{1,96}")
-_SHORT_OFFSET = re.compile(r"[+-]\d\d$")
-_LISTS = ("permissions", "allowed_ips", "groups", "allowed_models", "allowed_routes")
-_OBJECTS = ("metadata", "limits", "usage")
-_BOOLEANS = {"true": True, "t": True, "1": True, "yes": True, "false": False, "f": False, "0": False, "no": False}
-_TIMES = ("created_at", "expires_at", "last_used", "previous_until", "next_rotation_at", "leaked_at", "deleted_at")
-_OF_DJANGO = {"hashed_key": "hash", "created": "created_at", "expiry_date": "expires_at"}
 _HASHES = ("id", "key", "hash", "prefix", "hint", "previous_hash")
-_TELLING = frozenset({"name", "hash", "key", "hashed_key", "type"})
-"""A line that has any of these is a record."""
 _USED = frozenset({"last_used", "usage_count", "usage"})
 
 
@@ -122,7 +111,7 @@ class _KeyLine(KeyFields):
     def _one_tenant(cls, value: str | None) -> str | None:
         return _tenant(value)
 
-    @field_validator(*_TIMES, check_fields=False)
+    @field_validator(*TIMES, check_fields=False)
     @classmethod
     def _plausible(cls, value: datetime | None) -> datetime | None:
         return _moment(value)
@@ -195,19 +184,6 @@ Record = KeyRecord | QuotaRecord
 # --- Reading: the file ------------------------------------------------------------------------------------------
 
 
-def is_records(beginning: bytes) -> bool:
-    """Whether a file that begins like this is one of records, and not one of `keyfile`'s shapes."""
-    first = beginning.removeprefix(b"\xef\xbb\xbf").lstrip()[:MAX_LINE_BYTES].split(b"\n", 1)[0].strip()
-    if first.startswith(b"{"):
-        try:
-            names = msgspec.json.decode(first, type=dict[str, msgspec.Raw]).keys()
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            return False
-        return "keys" not in names and (not names.isdisjoint(_TELLING) or {"model", "fields"} <= names)
-    columns = {name.strip(b' "') for name in re.split(rb"[,;\t]", first)}
-    return b"name" in columns and not columns.isdisjoint((b"hash", b"key", b"hashed_key", b"id"))
-
-
 class RecordReader:
     """Reads a file of records line by line; each record comes with what was found of it. One for one pass of a file.
 
@@ -223,7 +199,7 @@ class RecordReader:
 
     def read(self, lines: Iterable[bytes]) -> Iterator[tuple[Record | None, list[Finding]]]:
         """The records of a file, None for one that is refused. KeyFileError if it is no file of records."""
-        for number, row, problem in _rows(lines):
+        for number, row, problem in rows_of(lines):
             line = _Line(number, row)
             if problem is not None:
                 line.wrong("", problem)
@@ -252,119 +228,6 @@ class RecordReader:
 
 def too_many_hints(hint: str) -> str:
     return f"found more than {HINT_SLOTS} keys that begin with {hint[:16]!r}, expected {HINT_SLOTS} at most"
-
-
-def _rows(lines: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any], str | None]]:
-    """Number, content and problem of each line that holds anything."""
-    numbered = _numbered(lines)
-    first = next(numbered, None)
-    if first is None:
-        raise KeyFileError("is empty: expected one JSON object a line, or CSV")
-    if first[1].startswith(b"{"):
-        yield _json_row(*first)
-        for line in numbered:
-            yield _json_row(*line)
-    else:
-        yield from _csv_rows(first, numbered)
-
-
-def _numbered(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    for number, line in enumerate(lines, 1):
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        if line.strip():
-            yield number, line
-
-
-def _json_row(number: int, line: bytes) -> tuple[int, dict[str, Any], str | None]:
-    if len(line) > MAX_LINE_BYTES:
-        return number, {}, f"found {len(line)} bytes, expected at most {MAX_LINE_BYTES}"
-    try:
-        raw = msgspec.json.decode(line, type=dict[str, msgspec.Raw])
-        if "model" in raw and "fields" in raw:  # Django's dumpdata, one object a line
-            id = {"id": raw["pk"]} if "pk" in raw else {}
-            raw = id | msgspec.json.decode(raw["fields"], type=dict[str, msgspec.Raw])
-        # Amounts of money keep every digit; everything else is what JSON makes of it.
-        return number, {n: _exact(v) if n == "limits" else msgspec.json.decode(v) for n, v in raw.items()}, None
-    except msgspec.ValidationError:
-        return number, {}, "expected a JSON object"
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        return number, {}, f"is not JSON: {str(error)[:200]}"
-
-
-def _exact(raw: msgspec.Raw | str) -> Any:
-    return json.loads(raw if isinstance(raw, str) else bytes(raw), parse_float=Decimal)
-
-
-def _csv_rows(
-    first: tuple[int, bytes], lines: Iterator[tuple[int, bytes]]
-) -> Iterator[tuple[int, dict[str, Any], str | None]]:
-    began = first[0]
-
-    def text() -> Iterator[str]:
-        nonlocal began
-        yield heading
-        for number, line in lines:
-            began = number
-            yield _decoded(number, line)
-
-    heading = _decoded(*first)
-    delimiter = max(",;\t", key=heading.count)
-    rows = csv.reader(text(), delimiter=delimiter, strict=True)
-    columns: list[str] | None = None
-    while True:
-        try:
-            cells = next(rows)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise KeyFileError(f"line {began}: is not CSV: {error}") from None
-        if columns is None:
-            columns = [name.strip() for name in cells]
-            twice = [name for name in columns if columns.count(name) > 1]
-            if twice:
-                raise KeyFileError(f"has two columns {twice[0][:40]!r}")
-            if "name" not in columns or not {"key", "hash", "hashed_key", "id"} & set(columns):
-                raise KeyFileError("is neither JSON Lines nor CSV with the columns name and hash (or key)")
-            continue
-        if len(cells) != len(columns):
-            yield began, {}, f"found {len(cells)} columns, expected {len(columns)}"
-            continue
-        row, problems = _cells(dict(zip(columns, cells, strict=True)))
-        yield began, row, "; ".join(problems) or None
-
-
-def _decoded(number: int, line: bytes) -> str:
-    try:
-        return line.decode()
-    except UnicodeDecodeError as error:
-        raise KeyFileError(f"line {number}: is not UTF-8: {error.reason}") from None
-
-
-def _cells(cells: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
-    """What a row's texts mean. An empty cell says nothing."""
-    row: dict[str, Any] = {}
-    problems: list[str] = []
-    for name, cell in cells.items():
-        text = cell.strip()
-        if not text:
-            continue
-        if name in _OBJECTS or (name in _LISTS and text.startswith("[")):
-            try:
-                row[name] = _exact(text) if name == "limits" else msgspec.json.decode(text.encode())
-            except (ValueError, RecursionError):
-                problems.append(f"{name}: expected JSON")
-        elif name in _LISTS:
-            row[name] = re.split(r"[,;\s]+", text)
-        elif name in ("enabled", "revoked"):
-            row[name] = _BOOLEANS.get(text.lower(), text)
-        elif name in ("usage_count", "rotate_every_s", "rotation_overlap_s"):
-            row[name] = int(text) if text.isascii() and text.isdigit() and len(text) < 20 else text
-        elif name in _TIMES or name in _OF_DJANGO:
-            row[name] = text + ":00" if _SHORT_OFFSET.search(text) and ":" in text else text  # PostgreSQL's +00
-        else:
-            row[name] = cell
-    return row, problems
 
 
 # --- Reading: one line ------------------------------------------------------------------------------------------
@@ -411,7 +274,7 @@ class _Line:
         """The columns of djangorestframework-api-key by their names here. Its id was prefix.hash for a time, and ever
         since then has no meaning."""
         row = self.row
-        for theirs, ours in _OF_DJANGO.items():
+        for theirs, ours in OF_DJANGO.items():
             if theirs in row:
                 if row.get(ours) is not None:
                     self.wrong(theirs, f"stands beside {ours}, expected one of the two")

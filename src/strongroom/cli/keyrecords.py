@@ -30,11 +30,11 @@ ROWS_AT_ONCE = 500
 
 def is_records(file: Path) -> bool:
     """Whether a file is one of records; not a file that cannot be read, which is told elsewhere."""
-    from .. import keyrecords
+    from .. import recordlines
 
     try:
         with file.open("rb") as opened:
-            return keyrecords.is_records(opened.read(keyrecords.MAX_LINE_BYTES))
+            return recordlines.is_records(opened.read(recordlines.MAX_LINE_BYTES))
     except OSError:
         return False
 
