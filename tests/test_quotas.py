@@ -128,6 +128,7 @@ async def test_a_refill_of_a_shared_budget_changes_without_losing_what_was_used(
     assert denied.code == "USAGE_EXCEEDED"
     assert denied.limits[0].used == Decimal("7.000000001")
     assert denied.retry_after_s is not None
+    assert denied.retry_after_s < 63 * 86_400  # two refills of five, not seven of one
     assert (await room.keys.verify(key.text, cost={"cost": Decimal("2.999999999")})).valid
 
 

@@ -17,7 +17,7 @@ import msgspec
 from .context import us_from_utc, utc_from_us
 from .entity import Document, Entity, Index
 from .storage.port import Check
-from .windows import SATURATED, Counter, Limit, counter_for, to_units
+from .windows import SATURATED, Counter, Limit, Total, TotalCounter, counter_for, to_units
 
 MAX_TOTALS = 100
 """Resources whose lifetime totals a key keeps; what is used of further ones is added up under OTHER_RESOURCES."""
@@ -178,6 +178,7 @@ class Account:
         "count",
         "counters",
         "holds",
+        "kept",
         "last_used_us",
         "leases",
         "patience",
@@ -208,6 +209,9 @@ class Account:
         self.unknown: dict[str, Any] = {}  # states of limits nobody asked for yet, or that a key no longer has
         self.holds: dict[str, Hold] = {}
         self.leases: dict[str, Lease] = {}
+        self.kept: dict[str, int] = {}
+        """Units of limits that this node's reservations in memory hold of the lease that is taken out of `leases` while
+        something is decided. Not in the document: the lease is."""
         self.told: dict[str, Any] = {}
         if document is not None:
             self.size = len(document["state"])
@@ -237,6 +241,10 @@ class Account:
         if counter is None:
             counter = counter_for(allowance.limit.window, self.unknown.pop(allowance.id, None))
             self.counters[allowance.id] = counter
+        elif isinstance(counter, TotalCounter):  # the same limit with another refill goes on from what was used
+            window = allowance.limit.window
+            if isinstance(window, Total) and counter.refill is not window.refill and counter.refill != window.refill:
+                counter = self.counters[allowance.id] = counter_for(window, counter.dump())
         return counter
 
     # --- What counts ------------------------------------------------------------------------------------------
@@ -249,6 +257,8 @@ class Account:
             if now_us >= self._first_end_us:
                 self._end_holds(now_us)
             reserved = self._held.get(allowance.id, 0)
+        if self.kept:
+            reserved += self.kept.get(allowance.id, 0)
         if self.leases:
             leased = self.leased(allowance.id, now_us)
         return recorded, reserved, leased
@@ -335,6 +345,12 @@ class Account:
         """What is reserved under an id; None if it has ended, or never was."""
         hold: Hold | None = self.holds.get(id)
         return hold[1] if hold is not None and now_us < hold[0] else None
+
+    def open_holds(self, now_us: int) -> int:
+        """How many reservations are open."""
+        if self.holds and now_us >= self._first_end_us:
+            self._end_holds(now_us)
+        return len(self.holds)
 
     def release(self, id: str) -> None:
         """Give back what is reserved under an id."""

@@ -15,7 +15,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from .accounts import CONCURRENCY, MAX_TOTALS, OTHER_RESOURCES, Account, Cost, Metered, Outcome, Part
 from .charges import Charge, Decided, Found, Group
@@ -100,8 +100,8 @@ class LocalHold:
     entries: Entries
     cost: Cost
     ends_us: int
-    tenant: str
-    key_id: str
+    key: Any
+    """Whose it is, as who reserved it knows the key."""
     model: str | None
     route: str | None
     used: dict[str, int]
@@ -184,7 +184,7 @@ class Lending:
     # --- Reservations in memory -------------------------------------------------------------------------------
 
     def hold(
-        self, metered: Metered, cost: Cost, now_us: int, ends_us: int, tenant: str, model: str | None, route: str | None
+        self, metered: Metered, cost: Cost, now_us: int, ends_us: int, key: Any, model: str | None, route: str | None
     ) -> tuple[str, Entries] | None:
         """Reserve from the shares that this node holds; None if that is not possible from memory."""
         ticket = self._tickets.get(metered.id)
@@ -199,7 +199,7 @@ class Lending:
         for wallet in ticket.wallets:
             wallet.open += 1
         id = new_id(LOCAL)
-        self._holds[id] = LocalHold(ticket, entries, cost, ends_us, tenant, metered.id, model, route, {})
+        self._holds[id] = LocalHold(ticket, entries, cost, ends_us, key, model, route, {})
         return id, entries
 
     def held(self, id: str, now_us: int) -> LocalHold | None:

@@ -110,6 +110,17 @@ class Reservations(Verifier):
         durable one. Raises InvalidInput with every problem; never for a key.
         """
         units = _reserved(cost, ttl_s, ip)
+        lending = self._ledger.lending
+        in_memory = lending is not None and not durable and idempotency_key is None
+        if lending is not None and in_memory:
+            now_us = self._clock.now_us()
+            known = self.cache.peek(text, now_us)
+            mine = known is not None and (tenant is None or known.tenant == tenant)
+            if known is not None and mine and known.refusal(now_us, permission, ip, model, route) is None:
+                ends_us = now_us + ttl_s * _SECOND
+                held = lending.hold(known.metered, units, now_us, ends_us, known, model, route)
+                if held is not None:
+                    return _in_memory(known, *held, "open", expires_at=utc_from_us(ends_us))
         for _ in range(MAX_KEY_ATTEMPTS):
             now_us = self._clock.now_us()
             key = await self.cache.find(text, now_us)
@@ -121,11 +132,10 @@ class Reservations(Verifier):
             if not await self.cache.is_current(key):
                 continue
             ends_us = now_us + ttl_s * _SECOND
-            lending = self._ledger.lending
-            if lending is not None and not durable and idempotency_key is None:
-                held = lending.hold(key.metered, units, now_us, ends_us, key.tenant, model, route)
+            if lending is not None and in_memory:
+                held = lending.hold(key.metered, units, now_us, ends_us, key, model, route)
                 if held is not None:
-                    return _open(key, held[0], [share_status(share) for share, _ in held[1]], ends_us)
+                    return _in_memory(key, *held, "open", expires_at=utc_from_us(ends_us))
             id = new_id("rsv_") if idempotency_key is None else _derived(actor, key.id, idempotency_key)
             stored = StoredReservation(
                 id=id,
@@ -298,41 +308,33 @@ class Reservations(Verifier):
     # --- In memory --------------------------------------------------------------------------------------------
 
     async def _settle_local(self, id: str, units: dict[str, int] | None, context: Context | None) -> Reservation:
+        state: State = "released" if units is None else "settled"
         done = self._settled.get(id)
         if done is not None and may_see(context, done[1].tenant or ""):
-            state = "released" if units is None else "settled"
             if done[1].state == state and (units is None or done[0] == units):
                 return done[1]
             raise Conflict(f"the reservation was {done[1].state} before")
         lending, hold = self._local(id, context)
-        total = dict(hold.used) if units is None else {**hold.used, **units}
-        more = {} if units is None else _more(hold.used, units)
-        key = await self._key_of(hold.key_id)
-        if self._local(id, context)[1] is not hold:
-            raise NotFound(f"there is no reservation {id[:64]!r}")
-        limits: list[LimitStatus]
+        total = hold.used if units is None else {**hold.used, **units}
+        more = {} if units is None else units if not hold.used else _more(hold.used, units)
+        limits: list[LimitStatus] | None = None
         if units is None:
             lending.end(id)
-            limits = [share_status(share) for share, _ in hold.entries]
-        elif lending.settle(id, more, self._clock.now_us()):
-            limits = [share_status(share) for share, _ in hold.entries]
-        else:  # more than this node holds: it happened, so it is recorded whole
-            answer = await self.record(key_id=hold.key_id, cost=_shown(more), model=hold.model, route=hold.route)
-            limits = answer.limits
-        state = "released" if units is None else "settled"
-        settled = _as_reservation(admitted(key, ()), id, state, charged=_shown(total))
-        settled = _changed(settled, limits=limits)
+        elif not lending.settle(id, more, self._clock.now_us()):
+            # More than this process holds, or its lease has ended: it happened, so it is recorded whole.
+            recorded = await self.record(key_id=hold.key.id, cost=_shown(more), model=hold.model, route=hold.route)
+            limits = recorded.limits
+        settled = _in_memory(hold.key, id, hold.entries, state, limits=limits, charged=_shown(total))
         self._settled[id] = (units if units is not None else {}, settled)
-        while len(self._settled) > MAX_SETTLED:
+        if len(self._settled) > MAX_SETTLED:
             self._settled.popitem(last=False)
         return settled
 
     async def _extend_local(
         self, id: str, ttl_s: int, units: dict[str, int] | None, used: dict[str, int], context: Context | None
     ) -> Reservation:
-        _, hold = self._local(id, context)
-        key = await self._key_of(hold.key_id)
         lending, hold = self._local(id, context)
+        key = hold.key
         now_us = self._clock.now_us()
         more = _more(hold.used, used)
         wanted = units if units is not None else _plus(dict(hold.cost), hold.used)
@@ -343,15 +345,15 @@ class Reservations(Verifier):
         if more:
             lending.change(id, _minus(wanted, used), ends_us, now_us)
             if not lending.settle(id, more, now_us, last=False):
-                await self.record(key_id=hold.key_id, cost=_shown(more), model=hold.model, route=hold.route)
+                await self.record(key_id=hold.key.id, cost=_shown(more), model=hold.model, route=hold.route)
             hold.used = {**hold.used, **used}
-        answer = _open(key, id, [share_status(share) for share, _ in hold.entries], ends_us)
-        return _changed(answer, charged=_shown(hold.used))
+        charged, expires_at = _shown(hold.used), utc_from_us(ends_us)
+        return _in_memory(key, id, hold.entries, "open", charged=charged, expires_at=expires_at)
 
     def _local(self, id: str, context: Context | None) -> tuple[Lending, LocalHold]:
         lending = self._ledger.lending
         hold = lending.held(id, self._clock.now_us()) if lending is not None else None
-        if lending is None or hold is None or not may_see(context, hold.tenant):
+        if lending is None or hold is None or not may_see(context, hold.key.tenant):
             raise NotFound(f"there is no reservation {id[:64]!r} in this process, or it has ended")
         return lending, hold
 
@@ -427,6 +429,26 @@ def _changed(answer: Reservation, **changes: Any) -> Reservation:
 def _open(key: KnownKey, id: str, limits: list[LimitStatus], ends_us: int) -> Reservation:
     answer = _as_reservation(admitted(key, ()), id, "open", expires_at=utc_from_us(ends_us))
     return _changed(answer, limits=limits)
+
+
+def _in_memory(
+    key: KnownKey, id: str, entries: Entries, state: State, *, limits: list[LimitStatus] | None = None, **more: Any
+) -> Reservation:
+    """The answer to what was done with a reservation in memory."""
+    shown = [share_status(share) for share, _ in entries] if limits is None else limits
+    return Reservation(
+        True,
+        "VALID",
+        key.id,
+        key.tenant,
+        key.user_id,
+        key.permissions,
+        key.metadata,
+        shown,
+        reservation_id=id,
+        state=state,
+        **more,
+    )
 
 
 def _denied(key: KnownKey, entries: Entries, wanted: Mapping[str, int]) -> Verification:

@@ -173,6 +173,12 @@ class Wallet:
         share.allowance = allowance
         return share
 
+    def kept(self) -> dict[str, int]:
+        """Units of each limit that reservations in memory hold: nobody else may have them."""
+        if not self.open:
+            return {}
+        return {id: share.held for id, share in self.shares.items() if share.held}
+
     @property
     def dirty(self) -> bool:
         """Whether something was used that is not recorded."""
@@ -334,7 +340,7 @@ def fold(account: Account, allowances: Iterable[Allowance], now_us: int) -> None
 
 
 def recover(
-    account: Account, allowances: Iterable[Allowance], lease_id: str, found: dict[str, tuple[int, int]]
+    account: Account, allowances: Iterable[Allowance], lease_id: str, found: Mapping[str, tuple[int, int]]
 ) -> bool:
     """Set the lease of a dead process right: what it had spent is recorded, the rest is given back. `found`: of each
     limit the total it had spent, and when last. Whether there was such a lease."""
@@ -343,6 +349,7 @@ def recover(
         return False
     by_id = {allowance.id: allowance for allowance in allowances}
     until_us, _, shares = lease
+    used: dict[str, int] = {}
     for id, (units, settled, _) in list(shares.items()):
         allowance = by_id.get(id)
         if allowance is None:
@@ -351,7 +358,10 @@ def recover(
             total, moment_us = found.get(id, (settled + units, until_us))
             spent = min(max(total - settled, 0), units)
             account.counter(allowance).add_at(min(moment_us or until_us, until_us), spent)
+            used[allowance.resource] = max(used.get(allowance.resource, 0), spent)  # several limits count one use
         del shares[id]
+    # How many uses it was the log does not say; what they used it does.
+    account.tally(used, 0, min(until_us, account.at_us) or until_us)
     if not shares:
         del account.leases[lease_id]
     return True

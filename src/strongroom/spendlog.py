@@ -22,12 +22,14 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 try:
     import fcntl
-except ImportError:  # Windows has no such lock; leases go unlogged there
-    fcntl = None  # type: ignore[assignment]
+except ImportError:  # not on Windows, where leases go unlogged
+    LOCKS = False
+else:
+    LOCKS = True
 
 MAGIC = int.from_bytes(b"SRSPENT1", "little")
 HEADER_CELLS = 2
@@ -48,21 +50,21 @@ class SpendLog:
         self._slots = FIRST_SLOTS
         self._spent: int | None = None
         self._names: int | None = None
-        self._map: mmap.mmap | None = None
+        mapped: mmap.mmap | None = None
         boot = boot_id()
-        if folder is not None and fcntl is not None and boot is not None:
+        if folder is not None and LOCKS and boot is not None:
             try:
-                self._open(folder, boot)
+                mapped = self._open(folder, boot)
             except OSError as error:
                 self._close_files()
                 _log.warning(
                     "limit leases are not logged, so what a killed process had left comes back late: %s", error
                 )
         size = (HEADER_CELLS + 2 * self._slots) * CELL
-        self.cells = memoryview(self._map if self._map is not None else bytearray(size)).cast("Q")
+        self.cells = memoryview(mapped if mapped is not None else bytearray(size)).cast("Q")
         self.cells[0], self.cells[1] = MAGIC, 1
 
-    def _open(self, folder: Path, boot: str) -> None:
+    def _open(self, folder: Path, boot: str) -> mmap.mmap:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if folder.stat().st_uid != os.getuid():
             raise PermissionError(f"{folder} belongs to another user")
@@ -73,7 +75,7 @@ class SpendLog:
         os.write(self._names, json.dumps({"boot": boot}).encode() + b"\n")
         self._folder = folder
         self._spent = os.open(folder / f"{self.lease}.spent", flags, 0o600)
-        self._map = self._mapped(self._spent)
+        return self._mapped(self._spent)
 
     def _mapped(self, descriptor: int) -> mmap.mmap:
         size = (HEADER_CELLS + 2 * self._slots) * CELL
@@ -108,8 +110,7 @@ class SpendLog:
         before = self.cells
         if self._spent is not None:
             # The same file: the cells that were written through the old view are in the new one.
-            self._map = self._mapped(self._spent)
-            self.cells = memoryview(self._map).cast("Q")
+            self.cells = memoryview(self._mapped(self._spent)).cast("Q")
         else:
             self.cells = memoryview(bytearray((HEADER_CELLS + 2 * self._slots) * CELL)).cast("Q")
             self.cells[: len(before)] = before
@@ -156,7 +157,7 @@ class DeadLog:
 
 def dead_logs(folder: Path) -> Iterator[DeadLog]:
     """The logs in a folder whose processes are dead, each locked for the caller."""
-    if fcntl is None or not folder.is_dir():
+    if not LOCKS or not folder.is_dir():
         return
     for path in sorted(folder.glob("*.names")):
         try:
@@ -210,7 +211,9 @@ def folder_for(url: str, given: str | None = None) -> Path | None:
     parts = urlsplit(url)
     path = unquote(parts.path.removeprefix("/") if parts.scheme in ("sqlite", "json") else "")
     if parts.netloc or not path:  # a server's
-        place = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        # What sets two stores of one server apart; how many connections one takes does not.
+        apart = [(name, value) for name, value in parse_qsl(parts.query) if name in ("schema", "collection")]
+        place = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path} {apart}"
         if parts.scheme in ("sqlite", "json"):
             return None
         name = hashlib.sha256(place.encode()).hexdigest()[:16]

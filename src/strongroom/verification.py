@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from .accounts import CONCURRENCY
+from .accounts import CONCURRENCY, Allowance
 from .context import utc_from_us
 from .errors import InvalidInput, Problem
 from .knownkey import Code, KnownKey
@@ -126,46 +126,57 @@ NOT_FOUND = Verification(False, "NOT_FOUND", message="there is no such key")
 
 def limit_status(status: Status) -> LimitStatus:
     """Where a limit stands, as it is shown."""
-    allowance = status.allowance
-    resource = allowance.resource
-    most, used = allowance.most, status.used
-    amounts = (most, used, most - used if used < most else 0, status.recorded, status.reserved, status.leased)
-    resets = None if status.resets_at_us is None else utc_from_us(status.resets_at_us)
-    if resource == MONEY:
-        shown: list[Amount] = [from_units(resource, units) for units in amounts]
-    else:
-        shown = list(amounts)
-    limit = allowance.limit
-    return LimitStatus(
-        resource, *shown, allowance.window, resets, allowance.subject, status.exceeded, limit.models, limit.routes
+    resets_at = None if status.resets_at_us is None else utc_from_us(status.resets_at_us)
+    return _status(
+        status.allowance, status.recorded, status.reserved, status.leased, resets_at, exceeded=status.exceeded
     )
 
 
 def share_status(share: Share) -> LimitStatus:
     """Where a limit stands that was charged from memory."""
-    allowance = share.allowance
+    recorded, reserved = share.recorded + share.spent, share.reserved + share.held
+    return _status(share.allowance, recorded, reserved, share.leased, share.resets_at)
+
+
+def _status(
+    allowance: Allowance,
+    recorded: int,
+    reserved: int,
+    leased: int,
+    resets_at: datetime | None,
+    exceeded: bool = False,
+) -> LimitStatus:
     limit, most = allowance.limit, allowance.most
-    recorded, reserved, leased = share.recorded + share.spent, share.reserved + share.held, share.leased
     used = recorded + reserved + leased
     remaining = most - used if used < most else 0
-    resource = allowance.resource
-    if resource == MONEY:
-        shown = [from_units(MONEY, units) for units in (most, used, remaining, recorded, reserved, leased)]
+    if allowance.resource != MONEY:
         return LimitStatus(
-            resource, *shown, allowance.window, share.resets_at, allowance.subject, False, limit.models, limit.routes
+            allowance.resource,
+            most,
+            used,
+            remaining,
+            recorded,
+            reserved,
+            leased,
+            allowance.window,
+            resets_at,
+            allowance.subject,
+            exceeded,
+            limit.models,
+            limit.routes,
         )
     return LimitStatus(
-        resource,
-        most,
-        used,
-        remaining,
-        recorded,
-        reserved,
-        leased,
+        MONEY,
+        from_units(MONEY, most),
+        from_units(MONEY, used),
+        from_units(MONEY, remaining),
+        from_units(MONEY, recorded),
+        from_units(MONEY, reserved),
+        from_units(MONEY, leased),
         allowance.window,
-        share.resets_at,
+        resets_at,
         allowance.subject,
-        False,
+        exceeded,
         limit.models,
         limit.routes,
     )
@@ -195,6 +206,8 @@ def admitted_from(key: KnownKey, entries: Entries) -> Verification:
 
 
 def refused(key: KnownKey, code: Code, message: str) -> Verification:
+    if code == "NOT_FOUND":  # it was deleted: nothing is told of it
+        return NOT_FOUND
     return Verification(False, code, key.id, key.tenant, key.user_id, key.permissions, key.metadata, [], None, message)
 
 

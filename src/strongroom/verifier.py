@@ -103,7 +103,8 @@ class Verifier:
         if ip is not None:
             check_address(ip)
         now_us = self._clock.now_us()
-        if idempotency_key is None and self._ledger.lending is not None:
+        lending = self._ledger.lending
+        if idempotency_key is None and lending is not None:
             answer = self._from_memory(text, units, now_us, permission, ip, model, route, tenant)
             if answer is not None:
                 return answer
@@ -118,7 +119,11 @@ class Verifier:
                 if await self.cache.is_current(key):
                     self._ledger.tally(key.metered, units)
                     return admitted(key, ())
-            elif self._ledger.lending is None or await self.cache.is_current(key):
+            elif lending is None or await self.cache.is_current(key):
+                if lending is not None and idempotency_key is None:
+                    entries = lending.admit(key.metered, units, now_us, model, route)
+                    if entries is not None:
+                        return admitted_from(key, entries)
                 once = self._charged_once("verify", key, idempotency_key, actor, units)
                 try:
                     outcome = await self._ledger.charge(key.metered, units, once=once, model=model, route=route)
