@@ -104,7 +104,9 @@ def bare_server(folder: Path, keys: Sequence[str]) -> Iterator[Server]:
 
 
 @contextmanager
-def strongroom_server(folder: Path, admin_key: str, store: str | None = None) -> Iterator[Server]:
+def strongroom_server(
+    folder: Path, admin_key: str, store: str | None = None, *, limits: str = "durable"
+) -> Iterator[Server]:
     """Ours: `strongroom serve`, one worker process, as a user would start it; on SQLite in `folder`, or on `store`."""
     beside = Path(sys.executable).parent / "strongroom"
     program = str(beside) if beside.exists() else shutil.which("strongroom")
@@ -117,6 +119,7 @@ def strongroom_server(folder: Path, admin_key: str, store: str | None = None) ->
         "STRONGROOM_PORT": str(port),
         "STRONGROOM_WORKERS": "1",
         "STRONGROOM_ADMIN_KEY": admin_key,
+        "STRONGROOM_LIMITS": limits,
     }
     with _running([program, "serve"], folder, port, environment) as server:
         yield server

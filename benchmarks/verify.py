@@ -12,31 +12,35 @@ from .load import Load, load_generator, post
 from .servers import HOST, Server, bare_server, create_keys, strongroom_server
 
 CONNECTIONS = (32, 128)
-TARGETS = {32: 0.5, 128: 0.7}
+DURABLE = {32: 0.55, 128: 0.8}
+LEASED = {32: 0.85}
 MANY_KEYS = 1_000
 TOKENS = 250
 LIMIT = {"resource": "tokens", "limit": 1_000_000_000_000, "window": {"kind": "rolling", "seconds": 18_000}}
 
 FLOOR = "bare ASGI endpoint, nothing counted"
-ONE_KEY = "strongroom, 1 key"
+MODES = ("leased", "durable")
 
 
 def run(plan: Plan) -> Benchmark:
-    return measured(plan, "verify", "SQLite", None, TARGETS)
+    return measured(plan, "verify", "SQLite", None, {"durable": DURABLE, "leased": LEASED})
 
 
-def measured(plan: Plan, name: str, engine: str, store: str | None, targets: Mapping[int, float]) -> Benchmark:
-    """The benchmark `name` on the store of this URL (None: SQLite in the plan's folder)."""
+def measured(
+    plan: Plan, name: str, engine: str, store: str | None, targets: Mapping[str, Mapping[int, float]]
+) -> Benchmark:
+    """The benchmark `name` on the store of this URL (None: SQLite in the plan's folder). `targets`: by mode and number
+    of connections, the least part of the floor with one key."""
     many = 20 if plan.quick else MANY_KEYS
     admin_key = secrets.token_hex(24)
-    many_keys = f"strongroom, {many:,} keys"
     labels = (
         f"POST /v1/keys/verify, cost {TOKENS} tokens against one rolling limit of 5 hours that never denies; "
         "every answer is checked to be 200 and valid.",
         "One uvicorn worker process (uvloop, httptools, no access log) each; the load generator is a process of its "
         "own: closed loop, keep-alive, one request in flight a connection.",
-        f"strongroom: `strongroom serve` with its defaults, counts durable in {engine}; the caller is authorised by "
-        "the administrator's key.",
+        f"strongroom: `strongroom serve`; durable: each answer waits until its count is durable in {engine}; leased: "
+        "counts are spent from shares of the limit that are durable before. The administrator's key authorises the "
+        "caller.",
         "floor: reads the body, json.loads, SHA-256 of the key, dict lookup, json.dumps of as large an answer. It "
         "authorises nobody, counts nothing and writes nothing.",
         "Not compared: TLS, a network, more than one process. There is no peer: we know of no Python server that "
@@ -45,21 +49,20 @@ def measured(plan: Plan, name: str, engine: str, store: str | None, targets: Map
     with ExitStack() as stack:
         folder = Path(plan.folder)
         generator = stack.enter_context(Worker(load_generator))
-        ours: Server | None = None
-        why = ""
-        keys = [f"sr_{secrets.token_hex(24)}" for _ in range(many)]
-        try:
-            plan.progress(f"{name}: starting strongroom, creating {many} keys")
-            ours = stack.enter_context(strongroom_server(folder / "strongroom", admin_key, store))
-            bodies = [{"name": f"bench {n}", "tenant": "bench", "limits": [LIMIT]} for n in range(many)]
-            keys = create_keys(ours, admin_key, bodies)
-        except BenchmarkError as error:
-            why = str(error)
-        floor = stack.enter_context(bare_server(folder / "bare", keys))
+        bodies = [{"name": f"bench {n}", "tenant": "bench", "limits": [LIMIT]} for n in range(many)]
+        ours: dict[str, tuple[Server, list[str]]] = {}
+        why: dict[str, str] = {}
+        known = [f"sr_{secrets.token_hex(24)}" for _ in range(many)]
+        for mode in MODES:
+            try:
+                plan.progress(f"{name}: starting strongroom, {mode}, creating {many} keys")
+                server = stack.enter_context(strongroom_server(folder / mode, admin_key, store, limits=mode))
+                ours[mode] = server, create_keys(server, admin_key, bodies)
+            except BenchmarkError as error:
+                why[mode] = str(error)
+        floor = stack.enter_context(bare_server(folder / "bare", known))
 
-        def against(server: Server | None, keys: Sequence[str], connections: int) -> Callable[[float], Sample] | None:
-            if server is None or (why and server is ours):
-                return None
+        def against(server: Server, keys: Sequence[str], connections: int) -> Callable[[float], Sample]:
             host = f"{HOST}:{server.port}"
             requests = tuple(
                 post("/v1/keys/verify", {"key": key, "cost": {"tokens": TOKENS}}, host=host, bearer=admin_key)
@@ -67,17 +70,30 @@ def measured(plan: Plan, name: str, engine: str, store: str | None, targets: Map
             )
             return lambda seconds: generator(Load(HOST, server.port, requests, connections, seconds, server.pid))
 
+        def contender(mode: str, count: int, connections: int) -> Contender:
+            label = _label(mode, count)
+            if mode not in ours:
+                return Contender(label, Role.OURS, None, why[mode])
+            server, keys = ours[mode]
+            return Contender(label, Role.OURS, against(server, keys[:count], connections))
+
         groups = []
         for connections in CONNECTIONS:
             contenders = (
-                Contender(ONE_KEY, Role.OURS, against(ours, keys[:1], connections), why),
-                Contender(FLOOR, Role.FLOOR, against(floor, keys, connections)),
-                Contender(many_keys, Role.OURS, against(ours, keys, connections), why),
+                contender("leased", 1, connections),
+                Contender(FLOOR, Role.FLOOR, against(floor, known, connections)),
+                contender("durable", 1, connections),
+                contender("leased", many, connections),
+                contender("durable", many, connections),
             )
             aims = tuple(
-                Target(label, targets[connections], of_floor=True)
-                for label in (ONE_KEY, many_keys)
-                if connections in targets
+                Target(_label(mode, 1), targets[mode][connections], of_floor=True)
+                for mode in MODES
+                if connections in targets.get(mode, {})
             )
             groups.append(side_by_side(plan, f"{connections} connections", contenders, aims))
     return Benchmark(name, "requests/s", labels, tuple(groups))
+
+
+def _label(mode: str, keys: int) -> str:
+    return f"strongroom, {mode}, {keys:,} key{'s' if keys > 1 else ''}"
