@@ -211,6 +211,7 @@ class Decision:
             wallet = self._wallets.get(id)
             if wallet is not None and wallet.record(account):
                 self._changed.add(id)
+            account.kept = wallet.kept() if wallet is not None else {}
             fold(account, self._group.parts[id].allowances, self._now_us)
         for charge in self._group.charges:
             self._charge(charge)
@@ -287,7 +288,9 @@ class Decision:
         if hold.open and account.held(hold.id, self._now_us) is None:
             fail(charge, NotFound("the reservation has ended: record what was used with a usage record"))
             return False
-        if not hold.open and any(len(self._accounts[part.id].holds) >= MAX_HOLDS for part in charge.metered.parts):
+        now_us = self._now_us
+        parts = charge.metered.parts
+        if not hold.open and any(self._accounts[part.id].open_holds(now_us) >= MAX_HOLDS for part in parts):
             fail(charge, TooManyRequests(f"{MAX_HOLDS} reservations are open on one account, which is the most"))
             return False
         return True
@@ -392,11 +395,12 @@ class Decision:
             if wallet is None:
                 continue
             account = self._accounts[id]
+            account.kept = {}  # it is in the lease again
             spent = wallet.totals_now()
-            if id in self._returning or self._lease_us is None:
+            if (id in self._returning and not wallet.open) or self._lease_us is None:
                 wallet.give_back()
                 decided.returned.append(wallet)
-            elif id in self._changed or any(charge.lease == "renew" for charge in self._group.charges):
+            elif id in self._changed or any(charge.lease is not None for charge in self._group.charges):
                 wallet.part = self._group.parts[id]
                 wallet.grant(account, self._asked.get(id, {}), self._now_us, self._lease_us)
                 if wallet.lease in account.leases:
