@@ -100,7 +100,7 @@ class Metered:
     """Whose usage it is: the key's own account (`id`, `guard`, `allowances`), and those it shares with other keys. A
     charge is counted on all of them or on none."""
 
-    __slots__ = ("allowances", "guard", "id", "parts", "shared")
+    __slots__ = ("allowances", "guard", "id", "limited", "parts", "shared")
 
     def __init__(
         self,
@@ -115,11 +115,8 @@ class Metered:
         self.allowances = allowances
         self.shared = shared
         self.parts = (part(id, guard, allowances, tenant), *shared)
-
-    @property
-    def limited(self) -> bool:
+        self.limited = any(part.allowances for part in self.parts)
         """Whether there is any limit at all."""
-        return any(part.allowances for part in self.parts)
 
 
 def part(id: str, guard: Check, allowances: tuple[Allowance, ...], tenant: str = "") -> Part:

@@ -124,7 +124,9 @@ class Verifier:
                     entries = lending.admit(key.metered, units, now_us, model, route)
                     if entries is not None:
                         return admitted_from(key, entries)
-                once = self._charged_once("verify", key, idempotency_key, actor, units)
+                once = None
+                if idempotency_key is not None:
+                    once = self._charged_once("verify", key, idempotency_key, actor, units)
                 try:
                     outcome = await self._ledger.charge(key.metered, units, once=once, model=model, route=route)
                 except KeyChanged:
