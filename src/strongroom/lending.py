@@ -30,6 +30,8 @@ LEASE_S = 5.0
 """How long a lease lasts unless it is renewed: so long, at most, what a node holds is lost to others when it dies."""
 RENEW_EVERY_S = 1.0
 """How often what was spent is recorded, and leases are renewed or given back."""
+SLICES = 10
+"""The leases are looked at in so many parts, one after the other, so that no call waits for all of them."""
 LOOK_FOR_DEAD_EVERY = 3
 """The logs of dead processes are looked for at the start, and at each so many-th renewal."""
 MAX_WALLETS = 100_000
@@ -129,6 +131,7 @@ class Lending:
         self._describe = describe
         self.log = SpendLog(new_id("lse_"), folder)
         self._wallets: dict[str, Wallet] = {}
+        self._slices: list[dict[str, Wallet]] = [{} for _ in range(SLICES)]
         self._tickets: dict[str, Ticket] = {}
         self._holds: dict[str, LocalHold] = {}
         self._task: asyncio.Task[None] | None = None
@@ -257,7 +260,8 @@ class Lending:
                         continue
                     for part in charge.metered.parts:
                         if part.allowances and part.id not in self._wallets and len(self._wallets) < MAX_WALLETS:
-                            self._wallets[part.id] = Wallet(part, self.log)
+                            wallet = self._wallets[part.id] = Wallet(part, self.log)
+                            self._slices[hash(part.id) % SLICES][part.id] = wallet
         return self._wallets
 
     def committed(self, decided: Decided) -> None:
@@ -301,6 +305,7 @@ class Lending:
 
     def _drop(self, wallet: Wallet) -> None:
         del self._wallets[wallet.id]
+        del self._slices[hash(wallet.id) % SLICES][wallet.id]
         for share in wallet.shares.values():
             share.cap = share.ends_us = 0
             self.log.free(share.slot)
@@ -337,18 +342,22 @@ class Lending:
     async def _run(self) -> None:
         turn = 0
         while True:
-            if turn % LOOK_FOR_DEAD_EVERY == 0:
-                await self._look_for_dead()
-            turn += 1
-            await asyncio.sleep(self._every_s)
-            self._look_at_wallets()
+            try:
+                if turn % (LOOK_FOR_DEAD_EVERY * SLICES) == 0:
+                    await self._look_for_dead()
+                turn += 1
+                await asyncio.sleep(self._every_s / SLICES)
+                self._look_at_wallets(turn % SLICES)
+            except Exception:  # whatever it is: without renewals all leases would end, and each use would be a commit
+                _log.exception("limit leases could not be looked at, trying again")
+                await asyncio.sleep(self._every_s)
 
-    def _look_at_wallets(self) -> None:
-        """Record what was spent and renew; what nothing was taken from goes back."""
+    def _look_at_wallets(self, slice: int | None = None) -> None:
+        """Record what was spent and renew; what nothing was taken from goes back. `slice`: of that part only."""
         now_us = self._clock.now_us()
         for id in [id for id, hold in self._holds.items() if now_us >= hold.ends_us]:
             self._release(id)
-        for wallet in list(self._wallets.values()):
+        for wallet in list((self._wallets if slice is None else self._slices[slice]).values()):
             idle = wallet.count == wallet.seen_count and not wallet.open
             wallet.seen_count = wallet.count
             self._renew(wallet, "return" if idle else "renew")

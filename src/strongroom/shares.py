@@ -22,9 +22,9 @@ from .context import utc_from_us
 from .spendlog import SpendLog
 from .windows import BUCKETS_PER_WINDOW
 
-LEAST_CALLS = 16
+LEAST_CALLS = 64
 """A first share is for so many calls such as the one that asked for it; the next ones are for HORIZON_S."""
-HORIZON_S = 2.0
+HORIZON_S = 4.0
 """A share is for what was spent lately in so long."""
 PART_OF_FREE = 4
 """A share is at most this part of what is free: so shares shrink near the limit, and other nodes find something."""

@@ -402,14 +402,20 @@ def document_size(document: Document) -> int:
 
 
 def _size(value: Any) -> int:
-    if value is None or isinstance(value, bool):
-        return 1
+    # What most values are comes first: this is asked of every value that is written.
     if isinstance(value, str):
         return (len(value) if value.isascii() else len(value.encode())) + 1
+    if value is None or isinstance(value, bool):
+        return 1
+    if isinstance(value, int | float):
+        return 8
     if isinstance(value, bytes):
         return len(value) + 1
     if isinstance(value, dict):
-        return sum(_size(k) + _size(v) for k, v in value.items())
+        size = 0
+        for name, item in value.items():
+            size += _size(name) + _size(item)
+        return size
     if isinstance(value, list):
         return sum(map(_size, value))
     return 8
