@@ -30,11 +30,15 @@ def answer_for(number: int) -> dict[str, Any]:
                 "limit": 1_000_000_000_000,
                 "used": 250_000 + number,
                 "remaining": 999_999_750_000 - number,
+                "recorded": 250_000 + number,
+                "reserved": 0,
+                "leased": 0,
                 "window": {"kind": "rolling", "seconds": 18_000},
                 "resets_at": "2030-01-01T00:00:00.000000Z",
             }
         ],
         "retry_after_s": None,
+        "message": None,
     }
 
 
