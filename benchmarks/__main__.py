@@ -16,7 +16,7 @@ from . import report
 from .harness import Benchmark, Plan
 
 NAMES = (
-    "verify", "verify_postgres", "read", "write", "usage", "limits", "middleware", "store", "cache",
+    "verify", "verify_postgres", "read", "write", "usage", "usage_batch", "limits", "middleware", "store", "cache",
     "zipf", "postgres", "firestore", "manykeys", "revocation",
 )  # fmt: skip
 ROUNDS, SECONDS = 7, 1.5
