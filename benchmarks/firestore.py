@@ -13,9 +13,9 @@ from itertools import count, cycle
 from typing import Any
 
 from google.auth.credentials import AnonymousCredentials
-from google.cloud.firestore import AsyncClient
+from google.cloud.firestore import AsyncClient, Increment
 
-from strongroom import Entity, Index
+from strongroom import Entity, Index, Strongroom
 from strongroom.storage import open_store
 from strongroom.storage.port import Batch, Create, Put
 
@@ -28,6 +28,8 @@ START_TIMEOUT_S = 60
 GET, BARE_GET = "strongroom's store, await store.get(…)", "bare client, await document.get()"
 CREATE, BARE_CREATE = "strongroom's store, a batch of one Create", "bare client, await document.create(…)"
 PUT, BARE_PUT = "strongroom's store, a Put with its version", "bare client, update(…, option=last_update_time)"
+VERIFY, INCREMENT = "room.keys.verify(…), leased", "bare client, an increment of one document"
+VERIFICATIONS = 5_000
 AT_LEAST = 1 / 1.15
 """An overhead of at most 15%."""
 
@@ -49,6 +51,7 @@ def run(plan: Plan) -> Benchmark:
         "with who measures: it says what the code costs, not what Firestore's network and disks do.",
         "strongroom: by the storage port, with versions, creation and update times; no rules, no journal.",
         "bare client: google-cloud-firestore's AsyncClient, one document a call, timestamps by the caller.",
+        "contended limit: one key with one rolling limit of 5 hours, leased; beside it, one document incremented.",
     )
     with ExitStack() as stack:
         try:
@@ -58,6 +61,7 @@ def run(plan: Plan) -> Benchmark:
             return Benchmark("firestore", "operations/s", (*labels, str(error)))
         us = start(stack, plan, "strongroom's store", ours, emulator)
         bare = start(stack, plan, "the bare client", bare_client, emulator)
+        limit = start(stack, plan, VERIFY, leased, emulator)
         groups = []
         for title, what, name, bare_name, callers in (
             ("point reads, 1 reader", "get", GET, BARE_GET, 1),
@@ -67,6 +71,17 @@ def run(plan: Plan) -> Benchmark:
         ):
             pair = (us.contender(name, Role.OURS, what, callers), bare.contender(bare_name, Role.FLOOR, what, callers))
             groups.append(side_by_side(plan, title, pair, [Target(name, AT_LEAST, of_floor=True)]))
+        groups.append(
+            side_by_side(
+                plan,
+                f"one contended limit, {WRITERS} callers",
+                (
+                    limit.contender(VERIFY, Role.OURS, "verify", WRITERS),
+                    bare.contender(INCREMENT, Role.FLOOR, "increment", WRITERS),
+                ),
+                [Target(VERIFY, VERIFICATIONS)],
+            )
+        )
     return Benchmark("firestore", "operations/s", labels, tuple(groups))
 
 
@@ -131,6 +146,20 @@ async def ours(emulator: str) -> AsyncIterator[Round]:
 
 
 @asynccontextmanager
+async def leased(emulator: str) -> AsyncIterator[Round]:
+    """For a `Worker`. Job: `verify`: one key with one rolling limit, leased."""
+    limit = {"resource": "tokens", "limit": 1_000_000_000_000, "window": {"kind": "rolling", "seconds": 18_000}}
+    url = f"firestore://bench-limit-{os.getpid()}?emulator={emulator}"
+    async with Strongroom.open(url, limits="leased") as room:
+        key = (await room.keys.create(name="bench", limits=[limit])).text
+
+        async def verify() -> None:
+            assert (await room.keys.verify(key, cost={"tokens": 250})).valid
+
+        yield _measured({"verify": verify})
+
+
+@asynccontextmanager
 async def bare_client(emulator: str) -> AsyncIterator[Round]:
     """For a `Worker`: the same jobs, by Google's own client."""
     os.environ["FIRESTORE_EMULATOR_HOST"] = emulator
@@ -153,8 +182,14 @@ async def bare_client(emulator: str) -> AsyncIterator[Round]:
         option = client.write_option(last_update_time=times[id])
         times[id] = (await notes.document(id).update(note(next(numbers)), option=option)).update_time
 
+    counter = client.collection("counters").document("one")
+    await counter.set({"n": 0})
+
+    async def increment() -> None:
+        await counter.update({"n": Increment(1)})
+
     try:
-        yield _measured({"get": get, "create": create, "update": update})
+        yield _measured({"get": get, "create": create, "update": update, "increment": increment})
     finally:
         client.close()  # type: ignore[no-untyped-call]
 
