@@ -31,10 +31,12 @@ from .harness import (
     start,
     warm_up_s,
 )
+from .postgres import server as postgres
 from .redisserver import redis_server
 
 VERIFICATIONS, PAIRS = 150_000, 50_000
 BLOCK = 100
+ON_POSTGRES = "strongroom, leased, on PostgreSQL"
 LEASED, RESERVED = "strongroom, leased", "strongroom, reserve and settle, leased"
 DURABLE_PAIR = "strongroom, reserve and settle, durable"
 FLOOR = "SHA-256 and a dict lookup"
@@ -72,6 +74,12 @@ def run(plan: Plan) -> Benchmark:
         fastapi = start(stack, plan, "FastAPI with ApiKeyAuth", guarded_fastapi, f"{plan.folder}/fastapi")
         slow = start(stack, plan, "FastAPI with slowapi", limiters.slow_api)
         plain = start(stack, plan, "FastAPI", limiters.bare_fastapi)
+        try:
+            engine = stack.enter_context(postgres())
+        except BenchmarkError as error:
+            engine = ""
+            plan.progress(str(error))
+        elsewhere = start(stack, plan, ON_POSTGRES, ours, engine, "leased")
         groups: list[Group] = [
             side_by_side(
                 plan,
@@ -85,6 +93,15 @@ def run(plan: Plan) -> Benchmark:
                     naive.contender("naive: a conditional UPDATE", Role.PEER, "debit"),
                 ),
                 [Target(LEASED, VERIFICATIONS)],
+            ),
+            side_by_side(
+                plan,
+                "verify, leased, on two stores",
+                (
+                    elsewhere.contender(ON_POSTGRES, Role.OURS, "verify"),
+                    us.contender(f"{LEASED}, on SQLite", Role.FLOOR, "verify"),
+                ),
+                [Target(ON_POSTGRES, 0.95, of_floor=True)],
             ),
             side_by_side(
                 plan,
@@ -112,7 +129,8 @@ def run(plan: Plan) -> Benchmark:
 @asynccontextmanager
 async def ours(folder: str, limits: Literal["durable", "leased"]) -> AsyncIterator[Round]:
     """For a `Worker`. Jobs: `verify`; `reserve` (and settle)."""
-    async with Strongroom.open(f"sqlite:///{folder}.db", limits=limits) as room:
+    url = folder if "://" in folder else f"sqlite:///{folder}.db"
+    async with Strongroom.open(url, limits=limits) as room:
         key = (await room.keys.create(name="bench", limits=[TOKENS])).text
         keys = room.keys
         cost, used = {"tokens": 250}, {"tokens": 200}
