@@ -274,7 +274,7 @@ class Wallet:
         else:
             elapsed_s = max(moment - share.granted_at, LEAST_ELAPSED_S)
             spent = share.spent - share.granted_spent + share.held
-            # What is left shrinks by halves where little is used: a commit that asks for nothing does not end the lease.
+            # What is left shrinks by halves where little is used: a commit that asks for nothing does not end it.
             left = (share.cap - share.spent) // 2
             wanted = max(LEAST_CALLS * asked, round(spent * HORIZON_S / elapsed_s), 2 * share.held, left)
         units = min(wanted, free // PART_OF_FREE)
