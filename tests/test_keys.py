@@ -631,10 +631,10 @@ async def test_a_cold_key_costs_one_point_read_and_a_warm_one_none(tmp_path: Pat
     async with opened(url) as (room, store):
         store.reads.clear()
         assert (await room.keys.verify(issued.text)).valid
-        assert store.reads == [("find", "api_keys"), ("get", "key_usage")]
+        assert store.reads == [("find", "api_keys"), ("find", "quotas"), ("get", "key_usage")]
         for _ in range(10):
             assert (await room.keys.verify(issued.text)).valid
-        assert len(store.reads) == 2
+        assert len(store.reads) == 3
 
 
 async def test_a_key_made_while_its_text_was_looked_for_is_found_at_once(room: Strongroom, store: FaultyStore) -> None:

@@ -387,4 +387,5 @@ async def test_a_node_whose_feed_is_broken_still_answers_for_keys_that_were_not_
         store.reads.clear()
         for _ in range(50):
             assert (await room.keys.verify(free.text)).valid
-        assert 1 <= store.reads.count(("get", "api_keys")) <= 5, "it is read again now and then, not each time"
+        reads = [collection for _, collection in store.reads].count("api_keys")
+        assert 1 <= reads <= 5, "it is read again now and then, not each time"

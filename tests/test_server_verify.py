@@ -28,7 +28,15 @@ async def test_the_answer_is_the_contracts() -> None:
         assert (body["valid"], body["code"], body["key_id"]) == (True, "VALID", made["id"])
         assert (body["tenant"], body["user_id"], body["permissions"]) == ("acme", "u1", ["chat:write"])
         (limit,) = body["limits"]
-        assert {**limit, "resets_at": ...} == {**TOKENS, "used": 250, "remaining": 750, "resets_at": ...}
+        assert {**limit, "resets_at": ...} == {
+            **TOKENS,
+            "used": 250,
+            "remaining": 750,
+            "recorded": 250,
+            "reserved": 0,
+            "leased": 0,
+            "resets_at": ...,
+        }
         assert datetime.fromisoformat(limit["resets_at"]) > datetime.now(UTC)
         over = (await served.verify(made["key"], cost={"tokens": 751})).json
         assert (over["valid"], over["code"]) == (False, "USAGE_EXCEEDED")
