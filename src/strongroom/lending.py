@@ -34,7 +34,8 @@ SLICES = 10
 """The leases are looked at in so many parts, one after the other, so that no call waits for all of them."""
 LOOK_FOR_DEAD_EVERY = 3
 """The logs of dead processes are looked for at the start, and at each so many-th renewal."""
-MAX_WALLETS = 100_000
+MAX_WALLETS = 30_000
+"""Accounts that a node has leases on, as many as it keeps keys in memory; what is used beyond is debited at once."""
 MAX_LOCAL_HOLDS = 100_000
 MAX_SCOPES = 1_000
 """Pairs of model and route that are remembered of one key."""
@@ -137,6 +138,16 @@ class Lending:
         self._task: asyncio.Task[None] | None = None
         self._closed = False
         ledger.lending = self
+
+    @property
+    def leases(self) -> int:
+        """On how many accounts this node has a lease, or is about to have one."""
+        return len(self._wallets)
+
+    @property
+    def holds(self) -> int:
+        """Reservations that are open in memory."""
+        return len(self._holds)
 
     def start(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._run())

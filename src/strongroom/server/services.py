@@ -66,6 +66,10 @@ class Services:
             lambda: room.clock.state().uncertainty_us / 1_000_000,
         )
         metrics.counter("strongroom_retries", "Done again because another was faster.", "what", self._retries)
+        lending = room.ledger.lending
+        if lending is not None:
+            metrics.gauge("strongroom_limit_leases", "Keys and quotas with a leased share.", lambda: lending.leases)
+            metrics.gauge("strongroom_reservations", "Reservations that are open in memory.", lambda: lending.holds)
         metrics.gauge("strongroom_watchers", "Streams of changes that are open.", lambda: self.watchers)
 
     def _committed(self, transaction: Transaction) -> None:
