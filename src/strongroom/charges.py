@@ -432,7 +432,6 @@ class Decision:
                 continue
             account = self._accounts[id]
             account.kept = {}  # it is in the lease again
-            spent = wallet.totals_now()
             if (id in self._returning and not wallet.open) or self._lease_us is None:
                 wallet.give_back()
                 decided.returned.append(wallet)
@@ -443,7 +442,7 @@ class Decision:
                     self._changed.add(id)
             else:
                 continue
-            decided.wallets.append((wallet, spent))
+            decided.wallets.append((wallet, wallet.totals_now()))
 
 
 def _wanted(

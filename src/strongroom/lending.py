@@ -109,6 +109,8 @@ class LocalHold:
     route: str | None
     used: dict[str, int]
     """What was reported as used while it was open, and is charged already."""
+    recording: bool = False
+    """Its settlement goes, or went, through the ledger, and nobody knows yet whether it was charged."""
 
 
 class Lending:
@@ -135,6 +137,8 @@ class Lending:
         self._slices: list[dict[str, Wallet]] = [{} for _ in range(SLICES)]
         self._tickets: dict[str, Ticket] = {}
         self._holds: dict[str, LocalHold] = {}
+        self._next_end_us = NEVER
+        """No reservation in memory ends before this."""
         self._task: asyncio.Task[None] | None = None
         self._closed = False
         ledger.lending = self
@@ -214,6 +218,7 @@ class Lending:
             wallet.open += 1
         id = new_id(LOCAL)
         self._holds[id] = LocalHold(ticket, entries, cost, ends_us, key, model, route, {})
+        self._next_end_us = min(self._next_end_us, ends_us)
         return id, entries
 
     def held(self, id: str, now_us: int) -> LocalHold | None:
@@ -234,24 +239,36 @@ class Lending:
         for share, resource in hold.entries:
             share.held += cost.get(resource, 0) - hold.cost.get(resource, 0)
         hold.cost, hold.ends_us = cost, ends_us
+        self._next_end_us = min(self._next_end_us, ends_us)
         return True
 
     def settle(self, id: str, cost: Cost, now_us: int, *, last: bool = True) -> bool:
         """End a reservation (or, not `last`, go on with it) and charge what was used; False if it was more than the
-        shares have: then nothing is charged here, and the ledger has to."""
+        shares have: then nothing is charged here, the ledger has to, and the reservation is as it was."""
         hold = self._holds[id]
-        if last:
-            self._release(id)
+        own = hold.cost if last else {}
         for share, resource in hold.entries:
             units = cost.get(resource, 0)
-            if units and (share.spent + share.held + units > share.cap or now_us >= share.ends_us):
+            held = share.held - own.get(resource, 0)
+            if units and (share.spent + held + units > share.cap or now_us >= share.ends_us):
                 return False
+        if last:
+            self._release(id)
         self._spend(hold.ticket, hold.entries, cost, now_us, count=1 if last else 0)
         return True
 
     def end(self, id: str) -> None:
-        """Give back what a reservation holds."""
-        self._release(id)
+        """Give back what a reservation holds, if it is open."""
+        if id in self._holds:
+            self._release(id)
+
+    def _end_holds(self, now_us: int) -> None:
+        """End those whose time is over."""
+        if now_us < self._next_end_us:
+            return
+        for id in [id for id, hold in self._holds.items() if now_us >= hold.ends_us]:
+            self._release(id)
+        self._next_end_us = min((hold.ends_us for hold in self._holds.values()), default=NEVER)
 
     def _release(self, id: str) -> None:
         hold = self._holds.pop(id)
@@ -264,6 +281,7 @@ class Lending:
 
     def wallets_for(self, groups: Iterable[Group]) -> Mapping[str, Wallet]:
         """This node's leases, with a new one for each account that is to be charged for the first time."""
+        self._end_holds(self._clock.now_us())
         if not self._closed:
             for group in groups:
                 for charge in group.charges:
@@ -330,6 +348,8 @@ class Lending:
         if lease is None or wallet is None:
             return
         now_us = self._clock.now_us()
+        self._end_holds(now_us)
+        account.kept = wallet.kept()
         for limit, (_, settled, _) in lease[2].items():
             share = wallet.shares.get(limit)
             if share is not None and share.allowance.resource != CONCURRENCY:
@@ -365,9 +385,7 @@ class Lending:
 
     def _look_at_wallets(self, slice: int | None = None) -> None:
         """Record what was spent and renew; what nothing was taken from goes back. `slice`: of that part only."""
-        now_us = self._clock.now_us()
-        for id in [id for id, hold in self._holds.items() if now_us >= hold.ends_us]:
-            self._release(id)
+        self._end_holds(self._clock.now_us())
         for wallet in list((self._wallets if slice is None else self._slices[slice]).values()):
             idle = wallet.count == wallet.seen_count and not wallet.open
             wallet.seen_count = wallet.count

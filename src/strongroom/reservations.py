@@ -8,11 +8,13 @@ they hold; what was reported as used until then stays charged.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections import OrderedDict
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Literal, cast
+from weakref import WeakValueDictionary
 
 import msgspec
 
@@ -28,6 +30,7 @@ from .keytext import Hasher
 from .knownkey import KnownKey
 from .lending import LOCAL, Entries, Lending, LocalHold
 from .storage.port import Create, Put
+from .transaction import is_expired
 from .usage import KeyChanged, Ledger
 from .verification import (
     NOT_FOUND,
@@ -42,7 +45,7 @@ from .verification import (
     refused,
     share_status,
 )
-from .verifier import MAX_KEY_ATTEMPTS, Verifier, may_see
+from .verifier import MAX_KEY_ATTEMPTS, Usage, Verifier, _Sum, may_see
 from .windows import Amount, from_units
 
 NAME = "reservations"
@@ -60,10 +63,12 @@ State = Literal["open", "settled", "released"]
 class StoredReservation(
     Entity, collection=NAME, scope="global", journalled=False, indexes=[Index("forget_at")], ttl="forget_at"
 ):
-    """One durable reservation; amounts are in units. `holds` is what it holds, `used` what was used of it so far."""
+    """One durable reservation; amounts are in units. `asked` is what it was made for, `holds` what it holds, `used`
+    what was used of it so far."""
 
     key_id: str
     tenant: str
+    asked: dict[str, int] = {}
     holds: dict[str, int]
     used: dict[str, int] = {}
     model: str | None = None
@@ -86,6 +91,7 @@ class Reservations(Verifier):
     ) -> None:
         super().__init__(database, ledger, hasher, clock, feed)
         self._settled: OrderedDict[str, tuple[dict[str, int], Reservation]] = OrderedDict()
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def reserve(
         self,
@@ -136,43 +142,71 @@ class Reservations(Verifier):
                 held = lending.hold(key.metered, units, now_us, ends_us, key, model, route)
                 if held is not None:
                     return _in_memory(key, *held, "open", expires_at=utc_from_us(ends_us))
-            id = new_id("rsv_") if idempotency_key is None else _derived(actor, key.id, idempotency_key)
             stored = StoredReservation(
-                id=id,
+                id=new_id("rsv_") if idempotency_key is None else _derived(actor, key.id, idempotency_key),
                 key_id=key.id,
                 tenant=key.tenant,
+                asked=units,
                 holds=units,
                 model=model,
                 route=route,
                 expires_at=utc_from_us(ends_us),
                 forget_at=utc_from_us(ends_us + REMEMBERED_US),
             )
-            try:
-                outcome = await self._ledger.charge(
-                    key.metered,
-                    {},
-                    model=model,
-                    route=route,
-                    hold=HoldChange(id, ends_us, units, open=False),
-                    also=Create(NAME, id, StoredReservation.__codec__.encode(stored)),
-                )
-            except KeyChanged:
-                self.cache.forget(key.id)
-            except AlreadyExists:
-                return await self._again(key, id, units)
-            else:
-                if outcome.allowed:
-                    return _open(key, id, admitted(key, outcome.statuses).limits, ends_us)
-                return _as_reservation(exceeded(key, outcome, units))
+            async with self._turn(stored.id or ""):
+                answer = await self._make(key, stored, now_us, once=idempotency_key is not None)
+            if answer is not None:
+                return answer
         raise Unavailable("the key is being changed too quickly to reserve its limits: try again")
 
-    async def _again(self, key: KnownKey, id: str, units: dict[str, int]) -> Reservation:
+    def _turn(self, id: str) -> asyncio.Lock:
+        """Held while a reservation is changed: of two changes that are decided together the second would be decided on
+        what the first has not committed yet. Those of other nodes are set apart by the versions."""
+        lock = self._turns.get(id)
+        if lock is None:
+            lock = self._turns[id] = asyncio.Lock()
+        return lock
+
+    async def _make(self, key: KnownKey, stored: StoredReservation, now_us: int, *, once: bool) -> Reservation | None:
+        """Commit a durable reservation, or answer what is known of the same one; None if the key, or another node's
+        call for the same one, was faster."""
+        id, document = stored.id or "", StoredReservation.__codec__.encode(stored)
+        operation: Create | Put = Create(NAME, id, document)
+        if once:
+            collection = StoredReservation.__collection__
+            before = await self._database.load(system_context(), collection, id)
+            if before is not None and not is_expired(collection, before, utc_from_us(now_us)):
+                made = cast(StoredReservation, StoredReservation.__codec__.decode(before))
+                return self._again(key, made, stored, now_us)
+            if before is not None:
+                operation = Put(NAME, id, document, before["version"])
+        ends_us = us_from_utc(stored.expires_at)
+        try:
+            outcome = await self._ledger.charge(
+                key.metered,
+                {},
+                model=stored.model,
+                route=stored.route,
+                hold=HoldChange(id, ends_us, stored.holds, open=False),
+                also=operation,
+            )
+        except KeyChanged:
+            self.cache.forget(key.id)
+            return None
+        except (AlreadyExists, Conflict):
+            return None  # another node's: it is read at the next attempt
+        if outcome.allowed:
+            return _open(key, id, admitted(key, outcome.statuses).limits, ends_us)
+        return _as_reservation(exceeded(key, outcome, stored.holds))
+
+    def _again(self, key: KnownKey, before: StoredReservation, asked: StoredReservation, now_us: int) -> Reservation:
         """The answer to a call that made this reservation before."""
-        stored = await self._stored(id, None)
-        if stored.holds != units and stored.state == "open" and not stored.used:
+        if (before.asked, before.model, before.route) != (asked.asked, asked.model, asked.route):
             raise Conflict("the idempotency key was used for a different request: take a new one")
-        answer = _open(key, id, [], us_from_utc(stored.expires_at))
-        return _changed(answer, state=stored.state, charged=_shown(stored.used))
+        if before.state == "open":
+            self._must_be_open(before, now_us)
+        answer = _open(key, before.id or "", [], us_from_utc(before.expires_at))
+        return _changed(answer, state=before.state, charged=_shown(before.used))
 
     async def settle(
         self, reservation_id: str, cost: Mapping[str, Amount], *, context: Context | None = None
@@ -183,14 +217,16 @@ class Reservations(Verifier):
         units = cost_units(cost)
         if reservation_id.startswith(LOCAL):
             return await self._settle_local(reservation_id, units, context)
-        return await self._end(reservation_id, units, "settled", context)
+        async with self._turn(reservation_id):
+            return await self._end(reservation_id, units, "settled", context)
 
     async def release(self, reservation_id: str, *, context: Context | None = None) -> Reservation:
         """End a reservation and charge nothing but what was reported as used. The same again answers the same. Raises
         NotFound, Conflict (it was settled)."""
         if reservation_id.startswith(LOCAL):
             return await self._settle_local(reservation_id, None, context)
-        return await self._end(reservation_id, None, "released", context)
+        async with self._turn(reservation_id):
+            return await self._end(reservation_id, None, "released", context)
 
     async def extend(
         self,
@@ -213,12 +249,23 @@ class Reservations(Verifier):
         spent = {} if used is None else cost_units(used)
         if reservation_id.startswith(LOCAL):
             return await self._extend_local(reservation_id, ttl_s, units, spent, context)
+        async with self._turn(reservation_id):
+            return await self._extend(reservation_id, ttl_s, units, spent, context)
+
+    async def _extend(
+        self,
+        reservation_id: str,
+        ttl_s: int,
+        units: dict[str, int] | None,
+        spent: dict[str, int],
+        context: Context | None,
+    ) -> Reservation:
         for _ in range(MAX_KEY_ATTEMPTS):
             stored = await self._stored(reservation_id, context)
             key = await self._key_of(stored.key_id)
             now_us = self._clock.now_us()
             self._must_be_open(stored, now_us)
-            more = _more(stored.used, spent)
+            more = _more(stored.used, spent, "used")
             wanted = units if units is not None else _plus(stored.holds, stored.used)
             holds = _minus(wanted, spent)
             ends_us = now_us + ttl_s * _SECOND
@@ -279,6 +326,10 @@ class Reservations(Verifier):
             self.cache.forget(key.id)
         except (Conflict, AlreadyExists):
             pass  # someone else changed the reservation: it is read again, and says what happened
+        except NotFound:
+            # Another node has ended it, or its time is over by the account's clock, which may be ahead of this node's.
+            if (await self._stored(stored.id or "", None)).version == stored.version:
+                raise
         return None
 
     async def _stored(self, id: str, context: Context | None) -> StoredReservation:
@@ -318,17 +369,40 @@ class Reservations(Verifier):
         total = hold.used if units is None else {**hold.used, **units}
         more = {} if units is None else units if not hold.used else _more(hold.used, units)
         limits: list[LimitStatus] | None = None
-        if units is None:
+        if hold.recording:
+            if units is None:
+                raise Conflict("the reservation is being settled")
+            limits = await self._record_whole(lending, id, hold, more)
+        elif units is None:
             lending.end(id)
-        elif not lending.settle(id, more, self._clock.now_us()):
-            # More than this process holds, or its lease has ended: it happened, so it is recorded whole.
-            recorded = await self.record(key_id=hold.key.id, cost=_shown(more), model=hold.model, route=hold.route)
-            limits = recorded.limits
+        elif hold.key.stale or not lending.settle(id, more, self._clock.now_us()):
+            # More than this process holds, its lease has ended, or the limits are others now: it happened, so it is
+            # recorded whole.
+            limits = await self._record_whole(lending, id, hold, more)
         settled = _in_memory(hold.key, id, hold.entries, state, limits=limits, charged=_shown(total))
         self._settled[id] = (units if units is not None else {}, settled)
         if len(self._settled) > MAX_SETTLED:
             self._settled.popitem(last=False)
         return settled
+
+    async def _record_whole(
+        self, lending: Lending, id: str, hold: LocalHold, more: dict[str, int]
+    ) -> list[LimitStatus]:
+        """Settle by a record of what was used. If that fails, or its answer is lost, the reservation goes on, and the
+        same settlement again is charged once."""
+        hold.recording = True
+        answer = await self._record_hold(hold, more, f"{id} settled", 1)
+        lending.end(id)
+        return answer.limits
+
+    async def _record_hold(self, hold: LocalHold, units: dict[str, int], once: str, count: int) -> Verification:
+        """Charge what was used of a reservation in memory by a commit; of a key that was deleted meanwhile too."""
+        key = await self._key_of(hold.key.id)
+        event = Usage(_shown(units), key_id=key.id, model=hold.model, route=hold.route, idempotency_key=once)
+        answer = await self._record_sum(_Sum(key, units, count, event), "system", None)
+        if answer is None:
+            raise NotFound("the key of this reservation was removed")
+        return answer
 
     async def _extend_local(
         self, id: str, ttl_s: int, units: dict[str, int] | None, used: dict[str, int], context: Context | None
@@ -336,7 +410,9 @@ class Reservations(Verifier):
         lending, hold = self._local(id, context)
         key = hold.key
         now_us = self._clock.now_us()
-        more = _more(hold.used, used)
+        more = _more(hold.used, used, "used")
+        if hold.recording:
+            raise Conflict("the reservation is being settled")
         wanted = units if units is not None else _plus(dict(hold.cost), hold.used)
         ends_us = now_us + ttl_s * _SECOND
         if not lending.change(id, _plus(_minus(wanted, used), more), ends_us, now_us):
@@ -345,7 +421,7 @@ class Reservations(Verifier):
         if more:
             lending.change(id, _minus(wanted, used), ends_us, now_us)
             if not lending.settle(id, more, now_us, last=False):
-                await self.record(key_id=hold.key.id, cost=_shown(more), model=hold.model, route=hold.route)
+                await self._record_hold(hold, more, f"{id} used {sorted(used.items())}", 0)
             hold.used = {**hold.used, **used}
         charged, expires_at = _shown(hold.used), utc_from_us(ends_us)
         return _in_memory(key, id, hold.entries, "open", charged=charged, expires_at=expires_at)
@@ -388,11 +464,11 @@ def _derived(actor: str, key_id: str, idempotency_key: str) -> str:
     return "rsv_" + hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:40]
 
 
-def _more(before: Mapping[str, int], total: Mapping[str, int]) -> dict[str, int]:
+def _more(before: Mapping[str, int], total: Mapping[str, int], field: str = "cost") -> dict[str, int]:
     """What has been used since `before`. InvalidInput if it is less in all: what was charged stays charged."""
     problems = [
         Problem(
-            f"cost.{name}",
+            f"{field}.{name}",
             f"found {from_units(name, units)}, expected at least the {from_units(name, least)} that were reported",
         )
         for name, units in total.items()
