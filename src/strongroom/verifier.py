@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .accounts import Part
 from .apikey import ApiKey
@@ -22,7 +23,7 @@ from .keytext import Hasher
 from .knownkey import KnownKey, metered, quota_part
 from .quotas import Quota, is_quota
 from .storage.port import Create
-from .usage import KeyChanged, Ledger
+from .usage import KeyChanged, Ledger, Outcome
 from .verification import (
     NOT_FOUND,
     ONE_REQUEST,
@@ -135,6 +136,49 @@ class Verifier:
                     return admitted(key, outcome.statuses) if outcome.allowed else exceeded(key, outcome, units)
             now_us = self._clock.now_us()
         raise Unavailable("the key is being changed too quickly to verify it: try again")
+
+    async def verify_many(self, asks: Sequence[Mapping[str, Any]]) -> list[Verification]:
+        """Decide several verifications in the order given, as one commit where that is possible; each is what `verify`
+        takes, its key under `text`. Raises as `verify` does; then some may have been debited."""
+        if self._ledger.lending is not None:  # what is not decided from memory must not be overtaken by what is
+            return [await self.verify(**ask) for ask in asks]
+        costs = [ONE_REQUEST if ask.get("cost") is None else cost_units(ask["cost"]) for ask in asks]
+        now_us = self._clock.now_us()
+        known = {text: await self.cache.find(text, now_us) for text in dict.fromkeys(ask["text"] for ask in asks)}
+        # From here to the last charge nothing is waited for, so that they are decided in this order.
+        decided = [self._decide(known[ask["text"]], units, ask, now_us) for ask, units in zip(asks, costs, strict=True)]
+        futures = [one for one in decided if isinstance(one, asyncio.Future)]
+        await asyncio.gather(*futures, return_exceptions=True)
+        answers = []
+        for ask, units, one in zip(asks, costs, decided, strict=True):
+            key = known[ask["text"]]
+            if isinstance(one, asyncio.Future) and key is not None:
+                try:
+                    outcome = one.result()
+                except KeyChanged:
+                    self.cache.forget(key.id)
+                else:
+                    allowed = outcome.allowed
+                    answers.append(admitted(key, outcome.statuses) if allowed else exceeded(key, outcome, units))
+                    continue
+            answers.append(one if isinstance(one, Verification) else await self.verify(**ask))
+        return answers
+
+    def _decide(
+        self, key: KnownKey | None, units: dict[str, int], ask: Mapping[str, Any], now_us: int
+    ) -> Verification | asyncio.Future[Outcome] | None:
+        """The answer, or what it waits for; None where no limit is asked, and so nothing depends on the order."""
+        tenant, once = ask.get("tenant"), ask.get("idempotency_key")
+        if key is None or (tenant is not None and key.tenant != tenant):
+            return NOT_FOUND
+        model, route = ask.get("model"), ask.get("route")
+        refusal = key.refusal(now_us, ask.get("permission"), ask.get("ip"), model, route)
+        if refusal is not None:
+            return refused(key, *refusal)
+        if not key.metered.limited and once is None:
+            return None
+        made = self._charged_once("verify", key, once, ask.get("actor", "system"), units)
+        return self._ledger.charge(key.metered, units, once=made, model=model, route=route)
 
     def _from_memory(
         self,

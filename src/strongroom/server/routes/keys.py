@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from types import MappingProxyType
@@ -164,19 +163,17 @@ def router(services: Services) -> APIRouter:
         caller = _writer(request)
         items = _items(await body_fields(request, exact=("items",)))
         once = idempotency_key(request)
-        answers = await asyncio.gather(
-            *(
-                keys.verify(
-                    item["key"],
-                    cost=item.get("cost"),
-                    permission=item.get("permission"),
-                    ip=item.get("ip"),
-                    tenant=caller.tenant,
-                    idempotency_key=None if once is None else _nth(once, number),
-                    actor=caller.actor,
-                )
+        answers = await keys.verify_many(
+            [
+                {
+                    "text": item["key"],
+                    **{name: item.get(name) for name in ("cost", "permission", "ip", "model", "route")},
+                    "tenant": caller.tenant,
+                    "idempotency_key": None if once is None else _nth(once, number),
+                    "actor": caller.actor,
+                }
                 for number, item in enumerate(items)
-            )
+            ]
         )
         for answer in answers:
             services.metrics.verified[answer.code] = services.metrics.verified.get(answer.code, 0) + 1
