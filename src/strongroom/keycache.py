@@ -186,6 +186,13 @@ class KeyCache:
         self._lookup.hasher = hasher
         self._unknown.clear()
 
+    def outdated(self, key: KnownKey) -> None:
+        """The store has the key, or a quota of it, otherwise than it is known here, where nobody has heard of it yet:
+        read all of it again."""
+        self.forget(key.id)
+        if key.metered.shared:
+            self.quotas.forget(key.tenant)
+
     def forget(self, id: str) -> None:
         """Read a key again at its next use."""
         known = self._by_id.pop(id, None)

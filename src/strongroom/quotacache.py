@@ -65,5 +65,9 @@ class QuotaCache:
 
     def changed(self, id: str) -> None:
         """A quota was made, changed or removed, here or on another node."""
+        self.forget(tenant_of(id))
+
+    def forget(self, tenant: str) -> None:
+        """Read the quotas of a tenant again at their next use."""
         self.changes += 1
-        self._tenants.pop(tenant_of(id), None)
+        self._tenants.pop(tenant, None)

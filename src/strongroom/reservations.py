@@ -191,7 +191,7 @@ class Reservations(Verifier):
                 also=operation,
             )
         except KeyChanged:
-            self.cache.forget(key.id)
+            self.cache.outdated(key)
             return None
         except (AlreadyExists, Conflict):
             return None  # another node's: it is read at the next attempt
@@ -323,7 +323,7 @@ class Reservations(Verifier):
                 count=1 if changes.get("state") == "settled" else 0,
             )
         except KeyChanged:
-            self.cache.forget(key.id)
+            self.cache.outdated(key)
         except (Conflict, AlreadyExists):
             pass  # someone else changed the reservation: it is read again, and says what happened
         except NotFound:

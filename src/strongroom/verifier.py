@@ -131,7 +131,7 @@ class Verifier:
                 try:
                     outcome = await self._ledger.charge(key.metered, units, once=once, model=model, route=route)
                 except KeyChanged:
-                    self.cache.forget(key.id)
+                    self.cache.outdated(key)
                 else:
                     return admitted(key, outcome.statuses) if outcome.allowed else exceeded(key, outcome, units)
             now_us = self._clock.now_us()
@@ -156,7 +156,7 @@ class Verifier:
                 try:
                     outcome = one.result()
                 except KeyChanged:
-                    self.cache.forget(key.id)
+                    self.cache.outdated(key)
                 else:
                     allowed = outcome.allowed
                     answers.append(admitted(key, outcome.statuses) if allowed else exceeded(key, outcome, units))
@@ -229,7 +229,7 @@ class Verifier:
                     known.metered, units, force=True, once=once, model=model, route=route
                 )
             except KeyChanged:
-                self.cache.forget(known.id)
+                self.cache.outdated(known)
                 continue
             return admitted(known, outcome.statuses)
         raise Unavailable("the key is being changed too quickly to record its usage: try again")
@@ -296,7 +296,7 @@ class Verifier:
                     key.metered, one.units, force=True, once=once, model=event.model, route=event.route, count=one.count
                 )
             except KeyChanged:
-                self.cache.forget(key.id)
+                self.cache.outdated(key)
             else:
                 return admitted(key, outcome.statuses)
             again = await self.cache.by_id(key.id)
