@@ -319,7 +319,12 @@ class Account:
         if free_at_us is None:
             return None
         ends = [(hold[0], hold[1].get(allowance.id, 0)) for hold in self.holds.values()]
-        ends += [(lease[0], lease[2][allowance.id][0]) for lease in self.leases.values() if allowance.id in lease[2]]
+        for until_us, _, shares in self.leases.values():
+            units_lent, _, gone_us = shares.get(allowance.id, (0, 0, 0))
+            if now_us < until_us:
+                ends.append((until_us, units_lent))
+            elif gone_us:  # it ended unrecorded: so it counts as spent at its end
+                ends.append((gone_us, units_lent))
         left = sum(self.standing(allowance, now_us))
         for end_us, back in sorted(ends):
             if left <= most:

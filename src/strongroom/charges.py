@@ -435,6 +435,10 @@ class Decision:
             if (id in self._returning and not wallet.open) or self._lease_us is None:
                 wallet.give_back()
                 decided.returned.append(wallet)
+            elif id in self._returning:  # the limits may be others: what is reserved stays, and nothing more is lent
+                wallet.grant(account, {}, self._now_us, self._lease_us, only_held=True)
+                if wallet.lease in account.leases:
+                    self._changed.add(id)
             elif id in self._changed or any(charge.lease is not None for charge in self._group.charges):
                 wallet.part = self._group.parts[id]
                 wallet.grant(account, self._asked.get(id, {}), self._now_us, self._lease_us)
@@ -442,7 +446,7 @@ class Decision:
                     self._changed.add(id)
             else:
                 continue
-            decided.wallets.append((wallet, wallet.totals_now()))
+            decided.wallets.append((wallet, wallet.totals_now()))  # of the new shares as well, so that they are lent
 
 
 def _wanted(

@@ -36,6 +36,8 @@ LOOK_FOR_DEAD_EVERY = 3
 """The logs of dead processes are looked for at the start, and at each so many-th renewal."""
 MAX_WALLETS = 30_000
 """Accounts that a node has leases on, as many as it keeps keys in memory; what is used beyond is debited at once."""
+MAX_TICKETS = 30_000
+"""Keys that are verified from memory; of many that share one quota those that came first make room."""
 MAX_LOCAL_HOLDS = 100_000
 MAX_SCOPES = 1_000
 """Pairs of model and route that are remembered of one key."""
@@ -56,42 +58,51 @@ class Ledger(Protocol):
 
     def submit(self, charge: Charge) -> None: ...
 
-    def tally(self, metered: Metered, cost: Cost) -> None: ...
+    def tally(self, metered: Metered, cost: Cost, count: int = 1) -> None: ...
 
     async def settled(self) -> None: ...
+
+
+class Scope:
+    """What the calls of a key for one model and route are charged to: the shares, their wallets, and the accounts that
+    have no limit for such calls. Those uses the ledger only counts: there need be no lease to count them by."""
+
+    __slots__ = ("entries", "tallied", "wallets")
+
+    def __init__(self, metered: Metered, wallets: Mapping[str, Wallet], model: str | None, route: str | None) -> None:
+        asked = [(part, part.asked(model, route)) for part in metered.parts]
+        self.wallets = tuple(wallets[part.id] for part, allowances in asked if allowances)
+        self.entries: Entries = [
+            (wallets[part.id].share(one), one.resource) for part, allowances in asked for one in allowances
+        ]
+        self.tallied = tuple(
+            Metered(part.id, part.guard, part.allowances, (), part.tenant)
+            for part, allowances in asked
+            if not allowances
+        )
 
 
 class Ticket:
     """The shares that a key's uses are charged to. Good for as long as the key is as it was (`metered`)."""
 
-    __slots__ = ("by_scope", "metered", "plain", "scoped", "tallied", "wallets")
+    __slots__ = ("_by_scope", "metered", "plain", "scoped", "wallets")
 
     def __init__(self, metered: Metered, wallets: Mapping[str, Wallet]) -> None:
         self.metered = metered
-        self.wallets = tuple(wallets[part.id] for part in metered.parts if part.allowances)
-        self.tallied = not metered.allowances
-        """The key has no limits of its own: its uses are only counted."""
+        self.wallets = {part.id: wallets[part.id] for part in metered.parts if part.allowances}
         self.scoped = any(part.scoped for part in metered.parts)
-        self.plain = self._entries(None, None)
-        self.by_scope: dict[tuple[str | None, str | None], Entries] = {}
+        self.plain = Scope(metered, self.wallets, None, None)
+        self._by_scope: dict[tuple[str | None, str | None], Scope] = {}
 
-    def _entries(self, model: str | None, route: str | None) -> Entries:
-        parts = [part for part in self.metered.parts if part.allowances]
-        return [
-            (wallet.share(one), one.resource)
-            for wallet, part in zip(self.wallets, parts, strict=True)
-            for one in part.asked(model, route)
-        ]
-
-    def entries(self, model: str | None, route: str | None) -> Entries:
-        """The shares that a call with this model and route is charged to."""
+    def scope(self, model: str | None, route: str | None) -> Scope:
+        """What a call with this model and route is charged to."""
         if not self.scoped:
             return self.plain
-        found = self.by_scope.get((model, route))
+        found = self._by_scope.get((model, route))
         if found is None:
-            if len(self.by_scope) >= MAX_SCOPES:
-                self.by_scope.clear()
-            found = self.by_scope[model, route] = self._entries(model, route)
+            if len(self._by_scope) >= MAX_SCOPES:
+                self._by_scope.clear()
+            found = self._by_scope[model, route] = Scope(self.metered, self.wallets, model, route)
         return found
 
 
@@ -99,8 +110,7 @@ class Ticket:
 class LocalHold:
     """A reservation in memory: of each share what it holds."""
 
-    ticket: Ticket
-    entries: Entries
+    scope: Scope
     cost: Cost
     ends_us: int
     key: Any
@@ -111,6 +121,10 @@ class LocalHold:
     """What was reported as used while it was open, and is charged already."""
     recording: bool = False
     """Its settlement goes, or went, through the ledger, and nobody knows yet whether it was charged."""
+
+    @property
+    def entries(self) -> Entries:
+        return self.scope.entries
 
 
 class Lending:
@@ -166,16 +180,17 @@ class Lending:
         ticket = self._tickets.get(metered.id)
         if ticket is None or ticket.metered is not metered or self._closed:
             return None
-        entries = ticket.plain if not ticket.scoped else ticket.entries(model, route)
+        scope = ticket.plain if not ticket.scoped else ticket.scope(model, route)
+        entries = scope.entries
         for share, resource in entries:
             if share.spent + share.held + cost.get(resource, 0) > share.cap or now_us >= share.ends_us:
                 return None
-        self._spend(ticket, entries, cost, now_us)
+        self._spend(scope, cost, now_us)
         return entries
 
-    def _spend(self, ticket: Ticket, entries: Entries, cost: Cost, now_us: int, count: int = 1) -> None:
+    def _spend(self, scope: Scope, cost: Cost, now_us: int, count: int = 1) -> None:
         cells = self.log.cells
-        for share, resource in entries:
+        for share, resource in scope.entries:
             units = cost.get(resource)
             if units:
                 spent = share.spent
@@ -186,7 +201,7 @@ class Lending:
                 if spent > share.low:
                     share.low = NEVER
                     self._renew(share.wallet)
-        for wallet in ticket.wallets:
+        for wallet in scope.wallets:
             wallet.count += count
             wallet.last_used_us = now_us
             totals = wallet.totals
@@ -196,8 +211,8 @@ class Lending:
                 else:
                     name = resource if len(totals) < MAX_TOTALS else OTHER_RESOURCES
                     totals[name] = totals.get(name, 0) + units
-        if ticket.tallied and count:
-            self._ledger.tally(ticket.metered, cost)
+        for metered in scope.tallied:
+            self._ledger.tally(metered, cost, count)
 
     # --- Reservations in memory -------------------------------------------------------------------------------
 
@@ -208,16 +223,17 @@ class Lending:
         ticket = self._tickets.get(metered.id)
         if ticket is None or ticket.metered is not metered or self._closed or len(self._holds) >= MAX_LOCAL_HOLDS:
             return None
-        entries = ticket.entries(model, route)
+        scope = ticket.scope(model, route)
+        entries = scope.entries
         for share, resource in entries:
             if share.spent + share.held + cost.get(resource, 0) > share.cap or now_us >= share.ends_us:
                 return None
         for share, resource in entries:
             share.held += cost.get(resource, 0)
-        for wallet in ticket.wallets:
+        for wallet in scope.wallets:
             wallet.open += 1
         id = new_id(LOCAL)
-        self._holds[id] = LocalHold(ticket, entries, cost, ends_us, key, model, route, {})
+        self._holds[id] = LocalHold(scope, cost, ends_us, key, model, route, {})
         self._next_end_us = min(self._next_end_us, ends_us)
         return id, entries
 
@@ -248,13 +264,13 @@ class Lending:
         hold = self._holds[id]
         own = hold.cost if last else {}
         for share, resource in hold.entries:
-            units = cost.get(resource, 0)
             held = share.held - own.get(resource, 0)
-            if units and (share.spent + held + units > share.cap or now_us >= share.ends_us):
+            # Nothing is counted without a lease either: what the store has of it is what its uses are told by.
+            if share.spent + held + cost.get(resource, 0) > share.cap or now_us >= share.ends_us:
                 return False
         if last:
             self._release(id)
-        self._spend(hold.ticket, hold.entries, cost, now_us, count=1 if last else 0)
+        self._spend(hold.scope, cost, now_us, count=1 if last else 0)
         return True
 
     def end(self, id: str) -> None:
@@ -274,7 +290,7 @@ class Lending:
         hold = self._holds.pop(id)
         for share, resource in hold.entries:
             share.held -= hold.cost.get(resource, 0)
-        for wallet in hold.ticket.wallets:
+        for wallet in hold.scope.wallets:
             wallet.open -= 1
 
     # --- In the ledger's commits ------------------------------------------------------------------------------
@@ -309,9 +325,20 @@ class Lending:
         if ticket is not None and ticket.metered is metered:
             return
         if metered.limited and all(part.id in self._wallets for part in metered.parts if part.allowances):
+            self._revoke(metered.id)
+            if len(self._tickets) >= MAX_TICKETS:
+                for oldest in list(self._tickets)[: MAX_TICKETS // 10]:
+                    self._revoke(oldest)
             ticket = self._tickets[metered.id] = Ticket(metered, self._wallets)
-            for wallet in ticket.wallets:
+            for wallet in ticket.wallets.values():
                 wallet.tickets.add(metered.id)
+
+    def _revoke(self, id: str) -> None:
+        """The next use of a key is the ledger's."""
+        ticket = self._tickets.pop(id, None)
+        if ticket is not None:
+            for wallet in ticket.wallets.values():
+                wallet.tickets.discard(id)
 
     def not_committed(self, decided: Decided) -> None:
         """What was decided did not commit, or nobody knows: what both leases allow may be spent until it is tried
@@ -338,8 +365,8 @@ class Lending:
         for share in wallet.shares.values():
             share.cap = share.ends_us = 0
             self.log.free(share.slot)
-        for id in wallet.tickets:
-            self._tickets.pop(id, None)
+        for id in list(wallet.tickets):
+            self._revoke(id)
 
     def show(self, id: str, account: Account) -> None:
         """Count in an account, for statistics, what this node has spent and not recorded yet."""
@@ -354,10 +381,11 @@ class Lending:
             share = wallet.shares.get(limit)
             if share is not None and share.allowance.resource != CONCURRENCY:
                 account.counter(share.allowance).add_at(now_us, max(0, share.spent - settled))
-        uses = wallet.count - lease[1]
-        if uses > 0:
-            totals = {name: units - wallet.settled_totals.get(name, 0) for name, units in wallet.totals.items()}
-            account.tally(totals, uses, wallet.last_used_us)
+        noted = wallet.noted  # a commit may be durable, and its answer on its way
+        stored = noted[1] if noted is not None and noted[0] == lease[1] else wallet.settled_totals
+        totals = {name: units - stored.get(name, 0) for name, units in wallet.totals.items()}
+        if wallet.count:
+            account.tally(totals, wallet.count - lease[1], wallet.last_used_us)
 
     # --- Renewing ---------------------------------------------------------------------------------------------
 

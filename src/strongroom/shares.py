@@ -33,6 +33,8 @@ RENEW_AT = 2
 KEPT_AFTER_US = 3_600_000_000
 """A lease that ended unrecorded can be set right by whoever finds what its process had spent, for so long; after that
 it is recorded as spent at its end."""
+MAX_ENDED = 32
+"""Leases that count no longer of which an account still knows what was recorded."""
 LEAST_ELAPSED_S = 0.001
 _SECOND = 1_000_000
 
@@ -182,7 +184,7 @@ class Wallet:
     @property
     def dirty(self) -> bool:
         """Whether something was used that is not recorded."""
-        return self.count != self.settled_count
+        return self.count != self.settled_count or self.totals != self.settled_totals
 
     # --- In a commit ------------------------------------------------------------------------------------------
 
@@ -193,19 +195,26 @@ class Wallet:
         if lease is None:
             # There is nothing of this node in the store: what it spent from its last lease was counted whole when that
             # was taken away (an hour after its end), or was recorded by the commit that gave it all back.
+            noted = self.noted if self.noted is not None else (self.settled_count, self.settled_totals)
             self.forget_spent()
-            return False
+            self.settled_count, self.settled_totals = noted
+            return self._tally(account)
         self._reconcile(lease)
         for share in self.shares.values():
             if share.allowance.resource != CONCURRENCY:
                 counter = account.counter(share.allowance)
                 for moment_us, units in share.unsettled():
                     counter.add_at(moment_us, units)
-        uses = self.count - self.settled_count
-        if uses:
-            settled = self.settled_totals
-            totals = {name: units - settled.get(name, 0) for name, units in self.totals.items()}
-            account.tally(totals, uses, self.last_used_us)
+        self._tally(account)
+        return True
+
+    def _tally(self, account: Account) -> bool:
+        """Count the uses that are not recorded; whether there were any."""
+        if not self.dirty:
+            return False
+        settled = self.settled_totals
+        totals = {name: units - settled.get(name, 0) for name, units in self.totals.items()}
+        account.tally(totals, self.count - self.settled_count, self.last_used_us)
         return True
 
     def _reconcile(self, lease: Lease) -> None:
@@ -226,9 +235,11 @@ class Wallet:
             share.cap = share.spent
         self.settled_count, self.settled_totals, self.noted = self.count, dict(self.totals), None
 
-    def grant(self, account: Account, asked: Mapping[str, int], now_us: int, lease_us: int) -> None:
+    def grant(
+        self, account: Account, asked: Mapping[str, int], now_us: int, lease_us: int, *, only_held: bool = False
+    ) -> None:
         """Lend this node the next units, after `record` and whatever is decided in the same commit. `asked`: of each
-        limit what one call asks for."""
+        limit what one call asks for. `only_held`: no more than its reservations hold."""
         until_us = now_us + lease_us
         moment = time.monotonic()
         plan = []
@@ -247,7 +258,7 @@ class Wallet:
         useful = all(units or not wants for _, units, _, _, wants in plan)
         lent: dict[str, list[int]] = {}
         for share, units, gone_us, ends_us, _ in plan:
-            if not useful:
+            if only_held or not useful:
                 units = min(units, share.held)
             lent[share.allowance.id] = [units, share.spent, gone_us]
             share.next_cap, share.next_ends_us = share.spent + units, ends_us
@@ -337,8 +348,12 @@ def fold(account: Account, allowances: Iterable[Allowance], now_us: int) -> None
             elif now_us >= until_us + KEPT_AFTER_US and id in by_id:
                 account.counter(by_id[id]).add_at(until_us, units)
                 del shares[id]
-        if not shares:
+        # Its node may only be cut off: then what it counts by is here, so that no use is lost and none counts twice.
+        if not shares and now_us >= until_us + KEPT_AFTER_US:
             del account.leases[lease_id]
+    over = [id for id, (_, _, shares) in account.leases.items() if not shares]
+    for lease_id in over[:-MAX_ENDED]:
+        del account.leases[lease_id]
 
 
 def recover(

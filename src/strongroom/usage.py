@@ -143,17 +143,17 @@ class Ledger:
     def submit(self, charge: Charge) -> None:
         """Let a charge wait for its turn; its future, if it has one, fails if that cannot be."""
         if self._closed:
-            fail(charge, Unavailable("the ledger is closed"))
+            self._failed(charge, Unavailable("the ledger is closed"))
             return
         if len(self._waiting) >= MAX_WAITING:
-            fail(charge, TooManyRequests("too many charges are waiting for the store: try again in a moment"))
+            self._failed(charge, TooManyRequests("too many charges are waiting for the store: try again in a moment"))
             return
         self._waiting.append(charge)
         self._wake(asyncio.get_running_loop())
 
-    def tally(self, metered: Metered, cost: Cost) -> None:
+    def tally(self, metered: Metered, cost: Cost, count: int = 1) -> None:
         """Count the use of a key that has no limits: nothing is decided by it, so nobody waits for its write."""
-        self._tally(metered, cost, 1, self._clock.now_us())
+        self._tally(metered, cost, count, self._clock.now_us())
 
     def _tally(self, metered: Metered, cost: Cost, count: int, used_at_us: int) -> None:
         tally = self._tallies.get(metered.id)
@@ -338,7 +338,8 @@ class Ledger:
             return True
         # What others give back is not told of: without a look, this node would go on denying for it.
         own = self.lending.log.lease if self.lending is not None else None
-        lent = self._shared and (account.holds or any(lease != own for lease in account.leases))
+        others = any(shares and id != own for id, (_, _, shares) in account.leases.items())
+        lent = self._shared and (account.holds or others)
         return bool(lent) and time.monotonic() - account.read_at > BELIEVED_FOR_S
 
     def _evict(self) -> None:
