@@ -54,3 +54,98 @@ async def test_an_unknown_key_and_two_idempotency_keys_that_differ_are_refused()
         assert (await served.post("/v1/usage", {"key": "nothing", "cost": {"tokens": 1}})).status == 404
         body = {"key_id": "admin", "cost": {"tokens": 1}, "idempotency_key": "a"}
         assert (await served.post("/v1/usage", body, Idempotency_Key="b")).paths == ["idempotency_key"]
+
+
+# --- Batches ------------------------------------------------------------------------------------------------------
+
+
+async def test_a_batch_is_added_up_and_counted_in_one_debit_for_each_key() -> None:
+    async with serving() as served:
+        made = [await served.make_key(limits=[TOKENS]) for _ in range(3)]
+        items = [
+            {"key" if n % 2 else "key_id": made[n % 3]["key" if n % 2 else "id"], "cost": {"tokens": n}}
+            for n in range(30)
+        ]
+        answer = await served.post("/v1/usage:batch", {"items": items})
+        assert (answer.status, answer.json["recorded"]) == (200, 30)
+        assert [one["key_id"] for one in answer.json["keys"]] == [one["id"] for one in made]
+        sums = [sum(range(start, 30, 3)) for start in range(3)]
+        assert [one["limits"][0]["used"] for one in answer.json["keys"]] == sums
+        for one, tokens in zip(made, sums, strict=True):
+            stats = await served.get(f"/v1/keys/{one['id']}/stats")
+            assert (stats.json["totals"], stats.json["count"]) == ({"tokens": tokens}, 10)
+
+
+async def test_ten_thousand_records_are_a_batch_and_one_more_is_not() -> None:
+    async with serving() as served:
+        made = await served.make_key(limits=[TOKENS])
+        item = {"key_id": made["id"], "cost": {"tokens": 1}}
+        answer = await served.post("/v1/usage:batch", {"items": [item] * 10_000})
+        assert answer.json["keys"][0]["limits"][0]["used"] == 10_000
+        for number in (0, 10_001):
+            assert (await served.post("/v1/usage:batch", {"items": [item] * number})).paths == ["items"]
+        most = {"key_id": made["id"], "cost": {"tokens": 10**15}}
+        for _ in range(2):
+            assert (await served.post("/v1/usage:batch", {"items": [most] * 10_000})).status == 200
+        assert (await served.verify(made["key"], cost={"tokens": 1})).json["code"] == "USAGE_EXCEEDED"
+
+
+async def test_the_same_batch_again_counts_nothing_twice() -> None:
+    async with serving() as served:
+        made = [await served.make_key(limits=[TOKENS]) for _ in range(2)]
+        items = [{"key_id": one["id"], "cost": {"tokens": 2}, "model": model} for one in made for model in ("a", "b")]
+        for _ in range(3):
+            answer = await served.post("/v1/usage:batch", {"items": items}, Idempotency_Key="b1")
+            assert [one["limits"][0]["used"] for one in answer.json["keys"]] == [4, 4]
+        answer = await served.post("/v1/usage:batch", {"items": items}, Idempotency_Key="b2")
+        assert [one["limits"][0]["used"] for one in answer.json["keys"]] == [8, 8]
+        changed = [{**item, "cost": {"tokens": 3}} for item in items]
+        assert (await served.post("/v1/usage:batch", {"items": changed}, Idempotency_Key="b1")).status == 409
+
+
+async def test_each_record_may_have_an_idempotency_key_of_its_own() -> None:
+    async with serving() as served:
+        made = await served.make_key(limits=[TOKENS])
+        item = {"key_id": made["id"], "cost": {"tokens": 2}}
+        items = [{**item, "idempotency_key": name} for name in ("a", "b", "a")] + [item]
+        for used in (6, 8):  # `a` and `b` once, the one without a key each time
+            answer = await served.post("/v1/usage:batch", {"items": items})
+            assert answer.json["keys"][0]["limits"][0]["used"] == used
+        single = await served.post("/v1/usage", {**item, "idempotency_key": "a"})
+        assert single.json["limits"][0]["used"] == 8
+
+
+async def test_everything_that_is_wrong_with_a_batch_is_told_and_nothing_is_counted() -> None:
+    async with serving() as served:
+        made = await served.make_key(tenant="acme", limits=[TOKENS])
+        globex = await served.manager("write", "globex")
+        right = {"key_id": made["id"], "cost": {"tokens": 1}}
+        for wrong, paths in (
+            ([{"cost": {"tokens": -1}, "key": "a", "key_id": "b"}, {"colour": 1}, 5],
+             ["items.1.cost.tokens", "items.1.key", "items.2.colour", "items.2.cost", "items.2.key", "items.3"]),
+            ([{"key": "unknown", "cost": {"tokens": 1}}, {"key_id": "none", "cost": {"tokens": -2}}],
+             ["items.1.key", "items.2.cost.tokens"]),
+        ):  # fmt: skip
+            answer = await served.post("/v1/usage:batch", {"items": [right, *wrong]})
+            assert (answer.status, answer.paths) == (422, paths), answer
+        answer = await served.post("/v1/usage:batch", {"items": [right]}, key=globex)
+        unknown = await served.post("/v1/usage:batch", {"items": [{**right, "key_id": "none"}]}, key=globex)
+        assert answer.json["errors"] == unknown.json["errors"]
+        assert (await served.post("/v1/usage:batch", {"items": [right], "more": 1})).paths == ["more"]
+        assert (await served.post("/v1/usage:batch", b"{")).status == 400
+        stats = await served.get(f"/v1/keys/{made['id']}/stats")
+        assert (stats.json["totals"], stats.json["count"]) == ({}, 0)
+
+
+async def test_one_idempotency_key_for_two_amounts_in_a_batch_is_refused_before_anything_is_counted() -> None:
+    async with serving() as served:
+        made, other = [await served.make_key(limits=[TOKENS]) for _ in range(2)]
+        items = [
+            {"key_id": made["id"], "cost": {"tokens": 2}, "idempotency_key": "a"},
+            {"key_id": other["id"], "cost": {"tokens": 2}},
+            {"key": made["key"], "cost": {"tokens": 3}, "idempotency_key": "a"},
+        ]
+        answer = await served.post("/v1/usage:batch", {"items": items})
+        assert (answer.status, answer.paths) == (422, ["items.2.idempotency_key"])
+        stats = await served.get(f"/v1/keys/{other['id']}/stats")
+        assert stats.json["count"] == 0

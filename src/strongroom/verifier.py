@@ -274,6 +274,10 @@ class Verifier:
                 continue
             place = (key.id, event.model or "", event.route or "", event.idempotency_key or "")
             there = sums.get(place)
+            if there is not None and event.idempotency_key is not None and there.units != units:
+                message = "is that of another record of this batch, of another amount"
+                problems.append(Problem(f"items.{number}.idempotency_key", message))
+                continue
             if there is None or event.idempotency_key is not None:
                 sums[(*place, str(number)) if there is not None else place] = _Sum(key, units, 1, event)
                 continue
