@@ -121,9 +121,7 @@ def _interned(limits: tuple[Limit, ...]) -> tuple[Allowance, ...]:
 
 def quota_part(quota: Quota) -> Part:
     """A quota as the ledger needs it."""
-    return part(
-        quota.id, Check(QUOTAS, quota.id, quota.version), allowances(quota.limits, quota.subject), quota.tenant
-    )
+    return part(quota.id, Check(QUOTAS, quota.id, quota.version), allowances(quota.limits, quota.subject), quota.tenant)
 
 
 def subjects(key: ApiKey) -> tuple[str, ...]:
