@@ -34,8 +34,10 @@ else:
 MAGIC = int.from_bytes(b"SRSPENT1", "little")
 HEADER_CELLS = 2
 FIRST_SLOTS = 1_024
-MAX_SLOTS = 1_000_000
+MIN_COMPACTED = 4_096
+"""The file of names is written anew when it has so many lines, and twice those that are still of use."""
 CELL = 8
+_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _log = logging.getLogger(__name__)
 
@@ -46,6 +48,9 @@ class SpendLog:
     def __init__(self, lease: str, folder: Path | None = None) -> None:
         self.lease = lease
         self._free: list[int] = []
+        self._live: dict[int, tuple[str, str]] = {}
+        """What the slots that are in use are for, by index."""
+        self._lines = 0
         self._next = 0
         self._slots = FIRST_SLOTS
         self._spent: int | None = None
@@ -68,14 +73,28 @@ class SpendLog:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if folder.stat().st_uid != os.getuid():
             raise PermissionError(f"{folder} belongs to another user")
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        self._names = os.open(folder / f"{self.lease}.names", flags | os.O_APPEND, 0o600)
-        # Locked before the file of cells is there, which is what others look for.
-        fcntl.flock(self._names, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.write(self._names, json.dumps({"boot": boot}).encode() + b"\n")
-        self._folder = folder
-        self._spent = os.open(folder / f"{self.lease}.spent", flags, 0o600)
+        self._folder, self._boot = folder, boot
+        self.compact()
+        self._spent = os.open(folder / f"{self.lease}.spent", _NEW, 0o600)
         return self._mapped(self._spent)
+
+    def compact(self) -> None:
+        """Write the file of names anew, with what is in use. It is locked before it has the name by which others look
+        for it, so that there is no moment in which this process could be taken for dead."""
+        new = self._folder / f"{self.lease}.new"
+        names = os.open(new, _NEW | os.O_APPEND, 0o600)
+        try:
+            fcntl.flock(names, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lines = [{"boot": self._boot}, *([account, limit, at] for at, (account, limit) in self._live.items())]
+            _write(names, "".join(json.dumps(line) + "\n" for line in lines).encode())
+            new.rename(self._folder / f"{self.lease}.names")
+        except OSError:
+            os.close(names)
+            new.unlink(missing_ok=True)
+            raise
+        before, self._names, self._lines = self._names, names, len(lines)
+        if before is not None:
+            os.close(before)
 
     def _mapped(self, descriptor: int) -> mmap.mmap:
         size = (HEADER_CELLS + 2 * self._slots) * CELL
@@ -93,12 +112,18 @@ class SpendLog:
             self._next += 1
         index = HEADER_CELLS + 2 * number
         self.cells[index] = self.cells[index + 1] = 0
+        self._live[index] = account, limit
         if self._names is not None:
-            os.write(self._names, json.dumps([account, limit, index]).encode() + b"\n")
+            if self._lines >= max(MIN_COMPACTED, 2 * len(self._live)):
+                self.compact()
+            else:
+                _write(self._names, json.dumps([account, limit, index]).encode() + b"\n")
+                self._lines += 1
         return index
 
     def free(self, index: int) -> None:
         """A cell is not needed any more."""
+        del self._live[index]
         self._free.append((index - HEADER_CELLS) // 2)
 
     def moment(self, index: int, now_us: int) -> None:
@@ -118,9 +143,7 @@ class SpendLog:
     def close(self) -> None:
         """All leases were given back: the files go."""
         if self._names is not None:
-            for suffix in ("spent", "names"):
-                with contextlib.suppress(OSError):
-                    os.unlink(self._folder / f"{self.lease}.{suffix}")
+            _unlink(self._folder, self.lease)
         self._close_files()
 
     def abandon(self) -> None:
@@ -145,14 +168,23 @@ class DeadLog:
         self._lock = lock
 
     def remove(self) -> None:
-        for suffix in ("spent", "names"):
-            with contextlib.suppress(OSError):
-                os.unlink(self._folder / f"{self.lease}.{suffix}")
+        _unlink(self._folder, self.lease)
         os.close(self._lock)
 
     def leave(self) -> None:
         """Not now: the next look tries again."""
         os.close(self._lock)
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def _unlink(folder: Path, lease: str) -> None:
+    for suffix in ("spent", "new", "names"):  # the names last: by them the others are found
+        with contextlib.suppress(OSError):
+            os.unlink(folder / f"{lease}.{suffix}")
 
 
 def dead_logs(folder: Path) -> Iterator[DeadLog]:
@@ -169,10 +201,17 @@ def dead_logs(folder: Path) -> Iterator[DeadLog]:
         except OSError:
             os.close(lock)  # its process lives, or another one is at it
             continue
-        if not path.exists():  # another one has finished with it in this moment
+        if not _is_at(lock, path):  # another one has finished with it in this moment, or it was written anew
             os.close(lock)
             continue
         yield DeadLog(path.stem, _read(path), folder, lock)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _read(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
