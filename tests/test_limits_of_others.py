@@ -14,6 +14,8 @@ import time_machine
 
 from strongroom import Anchored, ApiKey, Calendar, Context, Limit, Rolling, Strongroom, Total, usage
 from strongroom.errors import InvalidInput, StrongroomError, Unavailable
+from strongroom.integrations._core import Presented
+from strongroom.integrations._hold import Hold
 from strongroom.keytext import generate
 from strongroom.query import MAX_LIMIT
 from strongroom.storage.port import Put
@@ -395,3 +397,158 @@ async def test_djangorestframework_api_key_173_no_password_hashing_in_a_verifica
         assert (await room.keys.verify(issued.text)).valid
         times.append(time.perf_counter() - began)
     assert sorted(times)[10] < 0.1
+
+
+# --- The same, with reservations and leases -----------------------------------------------------------------------
+
+
+@pytest.fixture(params=["durable", "leased"])
+async def either(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    """A Strongroom and its store, its limits paid for one way and the other."""
+    async with opened(new_url("sqlite", tmp_path), limits=request.param, lease_folder=str(tmp_path)) as both:
+        yield both
+
+
+async def held_by(room: Strongroom, id: str) -> tuple[Any, Any]:
+    """What of a key's first limit is recorded, and reserved."""
+    status = (await room.keys.stats(id)).limits[0]
+    return status.recorded, status.reserved
+
+
+async def test_litellm_27639_and_36926_a_cancelled_stream_leaves_no_reservation_behind(either: Any) -> None:
+    """There, each client that went away left its hold, until 429 at near-zero spend."""
+    room, _ = either
+    issued = await room.keys.create(name="k", limits=[rolling("tokens", 1_000)])
+
+    async def stream() -> None:
+        async with Hold(room, Presented.of(issued.text, "x-api-key", cost={"tokens": 200})) as hold:
+            hold.use(tokens=1)
+            await asyncio.Event().wait()
+
+    for _ in range(12):
+        task = asyncio.create_task(stream())
+
+        async def holds() -> bool:
+            return (await held_by(room, issued.key.id))[1] == 200
+
+        await wait_until(holds)
+        task.cancel()
+        await asyncio.wait([task])
+    assert await held_by(room, issued.key.id) == (12, 0)  # and what they had got is charged: LiteLLM 14457
+    assert (await room.keys.verify(issued.text, cost={"tokens": 988})).valid
+
+
+async def test_litellm_38647_worst_case_estimates_do_not_fill_the_budget(either: Any) -> None:
+    """There, what was reserved for the longest answer stayed charged after a short one."""
+    room, _ = either
+    issued = await room.keys.create(name="k", limits=[rolling("tokens", 1_000)])
+    for _ in range(40):
+        held = await room.keys.reserve(issued.text, cost={"tokens": 800})
+        assert held.valid
+        await room.keys.settle(held.reservation_id, {"tokens": 5})
+    assert await held_by(room, issued.key.id) == (200, 0)
+
+
+async def test_eliza_11085_a_reservation_whose_holder_died_ends_by_itself(either: Any) -> None:
+    """There, an expiry was lost, and 429 was for ever."""
+    room, _ = either
+    with time_machine.travel(MOMENT, tick=False) as clock:
+        issued = await room.keys.create(
+            name="k", limits=[Limit.model_validate({"resource": "concurrency", "limit": 8}), rolling("tokens", 100)]
+        )
+        for _ in range(8):
+            assert (await room.keys.reserve(issued.text, cost={"tokens": 12}, ttl_s=30)).valid
+        assert not (await room.keys.reserve(issued.text, cost={"tokens": 1})).valid
+        clock.shift(30)
+        assert (await room.keys.reserve(issued.text, cost={"tokens": 100})).valid
+
+
+async def test_shenyu_6649_denied_reservations_put_off_no_end(either: Any) -> None:
+    room, _ = either
+    with time_machine.travel(MOMENT, tick=False) as clock:
+        issued = await room.keys.create(name="k", limits=[Limit(resource="tokens", limit=10, window=Total())])
+        assert (await room.keys.reserve(issued.text, cost={"tokens": 10}, ttl_s=20)).valid
+        for _ in range(20):
+            assert not (await room.keys.reserve(issued.text, cost={"tokens": 1}, ttl_s=20)).valid
+            clock.shift(1)
+        assert (await room.keys.reserve(issued.text, cost={"tokens": 10}, ttl_s=20)).valid
+
+
+async def test_kong_14995_a_reservation_lasts_seconds_not_milliseconds(either: Any) -> None:
+    room, _ = either
+    with time_machine.travel(MOMENT, tick=False) as clock:
+        issued = await room.keys.create(name="k", limits=[Limit(resource="tokens", limit=10, window=Total())])
+        held = await room.keys.reserve(issued.text, cost={"tokens": 10}, ttl_s=2)
+        assert held.expires_at == MOMENT + timedelta(seconds=2)
+        clock.shift(timedelta(milliseconds=1_999))
+        assert not (await room.keys.verify(issued.text, cost={"tokens": 1})).valid
+        clock.shift(timedelta(milliseconds=1))
+        assert (await room.keys.verify(issued.text, cost={"tokens": 10})).valid
+
+
+async def test_bifrost_3547_replicas_share_one_cap_of_what_is_leased(tmp_path: Path) -> None:
+    """There, N replicas gave N times the cap."""
+    url = new_url("sqlite", tmp_path)
+    async with AsyncExitStack() as stack:
+        nodes = [await stack.enter_async_context(Strongroom.open(url, limits="leased")) for _ in range(4)]
+        issued = await nodes[0].keys.create(name="k", limits=[rolling("requests", 500)])
+        admitted = 0
+        for _ in range(20):
+            answers = await asyncio.gather(*(node.keys.verify(issued.text) for _ in range(10) for node in nodes))
+            admitted += sum(answer.valid for answer in answers)
+        assert 250 <= admitted <= 500
+    async with Strongroom.open(url) as room:
+        assert (await room.keys.stats(issued.key.id)).limits[0].used == admitted
+
+
+async def test_litellm_33872_and_35531_what_was_spent_from_a_lease_is_kept_until_it_is_recorded(either: Any) -> None:
+    """There, a buffer was emptied before its commit, which then failed."""
+    room, store = either
+    issued = await room.keys.create(name="k", limits=[rolling("tokens", 10_000)])
+    admitted = 0
+    for number in range(30):
+        store.fault = lambda n, batch, number=number: (
+            Fault(("before", "after")[number % 2], Unavailable("gone")) if number % 3 else None  # type: ignore[arg-type]
+        )
+        try:
+            admitted += (await room.keys.verify(issued.text, cost={"tokens": 3})).valid
+        except Unavailable:
+            continue
+        if room.ledger.lending is not None:
+            room.ledger.lending._look_at_wallets()
+            await room.ledger.settled()
+    store.fault = lambda n, batch: None
+    await room.ledger.close()
+    recorded = (await used(store, issued.key.id))["tokens"]
+    assert recorded >= 3 * admitted  # a commit whose answer was lost counts, though nobody was told that it did
+    assert recorded <= 3 * 30
+
+
+async def test_litellm_25553_leases_that_are_given_back_resurrect_no_old_key(tmp_path: Path) -> None:
+    """There, spend was written back with the key as it had been read."""
+    url = new_url("sqlite", tmp_path)
+    async with Strongroom.open(url) as here:
+        async with Strongroom.open(url, limits="leased") as there:
+            gone = await here.keys.create(name="k", limits=[rolling("tokens", 1_000)])
+            kept = await here.keys.create(name="k", limits=[rolling("tokens", 1_000)])
+            for issued in (gone, kept):
+                for _ in range(5):
+                    assert (await there.keys.verify(issued.text, cost={"tokens": 1})).valid
+            await here.keys.delete(gone.key.id, purge=True)
+            changed = await here.keys.update(kept.key.id, name="new", limits=[rolling("tokens", 7)])
+        assert await here.database.get_or_none(ADMIN, ApiKey, gone.key.id) is None
+        assert await here.store.get("key_usage", None, gone.key.id) is None
+        assert await here.keys.get(kept.key.id) == changed
+        assert (await here.keys.stats(kept.key.id)).limits[0].used == 5
+
+
+async def test_litellm_18730_what_a_stream_is_about_to_use_counts_before_it_is_used(either: Any) -> None:
+    """There, streams that began together all passed a limit that one of them filled."""
+    room, _ = either
+    issued = await room.keys.create(name="k", limits=[rolling("tokens", 100)])
+    held = await asyncio.gather(*(room.keys.reserve(issued.text, cost={"tokens": 17}) for _ in range(39)))
+    assert sum(one.valid for one in held) == 5
+    for one in held:
+        if one.valid:
+            await room.keys.settle(one.reservation_id, {"tokens": 17})
+    assert await held_by(room, issued.key.id) == (85, 0)

@@ -673,3 +673,16 @@ async def test_the_account_of_the_most_reservations_is_no_document_too_large(ben
     assert all(one.valid for one in made)
     assert (await stored_usage(bench.store.store, issued.key.id)).open_holds(0) == accounts.MAX_HOLDS
     assert (await bench.room.keys.verify(issued.text, cost={"tokens": 1})).valid
+
+
+async def test_any_node_settles_what_another_has_just_reserved_or_extended(shared_place: tuple[Any, str]) -> None:
+    """Though it has the account in memory as it was before."""
+    _, url = shared_place
+    async with Strongroom.open(url) as here, Strongroom.open(url) as there:
+        issued = await here.keys.create(name="k", limits=[rolling("tokens", 1_000)])
+        for _ in range(3):
+            for one, other in ((here, there), (there, here)):
+                await other.keys.verify(issued.text, cost={"tokens": 1})
+                held = await one.keys.reserve(issued.text, cost={"tokens": 10})
+                assert (await other.keys.settle(held.reservation_id or "", {"tokens": 1})).state == "settled"
+        assert (await here.keys.stats(issued.key.id)).limits[0].used == 12

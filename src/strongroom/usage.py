@@ -250,6 +250,7 @@ class Ledger:
         now_us = self._clock.now_us()
         try:
             repeated = await self._repeated(charges, now_us)
+            self._forget_without_holds(charges, now_us)
             await self._load({id for group in groups for id in group.parts})
         except StrongroomError as error:
             for charge in charges:
@@ -331,6 +332,14 @@ class Ledger:
         documents = await asyncio.gather(*(self._store.get(NAME, None, id) for id in ids))
         for id, document in zip(ids, documents, strict=True):
             self._accounts[id] = Account(document, read_at)
+
+    def _forget_without_holds(self, charges: list[Charge], now_us: int) -> None:
+        """A reservation that is not known here may be another node's, made or extended since its account was read."""
+        for charge in charges:
+            if charge.hold is not None and charge.hold.open:
+                account = self._accounts.get(charge.metered.id)
+                if account is not None and account.held(charge.hold.id, now_us) is None:
+                    del self._accounts[charge.metered.id]
 
     def _unread(self, id: str) -> bool:
         account = self._accounts.get(id)
