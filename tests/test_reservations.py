@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import hypothesis.strategies as st
 import pytest
 import time_machine
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from strongroom import Context, IssuedKey, Limit, Strongroom, accounts
+from strongroom import Context, IssuedKey, Limit, Strongroom, accounts, usage
 from strongroom.errors import Conflict, InvalidInput, NotFound, TooManyRequests, Unavailable
 from strongroom.verification import Reservation
 from strongroom.windows import Total
@@ -23,6 +26,7 @@ from strongroom.windows import Total
 from .conftest import backend_of
 from .support import Fault, FaultyStore, new_url, opened, rolling, stored_usage, wait_until
 
+T = TypeVar("T")
 MOMENT = datetime(2026, 5, 5, 12, tzinfo=UTC)
 CONCURRENCY = {"resource": "concurrency", "limit": 3}
 
@@ -686,3 +690,146 @@ async def test_any_node_settles_what_another_has_just_reserved_or_extended(share
                 held = await one.keys.reserve(issued.text, cost={"tokens": 10})
                 assert (await other.keys.settle(held.reservation_id or "", {"tokens": 1})).state == "settled"
         assert (await here.keys.stats(issued.key.id)).limits[0].used == 12
+
+
+# --- Against a model ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Open:
+    """A reservation, as the model knows it."""
+
+    holds: int
+    used: int
+    ends_us: int
+
+
+class Machine(RuleBasedStateMachine):
+    """Reservations of one limit and of how many at once, durable over two nodes or in the memory of one, against a
+    model that adds up what is recorded and what is held."""
+
+    LIMIT = 400
+    AT_ONCE = 9
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop = asyncio.new_event_loop()
+        self.traveller = time_machine.travel(MOMENT, tick=False)
+        self.clock = self.traveller.start()
+        self.stack = AsyncExitStack()
+        self.believed = usage.BELIEVED_FOR_S
+        usage.BELIEVED_FOR_S = 0.0  # the machine's time is not the test's
+        self.now_us = 0
+        self.recorded = 0
+        self.open: dict[str, Open] = {}
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return self.loop.run_until_complete(asyncio.wait_for(coroutine, 20))
+
+    @initialize(leased=st.booleans())
+    def begin(self, leased: bool) -> None:
+        async def opened_() -> None:
+            first = await self.stack.enter_async_context(
+                opened("json://:memory:", limits="leased" if leased else "durable")
+            )
+            self.nodes = [first[0]]
+            if not leased:
+                self.nodes.append((await self.stack.enter_async_context(opened("json://:memory:", beside=first[1])))[0])
+            limits = [
+                Limit(resource="tokens", limit=self.LIMIT, window=Total()),
+                Limit.model_validate({"resource": "concurrency", "limit": self.AT_ONCE}),
+            ]
+            self.issued = await self.nodes[0].keys.create(name="k", limits=limits)
+
+        self.leased = leased
+        self.run(opened_())
+
+    def held(self) -> int:
+        return sum(one.holds for one in self.open.values())
+
+    def ended(self) -> None:
+        self.open = {id: one for id, one in self.open.items() if self.now_us < one.ends_us}
+
+    @rule(node=st.integers(0, 1), tokens=st.integers(0, 90), ttl_s=st.integers(1, 9))
+    def reserve(self, node: int, tokens: int, ttl_s: int) -> None:
+        keys = self.nodes[node % len(self.nodes)].keys
+        answer = self.run(keys.reserve(self.issued.text, cost={"tokens": tokens}, ttl_s=ttl_s))
+        fits = self.recorded + self.held() + tokens <= self.LIMIT and len(self.open) < self.AT_ONCE
+        assert answer.valid is fits
+        if fits:
+            self.open[answer.reservation_id or ""] = Open(tokens, 0, self.now_us + ttl_s * 1_000_000)
+
+    @rule(node=st.integers(0, 1), tokens=st.integers(0, 60))
+    def verify(self, node: int, tokens: int) -> None:
+        keys = self.nodes[node % len(self.nodes)].keys
+        valid = self.run(keys.verify(self.issued.text, cost={"tokens": tokens})).valid
+        assert valid is (self.recorded + self.held() + tokens <= self.LIMIT)
+        self.recorded += tokens * valid
+
+    @precondition(lambda self: self.open)
+    @rule(node=st.integers(0, 1), which=st.integers(0, 99), tokens=st.integers(0, 100), twice=st.booleans())
+    def settle(self, node: int, which: int, tokens: int, twice: bool) -> None:
+        id = list(self.open)[which % len(self.open)]
+        one = self.open.pop(id)
+        total = one.used + tokens
+        for _ in range(1 + twice):
+            settled = self.run(self.nodes[node % len(self.nodes)].keys.settle(id, {"tokens": total}))
+            assert settled.charged == {"tokens": total}
+        self.recorded += tokens
+
+    @precondition(lambda self: self.open)
+    @rule(node=st.integers(0, 1), which=st.integers(0, 99))
+    def release(self, node: int, which: int) -> None:
+        id = list(self.open)[which % len(self.open)]
+        self.run(self.nodes[node % len(self.nodes)].keys.release(id))
+        del self.open[id]
+
+    @precondition(lambda self: self.open)
+    @rule(node=st.integers(0, 1), which=st.integers(0, 99), tokens=st.integers(0, 150), used=st.integers(0, 30),
+          ttl_s=st.integers(1, 9))  # fmt: skip
+    def extend(self, node: int, which: int, tokens: int, used: int, ttl_s: int) -> None:
+        id = list(self.open)[which % len(self.open)]
+        one = self.open[id]
+        used = min(used, one.holds)  # what is more is refused where the limit has not so much
+        total = one.used + used
+        keys = self.nodes[node % len(self.nodes)].keys
+        answer = self.run(keys.extend(id, ttl_s=ttl_s, cost={"tokens": tokens}, used={"tokens": total}))
+        holds = max(0, tokens - total)
+        others = self.held() - one.holds
+        if not self.leased or holds + used <= one.holds:
+            assert answer.valid is (holds + used <= one.holds or self.recorded + others + holds + used <= self.LIMIT)
+        if answer.valid:
+            assert self.recorded + others + holds + used <= self.LIMIT or holds + used <= one.holds
+            self.recorded += used
+            self.open[id] = Open(holds, total, self.now_us + ttl_s * 1_000_000)
+
+    @rule(ms=st.sampled_from([1, 500, 1_000, 3_000, 8_000]))
+    def later(self, ms: int) -> None:
+        self.clock.shift(timedelta(milliseconds=ms))
+        self.now_us += ms * 1_000
+        self.ended()
+        lending = self.nodes[0].ledger.lending
+        if lending is not None:
+            self.run(self.renew(lending))
+
+    async def renew(self, lending: Any) -> None:
+        lending._look_at_wallets()
+        await self.nodes[0].ledger.settled()
+
+    @invariant()
+    def the_statistics_are_the_models(self) -> None:
+        if hasattr(self, "issued"):
+            for node in self.nodes:
+                tokens, at_once = self.run(node.keys.stats(self.issued.key.id)).limits
+                assert (tokens.recorded, tokens.reserved) == (self.recorded, self.held())
+                assert at_once.used == len(self.open)
+
+    def teardown(self) -> None:
+        usage.BELIEVED_FOR_S = self.believed
+        self.run(self.stack.aclose())
+        self.traveller.stop()
+        self.loop.close()
+
+
+Machine.TestCase.settings = settings(settings.get_profile("quick"), max_examples=100, stateful_step_count=40)
+TestReservations = Machine.TestCase
