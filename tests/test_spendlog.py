@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -217,3 +218,22 @@ def test_the_log_of_a_server_says_nothing_of_its_password() -> None:
     assert "one" not in str(here).split("/")[-1]
     assert folder_for("json://:memory:") is None
     assert folder_for("json://:memory:", "x") == Path("x")
+
+
+@pytest.mark.parametrize("what", ["names", "cells"])
+def test_a_log_that_cannot_be_written_any_more_is_not_found_with_less_than_was_spent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    log = spendlog.SpendLog("lse_full", tmp_path)
+    first = log.slot("key_1", "tokens|total")
+    log.cells[first] = 70
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    monkeypatch.setattr(*((spendlog, "_write") if what == "names" else (os, "posix_fallocate")), full)
+    slots = [log.slot("key_2", f"r{number}|total") for number in range(spendlog.FIRST_SLOTS + 1)]
+    log.cells[slots[-1]] = 5
+    assert (log.cells[first], log.cells[slots[-1]]) == (70, 5), "the process goes on, with what it knows"
+    log.abandon()
+    assert list(spendlog.dead_logs(tmp_path)) == []

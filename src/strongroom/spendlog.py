@@ -98,7 +98,10 @@ class SpendLog:
 
     def _mapped(self, descriptor: int) -> mmap.mmap:
         size = (HEADER_CELLS + 2 * self._slots) * CELL
-        os.ftruncate(descriptor, size)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, size)  # a disk that is full is told of now, and not by a signal later
+        else:
+            os.ftruncate(descriptor, size)
         return mmap.mmap(descriptor, size)
 
     def slot(self, account: str, limit: str) -> int:
@@ -113,13 +116,29 @@ class SpendLog:
         index = HEADER_CELLS + 2 * number
         self.cells[index] = self.cells[index + 1] = 0
         self._live[index] = account, limit
-        if self._names is not None:
-            if self._lines >= max(MIN_COMPACTED, 2 * len(self._live)):
-                self.compact()
-            else:
-                _write(self._names, json.dumps([account, limit, index]).encode() + b"\n")
-                self._lines += 1
+        try:
+            self._note(account, limit, index)
+        except OSError as error:
+            self._go_without(error)
         return index
+
+    def _note(self, account: str, limit: str, index: int) -> None:
+        if self._names is None:
+            return
+        if self._lines >= max(MIN_COMPACTED, 2 * len(self._live)):
+            self.compact()
+        else:
+            _write(self._names, json.dumps([account, limit, index]).encode() + b"\n")
+            self._lines += 1
+
+    def _go_without(self, error: OSError) -> None:
+        """The log cannot be written any more. It must not be found either: it would tell of less than was spent."""
+        _unlink(self._folder, self.lease)
+        self._close_files()
+        before = self.cells
+        self.cells = memoryview(bytearray((HEADER_CELLS + 2 * self._slots) * CELL)).cast("Q")
+        self.cells[: len(before)] = before
+        _log.warning("limit leases are not logged any more, what a killed process has left comes back late: %s", error)
 
     def free(self, index: int) -> None:
         """A cell is not needed any more."""
@@ -134,8 +153,11 @@ class SpendLog:
         self._slots *= 2
         before = self.cells
         if self._spent is not None:
-            # The same file: the cells that were written through the old view are in the new one.
-            self.cells = memoryview(self._mapped(self._spent)).cast("Q")
+            try:
+                # The same file: the cells that were written through the old view are in the new one.
+                self.cells = memoryview(self._mapped(self._spent)).cast("Q")
+            except OSError as error:
+                self._go_without(error)
         else:
             self.cells = memoryview(bytearray((HEADER_CELLS + 2 * self._slots) * CELL)).cast("Q")
             self.cells[: len(before)] = before
