@@ -718,7 +718,7 @@ class Machine(RuleBasedStateMachine):
         self.clock = self.traveller.start()
         self.stack = AsyncExitStack()
         self.believed = usage.BELIEVED_FOR_S
-        usage.BELIEVED_FOR_S = 0.0  # the machine's time is not the test's
+        usage.BELIEVED_FOR_S = -1.0  # the machine's time stands still
         self.now_us = 0
         self.recorded = 0
         self.open: dict[str, Open] = {}
@@ -739,6 +739,8 @@ class Machine(RuleBasedStateMachine):
                 Limit(resource="tokens", limit=self.LIMIT, window=Total()),
                 Limit.model_validate({"resource": "concurrency", "limit": self.AT_ONCE}),
             ]
+            for node in self.nodes:
+                node.ledger._shared = True  # as a store is that several processes can open
             self.issued = await self.nodes[0].keys.create(name="k", limits=limits)
 
         self.leased = leased
