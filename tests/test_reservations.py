@@ -20,6 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from strongroom import Context, IssuedKey, Limit, Strongroom, accounts, usage
 from strongroom.errors import Conflict, InvalidInput, NotFound, TooManyRequests, Unavailable
+from strongroom.query import Query
 from strongroom.verification import Reservation
 from strongroom.windows import Total
 
@@ -327,6 +328,29 @@ async def test_a_settlement_whose_answer_was_lost_is_charged_once(bench: Bench, 
     assert (await bench.room.keys.stats(issued.key.id)).totals["tokens"] == amount
 
 
+@pytest.mark.parametrize("once", [None, "i"])
+async def test_who_goes_away_while_it_is_made_leaves_nothing_held_unless_it_can_ask_again(
+    bench: Bench, once: str | None
+) -> None:
+    issued = await bench.key(rolling("tokens", 1_000))
+    bench.store.gate = asyncio.Event()
+    number = len(bench.store.batches)
+    task = asyncio.create_task(bench.reserve(issued, 200, durable=True, idempotency_key=once))
+    await wait_until(lambda: len(bench.store.batches) > number)
+    task.cancel()
+    await asyncio.wait([task])
+    bench.store.gate.set()
+    if once is not None:
+        assert (await bench.reserve(issued, 200, idempotency_key=once)).valid
+
+    async def left() -> bool:
+        return await bench.used(issued) == (0, 0 if once is None else 200)
+
+    await bench.room.ledger.settled()
+    await wait_until(left)
+    assert await bench.store.store.find("reservations", None, Query())
+
+
 # --- Longer, and more ---------------------------------------------------------------------------------------------
 
 
@@ -604,7 +628,7 @@ async def test_what_is_reserved_in_memory_is_not_given_back_by_an_idle_node(tmp_
             for wallet in list(lending._wallets.values()):
                 lending._renew(wallet, lease)
             await here.ledger.settled()
-        assert not (await there.keys.verify(issued.text, cost={"tokens": 92 - recorded})).valid
+            assert not (await there.keys.verify(issued.text, cost={"tokens": 92 - recorded})).valid
         settled = await here.keys.settle(id, {"tokens": 9})
         assert settled.limits[0].recorded == recorded + 9
     async with Strongroom.open(url) as room:

@@ -9,7 +9,9 @@ they hold; what was reported as used until then stays charged.
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
+import logging
 from collections import OrderedDict
 from collections.abc import Mapping
 from datetime import datetime
@@ -25,7 +27,7 @@ from .clock import Clock
 from .context import Context, new_id, system_context, us_from_utc, utc_from_us
 from .database import Database
 from .entity import Entity, Index
-from .errors import AlreadyExists, Conflict, InvalidInput, NotFound, Problem, Unavailable
+from .errors import AlreadyExists, Conflict, InvalidInput, NotFound, Problem, StrongroomError, Unavailable
 from .keytext import Hasher
 from .knownkey import KnownKey
 from .lending import LOCAL, Entries, Lending, LocalHold
@@ -56,6 +58,7 @@ REMEMBERED_US = 86_400_000_000
 MAX_SETTLED = 10_000
 """Reservations in memory that are remembered after they were settled."""
 _SECOND = 1_000_000
+_log = logging.getLogger(__name__)
 
 State = Literal["open", "settled", "released"]
 
@@ -92,6 +95,7 @@ class Reservations(Verifier):
         super().__init__(database, ledger, hasher, clock, feed)
         self._settled: OrderedDict[str, tuple[dict[str, int], Reservation]] = OrderedDict()
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._releasing: set[asyncio.Task[None]] = set()
 
     async def reserve(
         self,
@@ -181,15 +185,20 @@ class Reservations(Verifier):
             if before is not None:
                 operation = Put(NAME, id, document, before["version"])
         ends_us = us_from_utc(stored.expires_at)
+        future = self._ledger.charge(
+            key.metered,
+            {},
+            model=stored.model,
+            route=stored.route,
+            hold=HoldChange(id, ends_us, stored.holds, open=False),
+            also=operation,
+        )
         try:
-            outcome = await self._ledger.charge(
-                key.metered,
-                {},
-                model=stored.model,
-                route=stored.route,
-                hold=HoldChange(id, ends_us, stored.holds, open=False),
-                also=operation,
-            )
+            outcome = await asyncio.shield(future)
+        except asyncio.CancelledError:
+            if not once:  # nobody will ever hear its id; one with an idempotency key can be asked for again
+                future.add_done_callback(functools.partial(self._unheard, id))
+            raise
         except KeyChanged:
             self.cache.outdated(key)
             return None
@@ -198,6 +207,19 @@ class Reservations(Verifier):
         if outcome.allowed:
             return _open(key, id, admitted(key, outcome.statuses).limits, ends_us)
         return _as_reservation(exceeded(key, outcome, stored.holds))
+
+    def _unheard(self, id: str, future: asyncio.Future[Outcome]) -> None:
+        """Release a reservation whose caller went away while it was made, instead of holding it to its end."""
+        if not future.cancelled() and future.exception() is None and future.result().allowed:
+            task = asyncio.get_running_loop().create_task(self._release_unheard(id))
+            self._releasing.add(task)
+            task.add_done_callback(self._releasing.discard)
+
+    async def _release_unheard(self, id: str) -> None:
+        try:
+            await self.release(id)
+        except StrongroomError as error:
+            _log.info("a reservation whose caller went away could not be released, it ends by itself: %s", error)
 
     def _again(self, key: KnownKey, before: StoredReservation, asked: StoredReservation, now_us: int) -> Reservation:
         """The answer to a call that made this reservation before."""
