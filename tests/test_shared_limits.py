@@ -229,7 +229,7 @@ async def test_keys_and_quotas_that_change_under_load_make_no_deadlock(place: tu
                 number += 1
                 await quota(node, "group:g1", rolling("tokens", 10**6 + number))
                 await node.keys.update(keys[number % 6].key.id, name=f"k{number}")
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(0.1)
 
         results = await asyncio.gather(verify(here), verify(there), change(here), change(there), return_exceptions=True)
         # Two that put the same quota at once: one of them may be told of the conflict; nobody is told anything else.
