@@ -26,7 +26,7 @@ BODIES = {
     "/v1/keys": {"name": "n"},
     "/v1/keys/verify": {"key": "another"},
     "/v1/keys/verify:batch": {"items": [{"key": "another"}]},
-    "/v1/usage": {"key_id": "admin", "cost": {"tokens": 1}},
+    "/v1/usage": {"key_id": "key_nobody_asked_for_yet", "cost": {"tokens": 1}},
 }
 
 
