@@ -138,9 +138,10 @@ async def serving(
     *,
     bounds: Bounds = DEFAULT_BOUNDS,
     entities: Sequence[type[Entity]] = (Account,),
+    **options: Any,
 ) -> AsyncIterator[Served]:
-    """The application in this process, with the administrator's key ADMIN."""
-    async with Strongroom.open(url, entities=(*ENTITIES, *entities)) as room:
+    """The application in this process, with the administrator's key ADMIN. `options` as of Strongroom.open."""
+    async with Strongroom.open(url, entities=(*ENTITIES, *entities), **options) as room:
         await adminkey.ensure(room, ADMIN)
         app = build(room, bounds)
         transport = httpx.ASGITransport(app)

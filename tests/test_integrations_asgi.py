@@ -409,3 +409,13 @@ def test_no_framework_is_imported_unless_its_module_is() -> None:
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+async def test_an_application_whose_start_fails_is_not_taken_in_silence_for_one_without_a_start(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def broken(scope: Scope, receive: Receive, send: Send) -> None:
+        raise OSError("its database is away")
+
+    async with lifespan(StrongroomMiddleware(broken, url="json://:memory:")):
+        assert "its database is away" in caplog.text

@@ -984,6 +984,17 @@ async def test_a_deleted_key_is_unknown_at_once_and_comes_back_as_it_was(room: S
     assert (await room.keys.stats(id)).totals == {"tokens": 80}
 
 
+async def test_nothing_is_told_of_a_deleted_key(room: Strongroom) -> None:
+    issued = await room.keys.create(name="k", tenant="acme", user_id="u1", permissions=["a"], metadata={"secret": 1})
+    await room.keys.delete(issued.key.id)
+    unknown = await room.keys.verify("sk-nobody-has-this-one")
+    assert await room.keys.verify(issued.text) == unknown
+    reserved = await room.keys.reserve(issued.text)
+    assert {name: getattr(reserved, name) for name in unknown.__struct_fields__} == {
+        name: getattr(unknown, name) for name in unknown.__struct_fields__
+    }
+
+
 async def test_a_deleted_key_is_removed_for_good_after_its_time(room: Strongroom, store: FaultyStore) -> None:
     with time_machine.travel(MOMENT, tick=False) as clock:
         issued = await room.keys.create(name="k", limits=[rolling("tokens", 100)], rotate_every_s=86_400)

@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from strongroom import health
 from strongroom.server.errors import STATUS
 from strongroom.storage.port import Health
+from tests.conftest import wait_until
 from tests.serving import TOKENS, Served, serving
 
 BODILESS = (
@@ -156,3 +157,19 @@ async def test_the_page_needs_no_other_host_and_explains_every_error() -> None:
             assert re.search(rf'id="error-{code}">{code}</code></td><td>\S', text), f"{code} has no explanation"
         for path in (await _spec(served))["paths"]:
             assert path in text
+
+
+async def test_a_process_shows_its_leases_and_the_reservations_in_its_memory() -> None:
+    async with serving(limits="leased") as served:
+        made = await served.make_key(limits=[TOKENS])
+        keys = served.room.keys
+
+        async def held_in_memory() -> bool:  # once the key's own making was heard of, after which it is read again
+            return (await keys.reserve(made["key"], cost={"tokens": 1})).reservation_id.startswith("rsl_")
+
+        await wait_until(held_in_memory)
+        text = (await served.get("/metrics", key=None)).answer.text
+        assert "\nstrongroom_limit_leases 1.0\n" in text
+        assert "\nstrongroom_reservations 1.0\n" in text
+    async with serving() as served:
+        assert "strongroom_limit_leases" not in (await served.get("/metrics", key=None)).answer.text

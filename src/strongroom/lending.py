@@ -3,8 +3,8 @@ becomes of the leases of processes that were killed.
 
 A use of a key whose limits this node holds shares of is charged here without a commit (`admit`). Any other goes through
 the ledger, whose commit lends shares for the next ones. Each second what was spent is recorded and the leases are
-renewed; those that nothing was taken from go back; on a stop all do. A node that cannot reach the store spends what it
-has until the lease ends, and then admits nothing.
+renewed; those that nothing was taken from go back; on a stop all do. Nothing is spent of a lease after its end (and who
+verifies stops before: without the store, nobody can tell whether the key was revoked).
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
@@ -31,9 +30,7 @@ async def uninterrupted(action: Callable[[], Coroutine[Any, Any, None]]) -> None
         except Exception:
             break  # the action's own: raised below
     if cancelled is not None:
-        with contextlib.suppress(Exception):
-            task.result()
-        raise cancelled
+        raise cancelled from task.exception()  # if it failed, that is told with the cancellation
     task.result()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+_log = logging.getLogger(__name__)
 KEY = "strongroom.key"
 """Where the Verification is found in a request's scope."""
 STATE = "strongroom"
@@ -327,9 +329,11 @@ async def _forward_lifespan(app: ASGIApp, scope: Scope, first: Message, receive:
 
     try:
         await app(scope, receiving, sending)
-    except Exception:
+    except Exception as error:
         if answered:
             raise
+        # Most that raise here know no lifespan; one whose start has failed must not be mistaken for them in silence.
+        _log.warning("the application's lifespan raised before it answered, so it is taken for one without: %r", error)
     if not answered:
         # An application that knows no lifespan raises, returns or answers as to HTTP: it is stood in for.
         await send({"type": "lifespan.startup.complete"})
