@@ -12,12 +12,12 @@ from typing import Any
 
 from google.cloud.firestore_v1.types import query as _query
 
-from ..errors import InvalidInput, Problem
+from ..errors import InvalidInput, Problem, Unavailable
 from . import _values
 from ._firestore_draft import SHARDS, Line
 from ._firestore_paths import HEADS, JOURNAL, JOURNAL_PARTS, Paths, last_of
 from ._firestore_values import COMMIT_FIELD, DocumentPb, micros, put, take, value_of
-from ._firestore_wire import RunQueryRequest, Wire
+from ._firestore_wire import RunQueryRequest, Wire, pause
 from .port import ChangesPage, Record
 
 END = "end"
@@ -25,6 +25,7 @@ MAX_TEXT_BYTES = 16_384
 """What a record tells of a document is readable JSON up to here, and compressed above."""
 MAX_PART_BYTES = 900_000
 """A document holds 1 MiB, a record up to 2 MB: what is left over goes to documents of its own."""
+GAP_ATTEMPTS = 10
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 _CURSOR = re.compile(r"f(?:[0-9a-z]{1,12}\.){15}[0-9a-z]{1,12}")
 _PLAIN = ("id", "tenant", "at_us", "actor", "request_id", "action", "collection", "entity_id")
@@ -168,9 +169,9 @@ class Journal:
                 pages = await asyncio.gather(
                     *(self._page(shard, fetched[shard], heads[shard], tenant, min(size, limit)) for shard in empty)
                 )
-                for shard, page in zip(empty, pages, strict=True):
+                for shard, (page, upto) in zip(empty, pages, strict=True):
                     waiting[shard] = page
-                    fetched[shard] = page[-1].number if len(page) >= min(size, limit) else heads[shard]
+                    fetched[shard] = upto
                 continue
             ready = [records[0] for records in waiting.values() if records]
             if not ready:
@@ -183,7 +184,33 @@ class Journal:
                 position[shard] = heads[shard]
         return chosen
 
-    async def _page(self, shard: int, after: int, upto: int, tenant: str | None, limit: int) -> list[_Found]:
+    async def _page(
+        self, shard: int, after: int, upto: int, tenant: str | None, limit: int
+    ) -> tuple[list[_Found], int]:
+        """The next records of a shard, and the number up to which there are no others.
+
+        A head is written with its records, so that a shard has no gaps. Google's emulator has: its queries lag behind
+        commits that are being made. There the whole shard is asked for, which can be checked, and asked for again.
+        """
+        checked = tenant is None or self._wire.emulator is not None
+        request = self._request(shard, after, upto, None if checked else tenant, limit)
+        missing: list[int] = []
+        for attempt in range(GAP_ATTEMPTS):
+            found, _ = await self._wire.query(request)
+            page = [self._found(shard, document) for document in found]
+            last = page[-1].number if len(page) >= limit else upto
+            missing = sorted({*range(after + 1, last + 1)}.difference(one.number for one in page)) if checked else []
+            if not missing:
+                return [one for one in page if tenant is None or take(one.document.fields["tenant"]) == tenant], last
+            await pause(attempt)
+        raise Unavailable(f"the journal has no record {record_name(shard, missing[0])}, which was written")
+
+    def _found(self, shard: int, document: Any) -> _Found:
+        number = int(last_of(document.name).partition("-")[2])
+        place = document.fields["place"].integer_value
+        return _Found(micros(document.update_time), place, shard, number, document)
+
+    def _request(self, shard: int, after: int, upto: int, tenant: str | None, limit: int) -> Any:
         request = RunQueryRequest(parent=self._paths.documents)
         query = request.structured_query
         query.from_.add().collection_id = JOURNAL
@@ -198,13 +225,7 @@ class Journal:
             only.field.field_path = "tenant"
             only.op = _Operator.EQUAL
             only.value.CopyFrom(value_of(tenant))
-        found, _ = await self._wire.query(request)
-        page = []
-        for document in found:
-            number = int(last_of(document.name).partition("-")[2])
-            place = document.fields["place"].integer_value
-            page.append(_Found(micros(document.update_time), place, shard, number, document))
-        return page
+        return request
 
     async def _records(self, found: list[_Found]) -> list[Record]:
         names = [
