@@ -31,7 +31,8 @@ class KeyLookup:
         self.slow = SlowChecks()
 
     async def find(self, text: str, changed: set[str]) -> tuple[ApiKey, datetime | None] | None:
-        """The key of a text, and until when the text is the key's if it was rotated away; None if there is none.
+        """The key of a text, a deleted one too, and until when the text is the key's if it was rotated away; None if
+        there is none.
 
         A key whose hash is not the current pepper's is renewed; its id is then taken out of `changed`. Raises
         TooManyRequests where a slow hash cannot be compared now, and what the database raises.
@@ -46,7 +47,7 @@ class KeyLookup:
             if key.previous_hash is not None and _is_one_of(key.previous_hash, names):
                 return (key, key.previous_until) if key.previous_until is not None else None
         for key in keys:
-            if key.verifier is None or key.deleted_at is not None:
+            if key.verifier is None:
                 continue
             field = "hash" if key.hash in hints else "previous_hash"
             if field == "previous_hash" and key.previous_until is None:

@@ -22,7 +22,7 @@ from .clock import Clock
 from .context import Context, check_tenant, next_id, system_context, us_from_utc, utc_from_us
 from .database import Database, Page
 from .entity import Entity, Index
-from .errors import AlreadyExists, InvalidInput, Problem
+from .errors import AlreadyExists, InvalidInput, Problem, TooManyRequests
 from .events import KEY_LEAKED, Event, event
 from .keys import Keys
 from .keytext import masked
@@ -158,20 +158,30 @@ class Leaks:
         journal; with `tenant`, only that tenant's keys are known to it.
 
         The same text again does nothing again, whoever reports it and wherever it is then. If this raises (Unavailable,
-        StorageFull), some may have been dealt with: report all of them again. Raises InvalidInput for more than
-        MAX_SIGHTINGS.
+        StorageFull), some may have been dealt with: report all of them again. TooManyRequests: all were dealt with but
+        those whose slow hashes cannot be compared now; each time that all are reported again there are fewer of them.
+        Raises InvalidInput for more than MAX_SIGHTINGS.
         """
         if len(sightings) > MAX_SIGHTINGS:
             raise InvalidInput([Problem("", f"found {len(sightings)} texts, expected at most {MAX_SIGHTINGS}")])
         distinct = list({sighting.token: sighting for sighting in reversed(sightings)}.values())  # the first of each
         findings: dict[str, Finding] = {}
+        put_off = 0
         for start in range(0, len(distinct), AT_ONCE):
             some = distinct[start : start + AT_ONCE]
             work = [self._deal_with(sighting, reporter, tenant, request_id or next_id()) for sighting in some]
             for sighting, result in zip(some, await asyncio.gather(*work, return_exceptions=True), strict=True):
-                if isinstance(result, BaseException):
+                if isinstance(result, TooManyRequests):
+                    put_off += 1  # what others of the report are does not have to wait for it
+                elif isinstance(result, BaseException):
                     raise result
-                findings[sighting.token] = result
+                else:
+                    findings[sighting.token] = result
+        if put_off:
+            raise TooManyRequests(
+                f"{put_off} of {len(distinct)} texts begin as imported keys do and cannot be compared with their slow "
+                "hashes yet, the others were dealt with: report all of them again"
+            )
         return [findings[sighting.token] for sighting in sightings]
 
     async def list(
