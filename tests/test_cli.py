@@ -359,7 +359,7 @@ def test_a_terminal_gets_a_table_with_names_as_they_are(run: Run, monkeypatch: p
 
 def test_delete_asks_at_a_terminal(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     key = created(run)
-    monkeypatch.setattr("strongroom.cli.keys.is_interactive", lambda: True)
+    monkeypatch.setattr("strongroom.cli.options.is_interactive", lambda: True)
     ran = run("keys", "delete", key["id"], stdin="n\n")
     assert (ran.status, "Delete" in ran.err) == (1, True)
     assert run("keys", "show", key["id"]).status == 0

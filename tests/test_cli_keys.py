@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from strongroom import Strongroom
 from strongroom.cli import main
 
 
@@ -163,7 +166,7 @@ def test_wrong_work_on_many_keys_is_a_wrong_call(run: Run, arguments: list[str],
 
 def test_whoever_says_no_changes_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     key = created(run)
-    monkeypatch.setattr("strongroom.cli.keychanges.is_interactive", lambda: True)
+    monkeypatch.setattr("strongroom.cli.options.is_interactive", lambda: True)
     ran = run("bulk", "delete", "--all", stdin="n\n")
     assert ran.status != 0
     assert "delete 1 keys?" in ran.err
@@ -175,3 +178,74 @@ def test_a_new_pepper_leaves_every_key_working(run: Run) -> None:
     assert run("rotate-pepper", "--json").json == {"pepper": "000002"}
     assert code(run, key["key"]) == "VALID"
     assert run("rotate-pepper").out == "new hashes are made with pepper 000003\n"
+
+
+LIMITS = [
+    "cost=25.5/total+0.5/day@Europe/Berlin",
+    "tokens=100000/anchored:5h models=gpt-*,o1 routes=/chat",
+    "requests=9/calendar:month@Asia/Kolkata",
+    "requests=60/1m",
+    "concurrency=5",
+]
+
+
+def test_everything_of_a_limit_is_shown_as_it_can_be_given(run: Run) -> None:
+    key = created(run, *(option for limit in LIMITS for option in ("--limit", limit)))
+    lines = run("show", key["id"]).out.splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("limits "))
+    shown = [line[len("limits") :].strip() for line in lines[first : first + len(LIMITS)]]
+    assert shown == LIMITS
+    (row,) = run("list").out.splitlines()[1:]
+    assert row.endswith("  ".join(LIMITS))
+    again = created(run, *(option for limit in shown for option in ("--limit", limit)))
+    assert again["limits"] == key["limits"]
+
+
+def test_everything_of_where_a_limit_stands_is_shown(run: Run, tmp_path: Path) -> None:
+    key = created(
+        run, "--tenant", "acme", "--limit", "tokens=100/1h models=gpt-*", "--limit", "cost=9/total+1/day", "--limit",
+        "concurrency=2",
+    )  # fmt: skip
+    assert main(["quotas", "set", "--tenant", "acme", "--limit", "tokens=50/1h routes=/chat"]) == 0
+    rows = table(run("stats", key["id"]).out)
+    assert list(rows[0]) == ["RESOURCE", "OF", "WINDOW", "USED", "LIMIT", "REMAINING", "FREES FROM", "MODELS", "ROUTES"]
+    assert [(row["RESOURCE"], row["OF"], row["WINDOW"], row["MODELS"], row["ROUTES"]) for row in rows] == [
+        ("tokens", "key", "1h", "gpt-*", ""),
+        ("cost", "key", "total+1/day", "", ""),
+        ("concurrency", "key", "open now", "", ""),
+        ("tokens", "tenant", "1h", "", "/chat"),
+    ]
+
+    async def reserve() -> None:
+        async with Strongroom.open(f"sqlite:///{tmp_path}/store.db") as room:
+            assert (await room.keys.reserve(key["key"], cost={"tokens": 40}, model="gpt-4", route="/chat")).valid
+
+    asyncio.run(reserve())
+    tokens, _, concurrency, quota = table(run("stats", key["id"]).out)
+    for row in (tokens, quota):
+        assert (row["USED"], row["RECORDED"], row["RESERVED"], row["LEASED"]) == ("40", "0", "40", "0")
+    assert (concurrency["USED"], concurrency["REMAINING"]) == ("1", "1")
+
+    ran = run("verify", "--cost", "tokens=20", "--model", "gpt-4", "--route", "/chat", stdin=key["key"])
+    assert ran.status == 1
+    assert [(row["OF"], row["DENIED"]) for row in table(ran.out) if row["DENIED"]] == [("tenant", "yes")]
+
+
+def table(out: str) -> list[dict[str, str]]:
+    """The rows of the table at the end of what was printed, by its columns."""
+    lines = out.splitlines()
+    header = max(number for number, line in enumerate(lines) if line.startswith("RESOURCE"))
+    names = [name.strip() for name in re.split(r"  +", lines[header])]
+    starts = [re.search(rf"(?:^|  ){re.escape(name)}(?:  |$)", lines[header]) for name in names]
+    places = [match.start() + match[0].index(name) for match, name in zip(starts, names, strict=True) if match]
+    return [
+        {name: line[begin:end].strip() for name, begin, end in zip(names, places, [*places[1:], None], strict=True)}
+        for line in lines[header + 1 :]
+    ]
+
+
+def test_what_is_deleted_for_good_is_said_to_be_and_nothing_else(run: Run) -> None:
+    key = created(run)
+    assert "cannot be undone" not in run("delete", key["id"]).err
+    assert "cannot be undone" in run("delete", key["id"], "--purge").err
+    assert "--yes" in run("delete", key["id"]).err

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InvalidInput, Problem
-from . import output, shortforms
+from . import options, output
 from .keys import (
     AfterOption,
     BeforeOption,
@@ -17,10 +17,10 @@ from .keys import (
     OwnerOption,
     PrefixOption,
     app,
-    is_interactive,
     key_filter,
 )
 from .keyviews import print_issued, print_key
+from .options import YesOption, confirm, must_be_confirmed
 from .session import EXIT_FAILED, JsonOption, StoreOption, in_store, operator
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def bulk(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say how many would be changed.")] = False,
     cursor: Annotated[str | None, typer.Option(help="Where work that was broken off is to go on.")] = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: YesOption = False,
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -151,8 +151,7 @@ def bulk(
     asked: Any = action
     work = Bulk(asked, None if ids else where, ids or None, changes, dry_run)
     work.check()
-    if not (yes or dry_run or is_interactive()):
-        raise InvalidInput([Problem("yes", "there is no terminal to ask at: confirm it with --yes")])
+    must_be_confirmed(yes or dry_run, False, "there is no terminal to ask at")
     done = in_store(store, lambda room: _work(room, work, cursor, ask=not (yes or dry_run)))
     if json:
         output.print_json(done)
@@ -173,20 +172,17 @@ def _changes(
     limit: list[str] | None, metadata: list[str] | None, group: list[str] | None, problems: list[Problem]
 ) -> KeyChanges | None:
     """What an update sets: only what is given."""
-    from ..apikey import KeyChanges, parse
+    from ..apikey import KeyChanges
 
     fields: dict[str, Any] = {}
-    if limit:
-        fields["limits"] = list(shortforms.each("limits", limit, shortforms.limit, problems).values())
     if metadata:
-        pairs = shortforms.each("metadata", metadata, shortforms.pair, problems).values()
-        fields["metadata"] = {name: shortforms.metadata_value(value) for name, value in pairs}
+        fields["metadata"] = options.metadata(metadata, problems)
     if group:
         fields["groups"] = group
-    if not fields:
+    if not (fields or limit):
         return None
     try:
-        return parse(KeyChanges, fields)
+        return options.described(KeyChanges, fields, limit or None)
     except InvalidInput as error:
         problems += error.problems
         return None
@@ -196,8 +192,7 @@ async def _work(room: Strongroom, work: Bulk, cursor: str | None, *, ask: bool) 
     """Do it, with a bar where there is a terminal; what was done, in all."""
     context = operator()
     total = await room.keys.count(work.filter, context=context) if work.filter is not None else len(work.ids or ())
-    if ask:
-        typer.confirm(f"{work.action} {total} keys?", abort=True, err=True)
+    confirm(not ask, f"{work.action} {total} keys?")
     looked_at = changed = unchanged = 0
     failed: list[BulkFailure] = []
     with output.progress(work.action) as show:

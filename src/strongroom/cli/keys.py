@@ -10,7 +10,20 @@ import typer
 
 from ..errors import InvalidInput, Problem
 from . import output, shortforms
-from .keyviews import key_view, limits_of, print_answer, print_issued, print_key, print_limits, state_of, stats_view
+from .keyviews import key_view, print_answer, print_issued, print_key, state_of, stats_view
+from .limitviews import limit_texts, print_limits
+from .options import (
+    CursorOption,
+    LimitsOption,
+    PageOption,
+    YesOption,
+    confirm,
+    described,
+    duration_s,
+    is_interactive,
+    metadata,
+    must_be_confirmed,
+)
 from .session import EXIT_FAILED, JsonOption, StoreOption, in_store, operator
 
 if TYPE_CHECKING:
@@ -43,12 +56,7 @@ def create(
     tenant: Annotated[str, typer.Option("--tenant", help="Whose key it is.")] = "default",
     user: Annotated[str | None, typer.Option("--user", help="The user it belongs to.")] = None,
     permission: Annotated[list[str] | None, typer.Option(help="A permission; may be given again.")] = None,
-    limit: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="RESOURCE=AMOUNT/WINDOW", help="A limit, for example tokens=100000/5h; may be given again."
-        ),
-    ] = None,
+    limit: LimitsOption = None,
     expires: Annotated[
         str | None, typer.Option(metavar="TIME", help="When it ends: 2027-01-01T00:00:00Z, or 30d from now.")
     ] = None,
@@ -135,8 +143,8 @@ def list_keys(
     created_after: AfterOption = None,
     created_before: BeforeOption = None,
     deleted: DeletedOption = False,
-    limit: Annotated[int, typer.Option(help="At most this many (1 to 1000).")] = 100,
-    cursor: Annotated[str | None, typer.Option(help="Where the page before ended.")] = None,
+    limit: PageOption = 100,
+    cursor: CursorOption = None,
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -162,15 +170,19 @@ def list_keys(
         return
     now = datetime.now(UTC)
     rows = [
-        (key.id, key.tenant, key.name, key.display, state_of(key, now), output.moment(key.expires_at), limits_of(key))
+        (
+            key.id,
+            key.tenant,
+            key.name,
+            key.display,
+            state_of(key, now),
+            output.moment(key.expires_at),
+            "  ".join(limit_texts(key.limits)),
+        )
         for key in page.items
     ]
-    if rows:
-        output.print_table(("ID", "TENANT", "NAME", "KEY", "STATE", "EXPIRES", "LIMITS"), rows)
-    else:
-        output.print_note("there are no keys")
-    if page.next_cursor is not None:
-        output.print_note(f"there are more: --cursor {page.next_cursor}")
+    columns = ("ID", "TENANT", "NAME", "KEY", "STATE", "EXPIRES", "LIMITS")
+    output.print_page(columns, rows, page.next_cursor, "there are no keys")
 
 
 @app.command()
@@ -195,6 +207,8 @@ def verify(
     ] = None,
     permission: Annotated[str | None, typer.Option(help="A permission it must have.")] = None,
     ip: Annotated[str | None, typer.Option("--ip", help="The address it is used from.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="The model it is used for.")] = None,
+    route: Annotated[str | None, typer.Option("--route", help="The route it is used for.")] = None,
     tenant: Annotated[str | None, typer.Option("--tenant", help="Only a key of this tenant will do.")] = None,
     store: StoreOption = None,
     json: JsonOption = False,
@@ -215,7 +229,13 @@ def verify(
     answer = in_store(
         store,
         lambda room: room.keys.verify(
-            text, cost=dict(pairs) if pairs else None, permission=permission, ip=ip, tenant=tenant
+            text,
+            cost=dict(pairs) if pairs else None,
+            permission=permission,
+            ip=ip,
+            model=model,
+            route=route,
+            tenant=tenant,
         ),
     )
     print_answer(answer, json)
@@ -244,10 +264,7 @@ def rotate(
     Example:
       strongroom keys rotate key_0199f3c2… --overlap 1h
     """
-    problems: list[Problem] = []
-    overlap_s = shortforms.one("overlap", overlap, shortforms.seconds, problems)
-    if overlap_s is None:
-        raise InvalidInput(problems)
+    overlap_s = duration_s("overlap", overlap)
     issued = in_store(
         store,
         lambda room: room.keys.rotate(
@@ -285,7 +302,7 @@ def delete(
     purge: Annotated[
         bool, typer.Option("--purge", help="Remove it and its usage for good, one that was deleted before too.")
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: YesOption = False,
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -297,15 +314,12 @@ def delete(
     Example:
       strongroom keys delete key_0199f3c2… --yes
     """
-    if not yes and (json or not is_interactive()):
-        raise InvalidInput([Problem("yes", "removing a key cannot be undone: confirm it with --yes")])
+    must_be_confirmed(yes, json, "removing a key for good cannot be undone" if purge else "it stops working at once")
 
     async def remove(room: Strongroom) -> ApiKey:
         key = await room.keys.get(id, deleted=purge)
-        if not yes:
-            what = f"{key.id}, {output.shown(key.name)!r} of {output.shown(key.tenant)!r}"
-            question = f"Remove {what}, and its usage, for good?" if purge else f"Delete {what}?"
-            typer.confirm(question, abort=True, err=True)
+        what = f"{key.id}, {output.shown(key.name)!r} of {output.shown(key.tenant)!r}"
+        confirm(yes, f"Remove {what}, and its usage, for good?" if purge else f"Delete {what}?")
         await room.keys.delete(id, purge=purge, context=operator())
         return key
 
@@ -348,14 +362,11 @@ def stats(id: IdArgument, store: StoreOption = None, json: JsonOption = False) -
 
 def _new_key(**given: Any) -> NewKey:
     """The key that the options describe. InvalidInput names everything that is wrong with them at once."""
-    from ..apikey import NewKey, parse
+    from ..apikey import NewKey
 
     problems: list[Problem] = []
     fields = {name: value for name, value in given.items() if value is not None}
-    limits = shortforms.each("limits", given["limits"], shortforms.limit, problems)
-    fields["limits"] = list(limits.values())
-    pairs = shortforms.each("metadata", given["metadata"], shortforms.pair, problems).values()
-    fields["metadata"] = {name: shortforms.metadata_value(value) for name, value in pairs}
+    fields["metadata"] = metadata(given["metadata"], problems)
     if given["expires_at"] is not None:
         now = datetime.now(UTC)
         fields["expires_at"] = shortforms.one(
@@ -364,14 +375,7 @@ def _new_key(**given: Any) -> NewKey:
     for name in ("rotate_every_s", "rotation_overlap_s"):
         if given[name] is not None:
             fields[name] = shortforms.one(name, given[name], shortforms.seconds, problems)
-    try:
-        new = parse(NewKey, fields)
-    except InvalidInput as error:
-        positions = list(limits)
-        raise InvalidInput([*problems, *(shortforms.as_given(one, positions) for one in error.problems)]) from None
-    if problems:
-        raise InvalidInput(problems)
-    return new
+    return described(NewKey, fields, fields.pop("limits"), problems)
 
 
 def key_filter(*, created_after: str | None, created_before: str | None, **given: Any) -> KeyFilter:
@@ -403,11 +407,6 @@ def _time(text: str) -> datetime:
 def _cost(text: str) -> tuple[str, Any]:
     name, value = shortforms.pair(text)
     return name, shortforms.amount(value)
-
-
-def is_interactive() -> bool:
-    """Whether there is someone to ask."""
-    return sys.stdin.isatty()
 
 
 def _asked_for(prompt: str) -> str:

@@ -6,10 +6,11 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from . import output, shortforms
+from .limitviews import limit_texts, print_limits
 
 if TYPE_CHECKING:
     from ..keys import ApiKey, IssuedKey, KeyStats
-    from ..verification import LimitStatus, Verification
+    from ..verification import Verification
 
 ONCE = "Keep this text now: it is not stored and cannot be shown again."
 
@@ -60,21 +61,25 @@ def print_key(key: ApiKey, json: bool) -> None:
         ("for", key.description or ""),
         ("environment", key.environment),
         ("permissions", " ".join(key.permissions)),
-        ("limits", limits_of(key)),
+        ("limits", limit_texts(key.limits)),
         ("groups", " ".join(key.groups)),
         ("models", " ".join(key.allowed_models)),
         ("routes", " ".join(key.allowed_routes)),
         ("addresses", " ".join(key.allowed_ips)),
         ("metadata", str(key.metadata) if key.metadata else ""),
         ("created", output.moment(key.created_at)),
+        ("changed", output.moment(key.updated_at)),
         ("expires", output.moment(key.expires_at)),
+        ("last used", output.moment(key.last_used)),
+        ("uses", str(key.usage_count)),
         ("old text until", output.moment(key.previous_until, "")),
+        ("rotated", _schedule(key)),
         ("next rotation", output.moment(key.next_rotation_at, "")),
         ("new text", "waits to be claimed" if key.unclaimed is not None else ""),
         ("found in public", output.moment(key.leaked_at, "")),
         ("deleted", output.moment(key.deleted_at, "")),
     ]
-    output.print_fields([(name, value) for name, value in fields if value])
+    output.print_fields(fields)
 
 
 def print_answer(answer: Verification, json: bool) -> None:
@@ -90,30 +95,18 @@ def print_answer(answer: Verification, json: bool) -> None:
         ("permissions", " ".join(answer.permissions)),
         ("retry after", f"{answer.retry_after_s:.3f} s" if answer.retry_after_s is not None else ""),
     ]
-    output.print_fields([(name, value) for name, value in fields if value])
+    output.print_fields(fields)
     print_limits(answer.limits)
 
 
-def print_limits(limits: list[LimitStatus]) -> None:
-    if not limits:
-        return
-    output.print_line()
-    rows = [
-        (
-            s.resource,
-            shortforms.show_window(s.window),
-            str(s.used),
-            str(s.limit),
-            str(s.remaining),
-            output.moment(s.resets_at, ""),
-        )
-        for s in limits
-    ]
-    output.print_table(("RESOURCE", "WINDOW", "USED", "LIMIT", "REMAINING", "FREES FROM"), rows)
-
-
-def limits_of(key: ApiKey) -> str:
-    return " ".join(shortforms.show_limit(limit.model_dump()) for limit in key.limits)
+def _schedule(key: ApiKey) -> str:
+    """How often a key is rotated, and how long its old text then works on."""
+    if key.rotate_every_s is None:
+        return ""
+    every = f"every {shortforms.show_seconds(key.rotate_every_s)}"
+    if key.rotation_overlap_s is None:
+        return every
+    return f"{every}, the old text works on for {shortforms.show_seconds(key.rotation_overlap_s)}"
 
 
 def state_of(key: ApiKey, now: datetime) -> str:

@@ -10,6 +10,7 @@ import typer
 
 from ..errors import InvalidInput, Problem
 from . import output, shortforms
+from .options import CursorOption, PageOption
 from .session import JsonOption, StoreOption, in_store, operator
 
 if TYPE_CHECKING:
@@ -48,8 +49,8 @@ def report(
 def list_leaks(
     tenant: Annotated[str | None, typer.Option("--tenant", help="Only this tenant's.")] = None,
     key: Annotated[str | None, typer.Option("--key", metavar="ID", help="Only this key's.")] = None,
-    limit: Annotated[int, typer.Option(help="At most this many (1 to 1000).")] = 100,
-    cursor: Annotated[str | None, typer.Option(help="Where the page before ended.")] = None,
+    limit: PageOption = 100,
+    cursor: CursorOption = None,
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -67,12 +68,8 @@ def list_leaks(
         (output.moment(leak.created_at), leak.key_id, leak.tenant, leak.display, _done(leak), leak.url or leak.source)
         for leak in page.items
     ]
-    if rows:
-        output.print_table(("REPORTED", "ID", "TENANT", "KEY", "DONE", "FOUND AT"), rows)
-    else:
-        output.print_note("no leak was reported")
-    if page.next_cursor is not None:
-        output.print_note(f"there are more: --cursor {page.next_cursor}")
+    columns = ("REPORTED", "ID", "TENANT", "KEY", "DONE", "FOUND AT")
+    output.print_page(columns, rows, page.next_cursor, "no leak was reported")
 
 
 @app.command()

@@ -14,7 +14,7 @@ import typer
 
 from ..errors import ConfigError, InvalidInput, Problem
 from . import output
-from .keys import is_interactive
+from .options import is_interactive
 from .session import EXIT_FAILED, Interrupted, JsonOption, as_owner, run
 
 if TYPE_CHECKING:

@@ -69,11 +69,24 @@ def moment(value: datetime | None, absent: str = "never") -> str:
     return absent if value is None else value.isoformat(sep=" ", timespec="seconds").replace("+00:00", "Z")
 
 
-def print_fields(fields: Sequence[tuple[str, str]]) -> None:
-    """Names and values, one a line, aligned."""
-    width = max((_cells(name) for name, _ in fields), default=0)
+def print_fields(fields: Sequence[tuple[str, str | Sequence[str]]]) -> None:
+    """Names and values, aligned; several values of one name are a line each. What has no value is left out."""
+    width = max((_cells(name) for name, value in fields if value), default=0)
     for name, value in fields:
-        print_line(f"{name}{' ' * (width - _cells(name))}  {value}".rstrip())
+        lines = [value] if isinstance(value, str) else value
+        for number, line in enumerate(line for line in lines if line):
+            first = name if number == 0 else ""
+            print_line(f"{first}{' ' * (width - _cells(first))}  {line}".rstrip())
+
+
+def print_page(columns: Sequence[str], rows: Rows, next_cursor: str | None, nothing: str) -> None:
+    """One page of a list, or that there is `nothing`; and how to go on."""
+    if rows:
+        print_table(columns, rows)
+    else:
+        print_note(nothing)
+    if next_cursor is not None:
+        print_note(f"there are more: --cursor {next_cursor}")
 
 
 def print_table(columns: Sequence[str], rows: Rows) -> None:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InvalidInput, Problem
-from . import output, shortforms
-from .keys import is_interactive
-from .keyviews import print_limits
+from . import output
+from .limitviews import limit_texts, print_limits
+from .options import CursorOption, LimitsOption, PageOption, YesOption, confirm, described, must_be_confirmed
 from .session import JsonOption, StoreOption, in_store, operator
 
 if TYPE_CHECKING:
@@ -30,12 +30,7 @@ def set_quota(
     tenant: OfTenant,
     user: OfUser = None,
     group: OfGroup = None,
-    limit: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="RESOURCE=AMOUNT/WINDOW", help="A limit, for example tokens=100000/5h; may be given again."
-        ),
-    ] = None,
+    limit: LimitsOption = None,
     description: Annotated[str | None, typer.Option(help="What it is for.")] = None,
     idempotency_key: Annotated[
         str | None, typer.Option(help="The same call again with this text changes nothing (within a day).")
@@ -63,8 +58,8 @@ def set_quota(
 def list_quotas(
     tenant: Annotated[str | None, typer.Option("--tenant", help="Only this tenant's quotas.")] = None,
     kind: Annotated[str | None, typer.Option("--kind", help="Only quotas of this kind: tenant, user or group.")] = None,
-    limit: Annotated[int, typer.Option(help="At most this many (1 to 1000).")] = 100,
-    cursor: Annotated[str | None, typer.Option(help="Where the page before ended.")] = None,
+    limit: PageOption = 100,
+    cursor: CursorOption = None,
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -78,13 +73,12 @@ def list_quotas(
     if json:
         output.print_json({"items": [one.model_dump() for one in page.items], "next_cursor": page.next_cursor})
         return
-    rows = [(one.tenant, one.kind, one.name, _limits(one), one.description or "") for one in page.items]
-    if rows:
-        output.print_table(("TENANT", "KIND", "NAME", "LIMITS", "DESCRIPTION"), rows)
-    else:
-        output.print_note("there are no quotas")
-    if page.next_cursor is not None:
-        output.print_note(f"there are more: --cursor {page.next_cursor}")
+    rows = [
+        (one.tenant, one.kind, one.name, "  ".join(limit_texts(one.limits)), one.description or "")
+        for one in page.items
+    ]
+    columns = ("TENANT", "KIND", "NAME", "LIMITS", "DESCRIPTION")
+    output.print_page(columns, rows, page.next_cursor, "there are no quotas")
 
 
 @app.command()
@@ -132,7 +126,7 @@ def delete(
     tenant: OfTenant,
     user: OfUser = None,
     group: OfGroup = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: YesOption = False,
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -145,13 +139,11 @@ def delete(
       strongroom quotas delete --tenant acme --group free --yes
     """
     kind, name = _subject(user, group)
-    if not yes and (json or not is_interactive()):
-        raise InvalidInput([Problem("yes", "removing a quota cannot be undone: confirm it with --yes")])
+    must_be_confirmed(yes, json, "removing a quota cannot be undone")
 
     async def remove(room: Strongroom) -> Quota:
         quota = await room.quotas.get(kind, tenant, name)
-        if not yes:
-            typer.confirm(f"Remove the quota of {_shown_subject(quota)}?", abort=True, err=True)
+        confirm(yes, f"Remove the quota of {_shown_subject(quota)}?")
         await room.quotas.delete(kind, tenant, name, context=operator())
         return quota
 
@@ -176,20 +168,9 @@ def _subject(user: str | None, group: str | None) -> tuple[str, str]:
 
 def _new_quota(kind: str, tenant: str, name: str, limits: list[str], description: str | None) -> NewQuota:
     """The quota that the options describe. InvalidInput names everything that is wrong with them at once."""
-    from ..apikey import parse
     from ..quotastore import NewQuota
 
-    problems: list[Problem] = []
-    read = shortforms.each("limits", limits, shortforms.limit, problems)
-    fields = {"kind": kind, "tenant": tenant, "name": name, "limits": list(read.values()), "description": description}
-    try:
-        new = parse(NewQuota, fields)
-    except InvalidInput as error:
-        positions = list(read)
-        raise InvalidInput([*problems, *(shortforms.as_given(one, positions) for one in error.problems)]) from None
-    if problems:
-        raise InvalidInput(problems)
-    return new
+    return described(NewQuota, {"kind": kind, "tenant": tenant, "name": name, "description": description}, limits)
 
 
 # --- Printing -------------------------------------------------------------------------------------------------
@@ -199,14 +180,15 @@ def _print_quota(quota: Quota, json: bool) -> None:
     if json:
         output.print_json(quota.model_dump())
         return
-    fields = [
-        *_subject_fields(quota),
-        ("limits", _limits(quota)),
-        ("description", quota.description or ""),
-        ("created", output.moment(quota.created_at)),
-        ("changed", output.moment(quota.updated_at)),
-    ]
-    output.print_fields([(name, value) for name, value in fields if value])
+    output.print_fields(
+        [
+            *_subject_fields(quota),
+            ("limits", limit_texts(quota.limits)),
+            ("description", quota.description or ""),
+            ("created", output.moment(quota.created_at)),
+            ("changed", output.moment(quota.updated_at)),
+        ]
+    )
 
 
 def _subject_fields(quota: Quota) -> list[tuple[str, str]]:
@@ -217,7 +199,3 @@ def _subject_fields(quota: Quota) -> list[tuple[str, str]]:
 def _shown_subject(quota: Quota) -> str:
     of_tenant = f"the tenant {output.shown(quota.tenant)!r}"
     return of_tenant if quota.kind == "tenant" else f"the {quota.kind} {output.shown(quota.name)!r} of {of_tenant}"
-
-
-def _limits(quota: Quota) -> str:
-    return "  ".join(shortforms.show_limit(limit.model_dump()) for limit in quota.limits)

@@ -8,7 +8,7 @@ import typer
 
 from ..errors import InvalidInput, Problem
 from . import output, shortforms
-from .keys import is_interactive
+from .options import CursorOption, PageOption, YesOption, confirm, duration_s, must_be_confirmed
 from .session import EXIT_FAILED, JsonOption, StoreOption, in_store, operator
 
 if TYPE_CHECKING:
@@ -73,8 +73,8 @@ def create(
 @app.command("list")
 def list_webhooks(
     tenant: Annotated[str | None, typer.Option("--tenant", help="Only this tenant's webhooks.")] = None,
-    limit: Annotated[int, typer.Option(help="At most this many (1 to 1000).")] = 100,
-    cursor: Annotated[str | None, typer.Option(help="Where the page before ended.")] = None,
+    limit: PageOption = 100,
+    cursor: CursorOption = None,
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -89,12 +89,7 @@ def list_webhooks(
         output.print_json({"items": [webhook_view(one) for one in page.items], "next_cursor": page.next_cursor})
         return
     rows = [(one.id, one.tenant, one.url, " ".join(one.events), _state(one)) for one in page.items]
-    if rows:
-        output.print_table(("ID", "TENANT", "URL", "EVENTS", "STATE"), rows)
-    else:
-        output.print_note("there are no webhooks")
-    if page.next_cursor is not None:
-        output.print_note(f"there are more: --cursor {page.next_cursor}")
+    output.print_page(("ID", "TENANT", "URL", "EVENTS", "STATE"), rows, page.next_cursor, "there are no webhooks")
 
 
 @app.command()
@@ -155,10 +150,7 @@ def rotate_secret(
     Example:
       strongroom webhooks rotate-secret whk_0199f3c2… --overlap 1d
     """
-    problems: list[Problem] = []
-    overlap_s = shortforms.one("overlap", overlap, shortforms.seconds, problems)
-    if overlap_s is None:
-        raise InvalidInput(problems)
+    overlap_s = duration_s("overlap", overlap)
     made = in_store(
         store,
         lambda room: room.webhooks.rotate_secret(
@@ -171,7 +163,7 @@ def rotate_secret(
 @app.command()
 def delete(
     id: IdArgument,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: YesOption = False,
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -183,13 +175,11 @@ def delete(
     Example:
       strongroom webhooks delete whk_0199f3c2… --yes
     """
-    if not yes and (json or not is_interactive()):
-        raise InvalidInput([Problem("yes", "removing a webhook cannot be undone: confirm it with --yes")])
+    must_be_confirmed(yes, json, "removing a webhook cannot be undone")
 
     async def remove(room: Strongroom) -> Webhook:
         webhook = await room.webhooks.get(id)
-        if not yes:
-            typer.confirm(f"Remove {webhook.id}, {output.shown(webhook.url)!r}?", abort=True, err=True)
+        confirm(yes, f"Remove {webhook.id}, {output.shown(webhook.url)!r}?")
         await room.webhooks.delete(id, context=operator())
         return webhook
 
@@ -220,8 +210,8 @@ def deliveries(
     state: Annotated[
         str | None, typer.Option(metavar="STATE", help="Only those that are pending, delivered or dead.")
     ] = None,
-    limit: Annotated[int, typer.Option(help="At most this many (1 to 1000).")] = 100,
-    cursor: Annotated[str | None, typer.Option(help="Where the page before ended.")] = None,
+    limit: PageOption = 100,
+    cursor: CursorOption = None,
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -244,12 +234,8 @@ def deliveries(
         (one.id, one.event_type, one.state, str(one.attempts), output.moment(one.last_attempt_at), _came(one))
         for one in page.items
     ]
-    if rows:
-        output.print_table(("ID", "EVENT", "STATE", "ATTEMPTS", "LAST", "ANSWER"), rows)
-    else:
-        output.print_note("there are no deliveries")
-    if page.next_cursor is not None:
-        output.print_note(f"there are more: --cursor {page.next_cursor}")
+    columns = ("ID", "EVENT", "STATE", "ATTEMPTS", "LAST", "ANSWER")
+    output.print_page(columns, rows, page.next_cursor, "there are no deliveries")
 
 
 @app.command()
@@ -280,10 +266,7 @@ def _fields(
     if threshold:
         fields["thresholds"] = threshold
     if min_window is not None:
-        problems: list[Problem] = []
-        fields["min_window_s"] = shortforms.one("min_window", min_window, shortforms.seconds, problems)
-        if problems:
-            raise InvalidInput(problems)
+        fields["min_window_s"] = duration_s("min_window", min_window)
     if description is not None:
         fields["description"] = description
     return fields
@@ -324,7 +307,7 @@ def _print_webhook(webhook: Webhook, json: bool) -> None:
         ("old secret until", output.moment(webhook.previous_until, "")),
         ("failing since", output.moment(webhook.failing_since, "")),
     ]
-    output.print_fields([(name, value) for name, value in fields if value])
+    output.print_fields(fields)
 
 
 def _print_delivery(delivery: Delivery, json: bool) -> None:
@@ -340,7 +323,7 @@ def _print_delivery(delivery: Delivery, json: bool) -> None:
         ("answer", _came(delivery)),
         ("next attempt", output.moment(delivery.due_at, "")),
     ]
-    output.print_fields([(name, value) for name, value in fields if value])
+    output.print_fields(fields)
 
 
 def _came(delivery: Delivery) -> str:

@@ -1,0 +1,83 @@
+"""What commands of several nouns share: their options, whether to ask, and how what the options describe is read."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from ..errors import InvalidInput, Problem
+from . import shortforms
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+M = TypeVar("M", bound="BaseModel")
+
+PageOption = Annotated[int, typer.Option("--limit", help="At most this many (1 to 1000).")]
+CursorOption = Annotated[str | None, typer.Option(help="Where the page before ended.")]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+LimitsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--limit",
+        metavar="RESOURCE=AMOUNT/WINDOW",
+        help="A limit, for example tokens=100000/5h; may be given again.",
+    ),
+]
+
+
+def is_interactive() -> bool:
+    """Whether there is someone to ask."""
+    return sys.stdin.isatty()
+
+
+def must_be_confirmed(yes: bool, json: bool, why: str) -> None:
+    """Raise InvalidInput where something needs a yes, which was not given, and nobody can be asked for it."""
+    if not yes and (json or not is_interactive()):
+        raise InvalidInput([Problem("yes", f"{why}: confirm it with --yes")])
+
+
+def confirm(yes: bool, question: str) -> None:
+    """Ask, where that was not answered before; ends the command if the answer is no."""
+    if not yes:
+        typer.confirm(question, abort=True, err=True)
+
+
+def duration_s(name: str, text: str) -> int:
+    """What an option such as --overlap says. Raises InvalidInput."""
+    problems: list[Problem] = []
+    seconds = shortforms.one(name, text, shortforms.seconds, problems)
+    if seconds is None:
+        raise InvalidInput(problems)
+    return seconds
+
+
+def metadata(texts: Sequence[str], problems: list[Problem]) -> dict[str, Any]:
+    """What several --metadata NAME=VALUE say; what is wrong with them goes to `problems`."""
+    pairs = shortforms.each("metadata", texts, shortforms.pair, problems).values()
+    return {name: shortforms.metadata_value(value) for name, value in pairs}
+
+
+def described(
+    cls: type[M], fields: Mapping[str, Any], limits: Sequence[str] | None, problems: Sequence[Problem] = ()
+) -> M:
+    """What the options describe: `fields`, and `limits` in their short form where they are given at all. InvalidInput
+    names everything that is wrong, `problems` that were found before included, at once."""
+    from ..apikey import parse
+
+    found = list(problems)
+    positions: list[int] = []
+    if limits is not None:
+        read = shortforms.each("limits", limits, shortforms.limit, found)
+        positions = list(read)
+        fields = {**fields, "limits": list(read.values())}
+    try:
+        made = parse(cls, fields)
+    except InvalidInput as error:
+        raise InvalidInput([*found, *(shortforms.as_given(one, positions) for one in error.problems)]) from None
+    if found:
+        raise InvalidInput(found)
+    return made
