@@ -11,7 +11,7 @@ SHELL := bash
 MAKEFLAGS += --no-print-directory
 
 pip := .venv/bin/python -m pip --disable-pip-version-check -qq
-typed := src $(foreach folder,benchmarks examples tests/typing,$(if $(shell find $(folder) -name '*.py' -print -quit 2>/dev/null),$(folder)))
+typed := src $(foreach folder,benchmarks examples tests,$(if $(shell find $(folder) -name '*.py' -print -quit 2>/dev/null),$(folder)))
 
 # A .venv whose interpreter is gone, or that was moved with its folder, is made again instead of failing oddly.
 ifneq ($(wildcard .venv/.made),)

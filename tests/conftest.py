@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-import inspect
 import itertools
 import os
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn
 from urllib.parse import quote
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from tests.waiting import wait_until as wait_until  # noqa: PLC0414 - tests take it from here
 
 # The suite is imported by the tests that run it, not here: it asks the hypothesis profile how many examples to take,
 # and `--hypothesis-profile` is read after this file.
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
     from tests.support import FaultyStore
 
 pytest.register_assert_rewrite("strongroom.testing")
-
-T = TypeVar("T")
 
 # `--hypothesis-profile=thorough` looks longer, and elsewhere each time.
 settings.register_profile(
@@ -39,19 +36,6 @@ settings.register_profile(
     "thorough", settings.get_profile("quick"), max_examples=1_000, derandomize=False, print_blob=True
 )
 settings.load_profile("quick")
-
-
-async def wait_until(condition: Callable[[], T | Awaitable[T]], timeout_s: float = 10) -> T:
-    """Wait until `condition` gives something true, and give that; a test never sleeps for luck."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        answer = condition()
-        value = await answer if inspect.isawaitable(answer) else answer
-        if value:
-            return value
-        if time.monotonic() > deadline:
-            pytest.fail(f"after {timeout_s} s it was still {value!r}: {inspect.getsource(condition).strip()}")
-        await asyncio.sleep(0.01)
 
 
 def missing(what: str, how_to_get_it: str) -> NoReturn:

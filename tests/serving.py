@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import httpx
 from pydantic import BaseModel
@@ -78,7 +78,7 @@ class Served:
         """A new key with its text under `key`."""
         made = await self.post("/v1/keys", {"name": "a key", **fields})
         assert made.status == 201, made
-        return made.json
+        return dict(made.json)
 
     async def manager(self, scope: str, tenant: str = "*") -> str:
         """The text of a new management key."""
@@ -144,7 +144,7 @@ async def serving(
     async with Strongroom.open(url, entities=(*ENTITIES, *entities), **options) as room:
         await adminkey.ensure(room, ADMIN)
         app = build(room, bounds)
-        transport = httpx.ASGITransport(app)
+        transport = httpx.ASGITransport(cast(Any, app))
         async with httpx.AsyncClient(transport=transport, base_url="http://strongroom") as client:
             yield Served(room, app, client)
 

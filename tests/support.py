@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from strongroom.query import Aggregate, Filter, Query
 from strongroom.storage import open_store
 from strongroom.storage.port import Batch, Capabilities, ChangesPage, Committed, Health, SchemaChange, Store
 from strongroom.usage import Account
+from tests.waiting import wait_until as wait_until  # noqa: PLC0414 - tests take it from here
 
 STORES = ["json-memory", "sqlite"]
 """On which stores the core is tested: the simplest one, and the default one with its threads and real commits."""
@@ -153,16 +153,3 @@ def rolling(resource: str, limit: int, seconds: int = 3600) -> Limit:
 async def stored_usage(store: Store, id: str) -> Account:
     """A key's usage as the store has it."""
     return Account(await store.get("key_usage", None, id))
-
-
-async def wait_until(condition: Callable[[], Any], timeout_s: float = 10) -> Any:
-    """Wait until `condition` (plain or a coroutine function) gives something true, and give that."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        value = condition()
-        if asyncio.iscoroutine(value):
-            value = await value
-        if value:
-            return value
-        assert time.monotonic() < deadline, f"still {value!r} after {timeout_s} s"
-        await asyncio.sleep(0.005)

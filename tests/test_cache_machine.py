@@ -166,7 +166,7 @@ class Nodes(RuleBasedStateMachine):
         return self.loop.run_until_complete(asyncio.wait_for(work, 60))
 
     async def _start(self) -> None:
-        self.client = redis.asyncio.from_url(self.server.url)
+        self.client: Any = redis.asyncio.from_url(self.server.url)
         await self.client.flushall()
         self.nodes = [self._node(number) for number in range(2)]
         await self._connected()

@@ -21,6 +21,9 @@ from .servers.redis import Proxy, RedisServer, proxy_before, redis_server, redis
 from .support import FaultyStore, new_url, opened, wait_until
 from .test_cache import PENDING, policy, reads
 
+connect: Any = redis.asyncio.from_url
+"""Its own types leave open whether an answer is bytes."""
+
 __all__ = ["redis_server", "redis_url"]
 pytestmark = pytest.mark.server
 Node = tuple[Strongroom, FaultyStore]
@@ -131,7 +134,7 @@ async def test_absences_are_shared_and_end_with_a_creation_elsewhere(redis_url: 
 
 
 async def test_keys_and_lifetimes_in_redis_are_those_of_seed_002(redis_url: str, tmp_path: Path) -> None:
-    async with nodes(tmp_path, redis_url, 1) as [(room, _)], redis.asyncio.from_url(redis_url) as client:
+    async with nodes(tmp_path, redis_url, 1) as [(room, _)], connect(redis_url) as client:
         acme = room.tenant("acme")
         await acme.create(policy())
         await acme.create(Action(action_type="t", source_service="billing"))
@@ -247,7 +250,7 @@ async def test_an_entry_that_a_change_overtakes_on_its_way_from_redis_is_not_kep
 
 
 async def test_a_node_at_rest_takes_thousands_of_pushes_one_after_the_other(redis_url: str, tmp_path: Path) -> None:
-    async with nodes(tmp_path, redis_url, 1) as [(room, _)], redis.asyncio.from_url(redis_url) as client:
+    async with nodes(tmp_path, redis_url, 1) as [(room, _)], connect(redis_url) as client:
         assert room.cache is not None
         assert room.cache._redis is not None
         acme, prefix = room.tenant("acme"), room.cache._redis._prefix
@@ -327,13 +330,13 @@ async def test_a_redis_that_comes_back_from_an_old_snapshot_is_not_believed(
         assert room.cache is not None
         counters = room.cache.counters
         await wait_until(lambda: counters.fills)
-        async with redis.asyncio.from_url(redis_server.url) as client:
+        async with connect(redis_server.url) as client:
             await client.save()
         await acme.update(Policy, "p", {"policy_name": "new"})
         redis_server.kill()
         await wait_until(lambda: not connected(room))
         redis_server.start()
-        async with redis.asyncio.from_url(redis_server.url) as client:
+        async with connect(redis_server.url) as client:
             assert room.cache._redis is not None
             assert b"old" in await client.get(room.cache._redis._prefix + "acme:policy:p")
         await wait_until(lambda: connected(room))
@@ -386,7 +389,7 @@ async def test_redis_that_is_not_there_at_the_start_does_not_hold_it_up(tmp_path
 async def test_redis_flushed_under_load(redis_server: RedisServer, tmp_path: Path) -> None:
     async with (
         nodes(tmp_path, redis_server.url, 1) as [(room, _)],
-        redis.asyncio.from_url(redis_server.url) as client,
+        connect(redis_server.url) as client,
     ):
         assert room.cache is not None
         room.cache.local_entries = 0
@@ -445,7 +448,7 @@ async def test_a_slow_redis_is_waited_for_within_the_bound_and_keeps_its_connect
 async def test_a_full_redis_is_a_cache_that_keeps_nothing(redis_server: RedisServer, tmp_path: Path) -> None:
     async with (
         nodes(tmp_path, redis_server.url, 1) as [(room, _)],
-        redis.asyncio.from_url(redis_server.url) as client,
+        connect(redis_server.url) as client,
     ):
         assert room.cache is not None
         room.cache.local_entries = 0
@@ -460,7 +463,7 @@ async def test_a_full_redis_is_a_cache_that_keeps_nothing(redis_server: RedisSer
 
 @pytest.mark.parametrize("found", ["garbage", "empty", "list", "other key", "old format", "truncated"])
 async def test_what_is_not_an_entry_is_replaced(redis_url: str, tmp_path: Path, found: str) -> None:
-    async with nodes(tmp_path, redis_url, 1) as [(room, _)], redis.asyncio.from_url(redis_url) as client:
+    async with nodes(tmp_path, redis_url, 1) as [(room, _)], connect(redis_url) as client:
         assert room.cache is not None
         assert room.cache._redis is not None
         room.cache.local_entries = 0
@@ -495,7 +498,7 @@ async def test_what_is_not_an_entry_is_replaced(redis_url: str, tmp_path: Path, 
 async def test_scripts_that_were_flushed_are_loaded_again(redis_server: RedisServer, tmp_path: Path) -> None:
     async with (
         nodes(tmp_path, redis_server.url, 1) as [(room, _)],
-        redis.asyncio.from_url(redis_server.url) as client,
+        connect(redis_server.url) as client,
     ):
         await answers_while(room, 3)
         await client.script_flush()
@@ -570,7 +573,7 @@ async def test_a_password_is_never_logged(
     redis_server: RedisServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("DEBUG")
-    async with redis.asyncio.from_url(redis_server.url) as client:
+    async with connect(redis_server.url) as client:
         await client.config_set("requirepass", "another one")
     url = f"redis://:hunter2hunter2@127.0.0.1:{redis_server.port}/0"
     async with nodes(tmp_path, url, 1, wait=False) as [(room, _)]:

@@ -70,7 +70,9 @@ def keys_in(file: Path) -> int:
     """How many keys a store has that another process is writing; so quickly that it does not write many meanwhile."""
     try:
         with closing(apsw.Connection(str(file), flags=apsw.SQLITE_OPEN_READONLY)) as connection:
-            return int(connection.execute("SELECT count(*) FROM api_keys").fetchall()[0][0])
+            [(count,)] = connection.execute("SELECT count(*) FROM api_keys").fetchall()
+            assert isinstance(count, int)
+            return count
     except (apsw.CantOpenError, apsw.SQLError, apsw.BusyError):  # it is being made
         return 0
 

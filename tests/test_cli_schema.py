@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import asyncpg
@@ -178,8 +178,8 @@ async def test_postgresql_tells_which_index_it_never_used_and_which_table_it_rea
     await store.close()
 
 
-async def _equals(told: Callable[[], object], expected: object) -> bool:
-    return await told() == expected  # type: ignore[misc]
+async def _equals(told: Callable[[], Awaitable[object]], expected: object) -> bool:
+    return bool(await told() == expected)
 
 
 def test_what_firestore_deploys_is_written_from_the_declarations(run: Run, tmp_path: Path) -> None:

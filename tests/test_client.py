@@ -308,7 +308,7 @@ async def test_what_is_wrong_with_the_input_is_told_all_at_once(client: Any) -> 
         await client.keys.create("", limits=limits)
     error = caught.value
     assert {p.path for p in error.problems} == {"name", "limits.0.limit", "limits.0.window.seconds"}
-    assert all(isinstance(p, Problem) and p.message for p in error.problems)
+    assert all(type(p) is Problem and p.message for p in error.problems)
     assert (error.code, error.details["status"], bool(error.request_id)) == ("invalid_input", 422, True)
 
 

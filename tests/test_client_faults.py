@@ -164,7 +164,7 @@ async def test_every_connection_in_use_is_told_as_such(connect: Connector) -> No
     async with scripted(Told(hangs=True)) as server:
         make = httpx.AsyncClient if connect.kind == "async" else httpx.Client
         http: Any = make(limits=httpx.Limits(max_connections=1))
-        ask = http.get if connect.kind == "async" else functools.partial(asyncio.to_thread, http.get)
+        ask: Any = http.get if connect.kind == "async" else functools.partial(asyncio.to_thread, http.get)
         holder = asyncio.create_task(ask(server.url, timeout=30))
         await wait_until(lambda: server.asked)
         client = connect(server.url, http=http, timeout_s=0.5, retries=Retries(times=0))
@@ -333,6 +333,7 @@ def test_retries_that_cannot_work_are_refused() -> None:
 async def test_a_call_that_cannot_be_sent_is_refused_before_it_is(connect: Connector) -> None:
     async with scripted(Told(200, VALID)) as server:
         client = connect(server.url, ADMIN)
+        call: Any
         for call, path in (
             (lambda: client.keys.get(""), "id"),
             (lambda: client.keys.delete("key_1", idempotency_key="two\nlines"), "idempotency_key"),

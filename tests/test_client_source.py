@@ -133,7 +133,7 @@ except ModuleNotFoundError as error:
 LEFT_OUT: dict[tuple[str, str], str] = {}
 """Routes without a method, and why."""
 ENTITY = "/v1/tenants/{tenant}/{collection}"
-SHAPES = {
+SHAPES: dict[str, type[msgspec.Struct]] = {
     "KeyOut": models.ApiKey,
     "KeyStatsOut": models.KeyStats,
     "LimitStatusOut": models.LimitStatus,

@@ -68,7 +68,7 @@ class World:
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
     world = World()
-    monkeypatch.setattr(clock.time, "monotonic_ns", world.monotonic_ns)
+    monkeypatch.setattr(time, "monotonic_ns", world.monotonic_ns)
     return world
 
 
@@ -262,7 +262,8 @@ def over(limit: Limit, admitted: list[tuple[int, int]]) -> int:
 
 def _anchored(admitted: list[tuple[int, int]], moment: int, length: int) -> list[int]:
     """The units of the anchored window that `moment` lies in: windows begin with the first use after the last one."""
-    start, inside = None, []
+    start: int | None = None
+    inside: list[int] = []
     for at, units in admitted:
         if start is None or at >= start + length:
             if start is not None and start <= moment < start + length:

@@ -72,7 +72,8 @@ async def ended(room: Strongroom, made: IssuedWebhook) -> Delivery:
         items = (await room.deliveries.list(made.webhook.id)).items
         return items[0] if items and items[0].state != "pending" else None
 
-    return await wait_until(done)
+    ended: Delivery = await wait_until(done)
+    return ended
 
 
 # --- The plain way --------------------------------------------------------------------------------------------

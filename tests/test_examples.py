@@ -39,7 +39,7 @@ def running(name: str, folder: Path) -> Iterator[tuple[str, httpx.Client]]:
     """An example as a process of its own. Gives the key that it prints and a client."""
     port = free_port()
     environment = {"PATH": os.environ["PATH"], "PORT": str(port), "STORE": f"sqlite:///{folder}/example.db"}
-    command = [sys.executable, "-W", "error", FOLDER / f"{name}.py"]
+    command = [sys.executable, "-W", "error", str(FOLDER / f"{name}.py")]
     process = subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -60,8 +60,8 @@ def failing(code: Any, text: str = "no") -> Callable[..., Any]:
 
     class Call:
         def __await__(self) -> Generator[Any, Any, Any]:
+            yield from ()
             raise grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), text)
-            yield
 
         def __aiter__(self) -> Call:
             return self

@@ -152,7 +152,7 @@ async def test_an_answer_that_has_begun_is_not_begun_again_by_a_refusal(room: St
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
-        await reserve(scope, cost={"tokens": 1_001})
+        _ = await reserve(scope, cost={"tokens": 1_001})
 
     one = Client(StrongroomMiddleware(app, room=room), issued.text)
     with pytest.raises(KeyRefused):
@@ -200,7 +200,7 @@ async def test_with_concurrency_a_request_counts_until_it_is_answered(room: Stro
 
 async def test_what_was_not_verified_has_nothing_to_reserve(room: Strongroom) -> None:
     with pytest.raises(LookupError, match="not verified"):
-        reserve({"type": "http"}, cost={"tokens": 1})
+        _ = reserve({"type": "http"}, cost={"tokens": 1})
 
 
 # --- Long work, and a store that fails --------------------------------------------------------------------------

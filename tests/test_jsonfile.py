@@ -20,7 +20,6 @@ import pytest
 
 from strongroom.errors import InvalidInput, StorageFull, StoreError, StrongroomError, Unavailable
 from strongroom.query import Query
-from strongroom.storage import jsonfile
 from strongroom.storage.jsonfile import JsonStore
 from strongroom.storage.port import Append, Create, Delete, Put
 from strongroom.testing.storage.samples import COLLECTIONS, NOW, batch, item, record, sample, shared
@@ -67,8 +66,8 @@ class Disk:
         def replace(source: str, target: str) -> None:
             self.step("rename", lambda: real_replace(source, target))
 
-        monkeypatch.setattr(jsonfile.os, "fsync", fsync)
-        monkeypatch.setattr(jsonfile.os, "replace", replace)
+        monkeypatch.setattr(os, "fsync", fsync)
+        monkeypatch.setattr(os, "replace", replace)
 
     def step(self, name: str, work: Callable[[], None]) -> None:
         self.steps.append(name)

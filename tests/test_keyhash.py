@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import importlib.util
 import re
 import sys
 import time
@@ -23,7 +24,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rest_framework_api_key.crypto import KeyGenerator
 
-from strongroom import keyhash
 from strongroom.errors import ConfigError
 from strongroom.keyhash import is_slow, matches, sha256_of, understood
 
@@ -286,7 +286,7 @@ def test_bcrypt_without_its_package_is_refused_at_the_import_and_explained_at_a_
 ) -> None:
     verifier = bcrypt.hashpw(TEXT.encode(), BCRYPT_SALT).decode()
     monkeypatch.setitem(sys.modules, "bcrypt", None)
-    monkeypatch.setattr(keyhash.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"strongroom\[hashes\]"):
         understood(verifier)
     with pytest.raises(ConfigError, match=r"strongroom\[hashes\]"):

@@ -282,7 +282,7 @@ async def test_a_key_that_is_rotated_while_its_hash_is_compared_keeps_its_new_te
 ) -> None:
     """A write-back must not bring an old text back."""
     (record,) = await imported(room, {**HASHES["bcrypt"], "limits": [rolling("requests", 9).model_dump()]})
-    rotated = []
+    rotated: list[Any] = []
 
     async def rotate(method: str, collection: str) -> None:
         if method == "find" and collection == "api_keys" and not rotated:

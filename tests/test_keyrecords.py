@@ -211,7 +211,7 @@ def test_two_lines_about_one_key_are_told_and_so_are_more_keys_with_one_hint_tha
 
 
 def test_a_report_shows_neither_keys_nor_hashes() -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"hash": BCRYPT},
         {"hash": None, "key": TEXT, "name": ""},
         {"hash": "hmac-sha256:" + SHA256},

@@ -1164,7 +1164,7 @@ async def test_a_key_for_certain_models_is_refused_for_others_and_nothing_is_deb
 async def test_a_text_shows_its_environment(room: Strongroom) -> None:
     live, test, own = [
         await room.keys.create(name="k", **fields)
-        for fields in ({}, {"environment": "test"}, {"environment": "test", "prefix": "acme"})
+        for fields in list[dict[str, Any]](({}, {"environment": "test"}, {"environment": "test", "prefix": "acme"}))
     ]
     assert [issued.key.environment for issued in (live, test, own)] == ["live", "test", "test"]
     assert live.text.startswith("sr_SR1")

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,11 +66,11 @@ async def nodes(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
 
 
 async def write(nodes: Nodes, turn: Turn, text: str) -> None:
-    async def body(tx: object) -> None:
-        tx.guard = turn.guard  # type: ignore[attr-defined]
-        await tx.create(Trail(id=text))  # type: ignore[attr-defined]
+    async def body(tx: Any) -> None:
+        tx.guard = turn.guard
+        await tx.create(Trail(id=text))
 
-    await nodes.database.transaction(SYSTEM, body)  # type: ignore[arg-type]
+    await nodes.database.transaction(SYSTEM, body)
 
 
 async def test_one_holds_it_until_it_is_given_back_or_over(nodes: Nodes) -> None:

@@ -83,7 +83,7 @@ class Machine(RuleBasedStateMachine):
     def begin(self, limit: Limit, shared: bool, offsets: list[int]) -> None:
         self.limit = limit
         requests = Limit(resource="requests", limit=900, window=Rolling(seconds=WINDOW_S))
-        quota = [limit.model_copy(update={"limit": int(limit.limit * 1.5)})] if shared else []
+        quota = [limit.model_copy(update={"limit": int(limit.limit * 3 // 2)})] if shared else []
         self.cluster = Cluster(self.folder, [limit, requests], quota)
         self.run(self.cluster.open())
         for offset in offsets:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from strongroom import Anchored, Calendar, Limit, Rolling, Strongroom, Total
 from .conftest import backend_of, wait_until
 
 HOUR = 3_600
-WINDOWS = [Rolling(seconds=HOUR), Anchored(seconds=HOUR), Calendar(unit="month"), Total()]
+WINDOWS: list[Any] = [Rolling(seconds=HOUR), Anchored(seconds=HOUR), Calendar(unit="month"), Total()]
 SHARED = ["sqlite", "postgres", "firestore"]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import time_machine
 
-from strongroom import Anchored, ApiKey, Calendar, Context, Limit, Rolling, Strongroom, Total, usage
+from strongroom import Anchored, ApiKey, Calendar, Context, Limit, Rolling, Strongroom, Total, accounts, usage
 from strongroom.errors import InvalidInput, StrongroomError, Unavailable
 from strongroom.integrations._core import Presented
 from strongroom.integrations._hold import Hold
@@ -241,7 +241,7 @@ async def test_litellm_14457_a_client_that_goes_away_while_streaming_is_still_ch
     issued = await room.keys.create(name="k", limits=[rolling("tokens", 100)])
     store.gate = asyncio.Event()
     task = asyncio.create_task(room.keys.record(key=issued.text, cost={"tokens": 30}))
-    mine = (usage.NAME, issued.key.id)
+    mine = (accounts.NAME, issued.key.id)
     await wait_until(
         lambda: any((op.collection, op.id) == mine for b in store.batches for op in b.operations if isinstance(op, Put))
     )
@@ -438,7 +438,7 @@ async def test_litellm_27639_and_36926_a_cancelled_stream_leaves_no_reservation_
         await asyncio.wait([task])
 
     async def free() -> bool:
-        return (await held_by(room, issued.key.id))[1] == 0
+        return bool((await held_by(room, issued.key.id))[1] == 0)
 
     await wait_until(free)
     recorded, _ = await held_by(room, issued.key.id)
@@ -516,7 +516,7 @@ async def test_litellm_33872_and_35531_what_was_spent_from_a_lease_is_kept_until
     admitted = 0
     for number in range(30):
         store.fault = lambda n, batch, number=number: (
-            Fault(("before", "after")[number % 2], Unavailable("gone")) if number % 3 else None  # type: ignore[arg-type]
+            Fault(("before", "after")[number % 2], Unavailable("gone")) if number % 3 else None
         )
         try:
             admitted += (await room.keys.verify(issued.text, cost={"tokens": 3})).valid

@@ -349,7 +349,7 @@ class Busy(FaultyStore):
             Put("items", f"i{n}", item(f"taken {self.left}", code=f"c{c}"))
             for n, c in zip((one, other), codes, strict=True)
         ]
-        changes = [*free, *gone, *taken]
+        changes: list[Create | Put | Delete] = [*free, *gone, *taken]
         told = [Append(record(c.id, id=f"{self.left}-{n}"), None) for n, c in enumerate(changes)]
         await self.store.commit(Batch("acme", (*changes, *told), now_us()))
 
@@ -444,7 +444,7 @@ async def killed_until_done(urls: Callable[[str], str], chance: random.Random, *
     async with stores(one) as (a,):
         await filled(a, 30)
         before = await held(a)
-    statuses = []
+    statuses: list[int] = []
     while 0 not in statuses and len(statuses) < 40:
         statuses.append(await killed([one, other, "migrate"], chance.randint(6, 30)))
         assert statuses[-1] in (0, -signal.SIGKILL)

@@ -144,7 +144,7 @@ async def test_a_read_is_by_the_primary_key_and_a_page_in_an_indexs_order(
         await store.commit(batch("acme", *documents))
     server.execute(f'ANALYZE "{schema}".samples')
     table = store._tables["samples"]
-    query = Query(Where("name", "==", "n7"), order_by=["-rank"], limit=5).check(table.collection)
+    query = Query(Where("name", "==", "n7"), order_by=("-rank",), limit=5).check(table.collection)
     assert [d["rank"] for d in await store.find("samples", "acme", query)] == [1957, 1907, 1857, 1807, 1757]
     page, values = table.pages.find(query)
     point = await _plan(app, table.by_id, ["acme", "00007"])

@@ -7,6 +7,7 @@ import itertools
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import pytest
@@ -14,7 +15,7 @@ import pytest_asyncio
 
 from strongroom.errors import AlreadyExists, ConfigError, Conflict, Unavailable
 from strongroom.storage import open_store
-from strongroom.storage.port import Add, Append, Check, Create, Put, Store
+from strongroom.storage.port import Add, Append, Check, Create, Operation, Put, Store
 from strongroom.storage.postgres import PostgresStore
 from strongroom.testing.storage.samples import COLLECTIONS, batch, item, record, shared
 from tests.conftest import wait_until
@@ -40,7 +41,7 @@ async def proxy(server: postgres.Server) -> AsyncIterator[Proxy]:
         yield proxy
 
 
-def through(proxy: Proxy, server: postgres.Server, schema: str, **options: object) -> str:
+def through(proxy: Proxy, server: postgres.Server, schema: str, **options: Any) -> str:
     return server.url(schema, **options).replace(f":{server.port}/", f":{proxy.port}/")
 
 
@@ -58,7 +59,7 @@ async def test_a_commit_whose_answer_is_lost_is_found_done_and_happens_once(
     store = await prepared(through(proxy, server, postgres.new_schema()))
     try:
         await store.commit(batch("acme", Create("items", "a", item())))
-        operations = [Add("items", "a", "used", 1), *([Append(record("a"), 0)] if journalled else [])]
+        operations: list[Operation] = [Add("items", "a", "used", 1), *([Append(record("a"), 0)] if journalled else [])]
         proxy.drop_answer_to(is_commit)
         committed = await store.commit(batch("acme", *operations))
         assert proxy.dropped.is_set()
@@ -81,7 +82,7 @@ async def test_a_commit_that_never_arrived_is_done_again(
     store = await prepared(through(proxy, server, postgres.new_schema()))
     try:
         await store.commit(batch("acme", Create("items", "a", item())))
-        operations = [Add("items", "a", "used", 1), *([Append(record("a"), 0)] if journalled else [])]
+        operations: list[Operation] = [Add("items", "a", "used", 1), *([Append(record("a"), 0)] if journalled else [])]
         proxy.drop_request(is_commit)
         await store.commit(batch("acme", *operations))
         assert proxy.dropped.is_set()

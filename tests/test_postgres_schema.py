@@ -706,7 +706,7 @@ async def test_a_schema_of_another_layout_is_refused(
     await connection.execute(f"UPDATE {place.table('strongroom_layout')} SET version = {version}")
     for mode in ("apply", "plan"):
         with pytest.raises(StoreError, match=f"found layout {version}, .*{sentence}"):
-            await prepare(connection, place.settings, [declare()], mode=mode)  # type: ignore[arg-type]
+            await prepare(connection, place.settings, [declare()], mode=mode)
 
 
 async def test_a_schema_without_its_layout_is_damaged(connection: asyncpg.Connection, place: Place) -> None:

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from strongroom import Strongroom, keycache, keyexport, keypieces, keytransfer, usage
+from strongroom import Strongroom, keycache, keyexport, keypieces, usage
 from strongroom.apikey import ApiKey
 from strongroom.context import system_context, us_from_utc
 from strongroom.errors import AlreadyExists, Conflict
@@ -28,7 +28,7 @@ from strongroom.keypieces import survey
 from strongroom.keys import KeyFilter
 from strongroom.keytext import generate
 from strongroom.keytransfer import KeyImport, Standing
-from strongroom.query import MAX_LIMIT
+from strongroom.query import MAX_LIMIT, Query
 
 from .support import new_url, opened
 
@@ -78,7 +78,7 @@ async def imported(room: Strongroom, file: Path, **options: Any) -> KeyImport:
 # --- Lists ------------------------------------------------------------------------------------------------------
 
 
-LISTS = {
+LISTS: dict[str, dict[str, Any]] = {
     "all": {},
     "of a tenant": {"tenant": "default"},
     "of a user": {"tenant": "default", "user_id": "u"},
@@ -301,7 +301,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None
 async def stored(room: Strongroom) -> tuple[list[Any], list[Any], list[Any]]:
     """Keys, usages and journal records, without what differs each time: seals, versions, ids and times of records."""
     keys, usages, cursor = {}, {}, None
-    page = await room.database.select(SYSTEM, ApiKey, keytransfer.Query(limit=MAX_LIMIT))
+    page = await room.database.select(SYSTEM, ApiKey, Query(limit=MAX_LIMIT))
     for key in page.items:
         found = await room.store.get("key_usage", None, key["id"])
         keys[key["id"]] = {n: v for n, v in key.items() if n not in ("sealed", "version", "updated_at", "hash")}
@@ -407,8 +407,8 @@ async def test_keys_of_one_moment_are_in_the_order_of_their_hashes_however_many(
 
 async def test_an_export_of_nothing_is_a_file(tmp_path: Path) -> None:
     async def nothing() -> Any:
-        for part in ():
+        for part in list[bytes]():
             yield part
 
     for shape in ("plain", "hashed"):
-        assert b"".join([part async for part in file_of(shape, nothing())]) == b"".join(render_file(shape, []))  # type: ignore[arg-type]
+        assert b"".join([part async for part in file_of(shape, nothing())]) == b"".join(render_file(shape, []))

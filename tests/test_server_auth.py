@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 import time_machine
@@ -29,11 +30,12 @@ from tests.serving import ADMIN, TOKENS, serving
 )
 async def test_without_a_known_key_every_path_of_v1_answers_401(header: str) -> None:
     async with serving() as served:
+        as_it_is: Any = header.encode("latin-1")
         for method, path in [
             ("GET", "/v1/keys"), ("POST", "/v1/keys"), ("POST", "/v1/keys/verify"), ("POST", "/v1/usage"),
             ("GET", "/v1/tenants/acme/policies"), ("GET", "/v1/nothing"), ("DELETE", "/v1/keys/admin"),
         ]:  # fmt: skip
-            answer = await served.call(method, path, b"{}", key=None, Authorization=header.encode("latin-1"))
+            answer = await served.call(method, path, b"{}", key=None, Authorization=as_it_is)
             assert answer.status == 401, (method, path, answer)
             assert answer.headers["www-authenticate"].startswith('Bearer realm="strongroom"')
 

@@ -165,7 +165,7 @@ async def test_a_process_shows_its_leases_and_the_reservations_in_its_memory() -
         keys = served.room.keys
 
         async def held_in_memory() -> bool:  # once the key's own making was heard of, after which it is read again
-            return (await keys.reserve(made["key"], cost={"tokens": 1})).reservation_id.startswith("rsl_")
+            return ((await keys.reserve(made["key"], cost={"tokens": 1})).reservation_id or "").startswith("rsl_")
 
         await wait_until(held_in_memory)
         text = (await served.get("/metrics", key=None)).answer.text

@@ -183,6 +183,7 @@ async def test_rotate_disable_enable_delete() -> None:
         assert (await served.verify(current)).json["code"] == "NOT_FOUND"
         for method, route in (("GET", path), ("DELETE", path), ("GET", path + "/stats"), ("POST", path + "/disable")):
             assert (await served.call(method, route)).status == 404
+        body: Any
         for body in ({"overlap_s": -1}, {"overlap_s": "60"}, {"overlap_s": 10**9}, {"overlap": 5}, []):
             assert (await served.post("/v1/keys/admin/rotate", body)).status == 422, body
 
@@ -235,6 +236,7 @@ async def test_a_batch_is_answered_in_order_and_a_wrong_item_debits_nothing() ->
             {"items": [{**ask, "cost": {"tokens": 1}}, {"key": 5, "cost": {"tokens": -1}}, 7], "x": 1},
         )
         assert wrong.paths == ["items.1.cost.tokens", "items.1.key", "items.2", "x"]
+        body: Any
         for body in ({}, {"items": []}, {"items": {}}, {"items": [ask] * 1001}):
             assert (await served.post("/v1/keys/verify:batch", body)).status == 422
         stats = (await served.get(f"/v1/keys/{made['id']}/stats")).json

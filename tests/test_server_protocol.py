@@ -69,7 +69,7 @@ async def test_a_request_that_does_not_arrive_is_given_up_however_it_trickles(
         connection.data_received(sent[number : number + 1])
     while not wire.closed and time.monotonic() < began + 5:
         await asyncio.sleep(0.03)
-        if not wire.closed and (sent == HEAD or b"\r\n\r\n" in sent):
+        if not wire.is_closing() and (sent == HEAD or b"\r\n\r\n" in sent):
             connection.data_received(b"X: y\r\n" if sent == HEAD else b"1")  # a little more, and never all
     assert wire.closed
     assert time.monotonic() - began >= 0.1
@@ -105,7 +105,7 @@ async def test_a_body_that_was_refused_is_dropped_and_its_sender_not_listened_to
     connection.data_received(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
     await asyncio.sleep(0.01)
     assert wire.sent.startswith(b"HTTP/1.1 413")
-    assert not wire.closed
+    assert not wire.is_closing()
     chunk = b"100000\r\n" + b"x" * 0x100000 + b"\r\n"
     for _ in range(MAX_DISCARDED_BYTES // len(chunk) + 2):
         connection.data_received(chunk)

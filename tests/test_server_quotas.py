@@ -186,8 +186,8 @@ async def test_who_is_bound_to_a_tenant_sees_and_sets_only_its_own(served: Serve
     for method, body in (("GET", None), ("PATCH", {"description": "x"}), ("DELETE", None)):
         assert (await served.call(method, "/v1/quotas/user/globex/u1", body, key=key)).status == 404
     assert (await served.call("PUT", "/v1/quotas/user/globex/u1", {"limits": []}, key=key)).status == 403
-    for method, body in (("PUT", {"limits": []}), ("PATCH", {"limits": []}), ("DELETE", None)):
-        assert (await served.call(method, TENANT, body, key=key)).status == 403
+    for method, change in (("PUT", {"limits": []}), ("PATCH", {"limits": []}), ("DELETE", None)):
+        assert (await served.call(method, TENANT, change, key=key)).status == 403
     assert (await served.get(TENANT, key=key)).json["limits"][0]["limit"] == 5
 
 

@@ -107,7 +107,7 @@ async def test_the_file_reads_well_without_strongroom(store: SqliteStore) -> Non
     await store.commit(batch(Create("notes", "a", note("hello"), None), Append(record(after={"text": "hello"}), of=0)))
     with closing(raw(store)) as connection:
         (sql,) = connection.execute("SELECT sql FROM sqlite_schema WHERE name = 'notes'").fetchall()
-        assert [line.strip(" ,") for line in textwrap.dedent(sql[0]).replace("\t", "").splitlines()] == [
+        assert [line.strip(" ,") for line in textwrap.dedent(str(sql[0])).replace("\t", "").splitlines()] == [
             "CREATE TABLE notes (",
             "tenant_id TEXT NOT NULL",
             "id TEXT NOT NULL",
@@ -474,7 +474,7 @@ def after_power_loss(log: Sequence[tuple[Any, ...]], folder: Path, randoms: rand
 
 
 async def test_a_power_loss_takes_nothing_acknowledged_and_leaves_no_half_batch(disk: Disk, tmp_path: Path) -> None:
-    async def work(worker: int) -> None:
+    async def work(store: SqliteStore, worker: int) -> None:
         for n in range(25):
             name = f"{worker}-{n}"
             await store.commit(
@@ -493,7 +493,7 @@ async def test_a_power_loss_takes_nothing_acknowledged_and_leaves_no_half_batch(
         authorizer, connection.authorizer = connection.authorizer, None
         connection.execute("PRAGMA wal_autocheckpoint = 20").fetchall()  # so that the database is written to as well
         connection.authorizer = authorizer
-        await asyncio.gather(*(work(worker) for worker in range(4)))
+        await asyncio.gather(*(work(store, worker) for worker in range(4)))
     log = list(disk.log)
     assert {name for what, name, *_ in log[begun:] if what == "sync"} == {"store.db", "store.db-wal"}
     randoms = random.Random(7)
@@ -591,6 +591,8 @@ async def test_a_damaged_page_is_an_error_that_names_the_file_and_integrity_find
     with closing(raw(path)) as connection:
         size = connection.pragma("page_size")
         (root,) = connection.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'notes'").fetchall()[0]
+        assert isinstance(root, int)
+        assert isinstance(size, int)
     with path.open("r+b") as file:
         file.seek((root - 1) * size)
         file.write(random.Random(2).randbytes(size))

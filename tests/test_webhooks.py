@@ -260,7 +260,9 @@ TOKENS = rolling("tokens", 1_000, 3_600)
 
 
 async def test_the_ledger_is_told_at_once_who_wants_which_thresholds(room: Strongroom) -> None:
-    asked = lambda tenant="acme": room.webhooks.thresholds(tenant, TOKENS)  # noqa: E731
+    def asked(tenant: str = "acme") -> object:
+        return room.webhooks.thresholds(tenant, TOKENS)
+
     assert asked() == ()
     first = (await room.webhooks.create(url=URL, tenant="acme", thresholds=[80])).webhook
     everyone = (await room.webhooks.create(url=URL, tenant="*", thresholds=[90, 100])).webhook
