@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from .accounts import Part
 from .apikey import ApiKey
@@ -50,6 +51,14 @@ class Usage:
     model: str | None = None
     route: str | None = None
     idempotency_key: str | None = None
+
+
+class Begun(NamedTuple):
+    """A verification whose charge is being decided."""
+
+    key: KnownKey
+    units: dict[str, int]
+    outcome: asyncio.Future[Outcome]
 
 
 @dataclass(slots=True)
@@ -103,12 +112,18 @@ class Verifier:
         units = ONE_REQUEST if cost is None else cost_units(cost)
         if ip is not None:
             check_address(ip)
+        if idempotency_key is None:
+            begun = self._begin(text, units, permission, ip, model, route, tenant)
+            if isinstance(begun, Verification):
+                return begun
+            if begun is not None:
+                with suppress(KeyChanged):
+                    await begun.outcome
+                answer = self.conclude(begun)
+                if answer is not None:
+                    return answer
         now_us = self._clock.now_us()
         lending = self._ledger.lending
-        if idempotency_key is None and lending is not None:
-            answer = self._from_memory(text, units, now_us, permission, ip, model, route, tenant)
-            if answer is not None:
-                return answer
         for _ in range(MAX_KEY_ATTEMPTS):
             key = await self.cache.find(text, now_us)
             if key is None or (tenant is not None and key.tenant != tenant):
@@ -180,27 +195,64 @@ class Verifier:
         made = self._charged_once("verify", key, once, ask.get("actor", "system"), units)
         return self._ledger.charge(key.metered, units, once=made, model=model, route=route)
 
-    def _from_memory(
+    def begin(
+        self,
+        text: str,
+        *,
+        cost: Mapping[str, Amount] | None = None,
+        permission: str | None = None,
+        ip: str | None = None,
+        model: str | None = None,
+        route: str | None = None,
+        tenant: str | None = None,
+    ) -> Verification | Begun | None:
+        """What `verify` does for most calls, without waiting for anything: the answer, or a charge that is under way;
+        None where it takes more, and nothing was done. Raises InvalidInput as `verify` does."""
+        units = ONE_REQUEST if cost is None else cost_units(cost)
+        if ip is not None:
+            check_address(ip)
+        return self._begin(text, units, permission, ip, model, route, tenant)
+
+    def _begin(
         self,
         text: str,
         units: dict[str, int],
-        now_us: int,
         permission: str | None,
         ip: str | None,
         model: str | None,
         route: str | None,
         tenant: str | None,
-    ) -> Verification | None:
-        """The answer, where this node knows the key and holds shares of its limits; None where it takes more."""
-        lending = self._ledger.lending
+    ) -> Verification | Begun | None:
+        now_us = self._clock.now_us()
         key = self.cache.peek(text, now_us)
-        if key is None or lending is None or (tenant is not None and key.tenant != tenant):
+        if key is None:
             return None
+        if tenant is not None and key.tenant != tenant:
+            return NOT_FOUND
         refusal = key.refusal(now_us, permission, ip, model, route)
         if refusal is not None:
             return refused(key, *refusal)
-        entries = lending.admit(key.metered, units, now_us, model, route)
-        return admitted_from(key, entries) if entries is not None else None
+        lending = self._ledger.lending
+        if lending is not None:
+            entries = lending.admit(key.metered, units, now_us, model, route)
+            if entries is not None:
+                return admitted_from(key, entries)
+        if not key.metered.limited:
+            self._ledger.tally(key.metered, units)
+            return admitted(key, ())
+        return Begun(key, units, self._ledger.charge(key.metered, units, model=model, route=route))
+
+    def conclude(self, begun: Begun) -> Verification | None:
+        """The answer to a verification whose charge was decided; None if the key was changed meanwhile, so that nothing
+        was charged and it has to be asked for again. Raises TooManyRequests, Unavailable."""
+        try:
+            outcome = begun.outcome.result()
+        except KeyChanged:
+            self.cache.outdated(begun.key)
+            return None
+        if outcome.allowed:
+            return admitted(begun.key, outcome.statuses)
+        return exceeded(begun.key, outcome, begun.units)
 
     async def record(
         self,

@@ -42,7 +42,7 @@ class Application:
     def __init__(self, services: Services, api: FastAPI) -> None:
         self.services = services
         self.api = api
-        self._verify = VerifyRoute(
+        self.verify = VerifyRoute(
             services.room.keys, services.authenticator, services.metrics, services.gate, services.bounds.max_body_bytes
         )
 
@@ -50,7 +50,7 @@ class Application:
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             if scope["path"] == VERIFY and scope["method"] == "POST":
-                await self._verify(scope, receive, send)
+                await self.verify(scope, receive, send)
             else:
                 await self._handle(scope, receive, send)
         elif scope["type"] == "lifespan":

@@ -1,22 +1,26 @@
-"""`POST /v1/keys/verify` as bare ASGI: the one route that must be fast. It logs nothing and allocates little.
+"""`POST /v1/keys/verify`: the one route that must be fast. It logs nothing and allocates little.
 
-A request that is right goes through `VerifyRoute.__call__` alone. One that is not is read again by `problems_with`,
-slowly, so that the answer names everything that is wrong with it.
+There are two ways through it, with the same answers. `VerifyRoute.begin` is for what most requests are: it is called by
+the server's own protocol with the whole request, and needs neither a task nor ASGI's messages, which cost more than
+the verification itself. Whatever is out of the ordinary, and any other server, takes `VerifyRoute.__call__`, which is
+bare ASGI; a request that is wrong is read once more by `problems_with`, slowly, so that the answer names everything
+that is wrong with it.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from decimal import Decimal
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
 from ..errors import InvalidInput, Problem, StrongroomError, TooLarge, TooManyRequests
 from ..keys import Keys
 from ..verification import Verification, check_address, cost_units
+from ..verifier import Begun
 from .auth import Authenticator, Scope
 from .errors import MalformedRequest, Message, Send, send_problem
 from .metrics import Metrics
@@ -24,6 +28,7 @@ from .wire import expect_object, parse_json, request_id_of
 
 PATH = "/v1/keys/verify"
 Receive = Callable[[], Awaitable[Message]]
+Asgi = Callable[[Any, Any, Any], Awaitable[None]]
 _log = logging.getLogger(__name__)
 
 
@@ -36,6 +41,18 @@ class Ask(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     ip: str | None = None
     model: str | None = None
     route: str | None = None
+
+
+class Reply(Protocol):
+    """Where the answer to one request goes; one of these is called, once."""
+
+    def answer(self, payload: bytes) -> None:
+        """200, with this JSON."""
+        ...
+
+    def hand_on(self, app: Asgi) -> None:
+        """Let an ASGI application answer."""
+        ...
 
 
 class Gate:
@@ -65,6 +82,58 @@ class VerifyRoute:
         self._metrics = metrics
         self._gate = gate
         self._max_body_bytes = max_body_bytes
+
+    def begin(self, headers: Iterable[tuple[bytes, bytes]], body: bytes, reply: Reply) -> bool:
+        """Answer a whole request that is like most, now or when its charge is decided. False if it is not like most,
+        and nothing was done: it is for `__call__`."""
+        gate = self._gate
+        if gate.inside >= gate.limit or len(body) > self._max_body_bytes:
+            return False
+        started = time.perf_counter()
+        authorization = None
+        for name, value in headers:
+            if name == b"authorization":
+                authorization = value
+            elif name == b"idempotency-key":
+                return False
+        caller = self._authenticator.known(authorization)
+        if caller is None or caller.scope < Scope.WRITE:
+            return False
+        try:
+            ask = _decode(body)
+            begun = self._keys.begin(
+                ask.key,
+                cost=ask.cost,
+                permission=ask.permission,
+                ip=ask.ip,
+                model=ask.model,
+                route=ask.route,
+                tenant=caller.tenant,
+            )
+        except (InvalidInput, msgspec.MsgspecError, ValueError, RecursionError):
+            return False  # what is wrong with it is told there
+        if begun is None:
+            return False
+        if isinstance(begun, Verification):
+            reply.answer(_encode(begun))
+            self._metrics.verification(begun.code, time.perf_counter() - started)
+        else:
+            gate.inside += 1
+            begun.outcome.add_done_callback(lambda _: self._conclude(begun, reply, started))
+        return True
+
+    def _conclude(self, begun: Begun, reply: Reply, started: float) -> None:
+        self._gate.inside -= 1
+        try:
+            answer = self._keys.conclude(begun)
+        except Exception as error:
+            reply.hand_on(_Failed(self, error, started))
+            return
+        if answer is None:
+            reply.hand_on(self)
+            return
+        reply.answer(_encode(answer))
+        self._metrics.verification(answer.code, time.perf_counter() - started)
 
     async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
         started = time.perf_counter()
@@ -111,11 +180,8 @@ class VerifyRoute:
             except InvalidInput as error:
                 raise problems_with(body, error) from None
             payload = _encode(answer)
-        except StrongroomError as error:
-            await self._refuse(scope, send, error, started)
         except Exception as error:
-            _log.exception("verify failed", extra={"error": type(error).__name__})
-            await self._refuse(scope, send, StrongroomError(), started)
+            await self.refuse(scope, send, error, started)
         else:
             await send(
                 {
@@ -144,9 +210,25 @@ class VerifyRoute:
             more = bool(message.get("more_body"))
         return b"".join(parts)
 
-    async def _refuse(self, scope: Mapping[str, Any], send: Send, error: StrongroomError, started: float) -> None:
+    async def refuse(self, scope: Mapping[str, Any], send: Send, error: Exception, started: float) -> None:
+        """Answer with an error; one that nobody foresaw is logged, and told without its particulars."""
+        if not isinstance(error, StrongroomError):
+            _log.error("verify failed", exc_info=error, extra={"error": type(error).__name__})
+            error = StrongroomError()
         status = await send_problem(send, error, request_id_of(scope["headers"]))
         self._metrics.request("POST", PATH, status, time.perf_counter() - started)
+
+
+class _Failed:
+    """An ASGI application that answers with an error that has happened already."""
+
+    def __init__(self, route: VerifyRoute, error: Exception, started: float) -> None:
+        self._route = route
+        self._error = error
+        self._started = started
+
+    async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
+        await self._route.refuse(scope, send, self._error, self._started)
 
 
 def too_large(most: int) -> TooLarge:
@@ -208,4 +290,4 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-__all__ = ["Ask", "Gate", "Verification", "VerifyRoute", "item_problems"]
+__all__ = ["Ask", "Gate", "Reply", "Verification", "VerifyRoute", "item_problems"]
