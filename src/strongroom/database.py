@@ -131,6 +131,11 @@ class Database:
         self._refusal: str | None = None  # why nothing may be written, if so
         self._state_version = 0
 
+    @property
+    def embedded(self) -> bool:
+        """Whether the store is in this very process: a read more costs no trip."""
+        return self._store.capabilities.embedded
+
     def use(self, cache: Cache) -> None:
         """Read through this cache from now on, for the entities that declare it."""
         self._cache = cache

@@ -45,6 +45,7 @@ from .charges import (
 from .clock import Clock, MachineClock
 from .context import utc_from_us
 from .database import Database, IdempotentCall
+from .entity import Document
 from .errors import AlreadyExists, Conflict, NotFound, StrongroomError, TooManyRequests, Unavailable
 from .lending import Lending
 from .storage.port import Check, Create, Operation, Put, Store
@@ -329,9 +330,16 @@ class Ledger:
         if not ids:
             return
         read_at = time.monotonic()
-        documents = await asyncio.gather(*(self._store.get(NAME, None, id) for id in ids))
+        documents = await self._stored([(NAME, id) for id in ids])
         for id, document in zip(ids, documents, strict=True):
             self._accounts[id] = Account(document, read_at)
+
+    async def _stored(self, names: Sequence[tuple[str, str]]) -> list[Document | None]:
+        """The documents of these collections and ids; None for one that is not there."""
+        reads = [self._store.get(collection, None, id) for collection, id in names]
+        if self._store.capabilities.embedded:  # which reads at once: a task for each would cost more than the read
+            return [await read for read in reads]
+        return await asyncio.gather(*reads)
 
     def _forget_without_holds(self, charges: list[Charge], now_us: int) -> None:
         """A reservation that is not known here may be another node's, made or extended since its account was read."""
@@ -363,7 +371,7 @@ class Ledger:
         once = [(charge, *charge.once) for charge in charges if charge.once is not None]
         if not once:
             return found
-        documents = await asyncio.gather(*(self._store.get(op.collection, None, id) for _, id, op in once))
+        documents = await self._stored([(operation.collection, id) for _, id, operation in once])
         now = utc_from_us(now_us)
         for (charge, id, operation), stored in zip(once, documents, strict=True):
             if stored is None:

@@ -47,8 +47,11 @@ BUSY_TIMEOUT_S = 5.0
 """How long to wait for the lock of another process before Unavailable."""
 
 QUICK_COMMIT_S = 0.000_5
-"""A commit runs on the loop's thread while commits take no longer than this, as a moving mean: on a quick disk the way
-to a thread and back, past the interpreter's lock, costs more than the fsync that the loop waits for."""
+"""A commit runs on the loop's thread while most commits take no longer than this: on a quick disk the way to a thread
+and back, past the interpreter's lock, costs more than the fsync that the loop waits for."""
+COMMITS_TIMED = 9
+"""By the median of so many commits a disk is quick or slow. By a mean, one commit that had to move the write-ahead log
+over into the database would send the next hundreds to the thread."""
 PROBE_EVERY = 100
 """While a thread commits, one of so many is made on the loop's thread, to learn whether the disk has become quick."""
 
@@ -88,7 +91,7 @@ class SqliteStore:
         self._writing = asyncio.Lock()  # held by the group that is being written, and by prepare
         self._task: asyncio.Task[None] | None = None
         self._closing = False
-        self._commit_s = 0.0
+        self._commit_s = deque([0.0] * COMMITS_TIMED, COMMITS_TIMED)
         self._commits = 0
 
     @property
@@ -321,12 +324,12 @@ class SqliteStore:
             writer.commit()
             return
         self._commits += 1
-        if self._commit_s > QUICK_COMMIT_S and self._commits % PROBE_EVERY:
+        if self._commits % PROBE_EVERY and sorted(self._commit_s)[COMMITS_TIMED // 2] > QUICK_COMMIT_S:
             await self._threads.write(writer.commit)
             return
         began = time.perf_counter()
         writer.commit()
-        self._commit_s += (time.perf_counter() - began - self._commit_s) / 8
+        self._commit_s.append(time.perf_counter() - began)
 
     async def _begin(self, session: Session) -> Writer:
         writer = session.writer
