@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from contextlib import closing
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -158,12 +159,12 @@ def test_keys_of_another_tenant_are_refused(run: Run) -> None:
 
 
 def test_an_import_whose_checksums_differ_fails(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    key_of = Maker.key_of
+    values_of = Maker.values_of
 
-    def wrong(self: Maker, row: keyfile.KeyRow) -> Any:
-        return {**key_of(self, row), "name": row.name.upper()}
+    def wrong(self: Maker, row: keyfile.KeyRow, seal: Any) -> Any:
+        return values_of(self, replace(row, name=row.name.upper()), seal)
 
-    monkeypatch.setattr(Maker, "key_of", wrong)
+    monkeypatch.setattr(Maker, "values_of", wrong)
     ran = run("import", HASHED)
     assert (ran.status, "differ in 25 keys" in ran.err) == (1, True)
 

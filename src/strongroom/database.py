@@ -310,7 +310,7 @@ class Database:
 
     async def load_packs(
         self, context: Context, cls: type[Entity], packs: AsyncIterable[Pack], *, rebuild: bool = False
-    ) -> None:
+    ) -> float:
         """The trip for a great many new documents of one global entity, with the journal records and what belongs to
         them. As `Loading.load`; Denied, Unavailable while the store takes no writes."""
         if self.loading is None:
@@ -318,9 +318,10 @@ class Database:
         await self.authorize(context, "create", cls.__collection__)
         if self._refusal is not None:
             raise Unavailable(self._refusal)
-        await self.loading.load(packs, context.now_us, rebuild=rebuild)
+        locked_s = await self.loading.load(packs, context.now_us, rebuild=rebuild)
         for listener in self._listeners:
             listener(Transaction(self, context))  # of no change: the journal tells what was loaded
+        return locked_s
 
     def commit_counters(self, operations: Sequence[Operation], now_us: int) -> Awaitable[Committed]:
         """The trip's short form for Strongroom's own counters and leases: global collections (or fields of one) that

@@ -23,7 +23,7 @@ from .context import Context, next_id
 from .errors import Unavailable
 from .keypieces import KeyPieces, Piece
 from .keyrows import Maker
-from .storage.port import Append, Create, Pack, Packer
+from .storage.port import Pack, Packer
 
 AHEAD = 2
 """Pieces that each worker is given before the first is taken from it."""
@@ -43,10 +43,7 @@ class Task:
     def pack(self, piece: Piece) -> Pack:
         """The piece's keys, made ready."""
         context = Context(self.tenant, self.actor, {}, next_id())
-        operations: list[Create | Append] = []
-        for row in self.source.rows(piece):
-            operations += self.maker.operations(row, context, len(operations))
-        return self.packer.pack(operations)
+        return self.packer.pack_alike(self.maker.alike(self.source.rows(piece), context))
 
 
 class Portion:
@@ -66,7 +63,7 @@ class Portion:
             except StopAsyncIteration:
                 return
             self.pieces.append(piece)
-            self.keys += len(pack.lines)
+            self.keys += pack.records
             self._room -= piece.count
             yield pack
 

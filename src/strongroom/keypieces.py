@@ -319,13 +319,14 @@ def _judge(
     """The accepted rows of a piece, how many are refused, and what was found of them. `usual` gets the marks of those
     that were not judged with care; `seen` the others' keys."""
     wrapped = b"[" + data + b"]" if shape == "plain" else b"{" + data + b"}"
-    raws: Any = msgspec.json.decode(wrapped, type=list[msgspec.Raw] if shape == "plain" else dict[str, msgspec.Raw])
+    raws: Any = None
     try:
         read: Any = (_plains if shape == "plain" else _hasheds).decode(wrapped)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        read = None
+        read, raws = None, _raws(shape, wrapped)
     rows, findings, refused = [], list[Finding](), 0
-    names = range(len(raws)) if shape == "plain" else list(raws)
+    known = raws if read is None else read
+    names = range(len(known)) if shape == "plain" else list(known)
     for position, name in enumerate(names):
         try:
             if read is None:
@@ -334,6 +335,7 @@ def _judge(
             if repeated and int.from_bytes(row.sha256[:8], sys.byteorder) in repeated:
                 raise _Unusual
         except _Unusual:
+            raws = _raws(shape, wrapped) if raws is None else raws
             said: int | str = first + position if shape == "plain" else name
             found, more = judged(shape, said, raws[name], now_us, seen)
             findings += more
@@ -348,6 +350,10 @@ def _judge(
                 usual += row.sha256[:8]
         rows.append(row)
     return rows, refused, findings
+
+
+def _raws(shape: Shape, wrapped: bytes) -> Any:
+    return msgspec.json.decode(wrapped, type=list[msgspec.Raw] if shape == "plain" else dict[str, msgspec.Raw])
 
 
 def _plain(read: _Plain, number: int, now_us: int) -> KeyRow:

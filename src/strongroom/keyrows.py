@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -16,19 +16,24 @@ import msgspec
 from .accounts import NAME as USAGE
 from .accounts import Account
 from .apikey import NAME, ApiKey
-from .context import Context, us_from_utc, utc_from_us
+from .context import Context, next_id, us_from_utc, utc_from_us
 from .entity import Document
 from .errors import StoreError
 from .journal import change_record
 from .keyfile import WINDOW_S, KeyRow, Shape
 from .keytext import Hasher, imported_sha256, masked, sha256_of_imported
-from .storage.port import Append, Create
+from .storage.port import Alike
 from .windows import Limit, Rolling, RollingCounter
 
 _WINDOW = Rolling(seconds=WINDOW_S)
 FIVE_HOURS = Limit(resource="tokens", limit=0, window=_WINDOW).id
 """The counter of the plain shape's one limit: tokens in the last five hours."""
 UNCHANGEABLE = frozenset({"created_at"})
+VARYING = (
+    "name", "hash", "sealed", "display", "user_id", "metadata", "limits", "expires_at", "last_used", "usage_count",
+)  # fmt: skip
+"""Fields in which the keys of one import differ."""
+USAGE_VARYING = ("count", "last_used_at", "state")
 USAGE_SAID = frozenset({"last_used", "total_lifetime_tokens", "usage_windows", "usage_count"})
 
 _encode = msgspec.json.Encoder().encode
@@ -55,41 +60,60 @@ class Maker:
 
     def key_of(self, row: KeyRow) -> Document:
         """A row as a key's document. With its text it is hashed under the pepper, else at its first use."""
+        values = self.values_of(row, self._hasher.seal)
+        return {**self._pattern, **dict(zip(VARYING, values, strict=True)), "limits": limits_of(row.token_limit)}
+
+    def values_of(self, row: KeyRow, seal: Callable[[bytes], bytes]) -> tuple[Any, ...]:
+        """The VARYING fields of a row's key."""
         hasher, sha256, text = self._hasher, row.sha256, row.text
-        return {
-            **self._pattern,
-            "name": row.name,
-            "hash": imported_sha256(sha256.hex()) if text is None else hasher.hash_of(sha256),
-            "sealed": None if text is None else hasher.seal(sha256),
-            "display": f"sha256:{sha256.hex()[:8]}…" if text is None else masked(text),
-            "user_id": row.user_id,
-            "metadata": {} if row.model is None else {"model": row.model},
-            "limits": limits_of(row.token_limit),
-            "expires_at": utc(row.expires_us),
-            "last_used": utc(row.last_used_us),
-            "usage_count": row.uses,
-        }
+        return (
+            row.name,
+            imported_sha256(sha256.hex()) if text is None else hasher.hash_of(sha256),
+            None if text is None else seal(sha256),
+            f"sha256:{sha256.hex()[:8]}…" if text is None else masked(text),
+            row.user_id,
+            _NO_METADATA if row.model is None else _metadata(row.model),
+            _NO_LIMITS if row.token_limit is None else _encoded_limits(row.token_limit),
+            utc(row.expires_us),
+            utc(row.last_used_us),
+            row.uses,
+        )
 
     def usage_of(self, row: KeyRow, now_us: int) -> Document:
         """A row's usage, as a document."""
         return usage_document(self._shape, row, Account(), now_us)
 
-    def operations(self, row: KeyRow, context: Context, position: int) -> tuple[Create, Append, Create]:
-        """What adds a key, its journal record and its usage; `position` is where the first will stand in its batch."""
-        id, document = id_of(row.sha256), self.key_of(row)
-        record = change_record(context, "create", ApiKey.__collection__, id, None, document)
+    def alike(self, rows: Sequence[KeyRow], context: Context) -> tuple[Alike, Alike]:
+        """What adds keys, their journal records and their usages."""
+        values, seal, now_us = self.values_of, self._hasher.sealer(), context.now_us
+        pattern = {**self._pattern, "sealed": b"pattern"}
+        record = change_record(context, "create", ApiKey.__collection__, "", None, pattern)
+        keys, usages = [], []
+        for row in rows:
+            id = id_of(row.sha256)
+            keys.append((id, utc_from_us(row.created_us), *values(row, seal)))
+            usages.append((id, None, *new_usage(self._shape, row, now_us)))
         return (
-            Create(NAME, id, document, utc_from_us(row.created_us)),
-            Append(record, position),
-            Create(USAGE, id, self.usage_of(row, context.now_us)),
+            Alike(NAME, pattern, VARYING, keys, record, [next_id() for _ in keys]),
+            Alike(USAGE, Account().document(), USAGE_VARYING, usages),
         )
 
 
+_NO_METADATA: Document = {}
+_NO_LIMITS: list[Document] = []
+
+
 @functools.lru_cache(maxsize=1_000)
-def _encoded_limits(token_limit: int) -> tuple[Document, ...]:
+def _metadata(model: str) -> Document:
+    return {"model": model}
+
+
+@functools.lru_cache(maxsize=1_000)
+def _encoded_limits(token_limit: int) -> list[Document]:
     limits = [Limit(resource="tokens", limit=token_limit, window=_WINDOW)]
     pattern = ApiKey(tenant="t", name="n", hash="h", display="d", limits=limits)
-    return tuple(ApiKey.__codec__.encode(pattern)["limits"])
+    encoded: list[Document] = ApiKey.__codec__.encode(pattern)["limits"]
+    return encoded
 
 
 def limits_of(token_limit: int | None) -> list[Document]:
@@ -113,6 +137,20 @@ def usage_document(shape: Shape, row: KeyRow, account: Account, now_us: int) -> 
             counter.add_at(start_us, tokens)
         account.counters[FIVE_HOURS] = counter
     return account.document()
+
+
+def new_usage(shape: Shape, row: KeyRow, now_us: int) -> tuple[int, datetime | None, str]:
+    """What `usage_document` makes of a row and a new account: the USAGE_VARYING fields."""
+    amount, resource = (row.uses, "requests") if shape == "hashed" else (row.tokens, "tokens")
+    counters = {}
+    if row.windows and shape == "plain":
+        counter = RollingCounter(_WINDOW)
+        for start_us, tokens in row.windows:
+            counter.add_at(start_us, tokens)
+        if counter.buckets(now_us):
+            counters[FIVE_HOURS] = counter.dump()
+    state = {"totals": {resource: amount} if amount else {}, "counters": counters, "at": 0}
+    return (row.uses if shape == "hashed" else 0), utc(row.last_used_us), _encode(state).decode()
 
 
 def _set(totals: dict[str, int], resource: str, units: int) -> None:

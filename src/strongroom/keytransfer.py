@@ -55,8 +55,12 @@ QUERIES_AT_ONCE = 8
 READS_AT_ONCE = 100
 """Single documents that are read at once, where each is asked for by itself."""
 FIRST_LOAD, MOST_LOADED = 1_000, 30_000
-"""Keys in the first transaction of a load, which doubles, and in the largest one where others use the store: they wait
-for so long."""
+"""Keys in the first transaction of a load, and in the largest one, where others use the store."""
+LOCKED_S = 0.5
+"""How long others wait for such a transaction, about; the next is made larger or smaller by how long the last took."""
+MIN_FILL, FILL_GROWTH = 25_000, 3
+"""Keys in the second transaction that fills a store, and how many times as large as what is there already each further
+one is: each builds all indexes anew, so they are few."""
 FEW_KEYS = 1_000
 """A store with fewer keys is being filled for the first time: nobody else's writes have to be let in between."""
 
@@ -392,15 +396,20 @@ class KeyImport:
             size, done = FIRST_LOAD, 0
             while done < count:
                 portion = Portion(packs, size)
+                locked_s = LOCKED_S
                 try:
-                    await self._database.load_packs(self._writer(), ApiKey, portion, rebuild=rebuild)
+                    locked_s = await self._database.load_packs(self._writer(), ApiKey, portion, rebuild=rebuild)
                     self.committed += portion.keys
                     loaded.update(pieces[piece.first] for piece in portion.pieces)
                 except (AlreadyExists, Conflict):
                     _log.info("%d keys are imported one by one: some are there by now", portion.keys)
                 done += sum(piece.count for piece in portion.pieces)
                 told()
-                size = done if rebuild else min(size * 2, MOST_LOADED)
+                faster = min(2.0, LOCKED_S / max(locked_s, 0.001))
+                if rebuild:
+                    size = max(done * FILL_GROWTH, MIN_FILL)
+                else:
+                    size = round(min(max(size * faster, FIRST_LOAD), MOST_LOADED))
         return loaded
 
     async def check(

@@ -1,4 +1,4 @@
-"""Many new documents into SQLite at once: rows made ready beforehand, one statement for many, one large transaction.
+"""Many new documents into SQLite at once: one statement for many rows, one large transaction.
 
 A transaction writes each page that it touches once, however many rows came to be on it. New keys fall anywhere in most
 of their indexes, so that small transactions write a page or two for each key and index; a large one writes a page for
@@ -8,85 +8,27 @@ build the indexes anew at the end, each from its sorted entries.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from contextlib import closing, suppress
 from typing import Any
 
 import apsw
 
 from ..context import utc_from_us
-from ..entity import Collection, FieldType
-from ..errors import AlreadyExists, InvalidInput, TooLarge
+from ..errors import AlreadyExists
 from . import _values
-from ._sql import JOURNAL_COLUMNS, Codec, line, listed, quoted
-from ._sqlite_dialect import SqliteDialect
+from ._sql import listed, quoted
 from ._sqlite_guard import Table
+from ._sqlite_pack import JOURNAL, Part
 from ._sqlite_schema import connect
-from .port import MAX_DOCUMENT_BYTES, Append, Create, Pack, document_size
+from .port import Pack
 
 CACHE_KIB = 128 * 1024
 """What a load keeps of the file in memory."""
-CHECKPOINT_PAGES = 32_768
-"""The log is taken over into the file when it has so many pages (128 MiB): a page that several transactions wrote
-meanwhile is copied once."""
-_BYTES_PER_CHARACTER = 8
-_VARIABLE = frozenset({FieldType.TEXT, FieldType.BYTES, FieldType.LIST, FieldType.MAP})
+ROWS = 32
+"""So many rows are one statement: SQLite looks up the journal's last number, and gives up the interpreter's lock, once
+for each statement."""
 _TAKEN = "{}: a document with the same id or unique value exists already"
-_VERSION = JOURNAL_COLUMNS[1:].index("version")
-
-
-class SqlitePacker:
-    """Documents as the rows of their tables: (id, created_at or None, updated_at or None, *fields)."""
-
-    def __init__(self, collections: Sequence[Collection]) -> None:
-        self._collections = tuple(collections)
-        dialect = SqliteDialect()
-        self._codecs = {c.name: Codec(c, dialect) for c in collections if not c.tenant_scoped}
-        self._variable = {
-            name: [i for i, spec in enumerate(codec.collection.fields.values()) if spec.type in _VARIABLE]
-            for name, codec in self._codecs.items()
-        }
-
-    def __reduce__(self) -> tuple[type[SqlitePacker], tuple[list[Collection]]]:
-        return SqlitePacker, ([replace(c, fields=dict(c.fields)) for c in self._collections],)
-
-    def pack(self, operations: Sequence[Create | Append]) -> Pack:
-        rows: dict[str, list[tuple[Any, ...]]] = {}
-        lines = []
-        for operation in operations:
-            if isinstance(operation, Append):
-                lines.append(_without_version(operation))
-                continue
-            codec = self._codecs.get(operation.collection)
-            if codec is None:
-                raise InvalidInput(f"{operation.collection}: is no global collection that the store was prepared for")
-            row = codec.encode(operation.document)
-            length = 0
-            for number in self._variable[operation.collection]:
-                if value := row[number]:
-                    length += len(value)
-            if length * _BYTES_PER_CHARACTER > MAX_DOCUMENT_BYTES // 2:
-                _check_size(operation, codec)
-            times = (_text(operation.created_at), _text(operation.updated_at))
-            rows.setdefault(operation.collection, []).append((operation.id, *times, *row))
-        return Pack(sum(map(len, rows.values())), rows, lines)
-
-
-def _without_version(operation: Append) -> tuple[Any, ...]:
-    found = line(operation.record, 0)
-    return (*found[:_VERSION], *found[_VERSION + 1 :])
-
-
-def _text(moment: Any) -> str | None:
-    return None if moment is None else _values.time_to_text(moment)
-
-
-def _check_size(operation: Create, codec: Codec) -> None:
-    size = document_size({name: operation.document[name] for name in codec.fields})
-    if size > MAX_DOCUMENT_BYTES:
-        name = f"{operation.collection}/{operation.id}"
-        raise TooLarge(f"{name}: found {size} bytes in a document, expected at most {MAX_DOCUMENT_BYTES}")
 
 
 class Loader:
@@ -98,11 +40,12 @@ class Loader:
     def __init__(self, path: str, tables: Mapping[str, Table]) -> None:
         self._path = path
         self._open = False
-        self._columns = {name: table.codec.fields for name, table in tables.items() if not table.tenant_scoped}
+        self._tables = frozenset(name for name, table in tables.items() if not table.tenant_scoped)
         self._version = 0
         self._now = ""
         self._rebuild = False
         self._dropped: dict[str, list[str]] = {}
+        self._texts: dict[tuple[Any, ...], str] = {}
 
     def begin(self, busy_timeout_s: float, now_us: int, rebuild: bool) -> None:
         """Take the file's write lock."""
@@ -110,7 +53,7 @@ class Loader:
         self._connection = connection = connect(self._path, busy_timeout_s)
         self._open = True
         connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}").fetchall()
-        connection.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}").fetchall()
+        connection.execute("PRAGMA wal_autocheckpoint = 0").fetchall()  # `take_over` does it, when others may write
         connection.execute("BEGIN IMMEDIATE").fetchall()
         rows: list[tuple[Any, ...]] = connection.execute(
             "SELECT value FROM _meta WHERE name = 'deleted_version'"
@@ -120,21 +63,44 @@ class Loader:
         self._now = _values.time_to_text(utc_from_us(now_us))
 
     def add(self, pack: Pack) -> None:
-        connection = self._connection
-        for name, rows in pack.rows.items():
-            if self._rebuild and name not in self._dropped:
-                self._dropped[name] = self._without_indexes(name)
-            names = ("id", "created_at", "updated_at", *self._columns[name], "version")
-            marks = f"?, ifnull(?, '{self._now}'), ifnull(?, '{self._now}'), {'?, ' * len(self._columns[name])}"
+        for part in pack.parts:
+            if self._rebuild and part.table in self._tables and part.table not in self._dropped:
+                self._dropped[part.table] = self._without_indexes(part.table)
             try:
-                connection.executemany(
-                    f"INSERT INTO {quoted(name)} ({listed(names)}) VALUES ({marks}{self._version})", rows
-                )
+                self._insert(part)
             except apsw.ConstraintError:
-                raise AlreadyExists(_TAKEN.format(name)) from None
-        names = (*(name for name in JOURNAL_COLUMNS[1:] if name != "version"), "version")
-        marks = "?, " * (len(names) - 1)
-        connection.executemany(f"INSERT INTO _journal ({listed(names)}) VALUES ({marks}{self._version})", pack.lines)
+                raise AlreadyExists(_TAKEN.format(part.table)) from None
+
+    def _insert(self, part: Part) -> None:
+        same, width = (self._version, self._now, *part.same.values()), len(part.columns)
+        step = ROWS * width
+        whole = len(part.values) // step * step
+
+        def bound(begin: int, end: int, step: int) -> Iterator[tuple[Any, ...]]:
+            return ((*same, *part.values[at : at + step]) for at in range(begin, end, step))
+
+        self._connection.executemany(self._text(part, ROWS), bound(0, whole, step))
+        self._connection.executemany(self._text(part, 1), bound(whole, len(part.values), width))
+
+    def _text(self, part: Part, rows: int) -> str:
+        """The statement that adds so many rows of a part."""
+        key = (part.table, tuple(part.same), part.columns, rows)
+        text = self._texts.get(key)
+        if text is None:
+            # what all rows have the same is bound once: 1 the version, 2 the time
+            same = {"version": "?1", **{name: f"?{number}" for number, name in enumerate(part.same, 3)}}
+            if part.table != JOURNAL:
+                same = {"created_at": "?2", "updated_at": "?2", **same}
+            names = [*(name for name in same if name not in part.columns), *part.columns]
+            first, lines = len(part.same) + 3, []
+            for row in range(rows):
+                own = {name: f"?{first + row * len(part.columns) + at}" for at, name in enumerate(part.columns)}
+                cells = {**same, **{name: _cell(part.table, name, value) for name, value in own.items()}}
+                lines.append(f"({', '.join(cells[name] for name in names)})")
+            # OR FAIL: else SQLite copies each page that it writes, to take one statement back; here all is taken back
+            text = f"INSERT OR FAIL INTO {quoted(part.table)} ({listed(names)}) VALUES {', '.join(lines)}"
+            self._texts[key] = text
+        return text
 
     def _without_indexes(self, table: str) -> list[str]:
         """Drop a table's indexes; the statements that make them again. (The primary key stays.)"""
@@ -162,3 +128,16 @@ class Loader:
                 self._connection.execute("ROLLBACK").fetchall()
         self._connection.close()
         self._open = False
+
+
+def _cell(table: str, name: str, value: str) -> str:
+    if table == JOURNAL:
+        return f"CAST({value} AS TEXT)" if name == "after" else value  # it comes as UTF-8, or is text already
+    return f"ifnull({value}, ?2)" if name in ("created_at", "updated_at") else value
+
+
+def take_over(path: str, busy_timeout_s: float) -> None:
+    """Take over the write-ahead log into the file, as far as nobody reads it. Others write meanwhile. Raises
+    apsw.Error."""
+    with closing(connect(path, busy_timeout_s)) as connection:
+        connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()

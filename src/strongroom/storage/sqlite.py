@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import os
 import re
 import time
 from collections import deque
-from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -27,7 +28,8 @@ from ..query import Aggregate, And, Filter, Op, Or, Query, Where
 from ._sql import JOURNAL_COLUMNS, listed, record_of
 from ._sqlite_dialect import translated
 from ._sqlite_guard import Table
-from ._sqlite_load import Loader, SqlitePacker
+from ._sqlite_load import Loader, take_over
+from ._sqlite_pack import SqlitePacker
 from ._sqlite_schema import fit, integrity_problems, make_or_recognise, tenants_of, write_snapshot
 from ._sqlite_session import Readers, Session, Threads
 from ._sqlite_writer import Torn, Writer
@@ -63,6 +65,7 @@ _ROWS_AT_ONCE = 200
 _CURSOR = re.compile(r"[0-9]{1,18}")
 _END = "end"
 _T = TypeVar("_T")
+_log = logging.getLogger(__name__)
 
 _HEAD = "SELECT seq FROM main.sqlite_sequence WHERE name = '_journal'"
 _CHANGES = (
@@ -93,6 +96,7 @@ class SqliteStore:
         self._closing = False
         self._commit_s = deque([0.0] * COMMITS_TIMED, COMMITS_TIMED)
         self._commits = 0
+        self._taking_over: asyncio.Future[None] | None = None
 
     @property
     def capabilities(self) -> Capabilities:
@@ -116,6 +120,7 @@ class SqliteStore:
         self._closing = True
         if self._task is not None:
             await asyncio.wait([self._task])
+        await self._taken_over()
         async with self._writing:  # a prepare may be under way
             session, self._session = self._session, None
             if session is not None:
@@ -363,16 +368,31 @@ class SqliteStore:
     def packer(self) -> SqlitePacker:
         return SqlitePacker([table.codec.collection for table in self._opened().tables.values()])
 
-    async def load(self, packs: AsyncIterable[Pack], now_us: int, *, rebuild: bool = False) -> None:
+    async def load(self, packs: AsyncIterable[Pack], now_us: int, *, rebuild: bool = False) -> float:
+        held = packs if rebuild else _given([pack async for pack in packs])
         async with self._writing:
             loader = Loader(self.path, self._opened().tables)
             try:
                 await self._awaited(self._threads.write(loader.begin, self._busy_timeout_s, now_us, rebuild))
-                async for pack in packs:
+                began = time.perf_counter()
+                async for pack in held:
                     await self._awaited(self._threads.write(loader.add, pack))
                 await self._awaited(self._threads.write(loader.commit))
             finally:
                 await asyncio.shield(self._threads.write(loader.close))  # behind what its thread still does
+        locked_s = time.perf_counter() - began
+        await self._taken_over()
+        self._taking_over = asyncio.ensure_future(self._threads.read(take_over, self.path, self._busy_timeout_s))
+        return locked_s
+
+    async def _taken_over(self) -> None:
+        """Wait for what takes over the log of the last load. What was loaded is on the disk without it."""
+        taking_over, self._taking_over = self._taking_over, None
+        if taking_over is not None:
+            try:
+                await taking_over
+            except apsw.Error as error:
+                _log.warning("%s: the log of an import was not taken over: %s", self.path, error)
 
     # --- For operators ---
 
@@ -401,6 +421,11 @@ class SqliteStore:
         """Write a consistent copy of the store, as it is now, to a file that must not exist. Writes go on meanwhile."""
         self._opened()
         await self._awaited(self._threads.read(write_snapshot, self.path, self._busy_timeout_s, path))
+
+
+async def _given(packs: Sequence[Pack]) -> AsyncIterator[Pack]:
+    for pack in packs:
+        yield pack
 
 
 def _answer(job: _Job, answer: Committed | Exception) -> None:
