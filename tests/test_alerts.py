@@ -253,7 +253,7 @@ async def test_a_crossing_that_is_committed_twice_is_delivered_once(url_of_any: 
             await room.database.commit_counters(operations(crossing(now_us=room.clock.now_us())), T0)
             room.deliveries.wake([event_of(crossing(now_us=room.clock.now_us())).id])
             await wait_until(lambda: all_taken_up(room))
-        await wait_until(lambda: room.deliveries.counts["delivered"] == 2)
+        await wait_until(lambda: room.deliveries.attempts.counts["delivered"] == 2)
         assert sorted(one.path for one in receiver.arrived) == ["/hook/*/80", "/hook/acme/80"]
         assert len(set(receiver.ids)) == 1
 
@@ -290,7 +290,7 @@ async def test_a_verification_that_crosses_a_threshold_is_told_of(url_of_any: st
             for issued in (key, other):
                 await room.keys.verify(issued.text, cost={"tokens": 10})
         await wait_until(lambda: len(receiver.arrived) >= 3)
-        await wait_until(lambda: room.deliveries.counts["delivered"] == 3)
+        await wait_until(lambda: room.deliveries.attempts.counts["delivered"] == 3)
         assert [(kind, threshold) for kind, threshold, _ in percents(receiver)] == [
             ("key", 50),
             ("key", 80),
@@ -308,6 +308,6 @@ async def test_what_is_recorded_after_the_fact_is_told_of_too_and_money_exactly(
         budget = Limit(resource="cost", limit=Decimal("1.5"), window=Calendar(unit="month"))
         key = await room.keys.create(name="worker", tenant="acme", limits=[budget])
         await room.keys.record(key_id=key.key.id, cost={"cost": Decimal("2.250000001")})
-        await wait_until(lambda: room.deliveries.counts["delivered"] == 2)
+        await wait_until(lambda: room.deliveries.attempts.counts["delivered"] == 2)
         assert {"90", "150"} == {str(json.loads(one.body)["data"]["threshold"]) for one in receiver.arrived}
         assert all(b'"limit":1.5,"used":2.250000001,' in one.body for one in receiver.arrived)

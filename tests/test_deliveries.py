@@ -17,9 +17,10 @@ from unittest.mock import patch
 
 import pytest
 
-from strongroom import Strongroom, deliveries
+from strongroom import Strongroom, attempts, deliveries
+from strongroom.attempts import MAX_ATTEMPTS, Delivery, backoff_s
 from strongroom.context import system_context
-from strongroom.deliveries import MAX_ATTEMPTS, MAX_SENDING_EACH, Delivery, backoff_s
+from strongroom.deliveries import MAX_SENDING_EACH
 from strongroom.errors import ConfigError, Conflict, NotFound, Unavailable
 from strongroom.events import NAME as EVENTS
 from strongroom.events import Event, event, put
@@ -89,7 +90,7 @@ async def test_an_event_arrives_signed_at_once_at_each_endpoint_that_wants_it(
         await endpoint(room, receiver, url=receiver.url + "/deaf", events=["limit.threshold"])
         await endpoint(room, receiver, url=receiver.url + "/off", enabled=False)
         id = await emit(room)
-        await wait_until(lambda: room.deliveries.counts["delivered"] == 2)
+        await wait_until(lambda: room.deliveries.attempts.counts["delivered"] == 2)
         assert sorted(arrived.path for arrived in receiver.arrived) == ["/hook/one", "/hook/two"]
         for arrived, made in zip(sorted(receiver.arrived, key=lambda a: a.path), (one, two), strict=True):
             assert verify_signature(made.secret, arrived.headers, arrived.body) == id
@@ -105,7 +106,7 @@ async def test_what_was_not_committed_is_not_told_of(room: Strongroom, store: Fa
         await emit(room)
     store.fault = lambda number, batch: None
     id = await emit(room)
-    await wait_until(lambda: room.deliveries.counts["delivered"])
+    await wait_until(lambda: room.deliveries.attempts.counts["delivered"])
     assert receiver.ids == [id]
 
 
@@ -118,7 +119,7 @@ async def test_an_event_whose_commit_was_answered_by_nobody_is_found(
         await emit(room)
     store.fault = lambda number, batch: None
     await wait_until(lambda: receiver.arrived)
-    await wait_until(lambda: room.deliveries.counts["delivered"])
+    await wait_until(lambda: room.deliveries.attempts.counts["delivered"])
     assert len(receiver.arrived) == 1
 
 
@@ -179,7 +180,7 @@ async def test_what_a_receiver_does_wrong_is_kept_and_the_event_sent_again_under
     room: Strongroom, receiver: Receiver, answer: Any, said: str, code: int | None
 ) -> None:
     made = await endpoint(room, receiver)
-    room.deliveries._timing = PATIENT
+    room.deliveries.attempts.timing = PATIENT
     receiver.answers = [answer]
     id = await emit(room)
 
@@ -235,7 +236,7 @@ async def test_a_receiver_may_ask_to_be_left_alone_for_a_while(room: Strongroom,
     receiver.answer = status(429, "retry-after: 3600")
     made = await endpoint(room, receiver)
     await emit(room)
-    await wait_until(lambda: room.deliveries.counts["failed"])
+    await wait_until(lambda: room.deliveries.attempts.counts["failed"])
     delivery = await only(room, made)
     assert delivery.due_at is not None
     assert delivery.last_attempt_at is not None
@@ -257,7 +258,7 @@ async def test_after_the_last_attempt_a_delivery_is_a_dead_letter_and_can_be_red
 ) -> None:
     receiver.answer = status(503)
     made = await endpoint(room, receiver)
-    with patch.object(deliveries, "MAX_ATTEMPTS", 3):
+    with patch.object(attempts, "MAX_ATTEMPTS", 3):
         id = await emit(room)
         dead = await ended(room, made)
         assert (dead.state, dead.attempts, dead.due_at, dead.last_error) == ("dead", 3, None, "answered 503")
@@ -276,10 +277,10 @@ async def test_a_receiver_that_is_down_gets_what_happened_meanwhile(room: Strong
         made = await endpoint(room, receiver, url=f"http://127.0.0.1:{proxy.port}/")
         proxy.refuse()
         ids = [await emit(room, number=number) for number in range(5)]
-        await wait_until(lambda: room.deliveries.counts["failed"] >= 5)
+        await wait_until(lambda: room.deliveries.attempts.counts["failed"] >= 5)
         assert receiver.arrived == []
         proxy.heal()
-        await wait_until(lambda: room.deliveries.counts["delivered"] == 5)
+        await wait_until(lambda: room.deliveries.attempts.counts["delivered"] == 5)
     assert sorted(receiver.ids) == sorted(ids)
     assert (await room.webhooks.get(made.webhook.id)).enabled
 
@@ -308,22 +309,22 @@ def _removal(event_id: str) -> Any:
 async def test_what_waits_for_an_endpoint_that_was_disabled_or_removed_is_dead(
     room: Strongroom, receiver: Receiver
 ) -> None:
-    room.deliveries._timing = replace(FAST, backoff_s=0.3)
+    room.deliveries.attempts.timing = replace(FAST, backoff_s=0.3)
     receiver.answer = status(500)
     disabled, removed = [await endpoint(room, receiver) for _ in range(2)]
     await emit(room)
-    await wait_until(lambda: room.deliveries.counts["failed"] == 2)
+    await wait_until(lambda: room.deliveries.attempts.counts["failed"] == 2)
     await room.webhooks.update(disabled.webhook.id, enabled=False)
     await room.webhooks.delete(removed.webhook.id)
     dead = await ended(room, disabled)
     assert (dead.state, dead.last_error) == ("dead", "the webhook is disabled")
-    await wait_until(lambda: room.deliveries.counts["dead"] == 2)
+    await wait_until(lambda: room.deliveries.attempts.counts["dead"] == 2)
 
 
 async def test_an_endpoint_that_fails_for_days_is_disabled_and_the_journal_says_so(
     room: Strongroom, receiver: Receiver
 ) -> None:
-    room.deliveries._timing = replace(FAST, disable_after=timedelta(seconds=0.2))
+    room.deliveries.attempts.timing = replace(FAST, disable_after=timedelta(seconds=0.2))
     receiver.answer = status(500)
     made = await endpoint(room, receiver)
     await emit(room)
@@ -394,7 +395,7 @@ async def test_a_name_that_turns_private_after_it_was_checked_is_not_reached(
     async with delivering(new_url("json-memory", tmp_path), timing=PATIENT, sender=sender) as (room, _):
         made = await room.webhooks.create(url=f"https://hooks.example:{receiver.port}/", tenant="acme")
         await emit(room)
-        await wait_until(lambda: room.deliveries.counts["failed"])
+        await wait_until(lambda: room.deliveries.attempts.counts["failed"])
         assert "found the address 127.0.0.1, expected a public address" in str((await only(room, made)).last_error)
     assert receiver.connections == 0
     assert len(resolver.asked) == 2  # type: ignore[attr-defined]
@@ -425,7 +426,7 @@ async def test_a_certificate_that_is_wrong_is_a_failed_attempt(tmp_path: Path, t
     ):
         made = await endpoint(room, receiver)
         await emit(room)
-        await wait_until(lambda: room.deliveries.counts["failed"])
+        await wait_until(lambda: room.deliveries.attempts.counts["failed"])
         assert "certificate" in str((await only(room, made)).last_error).lower()
         assert receiver.arrived == []
 
@@ -476,7 +477,7 @@ async def test_many_events_are_each_delivered_once(room: Strongroom, receiver: R
     for path in ("a", "b", "c"):
         await endpoint(room, receiver, url=f"{receiver.url}/{path}")
     ids = await asyncio.gather(*(emit(room, number=number) for number in range(100)))
-    await wait_until(lambda: room.deliveries.counts["delivered"] == 300, 30)
+    await wait_until(lambda: room.deliveries.attempts.counts["delivered"] == 300, 30)
     assert sorted((one.path, one.id) for one in receiver.arrived) == sorted(
         (f"/hook/{path}", id) for id in ids for path in ("a", "b", "c")
     )
@@ -495,7 +496,9 @@ async def test_of_two_nodes_one_delivers(shared_url: str, receiver: Receiver) ->
     async with delivering(shared_url) as (one, store), delivering(shared_url, beside=store) as (two, _):
         await endpoint(one, receiver)
         ids = [await emit(node) for node in (one, two) * 5]
-        await wait_until(lambda: one.deliveries.counts["delivered"] + two.deliveries.counts["delivered"] == 10, 30)
+        await wait_until(
+            lambda: one.deliveries.attempts.counts["delivered"] + two.deliveries.attempts.counts["delivered"] == 10, 30
+        )
         assert sorted(receiver.ids) == sorted(ids)
 
 
@@ -504,7 +507,7 @@ async def test_what_a_failed_attempt_left_for_later_any_node_does(shared_url: st
     async with delivering(shared_url, timing=replace(FAST, backoff_s=1.0)) as (one, store):
         made = await endpoint(one, receiver)
         id = await emit(one)
-        await wait_until(lambda: one.deliveries.counts["failed"])
+        await wait_until(lambda: one.deliveries.attempts.counts["failed"])
         await one.deliveries.close()
         async with delivering(shared_url, beside=store) as (two, _):
             assert (await ended(two, made)).attempts == 2
@@ -558,7 +561,7 @@ async def test_an_attempt_that_outlived_its_claim_does_not_overwrite_its_success
     late = await only(room, made)
     await room.deliveries.redrive(late.id)
     done = await ended(room, made)
-    await room.deliveries._keep(late, None, Answer(None, "too late"))
+    await room.deliveries.attempts.keep(late, None, Answer(None, "too late"))
     assert await only(room, made) == done
 
 

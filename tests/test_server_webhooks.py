@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
+import strongroom.app
 from strongroom.context import system_context
+from strongroom.deliveries import Deliveries
 from strongroom.events import event
 from strongroom.signatures import verify_signature
 from tests.conftest import wait_until
-from tests.receiver import Receiver, receiving, status
+from tests.receiver import FAST, Receiver, receiving, status
 from tests.serving import Served, serving
 
 URL = "https://203.0.114.7/hook"
@@ -221,3 +227,46 @@ async def test_a_delivery_of_another_tenants_event_is_seen_by_the_endpoints_owne
     assert (await served.get(path)).status == 200
     assert (await served.get(path, key=acme)).status == 404
     assert (await served.post(f"{path}/redrive", key=acme)).status == 404
+
+
+async def test_metrics_count_attempts_by_what_came_of_them_and_what_waits(receiver: Receiver) -> None:
+    timing = replace(FAST, backoff_s=3_600.0, count_every_s=0.0)
+    with patch.object(strongroom.app, "Deliveries", partial(Deliveries, timing=timing)):
+        async with serving() as served:
+            found = await attempts(served)
+            assert found == {"delivered": 0, "failed": 0, "dead": 0, "waiting": 0}, "told before it ever happened"
+            hook = await made(served, url=receiver.url, allow_private=True)
+
+            receiver.answers = [status(500), status(500)]
+            await emit(served)
+            await emit(served)
+            await wait_until(lambda: attempts_are(served, failed=2, waiting=2))
+
+            await emit(served)
+            assert (await served.post(f"/v1/webhooks/{hook['id']}/test")).status == 200
+            await wait_until(lambda: attempts_are(served, delivered=2, failed=2, waiting=2))
+
+            receiver.answer = status(410)  # gone: the endpoint is disabled, what waits for it is given up once redriven
+            await emit(served)
+            await wait_until(lambda: attempts_are(served, delivered=2, failed=2, dead=1, waiting=2))
+
+
+async def emit(served: Served) -> None:
+    cause = event("key.leaked", "acme", {"key_id": "key_1"})
+    await served.room.database.transaction(system_context("acme"), lambda tx: tx.create(cause))
+
+
+async def attempts(served: Served) -> dict[str, float]:
+    """What the metrics say of webhooks."""
+    text = (await served.get("/metrics", key=None)).answer.text
+    samples = {s.name + "".join(s.labels.values()): s for f in text_string_to_metric_families(text) for s in f.samples}
+    found = {
+        name: samples[f"strongroom_webhook_attempts_total{name}"].value for name in ("delivered", "failed", "dead")
+    }
+    webhooks = [sample for name, sample in samples.items() if name.startswith("strongroom_webhook")]
+    assert len(webhooks) == 4, "by nothing that grows with what there is"
+    return {**found, "waiting": samples["strongroom_webhook_deliveries_waiting"].value}
+
+
+async def attempts_are(served: Served, **expected: int) -> bool:
+    return {name: count for name, count in (await attempts(served)).items() if count} == expected

@@ -22,37 +22,27 @@ import random
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from .apikey import ALL_TENANTS
+from .attempts import DEFAULT_TIMING, NAME, Attempts, Delivery, State, Timing
 from .clock import Clock
 from .context import Context, system_context, us_from_utc, utc_from_us
 from .database import Database, Page
-from .entity import Entity, Index
+from .entity import Entity
 from .errors import AlreadyExists, ConfigError, Conflict, NotFound, StrongroomError
 from .events import KEPT, TEST, Event, event
 from .events import NAME as EVENTS
 from .leases import LeaseLost, Leases, Turn
-from .query import And, Filter, Query, Where
-from .sending import GONE, Answer, Sender, require_httpx
-from .signatures import sign
+from .query import Aggregate, And, Filter, Query, Where
+from .sending import Sender, require_httpx
 from .storage.port import Check, Create, Operation, Patch
 from .transaction import Transaction
 from .verifier import may_see
 from .webhooks import MAX_PER_TENANT, Webhook, Webhooks
 
-NAME = "webhook_deliveries"
 JOB = "webhook-deliveries"
-MAX_ATTEMPTS = 11
-FIRST_BACKOFF_S = 5.0
-BACKOFF_FACTOR = 4.0
-MAX_BACKOFF_S = 21_600.0
-"""The waits between attempts: 5 s, 20 s, 80 s, 5 min, 21 min, 85 min, 5.7 h, then 6 h each; 25.6 h in all."""
-JITTER = 0.1
-DISABLE_AFTER = timedelta(days=5)
-"""An endpoint none of whose attempts succeeded for so long is disabled."""
 MAX_SENDING = 64
 """Attempts under way at once in one process; of one endpoint MAX_SENDING_EACH, so that one that hangs leaves room."""
 MAX_SENDING_EACH = 4
@@ -62,59 +52,9 @@ PAGE = 100
 MAX_SKEW = timedelta(minutes=1)
 """An endpoint hears of what happened since it was made, and of so much before."""
 SAVE_EVERY_S = 4.0
-CLAIM_MARGIN_S = 20.0
-"""A claim is longer than an attempt by so much, for the commits before and after it."""
 CLOSE_TIMEOUT_S = 3.0
-MAX_ERROR_CHARS = 300
-State = Literal["pending", "delivered", "dead"]
 E = TypeVar("E", bound=Entity)
 _log = logging.getLogger(__name__)
-
-
-class Delivery(
-    Entity,
-    collection=NAME,
-    scope="global",
-    journalled=False,
-    ttl="expires_at",
-    indexes=[Index("due_at"), Index("webhook_id", "-created_at"), Index("webhook_id", "state", "-created_at")],
-):
-    """One event on its way to one endpoint. `due_at`: when it is attempted next, or, during an attempt, when that
-    attempt is given up for lost; None once it is `delivered` or `dead`. `attempts` counts those since it was made or
-    redriven."""
-
-    webhook_id: str
-    tenant: str
-    event_id: str
-    event_type: str
-    state: State = "pending"
-    attempts: int = 0
-    due_at: datetime | None = None
-    last_attempt_at: datetime | None = None
-    last_status: int | None = None
-    last_error: str | None = None
-    delivered_at: datetime | None = None
-    expires_at: datetime
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """How often what is due is looked for, and how long a claim holds beyond an attempt. Tests shorten them."""
-
-    poll_s: float = 5.0
-    first_look_s: float = 5.0
-    """A process that lives shorter takes up only what it committed itself."""
-    claim_margin_s: float = CLAIM_MARGIN_S
-    backoff_s: float = FIRST_BACKOFF_S
-    disable_after: timedelta = DISABLE_AFTER
-
-
-DEFAULT_TIMING = Timing()
-
-
-def backoff_s(attempts: int, first_s: float = FIRST_BACKOFF_S) -> float:
-    """How long to wait after so many attempts, without jitter."""
-    return min(MAX_BACKOFF_S, first_s * BACKOFF_FACTOR ** (attempts - 1))
 
 
 def delivery_id(event_id: str, webhook_id: str) -> str:
@@ -140,6 +80,7 @@ class Deliveries:
         self._webhooks = webhooks
         self._sender = sender
         self._timing = timing
+        self.attempts = Attempts(database, clock, webhooks, sender, timing)
         self._claim = timedelta(seconds=sender.total_timeout_s + timing.claim_margin_s)
         self._fresh: deque[str] = deque()
         self._wake = asyncio.Event()
@@ -147,8 +88,9 @@ class Deliveries:
         self._busy: Counter[str] = Counter()
         """Attempts under way, by endpoint."""
         self._task: asyncio.Task[None] | None = None
-        self.counts: Counter[str] = Counter()
-        """Attempts of this process by what came of them: delivered, failed, dead."""
+        self.waiting = 0
+        """Deliveries of the store that are neither delivered nor dead, as counted every `count_every_s`."""
+        self._counted_at = -math.inf
         database.after_commit(self._committed)
 
     # --- What callers do --------------------------------------------------------------------------------------
@@ -212,7 +154,7 @@ class Deliveries:
             return await tx.create(delivery)
 
         made = await self._database.transaction(system_context(), body)
-        await self._attempt(made)
+        await self.attempts.make(made)
         return await self.get(made.id)
 
     def wake(self, event_ids: Iterable[str] = ()) -> None:
@@ -260,7 +202,7 @@ class Deliveries:
         try:
             async with asyncio.timeout(1.0):
                 for delivery in deliveries:
-                    await self._save(delivery, due_at=now)
+                    await self.attempts.save(delivery, due_at=now)
         except (StrongroomError, TimeoutError) as error:
             _log.info("claims on deliveries could not be given back, they lapse: %s", error)
 
@@ -344,7 +286,9 @@ class Deliveries:
     async def _sweep(self) -> float:
         """Take up and attempt what is due and nobody else works on; returns in how many seconds to look again."""
         if not self._webhooks.any:
+            self.waiting = 0
             return self._timing.poll_s  # what was left behind concerns nobody
+        await self._count()
         due_s = min(await self._due_in_s(Event), await self._due_in_s(Delivery))
         if due_s > 0:
             return min(self._timing.poll_s, due_s)
@@ -360,6 +304,16 @@ class Deliveries:
             raise
         await turn.give_back(done=True)
         return min(self._timing.poll_s, max(0.0, await self._due_in_s(Delivery)))
+
+    async def _count(self) -> None:
+        """Count what waits, if that was long ago."""
+        now = asyncio.get_running_loop().time()
+        if now - self._counted_at < self._timing.count_every_s:
+            return
+        self._counted_at = now
+        where = Where("due_at", ">", utc_from_us(0))  # it is null once a delivery has ended
+        found = await self._database.aggregate(system_context(), Delivery, Aggregate("count"), where=where)
+        self.waiting = found["count"]
 
     async def _return_lease(self, turn: Turn) -> None:
         try:
@@ -383,6 +337,7 @@ class Deliveries:
                 await self._claim_one(delivery, turn)
             if len(self._sending) >= MAX_SENDING:
                 await asyncio.wait(self._sending, timeout=SAVE_EVERY_S, return_when=asyncio.FIRST_COMPLETED)
+            await self._count()
             await turn.save(None)  # raises if the lease was lost, for which nothing above succeeded
 
     async def _claim_one(self, delivery: Delivery, turn: Turn) -> None:
@@ -392,7 +347,7 @@ class Deliveries:
             return  # it stays due
         has_room = self._has_room(delivery.webhook_id)
         wait = self._claim if has_room else timedelta(seconds=self._sender.total_timeout_s * random.uniform(0.5, 1.5))  # noqa: S311
-        if await self._save(delivery, guard=turn.guard, due_at=now + wait) and has_room:
+        if await self.attempts.save(delivery, guard=turn.guard, due_at=now + wait) and has_room:
             self._begin(delivery)
 
     async def _due(self, cls: type[E]) -> Sequence[E]:
@@ -414,7 +369,7 @@ class Deliveries:
         return self._busy[webhook_id] < MAX_SENDING_EACH
 
     def _begin(self, delivery: Delivery) -> None:
-        task = asyncio.get_running_loop().create_task(self._attempt(delivery))
+        task = asyncio.get_running_loop().create_task(self.attempts.make(delivery))
         self._sending[task] = delivery
         self._busy[delivery.webhook_id] += 1
         task.add_done_callback(self._ended)
@@ -429,102 +384,6 @@ class Deliveries:
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("an attempt at %s failed, it is made again later", delivery.id, exc_info=error)
 
-    async def _attempt(self, delivery: Delivery) -> None:
-        """Send once, and keep what came of it."""
-        try:
-            webhook = await self._database.get_or_none(system_context(), Webhook, delivery.webhook_id, fresh=True)
-            cause = await self._database.get_or_none(system_context(), Event, delivery.event_id, fresh=True)
-            if webhook is None or cause is None or not (webhook.enabled or cause.type == TEST):
-                gone = "the event is not kept any more" if cause is None else "the webhook is disabled"
-                await self._keep(delivery, None, Answer(None, "the webhook was removed" if webhook is None else gone))
-                return
-            await self._keep(delivery, webhook, await self._send(webhook, cause))
-        except StrongroomError as error:
-            # The store is away. The claim lapses, and the attempt is made again.
-            _log.warning("the attempt at %s could not be kept: %s", delivery.id, error)
-
-    async def _send(self, webhook: Webhook, cause: Event) -> Answer:
-        body = cause.body.encode()
-        try:
-            keys = self._webhooks.keys_of(webhook)
-        except StrongroomError as error:
-            return Answer(None, error.message)
-        headers = {
-            **sign(keys, cause.id, self._clock.now_us() // 1_000_000, body),
-            "content-type": "application/json",
-            "user-agent": "Strongroom-Webhooks/1",
-        }
-        return await self._sender.send(webhook.url, headers, body, allow_private=webhook.allow_private)
-
-    async def _keep(self, delivery: Delivery, webhook: Webhook | None, answer: Answer) -> None:
-        """Write what came of an attempt: delivered, to be tried again, or dead."""
-        now = utc_from_us(self._clock.now_us())
-        attempts = delivery.attempts + 1
-        error = None if answer.accepted else _why(answer)[:MAX_ERROR_CHARS]
-        last = webhook is None or attempts >= MAX_ATTEMPTS or delivery.event_type == TEST or answer.status == GONE
-        state: State = "delivered" if answer.accepted else "dead" if last else "pending"
-        saved = await self._save(
-            delivery,
-            state=state,
-            attempts=attempts,
-            due_at=now + timedelta(seconds=self._wait_s(attempts, answer)) if state == "pending" else None,
-            last_attempt_at=now,
-            last_status=answer.status,
-            last_error=error,
-            delivered_at=now if answer.accepted else None,
-        )
-        if not saved:
-            return  # the attempt took longer than its claim, and another node has made one of its own
-        self.counts["failed" if state == "pending" else state] += 1
-        if webhook is not None:
-            await self._judge(webhook, delivery, answer, now)
-
-    def _wait_s(self, attempts: int, answer: Answer) -> float:
-        wait_s = backoff_s(attempts, self._timing.backoff_s) * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311
-        return min(MAX_BACKOFF_S, max(wait_s, answer.retry_after_s or 0.0))
-
-    async def _save(self, delivery: Delivery, *, guard: Check | None = None, **fields: object) -> bool:
-        """Write fields under the version that was claimed; False if another node has claimed it since."""
-        operations: list[Operation] = [] if guard is None else [guard]
-        operations.append(Patch(NAME, delivery.id, dict(fields), delivery.version))
-        try:
-            committed = await self._database.commit_counters(operations, self._clock.now_us())
-        except (Conflict, NotFound):
-            return False
-        delivery.version = committed.versions[-1]
-        return True
-
-    # --- Endpoints that fail ----------------------------------------------------------------------------------
-
-    async def _judge(self, webhook: Webhook, delivery: Delivery, answer: Answer, now: datetime) -> None:
-        """Remember since when an endpoint fails, and disable one that has failed for too long or says it is gone."""
-        if answer.accepted:
-            if webhook.failing_since is not None:
-                await self._mark(webhook, None)
-        elif answer.status == GONE and delivery.event_type != TEST:
-            await self._disable(webhook, "it answered 410: gone")
-        elif webhook.failing_since is None:
-            await self._mark(webhook, now)
-        elif now - webhook.failing_since >= self._timing.disable_after:
-            await self._disable(webhook, f"every attempt failed since {webhook.failing_since.isoformat()}")
-
-    async def _mark(self, webhook: Webhook, failing_since: datetime | None) -> None:
-        patch = Patch(Webhook.__collection__.name, webhook.id, {"failing_since": failing_since}, webhook.version)
-        try:
-            await self._database.commit_counters([patch], self._clock.now_us())
-        except (Conflict, NotFound):
-            return  # it was changed or removed meanwhile: the next attempt says it again
-
-    async def _disable(self, webhook: Webhook, reason: str) -> None:
-        tenant = None if webhook.tenant == ALL_TENANTS else webhook.tenant
-        context = system_context(tenant, actor="system:webhooks")
-        fields = {"enabled": False, "disabled_reason": reason}
-        try:
-            await self._database.update(context, Webhook, webhook.id, fields, expected=webhook.version)
-        except (Conflict, NotFound):
-            return  # it was changed meanwhile, perhaps so that it works: the next attempt says
-        _log.warning("the webhook %s was disabled: %s", webhook.id, reason)
-
 
 def _was_there(webhook: Webhook, event: Event) -> bool:
     """Whether the endpoint had been made when the event happened, by clocks that may differ a little."""
@@ -533,12 +392,4 @@ def _was_there(webhook: Webhook, event: Event) -> bool:
     return webhook.created_at <= event.created_at + MAX_SKEW
 
 
-def _why(answer: Answer) -> str:
-    if answer.error is not None:
-        return answer.error.replace("\x00", "")
-    if answer.status is not None and 300 <= answer.status < 400:
-        return f"answered {answer.status}: redirects are not followed"
-    return f"answered {answer.status}"
-
-
-__all__ = ["Deliveries", "Delivery", "Timing", "backoff_s"]
+__all__ = ["Deliveries", "Delivery", "Timing"]

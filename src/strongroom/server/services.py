@@ -70,6 +70,17 @@ class Services:
         if lending is not None:
             metrics.gauge("strongroom_limit_leases", "Keys and quotas with a leased share.", lambda: lending.leases)
             metrics.gauge("strongroom_reservations", "Reservations that are open in memory.", lambda: lending.holds)
+        metrics.counter(
+            "strongroom_webhook_attempts",
+            "Attempts at webhooks: delivered, failed (made again later), dead (given up).",
+            "result",
+            lambda: room.deliveries.attempts.counts,
+        )
+        metrics.gauge(
+            "strongroom_webhook_deliveries_waiting",
+            "Deliveries of the store that are neither delivered nor dead.",
+            lambda: room.deliveries.waiting,
+        )
         metrics.gauge("strongroom_watchers", "Streams of changes that are open.", lambda: self.watchers)
 
     def _committed(self, transaction: Transaction) -> None:
