@@ -87,8 +87,8 @@ def test_no_spelling_of_a_private_host_passes(host: str) -> None:
     [
         ("http://example.com/", "found the scheme 'http', expected https"),
         ("ftp://example.com/", "found the scheme 'ftp'"),
-        ("//example.com/", "found the scheme ''"),
-        ("example.com", "found the scheme ''"),
+        ("//example.com/", "found no scheme"),
+        ("example.com", "found no scheme"),
         ("https://user:secret-of-mine@example.com/", "found a user name"),
         ("https://@example.com/", "found a user name"),
         ("https://example.com/#part", "found a fragment"),

@@ -246,6 +246,7 @@ async def test_a_policy_is_read_by_readers_and_set_by_administrators_of_the_tena
         ({"action": "rotate", "overlap_s": 2_592_001}, ["overlap_s"]),
         ({"action": "rotate", "overlap_s": 1.5}, ["overlap_s"]),
         ({"action": "notify", "overlap_s": 60}, ["overlap_s"]),
+        ({"action": "notify", "tenant": "x", "context": 1, "self": 2}, ["context", "self", "tenant"]),
     ],
 )
 async def test_a_wrong_policy_is_told_by_the_name_of_what_is_wrong(

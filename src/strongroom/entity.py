@@ -235,6 +235,8 @@ def problems_of(error: ValidationError, prefix: str = "") -> list[Problem]:
             message = "is not a known field"
         elif item["type"] == "missing":
             message = "is required"
+        elif item["type"] in ("model_type", "model_attributes_type", "dict_type"):
+            message = "expected an object"  # Pydantic names a class of Python, which callers over HTTP do not have
         found.append(Problem(f"{prefix}{path}", message))
     return found
 

@@ -73,7 +73,7 @@ class AlreadyExists(StrongroomError):
 
 
 class Conflict(StrongroomError):
-    """The document was changed by someone else: read it again and retry."""
+    """This does not fit what is stored now, which someone else may have changed: read it again."""
 
     code = "conflict"
 

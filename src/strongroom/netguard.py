@@ -95,7 +95,8 @@ def _url_problem(url: str, allow_private: bool) -> str | None:
     except ValueError as error:
         return f"is not a URL: {error}"
     if parts.scheme not in schemes:
-        return f"found the scheme {parts.scheme[:32]!r}, expected {' or '.join(schemes)}"
+        found = f"the scheme {parts.scheme[:32]!r}" if parts.scheme else "no scheme"
+        return f"found {found}, expected {' or '.join(schemes)}"
     if "@" in parts.netloc:
         return "found a user name, expected none: a webhook is authenticated by its signature"
     if "#" in url:

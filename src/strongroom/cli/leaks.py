@@ -112,7 +112,7 @@ def policy(
         return
     fields = [("tenant", found.tenant), ("action", found.action)]
     if found.overlap_s is not None:
-        fields.append(("overlap", f"{found.overlap_s} s"))
+        fields.append(("overlap", shortforms.show_seconds(found.overlap_s)))
     output.print_fields([*fields, ("set", output.moment(found.updated_at))])
 
 

@@ -184,7 +184,7 @@ def show_refill(refill: Mapping[str, Any]) -> str:
 
 
 def show_seconds(count: int) -> str:
-    for unit in ("w", "d", "h", "m"):
+    for unit in ("w", "d", "h", "m") if count else ():
         if count % SECONDS[unit] == 0:
             return f"{count // SECONDS[unit]}{unit}"
     return f"{count}s"

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, Field
 
+from ...apikey import parse
 from ...errors import InvalidInput, Problem, Unauthenticated
 from ...leaks import MAX_SIGHTINGS, Action, Done, Leak, LeakPolicy, PolicyFields, Sighting
 from ...query import DEFAULT_LIMIT, MAX_LIMIT
@@ -153,12 +154,13 @@ def router(services: Services) -> APIRouter:
         """`notify`, `disable`, or `rotate`: a new text waits to be claimed, and the leaked one works for `overlap_s`
         seconds more. Only an administrator may."""
         caller_of(request).needs(Scope.ADMIN)
-        fields = await body_fields(request)
+        asked = parse(PolicyFields, await body_fields(request))
         policy = await leaks.set_policy(
             tenant.replace(SLASH, "/"),
             context=context_of(request),
             idempotency_key=idempotency_key(request),
-            **{"action": None, **fields},
+            action=asked.action,
+            overlap_s=asked.overlap_s,
         )
         return _policy(policy)
 
