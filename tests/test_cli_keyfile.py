@@ -342,3 +342,11 @@ def test_progress_is_on_standard_error_only_when_that_is_a_terminal(tmp_path: Pa
     assert b"importing" in shown
     assert json.loads(out)["new"] == 400
     assert process("import", str(file), "--store", url, "--json").err == ""
+
+
+def test_an_unknown_shape_is_told_in_words(run: Run) -> None:
+    ran = run("export", "keys.json", "--shape", "xml")
+    assert ran.status == 2
+    assert ran.err.startswith(
+        "strongroom: Invalid value for '--shape': 'xml' is not one of 'plain', 'hashed', 'records'"
+    )

@@ -103,6 +103,14 @@ def test_lists_that_are_empty_say_so(run: Run) -> None:
     assert run("deliveries", made["id"]) == (0, "", "there are no deliveries\n")
 
 
+def test_everything_wrong_with_a_call_is_told_at_once(run: Run) -> None:
+    wrong = ("--threshold", "0", "--event", "x", "--min-window", "soon")
+    for arguments in (("create", "--url", "nonsense", *wrong), ("update", "whk_1", "--url", "nonsense", *wrong)):
+        status, out, _ = run(*arguments, "--json")
+        paths = {problem["path"] for problem in json.loads(out)["error"]["errors"]}
+        assert (status, paths) == (2, {"url", "thresholds.0", "events", "min_window"})
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -94,7 +94,7 @@ def _explained(error: Exception) -> tuple[int, str, str, list[dict[str, str]]]:
     if isinstance(error, typer.TyperException):
         context = getattr(error, "ctx", None)
         hint = f" (see {context.command_path} --help)" if context is not None else ""
-        message = error.format_message()
+        message = error.format_message().replace(": Value error, ", ": ", 1)  # a class of Python, before what it says
         return error.exit_code, "invalid_input", message.rstrip(".") + hint, []
     name = type(error).__name__
     return EXIT_FAILED, "internal", f"{name}: {error} (an error in Strongroom: --debug shows where)", []

@@ -8,7 +8,7 @@ import typer
 
 from ..errors import InvalidInput, Problem
 from . import output, shortforms
-from .options import CursorOption, PageOption, YesOption, confirm, duration_s, must_be_confirmed
+from .options import CursorOption, PageOption, YesOption, confirm, described, duration_s, must_be_confirmed
 from .session import EXIT_FAILED, JsonOption, StoreOption, in_store, operator
 
 if TYPE_CHECKING:
@@ -61,11 +61,12 @@ def create(
       strongroom webhooks create --url https://hooks.example.com/strongroom --tenant acme \\
           --event limit.threshold --threshold 80 --threshold 100
     """
-    from ..apikey import parse
     from ..webhooks import NewWebhook
 
-    fields = _fields(event, threshold, min_window, description)
-    new = parse(NewWebhook, {"url": url, "tenant": tenant, "allow_private": allow_private, **fields})
+    problems: list[Problem] = []
+    fields = _fields(event, threshold, min_window, description, problems)
+    fields |= {"url": url, "tenant": tenant, "allow_private": allow_private}
+    new = described(NewWebhook, fields, None, problems)
     made = in_store(store, lambda room: room.webhooks.create(new, context=operator(), idempotency_key=idempotency_key))
     _print_issued(made, json)
 
@@ -121,14 +122,14 @@ def update(
     Example:
       strongroom webhooks update whk_0199f3c2… --enable
     """
-    from ..apikey import parse
     from ..webhooks import WebhookChanges
 
-    fields = _fields(event, threshold, min_window, description)
+    problems: list[Problem] = []
+    fields = _fields(event, threshold, min_window, description, problems)
     fields |= {name: value for name, value in (("url", url), ("enabled", enable)) if value is not None}
-    if not fields:
+    if not fields and not problems:
         raise InvalidInput("nothing is to be changed: give an option such as --url")
-    changes = parse(WebhookChanges, fields)
+    changes = described(WebhookChanges, fields, None, problems)
     _print_webhook(in_store(store, lambda room: room.webhooks.update(id, changes, context=operator())), json)
 
 
@@ -257,16 +258,21 @@ def redrive(
 
 
 def _fields(
-    event: list[str] | None, threshold: list[int] | None, min_window: str | None, description: str | None
+    event: list[str] | None,
+    threshold: list[int] | None,
+    min_window: str | None,
+    description: str | None,
+    problems: list[Problem],
 ) -> dict[str, Any]:
-    """What of these was given, as an endpoint's fields."""
+    """What of these was given, as an endpoint's fields; what cannot be read goes to `problems`."""
     fields: dict[str, Any] = {}
     if event:
         fields["events"] = event
     if threshold:
         fields["thresholds"] = threshold
     if min_window is not None:
-        fields["min_window_s"] = duration_s("min_window", min_window)
+        seconds = shortforms.one("min_window", min_window, shortforms.seconds, problems)
+        fields |= {} if seconds is None else {"min_window_s": seconds}
     if description is not None:
         fields["description"] = description
     return fields
