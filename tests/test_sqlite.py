@@ -840,6 +840,41 @@ async def test_an_old_file_is_read_and_fitted(tmp_path: Path) -> None:
         await store.close()
 
 
+# --- Many checks in a batch -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", [None, 0, 7, 19])
+async def test_many_checks_in_a_batch_are_as_exact_as_one(store: SqliteStore, wrong: int | None) -> None:
+    keys = {"hash": "", "owner": "o"}
+    made = [Create("api_keys", f"k{n}", {**keys, "hash": f"h{n}"}) for n in range(19)]
+    versions = (await store.commit(batch(*made))).versions
+    expected = {**{f"k{n}": version for n, version in enumerate(versions)}, "missing": 0}
+    checks = [Check("api_keys", id, version) for id, version in expected.items()]
+    if wrong is not None:
+        checks[wrong] = Check("api_keys", checks[wrong].id, checks[wrong].expected + 1)
+    writing = store.commit(batch(*checks, Create("notes", "n", note())))
+    if wrong is None:
+        await writing
+    else:
+        with pytest.raises(Conflict) as caught:
+            await writing
+        assert caught.value.details["operation"] == wrong
+        assert checks[wrong].id in caught.value.message
+    assert (await store.get("notes", "acme", "n") is not None) == (wrong is None)
+
+
+async def test_checks_behind_a_write_of_the_same_batch_see_it(store: SqliteStore) -> None:
+    made = [Create("api_keys", f"k{n}", {"hash": f"h{n}", "owner": ""}) for n in range(10)]
+    versions = (await store.commit(batch(*made))).versions
+    checks = [Check("api_keys", f"k{n}", version) for n, version in enumerate(versions)]
+    with pytest.raises(Conflict) as caught:
+        await store.commit(batch(Patch("api_keys", "k9", {"owner": "new"}), *checks))
+    assert caught.value.details["operation"] == 10
+    found = await store.get("api_keys", None, "k9")
+    assert found is not None
+    assert found["owner"] == ""
+
+
 # --- Where a commit runs --------------------------------------------------------------------------------------
 
 
@@ -865,3 +900,24 @@ async def test_a_slow_disk_holds_up_a_thread_and_a_quick_one_the_loop(
     loop = threading.current_thread().name
     late = set(threads[-10:])
     assert loop not in late if slow else late == {loop}
+
+
+async def test_one_slow_commit_among_quick_ones_sends_no_others_to_a_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each commit that moves the log over into the database is one."""
+    threads: list[str] = []
+    commit = Writer.commit
+
+    def watched(self: Writer) -> None:
+        threads.append(threading.current_thread().name)
+        if len(threads) == 20:
+            time.sleep(2.0)  # the disk, not a wait for luck
+        commit(self)
+
+    monkeypatch.setattr(Writer, "commit", watched)
+    monkeypatch.setattr("strongroom.storage.sqlite.QUICK_COMMIT_S", 0.2)
+    async with opened(tmp_path / "store.db") as store:
+        for n in range(40):
+            await store.commit(batch(Create("notes", f"{n}", note())))
+    assert set(threads) == {threading.current_thread().name}

@@ -153,6 +153,8 @@ def _merged(groups: dict[str, Group], parts: Sequence[Part]) -> Group:
 
 def _cut(group: Group, accounts: Mapping[str, Account]) -> tuple[Group, list[Charge]]:
     """As many of a group's charges as fit into one batch, and the rest."""
+    if len(group.charges) <= MAX_ONCE and 2 * len(group.parts) + len(group.charges) <= MAX_GROUP_OPERATIONS:
+        return group, []  # whatever they are
     once = sum(charge.once is not None or charge.also is not None for charge in group.charges)
     if once <= MAX_ONCE and 2 * len(group.parts) + once <= MAX_GROUP_OPERATIONS:
         return group, []

@@ -63,6 +63,15 @@ class KeyCache:
                 return None
         return key
 
+    def remembered(self, text: str | None, now_us: int) -> KnownKey | None:
+        """The key behind a text as `find` gives it, if that takes no read; None if it does, or there is none."""
+        if text is None:
+            return None
+        found = self._known.get(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
+        if found is None or found.key.stale or (found.until_us is not None and now_us >= found.until_us):
+            return None
+        return found.key
+
     async def find(self, text: str, now_us: int) -> KnownKey | None:
         """The key behind a text, from memory or by one read; None if there is none."""
         name = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()

@@ -287,7 +287,8 @@ class Ledger:
         """Make the decisions true, many groups in one batch, and answer.
 
         A batch fails whole, so if one group's charges cannot be, each group is committed alone. Where other nodes
-        change the same keys that is likely, so for a while no batches of many are tried.
+        change the same usage that is likely to go on, so for a while no batches of many are tried; a key that was
+        changed (the background does so once a minute to one that is used) is not.
         """
         together = self._apart == 0
         self._apart = max(0, self._apart - 1)
@@ -295,6 +296,7 @@ class Ledger:
         began = time.perf_counter()
         commits = [self._database.commit_counters(operations_of(bundle), now_us) for bundle in bundles]
         again: list[Decided] = []
+        contended = False
         for bundle, commit in zip(bundles, commits, strict=True):
             try:
                 committed = await commit
@@ -303,6 +305,7 @@ class Ledger:
                 # Unavailable is no key's fault, and may mean that the answer was lost and all of it committed.
                 if len(bundle) > 1 and isinstance(error, StrongroomError) and not isinstance(error, Unavailable):
                     again += bundle
+                    contended = contended or not isinstance(_failed_operation(error, bundle), Check)
                 else:
                     await self._not_committed(error, bundle)
             else:
@@ -322,7 +325,7 @@ class Ledger:
         if commits:
             self._commit_s = time.perf_counter() - began
         if again:
-            self._apart = COMMITS_APART
+            self._apart = COMMITS_APART if contended else 1
             await self._commit(again, now_us)
 
     async def _load(self, wanted: set[str]) -> None:
@@ -394,8 +397,8 @@ class Ledger:
                 self._failed(charge, error)
             return
         (one,) = bundle
+        operation = _failed_operation(error, bundle)
         number = error.details.get("operation")
-        operation = one.operations[number] if isinstance(number, int) else None
         own = one.also.get(number) if isinstance(number, int) else None
         if isinstance(operation, Check):
             changed = [charge for charge, _ in one.answers if _guarded(charge, operation)]
@@ -502,6 +505,12 @@ class Ledger:
             self._waiting.append(charge)
         if self._waiting:
             self._wake(asyncio.get_running_loop())
+
+
+def _failed_operation(error: StrongroomError, bundle: list[Decided]) -> Operation | None:
+    """The operation that a batch failed for, where the store says so."""
+    number = error.details.get("operation")
+    return operations_of(bundle)[number] if isinstance(number, int) else None
 
 
 def _guarded(charge: Charge, guard: Check) -> bool:

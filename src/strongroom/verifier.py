@@ -298,9 +298,33 @@ class Verifier:
         """
         sums = await self._sums(events, context)
         actor = context.actor if context is not None else "system"
-        answers = await asyncio.gather(*(self._record_sum(one, actor, idempotency_key) for one in sums))
-        by_key = {answer.key_id: answer for answer in answers if answer is not None}
-        return [by_key[id] for id in dict.fromkeys(one.key.id for one in sums) if id in by_key]
+        answers: dict[str, Verification | None] = dict.fromkeys(one.key.id for one in sums)
+        for _ in range(MAX_KEY_ATTEMPTS):
+            # All are charged before any is waited for, without a task for each: so they share a commit.
+            charged = [(one, self._charge_sum(one, actor, idempotency_key)) for one in sums]
+            changed = []
+            try:
+                for one, future in charged:
+                    try:
+                        outcome = future.result() if future.done() else await future
+                    except KeyChanged:
+                        self.cache.outdated(one.key)
+                        changed.append(one)
+                    else:
+                        answers[one.key.id] = admitted(one.key, outcome.statuses)
+            except BaseException:
+                for _, future in charged:
+                    future.add_done_callback(_seen)
+                raise
+            if not changed:
+                return [answer for answer in answers.values() if answer is not None]
+            sums = []
+            for one in changed:
+                again = await self.cache.by_id(one.key.id)
+                if again is not None:  # else it was removed meanwhile, and its usage with it
+                    one.key = again
+                    sums.append(one)
+        raise Unavailable("the keys are being changed too quickly to record their usage: try again")
 
     async def _sums(self, events: Sequence[Usage], context: Context | None) -> list[_Sum]:
         """The events added up by key, model and route; those that may be counted only once stay apart."""
@@ -308,6 +332,7 @@ class Verifier:
         missing: list[Problem] = []
         known: dict[tuple[str | None, str | None], KnownKey | None] = {}
         sums: dict[tuple[str, ...], _Sum] = {}
+        now_us = self._clock.now_us()
         for number, event in enumerate(events):
             try:
                 units = cost_units(event.cost)
@@ -318,9 +343,10 @@ class Verifier:
             if (event.key is None) == (event.key_id is None):
                 problems.append(Problem(f"items.{number}.key", "expected exactly one of key and key_id"))
                 continue
-            if name not in known:
-                known[name] = await self._known_for(*name)
-            key = known[name]
+            key = known[name] if name in known else self.cache.remembered(event.key, now_us)
+            if (key is None or key.deleted) and name not in known:
+                key = await self._known_for(*name)
+            known[name] = key
             if key is None or not may_see(context, key.tenant):
                 missing.append(Problem(f"items.{number}.key", "there is no such key"))
                 continue
@@ -340,26 +366,16 @@ class Verifier:
             raise InvalidInput(problems + missing)
         return list(sums.values())
 
-    async def _record_sum(self, one: _Sum, actor: str, batch: str | None) -> Verification | None:
+    def _charge_sum(self, one: _Sum, actor: str, batch: str | None) -> asyncio.Future[Outcome]:
+        """Have a sum charged; `batch` is the idempotency key of all of them."""
         event, key = one.event, one.key
         name = event.idempotency_key
         if name is None and batch is not None:  # one for each sum, whatever its number
             name = hashlib.sha256(repr((batch, event.model, event.route)).encode()).hexdigest()
-        for _ in range(MAX_KEY_ATTEMPTS):
-            once = self._charged_once("usage", key, name, actor, one.units)
-            try:
-                outcome = await self._ledger.charge(
-                    key.metered, one.units, force=True, once=once, model=event.model, route=event.route, count=one.count
-                )
-            except KeyChanged:
-                self.cache.outdated(key)
-            else:
-                return admitted(key, outcome.statuses)
-            again = await self.cache.by_id(key.id)
-            if again is None:
-                return None  # it was removed meanwhile, and its usage with it
-            key = again
-        raise Unavailable("the key is being changed too quickly to record its usage: try again")
+        once = self._charged_once("usage", key, name, actor, one.units)
+        return self._ledger.charge(
+            key.metered, one.units, force=True, once=once, model=event.model, route=event.route, count=one.count
+        )
 
     def _charged_once(
         self, what: str, key: KnownKey, idempotency_key: str | None, actor: str, units: Mapping[str, int]
@@ -414,6 +430,12 @@ class Verifier:
         """Make and find hashes with other peppers from now on; what was unknown may be known to them."""
         self.hasher = hasher
         self.cache.use(hasher)
+
+
+def _seen(future: asyncio.Future[Outcome]) -> None:
+    """What became of a charge that nobody waits for any more: asyncio complains of errors that nobody looks at."""
+    if not future.cancelled():
+        future.exception()
 
 
 def may_see(context: Context | None, tenant: str) -> bool:

@@ -45,6 +45,9 @@ from .port import (
 _BYTES_PER_CHARACTER = 8
 """At most what one character of a stored text or JSON counts for in `document_size`: `[1]` is eight bytes there."""
 
+MANY_CHECKS = 8
+"""So many checks of one collection are read by one statement, instead of one each."""
+
 _VARIABLE = frozenset({FieldType.TEXT, FieldType.BYTES, FieldType.LIST, FieldType.MAP})
 _APPEND = (
     f"INSERT INTO main._journal ({listed(JOURNAL_COLUMNS[1:])}) VALUES ({', '.join('?' for _ in JOURNAL_COLUMNS[1:])})"
@@ -73,6 +76,7 @@ class _Statements:
         marks = ", ".join("?" for _ in codec.columns)
         sets = "".join(f", {quoted(field)} = ?" for field in codec.fields)
         self.version = f"SELECT version FROM {name} WHERE id = ?"
+        self.versions = f"SELECT id, version FROM {name} WHERE id IN (SELECT value FROM json_each(?))"
         self.insert = f"INSERT INTO {name} ({listed(codec.columns)}) VALUES ({marks})"
         self.delete = f"DELETE FROM {name} WHERE id = ? RETURNING version"
         self.delete_version = f"DELETE FROM {name} WHERE id = ? AND version = ? RETURNING version"
@@ -200,6 +204,7 @@ class Writer:
         versions: list[int] = []
         values: dict[int, int] = {}
         sequence = None
+        found = self._versions(batch.operations) if len(batch.operations) >= MANY_CHECKS else _NONE_FOUND
         for number, operation in enumerate(batch.operations):
             version = 0
             try:
@@ -208,7 +213,7 @@ class Writer:
                 if kind is Append:
                     sequence = self._append(operation, versions)  # type: ignore[arg-type]  # mypy cannot follow `kind`
                 elif kind is Check:
-                    self._check(operation)  # type: ignore[arg-type]
+                    self._check(operation, found)  # type: ignore[arg-type]
                 elif kind is Put:
                     version = self._put(operation)  # type: ignore[arg-type]
                 elif kind is Create:
@@ -239,10 +244,31 @@ class Writer:
 
     # --- Operations: each gives the new version ---
 
-    def _check(self, operation: Check) -> None:
-        found = self._version(self._of(operation.collection), operation.id)
+    def _check(self, operation: Check, versions: Mapping[str, Mapping[str, int]]) -> None:
+        there = versions.get(operation.collection)
+        if there is not None:
+            found = there.get(operation.id, 0)
+        else:
+            found = self._version(self._of(operation.collection), operation.id)
         if found != operation.expected:
             raise _conflict(operation, found)
+
+    def _versions(self, operations: Sequence[Operation]) -> Mapping[str, Mapping[str, int]]:
+        """The versions of what a batch checks, by collection and id, where it checks many documents of a collection and
+        writes none."""
+        checked: dict[str, list[str]] = {}
+        written = set()
+        for operation in operations:
+            kind = type(operation)
+            if kind is Check:
+                checked.setdefault(operation.collection, []).append(operation.id)  # type: ignore[union-attr]
+            elif kind is not Append:
+                written.add(operation.collection)  # type: ignore[union-attr]
+        return {
+            name: dict(self._execute(self._of(name).versions, (_values.dumps(ids),)).fetchall())
+            for name, ids in checked.items()
+            if len(ids) >= MANY_CHECKS and name not in written
+        }
 
     def _create(self, operation: Create) -> int:
         statements = self._of(operation.collection)
@@ -308,8 +334,9 @@ class Writer:
         if not found:
             raise self._missing_or_conflict(statements, operation)
         version, length = found[0]
-        self._size += document_size(fields)
-        if length * _BYTES_PER_CHARACTER + statements.fixed_size > MAX_DOCUMENT_BYTES:
+        size = length * _BYTES_PER_CHARACTER + statements.fixed_size
+        self._size += size  # of the whole document, of which the fields are a part
+        if size > MAX_DOCUMENT_BYTES:
             _check_size(operation, statements, self._stored(statements, id))
         return int(version)
 
@@ -402,6 +429,9 @@ class Writer:
         return InvalidInput(
             f"{_name(operation)}: a value does not fit its field: check the document before it is stored"
         )
+
+
+_NONE_FOUND: Mapping[str, Mapping[str, int]] = {}
 
 
 def _may_fail_late(operations: Sequence[Operation]) -> bool:
