@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 
 from strongroom.integrations.asgi import ASGIApp, Message, Receive, Scope, Send
+from tests.waiting import PATIENCE_S
 
 JSON = dict[str, Any]
 _ITEM = re.compile(r'^"((?:[^"\\]|\\.)*)"((?:;[a-z]+=(?:\d+|"[^"]*"))+)$')
@@ -78,15 +79,15 @@ async def lifespan(app: ASGIApp) -> AsyncIterator[JSON]:
     scope = {"type": "lifespan", "asgi": {"version": "3.0"}, "state": state}
     task = asyncio.ensure_future(app(scope, received.get, sent.put))
     await received.put({"type": "lifespan.startup"})
-    started = await asyncio.wait_for(sent.get(), 10)
+    started = await asyncio.wait_for(sent.get(), PATIENCE_S)
     if started["type"] != "lifespan.startup.complete":
-        await asyncio.wait_for(asyncio.wait([task]), 10)
+        await asyncio.wait_for(asyncio.wait([task]), PATIENCE_S)
         raise RuntimeError(started["message"])
     yield state
     await received.put({"type": "lifespan.shutdown"})
-    stopped = await asyncio.wait_for(sent.get(), 10)
+    stopped = await asyncio.wait_for(sent.get(), PATIENCE_S)
     assert stopped["type"] == "lifespan.shutdown.complete", stopped
-    await asyncio.wait_for(task, 10)
+    await asyncio.wait_for(task, PATIENCE_S)
 
 
 def websocket(path: str = "/live", headers: Mapping[str, str] | None = None, **more: Any) -> Scope:

@@ -25,6 +25,7 @@ from strongroom import Entity, Secret, Strongroom
 from strongroom.server import adminkey
 from strongroom.server.app import DEFAULT_BOUNDS, Application, Bounds, build
 from strongroom.state import ENTITIES
+from tests.waiting import PATIENCE_S
 
 ADMIN = "an-administrator's-key-of-enough-characters"
 TOKENS = {"resource": "tokens", "limit": 1000, "window": {"kind": "rolling", "seconds": 18000}}
@@ -179,13 +180,13 @@ class Stream:
 
     async def __aenter__(self) -> Stream:
         self._task = asyncio.create_task(self._app(self._scope, self._receive, self._sent.put))
-        start = await asyncio.wait_for(self._sent.get(), 5)
+        start = await asyncio.wait_for(self._sent.get(), PATIENCE_S)
         self.status = start["status"]
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._gone.set()
-        await asyncio.wait_for(self._task, 5)
+        await asyncio.wait_for(self._task, PATIENCE_S)
 
     async def _receive(self) -> dict[str, Any]:
         await self._gone.wait()
@@ -194,7 +195,7 @@ class Stream:
     async def event(self) -> dict[str, str] | None:
         """The next event's fields (comments left out), None once the stream has ended."""
         while b"\n\n" not in self.body:
-            message = await asyncio.wait_for(self._sent.get(), 5)
+            message = await asyncio.wait_for(self._sent.get(), PATIENCE_S)
             self.body += message.get("body", b"")
             if not message.get("more_body"):
                 return None
@@ -215,13 +216,13 @@ class Running:
 
     def client(self, key: str | None = ADMIN, **more: Any) -> httpx.Client:
         headers = {"Authorization": f"Bearer {key}"} if key is not None else {}
-        return httpx.Client(base_url=f"http://127.0.0.1:{self.port}", headers=headers, timeout=20, **more)
+        return httpx.Client(base_url=f"http://127.0.0.1:{self.port}", headers=headers, timeout=PATIENCE_S, **more)
 
     def stop(self, number: int = signal.SIGTERM) -> tuple[int, str, str]:
         """Exit status, standard output and standard error."""
         if self.process.poll() is None:
             self.process.send_signal(number)
-        out, err = self.process.communicate(timeout=30)
+        out, err = self.process.communicate(timeout=2 * PATIENCE_S)
         return self.process.returncode, out, err
 
 
@@ -253,11 +254,11 @@ def running(folder: Path, **environment: str) -> Iterator[Running]:
     settings: Mapping[str, str] = {"STRONGROOM_PORT": str(port), "STRONGROOM_ADMIN_KEY": ADMIN, **environment}
     process = start(folder, **settings)
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 2 * PATIENCE_S
         while True:
             assert process.poll() is None, process.communicate()
             try:
-                if httpx.get(f"http://127.0.0.1:{port}/readyz", timeout=20).status_code == 200:
+                if httpx.get(f"http://127.0.0.1:{port}/readyz", timeout=PATIENCE_S).status_code == 200:
                     break
             except httpx.TransportError:
                 assert time.monotonic() < deadline, "the server did not become ready"

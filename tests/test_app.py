@@ -82,7 +82,7 @@ async def test_no_task_is_left_after_closing(tmp_path: Path) -> None:
         issued = await room.keys.create(name="k", limits=[rolling("requests", 5)])
         await room.keys.verify(issued.text)
         await room.rotate_pepper()  # heard of by the feed, which reads the peppers again
-    await wait_until(lambda: asyncio.all_tasks() == before, timeout_s=2)
+    await wait_until(lambda: asyncio.all_tasks() == before)
 
 
 async def test_a_schema_that_does_not_fit_is_refused_and_the_store_let_go(tmp_path: Path) -> None:

@@ -213,7 +213,7 @@ async def test_a_change_by_another_process_is_seen(tmp_path: Path) -> None:
         async def seen() -> bool:
             return (await there.tenant("acme").get(Policy, "p")).policy_name == "new"
 
-        await wait_until(seen, timeout_s=5)
+        await wait_until(seen)
 
 
 async def test_a_journal_that_cannot_be_read_makes_reads_go_to_the_store(
@@ -394,7 +394,7 @@ async def test_another_processs_change_of_a_list_is_seen_though_it_does_not_touc
         async def seen() -> bool:
             return not (await there.tenant("acme").find(Action, PENDING)).items
 
-        await wait_until(seen, timeout_s=5)
+        await wait_until(seen)
 
 
 async def test_pages_of_a_cached_list_are_those_of_the_store(room: Strongroom) -> None:

@@ -16,6 +16,7 @@ from strongroom.errors import InvalidInput, Unavailable
 from strongroom.storage.port import ChangesPage, Record
 
 from .support import FaultyStore, new_url, wait_until
+from .waiting import PATIENCE_S
 
 
 class Note(Entity, collection="notes"):
@@ -29,7 +30,7 @@ def entities() -> list[type[Entity]]:
 
 async def collect(pages: AsyncIterator[ChangesPage], count: int) -> list[Record]:
     found: list[Record] = []
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while len(found) < count:
             found += (await anext(pages)).records
     return found
@@ -49,20 +50,20 @@ async def test_every_record_is_told_once_and_in_order(room: Strongroom) -> None:
 
 
 async def test_a_change_made_here_is_seen_at_once(room: Strongroom, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(changes, "POLL_S", 60)
+    monkeypatch.setattr(changes, "POLL_S", 600)
     told: list[Record] = []
     room.feed.on_record(told.append)
     await asyncio.sleep(0)
     for number in range(1, 30):
         await room.tenant("acme").create(Note(text="x"))
-        await wait_until(lambda number=number: len(told) == number, timeout_s=5)  # type: ignore[misc]
+        await wait_until(lambda number=number: len(told) == number)  # type: ignore[misc]
 
 
 async def test_a_change_made_while_the_journal_is_read_is_not_slept_over(
     store: FaultyStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The wake-up comes after the page was read and before the feed goes to sleep."""
-    monkeypatch.setattr(changes, "POLL_S", 60)
+    monkeypatch.setattr(changes, "POLL_S", 600)
     own = FaultyStore(store.store, shared=True)
     feed = ChangeFeed(own)
     asked = 0
@@ -78,7 +79,7 @@ async def test_a_change_made_while_the_journal_is_read_is_not_slept_over(
 
     monkeypatch.setattr(own, "changes", read)
     await feed.start()
-    await wait_until(lambda: asked >= 3, timeout_s=5)
+    await wait_until(lambda: asked >= 3)
     await feed.close()
 
 
@@ -184,7 +185,7 @@ async def test_a_slow_follower_loses_nothing_and_holds_nobody_up(
 
 
 async def test_a_heartbeat_comes_when_nothing_else_does(room: Strongroom) -> None:
-    async with aclosing(room.feed.follow("acme", heartbeat_s=0.02)) as pages, asyncio.timeout(5):
+    async with aclosing(room.feed.follow("acme", heartbeat_s=0.02)) as pages, asyncio.timeout(PATIENCE_S):
         first = await anext(pages)
         second = await anext(pages)
         assert (second.records, second.cursor) == ((), first.cursor)

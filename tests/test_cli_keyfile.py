@@ -25,6 +25,7 @@ from strongroom import Strongroom, keyfile, keypieces
 from strongroom.keyrows import Maker
 
 from .test_cli import Run, process, run
+from .waiting import PATIENCE_S
 
 __all__ = ["run"]  # the fixture
 
@@ -296,12 +297,12 @@ def test_an_import_that_is_stopped_is_completed_by_the_same_command(tmp_path: Pa
     file, url = generated(tmp_path / "keys.json", count), f"sqlite:///{tmp_path}/store.db"
     command = [sys.executable, "-m", "strongroom.cli", "import", str(file), "--store", url]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as importing:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 2 * PATIENCE_S
         while keys_in(tmp_path / "store.db") < 100:
             assert importing.poll() is None, importing.communicate()
             assert time.monotonic() < deadline
         importing.send_signal(number)
-        _, err = importing.communicate(timeout=30)
+        _, err = importing.communicate(timeout=2 * PATIENCE_S)
     if number is signal.SIGINT:
         assert (importing.returncode, err.count("\n")) == (130, 1)
         assert "the same command completes it" in err
@@ -337,7 +338,7 @@ def test_progress_is_on_standard_error_only_when_that_is_a_terminal(tmp_path: Pa
             if not part:
                 break
             shown += part
-        out, _ = importing.communicate(timeout=30)
+        out, _ = importing.communicate(timeout=2 * PATIENCE_S)
     os.close(ours)
     assert b"importing" in shown
     assert json.loads(out)["new"] == 400

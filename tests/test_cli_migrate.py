@@ -21,6 +21,7 @@ from benchmarks.migrate import fill
 from strongroom.cli import migrate as command
 
 from .test_cli import Run, process, run
+from .waiting import PATIENCE_S
 
 __all__ = ["run"]  # the fixture
 
@@ -180,7 +181,7 @@ def test_ctrl_c_says_how_to_go_on_and_it_does(run: Run, tmp_path: Path) -> None:
         with suppress(OSError):  # the other end is closed
             while more := os.read(ours, 65_536):
                 seen += more
-        assert stopped.wait(30) == 130
+        assert stopped.wait(2 * PATIENCE_S) == 130
     os.close(ours)
     assert b"the same command goes on from here" in seen
     ran = process(*both, "--json")

@@ -34,6 +34,7 @@ from tests.clients import Connector, Told, scripted, shop
 from tests.conftest import wait_until
 from tests.servers.proxy import Proxy
 from tests.serving import ADMIN, Running
+from tests.waiting import PATIENCE_S
 
 pytestmark = [pytest.mark.server, pytest.mark.xdist_group("client")]
 
@@ -429,7 +430,7 @@ async def test_finding(client: Any, tenant: str) -> None:
 
 
 async def watched(watch: Any, count: int) -> list[Any]:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         return [await anext(watch) for _ in range(count)]
 
 

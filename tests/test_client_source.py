@@ -4,6 +4,7 @@ pure parts obey their laws."""
 from __future__ import annotations
 
 import ast
+import asyncio
 import dataclasses
 import inspect
 import subprocess
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -184,10 +186,16 @@ def called() -> set[tuple[str, str]]:
     return found
 
 
-async def described() -> dict[str, Any]:
-    async with serving() as served:
-        document: dict[str, Any] = (await served.get("/openapi.json")).json
-        return document
+@cache
+def described() -> dict[str, Any]:
+    """What the server says of itself; it is the same for every test."""
+
+    async def ask() -> dict[str, Any]:
+        async with serving() as served:
+            document: dict[str, Any] = (await served.get("/openapi.json")).json
+            return document
+
+    return asyncio.run(ask())
 
 
 def _template(route: str) -> str:
@@ -199,8 +207,8 @@ def _template(route: str) -> str:
     return "/".join([*parts[:4], "{collection}" + colon + verb, *parts[5:]])
 
 
-async def test_every_route_of_the_server_has_a_method_or_is_left_out_on_purpose() -> None:
-    paths = (await described())["paths"]
+def test_every_route_of_the_server_has_a_method_or_is_left_out_on_purpose() -> None:
+    paths = described()["paths"]
     served = {(method.upper(), _template(route)) for route, item in paths.items() for method in item}
     served |= {("GET", "/openapi.json")}  # which describes all but itself
     ours = called()
@@ -210,8 +218,8 @@ async def test_every_route_of_the_server_has_a_method_or_is_left_out_on_purpose(
 
 
 @pytest.mark.parametrize("name", SHAPES)
-async def test_the_answers_have_every_field_that_the_server_describes(name: str) -> None:
-    schema = (await described())["components"]["schemas"][name]
+def test_the_answers_have_every_field_that_the_server_describes(name: str) -> None:
+    schema = described()["components"]["schemas"][name]
     ours = {field.name for field in msgspec.structs.fields(SHAPES[name])}
     assert schema["properties"].keys() - ours == set()
 

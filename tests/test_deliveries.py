@@ -31,6 +31,7 @@ from tests.conftest import backend_of, wait_until
 from tests.receiver import FAST, OK, Receiver, certificate, delivering, hang, receiving, status
 from tests.servers.proxy import Proxy
 from tests.support import Fault, FaultyStore, new_url
+from tests.waiting import PATIENCE_S
 
 IMPATIENT = partial(Sender, connect_timeout_s=0.5, total_timeout_s=0.5)
 PATIENT = replace(FAST, backoff_s=3_600.0)
@@ -228,7 +229,7 @@ async def test_a_huge_answer_is_accepted_and_not_read_to_its_end(room: Strongroo
     made = await endpoint(room, receiver)
     await emit(room)
     assert (await ended(room, made)).last_status == 200
-    await asyncio.wait_for(cut.wait(), 5)
+    await asyncio.wait_for(cut.wait(), PATIENCE_S)
     assert written < 100 * MAX_ANSWER_BYTES
 
 
@@ -477,7 +478,7 @@ async def test_many_events_are_each_delivered_once(room: Strongroom, receiver: R
     for path in ("a", "b", "c"):
         await endpoint(room, receiver, url=f"{receiver.url}/{path}")
     ids = await asyncio.gather(*(emit(room, number=number) for number in range(100)))
-    await wait_until(lambda: room.deliveries.attempts.counts["delivered"] == 300, 30)
+    await wait_until(lambda: room.deliveries.attempts.counts["delivered"] == 300)
     assert sorted((one.path, one.id) for one in receiver.arrived) == sorted(
         (f"/hook/{path}", id) for id in ids for path in ("a", "b", "c")
     )
@@ -497,7 +498,7 @@ async def test_of_two_nodes_one_delivers(shared_url: str, receiver: Receiver) ->
         await endpoint(one, receiver)
         ids = [await emit(node) for node in (one, two) * 5]
         await wait_until(
-            lambda: one.deliveries.attempts.counts["delivered"] + two.deliveries.attempts.counts["delivered"] == 10, 30
+            lambda: one.deliveries.attempts.counts["delivered"] + two.deliveries.attempts.counts["delivered"] == 10
         )
         assert sorted(receiver.ids) == sorted(ids)
 

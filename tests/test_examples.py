@@ -17,6 +17,7 @@ import pytest
 
 from .integrating import bearer, check_refusal, fields
 from .serving import free_port
+from .waiting import PATIENCE_S
 
 FOLDER = Path(__file__).parent.parent / "examples"
 START_TIMEOUT_S = 40.0
@@ -57,7 +58,7 @@ def running(name: str, folder: Path) -> Iterator[tuple[str, httpx.Client]]:
     try:
         key = ""
         deadline = time.monotonic() + START_TIMEOUT_S
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as http:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as http:
             while not (key and _answers(http)):
                 assert process.poll() is None, "".join(said)
                 assert time.monotonic() < deadline, "".join(said)
@@ -66,7 +67,7 @@ def running(name: str, folder: Path) -> Iterator[tuple[str, httpx.Client]]:
                     key = line.removeprefix("key: ").strip() if line.startswith("key: ") else key
             yield key, http
         process.terminate()
-        process.wait(20)
+        process.wait(PATIENCE_S)
         assert "Traceback" not in "".join(said), "".join(said)
     finally:
         if process.poll() is None:

@@ -26,6 +26,7 @@ from strongroom.storage.port import ChangesPage
 from tests.conftest import wait_until
 from tests.serving import ADMIN, check_problem, serving
 from tests.support import Fault, FaultyStore, new_url, opened, rolling
+from tests.waiting import PATIENCE_S
 
 
 async def found_of(room: Strongroom) -> dict[str, health.Dependency]:
@@ -195,7 +196,7 @@ async def started() -> AsyncIterator[tuple[asyncio.Task[None], httpx.AsyncClient
             if not task.done():
                 await wait_until(lambda: signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, None))
                 os.kill(os.getpid(), signal.SIGTERM)
-            await asyncio.wait([task], timeout=20)
+            await asyncio.wait([task], timeout=PATIENCE_S)
             assert task.done()
 
 
@@ -244,11 +245,11 @@ async def test_what_is_wrong_with_the_configuration_ends_the_start_at_once_or_as
     async with started() as (task, client):
         assert (await client.get("/healthz")).status_code == 200
         database.error = error
-        await asyncio.wait([task], timeout=20)
+        await asyncio.wait([task], timeout=PATIENCE_S)
     with pytest.raises(type(error), match=str(error)):
         task.result()
     async with started() as (task, _):
-        await asyncio.wait([task], timeout=20)
+        await asyncio.wait([task], timeout=PATIENCE_S)
     with pytest.raises(type(error), match=str(error)):
         task.result()
 

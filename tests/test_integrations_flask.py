@@ -21,6 +21,7 @@ from strongroom.integrations.flask import ApiKeys
 
 from .integrating import REQUESTS, bearer, fields
 from .integrating import check_refusal as check
+from .waiting import PATIENCE_S
 
 
 @pytest.fixture
@@ -195,7 +196,7 @@ def test_a_room_is_closed_after_the_calls_under_way_and_opens_again(room: Blocki
 
     with ThreadPoolExecutor(2) as pool:
         waiting = pool.submit(room.call, lambda _: slow())
-        assert entered.wait(10)
+        assert entered.wait(PATIENCE_S)
         closing = pool.submit(room.close)
         go.set()
         assert waiting.result(10) is True

@@ -24,6 +24,7 @@ from strongroom.storage.jsonfile import JsonStore
 from strongroom.storage.port import Append, Create, Delete, Put
 from strongroom.testing.storage.samples import COLLECTIONS, NOW, batch, item, record, sample, shared
 from tests.conftest import wait_until
+from tests.waiting import PATIENCE_S
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ class Disk:
         self.steps.append(name)
         if self.gate is not None:
             self.waiting.set()
-            assert self.gate.wait(10)
+            assert self.gate.wait(PATIENCE_S)
         if name in self.failing:
             raise self.failing[name]
         work()

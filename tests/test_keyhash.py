@@ -184,10 +184,10 @@ def test_only_what_takes_microseconds_is_called_fast() -> None:
     ]
     assert all(is_slow(understood(form).text) for form in slow)
     assert not is_slow(understood(f"sha256$salt${SHA256.hex()}").text)
-    began = time.perf_counter()
+    began = time.process_time()
     for _ in range(100):
         matches(f"sha256$salt${SHA256.hex()}", TEXT)
-    assert time.perf_counter() - began < 0.1
+    assert time.process_time() - began < 0.1
 
 
 # --- What is refused ----------------------------------------------------------------------------------------------

@@ -140,11 +140,11 @@ async def test_djangorestframework_api_key_173_the_second_verification_does_no_p
         await imported(room, {"hash": hash, "prefix": "abcdefgh"})
         assert (await room.keys.verify(TEXT)).valid
         assert compared == [TEXT]
-        began = time.perf_counter()
+        began = time.process_time()
         for _ in range(100):
             assert (await room.keys.verify(TEXT)).valid
         assert compared == [TEXT]
-        assert time.perf_counter() - began < 0.35  # a hundred, in less than one would take
+        assert time.process_time() - began < 0.35  # a hundred, in less than one would take
 
 
 async def test_a_hash_is_upgraded_for_every_process(compared: list[str], tmp_path: Path) -> None:

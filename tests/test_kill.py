@@ -158,7 +158,7 @@ async def server(url: str, log: Path) -> AsyncIterator[tuple[asyncio.subprocess.
         return False
 
     try:
-        await wait_until(answers, timeout_s=30)
+        await wait_until(answers)
         yield process, address
     finally:
         if process.returncode is None:
@@ -201,7 +201,7 @@ async def server_round(folder: Path, seed: int) -> None:
                 for _ in range(6)
             ]
             before = told.requests
-            await wait_until(lambda before=before: told.requests > before + 50, timeout_s=30)  # type: ignore[misc]
+            await wait_until(lambda before=before: told.requests > before + 50)  # type: ignore[misc]
             for process, _ in chance.sample([one, two], 2):
                 await asyncio.sleep(chance.uniform(0, 0.15))
                 process.send_signal(signal.SIGKILL)

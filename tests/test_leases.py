@@ -25,6 +25,7 @@ from strongroom.leases import Lease, LeaseLost, Leases, Turn
 from strongroom.storage import open_store
 from tests.lease_worker import WORK, Trail
 from tests.support import STORES, Fault, FaultyStore, new_url
+from tests.waiting import PATIENCE_S
 
 SYSTEM = system_context()
 ROOT = Path(__file__).parent.parent
@@ -193,7 +194,7 @@ async def test_repeating_goes_on_after_any_failure_and_says_what_went_wrong(
         await asyncio.Event().wait()
 
     task = asyncio.create_task(a.repeat(WORK, 0.01, work))
-    await asyncio.wait_for(finished.wait(), 10)
+    await asyncio.wait_for(finished.wait(), PATIENCE_S)
     assert a.jobs[WORK].error == "Conflict: x"
     task.cancel()
     await asyncio.wait([task])
@@ -300,7 +301,7 @@ async def test_another_node_takes_over_within_the_lease_from_one_that_was_killed
             killed = time.monotonic()
             assert b.line() == "holds 2"
             # It looks again when the lease is over; the rest is for a process to start on a busy machine.
-            assert time.monotonic() - killed < LEASE_S + 10
+            assert time.monotonic() - killed < LEASE_S + PATIENCE_S
             assert b.step() == 2
     assert await _trail(url) == [1, 2]
 
@@ -340,7 +341,7 @@ async def test_of_two_processes_one_does_the_work(url: str) -> None:
 
 
 async def _first_of(*nodes: Node) -> Node:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
         for found in nodes:
             if found.line():

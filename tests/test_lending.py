@@ -21,6 +21,7 @@ from strongroom.errors import Conflict, Unavailable
 
 from .lease_cluster import LEASE_S, SKEW_US, WINDOW_S, Cluster, Node
 from .support import Fault
+from .waiting import PATIENCE_S
 
 T = TypeVar("T")
 SECOND = 1_000_000
@@ -77,7 +78,7 @@ class Machine(RuleBasedStateMachine):
         usage.BELIEVED_FOR_S = 0.0  # the machine's time is not the test's
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        return self.loop.run_until_complete(asyncio.wait_for(coroutine, 20))
+        return self.loop.run_until_complete(asyncio.wait_for(coroutine, 2 * PATIENCE_S))
 
     @initialize(limit=LIMITS, shared=st.booleans(), offsets=st.lists(st.integers(-1, 1), min_size=2, max_size=3))
     def begin(self, limit: Limit, shared: bool, offsets: list[int]) -> None:

@@ -16,6 +16,7 @@ from strongroom.shares import KEPT_AFTER_US, MAX_ENDED
 
 from .lease_cluster import Cluster, Node
 from .support import Fault, wait_until
+from .waiting import PATIENCE_S
 
 SECOND = 1_000_000
 WINDOW_S = 60
@@ -723,7 +724,7 @@ async def test_a_stop_without_the_store_ends_in_time_and_leaves_the_log(make: Ma
     spent = 10 + cluster.spend(one, ONE, most=9)
     one.store.fault = lambda number, batch: Fault("before", Unavailable("gone"))
     cluster.nodes.remove(one)
-    await asyncio.wait_for(one.ledger.close(), 2)
+    await asyncio.wait_for(one.ledger.close(), PATIENCE_S)
     await two.lending._look_for_dead()
     assert await standing(cluster) == (spent, 0, 0)
 

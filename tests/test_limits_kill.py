@@ -28,6 +28,7 @@ import pytest
 from strongroom import Limit, Rolling, Strongroom, Total
 from tests.conftest import backend_of, wait_until
 from tests.limits_worker import ADMITTED, CELLS, DENIED
+from tests.waiting import PATIENCE_S
 
 WORKER = Path(__file__).parent / "limits_worker.py"
 PROCESSES = 4
@@ -80,7 +81,7 @@ class Fleet:
 
     def kill(self, process: subprocess.Popen[bytes]) -> None:
         process.send_signal(signal.SIGKILL)
-        assert process.wait(10) == -signal.SIGKILL, "it had ended before"
+        assert process.wait(PATIENCE_S) == -signal.SIGKILL, "it had ended before"
         self.processes.remove(process)
 
     def at_work(self) -> list[subprocess.Popen[bytes]]:
@@ -133,7 +134,7 @@ async def fleet_on(
         finally:
             for process in fleet.processes:
                 process.kill()
-                process.wait(10)
+                process.wait(PATIENCE_S)
 
 
 async def kill_in_turn(fleet: Fleet, kills: int, seed: int) -> float:

@@ -33,6 +33,7 @@ from tests.conftest import backend_of, wait_until
 from tests.migrate_writer import Paper
 from tests.support import FaultyStore
 from tests.test_migrate import add, assert_equal, filled, held, journal, of_tenants
+from tests.waiting import PATIENCE_S
 
 WRITER = Path(__file__).parent / "migrate_writer.py"
 WORKER = Path(__file__).parent / "migrate_worker.py"
@@ -121,7 +122,7 @@ async def writing(url: str, text: str, writers: int = 4) -> AsyncIterator[tuple[
 
     heard = asyncio.ensure_future(listen())
     try:
-        await wait_until(lambda: told.lines > 50, 30)
+        await wait_until(lambda: told.lines > 50)
         yield process, told
     finally:
         if process.returncode is None:
@@ -134,7 +135,7 @@ async def ended(process: asyncio.subprocess.Process) -> None:
     assert process.stdin
     process.stdin.write(b"stop\n")
     await process.stdin.drain()
-    assert await asyncio.wait_for(process.wait(), 20) == 0
+    assert await asyncio.wait_for(process.wait(), 2 * PATIENCE_S) == 0
 
 
 async def key_in(url: str) -> tuple[str, str]:
@@ -175,7 +176,7 @@ async def test_a_store_in_use_is_moved_and_nothing_acknowledged_is_missing(
             assert (ready.phase, ready.is_done) == (Phase.FOLLOWING, False)
             assert "ready to switch over" in ready.notes[-1]
             before = told.lines
-            await wait_until(lambda: told.lines > before + 50, 30)
+            await wait_until(lambda: told.lines > before + 50)
             assert told.refused == 0
             report = await library.migrate(a, b, ALL, SWITCH)
             assert (report.is_done, report.equal) == (True, True)
@@ -210,7 +211,7 @@ async def test_an_aborted_switch_over_lets_the_source_go_on(
             report = await library.abort(a, b, ALL, LIVE)
             assert report.phase == Phase.FOLLOWING
             before = told.lines
-            await wait_until(lambda: told.lines - told.refused > before, 10)
+            await wait_until(lambda: told.lines - told.refused > before)
             assert (await library.migrate(a, b, ALL, SWITCH)).is_done
             with pytest.raises(Conflict, match="is done"):
                 await library.abort(a, b, ALL, LIVE)

@@ -31,6 +31,7 @@ from tests.conftest import wait_until
 from tests.servers import free_port, postgres
 from tests.serving import ADMIN, start
 from tests.support import new_url, opened
+from tests.waiting import PATIENCE_S
 
 NODES = 4
 CALLERS = 12
@@ -72,7 +73,7 @@ class Fleet:
 
     def __init__(self, url: str, folder: Path) -> None:
         self.nodes = [Node(url, folder) for _ in range(NODES)]
-        self.client = httpx.AsyncClient(headers=HEADERS, timeout=20)
+        self.client = httpx.AsyncClient(headers=HEADERS, timeout=PATIENCE_S)
         self.admitted: Counter[str] = Counter()
         """Units of each key that were acknowledged."""
         self.unknown: Counter[str] = Counter()
@@ -248,7 +249,7 @@ async def scenario(fleet: Fleet, own: postgres.OwnServer | None, *, rounds: int,
                 late = chance.choice(fleet.nodes)
                 late.kill()
                 late.start()
-                await wait_until(lambda late=late: _lives_without_its_database(fleet, late), 30)  # type: ignore[misc]
+                await wait_until(lambda late=late: _lives_without_its_database(fleet, late))  # type: ignore[misc]
                 await asyncio.to_thread(own.start)
                 await fleet.ready()
                 await fleet.progress(50)
@@ -296,7 +297,7 @@ async def test_several_workers_start_without_their_database_and_make_the_first_k
     async def status(path: str) -> int:
         """By a connection of its own each time, so that both workers get some."""
         try:
-            async with httpx.AsyncClient(timeout=20) as client:
+            async with httpx.AsyncClient(timeout=PATIENCE_S) as client:
                 return (await client.get(f"http://127.0.0.1:{port}{path}")).status_code
         except httpx.TransportError:
             return 0

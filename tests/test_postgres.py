@@ -29,6 +29,7 @@ from strongroom.testing.storage.preconditions import TestPreconditions
 from strongroom.testing.storage.samples import COLLECTIONS, NOW, batch, item, record, sample, shared, tenants
 from tests.conftest import missing, wait_until
 from tests.servers import postgres
+from tests.waiting import PATIENCE_S
 
 
 @pytest.fixture
@@ -227,7 +228,7 @@ async def test_the_platforms_batches_do_not_wait_for_a_tenants(
     async with admin.transaction():
         await admin.execute(f'SELECT 1 FROM "{schema}".items FOR UPDATE')
         waiting = asyncio.ensure_future(store.commit(batch("acme", Add("items", "a", "used", 1))))
-        await asyncio.wait_for(store.commit(batch(None, Create("shared", "a", shared()))), 5)
+        await asyncio.wait_for(store.commit(batch(None, Create("shared", "a", shared()))), PATIENCE_S)
         assert not waiting.done()
     await waiting
 

@@ -21,6 +21,7 @@ from strongroom.testing.storage.samples import COLLECTIONS, batch, item, record,
 from tests.conftest import wait_until
 from tests.servers import free_port, postgres
 from tests.servers.proxy import Proxy
+from tests.waiting import PATIENCE_S
 
 
 @pytest.fixture
@@ -119,7 +120,7 @@ async def test_a_commit_that_never_arrived_at_a_server_that_stays_away_is_never_
             except Unavailable:
                 return False
 
-        await wait_until(absent, 15)
+        await wait_until(absent)
     finally:
         await store.close()
 
@@ -209,11 +210,11 @@ async def test_kill_9_under_load_loses_nothing_that_was_acknowledged(own_server:
     try:
         for _ in range(2):
             before = len(acknowledged)
-            await wait_until(lambda before=before: len(acknowledged) > before + 100, 30)  # type: ignore[misc]
+            await wait_until(lambda before=before: len(acknowledged) > before + 100)  # type: ignore[misc]
             await asyncio.to_thread(own_server.kill)
             await asyncio.to_thread(own_server.start)
         before = len(acknowledged)
-        await wait_until(lambda: len(acknowledged) > before + 100, 30)
+        await wait_until(lambda: len(acknowledged) > before + 100)
     finally:
         stopping = True
         await asyncio.gather(*writers)
@@ -260,7 +261,7 @@ async def test_a_server_that_is_gone_fails_fast_and_is_found_again(server: postg
             except Unavailable:
                 return False
 
-        await wait_until(answers, 15)
+        await wait_until(answers)
         await store.commit(batch("acme", Add("items", "a", "used", 1)))
     finally:
         await store.close()
@@ -290,7 +291,7 @@ async def test_a_black_hole_is_given_up_in_time(server: postgres.Server, proxy: 
             except Unavailable:
                 return False
 
-        await wait_until(answers, 15)
+        await wait_until(answers)
     finally:
         await store.close()
 
@@ -449,7 +450,7 @@ async def test_another_nodes_commit_wakes_at_once_also_after_the_listening_conne
         woken.clear()
         began = time.perf_counter()
         await other.commit(batch("acme", Put("items", "a", item()), Append(record("a"), 0)))
-        await asyncio.wait_for(woken.wait(), 5)
+        await asyncio.wait_for(woken.wait(), PATIENCE_S)
         return time.perf_counter() - began
 
     try:

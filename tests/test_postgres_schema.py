@@ -460,7 +460,7 @@ async def test_old_code_goes_on_writing_while_and_after_the_new_schema_is_applie
         await insert(connection, place, "third", "first", "first")
         await prepare(connection, place.settings, [grown])
         after = len(waits) + 20
-        await wait_until(lambda: len(waits) >= after, 30)
+        await wait_until(lambda: len(waits) >= after)
     assert await prepare(connection, place.settings, [grown], mode="plan") == ()
     rows = await documents(connection, place, "acme")
     assert {(row["rank"], row["tags"], row["maybe"]) for row in rows} == {(7, "[]", None)}
@@ -500,9 +500,9 @@ async def test_writers_go_on_while_the_build_of_an_index_waits_for_an_older_tran
         async with old_writers(place, most_s=5) as waits:
             applying = asyncio.create_task(prepare(connection, place.settings, [declare(indexes=(Index("name"),))]))
             begun = "SELECT count(*) FROM pg_index WHERE indrelid = $1::text::regclass AND NOT indisvalid"
-            await wait_until(lambda: _value(writer, begun, place.table()), 30)
+            await wait_until(lambda: _value(writer, begun, place.table()))
             after = len(waits) + 50
-            await wait_until(lambda: len(waits) >= after, 30)
+            await wait_until(lambda: len(waits) >= after)
             assert not applying.done(), "the older transaction is still open"
             await transaction.rollback()
             assert kinds(await applying) == [(ChangeKind.ADD_INDEX, "name_index")]

@@ -26,6 +26,7 @@ from strongroom.windows import Total
 
 from .conftest import backend_of
 from .support import Fault, FaultyStore, new_url, opened, rolling, stored_usage, wait_until
+from .waiting import PATIENCE_S
 
 T = TypeVar("T")
 MOMENT = datetime(2026, 5, 5, 12, tzinfo=UTC)
@@ -673,7 +674,7 @@ async def test_a_process_that_is_killed_gives_back_what_it_had_reserved_in_memor
             stats = await room.keys.stats(issued.key.id)
             return [(one.recorded, one.reserved, one.leased) for one in stats.limits] == [(3, 0, 0), (0, 0, 0)]
 
-        await wait_until(back, 20)
+        await wait_until(back)
         assert (await room.keys.verify(issued.text, cost={"tokens": 97})).valid
 
 
@@ -748,7 +749,7 @@ class Machine(RuleBasedStateMachine):
         self.open: dict[str, Open] = {}
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        return self.loop.run_until_complete(asyncio.wait_for(coroutine, 20))
+        return self.loop.run_until_complete(asyncio.wait_for(coroutine, 2 * PATIENCE_S))
 
     @initialize(leased=st.booleans())
     def begin(self, leased: bool) -> None:

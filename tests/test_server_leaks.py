@@ -23,6 +23,7 @@ from strongroom.server import signers
 from strongroom.server.app import Bounds
 from strongroom.server.signers import Signers
 from tests.serving import ADMIN, Reply, Served, serving
+from tests.waiting import PATIENCE_S
 
 ID = "4fe6b016179b74078ade7581abf4e84fb398c6fae4fb973972235b84fcd70ca3"
 URL = "https://code.example/acme/app/blob/1/settings.py"
@@ -385,7 +386,7 @@ async def test_a_list_that_never_comes_is_given_up(
     told.silent = True
     monkeypatch.setattr(signers, "TIMEOUT_S", 0.1)
     async with serving_with(url) as served:
-        answer = await asyncio.wait_for(send(served, BODY, **GOOD), 10)
+        answer = await asyncio.wait_for(send(served, BODY, **GOOD), PATIENCE_S)
         assert answer.status == 503
 
 

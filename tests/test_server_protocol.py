@@ -12,6 +12,7 @@ from uvicorn.server import ServerState
 
 from strongroom.server import protocol
 from strongroom.server.protocol import MAX_DISCARDED_BYTES, Protocol
+from tests.waiting import PATIENCE_S, wait_until
 
 HEAD = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n"
 
@@ -67,7 +68,7 @@ async def test_a_request_that_does_not_arrive_is_given_up_however_it_trickles(
     began = time.monotonic()
     for number in range(len(sent)):
         connection.data_received(sent[number : number + 1])
-    while not wire.closed and time.monotonic() < began + 5:
+    while not wire.closed and time.monotonic() < began + PATIENCE_S:
         await asyncio.sleep(0.03)
         if not wire.is_closing() and (sent == HEAD or b"\r\n\r\n" in sent):
             connection.data_received(b"X: y\r\n" if sent == HEAD else b"1")  # a little more, and never all
@@ -93,7 +94,7 @@ async def test_a_head_without_end_is_refused_once_and_then_nothing_more_is_read(
     connection.data_received(b"GET / HTTP/1.1\r\n")
     for number in range(200):
         connection.data_received(b"X-%d: " % number + b"x" * 1_000 + b"\r\n")
-    await asyncio.sleep(0.05)
+    await wait_until(lambda: wire.closed)
     assert wire.sent.startswith(b"HTTP/1.1 431")
     assert wire.sent.count(b"HTTP/1.1") == 1
     assert wire.closed
@@ -103,7 +104,7 @@ async def test_a_head_without_end_is_refused_once_and_then_nothing_more_is_read(
 async def test_a_body_that_was_refused_is_dropped_and_its_sender_not_listened_to_for_ever() -> None:
     connection, wire = connected(_refusing)
     connection.data_received(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
-    await asyncio.sleep(0.01)
+    await wait_until(lambda: wire.sent)
     assert wire.sent.startswith(b"HTTP/1.1 413")
     assert not wire.is_closing()
     chunk = b"100000\r\n" + b"x" * 0x100000 + b"\r\n"
@@ -117,7 +118,7 @@ async def test_a_body_that_was_refused_is_dropped_and_its_sender_not_listened_to
 async def test_an_answer_is_one_call_to_the_system() -> None:
     connection, wire = connected(_refusing)
     connection.data_received(HEAD + b"\r\n1234567890")
-    await asyncio.sleep(0.01)
+    await wait_until(lambda: wire.sent)
     assert wire.sent.endswith(b"\r\n\r\nno")
     assert wire.calls == 1
     connection.connection_lost(None)

@@ -18,9 +18,12 @@ import pytest
 
 from strongroom.config import load
 from strongroom.server.run import serve
+from tests.servers import answers
 from tests.serving import ADMIN, TOKENS, Running, check_problem, running, start
+from tests.waiting import PATIENCE_S, wait_without_loop
 
-pytestmark = [pytest.mark.server, pytest.mark.xdist_group("server")]
+pytestmark = pytest.mark.server
+on_the_one_process = pytest.mark.xdist_group("server")
 
 
 def _sentence(err: str) -> str:
@@ -32,7 +35,7 @@ def _sentence(err: str) -> str:
 
 def _raw(server: Running, *pieces: bytes) -> bytes:
     """What the server answers to bytes that no HTTP client would send."""
-    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE_S) as connection:
         answer = b""
         try:
             for piece in pieces:
@@ -68,7 +71,7 @@ def test_a_busy_port_is_one_sentence_and_a_status(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         process = start(tmp_path, STRONGROOM_PORT=str(port))
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=2 * PATIENCE_S)
     assert (process.returncode, out) == (1, "")
     assert _sentence(err).startswith(f"strongroom: cannot listen at 127.0.0.1:{port}: another program listens there")
 
@@ -111,7 +114,7 @@ def test_what_stops_a_start_is_one_sentence_and_a_status(
 
 def test_a_wrong_environment_is_one_sentence_and_a_status(tmp_path: Path) -> None:
     process = start(tmp_path, STRONGROOM_ADMIN_KEY="short", DATABASE_URL="sqlite:///a", DATABASE_PATH="b")
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=2 * PATIENCE_S)
     assert process.returncode == 2
     assert all(name in _sentence(err) for name in ("STRONGROOM_ADMIN_KEY", "DATABASE_URL", "DATABASE_PATH"))
 
@@ -154,20 +157,21 @@ def test_a_stop_loses_nothing_that_was_acknowledged_and_a_second_start_works_at_
         ]
         for thread in threads:
             thread.start()
-        stream = threading.Event()
+        stream, watching = threading.Event(), threading.Event()
 
         def watch() -> None:
             with server.client() as client, client.stream("GET", "/v1/tenants/acme/policies:watch") as answer:
+                watching.set()
                 for _ in answer.iter_lines():
                     pass
             stream.set()  # it ended in good order
 
         watcher = threading.Thread(target=watch)
         watcher.start()
-        time.sleep(0.7)
+        wait_without_loop(lambda: watching.is_set() and min(acknowledged.values()) > 20)
         began = time.monotonic()
         status, _, err = server.stop(number)
-        assert (status, time.monotonic() - began < 10) == (0, True), err
+        assert (status, time.monotonic() - began < PATIENCE_S) == (0, True), err
         assert "Traceback" not in err
         for thread in (*threads, watcher):
             thread.join()
@@ -184,13 +188,14 @@ def test_a_request_in_flight_is_answered_before_the_stop(tmp_path: Path) -> None
     with running(tmp_path) as server:
         head = (
             f"POST /v1/keys HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {ADMIN}\r\nContent-Type: application/json\r\n"
-            "Content-Length: 13\r\n\r\n"
+            "Content-Length: 13\r\nExpect: 100-continue\r\n\r\n"
         )
-        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
-            connection.sendall(head.encode() + b'{"name"')
-            time.sleep(0.2)
+        with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE_S) as connection:
+            connection.sendall(head.encode())
+            assert connection.recv(65_536).startswith(b"HTTP/1.1 100"), "the request is in work"
+            connection.sendall(b'{"name"')
             server.process.send_signal(signal.SIGTERM)
-            time.sleep(0.3)
+            wait_without_loop(lambda: not answers(server.port))
             connection.sendall(b': "n"}')
             assert connection.recv(65_536).startswith(b"HTTP/1.1 201")
         assert server.stop()[0] == 0
@@ -206,6 +211,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         yield found
 
 
+@on_the_one_process
 def test_a_body_of_ten_megabytes_is_refused_and_its_sender_reads_why(server: Running) -> None:
     with server.client() as admin:
         for path in ("/v1/keys", "/v1/keys/verify", "/v1/tenants/acme/policies"):
@@ -226,6 +232,7 @@ def _peak_kb(pid: int) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
+@on_the_one_process
 def test_what_is_not_http_or_has_too_large_a_head_has_the_error_shape_too(server: Running) -> None:
     bad = [
         (b"nonsense\r\n\r\n", b"400"),
@@ -253,11 +260,12 @@ def test_a_client_that_goes_away_in_its_body_is_no_error(tmp_path: Path) -> None
                 connection.sendall(head.encode() + b'{"key": "k"}')
                 time.sleep(0.1)
         with server.client() as admin:
-            assert "strongroom_requests_in_work 1.0" in admin.get("/metrics").text
+            wait_without_loop(lambda: "strongroom_requests_in_work 1.0" in admin.get("/metrics").text)
         _, _, err = server.stop()
         assert [line for line in err.splitlines() if json.loads(line)["level"] == "error"] == []
 
 
+@on_the_one_process
 def test_slashes_and_strange_names_arrive_through_the_socket(server: Running) -> None:
     with server.client() as admin:
         body = {"policy_type": "t", "policy_name": "n"}
@@ -290,10 +298,7 @@ def test_several_workers_share_one_store_exactly_and_one_that_dies_is_replaced(t
         workers = _children(server.process.pid)
         assert len(workers) == 2
         os.kill(workers[0], signal.SIGKILL)
-        deadline = time.monotonic() + 20
-        while len(_children(server.process.pid)) < 2 or workers[0] in _children(server.process.pid):
-            assert time.monotonic() < deadline, "the dead worker was not replaced"
-            time.sleep(0.05)
+        wait_without_loop(lambda: len({*_children(server.process.pid)} - {workers[0]}) == 2)  # it is replaced
         with server.client() as admin:
             assert admin.get(f"/v1/keys/{made['id']}/stats").json()["totals"] == {"tokens": 60}
         assert server.stop()[0] == 0
@@ -305,10 +310,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
         workers = _children(server.process.pid)
         server.process.kill()
         server.process.wait()
-        deadline = time.monotonic() + 15
-        while any(_alive(pid) for pid in workers):
-            assert time.monotonic() < deadline, "orphans keep the port"
-            time.sleep(0.05)
+        wait_without_loop(lambda: not any(_alive(pid) for pid in workers))  # orphans would keep the port
     with running(tmp_path, STRONGROOM_PORT=str(server.port)) as again, again.client() as admin:
         assert admin.get("/v1/keys").status_code == 200
 

@@ -19,8 +19,8 @@ from schemathesis.specs.openapi.checks import content_type_conformance, response
 from tests.serving import ADMIN, Reply, Served, serving
 
 load_all_checks()
-EXAMPLES = 5
-"""Of each operation and mode; `--hypothesis-profile=thorough` looks no further, but elsewhere each time."""
+EXAMPLES = max(3, settings().max_examples // 10)
+"""Of each operation and mode: 3, or 100 with `--hypothesis-profile=thorough`."""
 CHECKS = [not_a_server_error, content_type_conformance, response_schema_conformance]
 
 

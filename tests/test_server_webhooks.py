@@ -206,7 +206,7 @@ async def test_a_webhook_is_tested_and_its_deliveries_are_listed_and_redriven(
     async def delivered() -> bool:
         return bool((await served.get(one)).json["state"] == "delivered")
 
-    await wait_until(delivered, 20)
+    await wait_until(delivered)
     assert receiver.ids[0] == receiver.ids[2]
     for missing in ("/v1/deliveries/dlv_none", "/v1/webhooks/whk_none/deliveries"):
         assert (await served.get(missing)).status == 404

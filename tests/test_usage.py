@@ -26,6 +26,7 @@ from strongroom.storage.port import Batch, Capabilities, Committed, Patch, Put
 from strongroom.usage import KeyChanged, Ledger, Outcome
 
 from .support import STORES, Fault, FaultyStore, new_url, rolling, stored_usage, wait_until
+from .waiting import PATIENCE_S
 
 SYSTEM = system_context()
 MOMENT = datetime(2026, 5, 5, tzinfo=UTC)
@@ -703,7 +704,7 @@ async def test_tallies_are_written_within_their_bound_many_in_one_write(
     async def written() -> bool:
         return await cluster.used(key.id) == {"requests": 1_000, "tokens": 2_000}
 
-    await wait_until(written, timeout_s=2)
+    await wait_until(written)
     assert len(cluster.one.store.batches) == before + 1
     account = await cluster.one.ledger.account(key.id)
     assert (account.count, account.totals) == (1_000, {"requests": 1_000, "tokens": 2_000})
@@ -787,7 +788,7 @@ async def test_closing_ends_although_the_store_fails_and_leaves_no_timer(
     key = await cluster.key()
     cluster.one.store.fault = lambda number, batch: Fault("before", Unavailable("gone"))
     cluster.one.ledger.tally(metered(key), {"requests": 1})
-    await asyncio.wait_for(cluster.one.ledger.close(), 5)
+    await asyncio.wait_for(cluster.one.ledger.close(), PATIENCE_S)
     assert cluster.one.ledger._timer is None
     with pytest.raises(Unavailable, match="closed"):
         await cluster.one.ledger.charge(metered(key), {"requests": 1})

@@ -27,3 +27,13 @@ async def wait_until(condition: Callable[[], Any], timeout_s: float = PATIENCE_S
         if time.monotonic() > deadline:
             pytest.fail(f"after {timeout_s} s it was still {value!r}: {inspect.getsource(condition).strip()}")
         await asyncio.sleep(0.005)
+
+
+def wait_without_loop(condition: Callable[[], Any], timeout_s: float = PATIENCE_S) -> Any:
+    """wait_until for a test that has no event loop."""
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            pytest.fail(f"after {timeout_s} s it was still {value!r}: {inspect.getsource(condition).strip()}")
+        time.sleep(0.005)
+    return value

@@ -178,9 +178,17 @@ class TestLimits(StorageSuite):
         assert got is not None
         assert len(got["blob"]) == len(document(MAX_DOCUMENT_BYTES)["blob"])
 
-    @pytest.mark.parametrize("how", ["create", "put", "patch"])
     @pytest.mark.parametrize(
-        "content", [[1], [True], ["é" * 10_000], [{"a": ""}]], ids=["ints", "bools", "text", "maps"]
+        ("how", "content"),
+        [
+            ("create", [1]),
+            ("create", [True]),
+            ("create", ["é" * 10_000]),
+            ("create", [{"a": ""}]),
+            ("put", [True]),
+            ("patch", [1]),
+        ],
+        ids=["create-ints", "create-bools", "create-text", "create-maps", "put-bools", "patch-ints"],
     )
     async def test_size_is_what_document_size_says_not_what_the_engine_takes(
         self, store: Store, how: str, content: list[Any]

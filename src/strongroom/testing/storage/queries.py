@@ -165,7 +165,7 @@ def close(found: Any, expected: Any, scale: float) -> bool:
 
 
 class TestQueries(StorageSuite):
-    @examples(6)
+    @examples(3)
     @given(documents=document_lists, queries=st.lists(queries_of_samples, min_size=1, max_size=6))
     async def test_find_gives_what_the_evaluator_gives(
         self, store: Store, documents: list[Document], queries: list[Query]
@@ -178,7 +178,7 @@ class TestQueries(StorageSuite):
             ids = [d["id"] for d in found], [d["id"] for d in expected]
             assert identical(found, expected), f"{query}: found {ids[0]}, expected {ids[1]}"
 
-    @examples(4)
+    @examples(2)
     @given(documents=document_lists, where=filters, order=orders, size=st.integers(1, 4))
     async def test_pages_give_every_match_once_and_in_order(
         self, store: Store, documents: list[Document], where: Filter | None, order: tuple[str, ...], size: int
@@ -195,7 +195,7 @@ class TestQueries(StorageSuite):
             page = await store.find("samples", tenant, with_cursor(query, SAMPLES, "scope", cursor))
         assert [d["id"] for d in found] == [d["id"] for d in expected]
 
-    @examples(4)
+    @examples(2)
     @given(documents=document_lists, order=orders, position=st.integers(0, 11), where=filters)
     async def test_a_position_between_documents_is_a_start_too(
         self, store: Store, documents: list[Document], order: tuple[str, ...], position: int, where: Filter | None
@@ -211,7 +211,7 @@ class TestQueries(StorageSuite):
         found = await store.find("samples", tenant, query)
         assert [d["id"] for d in found] == [d["id"] for d in evaluate(query, held)]
 
-    @examples(4)
+    @examples(2)
     @given(
         documents=st.lists(
             st.fixed_dictionaries(

@@ -37,7 +37,7 @@ class TestRoundTrips(StorageSuite):
                 assert identical(got, expected), f"get: found {got}, expected {expected}"
                 assert identical(found[f"{number}-{how}"], expected), f"find: found {found[f'{number}-{how}']}"
 
-    @examples(4)
+    @examples(2)
     @given(document=documents)
     async def test_any_document_comes_back(self, store: Store, document: Document) -> None:
         tenant = next(_tenant)
