@@ -270,3 +270,16 @@ async def attempts(served: Served) -> dict[str, float]:
 
 async def attempts_are(served: Served, **expected: int) -> bool:
     return {name: count for name, count in (await attempts(served)).items() if count} == expected
+
+
+async def test_a_url_is_told_with_everything_else_that_is_wrong(served: Served) -> None:
+    wrong = {"thresholds": [0], "events": ["x"]}
+    for url in ("https://10.0.0.1/x", "nonsense", "http://example.com/x"):
+        answer = await served.post("/v1/webhooks", {"url": url, **wrong})
+        assert (answer.status, sorted(answer.paths)) == (422, ["events", "thresholds.0", "url"])
+    hook = await made(served)
+    answer = await served.call("PATCH", f"/v1/webhooks/{hook['id']}", {"url": "nonsense", **wrong})
+    assert (answer.status, sorted(answer.paths)) == (422, ["events", "thresholds.0", "url"])
+    private = await made(served, url="http://10.0.0.1/x", allow_private=True)
+    moved = await served.call("PATCH", f"/v1/webhooks/{private['id']}", {"url": "http://10.0.0.2/x"})
+    assert moved.status == 200

@@ -73,7 +73,7 @@ def parse_url(url: str, *, allow_private: bool = False) -> Target:
 
     `allow_private`: http and every port will do as well, and private addresses.
     """
-    problem = _url_problem(url, allow_private)
+    problem = url_problem(url, allow_private=allow_private)
     if problem is not None:
         raise InvalidInput([Problem("url", problem)])
     parts = urlsplit(url)
@@ -82,7 +82,8 @@ def parse_url(url: str, *, allow_private: bool = False) -> Target:
     return Target(parts.scheme, host, parts.port or (443 if parts.scheme == "https" else 80), path)
 
 
-def _url_problem(url: str, allow_private: bool) -> str | None:
+def url_problem(url: str, *, allow_private: bool) -> str | None:
+    """What `parse_url` would say of a URL; None if nothing."""
     if not 1 <= len(url) <= MAX_URL_CHARS:
         return f"found {len(url)} characters, expected 1 to {MAX_URL_CHARS}"
     if not url.isascii() or any(c <= " " or c in '\\"<>^`{|}\x7f' for c in url):

@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from typing import Annotated, Any
 
 from cryptography.exceptions import InvalidTag
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationInfo, field_validator
 
 from . import alerts
 from .alerts import DEFAULT_THRESHOLDS, MAX_THRESHOLD, MAX_THRESHOLDS, Crossing
@@ -23,6 +23,7 @@ from .entity import Entity, Index, Secret
 from .errors import Denied, InvalidInput, NotFound, Problem, StoreError
 from .events import EVENT_TYPES, LIMIT_THRESHOLD, Event
 from .keytext import Hasher
+from .netguard import url_problem
 from .query import MAX_LIMIT, Query, Where
 from .sending import Sender
 from .signatures import new_secret, secret_bytes, secret_text
@@ -82,6 +83,7 @@ class WebhookFields(BaseModel):
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
+    allow_private: StrictBool = False
     url: str
     events: list[str] = Field(default=[ALL_EVENTS], min_length=1, max_length=len(EVENT_TYPES) + 1)
     thresholds: list[Annotated[int, Field(strict=True, ge=1, le=MAX_THRESHOLD)]] = Field(
@@ -90,7 +92,19 @@ class WebhookFields(BaseModel):
     min_window_s: int = Field(default=0, strict=True, ge=0, le=366 * 86_400)
     description: str | None = Field(default=None, max_length=MAX_DESCRIPTION_CHARS)
     enabled: StrictBool = True
-    allow_private: StrictBool = False
+
+    @field_validator("url")
+    @classmethod
+    def _well_formed(cls, value: str, info: ValidationInfo) -> str:
+        """As far as can be told without resolving its name, so that it is told with everything else that is wrong."""
+        if problem := url_problem(value, allow_private=cls._may_be_private(info)):
+            raise ValueError(problem)
+        return value
+
+    @staticmethod
+    def _may_be_private(info: ValidationInfo) -> bool:
+        """Without an answer, the doubt is in favour of the URL: `allow_private` is itself what is wrong."""
+        return bool(info.data.get("allow_private", True))
 
     @field_validator("events")
     @classmethod
@@ -131,6 +145,10 @@ class WebhookChanges(WebhookFields):
     """Some fields of an endpoint, to be changed; those not given stay."""
 
     url: str = ""
+
+    @staticmethod
+    def _may_be_private(info: ValidationInfo) -> bool:
+        return True  # perhaps it may already: `Webhooks.update` knows
 
 
 @dataclass(frozen=True, slots=True)
