@@ -339,10 +339,10 @@ class Ledger:
 
     async def _stored(self, names: Sequence[tuple[str, str]]) -> list[Document | None]:
         """The documents of these collections and ids; None for one that is not there."""
-        reads = [self._store.get(collection, None, id) for collection, id in names]
+        get = self._store.get
         if self._store.capabilities.embedded:  # which reads at once: a task for each would cost more than the read
-            return [await read for read in reads]
-        return await asyncio.gather(*reads)
+            return [await get(collection, None, id) for collection, id in names]
+        return await asyncio.gather(*(get(collection, None, id) for collection, id in names))
 
     def _forget_without_holds(self, charges: list[Charge], now_us: int) -> None:
         """A reservation that is not known here may be another node's, made or extended since its account was read."""
