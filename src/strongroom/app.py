@@ -136,11 +136,7 @@ class Strongroom:
         """
         registry = Registry((*SYSTEM_ENTITIES, *entities))
         async with AsyncExitStack() as stack:
-            store = ObservedStore(await open_store(url))
-            stack.push_async_callback(store.close)
-            await store.prepare(registry.collections)
-            database = Database(store, registry, policy)
-            await database.load_state()
+            store, database = await _opened(stack, url, registry, policy)
             hasher = await _hasher(database, peppers)
             clock = clock_of(store)
             await clock.start()
@@ -150,41 +146,53 @@ class Strongroom:
             feed = ChangeFeed(store)
             leases = Leases(database, clock)
             keys = Keys(database, ledger, hasher, clock, feed)
+            stack.push_async_callback(keys.cache.close)
             lending = _lending(ledger, clock, keys, url, limits, lease_s, lease_folder)
             jobs = [KeyWork(keys, database, clock).job]
             work = background(database, store, clock, leases, more=jobs, journal_kept_s=journal_kept_s)
             room = cls(store, database, ledger, keys, feed, clock, work)
-            stack.push_async_callback(room.keys.cache.close)
-            database.after_commit(lambda _: feed.wake())
             room._configured_peppers = tuple(peppers)
             if cache is not None:
                 room.cache = Cache(store, feed, registry.collections, cache, await _namespace(url, database))
                 database.use(room.cache)
-            feed.on_record(database.seen)
-            feed.on_record(room._seen)
-            stack.push_async_callback(room._stop_reloading)
-            sender = Sender()
-            room.webhooks = Webhooks(database, lambda: room.keys.hasher, clock, feed, sender)
-            room.deliveries = Deliveries(database, clock, leases, room.webhooks, sender)
-            ledger.watcher, ledger.on_crossed = room.webhooks, room.deliveries.wake
-            await feed.start()
-            stack.push_async_callback(feed.close)
-            if room.cache is not None:
-                room.cache.start()
-                stack.push_async_callback(room.cache.close)
-            await database.load_state()
-            await room._reload_peppers()  # one may have been made after they were read and before the feed began
-            await room.webhooks.load()
-            work.start()
-            stack.push_async_callback(work.close)
-            room.deliveries.start()
-            stack.push_async_callback(room.deliveries.close)
-            shapes = ShapeKeeper(database, clock)
-            shapes.start()
-            stack.push_async_callback(shapes.close)
+            room._listen(stack)
+            room._tell_webhooks(leases)
+            await room._start(stack)
             if lending is not None:
                 lending.start()
             yield room
+
+    def _listen(self, stack: AsyncExitStack) -> None:
+        """What is kept in memory follows the changes that this and other processes make, once the feed is started."""
+        self.database.after_commit(lambda _: self.feed.wake())
+        self.feed.on_record(self.database.seen)
+        self.feed.on_record(self._seen)
+        stack.push_async_callback(self._stop_reloading)
+
+    def _tell_webhooks(self, leases: Leases) -> None:
+        """Thresholds that are crossed become events, and events are delivered, once that is started."""
+        sender = Sender()
+        self.webhooks = Webhooks(self.database, lambda: self.keys.hasher, self.clock, self.feed, sender)
+        self.deliveries = Deliveries(self.database, self.clock, leases, self.webhooks, sender)
+        self.ledger.watcher, self.ledger.on_crossed = self.webhooks, self.deliveries.wake
+
+    async def _start(self, stack: AsyncExitStack) -> None:
+        """Begin what goes on by itself, in an order in which nothing of what others change is missed."""
+        await self.feed.start()
+        stack.push_async_callback(self.feed.close)
+        if self.cache is not None:
+            self.cache.start()
+            stack.push_async_callback(self.cache.close)
+        await self.database.load_state()
+        await self._reload_peppers()  # one may have been made after they were read and before the feed began
+        await self.webhooks.load()
+        self.background.start()
+        stack.push_async_callback(self.background.close)
+        self.deliveries.start()
+        stack.push_async_callback(self.deliveries.close)
+        shapes = ShapeKeeper(self.database, self.clock)
+        shapes.start()
+        stack.push_async_callback(shapes.close)
 
     webhooks: Webhooks
     deliveries: Deliveries
@@ -285,6 +293,18 @@ class Tenant:
     async def add(self, cls: type[Entity], id: str, field: str, amount: int, **options: Any) -> None:
         """Add to a counter. Options as Database.add."""
         await self._database.add(self._context.at_now(), cls, id, field, amount, **options)
+
+
+async def _opened(
+    stack: AsyncExitStack, url: str, registry: Registry, policy: Policy
+) -> tuple[ObservedStore, Database]:
+    """The store, with the schema that the declarations ask for, and the database over it."""
+    store = ObservedStore(await open_store(url))
+    stack.push_async_callback(store.close)
+    await store.prepare(registry.collections)
+    database = Database(store, registry, policy)
+    await database.load_state()
+    return store, database
 
 
 def _lending(
