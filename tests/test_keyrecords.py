@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rest_framework_api_key.crypto import KeyGenerator
 
-from strongroom import Anchored, ApiKey, Calendar, Limit, Rolling, Strongroom, Total
+from strongroom import Anchored, ApiKey, Calendar, Limit, Rolling, Strongroom, Total, recordtransfer
 from strongroom.context import system_context
 from strongroom.errors import InvalidInput, Unavailable
 from strongroom.keyfile import Finding, KeyFileError
@@ -37,6 +37,7 @@ from strongroom.query import MAX_LIMIT, Query
 from strongroom.quotas import Quota, quota_id
 from strongroom.recordlines import MAX_LINE_BYTES, is_records
 from strongroom.recordtransfer import ExportedRecords, PlannedRecord, RecordImport, export_records
+from strongroom.rules import default_policy
 from strongroom.testing.storage import Backend
 
 from .conftest import backend_of
@@ -445,6 +446,89 @@ async def test_keys_as_large_as_they_may_be_are_committed_in_smaller_batches(roo
     rows = lines_of(*({"hash": hashlib.sha256(b"%d" % n).hexdigest(), **large} for n in range(120)))
     assert standings(await put(room, rows)) == ["new"] * 120
     assert standings(await put(room, rows)) == ["unchanged"] * 120
+
+
+# --- Loading ----------------------------------------------------------------------------------------------------
+
+
+def many(count: int) -> list[dict[str, Any]]:
+    """Keys of two tenants, some with usage, salted hashes, limits and old texts."""
+    usage = {"count": 3, "totals": {"tokens": 12}, "last_used_at": "2026-02-01T00:00:00Z"}
+    limits = [{"resource": "cost", "limit": 2.5, "window": {"kind": "total"}}]
+    rows: list[dict[str, Any]] = []
+    for number in range(count):
+        row: dict[str, Any] = {"hash": hashlib.sha256(b"%d" % number).hexdigest(), "name": f"k{number:04d}"}
+        row |= {"created_at": f"2026-01-01T00:{number // 60:02d}:{number % 60:02d}Z", "tenant": f"t{number % 2}"}
+        rows.append(row)
+        if number % 5 == 0:
+            row |= {"limits": limits, "metadata": {"$plan": "gold", "n": [1, None]}, "usage": usage}
+        if number % 7 == 0:
+            salted = bcrypt.hashpw(b"hint%04d" % number, b"$2b$04$abcdefghijklmnopqrstuu").decode()
+            row |= {"hash": salted, "hint": f"hint{number:04d}"}
+        if number % 11 == 0:
+            row |= {"description": 'of "them"', "expires_at": "2099-01-01T00:00:00Z", "groups": ["a"], "enabled": False}
+    return rows
+
+
+async def whole(room: Strongroom) -> tuple[list[Any], list[Any]]:
+    """Keys with their usages, and journal records in order, without what differs each time."""
+    keys = []
+    for key in (await room.database.select(SYSTEM, ApiKey, Query(order_by=("name",), limit=MAX_LIMIT))).items:
+        usage = await room.store.get("key_usage", None, key["id"])
+        assert usage is not None
+        assert usage["created_at"] == usage["updated_at"]
+        own = {name: value for name, value in key.items() if name not in ("version", "updated_at")}
+        keys.append((own, [usage[name] for name in ("count", "last_used_at", "active_at", "state")]))
+    records, cursor = [], None
+    while (page := await room.store.changes(cursor)).records:
+        cursor = page.cursor
+        for r in page.records:
+            if r.collection == "api_keys":
+                records.append((r.entity_id, r.tenant, r.actor, r.action, r.before, r.after))
+                assert r.version is not None
+    return keys, sorted(records, key=str)
+
+
+async def test_records_that_are_loaded_are_what_is_written_key_by_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = lines_of(*many(150))
+    async with Strongroom.open(new_url("sqlite", tmp_path, "loaded")) as one:
+        assert standings(await put(one, lines)) == ["new"] * 150
+        assert standings(await put(one, lines)) == ["unchanged"] * 150
+        async with Strongroom.open(new_url("sqlite", tmp_path, "written")) as two:
+            monkeypatch.setattr(recordtransfer, "MIN_LOADED", 1_000)
+            await put(two, lines)
+            assert await whole(one) == await whole(two)
+            assert len((await whole(one))[1]) == 150
+
+
+async def test_records_that_another_import_has_written_meanwhile_are_left_out_and_the_others_arrive(
+    tmp_path: Path,
+) -> None:
+    rows = many(150)
+    async with Strongroom.open(new_url("sqlite", tmp_path)) as room:
+        job = RecordImport(room.database, room.keys.hasher, SYSTEM)
+        planned = await job.plan(read(lines_of(*rows))[0])
+        await put(room, lines_of(*rows[7:9]))
+        await job.apply(planned, update=False)
+        assert job.committed == 148
+        keys, records = await whole(room)
+        assert [key["name"] for key, _ in keys] == [row["name"] for row in rows]
+        assert len({record[0] for record in records}) == len(records) == 150
+
+
+async def test_rules_of_ones_own_are_asked_for_every_record(tmp_path: Path) -> None:
+    asked = set()
+
+    def policy(request: Any) -> Any:
+        if request.collection.name == "api_keys" and request.operation == "create":
+            asked.add(request.id)
+        return default_policy(request)
+
+    async with Strongroom.open(new_url("sqlite", tmp_path), policy=policy) as room:
+        await put(room, lines_of(*many(120)))
+    assert len(asked) == 120
 
 
 # --- From Django ------------------------------------------------------------------------------------------------

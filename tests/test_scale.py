@@ -6,6 +6,7 @@ import asyncio
 import gc
 import hashlib
 import json
+import pickle
 import tracemalloc
 from contextlib import closing
 from dataclasses import replace
@@ -19,16 +20,21 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from strongroom import Strongroom, keycache, keyexport, keypieces, usage
+from strongroom.accounts import Account
 from strongroom.apikey import ApiKey
-from strongroom.context import system_context, us_from_utc
+from strongroom.context import Context, system_context, us_from_utc, utc_from_us
 from strongroom.errors import AlreadyExists, Conflict
+from strongroom.journal import change_record
 from strongroom.keyexport import Exported, export_rows, file_of
-from strongroom.keyfile import parse, render_file
+from strongroom.keyfile import KeyRow, parse, render_file
 from strongroom.keypieces import survey
+from strongroom.keyrows import new_usage, usage_document
 from strongroom.keys import KeyFilter
 from strongroom.keytext import generate
 from strongroom.keytransfer import KeyImport, Standing
 from strongroom.query import MAX_LIMIT, Query
+from strongroom.storage._sqlite_pack import SqlitePacker
+from strongroom.storage.port import Alike, Append, Create, Pack
 
 from .support import new_url, opened
 
@@ -330,6 +336,84 @@ async def test_what_is_loaded_is_what_is_written_key_by_key(tmp_path: Path) -> N
             assert await stored(one) == await stored(two)
         for number in range(30):
             assert (await one.keys.verify(text(number), cost={"tokens": 1})).valid
+
+
+_texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=8)
+_moments = st.integers(0, 4 * 10**15).map(utc_from_us)
+_nested = st.dictionaries(_texts | st.just("$time"), _texts | st.integers(-9, 9) | st.none() | _moments, max_size=2)
+_fields: dict[str, st.SearchStrategy[Any]] = {
+    "name": _texts,
+    "sealed": st.none() | st.binary(max_size=4),
+    "user_id": st.none() | _texts,
+    "metadata": _nested,
+    "limits": st.lists(_nested, max_size=2),
+    "expires_at": st.none() | _moments,
+    "usage_count": st.integers(0, 2**63 - 1),
+    "enabled": st.booleans(),
+}
+_VARYING = tuple(_fields)
+
+
+@given(documents=st.lists(st.fixed_dictionaries(_fields), max_size=5), tenant=_texts, created=st.none() | _moments)
+def test_documents_that_are_alike_become_the_rows_and_records_that_they_are_alone(
+    documents: list[dict[str, Any]], tenant: str, created: datetime | None
+) -> None:
+    collection, context = ApiKey.__collection__, Context("t", "a'c", {}, "r")
+    pattern = ApiKey.__codec__.encode(ApiKey(tenant=tenant, name="p", hash="p", display="p")) | {"sealed": b"p"}
+    ids = [f"key_{number}" for number in range(len(documents))]
+    rows, operations, records = [], list[Create | Append](), []
+    for id, document in zip(ids, documents, strict=True):
+        rows.append((id, created, *(document[name] for name in _VARYING), id))
+        document = {**pattern, **document, "hash": id}
+        record = change_record(context, "create", collection, id, None, document)
+        records.append(record)
+        operations += (Create("api_keys", id, document, created), Append(record, len(operations)))
+    of_all = change_record(context, "create", collection, "", None, pattern)
+    alike = Alike("api_keys", pattern, (*_VARYING, "hash"), rows, of_all, [r.id for r in records])
+    packer = pickle.loads(pickle.dumps(SqlitePacker([collection])))  # noqa: S301 - our own
+    one, other = packer.pack_alike([alike]), packer.pack(operations)
+    assert rows_of(one) == rows_of(other)
+    assert (one.documents, one.records) == (other.documents, other.records) == (len(rows), len(rows))
+
+
+def rows_of(pack: Pack) -> list[dict[str, Any]]:
+    """The rows that a pack stands for."""
+    found = []
+    for part in pack.parts:
+        width = len(part.columns)
+        for begin in range(0, len(part.values), width):
+            varied = dict(zip(part.columns, part.values[begin : begin + width], strict=True))
+            row = {"updated_at": None, **part.same, **varied} if part.table != "_journal" else {**part.same, **varied}
+            after = row.get("after")
+            found.append({**row, "after": after.decode() if isinstance(after, bytes) else after, "": part.table})
+    return found
+
+
+@given(st.data())
+def test_a_new_key_has_the_usage_that_a_new_account_makes_of_its_row(data: st.DataObject) -> None:
+    amounts, moments = st.integers(0, 2**40), st.integers(NOW_US - 8 * 3_600_000_000, NOW_US)
+    windows = data.draw(st.lists(st.tuples(moments, amounts), max_size=4))
+    used = data.draw(st.none() | moments)
+    row = KeyRow("keys.0", b"", None, "n", None, None, 1, 0, None, used, 0, data.draw(amounts), tuple(sorted(windows)))
+    for shape, one in (("plain", row), ("hashed", replace(row, uses=data.draw(amounts), tokens=0, windows=()))):
+        made = usage_document(shape, one, Account(), NOW_US)  # type: ignore[arg-type]
+        assert new_usage(shape, one, NOW_US) == (made["count"], made["last_used_at"], made["state"])  # type: ignore[arg-type]
+        assert made["active_at"] is None
+
+
+async def test_others_may_write_while_an_import_prepares_its_keys(tmp_path: Path) -> None:
+    """The store is locked when all of a transaction's keys are there, not while they are awaited."""
+    async with Strongroom.open(new_url("sqlite", tmp_path)) as room:
+        await imported(room, plain_file(tmp_path, 3))
+        store = room.database.loading
+        assert store is not None
+
+        async def packs() -> Any:
+            await room.keys.create(name="meanwhile")
+            yield store.packer().pack([])
+
+        await asyncio.wait_for(store.load(packs(), NOW_US), 20)
+        assert len((await room.keys.list()).items) == 4
 
 
 async def test_a_load_leaves_the_indexes_as_they_were(tmp_path: Path) -> None:

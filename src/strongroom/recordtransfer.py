@@ -20,7 +20,7 @@ import msgspec
 from .accounts import ACTIVE_US, CONCURRENCY, Account, KeyUsage, allowances
 from .apikey import ALL_TENANTS, ApiKey, due_at
 from .context import Context, check_tenant, us_from_utc, utc_from_us
-from .database import Database, Transaction
+from .database import Database, Transaction, with_fields
 from .entity import Entity
 from .errors import AlreadyExists, Conflict, InvalidInput, NotFound, Problem, StoreError, TooLarge
 from .keyhash import sha256_of
@@ -30,8 +30,10 @@ from .keytext import Hasher, HintRule, hint_of_imported, imported_hmac, imported
 from .keytransfer import KEYS_PER_COMMIT, READS_AT_ONCE, Difference, Standing
 from .query import MAX_IN, MAX_LIMIT, Query, Where
 from .quotas import Quota
+from .recordload import MIN_LOADED, load
 
 T = TypeVar("T")
+_PATTERN = ApiKey(tenant="pattern", name="pattern", hash="pattern", display="pattern")
 _NOT_COMPARED = frozenset({"created_at", "previous_until", "display"})
 """Fields that are as they were at the import, or that a use or a rotation here has changed since."""
 _COPIED = (
@@ -171,11 +173,27 @@ class RecordImport:
         """Add what is new and, with `update`, set what differs. The usage of what was used here since stays."""
         work = [p for p in planned if p.standing is Standing.NEW or (update and p.standing is Standing.CHANGED)]
         await self._prepare(work)
+        new = [(p, p.record) for p in work if p.standing is Standing.NEW and isinstance(p.record, KeyRecord)]
+        if await self._load(new):
+            work = [p for p in work if p.standing is not Standing.NEW or isinstance(p.record, QuotaRecord)]
         for chunk in _chunks(work, KEYS_PER_COMMIT):
             try:
                 await self._commit(chunk)
             except (AlreadyExists, Conflict, NotFound):  # someone else wrote meanwhile
                 await self._commit(await self._planned_again(chunk), replace_usage=True)
+
+    async def _load(self, new: Sequence[tuple[PlannedRecord, KeyRecord]]) -> bool:
+        """Write new keys all at once, if the store can and nobody has written one of them meanwhile."""
+        if self._database.loading is None or len(new) < MIN_LOADED:
+            return False
+        taken = await self._taken(record for _, record in new)
+        made = [(self._key(record, taken), _usage_of(p.id, record.usage or UsageLine())) for p, record in new]
+        try:
+            loaded = await load(self._database, self._context, made)
+        except (AlreadyExists, Conflict):
+            return False
+        self.committed += len(new) if loaded else 0
+        return loaded
 
     async def _prepare(self, work: Sequence[PlannedRecord]) -> None:
         """What the store must remember of where these keys come from."""
@@ -254,6 +272,9 @@ class RecordImport:
     def _entity(self, record: Record, taken: set[str]) -> ApiKey | Quota:
         if isinstance(record, QuotaRecord):
             return Quota(id=record.id, tenant=record.tenant, **record.fields)
+        return self._key(record, taken)
+
+    def _key(self, record: KeyRecord, taken: set[str]) -> ApiKey:
         sha256 = sha256_of(record.hash)
         text = record.text
         fields = dict(record.fields)
@@ -262,17 +283,22 @@ class RecordImport:
         if fields.get("rotate_every_s") is not None and fields.get("next_rotation_at") is None:
             fields["next_rotation_at"] = _now() + timedelta(seconds=fields["rotate_every_s"])
         usage = record.usage or UsageLine()
-        return ApiKey(
-            id=record.id,
-            tenant=record.tenant,
-            hash=self._hasher.hash(text) if text is not None else self._stored_digest(record) or _slot(record, taken),
-            sealed=self._hasher.seal(sha256) if text is not None and sha256 is not None else None,
-            previous_hash=self._previous(record, taken),
-            verifier=_salted(record),
-            last_used=usage.last_used_at,
-            usage_count=usage.count,
-            due_at=due_at(fields.get("next_rotation_at"), fields.get("deleted_at")),
-            **fields,
+        return (
+            with_fields(  # its fields were judged when it was read, and to validate a key takes as long as to write it
+                _PATTERN,
+                id=record.id,
+                tenant=record.tenant,
+                hash=self._hasher.hash(text)
+                if text is not None
+                else self._stored_digest(record) or _slot(record, taken),
+                sealed=self._hasher.seal(sha256) if text is not None and sha256 is not None else None,
+                previous_hash=self._previous(record, taken),
+                verifier=_salted(record),
+                last_used=usage.last_used_at,
+                usage_count=usage.count,
+                due_at=due_at(fields.get("next_rotation_at"), fields.get("deleted_at")),
+                **fields,
+            )
         )
 
     def _previous(self, record: KeyRecord, taken: set[str]) -> str | None:
@@ -332,9 +358,13 @@ def _display(record: KeyRecord) -> str:
 # --- Usage ------------------------------------------------------------------------------------------------------
 
 
+_NO_USAGE = KeyUsage()
+
+
 def _usage_of(id: str, line: UsageLine) -> KeyUsage:
     told = {"told"} if line.told else ()
-    return KeyUsage(
+    return with_fields(
+        _NO_USAGE,
         id=id,
         count=line.count,
         last_used_at=line.last_used_at,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 MAX_SHOWN = 100
 """Rows of each kind that a report for people names; with --json MAX_KEPT."""
 MAX_KEPT = 10_000
-ROWS_AT_ONCE = 500
+ROWS_AT_ONCE = 2_000
 
 
 def is_records(file: Path) -> bool:
