@@ -12,55 +12,56 @@ import asyncio
 import functools
 import hashlib
 import logging
-from collections import OrderedDict
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Any, Literal, cast
+from typing import Any, cast
 from weakref import WeakValueDictionary
 
-import msgspec
-
-from .accounts import CONCURRENCY, Outcome
+from .accounts import Outcome
 from .changes import ChangeFeed
 from .charges import HoldChange
 from .clock import Clock
 from .context import Context, new_id, system_context, us_from_utc, utc_from_us
 from .database import Database
 from .entity import Entity, Index
-from .errors import AlreadyExists, Conflict, InvalidInput, NotFound, Problem, StrongroomError, Unavailable
+from .errors import AlreadyExists, Conflict, NotFound, StrongroomError, Unavailable
+from .heldreservations import HeldReservations
 from .keytext import Hasher
 from .knownkey import KnownKey
-from .lending import LOCAL, Entries, Lending, LocalHold
+from .lending import LOCAL
+from .reserving import (
+    DEFAULT_TTL_S,
+    MAX_TTL_S,
+    State,
+    amounts,
+    as_reservation,
+    held_answer,
+    minus,
+    open_answer,
+    plus,
+    reserved_units,
+    used_since,
+    with_changes,
+)
 from .storage.port import Create, Put
 from .transaction import is_expired
 from .usage import KeyChanged, Ledger
 from .verification import (
     NOT_FOUND,
-    ONE_REQUEST,
-    LimitStatus,
     Reservation,
-    Verification,
     admitted,
-    check_address,
     cost_units,
     exceeded,
     refused,
-    share_status,
 )
-from .verifier import MAX_KEY_ATTEMPTS, Usage, Verifier, _Sum, may_see
-from .windows import Amount, from_units
+from .verifier import MAX_KEY_ATTEMPTS, may_see
+from .windows import Amount
 
 NAME = "reservations"
-DEFAULT_TTL_S = 60
-MAX_TTL_S = 86_400
 REMEMBERED_US = 86_400_000_000
 """How long after its end a reservation is remembered, so that what is done to it twice is done once."""
-MAX_SETTLED = 10_000
-"""Reservations in memory that are remembered after they were settled."""
 _SECOND = 1_000_000
 _log = logging.getLogger(__name__)
-
-State = Literal["open", "settled", "released"]
 
 
 class StoredReservation(
@@ -81,7 +82,7 @@ class StoredReservation(
     forget_at: datetime
 
 
-class Reservations(Verifier):
+class Reservations(HeldReservations):
     """Verifies keys, and reserves their limits."""
 
     def __init__(
@@ -93,7 +94,6 @@ class Reservations(Verifier):
         feed: ChangeFeed | None = None,
     ) -> None:
         super().__init__(database, ledger, hasher, clock, feed)
-        self._settled: OrderedDict[str, tuple[dict[str, int], Reservation]] = OrderedDict()
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._releasing: set[asyncio.Task[None]] = set()
 
@@ -119,7 +119,7 @@ class Reservations(Verifier):
         process's leases cover it. The same call with the same idempotency key (within a day) is one reservation, a
         durable one. Raises InvalidInput with every problem; never for a key.
         """
-        units = _reserved(cost, ttl_s, ip)
+        units = reserved_units(cost, ttl_s, ip)
         lending = self._ledger.lending
         in_memory = lending is not None and not durable and idempotency_key is None
         if lending is not None and in_memory:
@@ -130,22 +130,22 @@ class Reservations(Verifier):
                 ends_us = now_us + ttl_s * _SECOND
                 held = lending.hold(known.metered, units, now_us, ends_us, known, model, route)
                 if held is not None:
-                    return _in_memory(known, *held, "open", expires_at=utc_from_us(ends_us))
+                    return held_answer(known, *held, "open", expires_at=utc_from_us(ends_us))
         for _ in range(MAX_KEY_ATTEMPTS):
             now_us = self._clock.now_us()
             key = await self.cache.find(text, now_us)
             if key is None or (tenant is not None and key.tenant != tenant):
-                return _as_reservation(NOT_FOUND)
+                return as_reservation(NOT_FOUND)
             refusal = key.refusal(now_us, permission, ip, model, route)
             if refusal is not None:
-                return _as_reservation(refused(key, *refusal))
+                return as_reservation(refused(key, *refusal))
             if not await self.cache.is_current(key):
                 continue
             ends_us = now_us + ttl_s * _SECOND
             if lending is not None and in_memory:
                 held = lending.hold(key.metered, units, now_us, ends_us, key, model, route)
                 if held is not None:
-                    return _in_memory(key, *held, "open", expires_at=utc_from_us(ends_us))
+                    return held_answer(key, *held, "open", expires_at=utc_from_us(ends_us))
             stored = StoredReservation(
                 id=new_id("rsv_") if idempotency_key is None else _derived(actor, key.id, idempotency_key),
                 key_id=key.id,
@@ -205,8 +205,8 @@ class Reservations(Verifier):
         except (AlreadyExists, Conflict):
             return None  # another node's: it is read at the next attempt
         if outcome.allowed:
-            return _open(key, id, admitted(key, outcome.statuses).limits, ends_us)
-        return _as_reservation(exceeded(key, outcome, stored.holds))
+            return open_answer(key, id, admitted(key, outcome.statuses).limits, ends_us)
+        return as_reservation(exceeded(key, outcome, stored.holds))
 
     def _unheard(self, id: str, future: asyncio.Future[Outcome]) -> None:
         """Release a reservation whose caller went away while it was made, instead of holding it to its end."""
@@ -227,8 +227,8 @@ class Reservations(Verifier):
             raise Conflict("the idempotency key was used for a different request: take a new one")
         if before.state == "open":
             self._must_be_open(before, now_us)
-        answer = _open(key, before.id or "", [], us_from_utc(before.expires_at))
-        return _changed(answer, state=before.state, charged=_shown(before.used))
+        answer = open_answer(key, before.id or "", [], us_from_utc(before.expires_at))
+        return with_changes(answer, state=before.state, charged=amounts(before.used))
 
     async def settle(
         self, reservation_id: str, cost: Mapping[str, Amount], *, context: Context | None = None
@@ -265,9 +265,9 @@ class Reservations(Verifier):
         The answer is not valid if more is asked than the limits have; the reservation is then as it was. Raises
         InvalidInput, NotFound, Conflict.
         """
-        units = None if cost is None else _reserved(cost, ttl_s, None)
+        units = None if cost is None else reserved_units(cost, ttl_s, None)
         if cost is None:
-            _reserved({}, ttl_s, None)
+            reserved_units({}, ttl_s, None)
         spent = {} if used is None else cost_units(used)
         if reservation_id.startswith(LOCAL):
             return await self._extend_local(reservation_id, ttl_s, units, spent, context)
@@ -287,9 +287,9 @@ class Reservations(Verifier):
             key = await self._key_of(stored.key_id)
             now_us = self._clock.now_us()
             self._must_be_open(stored, now_us)
-            more = _more(stored.used, spent, "used")
-            wanted = units if units is not None else _plus(stored.holds, stored.used)
-            holds = _minus(wanted, spent)
+            more = used_since(stored.used, spent, "used")
+            wanted = units if units is not None else plus(stored.holds, stored.used)
+            holds = minus(wanted, spent)
             ends_us = now_us + ttl_s * _SECOND
             changes = {
                 "holds": holds,
@@ -304,9 +304,9 @@ class Reservations(Verifier):
                 continue
             if not outcome.allowed:
                 denied = exceeded(key, outcome, wanted)
-                return _as_reservation(denied, reservation_id, "open", charged=_shown(stored.used))
-            answer = _open(key, reservation_id, admitted(key, outcome.statuses).limits, ends_us)
-            return _changed(answer, charged=_shown({**stored.used, **spent}))
+                return as_reservation(denied, reservation_id, "open", charged=amounts(stored.used))
+            answer = open_answer(key, reservation_id, admitted(key, outcome.statuses).limits, ends_us)
+            return with_changes(answer, charged=amounts({**stored.used, **spent}))
         raise Unavailable("the reservation is being changed too quickly: try again")
 
     async def _end(self, id: str, units: dict[str, int] | None, state: State, context: Context | None) -> Reservation:
@@ -319,13 +319,13 @@ class Reservations(Verifier):
                 raise Conflict(f"the reservation was {stored.state} before")
             self._must_be_open(stored, self._clock.now_us())
             key = await self._key_of(stored.key_id)
-            more = {} if units is None else _more(stored.used, units)
+            more = {} if units is None else used_since(stored.used, units)
             outcome = await self._change_hold(
                 stored, key, HoldChange(id, None, {}, open=True), more, {"used": total, "state": state, "holds": {}}
             )
             if outcome is not None:
                 answer = admitted(key, outcome.statuses)
-                return _as_reservation(answer, id, state, charged=_shown(total))
+                return as_reservation(answer, id, state, charged=amounts(total))
         raise Unavailable("the reservation is being changed too quickly: try again")
 
     async def _change_hold(
@@ -360,12 +360,6 @@ class Reservations(Verifier):
             raise NotFound(f"there is no reservation {id[:64]!r}")
         return stored
 
-    async def _key_of(self, id: str) -> KnownKey:
-        key = await self.cache.by_id(id)
-        if key is None:
-            raise NotFound("the key of this reservation was removed")
-        return key
-
     @staticmethod
     def _must_be_open(stored: StoredReservation, now_us: int) -> None:
         if stored.state != "open":
@@ -376,189 +370,13 @@ class Reservations(Verifier):
     async def _ended(self, stored: StoredReservation) -> Reservation:
         key = await self._key_of(stored.key_id)
         statuses = await self._ledger.statuses(key.metered, self._clock.now_us())
-        return _as_reservation(admitted(key, statuses), stored.id, stored.state, charged=_shown(stored.used))
-
-    # --- In memory --------------------------------------------------------------------------------------------
-
-    async def _settle_local(self, id: str, units: dict[str, int] | None, context: Context | None) -> Reservation:
-        state: State = "released" if units is None else "settled"
-        done = self._settled.get(id)
-        if done is not None and may_see(context, done[1].tenant or ""):
-            if done[1].state == state and (units is None or done[0] == units):
-                return done[1]
-            raise Conflict(f"the reservation was {done[1].state} before")
-        lending, hold = self._local(id, context)
-        total = hold.used if units is None else {**hold.used, **units}
-        more = {} if units is None else units if not hold.used else _more(hold.used, units)
-        limits: list[LimitStatus] | None = None
-        if hold.recording:
-            if units is None:
-                raise Conflict("the reservation is being settled")
-            limits = await self._record_whole(lending, id, hold, more)
-        elif units is None:
-            lending.end(id)
-        elif hold.key.stale or not lending.settle(id, more, self._clock.now_us()):
-            # More than this process holds, its lease has ended, or the limits are others now: it happened, so it is
-            # recorded whole.
-            limits = await self._record_whole(lending, id, hold, more)
-        settled = _in_memory(hold.key, id, hold.entries, state, limits=limits, charged=_shown(total))
-        self._settled[id] = (units if units is not None else {}, settled)
-        if len(self._settled) > MAX_SETTLED:
-            self._settled.popitem(last=False)
-        return settled
-
-    async def _record_whole(
-        self, lending: Lending, id: str, hold: LocalHold, more: dict[str, int]
-    ) -> list[LimitStatus]:
-        """Settle by a record of what was used. If that fails, or its answer is lost, the reservation goes on, and the
-        same settlement again is charged once."""
-        hold.recording = True
-        answer = await self._record_hold(hold, more, f"{id} settled", 1)
-        lending.end(id)
-        return answer.limits
-
-    async def _record_hold(self, hold: LocalHold, units: dict[str, int], once: str, count: int) -> Verification:
-        """Charge what was used of a reservation in memory by a commit; of a key that was deleted meanwhile too."""
-        key = await self._key_of(hold.key.id)
-        event = Usage(_shown(units), key_id=key.id, model=hold.model, route=hold.route, idempotency_key=once)
-        answer = await self._record_sum(_Sum(key, units, count, event), "system", None)
-        if answer is None:
-            raise NotFound("the key of this reservation was removed")
-        return answer
-
-    async def _extend_local(
-        self, id: str, ttl_s: int, units: dict[str, int] | None, used: dict[str, int], context: Context | None
-    ) -> Reservation:
-        lending, hold = self._local(id, context)
-        key = hold.key
-        now_us = self._clock.now_us()
-        more = _more(hold.used, used, "used")
-        if hold.recording:
-            raise Conflict("the reservation is being settled")
-        wanted = units if units is not None else _plus(dict(hold.cost), hold.used)
-        ends_us = now_us + ttl_s * _SECOND
-        if not lending.change(id, _plus(_minus(wanted, used), more), ends_us, now_us):
-            denied = _denied(key, hold.entries, wanted)
-            return _as_reservation(denied, id, "open", charged=_shown(hold.used))
-        if more:
-            lending.change(id, _minus(wanted, used), ends_us, now_us)
-            if not lending.settle(id, more, now_us, last=False):
-                await self._record_hold(hold, more, f"{id} used {sorted(used.items())}", 0)
-            hold.used = {**hold.used, **used}
-        charged, expires_at = _shown(hold.used), utc_from_us(ends_us)
-        return _in_memory(key, id, hold.entries, "open", charged=charged, expires_at=expires_at)
-
-    def _local(self, id: str, context: Context | None) -> tuple[Lending, LocalHold]:
-        lending = self._ledger.lending
-        hold = lending.held(id, self._clock.now_us()) if lending is not None else None
-        if lending is None or hold is None or not may_see(context, hold.key.tenant):
-            raise NotFound(f"there is no reservation {id[:64]!r} in this process, or it has ended")
-        return lending, hold
-
-
-# --- Helpers ---------------------------------------------------------------------------------------------------
-
-
-def _reserved(cost: Mapping[str, Amount] | None, ttl_s: int, ip: str | None) -> dict[str, int]:
-    """What is to be held, one of `concurrency` included. Raises InvalidInput with every problem."""
-    problems: list[Problem] = []
-    if type(ttl_s) is not int or not 1 <= ttl_s <= MAX_TTL_S:
-        problems.append(Problem("ttl_s", f"found {ttl_s!r}, expected 1 to {MAX_TTL_S} seconds"))
-    units: dict[str, int] = {}
-    try:
-        units = dict(ONE_REQUEST) if cost is None else cost_units(cost, reserving=True)
-    except InvalidInput as error:
-        problems += error.problems
-    if ip is not None:
-        try:
-            check_address(ip)
-        except InvalidInput as error:
-            problems += error.problems
-    if problems:
-        raise InvalidInput(problems)
-    units.setdefault(CONCURRENCY, 1)
-    return units
+        return as_reservation(admitted(key, statuses), stored.id, stored.state, charged=amounts(stored.used))
 
 
 def _derived(actor: str, key_id: str, idempotency_key: str) -> str:
     """The id of a reservation that is made once for an idempotency key."""
     text = f"{actor}\x00{key_id}\x00{idempotency_key}"
     return "rsv_" + hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:40]
-
-
-def _more(before: Mapping[str, int], total: Mapping[str, int], field: str = "cost") -> dict[str, int]:
-    """What has been used since `before`. InvalidInput if it is less in all: what was charged stays charged."""
-    problems = [
-        Problem(
-            f"{field}.{name}",
-            f"found {from_units(name, units)}, expected at least the {from_units(name, least)} that were reported",
-        )
-        for name, units in total.items()
-        if units < (least := before.get(name, 0))
-    ]
-    if problems:
-        raise InvalidInput(problems)
-    return {name: units - before.get(name, 0) for name, units in total.items()}
-
-
-def _minus(wanted: Mapping[str, int], used: Mapping[str, int]) -> dict[str, int]:
-    return {name: max(0, units - used.get(name, 0)) for name, units in wanted.items()}
-
-
-def _plus(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
-    return {
-        name: one.get(name, 0) + other.get(name, 0) for name in (*one, *(name for name in other if name not in one))
-    }
-
-
-def _shown(units: Mapping[str, int]) -> dict[str, Amount]:
-    return {name: from_units(name, amount) for name, amount in units.items()}
-
-
-def _as_reservation(answer: Verification, id: str | None = None, state: str | None = None, **more: Any) -> Reservation:
-    fields = {name: getattr(answer, name) for name in Verification.__struct_fields__}
-    return Reservation(**fields, reservation_id=id, state=state, **more)
-
-
-def _changed(answer: Reservation, **changes: Any) -> Reservation:
-    return msgspec.structs.replace(answer, **changes)
-
-
-def _open(key: KnownKey, id: str, limits: list[LimitStatus], ends_us: int) -> Reservation:
-    answer = _as_reservation(admitted(key, ()), id, "open", expires_at=utc_from_us(ends_us))
-    return _changed(answer, limits=limits)
-
-
-def _in_memory(
-    key: KnownKey, id: str, entries: Entries, state: State, *, limits: list[LimitStatus] | None = None, **more: Any
-) -> Reservation:
-    """The answer to what was done with a reservation in memory."""
-    shown = [share_status(share) for share, _ in entries] if limits is None else limits
-    return Reservation(
-        True,
-        "VALID",
-        key.id,
-        key.tenant,
-        key.user_id,
-        key.permissions,
-        key.metadata,
-        shown,
-        reservation_id=id,
-        state=state,
-        **more,
-    )
-
-
-def _denied(key: KnownKey, entries: Entries, wanted: Mapping[str, int]) -> Verification:
-    """The refusal of an extension for which this process's shares do not suffice."""
-    limits = [share_status(share) for share, _ in entries]
-    denied = [
-        msgspec.structs.replace(status, exceeded=True)
-        for status in limits
-        if wanted.get(status.resource) and status.resource != CONCURRENCY
-    ]
-    answer = refused(key, "USAGE_EXCEEDED", "this process's share of the limits does not suffice for so much more")
-    return msgspec.structs.replace(answer, limits=denied or limits)
 
 
 __all__ = ["DEFAULT_TTL_S", "MAX_TTL_S", "Reservations", "StoredReservation"]

@@ -1,0 +1,126 @@
+"""Reservations in this process's memory, which its leases cover: settled, extended and released without a commit.
+
+More than this process holds is charged by a commit all the same, whole: it happened.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from .changes import ChangeFeed
+from .clock import Clock
+from .context import Context, utc_from_us
+from .database import Database
+from .errors import Conflict, NotFound, Unavailable
+from .keytext import Hasher
+from .knownkey import KnownKey
+from .lending import Lending, LocalHold
+from .reserving import State, amounts, as_reservation, held_answer, minus, not_covered, plus, used_since
+from .usage import KeyChanged, Ledger
+from .verification import LimitStatus, Reservation, Verification, admitted
+from .verifier import MAX_KEY_ATTEMPTS, Usage, Verifier, _Sum, may_see
+
+MAX_SETTLED = 10_000
+"""Reservations in memory that are remembered after they were settled."""
+_SECOND = 1_000_000
+
+
+class HeldReservations(Verifier):
+    """Verifies keys, and ends and extends the reservations that this process alone knows."""
+
+    def __init__(
+        self,
+        database: Database,
+        ledger: Ledger,
+        hasher: Hasher,
+        clock: Clock | None = None,
+        feed: ChangeFeed | None = None,
+    ) -> None:
+        super().__init__(database, ledger, hasher, clock, feed)
+        self._settled: OrderedDict[str, tuple[dict[str, int], Reservation]] = OrderedDict()
+
+    async def _settle_local(self, id: str, units: dict[str, int] | None, context: Context | None) -> Reservation:
+        state: State = "released" if units is None else "settled"
+        done = self._settled.get(id)
+        if done is not None and may_see(context, done[1].tenant or ""):
+            if done[1].state == state and (units is None or done[0] == units):
+                return done[1]
+            raise Conflict(f"the reservation was {done[1].state} before")
+        lending, hold = self._local(id, context)
+        total = hold.used if units is None else {**hold.used, **units}
+        more = {} if units is None else units if not hold.used else used_since(hold.used, units)
+        limits: list[LimitStatus] | None = None
+        if hold.recording:
+            if units is None:
+                raise Conflict("the reservation is being settled")
+            limits = await self._record_whole(lending, id, hold, more)
+        elif units is None:
+            lending.end(id)
+        elif hold.key.stale or not lending.settle(id, more, self._clock.now_us()):
+            # More than this process holds, its lease has ended, or the limits are others now: it happened, so it is
+            # recorded whole.
+            limits = await self._record_whole(lending, id, hold, more)
+        settled = held_answer(hold.key, id, hold.entries, state, limits=limits, charged=amounts(total))
+        self._settled[id] = (units if units is not None else {}, settled)
+        if len(self._settled) > MAX_SETTLED:
+            self._settled.popitem(last=False)
+        return settled
+
+    async def _record_whole(
+        self, lending: Lending, id: str, hold: LocalHold, more: dict[str, int]
+    ) -> list[LimitStatus]:
+        """Settle by a record of what was used. If that fails, or its answer is lost, the reservation goes on, and the
+        same settlement again is charged once."""
+        hold.recording = True
+        answer = await self._record_hold(hold, more, f"{id} settled", 1)
+        lending.end(id)
+        return answer.limits
+
+    async def _record_hold(self, hold: LocalHold, units: dict[str, int], once: str, count: int) -> Verification:
+        """Charge what was used of a reservation in memory by a commit; of a key that was deleted meanwhile too."""
+        key = await self._key_of(hold.key.id)
+        event = Usage(amounts(units), key_id=key.id, model=hold.model, route=hold.route, idempotency_key=once)
+        for _ in range(MAX_KEY_ATTEMPTS):
+            try:
+                outcome = await self._charge_sum(_Sum(key, units, count, event), "system", None)
+            except KeyChanged:
+                self.cache.outdated(key)
+                key = await self._key_of(key.id)
+            else:
+                return admitted(key, outcome.statuses)
+        raise Unavailable("the key is being changed too quickly to settle its reservation: try again")
+
+    async def _extend_local(
+        self, id: str, ttl_s: int, units: dict[str, int] | None, used: dict[str, int], context: Context | None
+    ) -> Reservation:
+        lending, hold = self._local(id, context)
+        key = hold.key
+        now_us = self._clock.now_us()
+        more = used_since(hold.used, used, "used")
+        if hold.recording:
+            raise Conflict("the reservation is being settled")
+        wanted = units if units is not None else plus(dict(hold.cost), hold.used)
+        ends_us = now_us + ttl_s * _SECOND
+        if not lending.change(id, plus(minus(wanted, used), more), ends_us, now_us):
+            denied = not_covered(key, hold.entries, wanted)
+            return as_reservation(denied, id, "open", charged=amounts(hold.used))
+        if more:
+            lending.change(id, minus(wanted, used), ends_us, now_us)
+            if not lending.settle(id, more, now_us, last=False):
+                await self._record_hold(hold, more, f"{id} used {sorted(used.items())}", 0)
+            hold.used = {**hold.used, **used}
+        charged, expires_at = amounts(hold.used), utc_from_us(ends_us)
+        return held_answer(key, id, hold.entries, "open", charged=charged, expires_at=expires_at)
+
+    def _local(self, id: str, context: Context | None) -> tuple[Lending, LocalHold]:
+        lending = self._ledger.lending
+        hold = lending.held(id, self._clock.now_us()) if lending is not None else None
+        if lending is None or hold is None or not may_see(context, hold.key.tenant):
+            raise NotFound(f"there is no reservation {id[:64]!r} in this process, or it has ended")
+        return lending, hold
+
+    async def _key_of(self, id: str) -> KnownKey:
+        key = await self.cache.by_id(id)
+        if key is None:
+            raise NotFound("the key of this reservation was removed")
+        return key
