@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from zoneinfo import ZoneInfo, available_timezones
 
 import pytest
@@ -41,6 +42,9 @@ ZONES = [
     "America/Montevideo",  # an hour and a half
 ]
 
+WEEKS = [datetime(1970, 1, 1, tzinfo=UTC) + timedelta(weeks=number) for number in range(75 * 365 // 7 + 4)]
+"""From 1970 to 2045."""
+
 
 def us(text: str) -> int:
     return us_from_utc(datetime.fromisoformat(text))
@@ -51,21 +55,19 @@ def transitions(name: str) -> tuple[int, ...]:
     """When the zone's offset changes from 1970 to 2045, to the second. (Two changes within a week may hide a third.)"""
     zone = ZoneInfo(name)
 
-    def offset(moment: int) -> timedelta | None:
-        return utc_from_us(moment).astimezone(zone).utcoffset()
+    def offset(moment: datetime) -> timedelta | None:
+        return moment.astimezone(zone).utcoffset()
 
     found = []
-    at, week, end = 0, 7 * 86_400 * SECOND, us("2045-01-01T00:00+00:00")
-    while at < end:
-        before, after = offset(at), at + week
-        if before != offset(after):
-            low, high = at, after
-            while high - low > SECOND:
-                middle = (low + high) // 2 // SECOND * SECOND
+    offsets = [offset(week) for week in WEEKS]
+    for (begin, before), (end, after) in pairwise(zip(WEEKS, offsets, strict=True)):
+        while before != after:
+            low, high = begin, end
+            while high - low > timedelta(seconds=1):
+                middle = low + (high - low) // timedelta(seconds=2) * timedelta(seconds=1)
                 low, high = (middle, high) if offset(middle) == before else (low, middle)
-            found.append(high)
-            after = high
-        at = after
+            found.append(us_from_utc(high))
+            begin, before = high, offset(high)
     return tuple(found)
 
 
