@@ -14,10 +14,9 @@ import pytest
 from hypothesis import given
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
+from strongroom.declaration import MAX_FIELDS, MAX_INDEXES
 from strongroom.entity import (
-    MAX_FIELDS,
     MAX_INDEXED_BYTES,
-    MAX_INDEXES,
     Counter,
     Document,
     Entity,
