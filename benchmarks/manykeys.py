@@ -10,7 +10,6 @@ verification of keys that no cache has, and the server's memory while ever more 
 from __future__ import annotations
 
 import asyncio
-import gc
 import hashlib
 import json
 import os
@@ -34,6 +33,7 @@ from strongroom.keyexport import Exported, export_rows, file_of
 from strongroom.keypieces import survey
 from strongroom.keytransfer import KeyImport
 from strongroom.query import MAX_LIMIT
+from strongroom.server.run import collect_rarely
 
 from .harness import Benchmark, Plan, percentiles_us
 from .servers import Server, strongroom_server
@@ -129,8 +129,7 @@ async def look(url: str, keys: int) -> dict[str, Any]:
     began = time.perf_counter()
     async with Strongroom.open(url) as room:
         found: dict[str, Any] = {"open_s": time.perf_counter() - began}
-        gc.collect()
-        gc.freeze()  # as the server does when it has started: or a full collection walks through all that is loaded
+        collect_rarely()  # as the server does when it has started
         (some,) = (await room.keys.list(limit=1)).items
         await room.keys.update(some.id, user_id="u1", owner="o1")
         middle = some.created_at or datetime.now(UTC)
