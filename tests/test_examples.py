@@ -69,6 +69,7 @@ def running(name: str, folder: Path) -> Iterator[tuple[str, httpx.Client]]:
         process.terminate()
         process.wait(PATIENCE_S)
         assert "Traceback" not in "".join(said), "".join(said)
+        assert "lifespan" not in "".join(said), "what is shown as an example causes no warning"
     finally:
         if process.poll() is None:
             process.kill()
