@@ -137,11 +137,14 @@ async def test_what_is_not_like_most_goes_by_asgi(by_asgi: list[str]) -> None:
     async with connected() as (served, connection):
         key = await served.make_key(limits=[LIMIT])
         ask = {"key": key["key"]}
-        await served.verify(key["key"])
-        by_asgi.clear()
+        reader, stranger = await served.manager("read"), await served.manager("write", tenant="other")
+        await in_memory(served, key["key"])
+        for manager in (reader, stranger):
+            await served.verify(key["key"], key=manager)
         unusual = [
             (request(ask, "Idempotency-Key: once"), 200),
             (request(ask, key="sr_nobody"), 401),
+            (request(ask, key=reader), 403),
             (request(b"{"), 400),
             (request({"key": 1, "cost": {"tokens": -1}, "more": 2}), 422),
             (request({**ask, "ip": "no address"}), 422),
@@ -155,6 +158,14 @@ async def test_what_is_not_like_most_goes_by_asgi(by_asgi: list[str]) -> None:
             assert status == expected, body
             assert len(by_asgi) == 1
             other.close()
+        old = request({**ask, "cost": {"tokens": 1}}, "Connection: keep-alive").replace(b"HTTP/1.1", b"HTTP/1.0")
+        other = Connection(served.app)
+        ((status, headers, _),) = await other.ask(old)
+        assert (status, headers["connection"]) == (200, "close")
+        by_asgi.clear()
+        ((status, _, body),) = await connection.ask(request(ask, key=stranger))
+        assert json.loads(body)["code"] == "NOT_FOUND"
+        assert not by_asgi
         ((status, _, body),) = await connection.ask(request({"key": 1, "more": 2}))
         assert [error["path"] for error in json.loads(body)["errors"]] == ["more", "key"]
 
@@ -181,7 +192,7 @@ async def test_answers_come_in_the_order_of_the_requests_however_these_are_cut(d
         key = await served.make_key(limits=[LIMIT])
         off = await disabled(served)
         if data.draw(st.booleans()):
-            await served.verify(key["key"], cost={"tokens": 0})
+            await in_memory(served, key["key"])
         kinds: dict[str, tuple[bytes, Callable[[int, JSON], bool]]] = {
             "charged": (request({"key": key["key"], "cost": {"tokens": 1}}), lambda s, a: a["code"] == "VALID"),
             "off": (request({"key": off["key"]}), lambda s, a: a["code"] == "DISABLED"),
@@ -248,8 +259,11 @@ async def test_an_error_of_the_charge_is_a_problem_document_of_this_request(monk
     async with connected() as (served, connection):
         data = await warm(served)
 
+        charges = []
+
         def failing(error: Exception) -> Callable[..., asyncio.Future[Any]]:
             def charge(*_: Any, **__: Any) -> asyncio.Future[Any]:
+                charges.append(error)
                 future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
                 future.set_exception(error)
                 return future
@@ -263,33 +277,71 @@ async def test_an_error_of_the_charge_is_a_problem_document_of_this_request(monk
             assert (status, headers["x-request-id"]) == (expected, "mine")
             assert headers["content-type"] == "application/problem+json"
             assert b"a secret" not in body
+            assert len(charges) == 1, "what failed was tried again, and may have been charged"
+            charges.clear()
         ((status, _, _),) = await connection.ask(data)
         assert status == 200
         assert served.app.services.gate.inside == 0
 
 
+@pytest.fixture
+def changed(monkeypatch: pytest.MonkeyPatch) -> list[asyncio.Future[Any]]:
+    """The first charge waits here, until it is told that its key was changed; those after it are real."""
+    charge = Ledger.charge
+    first: list[asyncio.Future[Any]] = []
+
+    def waiting(self: Ledger, *positional: Any, **named: Any) -> asyncio.Future[Any]:
+        if first:
+            return charge(self, *positional, **named)
+        first.append(asyncio.get_running_loop().create_future())
+        return first[0]
+
+    monkeypatch.setattr(Ledger, "charge", waiting)
+    return first
+
+
 async def test_a_key_that_was_changed_during_the_charge_is_asked_for_again(
-    monkeypatch: pytest.MonkeyPatch, by_asgi: list[str]
+    changed: list[asyncio.Future[Any]], by_asgi: list[str]
 ) -> None:
     async with connected() as (served, connection):
+        changed.append(asyncio.get_running_loop().create_future())
         data = await warm(served)
+        changed.clear()
         by_asgi.clear()
-        charge = Ledger.charge
-        calls = []
+        second = data.replace(b"mine", b"next")
+        head, gap, body = second.partition(b"\r\n\r\n")
+        connection.send(data + head + gap)  # the next request waits behind it, and its body is still to come
+        changed[0].set_exception(KeyChanged())
+        await wait_until(connection.answers)
+        connection.send(body)
+        await wait_until(lambda: len(connection.answers()) == 2)
+        assert [json.loads(body)["limits"][0]["used"] for _, _, body in connection.answers()] == [1, 2]
+        assert len(by_asgi) == 2
 
-        def once(self: Ledger, *positional: Any, **named: Any) -> asyncio.Future[Any]:
-            calls.append(1)
-            if len(calls) > 1:
-                return charge(self, *positional, **named)
-            future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-            future.set_exception(KeyChanged())
-            return future
 
-        monkeypatch.setattr(Ledger, "charge", once)
-        ((status, _, body),) = await connection.ask(data)
-        assert (status, json.loads(body)["limits"][0]["used"]) == (200, 1)
-        assert len(calls) == 2
-        assert len(by_asgi) == 1
+@pytest.mark.parametrize("gone", [True, False])
+async def test_a_connection_that_ends_during_the_charge_of_a_changed_key_ends(
+    changed: list[asyncio.Future[Any]], gone: bool
+) -> None:
+    async with connected() as (served, _):
+        changed.append(asyncio.get_running_loop().create_future())
+        data = await warm(served)
+        changed.clear()
+        other = Connection(served.app)
+        other.send(data)
+        if gone:
+            other.close()
+        else:
+            other.protocol.shutdown()
+        changed[0].set_exception(KeyChanged())
+        await asyncio.sleep(0)  # its future's callback
+        await wait_until(lambda: not other.protocol.tasks)
+        assert served.app.services.gate.inside == 0
+        if gone:
+            assert other.wire.sent == b""
+        else:
+            await wait_until(lambda: other.wire.closed)
+            assert other.answers()[0][1]["connection"] == "close"
 
 
 async def test_who_goes_away_is_charged_and_leaves_nothing_behind() -> None:
@@ -341,10 +393,11 @@ async def test_a_connection_may_verify_for_ever(monkeypatch: pytest.MonkeyPatch)
         data = await warm(served)
         off = await disabled(served)
         await in_memory(served, off["key"])
-        for body in (data, request({"key": off["key"]})) * 20:
-            connection.send(body[:40])
-            ((status, _, _),) = await connection.ask(body[40:])
-            assert status == 200
+        for body in (data, request({"key": off["key"]})):
+            for _ in range(30):
+                connection.send(body[:40])
+                ((status, _, _),) = await connection.ask(body[40:])
+                assert status == 200
         assert not connection.wire.closed
 
 

@@ -152,7 +152,6 @@ class Protocol(HttpToolsProtocol):
             and parser.get_http_version() == "1.1"
             and parser.should_keep_alive()
             and not parser.should_upgrade()
-            and not self.expect_100_continue
             and not self.flow.write_paused
             and (cycle is None or cycle.response_complete)  # else it waits its turn
         )
