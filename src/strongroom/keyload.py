@@ -8,6 +8,7 @@ killed.
 from __future__ import annotations
 
 import asyncio
+import gc
 import multiprocessing
 import multiprocessing.connection
 import signal
@@ -137,11 +138,15 @@ class Workers:
 def _work(pipe: multiprocessing.connection.Connection[Any, Any], task: Task) -> None:
     """The worker: a piece in, a pack out, until the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the import stops in order
+    gc.freeze()  # a piece is many small objects and hardly a cycle: looking for some between two pieces is enough
+    gc.disable()
     with suppress(EOFError, OSError):
         while True:
+            gc.collect()
             piece = pipe.recv()
             try:
                 answer: Pack | Exception = task.pack(piece)
             except Exception as error:
                 answer = error
             pipe.send(answer)
+            del answer

@@ -58,7 +58,7 @@ FIRST_LOAD, MOST_LOADED = 1_000, 30_000
 """Keys in the first transaction of a load, and in the largest one, where others use the store."""
 LOCKED_S = 0.5
 """How long others wait for such a transaction, about; the next is made larger or smaller by how long the last took."""
-MIN_FILL, FILL_GROWTH = 25_000, 3
+MIN_FILL, FILL_GROWTH = 100_000, 3
 """Keys in the second transaction that fills a store, and how many times as large as what is there already each further
 one is: each builds all indexes anew, so they are few."""
 FEW_KEYS = 1_000

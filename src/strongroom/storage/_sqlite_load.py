@@ -23,8 +23,9 @@ from ._sqlite_pack import JOURNAL, Part
 from ._sqlite_schema import connect
 from .port import Pack
 
-CACHE_KIB = 128 * 1024
-"""What a load keeps of the file in memory."""
+CACHE_KIB = 64 * 1024
+"""What a load keeps of the file in memory: the pages that new ids fall on, of some 500,000 keys. Others go to the log
+while the next keys are awaited, and not all at the end."""
 ROWS = 32
 """So many rows are one statement: SQLite looks up the journal's last number, and gives up the interpreter's lock, once
 for each statement."""
