@@ -113,7 +113,7 @@ def test_a_report_never_shows_a_key() -> None:
         ({"key": "sr_SR1" + "a" * 49}, "checksum"),
         ({"name": ...}, "keys.0.name: is missing"),
         ({"name": None}, "keys.0.name: found null, expected text"),
-        ({"name": 3}, "keys.0.name: found int, expected text"),
+        ({"name": 3}, "keys.0.name: found a number, expected text"),
         ({"name": "n" * 201}, "keys.0.name: found 201 characters, expected at most 200"),
         ({"token_limit_per_5h": ...}, "keys.0.token_limit_per_5h: is missing"),
         ({"token_limit_per_5h": True}, "found true or false, expected a number"),

@@ -254,7 +254,7 @@ async def test_many_who_put_one_quota_at_once_leave_one(room: Strongroom) -> Non
     ("wrong", "path", "message"),
     [
         ({"kind": "team"}, "kind", "found 'team', expected tenant, user or group"),
-        ({"kind": None}, "kind", "found NoneType, expected tenant, user or group"),
+        ({"kind": None}, "kind", "found null, expected tenant, user or group"),
         ({"name": ""}, "name", "found an empty text"),
         ({"kind": "tenant"}, "name", "a quota of kind tenant has no name"),
         ({"tenant": ""}, "tenant", "found an empty text"),

@@ -667,7 +667,7 @@ MESSAGES = [
         "found 'sliding', expected one of rolling, anchored, ",
     ),
     ({"window": {"seconds": 5}}, "window.kind", "is required: one of rolling, anchored, calendar or total"),
-    ({"window": 5}, "window", "found int, expected an object with a kind: rolling, anchored, calendar or total"),
+    ({"window": 5}, "window", "found a number, expected an object with a kind: rolling, anchored, calendar or total"),
     ({"window": None}, "window", "is required, with a kind: rolling, anchored, calendar or total"),
     (
         {"window": {"kind": "calendar", "unit": "year"}},
@@ -694,7 +694,7 @@ MESSAGES = [
     (
         {"refill": {"amount": 1, "unit": "day", "timezone": []}},
         "window.total.refill.timezone",
-        "found list, ",
+        "found a list, ",
     ),
     (
         {"refill": {"amount": 1, "seconds": 5, "timezone": "UTC"}},
@@ -703,7 +703,7 @@ MESSAGES = [
     ),
     ({"refill": {"amount": 0, "unit": "day"}}, "window.total.refill.amount", "found 0, expected more than 0"),
     ({"refill": {"amount": -0.5, "unit": "day"}}, "window.total.refill.amount", "found -0.5, expected more than 0"),
-    ({"refill": {"amount": "9", "unit": "day"}}, "window.total.refill.amount", "found str, expected a number"),
+    ({"refill": {"amount": "9", "unit": "day"}}, "window.total.refill.amount", "found text, expected a number"),
     ({"refill": {"amount": 1.5, "unit": "day"}}, "window.refill.amount", "found 1.5, expected a whole number"),
     (
         {"refill": {"amount": MAX_AMOUNT + 1, "unit": "day"}},

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from types import MappingProxyType
 from typing import Any
 
@@ -20,6 +21,13 @@ MAX_ACTOR_BYTES = 512
 _NO_CLAIMS: Mapping[str, Any] = MappingProxyType({})
 _SYSTEM_CLAIMS: Mapping[str, Any] = MappingProxyType({"admin": True})
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_KINDS: tuple[tuple[Any, str], ...] = (
+    (bool, "a boolean"),  # before the numbers, of which it is one to Python
+    ((int, float, Decimal), "a number"),
+    (str, "text"),
+    ((list, tuple), "a list"),
+    (Mapping, "an object"),
+)
 
 
 @functools.lru_cache(maxsize=4_096)  # the same few moments come again: the time of a commit, the end of a window
@@ -66,10 +74,20 @@ def check_tenant(tenant: str, path: str = "tenant") -> None:
         raise InvalidInput([Problem(path, problem)])
 
 
+def kind_of(value: object) -> str:
+    """What a value is, in the words of JSON, for messages: `a number`; Python's name for what JSON has not."""
+    if value is None:
+        return "null"
+    for types, name in _KINDS:
+        if isinstance(value, types):
+            return name
+    return type(value).__name__
+
+
 def text_problem(value: object, max_bytes: int) -> str | None:
     """Why `value` cannot be an identifier on every engine, or None if it can."""
     if not isinstance(value, str):
-        return f"found {type(value).__name__}, expected text"
+        return f"found {kind_of(value)}, expected text"
     if not value:
         return "found an empty text, expected at least one character"
     if "\x00" in value:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from .accounts import Account, KeyUsage
 from .apikey import parse
 from .clock import Clock
-from .context import MAX_TENANT_BYTES, Context, system_context, text_problem, utc_from_us
+from .context import MAX_TENANT_BYTES, Context, kind_of, system_context, text_problem, utc_from_us
 from .database import Database, Idempotency, Page, Replayed
 from .entity import MAX_ID_BYTES
 from .errors import Denied, InvalidInput, NotFound, Problem
@@ -296,7 +296,7 @@ def quota_stats(quota: Quota, account: Account, now_us: int) -> QuotaStats:
 def _kind_problem(kind: object) -> str | None:
     if kind in KINDS:
         return None
-    found = repr(kind[:64]) if isinstance(kind, str) else type(kind).__name__
+    found = repr(kind[:64]) if isinstance(kind, str) else kind_of(kind)
     return f"found {found}, expected tenant, user or group"
 
 

@@ -41,6 +41,7 @@ from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from .calendars import UNITS, CalendarUnit, calendar_span
+from .context import kind_of
 from .counters import BUCKETS_PER_WINDOW, SATURATED, Counter, RollingCounter, TotalCounter, counter_for
 
 MAX_WINDOW_S = 366 * 86_400 * 10
@@ -90,7 +91,7 @@ def _no_refill(value: Any) -> None:
 
 def _exact_number(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
-        raise ValueError(f"found {type(value).__name__}, expected a number")
+        raise ValueError(f"found {kind_of(value)}, expected a number")
     return Decimal(repr(value)) if isinstance(value, float) else value
 
 
@@ -203,7 +204,7 @@ def _at(location: tuple[str | int, ...], message: str) -> ValidationError:
 
 
 def _short(value: Any) -> str:
-    return repr(value[:64]) if isinstance(value, str) else type(value).__name__
+    return repr(value[:64]) if isinstance(value, str) else kind_of(value)
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -229,8 +230,8 @@ class Limit(_Model):
     routes: tuple[str, ...] = ()
 
     def applies(self, model: str | None, route: str | None) -> bool:
-        """Whether a call that names this model and this route is counted: one that names none is, where it is not asked
-        for. A name in the list may end in `*`."""
+        """Whether a call that names this model and this route is counted. A limit with models counts no call that names
+        none, and so with routes. A name in the list may end in `*`."""
         return (not self.models or _named(self.models, model)) and (not self.routes or _named(self.routes, route))
 
     @field_validator("limit")
@@ -302,7 +303,7 @@ def _named(names: tuple[str, ...], name: str | None) -> bool:
 def to_units(resource: str, amount: object) -> int:
     """An amount as units. ValueError, with what was found and expected, for what is not exact or not possible."""
     if isinstance(amount, bool) or not isinstance(amount, int | float | Decimal):
-        raise ValueError(f"found {type(amount).__name__}, expected a number")
+        raise ValueError(f"found {kind_of(amount)}, expected a number")
     if isinstance(amount, int):
         if not 0 <= amount <= (MAX_AMOUNT if resource != MONEY else MAX_AMOUNT // 10**6):
             raise ValueError(_out_of_range(resource, amount))

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from ..context import kind_of
 from ..errors import InvalidInput, Problem, StrongroomError, TooLarge, TooManyRequests
 from ..keys import Keys
 from ..verification import Verification, check_address, cost_units
@@ -265,13 +266,13 @@ def item_problems(
     for name in ("key", "permission", "ip", "model", "route"):
         value = fields.get(name)
         if not isinstance(value, str) and (value is not None or (name == "key" and name in fields)):
-            problems.append(Problem(f"{prefix}{name}", f"found {_kind(value)}, expected text"))
+            problems.append(Problem(f"{prefix}{name}", f"found {kind_of(value)}, expected text"))
     cost = fields.get("cost")
     if cost is not None:
         if isinstance(cost, dict):
             problems += _problems_of(costs, cost, prefix)
         else:
-            problems.append(Problem(f"{prefix}cost", f"found {_kind(cost)}, expected an object"))
+            problems.append(Problem(f"{prefix}cost", f"found {kind_of(cost)}, expected an object"))
     if isinstance(fields.get("ip"), str):
         problems += _problems_of(check_address, fields["ip"], prefix)
     return problems
@@ -283,11 +284,6 @@ def _problems_of(check: Callable[[Any], Any], value: Any, prefix: str) -> list[P
     except InvalidInput as error:
         return [Problem(f"{prefix}{problem.path}", problem.message) for problem in error.problems]
     return []
-
-
-def _kind(value: Any) -> str:
-    names = {str: "text", dict: "an object", list: "an array", type(None): "null", bool: "a boolean"}
-    return names.get(type(value), "a number")
 
 
 __all__ = ["Ask", "Gate", "Reply", "Verification", "VerifyRoute", "item_problems"]

@@ -14,7 +14,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 
-from ..context import Context, new_id, text_problem
+from ..context import Context, kind_of, new_id, text_problem
 from ..database import MAX_IDEMPOTENCY_KEY_BYTES
 from ..entity import problems_of
 from ..errors import Conflict, InvalidInput, Problem
@@ -72,8 +72,7 @@ def _not_json(value: Any, path: str) -> Iterator[Problem]:
 
 def expect_object(value: Any, path: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
-        kind = {list: "an array", str: "a text", type(None): "null", bool: "a boolean"}.get(type(value), "a number")
-        raise InvalidInput([Problem(path, f"found {kind}, expected an object")])
+        raise InvalidInput([Problem(path, f"found {kind_of(value)}, expected an object")])
     return value
 
 
