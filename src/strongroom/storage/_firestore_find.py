@@ -84,7 +84,8 @@ class Search:
 
     async def aggregate(self, aggregates: Sequence[Aggregate], where: Filter | None) -> dict[str, Any]:
         pushed = self._push(where, None) if where is not None else None
-        if (where is None or (pushed is not None and pushed.exact)) and all(map(self._is_native, aggregates)):
+        exact = where is None or (pushed is not None and pushed.exact)
+        if exact and all(map(self._is_native, aggregates)) and not self._is_beyond_indexes(aggregates, where):
             found = await self._aggregated(aggregates, pushed)
             if found is not None:
                 return found
@@ -329,6 +330,13 @@ class Search:
             return True
         kind = self._collection.type_of(item.field)
         return item.field not in self._lazy and kind in (FieldType.INT, FieldType.FLOAT)
+
+    def _is_beyond_indexes(self, aggregates: Sequence[Aggregate], where: Filter | None) -> bool:
+        """Whether a field is summed up over a range of names: behind the name no index of Firestore's has a field."""
+        return any(item.field is not None for item in aggregates) and any(
+            leaf.op in _RANGES and self._path_of(leaf.field) == "__name__"
+            for leaf in (leaves(where) if where is not None else ())
+        )
 
     async def _aggregated(self, aggregates: Sequence[Aggregate], pushed: Pushed | None) -> dict[str, Any] | None:
         """Firestore's own answer; None where it left int64, which it answers with a float."""

@@ -202,7 +202,7 @@ class Wire:
             if await self._was_so(found, moment):
                 return found, moment
             await pause(attempt)
-            self.billed["reads"] -= max(1, len(found))  # Firestore itself would not be asked again
+            self.billed["reads"] -= max(1, len(found))  # nor this once more
             found, _ = await self._read("query", once)
         raise Unavailable("query: Firestore's emulator gives answers that do not belong together", retry_after_s=1.0)
 
@@ -212,6 +212,7 @@ class Wire:
         if len(found) < 2:
             return True
         there, _ = await self.batch_get([document.name for document in found], moment)
+        self.billed["reads"] -= len(there)  # Firestore itself is not asked this
         return all(
             (then := there[document.name]) is not None and then.update_time == document.update_time
             for document in found

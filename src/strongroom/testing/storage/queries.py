@@ -255,6 +255,14 @@ class TestQueries(StorageSuite):
                     f"{one.name}: found {found[one.name]!r}, expected {expected[one.name]!r}"
                 )
 
+    @pytest.mark.parametrize("op", ["<", "<=", ">", ">="])
+    async def test_what_a_range_of_ids_comes_to(self, store: Store, op: str) -> None:
+        """Ids are the names of documents in some stores, which have indexes of their own."""
+        held = await fill(store, "acme", [sample(rank=number, ratio=number / 2) for number in range(5)])
+        where = checked(Query(Where("id", op, "d2"))).where
+        asked = [Aggregate("count"), *(Aggregate(kind, "rank") for kind in ("sum", "average"))]
+        assert await store.aggregate("samples", "acme", asked, where) == aggregate(asked, where, SAMPLES, held)
+
     async def test_the_sum_of_nothing_is_0_of_the_fields_type_and_its_average_none(self, store: Store) -> None:
         asked = [Aggregate(kind, name) for kind in ("sum", "average") for name in ("rank", "ratio", "price")]
         expected = {
