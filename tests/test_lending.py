@@ -6,16 +6,18 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Coroutine, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from strongroom import Anchored, Calendar, Limit, Refill, Rolling, Total, usage
+from strongroom import Anchored, Calendar, Limit, Refill, Rolling, Total, shares, usage
 from strongroom.accounts import Account
 from strongroom.errors import Conflict, Unavailable
 
@@ -75,7 +77,9 @@ class Machine(RuleBasedStateMachine):
         self.killed = False
         """The log of a process that was killed tells what it had spent of its limits, not its lifetime totals."""
         self.believed = usage.BELIEVED_FOR_S
-        usage.BELIEVED_FOR_S = 0.0  # the machine's time is not the test's
+        # The machine's time is not the test's: by it leases would have other sizes each time.
+        usage.BELIEVED_FOR_S = 0.0
+        shares.time = SimpleNamespace(monotonic=lambda: self.cluster.world.now_us / 1_000_000)  # type: ignore[assignment]
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return self.loop.run_until_complete(asyncio.wait_for(coroutine, 2 * PATIENCE_S))
@@ -327,12 +331,13 @@ class Machine(RuleBasedStateMachine):
             hold_the_limit(self.cluster.quota[0], together, "tenant", certain=self.certain)
 
     def teardown(self) -> None:
-        usage.BELIEVED_FOR_S = self.believed
         try:
             if hasattr(self, "cluster"):
                 self.run(self._all_is_counted())
                 self.run(self.cluster.close())
         finally:
+            usage.BELIEVED_FOR_S = self.believed
+            shares.time = time  # type: ignore[attr-defined]
             shutil.rmtree(self.folder, ignore_errors=True)
             self.loop.close()
 
