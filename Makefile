@@ -1,8 +1,8 @@
 # Strongroom's tasks, one line each. `make` lists them. Everything is installed into .venv, from hash-locked files.
 PYTHON ?= python3
 ARGS ?=
-# Test processes: auto is one a core; 0 runs in this process (for a debugger).
-WORKERS ?= auto
+# Test processes: two a core, since half of a test is waiting; 0 runs in this process (for a debugger).
+WORKERS ?= $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) * 2)))
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -31,8 +31,9 @@ serve: .venv/.serve ## run the server on SQLite under ./data, at http://127.0.0.
 test: .venv/.dev ## run all the tests but the soak tests; ARGS="-k keys" passes on to pytest
 	@.venv/bin/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
-soak: .venv/.dev ## run the tests that take minutes, one after the other
+soak: .venv/.dev ## run the tests that take minutes, then all that make up their examples with many more of them
 	@.venv/bin/python -m pytest -m soak -n 0 --timeout 3600 $(ARGS)
+	@.venv/bin/python -m pytest -m "hypothesis and not soak" --hypothesis-profile thorough -n $(WORKERS) --dist loadgroup --timeout 3600 $(ARGS)
 
 lint: .venv/.dev ## ruff, mypy --strict and the direction of imports
 	@.venv/bin/ruff check .

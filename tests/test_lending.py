@@ -434,5 +434,5 @@ def hold_the_limit(limit: Limit, tokens: Mapping[int, int], whose: str, *, certa
                     assert worst <= limit.limit + REFILL * refills, f"{whose}: {worst} with {refills} refills"
 
 
-Machine.TestCase.settings = settings(settings.get_profile("quick"), max_examples=120, stateful_step_count=20)
+Machine.TestCase.settings = settings(settings(), max_examples=max(60, settings().max_examples), stateful_step_count=20)
 TestLeases = Machine.TestCase

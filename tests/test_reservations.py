@@ -858,5 +858,5 @@ class Machine(RuleBasedStateMachine):
         self.loop.close()
 
 
-Machine.TestCase.settings = settings(settings.get_profile("quick"), max_examples=100, stateful_step_count=40)
+Machine.TestCase.settings = settings(settings(), max_examples=max(60, settings().max_examples), stateful_step_count=40)
 TestReservations = Machine.TestCase

@@ -20,7 +20,7 @@ from tests.serving import ADMIN, Reply, Served, serving
 
 load_all_checks()
 EXAMPLES = max(3, settings().max_examples // 10)
-"""Of each operation and mode: 3, or 100 with `--hypothesis-profile=thorough`."""
+"""Of each operation and mode: 3, or 20 with `--hypothesis-profile=thorough`."""
 CHECKS = [not_a_server_error, content_type_conformance, response_schema_conformance]
 
 

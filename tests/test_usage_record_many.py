@@ -30,7 +30,7 @@ def events_of(made: list[IssuedKey]) -> list[Usage]:
     return [Usage(COST, key=one.text) for one in made]
 
 
-async def used(room: Strongroom, made: list[IssuedKey]) -> list[int]:
+async def used(room: Strongroom, made: list[IssuedKey]) -> list[Any]:
     return [(await room.keys.stats(one.key.id)).totals["tokens"] for one in made]
 
 
