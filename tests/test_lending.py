@@ -79,7 +79,7 @@ class Machine(RuleBasedStateMachine):
         self.believed = usage.BELIEVED_FOR_S
         # The machine's time is not the test's: by it leases would have other sizes each time.
         usage.BELIEVED_FOR_S = 0.0
-        shares.time = SimpleNamespace(monotonic=lambda: self.cluster.world.now_us / 1_000_000)  # type: ignore[assignment]
+        shares.time = SimpleNamespace(monotonic=lambda: self.cluster.world.now_us / 1_000_000)  # type: ignore[assignment,attr-defined]
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return self.loop.run_until_complete(asyncio.wait_for(coroutine, 2 * PATIENCE_S))

@@ -353,6 +353,30 @@ async def test_charges_that_arrive_together_share_a_commit(cluster: Cluster) -> 
     assert await cluster.used(key.id) == {"requests": 500}
 
 
+async def test_callers_who_ask_again_a_moment_later_share_a_commit_and_one_who_is_alone_does_not_wait(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(usage, "GATHER_PART", 1e9)
+    monkeypatch.setattr(usage, "MAX_GATHER_S", 2 * PATIENCE_S)  # who waits for others now waits for ever
+    key = await cluster.key(rolling("requests", 1_000))
+
+    def charge() -> asyncio.Future[Outcome]:
+        return cluster.one.ledger.charge(metered(key), {"requests": 1})
+
+    async with asyncio.timeout(PATIENCE_S):
+        for _ in range(5):
+            await charge()
+        for count in (10, 10, 10):
+            await settled([charge() for _ in range(count)])
+        before = len(cluster.one.store.batches)
+        first = [charge() for _ in range(5)]
+        for _ in range(3):
+            await asyncio.sleep(0)
+        await settled([*first, *(charge() for _ in range(5))])
+    assert len(cluster.one.store.batches) == before + 1
+    assert await cluster.used(key.id) == {"requests": 45}
+
+
 async def test_no_charge_is_answered_before_it_is_durable(cluster: Cluster) -> None:
     key = await cluster.key(rolling("requests", 10))
     cluster.one.store.gate = asyncio.Event()
