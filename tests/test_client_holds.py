@@ -113,9 +113,9 @@ async def test_a_hold_whose_answers_were_lost_is_settled_once(client: Any, conne
 
 async def test_a_hold_outlives_its_time_while_its_stream_goes_on(client: Any) -> None:
     issued = await client.keys.create("long", limits=[Limit("tokens", 100, Window.total())])
-    async with client.reservations.hold(issued.text, {"tokens": 50}, ttl_s=1) as hold:
+    async with client.reservations.hold(issued.text, {"tokens": 50}, ttl_s=3) as hold:
         hold.use(tokens=3)
-        ended = asyncio.get_running_loop().time() + 2.5
+        ended = asyncio.get_running_loop().time() + 3.5
 
         async def charged() -> bool:
             stats = await client.keys.stats(issued.key.id)

@@ -225,7 +225,7 @@ async def test_whatever_happens_tokens_of_what_was_written_never_go_back(nodes: 
 
 # --- Processes ------------------------------------------------------------------------------------------------
 
-LEASE_S = 1.5
+LEASE_S = 3.0
 
 
 class Node:
