@@ -64,8 +64,8 @@ async def test_a_request_that_does_not_arrive_is_given_up_however_it_trickles(
     sent: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(protocol, "ARRIVAL_TIMEOUT_S", 0.1)
-    connection, wire = connected(_waiting)
     began = time.monotonic()
+    connection, wire = connected(_waiting)
     for number in range(len(sent)):
         connection.data_received(sent[number : number + 1])
     while not wire.closed and time.monotonic() < began + PATIENCE_S:
