@@ -734,6 +734,27 @@ async def test_tallies_are_written_within_their_bound_many_in_one_write(
     assert (account.count, account.totals) == (1_000, {"requests": 1_000, "tokens": 2_000})
 
 
+@pytest.mark.parametrize("fails", [False, True])
+async def test_statistics_miss_nothing_while_a_tally_is_being_written(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    monkeypatch.setattr(usage, "LAZY_FLUSH_S", 0.01)
+    monkeypatch.setattr(usage, "SHOWN_WITHOUT_S", 2 * PATIENCE_S)
+    key, node = await cluster.key(), cluster.one
+    node.store.gate = asyncio.Event()
+    batches = len(node.store.batches)
+    for _ in range(5):
+        node.ledger.tally(metered(key), {"requests": 1})
+    await wait_until(lambda: len(node.store.batches) > batches)  # it is on its way, and nobody knows how far
+    shown = asyncio.create_task(node.ledger.account(key.id))
+    await asyncio.sleep(0)
+    if fails:
+        failing_once(node.store, "before", Unavailable("gone"))
+    node.store.gate.set()
+    assert (await asyncio.wait_for(shown, PATIENCE_S)).totals == {"requests": 5}
+    await wait_until(lambda: not node.ledger._written)
+
+
 async def test_tallies_are_written_on_close(cluster: Cluster) -> None:
     keys = [await cluster.key() for _ in range(20)]
     for key in keys:

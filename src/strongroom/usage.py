@@ -74,6 +74,8 @@ GATHERED_PART = 0.8
 """The commit of an embedded store holds up the loop, so that nobody's request arrives meanwhile; but one commit of
 thirty charges takes hardly longer than one of ten. So while fewer wait than this part of what usually does, the loop
 turns before the commit, for at most that part of the time that a commit takes. A caller that is alone never waits."""
+MAX_LOOKS, LOOK_AGAIN_S, SHOWN_WITHOUT_S = 5, 0.002, 1.0
+"""Statistics wait until a tally is written that they would miss; not for ever, where another node holds its key."""
 LAZY_FLUSH_S = 1.0
 """Keys without limits decide nothing by their usage: it is written at most this much later, many uses in one write."""
 
@@ -118,6 +120,9 @@ class Ledger:
         self._accounts: dict[str, Account] = {}
         self._waiting: list[Charge] = []
         self._tallies: dict[str, _Tally] = {}
+        self._written: dict[str, int] = {}
+        """Of each key how many tallies are being written."""
+        self._flushes = 0
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._apart = 0
@@ -178,13 +183,24 @@ class Ledger:
 
     async def account(self, id: str) -> Account:
         """A key's usage as the store has it now, with what is still to be written added: for statistics."""
-        account = Account(await self._store.get(NAME, None, id))
+        flushes, account = -1, Account(None)
+        looks = 0
+        while flushes != self._flushes and looks < MAX_LOOKS:  # none began meanwhile
+            looks += 1
+            await self._written_off(id)
+            flushes, account = self._flushes, Account(await self._store.get(NAME, None, id))
         if self.lending is not None:
             self.lending.show(id, account)
         tally = self._tallies.get(id)
         if tally is not None:
             account.tally(tally.cost, tally.count, tally.used_at_us)
         return account
+
+    async def _written_off(self, id: str) -> None:
+        """Wait while a tally of this key is being written: it is not here any more, and not yet, for certain, there."""
+        until = time.monotonic() + SHOWN_WITHOUT_S
+        while id in self._written and time.monotonic() < until:  # noqa: ASYNC110 - an event for each write costs more
+            await asyncio.sleep(LOOK_AGAIN_S)
 
     async def statuses(self, metered: Metered, now_us: int) -> tuple[Status, ...]:
         """Where all limits of a key stand, as the store has it now: its own, then those that it shares."""
@@ -242,6 +258,7 @@ class Ledger:
                         for part in charge.metered.parts:
                             self._accounts.pop(part.id, None)  # it may hold charges that did not happen
                         fail(charge, Unavailable(f"the charge could not be decided: {type(error).__name__}"))
+                        self._written.pop(charge.metered.id, None)
                         if self.lending is not None:
                             self.lending.failed(charge.metered.id)
                     raise
@@ -289,7 +306,7 @@ class Ledger:
             else:
                 if lending is not None:
                     lending.committed(one)  # there was nothing to be made true
-                answer(one.answers)
+                self._answer(one)
         await self._commit(decided, now_us)
 
     def _not_held(self, charges: list[Charge]) -> list[Charge]:
@@ -338,7 +355,7 @@ class Ledger:
                     position += len(one.operations)
                     if self.lending is not None:
                         self.lending.committed(one)
-                    answer(one.answers)
+                    self._answer(one)
                     if one.events and self.on_crossed is not None:
                         self.on_crossed(one.events)
                     self._had_turn(one)
@@ -442,7 +459,8 @@ class Ledger:
             if charge.attempts < MAX_ATTEMPTS:
                 again.append(charge)
             else:
-                fail(charge, Unavailable("this key's usage is being changed by too many nodes at once: try again"))
+                error = Unavailable("this key's usage is being changed by too many nodes at once: try again")
+                self._failed(charge, error)
         self.retries += len(again)
         if len(self._contended) >= MAX_CONTENDED:
             self._contended.clear()
@@ -504,23 +522,42 @@ class Ledger:
             if charge.lease is not None:
                 charge.lease = "return"  # the limits may be others: the next use is lent something by those
             self._waiting.append(charge)
-        elif charge.lease is not None and self.lending is not None:
+        elif charge.lease is None:
+            self._no_longer_written(charge)
+        elif self.lending is not None:
             self.lending.gone(charge.metered.id)
 
     def _failed(self, charge: Charge, error: Exception) -> None:
         if charge.future is not None:
             fail(charge, error)
         elif charge.lease is None:
+            self._no_longer_written(charge)
             self._tally(charge.metered, charge.cost, charge.count, charge.used_at_us or 0)  # at the next flush
         elif self.lending is not None:
             self.lending.failed(charge.metered.id)
+
+    def _answer(self, one: Decided) -> None:
+        """What was decided is true."""
+        answer(one.answers)
+        if self._written:
+            for charge in one.group.charges:
+                if charge.future is None and charge.lease is None and charge.found is None:
+                    self._no_longer_written(charge)
+
+    def _no_longer_written(self, charge: Charge) -> None:
+        """A tally was written, or is to be written later. (There may be none of this charge's key.)"""
+        count = self._written.pop(charge.metered.id, 0)
+        if count > 1:
+            self._written[charge.metered.id] = count - 1
 
     def _flush_tallies(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         tallies, self._tallies = self._tallies, {}
-        for tally in tallies.values():
+        self._flushes += 1
+        for id, tally in tallies.items():
+            self._written[id] = self._written.get(id, 0) + 1
             charge = Charge(tally.metered, tally.cost, True, None, None, tally.count, tally.used_at_us)
             self._waiting.append(charge)
         if self._waiting:
