@@ -284,6 +284,26 @@ async def test_an_error_of_the_charge_is_a_problem_document_of_this_request(monk
         assert served.app.services.gate.inside == 0
 
 
+async def test_what_nobody_foresaw_is_no_malformed_request(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The parser, in whose call a request is begun, takes any exception for one of the request's."""
+    async with connected() as (served, connection):
+        data = await warm(served)
+
+        def broken(*_: Any, **__: Any) -> None:
+            raise RuntimeError("a secret")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Ledger, "charge", broken)
+            ((status, headers, body),) = await connection.ask(data)
+        assert (status, headers["x-request-id"]) == (500, "mine")
+        assert b"a secret" not in body
+        assert "verify failed" in caplog.text
+        ((status, _, _),) = await connection.ask(data)
+        assert status == 200
+
+
 @pytest.fixture
 def changed(monkeypatch: pytest.MonkeyPatch) -> list[asyncio.Future[Any]]:
     """The first charge waits here, until it is told that its key was changed; those after it are real."""

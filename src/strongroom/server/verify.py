@@ -113,6 +113,9 @@ class VerifyRoute:
             )
         except (InvalidInput, msgspec.MsgspecError, ValueError, RecursionError):
             return False  # what is wrong with it is told there
+        except Exception as error:  # to the parser that calls this it would be a malformed request
+            reply.hand_on(_Failed(self, error, started))
+            return True
         if begun is None:
             return False
         if isinstance(begun, Verification):
@@ -127,13 +130,14 @@ class VerifyRoute:
         self._gate.inside -= 1
         try:
             answer = self._keys.conclude(begun)
-        except Exception as error:
+            payload = _encode(answer) if answer is not None else b""
+        except Exception as error:  # logged and answered by `refuse`
             reply.hand_on(_Failed(self, error, started))
             return
         if answer is None:
             reply.hand_on(self)
             return
-        reply.answer(_encode(answer))
+        reply.answer(payload)
         self._metrics.verification(answer.code, time.perf_counter() - started)
 
     async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
