@@ -101,6 +101,7 @@ def test_two_that_contradict_each_other_are_both_named(
         ("STRONGROOM_PORT", "http"), ("STRONGROOM_PORT", "65536"), ("STRONGROOM_PORT", "tcp://10.0.0.1:8080"),
         ("STRONGROOM_WORKERS", "0"), ("STRONGROOM_WORKERS", "1000"), ("STRONGROOM_LOG_LEVEL", "loud"),
         ("STRONGROOM_MAX_BODY_BYTES", "-1"), ("DB_MAX_CONNECTIONS", "many"),
+        ("STRONGROOM_TRUSTED_PROXIES", "10.0.0.1, proxy.internal"), ("STRONGROOM_TRUSTED_PROXIES", "10.0.0.1/8"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_with_its_name_and_without_its_secret(
@@ -224,3 +225,11 @@ def test_a_module_without_entities_stops_the_start(
             config.load_entities(["wrong_things"])
     finally:
         sys.modules.pop("wrong_things", None)
+
+
+def test_trusted_proxies_are_addresses_and_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STRONGROOM_TRUSTED_PROXIES", "10.0.0.0/8, 192.0.2.7,fd00::/8")
+    assert [str(network) for network in config.load().proxies] == ["10.0.0.0/8", "192.0.2.7/32", "fd00::/8"]
+    monkeypatch.setenv("STRONGROOM_TRUSTED_PROXIES", "10.0.0.1/8, nowhere")
+    with pytest.raises(ConfigError, match=r"'10\.0\.0\.1/8'.*did you mean 10\.0\.0\.0/8\?.*'nowhere'"):
+        config.load()

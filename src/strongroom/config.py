@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
@@ -124,6 +125,12 @@ class Settings(BaseSettings):
         "STRONGROOM_MAX_WATCHERS", 200, "Streams of `:watch` open at once, for each worker; more are answered 429.",
         ge=0, le=100_000,
     )  # fmt: skip
+    trusted_proxies: Annotated[tuple[str, ...], NoDecode] = _setting(
+        "STRONGROOM_TRUSTED_PROXIES",
+        (),
+        "Addresses and networks of the reverse proxies in front of the server, separated by commas. Their "
+        "X-Forwarded-For says where a request comes from; nobody else's is believed.",
+    )
     stop_timeout_s: int = _setting(
         "STRONGROOM_STOP_TIMEOUT_S", 20, "Seconds that requests in flight get to finish when the server is stopped.",
         ge=1, le=600,
@@ -166,7 +173,7 @@ class Settings(BaseSettings):
     firestore_emulator_host: str | None = _setting("FIRESTORE_EMULATOR_HOST", None, "Firestore: an emulator.")
     pubsub_emulator_host: str | None = _setting("PUBSUB_EMULATOR_HOST", None, "Pub/Sub: an emulator.")
 
-    @field_validator("peppers", "entities", mode="before")
+    @field_validator("peppers", "entities", "trusted_proxies", mode="before")
     @classmethod
     def _listed(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
@@ -195,6 +202,11 @@ class Settings(BaseSettings):
     @property
     def cache_url(self) -> str | None:
         return self.cache if self.cache is not None else self.redis_url
+
+    @property
+    def proxies(self) -> tuple[IPv4Network | IPv6Network, ...]:
+        """The networks of `trusted_proxies`."""
+        return tuple(ip_network(text) for text in self.trusted_proxies)
 
     @property
     def pepper_texts(self) -> tuple[str, ...]:
@@ -241,7 +253,7 @@ def load(**given: Any) -> Settings:
         settings = Settings(**{str(alias): value for alias, value in fields.items()})
     except ValidationError as error:
         raise ConfigError("; ".join(f"{p.path}: {p.message}" for p in problems_of(error))) from None
-    wrong = [*_contradictions(settings), *_not_yet(settings), *_secrets(settings)]
+    wrong = [*_contradictions(settings), *_not_yet(settings), *_secrets(settings), *_proxies(settings)]
     if wrong:
         raise ConfigError("; ".join(wrong))
     return settings
@@ -330,6 +342,20 @@ def _secrets(settings: Settings) -> list[str]:
         if len(pepper) < MIN_PEPPER_CHARS:
             wrong.append(
                 f"STRONGROOM_PEPPER: number {number} has {len(pepper)} characters, expected {MIN_PEPPER_CHARS} or more"
+            )
+    return wrong
+
+
+def _proxies(settings: Settings) -> list[str]:
+    wrong = []
+    for text in settings.trusted_proxies:
+        try:
+            ip_network(text)
+        except ValueError as error:
+            hint = f"; did you mean {ip_network(text, strict=False)}?" if "host bits" in str(error) else ""
+            wrong.append(
+                f"STRONGROOM_TRUSTED_PROXIES: found {text[:64]!r}, expected an address or a network such as "
+                f"10.0.0.0/8{hint}"
             )
     return wrong
 
