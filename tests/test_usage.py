@@ -841,3 +841,45 @@ async def test_closing_ends_although_the_store_fails_and_leaves_no_timer(
     cluster.one.store.fault = lambda number, batch: None
     await cluster.one.ledger.close()  # nothing was thrown away: a second closing writes it
     assert await cluster.used(key.id) == {"requests": 1}
+
+
+# --- Accounts that are forgotten while a round is decided -------------------------------------------------------
+
+
+async def test_an_account_that_is_forgotten_while_another_is_read_fails_no_charge(cluster: Cluster) -> None:
+    node = cluster.one
+    known, unknown = await cluster.key(rolling("tokens", 100)), await cluster.key(rolling("tokens", 100))
+    assert (await node.ledger.charge(metered(known), {"tokens": 10})).allowed
+    reading, go_on = asyncio.Event(), asyncio.Event()
+
+    async def hold_back(method: str, collection: str) -> None:
+        reading.set()
+        await go_on.wait()
+
+    node.store.before_read = hold_back
+    charges = [node.ledger.charge(metered(key), {"tokens": 20}) for key in (known, unknown)]
+    await reading.wait()
+    node.ledger.forget(known.id)  # as a quota's removal, or a key's, does it
+    go_on.set()
+    answers = await settled(charges)
+    assert admitted(answers) == 2, answers
+    assert [await cluster.used(key.id) for key in (known, unknown)] == [{"tokens": 30}, {"tokens": 20}]
+
+
+async def test_what_was_read_before_an_account_was_forgotten_decides_nothing(cluster: Cluster) -> None:
+    node = cluster.one
+    key = await cluster.key(rolling("tokens", 100))
+    assert (await node.ledger.charge(metered(key), {"tokens": 100})).allowed
+    node.ledger.forget(key.id)
+    reads = 0
+
+    async def removed_meanwhile(method: str, collection: str) -> None:
+        nonlocal reads
+        reads += 1
+        if reads == 1:  # it was read with 100 used, and is removed before the reader has it
+            await node.database.delete(SYSTEM, usage.KeyUsage, key.id)
+            node.ledger.forget(key.id)
+
+    node.store.after_read = removed_meanwhile
+    assert (await node.ledger.charge(metered(key), {"tokens": 60})).allowed, "a denial would never read again"
+    assert await cluster.used(key.id) == {"tokens": 60}

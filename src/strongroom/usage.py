@@ -118,6 +118,8 @@ class Ledger:
         """Who is told of thresholds, in the commit that crosses them; `on_crossed` is called after it."""
         self.on_crossed: Callable[[Sequence[str]], None] | None = None
         self._accounts: dict[str, Account] = {}
+        self._forgotten: set[str] | None = None
+        """While accounts are being read: those that were forgotten meanwhile, so that an old state is not kept."""
         self._waiting: list[Charge] = []
         self._tallies: dict[str, _Tally] = {}
         self._written: dict[str, int] = {}
@@ -219,8 +221,10 @@ class Ledger:
             await asyncio.wait([self._task])
 
     def forget(self, id: str) -> None:
-        """The key was changed: read its usage again at the next charge."""
+        """The key, or the quota, was changed or removed: read its usage again at the next charge."""
         self._accounts.pop(id, None)
+        if self._forgotten is not None:
+            self._forgotten.add(id)
 
     async def close(self) -> None:
         """Write everything that waits, and give back what was lent. Afterwards nothing can be charged."""
@@ -366,13 +370,20 @@ class Ledger:
             await self._commit(again, now_us)
 
     async def _load(self, wanted: set[str]) -> None:
+        """Have all wanted accounts in memory. An account that is forgotten while others are read is read again: what
+        was read of it before may be of before the change, and a denial commits nothing that would tell."""
         ids = [id for id in wanted if self._unread(id)]
-        if not ids:
-            return
-        read_at = time.monotonic()
-        documents = await self._stored([(NAME, id) for id in ids])
-        for id, document in zip(ids, documents, strict=True):
-            self._accounts[id] = Account(document, read_at)
+        while ids:
+            read_at = time.monotonic()
+            self._forgotten = forgotten = set()
+            try:
+                documents = await self._stored([(NAME, id) for id in ids])
+            finally:
+                self._forgotten = None
+            for id, document in zip(ids, documents, strict=True):
+                if id not in forgotten:
+                    self._accounts[id] = Account(document, read_at)
+            ids = [id for id in wanted if id not in self._accounts]
 
     async def _stored(self, names: Sequence[tuple[str, str]]) -> list[Document | None]:
         """The documents of these collections and ids; None for one that is not there."""
