@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
+from contextlib import suppress
 from decimal import Decimal
 from typing import Any
 
@@ -11,12 +13,13 @@ import pytest
 from strongroom import Context, Strongroom
 from strongroom.accounts import KeyUsage
 from strongroom.context import system_context
-from strongroom.errors import Conflict, Denied, InvalidInput, NotFound
+from strongroom.errors import Conflict, Denied, InvalidInput, NotFound, Unavailable
 from strongroom.query import Query
 from strongroom.quotas import Quota, quota_id
+from strongroom.storage.port import Batch, Delete
 from strongroom.windows import Calendar, Limit, Refill, Rolling, Total
 
-from .support import rolling
+from .support import Fault, FaultyStore, opened, rolling, wait_until
 
 ADMIN = Context(None, "key:admin", {"admin": True})
 
@@ -114,6 +117,75 @@ async def test_what_was_counted_leaves_with_the_quota(room: Strongroom) -> None:
     await put(room, "tenant", "acme", "", rolling("requests", 9))
     stats = await room.quotas.stats("tenant", "acme")
     assert (stats.count, stats.totals, stats.limits[0].used) == (0, {}, 0)
+
+
+async def test_a_quota_and_what_was_counted_against_it_leave_in_one_commit(
+    room: Strongroom, store: FaultyStore
+) -> None:
+    """Whatever becomes of the process, no quota that is made again inherits what was counted against the one before."""
+    await put(room, "tenant", "acme", "", rolling("requests", 9))
+    key = await room.keys.create(name="a key", tenant="acme")
+    await room.keys.verify(key.text)
+    id, deletes = quota_id("tenant", "acme"), []
+
+    def dies_after_the_first(number: int, batch: Batch) -> Fault | None:
+        found = {one.collection for one in batch.operations if isinstance(one, Delete) and one.id == id}
+        if found:
+            deletes.append(found)
+        return Fault("before", Unavailable("the process is gone")) if len(deletes) > 1 else None
+
+    store.fault = dies_after_the_first
+    with suppress(Unavailable):
+        await room.quotas.delete("tenant", "acme")
+    assert deletes == [{"quotas", "key_usage"}]
+    store.fault = lambda number, batch: None
+    await put(room, "tenant", "acme", "", rolling("requests", 9))
+    assert (await room.quotas.stats("tenant", "acme")).limits[0].used == 0
+
+
+async def test_a_quota_is_removed_while_its_keys_are_used(room: Strongroom) -> None:
+    await put(room, "tenant", "acme", "", rolling("requests", 1_000_000))
+    keys = [await room.keys.create(name=f"key {number}", tenant="acme") for number in range(4)]
+    stop = False
+    codes: Counter[str] = Counter()
+
+    async def use(text: str) -> None:
+        while not stop:
+            codes[(await room.keys.verify(text)).code] += 1
+            await asyncio.sleep(0)
+
+    users = [asyncio.create_task(use(key.text)) for key in keys]
+    await wait_until(lambda: codes["VALID"] > 20)
+    await room.quotas.delete("tenant", "acme")
+    stop = True
+    await asyncio.gather(*users)
+    assert set(codes) == {"VALID"}
+    assert await room.database.get_or_none(system_context(), KeyUsage, quota_id("tenant", "acme")) is None
+
+
+@pytest.mark.parametrize("limits", ["durable", "leased"])
+async def test_a_quota_that_is_made_again_begins_with_nothing_on_every_node(limits: str) -> None:
+    async with (
+        opened("json://:memory:", limits=limits) as (one, store),
+        opened("json://:memory:", beside=store, limits=limits) as (two, _),
+    ):
+        await put(one, "tenant", "acme", "", rolling("requests", 2))
+        key = await one.keys.create(name="a key", tenant="acme")
+
+        async def codes() -> list[str]:
+            return [(await node.keys.verify(key.text)).code for node in (two, one)]
+
+        while "RATE_LIMITED" not in await codes():
+            pass
+        assert (await two.keys.verify(key.text)).code == "RATE_LIMITED"  # by what it has in memory
+        await one.quotas.delete("tenant", "acme")
+        await put(one, "tenant", "acme", "", rolling("requests", 2))
+
+        async def admitted() -> bool:
+            return (await two.keys.verify(key.text)).valid
+
+        await wait_until(admitted)
+        assert (await one.quotas.stats("tenant", "acme")).limits[0].used <= 2
 
 
 async def test_a_refill_of_a_shared_budget_changes_without_losing_what_was_used(room: Strongroom) -> None:

@@ -283,7 +283,7 @@ class Keys(Rotation):
         # The rules that a caller is under say nothing of counters.
         own = Context(by.tenant, by.actor, system_context().claims, by.request_id)
         await self._database.transaction(own, body, idempotency=once)
-        self._ledger.forget(id)
+        self._ledger.removed(id)
 
     async def restore(self, id: str, *, context: Context | None = None) -> ApiKey:
         """Take a deletion back: the key is as it was. Idempotent. NotFound once it is too late."""

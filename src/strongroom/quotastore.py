@@ -234,7 +234,8 @@ class Quotas:
         expected: int | None = None,
         idempotency_key: str | None = None,
     ) -> None:
-        """Remove a quota, and what was counted against it. Raises NotFound, Conflict, Denied."""
+        """Remove a quota and, in the same commit, what was counted against it: one that is made again for this subject
+        begins with nothing. Raises NotFound, Conflict, Denied."""
         once = None
         if idempotency_key is not None:
             request = f"delete quota {_subject(kind, tenant, name).id} {expected}"
@@ -247,19 +248,20 @@ class Quotas:
             raise
         self._may_set(context, quota)
 
+        by = writer(context, quota.tenant)
+        await self._database.authorize(by, "delete", Quota.__collection__, quota.id)
+
         async def body(tx: Transaction) -> None:
             await tx.delete(Quota, quota.id, expected=expected)
+            await tx.drop(KeyUsage, quota.id)
 
+        # The rules that a caller is under say nothing of counters.
+        own = Context(by.tenant, by.actor, system_context().claims, by.request_id)
         try:
-            await self._database.transaction(writer(context, quota.tenant), body, idempotency=once)
+            await self._database.transaction(own, body, idempotency=once)
         except Replayed:
             return
-        # Only now: while the quota was there its counters were written; no charge commits against one that is not.
-        self._ledger.forget(quota.id)
-        try:
-            await self._database.delete(system_context(), KeyUsage, quota.id)
-        except NotFound:
-            return  # nothing was ever counted against it
+        self._ledger.removed(quota.id)
 
     async def stats(self, kind: str, tenant: str, name: str = "", *, context: Context | None = None) -> QuotaStats:
         """Where a quota stands, as of now. Raises NotFound."""

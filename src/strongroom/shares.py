@@ -197,6 +197,8 @@ class Wallet:
             # was taken away (an hour after its end), or was recorded by the commit that gave it all back.
             noted = self.noted if self.noted is not None else (self.settled_count, self.settled_totals)
             self.forget_spent()
+            if not account.version:  # there was a document, or nothing would be lent: it was removed, with its uses
+                return False
             self.settled_count, self.settled_totals = noted
             return self._tally(account)
         self._reconcile(lease)

@@ -155,6 +155,15 @@ class Transaction:
         operation = Delete(collection.name, id, self._version_to_expect(collection, id))
         self._plan("delete", collection, operation, before, None, None, fixed=expected is not None)
 
+    async def drop(self, cls: type[Entity], id: str) -> None:
+        """Remove a document, if there is one, at whatever version it has when this commits: for one that others change
+        all the time, whose version no commit would ever meet. One that is made before the commit is removed as well."""
+        stored = await self._database.load(self.context, cls.__collection__, id)
+        if stored is None:
+            self._read.setdefault((cls.__collection__.name, id), None)  # must still be missing, or this runs again
+            return
+        self._plan("delete", cls.__collection__, Delete(cls.__collection__.name, id), stored, None, None, fixed=False)
+
     def add(
         self,
         cls: type[Entity],

@@ -226,6 +226,12 @@ class Ledger:
         if self._forgotten is not None:
             self._forgotten.add(id)
 
+    def removed(self, id: str) -> None:
+        """The key, or the quota, was removed with its usage: what this node was lent of it is gone as well."""
+        self.forget(id)
+        if self.lending is not None:
+            self.lending.gone(id)
+
     async def close(self) -> None:
         """Write everything that waits, and give back what was lent. Afterwards nothing can be charged."""
         if self.lending is not None:
@@ -375,7 +381,8 @@ class Ledger:
         ids = [id for id in wanted if self._unread(id)]
         while ids:
             read_at = time.monotonic()
-            self._forgotten = forgotten = set()
+            forgotten: set[str] = set()
+            self._forgotten = forgotten
             try:
                 documents = await self._stored([(NAME, id) for id in ids])
             finally:

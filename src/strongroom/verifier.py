@@ -419,12 +419,15 @@ class Verifier:
         return await self.cache.by_id(id or "")
 
     def changed(self, id: str) -> None:
-        """A key was changed, here or on another node: read it again at its next use."""
+        """A key was changed, here or on another node: read it, and what it has used, again at its next use."""
         self.cache.changed(id)
+        self._ledger.forget(id)
 
     def quota_changed(self, id: str) -> None:
-        """A quota was changed, here or on another node: so were the limits of the keys that share it."""
+        """A quota was changed, here or on another node: so were the limits of the keys that share it. Its usage is read
+        again: it may have been removed and made anew, and a denial, which commits nothing, would never notice."""
         self.cache.quota_changed(id)
+        self._ledger.forget(id)
 
     def use(self, hasher: Hasher) -> None:
         """Make and find hashes with other peppers from now on; what was unknown may be known to them."""
