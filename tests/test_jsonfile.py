@@ -21,7 +21,7 @@ import pytest
 from strongroom.errors import InvalidInput, StorageFull, StoreError, StrongroomError, Unavailable
 from strongroom.query import Query
 from strongroom.storage.jsonfile import JsonStore
-from strongroom.storage.port import Append, Create, Delete, Put
+from strongroom.storage.port import Append, Check, Create, Delete, Put
 from strongroom.testing.storage.samples import COLLECTIONS, NOW, batch, item, record, sample, shared
 from tests.conftest import wait_until
 from tests.waiting import PATIENCE_S
@@ -310,12 +310,18 @@ async def test_after_a_folder_that_cannot_be_synced_nothing_is_written_until_the
 ) -> None:
     """An fsync that failed once may report success the second time and still have lost the data."""
     disk.failing["fsync folder"] = OSError(errno.EIO, "gone")
-    with pytest.raises(Unavailable, match="open the store again"):
+    refused = store.commit(batch("acme", Check("items", "a", 7)))
+    with pytest.raises(Unavailable, match="open the store again") as caught:
         await store.commit(batch("acme", Create("items", "a", item())))
+    assert caught.value.details["outcome"] == "unknown"
+    with pytest.raises(Unavailable) as caught:
+        await refused
+    assert "outcome" not in caught.value.details, "it would have been refused whatever became of the others"
     disk.failing.clear()
     disk.steps.clear()
-    with pytest.raises(Unavailable, match="open the store again"):
+    with pytest.raises(Unavailable, match="open the store again") as caught:
         await store.commit(batch("acme", Create("items", "b", item())))
+    assert "outcome" not in caught.value.details
     assert disk.steps == []
     assert await store.find("items", "acme", Query()) == []
     health = await store.check()
@@ -368,6 +374,20 @@ async def test_a_writer_that_is_torn_down_answers_who_waits(path: Path, disk: Di
     with pytest.raises(Unavailable):
         await store.commit(batch("acme", Create("items", "after", item())))
     await store.close()
+
+
+async def test_a_rename_whose_answer_was_lost_is_found_to_be_done(
+    path: Path, store: JsonStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.replace
+
+    def lost(source: str, target: str) -> None:
+        real(source, target)
+        raise OSError(errno.EIO, "the server's answer was lost")
+
+    monkeypatch.setattr(os, "replace", lost)
+    await store.commit(batch("acme", Create("items", "a", item("a"))))
+    assert await labels(store) == ["a"]
 
 
 # --- One process ----------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from strongroom import errors as library
+from strongroom.client.errors import error_of
 from strongroom.errors import StorageFull, StoreError, StrongroomError, TooManyRequests, Unavailable
 from strongroom.server import errors, logs
 from strongroom.server.app import Bounds
@@ -63,6 +64,21 @@ async def test_a_store_that_fails_is_told_alike_everywhere(error: Exception, sta
                 continue
             assert answer.status == status, (method, path, answer)
             assert "secret text" not in answer.answer.text
+
+
+async def test_a_write_whose_outcome_is_unknown_says_so_to_who_sent_it() -> None:
+    async with serving() as served:
+
+        async def lost(*_: Any, **__: Any) -> Any:
+            raise Unavailable("the answer was lost", outcome="unknown")
+
+        await served.get("/v1/keys")  # the caller is known
+        setattr(served.room.store, "commit", lost)  # noqa: B010
+        answer = await served.post("/v1/keys", {"name": "k"})
+        assert (answer.status, answer.json["outcome"]) == (503, "unknown")
+        told = error_of(answer.status, answer.answer.headers, answer.answer.content)
+        assert told.details["outcome"] == "unknown"
+        assert "outcome" not in (await served.get("/v1/keys/nothing")).json
 
 
 async def test_what_is_not_there_and_what_is_not_for_a_path() -> None:

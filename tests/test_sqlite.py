@@ -31,10 +31,11 @@ from strongroom.errors import (
     Unavailable,
 )
 from strongroom.query import Query, Where
-from strongroom.storage import _sqlite_schema
+from strongroom.storage import _sqlite_schema, sqlite
 from strongroom.storage._sqlite_writer import Writer
 from strongroom.storage.port import Add, Append, Batch, ChangeKind, Check, Create, Delete, Operation, Patch, Put, Record
 from strongroom.storage.sqlite import SqliteStore
+from tests.waiting import PATIENCE_S, wait_until
 
 DATA = Path(__file__).parent / "data" / "sqlite"
 NOW = 1_750_000_000_000_000
@@ -394,6 +395,7 @@ class Disk(apsw.VFS):
         self.log: list[tuple[Any, ...]] = []
         self.fail_sync_of: str | None = None
         self.syncs: list[int] = []
+        self.full = False
         self.beneath = apsw.vfs_names()[0]
         super().__init__("test-disk", self.beneath, makedefault=True)
 
@@ -412,6 +414,8 @@ class File(apsw.VFSFile):
         self.name = os.path.basename(name.filename() if isinstance(name, apsw.URIFilename) else name or "")
 
     def xWrite(self, data: bytes, offset: int) -> None:  # noqa: N802
+        if self.disk.full and self.name.endswith("-wal"):
+            raise apsw.FullError("no room")
         super().xWrite(data, offset)
         self.disk.log.append(("write", self.name, offset, bytes(data)))
 
@@ -439,14 +443,83 @@ async def test_a_failed_fsync_is_an_error_and_never_tried_again_on_its_handle(di
         await writer_of(store)
         disk.fail_sync_of, disk.syncs = "-wal", []
         given = [store.commit(batch(Create("notes", f"lost-{n}", note()))) for n in range(3)]
+        given.append(store.commit(batch(Check("notes", "warm-up", 7))))
         answers = await asyncio.gather(*given, return_exceptions=True)
         assert {type(answer) for answer in answers} == {Unavailable}
+        outcomes = [answer.details.get("outcome") for answer in answers if isinstance(answer, Unavailable)]
+        assert outcomes == ["unknown", "unknown", "unknown", None], "the last would have been refused in any case"
         assert len(disk.syncs) == 1, "one fsync, and no other try"
         assert await store.get("notes", "acme", "lost-0") is None
         failed, disk.fail_sync_of, disk.syncs = disk.syncs[0], None, []
         await store.commit(batch(Create("notes", "kept", note())))
         assert failed not in disk.syncs
         assert await store.get("notes", "acme", "kept") is not None
+
+
+async def test_a_commit_whose_fsync_failed_may_be_there_after_a_crash(disk: Disk, tmp_path: Path) -> None:
+    """Why its outcome is unknown: the log holds all of it, and whoever opens the file after a crash takes it over."""
+    async with opened(tmp_path / "store.db") as store:
+        await writer_of(store)
+        disk.fail_sync_of = "-wal"
+        with pytest.raises(Unavailable, match="whether it was done is not known"):
+            await store.commit(batch(Create("notes", "lost", note())))
+        disk.fail_sync_of = None
+        assert await store.get("notes", "acme", "lost") is None
+        (tmp_path / "image").mkdir()
+        for suffix in ("", "-wal"):
+            shutil.copy(f"{store.path}{suffix}", tmp_path / "image" / f"store.db{suffix}")
+    async with opened(tmp_path / "image" / "store.db") as survivor:
+        assert await survivor.get("notes", "acme", "lost") is not None
+
+
+async def test_a_commit_that_never_reached_the_disk_is_known_not_to_be_done(disk: Disk, tmp_path: Path) -> None:
+    async with opened(tmp_path / "store.db") as store:
+        await writer_of(store)
+        disk.full = True
+        with pytest.raises(StorageFull) as caught:
+            await store.commit(batch(Create("notes", "lost", note())))
+        assert "outcome" not in caught.value.details
+        disk.full = False
+        await store.commit(batch(Create("notes", "kept", note())))
+
+
+async def test_a_loop_that_is_torn_down_amid_a_commit_leaves_no_false_answer(
+    store: SqliteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = await writer_of(store)
+    store._commit_s.extend([1.0] * sqlite.COMMITS_TIMED)  # a slow disk: the writer's thread commits
+    there, go_on = threading.Event(), threading.Event()
+
+    def slow(commit: Any = writer.commit) -> None:
+        there.set()
+        assert go_on.wait(PATIENCE_S)
+        commit()
+
+    monkeypatch.setattr(writer, "commit", slow)
+    begun = store.commit(batch(Create("notes", "begun", note())))
+    await wait_until(there.is_set)
+    queued = store.commit(batch(Create("notes", "queued", note())))
+    assert store._task is not None
+    store._task.cancel()
+    answers = await asyncio.gather(begun, queued, return_exceptions=True)
+    go_on.set()
+    assert [type(answer) for answer in answers] == [Unavailable, Unavailable]
+    assert [answer.details.get("outcome") for answer in answers if isinstance(answer, Unavailable)] == ["unknown", None]
+
+
+async def test_a_load_whose_fsync_failed_says_that_its_outcome_is_unknown(disk: Disk, tmp_path: Path) -> None:
+    async with opened(tmp_path / "store.db") as store:
+        await writer_of(store)
+        pack = store.packer().pack([Create("api_keys", "k", {"hash": "h", "owner": ""})])
+
+        async def packs() -> AsyncIterator[Any]:
+            yield pack
+
+        disk.fail_sync_of = "-wal"
+        with pytest.raises(Unavailable) as caught:
+            await store.load(packs(), NOW)
+        disk.fail_sync_of = None
+        assert caught.value.details["outcome"] == "unknown"
 
 
 def after_power_loss(log: Sequence[tuple[Any, ...]], folder: Path, randoms: random.Random) -> None:

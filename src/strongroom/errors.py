@@ -97,7 +97,9 @@ class TooManyRequests(StrongroomError):
 
 
 class Unavailable(StrongroomError):
-    """The store cannot be reached or cannot write at the moment; nothing was changed by this call."""
+    """The store cannot be reached or cannot write at the moment.
+
+    Nothing was changed by the call, unless `details["outcome"]` is `unknown`: then it may have been done."""
 
     code = "unavailable"
 

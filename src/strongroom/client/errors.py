@@ -89,6 +89,7 @@ class ProblemDetails(msgspec.Struct, frozen=True):
     detail: str = ""
     request_id: str | None = None
     errors: list[ProblemItem] = []
+    outcome: str | None = None
 
 
 def _below(cls: type[StrongroomError]) -> Iterator[type[StrongroomError]]:
@@ -122,7 +123,8 @@ _decode = msgspec.json.Decoder(ProblemDetails).decode
 
 
 def error_of(status: int, headers: Mapping[str, str], body: bytes) -> StrongroomError:
-    """The error that an answer tells of; its details have `status`, `request_id` and `retry_after_s` if it has them.
+    """The error that an answer tells of; its details have `status`; `request_id`, `retry_after_s` and `outcome` if it has
+    them.
 
     A code that this client does not know, of a newer server, is kept: the error has it as its `code`, and as its base
     the class that the status stands for.
@@ -140,6 +142,8 @@ def error_of(status: int, headers: Mapping[str, str], body: bytes) -> Strongroom
         return _foreign(status, headers, body, details)
     if problem.request_id is not None:
         details["request_id"] = problem.request_id
+    if problem.outcome is not None:
+        details["outcome"] = problem.outcome
     base: Any = InvalidInput if status == 422 else _BY_STATUS.get(status, StrongroomError)
     cls = BY_CODE.get(problem.code) or _unknown(base, problem.code)
     message = problem.detail or problem.title

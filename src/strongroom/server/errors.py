@@ -93,6 +93,8 @@ def document(error: StrongroomError, request_id: str) -> dict[str, Any]:
         "code": error.code,
         "request_id": request_id,
     }
+    if error.details.get("outcome") == "unknown":
+        body["outcome"] = "unknown"
     if isinstance(error, InvalidInput):
         body["errors"] = [{"path": p.path, "message": p.message} for p in error.problems[:MAX_PROBLEMS]]
     return body

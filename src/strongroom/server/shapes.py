@@ -36,7 +36,8 @@ class ProblemItem(BaseModel):
 
 
 class ProblemDetails(BaseModel):
-    """An error, as RFC 9457 has it. `errors` is there where the input is wrong, and names everything that is."""
+    """An error, as RFC 9457 has it. `errors` is there where the input is wrong, and names everything that is. `outcome`
+    is there, and `unknown`, where a write may have been done all the same: read before it is tried again."""
 
     type: str
     title: str
@@ -45,6 +46,7 @@ class ProblemDetails(BaseModel):
     code: str
     request_id: str
     errors: list[ProblemItem] = []
+    outcome: Literal["unknown"] | None = None
 
 
 # --- Keys -----------------------------------------------------------------------------------------------------

@@ -110,8 +110,16 @@ class Writer:
         if self._jobs:
             self._schedule()
         task = asyncio.get_running_loop().create_task(self._run(group, busy))
+        task.add_done_callback(lambda _: self._never_began(group, busy))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _never_began(self, group: list[Job], busy: set[object]) -> None:
+        """A task that was cancelled before its first step leaves its jobs to nobody."""
+        if any(not job.future.done() for job in group):
+            self._busy -= busy
+            fail(group, Unavailable("the commit ended before it began: try again"))
+            self._schedule()
 
     def _next_group(self) -> list[Job]:
         """The waiting batches that can commit together now, in order; each tenant's keep theirs."""
@@ -145,11 +153,14 @@ class Writer:
         try:
             await Group(self, group).commit()
         except Exception as error:
-            fail(group, error if isinstance(error, StrongroomError) else Unavailable(f"the commit ended: {error!r}"))
+            ended = Unavailable(f"the commit ended: {error!r}", outcome="unknown")
+            fail(group, error if isinstance(error, StrongroomError) else ended)
             if not isinstance(error, StrongroomError):
                 raise
         except BaseException:
-            fail(group, Unavailable("the commit was interrupted: whether it was applied is not known"))
+            fail(
+                group, Unavailable("the commit was interrupted: whether it was applied is not known", outcome="unknown")
+            )
             raise
         finally:
             self._busy -= busy

@@ -41,7 +41,15 @@ class Lane:
         if self._task is None:
             # It starts in the loop's next turn, so that all that arrives in this one goes together.
             self._task = loop.create_task(self._write_all())
+            self._task.add_done_callback(self._never_began)
         return future
+
+    def _never_began(self, task: asyncio.Task[None]) -> None:
+        """A task that was cancelled before its first step leaves its jobs to nobody."""
+        if self._task is task:
+            self._task, jobs, self._jobs = None, self._jobs, deque()
+            for job in jobs:
+                _answer(job, Unavailable(f"{self._place}: writing ended before it began: try again"))
 
     async def close(self) -> None:
         """Write what waits, then let go of the connection."""
@@ -63,8 +71,11 @@ class Lane:
                 await asyncio.sleep(0)  # who was answered may have more to write, which then joins the next group
         except BaseException as error:  # nobody may wait for ever, whatever went wrong
             jobs, self._jobs = self._jobs, deque()
-            for job in (*group, *jobs):
-                _answer(job, Unavailable(f"{self._place}: writing ended with {type(error).__name__}: try again"))
+            ended = f"{self._place}: writing ended with {type(error).__name__}: try again"
+            for job in group:  # it may have been at its commit
+                _answer(job, Unavailable(ended, outcome="unknown"))
+            for job in jobs:
+                _answer(job, Unavailable(ended))
             raise
         finally:
             self._task = None

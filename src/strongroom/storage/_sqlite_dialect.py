@@ -128,3 +128,17 @@ def translated(error: apsw.Error, path: str) -> StrongroomError:
             return StoreError(f"{path}: a document does not fit its table ({error})")
         case _:
             return Unavailable(f"{path}: SQLite cannot read or write ({type(error).__name__}: {error})")
+
+
+def commit_error(error: apsw.Error, path: str) -> StrongroomError:
+    """The error of a COMMIT. The log may hold the whole transaction although the fsync behind it failed: then SQLite
+    rolls it back here, and a crash before the next commit brings it back. Only a lock that was not had, or a log that
+    could not be written to its end, says that nothing was committed."""
+    known = translated(error, path)
+    if type(known) is not Unavailable or isinstance(error, apsw.BusyError | apsw.LockedError | apsw.ProtocolError):
+        return known
+    return Unavailable(
+        f"{path}: SQLite failed to commit ({type(error).__name__}: {error}), and whether it was done is not known: "
+        "read before you try again",
+        outcome="unknown",
+    )

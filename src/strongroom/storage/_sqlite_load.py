@@ -33,8 +33,8 @@ _TAKEN = "{}: a document with the same id or unique value exists already"
 
 
 class Loader:
-    """One load: `begin`, `add` for each pack, `commit`; `close` in any case, which takes back what is not committed.
-    Raises apsw.Error. Used by one thread at a time."""
+    """One load: `begin`, `add` for each pack, `build`, `commit`; `close` in any case, which takes back what is not
+    committed. Raises apsw.Error. Used by one thread at a time."""
 
     _connection: apsw.Connection
 
@@ -111,14 +111,17 @@ class Loader:
             self._connection.execute(f"DROP INDEX {quoted(name)}").fetchall()
         return [made for _, made in found]
 
-    def commit(self) -> None:
-        """Returns when everything is on the disk."""
+    def build(self) -> None:
+        """Build the indexes that were dropped. AlreadyExists if the documents break a unique one."""
         for table, indexes in self._dropped.items():
             for made in indexes:
                 try:
                     self._connection.execute(made).fetchall()
                 except apsw.ConstraintError:
                     raise AlreadyExists(_TAKEN.format(table)) from None
+
+    def commit(self) -> None:
+        """Returns when everything is on the disk."""
         self._connection.execute("COMMIT").fetchall()
 
     def close(self) -> None:

@@ -161,8 +161,9 @@ def _fitting(document: Document, id: str, kinds: Mapping[str, str]) -> Document:
     return document
 
 
-def _write_new(path: str, text: str) -> None:
-    """Write the text beside the file, durably, with the file's own permissions; the file itself stays as it is."""
+def _write_new(path: str, text: str) -> tuple[int, int]:
+    """Write the text beside the file, durably, with the file's own permissions; the file itself stays as it is. Returns
+    which file was written: its device and inode."""
     try:
         mode = stat.S_IMODE(os.stat(path).st_mode)
     except FileNotFoundError:
@@ -172,6 +173,17 @@ def _write_new(path: str, text: str) -> None:
         file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())
+        status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino
+
+
+def _is_in_place(path: str, written: tuple[int, int]) -> bool:
+    """Whether the file that was written is the one at `path` now."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return False
+    return (status.st_dev, status.st_ino) == written
 
 
 def _new(path: str) -> str:
@@ -358,7 +370,15 @@ class JsonStore:
         self._jobs.append(_Job(step, future))
         if self._writer is None:
             self._writer = loop.create_task(self._write_all())
+            self._writer.add_done_callback(self._never_began)
         return future
+
+    def _never_began(self, writer: asyncio.Task[None]) -> None:
+        """A task that was cancelled before its first step leaves its jobs to nobody."""
+        if self._writer is writer:
+            self._writer, jobs, self._jobs = None, self._jobs, []
+            for job in jobs:
+                _answer(job, Unavailable("writing ended before it began: try again"))
 
     async def _write_all(self) -> None:
         """Write group after group until nothing waits. What arrives during a write joins the next one."""
@@ -367,10 +387,13 @@ class JsonStore:
             while self._jobs:
                 group, self._jobs = self._jobs, []
                 await self._write_group(group)
+                group = []
         except BaseException as error:
             # The loop is being torn down, or memory ran out: whether the file was written is not known.
             self._broken = f"writing ended with {type(error).__name__}; open the store again"
-            for job in (*group, *self._jobs):
+            for job in group:
+                _answer(job, Unavailable(self._broken, outcome="unknown"))
+            for job in self._jobs:
                 _answer(job, Unavailable(self._broken))
             raise
         finally:
@@ -384,8 +407,11 @@ class JsonStore:
                 await self._write(draft)
             self._state, self._declared = draft.adopted(), draft.declared
         except Unavailable as error:
-            # All of them: a failed precondition too was judged by a state that never came to be.
-            answers = [type(error)(error.message) for _ in jobs]
+            # A failed precondition too: it was evaluated against changes that may not be there.
+            answers = [
+                type(error)(error.message, **({} if isinstance(answer, Exception) else error.details))
+                for answer in answers
+            ]
         for job, answer in zip(jobs, answers, strict=True):
             _answer(job, answer)
 
@@ -398,8 +424,13 @@ class JsonStore:
 
     def _write_file(self, path: str, draft: Draft) -> None:
         try:
-            _write_new(path, _rendered(draft))
-            os.replace(_new(path), path)
+            written = _write_new(path, _rendered(draft))
+            try:
+                os.replace(_new(path), path)
+            except OSError:
+                if not _is_in_place(path, written):
+                    raise
+                # A network's file system may have renamed it and lost the answer.
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.unlink(_new(path))
@@ -411,4 +442,4 @@ class JsonStore:
             # The new file is in place, but a power loss could bring the old one back, and a second fsync would not
             # tell: what memory says and what the disk holds may differ until the store is opened again.
             self._broken = f"{path}: its folder cannot be synced: {error.strerror}; open the store again to write"
-            raise Unavailable(self._broken) from None
+            raise Unavailable(self._broken, outcome="unknown") from None

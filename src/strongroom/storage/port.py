@@ -392,8 +392,9 @@ class Store(Protocol):
 
         Raises what its operations say (the message and `details["operation"]`, the index, name the one that failed),
         TooLarge past the MAX_ limits above, Unavailable or StorageFull when the engine cannot write; then nothing of
-        the batch is applied, except that Unavailable with `details["outcome"] == "unknown"` says that the connection
-        was lost with the answer: the batch may be applied or not. Not a coroutine: the batch is taken when commit is
+        the batch is applied, except that Unavailable with `details["outcome"] == "unknown"` says that nobody knows: the
+        connection was lost with the answer, the disk failed at the commit, or the process's own loop was torn down
+        amid it. Then the batch may be applied or not. Not a coroutine: the batch is taken when commit is
         called, in order.
         """
         ...

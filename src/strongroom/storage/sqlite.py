@@ -26,7 +26,7 @@ from ..entity import Collection, Document
 from ..errors import InvalidInput, Problem, StrongroomError, Unavailable
 from ..query import Aggregate, And, Filter, Op, Or, Query, Where
 from ._sql import JOURNAL_COLUMNS, listed, record_of
-from ._sqlite_dialect import translated
+from ._sqlite_dialect import commit_error, translated
 from ._sqlite_guard import Table
 from ._sqlite_load import Loader, take_over
 from ._sqlite_pack import SqlitePacker
@@ -277,7 +277,15 @@ class SqliteStore:
         self._jobs.append(_Job(batch, future))
         if self._task is None:
             self._task = loop.create_task(self._write_all())
+            self._task.add_done_callback(self._never_began)
         return future
+
+    def _never_began(self, task: asyncio.Task[None]) -> None:
+        """A task that was cancelled before its first step leaves its jobs to nobody."""
+        if self._task is task:
+            self._task, jobs, self._jobs = None, self._jobs, deque()
+            for job in jobs:
+                _answer(job, Unavailable(f"{self.path}: writing ended before it began: try again"))
 
     async def _write_all(self) -> None:
         """Write group after group until nothing waits."""
@@ -291,12 +299,13 @@ class SqliteStore:
                 group = []
                 await asyncio.sleep(0)  # who was answered may have more to write, which then joins the next group
         except BaseException as error:
-            # The loop is being torn down, or memory ran out: what became of the commit is not known.
+            # The loop is being torn down, or memory ran out: what became of the group is not known.
             self._closing = True
-            for job in (*group, *self._jobs):
-                _answer(
-                    job, Unavailable(f"{self.path}: writing ended with {type(error).__name__}: open the store again")
-                )
+            ended = f"{self.path}: writing ended with {type(error).__name__}: open the store again"
+            for job in group:
+                _answer(job, Unavailable(ended, outcome="unknown"))
+            for job in self._jobs:
+                _answer(job, Unavailable(ended))
             raise
         finally:
             self._task = None
@@ -304,6 +313,7 @@ class SqliteStore:
     async def _write_group(self, session: Session, group: list[_Job]) -> None:
         """One transaction for as many of the jobs as its time allows; the others stay queued."""
         answers: list[Committed | Exception] = []
+        committing = False
         try:
             writer = await self._begin(session)
             try:
@@ -314,14 +324,22 @@ class SqliteStore:
                 _answer(group.pop(len(answers)), torn.reason)
                 self._jobs.extendleft(reversed(group))
                 return
+            committing = writer.has_changes
             await self._commit(writer)
         except apsw.Error as error:
-            # All of them: a precondition that failed was judged by a state that never came to be, too.
+            # A precondition that failed, too: it was evaluated against changes that may not be there.
             await self._threads.write(session.drop_writer)
-            answers = [translated(error, self.path) for _ in group]
+            if committing:
+                answers = [self._failed_commit(error, answer) for answer in answers]
+            else:
+                answers = [translated(error, self.path) for _ in group]
         self._jobs.extendleft(reversed(group[len(answers) :]))
         for job, answer in zip(group, answers, strict=False):
             _answer(job, answer)
+
+    def _failed_commit(self, error: apsw.Error, answer: Committed | Exception) -> StrongroomError:
+        """What a batch is told whose transaction failed at its COMMIT; `answer` is what it would have been told."""
+        return commit_error(error, self.path) if isinstance(answer, Committed) else translated(error, self.path)
 
     async def _commit(self, writer: Writer) -> None:
         """Make it durable: here while the disk is quick, on the writer's thread while it is slow."""
@@ -377,7 +395,11 @@ class SqliteStore:
                 began = time.perf_counter()
                 async for pack in held:
                     await self._awaited(self._threads.write(loader.add, pack))
-                await self._awaited(self._threads.write(loader.commit))
+                await self._awaited(self._threads.write(loader.build))
+                try:
+                    await self._threads.write(loader.commit)
+                except apsw.Error as error:
+                    raise commit_error(error, self.path) from error
             finally:
                 await asyncio.shield(self._threads.write(loader.close))  # behind what its thread still does
         locked_s = time.perf_counter() - began

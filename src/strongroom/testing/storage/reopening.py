@@ -11,11 +11,12 @@ from ...errors import AlreadyExists, BoundExceeded, StrongroomError
 from ...query import Query
 from ...storage.port import Add, Append, Create, Delete, Patch, Store
 from .backend import Backend
-from .journal import tail
+from .journal import PATIENCE_S, tail
 from .preconditions import refused
 from .samples import COLLECTIONS, EDGES, NOW, batch, identical, item, record, sample, shared
 
 DAY_US = 86_400_000_000
+UNDECIDED_ROUNDS = 6
 
 
 async def prepared(backend: Backend, url: str) -> Store:
@@ -145,3 +146,33 @@ class TestReopening:
             assert await store.now_us() - moments[0] >= 10_000, "it does not stand still"
         finally:
             await store.close()
+
+    async def test_a_commit_that_fails_is_not_applied_unless_its_outcome_is_unknown(self, backend: Backend) -> None:
+        """The store's own tasks are ended amid commits, as a loop that is torn down ends them."""
+        for turns in range(UNDECIDED_ROUNDS):
+            url = backend.new_url()
+            store = await prepared(backend, url)
+            others = asyncio.all_tasks()
+            await store.commit(batch("acme", Create("items", "first", item())))
+            given = [
+                store.commit(batch("acme", Create("items", f"{n}", item()), Append(record(f"{n}"), 0)))
+                for n in range(3)
+            ]
+            commits = asyncio.gather(*given, return_exceptions=True)
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            for task in asyncio.all_tasks() - others:
+                task.cancel()
+            async with asyncio.timeout(PATIENCE_S):
+                answers = await commits
+            if store.capabilities.persistent:
+                await store.close()
+                store = await prepared(backend, url)
+            try:
+                for n, answer in enumerate(answers):
+                    there = await store.get("items", "acme", f"{n}") is not None
+                    if isinstance(answer, StrongroomError) and answer.details.get("outcome") == "unknown":
+                        continue
+                    assert there == (not isinstance(answer, BaseException)), (turns, answer)
+            finally:
+                await store.close()
