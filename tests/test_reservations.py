@@ -239,6 +239,68 @@ async def test_settled_again_answers_the_same_and_charges_once(bench: Bench) -> 
     assert (await bench.room.keys.stats(issued.key.id)).totals["tokens"] == 5
 
 
+async def test_settled_again_with_other_amounts_is_a_conflict(bench: Bench) -> None:
+    """Other ones are also fewer: what the first settlement named and the second does not."""
+    issued = await bench.key(rolling("tokens", 1_000))
+    for reported in ({}, {"tokens": 2, "pages": 1}):
+        id = (await bench.reserve(issued, 20)).reservation_id or ""
+        if reported:
+            await bench.room.keys.extend(id, used=reported)
+        first = await bench.room.keys.settle(id, {"tokens": 5, "pages": 3})
+        assert (await bench.room.keys.settle(id, {"pages": 3, "tokens": 5, "images": 0})).charged == first.charged
+        others: list[dict[str, int]] = [{"tokens": 5}, {"pages": 3}, {}, {"tokens": 5, "pages": 3, "images": 1}]
+        for other in others:
+            with pytest.raises(Conflict, match="settled before, with other amounts"):
+                await bench.room.keys.settle(id, other)
+    id = (await bench.reserve(issued, 20)).reservation_id or ""
+    await bench.room.keys.extend(id, used={"pages": 1})
+    await bench.room.keys.settle(id, {"tokens": 5})
+    assert (await bench.room.keys.settle(id, {"tokens": 5})).charged == {"tokens": 5, "pages": 1}
+    assert (await bench.room.keys.settle(id, {"tokens": 5, "pages": 1})).state == "settled"
+    assert await bench.used(issued) == (15, 0)
+
+
+async def test_a_report_of_use_and_a_settlement_at_once_are_charged_once(bench: Bench) -> None:
+    """Where the lease has lapsed both are commits: the settlement must not be decided before the report is charged."""
+    issued = await bench.key(rolling("tokens", 1_000))
+    id = (await bench.reserve(issued, 30)).reservation_id or ""
+    bench.store.gate = asyncio.Event()
+    bench.clock.shift(timedelta(seconds=6))
+    number = len(bench.store.batches)
+    report = asyncio.create_task(bench.room.keys.extend(id, used={"tokens": 10}))
+    await wait_until(lambda: len(bench.store.batches) > number)
+    settlement = asyncio.create_task(bench.room.keys.settle(id, {"tokens": 20}))
+    await asyncio.sleep(0)
+    bench.store.gate.set()
+    assert ((await report).charged, (await settlement).charged) == ({"tokens": 10}, {"tokens": 20})
+    assert await bench.used(issued) == (20, 0)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("then", ["report", "settle", "release"])
+async def test_a_report_of_use_whose_answer_was_lost_is_charged_once(bench: Bench, when: Any, then: str) -> None:
+    """Whatever is done to the reservation next."""
+    issued = await bench.key(rolling("tokens", 1_000))
+    id = (await bench.reserve(issued, 30)).reservation_id or ""
+    bench.clock.shift(timedelta(seconds=6))
+    number = len(bench.store.batches)
+    bench.store.fault = lambda n, batch: Fault(when, Unavailable("lost")) if n == number else None
+    with pytest.raises(Unavailable):
+        await bench.room.keys.extend(id, used={"tokens": 10})
+    match then:
+        case "report":
+            await bench.room.keys.extend(id, used={"tokens": 15})
+            used = (15, 15)
+        case "settle":
+            assert (await bench.room.keys.settle(id, {"tokens": 20})).charged == {"tokens": 20}
+            used = (20, 0)
+        case _:
+            charged = (await bench.room.keys.release(id)).charged
+            used = (10 if bench.leased or when == "after" else 0, 0)
+            assert charged.get("tokens", 0) == used[0]
+    assert await bench.used(issued) == used
+
+
 async def test_released_again_answers_the_same_and_is_not_settled_any_more(bench: Bench) -> None:
     issued = await bench.key(rolling("tokens", 1_000))
     held = await bench.reserve(issued, 20)

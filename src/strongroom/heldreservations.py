@@ -5,7 +5,10 @@ More than this process holds is charged by a commit all the same, whole: it happ
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
+from collections.abc import Mapping
+from weakref import WeakValueDictionary
 
 from .changes import ChangeFeed
 from .clock import Clock
@@ -15,7 +18,18 @@ from .errors import Conflict, NotFound, Unavailable
 from .keytext import Hasher
 from .knownkey import KnownKey
 from .lending import Lending, LocalHold
-from .reserving import State, amounts, as_reservation, held_answer, minus, not_covered, plus, used_since
+from .reserving import (
+    State,
+    amounts,
+    as_reservation,
+    ended_otherwise,
+    held_answer,
+    minus,
+    not_covered,
+    plus,
+    same_amounts,
+    used_since,
+)
 from .usage import KeyChanged, Ledger
 from .verification import LimitStatus, Reservation, Verification, admitted
 from .verifier import MAX_KEY_ATTEMPTS, Usage, Verifier, _Sum, may_see
@@ -37,17 +51,30 @@ class HeldReservations(Verifier):
         feed: ChangeFeed | None = None,
     ) -> None:
         super().__init__(database, ledger, hasher, clock, feed)
-        self._settled: OrderedDict[str, tuple[dict[str, int], Reservation]] = OrderedDict()
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._settled: OrderedDict[str, tuple[dict[str, int], dict[str, int], Reservation]] = OrderedDict()
+        """What was reported before the settlement, the totals after it, and its answer."""
+
+    def _turn(self, id: str) -> asyncio.Lock:
+        """Held while a reservation is changed: of two changes that are decided together the second would be decided on
+        what the first has not committed yet. Those of other nodes are set apart by the versions."""
+        lock = self._turns.get(id)
+        if lock is None:
+            lock = self._turns[id] = asyncio.Lock()
+        return lock
 
     async def _settle_local(self, id: str, units: dict[str, int] | None, context: Context | None) -> Reservation:
         state: State = "released" if units is None else "settled"
         done = self._settled.get(id)
-        if done is not None and may_see(context, done[1].tenant or ""):
-            if done[1].state == state and (units is None or done[0] == units):
-                return done[1]
-            raise Conflict(f"the reservation was {done[1].state} before")
+        if done is not None and may_see(context, done[2].tenant or ""):
+            reported, total, answer = done
+            if answer.state == state and (units is None or same_amounts({**reported, **units}, total)):
+                return answer
+            raise Conflict(ended_otherwise(answer.state, state))
         lending, hold = self._local(id, context)
-        total = hold.used if units is None else {**hold.used, **units}
+        await self._resolve(hold)
+        reported = hold.used
+        total = reported if units is None else {**reported, **units}
         more = {} if units is None else units if not hold.used else used_since(hold.used, units)
         limits: list[LimitStatus] | None = None
         if hold.recording:
@@ -61,7 +88,7 @@ class HeldReservations(Verifier):
             # recorded whole.
             limits = await self._record_whole(lending, id, hold, more)
         settled = held_answer(hold.key, id, hold.entries, state, limits=limits, charged=amounts(total))
-        self._settled[id] = (units if units is not None else {}, settled)
+        self._settled[id] = reported, total, settled
         if len(self._settled) > MAX_SETTLED:
             self._settled.popitem(last=False)
         return settled
@@ -75,6 +102,21 @@ class HeldReservations(Verifier):
         answer = await self._record_hold(hold, more, f"{id} settled", 1)
         lending.end(id)
         return answer.limits
+
+    async def _report(self, id: str, hold: LocalHold, used: Mapping[str, int]) -> None:
+        """Record what was used so far of a reservation that goes on. If that fails, or its answer is lost, whatever is
+        done to the reservation next repeats this record first: it is charged once."""
+        once = f"{id} used {sorted(used.items())}"
+        hold.reporting = once, dict(used)
+        await self._resolve(hold)
+
+    async def _resolve(self, hold: LocalHold) -> None:
+        """Make certain that what was reported as used is charged, where an answer was lost."""
+        if hold.reporting is not None:
+            once, used = hold.reporting
+            await self._record_hold(hold, used_since(hold.used, used, "used"), once, 0)
+            hold.used = {**hold.used, **used}
+            hold.reporting = None
 
     async def _record_hold(self, hold: LocalHold, units: dict[str, int], once: str, count: int) -> Verification:
         """Charge what was used of a reservation in memory by a commit; of a key that was deleted meanwhile too."""
@@ -94,11 +136,12 @@ class HeldReservations(Verifier):
         self, id: str, ttl_s: int, units: dict[str, int] | None, used: dict[str, int], context: Context | None
     ) -> Reservation:
         lending, hold = self._local(id, context)
+        if hold.recording:
+            raise Conflict("the reservation is being settled")
+        await self._resolve(hold)
         key = hold.key
         now_us = self._clock.now_us()
         more = used_since(hold.used, used, "used")
-        if hold.recording:
-            raise Conflict("the reservation is being settled")
         wanted = units if units is not None else plus(dict(hold.cost), hold.used)
         ends_us = now_us + ttl_s * _SECOND
         if not lending.change(id, plus(minus(wanted, used), more), ends_us, now_us):
@@ -106,9 +149,10 @@ class HeldReservations(Verifier):
             return as_reservation(denied, id, "open", charged=amounts(hold.used))
         if more:
             lending.change(id, minus(wanted, used), ends_us, now_us)
-            if not lending.settle(id, more, now_us, last=False):
-                await self._record_hold(hold, more, f"{id} used {sorted(used.items())}", 0)
-            hold.used = {**hold.used, **used}
+            if lending.settle(id, more, now_us, last=False):
+                hold.used = {**hold.used, **used}
+            else:
+                await self._report(id, hold, used)
         charged, expires_at = amounts(hold.used), utc_from_us(ends_us)
         return held_answer(key, id, hold.entries, "open", charged=charged, expires_at=expires_at)
 

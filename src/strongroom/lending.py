@@ -121,6 +121,8 @@ class LocalHold:
     """What was reported as used while it was open, and is charged already."""
     recording: bool = False
     """Its settlement goes, or went, through the ledger, and nobody knows yet whether it was charged."""
+    reporting: tuple[str, dict[str, int]] | None = None
+    """The idempotency key and the totals of a report of what was used that goes, or went, through the ledger."""
 
     @property
     def entries(self) -> Entries:

@@ -15,7 +15,6 @@ import logging
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, cast
-from weakref import WeakValueDictionary
 
 from .accounts import Outcome
 from .changes import ChangeFeed
@@ -35,11 +34,13 @@ from .reserving import (
     State,
     amounts,
     as_reservation,
+    ended_otherwise,
     held_answer,
     minus,
     open_answer,
     plus,
     reserved_units,
+    same_amounts,
     used_since,
     with_changes,
 )
@@ -75,6 +76,8 @@ class StoredReservation(
     asked: dict[str, int] = {}
     holds: dict[str, int]
     used: dict[str, int] = {}
+    reported: dict[str, int] | None = None
+    """What was reported as used before it was settled: with it, a second settlement is known to be the same."""
     model: str | None = None
     route: str | None = None
     state: State = "open"
@@ -94,7 +97,6 @@ class Reservations(HeldReservations):
         feed: ChangeFeed | None = None,
     ) -> None:
         super().__init__(database, ledger, hasher, clock, feed)
-        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._releasing: set[asyncio.Task[None]] = set()
 
     async def reserve(
@@ -163,14 +165,6 @@ class Reservations(HeldReservations):
                 return answer
         raise Unavailable("the key is being changed too quickly to reserve its limits: try again")
 
-    def _turn(self, id: str) -> asyncio.Lock:
-        """Held while a reservation is changed: of two changes that are decided together the second would be decided on
-        what the first has not committed yet. Those of other nodes are set apart by the versions."""
-        lock = self._turns.get(id)
-        if lock is None:
-            lock = self._turns[id] = asyncio.Lock()
-        return lock
-
     async def _make(self, key: KnownKey, stored: StoredReservation, now_us: int, *, once: bool) -> Reservation | None:
         """Commit a durable reservation, or answer what is known of the same one; None if the key, or another node's
         call for the same one, was faster."""
@@ -237,17 +231,17 @@ class Reservations(HeldReservations):
         answers the same. Raises InvalidInput, NotFound (unknown, or another tenant's), Conflict (ended, or settled with
         other amounts: record what was used as usage)."""
         units = cost_units(cost)
-        if reservation_id.startswith(LOCAL):
-            return await self._settle_local(reservation_id, units, context)
         async with self._turn(reservation_id):
+            if reservation_id.startswith(LOCAL):
+                return await self._settle_local(reservation_id, units, context)
             return await self._end(reservation_id, units, "settled", context)
 
     async def release(self, reservation_id: str, *, context: Context | None = None) -> Reservation:
         """End a reservation and charge nothing but what was reported as used. The same again answers the same. Raises
         NotFound, Conflict (it was settled)."""
-        if reservation_id.startswith(LOCAL):
-            return await self._settle_local(reservation_id, None, context)
         async with self._turn(reservation_id):
+            if reservation_id.startswith(LOCAL):
+                return await self._settle_local(reservation_id, None, context)
             return await self._end(reservation_id, None, "released", context)
 
     async def extend(
@@ -269,9 +263,9 @@ class Reservations(HeldReservations):
         if cost is None:
             reserved_units({}, ttl_s, None)
         spent = {} if used is None else cost_units(used)
-        if reservation_id.startswith(LOCAL):
-            return await self._extend_local(reservation_id, ttl_s, units, spent, context)
         async with self._turn(reservation_id):
+            if reservation_id.startswith(LOCAL):
+                return await self._extend_local(reservation_id, ttl_s, units, spent, context)
             return await self._extend(reservation_id, ttl_s, units, spent, context)
 
     async def _extend(
@@ -312,16 +306,21 @@ class Reservations(HeldReservations):
     async def _end(self, id: str, units: dict[str, int] | None, state: State, context: Context | None) -> Reservation:
         for _ in range(MAX_KEY_ATTEMPTS):
             stored = await self._stored(id, context)
-            total = dict(stored.used) if units is None else {**stored.used, **units}
             if stored.state != "open":
-                if stored.state == state and (units is None or stored.used == total):
+                reported = stored.reported if stored.reported is not None else stored.used
+                if stored.state == state and (units is None or same_amounts({**reported, **units}, stored.used)):
                     return await self._ended(stored)
-                raise Conflict(f"the reservation was {stored.state} before")
+                raise Conflict(ended_otherwise(stored.state, state))
+            total = dict(stored.used) if units is None else {**stored.used, **units}
             self._must_be_open(stored, self._clock.now_us())
             key = await self._key_of(stored.key_id)
             more = {} if units is None else used_since(stored.used, units)
             outcome = await self._change_hold(
-                stored, key, HoldChange(id, None, {}, open=True), more, {"used": total, "state": state, "holds": {}}
+                stored,
+                key,
+                HoldChange(id, None, {}, open=True),
+                more,
+                {"used": total, "reported": stored.used, "state": state, "holds": {}},
             )
             if outcome is not None:
                 answer = admitted(key, outcome.statuses)

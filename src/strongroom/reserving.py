@@ -66,6 +66,16 @@ def used_since(before: Mapping[str, int], total: Mapping[str, int], field: str =
     return {name: units - before.get(name, 0) for name, units in total.items()}
 
 
+def same_amounts(one: Mapping[str, int], other: Mapping[str, int]) -> bool:
+    """Whether both are the same amounts; one that is not named is 0."""
+    return all(one.get(name, 0) == other.get(name, 0) for name in (*one, *other))
+
+
+def ended_otherwise(before: str | None, now: State) -> str:
+    """Why a reservation cannot be ended so: it was ended otherwise before."""
+    return f"the reservation was {before} before" + (", with other amounts" if before == now == "settled" else "")
+
+
 def minus(wanted: Mapping[str, int], used: Mapping[str, int]) -> dict[str, int]:
     """What of `wanted` is not `used` yet; nothing where more was."""
     return {name: max(0, units - used.get(name, 0)) for name, units in wanted.items()}
