@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
+import math
 from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -14,16 +16,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from strongroom import Limit, Strongroom
-from strongroom.alerts import Crossing, Told, crossed, operations, subject_of, untold
-from strongroom.errors import NotFound
+from strongroom.alerts import Crossing, Told, crossed, length_s, operations, subject_of, untold
+from strongroom.counters import TotalCounter
+from strongroom.errors import NotFound, Unavailable
 from strongroom.events import NAME as EVENTS
 from strongroom.query import Query
 from strongroom.quotas import quota_id
-from strongroom.storage.port import Patch, Put
-from strongroom.windows import Anchored, Calendar, Total
+from strongroom.storage.port import MAX_OPERATIONS, Batch, Patch, Put
+from strongroom.windows import Anchored, Calendar, Refill, Total
 from tests.conftest import wait_until
 from tests.receiver import FAST, Receiver, delivering, receiving
-from tests.support import FaultyStore, new_url, rolling
+from tests.support import STORES, Fault, FaultyStore, new_url, opened, rolling, stored_usage
 
 SECOND = 1_000_000
 T0 = 1_800_000_000 * SECOND
@@ -116,6 +119,41 @@ def test_a_total_is_told_of_once() -> None:
     assert watch.use(1_000, T0) == [50, 80, 100]
     watch.use(0, T0 + 1)
     assert watch.use(1_000, T0 + 10**15) == []
+
+
+def test_a_total_with_refills_is_told_of_once_in_each_period_between_two() -> None:
+    window = Total(refill=Refill(amount=500, seconds=100))
+    watch, counter = Watch(Limit(resource="tokens", limit=1_000, window=window)), TotalCounter(window)
+    for period in range(3):
+        for second in (10, 20, 30):
+            now_us = T0 + (100 * period + second) * SECOND
+            watch.used = counter.used(now_us)
+            counter.add(now_us, 300 if period == 0 else 170)
+            watch.use(counter.used(now_us), now_us, counter.ends_us(now_us))
+    assert [(threshold, (moment - T0) // SECOND) for threshold, moment in watch.events] == [
+        (50, 20), (80, 30), (50, 110), (80, 130), (50, 210), (80, 230),
+    ]  # fmt: skip
+
+
+def test_the_events_of_two_periods_of_a_refill_are_two() -> None:
+    limit = Limit(resource="tokens", limit=1_000, window=Total(refill=Refill(amount=500, unit="day")))
+    ids = {event_of(crossing(limit=limit, window_ends_us=T0 + day * 86_400 * SECOND)).id for day in (1, 2)}
+    assert len(ids) == 2
+
+
+@pytest.mark.parametrize(
+    ("window", "expected"),
+    [
+        (Total(), math.inf),
+        (Total(refill=Refill(amount=1, seconds=30)), 30),
+        (Total(refill=Refill(amount=1, unit="day")), 82_800),
+        (Calendar(unit="minute"), 60),
+        (Anchored(seconds=7), 7),
+    ],
+)
+def test_how_long_a_window_is_at_least(window: Any, expected: float) -> None:
+    """An endpoint's `min_window_s` is what keeps a refill each second from telling each second."""
+    assert length_s(window.model_dump()) == expected
 
 
 def test_a_rolling_window_whose_use_goes_up_and_down_across_a_threshold_does_not_flood() -> None:
@@ -311,3 +349,70 @@ async def test_what_is_recorded_after_the_fact_is_told_of_too_and_money_exactly(
         await wait_until(lambda: room.deliveries.attempts.counts["delivered"] == 2)
         assert {"90", "150"} == {str(json.loads(one.body)["data"]["threshold"]) for one in receiver.arrived}
         assert all(b'"limit":1.5,"used":2.250000001,' in one.body for one in receiver.arrived)
+
+
+class Asking:
+    """Everyone wants to be told of the same thresholds."""
+
+    def __init__(self, *thresholds: int) -> None:
+        self._thresholds = thresholds
+
+    def thresholds(self, tenant: str, limit: Limit) -> tuple[int, ...]:
+        return self._thresholds
+
+    def on_crossing(self, crossing: Crossing) -> Sequence[Put]:
+        return operations(crossing)
+
+
+@pytest.mark.parametrize("kind", STORES)
+@pytest.mark.parametrize(("keys", "thresholds"), [(100, (50, 80, 100)), (1, tuple(range(5, 101, 5)))])
+async def test_more_crossings_than_a_commit_takes_are_all_told_of(
+    kind: str, keys: int, thresholds: tuple[int, ...], tmp_path: Path
+) -> None:
+    """A hundred keys of one quota, or one key with as many limits as there may be, cross all thresholds at once."""
+    limits = [rolling("tokens", 10)] if keys > 1 else [rolling("tokens", 10, 100 + number) for number in range(32)]
+    async with opened(new_url(kind, tmp_path)) as (room, store):
+        room.ledger.watcher, told = Asking(*thresholds), list[str]()
+        room.ledger.on_crossed = told.extend
+        await room.quotas.put(kind="tenant", tenant="acme", limits=[rolling("tokens", 10 * keys)])
+        made = [await room.keys.create(name=f"key {n}", tenant="acme", limits=limits) for n in range(keys)]
+        for one in made:
+            await room.keys.verify(one.text, cost={"tokens": 0})  # known, so that all below share one commit
+        before = len(store.batches)
+        answers = await asyncio.gather(*(room.keys.verify(one.text, cost={"tokens": 10}) for one in made))
+        assert all(answer.valid for answer in answers)
+        expected = len(thresholds) * (keys * len(limits) + 1)
+        await wait_until(lambda: len(told) == expected)
+        assert len(set(told)) == expected
+        found = [operation for batch in store.batches[before:] for operation in batch.operations]
+        assert {one.id for one in found if isinstance(one, Put) and one.collection == EVENTS} == set(told)
+        assert max(len(batch.operations) for batch in store.batches[before:]) <= MAX_OPERATIONS
+        usages = [await stored_usage(store, one.key.id) for one in made]
+        assert not any(usage.due for usage in usages)
+
+
+async def test_crossings_that_are_due_are_told_of_by_the_next_commit_of_whichever_process(tmp_path: Path) -> None:
+    """The process is gone after the commit that could not take them all."""
+    limits = [rolling("tokens", 10, 100 + number) for number in range(32)]
+    url, thresholds = new_url("sqlite", tmp_path), tuple(range(5, 101, 5))
+    async with opened(url) as (room, store):
+        room.ledger.watcher = Asking(*thresholds)
+        key = await room.keys.create(name="key", tenant="acme", limits=limits)
+        fail = Fault("before", Unavailable("the process is gone"))
+        commits = 0
+
+        def only_the_first(number: int, batch: Batch) -> Fault | None:
+            nonlocal commits
+            commits += any(one.collection == "key_usage" for one in batch.operations if isinstance(one, Put | Patch))
+            return fail if commits > 1 else None
+
+        store.fault = only_the_first
+        assert (await room.keys.verify(key.text, cost={"tokens": 10})).valid
+        await room.ledger.settled()
+        assert (await stored_usage(store, key.key.id)).due
+    async with opened(url) as (room, store):
+        room.ledger.watcher = Asking(*thresholds)
+        await room.keys.record(key_id=key.key.id, cost={"requests": 1})
+        await room.ledger.settled()
+        assert not (await stored_usage(store, key.key.id)).due
+        assert len(await store.find(EVENTS, None, Query(limit=1_000))) == len(thresholds) * len(limits)

@@ -43,8 +43,8 @@ class KeyUsage(Entity, collection=NAME, scope="global", journalled=False, indexe
     `state` is JSON: {"totals": {resource: units}, "counters": {limit id: what its counter dumped}, "at": when the last
     charge was decided, "holds": {reservation id: [its end, {limit id: units}]}, "leases": {lease id: [its end, uses
     recorded, {limit id: [units, units recorded, when it counts no longer]}]}, "told": {limit id: which thresholds were
-    told of (`alerts.untold`)}}. Times are microseconds. `active_at` is
-    "at" too, rounded down to ACTIVE_US: for finding what has changed.
+    told of (`alerts.untold`)}, "due": crossings that the next commit is to tell of}. Times are microseconds.
+    `active_at` is "at" too, rounded down to ACTIVE_US: for finding what has changed.
     """
 
     count: int = 0
@@ -174,6 +174,7 @@ class Account:
         "at_us",
         "count",
         "counters",
+        "due",
         "holds",
         "kept",
         "last_used_us",
@@ -210,6 +211,9 @@ class Account:
         """Units of limits that this node's reservations in memory hold of the lease that is taken out of `leases` while
         something is decided. Not in the document: the lease is."""
         self.told: dict[str, Any] = {}
+        self.due: list[list[Any]] = []
+        """[limit id, threshold, units used, most, end of the window, moment] of thresholds that were crossed in a
+        commit that could not take their events as well: the next one does."""
         if document is not None:
             self.size = len(document["state"])
             state = msgspec.json.decode(document["state"])
@@ -224,6 +228,7 @@ class Account:
             self.holds = state.get("holds", {})
             self.leases = state.get("leases", {})
             self.told = state.get("told", {})
+            self.due = state.get("due", [])
         self._held: dict[str, int] = {}
         self._first_end_us = 0
         if self.holds:
@@ -384,6 +389,8 @@ class Account:
             state["leases"] = self.leases
         if self.told:
             state["told"] = self.told
+        if self.due:
+            state["due"] = self.due
         encoded = _encode(state).decode()
         self.size = len(encoded)
         return {

@@ -32,8 +32,8 @@ has none), `at` (when each threshold was told of, by threshold)."""
 @dataclass(frozen=True, slots=True)
 class Crossing:
     """The use of one limit has crossed one threshold (in percent). `account_id` is a key's id or a `quota_id`;
-    `key_id` is the key that was used, if one was. `used` and `most` are units. `window_ends_us` is None where the
-    window rolls or there is none."""
+    `key_id` is the key that was used, if one was. `used` and `most` are units. `window_ends_us` is the next refill of a
+    total that has one, and None where the window rolls or there is none."""
 
     account_id: str
     tenant: str
@@ -60,7 +60,8 @@ def untold(
     """Of the thresholds that were crossed now, those to tell of, and what to remember from then on.
 
     Each once a window: of a window with an end until that end; of a rolling one, whose use goes up and down across a
-    threshold all the time, once in its length; of a total, once. A limit that was changed begins anew.
+    threshold all the time, once in its length; of a total, once, and once in each period between two refills if it has
+    them. A limit that was changed begins anew.
     """
     rolls = isinstance(limit.window, Rolling)
     ends = None if rolls else window_ends_us
@@ -97,10 +98,12 @@ def operations(crossing: Crossing) -> Sequence[Put]:
 
 
 def length_s(window: Mapping[str, Any]) -> float:
-    """How long a window is, at least, in seconds; without end for a total. `window` as a Window is dumped."""
-    if window["kind"] == "calendar":
-        return _UNIT_S[window["unit"]]
-    return float(window.get("seconds", math.inf))
+    """How long a window is, at least, in seconds: of a total the time between two refills, without end if it has none.
+    `window` as a Window is dumped."""
+    schedule = window.get("refill") or window
+    if schedule.get("unit") is not None:
+        return _UNIT_S[schedule["unit"]]
+    return float(schedule.get("seconds", math.inf))
 
 
 def _event_id(crossing: Crossing) -> str:

@@ -22,6 +22,8 @@ KEYS = "api_keys"
 MAX_ONCE = 400
 """Charges of one group that may happen only once, in one commit: with the rest they fit into a batch."""
 MAX_GROUP_OPERATIONS = 450
+MAX_EVENT_CHARS = 400_000
+"""Of one commit's events, at most; the thresholds that are crossed beyond are told of in the next one."""
 
 
 class Watcher(Protocol):
@@ -78,7 +80,8 @@ class Charge(msgspec.Struct, eq=False):
     hold: HoldChange | None = None
     also: Operation | None = None
     """Commits with the charge; if it fails, only this charge does."""
-    lease: Literal["renew", "return"] | None = None
+    lease: Literal["renew", "return", "tell"] | None = None
+    """A node's lease is to be renewed or given back; `tell`: crossings that are due are to be told of."""
     found: Found | None = None
 
 
@@ -108,6 +111,9 @@ class Decided:
     returned: list[Wallet] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
     """The ids of the events that tell of thresholds."""
+    event_chars: int = 0
+    due: list[Part] = field(default_factory=list)
+    """Accounts with crossings that are still to be told of."""
 
 
 # --- Which charges belong together -------------------------------------------------------------------------------
@@ -307,6 +313,8 @@ class Decision:
                     self._changed.add(part.id)
             elif charge.lease == "return":
                 self._returning.add(part.id)
+            elif charge.lease == "tell":
+                self._changed.add(part.id)
             elif charge.lease is None:
                 account.tally(charge.cost, charge.count, charge.used_at_us or self._now_us)
                 self._changed.add(part.id)
@@ -373,7 +381,7 @@ class Decision:
             self._guard(self._group.parts[id].guard)
         operations += self._guards.values()
         if self._watcher is not None:
-            decided.events = self._crossings(self._watcher)
+            self._tell(self._watcher, decided)
         for id in sorted(self._changed):  # in one order for all nodes
             account = self._accounts[id]
             account.at_us = self._now_us
@@ -393,9 +401,8 @@ class Decision:
                     before = self._accounts[part.id].counter(allowance).used(self._now_us)
                     self._watched.append((part, allowance, thresholds, before))
 
-    def _crossings(self, watcher: Watcher) -> list[str]:
-        """Have the thresholds told of that were crossed, in this commit; the ids of the events."""
-        events: list[str] = []
+    def _tell(self, watcher: Watcher, decided: Decided) -> None:
+        """Have the thresholds told of that were crossed, in this commit as far as it takes so many events."""
         now_us = self._now_us
         for part, allowance, thresholds, before in self._watched:
             account = self._accounts[part.id]
@@ -408,23 +415,33 @@ class Decision:
             told = account.told.get(allowance.id)
             new, remembered = untold(told, reached, allowance.limit, allowance.most, ends_us, now_us)
             account.told[allowance.id] = remembered
-            key_id = part.id if part.guard.collection == KEYS else None
-            for threshold in new:
-                crossing = Crossing(
-                    part.id,
-                    part.tenant,
-                    key_id,
-                    allowance.limit,
-                    threshold,
-                    used,
-                    allowance.most,
-                    ends_us,
-                    now_us,
-                )
-                for put in watcher.on_crossing(crossing):
-                    self._extra.append((put, None))
-                    events.append(put.id)
-        return events
+            account.due += [[allowance.id, threshold, used, allowance.most, ends_us, now_us] for threshold in new]
+        room = MAX_OPERATIONS - len(decided.operations) - len(self._changed) - len(self._extra)
+        for id in self._changed:
+            if self._accounts[id].due:
+                room -= self._tell_of(watcher, self._group.parts[id], decided, room)
+
+    def _tell_of(self, watcher: Watcher, part: Part, decided: Decided, room: int) -> int:
+        """Put the events of an account's crossings into the commit, while there is `room`; how many operations."""
+        account, by_id = self._accounts[part.id], {one.id: one for one in part.allowances}
+        key_id = part.id if part.guard.collection == KEYS else None
+        count = 0
+        while account.due:
+            limit_id, threshold, used, most, ends_us, at_us = account.due[0]
+            if limit_id in by_id:  # else the limit is gone, and whoever took it away knows
+                limit = by_id[limit_id].limit
+                crossing = Crossing(part.id, part.tenant, key_id, limit, threshold, used, most, ends_us, at_us)
+                puts = watcher.on_crossing(crossing)
+                chars = sum(len(put.document["body"]) for put in puts)
+                if count + len(puts) > room or decided.event_chars + chars > MAX_EVENT_CHARS:
+                    decided.due.append(part)
+                    break
+                self._extra += [(put, None) for put in puts]
+                decided.events += [put.id for put in puts]
+                decided.event_chars += chars
+                count += len(puts)
+            del account.due[0]
+        return count
 
     def _lend(self, decided: Decided) -> None:
         """Renew this node's leases on what is written anyway, or give them back."""
@@ -495,7 +512,7 @@ def bundles_of(decided: list[Decided]) -> list[list[Decided]]:
     operations, size = MAX_OPERATIONS, 0
     for one in decided:
         more = len(one.operations)
-        chars = sum(account.size for account in one.accounts.values())
+        chars = one.event_chars + sum(account.size for account in one.accounts.values())
         if operations + more > MAX_OPERATIONS or size + chars > MAX_BUNDLE_CHARS:
             bundles.append([])
             operations, size = 0, 0

@@ -300,7 +300,7 @@ class TotalCounter:
         self.add(moment_us, units)
 
     def ends_us(self, now_us: int) -> int | None:
-        return None
+        return self._coming(now_us, 1)
 
     def resets_at_us(self, now_us: int) -> int | None:
         used = self.used(now_us)  # first, as it moves to now

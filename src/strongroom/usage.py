@@ -368,6 +368,9 @@ class Ledger:
                     self._answer(one)
                     if one.events and self.on_crossed is not None:
                         self.on_crossed(one.events)
+                    for part in one.due:  # at once: the next use of the key may be far away
+                        own = Metered(part.id, part.guard, part.allowances, (), part.tenant)
+                        self._waiting.append(Charge(own, {}, True, None, None, lease="tell"))
                     self._had_turn(one)
         if commits:
             self._commit_s = time.perf_counter() - began
@@ -537,7 +540,7 @@ class Ledger:
             guard = Check(guard.collection, guard.id, document["version"])
             own = charge.metered.parts[0]
             charge.metered = Metered(own.id, guard, own.allowances, (), own.tenant)
-            if charge.lease is not None:
+            if charge.lease == "renew":
                 charge.lease = "return"  # the limits may be others: the next use is lent something by those
             self._waiting.append(charge)
         elif charge.lease is None:
