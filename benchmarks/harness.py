@@ -269,11 +269,16 @@ def start(stack: ExitStack, plan: Plan, what: str, setup: Setup, *arguments: Any
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a group must reach: the rate of `name`, or its ratio to the floor, is at least `at_least`."""
+    """What a group must reach: the rate of `name`, or its ratio to the floor, is at least `at_least`; or, where the
+    figure is a time, the longest of all rounds is at most `at_most`."""
 
     name: str
-    at_least: float
+    at_least: float = 0.0
     of_floor: bool = False
+    at_most: float | None = None
+
+    def met(self, reached: float) -> bool:
+        return reached >= self.at_least if self.at_most is None else reached <= self.at_most
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,6 +309,8 @@ class Group:
 
     def reached(self, target: Target) -> float | None:
         for figure in self.figures:
+            if figure.name == target.name and target.at_most is not None:
+                return figure.highest
             if figure.name == target.name:
                 return figure.of_floor if target.of_floor else figure.rate
         return None

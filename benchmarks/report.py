@@ -97,7 +97,7 @@ def document(facts: dict[str, Any], plan: Plan, benchmarks: Sequence[Benchmark])
             for target, entry in zip(group.targets, shown["targets"], strict=True):
                 reached = group.reached(target)
                 entry["reached"] = reached
-                entry["met"] = reached is not None and reached >= target.at_least
+                entry["met"] = reached is not None and target.met(reached)
         results.append(result)
     how = {"rounds": plan.rounds, "seconds_a_round": plan.seconds, "quick": plan.quick}
     return {"machine": facts, "measured": how, "benchmarks": results}
@@ -141,9 +141,12 @@ def _benchmark(benchmark: Benchmark) -> list[str]:
         for target in group.targets:
             reached = group.reached(target)
             unit = "of the floor" if target.of_floor else benchmark.unit
-            bound = f"{target.at_least:,g} {unit}"
-            verdict = "not measured" if reached is None else "met" if reached >= target.at_least else "MISSED"
-            lines.append(f"   target: {target.name}, at least {bound}: {verdict}")
+            if target.at_most is None:
+                bound = f"at least {target.at_least:,g} {unit}"
+            else:
+                bound = f"at most {target.at_most:,g} {unit}"
+            verdict = "not measured" if reached is None else "met" if target.met(reached) else "MISSED"
+            lines.append(f"   target: {target.name}, {bound}: {verdict}")
     return lines
 
 

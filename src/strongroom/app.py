@@ -32,7 +32,7 @@ from .leases import Lease, Leases
 from .lending import LEASE_S, Lending
 from .lifecycle import Background, ShapeKeeper, background
 from .observed import ObservedStore
-from .query import MAX_LIMIT, Aggregate, Filter, Query
+from .query import MAX_LIMIT, MAX_PAGE_BYTES, Aggregate, Filter, Query
 from .quotas import Quota
 from .quotastore import Quotas
 from .reservations import StoredReservation
@@ -267,8 +267,9 @@ class Tenant:
         return await self._database.get_or_none(self._context.at_now(), cls, id)
 
     async def find(self, cls: type[E], query: Query = Query(), cursor: str | None = None) -> Page[E]:
-        """One page of the documents that match."""
-        return await self._database.find(self._context.at_now(), cls, query, cursor)
+        """One page of the documents that match: at most `query.limit`, and MAX_PAGE_BYTES. `next_cursor` says whether
+        there are more."""
+        return await self._database.find(self._context.at_now(), cls, query, cursor, max_bytes=MAX_PAGE_BYTES)
 
     async def aggregate(self, cls: type[Entity], *aggregates: Aggregate, where: Filter | None = None) -> dict[str, Any]:
         """count, sum and average, by Aggregate.name."""

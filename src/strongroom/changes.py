@@ -12,11 +12,15 @@ import time
 from collections.abc import AsyncGenerator, Callable
 
 from .errors import StrongroomError
-from .storage.port import ChangesPage, Record, Store
+from .query import MAX_PAGE_BYTES
+from .storage.port import ChangesPage, Record, Store, document_size
 
 POLL_S = 0.25
 """How long a change made by another process may stay unseen; one of this process is seen at once."""
 PAGE = 500
+"""Records that are read at once, at most."""
+FIRST_PAGE = 20
+"""Records that are read at once where nothing is known of their size: each may be of two documents."""
 READ_TIMEOUT_S = 5.0
 """A read of the journal that takes longer is given up: a connection that is half open would hold the feed for ever."""
 _log = logging.getLogger(__name__)
@@ -61,12 +65,13 @@ class ChangeFeed:
             self._task = None
 
     async def _run(self, cursor: str) -> None:
+        limit = FIRST_PAGE
         while True:
             self._wake.clear()  # before reading: what is committed while the journal is read may not be in the page
             began = time.monotonic()
             try:
                 async with asyncio.timeout(READ_TIMEOUT_S):
-                    page = await self._store.changes(cursor, limit=PAGE)
+                    page = await self._store.changes(cursor, limit=limit)
             except (StrongroomError, TimeoutError) as error:
                 _log.warning("the journal cannot be read, trying again: %s", str(error) or type(error).__name__)
                 await asyncio.sleep(POLL_S)
@@ -78,8 +83,9 @@ class ChangeFeed:
                         callback(record)
                     except Exception:  # the others, and the records to come, must be told: keys are revoked by them
                         _log.exception("a listener failed on journal record %s", record.id)
-            if len(page.records) < PAGE:  # a full page says nothing of what comes after it
+            if len(page.records) < limit:  # a full page says nothing of what comes after it
                 self.current_at = began
+            limit = _next_limit(limit, page)
             if page.records:
                 self._moved.set()
                 self._moved = asyncio.Event()
@@ -99,10 +105,12 @@ class ChangeFeed:
         Raises InvalidInput for a text that is not a cursor.
         """
         first = True
+        limit = FIRST_PAGE
         while True:
             moved = self._moved
-            page = await self._store.changes(after, tenant=tenant, limit=PAGE)
+            page = await self._store.changes(after, tenant=tenant, limit=limit)
             after = page.cursor
+            limit = _next_limit(limit, page)
             if page.records or first:
                 first = False
                 yield page
@@ -112,3 +120,12 @@ class ChangeFeed:
                     await moved.wait()
             except TimeoutError:
                 yield page
+
+
+def _next_limit(limit: int, page: ChangesPage) -> int:
+    """How many records to read at once after this page, so that a page has about MAX_PAGE_BYTES at most."""
+    if 2 * len(page.records) < limit:
+        return limit
+    size = sum(document_size(part) for one in page.records for part in (one.before, one.after) if part is not None)
+    fitting = MAX_PAGE_BYTES * len(page.records) // max(size, 1)
+    return max(1, min(2 * limit, fitting, PAGE))

@@ -20,7 +20,9 @@ from .cache import Cache
 from .context import Context, next_id, text_problem, utc_from_us
 from .entity import Collection, Document, Entity, Index, Registry, check_id
 from .errors import AlreadyExists, Conflict, Denied, InvalidInput, NotFound, Problem, StrongroomError, Unavailable
+from .fairness import in_slices
 from .journal import denial_record
+from .pages import PageSizes, read_page
 from .query import Aggregate, And, Filter, Or, Query, Where, cursor_of, project, with_cursor
 from .rules import Decision, Policy, Request, default_policy
 from .rules import Operation as RuleOperation
@@ -127,6 +129,7 @@ class Database:
         """What this process has asked for, for advice on indexes."""
         self.retries: dict[str, int] = {}
         """Transactions that ran again because something they read had changed, by the collection of what had."""
+        self._page_sizes = PageSizes()
         self._cache: Cache | None = None
         self._refusal: str | None = None  # why nothing may be written, if so
         self._state_version = 0
@@ -447,32 +450,46 @@ class Database:
         cursor: str | None = None,
         *,
         fresh: bool = False,
+        max_bytes: int | None = None,
     ) -> Page[E]:
         """One page of the documents that match. `query.fields` is for `select`. `fresh`: from the store, not from a
-        cache. Raises InvalidInput, Denied."""
+        cache. `max_bytes`: the page ends there too, and its cursor goes on. Raises InvalidInput, Denied."""
         if query.fields is not None:
             raise InvalidInput([Problem("fields", "a projection gives dicts: use select")])
-        page = await self.select(context, cls, query, cursor, fresh=fresh)
-        return Page([cast(E, cls.__codec__.decode(document)) for document in page.items], page.next_cursor)
+        page = await self.select(context, cls, query, cursor, fresh=fresh, max_bytes=max_bytes)
+        return Page(cast(list[E], await in_slices(cls.__codec__.decode, page.items)), page.next_cursor)
 
     async def select(
-        self, context: Context, cls: type[Entity], query: Query, cursor: str | None = None, *, fresh: bool = False
+        self,
+        context: Context,
+        cls: type[Entity],
+        query: Query,
+        cursor: str | None = None,
+        *,
+        fresh: bool = False,
+        max_bytes: int | None = None,
     ) -> Page[Document]:
-        """One page of documents as dicts, with only `query.fields` (and the id) where that is given. `fresh`: as
-        `find`."""
+        """One page of documents as dicts, with only `query.fields` (and the id) where that is given. `fresh` and
+        `max_bytes`: as `find`."""
         collection = cls.__collection__
         await self.authorize(context, "list", collection)
         tenant = _scope(context, collection)
         query = query.check(collection)
         self.shapes.seen(collection, query)
         scope = f"{tenant}/{collection.name}"
+        kind = scope if query.fields is None else f"{scope}/{','.join(query.fields)}"
         if cursor is not None:
             query = with_cursor(query, collection, scope, cursor)
         visible = _unexpired(collection, query.where, context.now)
-        wider = replace(query, where=visible, limit=query.limit + 1, fields=_with_order(query))
-        documents = await self._reader(collection, fresh).find(collection.name, tenant, wider)
-        page = documents[: query.limit]
-        more = len(documents) > query.limit
+        wider = replace(query, where=visible, fields=_with_order(query))
+        reader = self._reader(collection, fresh)
+        if max_bytes is None:
+            documents = await reader.find(collection.name, tenant, replace(wider, limit=query.limit + 1))
+            page, more = documents[: query.limit], len(documents) > query.limit
+        else:
+            if self._page_sizes.are_large(kind, max_bytes):
+                reader = self._store  # the cache would read a whole list of them at once
+            page, more = await read_page(reader, collection.name, tenant, wider, self._page_sizes, kind, max_bytes)
         next_cursor = cursor_of(query, scope, page[-1]) if more else None
         return Page([project(query.fields, document) for document in page], next_cursor)
 

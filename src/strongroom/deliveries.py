@@ -35,7 +35,7 @@ from .errors import AlreadyExists, ConfigError, Conflict, NotFound, StrongroomEr
 from .events import KEPT, TEST, Event, event
 from .events import NAME as EVENTS
 from .leases import LeaseLost, Leases, Turn
-from .query import Aggregate, And, Filter, Query, Where
+from .query import MAX_PAGE_BYTES, Aggregate, And, Filter, Query, Where
 from .sending import Sender, require_httpx
 from .storage.port import Check, Create, Operation, Patch
 from .transaction import Transaction
@@ -109,7 +109,8 @@ class Deliveries:
         where: Filter = Where("webhook_id", "==", webhook_id)
         if state is not None:
             where = And(where, Where("state", "==", state))
-        return await self._database.find(system_context(), Delivery, Query(where, ("-created_at",), limit), cursor)
+        query = Query(where, ("-created_at",), limit)
+        return await self._database.find(system_context(), Delivery, query, cursor, max_bytes=MAX_PAGE_BYTES)
 
     async def get(self, id: str, *, context: Context | None = None) -> Delivery:
         """A delivery by its id. NotFound for another tenant's too."""

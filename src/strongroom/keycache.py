@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .apikey import ApiKey
 from .changes import ChangeFeed
-from .context import system_context, us_from_utc
+from .context import system_context, text_problem, us_from_utc
 from .database import Database
+from .entity import MAX_ID_BYTES
 from .keylookup import KeyLookup
 from .keytext import Hasher, is_possible
 from .knownkey import KnownKey
+from .query import MAX_IN, Query, Where
 from .quotacache import QuotaCache
 
 MAX_CACHED_KEYS = 30_000
 """A key in memory with its usage is about 5 kB, and a server is to stay below 300 MB whatever keys it is asked for. One
 that had to go costs a read by its hash, a fraction of a millisecond."""
+MANY = 8
+"""So many texts or ids are looked up together; fewer one by one."""
 MAX_UNKNOWN = 10_000
 UNKNOWN_FOR_S = 1.0
 """An unknown key is remembered as unknown for this long, so that guessing costs no reads."""
@@ -112,6 +118,25 @@ class KeyCache:
         self._known.pop(name, None)
         self._known[name] = found
         return found.key if found.until_us is None or now_us < found.until_us else None
+
+    async def unknown(self, texts: Iterable[str], now_us: int) -> set[str]:
+        """Those of many texts that are no key's now, found by few reads. Of the others `find` tells which key they
+        are. What is not worth a read here is left to `find` as well."""
+        asked = {text for text in texts if self.remembered(text, now_us) is None and is_possible(text)}
+        return await self._lookup.unknown_among(asked) if len(asked) >= MANY else set()
+
+    async def unknown_ids(self, ids: Iterable[str]) -> set[str]:
+        """Those of many ids that are no key's now, found by few reads; `by_id` gives the keys of the others."""
+        asked = [id for id in set(ids) if (known := self._by_id.get(id)) is None or known.stale]
+        if len(asked) < MANY:
+            return set()
+        found: set[str] = set()
+        possible = [id for id in asked if text_problem(id, MAX_ID_BYTES) is None]
+        for start in range(0, len(possible), MAX_IN):
+            query = Query(Where("id", "in", possible[start : start + MAX_IN]), limit=MAX_IN, fields=())
+            found.update(key["id"] for key in (await self._database.select(system_context(), ApiKey, query)).items)
+            await asyncio.sleep(0)  # an embedded store answers without letting anything else run
+        return set(possible) - found
 
     async def close(self) -> None:
         """Wait for the hashes that are being compared; keys that need that are not found any more."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -12,6 +13,7 @@ from .apikey import ALL_TENANTS, ApiKey
 from .context import system_context
 from .database import Database
 from .errors import AlreadyExists, Conflict, NotFound, Unavailable
+from .fairness import Slices
 from .keytext import Hasher, hint_of_imported, masked
 from .query import MAX_DISJUNCTIONS, Or, Query, Where
 from .slowcheck import SlowChecks
@@ -64,6 +66,34 @@ class KeyLookup:
                 until = None if field == "hash" else key.previous_until
                 return await self._renew(key, field, text, changed), until
         return None
+
+    async def unknown_among(self, texts: Iterable[str]) -> set[str]:
+        """Those of many texts that no key has, now or before its last rotation: by a read of NAMES_A_READ hashes at a
+        time, where `find` takes one or two reads for each text. Of the others `find` tells which key they are."""
+        unknown: set[str] = set()
+        slices = Slices()
+        some: dict[str, list[str]] = {}
+        size = 0
+        for text in texts:
+            await slices.pause()
+            names = [*self.hasher.candidates(text), *self.hasher.hints(text)]
+            if size + len(names) > NAMES_A_READ and some:
+                unknown |= await self._without_key(some)
+                some, size = {}, 0
+            if len(names) <= NAMES_A_READ:  # else `find` asks for them in turn
+                some[text] = names
+                size += len(names)
+        if some:
+            unknown |= await self._without_key(some)
+        return unknown
+
+    async def _without_key(self, texts: Mapping[str, Sequence[str]]) -> set[str]:
+        """Those of a few texts, given with their names, under none of whose names a key is stored."""
+        names = tuple(name for some in texts.values() for name in some)
+        query = Query(Or(Where("hash", "in", names), Where("previous_hash", "in", names)), limit=2 * len(names))
+        found = await self._database.select(system_context(), ApiKey, replace(query, fields=("hash", "previous_hash")))
+        stored = {key[field] for key in found.items for field in ("hash", "previous_hash")}
+        return {text for text, some in texts.items() if stored.isdisjoint(some)}
 
     async def _stored(self, names: Sequence[str]) -> list[ApiKey]:
         """The keys that are stored under one of these names, now or before their last rotation."""

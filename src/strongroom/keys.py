@@ -18,7 +18,7 @@ from .errors import InvalidInput, NotFound
 from .keyfilter import KeyFilter
 from .keytext import Hasher, generate, masked
 from .knownkey import KnownKey, metered
-from .query import Aggregate
+from .query import MAX_PAGE_BYTES, Aggregate
 from .quotas import NAME as QUOTAS
 from .rotation import IssuedKey, Rotation, no_key, reader, writer
 from .storage.port import Check
@@ -127,7 +127,7 @@ class Keys(Rotation):
         wanted = filter.within(bound_to(context))
         if wanted is None:
             return Page([], None)
-        return await self._database.find(reader(context), ApiKey, wanted.query(limit), cursor)
+        return await self._database.find(reader(context), ApiKey, wanted.query(limit), cursor, max_bytes=MAX_PAGE_BYTES)
 
     async def count(self, filter: KeyFilter, *, context: Context | None = None) -> int:
         """How many keys a filter means."""

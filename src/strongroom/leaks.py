@@ -26,7 +26,7 @@ from .errors import AlreadyExists, InvalidInput, Problem, TooManyRequests
 from .events import KEY_LEAKED, Event, event
 from .keys import Keys
 from .keytext import masked
-from .query import MAX_IN, MAX_LIMIT, And, Filter, Query, Where
+from .query import MAX_IN, MAX_LIMIT, MAX_PAGE_BYTES, And, Filter, Query, Where
 from .rotation import new_text
 from .transaction import Transaction
 from .verifier import bound_to
@@ -200,7 +200,7 @@ class Leaks:
         wanted = {"tenant": own if own is not None else tenant, "key_id": key_id}
         filters: list[Filter] = [Where(name, "==", value) for name, value in wanted.items() if value is not None]
         query = Query(And(*filters) if filters else None, ("-created_at",), limit)
-        return await self._database.find(system_context(), Leak, query, cursor)
+        return await self._database.find(system_context(), Leak, query, cursor, max_bytes=MAX_PAGE_BYTES)
 
     async def _deal_with(self, sighting: Sighting, reporter: str, tenant: str | None, request_id: str) -> Finding:
         known = await self._keys.identify(sighting.token)

@@ -35,6 +35,9 @@ MAX_DISJUNCTIONS = 30
 MAX_FILTERS = 100
 MAX_ORDER = 10
 MAX_CURSOR_BYTES = 8_192
+MAX_PAGE_BYTES = 4_000_000
+"""A page of a list ends once its documents hold so many bytes (`storage.port.document_size`), however many they are; it
+has at least one, and its cursor says that there are more."""
 
 
 class Op(StrEnum):
@@ -491,6 +494,11 @@ def cursor_of(query: Query, scope: str, last: Document) -> str:
         names = ", ".join(name for name, _ in query.order)
         raise TooLarge(f"the values of {names} are too long for a cursor of {MAX_CURSOR_BYTES} bytes: order by others")
     return cursor
+
+
+def behind(query: Query, last: Document) -> Query:
+    """A checked query, to be continued after `last`, which has the fields that it is ordered by."""
+    return replace(query, start_after=tuple(last[name] for name, _ in query.order))
 
 
 def with_cursor(query: Query, collection: Collection, scope: str, cursor: str) -> Query:

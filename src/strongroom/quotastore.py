@@ -17,7 +17,7 @@ from .database import Database, Idempotency, Page, Replayed
 from .entity import MAX_ID_BYTES
 from .errors import Denied, InvalidInput, NotFound, Problem
 from .knownkey import quota_part
-from .query import And, Filter, Query, Where
+from .query import MAX_PAGE_BYTES, And, Filter, Query, Where
 from .quotas import Quota, QuotaKind, quota_id
 from .rotation import reader, writer
 from .transaction import Transaction
@@ -198,7 +198,7 @@ class Quotas:
         if tenant is not None:
             order = order[1:]
         query = Query(And(*filters) if filters else None, tuple(order), limit)
-        return await self._database.find(reader(context), Quota, query, cursor)
+        return await self._database.find(reader(context), Quota, query, cursor, max_bytes=MAX_PAGE_BYTES)
 
     async def update(
         self,

@@ -19,6 +19,7 @@ from .clock import Clock, MachineClock
 from .context import Context, system_context
 from .database import Database
 from .errors import InvalidInput, NotFound, Problem, Unavailable
+from .fairness import Slices
 from .keycache import KeyCache
 from .keytext import Hasher
 from .knownkey import KnownKey, metered, quota_part
@@ -155,11 +156,23 @@ class Verifier:
     async def verify_many(self, asks: Sequence[Mapping[str, Any]]) -> list[Verification]:
         """Decide several verifications in the order given, as one commit where that is possible; each is what `verify`
         takes, its key under `text`. Raises as `verify` does; then some may have been debited."""
-        if self._ledger.lending is not None:  # what is not decided from memory must not be overtaken by what is
-            return [await self.verify(**ask) for ask in asks]
         costs = [ONE_REQUEST if ask.get("cost") is None else cost_units(ask["cost"]) for ask in asks]
+        for ask in asks:
+            if ask.get("ip") is not None:
+                check_address(ask["ip"])
+        unknown = await self.cache.unknown((ask["text"] for ask in asks), self._clock.now_us())
+        slices = Slices()
+        if self._ledger.lending is not None:  # what is not decided from memory must not be overtaken by what is
+            answers = []
+            for ask in asks:
+                await slices.pause()
+                answers.append(NOT_FOUND if ask["text"] in unknown else await self.verify(**ask))
+            return answers
         now_us = self._clock.now_us()
-        known = {text: await self.cache.find(text, now_us) for text in dict.fromkeys(ask["text"] for ask in asks)}
+        known: dict[str, KnownKey | None] = {}
+        for text in dict.fromkeys(ask["text"] for ask in asks):
+            await slices.pause()
+            known[text] = None if text in unknown else await self.cache.find(text, now_us)
         # From here to the last charge nothing is waited for, so that they are decided in this order.
         decided = [self._decide(known[ask["text"]], units, ask, now_us) for ask, units in zip(asks, costs, strict=True)]
         futures = [one for one in decided if isinstance(one, asyncio.Future)]
@@ -301,9 +314,13 @@ class Verifier:
         answers: dict[str, Verification | None] = dict.fromkeys(one.key.id for one in sums)
         for _ in range(MAX_KEY_ATTEMPTS):
             # All are charged before any is waited for, without a task for each: so they share a commit.
-            charged = [(one, self._charge_sum(one, actor, idempotency_key)) for one in sums]
+            charged: list[tuple[_Sum, asyncio.Future[Outcome]]] = []
             changed = []
+            slices = Slices()
             try:
+                for one in sums:
+                    await slices.pause()
+                    charged.append((one, self._charge_sum(one, actor, idempotency_key)))
                 for one, future in charged:
                     try:
                         outcome = future.result() if future.done() else await future
@@ -333,7 +350,11 @@ class Verifier:
         known: dict[tuple[str | None, str | None], KnownKey | None] = {}
         sums: dict[tuple[str, ...], _Sum] = {}
         now_us = self._clock.now_us()
+        texts = await self.cache.unknown((one.key for one in events if one.key is not None), now_us)
+        ids = await self.cache.unknown_ids(one.key_id for one in events if one.key_id is not None)
+        slices = Slices()
         for number, event in enumerate(events):
+            await slices.pause()
             try:
                 units = cost_units(event.cost)
             except InvalidInput as error:
@@ -343,6 +364,8 @@ class Verifier:
             if (event.key is None) == (event.key_id is None):
                 problems.append(Problem(f"items.{number}.key", "expected exactly one of key and key_id"))
                 continue
+            if event.key in texts or event.key_id in ids:
+                known[name] = None
             key = known[name] if name in known else self.cache.remembered(event.key, now_us)
             if (key is None or key.deleted) and name not in known:
                 key = await self._known_for(*name)

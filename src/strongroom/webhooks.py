@@ -24,7 +24,7 @@ from .errors import Denied, InvalidInput, NotFound, Problem, StoreError
 from .events import EVENT_TYPES, LIMIT_THRESHOLD, Event
 from .keytext import Hasher
 from .netguard import url_problem
-from .query import MAX_LIMIT, Query, Where
+from .query import MAX_LIMIT, MAX_PAGE_BYTES, Query, Where
 from .sending import Sender
 from .signatures import new_secret, secret_bytes, secret_text
 from .storage.port import Put, Record
@@ -250,7 +250,8 @@ class Webhooks:
             return Page([], None)
         of = own if own is not None else tenant
         where = Where("tenant", "==", of) if of is not None else None
-        return await self._database.find(_reader(context), Webhook, Query(where, ("-created_at",), limit), cursor)
+        query = Query(where, ("-created_at",), limit)
+        return await self._database.find(_reader(context), Webhook, query, cursor, max_bytes=MAX_PAGE_BYTES)
 
     async def update(
         self,

@@ -228,6 +228,7 @@ def _handle_errors(api: FastAPI) -> None:
         if error.status_code == 404:
             return problem(request, NotFound(f"there is no {request.url.path}"))
         if error.status_code == 405:
+            await openapi.made(api)
             allow = ", ".join(openapi.methods(api, request.url.path))
             return problem(request, MethodNotAllowed(f"{request.method} is not for this path", allow=allow))
         if error.status_code == 400:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from functools import cache
 from typing import Any
 
@@ -65,13 +66,28 @@ def serve(api: FastAPI) -> None:
     def html() -> bytes:
         return page(document(api)).encode()
 
+    @cache
+    def text() -> bytes:
+        return bytes(Json(document(api)).body)
+
     @api.get("/openapi.json", include_in_schema=False)
     async def openapi_json(request: Request) -> Response:
-        return Json(document(api))
+        await made(api)
+        return Response(await asyncio.to_thread(text), media_type="application/json")
 
     @api.get("/docs", include_in_schema=False)
     async def docs(request: Request) -> Response:
-        return Response(html(), media_type=HTML)
+        await made(api)
+        return Response(await asyncio.to_thread(html), media_type=HTML)
+
+
+async def made(api: FastAPI) -> None:
+    """Make the document on a thread, once: it takes a few hundred milliseconds, for which nobody else should wait."""
+    if api.openapi_schema is None:
+        making: asyncio.Task[Any] | None = getattr(api.state, "making_openapi", None)
+        if making is None:
+            making = api.state.making_openapi = asyncio.ensure_future(asyncio.to_thread(document, api))
+        await asyncio.shield(making)
 
 
 def document(api: FastAPI) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from fastapi import Request, Response
 from ..context import Context, utc_from_us
 from ..entity import Entity
 from ..errors import InvalidInput, Problem, StrongroomError
+from ..fairness import Slices
 from ..storage.port import ChangesPage, Record
 from ..transaction import is_expired
 from .auth import Scope, authorization
@@ -62,7 +63,13 @@ class _Stream:
         """A page's changes as events. The last carries the page's cursor, which a client resumes from: one that lost
         the connection in the midst of a page gets its first changes again, and misses none."""
         await self._still_allowed()
-        texts = [text for record in page.records if (text := await self._event(record)) is not None]
+        texts = []
+        slices = Slices()
+        for record in page.records:
+            await slices.pause()
+            text = await self._event(record)
+            if text is not None:
+                texts.append(text)
         if not texts:
             # An id without data moves the client's cursor and is not an event: nothing is read twice for nothing.
             return b": \nid: %s\n\n" % page.cursor.encode()

@@ -16,6 +16,7 @@ from google.cloud.firestore_v1.types import query as _query
 
 from ..entity import Collection, Document, FieldType
 from ..errors import InvalidInput, SchemaError
+from ..fairness import Slices
 from ..query import Aggregate, And, Filter, Op, Query, Where, aggregate, evaluate, leaves, matches, project, sort_key
 from ._firestore_draft import Plan
 from ._firestore_paths import Paths
@@ -76,7 +77,9 @@ class Search:
         if any(name in self._lazy for name, _ in query.order):
             return evaluate(query, [document async for document in self._all(query.where, None)])
         page: list[Document] = []
+        slices = Slices()
         async for document in self._ordered(query):
+            await slices.pause()
             page.append(project(query.fields, document))
             if len(page) == query.limit:
                 break

@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeVar
 
 from ..entity import Collection, Document
 from ..errors import InvalidInput, Problem, StorageFull, StoreError, Unavailable
+from ..fairness import in_slices
 from ..query import Aggregate, Filter, Query, aggregate, evaluate
 from . import _memory, _values
 from ._memory import Draft, Section, State, Stored, copied, key_of
@@ -298,7 +299,7 @@ class JsonStore:
         return copied(entry.document) if entry else None
 
     async def find(self, collection: str, tenant: str | None, query: Query) -> list[Document]:
-        return [copied(document) for document in evaluate(query, self._section(collection, tenant).documents())]
+        return await in_slices(copied, evaluate(query, self._section(collection, tenant).documents()))
 
     async def tenants(self, after: str | None = None, limit: int = MAX_TENANTS_PAGE) -> list[str]:
         self._check_open()

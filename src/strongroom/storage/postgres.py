@@ -18,6 +18,7 @@ import asyncpg
 
 from ..entity import Collection, Document
 from ..errors import InvalidInput, Problem, StrongroomError, Unavailable
+from ..fairness import in_slices
 from ..query import Aggregate, Filter, Query
 from . import _postgres_advice, _postgres_partitions, _postgres_schema
 from ._postgres_commits import Commits
@@ -195,7 +196,7 @@ class PostgresStore:
         table = self._table(collection, tenant)
         select, values = table.pages.find(query)
         rows = await self._rows(select.sql, [tenant, *values] if table.tenant_scoped else values)
-        return [select.decode(row) for row in rows]
+        return await in_slices(select.decode, rows)
 
     async def aggregate(
         self, collection: str, tenant: str | None, aggregates: Sequence[Aggregate], where: Filter | None
@@ -218,7 +219,7 @@ class PostgresStore:
             rows = await self._rows(self._journal.page_of_tenant, (position, limit, tenant))
         if not rows and position > await self._head():
             raise InvalidInput([Problem("after", "lies behind the end of this journal: an older copy was put back")])
-        records = tuple(map(record_of, rows))
+        records = tuple(await in_slices(record_of, rows))
         return ChangesPage(records, str(records[-1].sequence if records else position))
 
     async def _head(self) -> int:

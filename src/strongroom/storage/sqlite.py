@@ -24,6 +24,7 @@ import apsw
 
 from ..entity import Collection, Document
 from ..errors import InvalidInput, Problem, StrongroomError, Unavailable
+from ..fairness import in_slices
 from ..query import Aggregate, And, Filter, Op, Or, Query, Where
 from ._sql import JOURNAL_COLUMNS, listed, record_of
 from ._sqlite_dialect import commit_error, translated
@@ -61,7 +62,6 @@ MAX_GROUP = 512
 MAX_APPLY_S = 0.005
 """A group commit takes this many batches, or as many as are applied in this time: the loop stands still for it."""
 
-_ROWS_AT_ONCE = 200
 _CURSOR = re.compile(r"[0-9]{1,18}")
 _END = "end"
 _T = TypeVar("_T")
@@ -206,7 +206,7 @@ class SqliteStore:
                 rows = await self._patiently(error, session, select.sql, values, tenant)
             return [select.decode(row) for row in rows]
         select, values = table.pages.find(query)
-        return await self._decoded(await self._scan(session.scans, select.sql, values, tenant), select.decode)
+        return await in_slices(select.decode, await self._scan(session.scans, select.sql, values, tenant))
 
     async def tenants(self, after: str | None = None, limit: int = MAX_TENANTS_PAGE) -> list[str]:
         names = [name for name, table in self._opened().tables.items() if table.tenant_scoped]
@@ -236,7 +236,7 @@ class SqliteStore:
         rows = await self._scan(readers, _CHANGES, (position, min(limit, MAX_CHANGES_PAGE)), tenant)
         if not rows and position > await self._head():
             raise InvalidInput([Problem("after", "lies behind the end of this journal: an older copy was put back")])
-        records = await self._decoded(rows, record_of)
+        records = await in_slices(record_of, rows)
         return ChangesPage(tuple(records), str(records[-1].sequence if records else position))
 
     async def _head(self) -> int:
@@ -257,14 +257,6 @@ class SqliteStore:
         if isinstance(error, apsw.BusyError):
             return await self._scan(session.scans, sql, values, tenant)
         raise translated(error, self.path) from error
-
-    async def _decoded(self, rows: Sequence[tuple[Any, ...]], decode: Callable[[Sequence[Any]], _T]) -> list[_T]:
-        """The rows decoded, a part at a time, so that a large page does not hold up the loop."""
-        found = [decode(row) for row in rows[:_ROWS_AT_ONCE]]
-        for begin in range(_ROWS_AT_ONCE, len(rows), _ROWS_AT_ONCE):
-            await asyncio.sleep(0)
-            found += map(decode, rows[begin : begin + _ROWS_AT_ONCE])
-        return found
 
     # --- Writing ---
 

@@ -17,7 +17,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from ...entity import SYSTEM_FIELDS, Entity, FieldType, json_schema, problems_of
 from ...errors import InvalidInput, NotFound, Problem
+from ...fairness import in_slices
 from ...journal import MASK
+from ...query import MAX_PAGE_BYTES
 from ..auth import Scope
 from ..filters import parameters_of, query_of
 from ..openapi import header, request_body
@@ -133,8 +135,9 @@ class _Collection:
         """One page of the documents that match. Filters are `field=value` and `field__op=value`."""
         caller_of(request).needs(Scope.READ)
         query, cursor = query_of(self.collection, request.query_params.multi_items())
-        page = await self.database.find(context_of(request, _decoded(tenant)), self.cls, query, cursor)
-        return Document({"items": [self.shown(item) for item in page.items], "next_cursor": page.next_cursor})
+        context = context_of(request, _decoded(tenant))
+        page = await self.database.find(context, self.cls, query, cursor, max_bytes=MAX_PAGE_BYTES)
+        return Document({"items": await in_slices(self.shown, page.items), "next_cursor": page.next_cursor})
 
     async def get(self, request: Request, tenant: str, id: str) -> Response:
         """The ETag is the version, for If-Match and If-None-Match."""

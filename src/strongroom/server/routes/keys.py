@@ -11,6 +11,7 @@ from fastapi import APIRouter, Query, Request, Response
 
 from ...apikey import KeyChanges, NewKey
 from ...errors import InvalidInput, NotFound, Problem
+from ...fairness import in_slices
 from ...keys import ApiKey, KeyStats
 from ..auth import Caller, Scope, is_management
 from ..openapi import body
@@ -61,7 +62,7 @@ def router(services: Services) -> APIRouter:
     async def list_keys(request: Request, query: Annotated[KeyListQuery, Query()]) -> Response:
         caller_of(request).needs(Scope.READ)
         page = await keys.list(**query.model_dump(), context=context_of(request))
-        return Json({"items": [key.shown() for key in page.items], "next_cursor": page.next_cursor})
+        return Json({"items": await in_slices(ApiKey.shown, page.items), "next_cursor": page.next_cursor})
 
     @routes.get("/{id}", response_model=KeyOut, summary="One key")
     async def get_key(request: Request, id: str, query: Annotated[KeyQuery, Query()]) -> Response:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 
 from ...apikey import parse
 from ...errors import InvalidInput, Problem, Unauthenticated
+from ...fairness import in_slices
 from ...leaks import MAX_SIGHTINGS, Action, Done, Leak, LeakPolicy, PolicyFields, Sighting
 from ...query import DEFAULT_LIMIT, MAX_LIMIT
 from ..auth import Scope, authorization
@@ -136,7 +137,7 @@ def router(services: Services) -> APIRouter:
     async def list_leaks(request: Request, query: Annotated[LeakListQuery, Query()]) -> Response:
         caller_of(request).needs(Scope.READ)
         page = await leaks.list(**query.model_dump(), context=context_of(request))
-        return Json({"items": [_shown(leak) for leak in page.items], "next_cursor": page.next_cursor})
+        return Json({"items": await in_slices(_shown, page.items), "next_cursor": page.next_cursor})
 
     @routes.get("/v1/leaks/policy/{tenant}", response_model=PolicyOut, summary="What is done with keys that leak")
     async def get_leak_policy(request: Request, tenant: str) -> Response:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field
 
 from ...apikey import parse
 from ...errors import InvalidInput, NotFound, Problem
+from ...fairness import in_slices
 from ...query import DEFAULT_LIMIT, MAX_LIMIT
 from ...quotas import QuotaKind
 from ...quotastore import NewQuota, Quota, QuotaChanges, QuotaFields
@@ -95,7 +96,7 @@ def router(services: Services) -> APIRouter:
     async def list_quotas(request: Request, query: Annotated[QuotaListQuery, Query()]) -> Response:
         caller_of(request).needs(Scope.READ)
         page = await quotas.list(**query.model_dump(), context=context_of(request))
-        return Json({"items": [quota.model_dump() for quota in page.items], "next_cursor": page.next_cursor})
+        return Json({"items": await in_slices(Quota.model_dump, page.items), "next_cursor": page.next_cursor})
 
     # Before the routes with a name, which `stats` would be taken for.
     @routes.get(PATH + "/tenant/{tenant}/stats", response_model=QuotaStatsOut, summary="Where a tenant's quota stands")

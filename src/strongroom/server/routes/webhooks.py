@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field
 from ...apikey import parse
 from ...deliveries import Delivery
 from ...errors import NotFound
+from ...fairness import in_slices
 from ...query import DEFAULT_LIMIT, MAX_LIMIT
 from ...webhooks import (
     DEFAULT_OVERLAP_S,
@@ -145,7 +146,7 @@ def _endpoints(routes: APIRouter, services: Services) -> None:
     async def list_webhooks(request: Request, query: Annotated[WebhookListQuery, Query()]) -> Response:
         caller_of(request).needs(Scope.READ)
         page = await webhooks.list(**query.model_dump(), context=context_of(request))
-        return Json({"items": [shown(webhook) for webhook in page.items], "next_cursor": page.next_cursor})
+        return Json({"items": await in_slices(shown, page.items), "next_cursor": page.next_cursor})
 
     @routes.get(path + "/{id}", response_model=WebhookOut, summary="One webhook")
     async def get_webhook(request: Request, id: str) -> Response:
@@ -229,7 +230,7 @@ def _deliveries(routes: APIRouter, services: Services) -> None:
         """Newest first. They are kept for 30 days."""
         caller_of(request).needs(Scope.READ)
         page = await deliveries.list(id, **query.model_dump(), context=context_of(request))
-        return Json({"items": [seen(delivery) for delivery in page.items], "next_cursor": page.next_cursor})
+        return Json({"items": await in_slices(seen, page.items), "next_cursor": page.next_cursor})
 
     @routes.get("/v1/deliveries/{id}", response_model=DeliveryOut, summary="One delivery")
     async def get_delivery(request: Request, id: str) -> Response:
