@@ -18,8 +18,11 @@ from typing import Any
 import pytest
 
 from benchmarks.migrate import fill
+from strongroom import config
 from strongroom.cli import migrate as command
 
+from .servers import postgres
+from .serving import running
 from .test_cli import Run, process, run
 from .waiting import PATIENCE_S
 
@@ -164,6 +167,70 @@ def test_live_stops_before_the_switch_over_and_asks_at_a_terminal(
     assert names == {"key 0", "key 1", "key 2", "meanwhile", "meanwhile too"}
     aborted = run(*both, "--abort")
     assert (aborted.status, "done" in aborted.err) == (1, True)
+
+
+def test_a_moved_source_answers_reads_and_only_operators_are_told_where_it_went(
+    run: Run, source: str, tmp_path: Path
+) -> None:
+    target = f"json:///{tmp_path}/target.json"
+    assert run("migrate", "--from", source, "--to", target, "--live", "--switch").status == 0
+    refused = run("keys", "create", "--name", "too late", "--json")
+    assert (refused.status, target in refused.json["error"]["message"]) == (1, False)
+    with running(tmp_path, STRONGROOM_STORE=source) as server:
+        with server.client() as client:  # its key was never made here, as the source had no server before
+            assert client.get("/v1/keys").status_code == 401
+        status, _, log = server.stop()
+    (told,) = [line for line in map(json.loads, log.splitlines()) if "the other store is" in line["message"]]
+    assert (status, told["level"], told["message"].rpartition(" ")[2]) == (0, "warning", command.shown(target))
+
+
+def test_the_role_that_migrates_is_not_the_one_that_serves() -> None:
+    said = command.what_next("postgresql://strongroom_owner@db:5432/app?sslmode=require")
+    assert "postgresql://db:5432/app:" in said
+    assert "as the application's role (strongroom_app" in said
+    assert command.what_next("json:///x.json").endswith("set STRONGROOM_STORE to it wherever it is used")
+
+
+async def everything_of(url: str) -> list[str]:
+    """What a server with this store makes, as a plan of the command line would list it."""
+    from strongroom.server.run import _opened
+
+    async with _opened(config.load(store=url)) as room:
+        return [collection.name for collection in room.database.registry.collections]
+
+
+def test_the_command_line_and_the_server_know_the_same_entities(run: Run, tmp_path: Path) -> None:
+    planned = run("schema", "plan", "--store", f"json:///{tmp_path}/new.json", "--json").json["changes"]
+    asked = {change["collection"] for change in planned if change["kind"] == "create collection"}
+    served = asyncio.run(everything_of(f"json:///{tmp_path}/served.json"))
+    assert asked == set(served)
+    assert {"policies", "signals", "actions", "coordination_status"} < asked
+    assert run("schema", "plan", "--store", f"json:///{tmp_path}/served.json", "--json").json == {"changes": []}
+    both = ("--from", f"json:///{tmp_path}/served.json", "--to", f"sqlite:///{tmp_path}/store.db")
+    moved = run("migrate", *both, "--json")
+    assert (moved.status, moved.err) == (0, "")
+    assert "make tables" not in run("migrate", *both, "--plan").err
+
+
+def test_a_plan_with_the_applications_role_says_whose_url_is_needed(
+    run: Run, source: str, request: pytest.FixtureRequest
+) -> None:
+    server = postgres.start(request, "postgres-18", postgres.bundled())
+    schema = postgres.new_schema()
+    names = {part: f"{schema}_{part}" for part in ("owner", "application", "retention")}
+    options = [word for part, name in names.items() for word in (f"--{part}", name)]
+    owner, app = (server.url(schema, names[part]) for part in ("owner", "application"))
+    server.execute(run("schema", "roles", *options, "--store", owner).out)
+    assert run("schema", "apply", "--store", owner).status == 0
+    plan = run("migrate", "--from", source, "--to", app, "--plan", "--json")
+    assert (plan.status, [p["path"] for p in plan.json["problems"]]) == (1, ["--to"])
+    (problem,) = plan.json["problems"]
+    assert f"{names['application']} may not make tables" in problem["message"]
+    assert names["owner"] in problem["message"]
+    assert run("migrate", "--from", source, "--to", app).status == 2
+    moved = run("migrate", "--from", source, "--to", owner)
+    assert (moved.status, "as the application's role" in moved.err) == (0, True)
+    assert len(run("keys", "list", "--store", app, "--json").json["items"]) == 3
 
 
 def test_ctrl_c_says_how_to_go_on_and_it_does(run: Run, tmp_path: Path) -> None:

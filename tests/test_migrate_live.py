@@ -225,7 +225,7 @@ async def test_a_rollback_after_the_switch_over_gives_the_source_its_writes_back
     _, text = await key_in(one)
     async with stores(one, other) as (a, b):
         assert (await library.migrate(a, b, ALL, SWITCH)).is_done
-    with pytest.raises(Unavailable, match="the data moves to b"):
+    with pytest.raises(Unavailable, match=r"^the data moves to another store: writes are off here$"):
         async with Strongroom.open(one, entities=[Paper]) as room:
             await room.tenant("acme").create(Paper())
     async with stores(one, other) as (a, b):
@@ -243,7 +243,7 @@ async def test_the_target_takes_no_writes_until_it_is_whole(urls: Callable[[str]
     async with stores(one, other) as (a, b):
         await library.migrate(a, b, ALL, LIVE)
         async with Strongroom.open(other, entities=[Paper]) as room:
-            with pytest.raises(Unavailable, match="a migration from a into this store is under way"):
+            with pytest.raises(Unavailable, match=r"^a migration into this store is under way$"):
                 await room.tenant("acme").create(Paper())
             assert (await library.migrate(a, b, ALL, SWITCH)).is_done
             await wait_until(lambda: room.database._refusal is None)

@@ -24,6 +24,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from .entity import Entity, problems_of
 from .errors import ConfigError
 from .keytext import is_possible
+from .state import ENTITIES
 
 DEFAULT_STORE = "sqlite:///data/strongroom.db"
 STORES = {
@@ -412,7 +413,14 @@ def _row(field: FieldInfo) -> Setting:
     )
 
 
-# --- The user's own entities ----------------------------------------------------------------------------------
+# --- The entities that are known ------------------------------------------------------------------------------
+
+
+def served_entities(modules: Sequence[str]) -> tuple[type[Entity], ...]:
+    """What the server and the command line know beside Strongroom's own entities: the shared state's, and those of
+    `modules`. There is one list for both, so that what one of them makes fits what the other expects. Raises
+    ConfigError."""
+    return tuple(dict.fromkeys((*ENTITIES, *load_entities(modules))))
 
 
 def load_entities(modules: Sequence[str]) -> tuple[type[Entity], ...]:

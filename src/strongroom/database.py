@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import random
 import time
 from collections.abc import AsyncIterable, Awaitable, Callable, Mapping, Sequence
@@ -52,6 +53,7 @@ MAX_IDEMPOTENCY_KEY_BYTES = 255
 
 E = TypeVar("E", bound=Entity)
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 
 class IdempotentCall(
@@ -78,10 +80,12 @@ class StoreState(Entity, collection="store_state", scope="global"):
     """Whether the store takes writes, and if not, why: a migration turns them off at its source when it switches over.
 
     The one document is called WRITES; without it writes are allowed. Every process learns of a change by the journal.
+    `reason` is what callers are told; `other_store`, the URL of the store at the other end, is for operators alone.
     """
 
     allowed: bool = True
     reason: str = ""
+    other_store: str = ""
 
 
 WRITES = "writes"
@@ -159,7 +163,18 @@ class Database:
     def _use_state(self, version: int, state: Document) -> None:
         if version > self._state_version:  # what was read may be older than what the journal has said meanwhile
             self._state_version = version
-            self._refusal = None if state.get("allowed", True) else state.get("reason") or "the store takes no writes"
+            before, self._refusal = self._refusal, None
+            if not state.get("allowed", True):
+                self._refusal = state.get("reason") or "the store takes no writes"
+                other = state.get("other_store")
+                _log.warning("%s%s", self._refusal, f"; the other store is {other}" if other else "")
+            elif before is not None:
+                _log.info("writes are on again")
+
+    @property
+    def takes_writes(self) -> bool:
+        """Whether the store takes writes, as far as this process has heard."""
+        return self._refusal is None
 
     def _commit(self, batch: Batch) -> Awaitable[Committed]:
         """As `Store.commit`; Unavailable while the store takes no writes."""

@@ -14,8 +14,8 @@ import typer
 
 from ..errors import ConfigError, InvalidInput, Problem
 from . import output
-from .options import is_interactive
-from .session import EXIT_FAILED, Interrupted, JsonOption, as_owner, run
+from .options import is_interactive, stopped_by_ctrl_c
+from .session import EXIT_FAILED, Interrupted, JsonOption, as_owner, registry, run
 
 if TYPE_CHECKING:
     from ..entity import Collection
@@ -64,12 +64,13 @@ def migrate(
     Documents keep their id, their times and every value; versions are the target's own. The same command goes on where
     it was stopped, whatever stopped it. The source is only read; with --live, its writes are turned off for the
     switch-over. Both stores are compared by count and checksum, for each collection and tenant: exit status 1 if they
-    differ. Entities of your own are named by STRONGROOM_ENTITIES. --store is not used here.
+    differ. Entities of your own are named by STRONGROOM_ENTITIES. --store is not used here. Into PostgreSQL, --to is
+    the URL of the schema's owner; the nodes get that of the application's role afterwards.
 
     \b
     Example:
-      strongroom migrate --from sqlite:///data/strongroom.db --to postgresql://app@db/strongroom --plan
-      strongroom migrate --from sqlite:///data/strongroom.db --to postgresql://app@db/strongroom --live
+      strongroom migrate --from sqlite:///data/strongroom.db --to postgresql://strongroom_owner@db/strongroom --plan
+      strongroom migrate --from sqlite:///data/strongroom.db --to postgresql://strongroom_owner@db/strongroom --live
     """
     from ..migrate import Options
 
@@ -138,6 +139,18 @@ def _check_call(source: str, target: str, modes: dict[str, bool]) -> None:
         raise InvalidInput(problems)
 
 
+def what_next(target: str) -> str:
+    """What is to be done once everything is in the target, whose URL has no password."""
+    parts = urlsplit(target)
+    if not parts.scheme.startswith("postgres"):
+        return f"everything is in {target}: set STRONGROOM_STORE to it wherever it is used"
+    place = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    return (
+        f"everything is in {place}: set STRONGROOM_STORE wherever it is used to its URL as the application's role "
+        "(strongroom_app, unless `schema roles` was given another name), not the owner's"
+    )
+
+
 # --- The work -------------------------------------------------------------------------------------------------
 
 
@@ -151,14 +164,12 @@ class _Job:
 
     def _run(self, work: Callable[[Store, Store, tuple[Collection, ...]], Awaitable[T]]) -> T:
         """Open both stores, do the work, close them."""
-        from ..app import SYSTEM_ENTITIES
-        from ..config import load, load_entities
-        from ..entity import Registry
+        from ..config import load
         from ..storage import open_store
 
         # Each with what the environment says of its engine, as a server on it would have.
         settings = [load(store=url) for url in self.urls]
-        collections = Registry((*SYSTEM_ENTITIES, *load_entities(settings[0].entities))).collections
+        collections = registry(settings[0].entities).collections
 
         async def opened() -> T:
             async with AsyncExitStack() as stack:
@@ -215,16 +226,17 @@ class _Job:
         else:
             _print_report(report)
             if report.is_done and report.equal:
-                output.print_note(f"everything is in {report.target}: set STRONGROOM_STORE to it wherever it is used")
+                output.print_note(what_next(report.target))
         if not report.equal:
             raise typer.Exit(EXIT_FAILED)
 
 
 def _asks(target: str) -> bool:
     """Whether someone at a terminal wants the switch-over now."""
-    return is_interactive() and typer.confirm(
-        f"{target} is up to date. Switch over now? Writes are refused until it is done.", err=True
-    )
+    if not is_interactive():
+        return False
+    with stopped_by_ctrl_c():
+        return typer.confirm(f"{target} is up to date. Switch over now? Writes are refused until it is done.", err=True)
 
 
 # --- What is told ---------------------------------------------------------------------------------------------

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
@@ -43,7 +46,34 @@ def must_be_confirmed(yes: bool, json: bool, why: str) -> None:
 def confirm(yes: bool, question: str) -> None:
     """Ask, where that was not answered before; ends the command if the answer is no."""
     if not yes:
-        typer.confirm(question, abort=True, err=True)
+        with stopped_by_ctrl_c():
+            typer.confirm(question, abort=True, err=True)
+
+
+@contextmanager
+def stopped_by_ctrl_c() -> Iterator[None]:
+    """While someone is asked, Ctrl-C raises KeyboardInterrupt at once. The handler of an event loop only asks its task
+    to end, and that task waits for the answer."""
+    before = signal.getsignal(signal.SIGINT)
+    if before in (signal.SIG_IGN, None):
+        yield
+        return
+    interrupted = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    except typer.Abort:  # Typer tells the end of the input from Ctrl-C no more
+        if interrupted:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def duration_s(name: str, text: str) -> int:

@@ -11,7 +11,7 @@ import typer
 
 from ..errors import ConfigError, SchemaError
 from . import output
-from .session import JsonOption, StoreOption, as_owner, run
+from .session import JsonOption, StoreOption, as_owner, registry, run
 
 if TYPE_CHECKING:
     from ..entity import Registry
@@ -94,11 +94,11 @@ def export(
     from ..config import load
 
     settings = load(store=store)
-    registry = _registry(entities or settings.entities)
+    declared = registry(entities or settings.entities)
     if format == "json-schema":
-        output.print_json(registry.json_schema())
+        output.print_json(declared.json_schema())
         return
-    files = _deployment(registry, settings.firestore_collection)
+    files = _deployment(declared, settings.firestore_collection)
     if json:
         output.print_json(files)
         return
@@ -165,8 +165,8 @@ def advise(
     """
     from .. import advice
 
-    async def work(opened: Store, registry: Registry) -> list[Advice]:
-        collections = {c.name: c for c in (*registry.collections, advice.QueryShape.__collection__)}
+    async def work(opened: Store, declared: Registry) -> list[Advice]:
+        collections = {c.name: c for c in (*declared.collections, advice.QueryShape.__collection__)}
         missing = await opened.prepare(list(collections.values()), mode="plan")
         if missing:
             raise SchemaError(
@@ -215,8 +215,8 @@ def retain(
 def _prepare(
     modules: Sequence[str] | None, store: str | None, mode: Literal["plan", "apply"], allow_destructive: bool
 ) -> tuple[SchemaChange, ...]:
-    async def work(opened: Store, registry: Registry) -> tuple[SchemaChange, ...]:
-        return await opened.prepare(registry.collections, mode=mode, allow_destructive=allow_destructive)
+    async def work(opened: Store, declared: Registry) -> tuple[SchemaChange, ...]:
+        return await opened.prepare(declared.collections, mode=mode, allow_destructive=allow_destructive)
 
     with output.log_on_terminal("strongroom.storage"):
         return _with_store(modules, store, work)
@@ -226,8 +226,8 @@ def _with_store(modules: Sequence[str] | None, store: str | None, work: Callable
     """Work on the store, not yet prepared, with the entities declared."""
     from ..config import load
 
-    registry = _registry(modules or load(store=store).entities)
-    return _opened(store, lambda opened: work(opened, registry))
+    declared = registry(modules or load(store=store).entities)
+    return _opened(store, lambda opened: work(opened, declared))
 
 
 def _opened(store: str | None, work: Callable[[Store], Awaitable[T]]) -> T:
@@ -245,15 +245,6 @@ def _opened(store: str | None, work: Callable[[Store], Awaitable[T]]) -> T:
 
     with as_owner():
         return run(opened)
-
-
-def _registry(modules: Sequence[str]) -> Registry:
-    """Strongroom's own entities and those that the modules declare. Raises ConfigError, SchemaError."""
-    from ..app import SYSTEM_ENTITIES
-    from ..config import load_entities
-    from ..entity import Registry
-
-    return Registry((*SYSTEM_ENTITIES, *load_entities(modules)))
 
 
 def _print_changes(changes: tuple[SchemaChange, ...], json: bool, done: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -13,6 +13,7 @@ from ..errors import StrongroomError
 if TYPE_CHECKING:
     from ..app import Strongroom
     from ..context import Context
+    from ..entity import Registry
 
 EXIT_FAILED = 1
 EXIT_WRONG_CALL = 2
@@ -43,12 +44,22 @@ def in_store(store: str | None, work: Callable[[Strongroom], Awaitable[T]]) -> T
     from ..app import Strongroom
 
     settings = config.load(store=store)
+    entities = config.served_entities(settings.entities)
 
     async def opened() -> T:
-        async with Strongroom.open(settings.store_url, peppers=settings.pepper_texts) as room:
+        async with Strongroom.open(settings.store_url, entities=entities, peppers=settings.pepper_texts) as room:
             return await work(room)
 
     return run(opened)
+
+
+def registry(modules: Sequence[str]) -> Registry:
+    """Every entity that a server knows whose STRONGROOM_ENTITIES names these modules. ConfigError, SchemaError."""
+    from ..app import SYSTEM_ENTITIES
+    from ..config import served_entities
+    from ..entity import Registry
+
+    return Registry((*SYSTEM_ENTITIES, *served_entities(modules)))
 
 
 def run(work: Callable[[], Awaitable[T]]) -> T:

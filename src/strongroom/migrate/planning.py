@@ -151,7 +151,9 @@ async def open_source(run: Run) -> list[Problem]:
             )
         )
     elif run.options.live and not problems and not run.switching and (reason := await refusal(run.source)):
-        problems.append(Problem("--live", f"the source takes no writes already: {reason}"))
+        other = await other_store(run.source)
+        where = f" ({other})" if other else ""
+        problems.append(Problem("--live", f"the source takes no writes already: {reason}{where}"))
     return problems
 
 
@@ -173,6 +175,8 @@ async def open_as_it_is(store: Store, run: Run, path: str) -> tuple[set[str], li
 async def open_target(run: Run) -> list[Problem]:
     """Make readable what the target has, without changing anything; what does not fit or is in the way is told."""
     absent, problems = await open_as_it_is(run.target, run, "--to")
+    if absent and (reason := await _unchangeable(run.target)):
+        problems.append(Problem("--to", reason))
     if problems:
         return problems
     state = await run.load() if MIGRATIONS.name not in absent else None
@@ -191,6 +195,14 @@ async def open_target(run: Run) -> list[Problem]:
     if not same and await _has_journal(run.target):
         return [Problem("--to", "its journal has records of its own: take a new store, or --overwrite to append to it")]
     return []
+
+
+async def _unchangeable(store: Store) -> str | None:
+    """Why collections cannot be made in the target as the one who opened it; None if they can. Only stores whose users
+    differ in that have something to say."""
+    ask = getattr(store, "unchangeable", None)
+    reason: str | None = await ask() if ask is not None else None
+    return reason
 
 
 async def _held_by(run: Run, absent: set[str]) -> dict[str, int]:
@@ -218,6 +230,12 @@ async def refusal(store: Store) -> str | None:
     """Why the store takes no writes now; None if it takes them. It must be prepared for STORE_STATE."""
     document = await store.get(STORE_STATE.name, None, WRITES)
     return None if document is None or document["allowed"] else document["reason"] or "its writes are off"
+
+
+async def other_store(store: Store) -> str:
+    """The store that a move which turned the writes of this one off goes to, or comes from."""
+    document = await store.get(STORE_STATE.name, None, WRITES)
+    return "" if document is None else str(document["other_store"])
 
 
 async def same_store(run: Run) -> bool:

@@ -126,8 +126,8 @@ async def _begin(run: Run) -> None:
     )
     document = Migration.__codec__.encode(state)
     first = Put(MIGRATIONS.name, CURRENT, document)
-    reason = f"a migration from {options.source} into this store is under way"
-    await run.target.commit(Batch(None, (first, *fence(False, reason, at=1)), now_us()))
+    fenced = fence(False, "a migration into this store is under way", options.source, at=1)
+    await run.target.commit(Batch(None, (first, *fenced), now_us()))
     await run.load()
     if await same_store(run):
         lifted = fence(state.fence is None, state.fence or "")
@@ -187,8 +187,8 @@ async def _switch_over(run: Run, report: Report) -> None:
     began = time.perf_counter()
     await run.save(phase=Phase.SWITCHING, switched=True)
     if await refusal(run.source) is None:
-        reason = f"the data moves to {run.options.target}: name that store, or wait until the move is aborted"
-        await run.source.commit(Batch(None, fence(False, reason), now_us()))
+        fenced = fence(False, "the data moves to another store: writes are off here", run.options.target)
+        await run.source.commit(Batch(None, fenced, now_us()))
     await _until_quiet(run)
     copied = 0
 

@@ -248,9 +248,10 @@ def now_us() -> int:
     return time.time_ns() // 1_000
 
 
-def fence(allowed: bool, reason: str = "", *, at: int = 0) -> tuple[Put, Append]:
-    """What turns a store's writes on or off, and tells every process so; in its batch it begins at index `at`."""
-    document: Document = {"allowed": allowed, "reason": reason}
+def fence(allowed: bool, reason: str = "", other_store: str = "", *, at: int = 0) -> tuple[Put, Append]:
+    """What turns a store's writes on or off, and tells every process so; in its batch it begins at index `at`. Whoever
+    calls the store's API is told `reason`, so that `other_store` must not stand in it."""
+    document: Document = {"allowed": allowed, "reason": reason, "other_store": other_store}
     record = Record(
         id=next_id(),
         tenant=None,

@@ -83,9 +83,9 @@ async def roll_back(
     if state.phase == Phase.DONE:
         await _check_unused(run)
     if state.phase not in UNDOING:
-        reason = f"a migration from {state.source} into this store is being rolled back"
+        fenced = fence(False, "a migration into this store is being rolled back", state.source, at=1)
         cursor = run.journal.position or state.cursor
-        await run.save(*fence(False, reason, at=1), phase=Phase.REMOVING, cursor=cursor)
+        await run.save(*fenced, phase=Phase.REMOVING, cursor=cursor)
     if run.migration.switched:
         await _lift(run)
         await run.save(switched=False)

@@ -25,9 +25,8 @@ from typing import Any, TypeVar
 import uvicorn
 
 from ..app import Strongroom
-from ..config import Settings, load, load_entities, warnings
+from ..config import Settings, load, served_entities, warnings
 from ..errors import ConfigError, StrongroomError, Unavailable
-from ..state import ENTITIES
 from ..storage import store_for
 from . import adminkey, logs
 from .app import Application, Bounds, build
@@ -66,7 +65,7 @@ def serve(settings: Settings, *, announce: Callable[[str], None] | None = None) 
     try:
         for warning in warnings(settings):
             _log.warning(warning)
-        load_entities(settings.entities)
+        served_entities(settings.entities)
         with contextlib.closing(_listen(settings.host, settings.port)) as listener:
             if settings.workers == 1:
                 _run(_work(settings, listener, announce=announce or _print))
@@ -127,10 +126,9 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 @contextlib.asynccontextmanager
 async def _opened(settings: Settings) -> AsyncIterator[Strongroom]:
-    entities = (*ENTITIES, *load_entities(settings.entities))
     async with Strongroom.open(
         settings.store_url,
-        entities=entities,
+        entities=served_entities(settings.entities),
         peppers=settings.pepper_texts,
         journal_kept_s=settings.journal_kept_s,
         cache=settings.cache_url,
@@ -162,7 +160,13 @@ def _may_come_back(settings: Settings) -> bool:
 
 async def _ensure_admin(settings: Settings, room: Strongroom, announce: Callable[[str], None]) -> None:
     given = settings.admin_key.get_secret_value() if settings.admin_key is not None else None
-    made = await adminkey.ensure(room, given)
+    try:
+        made = await adminkey.ensure(room, given)
+    except Unavailable:
+        if room.database.takes_writes:
+            raise
+        _log.warning("the administrator's key is left as it is: this store takes no writes")
+        return
     if made is not None:
         announce(f"The administrator's key, shown this once; keep it:\n{made}")
 

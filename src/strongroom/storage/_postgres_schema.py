@@ -35,7 +35,7 @@ _LOCK_PAUSE_S = 0.1
 
 _log = logging.getLogger(__name__)
 
-__all__ = ["check_role", "prepare"]
+__all__ = ["check_role", "prepare", "unchangeable"]
 
 
 class Settings(Protocol):
@@ -92,6 +92,18 @@ async def prepare(
             )
         await _apply(connection, settings, state, plan, collections)
         return plan.changes
+
+
+async def unchangeable(connection: asyncpg.Connection, schema: str) -> str | None:
+    """Why the connected role may not change the schema, with whom to name instead; None if it may."""
+    if (await read_state(connection, schema)).may_change:
+        return None
+    role, owner = await connection.fetchrow(
+        "SELECT current_user::text, (SELECT pg_get_userbyid(nspowner)::text FROM pg_namespace WHERE nspname = $1)",
+        schema,
+    )
+    whom = f"that of the schema's owner, {owner}" if owner is not None else "that of a role which may make a schema"
+    return f"role {role} may not make tables in schema {schema}: name another URL, {whom}"
 
 
 async def _keep_partitions_ahead(connection: asyncpg.Connection, settings: Settings) -> None:

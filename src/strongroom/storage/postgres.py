@@ -318,6 +318,10 @@ class PostgresStore:
         """The SQL that makes the roles of these names for this store's schema. ConfigError for what cannot be names."""
         return roles_sql(self.settings, owner, application, retention)
 
+    async def unchangeable(self) -> str | None:
+        """Why this role may not change the schema, with whom to name instead; None if it may."""
+        return await self._maintain(lambda connection: _postgres_schema.unchangeable(connection, self.settings.schema))
+
     async def advise(self) -> list[Advice]:
         """What PostgreSQL's statistics say of the indexes of the prepared collections."""
         collections = [table.collection for table in self._tables.values()]

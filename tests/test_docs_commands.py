@@ -1,0 +1,101 @@
+"""Every command block of the documentation runs, in order, from an empty machine state: no store, no database."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from tests import docs_commands
+from tests.servers import free_port, postgres
+from tests.test_docs import PAGES
+from tests.waiting import PATIENCE_S
+
+SERVED = 'serve; export KEY="$(administrator)"'
+FILLED = "strongroom keys create --name worker --tenant acme --store sqlite:///data/strongroom.db >made.out"
+DATABASE = """
+createdb --host db --username postgres --encoding=UTF8 --template=template0 strongroom
+strongroom schema roles --store postgresql://db/strongroom | psql --quiet --host db --username postgres strongroom
+strongroom schema apply --store postgresql://strongroom_owner:…@db/strongroom >made.out
+"""
+BEFORE: Mapping[str, str] = {
+    "backends.md": FILLED + DATABASE,
+    "http.md": SERVED,
+    "import.md": FILLED,
+    "migrate.md": FILLED + DATABASE,
+}
+"""What a page takes for granted: it says so in words, and another page has the commands."""
+WITH_COMMANDS = [page for page in PAGES if any(block.reason is None for block in docs_commands.blocks(page))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_command_stands_in_a_block_that_nothing_would_run(page: Path) -> None:
+    if page.name == "cli.md":
+        pytest.skip("it is written from the commands, whose examples are parsed below")
+    assert docs_commands.unmarked(page) == []
+
+
+@pytest.fixture(scope="module")
+def strongroom(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with the program `strongroom`."""
+    folder = tmp_path_factory.mktemp("bin")
+    path = folder / "socket"
+    command = [sys.executable, docs_commands.__file__, str(path)]
+    with subprocess.Popen(command, cwd=docs_commands.ROOT, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"listening\n"
+        program = folder / "strongroom"
+        program.write_text(docs_commands.client(path))
+        program.chmod(0o755)
+        yield folder
+        process.terminate()
+
+
+@pytest.fixture
+def database(request: pytest.FixtureRequest) -> Iterator[postgres.Server]:
+    """A PostgreSQL server without the database that the pages make, and none afterwards."""
+    server = postgres.start(request, "postgres-18", postgres.bundled())
+    gone = "DROP DATABASE IF EXISTS strongroom WITH (FORCE)"
+    server.execute(gone)
+    yield server
+    server.execute(gone)
+
+
+@pytest.mark.server
+@pytest.mark.xdist_group("docs-commands")  # the pages make the same database
+@pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: page.name)
+def test_the_commands_of_a_page_run_in_order_from_an_empty_machine(
+    page: Path, strongroom: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    port = free_port()
+    replaced = {
+        "localhost:8080": f"localhost:{port}",
+        "…the key it printed…": '"$(administrator)"',
+        "…the text…": """'"$(text_of_key $N)"'""",
+    }
+    binaries = ""
+    before = BEFORE.get(page.name, "")
+    if "postgresql://" in docs_commands.script(page, before, {}):
+        server: postgres.Server = request.getfixturevalue("database")
+        binaries = f"{server.binaries}:"
+        replaced |= {
+            "--host db --username postgres": f"--host 127.0.0.1 --port {server.port} --username admin",
+            ":…@db/": f":secret@127.0.0.1:{server.port}/",
+            "//db/": f"//127.0.0.1:{server.port}/",
+        }
+    for old, new in replaced.items():
+        before = before.replace(old, new)
+    script = docs_commands.script(page, before, replaced)
+    assert "…" not in script, "what is left out of a command must be in the table of what is put there"
+    kept = {name: os.environ[name] for name in ("HOME", "LANG", "TMPDIR") if name in os.environ}
+    path = f"{strongroom}:{binaries}{os.environ['PATH']}"
+    settings = {"PATH": path, "PYTHONPATH": str(docs_commands.ROOT), "STRONGROOM_PORT": str(port)}
+    ran = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, env={**kept, **settings}, timeout=4 * PATIENCE_S,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, (ran.stdout, ran.stderr)
