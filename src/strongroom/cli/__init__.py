@@ -72,6 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except Exception as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # Typer exports no name for it; its message is the help
+            sys.stderr.write(str(error).rstrip("\n") + "\n")
+            return EXIT_WRONG_CALL
         if "--debug" in given or os.environ.get(DEBUG_VARIABLE, "") not in ("", "0"):
             import traceback
 

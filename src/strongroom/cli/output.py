@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +13,8 @@ from datetime import datetime
 from typing import Any, TextIO
 
 Rows = Sequence[Sequence[str]]
+_GAP = "  "
+_INDENT = "    "
 
 
 def make_every_text_printable() -> None:
@@ -41,7 +44,7 @@ def print_error(as_json: bool, code: str, message: str, problems: Sequence[Mappi
         print_json({"error": {"code": code, "message": message, "errors": problems}})
         return
     if len(problems) < 2:
-        print_note(f"strongroom: {message}")
+        print_note(f"strongroom: {' '.join(message.splitlines())}")  # what failed may have said it in several lines
         return
     print_note(f"strongroom: {len(problems)} things are wrong:")
     for problem in problems:
@@ -90,8 +93,13 @@ def print_page(columns: Sequence[str], rows: Rows, next_cursor: str | None, noth
 
 
 def print_table(columns: Sequence[str], rows: Rows) -> None:
-    """A table: drawn by Rich on a terminal, else plain aligned columns."""
+    """A table: drawn by Rich on a terminal, else plain aligned columns. Where a terminal is too narrow for it, the
+    columns that do not fit are told below each row, so that no text is broken into pieces."""
     if _is_terminal(sys.stdout):
+        width = shutil.get_terminal_size().columns
+        if _width(columns, rows) > width:
+            _print_stacked(columns, rows, width)
+            return
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
@@ -104,10 +112,44 @@ def print_table(columns: Sequence[str], rows: Rows) -> None:
         Console().print(table)
         return
     cells = [list(columns), *([shown(cell) for cell in row] for row in rows)]
-    widths = [max(_cells(row[i]) for row in cells) for i in range(len(columns))]
+    widths = _widths(columns, rows)
     for row in cells:
-        line = "  ".join(cell + " " * (width - _cells(cell)) for cell, width in zip(row, widths, strict=True))
+        line = _GAP.join(cell + " " * (width - _cells(cell)) for cell, width in zip(row, widths, strict=True))
         sys.stdout.write(line.rstrip() + "\n")
+
+
+def _widths(columns: Sequence[str], rows: Rows) -> list[int]:
+    cells = [columns, *([shown(cell) for cell in row] for row in rows)]
+    return [max(_cells(row[i]) for row in cells) for i in range(len(columns))]
+
+
+def _width(columns: Sequence[str], rows: Rows) -> int:
+    widths = _widths(columns, rows)
+    return sum(widths) + len(_GAP) * (len(widths) - 1)
+
+
+def _print_stacked(columns: Sequence[str], rows: Rows, width: int) -> None:
+    """A table of the first columns that fit; below each of its rows, with their names, what the others have."""
+    widths = _widths(columns, rows)
+    fitting = 1
+    while _width(columns[: fitting + 1], [row[: fitting + 1] for row in rows]) <= width:
+        fitting += 1
+    for number, row in enumerate([columns, *rows]):
+        cells = [shown(cell) for cell in row[:fitting]]
+        print_line(
+            _GAP.join(
+                cell + " " * (size - _cells(cell)) for cell, size in zip(cells, widths[:fitting], strict=True)
+            ).rstrip()
+        )
+        line = ""
+        for name, cell in zip(columns[fitting:], row[fitting:], strict=True):
+            item = f"{name.lower()}: {shown(cell)}" if number and cell else ""
+            if line and item and _cells(line) + len(_GAP) + _cells(item) > width:
+                print_line(line)
+                line = ""
+            line = f"{line}{_GAP}{item}" if line and item else line or (item and f"{_INDENT}{item}")
+        if line:
+            print_line(line)
 
 
 def _is_terminal(stream: TextIO) -> bool:

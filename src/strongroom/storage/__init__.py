@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from urllib.parse import unquote, urlsplit
 
 from ..errors import ConfigError
@@ -27,11 +29,13 @@ def store_for(url: str) -> Store:
             "postgresql://user@host/database or firestore://project/database"
         )
     if scheme in ("postgresql", "postgres"):
-        from .postgres import PostgresStore
+        with _needing("postgres", "a postgresql:// store"):
+            from .postgres import PostgresStore
 
         return PostgresStore(url)
     if scheme == "firestore":
-        from .firestore import FirestoreStore
+        with _needing("firestore", "a firestore:// store"):
+            from .firestore import FirestoreStore
 
         return FirestoreStore.from_url(url)
     path = unquote(rest.partition("?")[0])
@@ -51,6 +55,17 @@ def store_for(url: str) -> Store:
     from .sqlite import SqliteStore
 
     return SqliteStore(path)
+
+
+@contextmanager
+def _needing(extra: str, what: str) -> Iterator[None]:
+    """Imports of what only an extra of the package installs: ConfigError says which, where it is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "strongroom":
+            raise
+        raise ConfigError(f"{what} needs the module {error.name}: pip install 'strongroom[{extra}]'") from None
 
 
 def _masked(url: str) -> str:
