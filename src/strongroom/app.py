@@ -137,6 +137,7 @@ class Strongroom:
         registry = Registry((*SYSTEM_ENTITIES, *entities))
         async with AsyncExitStack() as stack:
             store, database = await _opened(stack, url, registry, policy)
+            stack.push_async_callback(database.denials.close)
             hasher = await _hasher(database, peppers)
             clock = clock_of(store)
             await clock.start()

@@ -19,17 +19,16 @@ from typing import Any, Generic, TypeVar, cast
 from .advice import Shapes
 from .cache import Cache
 from .context import Context, next_id, text_problem, utc_from_us
+from .denials import Denials
 from .entity import Collection, Document, Entity, Index, Registry, check_id
 from .errors import AlreadyExists, Conflict, Denied, InvalidInput, NotFound, Problem, StrongroomError, Unavailable
 from .fairness import in_slices
-from .journal import denial_record
 from .pages import PageSizes, read_page
 from .query import Aggregate, And, Filter, Or, Query, Where, cursor_of, project, with_cursor
 from .rules import Decision, Policy, Request, default_policy
 from .rules import Operation as RuleOperation
 from .storage.port import (
     Add,
-    Append,
     Batch,
     Check,
     Committed,
@@ -134,6 +133,7 @@ class Database:
         self.retries: dict[str, int] = {}
         """Transactions that ran again because something they read had changed, by the collection of what had."""
         self._page_sizes = PageSizes()
+        self.denials = Denials(store, self._commit)
         self._cache: Cache | None = None
         self._refusal: str | None = None  # why nothing may be written, if so
         self._state_version = 0
@@ -300,12 +300,11 @@ class Database:
         before: Document | None = None,
         after: Document | None = None,
     ) -> None:
-        """Ask the rules. A denial is journalled first, then raised."""
+        """Ask the rules. A denial is journalled first, then raised; of many alike, the first and how many followed."""
         decision = self.decide(context, operation, collection, id, before, after)
         if decision.allowed:
             return
-        record = denial_record(context, operation, collection, id or "", decision.reason)
-        await self._commit(Batch(context.tenant, (Append(record),), context.now_us))
+        await self.denials.note(context, operation, collection, id or "", decision.reason)
         raise Denied(f"{operation} {collection.name}: {decision.reason}", reason=decision.reason)
 
     def decide(

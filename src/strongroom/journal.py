@@ -40,8 +40,23 @@ def change_record(
     )
 
 
-def denial_record(context: Context, operation: str, collection: Collection, entity_id: str, reason: str) -> Record:
-    """The record of a call that the rules refused."""
+def denial_record(
+    context: Context,
+    operation: str,
+    collection: Collection,
+    entity_id: str,
+    reason: str,
+    *,
+    count: int = 1,
+    asked: str | None = None,
+) -> Record:
+    """The record of a call that the rules refused, or of `count` calls that are alike. `asked`: the tenant that was
+    asked for, where the record is not that tenant's."""
+    after: Document = {"operation": operation, "reason": reason}
+    if count > 1:
+        after["count"] = count
+    if asked is not None:
+        after["tenant"] = asked
     return Record(
         id=next_id(),
         tenant=context.tenant,
@@ -51,7 +66,7 @@ def denial_record(context: Context, operation: str, collection: Collection, enti
         action="deny",
         collection=collection.name,
         entity_id=entity_id,
-        after={"operation": operation, "reason": reason},
+        after=after,
     )
 
 
