@@ -88,6 +88,8 @@ class Part:
     """Whether any of the limits is only for some models or routes."""
     tenant: str = ""
     """Whose it is, for those who are told of thresholds."""
+    refills: bool = False
+    """Whether any of the limits has a refill."""
 
     def asked(self, model: str | None, route: str | None) -> tuple[Allowance, ...]:
         """The limits that a call with this model and route is counted by."""
@@ -121,7 +123,9 @@ class Metered:
 
 def part(id: str, guard: Check, allowances: tuple[Allowance, ...], tenant: str = "") -> Part:
     """An account to be charged."""
-    return Part(id, guard, allowances, any(one.limit.models or one.limit.routes for one in allowances), tenant)
+    scoped = any(one.limit.models or one.limit.routes for one in allowances)
+    refills = any(isinstance(one.limit.window, Total) and one.limit.window.refill is not None for one in allowances)
+    return Part(id, guard, allowances, scoped, tenant, refills)
 
 
 class Status(msgspec.Struct, frozen=True, gc=False):

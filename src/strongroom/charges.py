@@ -11,7 +11,18 @@ import msgspec
 
 from .accounts import CONCURRENCY, MAX_HOLDS, NAME, Account, Allowance, Cost, Metered, Outcome, Part, Status
 from .alerts import Crossing, crossed, untold
-from .errors import Conflict, NotFound, TooManyRequests
+from .corrections import (
+    Backdate,
+    Begin,
+    Found,
+    Special,
+    TakeBack,
+    begin_refills,
+    counting,
+    refill_started,
+    take_back,
+)
+from .errors import Conflict, InvalidInput, NotFound, Problem, TooManyRequests
 from .shares import Share, Wallet, fold, recover
 from .storage.port import MAX_OPERATIONS, Check, Create, Operation, Patch, Put
 from .windows import Limit
@@ -54,15 +65,6 @@ class HoldChange:
     open: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What the log of a dead process says of its lease on one account: of each limit, the total that it had spent, and
-    when last."""
-
-    lease: str
-    spent: Mapping[str, tuple[int, int]]
-
-
 class Charge(msgspec.Struct, eq=False):
     """One use of a key that is to be decided; or (without a future) something that only has to be written: a tally of
     uses, a node's lease to be renewed or given back, the lease of a dead process."""
@@ -82,7 +84,7 @@ class Charge(msgspec.Struct, eq=False):
     """Commits with the charge; if it fails, only this charge does."""
     lease: Literal["renew", "return", "tell"] | None = None
     """A node's lease is to be renewed or given back; `tell`: crossings that are due are to be told of."""
-    found: Found | None = None
+    special: Special | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -230,16 +232,13 @@ class Decision:
 
     def _charge(self, charge: Charge) -> None:
         metered = charge.metered
-        if charge.future is None or charge.found is not None:
+        if charge.future is None or charge.special is not None:
             self._write(charge)
             return
         if charge.future.cancelled() and not charge.force:
             return  # its caller went away before it was decided: nothing was used
-        for part in metered.parts:
-            known = self._group.parts[part.id]
-            if known is not part and part.guard.expected != known.guard.expected:
-                fail(charge, KeyChanged())
-                return
+        if self._is_stale(charge):
+            return
         if charge.hold is None and charge.once is None and len(metered.parts) == 1 and self._simply(charge):
             return
         if charge.once is not None and charge.once[0] in self._repeated:
@@ -261,13 +260,20 @@ class Decision:
             if not charge.force:
                 self._want(part.id, allowances, charge.cost if charge.hold is None else charge.hold.cost)
         self._guard(metered.guard)
-        if charge.once is not None:  # what was denied may be asked again, and decided anew
-            id, operation = charge.once
-            self._repeated[id] = operation.document["fingerprint"]
-            self._extra.append((operation, None))
+        if charge.once is not None:
+            self._happens_once(charge)
         if charge.also is not None:
             self._extra.append((charge.also, charge))
         self._answers.append((charge, Outcome(True, self._statuses(metered, asked), self._now_us)))
+
+    def _is_stale(self, charge: Charge) -> bool:
+        """Whether the key, or a quota, is known to have changed; then the charge has failed."""
+        for part in charge.metered.parts:
+            known = self._group.parts[part.id]
+            if known is not part and part.guard.expected != known.guard.expected:
+                fail(charge, KeyChanged())
+                return True
+        return False
 
     def _simply(self, charge: Charge) -> bool:
         """Charge what most charges are, in one go: one account, on which nothing is held or lent. False: it is no such
@@ -306,10 +312,14 @@ class Decision:
                 wants[one.id] = max(wants.get(one.id, 0), cost.get(one.resource, 0))
 
     def _write(self, charge: Charge) -> None:
+        special = charge.special
+        if isinstance(special, Backdate):
+            self._backdate(charge, special.moment_us)
+            return
         for part in charge.metered.parts:
             account = self._accounts[part.id]
-            if charge.found is not None:
-                if recover(account, part.allowances, charge.found.lease, charge.found.spent):
+            if special is not None:
+                if self._correct(charge, part, special):
                     self._changed.add(part.id)
             elif charge.lease == "return":
                 self._returning.add(part.id)
@@ -319,6 +329,50 @@ class Decision:
                 account.tally(charge.cost, charge.count, charge.used_at_us or self._now_us)
                 self._changed.add(part.id)
         self._answers.append((charge, Outcome(True, (), self._now_us)))
+
+    def _correct(self, charge: Charge, part: Part, special: Special) -> bool:
+        """Correct an account; whether that changed it."""
+        account = self._accounts[part.id]
+        match special:
+            case Found():
+                return recover(account, part.allowances, special.lease, special.spent)
+            case Begin():
+                return begin_refills(account, special.limits, self._now_us)
+            case TakeBack():
+                asked = part.asked(charge.model, charge.route)
+                return take_back(account, asked, charge.cost, special.moment_us, self._now_us)
+        raise AssertionError("the others are charges")
+
+    def _backdate(self, charge: Charge, moment_us: int) -> None:
+        """Record a use of before where it still counts; all of it, whatever the limits."""
+        if self._is_stale(charge):
+            return
+        if charge.once is not None and charge.once[0] in self._repeated:
+            self._repeat(charge, charge.once)
+            return
+        parts = charge.metered.parts
+        asked = [part.asked(charge.model, charge.route) for part in parts]
+        accounts = [self._accounts[part.id] for part in parts]
+        moment_us = min(moment_us, self._now_us)
+        found, problem = counting(list(zip(accounts, asked, strict=True)), charge.cost, moment_us, self._now_us)
+        if problem is not None:
+            fail(charge, InvalidInput([Problem("at", problem)]))
+            return
+        for account, one in found:
+            account.counter(one).add_at(moment_us, charge.cost[one.resource])
+        for part, account in zip(parts, accounts, strict=True):
+            account.tally(charge.cost, charge.count, moment_us)
+            self._changed.add(part.id)
+        if charge.once is not None:
+            self._happens_once(charge)
+        self._answers.append((charge, Outcome(True, self._statuses(charge.metered, asked), self._now_us)))
+
+    def _happens_once(self, charge: Charge) -> None:
+        """Whoever asks for the same again is answered by this; what was denied may be asked again, and decided anew."""
+        if charge.once is not None:
+            id, operation = charge.once
+            self._repeated[id] = operation.document["fingerprint"]
+            self._extra.append((operation, None))
 
     def _repeat(self, charge: Charge, once: tuple[str, Create | Put]) -> None:
         if self._repeated[once[0]] != once[1].document["fingerprint"]:
@@ -353,6 +407,8 @@ class Decision:
             return True
         statuses: list[Status] = []
         for part, want in zip(parts, wanted, strict=True):
+            if part.refills and refill_started(self._accounts[part.id], part.allowances):
+                self._changed.add(part.id)  # a restart would let it begin again, later
             statuses += self._accounts[part.id].denials(want, now_us)
         self._answers.append((charge, Outcome(False, tuple(statuses), now_us)))
         return False
@@ -541,4 +597,4 @@ def fail(charge: Charge, error: Exception) -> None:
         charge.future.set_exception(error)
 
 
-__all__ = ["CONCURRENCY", "Charge", "Decided", "Decision", "Found", "Group", "HoldChange", "KeyChanged"]
+__all__ = ["CONCURRENCY", "Charge", "Decided", "Decision", "Group", "HoldChange", "KeyChanged"]

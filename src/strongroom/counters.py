@@ -38,9 +38,17 @@ class Counter(Protocol):
         """Count `units` as used at a moment in the past (not after now), where that moment still counts."""
         ...
 
+    def take_back(self, moment_us: int, now_us: int, units: int) -> None:
+        """Count `units` less, that were counted as used at a moment: as far as that moment still counts."""
+        ...
+
+    def counts_from_us(self, now_us: int) -> int:
+        """The earliest moment whose use counts now."""
+        ...
+
     def ends_us(self, now_us: int) -> int | None:
-        """When the span that now lies in ends, and with it all that is used: of a calendar window, and of an anchored
-        one that is open; None for what has no such span."""
+        """When the span that now lies in ends: of a calendar window, and of an anchored one that is open (and with it
+        all that is used); of a total with refills when the next one comes; None for what has no such span."""
         ...
 
     def resets_at_us(self, now_us: int) -> int | None:
@@ -112,6 +120,23 @@ class RollingCounter:
             self._units.insert(position, units)
         self._sum += units
 
+    def take_back(self, moment_us: int, now_us: int, units: int) -> None:
+        self.used(now_us)
+        # From that moment's bucket, and where it was counted later (a clock went back) from those after it: never from
+        # one before, whose use would then leave the window too late for others and too early for itself.
+        position = bisect_left(self._numbers, moment_us // self._bucket_us)
+        while units and position < len(self._numbers):
+            part = min(units, self._units[position])
+            self._units[position] -= part
+            self._sum -= part
+            units -= part
+            if self._units[position]:
+                break
+            del self._numbers[position], self._units[position]
+
+    def counts_from_us(self, now_us: int) -> int:
+        return (now_us - self._window_us) // self._bucket_us * self._bucket_us
+
     def ends_us(self, now_us: int) -> int | None:
         return None
 
@@ -169,6 +194,13 @@ class _SpanCounter(ABC):
         if moment_us >= self._start_us:  # what was used before the present window began does not count any more
             self.add(moment_us, units)
 
+    def take_back(self, moment_us: int, now_us: int, units: int) -> None:
+        if moment_us >= self._start_us:
+            self._used = max(0, self.used(now_us) - units)
+
+    @abstractmethod
+    def counts_from_us(self, now_us: int) -> int: ...
+
     def resets_at_us(self, now_us: int) -> int | None:
         return self.ends_us(now_us)
 
@@ -190,6 +222,10 @@ class AnchoredCounter(_SpanCounter):
             self._start_us, self._end_us, self._used = now_us, now_us + self._window_us, 0
         self._used = min(self._used + units, SATURATED)
 
+    def counts_from_us(self, now_us: int) -> int:
+        # Where none is open, a use of before would have opened one, which may still be open.
+        return self._start_us if now_us < self._end_us else now_us - self._window_us + 1
+
     def ends_us(self, now_us: int) -> int | None:
         return self._end_us if now_us < self._end_us else None
 
@@ -210,6 +246,10 @@ class CalendarCounter(_SpanCounter):
     def add(self, now_us: int, units: int) -> None:
         self._move(now_us)
         self._used = min(self._used + units, SATURATED)
+
+    def counts_from_us(self, now_us: int) -> int:
+        self._move(now_us)
+        return self._start_us
 
     def ends_us(self, now_us: int) -> int | None:
         self._move(now_us)
@@ -268,13 +308,18 @@ def _schedule(refill: Refill) -> _Schedule:
 
 class TotalCounter:
     """What was used in all, less what refills gave back: `[used]`, or with a refill `[used, moment]`, up to which it
-    has given back. That is a moment, not the number of a refill, so that it stays true when the refill is changed."""
+    has given back. That is a moment, not the number of a refill, so that it stays true when the refill is changed.
+    `[used, 0, moment]`: there is no refill yet, and one that is added now gives back from that moment on.
 
-    __slots__ = ("_amount", "_at_us", "_next_us", "_refills", "_used", "refill")
+    `started`: the refills began here, with the first look, and nothing has been stored of that yet."""
+
+    __slots__ = ("_amount", "_at_us", "_from_us", "_next_us", "_refills", "_used", "refill", "started")
 
     def __init__(self, window: Total, state: list[Any] | None = None) -> None:
         self._used: int = state[0] if state else 0
-        self._at_us: int | None = state[1] if state and len(state) > 1 else None
+        self._at_us: int | None = (state[1] or None) if state and len(state) > 1 else None
+        self._from_us: int | None = state[2] if state and len(state) > 2 else None
+        self.started = False
         self._next_us = 0  # the next refill, once it is known
         self.refill = refill = window.refill
         self._refills = None if refill is None else _schedule(refill)
@@ -283,8 +328,8 @@ class TotalCounter:
     def used(self, now_us: int) -> int:
         if self._refills is None:
             return self._used
-        if self._at_us is None:  # what was counted before there was a refill: from now on it comes back
-            self._at_us = now_us
+        if self._at_us is None:  # what was counted before there was a refill: from then on it comes back
+            self._at_us, self.started = now_us if self._from_us is None else self._from_us, True
         if now_us < self._at_us:
             return self._used
         if now_us >= self._next_us:
@@ -298,6 +343,17 @@ class TotalCounter:
 
     def add_at(self, moment_us: int, units: int) -> None:
         self.add(moment_us, units)
+
+    def take_back(self, moment_us: int, now_us: int, units: int) -> None:
+        self._used = max(0, self.used(now_us) - units)
+
+    def counts_from_us(self, now_us: int) -> int:
+        return 0
+
+    @staticmethod
+    def without_refill(state: list[Any], now_us: int) -> list[Any]:
+        """A counter's state, of which a refill that is added gives back from now on."""
+        return [state[0], 0, now_us]
 
     def ends_us(self, now_us: int) -> int | None:
         return self._coming(now_us, 1)
@@ -321,7 +377,10 @@ class TotalCounter:
         return self._refills.coming(max(now_us, self._at_us or 0), count)
 
     def dump(self) -> list[Any]:
-        return [self._used] if self._refills is None or self._at_us is None else [self._used, self._at_us]
+        if self._refills is None:
+            return [self._used] if self._from_us is None else [self._used, 0, self._from_us]
+        at_us = self._at_us if self._at_us is not None else self._from_us
+        return [self._used] if at_us is None else [self._used, at_us]
 
 
 _COUNTERS: dict[str, Callable[[Any, list[Any] | None], Counter]] = {

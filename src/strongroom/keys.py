@@ -13,6 +13,7 @@ from .bulk import PAGE, Bulk, BulkStep, steps
 from .changes import ChangeFeed
 from .clock import Clock
 from .context import Context, new_id, system_context, utc_from_us
+from .corrections import refills_that_begin
 from .database import Database, Idempotency, Page, Replayed
 from .errors import InvalidInput, NotFound
 from .keyfilter import KeyFilter
@@ -173,6 +174,9 @@ class Keys(Rotation):
         key = await self.get(id, context=context)
         if expected is None and all(getattr(key, name) == value for name, value in values.items()):
             return key
+        beginning = refills_that_begin(key.limits, values.get("limits", ()))
+        if beginning:
+            await self._ledger.begin_refills(metered(key).parts[0], beginning)
 
         async def body(tx: Transaction) -> ApiKey:
             now = await tx.get(ApiKey, id)

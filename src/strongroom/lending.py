@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .accounts import CONCURRENCY, MAX_TOTALS, OTHER_RESOURCES, Account, Cost, Metered, Outcome, Part
-from .charges import Charge, Decided, Found, Group
+from .charges import Charge, Decided, Group
 from .clock import Clock
 from .context import new_id
+from .corrections import Found
 from .errors import StrongroomError
 from .shares import Share, Wallet
 from .spendlog import DeadLog, SpendLog, dead_logs
@@ -303,7 +304,7 @@ class Lending:
         if not self._closed:
             for group in groups:
                 for charge in group.charges:
-                    if charge.force or charge.future is None or charge.found is not None:
+                    if charge.force or charge.future is None or charge.special is not None:
                         continue
                     for part in charge.metered.parts:
                         if part.allowances and part.id not in self._wallets and len(self._wallets) < MAX_WALLETS:
@@ -319,7 +320,7 @@ class Lending:
             if not wallet.dirty and not wallet.open and self._wallets.get(wallet.id) is wallet:
                 self._drop(wallet)
         for charge, outcome in decided.answers:
-            if outcome.allowed and charge.future is not None and not charge.force and charge.found is None:
+            if outcome.allowed and charge.future is not None and not charge.force and charge.special is None:
                 self._issue(charge.metered)
 
     def _issue(self, metered: Metered) -> None:
@@ -474,7 +475,7 @@ class Lending:
                 guard = Check(part.guard.collection, part.guard.id, 0)
                 metered = Metered(id, guard, part.allowances, (), part.tenant)
                 charge = Charge(metered, {}, True, None, future)
-                charge.found = Found(dead.lease, spent)
+                charge.special = Found(dead.lease, spent)
                 self._ledger.submit(charge)
                 waiting.append(future)
         for result in await asyncio.gather(*waiting, return_exceptions=True):

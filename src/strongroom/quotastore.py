@@ -13,6 +13,7 @@ from .accounts import Account, KeyUsage
 from .apikey import parse
 from .clock import Clock
 from .context import MAX_TENANT_BYTES, Context, kind_of, system_context, text_problem, utc_from_us
+from .corrections import refills_that_begin
 from .database import Database, Idempotency, Page, Replayed
 from .entity import MAX_ID_BYTES
 from .errors import Denied, InvalidInput, NotFound, Problem
@@ -163,6 +164,7 @@ class Quotas:
             description=new.description,
         )
         by = writer(context, new.tenant)
+        await self._begin_refills(await self._database.get_or_none(system_context(), Quota, new.id), new.limits)
         return await self._database.replace(by, quota, expected=expected, idempotency_key=idempotency_key)
 
     async def get(self, kind: str, tenant: str, name: str = "", *, context: Context | None = None) -> Quota:
@@ -220,9 +222,16 @@ class Quotas:
         self._may_set(context, quota)
         values = {field: getattr(changes, field) for field in changes.model_fields_set}
         by = writer(context, quota.tenant)
+        await self._begin_refills(quota, values.get("limits", ()))
         return await self._database.update(
             by, Quota, quota.id, values, expected=expected, idempotency_key=idempotency_key
         )
+
+    async def _begin_refills(self, before: Quota | None, limits: Sequence[Limit]) -> None:
+        """Refills that a change adds give back from now on, whenever they are looked at."""
+        beginning = refills_that_begin(before.limits, limits) if before is not None else ()
+        if before is not None and beginning:
+            await self._ledger.begin_refills(quota_part(before), beginning)
 
     async def delete(
         self,

@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from .accounts import NAME, Account, Allowance, Cost, KeyUsage, Metered, Outcome, Status
+from .accounts import NAME, Account, Allowance, Cost, KeyUsage, Metered, Outcome, Part, Status
 from .charges import (
     Charge,
     Decided,
@@ -44,6 +44,7 @@ from .charges import (
 )
 from .clock import Clock, MachineClock
 from .context import utc_from_us
+from .corrections import Begin
 from .database import Database, IdempotentCall
 from .entity import Document
 from .errors import AlreadyExists, Conflict, NotFound, StrongroomError, TooManyRequests, Unavailable
@@ -214,6 +215,14 @@ class Ledger:
                     self.lending.show(part.id, account)
                 found += account.statuses(part.allowances, account.moment(now_us))
         return tuple(found)
+
+    async def begin_refills(self, part: Part, limits: tuple[str, ...]) -> None:
+        """Before totals get a refill: let it give back from now on, durably, whenever they are used again. Raises
+        Unavailable, TooManyRequests."""
+        own = Metered(part.id, Check(part.guard.collection, part.guard.id, 0), part.allowances, (), part.tenant)
+        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self.submit(Charge(own, {}, True, None, future, special=Begin(limits)))
+        await future
 
     async def settled(self) -> None:
         """Wait until nothing waits that could be decided now."""
@@ -562,7 +571,7 @@ class Ledger:
         answer(one.answers)
         if self._written:
             for charge in one.group.charges:
-                if charge.future is None and charge.lease is None and charge.found is None:
+                if charge.future is None and charge.lease is None and charge.special is None:
                     self._no_longer_written(charge)
 
     def _no_longer_written(self, charge: Charge) -> None:
