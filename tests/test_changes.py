@@ -12,10 +12,11 @@ import pytest
 
 from strongroom import Entity, Strongroom, changes
 from strongroom.changes import ChangeFeed
-from strongroom.errors import InvalidInput, Unavailable
+from strongroom.errors import Gone, InvalidInput, Unavailable
 from strongroom.storage.port import ChangesPage, Record
+from strongroom.storage.sqlite import SqliteStore
 
-from .support import FaultyStore, new_url, wait_until
+from .support import FaultyStore, new_url, opened, wait_until
 from .waiting import PATIENCE_S
 
 
@@ -117,6 +118,56 @@ async def test_the_feed_goes_on_after_the_store_failed(
     await wait_until(lambda: len(told) == 2)
 
 
+async def test_the_feed_goes_on_after_an_error_that_nobody_foresaw(
+    room: Strongroom, store: FaultyStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(changes, "POLL_S", 0.001)
+    told: list[Record] = []
+    room.feed.on_record(told.append)
+    original, failures = store.store.changes, [KeyError("a bug"), RuntimeError("a bug"), ValueError("a bug")]
+
+    async def fail(after: str | None, **options: Any) -> ChangesPage:
+        if failures:
+            raise failures.pop()
+        return await original(after, **options)
+
+    monkeypatch.setattr(store, "changes", fail)
+    await room.tenant("acme").create(Note(id="n", text="x"))
+    await wait_until(lambda: [record.entity_id for record in told] == ["n"])
+    assert "the journal cannot be followed" in caplog.text
+
+
+async def test_an_older_copy_that_is_put_back_is_noticed_and_everything_kept_is_dropped(tmp_path: Path) -> None:
+    url, older = new_url("sqlite", tmp_path), new_url("sqlite", tmp_path, "older")
+    async with opened(url, entities=[Note]) as (room, store):
+        made = await room.keys.create(name="k", tenant="acme")
+        assert isinstance(store.store, SqliteStore)
+        await store.store.snapshot(str(tmp_path / "older.db"))
+        await room.keys.disable(made.key.id)
+        for _ in range(3):
+            await room.tenant("acme").create(Note(text="x"))
+        await wait_until(lambda: room.feed.behind_s < changes.POLL_S)
+        assert (await room.keys.verify(made.text)).code == "DISABLED"
+        async with aclosing(room.feed.follow("acme")) as pages, Strongroom.open(older, entities=[Note]) as there:
+            await anext(pages)
+            copy = SqliteStore(str(tmp_path / "older.db"))
+            await copy.open()
+            await copy.prepare(room.database.registry.collections)
+            newer, store.store = store.store, copy
+            await newer.close()
+            resets: list[None] = []
+            room.feed.on_reset(lambda: resets.append(None))
+            await wait_until(lambda: resets == [None])
+            with pytest.raises(Gone):
+                await collect(pages, 10**6)
+            assert (await room.keys.verify(made.text)).code == "VALID"
+            told: list[Record] = []
+            room.feed.on_record(told.append)
+            await there.keys.disable(made.key.id)
+            await wait_until(lambda: [record.entity_id for record in told] == [made.key.id])
+            assert (await room.keys.verify(made.text)).code == "DISABLED"
+
+
 async def test_a_callback_that_raises_does_not_stop_the_feed_or_the_other_callbacks(room: Strongroom) -> None:
     # It would stop the invalidation of keys: a key revoked elsewhere would stay valid here.
     def broken(record: Record) -> None:
@@ -195,7 +246,12 @@ async def test_a_heartbeat_comes_when_nothing_else_does(room: Strongroom) -> Non
         assert [record.entity_id for record in await collect(pages, 1)] == ["mine"]
 
 
-@pytest.mark.parametrize("cursor", ["nonsense", "-1", "99999999999"])
+async def test_a_place_past_the_end_is_gone(room: Strongroom) -> None:
+    with pytest.raises(Gone):
+        await anext(room.feed.follow("acme", "99999999999"))
+
+
+@pytest.mark.parametrize("cursor", ["nonsense", "-1"])
 async def test_what_is_no_cursor_is_refused(room: Strongroom, cursor: str) -> None:
     with pytest.raises(InvalidInput):
         await anext(room.feed.follow("acme", cursor))

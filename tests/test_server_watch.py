@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import pytest
 
-from strongroom import Strongroom
+from strongroom import Strongroom, changes
+from strongroom.app import Tenant
+from strongroom.errors import Gone
 from strongroom.rules import Decision, Request, default_policy
-from strongroom.server import adminkey, watch
+from strongroom.server import adminkey, visible, watch
 from strongroom.server.app import Bounds, build
 from strongroom.state import ENTITIES
 from tests.serving import ADMIN, Stream, serving
@@ -88,33 +92,150 @@ async def test_a_caller_that_may_no_longer_read_gets_nothing_more() -> None:
                 assert not any("data" in event for event in events), act
 
 
-async def test_the_rules_are_asked_again_before_each_delivery_and_their_no_is_not_journalled() -> None:
-    hidden: set[str] = set()
+@asynccontextmanager
+async def ruled(hides: Callable[[dict[str, Any]], bool]) -> AsyncIterator[tuple[Tenant, Any]]:
+    """A tenant, and the server, under rules that hide documents by what they say."""
 
     def policy(request: Request) -> Decision:
-        if request.operation == "get" and (request.before or {}).get("policy_name") in hidden:
+        if request.operation == "get" and request.before is not None and hides(request.before):
             return Decision(False, "hidden")
         return default_policy(request)
 
     async with Strongroom.open("json://:memory:", entities=ENTITIES, policy=policy) as room:
         await adminkey.ensure(room, ADMIN)
-        app = build(room)
-        acme = room.tenant("acme")
-        async with Stream(app, f"{PATH}:watch") as stream:
-            await stream.event()
-            policies = [await acme.create(ENTITIES[0].parse({**POLICY, "policy_name": name})) for name in ("a", "b")]
-            hidden.add("b")
-            policies.append(await acme.create(ENTITIES[0].parse({**POLICY, "policy_name": "b"})))
-            await acme.create(ENTITIES[0].parse({**POLICY, "policy_name": "c"}))
-            names = []
-            while "c" not in names:
-                event = await stream.event()
-                assert event is not None
-                if "data" in event:
-                    names.append(json.loads(event["data"])["after"]["policy_name"])
-            assert names.count("b") <= 1, "delivered although the rules had said no by then"
+        yield room.tenant("acme"), build(room)
         records = (await room.store.changes(None, tenant="acme")).records
-        assert [r for r in records if r.action == "deny"] == []
+        assert [r for r in records if r.action == "deny"] == [], "a delivery that is refused is not journalled"
+
+
+async def told(stream: Stream, last: str) -> list[tuple[str, Any, Any]]:
+    """(event, before's name, after's name) of each change until that of the document `last`."""
+    found: list[tuple[str, Any, Any]] = []
+    while True:
+        event = await stream.event()
+        assert event is not None
+        if "data" not in event or event["event"] == "ready":
+            continue
+        data = json.loads(event["data"])
+        if data["id"] == last:
+            return found
+        before, after = ((data.get(side) or {}).get("policy_name") for side in ("before", "after"))
+        found.append((event["event"], before, after))
+
+
+def named(name: str, **given: Any) -> Any:
+    return ENTITIES[0].parse({**POLICY, "policy_name": name, **given})
+
+
+def is_secret(document: dict[str, Any]) -> bool:
+    return "secret" in document["policy_name"]
+
+
+STORY = ["secret 1", "secret 2", "open 1", "open 2", "secret 3", "open 3"]
+HEARD = [
+    ("update", None, "open 1"),  # it has come into sight: all of it, and nothing of what it was
+    ("update", "open 1", "open 2"),
+    ("removed", None, None),
+    ("update", None, "open 3"),
+]
+
+
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("end", [None, "deleted", "secret"])
+async def test_no_text_is_told_of_a_document_while_the_rules_hide_it(end: str | None, later: bool) -> None:
+    """As it happens, and to a reader that comes back later, when the document says something else."""
+    async with ruled(is_secret) as (acme, app), AsyncExitStack() as stack:
+        stream = Stream(app, f"{PATH}:watch")
+        if not later:
+            await stack.enter_async_context(stream)
+            cursor = (await stream.event() or {})["id"]
+        else:
+            async with Stream(app, f"{PATH}:watch") as early:
+                cursor = (await early.event() or {})["id"]
+        heard: list[tuple[str, Any, Any]] = []
+        for number, name in enumerate(STORY):
+            await acme.replace(named(name, id="p"))
+            if not later:
+                await acme.create(named("mark", id=f"mark-{number}"))
+                heard += await told(stream, f"mark-{number}")
+        if end == "deleted":
+            await acme.delete(ENTITIES[0], "p")
+        elif end == "secret":
+            await acme.update(ENTITIES[0], "p", {"policy_name": "secret 4"})
+        await acme.create(named("mark", id="last"))
+        if later:
+            stream = await stack.enter_async_context(Stream(app, f"{PATH}:watch?cursor={cursor}"))
+        heard += await told(stream, "last")
+        if end == "deleted":
+            assert heard == [*HEARD, ("delete", "open 3", None)]
+        elif end == "secret" and later:
+            # the reader may not see the document now, so no old text of it is told either: only that it left
+            assert heard == [("removed", None, None), ("removed", None, None)]
+        elif end == "secret":
+            assert heard == [*HEARD, ("removed", None, None)]
+        else:
+            assert heard == HEARD
+
+
+async def test_what_the_rules_look_at_need_not_be_what_was_changed() -> None:
+    async with ruled(lambda document: not document["enabled"]) as (acme, app):
+        async with Stream(app, f"{PATH}:watch") as early:
+            cursor = (await early.event() or {})["id"]
+        await acme.create(named("hidden", id="p", enabled=False))
+        await acme.update(ENTITIES[0], "p", {"policy_name": "hidden too"})
+        await acme.update(ENTITIES[0], "p", {"enabled": True})
+        await acme.update(ENTITIES[0], "p", {"policy_name": "shown"})
+        await acme.create(named("mark", id="last"))
+        async with Stream(app, f"{PATH}:watch?cursor={cursor}") as stream:
+            assert await told(stream, "last") == [("update", None, "hidden too"), ("update", "hidden too", "shown")]
+
+
+@pytest.mark.parametrize("pages", [1, 100])
+async def test_a_stream_too_far_behind_for_rules_that_look_at_documents_begins_anew(
+    monkeypatch: pytest.MonkeyPatch, pages: int
+) -> None:
+    monkeypatch.setattr(changes, "FIRST_PAGE", 3)
+    monkeypatch.setattr(changes, "PAGE", 3)
+    monkeypatch.setattr(visible, "LOOK_AHEAD_PAGES", pages)
+    monkeypatch.setattr(visible, "LOOK_AHEAD", 3)
+    async with ruled(is_secret) as (acme, app):
+        async with Stream(app, f"{PATH}:watch") as early:
+            cursor = (await early.event() or {})["id"]
+        for number in range(10):
+            await acme.replace(named(f"open {number}", id="p"))
+        async with Stream(app, f"{PATH}:watch?cursor={cursor}") as stream:
+            await stream.event()
+            event = await stream.event()
+            assert event is not None
+            assert event["event"] == ("reset" if pages == 1 else "create")
+            if pages == 1:
+                await acme.create(named("after", id="q"))
+                assert json.loads((await stream.event() or {})["data"])["after"]["policy_name"] == "after"
+
+
+async def test_a_place_that_is_gone_is_told_before_a_stream_begins_and_within_one() -> None:
+    async with serving() as served:
+        gone = await served.get(f"{PATH}:watch?cursor=99999999")
+        assert (gone.status, gone.code) == (410, "gone")
+        assert served.app.services.watchers == 0
+        async with Stream(served.app, f"{PATH}:watch") as stream:
+            await stream.event()
+            store = served.room.store
+            original, lost = store.changes, ["acme"]
+
+            async def put_back(after: str | None, *, tenant: str | None = None, **options: Any) -> Any:
+                if tenant in lost:
+                    lost.remove(tenant)
+                    raise Gone("an older copy was put back")
+                return await original(after, tenant=tenant, **options)
+
+            setattr(store, "changes", put_back)  # noqa: B010
+            await served.call("PUT", f"{PATH}/p", POLICY)
+            event = await stream.event()
+            assert event is not None
+            assert (event["event"], event["id"]) == ("reset", json.loads(event["data"])["cursor"])
+            await served.call("PUT", f"{PATH}/q", POLICY)
+            assert json.loads((await stream.event() or {})["data"])["id"] == "q"
 
 
 async def test_what_is_wrong_with_a_stream_is_answered_before_it_begins() -> None:

@@ -168,6 +168,7 @@ class Strongroom:
         self.database.after_commit(lambda _: self.feed.wake())
         self.feed.on_record(self.database.seen)
         self.feed.on_record(self._seen)
+        self.feed.on_reset(self._forget_all)
         stack.push_async_callback(self._stop_reloading)
 
     def _tell_webhooks(self, leases: Leases) -> None:
@@ -201,6 +202,7 @@ class Strongroom:
     _configured_peppers: tuple[str, ...] = ()
     _reload: asyncio.Task[None] | None = None
     _reload_again = False
+    _reload_whole = False
 
     def tenant(self, tenant: str, *, actor: str = "system", claims: Mapping[str, Any] | None = None) -> Tenant:
         """A handle on one tenant's data. Without claims it acts for the application itself."""
@@ -213,9 +215,18 @@ class Strongroom:
         elif record.collection == Quota.__collection__.name:
             self.keys.quota_changed(record.entity_id)
         elif record.collection in (StoredPepper.__collection__.name, KeySource.__collection__.name):
-            self._reload_again = True
-            if self._reload is None or self._reload.done():
-                self._reload = asyncio.get_running_loop().create_task(self._reload_until_done())
+            self._reload_soon()
+
+    def _forget_all(self) -> None:
+        """Records were missed: nothing that was read before can be believed."""
+        self.keys.forget_all()
+        self._reload_whole = True
+        self._reload_soon()
+
+    def _reload_soon(self) -> None:
+        self._reload_again = True
+        if self._reload is None or self._reload.done():
+            self._reload = asyncio.get_running_loop().create_task(self._reload_until_done())
 
     async def rotate_pepper(self) -> None:
         """Make new hashes with a new pepper from now on. Old hashes keep working, each is renewed at its next use."""
@@ -234,11 +245,17 @@ class Strongroom:
     async def _reload_until_done(self) -> None:
         while self._reload_again:
             self._reload_again = False
+            whole, self._reload_whole = self._reload_whole, False
             try:
                 await self._reload_peppers()
-            except StrongroomError as error:
-                _log.warning("the peppers cannot be read, trying again: %s", error)
-                self._reload_again = True
+                if whole:
+                    await self.database.reload_state()
+                    await self.webhooks.reload()
+            except Exception as error:
+                # Whatever it is: without the peppers the keys that were made with them are not found.
+                foreseen = isinstance(error, StrongroomError)
+                _log.warning("the peppers cannot be read, trying again: %s", error, exc_info=not foreseen)
+                self._reload_again, self._reload_whole = True, whole or self._reload_whole
                 await asyncio.sleep(POLL_S)
 
     async def _stop_reloading(self) -> None:

@@ -112,6 +112,7 @@ class Cache:
         _check_names(spec for _, spec, _ in self._cached.values())
         self._redis = self._open(url, namespace)
         feed.on_record(self._seen)
+        feed.on_reset(lambda: self._distrust("the journal was lost from sight"))
 
     def _open(self, url: str, namespace: str) -> RedisTier | None:
         if url == MEMORY_URL:

@@ -30,6 +30,7 @@ from .rules import Operation as RuleOperation
 from .storage.port import (
     Add,
     Batch,
+    ChangesPage,
     Check,
     Committed,
     Create,
@@ -154,6 +155,12 @@ class Database:
         document = await self._store.get(StoreState.__collection__.name, None, WRITES)
         if document is not None:
             self._use_state(document["version"], document)
+
+    async def reload_state(self) -> None:
+        """Read it again although the store may be an older copy, whose versions are smaller."""
+        self._state_version = 0
+        self._refusal = None
+        await self.load_state()
 
     def seen(self, record: Record) -> None:
         """A journal record of any process: it may turn writes off, or on again."""
@@ -320,10 +327,19 @@ class Database:
         return self._policy(Request(context, operation, collection, id, before, after))
 
     @property
+    def rules_read_documents(self) -> bool:
+        """Whether the rules may look at what a document says. The default ones ask who the caller is only."""
+        return self._policy is not default_policy
+
+    async def changes(self, after: str, tenant: str | None, limit: int) -> ChangesPage:
+        """A tenant's journal records, unauthorised: for a stream that asks the rules itself. As `Store.changes`."""
+        return await self._store.changes(after, tenant=tenant, limit=limit)
+
+    @property
     def loading(self) -> Loading | None:
         """The store, if it can load and `load_packs` may be used: the rules are the default ones, which ask who the
         caller is and never what the document says, so that one answer holds for all that is loaded."""
-        return self._store if isinstance(self._store, Loading) and self._policy is default_policy else None
+        return self._store if isinstance(self._store, Loading) and not self.rules_read_documents else None
 
     async def load_packs(
         self, context: Context, cls: type[Entity], packs: AsyncIterable[Pack], *, rebuild: bool = False

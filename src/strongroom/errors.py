@@ -78,6 +78,12 @@ class Conflict(StrongroomError):
     code = "conflict"
 
 
+class Gone(StrongroomError):
+    """The place that the cursor stands at is not in the journal any more: read anew, and begin without a cursor."""
+
+    code = "gone"
+
+
 class BoundExceeded(StrongroomError):
     """Adding this amount would take the counter past its bound; nothing was added."""
 

@@ -32,6 +32,9 @@ TRUSTED_FOR_S = 0.75
 renews that many times a second. Where nothing else asks the store, a key is read again before it is believed further,
 so that a revocation reaches every node within a second although a node's feed may be broken."""
 
+_EVERY = ""
+"""Among the keys that were changed it stands for all of them; no key has it as its id."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Found:
@@ -97,7 +100,7 @@ class KeyCache:
             found = await self._read(text, changed)
         finally:
             del self._reading[ticket]
-        if found is not None and found.key.id in changed:
+        if found is not None and (found.key.id in changed or _EVERY in changed):
             # Read before the change, and told of it before there was anything to forget: true of the moment it was
             # read, not to be remembered.
             found.key.stale = True
@@ -226,6 +229,17 @@ class KeyCache:
         self.forget(key.id)
         if key.metered.shared:
             self.quotas.forget(key.tenant)
+
+    def forget_all(self) -> None:
+        """Nothing that is known can be believed: read every key, and every quota, again at its next use."""
+        for known in self._by_id.values():
+            known.stale = True
+        self._by_id.clear()
+        self._known.clear()
+        self._unknown.clear()
+        self.quotas.forget_all()
+        for changed in self._reading.values():
+            changed.add(_EVERY)
 
     def forget(self, id: str) -> None:
         """Read a key again at its next use."""

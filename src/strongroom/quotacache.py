@@ -71,3 +71,8 @@ class QuotaCache:
         """Read the quotas of a tenant again at their next use."""
         self.changes += 1
         self._tenants.pop(tenant, None)
+
+    def forget_all(self) -> None:
+        """Read the quotas of every tenant again at their next use."""
+        self.changes += 1
+        self._tenants.clear()

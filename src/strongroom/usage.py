@@ -235,6 +235,11 @@ class Ledger:
         if self._forgotten is not None:
             self._forgotten.add(id)
 
+    def forget_all(self) -> None:
+        """Read every account again at its next charge."""
+        for id in list(self._accounts):
+            self.forget(id)
+
     def removed(self, id: str) -> None:
         """The key, or the quota, was removed with its usage: what this node was lent of it is gone as well."""
         self.forget(id)

@@ -452,6 +452,11 @@ class Verifier:
         self.cache.quota_changed(id)
         self._ledger.forget(id)
 
+    def forget_all(self) -> None:
+        """Nothing that is known of keys, quotas and what they have used can be believed: read it again."""
+        self.cache.forget_all()
+        self._ledger.forget_all()
+
     def use(self, hasher: Hasher) -> None:
         """Make and find hashes with other peppers from now on; what was unknown may be known to them."""
         self.hasher = hasher

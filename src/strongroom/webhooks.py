@@ -402,6 +402,12 @@ class Webhooks:
             if cursor is None:
                 return
 
+    async def reload(self) -> None:
+        """Read it anew, after records were missed: those that are not there any more are forgotten."""
+        for id in list(self._known):
+            self._learn(id, None)
+        await self.load()
+
     def _committed(self, transaction: Transaction) -> None:
         for change in transaction.changes:
             if change.collection.name == NAME:

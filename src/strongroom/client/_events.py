@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from ..errors import Gone
 from ._wire import decode
 from .errors import UnexpectedAnswer
 from .models import Change
@@ -83,9 +84,12 @@ class Resumption:
         self._given: set[tuple[str, str, int | None, object]] = set()
 
     def take(self, event: Event) -> Change | None:
-        """The change that an event tells of; None if it tells of none, or of one that was given out before."""
+        """The change that an event tells of; None if it tells of none, or of one that was given out before. Raises Gone
+        where changes were missed."""
         change = None
-        if event.data is not None and event.name in ("create", "update", "delete"):
+        if event.name == "reset":
+            raise Gone("the place of this watch is gone from the journal: read anew, and watch without a cursor")
+        if event.data is not None and event.name in ("create", "update", "delete", "removed"):
             change = decode(Change, event.data)
             mark = (change.id, change.action, change.version, change.at)
             if mark in self._given:

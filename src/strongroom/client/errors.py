@@ -14,6 +14,7 @@ from .. import errors
 from ..errors import (
     Conflict,
     Denied,
+    Gone,
     InvalidInput,
     NotFound,
     Problem,
@@ -111,6 +112,7 @@ _BY_STATUS: dict[int, type[StrongroomError]] = {
     404: NotFound,
     405: MethodNotAllowed,
     409: Conflict,
+    410: Gone,
     412: PreconditionFailed,
     413: TooLarge,
     429: TooManyRequests,
@@ -123,8 +125,8 @@ _decode = msgspec.json.Decoder(ProblemDetails).decode
 
 
 def error_of(status: int, headers: Mapping[str, str], body: bytes) -> StrongroomError:
-    """The error that an answer tells of; its details have `status`; `request_id`, `retry_after_s` and `outcome` if it has
-    them.
+    """The error that an answer tells of; its details have `status`; `request_id`, `retry_after_s` and `outcome` if
+    it has them.
 
     A code that this client does not know, of a newer server, is kept: the error has it as its `code`, and as its base
     the class that the status stands for.

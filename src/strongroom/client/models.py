@@ -343,7 +343,8 @@ class Readiness(Model, frozen=True):
 
 class Change(Model, frozen=True):
     """One change of a document. `action` is create, update or delete; `before` and `after` have the fields that it
-    changed, secrets masked."""
+    changed, secrets masked. Or `removed`: the document is there, but this caller may not see it any more (`reason` is
+    access_lost)."""
 
     id: str
     action: str
@@ -353,6 +354,7 @@ class Change(Model, frozen=True):
     request_id: str | None = None
     before: dict[str, Any] | None = None
     after: dict[str, Any] | None = None
+    reason: str | None = None
 
 
 # --- Webhooks -------------------------------------------------------------------------------------------------

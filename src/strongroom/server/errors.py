@@ -61,6 +61,7 @@ STATUS: dict[str, int] = {
     "already_exists": 409,
     "conflict": 409,
     "bound_exceeded": 409,
+    "gone": 410,
     "precondition_failed": 412,
     "too_large": 413,
     "invalid_input": 422,

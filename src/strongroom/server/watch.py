@@ -12,20 +12,19 @@ from fastapi import Request, Response
 
 from ..context import Context, utc_from_us
 from ..entity import Entity
-from ..errors import InvalidInput, Problem, StrongroomError
+from ..errors import Gone, InvalidInput, Problem, StrongroomError
 from ..fairness import Slices
-from ..storage.port import ChangesPage, Record
-from ..transaction import is_expired
+from ..storage.port import ChangesPage
 from .auth import Scope, authorization
 from .errors import Message, Send
 from .services import Services
 from .verify import Receive
+from .visible import Seen, View
 
 HEARTBEAT_S = 15.0
 SEND_TIMEOUT_S = 30.0
 """A reader that takes nothing for this long is dropped; it can resume from the last event it has."""
 RETRY_MS = 2_000
-_ACTIONS = {"create": "create", "update": "update", "add": "update", "delete": "delete", "expire": "delete"}
 _encode = msgspec.json.Encoder().encode
 
 
@@ -36,8 +35,9 @@ async def watch(services: Services, cls: type[Entity], request: Request, context
             raise InvalidInput([Problem(name[:128], "is not a known parameter; expected cursor")])
     after = request.headers.get("last-event-id") or request.query_params.get("cursor") or "end"
     await services.room.database.authorize(context, "list", cls.__collection__)
+    stream = _Stream(services, cls, context, authorization(request.scope["headers"]))
     services.enter_watcher()
-    pages = services.room.feed.follow(context.tenant or "", after, heartbeat_s=HEARTBEAT_S)
+    pages = stream.pages(after)
     try:
         first = await anext(pages)
     except BaseException as error:
@@ -45,7 +45,7 @@ async def watch(services: Services, cls: type[Entity], request: Request, context
         if isinstance(error, InvalidInput):
             raise InvalidInput([Problem("cursor", "is not a cursor of this stream: begin again without it")]) from None
         raise
-    return EventStream(_Stream(services, cls, context, authorization(request.scope["headers"])), after, pages, first)
+    return EventStream(stream, after, pages, first)
 
 
 class _Stream:
@@ -53,54 +53,52 @@ class _Stream:
 
     def __init__(self, services: Services, cls: type[Entity], context: Context, header: bytes | None) -> None:
         self.services = services
-        self._database = services.room.database
-        self._cls = cls
-        self._collection = cls.__collection__
+        self._view = View(services.room.database, cls.__collection__)
         self._context = context
         self._header = header
 
     async def events(self, page: ChangesPage) -> bytes:
         """A page's changes as events. The last carries the page's cursor, which a client resumes from: one that lost
         the connection in the midst of a page gets its first changes again, and misses none."""
-        await self._still_allowed()
+        await self.still_allowed()
         texts = []
         slices = Slices()
-        for record in page.records:
+        for seen in await self._view.of(self._context.at_now(), page):
             await slices.pause()
-            text = await self._event(record)
-            if text is not None:
-                texts.append(text)
+            texts.append(_event(seen))
         if not texts:
             # An id without data moves the client's cursor and is not an event: nothing is read twice for nothing.
             return b": \nid: %s\n\n" % page.cursor.encode()
         return b"\n\n".join(texts) + b"\nid: %s\n\n" % page.cursor.encode()
 
-    async def _still_allowed(self) -> None:
+    def pages(self, after: str) -> AsyncGenerator[ChangesPage, None]:
+        """The tenant's records from a cursor on."""
+        return self.services.room.feed.follow(self._context.tenant or "", after, heartbeat_s=HEARTBEAT_S)
+
+    async def still_allowed(self) -> None:
         """The key may have been disabled, or have lost its permission, since the stream began."""
         caller = await self.services.authenticator.caller(self._header)
         caller.needs(Scope.READ)
 
-    async def _event(self, record: Record) -> bytes | None:
-        if record.collection != self._collection.name or record.action not in _ACTIONS:
-            return None
-        context = self._context.at_now()
-        document = await self._database.load(context, self._collection, record.entity_id)
-        if is_expired(self._collection, document, context.now):
-            document = None
-        visible = document if document is not None else record.before or record.after
-        if not self._database.decide(context, "get", self._collection, record.entity_id, visible).allowed:
-            return None
-        data = {
-            "id": record.entity_id,
-            "action": _ACTIONS[record.action],
-            "version": record.version,
-            "at": utc_from_us(record.at_us),
+
+def _event(seen: Seen) -> bytes:
+    record = seen.record
+    data: dict[str, Any] = {
+        "id": record.entity_id,
+        "action": seen.action,
+        "version": record.version,
+        "at": utc_from_us(record.at_us),
+    }
+    if seen.reason is not None:
+        data["reason"] = seen.reason
+    else:
+        data |= {
             "actor": record.actor,
             "request_id": record.request_id,
-            "before": record.before,
-            "after": record.after,
+            "before": seen.before,
+            "after": seen.after,
         }
-        return b"event: %s\ndata: %s" % (_ACTIONS[record.action].encode(), _encode(data))
+    return b"event: %s\ndata: %s" % (seen.action.encode(), _encode(data))
 
 
 class EventStream(Response):
@@ -146,12 +144,25 @@ class EventStream(Response):
         ready = (RETRY_MS, cursor.encode(), _encode({"cursor": cursor}))
         await _write(send, b"retry: %d\nevent: ready\nid: %s\ndata: %s\n\n" % ready)
         while True:
-            if page.records:
-                await _write(send, await self._stream.events(page))
-            page = await anext(self._pages)
+            try:
+                if page.records:
+                    await _write(send, await self._stream.events(page))
+                page = await anext(self._pages)
+            except Gone as error:
+                page = await self._reset(send, error)
+                continue
             if not page.records:
-                await self._stream._still_allowed()
+                await self._stream.still_allowed()
                 await _write(send, b": \nid: %s\n\n" % page.cursor.encode())
+
+    async def _reset(self, send: Send, error: Gone) -> ChangesPage:
+        """Go on at the journal's present end, and say that changes were missed."""
+        await self._pages.aclose()
+        self._pages = self._stream.pages("end")
+        page = await anext(self._pages)
+        data = {"cursor": page.cursor, "reason": error.message}
+        await _write(send, b"event: reset\nid: %s\ndata: %s\n\n" % (page.cursor.encode(), _encode(data)))
+        return page
 
 
 async def _write(send: Send, body: bytes) -> None:

@@ -18,7 +18,7 @@ from ._firestore_draft import SHARDS, Line
 from ._firestore_paths import HEADS, JOURNAL, JOURNAL_PARTS, Paths, last_of
 from ._firestore_values import COMMIT_FIELD, DocumentPb, micros, put, take, value_of
 from ._firestore_wire import RunQueryRequest, Wire, pause
-from .port import ChangesPage, Record
+from .port import ChangesPage, Record, past_the_end
 
 END = "end"
 MAX_TEXT_BYTES = 16_384
@@ -148,6 +148,12 @@ class Journal:
             await self.read_heads(shards)
         if after == END:
             return ChangesPage((), cursor_text(list(self.heads)))
+        ahead = [shard for shard in shards if position[shard] > self.heads[shard]]
+        if ahead and self.is_followed:  # another node has given the cursor, and heard of more than this one
+            await self.read_heads(ahead)
+            ahead = [shard for shard in ahead if position[shard] > self.heads[shard]]
+        if ahead:
+            raise past_the_end("Firestore")
         heads = list(self.heads)
         behind = [shard for shard in shards if position[shard] < heads[shard]]
         found = await self._merged(behind, position, heads, tenant, limit)

@@ -55,6 +55,8 @@ class Listener:
                     self._take(answer)
             except StrongroomError as error:
                 _log.info("the listener ended and begins again: %s", error.message)
+            except Exception:
+                _log.exception("the listener ended, for a reason that nobody foresaw, and begins again")
             finally:
                 self._journal.is_followed = False
             await pause(min(attempt, MAX_PAUSES))

@@ -42,9 +42,12 @@ class Listener:
         while True:
             try:
                 await self._listen()
-            except (StrongroomError, *DRIVER_ERRORS) as error:
+            except Exception as error:  # without it every change would be heard of by the next poll only
+                foreseen = isinstance(error, (StrongroomError, *DRIVER_ERRORS))
                 _log.warning(
-                    "nothing is heard of other processes' changes until the next poll: %s", type(error).__name__
+                    "nothing is heard of other processes' changes until the next poll: %s",
+                    type(error).__name__,
+                    exc_info=not foreseen,
                 )
                 await asyncio.sleep(MAX_PAUSE_S)
 

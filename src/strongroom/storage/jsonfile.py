@@ -38,6 +38,7 @@ from .port import (
     Health,
     Record,
     SchemaChange,
+    past_the_end,
 )
 
 FORMAT = 1
@@ -327,9 +328,11 @@ class JsonStore:
         journal = self._state.journal
         if after == "end":
             return ChangesPage((), str(len(journal)))
-        if after is not None and (not _CURSOR.fullmatch(after) or int(after) > len(journal)):
+        if after is not None and not _CURSOR.fullmatch(after):
             raise InvalidInput([Problem("after", "is not a cursor of this journal")])
         position = int(after or 0)
+        if position > len(journal):
+            raise past_the_end(self._path or ":memory:")
         found: list[Record] = []
         while position < len(journal) and len(found) < limit:
             record = journal[position]

@@ -25,7 +25,7 @@ from enum import StrEnum
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from ..entity import Collection, Document
-from ..errors import TooLarge
+from ..errors import Gone, TooLarge
 from ..query import Aggregate, Filter, Query
 
 MAX_DOCUMENT_BYTES = 1_000_000
@@ -406,7 +406,9 @@ class Store(Protocol):
 
         Those of one tenant (and those of none) come in commit order, and no record ever becomes visible behind a
         cursor that was given out. The cursor `"end"` gives an empty page whose cursor is the present end.
-        InvalidInput for a text that is not a cursor.
+        InvalidInput for a text that is not a cursor. Gone for a cursor past the journal's end (an older copy of the
+        store was put back), or from before what retention has dropped: records were or may be missed, so who kept
+        anything must read it anew and begin at `"end"`.
         """
         ...
 
@@ -418,6 +420,11 @@ class Store(Protocol):
     async def check(self) -> Health:
         """Whether the store answers now. Never raises; `ok` is False instead."""
         ...
+
+
+def past_the_end(place: str) -> Gone:
+    """What `changes` says of a cursor that this journal has not come to."""
+    return Gone(f"{place}: the cursor lies past the journal's end: an older copy of the store was put back")
 
 
 def document_size(document: Document) -> int:

@@ -41,6 +41,7 @@ from .port import (
     Committed,
     Health,
     SchemaChange,
+    past_the_end,
 )
 
 OWN_CONNECTIONS = 3
@@ -218,7 +219,7 @@ class PostgresStore:
         else:
             rows = await self._rows(self._journal.page_of_tenant, (position, limit, tenant))
         if not rows and position > await self._head():
-            raise InvalidInput([Problem("after", "lies behind the end of this journal: an older copy was put back")])
+            raise past_the_end(self._place)
         records = tuple(await in_slices(record_of, rows))
         return ChangesPage(records, str(records[-1].sequence if records else position))
 

@@ -44,6 +44,7 @@ from .port import (
     Health,
     Pack,
     SchemaChange,
+    past_the_end,
 )
 
 BUSY_TIMEOUT_S = 5.0
@@ -235,7 +236,7 @@ class SqliteStore:
         readers = session.journal if tenant is None else session.scans
         rows = await self._scan(readers, _CHANGES, (position, min(limit, MAX_CHANGES_PAGE)), tenant)
         if not rows and position > await self._head():
-            raise InvalidInput([Problem("after", "lies behind the end of this journal: an older copy was put back")])
+            raise past_the_end(self.path)
         records = await in_slices(record_of, rows)
         return ChangesPage(tuple(records), str(records[-1].sequence if records else position))
 

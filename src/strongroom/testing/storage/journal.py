@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ...entity import Document
-from ...errors import AlreadyExists, Conflict, InvalidInput
+from ...errors import AlreadyExists, Conflict, Gone, InvalidInput
 from ...storage.port import MAX_CHANGES_PAGE, Add, Append, Check, Create, Delete, Patch, Put, Record, Store
 from ...values import INT64_MAX
-from .backend import StorageSuite, examples
-from .samples import HOSTILE_NAMES, batch, documents, identical, item, record, shared
+from .backend import Backend, StorageSuite, examples
+from .samples import COLLECTIONS, HOSTILE_NAMES, batch, documents, identical, item, record, shared
 
 PATIENCE_S = 20
 
@@ -145,6 +145,24 @@ class TestJournal(StorageSuite):
     async def test_what_is_not_a_cursor_is_refused(self, store: Store, cursor: str) -> None:
         with pytest.raises(InvalidInput):
             await store.changes(cursor)
+
+    async def test_a_cursor_past_the_end_is_gone(self, backend: Backend, store: Store) -> None:
+        """As after an older copy was put back: who kept anything must read it anew."""
+        newer = await backend.open(backend.new_url())
+        try:
+            await newer.prepare(COLLECTIONS)
+            for name in ("acme", "other", None):
+                await newer.commit(batch("acme", *(Append(record(f"{n}", name)) for n in range(5))))
+            await tail(newer, 15)
+            end = (await newer.changes("end")).cursor
+        finally:
+            await newer.close()
+        await store.commit(batch("acme", Append(record("1"))))
+        await tail(store, 1)
+        for tenant in (None, "acme"):
+            with pytest.raises(Gone):
+                await store.changes(end, tenant=tenant)
+        assert (await store.changes("end")).records == ()
 
     async def test_each_tenant_has_its_part_of_it(self, store: Store) -> None:
         names = ["acme", "other", None]
