@@ -14,10 +14,10 @@ from strongroom.context import system_context
 from strongroom.errors import InvalidInput
 from strongroom.pages import MAX_ROWS
 from strongroom.query import MAX_PAGE_BYTES
+from strongroom.recording import Usage
 from strongroom.server import watch
 from strongroom.storage.port import document_size
 from strongroom.verification import Verification
-from strongroom.verifier import Usage
 from tests.serving import ADMIN, Stream, serving
 from tests.support import FaultyStore, new_url, opened
 

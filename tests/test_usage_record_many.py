@@ -10,9 +10,9 @@ import pytest
 
 from strongroom import Strongroom
 from strongroom.errors import InvalidInput, Unavailable
+from strongroom.recording import Usage
 from strongroom.rotation import IssuedKey
 from strongroom.storage.port import Patch
-from strongroom.verifier import Usage
 
 from .support import Fault, FaultyStore, rolling
 

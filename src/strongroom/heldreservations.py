@@ -18,6 +18,7 @@ from .errors import Conflict, NotFound, Unavailable
 from .keytext import Hasher
 from .knownkey import KnownKey
 from .lending import Lending, LocalHold
+from .recording import Recorder, Sum, Usage
 from .reserving import (
     State,
     amounts,
@@ -32,14 +33,14 @@ from .reserving import (
 )
 from .usage import KeyChanged, Ledger
 from .verification import LimitStatus, Reservation, Verification, admitted
-from .verifier import MAX_KEY_ATTEMPTS, Usage, Verifier, _Sum, may_see
+from .verifier import MAX_KEY_ATTEMPTS, may_see
 
 MAX_SETTLED = 10_000
 """Reservations in memory that are remembered after they were settled."""
 _SECOND = 1_000_000
 
 
-class HeldReservations(Verifier):
+class HeldReservations(Recorder):
     """Verifies keys, and ends and extends the reservations that this process alone knows."""
 
     def __init__(
@@ -124,7 +125,7 @@ class HeldReservations(Verifier):
         event = Usage(amounts(units), key_id=key.id, model=hold.model, route=hold.route, idempotency_key=once)
         for _ in range(MAX_KEY_ATTEMPTS):
             try:
-                outcome = await self._charge_sum(_Sum(key, units, count, event), "system", None)
+                outcome = await self._charge_sum(Sum(key, units, count, event), "system", None)
             except KeyChanged:
                 self.cache.outdated(key)
                 key = await self._key_of(key.id)

@@ -9,8 +9,8 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from ...errors import InvalidInput, Problem, StrongroomError
+from ...recording import Usage
 from ...verification import cost_units
-from ...verifier import Usage
 from ..auth import Scope
 from ..openapi import body
 from ..services import MAX_USAGE_ITEMS, Services
