@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from strongroom.errors import InvalidInput, StorageFull, StoreError, StrongroomError, Unavailable
+from strongroom.errors import Gone, InvalidInput, StorageFull, StoreError, StrongroomError, Unavailable
 from strongroom.query import Query
 from strongroom.storage.jsonfile import JsonStore
 from strongroom.storage.port import Append, Check, Create, Delete, Put
@@ -442,5 +442,5 @@ async def test_a_tenants_collection_cannot_be_reached_without_a_tenant(store: Js
 async def test_a_cursor_from_behind_the_end_is_refused(store: JsonStore) -> None:
     """It is from a longer journal: an older copy of the file was put back, and what it would skip is not known."""
     await store.commit(batch("acme", Append(record("1"))))
-    with pytest.raises(InvalidInput):
+    with pytest.raises(Gone):
         await store.changes("2")

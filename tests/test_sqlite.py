@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, closing
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, ClassVar
@@ -24,7 +25,7 @@ from strongroom.entity import Collection, Counter, Entity, Index, Secret
 from strongroom.errors import (
     AlreadyExists,
     Conflict,
-    InvalidInput,
+    Gone,
     SchemaError,
     StorageFull,
     StoreError,
@@ -32,6 +33,7 @@ from strongroom.errors import (
 )
 from strongroom.query import Query, Where
 from strongroom.storage import _sqlite_schema, sqlite
+from strongroom.storage._sqlite_guard import Guarded
 from strongroom.storage._sqlite_writer import Writer
 from strongroom.storage.port import Add, Append, Batch, ChangeKind, Check, Create, Delete, Operation, Patch, Put, Record
 from strongroom.storage.sqlite import SqliteStore
@@ -231,6 +233,140 @@ async def test_sqlite_itself_refuses_a_statement_past_the_tenants_view(store: Sq
             guarded.execute(sql).fetchall()
     with closing(raw(store)) as connection:
         assert connection.execute("SELECT text FROM notes WHERE tenant_id = 'other'").fetchall() == [("secret",)]
+
+
+def attacks(guards: Sequence[str]) -> Iterator[str]:
+    """Statements of raw SQL that would read, or change, what is not the tenant's, in every guise we thought of."""
+    names = ["notes", "x", "_journal", *guards]
+    quotes = ['"{}"', "[{}]", "`{}`"]
+    reads = ["main.notes", "main._journal", "main . [notes]", "`main`.NOTES", "main.sqlite_schema", "sqlite_master"]
+    for name, table in product([quote.format(name) for name in names for quote in quotes], reads):
+        yield f"WITH {name} AS (SELECT * FROM {table}) SELECT * FROM {name}"
+        yield f"WITH {name} AS MATERIALIZED (SELECT * FROM {table}) SELECT * FROM {name}"
+        yield f"WITH RECURSIVE {name} AS (SELECT * FROM {table} UNION SELECT * FROM {name}) SELECT * FROM {name}"
+        yield f"WITH a AS (WITH {name} AS (SELECT * FROM {table}) SELECT * FROM {name}) SELECT * FROM a"
+        yield f"SELECT * FROM (SELECT * FROM {table}) AS {name}"
+        yield f"SELECT * FROM {table} AS {name}"
+        yield f"SELECT (SELECT count(*) FROM {table} AS {name})"
+        yield f"SELECT * FROM notes WHERE EXISTS (SELECT 1 FROM {table} AS {name} WHERE {name}.rowid > 0)"
+        yield f"WITH {name} AS (SELECT * FROM {table}) UPDATE notes SET text = (SELECT max(text) FROM {name})"
+        yield f"UPDATE notes SET text = {name}.text FROM {table} AS {name}"
+        yield f"INSERT INTO notes SELECT * FROM {table} AS {name}"
+        yield f"DELETE FROM notes WHERE id IN (SELECT id FROM {table} AS {name}) RETURNING *"
+        yield f"CREATE TEMP VIEW {name} AS SELECT * FROM {table}"
+        yield f"CREATE TEMP TRIGGER {name} INSTEAD OF DELETE ON notes BEGIN DELETE FROM {table}; END"
+        yield f"CREATE TEMP TABLE {name} AS SELECT * FROM {table}"
+    for name in (quote.format(name) for name in names for quote in quotes):
+        yield f"DROP VIEW {name}"
+        yield f"DROP TRIGGER {name}"
+        yield f"ALTER TABLE main.notes RENAME TO {name}"
+        yield f"UPDATE temp.{name} SET text = 'changed'"
+        yield f"DELETE FROM temp.{name}"
+    row = "(1, 'r', 'acme', 0, 'a', 'q', 'changed', 'notes', 'n', 1, NULL, NULL)"
+    for table in ("_journal", "main._journal", "main.[_JOURNAL]", "`_journal`"):
+        for verb in ("INSERT", "REPLACE", "INSERT OR REPLACE", "INSERT OR IGNORE", "INSERT OR FAIL"):
+            yield f"{verb} INTO {table} VALUES {row}"
+            yield f"/* */ {verb} INTO {table} VALUES {row} ON CONFLICT DO UPDATE SET action = 'changed'"
+        yield f"UPDATE {table} SET action = 'changed'"
+        yield f"UPDATE OR REPLACE {table} SET sequence = 1"
+        yield f"DELETE FROM {table}"
+    for table in ("_meta", "_fields", "sqlite_sequence", "sqlite_schema", "temp.sqlite_schema", "sqlite_stat1"):
+        yield f"DELETE FROM {table}"
+        yield f"REPLACE INTO main.{table} SELECT * FROM main.{table}"
+        yield f"UPDATE {table} SET rowid = rowid + 7"
+    for pragma in (
+        "writable_schema = ON",
+        "query_only = OFF",
+        "recursive_triggers = ON",
+        "table_info(notes)",
+        "user_version = 9",
+    ):
+        yield f"PRAGMA {pragma}"
+        yield f"SELECT * FROM pragma_{pragma.partition(' ')[0].partition('(')[0]}"
+    yield from (
+        "ATTACH 'store.db' AS other",
+        "ATTACH ':memory:' AS other",
+        "DETACH main",
+        "VACUUM",
+        "REINDEX",
+        "ANALYZE",
+    )
+    yield from (
+        "VACUUM INTO 'other.db'",
+        "SELECT load_extension('x')",
+        "DROP TABLE notes",
+        "CREATE INDEX i ON notes (text)",
+    )
+    yield from ("SELECT * FROM dbstat", "SELECT * FROM sqlite_dbpage", "CREATE VIRTUAL TABLE v USING fts5(a)")
+
+
+async def test_no_raw_statement_reads_or_changes_what_is_another_tenants(store: SqliteStore) -> None:
+    """On each kind of connection, by one who knows the random token: EXPLAIN shows it to anyone."""
+    writer = await writer_of(store)
+    operations = (Create("notes", "theirs", note("SECRET")), Append(record("SECRET", "other")))
+    await store.commit(batch(*operations, tenant="other"))
+    await store.commit(batch(Create("notes", "mine", note("mine")), Append(record("mine", "acme"))))
+    with closing(raw(store)) as connection:
+        before = [connection.execute(sql).fetchall() for sql in WHOLE]
+    assert store._session is not None
+    reader = Guarded(store.path, store._session.tables.values(), 1.0)
+    ran = 0
+    try:
+        for guarded in (store._session.points, reader, writer._guarded):
+            authorizer, guarded.connection.authorizer = guarded.connection.authorizer, None
+            found = guarded.connection.execute(
+                "SELECT name FROM sqlite_temp_schema WHERE name LIKE 'notes _%'"
+            ).fetchall()
+            guards = [str(name) for (name,) in found]
+            guarded.connection.authorizer = authorizer
+            assert guards
+            guarded.set_tenant("acme")
+            for prefix, sql in product(("", "EXPLAIN ", "EXPLAIN QUERY PLAN "), attacks(guards)):
+                try:
+                    guarded.execute("SAVEPOINT attack").fetchall()
+                    rows = guarded.execute(prefix + sql).fetchall()
+                    ran += 1
+                    assert prefix or "SECRET" not in str(rows), sql
+                except apsw.Error:
+                    pass
+                finally:
+                    guarded.execute("ROLLBACK TO attack").fetchall()
+                    guarded.execute("RELEASE attack").fetchall()
+    finally:
+        reader.close()
+    with closing(raw(store)) as connection:
+        assert [connection.execute(sql).fetchall() for sql in WHOLE] == before
+    assert ran > 0, "some are harmless, and are run"
+
+
+WHOLE = (
+    "SELECT * FROM notes ORDER BY tenant_id, id",
+    "SELECT * FROM _journal ORDER BY sequence",
+    "SELECT * FROM _meta",
+)
+
+
+async def test_the_journal_is_added_to_and_nothing_of_it_is_replaced(store: SqliteStore) -> None:
+    writer = await writer_of(store)
+    await store.commit(batch(Append(record("kept", "acme"))))
+    for sql in attacks([]):
+        if "_journal" not in sql.lower():
+            continue
+        with pytest.raises((apsw.AuthError, apsw.SQLError)):
+            writer._guarded.execute(sql).fetchall()
+    assert [r.entity_id for r in (await store.changes(None)).records] == ["kept"]
+
+
+async def test_a_collection_may_be_called_almost_like_the_journal(tmp_path: Path) -> None:
+    class Journal(Entity, collection="audit_journal"):
+        text: str = ""
+
+    store = SqliteStore(str(tmp_path / "store.db"))
+    await store.open()
+    await store.prepare((Journal.__collection__,))
+    await store.commit(batch(Create("audit_journal", "a", {"text": "x"})))
+    assert await store.get("audit_journal", "acme", "a") is not None
+    await store.close()
 
 
 async def test_a_connection_of_no_tenant_sees_and_changes_nothing(store: SqliteStore) -> None:
@@ -728,7 +864,7 @@ async def test_a_cursor_from_before_an_old_copy_was_put_back_is_refused(tmp_path
         cursor = (await store.changes(None)).cursor
     shutil.move(tmp_path / "old.db", path)
     async with opened(path) as store:
-        with pytest.raises(InvalidInput, match="older copy"):
+        with pytest.raises(Gone, match="older copy"):
             await store.changes(cursor)
 
 

@@ -4,8 +4,12 @@ Each connection has, in its own temporary schema, a view of the collection's nam
 selects `WHERE tenant_id = current_tenant()`; INSTEAD OF triggers write. `current_tenant()` answers what the connection
 was last told, and null, which no row equals, after that. An authorizer, which SQLite asks when it compiles a statement,
 denies a tenant's table unless it is the guard or a trigger that names it. The guard and the triggers bear a random
-name: SQLite tells the authorizer the name of a common table expression just as it tells that of a view, so
-`WITH notes AS (SELECT * FROM main.notes)` would pass if the view's own name were enough.
+token in their names: SQLite tells the authorizer the name of a common table expression just as it tells that of a view,
+so `WITH notes AS (SELECT * FROM main.notes)` would pass if the view's own name were enough. And since EXPLAIN shows the
+token to anyone, a statement whose text has it is refused: a name in SQL cannot be written but as it is.
+
+The journal is only ever added to: SQLite asks no leave for the rows that REPLACE removes. So the writer names the
+store's own tables in the few texts that it is given, and in no other.
 
 The file itself holds plain tables, for people with `sqlite3`.
 """
@@ -13,6 +17,7 @@ The file itself holds plain tables, for people with `sqlite3`.
 from __future__ import annotations
 
 import functools
+import re
 import secrets
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
@@ -22,6 +27,9 @@ import apsw
 from ._sql import JOURNAL_COLUMNS, Codec, Compiler, listed, quoted
 from ._sqlite_schema import connect
 
+MAX_CHECKED = 10_000
+"""Texts that were found harmless and are not looked at again."""
+_OWN_TABLES = re.compile(r"(?<![\w$])(?:_journal|_meta|_fields|sqlite_sequence)(?![\w$])", re.IGNORECASE)
 _PAGE = "WITH page AS MATERIALIZED ({}) SELECT * FROM page"
 
 
@@ -54,7 +62,8 @@ class Table:
 class Guarded:
     """A connection whose statements see the documents of one tenant, and global ones.
 
-    `writes` allows what the writer does. `whole_journal` shows the journal of all tenants, and nothing else does.
+    `writes` allows what the writer does; `own_texts` are the statements by which it may use the store's own tables.
+    `whole_journal` shows the journal of all tenants, and nothing else does.
     """
 
     __slots__ = ("_present", "connection", "cursor", "execute")
@@ -66,6 +75,7 @@ class Guarded:
         busy_timeout_s: float,
         *,
         writes: bool = False,
+        own_texts: Iterable[str] = (),
         whole_journal: bool = False,
     ) -> None:
         self._present: list[str | None] = [None]
@@ -94,6 +104,7 @@ class Guarded:
                 _make_view(connection, "_journal", JOURNAL_COLUMNS, rights.guard("_journal"))
                 connection.execute("PRAGMA query_only = ON").fetchall()
             connection.authorizer = rights.authorize
+            connection.exec_trace = rights.checker(frozenset(own_texts) if writes else None)
         except BaseException:
             connection.close()
             raise
@@ -176,6 +187,26 @@ class _Rights:
 
     def allow_whole_journal(self) -> None:
         self._allowed[apsw.SQLITE_READ, "main", "_journal"] = None
+
+    def checker(self, own_texts: frozenset[str] | None) -> Callable[[Any, str, Any], bool]:
+        """What a connection asks of each statement that it is about to run. `own_texts`: the only ones that may name
+        the store's own tables; None: the authorizer sees to these. Raises apsw.AuthError."""
+        token, harmless = self._token, set(own_texts or ())
+
+        def check(_: Any, sql: str, __: Any) -> bool:
+            if sql in harmless:  # this is asked each time, and most texts come again and again
+                return True
+            if token in sql.lower():
+                raise apsw.AuthError("not authorized: the statement names a guard")
+            if own_texts is not None and _OWN_TABLES.search(sql):
+                raise apsw.AuthError("not authorized: the statement names one of the store's own tables")
+            if len(harmless) >= MAX_CHECKED:
+                harmless.clear()
+                harmless.update(own_texts or ())
+            harmless.add(sql)
+            return True
+
+        return check
 
     def authorize(
         self, what: int, first: str | None, second: str | None, schema: str | None, through: str | None

@@ -15,7 +15,7 @@ from ..entity import Collection
 from ._sql import Codec
 from ._sqlite_dialect import SqliteDialect
 from ._sqlite_guard import Guarded, Table
-from ._sqlite_writer import Writer
+from ._sqlite_writer import OWN_TEXTS, Writer
 
 MAX_READERS = 4
 """Scans that run at once, each on a thread and a connection of its own; more wait their turn."""
@@ -151,7 +151,7 @@ class Session:
         self.writer: Writer | None = None
 
     def open_writer(self) -> Writer:
-        guarded = Guarded(self._path, self.tables.values(), self._busy_timeout_s, writes=True)
+        guarded = Guarded(self._path, self.tables.values(), self._busy_timeout_s, writes=True, own_texts=OWN_TEXTS)
         self.writer = Writer(self._path, guarded, self.tables)
         return self.writer
 

@@ -52,7 +52,10 @@ _VARIABLE = frozenset({FieldType.TEXT, FieldType.BYTES, FieldType.LIST, FieldTyp
 _APPEND = (
     f"INSERT INTO main._journal ({listed(JOURNAL_COLUMNS[1:])}) VALUES ({', '.join('?' for _ in JOURNAL_COLUMNS[1:])})"
 )
-
+_DELETED = "SELECT value FROM main._meta WHERE name = 'deleted_version'"
+_KEEP_DELETED = "UPDATE main._meta SET value = ? WHERE name = 'deleted_version'"
+OWN_TEXTS = (_APPEND, _DELETED, _KEEP_DELETED)
+"""How the writer uses the store's own tables."""
 
 _OF_ONE_STATEMENT = (apsw.SQLError, apsw.ConstraintError, apsw.MismatchError, apsw.TooBigError, apsw.AuthError)
 """Errors of what was asked; the others are the file's or the disk's, and end the transaction of all."""
@@ -146,7 +149,7 @@ class Writer:
         """Take the file's write lock. apsw.BusyError if another process keeps it for longer."""
         self._connection.set_busy_timeout(round(busy_timeout_s * 1000))
         self._execute("BEGIN IMMEDIATE").fetchall()
-        found = self._execute("SELECT value FROM main._meta WHERE name = 'deleted_version'").fetchall()
+        found = self._execute(_DELETED).fetchall()
         self._deleted_version = self._deleted_version_before = found[0][0]
         self._changes_before = self._connection.total_changes()
 
@@ -157,7 +160,7 @@ class Writer:
     def commit(self) -> None:
         """Returns when everything is on the disk. Blocks for an fsync if there are changes."""
         if self._deleted_version != self._deleted_version_before:
-            self._execute("UPDATE main._meta SET value = ? WHERE name = 'deleted_version'", (self._deleted_version,))
+            self._execute(_KEEP_DELETED, (self._deleted_version,))
         self._execute("COMMIT").fetchall()
 
     def roll_back(self) -> None:
