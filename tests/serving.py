@@ -22,6 +22,7 @@ import httpx
 from pydantic import BaseModel
 
 from strongroom import Entity, Secret, Strongroom
+from strongroom.addresses import Network
 from strongroom.server import adminkey
 from strongroom.server.app import DEFAULT_BOUNDS, Application, Bounds, build
 from strongroom.state import ENTITIES
@@ -59,6 +60,10 @@ class Served:
     room: Strongroom
     app: Application
     client: httpx.AsyncClient
+
+    def transport(self, peer: str | None) -> httpx.ASGITransport:
+        """For a client that calls from an address (None: from a Unix socket)."""
+        return httpx.ASGITransport(cast(Any, self.app), client=(peer, 1) if peer is not None else cast(Any, None))
 
     async def call(self, method: str, path: str, body: Any = None, *, key: str | None = ADMIN, **headers: str) -> Reply:
         """One request; `body` is bytes as they are, or a value sent as JSON. Header names are written with `_`."""
@@ -139,12 +144,13 @@ async def serving(
     *,
     bounds: Bounds = DEFAULT_BOUNDS,
     entities: Sequence[type[Entity]] = (Account,),
+    proxies: Sequence[Network] = (),
     **options: Any,
 ) -> AsyncIterator[Served]:
     """The application in this process, with the administrator's key ADMIN. `options` as of Strongroom.open."""
     async with Strongroom.open(url, entities=(*ENTITIES, *entities), **options) as room:
         await adminkey.ensure(room, ADMIN)
-        app = build(room, bounds)
+        app = build(room, bounds, proxies=proxies)
         transport = httpx.ASGITransport(cast(Any, app))
         async with httpx.AsyncClient(transport=transport, base_url="http://strongroom") as client:
             yield Served(room, app, client)

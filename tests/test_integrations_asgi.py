@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strongroom import Strongroom, Verification
+from strongroom import Strongroom, Verification, addresses
 from strongroom.errors import ConfigError, InvalidInput, StrongroomError, Unavailable
 from strongroom.integrations import _core
 from strongroom.integrations.asgi import Message, Receive, Scope, Send, StrongroomMiddleware, route_of, verification_of
@@ -268,18 +268,18 @@ def test_what_a_caller_writes_into_the_header_never_counts(
 ) -> None:
     """The proxies append: the caller's own address stands right of everything that it wrote itself."""
     forwarded = ",".join([*written, caller, *proxies]).encode()
-    assert _core.client_address(peer, [forwarded], _PROXIES) == caller
+    assert addresses.client_address(peer, [forwarded], _PROXIES) == caller
 
 
 @given(st.lists(_anything, max_size=4), _caller)
 def test_a_peer_that_is_no_proxy_is_the_caller(written: list[str], peer: str) -> None:
-    assert _core.client_address(peer, [",".join(written).encode()], _PROXIES) == peer
+    assert addresses.client_address(peer, [",".join(written).encode()], _PROXIES) == peer
 
 
 @given(_caller, st.integers(1, 65_535))
 def test_a_port_beside_an_address_is_not_part_of_it(caller: str, port: int) -> None:
-    assert _core.address(f"{caller}:{port}") == caller
-    assert _core.address(f"[::1]:{port}") == "::1"
+    assert addresses.address(f"{caller}:{port}") == caller
+    assert addresses.address(f"[::1]:{port}") == "::1"
 
 
 # --- WebSockets -------------------------------------------------------------------------------------------------

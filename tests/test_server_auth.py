@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from datetime import UTC, datetime, timedelta
+from ipaddress import ip_network
 from typing import Any
 
+import httpx
 import pytest
 import time_machine
 
@@ -144,6 +146,43 @@ async def test_a_denial_of_another_tenant_is_journalled_with_its_actor_and_reque
         assert answer.json["request_id"] == answer.headers["x-request-id"] == "trace-17"
         records = (await served.room.store.changes(None, tenant="theirs")).records[1:]
         assert [(r.action, r.actor, r.request_id) for r in records] == [("deny", f"key:{made['id']}", "trace-17")]
+
+
+@pytest.mark.parametrize("path", ["/v1/keys", "/v1/tenants/acme/policies", "/v1/keys/verify", "/v1/keys/leaked"])
+async def test_a_management_key_with_allowed_addresses_works_from_these_alone(path: str) -> None:
+    async with serving(proxies=[ip_network("10.0.0.0/8")]) as served:
+        made = await served.make_key(allowed_ips=["192.0.2.0/24"], permissions=["strongroom:write"], tenant="*")
+
+        async def status(peer: str | None, *forwarded: str) -> int:
+            headers = [("Authorization", f"Bearer {made['key']}"), *(("X-Forwarded-For", one) for one in forwarded)]
+            async with httpx.AsyncClient(transport=served.transport(peer), base_url="http://strongroom") as client:
+                if path.startswith("/v1/keys/"):
+                    body = b"[]" if path.endswith("leaked") else b'{"key": "x"}'
+                    return (await client.post(path, content=body, headers=headers)).status_code
+                return (await client.get(path, headers=headers)).status_code
+
+        for _ in range(2):  # unknown to the server, then known
+            assert await status("192.0.2.7") == 200
+            assert await status("::ffff:192.0.2.7") == 200
+            assert await status("198.51.100.1") == 403
+            assert await status(None) == 403
+            assert await status("10.1.1.1", "192.0.2.7") == 200
+            assert await status("10.1.1.1", "203.0.113.1, 192.0.2.7", "10.2.2.2") == 200
+            assert await status("10.1.1.1", "192.0.2.7, 203.0.113.1") == 403
+            assert await status("10.1.1.1", "nonsense") == 403
+            assert await status("198.51.100.1", "192.0.2.7") == 403, "believed a header that anyone can send"
+
+
+async def test_a_key_that_is_bound_to_addresses_later_is_refused_elsewhere_at_once() -> None:
+    async with serving() as served:
+        made = await served.make_key(tenant="*", permissions=["strongroom:read"])
+        assert (await served.get("/v1/keys", key=made["key"])).status == 200
+        await served.call("PATCH", f"/v1/keys/{made['id']}", {"allowed_ips": ["192.0.2.1"]})
+        refused = await served.get("/v1/keys", key=made["key"])
+        assert refused.status == 403
+        assert "127.0.0.1" in refused.json["detail"]
+        await served.call("PATCH", f"/v1/keys/{made['id']}", {"allowed_ips": []})
+        assert (await served.get("/v1/keys", key=made["key"])).status == 200
 
 
 async def test_a_management_key_that_is_disabled_deleted_or_rotated_is_refused_at_once_here() -> None:

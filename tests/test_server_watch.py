@@ -258,6 +258,22 @@ async def test_more_streams_than_the_bound_are_told_to_come_back_and_closed_ones
             assert again.status == 200
 
 
+async def test_one_caller_cannot_take_all_the_places_of_streams() -> None:
+    async with serving(bounds=Bounds(max_watchers=8)) as served, AsyncExitStack() as stack:
+        keys = [await served.manager("read", "acme") for _ in range(2)]
+        other = await served.manager("read", "other")
+
+        async def opens(key: str, tenant: str = "acme") -> int:
+            stream = Stream(served.app, f"/v1/tenants/{tenant}/policies:watch", key)
+            return (await stack.enter_async_context(stream)).status
+
+        # Whichever of its keys a tenant uses, the last quarter is for others.
+        assert [await opens(keys[number % 2]) for number in range(7)] == [200] * 6 + [429]
+        assert [await opens(other, "other") for _ in range(3)] == [200, 200, 429]
+    assert served.app.services.watchers == 0
+    assert served.app.services.watchers_of == {}
+
+
 async def test_streams_end_when_the_server_stops() -> None:
     async with serving() as served, Stream(served.app, f"{PATH}:watch") as stream:
         await stream.event()

@@ -74,6 +74,10 @@ class KnownKey:
         """Whether the key has a permission: by name, or by one that ends in `*`."""
         return names(self.held, permission)
 
+    def allows(self, address: str | None) -> bool:
+        """Whether the key may be used from an address (None: it is not known)."""
+        return not self.networks or _allowed(self.networks, address)
+
     def refusal(
         self,
         now_us: int,

@@ -250,12 +250,15 @@ class Verifier:
             return None
         return self._database.once_only(f"{what}\x00{key.id}\x00{actor}", idempotency_key, repr(sorted(units.items())))
 
-    async def authenticate(self, text: str) -> KnownKey | None:
-        """The key that a bearer token is, if it may be used now; nothing is debited. For authenticating a caller."""
+    async def authenticate(self, text: str, *, any_address: bool = False) -> KnownKey | None:
+        """The key that a bearer token is, if it may be used now; nothing is debited. For authenticating a caller.
+        `any_address`: a key that may be used from some addresses only is found too, and `KnownKey.allows` tells which.
+        """
         for _ in range(MAX_KEY_ATTEMPTS):
             now_us = self._clock.now_us()
             key = await self.cache.find(text, now_us)
-            if key is None or key.refusal(now_us, None, None) is not None:
+            refusal = key.refusal(now_us, None, None) if key is not None else None
+            if key is None or (refusal is not None and not (any_address and refusal[0] == "FORBIDDEN")):
                 return None
             if await self.cache.is_current(key):
                 return key

@@ -13,12 +13,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
-from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from ipaddress import ip_network
 from typing import Any, TypedDict, TypeVar
 from urllib.parse import quote
 
 import msgspec
 
+from ..addresses import Network
 from ..app import Strongroom
 from ..errors import InvalidInput, Problem, StrongroomError
 from ..verification import LimitStatus, Verification, cost_units
@@ -26,7 +27,6 @@ from ..windows import MONEY, Amount
 
 T = TypeVar("T")
 Cost = Mapping[str, Amount]
-Network = IPv4Network | IPv6Network
 
 AUTHORIZATION = "authorization"
 LEASED: dict[str, Any] = {"limits": "leased"}
@@ -36,8 +36,6 @@ MEDIA_TYPE = "application/problem+json"
 REALM = "api"
 RETRY_AFTER_S = 1
 """What Retry-After says when the store cannot be asked: nobody knows how long that lasts."""
-MAX_FORWARDED = 64
-"""Addresses of a X-Forwarded-For header that are looked at, from the right."""
 QUOTA_EXCEEDED = "https://iana.org/assignments/http-problem-types#quota-exceeded"
 _log = logging.getLogger(__name__)
 _HEADER_NAME = re.compile(r"^[a-z0-9!#$%&'*+.^_`|~-]{1,64}$")
@@ -302,42 +300,6 @@ def networks(field: str, items: Iterable[str]) -> tuple[Network, ...]:
             message = f"found {item[:64]!r}, expected an address or a range such as 10.0.0.0/8"
             raise InvalidInput([Problem(field, message)]) from None
     return tuple(found)
-
-
-@functools.lru_cache(maxsize=4_096)
-def address(text: str) -> str | None:
-    """An address without a port, in its canonical form, or None if the text is none."""
-    text = text.strip()
-    if text.startswith("["):
-        text = text[1:].partition("]")[0]
-    elif text.count(":") == 1:
-        text = text.partition(":")[0]
-    try:
-        found = ip_address(text)
-    except ValueError:
-        return None
-    if isinstance(found, IPv6Address) and found.ipv4_mapped is not None:
-        return str(found.ipv4_mapped)
-    return str(found)
-
-
-def client_address(peer: str | None, forwarded: Sequence[bytes], trusted: Sequence[Network]) -> str | None:
-    """The caller's address: the peer's, or where that is a trusted proxy, the first one from the right of
-    X-Forwarded-For that is not. None where it is not known; a key that is bound to addresses is then refused."""
-    found = address(peer) if peer is not None else None
-    if not trusted or not forwarded or found is None or not _is_in(found, trusted):
-        return found
-    hops = b",".join(forwarded).decode("latin-1").split(",")
-    for hop in list(reversed(hops))[:MAX_FORWARDED]:
-        found = address(hop)
-        if found is None or not _is_in(found, trusted):
-            return found
-    return found
-
-
-def _is_in(text: str, trusted: Sequence[Network]) -> bool:
-    found = ip_address(text)
-    return any(found.version == network.version and found in network for network in trusted)
 
 
 # --- Settings that integrations have in common ------------------------------------------------------------------

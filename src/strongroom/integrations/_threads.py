@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
+from ..addresses import client_address
 from ..app import Strongroom
 from ..blocking import BlockingStrongroom
 from ..errors import ConfigError
 from ..verification import Reservation, Verification
 from ..windows import Amount
-from ._core import LEASED, Cost, Presented, checked_header, client_address, credential, networks, verified
+from ._core import LEASED, Cost, Presented, checked_header, credential, networks, verified
 from ._hold import TTL_S, Hold, reserving
 
 

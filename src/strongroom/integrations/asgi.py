@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..addresses import Network, client_address
 from ..app import Strongroom
 from ..errors import ConfigError, StrongroomError
 from ..verification import ONE_REQUEST, Verification
@@ -16,13 +17,11 @@ from ._core import (
     LEASED,
     Cost,
     KeyRefused,
-    Network,
     Paths,
     Presented,
     Refusal,
     checked_cost,
     checked_header,
-    client_address,
     constant_or_of,
     credential,
     networks,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
@@ -14,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from ..addresses import Network
 from ..app import Strongroom
 from ..errors import InvalidInput, NotFound, Problem, StrongroomError, TooManyRequests
 from . import errors, openapi
@@ -83,7 +84,9 @@ class Application:
                 raise TooManyRequests
             _route_encoded_slashes(scope)
             if scope["path"] not in _OPEN and scope["path"].startswith("/v1") and not leaks.is_report(scope):
-                scope["strongroom.caller"] = await self.services.authenticator.caller(authorization(scope["headers"]))
+                scope["strongroom.caller"] = await self.services.authenticator.caller(
+                    authorization(scope["headers"]), scope
+                )
             if scope["path"] == VERIFY:
                 raise MethodNotAllowed(f"{scope['method']} is not for this path", allow="POST")
             await self.api(scope, self._bounded(scope, receive), answer)
@@ -175,10 +178,12 @@ def build(
     *,
     access_log: bool = False,
     leak_keys: str | None = None,
+    proxies: Sequence[Network] = (),
 ) -> Application:
     """The application on an opened Strongroom, which stays the caller's to close. `leak_keys`: where the public keys
-    are of those who may report leaked keys by signature. Raises ConfigError."""
-    services = Services(room, bounds, access_log, Signers(leak_keys) if leak_keys is not None else None)
+    are of those who may report leaked keys by signature. `proxies`: whose X-Forwarded-For is believed. Raises
+    ConfigError."""
+    services = Services(room, bounds, access_log, Signers(leak_keys) if leak_keys is not None else None, proxies)
     api = FastAPI(
         title="Strongroom",
         version=openapi.version(),

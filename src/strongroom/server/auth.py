@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from enum import IntEnum
 from types import MappingProxyType
 from typing import Any
 
+from ..addresses import Network, client_address
 from ..apikey import ALL_TENANTS
 from ..context import Context
 from ..errors import Denied, Unauthenticated
@@ -90,31 +91,53 @@ class Caller:
 class Authenticator:
     """Turns an Authorization header into a Caller. Known ones cost one dict lookup."""
 
-    def __init__(self, keys: Keys) -> None:
+    def __init__(self, keys: Keys, proxies: Sequence[Network] = ()) -> None:
         self._keys = keys
+        self._proxies = proxies
         # A dict finds by a keyed hash of all bytes and then compares once, so its time says nothing of how many
         # characters of a guess were right; the store's hash is compared in constant time by Keys.
         self._callers: dict[bytes, Caller] = {}
+        self._bound: dict[bytes, Caller] = {}
+        """Callers whose keys may be used from some addresses only: they are asked for theirs at each call."""
 
     def known(self, header: bytes | None) -> Caller | None:
         """The caller, if it is known and nothing has happened to its key."""
         caller = self._callers.get(header) if header is not None else None
         return caller if caller is not None and caller.is_current else None
 
-    async def caller(self, header: bytes | None) -> Caller:
-        """The caller. Raises Unauthenticated."""
+    async def caller(self, header: bytes | None, scope: Mapping[str, Any]) -> Caller:
+        """The caller of an ASGI scope with this Authorization header. Raises Unauthenticated; Denied if its key may not
+        be used from where it calls."""
         caller = self.known(header)
         if caller is not None:
             return caller
+        bound = self._bound.get(header) if header is not None else None
+        if bound is None or not bound.is_current:
+            bound = await self._found(header)
+        if not bound.key.allows(self.address(scope) if bound.key.networks else None):
+            where = self.address(scope) or "an unknown address"
+            raise Denied(f"this key may not be used from {where}: its allowed_ips name others")
+        return bound
+
+    def address(self, scope: Mapping[str, Any]) -> str | None:
+        """Where a request comes from: the peer's address, or what a trusted proxy says of it."""
+        client = scope.get("client")
+        forwarded = [value for name, value in scope["headers"] if name == b"x-forwarded-for"] if self._proxies else []
+        return client_address(client[0] if client else None, forwarded, self._proxies)
+
+    async def _found(self, header: bytes | None) -> Caller:
         text = bearer(header)
-        key = await self._keys.authenticate(text) if text else None
+        key = await self._keys.authenticate(text, any_address=True) if text else None
         if key is None or header is None or text is None:
             if header is not None:
                 self._callers.pop(header, None)
+                self._bound.pop(header, None)
             raise Unauthenticated("the key is unknown, disabled or expired" if text else None, token=bool(text))
-        if len(self._callers) >= MAX_CALLERS:
-            self._callers.clear()
-        caller = self._callers[header] = Caller(key, self._keys.works_until_us(text))
+        callers, others = (self._bound, self._callers) if key.networks else (self._callers, self._bound)
+        if len(callers) >= MAX_CALLERS:
+            callers.clear()
+        others.pop(header, None)
+        caller = callers[header] = Caller(key, self._keys.works_until_us(text))
         return caller
 
 

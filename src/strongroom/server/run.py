@@ -207,7 +207,9 @@ async def _work(
                     await _ensure_admin(settings, room, announce)
                 await stack.enter_async_context(opening.pop_all())
             bounds = Bounds(settings.max_body_bytes, settings.max_concurrency, settings.max_watchers)
-            application = build(room, bounds, access_log=settings.access_log, leak_keys=settings.leak_keys)
+            application = build(
+                room, bounds, access_log=settings.access_log, leak_keys=settings.leak_keys, proxies=settings.proxies
+            )
             collect_rarely()
             return application
 

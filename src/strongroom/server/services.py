@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ..addresses import Network
 from ..app import Strongroom
 from ..errors import StrongroomError, TooManyRequests
 from ..transaction import Transaction
-from .auth import Authenticator
+from .auth import Authenticator, Caller
 from .errors import ShuttingDown
 from .metrics import Metrics
 from .signers import Signers
@@ -19,6 +20,9 @@ MAX_BATCH_ITEMS = 1_000
 """Verifications in one `verify:batch`."""
 MAX_USAGE_ITEMS = 10_000
 """Events in one `usage:batch`."""
+
+WATCHERS_SHARE = 4
+"""A caller that has one in so many of the places for streams leaves the last of them to others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +42,17 @@ class Services:
     bounds: Bounds
     access_log: bool = False
     signers: Signers | None = None
+    proxies: Sequence[Network] = ()
     metrics: Metrics = field(init=False)
     closing: asyncio.Event = field(default_factory=asyncio.Event)
-    watchers: int = 0
+    watchers_of: dict[str, int] = field(default_factory=dict)
+    """Open streams by who reads them: a tenant, whichever of its keys it uses, or a key of no tenant."""
     authenticator: Authenticator = field(init=False)
     gate: Gate = field(init=False)
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.room.store.metrics)
-        self.authenticator = Authenticator(self.room.keys)
+        self.authenticator = Authenticator(self.room.keys, self.proxies)
         self.gate = Gate(self.bounds.max_concurrency)
         self.room.database.after_commit(self._committed)
         metrics = self.metrics
@@ -83,6 +89,10 @@ class Services:
         )
         metrics.gauge("strongroom_watchers", "Streams of changes that are open.", lambda: self.watchers)
 
+    @property
+    def watchers(self) -> int:
+        return sum(self.watchers_of.values())
+
     def _committed(self, transaction: Transaction) -> None:
         for change in transaction.changes:
             self.metrics.write(change.collection.name, change.action)
@@ -90,16 +100,26 @@ class Services:
     def _retries(self) -> Mapping[str, float]:
         return {**self.room.database.retries, "usage": self.room.ledger.retries}
 
-    def enter_watcher(self) -> None:
-        """Take a watcher's place. Raises TooManyRequests, ShuttingDown."""
+    def enter_watcher(self, caller: Caller) -> str:
+        """Take a watcher's place; what is returned gives it back. Raises TooManyRequests, ShuttingDown.
+
+        The last quarter of the places is for those who have less than a quarter: one caller cannot take all of them.
+        """
         if self.closing.is_set():
             raise ShuttingDown
         if self.watchers >= self.bounds.max_watchers:
             raise TooManyRequests(f"{self.watchers} streams are open, which is as many as this server keeps")
-        self.watchers += 1
+        who = f"tenant:{caller.tenant}" if caller.tenant is not None else caller.actor
+        own, share = self.watchers_of.get(who, 0), self.bounds.max_watchers // WATCHERS_SHARE
+        if own >= max(1, share) and self.bounds.max_watchers - self.watchers <= share:
+            raise TooManyRequests(f"{own} streams of this caller are open; the places that are left are for others")
+        self.watchers_of[who] = own + 1
+        return who
 
-    def leave_watcher(self) -> None:
-        self.watchers -= 1
+    def leave_watcher(self, who: str) -> None:
+        self.watchers_of[who] -= 1
+        if not self.watchers_of[who]:
+            del self.watchers_of[who]
 
     def close(self) -> None:
         """The server is to stop: end the streams, which would never end by themselves."""

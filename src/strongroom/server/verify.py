@@ -155,7 +155,7 @@ class VerifyRoute:
                     idempotency_key = value.decode("latin-1")
             caller = self._authenticator.known(authorization)
             if caller is None:
-                caller = await self._authenticator.caller(authorization)
+                caller = await self._authenticator.caller(authorization, scope)
             if caller.scope < Scope.WRITE:
                 caller.needs(Scope.WRITE)
             message = await receive()

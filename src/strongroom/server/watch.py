@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 import msgspec
@@ -20,6 +20,7 @@ from .errors import Message, Send
 from .services import Services
 from .verify import Receive
 from .visible import Seen, View
+from .wire import caller_of
 
 HEARTBEAT_S = 15.0
 SEND_TIMEOUT_S = 30.0
@@ -35,27 +36,28 @@ async def watch(services: Services, cls: type[Entity], request: Request, context
             raise InvalidInput([Problem(name[:128], "is not a known parameter; expected cursor")])
     after = request.headers.get("last-event-id") or request.query_params.get("cursor") or "end"
     await services.room.database.authorize(context, "list", cls.__collection__)
-    stream = _Stream(services, cls, context, authorization(request.scope["headers"]))
-    services.enter_watcher()
+    stream = _Stream(services, cls, context, request.scope)
+    who = services.enter_watcher(caller_of(request))
     pages = stream.pages(after)
     try:
         first = await anext(pages)
     except BaseException as error:
-        services.leave_watcher()
+        services.leave_watcher(who)
         if isinstance(error, InvalidInput):
             raise InvalidInput([Problem("cursor", "is not a cursor of this stream: begin again without it")]) from None
         raise
-    return EventStream(stream, after, pages, first)
+    return EventStream(stream, after, pages, first, who)
 
 
 class _Stream:
     """What one watcher may see, and how it is written."""
 
-    def __init__(self, services: Services, cls: type[Entity], context: Context, header: bytes | None) -> None:
+    def __init__(self, services: Services, cls: type[Entity], context: Context, scope: Mapping[str, Any]) -> None:
         self.services = services
         self._view = View(services.room.database, cls.__collection__)
         self._context = context
-        self._header = header
+        self._scope = scope
+        self._header = authorization(scope["headers"])
 
     async def events(self, page: ChangesPage) -> bytes:
         """A page's changes as events. The last carries the page's cursor, which a client resumes from: one that lost
@@ -77,7 +79,7 @@ class _Stream:
 
     async def still_allowed(self) -> None:
         """The key may have been disabled, or have lost its permission, since the stream began."""
-        caller = await self.services.authenticator.caller(self._header)
+        caller = await self.services.authenticator.caller(self._header, self._scope)
         caller.needs(Scope.READ)
 
 
@@ -107,13 +109,14 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, stream: _Stream, after: str, pages: AsyncGenerator[ChangesPage, None], first: ChangesPage
+        self, stream: _Stream, after: str, pages: AsyncGenerator[ChangesPage, None], first: ChangesPage, who: str
     ) -> None:
         super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no"})
         self._stream = stream
         self._after = after
         self._pages = pages
         self._first = first
+        self._who = who
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         services = self._stream.services
@@ -134,7 +137,7 @@ class EventStream(Response):
                 wait.cancel()
             await asyncio.gather(*waits, return_exceptions=True)
             await self._pages.aclose()
-            services.leave_watcher()
+            services.leave_watcher(self._who)
         with contextlib.suppress(OSError):
             await send({"type": "http.response.body", "body": b""})
 

@@ -31,7 +31,7 @@ def router(services: Services) -> APIRouter:
         callers with a management key."""
         found = await health.check(room.store, room.feed, room.clock, room.background, room.cache)
         try:
-            caller = await services.authenticator.caller(authorization(request.scope["headers"]))
+            caller = await services.authenticator.caller(authorization(request.scope["headers"]), request.scope)
             may_see = caller.scope >= Scope.READ
         except (Unauthenticated, Unavailable):
             may_see = False

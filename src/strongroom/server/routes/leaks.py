@@ -128,7 +128,7 @@ def router(services: Services) -> APIRouter:
             if services.signers is None:
                 raise Unauthenticated("signed reports are not taken here: STRONGROOM_LEAK_KEYS is not set")
             return f"secret-scanning:{await services.signers.check(request.headers, raw)}"[:200], None
-        caller = await services.authenticator.caller(authorization(request.scope["headers"]))
+        caller = await services.authenticator.caller(authorization(request.scope["headers"]), request.scope)
         request.scope["strongroom.caller"] = caller
         caller.needs(Scope.WRITE)
         return caller.actor, caller.tenant
