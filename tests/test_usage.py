@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
 from collections import Counter as Bag
 from collections.abc import AsyncIterator, Awaitable, Sequence
@@ -10,7 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import time_machine
@@ -18,6 +19,7 @@ import time_machine
 from strongroom import Anchored, ApiKey, Calendar, Database, Limit, Registry, Rolling, Total, usage
 from strongroom.app import SYSTEM_ENTITIES
 from strongroom.context import new_id, system_context
+from strongroom.corrections import MAX_WRITERS, Tally, tally_once
 from strongroom.entity import Document
 from strongroom.errors import AlreadyExists, Conflict, StorageFull, TooLarge, TooManyRequests, Unavailable
 from strongroom.knownkey import metered
@@ -778,6 +780,73 @@ async def test_a_tally_survives_a_failed_write_and_a_changed_key(
 
     await wait_until(written)
     assert len(cluster.one.store.batches) == before + 3  # failed, an old key, done
+
+
+def written(node: Node) -> bool:
+    return not (node.ledger._unsure or node.ledger._tallies or node.ledger._written)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_a_tally_whose_answer_was_lost_counts_once(cluster: Cluster, when: str) -> None:
+    key, node = await cluster.key(), cluster.one
+    failing_once(node.store, when, Unavailable("the answer was lost"))
+    node.ledger.tally(metered(key), {"requests": 1, "tokens": 7})
+    node.ledger._flush_tallies()
+    await node.ledger.settled()
+    assert node.ledger._unsure
+    node.ledger.tally(metered(key), {"requests": 1, "tokens": 2})  # another one, meanwhile
+    shown = await node.ledger.account(key.id)
+    assert (shown.count, shown.totals) == (2, {"requests": 2, "tokens": 9})
+    for _ in range(2):  # the first one writes what is unsure, which the other one waits for
+        node.ledger._flush_tallies()
+        await node.ledger.settled()
+    assert written(node)
+    account = await stored_usage(node.store, key.id)
+    assert (account.count, account.totals) == (2, {"requests": 2, "tokens": 9})
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_tallies_whose_answers_are_lost_on_close_are_written_once(
+    when: Literal["before", "after"], tmp_path: Path
+) -> None:
+    async with cluster_of("sqlite", tmp_path, 1) as cluster:
+        key, node = await cluster.key(), cluster.one
+        failing_once(node.store, when, Conflict("another node's"))
+        node.ledger.tally(metered(key), {"requests": 1})
+        await node.ledger.close()
+        assert (await stored_usage(node.store, key.id)).count == 1
+
+
+async def test_tallies_of_several_nodes_through_lost_answers_are_each_counted_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(usage, "LAZY_FLUSH_S", 0.005)
+    async with cluster_of("json-memory", tmp_path, 3) as cluster:
+        key, dice = await cluster.key(), random.Random(7)
+
+        def sometimes(number: int, batch: Batch) -> Fault | None:
+            return Fault(dice.choice(("before", "after")), Unavailable("lost")) if dice.random() < 0.4 else None
+
+        for node in cluster.nodes:
+            node.store.fault = sometimes
+        for _ in range(30):
+            for node in cluster.nodes:
+                node.ledger.tally(metered(key), {"requests": 1})
+            await asyncio.sleep(0.002)
+        for node in cluster.nodes:
+            node.store.fault = lambda number, batch: None
+            await wait_until(functools.partial(written, node))
+        account = await stored_usage(cluster.one.store, key.id)
+        assert (account.count, account.totals) == (90, {"requests": 90})
+        assert len(account.tallied) == 3
+
+
+async def test_an_account_remembers_the_tallies_of_a_bounded_number_of_processes() -> None:
+    account = usage.Account()
+    for number in range(200):
+        assert tally_once(account, Tally(f"writer {number}", 1), {}, 1, 1)
+        assert not tally_once(account, Tally(f"writer {number}", 1), {}, 1, 1)
+    assert (account.count, len(account.tallied)) == (200, MAX_WRITERS)
 
 
 async def test_a_tally_of_a_deleted_key_goes_with_it(cluster: Cluster) -> None:

@@ -43,8 +43,9 @@ class KeyUsage(Entity, collection=NAME, scope="global", journalled=False, indexe
     `state` is JSON: {"totals": {resource: units}, "counters": {limit id: what its counter dumped}, "at": when the last
     charge was decided, "holds": {reservation id: [its end, {limit id: units}]}, "leases": {lease id: [its end, uses
     recorded, {limit id: [units, units recorded, when it counts no longer]}]}, "told": {limit id: which thresholds were
-    told of (`alerts.untold`)}, "due": crossings that the next commit is to tell of}. Times are microseconds.
-    `active_at` is "at" too, rounded down to ACTIVE_US: for finding what has changed.
+    told of (`alerts.untold`)}, "tallied": {writer: the number of its last tally}, "due": crossings that the next commit
+    is to tell of}. Times are microseconds. `active_at` is "at" too, rounded down to ACTIVE_US: for finding what has
+    changed.
     """
 
     count: int = 0
@@ -187,6 +188,7 @@ class Account:
         "read_at",
         "size",
         "stored_active_at",
+        "tallied",
         "told",
         "totals",
         "turns",
@@ -215,6 +217,9 @@ class Account:
         """Units of limits that this node's reservations in memory hold of the lease that is taken out of `leases` while
         something is decided. Not in the document: the lease is."""
         self.told: dict[str, Any] = {}
+        self.tallied: dict[str, int] = {}
+        """Of each process that wrote tallies (uses that nobody waits for), up to which number they are in here: so a
+        tally whose answer was lost is written again, and counts once."""
         self.due: list[list[Any]] = []
         """[limit id, threshold, units used, most, end of the window, moment] of thresholds that were crossed in a
         commit that could not take their events as well: the next one does."""
@@ -233,6 +238,7 @@ class Account:
             self.leases = state.get("leases", {})
             self.told = state.get("told", {})
             self.due = state.get("due", [])
+            self.tallied = state.get("tallied", {})
         self._held: dict[str, int] = {}
         self._first_end_us = 0
         if self.holds:
@@ -395,6 +401,8 @@ class Account:
             state["told"] = self.told
         if self.due:
             state["due"] = self.due
+        if self.tallied:
+            state["tallied"] = self.tallied
         encoded = _encode(state).decode()
         self.size = len(encoded)
         return {

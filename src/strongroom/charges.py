@@ -17,10 +17,12 @@ from .corrections import (
     Found,
     Special,
     TakeBack,
+    Tally,
     begin_refills,
     counting,
     refill_started,
     take_back,
+    tally_once,
 )
 from .errors import Conflict, InvalidInput, NotFound, Problem, TooManyRequests
 from .shares import Share, Wallet, fold, recover
@@ -317,16 +319,12 @@ class Decision:
             self._backdate(charge, special.moment_us)
             return
         for part in charge.metered.parts:
-            account = self._accounts[part.id]
             if special is not None:
                 if self._correct(charge, part, special):
                     self._changed.add(part.id)
             elif charge.lease == "return":
                 self._returning.add(part.id)
             elif charge.lease == "tell":
-                self._changed.add(part.id)
-            elif charge.lease is None:
-                account.tally(charge.cost, charge.count, charge.used_at_us or self._now_us)
                 self._changed.add(part.id)
         self._answers.append((charge, Outcome(True, (), self._now_us)))
 
@@ -336,6 +334,9 @@ class Decision:
         match special:
             case Found():
                 return recover(account, part.allowances, special.lease, special.spent)
+            case Tally():
+                used_at_us = charge.used_at_us if charge.used_at_us is not None else self._now_us
+                return tally_once(account, special, charge.cost, charge.count, used_at_us)
             case Begin():
                 return begin_refills(account, special.limits, self._now_us)
             case TakeBack():

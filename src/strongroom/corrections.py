@@ -13,6 +13,9 @@ from .context import utc_from_us
 from .counters import TotalCounter
 from .windows import Limit, Total
 
+MAX_WRITERS = 64
+"""Processes that an account remembers the last tally of."""
+
 
 @dataclass(frozen=True, slots=True)
 class Found:
@@ -21,6 +24,15 @@ class Found:
 
     lease: str
     spent: Mapping[str, tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """Uses that nobody waits for, the so many-th that their writer (a process) writes. They count once, however often
+    they are written: the account remembers the last number of each writer."""
+
+    writer: str
+    number: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +57,19 @@ class Backdate:
     moment_us: int
 
 
-Special = Found | Begin | TakeBack | Backdate
+Special = Found | Tally | Begin | TakeBack | Backdate
+
+
+def tally_once(account: Account, tally: Tally, cost: Cost, count: int, used_at_us: int) -> bool:
+    """Count uses, unless they are counted already; whether they were not."""
+    if tally.number <= account.tallied.get(tally.writer, 0):
+        return False
+    account.tallied.pop(tally.writer, None)  # so that it goes to the end of the line
+    while len(account.tallied) >= MAX_WRITERS:  # those that wrote longest ago
+        del account.tallied[next(iter(account.tallied))]
+    account.tallied[tally.writer] = tally.number
+    account.tally(cost, count, used_at_us)
+    return True
 
 
 def refills_that_begin(before: Iterable[Limit], after: Iterable[Limit]) -> tuple[str, ...]:

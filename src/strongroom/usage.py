@@ -43,8 +43,8 @@ from .charges import (
     operations_of,
 )
 from .clock import Clock, MachineClock
-from .context import utc_from_us
-from .corrections import Begin
+from .context import new_id, utc_from_us
+from .corrections import Begin, Tally, tally_once
 from .database import Database, IdempotentCall
 from .entity import Document
 from .errors import AlreadyExists, Conflict, NotFound, StrongroomError, TooManyRequests, Unavailable
@@ -77,6 +77,8 @@ thirty charges takes hardly longer than one of ten. So while fewer wait than thi
 turns before the commit, for at most that part of the time that a commit takes. A caller that is alone never waits."""
 MAX_LOOKS, LOOK_AGAIN_S, SHOWN_WITHOUT_S = 5, 0.002, 1.0
 """Statistics wait until a tally is written that they would miss; not for ever, where another node holds its key."""
+CLOSING_FLUSHES = 3
+"""On close: once what is there, once what waited for that to be written, and once what was fought over."""
 LAZY_FLUSH_S = 1.0
 """Keys without limits decide nothing by their usage: it is written at most this much later, many uses in one write."""
 
@@ -84,7 +86,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class _Tally:
+class _Uses:
     """What a key without limits has used since the last write."""
 
     metered: Metered
@@ -122,9 +124,12 @@ class Ledger:
         self._forgotten: set[str] | None = None
         """While accounts are being read: those that were forgotten meanwhile, so that an old state is not kept."""
         self._waiting: list[Charge] = []
-        self._tallies: dict[str, _Tally] = {}
-        self._written: dict[str, int] = {}
-        """Of each key how many tallies are being written."""
+        self._tallies: dict[str, _Uses] = {}
+        self._written: set[str] = set()
+        """Keys whose tally is being written. The next one waits for that, so that numbers are written in order."""
+        self._unsure: dict[str, Charge] = {}
+        """Tallies that could not be written, or whose answer was lost: written again as they were, with the number."""
+        self._writer, self._number = new_id()[-12:], 0
         self._flushes = 0
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -170,17 +175,18 @@ class Ledger:
 
     def tally(self, metered: Metered, cost: Cost, count: int = 1) -> None:
         """Count the use of a key that has no limits: nothing is decided by it, so nobody waits for its write."""
-        self._tally(metered, cost, count, self._clock.now_us())
-
-    def _tally(self, metered: Metered, cost: Cost, count: int, used_at_us: int) -> None:
         tally = self._tallies.get(metered.id)
         if tally is None:
-            tally = self._tallies[metered.id] = _Tally(metered)
+            tally = self._tallies[metered.id] = _Uses(metered)
         tally.metered = metered
         tally.count += count
-        tally.used_at_us = max(tally.used_at_us, used_at_us)
+        tally.used_at_us = max(tally.used_at_us, self._clock.now_us())
         for resource, units in cost.items():
             tally.cost[resource] = tally.cost.get(resource, 0) + units
+        if self._timer is None:
+            self._flush_later()
+
+    def _flush_later(self) -> None:
         if self._timer is None and not self._closed:
             self._timer = asyncio.get_running_loop().call_later(LAZY_FLUSH_S, self._flush_tallies)
 
@@ -194,7 +200,9 @@ class Ledger:
             flushes, account = self._flushes, Account(await self._store.get(NAME, None, id))
         if self.lending is not None:
             self.lending.show(id, account)
-        tally = self._tallies.get(id)
+        unsure, tally = self._unsure.get(id), self._tallies.get(id)
+        if unsure is not None and isinstance(unsure.special, Tally):
+            tally_once(account, unsure.special, unsure.cost, unsure.count, unsure.used_at_us or 0)
         if tally is not None:
             account.tally(tally.cost, tally.count, tally.used_at_us)
         return account
@@ -251,15 +259,19 @@ class Ledger:
         if self.lending is not None:
             await self.lending.close()
         self._closed = True
-        self._flush_tallies()
-        while self._task is not None or self._held:
-            if self._task is None:
-                for id in list(self._held):
-                    self._release(id)
-            if self._task is not None:
-                await self._task
-        if self._tallies:
-            _log.warning("the last uses of %d keys without limits could not be written", len(self._tallies))
+        for _ in range(CLOSING_FLUSHES):
+            self._flush_tallies()
+            while self._task is not None or self._held:
+                if self._task is None:
+                    for id in list(self._held):
+                        self._release(id)
+                if self._task is not None:
+                    await self._task
+            if self.unreachable or not (self._tallies or self._unsure):
+                break
+        lost = self._tallies.keys() | self._unsure.keys()
+        if lost:
+            _log.warning("the last uses of %d keys without limits could not be written", len(lost))
 
     # --- Group commit -----------------------------------------------------------------------------------------
 
@@ -281,10 +293,7 @@ class Ledger:
                     for charge in charges:
                         for part in charge.metered.parts:
                             self._accounts.pop(part.id, None)  # it may hold charges that did not happen
-                        fail(charge, Unavailable(f"the charge could not be decided: {type(error).__name__}"))
-                        self._written.pop(charge.metered.id, None)
-                        if self.lending is not None:
-                            self.lending.failed(charge.metered.id)
+                        self._failed(charge, Unavailable(f"the charge could not be decided: {type(error).__name__}"))
                     raise
                 self._evict()
         finally:
@@ -557,17 +566,19 @@ class Ledger:
             if charge.lease == "renew":
                 charge.lease = "return"  # the limits may be others: the next use is lent something by those
             self._waiting.append(charge)
-        elif charge.lease is None:
-            self._no_longer_written(charge)
+        elif isinstance(charge.special, Tally):
+            self._written.discard(charge.metered.id)
         elif self.lending is not None:
             self.lending.gone(charge.metered.id)
 
     def _failed(self, charge: Charge, error: Exception) -> None:
         if charge.future is not None:
             fail(charge, error)
-        elif charge.lease is None:
-            self._no_longer_written(charge)
-            self._tally(charge.metered, charge.cost, charge.count, charge.used_at_us or 0)  # at the next flush
+        elif isinstance(charge.special, Tally):
+            self._written.discard(charge.metered.id)
+            charge.attempts = 0
+            self._unsure[charge.metered.id] = charge
+            self._flush_later()
         elif self.lending is not None:
             self.lending.failed(charge.metered.id)
 
@@ -576,25 +587,30 @@ class Ledger:
         answer(one.answers)
         if self._written:
             for charge in one.group.charges:
-                if charge.future is None and charge.lease is None and charge.special is None:
-                    self._no_longer_written(charge)
-
-    def _no_longer_written(self, charge: Charge) -> None:
-        """A tally was written, or is to be written later. (There may be none of this charge's key.)"""
-        count = self._written.pop(charge.metered.id, 0)
-        if count > 1:
-            self._written[charge.metered.id] = count - 1
+                if isinstance(charge.special, Tally):
+                    self._written.discard(charge.metered.id)
 
     def _flush_tallies(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        tallies, self._tallies = self._tallies, {}
         self._flushes += 1
-        for id, tally in tallies.items():
-            self._written[id] = self._written.get(id, 0) + 1
-            charge = Charge(tally.metered, tally.cost, True, None, None, tally.count, tally.used_at_us)
+        unsure, self._unsure = self._unsure, {}
+        for id, charge in unsure.items():
+            self._written.add(id)
             self._waiting.append(charge)
+        tallies, self._tallies = self._tallies, {}
+        for id, tally in tallies.items():
+            if id in self._written:
+                self._tallies[id] = tally
+                continue
+            self._written.add(id)
+            self._number += 1
+            special = Tally(self._writer, self._number)
+            charge = Charge(tally.metered, tally.cost, True, None, None, tally.count, tally.used_at_us, special=special)
+            self._waiting.append(charge)
+        if self._tallies:
+            self._flush_later()
         if self._waiting:
             self._wake(asyncio.get_running_loop())
 
