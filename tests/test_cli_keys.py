@@ -39,6 +39,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     for name in [n for n in os.environ if n.startswith(("STRONGROOM_", "DATABASE_", "DB_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("STRONGROOM_STORE", f"sqlite:///{tmp_path}/store.db")
+    (tmp_path / "store.db").touch()  # a store that nothing was written to yet
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str, stdin: str = "") -> Ran:

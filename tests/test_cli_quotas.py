@@ -12,7 +12,8 @@ __all__ = ["run"]  # the fixture
 
 
 def put(run: Run, *options: str) -> Any:
-    return run("quotas", "set", "--tenant", "acme", *options, "--json").json
+    limits = () if "--limit" in options else ("--limit", "requests=9/1h")
+    return run("quotas", "set", "--tenant", "acme", *options, *limits, "--json").json
 
 
 def test_a_quota_is_set_shown_listed_and_removed(run: Run) -> None:

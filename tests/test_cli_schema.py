@@ -80,6 +80,7 @@ def test_names_that_cannot_be_roles_and_stores_without_roles_are_refused(run: Ru
     status, out, err = run("schema", "roles", "--owner", "same", "--application", "same", "--store", server.url("s"))
     assert (status, out) == (2, "")
     assert "expected three different names" in err
+    Path("x.db").touch()
     for command in (("roles",), ("retain", "30")):
         status, _, err = run("schema", *command, "--store", "sqlite:///x.db")
         assert status == 2
@@ -112,6 +113,7 @@ def test_steps_of_long_work_are_told_on_a_terminal_alone(
 @pytest.fixture(params=["sqlite", "postgres"])
 def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
+        (tmp_path / "store.db").touch()
         return f"sqlite:///{tmp_path}/store.db"
     server: postgres.Server = request.getfixturevalue("server")
     return server.url(postgres.new_schema())

@@ -22,6 +22,7 @@ Run = Callable[..., tuple[int, str, str]]
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Run one command line in this process, on a new SQLite store: status, output, errors."""
     store = f"sqlite:///{tmp_path}/store.db"
+    (tmp_path / "store.db").touch()  # a store that nothing was written to yet
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str) -> tuple[int, str, str]:

@@ -165,10 +165,13 @@ def test_what_has_no_effect_is_warned_of() -> None:
     assert first == "STRONGROOM_PROT is not a setting; did you mean STRONGROOM_PORT?"
 
 
-def test_embedded_analytics_may_be_named_and_are_said_to_have_no_effect_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("STRONGROOM_ANALYTICS", "duckdb:///elsewhere")
-    (warning,) = config.warnings(config.load(), {"STRONGROOM_ANALYTICS": "duckdb:///elsewhere"})
-    assert "STRONGROOM_ANALYTICS has no effect yet" in warning
+@pytest.mark.parametrize("name", ["STRONGROOM_ANALYTICS", "STRONGROOM_RULES", "PQ_ENCRYPTION_PASSWORD"])
+def test_a_setting_of_what_there_is_not_yet_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "duckdb:///data/analytics")
+    with pytest.raises(ConfigError, match=rf"^{name}: this version .* yet; leave it out$"):
+        config.load()
+    (row,) = [row for row in config.settings_table() if row.name == name]
+    assert "this version" in row.help
 
 
 def test_the_table_has_every_name_with_a_help_text_and_no_secret_default() -> None:

@@ -21,6 +21,9 @@ NAME = "api_keys"
 ALL_TENANTS = "*"
 """The tenant of a management key that may act for every tenant."""
 DEFAULT_TENANT = "default"
+MANAGEMENT = "strongroom:"
+MANAGEMENT_PERMISSIONS = tuple(MANAGEMENT + scope for scope in ("read", "write", "admin"))
+"""What a management key may do, by the permission that says so. Strongroom keeps the names that begin so for itself."""
 MAX_PERMISSIONS = 100
 MAX_ADDRESSES = 100
 MAX_METADATA_BYTES = 16_384
@@ -221,6 +224,12 @@ class KeyFields(BaseModel):
         wrong = [p for p in value if not _PERMISSION.fullmatch(p)]
         if wrong:
             raise ValueError(f"found {wrong[0][:64]!r}, expected 1 to 128 letters, digits and _ . : / * -")
+        wrong = [p for p in value if p.startswith(MANAGEMENT) and p not in MANAGEMENT_PERMISSIONS]
+        if wrong:
+            raise ValueError(
+                f"found {wrong[0][:64]!r}, expected {', '.join(MANAGEMENT_PERMISSIONS)}, or a permission of your own "
+                f"that does not begin with {MANAGEMENT}"
+            )
         return list(dict.fromkeys(value))
 
     @field_validator("allowed_ips")

@@ -35,7 +35,6 @@ STORES = {
 }
 """How the URL of each kind of store looks."""
 CACHES = ("redis", "rediss", "unix")
-DEFAULT_ANALYTICS = "duckdb:///data/analytics"
 MIN_ADMIN_KEY_CHARS = 32
 MIN_PEPPER_CHARS = 32
 MAX_WORKERS = 64
@@ -73,7 +72,7 @@ class Settings(BaseSettings):
         "DB_MAX_CONNECTIONS", 20, "PostgreSQL: connections that one process opens at most.", ge=2, le=1_000
     )
     analytics: str | None = _setting(
-        "STRONGROOM_ANALYTICS", None, f"Where cost analytics are kept (default {DEFAULT_ANALYTICS})."
+        "STRONGROOM_ANALYTICS", None, "Where cost analytics are kept: this version has none yet, and refuses it."
     )
     cache: str | None = _setting("STRONGROOM_CACHE", None, "A Redis that several nodes share: redis://….", repr=False)
     redis_url: str | None = _setting("REDIS_URL", None, "Another name for STRONGROOM_CACHE.", repr=False)
@@ -150,7 +149,9 @@ class Settings(BaseSettings):
         f"Secrets that key hashes are made with, {MIN_PEPPER_CHARS} characters or more each, the current one first, "
         "separated by commas. Without them one is made and kept in the store.",
     )
-    rules: str | None = _setting("STRONGROOM_RULES", None, "A file with access rules.")
+    rules: str | None = _setting(
+        "STRONGROOM_RULES", None, "A file with access rules: this version has none yet, and refuses it."
+    )
     leak_keys: str | None = _setting(
         "STRONGROOM_LEAK_KEYS",
         None,
@@ -159,7 +160,9 @@ class Settings(BaseSettings):
         repr=False,
     )
     pq_encryption_password: SecretStr | None = _setting(
-        "PQ_ENCRYPTION_PASSWORD", None, "The password that secret fields are encrypted with."
+        "PQ_ENCRYPTION_PASSWORD",
+        None,
+        "The password that secret fields are encrypted with: this version does not encrypt them yet, and refuses it.",
     )
     entities: Annotated[tuple[str, ...], NoDecode] = _setting(
         "STRONGROOM_ENTITIES", (), "Python modules with Entity classes of your own, separated by commas."
@@ -240,6 +243,12 @@ def _with_option(url: str, name: str, value: str) -> str:
 # --- Reading and checking -------------------------------------------------------------------------------------
 
 
+def named_by(settings: Settings) -> str:
+    """Which setting names the store."""
+    named = settings._stores()
+    return named[0][0] if named else "STRONGROOM_STORE (the default)"
+
+
 def load(**given: Any) -> Settings:
     """The settings: what is given (by field name, None for not given), then the environment.
 
@@ -291,8 +300,8 @@ def _not_yet(settings: Settings) -> list[str]:
         wrong.append(f"{name}: found {_without_password(url)!r}, expected {' or '.join(STORES.values())}")
     elif scheme == "firestore" and rest.startswith("/") and not settings.google_cloud_project_id:
         wrong.append(f"{name}: names no project: expected {STORES['firestore']}, or GOOGLE_CLOUD_PROJECT_ID beside it")
-    if settings.analytics is not None and not settings.analytics.startswith("duckdb:///"):
-        wrong.append("STRONGROOM_ANALYTICS: expected duckdb:///folder; this version cannot use another yet")
+    if settings.analytics is not None:
+        wrong.append("STRONGROOM_ANALYTICS: this version keeps no cost analytics yet; leave it out")
     for name, value in (("STRONGROOM_CACHE", settings.cache), ("REDIS_URL", settings.redis_url)):
         if value is not None and value.partition("://")[0] not in CACHES:
             wrong.append(f"{name}: found {_without_password(value)!r}, expected redis://host:port/database")
@@ -383,8 +392,6 @@ def warnings(settings: Settings, environment: Mapping[str, str] = os.environ) ->
     for name, engine in _ENGINE_OF.items():
         if environment.get(name) and scheme != engine:
             found.append(f"{name} has no effect with this store")
-    if environment.get("STRONGROOM_ANALYTICS"):
-        found.append("STRONGROOM_ANALYTICS has no effect yet: this version keeps no cost analytics")
     return found
 
 

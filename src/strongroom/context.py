@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import os
+import re
 import secrets
 import time
 from collections.abc import Mapping
@@ -72,6 +74,45 @@ def check_tenant(tenant: str, path: str = "tenant") -> None:
     problem = text_problem(tenant, MAX_TENANT_BYTES)
     if problem:
         raise InvalidInput([Problem(path, problem)])
+
+
+_NAME = re.compile(rb'(?<!\\)"\s*:')
+"""Where a name of a JSON text ends: the only quote before a colon that no backslash stands before."""
+
+
+def repeated_name(text: bytes, value: Any) -> str | None:
+    """A name that stands more than once in one object of a JSON text; None if none does. `value` is what it means.
+
+    Readers of JSON take the last of them, or the first: what one system checks is then not what the next one does.
+    """
+    if len(_NAME.findall(text)) == _count_names(value):  # a tenth of the time of reading it again
+        return None
+
+    def of(pairs: list[tuple[str, Any]]) -> None:
+        seen = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise _Repeated(name)
+            seen.add(name)
+
+    try:
+        json.loads(text, object_pairs_hook=of, parse_int=len, parse_float=len)
+    except _Repeated as found:
+        return found.name
+    except (ValueError, RecursionError):  # whoever reads it says what is the matter
+        pass
+    return None
+
+
+class _Repeated(Exception):
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+def _count_names(value: Any) -> int:
+    if isinstance(value, dict):
+        return len(value) + sum(_count_names(item) for item in value.values() if isinstance(item, dict | list))
+    return sum(_count_names(item) for item in value if isinstance(item, dict | list)) if isinstance(value, list) else 0
 
 
 def kind_of(value: object) -> str:

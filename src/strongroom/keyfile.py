@@ -25,7 +25,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from .context import text_problem, us_from_utc, utc_from_us
+from .context import repeated_name, text_problem, us_from_utc, utc_from_us
 from .errors import StrongroomError
 from .keytext import MAX_KEY_CHARS, is_possible, masked
 from .values import MAX_ID_BYTES
@@ -247,6 +247,8 @@ class _Row:
         else:
             if not isinstance(found, dict):
                 self.wrong("", f"found {_kind(found)}, expected an object")
+            elif (twice := repeated_name(bytes(raw), found)) is not None:
+                self.wrong(twice[:64], "found this name more than once, expected it once")
         self.is_object = isinstance(found, dict)
         if self.is_object:
             self.fields = found
@@ -287,6 +289,8 @@ class _Row:
         windows = self._windows(now_us) if plain else ()
         if created_us is not None and expires_us is not None and expires_us < created_us:
             self.note("expiry_date" if plain else "expires_at", "lies before created_at: the key was never valid")
+        elif expires_us is not None and expires_us <= now_us:
+            self.note("expiry_date" if plain else "expires_at", f"has passed ({_z(expires_us)}): the key is not valid")
         for unknown in sorted(self.fields.keys() - _FIELDS[self.shape]):
             self.note(unknown[:64], "is no field of this shape and is not carried over")
         if self.is_refused or self.sha256 is None or name is None or created_us is None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from .context import text_problem, us_from_utc
 from .errors import Conflict
@@ -53,6 +54,7 @@ _BETWEEN = re.compile(rb"\s*,\s*")
 _SPACE = b" \t\r\n"
 _TIME = re.compile(r"(?:19[7-9]\d|[2-8]\d{3})-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{1,6})?(?:Z|\+00:00)")
 _HASH_AS_KEY = re.compile(r"sha256:([0-9a-fA-F]{64})")
+_ESCAPED = re.compile(rb"\\u00[2-7]")
 _HASH = re.compile(r"[0-9a-fA-F]{64}")
 
 
@@ -283,19 +285,19 @@ class _Plain(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     token_limit_per_5h: Annotated[int, msgspec.Meta(ge=0, le=MAX_AMOUNT)] | None
     expiry_date: str | None
     created_at: str
-    last_used: str | None = None
-    total_lifetime_tokens: _Count | None = 0
-    usage_windows: list[_Window] | None = None
-    model: _Name | None = None
+    last_used: str | UnsetType | None = UNSET
+    total_lifetime_tokens: _Count | UnsetType | None = UNSET
+    usage_windows: list[_Window] | UnsetType | None = UNSET
+    model: _Name | UnsetType | None = UNSET
 
 
 class _Hashed(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     name: _Name
     created_at: str
     expires_at: str | None
-    user_id: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_ID_BYTES // 4)] | None = None
-    last_used: str | None = None
-    usage_count: _Count | None = 0
+    user_id: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_ID_BYTES // 4)] | UnsetType | None = UNSET
+    last_used: str | UnsetType | None = UNSET
+    usage_count: _Count | UnsetType | None = UNSET
 
 
 class _Unusual(Exception):
@@ -322,6 +324,8 @@ def _judge(
     raws: Any = None
     try:
         read: Any = (_plains if shape == "plain" else _hasheds).decode(wrapped)
+        if _may_repeat(data, list(read) if shape == "plain" else list(read.values())):
+            read, raws = None, _raws(shape, wrapped)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         read, raws = None, _raws(shape, wrapped)
     rows, findings, refused = [], list[Finding](), 0
@@ -331,7 +335,9 @@ def _judge(
         try:
             if read is None:
                 raise _Unusual
-            row = _plain(read[name], first + position, now_us) if shape == "plain" else _hashed(name, read[name])
+            row = (
+                _plain(read[name], first + position, now_us) if shape == "plain" else _hashed(name, read[name], now_us)
+            )
             if repeated and int.from_bytes(row.sha256[:8], sys.byteorder) in repeated:
                 raise _Unusual
         except _Unusual:
@@ -350,6 +356,19 @@ def _judge(
                 usual += row.sha256[:8]
         rows.append(row)
     return rows, refused, findings
+
+
+def _may_repeat(data: bytes, rows: list[Any]) -> bool:
+    """Whether a row may have a name twice, of which JSON keeps one: whether the text has a name more often than there
+    are rows with it. A value can look like a name, too, and a name can be written with escapes."""
+    if _ESCAPED.search(data):
+        return True
+    for name in type(rows[0]).__struct_fields__ if rows else ():
+        count = data.count(b'"%b"' % name.encode())
+        if count and count != sum(getattr(row, name) is not UNSET for row in rows):
+            return True
+    windows = sum(len(row.usage_windows) for row in rows if getattr(row, "usage_windows", None))
+    return any(data.count(b'"%b"' % name.encode()) != windows for name in _Window.__struct_fields__)
 
 
 def _raws(shape: Shape, wrapped: bytes) -> Any:
@@ -373,22 +392,24 @@ def _plain(read: _Plain, number: int, now_us: int) -> KeyRow:
         if start_us > now_us:
             raise _Unusual
         windows.append((start_us, window.tokens_used))
-    if (expires_us is not None and expires_us < created_us) or sum(tokens for _, tokens in windows) > SATURATED:
+    if (expires_us is not None and (expires_us < created_us or expires_us <= now_us)) or sum(
+        tokens for _, tokens in windows
+    ) > SATURATED:
         raise _Unusual
-    model = None if read.model is None else _usual(read.model)
+    model = None if read.model is None or read.model is UNSET else _usual(read.model)
     return KeyRow(
         f"keys.{number}", hashed, text, _usual(read.name), None, model, read.token_limit_per_5h, created_us, expires_us,
         _us_or_none(read.last_used), 0, read.total_lifetime_tokens or 0, tuple(sorted(windows)),
     )  # fmt: skip
 
 
-def _hashed(name: str, read: _Hashed) -> KeyRow:
+def _hashed(name: str, read: _Hashed, now_us: int) -> KeyRow:
     if _HASH.fullmatch(name) is None:
         raise _Unusual
     created_us, expires_us = _us(read.created_at), _us_or_none(read.expires_at)
-    if expires_us is not None and expires_us < created_us:
+    if expires_us is not None and (expires_us < created_us or expires_us <= now_us):
         raise _Unusual
-    user_id = None if read.user_id is None else _usual(read.user_id)
+    user_id = None if read.user_id is None or read.user_id is UNSET else _usual(read.user_id)
     return KeyRow(
         f"keys.{name[:12]}…", bytes.fromhex(name), None, _usual(read.name), user_id, None, None, created_us, expires_us,
         _us_or_none(read.last_used), read.usage_count or 0, 0, (),
@@ -410,5 +431,5 @@ def _us(text: str) -> int:
         raise _Unusual from None
 
 
-def _us_or_none(text: str | None) -> int | None:
-    return None if text is None else _us(text)
+def _us_or_none(text: str | UnsetType | None) -> int | None:
+    return None if text is None or text is UNSET else _us(text)

@@ -24,7 +24,7 @@ import msgspec
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator
 
 from .apikey import ALL_TENANTS, Environment, KeyFields, parse, schedule_problem
-from .context import MAX_TENANT_BYTES, text_problem
+from .context import MAX_TENANT_BYTES, text_problem, us_from_utc
 from .errors import InvalidInput
 from .keyfile import Finding, key_problem
 from .keyhash import ForeignHash, understood
@@ -133,6 +133,8 @@ class _QuotaLine(BaseModel):
     @field_validator("tenant")
     @classmethod
     def _one_tenant(cls, value: str | None) -> str | None:
+        if value == ALL_TENANTS:
+            raise ValueError(f"found {value!r}, expected one tenant: a quota is of a tenant's own keys")
         return _tenant(value)
 
     @field_validator("created_at")
@@ -313,6 +315,8 @@ class _Line:
         if line is not None:
             self._schedule(line)
             self._counted(line.usage, line.limits, now_us)
+            if line.expires_at is not None and us_from_utc(line.expires_at) <= now_us:
+                self.note("expires_at", f"has passed ({line.expires_at.isoformat()}): the key is not valid")
         id = self._id(given, text, hash)
         if self.is_refused or line is None or hash is None or id is None:
             return None

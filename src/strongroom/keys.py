@@ -15,7 +15,7 @@ from .clock import Clock
 from .context import Context, new_id, system_context, utc_from_us
 from .corrections import refills_that_begin
 from .database import Database, Idempotency, Page, Replayed
-from .errors import InvalidInput, NotFound
+from .errors import InvalidInput, NotFound, Problem
 from .keyfilter import KeyFilter
 from .keytext import Hasher, generate, masked
 from .knownkey import KnownKey, metered
@@ -89,10 +89,17 @@ class Keys(Rotation):
             **new.model_dump(exclude={"prefix"}),
         )
         once = self._once(context, idempotency_key, f"create key {new!r}", text)
+
+        async def made(transaction: Transaction) -> ApiKey:
+            if key.is_expired(now := self._now()):
+                expected = f"a time after {now:%Y-%m-%dT%H:%M:%SZ}: the key would never be valid"
+                raise InvalidInput(
+                    [Problem("expires_at", f"found {key.expires_at:%Y-%m-%dT%H:%M:%SZ}, expected {expected}")]
+                )
+            return await transaction.create(key)
+
         try:
-            return IssuedKey(
-                await self._database.transaction(context, lambda tx: tx.create(key), idempotency=once), text
-            )
+            return IssuedKey(await self._database.transaction(context, made, idempotency=once), text)
         except Replayed as replayed:
             return await self._replay(context, idempotency_key or "", replayed)
 

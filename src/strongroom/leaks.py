@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from .apikey import ALL_TENANTS, MAX_OVERLAP_S, ApiKey, parse
+from .apikey import ALL_TENANTS, MANAGEMENT, MAX_OVERLAP_S, ApiKey, parse
 from .clock import Clock
 from .context import Context, check_tenant, next_id, system_context, us_from_utc, utc_from_us
 from .database import Database, Page
@@ -40,7 +40,6 @@ MAX_URL_CHARS = 2_000
 MAX_WORD_CHARS = 200
 AT_ONCE = 16
 """Texts of one report that are looked up at the same time."""
-MANAGEMENT = "strongroom:"
 ADMINISTRATOR = "strongroom:admin"
 _log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from .accounts import Account, KeyUsage
-from .apikey import parse
+from .apikey import ALL_TENANTS, parse
 from .clock import Clock
 from .context import MAX_TENANT_BYTES, Context, kind_of, system_context, text_problem, utc_from_us
 from .corrections import refills_that_begin
@@ -53,6 +53,8 @@ class Subject(BaseModel):
     def _tenant(cls, value: str) -> str:
         if problem := text_problem(value, MAX_TENANT_BYTES):
             raise ValueError(problem)
+        if value == ALL_TENANTS:  # its keys are management keys, which are no tenant's, and count against no quota
+            raise ValueError(f"found {value!r}, expected one tenant: a quota is of a tenant's own keys")
         return value
 
     @field_validator("name")

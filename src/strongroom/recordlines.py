@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from .context import repeated_name
 from .keyfile import KeyFileError
 
 MAX_LINE_BYTES = 1 << 20
@@ -65,6 +66,8 @@ def _json_row(number: int, line: bytes) -> tuple[int, dict[str, Any], str | None
         return number, {}, f"found {len(line)} bytes, expected at most {MAX_LINE_BYTES}"
     try:
         raw = msgspec.json.decode(line, type=dict[str, msgspec.Raw])
+        if (twice := repeated_name(line, None)) is not None:
+            return number, {}, f"found the name {twice[:64]!r} more than once in one object, expected it once"
         if "model" in raw and "fields" in raw:  # Django's dumpdata, one object a line
             id = {"id": raw["pk"]} if "pk" in raw else {}
             raw = id | msgspec.json.decode(raw["fields"], type=dict[str, msgspec.Raw])

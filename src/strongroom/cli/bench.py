@@ -48,12 +48,14 @@ def bench(
       strongroom bench --seconds 5
     """
     if store is not None:
-        results = in_store(store, lambda room: _cleaned_up(room, seconds, callers))
+        results = in_store(store, lambda room: _cleaned_up(room, seconds, callers), absent="made")
     else:
         import tempfile
 
         with tempfile.TemporaryDirectory(prefix="strongroom-bench-") as folder:
-            results = in_store(f"sqlite:///{folder}/bench.db", lambda room: _measure(room, seconds, callers, []))
+            results = in_store(
+                f"sqlite:///{folder}/bench.db", lambda room: _measure(room, seconds, callers, []), absent="made"
+            )
     if json:
         output.print_json({"seconds": seconds, "callers": callers, "results": [asdict(r) for r in results]})
         return

@@ -92,7 +92,7 @@ def import_keys(
     if found.refused and not skip_invalid:
         job.refuse(json)
     try:
-        in_store(store, job.work)
+        in_store(store, job.work, absent="imagined" if dry_run else "made")
     except Interrupted:
         raise Interrupted(
             f"stopped: {job.committed} keys were imported, each of them whole; the same command completes it"

@@ -84,7 +84,7 @@ class RecordsImport:
         if self.refused and not self.skip_invalid:
             self._refuse(json)
         try:
-            in_store(store, self._work)
+            in_store(store, self._work, absent="imagined" if self.dry_run else "made")
         except Interrupted:
             raise Interrupted(
                 f"stopped: {self.committed} keys were imported, each of them whole; the same command completes it"

@@ -129,7 +129,9 @@ def create(
         rotate_every_s=rotate_every,
         rotation_overlap_s=rotation_overlap,
     )
-    issued = in_store(store, lambda room: room.keys.create(new, context=operator(), idempotency_key=idempotency_key))
+    issued = in_store(
+        store, lambda room: room.keys.create(new, context=operator(), idempotency_key=idempotency_key), absent="made"
+    )
     print_issued(issued, json)
 
 

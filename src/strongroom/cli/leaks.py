@@ -106,7 +106,7 @@ def policy(
         given = {"action": action} if overlap_s is None else {"action": action, "overlap_s": overlap_s}
         return await room.leaks.set_policy(tenant, context=operator(), **given)
 
-    found = in_store(store, asked)
+    found = in_store(store, asked, absent="refused" if action is None else "made")
     if json:
         output.print_json(found.model_dump(include={"tenant", "action", "overlap_s", "updated_at"}))
         return

@@ -8,14 +8,14 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
-from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import typer
 
 from ..errors import ConfigError, InvalidInput, Problem
 from . import output
 from .options import is_interactive, stopped_by_ctrl_c
-from .session import EXIT_FAILED, Interrupted, JsonOption, as_owner, registry, run
+from .session import EXIT_FAILED, Absent, Interrupted, JsonOption, as_owner, registry, run, standing, store_file
 
 if TYPE_CHECKING:
     from ..entity import Collection
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 MAX_SHOWN = 40
 """Parts that a report for people lists; with --json all of them."""
-_FILES = ("sqlite", "json")
 
 
 def migrate(
@@ -95,7 +94,7 @@ def migrate(
 
 def shown(url: str) -> str:
     """A store's URL as it may be shown and kept: without a password, a file by its whole path."""
-    file = _file(url)
+    file = store_file(url)
     if file is not None:
         return f"{url.partition(':')[0]}:///{file}"
     try:
@@ -106,13 +105,6 @@ def shown(url: str) -> str:
     account = f"{user.partition(':')[0]}@{host}" if user else host
     query = urlencode([(name, value) for name, value in parse_qsl(parts.query) if "pass" not in name.lower()])
     return urlunsplit((parts.scheme, account, parts.path, query, ""))
-
-
-def _file(url: str) -> str | None:
-    """The path of the file that a URL names; None if it names a server, or nothing."""
-    scheme, separator, rest = url.partition(":///")
-    path = unquote(rest.partition("?")[0])
-    return os.path.realpath(path) if separator and scheme in _FILES and path else None
 
 
 def _check_call(source: str, target: str, modes: dict[str, bool]) -> None:
@@ -128,9 +120,9 @@ def _check_call(source: str, target: str, modes: dict[str, bool]) -> None:
             continue
         if url.endswith("://:memory:"):
             problems.append(Problem(option, "a store in memory is gone when the command ends: name a file or a server"))
-    if (file := _file(source)) is not None and not os.path.exists(file):
+    if (file := store_file(source)) is not None and not os.path.exists(file):
         problems.append(Problem("--from", f"there is no file {file}"))
-    if shown(source) == shown(target) or (file is not None and file == _file(target)):
+    if shown(source) == shown(target) or (file is not None and file == store_file(target)):
         problems.append(Problem("--to", "names the same store as --from"))
     given = [name for name, is_given in modes.items() if is_given]
     if len(given) > 1:
@@ -162,8 +154,8 @@ class _Job:
         self.options = options
         self.json = json
 
-    def _run(self, work: Callable[[Store, Store, tuple[Collection, ...]], Awaitable[T]]) -> T:
-        """Open both stores, do the work, close them."""
+    def _run(self, work: Callable[[Store, Store, tuple[Collection, ...]], Awaitable[T]], absent: Absent = "made") -> T:
+        """Open both stores, do the work, close them. `absent`: what of a target whose file is not there."""
         from ..config import load
         from ..storage import open_store
 
@@ -174,13 +166,13 @@ class _Job:
         async def opened() -> T:
             async with AsyncExitStack() as stack:
                 stores = []
-                for one in settings:
-                    stores.append(await open_store(one.store_url))
+                for url in (settings[0].store_url, target):
+                    stores.append(await open_store(url))
                     stack.push_async_callback(stores[-1].close)
                 return await work(stores[0], stores[1], collections)
 
         try:
-            with as_owner():
+            with as_owner(), standing(None, settings[1].store_url, absent) as target:
                 return run(opened)
         except Interrupted:
             raise Interrupted("stopped: the same command goes on from here, --rollback undoes what was done") from None
@@ -189,7 +181,7 @@ class _Job:
         from .. import migrate as library
 
         with phases() as progress:
-            found = self._run(lambda s, t, c: library.plan(s, t, c, self.options, progress))
+            found = self._run(lambda s, t, c: library.plan(s, t, c, self.options, progress), "imagined")
         output.print_json(_plan_view(found)) if self.json else _print_plan(found)
         if found.problems:
             raise typer.Exit(EXIT_FAILED)

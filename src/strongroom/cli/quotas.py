@@ -48,9 +48,18 @@ def set_quota(
       strongroom quotas set --tenant acme --user u1 --limit "tokens=100000/5h models=gpt-*"
     """
     kind, name = _subject(user, group)
-    new = _new_quota(kind, tenant, name, limit or [], description)
+    problems: list[Problem] = []
+    if not limit:  # what was set would be gone without a word
+        expected = "expected one --limit at least (`strongroom quotas delete` removes a quota)"
+        problems.append(Problem("limits", f"found none, {expected}"))
+    new = _new_quota(kind, tenant, name, limit or [], description, problems)
     _print_quota(
-        in_store(store, lambda room: room.quotas.put(new, context=operator(), idempotency_key=idempotency_key)), json
+        in_store(
+            store,
+            lambda room: room.quotas.put(new, context=operator(), idempotency_key=idempotency_key),
+            absent="made",
+        ),
+        json,
     )
 
 
@@ -166,11 +175,14 @@ def _subject(user: str | None, group: str | None) -> tuple[str, str]:
     return ("group", group) if group is not None else ("tenant", "")
 
 
-def _new_quota(kind: str, tenant: str, name: str, limits: list[str], description: str | None) -> NewQuota:
+def _new_quota(
+    kind: str, tenant: str, name: str, limits: list[str], description: str | None, problems: list[Problem]
+) -> NewQuota:
     """The quota that the options describe. InvalidInput names everything that is wrong with them at once."""
     from ..quotastore import NewQuota
 
-    return described(NewQuota, {"kind": kind, "tenant": tenant, "name": name, "description": description}, limits)
+    fields = {"kind": kind, "tenant": tenant, "name": name, "description": description}
+    return described(NewQuota, fields, limits, problems)
 
 
 # --- Printing -------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import typer
 
 from ..errors import ConfigError, SchemaError
 from . import output
-from .session import JsonOption, StoreOption, as_owner, registry, run
+from .session import Absent, JsonOption, StoreOption, as_owner, registry, run, standing
 
 if TYPE_CHECKING:
     from ..entity import Registry
@@ -219,31 +219,36 @@ def _prepare(
         return await opened.prepare(declared.collections, mode=mode, allow_destructive=allow_destructive)
 
     with output.log_on_terminal("strongroom.storage"):
-        return _with_store(modules, store, work)
+        return _with_store(modules, store, work, "imagined" if mode == "plan" else "made")
 
 
-def _with_store(modules: Sequence[str] | None, store: str | None, work: Callable[[Store, Registry], Awaitable[T]]) -> T:
+def _with_store(
+    modules: Sequence[str] | None,
+    store: str | None,
+    work: Callable[[Store, Registry], Awaitable[T]],
+    absent: Absent = "refused",
+) -> T:
     """Work on the store, not yet prepared, with the entities declared."""
     from ..config import load
 
     declared = registry(modules or load(store=store).entities)
-    return _opened(store, lambda opened: work(opened, declared))
+    return _opened(store, lambda opened: work(opened, declared), absent)
 
 
-def _opened(store: str | None, work: Callable[[Store], Awaitable[T]]) -> T:
+def _opened(store: str | None, work: Callable[[Store], Awaitable[T]], absent: Absent = "refused") -> T:
     from ..config import load
     from ..storage import open_store
 
     settings = load(store=store)
 
     async def opened() -> T:
-        held = await open_store(settings.store_url)
+        held = await open_store(url)
         try:
             return await work(held)
         finally:
             await held.close()
 
-    with as_owner():
+    with as_owner(), standing(store, settings.store_url, absent) as url:
         return run(opened)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from urllib.parse import quote, unquote
 
 import typer
 
-from ..errors import StrongroomError
+from ..errors import ConfigError, StrongroomError
+from . import output
 
 if TYPE_CHECKING:
     from ..app import Strongroom
@@ -30,6 +33,8 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON documen
 TenantOption = Annotated[str, typer.Option("--tenant", help="The tenant.")]
 
 T = TypeVar("T")
+Absent = Literal["refused", "made", "imagined"]
+_FILES = ("sqlite", "json")
 
 
 class Interrupted(StrongroomError):
@@ -38,8 +43,9 @@ class Interrupted(StrongroomError):
     code = "interrupted"
 
 
-def in_store(store: str | None, work: Callable[[Strongroom], Awaitable[T]]) -> T:
-    """Open the store, do the work, close it. Raises what both raise, and Interrupted on Ctrl-C."""
+def in_store(store: str | None, work: Callable[[Strongroom], Awaitable[T]], *, absent: Absent = "refused") -> T:
+    """Open the store, do the work, close it. Raises what both raise, and Interrupted on Ctrl-C; ConfigError for the
+    file of a store that is not there, unless `absent` says otherwise."""
     from .. import config
     from ..app import Strongroom
 
@@ -47,10 +53,44 @@ def in_store(store: str | None, work: Callable[[Strongroom], Awaitable[T]]) -> T
     entities = config.served_entities(settings.entities)
 
     async def opened() -> T:
-        async with Strongroom.open(settings.store_url, entities=entities, peppers=settings.pepper_texts) as room:
+        async with Strongroom.open(url, entities=entities, peppers=settings.pepper_texts) as room:
             return await work(room)
 
-    return run(opened)
+    with standing(store, settings.store_url, absent) as url:
+        return run(opened)
+
+
+@contextmanager
+def standing(store: str | None, url: str, absent: Absent) -> Iterator[str]:
+    """The URL of a store that may be opened for a command; `store` is what the option says. A file that is not there is
+    `refused` with ConfigError, since a mistyped name must not become a new store; or `made`, which is told; or
+    `imagined`: an empty store of its kind takes its place for a while."""
+    file = store_file(url)
+    if file is None or os.path.exists(file):
+        yield url
+    elif absent == "made":
+        output.print_note(f"making a new store: {file}")
+        yield url
+    elif absent == "imagined":
+        import tempfile
+
+        with tempfile.TemporaryDirectory(prefix="strongroom-") as folder:
+            yield f"{url.partition(':')[0]}:///{quote(folder)}/store"
+    else:
+        from .. import config
+
+        who = "--store" if store is not None else config.named_by(config.load())
+        raise ConfigError(
+            f"{who}: found {url!r}, where there is no file; expected a store (`strongroom serve`, `keys create` and "
+            "others that write make a new one)"
+        )
+
+
+def store_file(url: str) -> str | None:
+    """The path of the file that a store's URL names; None if it names a server, or nothing."""
+    scheme, separator, rest = url.partition(":///")
+    path = unquote(rest.partition("?")[0])
+    return os.path.realpath(path) if separator and scheme in _FILES and path else None
 
 
 def registry(modules: Sequence[str]) -> Registry:

@@ -67,7 +67,11 @@ def create(
     fields = _fields(event, threshold, min_window, description, problems)
     fields |= {"url": url, "tenant": tenant, "allow_private": allow_private}
     new = described(NewWebhook, fields, None, problems)
-    made = in_store(store, lambda room: room.webhooks.create(new, context=operator(), idempotency_key=idempotency_key))
+    made = in_store(
+        store,
+        lambda room: room.webhooks.create(new, context=operator(), idempotency_key=idempotency_key),
+        absent="made",
+    )
     _print_issued(made, json)
 
 

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..addresses import Network, client_address
-from ..apikey import ALL_TENANTS
+from ..apikey import ALL_TENANTS, MANAGEMENT
 from ..context import Context
 from ..errors import Denied, Unauthenticated
 from ..keys import Keys
@@ -21,7 +21,6 @@ TRUSTED_FOR_S = 0.25
 """A caller is looked up again after this long, whatever was heard of its key meanwhile. With what
 `keycache.TRUSTED_FOR_S` allows, a management key that was revoked elsewhere ends within a second, even where the feed
 of changes is broken."""
-MANAGEMENT = "strongroom:"
 
 
 class Scope(IntEnum):

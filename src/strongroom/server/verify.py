@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from ..context import kind_of
+from ..context import kind_of, repeated_name
 from ..errors import InvalidInput, Problem, StrongroomError, TooLarge, TooManyRequests
 from ..keys import Keys
 from ..verification import Verification, check_address, cost_units
@@ -25,7 +25,7 @@ from ..verifier import Begun
 from .auth import Authenticator, Scope
 from .errors import MalformedRequest, Message, Send, send_problem
 from .metrics import Metrics
-from .wire import expect_object, parse_json, request_id_of
+from .wire import expect_object, parse_json, repeated, request_id_of
 
 PATH = "/v1/keys/verify"
 Receive = Callable[[], Awaitable[Message]]
@@ -102,6 +102,8 @@ class VerifyRoute:
             return False
         try:
             ask = _decode(body)
+            if body.count(b'"key"') > 1:  # which one is meant is told there, and that they are two
+                return False
             begun = self._keys.begin(
                 ask.key,
                 cost=ask.cost,
@@ -170,6 +172,8 @@ class VerifyRoute:
                 ask = _decode(body)
             except (msgspec.MsgspecError, ValueError, RecursionError):
                 raise problems_with(body) from None
+            if (name := repeated_name(body, None)) is not None:
+                raise InvalidInput([repeated(name)])
             try:
                 answer = await self._keys.verify(
                     ask.key,

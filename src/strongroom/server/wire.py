@@ -14,7 +14,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 
-from ..context import Context, kind_of, new_id, text_problem
+from ..context import Context, kind_of, new_id, repeated_name, text_problem
 from ..database import MAX_IDEMPOTENCY_KEY_BYTES
 from ..entity import problems_of
 from ..errors import Conflict, InvalidInput, Problem
@@ -37,9 +37,11 @@ _encode = msgspec.json.Encoder(decimal_format="number").encode
 
 def parse_json(body: bytes) -> tuple[Any, list[Problem]]:
     """A body as Python values, and what is wrong with single values of it (NaN and its like, which are not JSON but
-    which some clients send). Raises MalformedRequest if it cannot be read at all."""
+    which some clients send; a name that an object has twice). Raises MalformedRequest if it cannot be read at all."""
     try:
-        return _decode(body), []
+        value = _decode(body)
+        name = repeated_name(body, value)
+        return value, [] if name is None else [repeated(name)]
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
     value, problems = None, []
@@ -51,6 +53,10 @@ def parse_json(body: bytes) -> tuple[Any, list[Problem]]:
     if not problems:
         raise MalformedRequest(f"the body is not JSON: {reason}" if body else "the body is empty, expected JSON")
     return value, problems
+
+
+def repeated(name: str) -> Problem:
+    return Problem(name[:64], "found this name more than once in one object, expected it once")
 
 
 def _not_json(value: Any, path: str) -> Iterator[Problem]:

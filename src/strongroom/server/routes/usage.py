@@ -74,6 +74,7 @@ class _Batch(msgspec.Struct, forbid_unknown_fields=True):
     items: list[_Item]
 
 
+_QUOTED = tuple(f'"{name}"'.encode() for name in _Item.__struct_fields__)
 _decode = msgspec.json.Decoder(_Batch, float_hook=Decimal).decode
 
 
@@ -83,6 +84,9 @@ def _items(data: bytes) -> list[Usage]:
         items = _decode(data).items
     except (msgspec.MsgspecError, ValueError, RecursionError):
         raise _problems_with(data) from None
+    twice = any(data.count(name) > len(items) for name in _QUOTED)  # or it is somebody's text
+    if twice and (problems := parse_json(data)[1]):
+        raise InvalidInput(problems)
     if not 1 <= len(items) <= MAX_USAGE_ITEMS:
         raise InvalidInput([Problem("items", f"found {len(items)}, expected 1 to {MAX_USAGE_ITEMS}")])
     return [Usage(item.cost, item.key, item.key_id, item.model, item.route, item.idempotency_key) for item in items]
