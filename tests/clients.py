@@ -11,7 +11,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import httpx
+
 from strongroom.client import AsyncClient, Client, Retries
+from tests.contract import checked_if_ours
 from tests.serving import Running, running
 
 AT_ONCE = frozenset({"tenant", "collection", "watch", "hold", "list", "find", "deliveries", "bulk", "use"})
@@ -82,6 +85,8 @@ class Connector:
         client: Any = (
             AsyncClient(url, key, **options) if self.kind == "async" else Threaded(Client(url, key, **options))
         )
+        transport = client._http if self.kind == "async" else client._target._http
+        checked_if_ours(transport._http, httpx.URL(url).port)
         self.opened.append(client)
         return client
 

@@ -26,6 +26,7 @@ from strongroom.addresses import Network
 from strongroom.server import adminkey
 from strongroom.server.app import DEFAULT_BOUNDS, Application, Bounds, build
 from strongroom.state import ENTITIES
+from tests.contract import Contract, checked, checked_by_port, contract_of, forget_process, watch_process
 from tests.waiting import PATIENCE_S
 
 ADMIN = "an-administrator's-key-of-enough-characters"
@@ -60,6 +61,8 @@ class Served:
     room: Strongroom
     app: Application
     client: httpx.AsyncClient
+    contract: Contract
+    """What each answer to `client` is held against."""
 
     def transport(self, peer: str | None) -> httpx.ASGITransport:
         """For a client that calls from an address (None: from a Unix socket)."""
@@ -153,7 +156,9 @@ async def serving(
         app = build(room, bounds, proxies=proxies)
         transport = httpx.ASGITransport(cast(Any, app))
         async with httpx.AsyncClient(transport=transport, base_url="http://strongroom") as client:
-            yield Served(room, app, client)
+            contract = contract_of(app.api, room.database.registry.entities)
+            checked(client, contract)
+            yield Served(room, app, client, contract)
 
 
 # --- Streams --------------------------------------------------------------------------------------------------
@@ -164,6 +169,7 @@ class Stream:
 
     def __init__(self, app: Application, path: str, key: str = ADMIN, **headers: str) -> None:
         self._app = app
+        self._contract = contract_of(app.api, app.services.room.database.registry.entities)
         path, _, query = path.partition("?")
         named = {"authorization": f"Bearer {key}", **{n.replace("_", "-").lower(): v for n, v in headers.items()}}
         self._scope = {
@@ -207,7 +213,10 @@ class Stream:
                 return None
         text, _, self.body = self.body.partition(b"\n\n")
         lines = [line.partition(": ") for line in text.decode().split("\n")]
-        return {name: value for name, _, value in lines if name}
+        fields = {name: value for name, _, value in lines if name}
+        if "event" in fields:
+            self._contract.check_event(str(self._scope["path"]), fields["event"], fields["data"])
+        return fields
 
 
 # --- A process ------------------------------------------------------------------------------------------------
@@ -222,6 +231,7 @@ class Running:
 
     def client(self, key: str | None = ADMIN, **more: Any) -> httpx.Client:
         headers = {"Authorization": f"Bearer {key}"} if key is not None else {}
+        more.setdefault("event_hooks", {"response": [checked_by_port]})
         return httpx.Client(base_url=f"http://127.0.0.1:{self.port}", headers=headers, timeout=PATIENCE_S, **more)
 
     def stop(self, number: int = signal.SIGTERM) -> tuple[int, str, str]:
@@ -269,8 +279,10 @@ def running(folder: Path, **environment: str) -> Iterator[Running]:
             except httpx.TransportError:
                 assert time.monotonic() < deadline, "the server did not become ready"
             time.sleep(0.02)
+        watch_process(port)
         yield Running(process, port)
     finally:
+        forget_process(port)
         if process.poll() is None:
             process.kill()
         process.communicate()

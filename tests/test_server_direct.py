@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from uvicorn.server import ServerState
 
 from strongroom.errors import Unavailable
-from strongroom.server.app import Bounds
+from strongroom.server.app import Application, Bounds
 from strongroom.server.protocol import Protocol
 from strongroom.server.verify import VerifyRoute
 from strongroom.usage import KeyChanged, Ledger
 from tests.conftest import wait_until
+from tests.contract import contract_of
 from tests.serving import ADMIN, TOKENS, Served, serving
 from tests.test_server_protocol import Wire
 
@@ -43,6 +44,7 @@ class Connection:
         config = uvicorn.Config(app, log_config=None, **options)
         self.protocol = Protocol(config, state or ServerState(), {}, asyncio.get_running_loop())
         self.wire = Wire()
+        self._app = app
         self.protocol.connection_made(self.wire)
 
     def send(self, data: bytes) -> None:
@@ -67,7 +69,12 @@ class Connection:
         before = len(self.answers())
         self.send(data)
         await wait_until(lambda: len(self.answers()) >= before + count)
-        return self.answers()[before:]
+        found = self.answers()[before:]
+        if isinstance(self._app, Application):
+            contract = contract_of(self._app.api, self._app.services.room.database.registry.entities)
+            for status, headers, body in found:
+                contract.check_direct(status, headers, body)
+        return found
 
     def close(self) -> None:
         self.protocol.connection_lost(None)

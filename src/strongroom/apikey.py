@@ -9,7 +9,16 @@ from ipaddress import ip_network
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from .context import MAX_TENANT_BYTES, text_problem
 from .entity import MAX_ID_BYTES, Entity, Index, Indexed, Secret, problems_of
@@ -50,6 +59,23 @@ TEST_PREFIX = f"{DEFAULT_PREFIX}_test"
 HIDDEN = frozenset({"hash", "previous_hash", "sealed", "previous_sealed", "verifier", "due_at"})
 """Fields of a key that nobody is shown."""
 Environment = Literal["live", "test"]
+
+
+def described(most: int, **more: Any) -> WithJsonSchema:
+    """For the description of a text that a validator below looks at."""
+    return WithJsonSchema({"type": "string", "minLength": 1, "maxLength": most, "pattern": "^[^\\u0000]*$", **more})
+
+
+TenantName = Annotated[str, described(MAX_TENANT_BYTES)]
+_Permission = Annotated[str, described(128, pattern=_PERMISSION.pattern)]
+_Group = Annotated[str, described(MAX_GROUP_BYTES)]
+_ScopeName = Annotated[str, described(MAX_NAME_CHARS, pattern="^[^*\\u0000-\\u001f\\u007f]*\\*?$")]
+_Network = Annotated[
+    str,
+    described(49, pattern="^[0-9A-Fa-f.:]+(/[0-9]{1,3})?$", description="An IPv4 or IPv6 address, or a range of them."),
+]
+_UserId = Annotated[str, described(MAX_ID_BYTES)]
+_Owner = Annotated[str, described(MAX_OWNER_BYTES)]
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -158,17 +184,17 @@ class KeyFields(BaseModel):
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
     name: str = Field(min_length=1, max_length=200)
-    user_id: str | None = None
-    permissions: list[str] = Field(default=[], max_length=MAX_PERMISSIONS)
+    user_id: _UserId | None = None
+    permissions: list[_Permission] = Field(default=[], max_length=MAX_PERMISSIONS)
     expires_at: datetime | None = None
     metadata: dict[str, Any] = {}
-    allowed_ips: list[str] = Field(default=[], max_length=MAX_ADDRESSES)
+    allowed_ips: list[_Network] = Field(default=[], max_length=MAX_ADDRESSES)
     limits: list[Limit] = Field(default=[], max_length=MAX_LIMITS)
     description: str | None = Field(default=None, max_length=MAX_DESCRIPTION_CHARS)
-    owner: str | None = None
-    groups: list[str] = Field(default=[], max_length=MAX_GROUPS)
-    allowed_models: list[str] = Field(default=[], max_length=MAX_NAMES)
-    allowed_routes: list[str] = Field(default=[], max_length=MAX_NAMES)
+    owner: _Owner | None = None
+    groups: list[_Group] = Field(default=[], max_length=MAX_GROUPS)
+    allowed_models: list[_ScopeName] = Field(default=[], max_length=MAX_NAMES)
+    allowed_routes: list[_ScopeName] = Field(default=[], max_length=MAX_NAMES)
     rotate_every_s: int | None = Field(default=None, ge=MIN_ROTATION_S, le=MAX_ROTATION_S, strict=True)
     rotation_overlap_s: int | None = Field(default=None, ge=MIN_SCHEDULED_OVERLAP_S, le=MAX_OVERLAP_S, strict=True)
 
@@ -271,7 +297,7 @@ class KeyFields(BaseModel):
 class NewKey(KeyFields):
     """A key to be made. `prefix` begins its text; for a test key the default becomes `sr_test`."""
 
-    tenant: str = DEFAULT_TENANT
+    tenant: TenantName = DEFAULT_TENANT
     environment: Environment = "live"
     prefix: str = Field(default=DEFAULT_PREFIX, pattern=PREFIX_PATTERN, max_length=MAX_PREFIX_CHARS)
 

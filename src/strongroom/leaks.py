@@ -84,7 +84,14 @@ class Leak(
 class PolicyFields(BaseModel):
     """What a caller may say of a policy."""
 
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        hide_input_in_errors=True,
+        json_schema_extra={
+            "if": {"properties": {"action": {"const": "rotate"}}},
+            "else": {"properties": {"overlap_s": {"type": "null"}}},
+        },
+    )
 
     action: Action
     overlap_s: int | None = Field(None, ge=0, le=MAX_OVERLAP_S, strict=True)

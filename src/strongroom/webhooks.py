@@ -10,11 +10,11 @@ from datetime import datetime, timedelta
 from typing import Annotated, Any
 
 from cryptography.exceptions import InvalidTag
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationInfo, WithJsonSchema, field_validator
 
 from . import alerts
 from .alerts import DEFAULT_THRESHOLDS, MAX_THRESHOLD, MAX_THRESHOLDS, Crossing
-from .apikey import ALL_TENANTS, DEFAULT_TENANT, parse
+from .apikey import ALL_TENANTS, DEFAULT_TENANT, TenantName, parse
 from .changes import ChangeFeed
 from .clock import Clock
 from .context import MAX_TENANT_BYTES, Context, new_id, system_context, text_problem, utc_from_us
@@ -23,10 +23,10 @@ from .entity import Entity, Index, Secret
 from .errors import Denied, InvalidInput, NotFound, Problem, StoreError
 from .events import EVENT_TYPES, LIMIT_THRESHOLD, Event
 from .keytext import Hasher
-from .netguard import url_problem
+from .netguard import MAX_URL_CHARS, url_problem
 from .query import MAX_LIMIT, MAX_PAGE_BYTES, Query, Where
 from .sending import Sender
-from .signatures import new_secret, secret_bytes, secret_text
+from .signatures import MAX_SECRET_BYTES, MIN_SECRET_BYTES, SECRET_PREFIX, new_secret, secret_bytes, secret_text
 from .storage.port import Put, Record
 from .transaction import Transaction
 from .verifier import bound_to, may_see
@@ -78,14 +78,33 @@ class Webhook(Entity, collection=NAME, scope="global", indexes=[Index("tenant", 
         return data["threshold"] in self.thresholds and self.min_window_s <= alerts.length_s(data["window"])
 
 
+_SECRET = {
+    "type": "string",
+    "pattern": f"^{SECRET_PREFIX}[A-Za-z0-9+/]+={{0,2}}$",
+    "description": f"The base64 of {MIN_SECRET_BYTES} to {MAX_SECRET_BYTES} random bytes after `{SECRET_PREFIX}`.",
+}
+
+
 class WebhookFields(BaseModel):
     """What a caller may say of an endpoint, when it is made and later."""
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
     allow_private: StrictBool = False
-    url: str
-    events: list[str] = Field(default=[ALL_EVENTS], min_length=1, max_length=len(EVENT_TYPES) + 1)
+    url: Annotated[
+        str,
+        WithJsonSchema(
+            {
+                "type": "string",
+                "format": "uri",
+                "pattern": "^https?://[!#-;=?-\\[\\]_a-z~]+$",
+                "maxLength": MAX_URL_CHARS,
+            }
+        ),
+    ]
+    events: list[Annotated[str, WithJsonSchema({"enum": [ALL_EVENTS, *EVENT_TYPES]})]] = Field(
+        default=[ALL_EVENTS], min_length=1, max_length=len(EVENT_TYPES) + 1
+    )
     thresholds: list[Annotated[int, Field(strict=True, ge=1, le=MAX_THRESHOLD)]] = Field(
         default=list(DEFAULT_THRESHOLDS), max_length=MAX_THRESHOLDS
     )
@@ -123,8 +142,8 @@ class WebhookFields(BaseModel):
 class NewWebhook(WebhookFields):
     """An endpoint to be made. `secret`: one of the caller's own; without it one is made."""
 
-    tenant: str = DEFAULT_TENANT
-    secret: str | None = Field(default=None, repr=False)
+    tenant: TenantName = DEFAULT_TENANT
+    secret: Annotated[str, WithJsonSchema(_SECRET)] | None = Field(default=None, repr=False)
 
     @field_validator("tenant")
     @classmethod

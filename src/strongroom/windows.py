@@ -22,7 +22,7 @@ import json
 from collections.abc import Sequence
 from decimal import Context as DecimalContext
 from decimal import Decimal
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 from zoneinfo import available_timezones
 
 from pydantic import (
@@ -30,6 +30,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     SerializerFunctionWrapHandler,
     ValidationError,
     ValidationInfo,
@@ -37,8 +38,8 @@ from pydantic import (
     field_validator,
     model_serializer,
 )
-from pydantic.json_schema import SkipJsonSchema
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic.json_schema import JsonSchemaValue, SkipJsonSchema
+from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError
 
 from .calendars import UNITS, CalendarUnit, calendar_span
 from .context import kind_of
@@ -64,6 +65,28 @@ Amount = int | Decimal
 
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    told: ClassVar[tuple[str, ...]] = ()
+    """Fields with a default that are in every answer."""
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """The fields, in answers as in requests: of what a serializer returns Pydantic knows only that it is a dict.
+        A field that is null by default is described as one that may be left out, as it is in answers."""
+        plain: Any = {name: value for name, value in core.items() if name != "serialization"}
+        schema = handler(plain)
+        fields = handler.resolve_ref_schema(schema)
+        for shape in fields["properties"].values():
+            if shape.get("default", ...) in (None, (), []):
+                del shape["default"]
+            options = [option for option in shape.get("anyOf", ()) if option != {"type": "null"}]
+            if len(options) == 1:
+                del shape["anyOf"]
+                shape.update(options[0])
+        always = {"kind", *(cls.told if handler.mode == "serialization" else ())}
+        required = [name for name in fields["properties"] if name in always or name in fields.get("required", ())]
+        fields["required"] = required
+        return schema
 
     @model_serializer(mode="wrap")
     def _lean(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -96,7 +119,29 @@ def _exact_number(value: Any) -> Any:
 
 
 Unit = Annotated[CalendarUnit, BeforeValidator(_known_unit)]
-Zone = Annotated[str, BeforeValidator(_known_zone)]
+Zone = Annotated[
+    str,
+    BeforeValidator(_known_zone),
+    WithJsonSchema(
+        {
+            "type": "string",
+            "pattern": "^[A-Za-z][A-Za-z0-9_+/-]*$",
+            "description": "A name of the IANA time zone database, such as Europe/Berlin.",
+        }
+    ),
+]
+ScopeName = Annotated[
+    str,
+    WithJsonSchema(
+        {
+            "type": "string",
+            "minLength": 1,
+            "maxLength": MAX_SCOPE_CHARS,
+            "pattern": "^[^*\\u0000-\\u001f\\u007f]*\\*?$",
+        }
+    ),
+]
+"""A model or a route, in printable characters; `*` may be its last."""
 NoRefill = SkipJsonSchema[Annotated[None, BeforeValidator(_no_refill)]]
 """Said on the windows that have none, so that a refill there is told to be out of place, not to be unknown."""
 Seconds = Annotated[int, Field(ge=1, le=MAX_WINDOW_S, strict=True)]
@@ -126,6 +171,8 @@ class Anchored(_Model):
 class Calendar(_Model):
     """The present minute, hour, day, week (from Monday) or month in `timezone` (an IANA name)."""
 
+    told = ("timezone",)
+
     kind: Literal["calendar"] = "calendar"
     unit: Unit
     timezone: Zone = "UTC"
@@ -138,6 +185,13 @@ class Refill(_Model):
 
     In a limit on `cost` the amount is money, and a Decimal; in every other an int.
     """
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [{"required": ["unit"]}, {"required": ["seconds"]}],
+            "dependentRequired": {"timezone": ["unit"]},
+        }
+    )
 
     amount: ExactAmount
     unit: Unit | None = None
@@ -223,11 +277,21 @@ class Limit(_Model):
     `routes` name what is counted; none means all, and a name may end in `*`.
     """
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "if": {"properties": {"resource": {"const": MONEY}}},
+            "then": {"properties": {"limit": {"maximum": MAX_AMOUNT // 10**6}}},
+            "else": {"properties": {"limit": {"type": "integer"}}},
+            "anyOf": [{"required": ["window"]}, {"properties": {"resource": {"const": CONCURRENCY}}}],
+        }
+    )
+    told = ("window",)
+
     resource: str = Field(pattern=RESOURCE_PATTERN)
     limit: ExactAmount
     window: Window = Field(default=None, validate_default=True)
-    models: tuple[str, ...] = ()
-    routes: tuple[str, ...] = ()
+    models: tuple[ScopeName, ...] = Field((), json_schema_extra={"maxItems": MAX_SCOPE_NAMES})
+    routes: tuple[ScopeName, ...] = Field((), json_schema_extra={"maxItems": MAX_SCOPE_NAMES})
 
     def applies(self, model: str | None, route: str | None) -> bool:
         """Whether a call that names this model and this route is counted. A limit with models counts no call that names

@@ -69,9 +69,15 @@ def _operation(spec: dict[str, Any], path: str, method: str, operation: dict[str
         parts.append(f"<table>{''.join(rows)}</table>")
     content = operation.get("requestBody", {}).get("content", {})
     parts += [f"<p>Body:</p>{_schema(spec, media['schema'])}" for media in content.values()]
+    failures = [
+        f"{status} {answer['$ref'].rpartition('/')[2].replace('-or-', ', ')}"
+        for status, answer in operation["responses"].items()
+        if "$ref" in answer
+    ]
+    parts.append(f"<p>Errors: {escape('; '.join(failures))}.</p>")
     for status, answer in operation["responses"].items():
         for media_type, media in answer.get("content", {}).items():
-            if status != "default" and media.get("schema"):
+            if media.get("schema"):
                 parts.append(
                     f"<p>{escape(status)} <code>{escape(media_type)}</code></p>{_schema(spec, media['schema'])}"
                 )

@@ -21,7 +21,7 @@ from datetime import datetime
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from ..entity import Collection, FieldType
+from ..entity import INT64_MAX, INT64_MIN, Collection, FieldType
 from ..errors import InvalidInput, Problem
 from ..query import DEFAULT_LIMIT, LIST_OPS, MAX_LIMIT, And, Filter, Op, Or, Query, Where
 
@@ -251,18 +251,60 @@ _EXPECTED: dict[FieldType, str] = {
 _WRITTEN = frozenset({FieldType.DECIMAL, FieldType.BYTES, FieldType.TIMESTAMP})
 
 
+_SCHEMAS: dict[FieldType, dict[str, Any]] = {
+    FieldType.BOOL: {"type": "boolean"},
+    FieldType.INT: {"type": "integer", "minimum": INT64_MIN, "maximum": INT64_MAX},
+    FieldType.FLOAT: {"type": "number"},
+    FieldType.DECIMAL: {"type": "number"},
+    FieldType.TEXT: {"type": "string", "pattern": "^[^\\u0000]*$"},
+    FieldType.BYTES: {"type": "string", "contentEncoding": "base64"},
+    FieldType.TIMESTAMP: {"type": "string", "format": "date-time"},
+}
+
+
 def parameters_of(collection: Collection) -> Iterable[dict[str, Any]]:
     """The query parameters of a collection's list, for OpenAPI."""
-    texts = {"order_by": "Fields, separated by commas; `-` before one is descending.", "where": "A filter as JSON."}
-    yield {"name": "limit", "in": "query", "schema": {"type": "integer", "minimum": 1, "maximum": MAX_LIMIT}}
-    yield {"name": "cursor", "in": "query", "schema": {"type": "string"}, "description": "The `next_cursor` before."}
-    for name, text in texts.items():
-        yield {"name": name, "in": "query", "schema": {"type": "string"}, "description": text}
-    for field in collection.fields.values():
-        if field.type.is_scalar and not field.secret and field.name not in RESERVED:
-            yield {
-                "name": field.name,
-                "in": "query",
-                "schema": {"type": "string"},
-                "description": f"Equals. Also `{field.name}__` with ne, lt, le, gt, ge, in, not_in or null.",
-            }
+
+    def parameter(name: str, schema: dict[str, Any], description: str) -> dict[str, Any]:
+        return {"name": name, "in": "query", "required": False, "schema": schema, "description": description}
+
+    fields = [f for f in collection.fields.values() if not f.secret]
+    scalars = [*(f.name for f in fields if f.type.is_scalar), "id", "created_at", "updated_at"]
+    one = f"-?({'|'.join(scalars)})"
+    page = {"type": "integer", "minimum": 1, "maximum": MAX_LIMIT, "default": DEFAULT_LIMIT}
+    order = {"type": "string", "pattern": f"^{one}(,{one})*$"}
+    where = {"type": "string", "contentMediaType": "application/json"}
+    yield parameter("limit", page, "Documents in one page.")
+    yield parameter("cursor", {"type": "string"}, "The `next_cursor` of the page before.")
+    yield parameter("order_by", order, "Fields, separated by commas; `-` before one is descending.")
+    yield parameter("where", where, _WHERE)
+    for name, schema in _OF_THE_STORE.items():
+        yield parameter(name, schema, f"Equals. Also `{name}__` with {_COMPARISONS}.")
+    for field in fields:
+        if field.type.is_scalar and field.name not in RESERVED:
+            yield parameter(
+                field.name, _SCHEMAS[field.type], f"Equals. Also `{field.name}__` with {_COMPARISONS} or `null`."
+            )
+        elif field.type.is_scalar:
+            yield parameter(
+                f"{field.name}__eq",
+                _SCHEMAS[field.type],
+                f"Equals. Also `{field.name}__` with {_COMPARISONS} or `null`.",
+            )
+        elif field.type is FieldType.LIST:
+            about = f"The list has it. Also `{field.name}__contains_any`, a value each, and `{field.name}__null`."
+            yield parameter(f"{field.name}__contains", {"type": "string"}, about)
+        else:
+            yield parameter(f"{field.name}__null", {"type": "boolean"}, "Whether there is none.")
+
+
+_OF_THE_STORE: dict[str, dict[str, Any]] = {
+    "id": {"type": "string", "pattern": "^[^\\u0000]*$"},
+    "created_at": _SCHEMAS[FieldType.TIMESTAMP],
+    "updated_at": _SCHEMAS[FieldType.TIMESTAMP],
+}
+_COMPARISONS = "`ne`, `lt`, `le`, `gt`, `ge`; `in` and `not_in`, which may be given several times, a value each"
+_WHERE = (
+    'A filter as JSON: `{"field": "…", "op": "==", "value": …}`, or several in a list under `and` or `or`. '
+    f"Operators: {' '.join(f'`{op.value}`' for op in Op)}."
+)

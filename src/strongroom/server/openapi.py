@@ -12,27 +12,83 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from .docs import page
-from .errors import MEDIA_TYPE
-from .shapes import ProblemDetails, VerifyIn, VerifyOut
+from .errors import MEDIA_TYPE, STATUS
+from .schemas import REF, Components, given
+from .shapes import ChangeEvent, ProblemDetails, ReadyEvent, RemovedEvent, ResetEvent, VerifyIn, VerifyOut
+from .verify import PATH as VERIFY
 from .wire import Json
 
-REF = "#/components/schemas/{model}"
 HTML = "text/html; charset=utf-8"
 DESCRIPTION = """API keys with exact usage limits, and tenant-isolated state.
 
 Send a management key as `Authorization: Bearer …`: one with the permission `strongroom:read`, `strongroom:write` or
 `strongroom:admin` (each includes those before it), bound to its tenant, or with the tenant `*` for all of them.
 Every error is `application/problem+json` (RFC 9457)."""
-_PROBLEM = {
-    "description": "An error",
-    "content": {MEDIA_TYPE: {"schema": {"$ref": REF.format(model="ProblemDetails")}}},
+WRITES = ("post", "put", "patch", "delete")
+_ONE_ETAG = r'(W/)?"[\x21\x23-\x7e\x80-\xff]*"'
+_REQUEST_HEADERS: dict[str, tuple[dict[str, Any], str]] = {
+    "Idempotency-Key": (
+        {"type": "string", "minLength": 1, "maxLength": 255},
+        "The same call again with the same key (within a day) does nothing more and answers the same.",
+    ),
+    "If-Match": (
+        {"type": "string", "pattern": rf"^(\*|{_ONE_ETAG}(\s*,\s*{_ONE_ETAG}){{0,19}})$"},
+        'The version that the document must have, quoted (`"17"`), or `*`: it must exist. Else 412.',
+    ),
+    "If-None-Match": ({"type": "string", "const": "*"}, "`*`: the document must not exist yet. Else 412."),
+    "Last-Event-ID": (
+        {"type": "string"},
+        "The `id` of the last event that was received: the stream goes on after it. Browsers send it by themselves.",
+    ),
+    "X-Request-Id": (
+        {"type": "string"},
+        "A name for this request, in the journal and in the answer: 1 to 128 letters, digits and `_ . : -`. Without "
+        "such a one it is made.",
+    ),
 }
-_HEADERS = {
-    "Idempotency-Key": "The same call again with the same key (within a day) does nothing more and answers the same.",
-    "If-Match": 'The version that the document must have, quoted (`"17"`), or `*`: it must exist. Else 412.',
-    "If-None-Match": "`*`: the document must not exist yet. Else 412.",
-    "X-Request-Id": "A name for this request, in the journal and in the answer; without it one is made.",
+_UNCHANGED = {
+    "name": "If-None-Match",
+    "in": "header",
+    "required": False,
+    "schema": {"type": "string"},
+    "description": "Versions, quoted, or `*`: where the document has one of them the answer is 304, without a body.",
 }
+_ANSWER_HEADERS: dict[str, dict[str, Any]] = {
+    "ETag": {
+        "description": "The document's version, quoted, for If-Match and If-None-Match.",
+        "schema": {"type": "string", "pattern": '^"[1-9][0-9]*"$'},
+    },
+    "Location": {
+        "description": "The path of what was made.",
+        "schema": {"type": "string", "format": "uri-reference", "pattern": "^/v1/"},
+    },
+    "Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer", "minimum": 1}},
+    "WWW-Authenticate": {"description": "`Bearer`.", "schema": {"type": "string", "pattern": "^Bearer "}},
+    "X-Request-Id": {
+        "description": "The name of this request, as in the journal.",
+        "schema": {"type": "string", "pattern": "^[A-Za-z0-9_.:-]{1,128}$"},
+    },
+}
+_OF_EVERY_REQUEST = (
+    "malformed_request",
+    "too_large",
+    "too_many_requests",
+    "headers_too_large",
+    "internal",
+    "unavailable",
+)
+"""Errors that any request may end in, wherever it goes."""
+_OF_THE_API = (
+    "unauthenticated",
+    "denied",
+    "invalid_input",
+    "store_error",
+    "schema_error",
+    "config_error",
+    "storage_full",
+)
+_OF_WRITES = ("conflict",)
+RETRY_LATER = (429, 503, 507)
 
 
 def version() -> str:
@@ -43,8 +99,7 @@ def version() -> str:
 
 def body(model: type[BaseModel], *, required: bool = True) -> dict[str, Any]:
     """For a route that reads its body itself: the body's description (`openapi_extra`)."""
-    schema = model.model_json_schema(ref_template=REF)
-    return request_body(schema, required=required)
+    return request_body(model.model_json_schema(ref_template=REF), required=required)
 
 
 def request_body(schema: dict[str, Any], *, required: bool = True) -> dict[str, Any]:
@@ -54,9 +109,55 @@ def request_body(schema: dict[str, Any], *, required: bool = True) -> dict[str, 
 def header(*names: str) -> list[dict[str, Any]]:
     """Request headers as OpenAPI parameters."""
     return [
-        {"name": name, "in": "header", "required": False, "schema": {"type": "string"}, "description": _HEADERS[name]}
-        for name in names
+        {"name": name, "in": "header", "required": False, "schema": schema, "description": description}
+        for name, (schema, description) in ((name, _REQUEST_HEADERS[name]) for name in names)
     ]
+
+
+def takes(*names: str) -> dict[str, Any]:
+    """A route that looks at these request headers (`openapi_extra`)."""
+    return {"parameters": header(*names)}
+
+
+def tells(*names: str, status: int = 200) -> dict[str, Any]:
+    """A route whose answer with this status has these headers (`openapi_extra`)."""
+    return {"responses": {str(status): {"headers": answer_headers(*names)}}}
+
+
+def may_be_unchanged() -> dict[str, Any]:
+    """A route that answers with one document, or with 304 to who has it already (`openapi_extra`)."""
+    unchanged = {"description": "It is as it was.", "headers": answer_headers("ETag")}
+    return {
+        "parameters": [_UNCHANGED],
+        "responses": {"200": {"headers": answer_headers("ETag")}, "304": unchanged},
+    }
+
+
+def may_fail(*codes: str) -> dict[str, Any]:
+    """A route that can answer with these errors, beside those that all of its kind can (`openapi_extra`)."""
+    return {"x-errors": list(codes)}
+
+
+def about(*parts: dict[str, Any]) -> dict[str, Any]:
+    """Several of these together."""
+    whole: dict[str, Any] = {}
+    for part in parts:
+        _merge(whole, part)
+    return whole
+
+
+def _merge(whole: dict[str, Any], part: dict[str, Any]) -> None:
+    for name, value in part.items():
+        if isinstance(value, dict):
+            _merge(whole.setdefault(name, {}), value)
+        elif isinstance(value, list):
+            whole[name] = [*whole.get(name, ()), *value]
+        else:
+            whole[name] = value
+
+
+def answer_headers(*names: str) -> dict[str, Any]:
+    return {name: {**_ANSWER_HEADERS[name], "required": True} for name in names}
 
 
 def serve(api: FastAPI) -> None:
@@ -114,37 +215,112 @@ def _matches(template: str, path: str) -> bool:
 def _build(api: FastAPI) -> dict[str, Any]:
     spec = get_openapi(title=api.title, version=api.version, description=DESCRIPTION, routes=api.routes)
     spec["paths"]["/v1/keys/verify"] = {"post": _verify()}
-    components = spec.setdefault("components", {})
-    schemas = components.setdefault("schemas", {})
-    _, own = models_json_schema(
-        [(ProblemDetails, "serialization"), (VerifyIn, "validation"), (VerifyOut, "serialization")], ref_template=REF
-    )
-    schemas.update(own["$defs"])
-    _hoist(spec, schemas)
+    schemas = spec.setdefault("components", {}).setdefault("schemas", {})
     for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own error shape, which is never sent
         schemas.pop(name, None)
-    for schema in schemas.values():
-        if "limit" in schema.get("properties", {}) and "resource" in schema["properties"]:
-            schema["properties"]["limit"] = {"type": "number", "title": "Limit", "minimum": 0, "maximum": 10**15}
-    components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer", "description": "A management key."}}
+    components = Components(schemas)
+    models = (ProblemDetails, VerifyOut, ReadyEvent, ChangeEvent, RemovedEvent, ResetEvent)
+    answers = [(model, "serialization") for model in models]
+    _, own = models_json_schema(answers, ref_template=REF)  # type: ignore[arg-type]
+    components.answer(own)
+    errors: dict[str, Any] = {}
     for path, item in spec["paths"].items():
         for method, operation in item.items():
-            _complete(path, method, operation)
+            _complete(path, method, operation, components, errors)
+    spec["components"] = {
+        "schemas": dict(sorted(schemas.items())),
+        "responses": dict(sorted(errors.items())),
+        "securitySchemes": _SECURITY,
+    }
     spec["paths"] = dict(sorted(spec["paths"].items()))
     return spec
 
 
-def _complete(path: str, method: str, operation: dict[str, Any]) -> None:
-    """What holds for every operation: authentication, errors, headers."""
-    operation["responses"].pop("422", None)
-    operation["responses"]["default"] = _PROBLEM
-    if path.startswith("/v1") or path == "/stats":
-        operation["security"] = [{"bearer": []}]
+_SECURITY = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "A management key."},
+    "key": {"type": "http", "scheme": "bearer", "description": "The API key itself."},
+    "signature": {
+        "type": "apiKey",
+        "in": "header",
+        "name": "Github-Public-Key-Signature",
+        "description": "Of the body, by the key that `Github-Public-Key-Identifier` names.",
+    },
+}
+_SECURED: dict[str, list[dict[str, list[str]]]] = {
+    "/stats": [{"key": []}],
+    "/readyz": [{}, {"bearer": []}],
+    "/v1/keys/leaked": [{"bearer": []}, {"signature": []}],
+}
+"""Where it is not a management key that is asked for."""
+
+
+def _complete(
+    path: str, method: str, operation: dict[str, Any], components: Components, errors: dict[str, Any]
+) -> None:
+    """What holds for every operation: authentication, errors, headers, named schemas."""
+    answers = operation["responses"]
+    answers.pop("422", None)
+    is_api = path.startswith("/v1")
+    if is_api or path in _SECURED:
+        operation["security"] = _SECURED.get(path, [{"bearer": []}])
+    parameters = [given(parameter) for parameter in operation.get("parameters", ())]
+    if is_api:
+        wanted = ["X-Request-Id"] + (["Idempotency-Key"] if method in WRITES else [])
+        parameters += header(*wanted)
+    for parameter in parameters:
+        if parameter["in"] == "path" and parameter["schema"].get("type") == "string":
+            parameter["schema"].setdefault("minLength", 1)
+    if parameters:
+        operation["parameters"] = parameters
+    for media in operation.get("requestBody", {}).get("content", {}).values():
+        media["schema"] = components.request(media["schema"])
+    for answer in answers.values():
+        if path != VERIFY:  # which has none, to be quick
+            answer["headers"] = {**answer_headers("X-Request-Id"), **answer.get("headers", {})}
+        for media in answer.get("content", {}).values():
+            media["schema"] = components.answer(media["schema"])
+    for status, codes in _failures(path, method, operation, {parameter["name"] for parameter in parameters}).items():
+        name = "-or-".join(codes)
+        errors.setdefault(name, _failure(status, codes))
+        if str(status) in answers:  # `/readyz`, whose 503 may be of either kind
+            answers[str(status)]["content"].update(errors[name]["content"])
+        else:
+            answers[str(status)] = {"$ref": f"#/components/responses/{name}"}
+
+
+def _failures(path: str, method: str, operation: dict[str, Any], named: set[str]) -> dict[int, list[str]]:
+    """The errors that an operation may end in: by status, its codes."""
+    codes = {*_OF_EVERY_REQUEST, *operation.pop("x-errors", ())}
     if path.startswith("/v1"):
-        parameters = operation.setdefault("parameters", [])
-        named = {parameter["name"] for parameter in parameters}
-        wanted = ["X-Request-Id"] + (["Idempotency-Key"] if method in ("post", "put", "patch", "delete") else [])
-        parameters += header(*(name for name in wanted if name not in named))
+        codes |= {*_OF_THE_API, *(_OF_WRITES if method in WRITES else ())}
+    elif path == "/stats":
+        codes |= {*_OF_THE_API} - {"denied", "invalid_input"}
+    if "{id}" in path or "{name}" in path or "{kind}" in path:
+        codes.add("not_found")
+    if "If-Match" in named:
+        codes.add("precondition_failed")
+    found: dict[int, list[str]] = {}
+    for code, status in STATUS.items():
+        if code in codes:
+            found.setdefault(status, []).append(code)
+    return found
+
+
+def _failure(status: int, codes: list[str]) -> dict[str, Any]:
+    members: dict[str, Any] = {"status": {"const": status}, "code": {"enum": codes}}
+    schema = {
+        "allOf": [{"$ref": REF.format(model="ProblemDetails")}],
+        "properties": members,
+        **({"required": ["errors"]} if status == 422 else {}),
+    }
+    headers = ["X-Request-Id"]
+    headers += ["WWW-Authenticate"] if status == 401 else []
+    headers += ["Retry-After"] if status in RETRY_LATER else []
+    return {
+        "description": " or ".join(f"`{code}`" for code in codes),
+        "headers": answer_headers(*headers),
+        "content": {MEDIA_TYPE: {"schema": schema}},
+    }
 
 
 def _verify() -> dict[str, Any]:
@@ -154,7 +330,7 @@ def _verify() -> dict[str, Any]:
         "description": "Whether a key may be used now, for this cost. If so, all its limits are debited, durably, "
         "before the answer; if not, none is. An authorised caller is always answered 200.",
         "operationId": "verify_key",
-        **request_body({"$ref": REF.format(model="VerifyIn")}),
+        **body(VerifyIn),
         "responses": {
             "200": {
                 "description": "The decision",
@@ -162,17 +338,3 @@ def _verify() -> dict[str, Any]:
             }
         },
     }
-
-
-def _hoist(value: Any, schemas: dict[str, Any]) -> None:
-    """Move the `$defs` that schemas brought with them to the components."""
-    if isinstance(value, dict):
-        for name, schema in value.pop("$defs", {}).items():
-            if name not in schemas:
-                schemas[name] = schema
-                _hoist(schema, schemas)
-        for item in list(value.values()):
-            _hoist(item, schemas)
-    elif isinstance(value, list):
-        for item in value:
-            _hoist(item, schemas)

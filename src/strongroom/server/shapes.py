@@ -5,20 +5,80 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    WithJsonSchema,
+    create_model,
+)
+from pydantic.json_schema import JsonSchemaValue, SkipJsonSchema
+from pydantic_core import CoreSchema
 
-from ..apikey import MAX_OVERLAP_S, Environment
+from ..apikey import MAX_OVERLAP_S, Environment, KeyChanges
+from ..bulk import BULK_FIELDS, BulkAction
 from ..bulk import MAX_IDS as MAX_BULK_IDS
 from ..bulk import MAX_PAGE as MAX_BULK_PAGE
 from ..bulk import PAGE as BULK_PAGE
-from ..bulk import BulkAction
 from ..query import DEFAULT_LIMIT, MAX_LIMIT
 from ..reservations import DEFAULT_TTL_S, MAX_TTL_S
-from ..windows import MAX_AMOUNT, Limit, Window
+from ..verification import MAX_RESOURCES
+from ..windows import CONCURRENCY, MAX_AMOUNT, RESOURCE_PATTERN, Limit, Window
+from .errors import MAX_PROBLEMS, STATUS
 from .services import MAX_BATCH_ITEMS, MAX_USAGE_ITEMS
 
-Cost = dict[str, Annotated[float, Field(ge=0, le=MAX_AMOUNT, allow_inf_nan=False)]]
-Number = Annotated[float, Field(description="A whole number; for the resource `cost` one with up to 9 decimals.")]
+Number = Annotated[float, Field(ge=0, description="A whole number; for the resource `cost` one with up to 9 decimals.")]
+
+
+def _amounts(**more: Any) -> WithJsonSchema:
+    return WithJsonSchema(
+        {
+            "type": "object",
+            "description": "Amounts by resource: whole numbers; of `cost`, money, with up to 9 decimals.",
+            "properties": {"cost": {"type": "number", "minimum": 0, "maximum": MAX_AMOUNT // 10**6}},
+            "additionalProperties": {"type": "integer", "minimum": 0, "maximum": MAX_AMOUNT},
+            "propertyNames": {"pattern": RESOURCE_PATTERN, "not": {"const": CONCURRENCY}},
+            "maxProperties": MAX_RESOURCES,
+            **more,
+        }
+    )
+
+
+Cost = Annotated[dict[str, float], _amounts()]
+UsedCost = Annotated[dict[str, float], _amounts(minProperties=1)]
+HeldCost = Annotated[dict[str, float], _amounts(propertyNames={"pattern": RESOURCE_PATTERN})]
+"""`concurrency` may be held, and is not used up."""
+Totals = Annotated[
+    dict[str, float],
+    WithJsonSchema(
+        {
+            "type": "object",
+            "description": "Amounts by resource: whole numbers; of `cost`, money, with up to 9 decimals.",
+            "propertyNames": {"pattern": RESOURCE_PATTERN},
+            "additionalProperties": {"type": "number", "minimum": 0},
+        }
+    ),
+]
+
+
+Address = Annotated[
+    str,
+    WithJsonSchema(
+        {"type": "string", "anyOf": [{"type": "string", "format": "ipv4"}, {"type": "string", "format": "ipv6"}]}
+    ),
+]
+
+
+class Like:
+    """Describes a field as a model, which a route reads by itself."""
+
+    def __init__(self, model: type[BaseModel]) -> None:
+        self._model = model
+
+    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return handler(self._model.__pydantic_core_schema__)
 
 
 class Closed(BaseModel):
@@ -35,18 +95,23 @@ class ProblemItem(BaseModel):
     message: str
 
 
+def _only_unknown(schema: dict[str, Any]) -> None:
+    schema.clear()
+    schema["const"] = "unknown"
+
+
 class ProblemDetails(BaseModel):
     """An error, as RFC 9457 has it. `errors` is there where the input is wrong, and names everything that is. `outcome`
     is there, and `unknown`, where a write may have been done all the same: read before it is tried again."""
 
-    type: str
-    title: str
-    status: int
-    detail: str
-    code: str
-    request_id: str
-    errors: list[ProblemItem] = []
-    outcome: Literal["unknown"] | None = None
+    type: str = Field(pattern="^/docs#error-[a-z_]+$")
+    title: str = Field(min_length=1)
+    status: int = Field(ge=400, le=599)
+    detail: str = Field(min_length=1)
+    code: str = Field(json_schema_extra={"enum": list(STATUS)})
+    request_id: str = Field(pattern="^[A-Za-z0-9_.:-]{1,128}$")
+    errors: list[ProblemItem] = Field([], min_length=1, max_length=MAX_PROBLEMS)
+    outcome: Literal["unknown"] | SkipJsonSchema[None] = Field(None, json_schema_extra=_only_unknown)
 
 
 # --- Keys -----------------------------------------------------------------------------------------------------
@@ -107,7 +172,7 @@ class LimitStatusOut(BaseModel):
     (lent to other nodes). `resets_at`: when `recorded` next falls. `subject`: whose limit it is, if not the key's own:
     `tenant`, or `user:…` or `group:…`. `exceeded`: this limit denied the call."""
 
-    resource: str
+    resource: str = Field(pattern=RESOURCE_PATTERN)
     limit: Number
     used: Number
     remaining: Number
@@ -131,7 +196,7 @@ class KeyStatsOut(BaseModel):
     expired: bool
     count: int
     last_used_at: datetime | None
-    totals: dict[str, Number]
+    totals: Totals
     limits: list[LimitStatusOut]
 
 
@@ -161,11 +226,19 @@ class BulkFilterIn(Closed):
     deleted: bool | None = None
 
 
+BulkChangesIn: type[BaseModel] = create_model(
+    "BulkChangesIn",
+    __base__=Closed,
+    __doc__="Some fields of keys, to be changed; those not given stay.",
+    **{name: (info.annotation, info) for name, info in KeyChanges.model_fields.items() if name in BULK_FIELDS},  # type: ignore[call-overload]
+)
+
+
 class BulkIn(Closed):
     action: BulkAction
     filter: BulkFilterIn | None = None
     ids: list[str] | None = Field(None, max_length=MAX_BULK_IDS)
-    changes: dict[str, Any] | None = Field(None, description="With `update`: the fields, as of a change of one key.")
+    changes: Annotated[dict[str, Any], Like(BulkChangesIn)] | None = Field(None, description="With `update`.")
     dry_run: bool = Field(False, description="Only count.")
     limit: int = Field(BULK_PAGE, ge=1, le=MAX_BULK_PAGE, description="Keys to look at in this call.")
     cursor: str | None = Field(None, description="The `next_cursor` of the call before.")
@@ -205,7 +278,7 @@ class VerifyIn(Closed):
     key: str
     cost: Cost | None = None
     permission: str | None = None
-    ip: str | None = None
+    ip: Address | None = None
     model: str | None = Field(None, description="What the call is for: some limits are for some models only.")
     route: str | None = Field(None, description="As `model`.")
 
@@ -239,9 +312,18 @@ class VerifyBatchOut(BaseModel):
 class UsageIn(Closed):
     """What has happened, on a key given by its text or its id."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"required": ["key"], "properties": {"key": {"type": "string"}}},
+                {"required": ["key_id"], "properties": {"key_id": {"type": "string"}}},
+            ]
+        }
+    )
+
     key: str | None = None
     key_id: str | None = None
-    cost: Cost
+    cost: UsedCost
     model: str | None = None
     route: str | None = None
     idempotency_key: str | None = Field(None, description="As the header Idempotency-Key.")
@@ -267,6 +349,7 @@ class UsageBatchOut(BaseModel):
 class ReserveIn(VerifyIn):
     """As a verification: `cost` is held for `ttl_s` seconds, and one of `concurrency`."""
 
+    cost: HeldCost | None = None
     ttl_s: int = Field(DEFAULT_TTL_S, ge=1, le=MAX_TTL_S)
 
 
@@ -276,7 +359,7 @@ class ReservationOut(VerifyOut):
     reservation_id: str | None
     state: Literal["open", "settled", "released"] | None
     expires_at: datetime | None
-    charged: dict[str, Number]
+    charged: Totals
 
 
 class SettleIn(Closed):
@@ -290,7 +373,7 @@ class ExtendIn(Closed):
     charged now."""
 
     ttl_s: int = Field(DEFAULT_TTL_S, ge=1, le=MAX_TTL_S)
-    cost: Cost | None = None
+    cost: HeldCost | None = None
     used: Cost | None = None
 
 
@@ -317,6 +400,46 @@ class StatsOut(BaseModel):
     is_expired: bool
     current_usage: CurrentUsageOut
     total_lifetime_tokens: int
+
+
+# --- Streams --------------------------------------------------------------------------------------------------
+
+
+class ReadyEvent(BaseModel):
+    """The first event of a stream: where it stands."""
+
+    cursor: str = Field(min_length=1)
+
+
+class ChangeEvent(BaseModel):
+    """A change of a document. `before` and `after`: its fields as the journal has them, secrets masked; null where
+    there was, or is, no such document."""
+
+    id: str = Field(min_length=1)
+    action: Literal["create", "update", "delete"]
+    version: int
+    at: datetime
+    actor: str
+    request_id: str
+    before: dict[str, Any] | None
+    after: dict[str, Any] | None
+
+
+class RemovedEvent(BaseModel):
+    """A document that is there, but that the rules do not let the caller see any more."""
+
+    id: str = Field(min_length=1)
+    action: Literal["removed"]
+    version: int
+    at: datetime
+    reason: Literal["access_lost"]
+
+
+class ResetEvent(BaseModel):
+    """Changes were missed: the stream goes on at `cursor`, the journal's present end. Read anew."""
+
+    cursor: str = Field(min_length=1)
+    reason: str
 
 
 # --- Health ---------------------------------------------------------------------------------------------------

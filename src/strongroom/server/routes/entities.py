@@ -8,21 +8,23 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from copy import copy
 from decimal import Decimal
+from types import MappingProxyType
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import msgspec
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
-from ...entity import SYSTEM_FIELDS, Entity, FieldType, json_schema, problems_of
+from ...entity import INT64_MAX, INT64_MIN, SYSTEM_FIELDS, Entity, FieldType, json_schema, problems_of
 from ...errors import InvalidInput, NotFound, Problem
 from ...fairness import in_slices
 from ...journal import MASK
 from ...query import MAX_PAGE_BYTES
 from ..auth import Scope
 from ..filters import parameters_of, query_of
-from ..openapi import header, request_body
+from ..openapi import about, may_be_unchanged, may_fail, request_body, takes, tells
 from ..services import Services
 from ..watch import watch
 from ..wire import (
@@ -39,6 +41,23 @@ TAG = "entities"
 SLASH = "\x00"
 """Stands for an encoded slash inside a path's segment, while the path is routed (`server.app`)."""
 READ_ONLY = ("version", "created_at", "updated_at")
+_CHANGE = {"$ref": "#/components/schemas/ChangeEvent"}
+EVENTS = {
+    "ready": {"$ref": "#/components/schemas/ReadyEvent"},
+    "create": _CHANGE,
+    "update": _CHANGE,
+    "delete": _CHANGE,
+    "removed": {"$ref": "#/components/schemas/RemovedEvent"},
+    "reset": {"$ref": "#/components/schemas/ResetEvent"},
+}
+"""What the data of each event of a stream is (`x-events`, since OpenAPI 3.1 has no word for it)."""
+NO_ANSWERS: Any = MappingProxyType({})
+CURSOR = {
+    "name": "cursor",
+    "in": "query",
+    "schema": {"type": "string"},
+    "description": "As the header Last-Event-ID, for where no header can be set.",
+}
 E = TypeVar("E", bound=BaseModel)
 _encode = msgspec.json.Encoder().encode
 _encode_exactly = msgspec.json.Encoder(decimal_format="number").encode
@@ -85,9 +104,15 @@ class _Collection:
         path, one, name = f"/{self.name}", f"/{self.name}/{{id}}", self.name
         schemas = self.schemas
 
-        def add(route: str, method: str, what: Callable[..., Awaitable[Response]], summary: str, **more: Any) -> None:
-            status = more.pop("status", 200)
-            answers = more.pop("answers", {})
+        def add(
+            route: str,
+            method: str,
+            what: Callable[..., Awaitable[Response]],
+            summary: str,
+            *extra: dict[str, Any],
+            status: int = 200,
+            answers: dict[int | str, dict[str, Any]] = NO_ANSWERS,
+        ) -> None:
             operation = what.__name__
             routes.add_api_route(
                 route,
@@ -100,34 +125,35 @@ class _Collection:
                 tags=[name],
                 name=f"{operation}_{name}",
                 operation_id=f"{operation}_{name}",
-                openapi_extra=more,
+                openapi_extra=about(*extra),
             )
 
         document = {"content": {"application/json": {"schema": schemas.document}}, "description": "The document"}
-        matching = header("If-Match")
+        page = {"content": {"application/json": {"schema": schemas.page}}, "description": "One page"}
+        events = {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "Events"}
+        matching, unique = takes("If-Match"), may_fail("already_exists")
         add(
-            path, "GET", self.list, f"List {name}",
-            answers={200: {"content": {"application/json": {"schema": schemas.page}}, "description": "One page"}},
-            parameters=list(parameters_of(self.collection)),
+            path, "GET", self.list, f"List {name}", {"parameters": list(parameters_of(self.collection))},
+            answers={200: page},
         )  # fmt: skip
         add(
-            path, "POST", self.create, f"Add to {name}", status=201, answers={201: document},
-            **request_body(schemas.new),
+            path, "POST", self.create, f"Add to {name}", request_body(schemas.new), unique,
+            tells("ETag", "Location", status=201), status=201, answers={201: document},
         )  # fmt: skip
         add(
-            f"{path}:watch", "GET", self.watch, f"Watch {name}: server-sent events",
-            answers={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "Events"}},
+            f"{path}:watch", "GET", self.watch, f"Watch {name}: server-sent events", takes("Last-Event-ID"),
+            may_fail("gone"), {"parameters": [CURSOR], "x-events": EVENTS}, answers={200: events},
         )  # fmt: skip
-        add(one, "GET", self.get, f"One of {name}", answers={200: document, 304: {"description": "As before"}})
+        add(one, "GET", self.get, f"One of {name}", may_be_unchanged(), answers={200: document})
         add(
-            one, "PUT", self.put, f"Replace one of {name}, or add it", answers={200: document, 201: document},
-            parameters=[*matching, *header("If-None-Match")], **request_body(schemas.new),
+            one, "PUT", self.put, f"Replace one of {name}, or add it", request_body(schemas.new), matching, unique,
+            takes("If-None-Match"), tells("ETag"), tells("ETag", status=201), answers={200: document, 201: document},
         )  # fmt: skip
         add(
-            one, "PATCH", self.patch, f"Change some fields of one of {name}", answers={200: document},
-            parameters=matching, **request_body(schemas.changes),
+            one, "PATCH", self.patch, f"Change some fields of one of {name}", request_body(schemas.changes), matching,
+            unique, tells("ETag"), answers={200: document},
         )  # fmt: skip
-        add(one, "DELETE", self.delete, f"Remove one of {name}", status=204, parameters=matching)
+        add(one, "DELETE", self.delete, f"Remove one of {name}", matching, status=204)
 
     # --- Reading ----------------------------------------------------------------------------------------------
 
@@ -163,7 +189,9 @@ class _Collection:
         made = await self.database.create(
             context_of(request, _decoded(tenant)), entity, idempotency_key=idempotency_key(request)
         )
-        return self.answer(made, 201)
+        answer = self.answer(made, 201)
+        answer.headers["location"] = path_of(tenant, self.name, made.id)
+        return answer
 
     async def put(self, request: Request, tenant: str, id: str) -> Response:
         """201 if it was added, 200 if it was there."""
@@ -265,6 +293,12 @@ def _decoded(segment: str) -> str:
     return segment.replace(SLASH, "/")
 
 
+def path_of(tenant: str, collection: str, id: str) -> str:
+    """Where a document is read."""
+    segments = (quote(_decoded(segment), safe="") for segment in (tenant, collection, id))
+    return "/v1/tenants/" + "/".join(segments)
+
+
 def _changes_model(cls: type[Entity]) -> type[BaseModel]:
     """A model of some fields of an entity, none required: for PATCH."""
     fields: dict[str, Any] = {}
@@ -285,34 +319,67 @@ class _Schemas:
         new = _named(cls.model_json_schema(ref_template=template), name, "new")
         new["properties"] = {k: v for k, v in new["properties"].items() if k not in READ_ONLY}
         document = _named(cls.model_json_schema(ref_template=template, mode="serialization"), name, "document")
-        system = Entity.model_json_schema(mode="serialization")["properties"]
-        moment = {"type": "string", "format": "date-time"}
-        document["properties"] = {**system, **document["properties"], "created_at": moment, "updated_at": moment}
-        document["required"] = list(document["properties"])
-        for secret in cls.__collection__.secrets:
-            document["properties"][secret] = {"enum": [MASK, None], "description": "Never answered in clear."}
-        document["x-strongroom"] = json_schema(cls)["x-strongroom"]
         changes = _named(_changes_model(cls).model_json_schema(ref_template=template), name, "changes")
         for field in changes["properties"].values():
             field.pop("default", None)
-        defs = {}
-        for schema in (new, document, changes):
-            for title, nested in schema.pop("$defs", {}).items():
-                defs[f"{name}.{title}"] = nested
-        kept = {f"{name}.new": new, f"{name}.document": document, f"{name}.changes": changes, **defs}
-        self.new = {"$ref": f"#/components/schemas/{name}.new", "$defs": kept}
-        self.document = {"$ref": f"#/components/schemas/{name}.document"}
-        self.changes = {"$ref": f"#/components/schemas/{name}.changes"}
+        system = {
+            "id": {"type": "string", "minLength": 1},
+            "version": {"type": "integer", "minimum": 1},
+            "created_at": {"type": "string", "format": "date-time"},
+            "updated_at": {"type": "string", "format": "date-time"},
+        }
+        document["properties"] = {**system, **{k: v for k, v in document["properties"].items() if k not in system}}
+        document["required"] = list(document["properties"])
+        for secret in cls.__collection__.secrets:
+            document["properties"][secret] = {"enum": [MASK, None], "description": "Never answered in clear."}
+        for schema in (new, changes, document):
+            for spec in cls.__collection__.fields.values():
+                if spec.name not in cls.__collection__.secrets or schema is not document:
+                    _exactly(schema["properties"][spec.name], spec.type)
+        document["x-strongroom"] = json_schema(cls)["x-strongroom"]
+        self.new = new
+        self.changes = changes
+        kept = {f"{name}.document": document, **document.pop("$defs", {})}
+        self.document = {"$ref": f"#/components/schemas/{name}.document", "$defs": kept}
         self.page = {
             "type": "object",
             "properties": {
-                "items": {"type": "array", "items": self.document},
+                "items": {"type": "array", "items": {"$ref": f"#/components/schemas/{name}.document"}},
                 "next_cursor": {"type": ["string", "null"]},
             },
             "required": ["items", "next_cursor"],
+            "additionalProperties": False,
+            "$defs": kept,
         }
 
 
+_STORED: dict[tuple[FieldType, str], dict[str, Any]] = {
+    (FieldType.INT, "integer"): {"minimum": INT64_MIN, "maximum": INT64_MAX},
+    (FieldType.TEXT, "string"): {"pattern": "^[^\\u0000]*$"},
+    (FieldType.BYTES, "string"): {
+        "contentEncoding": "base64",
+        "pattern": "|".join(
+            f"^([{letters}]{{4}})*([{letters}][AQgw]==|[{letters}]{{2}}[AEIMQUYcgkosw048]=)?$"
+            for letters in ("A-Za-z0-9+/", "A-Za-z0-9_-")
+        ),
+    },
+    (FieldType.DECIMAL, "string"): {"pattern": "^[+-]?([0-9]+(\\.[0-9]*)?|\\.[0-9]+)([eE][+-]?[0-9]+)?$"},
+}
+"""What a store can keep of a type, where JSON Schema says more."""
+
+
+def _exactly(schema: dict[str, Any], kind: FieldType) -> None:
+    """Add what a store demands of a field, unless its own class demands more."""
+    for option in [schema, *schema.get("anyOf", ())]:
+        for name, bound in _STORED.get((kind, option.get("type", "")), {}).items():
+            option.setdefault(name, bound)
+        if kind is FieldType.BYTES:
+            option.pop("format", None)
+
+
 def _named(schema: dict[str, Any], collection: str, what: str) -> dict[str, Any]:
+    """The schema under its own name, and what it consists of under names that begin with the collection's."""
     schema["title"] = f"{collection}.{what}"
+    if "$defs" in schema:
+        schema["$defs"] = {f"{collection}.{name}": one for name, one in schema["$defs"].items()}
     return schema

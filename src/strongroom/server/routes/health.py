@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import PlainTextResponse
 
 from ... import health
 from ...errors import Unauthenticated, Unavailable
@@ -42,7 +43,7 @@ def router(services: Services) -> APIRouter:
         dependencies = {name: shown(dependency, may_see) for name, dependency in found.items()}
         return Json({"status": status, "ready": ready, "dependencies": dependencies}, 200 if ready else 503)
 
-    @routes.get("/metrics", summary="Metrics", response_class=Response)
+    @routes.get("/metrics", summary="Metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """This process's metrics in Prometheus' text format."""
         return Response(services.metrics.text(), media_type=CONTENT_TYPE)

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Annotated, Any
+from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request, Response
 
@@ -14,7 +15,7 @@ from ...errors import InvalidInput, NotFound, Problem
 from ...fairness import in_slices
 from ...keys import ApiKey, KeyStats
 from ..auth import Caller, Scope, is_management
-from ..openapi import body
+from ..openapi import about, body, may_be_unchanged, takes, tells
 from ..services import MAX_BATCH_ITEMS, Services
 from ..shapes import (
     DeleteQuery,
@@ -48,7 +49,13 @@ def router(services: Services) -> APIRouter:
     routes = APIRouter(prefix="/v1/keys", tags=["keys"])
     keys = services.room.keys
 
-    @routes.post("", status_code=201, response_model=IssuedKeyOut, openapi_extra=body(NewKey), summary="Make a key")
+    @routes.post(
+        "",
+        status_code=201,
+        response_model=IssuedKeyOut,
+        openapi_extra=about(body(NewKey), tells("ETag", "Location", status=201)),
+        summary="Make a key",
+    )
     async def create_key(request: Request) -> Response:
         """The answer has the key's text (`key`), this once. `tenant` is `default` unless the caller is bound to one.
         A key with a `strongroom:` permission is a management key: only an administrator makes one."""
@@ -56,7 +63,7 @@ def router(services: Services) -> APIRouter:
         new = await _parsed(request, NewKey, {"tenant": caller.tenant} if caller.tenant is not None else {})
         _guard(caller, new.permissions, new.tenant)
         issued = await keys.create(new, context=context_of(request), idempotency_key=idempotency_key(request))
-        return _answer(issued.key, 201, key=issued.text)
+        return _answer(issued.key, 201, {"location": f"/v1/keys/{quote(issued.key.id, safe='')}"}, key=issued.text)
 
     @routes.get("", response_model=KeyListOut, summary="List keys, newest first")
     async def list_keys(request: Request, query: Annotated[KeyListQuery, Query()]) -> Response:
@@ -64,7 +71,7 @@ def router(services: Services) -> APIRouter:
         page = await keys.list(**query.model_dump(), context=context_of(request))
         return Json({"items": await in_slices(ApiKey.shown, page.items), "next_cursor": page.next_cursor})
 
-    @routes.get("/{id}", response_model=KeyOut, summary="One key")
+    @routes.get("/{id}", response_model=KeyOut, openapi_extra=may_be_unchanged(), summary="One key")
     async def get_key(request: Request, id: str, query: Annotated[KeyQuery, Query()]) -> Response:
         caller_of(request).needs(Scope.READ)
         key = await keys.get(id, deleted=query.deleted, context=context_of(request))
@@ -72,7 +79,12 @@ def router(services: Services) -> APIRouter:
             return Response(status_code=304, headers={"etag": etag(key.version)})
         return _answer(key)
 
-    @routes.patch("/{id}", response_model=KeyOut, openapi_extra=body(KeyChanges), summary="Change some fields of a key")
+    @routes.patch(
+        "/{id}",
+        response_model=KeyOut,
+        openapi_extra=about(body(KeyChanges), takes("If-Match"), tells("ETag")),
+        summary="Change some fields of a key",
+    )
     async def update_key(request: Request, id: str) -> Response:
         """Fields that are not given stay. Usage stays counted where a limit's resource and window stay the same."""
         caller = _writer(request)
@@ -89,7 +101,9 @@ def router(services: Services) -> APIRouter:
             )
         return _answer(changed)
 
-    @routes.delete("/{id}", status_code=204, response_class=Response, summary="Delete a key")
+    @routes.delete(
+        "/{id}", status_code=204, response_class=Response, openapi_extra=takes("If-Match"), summary="Delete a key"
+    )
     async def delete_key(request: Request, id: str, query: Annotated[DeleteQuery, Query()]) -> Response:
         """Its texts are unknown from now on. For 30 days `restore` takes that back; then it is removed for good, with
         its usage. `purge` removes it for good now, one that was deleted before too."""
@@ -107,24 +121,31 @@ def router(services: Services) -> APIRouter:
             )
         return Response(status_code=204)
 
-    @routes.post("/{id}/restore", response_model=KeyOut, summary="Take the deletion of a key back")
+    @routes.post(
+        "/{id}/restore", response_model=KeyOut, openapi_extra=tells("ETag"), summary="Take the deletion of a key back"
+    )
     async def restore_key(request: Request, id: str) -> Response:
         """Within 30 days; the key is as it was. Of a key that was not deleted it changes nothing."""
         await _own(request, id, deleted=True)
         return _answer(await keys.restore(id, context=context_of(request)))
 
-    @routes.post("/{id}/disable", response_model=KeyOut, summary="Refuse a key from now on")
+    @routes.post(
+        "/{id}/disable", response_model=KeyOut, openapi_extra=tells("ETag"), summary="Refuse a key from now on"
+    )
     async def disable_key(request: Request, id: str) -> Response:
         await _own(request, id)
         return _answer(await keys.disable(id, context=context_of(request)))
 
-    @routes.post("/{id}/enable", response_model=KeyOut, summary="Accept a key again")
+    @routes.post("/{id}/enable", response_model=KeyOut, openapi_extra=tells("ETag"), summary="Accept a key again")
     async def enable_key(request: Request, id: str) -> Response:
         await _own(request, id)
         return _answer(await keys.enable(id, context=context_of(request)))
 
     @routes.post(
-        "/{id}/rotate", response_model=IssuedKeyOut, openapi_extra=body(RotateIn, required=False), summary="New text"
+        "/{id}/rotate",
+        response_model=IssuedKeyOut,
+        openapi_extra=about(body(RotateIn, required=False), takes("If-Match"), tells("ETag")),
+        summary="New text",
     )
     async def rotate_key(request: Request, id: str) -> Response:
         """The key gets a new text, shown this once; its id, limits and usage stay. The old text works for `overlap_s`
@@ -143,7 +164,12 @@ def router(services: Services) -> APIRouter:
             )
         return _answer(issued.key, key=issued.text or None)
 
-    @routes.post("/{id}/claim", response_model=IssuedKeyOut, summary="The text that a rotation has held")
+    @routes.post(
+        "/{id}/claim",
+        response_model=IssuedKeyOut,
+        openapi_extra=tells("ETag"),
+        summary="The text that a rotation has held",
+    )
     async def claim_key(request: Request, id: str) -> Response:
         """The text of a scheduled rotation, or of one with `hold`: shown this once, then forgotten. With an
         `Idempotency-Key` the same call again shows it again, for a day."""
@@ -192,8 +218,10 @@ def router(services: Services) -> APIRouter:
     return routes
 
 
-def _answer(found: ApiKey, status: int = 200, **more: Any) -> Response:
-    return Json({**found.shown(), **more}, status, headers={"etag": etag(found.version)})
+def _answer(
+    found: ApiKey, status: int = 200, headers: Mapping[str, str] = MappingProxyType({}), **more: Any
+) -> Response:
+    return Json({**found.shown(), **more}, status, headers={"etag": etag(found.version), **headers})
 
 
 def _writer(request: Request) -> Caller:

@@ -16,7 +16,7 @@ from ...fairness import in_slices
 from ...leaks import MAX_SIGHTINGS, Action, Done, Leak, LeakPolicy, PolicyFields, Sighting
 from ...query import DEFAULT_LIMIT, MAX_LIMIT
 from ..auth import Scope, authorization
-from ..openapi import body, request_body
+from ..openapi import about, body, request_body
 from ..services import Services
 from ..shapes import Closed
 from ..signers import IDENTIFIER, SIGNATURE
@@ -108,7 +108,7 @@ def router(services: Services) -> APIRouter:
     @routes.post(
         PATH,
         response_model=list[LabelOut],
-        openapi_extra={**request_body(sightings), "parameters": _SIGNED},
+        openapi_extra=about(request_body(sightings), {"parameters": _SIGNED}),
         summary="Report keys that were found in public",
     )
     async def report_leaks(request: Request) -> Response:

@@ -16,7 +16,7 @@ from ...quotas import QuotaKind
 from ...quotastore import NewQuota, Quota, QuotaChanges, QuotaFields
 from ...windows import MAX_LIMITS, Limit
 from ..auth import Scope
-from ..openapi import body
+from ..openapi import about, body, may_be_unchanged, may_fail, takes, tells
 from ..services import Services
 from ..shapes import Closed, LimitStatusOut, Number
 from ..wire import (
@@ -66,6 +66,8 @@ class QuotaIn(QuotaFields):
     limits: list[Limit] = Field(max_length=MAX_LIMITS)
 
 
+PUT = about(body(QuotaIn), takes("If-Match", "If-None-Match"), tells("ETag"), tells("ETag", status=201))
+CHANGE = about(body(QuotaChanges), takes("If-Match"), tells("ETag"))
 MADE: dict[int | str, dict[str, Any]] = {201: {"model": QuotaOut, "description": "It was made."}}
 
 
@@ -99,7 +101,12 @@ def router(services: Services) -> APIRouter:
         return Json({"items": await in_slices(Quota.model_dump, page.items), "next_cursor": page.next_cursor})
 
     # Before the routes with a name, which `stats` would be taken for.
-    @routes.get(PATH + "/tenant/{tenant}/stats", response_model=QuotaStatsOut, summary="Where a tenant's quota stands")
+    @routes.get(
+        PATH + "/tenant/{tenant}/stats",
+        response_model=QuotaStatsOut,
+        openapi_extra=may_fail("not_found"),
+        summary="Where a tenant's quota stands",
+    )
     async def tenant_quota_stats(request: Request, tenant: str) -> Response:
         return await stats(request, "tenant", tenant, "")
 
@@ -107,17 +114,17 @@ def router(services: Services) -> APIRouter:
     async def quota_stats(request: Request, kind: Kind, tenant: str, name: str) -> Response:
         return await stats(request, kind, tenant, name)
 
-    @routes.get(OF_TENANT, response_model=QuotaOut, summary="A tenant's quota")
+    @routes.get(OF_TENANT, response_model=QuotaOut, openapi_extra=may_be_unchanged(), summary="A tenant's quota")
     async def get_tenant_quota(request: Request, kind: TenantKind, tenant: str) -> Response:
         return await show(request, kind, tenant, "")
 
-    @routes.get(OF_NAME, response_model=QuotaOut, summary="A user's or a group's quota")
+    @routes.get(
+        OF_NAME, response_model=QuotaOut, openapi_extra=may_be_unchanged(), summary="A user's or a group's quota"
+    )
     async def get_quota(request: Request, kind: Kind, tenant: str, name: str) -> Response:
         return await show(request, kind, tenant, name)
 
-    @routes.put(
-        OF_TENANT, response_model=QuotaOut, responses=MADE, openapi_extra=body(QuotaIn), summary="Put a tenant's quota"
-    )
+    @routes.put(OF_TENANT, response_model=QuotaOut, responses=MADE, openapi_extra=PUT, summary="Put a tenant's quota")
     async def put_tenant_quota(request: Request, kind: TenantKind, tenant: str) -> Response:
         """201 if it was made, 200 if it replaced one. What was used stays counted where resource, window and scope stay
         the same. A caller who is bound to a tenant does not set the quota of that tenant itself."""
@@ -127,7 +134,7 @@ def router(services: Services) -> APIRouter:
         OF_NAME,
         response_model=QuotaOut,
         responses=MADE,
-        openapi_extra=body(QuotaIn),
+        openapi_extra=PUT,
         summary="Put a user's or a group's quota",
     )
     async def put_quota(request: Request, kind: Kind, tenant: str, name: str) -> Response:
@@ -135,26 +142,34 @@ def router(services: Services) -> APIRouter:
         the same."""
         return await put(request, kind, tenant, name)
 
-    @routes.patch(
-        OF_TENANT, response_model=QuotaOut, openapi_extra=body(QuotaChanges), summary="Change a tenant's quota"
-    )
+    @routes.patch(OF_TENANT, response_model=QuotaOut, openapi_extra=CHANGE, summary="Change a tenant's quota")
     async def change_tenant_quota(request: Request, kind: TenantKind, tenant: str) -> Response:
         """Fields that are not given stay."""
         return await change(request, kind, tenant, "")
 
-    @routes.patch(
-        OF_NAME, response_model=QuotaOut, openapi_extra=body(QuotaChanges), summary="Change a user's or a group's quota"
-    )
+    @routes.patch(OF_NAME, response_model=QuotaOut, openapi_extra=CHANGE, summary="Change a user's or a group's quota")
     async def change_quota(request: Request, kind: Kind, tenant: str, name: str) -> Response:
         """Fields that are not given stay."""
         return await change(request, kind, tenant, name)
 
-    @routes.delete(OF_TENANT, status_code=204, response_class=Response, summary="Remove a tenant's quota")
+    @routes.delete(
+        OF_TENANT,
+        status_code=204,
+        response_class=Response,
+        openapi_extra=takes("If-Match"),
+        summary="Remove a tenant's quota",
+    )
     async def delete_tenant_quota(request: Request, kind: TenantKind, tenant: str) -> Response:
         """What was counted against it goes as well."""
         return await remove(request, kind, tenant, "")
 
-    @routes.delete(OF_NAME, status_code=204, response_class=Response, summary="Remove a user's or a group's quota")
+    @routes.delete(
+        OF_NAME,
+        status_code=204,
+        response_class=Response,
+        openapi_extra=takes("If-Match"),
+        summary="Remove a user's or a group's quota",
+    )
     async def delete_quota(request: Request, kind: Kind, tenant: str, name: str) -> Response:
         """What was counted against it goes as well."""
         return await remove(request, kind, tenant, name)

@@ -12,7 +12,7 @@ from ...errors import InvalidInput, Problem, StrongroomError
 from ...recording import Usage
 from ...verification import cost_units
 from ..auth import Scope
-from ..openapi import body
+from ..openapi import about, body, may_fail
 from ..services import MAX_USAGE_ITEMS, Services
 from ..shapes import UsageBatchIn, UsageBatchOut, UsageIn, UsageOut
 from ..wire import Json, body_fields, caller_of, context_of, expect_object, idempotency_key, parse_json
@@ -24,7 +24,9 @@ def router(services: Services) -> APIRouter:
     routes = APIRouter(prefix="/v1/usage", tags=["usage"])
     keys = services.room.keys
 
-    @routes.post("", response_model=UsageOut, openapi_extra=body(UsageIn), summary="Record usage")
+    @routes.post(
+        "", response_model=UsageOut, openapi_extra=about(body(UsageIn), may_fail("not_found")), summary="Record usage"
+    )
     async def record_usage(request: Request) -> Response:
         """Counts on the key whatever its state, and past its limits: it has happened. Durable once it is answered, and
         counted once for one idempotency key (within a day)."""
@@ -46,7 +48,10 @@ def router(services: Services) -> APIRouter:
         return Json({"key_id": answer.key_id, "tenant": answer.tenant, "limits": answer.limits})
 
     @routes.post(
-        ":batch", response_model=UsageBatchOut, openapi_extra=body(UsageBatchIn), summary="Record much usage at once"
+        ":batch",
+        response_model=UsageBatchOut,
+        openapi_extra=about(body(UsageBatchIn), may_fail("not_found")),
+        summary="Record much usage at once",
     )
     async def record_batch(request: Request) -> Response:
         """As many single records, in one debit for each key. Nothing is counted if anything is wrong with one of them.

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from datetime import datetime
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, Field
@@ -25,7 +26,7 @@ from ...webhooks import (
     WebhookFields,
 )
 from ..auth import Caller, Scope
-from ..openapi import body
+from ..openapi import about, body, may_be_unchanged, takes, tells
 from ..services import Services
 from ..shapes import Closed
 from ..wire import (
@@ -132,7 +133,11 @@ def _endpoints(routes: APIRouter, services: Services) -> None:
     path = "/v1/webhooks"
 
     @routes.post(
-        path, status_code=201, response_model=IssuedWebhookOut, openapi_extra=body(NewWebhook), summary="Make a webhook"
+        path,
+        status_code=201,
+        response_model=IssuedWebhookOut,
+        openapi_extra=about(body(NewWebhook), tells("ETag", "Location", status=201)),
+        summary="Make a webhook",
     )
     async def create_webhook(request: Request) -> Response:
         """The answer has the endpoint's secret, this once. `tenant` is `default` unless the caller is bound to one; `*`
@@ -148,7 +153,7 @@ def _endpoints(routes: APIRouter, services: Services) -> None:
         page = await webhooks.list(**query.model_dump(), context=context_of(request))
         return Json({"items": await in_slices(shown, page.items), "next_cursor": page.next_cursor})
 
-    @routes.get(path + "/{id}", response_model=WebhookOut, summary="One webhook")
+    @routes.get(path + "/{id}", response_model=WebhookOut, openapi_extra=may_be_unchanged(), summary="One webhook")
     async def get_webhook(request: Request, id: str) -> Response:
         caller_of(request).needs(Scope.READ)
         webhook = await webhooks.get(id, context=context_of(request))
@@ -159,7 +164,7 @@ def _endpoints(routes: APIRouter, services: Services) -> None:
     @routes.patch(
         path + "/{id}",
         response_model=WebhookOut,
-        openapi_extra=body(WebhookChanges),
+        openapi_extra=about(body(WebhookChanges), takes("If-Match"), tells("ETag")),
         summary="Change some fields of a webhook",
     )
     async def update_webhook(request: Request, id: str) -> Response:
@@ -176,7 +181,13 @@ def _endpoints(routes: APIRouter, services: Services) -> None:
             )
         return _answer(changed)
 
-    @routes.delete(path + "/{id}", status_code=204, response_class=Response, summary="Remove a webhook")
+    @routes.delete(
+        path + "/{id}",
+        status_code=204,
+        response_class=Response,
+        openapi_extra=takes("If-Match"),
+        summary="Remove a webhook",
+    )
     async def delete_webhook(request: Request, id: str) -> Response:
         """What was not delivered to it yet is not delivered any more."""
         _writer(request)
@@ -189,7 +200,7 @@ def _endpoints(routes: APIRouter, services: Services) -> None:
     @routes.post(
         path + "/{id}/rotate-secret",
         response_model=IssuedWebhookOut,
-        openapi_extra=body(RotateSecretIn, required=False),
+        openapi_extra=about(body(RotateSecretIn, required=False), takes("If-Match"), tells("ETag")),
         summary="New secret",
     )
     async def rotate_webhook_secret(request: Request, id: str) -> Response:
@@ -259,7 +270,10 @@ def _answer(webhook: Webhook, status: int = 200, **more: Any) -> Response:
 
 
 def _issued(made: IssuedWebhook, status: int) -> Response:
-    return _answer(made.webhook, status, secret=made.secret)
+    answer = _answer(made.webhook, status, secret=made.secret)
+    if status == 201:
+        answer.headers["location"] = f"/v1/webhooks/{quote(made.webhook.id, safe='')}"
+    return answer
 
 
 def _writer(request: Request) -> Caller:
