@@ -9,6 +9,8 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
+# Bytecode is kept, whatever the shell says: each of the many processes of a test run would compile every module again.
+unexport PYTHONDONTWRITEBYTECODE
 
 pip := .venv/bin/python -m pip --disable-pip-version-check -qq
 typed := src $(foreach folder,benchmarks examples tests,$(if $(shell find $(folder) -name '*.py' -print -quit 2>/dev/null),$(folder)))

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import asyncpg
@@ -86,8 +87,14 @@ def make_cluster(binaries: Path, folder: Path) -> Path:
     return data
 
 
-def server_command(binaries: Path, data: Path, port: int) -> list[str]:
-    """How the server is run: durable, as in production."""
+FOR_ONE_RUN = {"fsync": "off", "full_page_writes": "off", "autovacuum": "off", "jit": "off"}
+"""What a server may save whose data nobody needs after the run, and that nobody kills while it lasts."""
+
+
+def server_command(
+    binaries: Path, data: Path, port: int, changed: Mapping[str, str] = MappingProxyType({})
+) -> list[str]:
+    """How the server is run: durable, as in production, unless settings are `changed`."""
     settings = {
         "listen_addresses": "127.0.0.1",
         "unix_socket_directories": "",
@@ -96,6 +103,7 @@ def server_command(binaries: Path, data: Path, port: int) -> list[str]:
         "fsync": "on",
         "synchronous_commit": "on",
         "log_min_messages": "fatal",
+        **changed,
     }
     options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
     return as_unprivileged([str(binaries / "postgres"), "-D", str(data), *options])
@@ -179,7 +187,7 @@ def start(request: pytest.FixtureRequest, name: str, binaries: Path) -> Server:
         port = free_port()
         data = make_cluster(binaries, folder)
         wrapper = [sys.executable, "-c", REMOVED_AT_THE_END, str(data.parent)]
-        return Command([*wrapper, *server_command(binaries, data, port)], {"port": port})
+        return Command([*wrapper, *server_command(binaries, data, port, FOR_ONE_RUN)], {"port": port})
 
     def ready(facts: Mapping[str, Any]) -> bool:
         if not accepts(facts["port"]):
