@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -36,6 +38,19 @@ settings.register_profile(
     "thorough", settings.get_profile("quick"), max_examples=200, derandomize=False, print_blob=True
 )
 settings.load_profile("quick")
+
+
+def pytest_configure() -> None:
+    # A shell starts what is in the background with SIGINT ignored, and children inherit that: Ctrl-C would do nothing.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    # The tests themselves, and what they import, are there to the end: collections of garbage need not look at them.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 100)
 
 
 def missing(what: str, how_to_get_it: str) -> NoReturn:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
+import shutil
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import strongroom.app
 from strongroom import Limit, Rolling, Strongroom
-from strongroom.entity import Collection, Document
+from strongroom.entity import Collection, Document, Registry
 from strongroom.query import Aggregate, Filter, Query
 from strongroom.storage import open_store
 from strongroom.storage.port import Batch, Capabilities, ChangesPage, Committed, Health, SchemaChange, Store
@@ -129,6 +132,8 @@ async def opened(
 ) -> AsyncIterator[tuple[Strongroom, FaultyStore]]:
     """A Strongroom over a FaultyStore. `beside`: another node on that one's store; a file is opened once more."""
     wrapped: list[FaultyStore] = []
+    if url.startswith("sqlite:///"):
+        await _with_schema(Path(unquote(url.removeprefix("sqlite:///"))))
 
     async def open_faulty(url: str) -> FaultyStore:
         if beside is not None and not beside.capabilities.multi_process:
@@ -144,6 +149,26 @@ async def opened(
         yield room, wrapped[0]
     finally:
         await manager.__aexit__(None, None, None)
+
+
+_template: Path | None = None
+"""An empty SQLite file with the schema of Strongroom's own entities."""
+
+
+async def _with_schema(file: Path) -> None:
+    """Begin a new SQLite file as a copy of one that has the schema: making that takes longer than most tests."""
+    global _template  # noqa: PLW0603 - one for each test process
+    if file.exists() or file.with_name(file.name + "-wal").exists():
+        return
+    if _template is None:
+        folder = Path(tempfile.mkdtemp(prefix="strongroom-template-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        made = folder / "template.db"
+        store = await open_store(f"sqlite:///{quote(str(made))}")
+        await store.prepare(Registry(strongroom.app.SYSTEM_ENTITIES).collections)
+        await store.close()
+        _template = made
+    shutil.copyfile(_template, file)
 
 
 def rolling(resource: str, limit: int, seconds: int = 3600) -> Limit:
