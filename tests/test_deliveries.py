@@ -486,6 +486,18 @@ async def test_many_events_are_each_delivered_once(tmp_path: Path, receiver: Rec
     )
 
 
+async def test_what_waits_for_a_busy_endpoint_is_sent_as_soon_as_that_has_room(
+    tmp_path: Path, receiver: Receiver
+) -> None:
+    # What a search puts off for a busy endpoint is due again after about the time that one attempt may take.
+    patient = partial(Sender, total_timeout_s=3_600.0)
+    async with delivering(new_url("sqlite", tmp_path), sender=patient) as (room, _):
+        await endpoint(room, receiver)
+        ids = [await emit(room, number=number) for number in range(3 * MAX_SENDING_EACH)]
+        await wait_until(lambda: room.deliveries.attempts.counts["delivered"] == len(ids))
+        assert sorted(receiver.ids) == sorted(ids)
+
+
 # --- Nodes ----------------------------------------------------------------------------------------------------
 
 

@@ -46,6 +46,8 @@ JOB = "webhook-deliveries"
 MAX_SENDING = 64
 """Attempts under way at once in one process; of one endpoint MAX_SENDING_EACH, so that one that hangs leaves room."""
 MAX_SENDING_EACH = 4
+MAX_PUT_OFF = 10_000
+"""Deliveries that this process remembers as waiting for a busy endpoint; further ones become due by themselves."""
 MAX_FRESH = 10_000
 """Events of this process that wait to be taken up at once; further ones are found like those of others."""
 PAGE = 100
@@ -87,6 +89,9 @@ class Deliveries:
         self._sending: dict[asyncio.Task[None], Delivery] = {}
         self._busy: Counter[str] = Counter()
         """Attempts under way, by endpoint."""
+        self._put_off: dict[str, deque[Delivery]] = {}
+        """Deliveries that wait until their endpoint has room, by endpoint."""
+        self._look_now = False
         self._task: asyncio.Task[None] | None = None
         self.waiting = 0
         """Deliveries of the store that are neither delivered nor dead, as counted every `count_every_s`."""
@@ -160,9 +165,9 @@ class Deliveries:
 
     def wake(self, event_ids: Iterable[str] = ()) -> None:
         """Look now: these events were committed by this process, or something else became due."""
-        for id in event_ids:
-            if len(self._fresh) < MAX_FRESH:
-                self._fresh.append(id)
+        ids = list(event_ids)
+        self._fresh.extend(ids[: MAX_FRESH - len(self._fresh)])
+        self._look_now = self._look_now or not ids
         self._wake.set()
 
     def _committed(self, transaction: Transaction) -> None:
@@ -194,7 +199,9 @@ class Deliveries:
             task.cancel()
         if given_up:
             await asyncio.wait(given_up)
-            await self._give_back(given_up.values())
+        waiting = [delivery for several in self._put_off.values() for delivery in several]
+        if given_up or waiting:
+            await self._give_back([*given_up.values(), *waiting])
         await self._sender.close()
 
     async def _give_back(self, deliveries: Iterable[Delivery]) -> None:
@@ -215,7 +222,9 @@ class Deliveries:
             try:
                 while self._fresh and len(self._sending) < MAX_SENDING:
                     await self._take_up(self._fresh.popleft(), None)
-                if loop.time() >= look_at:
+                await self._send_put_off()
+                if self._look_now or loop.time() >= look_at:
+                    self._look_now = False
                     look_at = loop.time() + self._timing.poll_s * random.uniform(1.0, 1.2)  # noqa: S311 - jitter
                     look_at = min(look_at, loop.time() + await self._sweep())
             except Exception as error:
@@ -223,13 +232,9 @@ class Deliveries:
                 level = logging.WARNING if isinstance(error, StrongroomError) else logging.ERROR
                 _log.log(level, "webhooks: trying again: %s", error, exc_info=level == logging.ERROR)
                 look_at = loop.time() + self._timing.poll_s
-            try:
+            with suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, look_at - loop.time())):
                     await self._wake.wait()
-            except TimeoutError:
-                continue
-            if not self._fresh:  # told of something else that is due
-                look_at = loop.time()
 
     # --- Taking events up -------------------------------------------------------------------------------------
 
@@ -262,8 +267,12 @@ class Deliveries:
             return  # another node was faster, and tells; or the lease was lost, which its next use tells
         for number, delivery in enumerate(made):
             delivery.version = committed.versions[first + number]
-        for delivery in claimed:
-            self._begin(delivery)
+        begun = {delivery.id for delivery in claimed}
+        for delivery in made:
+            if delivery.id in begun:
+                self._begin(delivery)
+            else:
+                self._remember(delivery)
 
     async def _wanting(self, event: Event) -> Sequence[Webhook]:
         tenants = [event.tenant] if event.tenant == ALL_TENANTS else [event.tenant, ALL_TENANTS]
@@ -342,14 +351,19 @@ class Deliveries:
             await turn.save(None)  # raises if the lease was lost, for which nothing above succeeded
 
     async def _claim_one(self, delivery: Delivery, turn: Turn) -> None:
-        """Begin an attempt; if its endpoint is busy, put it off, so that those behind it come into view."""
+        """Begin an attempt. If its endpoint is busy, put it off, so that the search finds the deliveries behind it; this
+        process sends it as soon as the endpoint has room, any other process once it is due again."""
         now = utc_from_us(self._clock.now_us())
         if len(self._sending) >= MAX_SENDING:
             return  # it stays due
         has_room = self._has_room(delivery.webhook_id)
         wait = self._claim if has_room else timedelta(seconds=self._sender.total_timeout_s * random.uniform(0.5, 1.5))  # noqa: S311
-        if await self.attempts.save(delivery, guard=turn.guard, due_at=now + wait) and has_room:
+        if not await self.attempts.save(delivery, guard=turn.guard, due_at=now + wait):
+            return
+        if has_room:
             self._begin(delivery)
+        else:
+            self._remember(delivery)
 
     async def _due(self, cls: type[E]) -> Sequence[E]:
         now = utc_from_us(self._clock.now_us())
@@ -366,6 +380,22 @@ class Deliveries:
 
     # --- One attempt ------------------------------------------------------------------------------------------
 
+    def _remember(self, delivery: Delivery) -> None:
+        """Send this delivery when its endpoint has room."""
+        if sum(map(len, self._put_off.values())) < MAX_PUT_OFF:
+            self._put_off.setdefault(delivery.webhook_id, deque()).append(delivery)
+
+    async def _send_put_off(self) -> None:
+        """Begin attempts that were put off and whose endpoint has room now, unless another node has claimed them."""
+        for webhook_id, several in list(self._put_off.items()):
+            while several and self._has_room(webhook_id) and len(self._sending) < MAX_SENDING:
+                delivery = several.popleft()
+                due_at = utc_from_us(self._clock.now_us()) + self._claim
+                if await self.attempts.save(delivery, due_at=due_at):
+                    self._begin(delivery)
+            if not several:
+                self._put_off.pop(webhook_id, None)
+
     def _has_room(self, webhook_id: str) -> bool:
         return self._busy[webhook_id] < MAX_SENDING_EACH
 
@@ -380,7 +410,7 @@ class Deliveries:
         self._busy[delivery.webhook_id] -= 1
         if not self._busy[delivery.webhook_id]:
             del self._busy[delivery.webhook_id]
-        if self._fresh:
+        if self._fresh or self._put_off:
             self._wake.set()
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("an attempt at %s failed, it is made again later", delivery.id, exc_info=error)
