@@ -133,7 +133,9 @@ async def opened(
     """A Strongroom over a FaultyStore. `beside`: another node on that one's store; a file is opened once more."""
     wrapped: list[FaultyStore] = []
     if url.startswith("sqlite:///"):
-        await _with_schema(Path(unquote(url.removeprefix("sqlite:///"))))
+        file = Path(unquote(url.removeprefix("sqlite:///")))
+        if not file.exists():  # noqa: ASYNC240 - a look takes microseconds
+            shutil.copyfile(await _template(), file)
 
     async def open_faulty(url: str) -> FaultyStore:
         if beside is not None and not beside.capabilities.multi_process:
@@ -151,24 +153,22 @@ async def opened(
         await manager.__aexit__(None, None, None)
 
 
-_template: Path | None = None
-"""An empty SQLite file with the schema of Strongroom's own entities."""
+_made_template: Path | None = None
 
 
-async def _with_schema(file: Path) -> None:
-    """Begin a new SQLite file as a copy of one that has the schema: making that takes longer than most tests."""
-    global _template  # noqa: PLW0603 - one for each test process
-    if file.exists() or file.with_name(file.name + "-wal").exists():
-        return
-    if _template is None:
+async def _template() -> Path:
+    """An empty SQLite file with the schema of Strongroom's own entities. A new file is a copy of it, because making the
+    schema takes longer than most tests."""
+    global _made_template  # noqa: PLW0603 - one for each test process
+    if _made_template is None:
         folder = Path(tempfile.mkdtemp(prefix="strongroom-template-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         made = folder / "template.db"
         store = await open_store(f"sqlite:///{quote(str(made))}")
         await store.prepare(Registry(strongroom.app.SYSTEM_ENTITIES).collections)
         await store.close()
-        _template = made
-    shutil.copyfile(_template, file)
+        _made_template = made
+    return _made_template
 
 
 def rolling(resource: str, limit: int, seconds: int = 3600) -> Limit:

@@ -19,7 +19,7 @@ import pytest
 
 from strongroom import Strongroom, attempts, deliveries
 from strongroom.attempts import MAX_ATTEMPTS, Delivery, backoff_s
-from strongroom.context import system_context
+from strongroom.context import system_context, utc_from_us
 from strongroom.deliveries import MAX_SENDING_EACH
 from strongroom.errors import ConfigError, Conflict, NotFound, Unavailable
 from strongroom.events import NAME as EVENTS
@@ -489,11 +489,27 @@ async def test_many_events_are_each_delivered_once(tmp_path: Path, receiver: Rec
 async def test_what_waits_for_a_busy_endpoint_is_sent_as_soon_as_that_has_room(
     tmp_path: Path, receiver: Receiver
 ) -> None:
-    # What a search puts off for a busy endpoint is due again after about the time that one attempt may take.
+    room_again = asyncio.Event()
+
+    async def answer_later(writer: asyncio.StreamWriter) -> None:
+        await room_again.wait()
+        writer.write(OK)
+        await writer.drain()
+
+    receiver.answer = answer_later
+    # A search that finds an endpoint busy puts its deliveries off for about the time that one attempt may take.
     patient = partial(Sender, total_timeout_s=3_600.0)
     async with delivering(new_url("sqlite", tmp_path), sender=patient) as (room, _):
-        await endpoint(room, receiver)
+        made = await endpoint(room, receiver)
         ids = [await emit(room, number=number) for number in range(3 * MAX_SENDING_EACH)]
+
+        async def put_off() -> bool:
+            now = utc_from_us(room.clock.now_us())
+            return all(one.due_at and one.due_at > now for one in (await room.deliveries.list(made.webhook.id)).items)
+
+        await wait_until(put_off)
+        await wait_until(lambda: receiver.inside == MAX_SENDING_EACH)
+        room_again.set()
         await wait_until(lambda: room.deliveries.attempts.counts["delivered"] == len(ids))
         assert sorted(receiver.ids) == sorted(ids)
 

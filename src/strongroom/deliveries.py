@@ -351,8 +351,9 @@ class Deliveries:
             await turn.save(None)  # raises if the lease was lost, for which nothing above succeeded
 
     async def _claim_one(self, delivery: Delivery, turn: Turn) -> None:
-        """Begin an attempt. If its endpoint is busy, put it off, so that the search finds the deliveries behind it; this
-        process sends it as soon as the endpoint has room, any other process once it is due again."""
+        """Begin an attempt. If its endpoint is busy, put it off, so that the search finds the deliveries behind it.
+
+        This process sends it as soon as the endpoint has room, any other process once it is due again."""
         now = utc_from_us(self._clock.now_us())
         if len(self._sending) >= MAX_SENDING:
             return  # it stays due
