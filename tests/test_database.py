@@ -17,7 +17,6 @@ from pydantic import Field, model_validator
 
 from strongroom import Aggregate, Context, Counter, Database, Entity, Index, Indexed, Query, Registry, Secret, Where
 from strongroom.context import system_context
-from strongroom.database import Idempotency, IdempotentCall, Replayed
 from strongroom.errors import (
     AlreadyExists,
     BoundExceeded,
@@ -28,6 +27,7 @@ from strongroom.errors import (
     TooLarge,
     Unavailable,
 )
+from strongroom.idempotency import Idempotency, IdempotentCall, Replayed
 from strongroom.rules import Decision, Request, default_policy
 from strongroom.storage import open_store
 from strongroom.storage.port import MAX_OPERATIONS, Record

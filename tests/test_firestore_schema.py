@@ -14,9 +14,9 @@ from strongroom.apikey import ApiKey
 from strongroom.cli import main
 from strongroom.cli.estimate import OPERATIONS, PRICES, Load, estimate, load_of
 from strongroom.context import Context
-from strongroom.database import IdempotentCall
 from strongroom.entity import FieldSpec, FieldType, Index
 from strongroom.errors import InvalidInput, StoreError
+from strongroom.idempotency import IdempotentCall
 from strongroom.query import Aggregate, Or, Query, Where
 from strongroom.state import Action, Policy, Signal
 from strongroom.storage._firestore_schema import FIRESTORE_RULES, firestore_indexes

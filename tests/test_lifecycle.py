@@ -15,8 +15,8 @@ import time_machine
 
 from strongroom import ApiKey, Entity, Query, Strongroom, lifecycle
 from strongroom.context import system_context
-from strongroom.database import IdempotentCall
 from strongroom.errors import ConfigError
+from strongroom.idempotency import IdempotentCall
 from strongroom.leases import LeaseLost, Turn
 from strongroom.lifecycle import PAGE, Retention, Sweeper
 from tests.conftest import backend_of

@@ -583,7 +583,7 @@ async def test_usage_stays_where_a_limit_is_changed(cluster: Cluster) -> None:
 
 
 def recording(node: Node, key: ApiKey, idempotency_key: str, cost: dict[str, int]) -> asyncio.Future[Outcome]:
-    once = node.database.once_only(f"usage\x00{key.id}", idempotency_key)
+    once = node.database.once("usage", "system", idempotency_key, key.id)
     return node.ledger.charge(metered(key), cost, force=True, once=once)
 
 

@@ -17,11 +17,12 @@ from .cache import Cache
 from .changes import POLL_S, ChangeFeed
 from .clock import MachineClock, StoreClock, clock_of
 from .context import Context, system_context
-from .database import Database, IdempotentCall, Page, StoreState
+from .database import Database, Page, StoreState
 from .deliveries import Deliveries, Delivery
 from .entity import Entity, Registry, Secret
 from .errors import AlreadyExists, ConfigError, StrongroomError
 from .events import Event
+from .idempotency import IdempotentCall
 from .keys import ApiKey, Keys
 from .keysources import KeySource
 from .keysources import load as load_sources
@@ -136,12 +137,10 @@ class Strongroom:
         """
         registry = Registry((*SYSTEM_ENTITIES, *entities))
         async with AsyncExitStack() as stack:
-            store, database = await _opened(stack, url, registry, policy)
+            store, database, clock = await _opened(stack, url, registry, policy)
             stack.push_async_callback(database.denials.close)
             hasher = await _hasher(database, peppers)
-            clock = clock_of(store)
-            await clock.start()
-            stack.push_async_callback(clock.close)
+            database.calls.use(hasher)
             ledger = Ledger(database, store, clock)
             stack.push_async_callback(ledger.close)
             feed = ChangeFeed(store)
@@ -240,7 +239,9 @@ class Strongroom:
         await self._reload_peppers()
 
     async def _reload_peppers(self) -> None:
-        self.keys.use(await _hasher(self.database, self._configured_peppers))
+        hasher = await _hasher(self.database, self._configured_peppers)
+        self.keys.use(hasher)
+        self.database.calls.use(hasher)
 
     async def _reload_until_done(self) -> None:
         while self._reload_again:
@@ -316,14 +317,17 @@ class Tenant:
 
 async def _opened(
     stack: AsyncExitStack, url: str, registry: Registry, policy: Policy
-) -> tuple[ObservedStore, Database]:
-    """The store, with the schema that the declarations ask for, and the database over it."""
+) -> tuple[ObservedStore, Database, MachineClock | StoreClock]:
+    """The store, with the schema that the declarations ask for, the database over it, and its clock."""
     store = ObservedStore(await open_store(url))
     stack.push_async_callback(store.close)
     await store.prepare(registry.collections)
-    database = Database(store, registry, policy)
+    clock = clock_of(store)
+    await clock.start()
+    stack.push_async_callback(clock.close)
+    database = Database(store, registry, policy, clock)
     await database.load_state()
-    return store, database
+    return store, database, clock
 
 
 def _lending(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import msgspec
 
@@ -37,6 +37,8 @@ MAX_ONCE = 400
 MAX_GROUP_OPERATIONS = 450
 MAX_EVENT_CHARS = 400_000
 """Of one commit's events, at most; the thresholds that are crossed beyond are told of in the next one."""
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(list[tuple[str, str, int, int | None, int, int, int]]).decode
 
 
 class Watcher(Protocol):
@@ -49,6 +51,22 @@ class Watcher(Protocol):
     def on_crossing(self, crossing: Crossing) -> Sequence[Put]:
         """What commits with a crossing."""
         ...
+
+
+class Once(NamedTuple):
+    """A charge that may be made only once: the id of its record, the operation that makes it, and the fingerprints that
+    stand for the same request (under each pepper)."""
+
+    id: str
+    operation: Create | Put
+    alike: frozenset[str]
+
+
+class Happened(NamedTuple):
+    """What the record of a charge that may happen only once holds: which request it was, and where the limits stood."""
+
+    fingerprint: str
+    memo: bytes | None
 
 
 class KeyChanged(Exception):
@@ -74,7 +92,7 @@ class Charge(msgspec.Struct, eq=False):
     metered: Metered
     cost: Cost
     force: bool
-    once: tuple[str, Create | Put] | None
+    once: Once | None
     future: asyncio.Future[Outcome] | None
     count: int = 1
     used_at_us: int | None = None
@@ -189,8 +207,8 @@ def _cut(group: Group, accounts: Mapping[str, Account]) -> tuple[Group, list[Cha
 
 
 class Decision:
-    """Decides one group: `accounts` are those of its parts, `wallets` this node's leases, `repeated` the fingerprints
-    of what happened before and may not happen again."""
+    """Decides one group: `accounts` are those of its parts, `wallets` this node's leases, `repeated` what happened
+    before and may not happen again."""
 
     def __init__(
         self,
@@ -198,7 +216,7 @@ class Decision:
         accounts: Mapping[str, Account],
         wallets: Mapping[str, Wallet],
         now_us: int,
-        repeated: dict[str, str],
+        repeated: dict[str, Happened],
         lease_us: int | None,
         watcher: Watcher | None = None,
     ) -> None:
@@ -243,8 +261,8 @@ class Decision:
             return
         if charge.hold is None and charge.once is None and len(metered.parts) == 1 and self._simply(charge):
             return
-        if charge.once is not None and charge.once[0] in self._repeated:
-            self._repeat(charge, charge.once)
+        if charge.once is not None and (before := self._repeated.get(charge.once.id)) is not None:
+            self._repeat(charge, charge.once, before)
             return
         asked = [part.asked(charge.model, charge.route) for part in metered.parts]
         if charge.hold is not None and not self._may_hold(charge, charge.hold):
@@ -262,11 +280,12 @@ class Decision:
             if not charge.force:
                 self._want(part.id, allowances, charge.cost if charge.hold is None else charge.hold.cost)
         self._guard(metered.guard)
+        statuses = self._statuses(metered, asked)
         if charge.once is not None:
-            self._happens_once(charge)
+            self._happens_once(charge, charge.once, statuses)
         if charge.also is not None:
             self._extra.append((charge.also, charge))
-        self._answers.append((charge, Outcome(True, self._statuses(metered, asked), self._now_us)))
+        self._answers.append((charge, Outcome(True, statuses, self._now_us)))
 
     def _is_stale(self, charge: Charge) -> bool:
         """Whether the key, or a quota, is known to have changed; then the charge has failed."""
@@ -348,8 +367,8 @@ class Decision:
         """Record a use of before where it still counts; all of it, whatever the limits."""
         if self._is_stale(charge):
             return
-        if charge.once is not None and charge.once[0] in self._repeated:
-            self._repeat(charge, charge.once)
+        if charge.once is not None and (before := self._repeated.get(charge.once.id)) is not None:
+            self._repeat(charge, charge.once, before)
             return
         parts = charge.metered.parts
         asked = [part.asked(charge.model, charge.route) for part in parts]
@@ -364,23 +383,27 @@ class Decision:
         for part, account in zip(parts, accounts, strict=True):
             account.tally(charge.cost, charge.count, moment_us)
             self._changed.add(part.id)
+        statuses = self._statuses(charge.metered, asked)
         if charge.once is not None:
-            self._happens_once(charge)
-        self._answers.append((charge, Outcome(True, self._statuses(charge.metered, asked), self._now_us)))
+            self._happens_once(charge, charge.once, statuses)
+        self._answers.append((charge, Outcome(True, statuses, self._now_us)))
 
-    def _happens_once(self, charge: Charge) -> None:
+    def _happens_once(self, charge: Charge, once: Once, statuses: Sequence[Status]) -> None:
         """Whoever asks for the same again is answered by this; what was denied may be asked again, and decided anew."""
-        if charge.once is not None:
-            id, operation = charge.once
-            self._repeated[id] = operation.document["fingerprint"]
-            self._extra.append((operation, None))
+        document = once.operation.document
+        document["memo"] = kept_statuses(charge.metered, statuses)
+        self._repeated[once.id] = Happened(document["fingerprint"], document["memo"])
+        self._extra.append((once.operation, None))
 
-    def _repeat(self, charge: Charge, once: tuple[str, Create | Put]) -> None:
-        if self._repeated[once[0]] != once[1].document["fingerprint"]:
+    def _repeat(self, charge: Charge, once: Once, before: Happened) -> None:
+        """Answer as the first time. Where the record holds no statuses (an earlier version wrote it), as things are."""
+        if before.fingerprint not in once.alike:
             fail(charge, Conflict("the idempotency key was used for a different request: take a new one"))
             return
-        asked = [part.asked(charge.model, charge.route) for part in charge.metered.parts]
-        statuses = self._statuses(charge.metered, asked)
+        statuses = statuses_kept(charge.metered, before.memo)
+        if statuses is None:
+            asked = [part.asked(charge.model, charge.route) for part in charge.metered.parts]
+            statuses = self._statuses(charge.metered, asked)
         self._answers.append((charge, Outcome(True, statuses, self._now_us, repeated=True)))
 
     def _may_hold(self, charge: Charge, hold: HoldChange) -> bool:
@@ -525,6 +548,26 @@ class Decision:
             decided.wallets.append((wallet, wallet.totals_now()))  # of the new shares as well, so that they are lent
 
 
+def kept_statuses(metered: Metered, statuses: Sequence[Status]) -> bytes:
+    """Where limits stood, as the record of a charge that may happen only once keeps it."""
+    whose = {id(one): part.id for part in metered.parts for one in part.allowances}
+    names = [(whose[id(one.allowance)], one.allowance.id) for one in statuses]
+    numbers = [(one.used, one.resets_at_us, one.recorded, one.reserved, one.leased) for one in statuses]
+    return _encode([(*name, *number) for name, number in zip(names, numbers, strict=True)])
+
+
+def statuses_kept(metered: Metered, memo: bytes | None) -> tuple[Status, ...] | None:
+    """What `kept_statuses` was given, of the limits that are still there; None if nothing was kept."""
+    if not memo:
+        return None
+    there = {(part.id, one.id): one for part in metered.parts for one in part.allowances}
+    return tuple(
+        Status(allowance, used, resets_at_us, recorded, reserved, leased)
+        for part, limit, used, resets_at_us, recorded, reserved, leased in _decode(memo)
+        if (allowance := there.get((part, limit))) is not None
+    )
+
+
 def _wanted(
     charge: Charge, account: Account, allowances: Iterable[Allowance], now_us: int
 ) -> list[tuple[Allowance, int]]:
@@ -598,4 +641,6 @@ def fail(charge: Charge, error: Exception) -> None:
         charge.future.set_exception(error)
 
 
-__all__ = ["CONCURRENCY", "Charge", "Decided", "Decision", "Group", "HoldChange", "KeyChanged"]
+__all__ = [
+    "CONCURRENCY", "Charge", "Decided", "Decision", "Group", "Happened", "HoldChange", "KeyChanged", "Once",
+]  # fmt: skip

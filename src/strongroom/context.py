@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 from .errors import InvalidInput, Problem
 
@@ -142,20 +142,29 @@ def text_problem(value: object, max_bytes: int) -> str | None:
     return None
 
 
+class MachineTime(int):
+    """A moment that this machine's clock gave, in microseconds: whoever knows the store's clock takes that instead."""
+
+
+class _HasNow(Protocol):
+    def now_us(self) -> int: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Context:
     """One caller's call.
 
     `tenant` is the tenant whose data the call sees, or None for the platform itself (no tenant's data).
     `actor` names who acts, for the journal (`key:…`, `user:…`, `system`). `claims` are what the rules may ask
-    (`{"admin": True}`). `now` is read once, when the call begins, so that every line of it agrees.
+    (`{"admin": True}`). `now` is read once, when the call begins, so that every line of it agrees: from
+    the store's clock, unless `now_us` says when it is.
     """
 
     tenant: str | None
     actor: str = "system"
     claims: Mapping[str, Any] = field(default_factory=lambda: _NO_CLAIMS)
     request_id: str = ""
-    now_us: int = field(default_factory=lambda: time.time_ns() // 1_000)
+    now_us: int = field(default_factory=lambda: MachineTime(time.time_ns() // 1_000))
 
     def __post_init__(self) -> None:
         if self.tenant is not None:
@@ -171,6 +180,12 @@ class Context:
     @property
     def is_admin(self) -> bool:
         return self.claims.get("admin") is True
+
+    def by(self, clock: _HasNow) -> Context:
+        """The same call at the moment that a clock says, unless its own was chosen."""
+        if type(self.now_us) is not MachineTime or getattr(clock, "is_machines", False):
+            return self
+        return Context(self.tenant, self.actor, self.claims, self.request_id, clock.now_us())
 
     def at_now(self) -> Context:
         """The same caller at the present moment, with the same request id: for a retry or a long-lived handle."""

@@ -7,22 +7,23 @@ are transactions of one change.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import random
-import time
 from collections.abc import AsyncIterable, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any, Generic, TypeVar, cast
 
 from .advice import Shapes
 from .cache import Cache
-from .context import Context, next_id, text_problem, utc_from_us
+from .charges import Once
+from .clock import Clock, MachineClock
+from .context import Context, next_id, utc_from_us
 from .denials import Denials
-from .entity import Collection, Document, Entity, Index, Registry, check_id
+from .entity import SYSTEM_FIELDS, Collection, Document, Entity, Registry, check_id
 from .errors import AlreadyExists, Conflict, Denied, InvalidInput, NotFound, Problem, StrongroomError, Unavailable
 from .fairness import in_slices
+from .idempotency import Calls, Idempotency, Replayed, RequestKey
 from .pages import PageSizes, read_page
 from .query import Aggregate, And, Filter, Or, Query, Where, cursor_of, project, with_cursor
 from .rules import Decision, Policy, Request, default_policy
@@ -48,32 +49,10 @@ from .transaction import Transaction, is_expired, with_fields
 MAX_ATTEMPTS = 12
 FIRST_BACKOFF_S = 0.002
 MAX_BACKOFF_S = 0.25
-IDEMPOTENCY_TTL = timedelta(days=1)
-MAX_IDEMPOTENCY_KEY_BYTES = 255
 
 E = TypeVar("E", bound=Entity)
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
-
-
-class IdempotentCall(
-    Entity,
-    collection="idempotent_calls",
-    scope="global",
-    indexes=[Index("expires_at")],
-    ttl="expires_at",
-    journalled=False,
-):
-    """What a call with an idempotency key was, so that the same call again does nothing and answers the same.
-
-    The id is a hash of tenant, actor and key; `fingerprint` tells another request with the same key apart; `written`
-    names the documents; `memo` is what the caller wants back on a repeat (encrypted where it is secret).
-    """
-
-    fingerprint: str
-    written: list[str] = []
-    memo: bytes | None = None
-    expires_at: datetime
 
 
 class StoreState(Entity, collection="store_state", scope="global"):
@@ -92,28 +71,6 @@ WRITES = "writes"
 
 
 @dataclass(frozen=True, slots=True)
-class Idempotency:
-    """An idempotency key (text of 1 to 255 bytes), what the request was, and a memo to get back on a repeat.
-
-    Keys of different tenants are apart; `scope` stands for the tenant where a repeat would not know it any more.
-    """
-
-    key: str
-    request: str
-    memo: bytes | None = None
-    scope: str | None = None
-
-
-class Replayed(Exception):
-    """This very call was committed before. Carries the ids it wrote and its memo. Never leaves the library."""
-
-    def __init__(self, written: list[str], memo: bytes | None) -> None:
-        super().__init__("done before")
-        self.written = written
-        self.memo = memo
-
-
-@dataclass(frozen=True, slots=True)
 class Page(Generic[T]):
     """One page of a list, and the cursor of the next (None: this was the last)."""
 
@@ -124,8 +81,13 @@ class Page(Generic[T]):
 class Database:
     """One store with its entities and rules. Every method takes the caller's Context first."""
 
-    def __init__(self, store: Store, registry: Registry, policy: Policy = default_policy) -> None:
+    def __init__(
+        self, store: Store, registry: Registry, policy: Policy = default_policy, clock: Clock | None = None
+    ) -> None:
         self._store = store
+        self._clock = clock if clock is not None else MachineClock()
+        self.calls = Calls(store)
+        """What is remembered of calls with an idempotency key."""
         self.registry = registry
         self._policy = policy
         self._listeners: list[Callable[[Transaction], None]] = []
@@ -195,6 +157,10 @@ class Database:
         """Call `listener` with each transaction once it is durably committed, and never before."""
         self._listeners.append(listener)
 
+    def at_now(self, context: Context) -> Context:
+        """The same call by the store's clock, unless its moment was chosen: the machine's own may be hours off."""
+        return context.by(self._clock)
+
     # --- THE write trip ---------------------------------------------------------------------------------------
 
     async def transaction(
@@ -210,36 +176,51 @@ class Database:
         MAX_ATTEMPTS times, with jitter): it must have no other effect than through its Transaction. Raises what `body`
         raises, Denied (journalled), Conflict, AlreadyExists, NotFound, BoundExceeded, TooLarge, Unavailable.
         """
+        context = self.at_now(context)
         if not context.request_id:
             context = Context(context.tenant, context.actor, context.claims, next_id(), context.now_us)
+        expired: list[tuple[Collection, Document]] = []
         for attempt in range(MAX_ATTEMPTS):
             transaction = Transaction(self, context)
+            transaction.expired = expired
             try:
                 result = await body(transaction)
             except StrongroomError:
                 if idempotency is not None:  # what the body found missing or changed may be this very call's doing
-                    await self._call_before(context, idempotency)
+                    await self.calls.before(context, idempotency)
                 raise
             for change in transaction.changes:
                 after = None if change.action == "add" else change.after
                 rule = _RULE_OF[change.action]
                 await self.authorize(context, rule, change.collection, change.operation.id, change.before, after)
-            if transaction.is_empty:
+            if transaction.is_empty and idempotency is None:
                 return result
-            once = await self._once(context, idempotency, transaction) if idempotency is not None else None
+            once = None
+            if idempotency is not None:
+                before = await self.calls.before(context, idempotency)
+                written = [change.operation.id for change in transaction.changes]
+                if not written and isinstance(result, Entity):
+                    written = [result.id]
+                once = self.calls.operation(context, idempotency, written, _answer(result, transaction), before)
             operations = transaction.operations(once)
             batch = Batch(context.tenant, tuple(operations), context.now_us)
             try:
                 committed = await self._commit(batch)
-            except (Conflict, AlreadyExists) as error:
+            except (Conflict, AlreadyExists, NotFound) as error:
                 failed = _operation_of(error, batch)
                 retry = idempotency is not None and failed is batch.operations[0]
-                if attempt + 1 == MAX_ATTEMPTS or not (retry or transaction.may_retry(failed)):
+                if isinstance(failed, Delete) and any(failed.id == document["id"] for _, document in expired):
+                    expired, retry = [], True  # what was expired is gone, or was renewed
+                elif isinstance(error, AlreadyExists) and not retry and attempt + 1 < MAX_ATTEMPTS:
+                    found = await self._expired_in_the_way(context, transaction, failed)
+                    expired, retry = expired + found, bool(found)
+                again = retry or (not isinstance(error, NotFound) and transaction.may_retry(failed))
+                if attempt + 1 == MAX_ATTEMPTS or not again:
                     raise
                 name = failed.collection if isinstance(failed, Create | Put | Patch | Delete | Add | Check) else "other"
                 self.retries[name] = self.retries.get(name, 0) + 1
                 await asyncio.sleep(_backoff_s(attempt))
-                context = context.at_now()
+                context = self.at_now(context.at_now())
                 continue
             _stamp(transaction, batch, committed)
             self._forget_cached(transaction)
@@ -248,55 +229,60 @@ class Database:
             return result
         raise AssertionError("the last attempt returns or raises")
 
-    async def _once(self, context: Context, idempotency: Idempotency, transaction: Transaction) -> Operation:
-        """The operation that lets this call happen once. Raises Replayed if it has, Conflict if the key is taken."""
-        collection = IdempotentCall.__collection__
-        id, fingerprint, stored = await self._call_before(context, idempotency)
-        call = IdempotentCall(
-            fingerprint=fingerprint,
-            written=[change.operation.id for change in transaction.changes],
-            memo=idempotency.memo,
-            expires_at=context.now + IDEMPOTENCY_TTL,
-        )
-        document = IdempotentCall.__codec__.encode(call)
-        if stored is not None:
-            return Put(collection.name, id, document, stored["version"])
-        return Create(collection.name, id, document)
+    async def _expired_in_the_way(
+        self, context: Context, transaction: Transaction, failed: Operation | None
+    ) -> list[tuple[Collection, Document]]:
+        """The documents whose time to live is over that hold a unique value of the change that failed for one."""
+        change = next((change for change in transaction.changes if change.operation is failed), None)
+        if change is None or change.after is None or change.collection.ttl is None:
+            return []
+        collection, after = change.collection, change.after
+        found: dict[str, Document] = {}
+        for index in collection.indexes:
+            values = [(name, after.get(name)) for name, _ in index.columns]
+            if not index.unique or any(value is None for _, value in values):
+                continue
+            query = Query(And(*(Where(name, "==", value) for name, value in values)), limit=1)
+            for document in await self._store.find(collection.name, _scope(context, collection), query):
+                if document["id"] != change.operation.id and is_expired(collection, document, context.now):
+                    found[document["id"]] = document
+        held = {document["id"] for _, document in transaction.expired}
+        return [(collection, document) for id, document in found.items() if id not in held]
 
-    async def _call_before(self, context: Context, idempotency: Idempotency) -> tuple[str, str, Document | None]:
-        """The call's id and fingerprint, and what is left of one so long ago that it may happen again.
-
-        Raises Replayed if this very call was committed before, Conflict if the key was another request's.
-        """
-        collection = IdempotentCall.__collection__
-        scope = idempotency.scope if idempotency.scope is not None else context.tenant or ""
-        id = _call_id((scope, context.actor), idempotency.key)
-        fingerprint = hashlib.sha256(idempotency.request.encode("utf-8", "backslashreplace")).hexdigest()
-        stored = await self._store.get(collection.name, None, id)
-        if stored is not None and not is_expired(collection, stored, context.now):
-            if stored["fingerprint"] != fingerprint:
-                raise Conflict("the idempotency key was used for a different request: take a new one")
-            raise Replayed(stored["written"], stored["memo"])
-        return id, fingerprint, stored
-
-    async def was_done(self, context: Context, idempotency: Idempotency) -> bool:
-        """Whether this very call was committed before: for what a repeat does not find any more. Raises Conflict."""
+    async def repeated(self, context: Context, idempotency: Idempotency | None) -> Replayed | None:
+        """What this very call came to if it was committed before: to be asked where a call begins by reading what it
+        may have removed itself. None if it was not, or has no idempotency key. Raises Conflict."""
+        if idempotency is None:
+            return None
+        if isinstance(idempotency.key, RequestKey) and idempotency.key.looked_up:
+            return None
         try:
-            await self._call_before(context, idempotency)
-        except Replayed:
-            return True
-        return False
+            await self.calls.before(self.at_now(context), idempotency)
+        except Replayed as replayed:
+            return replayed
+        return None
 
-    @staticmethod
-    def once_only(scope: str, key: str, request: str = "") -> tuple[str, Create]:
-        """For `commit_counters`: an operation that commits once for one idempotency key, and its document's id in
-        `idempotent_calls`. `request` tells another request with the same key apart."""
-        id = _call_id((scope,), key)
-        fingerprint = hashlib.sha256(request.encode("utf-8", "backslashreplace")).hexdigest()
-        call = IdempotentCall(
-            fingerprint=fingerprint, expires_at=utc_from_us(time.time_ns() // 1_000) + IDEMPOTENCY_TTL
-        )
-        return id, Create(IdempotentCall.__collection__.name, id, IdempotentCall.__codec__.encode(call))
+    async def answer_of(self, context: Context, cls: type[E], replayed: Replayed) -> E:
+        """The entity that a repeated call was answered with. Where that was too long to be kept: as it is now."""
+        document = replayed.answer
+        if document is None:
+            return await self.get(context, cls, replayed.written[0], fresh=True)
+        collection, id = cls.__collection__, document["id"]
+        context = self.at_now(context)
+        await self.authorize(context, "get", collection, id, document)
+        if not document["version"]:  # one that the commit gave
+            now = await self.load(context, collection, id)
+            unchanged = now is not None and now["updated_at"] == document["updated_at"]
+            document["version"] = now["version"] if unchanged and now is not None else replayed.version
+        return cast(E, cls.__codec__.decode(document))
+
+    def once(self, scope: str, actor: str, key: str, request: object, *, kept_until: datetime | None = None) -> Once:
+        """For `commit_counters`: what commits once for one idempotency key of an actor; `request` tells another request
+        with the same key apart."""
+        call = Idempotency(key, request, scope=scope)
+        context = self.at_now(Context(None, actor))
+        operation = self.calls.operation(context, call, [], None, kept_until=kept_until)
+        return Once(operation.id, operation, self.calls.alike(request))
 
     async def authorize(
         self,
@@ -311,7 +297,7 @@ class Database:
         decision = self.decide(context, operation, collection, id, before, after)
         if decision.allowed:
             return
-        await self.denials.note(context, operation, collection, id or "", decision.reason)
+        await self.denials.note(self.at_now(context), operation, collection, id or "", decision.reason)
         raise Denied(f"{operation} {collection.name}: {decision.reason}", reason=decision.reason)
 
     def decide(
@@ -351,7 +337,7 @@ class Database:
         await self.authorize(context, "create", cls.__collection__)
         if self._refusal is not None:
             raise Unavailable(self._refusal)
-        locked_s = await self.loading.load(packs, context.now_us, rebuild=rebuild)
+        locked_s = await self.loading.load(packs, self.at_now(context).now_us, rebuild=rebuild)
         for listener in self._listeners:
             listener(Transaction(self, context))  # of no change: the journal tells what was loaded
         return locked_s
@@ -367,24 +353,25 @@ class Database:
     async def create(self, context: Context, entity: E, *, idempotency_key: str | None = None) -> E:
         """Add an entity; without an id it gets a new one. Raises AlreadyExists, InvalidInput, Denied.
 
-        The same call again with the same idempotency key (within a day) adds nothing and returns the entity as it is.
+        The same call again with the same idempotency key (within a day) adds nothing and returns what the first did.
         """
         cls = type(entity)
-        once = _idempotency(idempotency_key, "create", entity)
+        once = Idempotency.of(idempotency_key, "create", cls.__collection__.name, entity)
         try:
             return await self.transaction(context, lambda tx: tx.create(entity), idempotency=once)
         except Replayed as replayed:
-            return await self.get(context, cls, replayed.written[0], fresh=True)
+            return await self.answer_of(context, cls, replayed)
 
     async def replace(
         self, context: Context, entity: E, *, expected: int | None = None, idempotency_key: str | None = None
     ) -> E:
         """Replace the entity of this id, or add it. `expected`: the version it must have now (0: must not exist)."""
-        once = _idempotency(idempotency_key, "replace", entity, expected)
+        cls = type(entity)
+        once = Idempotency.of(idempotency_key, "replace", cls.__collection__.name, entity, expected)
         try:
             return await self.transaction(context, lambda tx: tx.replace(entity, expected=expected), idempotency=once)
         except Replayed as replayed:
-            return await self.get(context, type(entity), replayed.written[0], fresh=True)
+            return await self.answer_of(context, cls, replayed)
 
     async def update(
         self,
@@ -397,13 +384,13 @@ class Database:
         idempotency_key: str | None = None,
     ) -> E:
         """Set some fields of a document. Raises NotFound, Conflict (if `expected` is not its version), InvalidInput."""
-        once = _idempotency(idempotency_key, "update", cls.__collection__.name, id, sorted(fields.items()), expected)
+        once = Idempotency.of(idempotency_key, "update", cls.__collection__.name, id, fields, expected)
         try:
             return await self.transaction(
                 context, lambda tx: tx.update(cls, id, fields, expected=expected), idempotency=once
             )
         except Replayed as replayed:
-            return await self.get(context, cls, replayed.written[0], fresh=True)
+            return await self.answer_of(context, cls, replayed)
 
     async def delete(
         self,
@@ -415,7 +402,7 @@ class Database:
         idempotency_key: str | None = None,
     ) -> None:
         """Remove a document. Raises NotFound, Conflict."""
-        once = _idempotency(idempotency_key, "delete", cls.__collection__.name, id, expected)
+        once = Idempotency.of(idempotency_key, "delete", cls.__collection__.name, id, expected)
         try:
             await self.transaction(context, lambda tx: tx.delete(cls, id, expected=expected), idempotency=once)
         except Replayed:
@@ -440,7 +427,7 @@ class Database:
 
         request = ("add", cls.__collection__.name, id, field, amount, at_most, at_least)
         try:
-            await self.transaction(context, body, idempotency=_idempotency(idempotency_key, *request))
+            await self.transaction(context, body, idempotency=Idempotency.of(idempotency_key, *request))
         except Replayed:
             return
 
@@ -465,7 +452,7 @@ class Database:
             check_id(id)
         reader = self._reader(collection, fresh)
         document = await reader.get(collection.name, _scope(context, collection), id) if id else None
-        if collection.ttl is not None and is_expired(collection, document, context.now):
+        if collection.ttl is not None and is_expired(collection, document, self.at_now(context).now):
             document = None
         decision = self._policy(Request(context, "get", collection, id, document))
         if not decision.allowed:
@@ -510,7 +497,7 @@ class Database:
         kind = scope if query.fields is None else f"{scope}/{','.join(query.fields)}"
         if cursor is not None:
             query = with_cursor(query, collection, scope, cursor)
-        visible = _unexpired(collection, query.where, context.now)
+        visible = _unexpired(collection, query.where, self.at_now(context).now)
         wider = replace(query, where=visible, fields=_with_order(query))
         reader = self._reader(collection, fresh)
         if max_bytes is None:
@@ -547,7 +534,7 @@ class Database:
         query = Query(where).check(collection)
         self.shapes.seen(collection, query)
         where = query.where
-        visible = _unexpired(collection, where, context.now)
+        visible = _unexpired(collection, where, self.at_now(context).now)
         return await self._store.aggregate(collection.name, _scope(context, collection), aggregates, visible)
 
     async def purge_expired(
@@ -558,6 +545,7 @@ class Database:
         collection = cls.__collection__
         if collection.ttl is None:
             return 0
+        context = self.at_now(context)
         query = Query(Where(collection.ttl, "<=", context.now), (collection.ttl,), limit).check(collection)
         found = await self._store.find(collection.name, _scope(context, collection), query)
         removals = [self.transaction(context, _removal(cls, document, guard)) for document in found]
@@ -579,12 +567,6 @@ _RULE_OF: dict[str, RuleOperation] = {
     "delete": "delete",
     "expire": "delete",
 }
-
-
-def _call_id(scope: tuple[str, ...], key: str) -> str:
-    if problem := text_problem(key, MAX_IDEMPOTENCY_KEY_BYTES):
-        raise InvalidInput([Problem("idempotency_key", problem)])
-    return hashlib.sha256("\x00".join((*scope, key)).encode()).hexdigest()
 
 
 def _removal(cls: type[Entity], document: Document, guard: Check | None) -> Callable[[Transaction], Awaitable[None]]:
@@ -616,7 +598,7 @@ def _with_order(query: Query) -> tuple[str, ...] | None:
     return tuple(dict.fromkeys((*query.fields, *(name for name, _ in query.order))))
 
 
-def _operation_of(error: Conflict | AlreadyExists, batch: Batch) -> Operation | None:
+def _operation_of(error: StrongroomError, batch: Batch) -> Operation | None:
     index = error.details.get("operation")
     return batch.operations[index] if isinstance(index, int) else None
 
@@ -625,8 +607,16 @@ def _backoff_s(attempt: int) -> float:
     return random.uniform(0, min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2**attempt))  # noqa: S311 - jitter, not a secret
 
 
-def _idempotency(key: str | None, *request: object) -> Idempotency | None:
-    return Idempotency(key, repr(request)) if key is not None else None
+def _answer(result: object, transaction: Transaction) -> Document | None:
+    """The document that a call answers with, to be kept for its repeat; its version is 0 where the commit gives it."""
+    if not isinstance(result, Entity) or not hasattr(type(result), "__collection__"):
+        return None
+    now = transaction.context.now
+    change = next((change for change in transaction.changes if change.entity is result), None)
+    system = {name: getattr(result, name) for name in SYSTEM_FIELDS}
+    if change is not None:
+        system |= {"version": 0, "created_at": transaction.created_at(change) or now, "updated_at": now}
+    return {**system, **result.__codec__.encode(result)}
 
 
 def _stamp(transaction: Transaction, batch: Batch, committed: Committed) -> None:
@@ -636,12 +626,10 @@ def _stamp(transaction: Transaction, batch: Batch, committed: Committed) -> None
     for change in transaction.changes:
         if change.entity is None:
             continue
-        before = change.before["created_at"] if change.before is not None else None  # none yet if it was just created
-        created = before or change.entity.created_at or now
+        created = transaction.created_at(change) or now
         change.entity.__dict__.update(version=versions[id(change.operation)], created_at=created, updated_at=now)
 
 
 __all__ = [
-    "WRITES", "Database", "Idempotency", "IdempotentCall", "Page", "Replayed", "StoreState", "Transaction",
-    "with_fields",
+    "WRITES", "Database", "Page", "StoreState", "Transaction", "with_fields",
 ]  # fmt: skip

@@ -14,22 +14,21 @@ from .changes import ChangeFeed
 from .clock import Clock
 from .context import Context, new_id, system_context, utc_from_us
 from .corrections import refills_that_begin
-from .database import Database, Idempotency, Page, Replayed
-from .errors import InvalidInput, NotFound, Problem
+from .database import Database, Page
+from .errors import InvalidInput, Problem
+from .idempotency import Idempotency, Replayed
 from .keyfilter import KeyFilter
 from .keytext import Hasher, generate, masked
 from .knownkey import KnownKey, metered
 from .query import MAX_PAGE_BYTES, Aggregate
 from .quotas import NAME as QUOTAS
-from .rotation import IssuedKey, Rotation, no_key, reader, writer
+from .rotation import IssuedKey, Rotation, acting, no_key, once_for, reader, telling, writer
 from .storage.port import Check
 from .transaction import Transaction
 from .usage import Account, KeyUsage, Ledger
 from .verification import LimitStatus, Verification, limit_status
 from .verifier import bound_to
 from .windows import Amount, from_units
-
-_ANY_TENANT = "\x00keys"  # no tenant is called so
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +75,7 @@ class Keys(Rotation):
         Raises InvalidInput with every problem.
         """
         new = new if new is not None else parse(NewKey, fields)
+        once = once_for(context, idempotency_key, "create key", new)
         context = writer(context, new.tenant)
         text = generate(new.text_prefix)
         following = self._next_rotation(new.rotate_every_s)
@@ -88,9 +88,8 @@ class Keys(Rotation):
             due_at=due_at(following, None),
             **new.model_dump(exclude={"prefix"}),
         )
-        once = self._once(context, idempotency_key, f"create key {new!r}", text)
 
-        async def made(transaction: Transaction) -> ApiKey:
+        async def body(transaction: Transaction) -> ApiKey:
             if key.is_expired(now := self._now()):
                 expected = f"a time after {now:%Y-%m-%dT%H:%M:%SZ}: the key would never be valid"
                 raise InvalidInput(
@@ -99,9 +98,10 @@ class Keys(Rotation):
             return await transaction.create(key)
 
         try:
-            return IssuedKey(await self._database.transaction(context, made, idempotency=once), text)
-        except Replayed as replayed:
-            return await self._replay(context, idempotency_key or "", replayed)
+            made = await self._database.transaction(context, body, idempotency=telling(once, text))
+        except Replayed as done:
+            return await self.issued_before(done, context=context)
+        return IssuedKey(made, text)
 
     async def list(
         self,
@@ -160,15 +160,18 @@ class Keys(Rotation):
         """Change some fields. Usage already counted stays counted where resource and window stay the same."""
         changes = changes if changes is not None else parse(KeyChanges, fields)
         values = {name: getattr(changes, name) for name in changes.model_fields_set}
-        return await self._change(id, values, context, expected, idempotency_key)
+        once = once_for(context, idempotency_key, "update key", id, changes, expected)
+        return await self._change(id, values, context, expected, once)
 
-    async def disable(self, id: str, *, context: Context | None = None) -> ApiKey:
+    async def disable(self, id: str, *, context: Context | None = None, idempotency_key: str | None = None) -> ApiKey:
         """Refuse the key from now on. Idempotent."""
-        return await self._change(id, {"enabled": False}, context)
+        once = once_for(context, idempotency_key, "disable key", id)
+        return await self._change(id, {"enabled": False}, context, None, once)
 
-    async def enable(self, id: str, *, context: Context | None = None) -> ApiKey:
+    async def enable(self, id: str, *, context: Context | None = None, idempotency_key: str | None = None) -> ApiKey:
         """Accept the key again. Idempotent."""
-        return await self._change(id, {"enabled": True}, context)
+        once = once_for(context, idempotency_key, "enable key", id)
+        return await self._change(id, {"enabled": True}, context, None, once)
 
     async def _change(
         self,
@@ -176,10 +179,13 @@ class Keys(Rotation):
         values: Mapping[str, Any],
         context: Context | None,
         expected: int | None = None,
-        idempotency_key: str | None = None,
+        once: Idempotency | None = None,
     ) -> ApiKey:
+        replayed = await self._database.repeated(acting(context), once)
+        if replayed is not None:
+            return await self.answered_before(replayed, context=context)
         key = await self.get(id, context=context)
-        if expected is None and all(getattr(key, name) == value for name, value in values.items()):
+        if expected is None and once is None and all(getattr(key, name) == value for name, value in values.items()):
             return key
         beginning = refills_that_begin(key.limits, values.get("limits", ()))
         if beginning:
@@ -189,15 +195,14 @@ class Keys(Rotation):
             now = await tx.get(ApiKey, id)
             if now.deleted_at is not None:
                 raise no_key(id)
+            if expected is None and all(getattr(now, name) == value for name, value in values.items()):
+                return now  # nothing but the call itself is to be remembered
             return await tx.update(ApiKey, id, {**values, **self._schedule(now, values)}, expected=expected)
 
-        once = None
-        if idempotency_key is not None:
-            once = Idempotency(idempotency_key, repr(("update key", id, sorted(values.items()), expected)))
         try:
             return await self._database.transaction(writer(context, key.tenant), body, idempotency=once)
-        except Replayed:
-            return await self.get(id, context=context)
+        except Replayed as done:
+            return await self.answered_before(done, context=context)
 
     def _schedule(self, now: ApiKey, values: Mapping[str, Any]) -> dict[str, Any]:
         """What else changes with the schedule of a key's rotations. Raises InvalidInput if its parts do not fit."""
@@ -233,16 +238,10 @@ class Keys(Rotation):
 
         Raises NotFound, Conflict. The same call again with the same idempotency key (within a day) does nothing.
         """
-        once = None
-        if idempotency_key is not None:
-            request = f"delete key {id} {expected}{' purge' * purge}"
-            once = Idempotency(idempotency_key, request, scope=_ANY_TENANT)
-        try:
-            key = await self.get(id, deleted=purge, context=context)
-        except NotFound:
-            if once is not None and await self._database.was_done(context or system_context(), once):
-                return
-            raise
+        once = once_for(context, idempotency_key, "delete key", id, expected, purge)
+        if await self._database.repeated(acting(context), once) is not None:
+            return
+        key = await self.get(id, deleted=purge, context=context)
         by = writer(context, key.tenant)
 
         async def mark(tx: Transaction) -> None:
@@ -296,10 +295,14 @@ class Keys(Rotation):
         await self._database.transaction(own, body, idempotency=once)
         self._ledger.removed(id)
 
-    async def restore(self, id: str, *, context: Context | None = None) -> ApiKey:
+    async def restore(self, id: str, *, context: Context | None = None, idempotency_key: str | None = None) -> ApiKey:
         """Take a deletion back: the key is as it was. Idempotent. NotFound once it is too late."""
+        once = once_for(context, idempotency_key, "restore key", id)
+        replayed = await self._database.repeated(acting(context), once)
+        if replayed is not None:
+            return await self.answered_before(replayed, context=context)
         key = await self.get(id, deleted=True, context=context)
-        if key.deleted_at is None:
+        if key.deleted_at is None and once is None:
             return key
 
         async def body(tx: Transaction) -> ApiKey:
@@ -310,7 +313,10 @@ class Keys(Rotation):
                 raise no_key(id)
             return await tx.update(ApiKey, id, {"deleted_at": None, "due_at": due_at(now.next_rotation_at, None)})
 
-        return await self._database.transaction(writer(context, key.tenant), body)
+        try:
+            return await self._database.transaction(writer(context, key.tenant), body, idempotency=once)
+        except Replayed as done:
+            return await self.answered_before(done, context=context)
 
     async def _known_for(self, text: str | None, id: str | None) -> KnownKey | None:
         known = await super()._known_for(text, id)

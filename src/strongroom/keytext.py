@@ -138,6 +138,15 @@ class Hasher:
     def current_id(self) -> str:
         return self._current.id
 
+    @property
+    def pepper_ids(self) -> frozenset[str]:
+        return frozenset(pepper.id for pepper in self._peppers)
+
+    def macs(self, content: bytes, purpose: str) -> list[str]:
+        """`pepper id:HMAC` of a content under each pepper, the current one's first, for a purpose of its own."""
+        keys = ((pepper.id, self._box(pepper, purpose)) for pepper in self._peppers)
+        return [f"{id}:{hmac.digest(key, content, 'sha256').hex()}" for id, key in keys]
+
     def digest(self, text: str) -> bytes:
         """The key's HMAC under the current pepper, 32 bytes: the name of the key in caches."""
         return hmac.digest(self._secret, hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest(), "sha256")

@@ -24,10 +24,11 @@ from .database import Database, Page
 from .entity import Entity, Index
 from .errors import AlreadyExists, InvalidInput, Problem, TooManyRequests
 from .events import KEY_LEAKED, Event, event
+from .idempotency import Replayed
 from .keys import Keys
 from .keytext import masked
 from .query import MAX_IN, MAX_LIMIT, MAX_PAGE_BYTES, And, Filter, Query, Where
-from .rotation import new_text
+from .rotation import new_text, once_for, reader
 from .transaction import Transaction
 from .verifier import bound_to
 
@@ -153,7 +154,17 @@ class Leaks:
         if asked.action == "rotate" and overlap_s is None:
             overlap_s = DEFAULT_OVERLAP_S
         policy = LeakPolicy(id=tenant, tenant=tenant, action=asked.action, overlap_s=overlap_s)
-        return await self._database.replace(_for(context, tenant), policy, idempotency_key=idempotency_key)
+        once = once_for(context, idempotency_key, "set leak policy", tenant, asked)
+        try:
+            return await self._database.transaction(
+                _for(context, tenant), lambda tx: tx.replace(policy), idempotency=once
+            )
+        except Replayed as replayed:
+            return await self.policy_set_before(replayed, context=context)
+
+    async def policy_set_before(self, replayed: Replayed, *, context: Context | None = None) -> LeakPolicy:
+        """The policy that a repeated call was answered with."""
+        return await self._database.answer_of(reader(context), LeakPolicy, replayed)
 
     # --- Leaks ------------------------------------------------------------------------------------------------
 

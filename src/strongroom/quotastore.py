@@ -14,13 +14,14 @@ from .apikey import ALL_TENANTS, parse
 from .clock import Clock
 from .context import MAX_TENANT_BYTES, Context, kind_of, system_context, text_problem, utc_from_us
 from .corrections import refills_that_begin
-from .database import Database, Idempotency, Page, Replayed
+from .database import Database, Page
 from .entity import MAX_ID_BYTES
 from .errors import Denied, InvalidInput, NotFound, Problem
+from .idempotency import Replayed
 from .knownkey import quota_part
 from .query import MAX_PAGE_BYTES, And, Filter, Query, Where
 from .quotas import Quota, QuotaKind, quota_id
-from .rotation import reader, writer
+from .rotation import acting, once_for, reader, writer
 from .transaction import Transaction
 from .usage import Ledger
 from .verification import LimitStatus, limit_status
@@ -29,7 +30,6 @@ from .windows import MAX_LIMITS, Amount, Limit, from_units
 
 MAX_DESCRIPTION_CHARS = 1_000
 KINDS = ("tenant", "user", "group")
-_ANY_TENANT = "\x00quotas"  # no tenant is called so
 
 
 class Subject(BaseModel):
@@ -165,9 +165,19 @@ class Quotas:
             limits=new.limits,
             description=new.description,
         )
+        once = once_for(context, idempotency_key, "put quota", new, expected)
         by = writer(context, new.tenant)
         await self._begin_refills(await self._database.get_or_none(system_context(), Quota, new.id), new.limits)
-        return await self._database.replace(by, quota, expected=expected, idempotency_key=idempotency_key)
+        try:
+            return await self._database.transaction(
+                by, lambda tx: tx.replace(quota, expected=expected), idempotency=once
+            )
+        except Replayed as replayed:
+            return await self.answered_before(replayed, context=context)
+
+    async def answered_before(self, replayed: Replayed, *, context: Context | None = None) -> Quota:
+        """The quota that a repeated call was answered with."""
+        return await self._database.answer_of(reader(context), Quota, replayed)
 
     async def get(self, kind: str, tenant: str, name: str = "", *, context: Context | None = None) -> Quota:
         """The quota of a subject. NotFound for another tenant's too."""
@@ -220,14 +230,21 @@ class Quotas:
         """Change some fields of a quota. What was counted stays counted where resource, window and scope stay the same.
         Raises NotFound, InvalidInput, Conflict, Denied."""
         changes = changes if changes is not None else parse(QuotaChanges, fields)
+        once = once_for(context, idempotency_key, "update quota", kind, tenant, name, changes, expected)
+        replayed = await self._database.repeated(acting(context), once)
+        if replayed is not None:
+            return await self.answered_before(replayed, context=context)
         quota = await self.get(kind, tenant, name, context=context)
         self._may_set(context, quota)
         values = {field: getattr(changes, field) for field in changes.model_fields_set}
         by = writer(context, quota.tenant)
         await self._begin_refills(quota, values.get("limits", ()))
-        return await self._database.update(
-            by, Quota, quota.id, values, expected=expected, idempotency_key=idempotency_key
-        )
+        try:
+            return await self._database.transaction(
+                by, lambda tx: tx.update(Quota, quota.id, values, expected=expected), idempotency=once
+            )
+        except Replayed as done:
+            return await self.answered_before(done, context=context)
 
     async def _begin_refills(self, before: Quota | None, limits: Sequence[Limit]) -> None:
         """Refills that a change adds give back from now on, whenever they are looked at."""
@@ -247,16 +264,10 @@ class Quotas:
     ) -> None:
         """Remove a quota and, in the same commit, what was counted against it: one that is made again for this subject
         begins with nothing. Raises NotFound, Conflict, Denied."""
-        once = None
-        if idempotency_key is not None:
-            request = f"delete quota {_subject(kind, tenant, name).id} {expected}"
-            once = Idempotency(idempotency_key, request, scope=_ANY_TENANT)
-        try:
-            quota = await self.get(kind, tenant, name, context=context)
-        except NotFound:
-            if once is not None and await self._database.was_done(context or system_context(), once):
-                return
-            raise
+        once = once_for(context, idempotency_key, "delete quota", _subject(kind, tenant, name).id, expected)
+        if await self._database.repeated(acting(context), once) is not None:
+            return
+        quota = await self.get(kind, tenant, name, context=context)
         self._may_set(context, quota)
 
         by = writer(context, quota.tenant)

@@ -6,7 +6,9 @@ import asyncio
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from .canonical import canonical
 from .context import Context
 from .errors import InvalidInput, NotFound, Problem, Unavailable
 from .fairness import Slices
@@ -63,7 +65,7 @@ class Recorder(Verifier):
             if known is None or not may_see(context, known.tenant):
                 raise NotFound("there is no such key")
             actor = context.actor if context is not None else "system"
-            once = self._charged_once("usage", known, idempotency_key, actor, units)
+            once = self._charged_once("usage", known, idempotency_key, actor, (units, model, route))
             try:
                 outcome = await self._ledger.charge(
                     known.metered, units, force=True, once=once, model=model, route=route
@@ -124,6 +126,7 @@ class Recorder(Verifier):
         missing: list[Problem] = []
         known: dict[tuple[str | None, str | None], KnownKey | None] = {}
         sums: dict[tuple[str, ...], Sum] = {}
+        named: dict[str, tuple[Any, ...]] = {}
         now_us = self._clock.now_us()
         texts = await self.cache.unknown((one.key for one in events if one.key is not None), now_us)
         ids = await self.cache.unknown_ids(one.key_id for one in events if one.key_id is not None)
@@ -150,10 +153,12 @@ class Recorder(Verifier):
                 continue
             place = (key.id, event.model or "", event.route or "", event.idempotency_key or "")
             there = sums.get(place)
-            if there is not None and event.idempotency_key is not None and there.units != units:
-                message = "is that of another record of this batch, of another amount"
-                problems.append(Problem(f"items.{number}.idempotency_key", message))
-                continue
+            if event.idempotency_key is not None:
+                what = (key.id, event.model, event.route, units)
+                if named.setdefault(event.idempotency_key, what) != what:
+                    message = "is that of another record of this batch, which is another request"
+                    problems.append(Problem(f"items.{number}.idempotency_key", message))
+                    continue
             if there is None or event.idempotency_key is not None:
                 sums[(*place, str(number)) if there is not None else place] = Sum(key, units, 1, event)
                 continue
@@ -169,8 +174,8 @@ class Recorder(Verifier):
         event, key = one.event, one.key
         name = event.idempotency_key
         if name is None and batch is not None:  # one for each sum, whatever its number
-            name = hashlib.sha256(repr((batch, event.model, event.route)).encode()).hexdigest()
-        once = self._charged_once("usage", key, name, actor, one.units)
+            name = hashlib.sha256(canonical((batch, key.id, event.model, event.route))).hexdigest()
+        once = self._charged_once("usage", key, name, actor, (one.units, event.model, event.route))
         return self._ledger.charge(
             key.metered, one.units, force=True, once=once, model=event.model, route=event.route, count=one.count
         )

@@ -68,11 +68,13 @@ _log = logging.getLogger(__name__)
 class StoredReservation(
     Entity, collection=NAME, scope="global", journalled=False, indexes=[Index("forget_at")], ttl="forget_at"
 ):
-    """One durable reservation; amounts are in units. `asked` is what it was made for, `holds` what it holds, `used`
+    """One durable reservation; amounts are in units. `request`: the fingerprint of the request that made it, where that
+    had an idempotency key. `asked` is what it was made for, `holds` what it holds, `used`
     what was used of it so far."""
 
     key_id: str
     tenant: str
+    request: str | None = None
     asked: dict[str, int] = {}
     holds: dict[str, int]
     used: dict[str, int] = {}
@@ -122,6 +124,7 @@ class Reservations(HeldReservations):
         durable one. Raises InvalidInput with every problem; never for a key.
         """
         units = reserved_units(cost, ttl_s, ip)
+        calls = self._database.calls
         lending = self._ledger.lending
         in_memory = lending is not None and not durable and idempotency_key is None
         if lending is not None and in_memory:
@@ -148,10 +151,12 @@ class Reservations(HeldReservations):
                 held = lending.hold(key.metered, units, now_us, ends_us, key, model, route)
                 if held is not None:
                     return held_answer(key, *held, "open", expires_at=utc_from_us(ends_us))
+            request = ("reserve", key.id, units, ttl_s, permission, ip, model, route, tenant)
             stored = StoredReservation(
-                id=new_id("rsv_") if idempotency_key is None else _derived(actor, key.id, idempotency_key),
+                id=new_id("rsv_") if idempotency_key is None else _derived(actor, idempotency_key),
                 key_id=key.id,
                 tenant=key.tenant,
+                request=None if idempotency_key is None else calls.fingerprint(request),
                 asked=units,
                 holds=units,
                 model=model,
@@ -160,22 +165,24 @@ class Reservations(HeldReservations):
                 forget_at=utc_from_us(ends_us + REMEMBERED_US),
             )
             async with self._turn(stored.id or ""):
-                answer = await self._make(key, stored, now_us, once=idempotency_key is not None)
+                answer = await self._make(key, stored, now_us, None if idempotency_key is None else request)
             if answer is not None:
                 return answer
         raise Unavailable("the key is being changed too quickly to reserve its limits: try again")
 
-    async def _make(self, key: KnownKey, stored: StoredReservation, now_us: int, *, once: bool) -> Reservation | None:
+    async def _make(
+        self, key: KnownKey, stored: StoredReservation, now_us: int, request: tuple[object, ...] | None
+    ) -> Reservation | None:
         """Commit a durable reservation, or answer what is known of the same one; None if the key, or another node's
-        call for the same one, was faster."""
+        call for the same one, was faster. `request`: what is asked for, if that is to happen once."""
         id, document = stored.id or "", StoredReservation.__codec__.encode(stored)
         operation: Create | Put = Create(NAME, id, document)
-        if once:
+        if request is not None:
             collection = StoredReservation.__collection__
             before = await self._database.load(system_context(), collection, id)
             if before is not None and not is_expired(collection, before, utc_from_us(now_us)):
                 made = cast(StoredReservation, StoredReservation.__codec__.decode(before))
-                return self._again(key, made, stored, now_us)
+                return self._again(key, made, stored, now_us, request)
             if before is not None:
                 operation = Put(NAME, id, document, before["version"])
         ends_us = us_from_utc(stored.expires_at)
@@ -190,7 +197,7 @@ class Reservations(HeldReservations):
         try:
             outcome = await asyncio.shield(future)
         except asyncio.CancelledError:
-            if not once:  # nobody will ever hear its id; one with an idempotency key can be asked for again
+            if request is None:  # nobody will ever hear its id; one with an idempotency key can be asked for again
                 future.add_done_callback(functools.partial(self._unheard, id))
             raise
         except KeyChanged:
@@ -215,9 +222,14 @@ class Reservations(HeldReservations):
         except StrongroomError as error:
             _log.info("a reservation whose caller went away could not be released, it ends by itself: %s", error)
 
-    def _again(self, key: KnownKey, before: StoredReservation, asked: StoredReservation, now_us: int) -> Reservation:
-        """The answer to a call that made this reservation before."""
-        if (before.asked, before.model, before.route) != (asked.asked, asked.model, asked.route):
+    def _again(
+        self, key: KnownKey, before: StoredReservation, asked: StoredReservation, now_us: int, request: object
+    ) -> Reservation:
+        """The answer to a call that made this reservation before: the reservation as it is now, since one that has
+        ended holds nothing any more."""
+        if before.request is not None:
+            self._database.calls.compare(before.request, request)
+        elif (before.asked, before.model, before.route) != (asked.asked, asked.model, asked.route):
             raise Conflict("the idempotency key was used for a different request: take a new one")
         if before.state == "open":
             self._must_be_open(before, now_us)
@@ -372,9 +384,9 @@ class Reservations(HeldReservations):
         return as_reservation(admitted(key, statuses), stored.id, stored.state, charged=amounts(stored.used))
 
 
-def _derived(actor: str, key_id: str, idempotency_key: str) -> str:
-    """The id of a reservation that is made once for an idempotency key."""
-    text = f"{actor}\x00{key_id}\x00{idempotency_key}"
+def _derived(actor: str, idempotency_key: str) -> str:
+    """The id of a reservation that is made once for an actor's idempotency key, whichever key it is asked of."""
+    text = f"{actor}\x00\x00{idempotency_key}"
     return "rsv_" + hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:40]
 
 

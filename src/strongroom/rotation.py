@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -17,8 +17,8 @@ from cryptography.exceptions import InvalidTag
 
 from .apikey import ALL_TENANTS, MAX_OVERLAP_S, TEST_PREFIX, ApiKey, due_at
 from .context import Context, system_context, utc_from_us
-from .database import Idempotency, Replayed
 from .errors import Conflict, InvalidInput, NotFound, Problem
+from .idempotency import Idempotency, Replayed
 from .keytext import DEFAULT_PREFIX, PREFIX_PATTERN, Hasher, generate, hint_of_imported, masked
 from .reservations import Reservations
 from .storage.port import Check
@@ -73,6 +73,10 @@ class Rotation(Reservations):
         """
         if type(overlap_s) is not int or not 0 <= overlap_s <= MAX_OVERLAP_S:
             raise InvalidInput([Problem("overlap_s", f"found {overlap_s!r}, expected 0 to {MAX_OVERLAP_S} seconds")])
+        once = once_for(context, idempotency_key, "rotate key", id, overlap_s, hold, expected)
+        replayed = await self._database.repeated(acting(context), once)
+        if replayed is not None:
+            return await self.issued_before(replayed, context=context)
         key = await self.get(id, context=context)
         by = writer(context, key.tenant)
         text = new_text(key)
@@ -84,11 +88,11 @@ class Rotation(Reservations):
             return await tx.update(ApiKey, id, self.replaced(now, text, overlap_s, hold), expected=expected)
 
         shown = "" if hold else text
-        once = self._once(by, idempotency_key, f"rotate key {id} {overlap_s} {expected}{' hold' * hold}", shown)
         try:
-            return IssuedKey(await self._database.transaction(by, body, idempotency=once), shown)
-        except Replayed as replayed:
-            return await self._replay(by, idempotency_key or "", replayed)
+            made = await self._database.transaction(by, body, idempotency=telling(once, shown))
+        except Replayed as done:
+            return await self.issued_before(done, context=context)
+        return IssuedKey(made, shown)
 
     async def rotate_due(self, id: str, guard: Check) -> bool:
         """Do the scheduled rotation of a key if it is due, under the lease `guard`; whether there is a new text now.
@@ -128,6 +132,10 @@ class Rotation(Reservations):
         The same call again with the same idempotency key gives the same text (within a day), so that an answer that
         was lost is not a text lost. Raises NotFound, and Conflict if there is nothing to claim.
         """
+        once = once_for(context, idempotency_key, "claim key", id)
+        replayed = await self._database.repeated(acting(context), once)
+        if replayed is not None:
+            return await self.issued_before(replayed, context=context)
         for _ in range(MAX_CLAIM_ATTEMPTS):
             key = await self.get(id, context=context)
             by = writer(context, key.tenant)
@@ -144,13 +152,13 @@ class Rotation(Reservations):
                     raise _ReplacedError
                 return await tx.update(ApiKey, id, {"unclaimed": None})
 
-            once = self._once(by, idempotency_key, f"claim key {id}", text)
             try:
-                return IssuedKey(await self._database.transaction(by, body, idempotency=once), text)
-            except Replayed as replayed:
-                return await self._replay(by, idempotency_key or "", replayed)
+                made = await self._database.transaction(by, body, idempotency=telling(once, text))
+            except Replayed as done:
+                return await self.issued_before(done, context=context)
             except _ReplacedError:
                 continue
+            return IssuedKey(made, text)
         raise Conflict("the key is being rotated too quickly to claim its text: try again")
 
     def _now(self) -> datetime:
@@ -183,23 +191,23 @@ class Rotation(Reservations):
 
     # --- Repeated calls ---------------------------------------------------------------------------------------
 
-    def _once(self, context: Context, key: str | None, request: str, text: str) -> Idempotency | None:
-        """The text is kept for the repeat of this very call, encrypted under the pepper and the caller's own key."""
-        if key is None:
-            return None
-        nonce = hashlib.sha256(text.encode()).digest()[:_NONCE_BYTES]  # a text is random and used once
-        memo = self.hasher.memo_boxes(f"{context.actor}\x00{key}")[0].encrypt(nonce, text.encode(), None)
-        return Idempotency(key, request, nonce + memo)
+    async def answered_before(self, replayed: Replayed, *, context: Context | None = None) -> ApiKey:
+        """The key that a repeated call was answered with."""
+        return await self._database.answer_of(reader(context), ApiKey, replayed)
 
-    async def _replay(self, context: Context, key: str, replayed: Replayed) -> IssuedKey:
-        memo = replayed.memo or b""
-        for box in self.hasher.memo_boxes(f"{context.actor}\x00{key}"):
-            try:
-                text = box.decrypt(memo[:_NONCE_BYTES], memo[_NONCE_BYTES:], None).decode()
-            except InvalidTag:
-                continue  # the pepper was rotated since
-            return IssuedKey(await self.get(replayed.written[0], context=context), text)
-        raise Conflict("this was done before, under a pepper that is not configured any more: the text is lost")
+    async def issued_before(self, replayed: Replayed, *, context: Context | None = None) -> IssuedKey:
+        """The key and the text that a repeated call was answered with."""
+        return IssuedKey(await self.answered_before(replayed, context=context), (replayed.memo or b"").decode())
+
+
+def once_for(context: Context | None, key: str | None, *request: object) -> Idempotency | None:
+    """A call of this caller, about whatever tenant it is: its idempotency keys are the caller's own."""
+    return Idempotency.of(key, *request, scope=acting(context).tenant or "")
+
+
+def telling(once: Idempotency | None, text: str) -> Idempotency | None:
+    """The same call, whose repeat is given this text as well."""
+    return None if once is None else replace(once, memo=text.encode())
 
 
 # --- Texts that are held --------------------------------------------------------------------------------------
@@ -239,6 +247,11 @@ def no_key(id: str) -> NotFound:
 def reader(context: Context | None) -> Context:
     """Keys are found by the system on the caller's behalf; whom the caller may see is checked on what was found."""
     return system_context() if context is None else system_context(actor=context.actor)
+
+
+def acting(context: Context | None) -> Context:
+    """The caller's own context, before it is known whose key it speaks of."""
+    return context if context is not None else system_context()
 
 
 def writer(context: Context | None, tenant: str) -> Context:

@@ -58,6 +58,8 @@ class Transaction:
         self._read: dict[tuple[str, str], Document | None] = {}  # as stored, expired ones too
         self._pending: dict[tuple[str, str], Document | None] = {}
         self._added: set[tuple[str, str]] = set()
+        self.expired: list[tuple[Collection, Document]] = []
+        """Documents whose time to live is over, and that hold a unique value which this transaction needs."""
 
     # --- Reading ----------------------------------------------------------------------------------------------
 
@@ -113,7 +115,8 @@ class Transaction:
         if chosen and collection.ttl is not None:
             stored = await self._stored(cls, chosen)
             if stored is not None and is_expired(collection, stored, self.context.now):
-                operation = Put(collection.name, entity.id, document, stored["version"])
+                created_at = operation.created_at or self.context.now  # not that of the one before
+                operation = Put(collection.name, entity.id, document, stored["version"], created_at)
         self._plan("create", collection, operation, None, document, entity, fixed=True)
         return entity
 
@@ -126,7 +129,10 @@ class Transaction:
         _expect(cls, entity.id, before, expected)
         entity = with_fields(entity)
         document = cls.__codec__.encode(entity)
-        operation = Put(collection.name, entity.id, document, self._version_to_expect(collection, entity.id))
+        # One that is added is new, also where an expired one is still stored or this transaction has removed one.
+        created_at = (_utc(entity.created_at) or self.context.now) if before is None else None
+        expects = self._version_to_expect(collection, entity.id)
+        operation = Put(collection.name, entity.id, document, expects, created_at)
         action: Action = "create" if before is None else "update"
         self._plan(action, collection, operation, before, document, entity, fixed=expected is not None)
         return entity
@@ -214,8 +220,18 @@ class Transaction:
         self.changes.append(Change(action, collection, operation, before, after, entity, fixed))
         if action == "add":
             self._added.add(key)
+        elif after is None or entity is None:
+            self._pending[key] = None
         else:
-            self._pending[key] = {**after, **_system_fields(entity)} if after is not None and entity else None
+            created_at = self.created_at(self.changes[-1]) or self.context.now
+            self._pending[key] = {**after, **_system_fields(entity), "created_at": created_at}
+
+    @staticmethod
+    def created_at(change: Change) -> datetime | None:
+        """When the document of a change was made, as the store will have it; None: by this very commit."""
+        if change.before is not None:
+            return cast(datetime, change.before["created_at"])
+        return change.operation.created_at if isinstance(change.operation, Create | Put) else None
 
     def _version_to_expect(self, collection: Collection, id: str) -> int | None:
         key = (collection.name, id)
@@ -246,6 +262,12 @@ class Transaction:
         for (name, id), document in self._read.items():
             if (name, id) not in expected:
                 operations.append(Check(name, id, 0 if document is None else document["version"]))
+        for collection, document in self.expired:  # before the changes, which need what these hold
+            operations.append(Delete(collection.name, document["id"], document["version"]))
+            if collection.journalled:
+                by = Context(self.context.tenant, "system", {}, self.context.request_id, self.context.now_us)
+                record = change_record(by, "expire", collection, document["id"], document, None)
+                operations.append(Append(record, of=len(operations) - 1))
         for change in self.changes:
             operations.append(change.operation)
             if change.collection.journalled:

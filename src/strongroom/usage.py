@@ -32,8 +32,10 @@ from .charges import (
     Charge,
     Decided,
     Decision,
+    Happened,
     HoldChange,
     KeyChanged,
+    Once,
     Watcher,
     answer,
     bundles_of,
@@ -45,9 +47,10 @@ from .charges import (
 from .clock import Clock, MachineClock
 from .context import new_id, utc_from_us
 from .corrections import Begin, Tally, tally_once
-from .database import Database, IdempotentCall
+from .database import Database
 from .entity import Document
 from .errors import AlreadyExists, Conflict, NotFound, StrongroomError, TooManyRequests, Unavailable
+from .idempotency import IdempotentCall
 from .lending import Lending
 from .storage.port import Check, Create, Operation, Put, Store
 from .transaction import is_expired
@@ -144,7 +147,7 @@ class Ledger:
         cost: Cost,
         *,
         force: bool = False,
-        once: tuple[str, Create] | None = None,
+        once: Once | None = None,
         model: str | None = None,
         route: str | None = None,
         hold: HoldChange | None = None,
@@ -153,7 +156,7 @@ class Ledger:
     ) -> asyncio.Future[Outcome]:
         """Decide and charge; the outcome comes once it is durable (a denial, which writes nothing, as soon as decided).
 
-        `once` is an id and an operation that fails with AlreadyExists if this very charge was made before; `also` an
+        `once` has an operation that fails with AlreadyExists if this very charge was made before; `also` is an
         operation that commits with the charge, and whose error is the charge's. `hold` is what becomes of a
         reservation. `count` is how many uses it stands for. The future raises KeyChanged, TooManyRequests, NotFound (of
         a reservation), Unavailable.
@@ -448,22 +451,22 @@ class Ledger:
             for id in list(self._accounts)[: MAX_ACCOUNTS // 10]:
                 del self._accounts[id]
 
-    async def _repeated(self, charges: list[Charge], now_us: int) -> dict[str, str]:
-        """Which of the charges that may happen only once have happened, within the time that this is remembered, and
-        the fingerprint of what each was."""
-        found: dict[str, str] = {}
+    async def _repeated(self, charges: list[Charge], now_us: int) -> dict[str, Happened]:
+        """Which of the charges that may happen only once have happened, within the time that this is remembered."""
+        found: dict[str, Happened] = {}
         once = [(charge, *charge.once) for charge in charges if charge.once is not None]
         if not once:
             return found
-        documents = await self._stored([(operation.collection, id) for _, id, operation in once])
+        documents = await self._stored([(operation.collection, id) for _, id, operation, _ in once])
         now = utc_from_us(now_us)
-        for (charge, id, operation), stored in zip(once, documents, strict=True):
+        for (charge, id, operation, alike), stored in zip(once, documents, strict=True):
+            name, document = operation.collection, operation.document
             if stored is None:
-                charge.once = id, Create(operation.collection, id, operation.document)
+                charge.once = Once(id, Create(name, id, document), alike)
             elif is_expired(IdempotentCall.__collection__, stored, now):
-                charge.once = id, Put(operation.collection, id, operation.document, stored["version"])
+                charge.once = Once(id, Put(name, id, document, stored["version"]), alike)
             else:
-                found[id] = stored["fingerprint"]
+                found[id] = Happened(stored["fingerprint"], stored["memo"])
         return found
 
     async def _not_committed(self, error: Exception, bundle: list[Decided]) -> None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from .accounts import Part
 from .apikey import ApiKey
 from .changes import ChangeFeed
+from .charges import Once
 from .clock import Clock, MachineClock
 from .context import Context, system_context
 from .database import Database
@@ -22,7 +23,6 @@ from .keycache import KeyCache
 from .keytext import Hasher
 from .knownkey import KnownKey, metered, quota_part
 from .quotas import Quota, is_quota
-from .storage.port import Create
 from .usage import KeyChanged, Ledger, Outcome
 from .verification import (
     NOT_FOUND,
@@ -119,7 +119,8 @@ class Verifier:
                         return admitted_from(key, entries)
                 once = None
                 if idempotency_key is not None:
-                    once = self._charged_once("verify", key, idempotency_key, actor, units)
+                    asked = (units, permission, ip, model, route, tenant)
+                    once = self._charged_once("verify", key, idempotency_key, actor, asked)
                 try:
                     outcome = await self._ledger.charge(key.metered, units, once=once, model=model, route=route)
                 except KeyChanged:
@@ -181,7 +182,8 @@ class Verifier:
             return refused(key, *refusal)
         if not key.metered.limited and once is None:
             return None
-        made = self._charged_once("verify", key, once, ask.get("actor", "system"), units)
+        asked = (units, ask.get("permission"), ask.get("ip"), model, route, tenant)
+        made = self._charged_once("verify", key, once, ask.get("actor", "system"), asked)
         return self._ledger.charge(key.metered, units, once=made, model=model, route=route)
 
     def begin(
@@ -244,11 +246,12 @@ class Verifier:
         return exceeded(begun.key, outcome, begun.units)
 
     def _charged_once(
-        self, what: str, key: KnownKey, idempotency_key: str | None, actor: str, units: Mapping[str, int]
-    ) -> tuple[str, Create] | None:
+        self, what: str, key: KnownKey, idempotency_key: str | None, actor: str, request: object
+    ) -> Once | None:
+        """What lets this happen once for an actor's idempotency key, whichever key it is asked for."""
         if idempotency_key is None:
             return None
-        return self._database.once_only(f"{what}\x00{key.id}\x00{actor}", idempotency_key, repr(sorted(units.items())))
+        return self._database.once(what, actor, idempotency_key, (what, key.id, request))
 
     async def authenticate(self, text: str, *, any_address: bool = False) -> KnownKey | None:
         """The key that a bearer token is, if it may be used now; nothing is debited. For authenticating a caller.

@@ -18,10 +18,11 @@ from .apikey import ALL_TENANTS, DEFAULT_TENANT, TenantName, parse
 from .changes import ChangeFeed
 from .clock import Clock
 from .context import MAX_TENANT_BYTES, Context, new_id, system_context, text_problem, utc_from_us
-from .database import Database, Idempotency, Page, Replayed
+from .database import Database, Page
 from .entity import Entity, Index, Secret
 from .errors import Denied, InvalidInput, NotFound, Problem, StoreError
 from .events import EVENT_TYPES, LIMIT_THRESHOLD, Event
+from .idempotency import Idempotency, Replayed
 from .keytext import Hasher
 from .netguard import MAX_URL_CHARS, url_problem
 from .query import MAX_LIMIT, MAX_PAGE_BYTES, Query, Where
@@ -227,6 +228,10 @@ class Webhooks:
             raise Denied(f"the caller belongs to tenant {own!r}, not to {new.tenant!r}")
         if new.allow_private or new.tenant == ALL_TENANTS:
             _for_administrators(context, "allow_private" if new.allow_private else "tenant")
+        once = _once(context, idempotency_key, "create webhook", new)
+        replayed = await self._database.repeated(_acting(context), once)
+        if replayed is not None:
+            return await self.issued_before(replayed, context=context)
         await self._sender.check(new.url, allow_private=new.allow_private)
         text = new.secret if new.secret is not None else new_secret()
         id = new_id("whk_")
@@ -239,14 +244,20 @@ class Webhooks:
                 raise InvalidInput([Problem("tenant", f"found {most} endpoints, which is as many as there may be")])
             return await tx.create(webhook)
 
-        given = None if new.secret is None else secret_bytes(new.secret).hex()
-        once = _once(idempotency_key, f"create webhook {new!r} {given}")
         try:
             made = await self._database.transaction(_writer(context, new.tenant), body, idempotency=once)
-        except Replayed as replayed:
-            made = await self.get(replayed.written[0], context=context)
-            text = secret_text(self.unsealed(made))
+        except Replayed as done:
+            return await self.issued_before(done, context=context)
         return IssuedWebhook(made, text)
+
+    async def answered_before(self, replayed: Replayed, *, context: Context | None = None) -> Webhook:
+        """The endpoint that a repeated call was answered with."""
+        return await self._database.answer_of(_reader(context), Webhook, replayed)
+
+    async def issued_before(self, replayed: Replayed, *, context: Context | None = None) -> IssuedWebhook:
+        """The endpoint and the secret that a repeated call was answered with."""
+        webhook = await self.answered_before(replayed, context=context)
+        return IssuedWebhook(webhook, secret_text(self.unsealed(webhook)))
 
     async def get(self, id: str, *, context: Context | None = None) -> Webhook:
         """An endpoint by its id. NotFound for another tenant's too."""
@@ -286,6 +297,10 @@ class Webhooks:
         """Change some fields. One that is enabled again begins without failures."""
         changes = changes if changes is not None else parse(WebhookChanges, fields)
         values = {name: getattr(changes, name) for name in changes.model_fields_set}
+        once = _once(context, idempotency_key, "update webhook", id, changes, expected)
+        replayed = await self._database.repeated(_acting(context), once)
+        if replayed is not None:
+            return await self.answered_before(replayed, context=context)
         webhook = await self.get(id, context=context)
         if {"url", "allow_private"} & values.keys():
             allowed = values.get("allow_private", webhook.allow_private)
@@ -294,9 +309,14 @@ class Webhooks:
             await self._sender.check(values.get("url", webhook.url), allow_private=allowed)
         if values.get("enabled"):
             values |= {"failing_since": None, "disabled_reason": None}
-        return await self._database.update(
-            _writer(context, webhook.tenant), Webhook, id, values, expected=expected, idempotency_key=idempotency_key
-        )
+
+        async def body(tx: Transaction) -> Webhook:
+            return await tx.update(Webhook, id, values, expected=expected)
+
+        try:
+            return await self._database.transaction(_writer(context, webhook.tenant), body, idempotency=once)
+        except Replayed as done:
+            return await self.answered_before(done, context=context)
 
     async def delete(
         self,
@@ -307,15 +327,10 @@ class Webhooks:
         idempotency_key: str | None = None,
     ) -> None:
         """Remove an endpoint. What was not delivered to it yet is not delivered any more."""
-        once = None
-        if idempotency_key is not None:
-            once = Idempotency(idempotency_key, f"delete webhook {id} {expected}", scope="\x00webhooks")
-        try:
-            webhook = await self.get(id, context=context)
-        except NotFound:
-            if once is not None and await self._database.was_done(context or system_context(), once):
-                return
-            raise
+        once = _once(context, idempotency_key, "delete webhook", id, expected)
+        if await self._database.repeated(_acting(context), once) is not None:
+            return
+        webhook = await self.get(id, context=context)
 
         async def body(tx: Transaction) -> None:
             await tx.delete(Webhook, id, expected=expected)
@@ -338,6 +353,10 @@ class Webhooks:
         an earlier rotation left in its overlap does not any more."""
         if type(overlap_s) is not int or not 0 <= overlap_s <= MAX_OVERLAP_S:
             raise InvalidInput([Problem("overlap_s", f"found {overlap_s!r}, expected 0 to {MAX_OVERLAP_S} seconds")])
+        once = _once(context, idempotency_key, "rotate webhook", id, overlap_s, expected)
+        replayed = await self._database.repeated(_acting(context), once)
+        if replayed is not None:
+            return await self.issued_before(replayed, context=context)
         webhook = await self.get(id, context=context)
         text = new_secret()
 
@@ -351,12 +370,10 @@ class Webhooks:
             }
             return await tx.update(Webhook, id, fields, expected=expected)
 
-        once = _once(idempotency_key, f"rotate webhook {id} {overlap_s} {expected}")
         try:
             made = await self._database.transaction(_writer(context, webhook.tenant), body, idempotency=once)
-        except Replayed:
-            made = await self.get(id, context=context)
-            text = secret_text(self.unsealed(made))
+        except Replayed as done:
+            return await self.issued_before(done, context=context)
         return IssuedWebhook(made, text)
 
     # --- Secrets ----------------------------------------------------------------------------------------------
@@ -475,8 +492,13 @@ def _asks(known: _Known) -> bool:
     return known.enabled and wanted and bool(known.thresholds)
 
 
-def _once(key: str | None, request: str) -> Idempotency | None:
-    return Idempotency(key, request) if key is not None else None
+def _once(context: Context | None, key: str | None, *request: object) -> Idempotency | None:
+    """A call of this caller, about whatever tenant it is: its idempotency keys are the caller's own."""
+    return Idempotency.of(key, *request, scope=_acting(context).tenant or "")
+
+
+def _acting(context: Context | None) -> Context:
+    return context if context is not None else system_context()
 
 
 def _for_administrators(context: Context | None, what: str) -> None:

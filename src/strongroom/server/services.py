@@ -13,6 +13,7 @@ from ..transaction import Transaction
 from .auth import Authenticator, Caller
 from .errors import ShuttingDown
 from .metrics import Metrics
+from .once import Answers
 from .signers import Signers
 from .verify import Gate
 
@@ -49,11 +50,13 @@ class Services:
     """Open streams by who reads them: a tenant, whichever of its keys it uses, or a key of no tenant."""
     authenticator: Authenticator = field(init=False)
     gate: Gate = field(init=False)
+    answers: Answers = field(init=False)
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.room.store.metrics)
         self.authenticator = Authenticator(self.room.keys, self.proxies)
         self.gate = Gate(self.bounds.max_concurrency)
+        self.answers = Answers(self.room.database)
         self.room.database.after_commit(self._committed)
         metrics = self.metrics
         metrics.gauge("strongroom_requests_in_work", "Requests being answered.", lambda: self.gate.inside)

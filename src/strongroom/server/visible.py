@@ -104,7 +104,7 @@ class View:
             raise Gone("the stream is too far behind for what the rules look at: begin again without a cursor")
         states: dict[str, _State] = {}
         for id, chain in chains.items():
-            stored = None if is_expired(collection, now[id], context.now) else now[id]
+            stored = None if is_expired(collection, now[id], self._database.at_now(context).now) else now[id]
             around = _around(chain, now[id], least[id])
             wanted = {record.id for record in records if record.entity_id == id}
             for record, (before, after) in zip(chain, around, strict=False):

@@ -14,8 +14,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 
-from ..context import Context, kind_of, new_id, repeated_name, text_problem
-from ..database import MAX_IDEMPOTENCY_KEY_BYTES
+from ..context import Context, kind_of, new_id, repeated_name
 from ..entity import problems_of
 from ..errors import Conflict, InvalidInput, Problem
 from .auth import Caller
@@ -74,6 +73,14 @@ def _not_json(value: Any, path: str) -> Iterator[Problem]:
     elif isinstance(value, list):
         for number, item in enumerate(value):
             yield from _not_json(item, f"{path}.{number}" if path else str(number))
+
+
+def exactly(body: bytes) -> Any:
+    """A body by its value, numbers with all their digits; what is not JSON as it is, and no body as None."""
+    try:
+        return _decode_exactly(body) if body else None
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return body
 
 
 def expect_object(value: Any, path: str = "") -> dict[str, Any]:
@@ -150,14 +157,6 @@ def context_of(request: Request, tenant: str | None = None) -> Context:
     """The caller's context for one tenant (None: for its own, or for the platform)."""
     caller = caller_of(request)
     return caller.context(tenant if tenant is not None else caller.tenant, request.scope["strongroom.request_id"])
-
-
-def idempotency_key(request: Request) -> str | None:
-    """The Idempotency-Key header. Raises InvalidInput if it is none."""
-    value = request.headers.get("idempotency-key")
-    if value is not None and (problem := text_problem(value, MAX_IDEMPOTENCY_KEY_BYTES)):
-        raise InvalidInput([Problem("Idempotency-Key", problem)])
-    return value
 
 
 def _etags(value: str, header: str) -> list[str]:

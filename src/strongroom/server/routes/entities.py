@@ -17,25 +17,20 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
+from ...context import Context
 from ...entity import INT64_MAX, INT64_MIN, SYSTEM_FIELDS, Entity, FieldType, json_schema, problems_of
 from ...errors import InvalidInput, NotFound, Problem
 from ...fairness import in_slices
+from ...idempotency import Replayed, RequestKey
 from ...journal import MASK
 from ...query import MAX_PAGE_BYTES
 from ..auth import Scope
 from ..filters import parameters_of, query_of
+from ..once import nothing, once
 from ..openapi import about, may_be_unchanged, may_fail, request_body, takes, tells
 from ..services import Services
 from ..watch import watch
-from ..wire import (
-    Preconditions,
-    body_fields,
-    caller_of,
-    context_of,
-    etag,
-    idempotency_key,
-    not_modified,
-)
+from ..wire import Preconditions, body_fields, caller_of, context_of, etag, not_modified
 
 TAG = "entities"
 SLASH = "\x00"
@@ -185,10 +180,13 @@ class _Collection:
     async def create(self, request: Request, tenant: str) -> Response:
         """Without an `id` it gets a new one."""
         caller_of(request).needs(Scope.WRITE)
-        entity = self.parse(self.cls, await self.fields(request))
-        made = await self.database.create(
-            context_of(request, _decoded(tenant)), entity, idempotency_key=idempotency_key(request)
-        )
+        context = context_of(request, _decoded(tenant))
+
+        async def work(key: RequestKey | None) -> Entity:
+            entity = self.parse(self.cls, await self.fields(request))
+            return await self.database.create(context, entity, idempotency_key=key)
+
+        made = await once(request, self.database, context, work, self.again(context))
         answer = self.answer(made, 201)
         answer.headers["location"] = path_of(tenant, self.name, made.id)
         return answer
@@ -198,12 +196,14 @@ class _Collection:
         caller_of(request).needs(Scope.WRITE)
         id = _decoded(id)
         context = context_of(request, _decoded(tenant))
-        entity = self.parse(self.cls, await self.fields(request, id=id))
-        with Preconditions(request) as preconditions:
-            expected = await preconditions.expected(self.version_of(request, tenant, id))
-            stored = await self.database.replace(
-                context, entity, expected=expected, idempotency_key=idempotency_key(request)
-            )
+
+        async def work(key: RequestKey | None) -> Entity:
+            entity = self.parse(self.cls, await self.fields(request, id=id))
+            with Preconditions(request) as preconditions:
+                expected = await preconditions.expected(self.version_of(request, tenant, id))
+                return await self.database.replace(context, entity, expected=expected, idempotency_key=key)
+
+        stored = await once(request, self.database, context, work, self.again(context))
         return self.answer(stored, 201 if stored.created_at == stored.updated_at else 200)
 
     async def patch(self, request: Request, tenant: str, id: str) -> Response:
@@ -211,29 +211,35 @@ class _Collection:
         caller_of(request).needs(Scope.WRITE)
         id = _decoded(id)
         context = context_of(request, _decoded(tenant))
-        changes = self.parse(self.changes, await self.fields(request, patch=True))
-        fields = {name: getattr(changes, name) for name in changes.model_fields_set}
-        with Preconditions(request) as preconditions:
-            expected = await preconditions.expected(self.version_of(request, tenant, id))
-            stored = await self.database.update(
-                context, self.cls, id, fields, expected=expected, idempotency_key=idempotency_key(request)
-            )
-        return self.answer(stored)
+
+        async def work(key: RequestKey | None) -> Entity:
+            changes = self.parse(self.changes, await self.fields(request, patch=True))
+            fields = {name: getattr(changes, name) for name in changes.model_fields_set}
+            with Preconditions(request) as preconditions:
+                expected = await preconditions.expected(self.version_of(request, tenant, id))
+                return await self.database.update(context, self.cls, id, fields, expected=expected, idempotency_key=key)
+
+        return self.answer(await once(request, self.database, context, work, self.again(context)))
 
     async def delete(self, request: Request, tenant: str, id: str) -> Response:
         """Removes it; its history stays in the journal."""
         caller_of(request).needs(Scope.WRITE)
         id = _decoded(id)
-        with Preconditions(request) as preconditions:
-            expected = await preconditions.expected(self.version_of(request, tenant, id))
-            await self.database.delete(
-                context_of(request, _decoded(tenant)),
-                self.cls,
-                id,
-                expected=expected,
-                idempotency_key=idempotency_key(request),
-            )
+        context = context_of(request, _decoded(tenant))
+
+        async def work(key: RequestKey | None) -> None:
+            with Preconditions(request) as preconditions:
+                expected = await preconditions.expected(self.version_of(request, tenant, id))
+                await self.database.delete(context, self.cls, id, expected=expected, idempotency_key=key)
+
+        await once(request, self.database, context, work, nothing)
         return Response(status_code=204)
+
+    def again(self, context: Context) -> Callable[[Replayed], Awaitable[Entity]]:
+        async def again(replayed: Replayed) -> Entity:
+            return await self.database.answer_of(context, self.cls, replayed)
+
+        return again
 
     # --- Documents and JSON -----------------------------------------------------------------------------------
 

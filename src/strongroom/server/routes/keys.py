@@ -11,10 +11,13 @@ from urllib.parse import quote
 from fastapi import APIRouter, Query, Request, Response
 
 from ...apikey import KeyChanges, NewKey
-from ...errors import InvalidInput, NotFound, Problem
+from ...context import Context
+from ...errors import InvalidInput, Problem
 from ...fairness import in_slices
-from ...keys import ApiKey, KeyStats
+from ...idempotency import Replayed, RequestKey
+from ...keys import ApiKey, IssuedKey, KeyStats
 from ..auth import Caller, Scope, is_management
+from ..once import idempotency_key, nothing, once
 from ..openapi import about, body, may_be_unchanged, takes, tells
 from ..services import MAX_BATCH_ITEMS, Services
 from ..shapes import (
@@ -30,24 +33,14 @@ from ..shapes import (
     VerifyBatchOut,
 )
 from ..verify import item_problems
-from ..wire import (
-    Json,
-    Preconditions,
-    body_fields,
-    caller_of,
-    context_of,
-    etag,
-    idempotency_key,
-    not_modified,
-    read,
-)
+from ..wire import Json, Preconditions, body_fields, caller_of, context_of, etag, not_modified, read
 from . import keys_bulk
 from .keys_fields import K, parsed
 
 
 def router(services: Services) -> APIRouter:
     routes = APIRouter(prefix="/v1/keys", tags=["keys"])
-    keys = services.room.keys
+    keys, database = services.room.keys, services.room.database
 
     @routes.post(
         "",
@@ -62,7 +55,12 @@ def router(services: Services) -> APIRouter:
         caller = _writer(request)
         new = await _parsed(request, NewKey, {"tenant": caller.tenant} if caller.tenant is not None else {})
         _guard(caller, new.permissions, new.tenant)
-        issued = await keys.create(new, context=context_of(request), idempotency_key=idempotency_key(request))
+        context = context_of(request)
+
+        async def work(key: RequestKey | None) -> IssuedKey:
+            return await keys.create(new, context=context, idempotency_key=key)
+
+        issued = await once(request, database, context, work, issued_before(context))
         return _answer(issued.key, 201, {"location": f"/v1/keys/{quote(issued.key.id, safe='')}"}, key=issued.text)
 
     @routes.get("", response_model=KeyListOut, summary="List keys, newest first")
@@ -88,18 +86,17 @@ def router(services: Services) -> APIRouter:
     async def update_key(request: Request, id: str) -> Response:
         """Fields that are not given stay. Usage stays counted where a limit's resource and window stay the same."""
         caller = _writer(request)
-        changes = await _parsed(request, KeyChanges)
-        before = await _own(request, id)
-        _guard(caller, changes.permissions if "permissions" in changes.model_fields_set else (), before.tenant)
-        with Preconditions(request) as preconditions:
-            changed = await keys.update(
-                id,
-                changes,
-                context=context_of(request),
-                expected=await preconditions.expected(_version_of(before)),
-                idempotency_key=idempotency_key(request),
-            )
-        return _answer(changed)
+        context = context_of(request)
+
+        async def work(key: RequestKey | None) -> ApiKey:
+            changes = await _parsed(request, KeyChanges)
+            before = await _own(request, id)
+            _guard(caller, changes.permissions if "permissions" in changes.model_fields_set else (), before.tenant)
+            with Preconditions(request) as preconditions:
+                expected = await preconditions.expected(_version_of(before))
+                return await keys.update(id, changes, context=context, expected=expected, idempotency_key=key)
+
+        return _answer(await once(request, database, context, work, answered_before(context)))
 
     @routes.delete(
         "/{id}", status_code=204, response_class=Response, openapi_extra=takes("If-Match"), summary="Delete a key"
@@ -107,18 +104,16 @@ def router(services: Services) -> APIRouter:
     async def delete_key(request: Request, id: str, query: Annotated[DeleteQuery, Query()]) -> Response:
         """Its texts are unknown from now on. For 30 days `restore` takes that back; then it is removed for good, with
         its usage. `purge` removes it for good now, one that was deleted before too."""
-        once = idempotency_key(request)
-        try:
+        _writer(request)
+        context = context_of(request)
+
+        async def work(key: RequestKey | None) -> None:
             before = await _own(request, id, deleted=query.purge)
-        except NotFound:
-            if once is None:
-                raise
-            before = None  # it may be this very call that removed it
-        with Preconditions(request) as preconditions:
-            expected = await preconditions.expected(_version_of(before))
-            await keys.delete(
-                id, purge=query.purge, context=context_of(request), expected=expected, idempotency_key=once
-            )
+            with Preconditions(request) as preconditions:
+                expected = await preconditions.expected(_version_of(before))
+                await keys.delete(id, purge=query.purge, context=context, expected=expected, idempotency_key=key)
+
+        await once(request, database, context, work, nothing)
         return Response(status_code=204)
 
     @routes.post(
@@ -126,20 +121,17 @@ def router(services: Services) -> APIRouter:
     )
     async def restore_key(request: Request, id: str) -> Response:
         """Within 30 days; the key is as it was. Of a key that was not deleted it changes nothing."""
-        await _own(request, id, deleted=True)
-        return _answer(await keys.restore(id, context=context_of(request)))
+        return _answer(await changed(request, id, keys.restore, deleted=True))
 
     @routes.post(
         "/{id}/disable", response_model=KeyOut, openapi_extra=tells("ETag"), summary="Refuse a key from now on"
     )
     async def disable_key(request: Request, id: str) -> Response:
-        await _own(request, id)
-        return _answer(await keys.disable(id, context=context_of(request)))
+        return _answer(await changed(request, id, keys.disable))
 
     @routes.post("/{id}/enable", response_model=KeyOut, openapi_extra=tells("ETag"), summary="Accept a key again")
     async def enable_key(request: Request, id: str) -> Response:
-        await _own(request, id)
-        return _answer(await keys.enable(id, context=context_of(request)))
+        return _answer(await changed(request, id, keys.enable))
 
     @routes.post(
         "/{id}/rotate",
@@ -151,17 +143,19 @@ def router(services: Services) -> APIRouter:
         """The key gets a new text, shown this once; its id, limits and usage stay. The old text works for `overlap_s`
         seconds more. With `hold` the new text is not shown (`key` is null) but kept, until it is claimed."""
         _writer(request)
-        asked = await read(request, RotateIn) if await request.body() else RotateIn()
-        before = await _own(request, id)
-        with Preconditions(request) as preconditions:
-            issued = await keys.rotate(
-                id,
-                overlap_s=asked.overlap_s,
-                hold=asked.hold,
-                context=context_of(request),
-                expected=await preconditions.expected(_version_of(before)),
-                idempotency_key=idempotency_key(request),
-            )
+        context = context_of(request)
+
+        async def work(key: RequestKey | None) -> IssuedKey:
+            asked = await read(request, RotateIn) if await request.body() else RotateIn()
+            before = await _own(request, id)
+            with Preconditions(request) as preconditions:
+                expected = await preconditions.expected(_version_of(before))
+                overlap_s, hold = asked.overlap_s, asked.hold
+                return await keys.rotate(
+                    id, overlap_s=overlap_s, hold=hold, context=context, expected=expected, idempotency_key=key
+                )
+
+        issued = await once(request, database, context, work, issued_before(context))
         return _answer(issued.key, key=issued.text or None)
 
     @routes.post(
@@ -173,8 +167,14 @@ def router(services: Services) -> APIRouter:
     async def claim_key(request: Request, id: str) -> Response:
         """The text of a scheduled rotation, or of one with `hold`: shown this once, then forgotten. With an
         `Idempotency-Key` the same call again shows it again, for a day."""
-        await _own(request, id)
-        issued = await keys.claim(id, context=context_of(request), idempotency_key=idempotency_key(request))
+        _writer(request)
+        context = context_of(request)
+
+        async def work(key: RequestKey | None) -> IssuedKey:
+            await _own(request, id)
+            return await keys.claim(id, context=context, idempotency_key=key)
+
+        issued = await once(request, database, context, work, issued_before(context))
         return _answer(issued.key, key=issued.text)
 
     @routes.get("/{id}/stats", response_model=KeyStatsOut, summary="A key's statistics")
@@ -189,24 +189,47 @@ def router(services: Services) -> APIRouter:
         """Decided in the order given, and answered in it. If the answer is an error, some may have been debited."""
         caller = _writer(request)
         items = _items(await body_fields(request, exact=("items",)))
-        once = idempotency_key(request)
-        answers = await keys.verify_many(
-            [
-                {
-                    "text": item["key"],
-                    **{name: item.get(name) for name in ("cost", "permission", "ip", "model", "route")},
-                    "tenant": caller.tenant,
-                    "idempotency_key": None if once is None else _nth(once, number),
-                    "actor": caller.actor,
-                }
-                for number, item in enumerate(items)
-            ]
-        )
-        for answer in answers:
-            services.metrics.verified[answer.code] = services.metrics.verified.get(answer.code, 0) + 1
-        return Json({"items": answers})
+        named = idempotency_key(request)
+
+        async def work() -> Response:
+            answers = await keys.verify_many(
+                [
+                    {
+                        "text": item["key"],
+                        **{name: item.get(name) for name in ("cost", "permission", "ip", "model", "route")},
+                        "tenant": caller.tenant,
+                        "idempotency_key": None if named is None else _nth(named, number),
+                        "actor": caller.actor,
+                    }
+                    for number, item in enumerate(items)
+                ]
+            )
+            for answer in answers:
+                services.metrics.verified[answer.code] = services.metrics.verified.get(answer.code, 0) + 1
+            return Json({"items": answers})
+
+        return await services.answers.answered(request, context_of(request), work)
 
     keys_bulk.add(routes, services)
+
+    async def changed(
+        request: Request, id: str, change: Callable[..., Awaitable[ApiKey]], *, deleted: bool = False
+    ) -> ApiKey:
+        """Disable, enable or restore a key."""
+        _writer(request)
+        context = context_of(request)
+
+        async def work(key: RequestKey | None) -> ApiKey:
+            await _own(request, id, deleted=deleted)
+            return await change(id, context=context, idempotency_key=key)
+
+        return await once(request, database, context, work, answered_before(context))
+
+    def answered_before(context: Context) -> Callable[[Replayed], Awaitable[ApiKey]]:
+        return lambda replayed: keys.answered_before(replayed, context=context)
+
+    def issued_before(context: Context) -> Callable[[Replayed], Awaitable[IssuedKey]]:
+        return lambda replayed: keys.issued_before(replayed, context=context)
 
     async def _own(request: Request, id: str, *, deleted: bool = False) -> ApiKey:
         """The key that is to be changed. Raises NotFound, and Denied if it is one that only administrators touch."""
@@ -241,9 +264,9 @@ async def _parsed(request: Request, model: type[K], defaults: Mapping[str, Any] 
     return parsed(model, {**defaults, **await body_fields(request, exact=("limits",))})
 
 
-def _version_of(key: ApiKey | None) -> Callable[[], Awaitable[int | None]]:
+def _version_of(key: ApiKey) -> Callable[[], Awaitable[int | None]]:
     async def version() -> int | None:
-        return key.version if key is not None else None
+        return key.version
 
     return version
 

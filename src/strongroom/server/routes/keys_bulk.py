@@ -34,9 +34,13 @@ def add(routes: APIRouter, services: Services) -> None:
         asked = await read(request, BulkIn)
         bulk = await _bulk(request, asked, caller)
         context = context_of(request)
-        async with aclosing(room.keys.bulk(bulk, cursor=asked.cursor, limit=asked.limit, context=context)) as steps:
-            step = await anext(steps)
-        return Json(_shown(step, asked.dry_run))
+
+        async def work() -> Response:
+            async with aclosing(room.keys.bulk(bulk, cursor=asked.cursor, limit=asked.limit, context=context)) as steps:
+                step = await anext(steps)
+            return Json(_shown(step, asked.dry_run))
+
+        return await services.answers.answered(request, context, work)
 
     @routes.post(":rotate-pepper", status_code=204, response_class=Response, summary="A new pepper for new hashes")
     async def rotate_pepper(request: Request) -> Response:
@@ -46,11 +50,15 @@ def add(routes: APIRouter, services: Services) -> None:
         caller.needs(Scope.ADMIN)
         if caller.tenant is not None:
             raise Denied("the pepper is that of all tenants: this call needs an administrator of all of them")
-        try:
-            await room.rotate_pepper()
-        except ConfigError as error:
-            raise Conflict(str(error)) from None
-        return Response(status_code=204)
+
+        async def work() -> Response:
+            try:
+                await room.rotate_pepper()
+            except ConfigError as error:
+                raise Conflict(str(error)) from None
+            return Response(status_code=204)
+
+        return await services.answers.answered(request, context_of(request), work)
 
 
 async def _bulk(request: Request, asked: BulkIn, caller: Caller) -> Bulk:

@@ -11,16 +11,19 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, Field
 
 from ...apikey import parse
+from ...context import Context
 from ...errors import InvalidInput, Problem, Unauthenticated
 from ...fairness import in_slices
+from ...idempotency import Replayed, RequestKey
 from ...leaks import MAX_SIGHTINGS, Action, Done, Leak, LeakPolicy, PolicyFields, Sighting
 from ...query import DEFAULT_LIMIT, MAX_LIMIT
 from ..auth import Scope, authorization
+from ..once import once
 from ..openapi import about, body, request_body
 from ..services import Services
 from ..shapes import Closed
 from ..signers import IDENTIFIER, SIGNATURE
-from ..wire import Json, body_fields, caller_of, context_of, idempotency_key, parse_json
+from ..wire import Json, body_fields, caller_of, context_of, parse_json
 from .entities import SLASH
 
 PATH = "/v1/keys/leaked"
@@ -117,10 +120,13 @@ def router(services: Services) -> APIRouter:
         raw = await request.body()
         reporter, tenant = await _reporter(request, raw)
         reported = _sightings(raw)
-        found = await leaks.report(
-            reported, reporter=reporter, tenant=tenant, request_id=request.scope["strongroom.request_id"]
-        )
-        return Json([_label(s, f.leak is not None) for s, f in zip(reported, found, strict=True)])
+        request_id = request.scope["strongroom.request_id"]
+
+        async def work() -> Response:
+            found = await leaks.report(reported, reporter=reporter, tenant=tenant, request_id=request_id)
+            return Json([_label(s, f.leak is not None) for s, f in zip(reported, found, strict=True)])
+
+        return await services.answers.answered(request, Context(tenant, reporter, {}, request_id), work)
 
     async def _reporter(request: Request, raw: bytes) -> tuple[str, str | None]:
         """Who reports, and the tenant whose keys alone it may know of. Nothing was looked up for whom this refuses."""
@@ -156,14 +162,21 @@ def router(services: Services) -> APIRouter:
         seconds more. Only an administrator may."""
         caller_of(request).needs(Scope.ADMIN)
         asked = parse(PolicyFields, await body_fields(request))
-        policy = await leaks.set_policy(
-            tenant.replace(SLASH, "/"),
-            context=context_of(request),
-            idempotency_key=idempotency_key(request),
-            action=asked.action,
-            overlap_s=asked.overlap_s,
-        )
-        return _policy(policy)
+        context = context_of(request)
+
+        async def work(key: RequestKey | None) -> LeakPolicy:
+            return await leaks.set_policy(
+                tenant.replace(SLASH, "/"),
+                context=context,
+                idempotency_key=key,
+                action=asked.action,
+                overlap_s=asked.overlap_s,
+            )
+
+        async def again(replayed: Replayed) -> LeakPolicy:
+            return await leaks.policy_set_before(replayed, context=context)
+
+        return _policy(await once(request, services.room.database, context, work, again))
 
     return routes
 

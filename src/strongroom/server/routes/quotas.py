@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
@@ -11,24 +12,17 @@ from pydantic import BaseModel, Field
 from ...apikey import parse
 from ...errors import InvalidInput, NotFound, Problem
 from ...fairness import in_slices
+from ...idempotency import Replayed, RequestKey
 from ...query import DEFAULT_LIMIT, MAX_LIMIT
 from ...quotas import QuotaKind
 from ...quotastore import NewQuota, Quota, QuotaChanges, QuotaFields
 from ...windows import MAX_LIMITS, Limit
 from ..auth import Scope
+from ..once import nothing, once
 from ..openapi import about, body, may_be_unchanged, may_fail, takes, tells
 from ..services import Services
 from ..shapes import Closed, LimitStatusOut, Number
-from ..wire import (
-    Json,
-    Preconditions,
-    body_fields,
-    caller_of,
-    context_of,
-    etag,
-    idempotency_key,
-    not_modified,
-)
+from ..wire import Json, Preconditions, body_fields, caller_of, context_of, etag, not_modified
 from .entities import SLASH
 
 PATH = "/v1/quotas"
@@ -92,7 +86,7 @@ class QuotaListQuery(Closed):
 
 def router(services: Services) -> APIRouter:
     routes = APIRouter(tags=["quotas"])
-    quotas = services.room.quotas
+    quotas, database = services.room.quotas, services.room.database
 
     @routes.get(PATH, response_model=QuotaListOut, summary="List quotas, by tenant, kind and name")
     async def list_quotas(request: Request, query: Annotated[QuotaListQuery, Query()]) -> Response:
@@ -187,39 +181,43 @@ def router(services: Services) -> APIRouter:
 
     async def put(request: Request, kind: str, tenant: str, name: str) -> Response:
         caller_of(request).needs(Scope.WRITE)
-        new = await _new(request, *_subject(kind, tenant, name))
-        with Preconditions(request) as preconditions:
-            stored = await quotas.put(
-                new,
-                context=context_of(request),
-                expected=await preconditions.expected(lambda: version(request, kind, tenant, name)),
-                idempotency_key=idempotency_key(request),
-            )
+        context = context_of(request)
+
+        async def work(key: RequestKey | None) -> Quota:
+            new = await _new(request, *_subject(kind, tenant, name))
+            with Preconditions(request) as preconditions:
+                expected = await preconditions.expected(lambda: version(request, kind, tenant, name))
+                return await quotas.put(new, context=context, expected=expected, idempotency_key=key)
+
+        stored = await once(request, database, context, work, again(request))
         return _answer(stored, 201 if stored.created_at == stored.updated_at else 200)
 
     async def change(request: Request, kind: str, tenant: str, name: str) -> Response:
         caller_of(request).needs(Scope.WRITE)
-        changes = parse(QuotaChanges, await body_fields(request, exact=("limits",)))
-        with Preconditions(request) as preconditions:
-            changed = await quotas.update(
-                *_subject(kind, tenant, name),
-                changes,
-                context=context_of(request),
-                expected=await preconditions.expected(lambda: version(request, kind, tenant, name)),
-                idempotency_key=idempotency_key(request),
-            )
-        return _answer(changed)
+        context, subject = context_of(request), _subject(kind, tenant, name)
+
+        async def work(key: RequestKey | None) -> Quota:
+            changes = parse(QuotaChanges, await body_fields(request, exact=("limits",)))
+            with Preconditions(request) as preconditions:
+                expected = await preconditions.expected(lambda: version(request, kind, tenant, name))
+                return await quotas.update(*subject, changes, context=context, expected=expected, idempotency_key=key)
+
+        return _answer(await once(request, database, context, work, again(request)))
 
     async def remove(request: Request, kind: str, tenant: str, name: str) -> Response:
         caller_of(request).needs(Scope.WRITE)
-        with Preconditions(request) as preconditions:
-            await quotas.delete(
-                *_subject(kind, tenant, name),
-                context=context_of(request),
-                expected=await preconditions.expected(lambda: version(request, kind, tenant, name)),
-                idempotency_key=idempotency_key(request),
-            )
+        context, subject = context_of(request), _subject(kind, tenant, name)
+
+        async def work(key: RequestKey | None) -> None:
+            with Preconditions(request) as preconditions:
+                expected = await preconditions.expected(lambda: version(request, kind, tenant, name))
+                await quotas.delete(*subject, context=context, expected=expected, idempotency_key=key)
+
+        await once(request, database, context, work, nothing)
         return Response(status_code=204)
+
+    def again(request: Request) -> Callable[[Replayed], Awaitable[Quota]]:
+        return lambda replayed: quotas.answered_before(replayed, context=context_of(request))
 
     async def version(request: Request, kind: str, tenant: str, name: str) -> int | None:
         try:

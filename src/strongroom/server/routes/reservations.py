@@ -11,11 +11,12 @@ from ...errors import InvalidInput, Problem
 from ...reservations import DEFAULT_TTL_S, MAX_TTL_S
 from ...verification import cost_units
 from ..auth import Scope
+from ..once import idempotency_key
 from ..openapi import body
 from ..services import Services
 from ..shapes import ExtendIn, ReservationOut, ReserveIn, SettleIn
 from ..verify import item_problems
-from ..wire import Json, body_fields, caller_of, context_of, idempotency_key
+from ..wire import Json, body_fields, caller_of, context_of
 
 _reserved = functools.partial(cost_units, reserving=True)
 
@@ -58,7 +59,12 @@ def router(services: Services) -> APIRouter:
             problems += _cost_problems(fields["cost"], "cost")
         if problems:
             raise InvalidInput(problems)
-        return Json(await keys.settle(id, fields["cost"], context=context_of(request)))
+        context = context_of(request)
+
+        async def work() -> Response:
+            return Json(await keys.settle(id, fields["cost"], context=context))
+
+        return await services.answers.answered(request, context, work)
 
     @routes.post(
         "/{id}/extend", response_model=ReservationOut, openapi_extra=body(ExtendIn, required=False), summary="Extend it"
@@ -77,13 +83,23 @@ def router(services: Services) -> APIRouter:
                     problems += _cost_problems(fields[name], name, reserving=name == "cost")
         if problems:
             raise InvalidInput(problems)
-        return Json(await keys.extend(id, **fields, context=context_of(request)))
+        context = context_of(request)
+
+        async def work() -> Response:
+            return Json(await keys.extend(id, **fields, context=context))
+
+        return await services.answers.answered(request, context, work)
 
     @routes.post("/{id}/release", response_model=ReservationOut, summary="Release it")
     async def release(request: Request, id: str) -> Response:
         """Charges nothing but what was reported as used; the same again answers the same."""
         caller_of(request).needs(Scope.WRITE)
-        return Json(await keys.release(id, context=context_of(request)))
+        context = context_of(request)
+
+        async def work() -> Response:
+            return Json(await keys.release(id, context=context))
+
+        return await services.answers.answered(request, context, work)
 
     return routes
 

@@ -12,10 +12,11 @@ from ...errors import InvalidInput, Problem, StrongroomError
 from ...recording import Usage
 from ...verification import cost_units
 from ..auth import Scope
+from ..once import idempotency_key
 from ..openapi import about, body, may_fail
 from ..services import MAX_USAGE_ITEMS, Services
 from ..shapes import UsageBatchIn, UsageBatchOut, UsageIn, UsageOut
-from ..wire import Json, body_fields, caller_of, context_of, expect_object, idempotency_key, parse_json
+from ..wire import Json, body_fields, caller_of, context_of, expect_object, parse_json
 
 _TEXTS = ("key", "key_id", "idempotency_key", "model", "route")
 
@@ -58,10 +59,14 @@ def router(services: Services) -> APIRouter:
         With an Idempotency-Key the same batch again counts nothing twice."""
         caller_of(request).needs(Scope.WRITE)
         items = _items(await request.body())
-        once = idempotency_key(request)
-        answers = await keys.record_many(items, idempotency_key=once, context=context_of(request))
-        shown = [{"key_id": one.key_id, "tenant": one.tenant, "limits": one.limits} for one in answers]
-        return Json({"recorded": len(items), "keys": shown})
+        context, named = context_of(request), idempotency_key(request)
+
+        async def work() -> Response:
+            answers = await keys.record_many(items, idempotency_key=named, context=context)
+            shown = [{"key_id": one.key_id, "tenant": one.tenant, "limits": one.limits} for one in answers]
+            return Json({"recorded": len(items), "keys": shown})
+
+        return await services.answers.answered(request, context, work)
 
     return routes
 

@@ -12,9 +12,11 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, Field
 
 from ...apikey import parse
+from ...context import Context
 from ...deliveries import Delivery
 from ...errors import NotFound
 from ...fairness import in_slices
+from ...idempotency import Replayed, RequestKey
 from ...query import DEFAULT_LIMIT, MAX_LIMIT
 from ...webhooks import (
     DEFAULT_OVERLAP_S,
@@ -26,20 +28,11 @@ from ...webhooks import (
     WebhookFields,
 )
 from ..auth import Caller, Scope
+from ..once import nothing, once
 from ..openapi import about, body, may_be_unchanged, takes, tells
 from ..services import Services
 from ..shapes import Closed
-from ..wire import (
-    Json,
-    Preconditions,
-    body_fields,
-    caller_of,
-    context_of,
-    etag,
-    idempotency_key,
-    not_modified,
-    read,
-)
+from ..wire import Json, Preconditions, body_fields, caller_of, context_of, etag, not_modified, read
 
 HIDDEN = frozenset({"secret", "previous_secret"})
 """Fields of an endpoint that nobody is shown."""
@@ -129,7 +122,7 @@ def router(services: Services) -> APIRouter:
 
 
 def _endpoints(routes: APIRouter, services: Services) -> None:
-    webhooks = services.room.webhooks
+    webhooks, database = services.room.webhooks, services.room.database
     path = "/v1/webhooks"
 
     @routes.post(
@@ -144,8 +137,12 @@ def _endpoints(routes: APIRouter, services: Services) -> None:
         hears of every tenant. Only an administrator who is bound to no tenant sets `allow_private`, or `*`."""
         caller = _writer(request)
         new = await _parsed(request, NewWebhook, {"tenant": caller.tenant} if caller.tenant is not None else {})
-        made = await webhooks.create(new, context=context_of(request), idempotency_key=idempotency_key(request))
-        return _issued(made, 201)
+        context = context_of(request)
+
+        async def work(key: RequestKey | None) -> IssuedWebhook:
+            return await webhooks.create(new, context=context, idempotency_key=key)
+
+        return _issued(await once(request, database, context, work, issued_before(context)), 201)
 
     @routes.get(path, response_model=WebhookListOut, summary="List webhooks, newest first")
     async def list_webhooks(request: Request, query: Annotated[WebhookListQuery, Query()]) -> Response:
@@ -170,16 +167,18 @@ def _endpoints(routes: APIRouter, services: Services) -> None:
     async def update_webhook(request: Request, id: str) -> Response:
         """Fields that are not given stay. One that is enabled again begins without failures."""
         _writer(request)
-        changes = await _parsed(request, WebhookChanges)
-        with Preconditions(request) as preconditions:
-            changed = await webhooks.update(
-                id,
-                changes,
-                context=context_of(request),
-                expected=await preconditions.expected(_version(request, id)),
-                idempotency_key=idempotency_key(request),
-            )
-        return _answer(changed)
+        context = context_of(request)
+
+        async def work(key: RequestKey | None) -> Webhook:
+            changes = await _parsed(request, WebhookChanges)
+            with Preconditions(request) as preconditions:
+                expected = await preconditions.expected(_version(request, id))
+                return await webhooks.update(id, changes, context=context, expected=expected, idempotency_key=key)
+
+        async def again(replayed: Replayed) -> Webhook:
+            return await webhooks.answered_before(replayed, context=context)
+
+        return _answer(await once(request, database, context, work, again))
 
     @routes.delete(
         path + "/{id}",
@@ -191,10 +190,14 @@ def _endpoints(routes: APIRouter, services: Services) -> None:
     async def delete_webhook(request: Request, id: str) -> Response:
         """What was not delivered to it yet is not delivered any more."""
         _writer(request)
-        with Preconditions(request) as preconditions:
-            expected = await preconditions.expected(_version(request, id))
-            once = idempotency_key(request)
-            await webhooks.delete(id, context=context_of(request), expected=expected, idempotency_key=once)
+        context = context_of(request)
+
+        async def work(key: RequestKey | None) -> None:
+            with Preconditions(request) as preconditions:
+                expected = await preconditions.expected(_version(request, id))
+                await webhooks.delete(id, context=context, expected=expected, idempotency_key=key)
+
+        await once(request, database, context, work, nothing)
         return Response(status_code=204)
 
     @routes.post(
@@ -206,16 +209,21 @@ def _endpoints(routes: APIRouter, services: Services) -> None:
     async def rotate_webhook_secret(request: Request, id: str) -> Response:
         """The endpoint gets a new secret, shown this once. The one before signs beside it for `overlap_s` seconds."""
         _writer(request)
-        asked = await read(request, RotateSecretIn) if await request.body() else RotateSecretIn()
-        with Preconditions(request) as preconditions:
-            made = await webhooks.rotate_secret(
-                id,
-                overlap_s=asked.overlap_s,
-                context=context_of(request),
-                expected=await preconditions.expected(_version(request, id)),
-                idempotency_key=idempotency_key(request),
-            )
-        return _issued(made, 200)
+        context = context_of(request)
+
+        async def work(key: RequestKey | None) -> IssuedWebhook:
+            asked = await read(request, RotateSecretIn) if await request.body() else RotateSecretIn()
+            with Preconditions(request) as preconditions:
+                expected = await preconditions.expected(_version(request, id))
+                overlap_s = asked.overlap_s
+                return await webhooks.rotate_secret(
+                    id, overlap_s=overlap_s, context=context, expected=expected, idempotency_key=key
+                )
+
+        return _issued(await once(request, database, context, work, issued_before(context)), 200)
+
+    def issued_before(context: Context) -> Callable[[Replayed], Awaitable[IssuedWebhook]]:
+        return lambda replayed: webhooks.issued_before(replayed, context=context)
 
     def _version(request: Request, id: str) -> Callable[[], Awaitable[int | None]]:
         async def version() -> int | None:
@@ -234,7 +242,12 @@ def _deliveries(routes: APIRouter, services: Services) -> None:
     async def test_webhook(request: Request, id: str) -> Response:
         """One attempt, and what came of it: `delivered` or `dead`. A disabled endpoint can be tested too."""
         _writer(request)
-        return Json(seen(await deliveries.test(id, context=context_of(request))))
+        context = context_of(request)
+
+        async def work() -> Response:
+            return Json(seen(await deliveries.test(id, context=context)))
+
+        return await services.answers.answered(request, context, work)
 
     @routes.get("/v1/webhooks/{id}/deliveries", response_model=DeliveryListOut, summary="A webhook's deliveries")
     async def list_deliveries(request: Request, id: str, query: Annotated[DeliveryListQuery, Query()]) -> Response:
@@ -252,7 +265,12 @@ def _deliveries(routes: APIRouter, services: Services) -> None:
     async def redrive_delivery(request: Request, id: str) -> Response:
         """From the beginning, under the same event id; one that waits for its next attempt is attempted now."""
         _writer(request)
-        return Json(seen(await deliveries.redrive(id, context=context_of(request))))
+        context = context_of(request)
+
+        async def work() -> Response:
+            return Json(seen(await deliveries.redrive(id, context=context)))
+
+        return await services.answers.answered(request, context, work)
 
 
 def shown(webhook: Webhook) -> dict[str, Any]:

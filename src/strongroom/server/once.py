@@ -1,0 +1,148 @@
+"""`Idempotency-Key` on writes: the same request again changes nothing and gives the first answer; another one is 409.
+
+Two ways lead there. `once` is for what commits as one transaction: the record of the call commits with it. `Answers` is
+for what commits in several steps, each of which finds what is done already: the call is claimed before, its answer is
+kept after, and what broke off in between is done again by the repeat.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+from weakref import WeakValueDictionary
+
+import msgspec
+from fastapi import Request, Response
+
+from ..context import Context, text_problem
+from ..database import Database
+from ..errors import AlreadyExists, Conflict, InvalidInput, Problem, StrongroomError, Unavailable
+from ..idempotency import MAX_IDEMPOTENCY_KEY_BYTES, Idempotency, Replayed, RequestKey
+from ..storage.port import Delete, Put
+from .wire import exactly
+
+T = TypeVar("T")
+_KEPT_HEADERS = ("content-type", "etag")
+_log = logging.getLogger(__name__)
+
+
+class _Answer(msgspec.Struct):
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+def idempotency_key(request: Request) -> str | None:
+    """The Idempotency-Key header. Raises InvalidInput if it is none."""
+    value = request.headers.get("idempotency-key")
+    if value is not None and (problem := text_problem(value, MAX_IDEMPOTENCY_KEY_BYTES)):
+        raise InvalidInput([Problem("Idempotency-Key", problem)])
+    return value
+
+
+async def request_key(request: Request, context: Context) -> RequestKey | None:
+    """The Idempotency-Key header with what the request is: method, path, query, preconditions, and the body by value.
+    A repeat may order names and write numbers in another way. Raises InvalidInput."""
+    value = idempotency_key(request)
+    if value is None:
+        return None
+    key = RequestKey(value)
+    headers = request.headers
+    key.request = (
+        request.method,
+        request.scope["path"],
+        sorted(request.query_params.multi_items()),
+        [headers.get(name, "").replace(" ", "") for name in ("if-match", "if-none-match")],
+        exactly(await request.body()),
+    )
+    key.scope = context.tenant or ""
+    return key
+
+
+async def once(
+    request: Request,
+    database: Database,
+    context: Context,
+    work: Callable[[RequestKey | None], Awaitable[T]],
+    again: Callable[[Replayed], Awaitable[T]],
+) -> T:
+    """What `work` gives, which passes the key on to its transaction; if this request was done before, what `again`
+    makes of that. It is asked first of all: what is removed, or changed since, does not stand in a repeat's way."""
+    key = await request_key(request, context)
+    replayed = await database.repeated(context, Idempotency.of(key))
+    if replayed is not None:
+        return await again(replayed)
+    if key is not None:
+        key.looked_up = True
+    return await work(key)
+
+
+async def nothing(replayed: Replayed) -> None:
+    """For `again` of what answers with nothing."""
+
+
+class Answers:
+    """The answers of requests that are done in several steps."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    async def answered(self, request: Request, context: Context, work: Callable[[], Awaitable[Response]]) -> Response:
+        """The answer that `work` gives, or gave to this request before."""
+        call = Idempotency.of(await request_key(request, context))
+        if call is None:
+            return await work()
+        id = self._database.calls.id(context, call)
+        turn = self._turns.setdefault(id, asyncio.Lock())
+        async with turn:  # of two at once the second gets the answer of the first
+            claimed = await self._claim(context, call)
+            if isinstance(claimed, Response):
+                return claimed
+            try:
+                response = await work()
+            except StrongroomError as error:
+                if claimed and not isinstance(error, Unavailable):  # it failed: the key is unused
+                    await self._try(Delete("idempotent_calls", id), context)
+                raise
+            headers = {name: response.headers[name] for name in _KEPT_HEADERS if name in response.headers}
+            answer = msgspec.msgpack.encode(_Answer(response.status_code, headers, bytes(response.body)))
+            kept = self._database.calls.operation(
+                self._database.at_now(context), Idempotency(call.key, call.request, answer, call.scope), [], None
+            )
+            await self._try(Put(kept.collection, kept.id, kept.document), context)
+            return response
+
+    async def _claim(self, context: Context, call: Idempotency) -> Response | bool:
+        """The answer that this request had before; else whether its key is claimed by now for the first time. Raises
+        Conflict if it was another request's."""
+        context = self._database.at_now(context)
+        for _ in range(2):
+            try:
+                before = await self._database.calls.before(context, call)
+            except Replayed as replayed:
+                return _response(replayed.memo) if replayed.memo is not None else False
+            try:
+                claim = self._database.calls.operation(context, call, [], None, before)
+                await self._database.commit_counters([claim], context.now_us)
+            except (AlreadyExists, Conflict):
+                continue  # another node has this request or another one with its key: look which
+            return True
+        raise Conflict("requests with this idempotency key come too quickly: try again")
+
+    async def _try(self, operation: Put | Delete, context: Context) -> None:
+        """A record that cannot be written, or is gone, costs nothing but the work once more: a repeat finds it done."""
+        try:
+            await self._database.commit_counters([operation], self._database.at_now(context).now_us)
+        except StrongroomError as error:
+            _log.info("what became of a call with an idempotency key could not be kept: %s", error)
+
+
+def _response(memo: bytes) -> Response:
+    answer = msgspec.msgpack.decode(memo, type=_Answer)
+    return Response(answer.body, answer.status, headers=answer.headers)
+
+
+__all__ = ["Answers", "idempotency_key", "nothing", "once", "request_key"]
