@@ -473,9 +473,11 @@ async def test_usage_is_recorded_once_for_one_idempotency_key(room: Strongroom, 
     assert await used(store, issued.key.id) == {"tokens": 70}
     await room.keys.record(key=issued.text, cost={"tokens": 70}, idempotency_key="j")
     other = await room.keys.create(name="another", limits=[rolling("tokens", 100)])
-    await room.keys.record(key=other.text, cost={"tokens": 5}, idempotency_key="i")  # another key's is another
+    for another in ({"key": other.text}, {"key": issued.text, "model": "m"}, {"key": issued.text, "route": "/r"}):
+        with pytest.raises(Conflict, match="different request"):
+            await room.keys.record(**another, cost={"tokens": 70}, idempotency_key="i")
     assert await used(store, issued.key.id) == {"tokens": 140}
-    assert await used(store, other.key.id) == {"tokens": 5}
+    assert await used(store, other.key.id) == {}
 
 
 async def test_recording_knows_disabled_and_expired_keys_and_no_others(room: Strongroom, store: FaultyStore) -> None:

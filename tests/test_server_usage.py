@@ -112,7 +112,11 @@ async def test_each_record_may_have_an_idempotency_key_of_its_own() -> None:
             answer = await served.post("/v1/usage:batch", {"items": items})
             assert answer.json["keys"][0]["limits"][0]["used"] == used
         single = await served.post("/v1/usage", {**item, "idempotency_key": "a"})
-        assert single.json["limits"][0]["used"] == 8
+        assert single.json["limits"][0]["used"] == 2, "as it stood when `a` was counted"
+        assert (await served.get(f"/v1/keys/{made['id']}/stats")).json["totals"] == {"tokens": 8}
+        other = await served.make_key(limits=[TOKENS])
+        twice = [{**item, "idempotency_key": "c"}, {**item, "key_id": other["id"], "idempotency_key": "c"}]
+        assert (await served.post("/v1/usage:batch", {"items": twice})).paths == ["items.1.idempotency_key"]
 
 
 async def test_everything_that_is_wrong_with_a_batch_is_told_and_nothing_is_counted() -> None:

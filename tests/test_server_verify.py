@@ -147,11 +147,17 @@ async def test_the_same_verification_again_with_its_idempotency_key_is_debited_o
     async with serving() as served:
         for limits in ([TOKENS], []):
             made = await served.make_key(limits=limits)
-            for _ in range(3):
-                answer = await served.post(
-                    "/v1/keys/verify", {"key": made["key"], "cost": {"tokens": 100}}, Idempotency_Key="once"
-                )
-                assert answer.json["valid"]
+            body, once = {"key": made["key"], "cost": {"tokens": 100}}, f"once {len(limits)}"
+            first = await served.post("/v1/keys/verify", body, Idempotency_Key=once)
+            for _ in range(2):
+                again = await served.post("/v1/keys/verify", body, Idempotency_Key=once)
+                assert again.json["valid"]
+                assert again.json == first.json
+            other = await served.make_key(limits=limits)
+            for another in ({"key": other["key"]}, {"model": "m"}, {"permission": "p"}, {"cost": {"tokens": 99}}):
+                refused = await served.post("/v1/keys/verify", {**body, **another}, Idempotency_Key=once)
+                assert refused.status == 409 or another == {"permission": "p"}, (another, refused)
+                assert not refused.json.get("valid")
             stats = (await served.get(f"/v1/keys/{made['id']}/stats")).json
             assert stats["totals"] == {"tokens": 100}
         wrong = await served.post("/v1/keys/verify", {"key": made["key"]}, Idempotency_Key="x" * 300)

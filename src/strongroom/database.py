@@ -272,8 +272,8 @@ class Database:
         await self.authorize(context, "get", collection, id, document)
         if not document["version"]:  # one that the commit gave
             now = await self.load(context, collection, id)
-            unchanged = now is not None and now["updated_at"] == document["updated_at"]
-            document["version"] = now["version"] if unchanged and now is not None else replayed.version
+            same = now is not None and all(now[name] == document[name] for name in ("updated_at", *collection.fields))
+            document["version"] = now["version"] if same and now is not None else replayed.version
         return cast(E, cls.__codec__.decode(document))
 
     def once(self, scope: str, actor: str, key: str, request: object, *, kept_until: datetime | None = None) -> Once:
