@@ -473,7 +473,10 @@ async def test_usage_is_recorded_once_for_one_idempotency_key(room: Strongroom, 
     assert await used(store, issued.key.id) == {"tokens": 70}
     await room.keys.record(key=issued.text, cost={"tokens": 70}, idempotency_key="j")
     other = await room.keys.create(name="another", limits=[rolling("tokens", 100)])
-    for another in ({"key": other.text}, {"key": issued.text, "model": "m"}, {"key": issued.text, "route": "/r"}):
+    others: list[dict[str, Any]] = [
+        {"key": other.text}, {"key": issued.text, "model": "m"}, {"key": issued.text, "route": "/r"},
+    ]  # fmt: skip
+    for another in others:
         with pytest.raises(Conflict, match="different request"):
             await room.keys.record(**another, cost={"tokens": 70}, idempotency_key="i")
     assert await used(store, issued.key.id) == {"tokens": 140}

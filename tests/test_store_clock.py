@@ -1,0 +1,225 @@
+"""The store's clock decides, whatever the machine's says: time to live, times of creation, what is remembered of calls.
+
+What has expired stands in nobody's way, and what a call answers is what is stored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from datetime import datetime, timedelta
+from typing import Annotated
+
+import pytest
+import time_machine
+
+from strongroom import Context, Database, Entity, Indexed, Query, Registry, Strongroom
+from strongroom.app import SYSTEM_ENTITIES
+from strongroom.clock import StoreClock
+from strongroom.context import utc_from_us
+from strongroom.errors import AlreadyExists
+from strongroom.idempotency import IdempotentCall
+from strongroom.storage import open_store
+from strongroom.storage.port import Capabilities
+from strongroom.usage import Ledger
+
+from .support import FaultyStore
+
+HOUR = timedelta(hours=1)
+
+
+class Ticket(Entity, collection="tickets", ttl="until"):
+    code: Annotated[str | None, Indexed(unique=True)] = None
+    until: datetime | None = None
+    used: int = 0
+
+
+@pytest.fixture
+def entities() -> list[type[Entity]]:
+    return [Ticket]
+
+
+class Elsewhere(FaultyStore):
+    """A store on another machine, whose clock is `off` from this one's."""
+
+    off = timedelta()
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return replace(self.store.capabilities, embedded=False)
+
+    async def now_us(self) -> int:
+        return await self.store.now_us() + self.off // timedelta(microseconds=1)
+
+
+@asynccontextmanager
+async def store_whose_clock_is(off: timedelta) -> AsyncIterator[tuple[Database, Elsewhere]]:
+    store = Elsewhere(await open_store("json://:memory:"))
+    store.off = off
+    registry = Registry((*SYSTEM_ENTITIES, Ticket))
+    await store.prepare(registry.collections)
+    clock = StoreClock(store)
+    await clock.sample()
+    yield Database(store, registry, clock=clock), store
+    await store.close()
+
+
+# --- Which clock ----------------------------------------------------------------------------------------------
+
+
+async def test_a_node_that_is_two_hours_ahead_removes_nothing_that_has_an_hour_to_live() -> None:
+    async with store_whose_clock_is(-2 * HOUR) as (database, store):
+        now = utc_from_us(await store.now_us())
+        await database.create(Context("acme"), Ticket(id="lives", until=now + HOUR))
+        await database.create(Context("acme"), Ticket(id="dies", until=now - HOUR))
+        assert (await database.get(Context("acme"), Ticket, "lives")).until == now + HOUR
+        assert await database.get_or_none(Context("acme"), Ticket, "dies") is None
+        assert [one.id for one in (await database.find(Context("acme"), Ticket)).items] == ["lives"]
+        assert await database.purge_expired(Context("acme"), Ticket) == 1
+        assert [one["id"] for one in await store.find("tickets", "acme", Query())] == ["lives"]
+
+
+async def test_times_of_creation_and_of_the_journal_are_the_stores() -> None:
+    async with store_whose_clock_is(-2 * HOUR) as (database, store):
+        made = await database.create(Context("acme"), Ticket())
+        now = utc_from_us(await store.now_us())
+        assert made.created_at is not None
+        assert now - HOUR < made.created_at <= now + timedelta(seconds=1)
+        (stored,) = await store.find("tickets", "acme", Query())
+        assert (stored["created_at"], stored["updated_at"]) == (made.created_at, made.updated_at)
+        (record,) = (await store.changes(None)).records
+        assert utc_from_us(record.at_us) == made.created_at
+
+
+async def test_a_moment_that_was_chosen_is_kept() -> None:
+    async with store_whose_clock_is(-2 * HOUR) as (database, _):
+        moment = datetime.fromisoformat("2020-02-02T02:02:02+00:00")
+        context = Context("acme", now_us=int(moment.timestamp()) * 1_000_000)
+        assert (await database.create(context, Ticket())).created_at == moment
+
+
+async def test_a_call_of_a_machine_that_is_25_hours_slow_is_remembered_for_a_day() -> None:
+    async with store_whose_clock_is(25 * HOUR) as (database, store):
+        await database.create(Context("acme"), Ticket(id="t"))
+        for _ in range(2):
+            await database.update(Context("acme"), Ticket, "t", {"used": 1}, idempotency_key="i")
+        (call,) = await store.find("idempotent_calls", None, Query())
+        assert timedelta(hours=23) < call["expires_at"] - utc_from_us(await store.now_us()) <= 24 * HOUR
+        once = database.once("usage", "system", "j", "request")
+        expires_at = once.operation.document["expires_at"]
+        assert timedelta(hours=23) < expires_at - utc_from_us(await store.now_us()) <= 24 * HOUR
+        assert IdempotentCall.__collection__.ttl == "expires_at"
+
+
+async def test_on_an_embedded_store_the_machines_clock_is_the_stores(room: Strongroom) -> None:
+    with time_machine.travel("2026-05-05T12:00:00Z", tick=False) as clock:
+        made = await room.tenant("acme").create(Ticket())
+        clock.shift(5)
+        assert (await room.tenant("acme").update(Ticket, made.id, {"used": 1})).updated_at == (
+            datetime.fromisoformat("2026-05-05T12:00:05+00:00")
+        )
+    assert isinstance(room.ledger, Ledger)
+
+
+# --- What is answered is what is stored -----------------------------------------------------------------------
+
+MOMENT = datetime.fromisoformat("2026-05-05T12:00:00+00:00")
+LONG_AGO = datetime.fromisoformat("2020-05-05T12:00:00+00:00")
+
+
+@pytest.mark.parametrize("chosen", [None, LONG_AGO])
+@pytest.mark.parametrize("how", ["create", "replace"])
+async def test_what_is_made_over_something_expired_is_new(room: Strongroom, how: str, chosen: datetime | None) -> None:
+    acme = room.tenant("acme")
+    with time_machine.travel(MOMENT, tick=False) as clock:
+        await acme.create(Ticket(id="t", until=MOMENT + timedelta(seconds=1)))
+        clock.shift(2)
+        new = Ticket(id="t", created_at=chosen)
+        made = await (acme.create(new) if how == "create" else acme.replace(new))
+        assert made.created_at == (chosen or MOMENT + timedelta(seconds=2))
+        assert await acme.get(Ticket, "t") == made
+
+
+@pytest.mark.parametrize("first", [None, LONG_AGO])
+@pytest.mark.parametrize("then", [None, LONG_AGO])
+@pytest.mark.parametrize("how", ["delete, replace", "delete, create", "create, replace"])
+async def test_created_at_is_answered_as_it_is_stored(
+    room: Strongroom, how: str, first: datetime | None, then: datetime | None
+) -> None:
+    acme = room.tenant("acme")
+    with time_machine.travel(MOMENT, tick=False) as clock:
+        if how.startswith("delete"):
+            await acme.create(Ticket(id="t", created_at=first))
+        clock.shift(2)
+
+        async def body(tx: object) -> Ticket:
+            from strongroom.transaction import Transaction
+
+            assert isinstance(tx, Transaction)
+            if how.startswith("delete"):
+                await tx.delete(Ticket, "t")
+            else:
+                await tx.create(Ticket(id="t", created_at=first))
+            new = Ticket(id="t", used=2, created_at=then)
+            return await (tx.create(new) if how.endswith("create") else tx.replace(new))
+
+        made = await room.database.transaction(acme.context, body)
+        assert await acme.get(Ticket, "t") == made
+
+
+# --- What has expired -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["create", "replace", "update"])
+async def test_an_expired_document_holds_no_unique_value(room: Strongroom, store: FaultyStore, how: str) -> None:
+    acme = room.tenant("acme", actor="user:ada")
+    with time_machine.travel(MOMENT, tick=False) as clock:
+        await acme.create(Ticket(id="old", code="x", until=MOMENT + timedelta(seconds=1)))
+        await acme.create(Ticket(id="there", code="y"))
+        with pytest.raises(AlreadyExists):
+            await acme.create(Ticket(code="x"))
+        clock.shift(2)
+        match how:
+            case "create":
+                made = await acme.create(Ticket(code="x"))
+            case "replace":
+                made = await acme.replace(Ticket(id="there", code="x"))
+            case _:
+                made = await acme.update(Ticket, "there", {"code": "x"})
+        assert await acme.get(Ticket, made.id) == made
+        assert await store.get("tickets", "acme", "old") is None
+        records = [(r.action, r.entity_id, r.actor) for r in (await store.changes(None)).records if r.tenant == "acme"]
+        assert ("expire", "old", "system") in records
+        with pytest.raises(AlreadyExists):
+            await acme.create(Ticket(code="x"))
+
+
+async def test_an_expired_document_that_is_renewed_in_this_moment_keeps_its_value(
+    room: Strongroom, store: FaultyStore
+) -> None:
+    acme = room.tenant("acme")
+    with time_machine.travel(MOMENT, tick=False) as clock:
+        await acme.create(Ticket(id="old", code="x", until=MOMENT + timedelta(seconds=1)))
+        clock.shift(2)
+
+        async def renew(method: str, collection: str) -> None:
+            if (method, collection) == ("find", "tickets"):
+                store.after_read = None
+                await acme.replace(Ticket(id="old", code="x"))
+
+        store.after_read = renew
+        with pytest.raises(AlreadyExists):
+            await acme.create(Ticket(code="x"))
+        assert (await acme.get(Ticket, "old")).until is None
+
+
+async def test_of_many_that_want_the_value_of_something_expired_one_gets_it(room: Strongroom) -> None:
+    acme = room.tenant("acme")
+    with time_machine.travel(MOMENT, tick=False) as clock:
+        await acme.create(Ticket(id="old", code="x", until=MOMENT + timedelta(seconds=1)))
+        clock.shift(2)
+        made = await asyncio.gather(*(acme.create(Ticket(code="x")) for _ in range(5)), return_exceptions=True)
+        assert sum(isinstance(one, Ticket) for one in made) == 1
+        assert all(isinstance(one, Ticket | AlreadyExists) for one in made)
