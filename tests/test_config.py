@@ -95,9 +95,10 @@ def test_two_that_contradict_each_other_are_both_named(
         ("STRONGROOM_ANALYTICS", "bigquery://p/d"), ("STRONGROOM_CACHE", "memcached://:hunter2@h"),
         ("REDIS_URL", "localhost:6379"), ("DB_MAX_CONNECTIONS", "1"),
         ("STRONGROOM_RULES", "rules.txt"), ("PQ_ENCRYPTION_PASSWORD", "hunter2"),
-        ("STRONGROOM_ADMIN_KEY", "hunter2"), ("STRONGROOM_ADMIN_KEY", "x" * 31), ("STRONGROOM_ADMIN_KEY", "x" * 513),
-        ("STRONGROOM_ADMIN_KEY", "x" * 32 + "\n"), ("STRONGROOM_ADMIN_KEY", " " + "x" * 32),
-        ("STRONGROOM_ADMIN_KEY", "sr_SR1" + "x" * 49), ("STRONGROOM_PEPPER", f"{SECRET},hunter2"),
+        ("STRONGROOM_ADMIN_KEY", "hunter2"), ("STRONGROOM_ADMIN_KEY", "x" * 31), ("STRONGROOM_ADMIN_KEY", "a" * 32),
+        ("STRONGROOM_ADMIN_KEY", "abcdefghi" * 8), ("STRONGROOM_ADMIN_KEY", SECRET * 14),
+        ("STRONGROOM_ADMIN_KEY", SECRET + "\n"), ("STRONGROOM_ADMIN_KEY", " " + SECRET),
+        ("STRONGROOM_ADMIN_KEY", "sr_SR1" + "abcdefghijklm" * 4), ("STRONGROOM_PEPPER", f"{SECRET},hunter2"),
         ("STRONGROOM_PORT", "http"), ("STRONGROOM_PORT", "65536"), ("STRONGROOM_PORT", "tcp://10.0.0.1:8080"),
         ("STRONGROOM_WORKERS", "0"), ("STRONGROOM_WORKERS", "1000"), ("STRONGROOM_LOG_LEVEL", "loud"),
         ("STRONGROOM_MAX_BODY_BYTES", "-1"), ("DB_MAX_CONNECTIONS", "many"),
@@ -113,6 +114,20 @@ def test_what_cannot_be_is_refused_with_its_name_and_without_its_secret(
     assert name in caught.value.message
     assert "hunter2" not in caught.value.message
     assert "\n" not in caught.value.message
+
+
+def test_an_administrators_key_has_ten_different_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STRONGROOM_ADMIN_KEY", "a" * 32)
+    with pytest.raises(ConfigError, match="found 1 different characters, expected 10 or more"):
+        config.load()
+    monkeypatch.setenv("STRONGROOM_ADMIN_KEY", "abcdefghij" + "a" * 22)
+    assert config.load().admin_key is not None
+
+
+def test_a_pepper_of_few_different_characters_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STRONGROOM_PEPPER", f"{SECRET},{'a' * 32}")
+    (warning,) = [text for text in config.warnings(config.load()) if "PEPPER" in text]
+    assert "number 2" in warning
 
 
 def test_everything_that_is_wrong_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,17 @@ NEVER = [
     "0.0.0.0", "0.1.2.3", "169.254.169.254", "169.254.0.1", "224.0.0.1", "239.255.255.255", "255.255.255.255",  # noqa: S104
     "::", "fe80::1", "ff02::1", "::ffff:169.254.169.254", "64:ff9b::a9fe:a9fe", "::ffff:0.0.0.0",
 ]  # fmt: skip
+METADATA = [
+    "fd00:ec2::254", "fd00:ec2::23", "fd20:ce::254",  # Amazon, Google
+    "100.100.100.200", "168.63.129.16", "192.0.0.192",  # Alibaba, Azure, Oracle
+    "::169.254.169.254", "::ffff:0:169.254.169.254",  # IPv4-compatible, translated
+    "2002:a9fe:a9fe::", "2002:a9fe:a9fe::1", "2002:6464:64c8::1",  # 6to4
+    "64:ff9b::169.254.169.254", "64:ff9b::100.100.100.200", "64:ff9b::168.63.129.16",  # NAT64
+    "64:ff9b:1::169.254.169.254", "64:ff9b:1:a9fe:a9:fe00::", "64:ff9b:1:a9:fe:a9fe::", "64:ff9b:1:0:a9:fea9:fe00::",
+    "2001:0:a9fe:a9fe:8000:63bf:3fff:fdd2", "2001:0:4136:e378:8000:63bf:5601:5601",  # Teredo: server, client
+    "fd00::5efe:169.254.169.254", "fe80::200:5efe:a9fe:a9fe",  # ISATAP
+    "::ffff:168.63.129.16", "::ffff:100.100.100.200",
+]  # fmt: skip
 PUBLIC = ["1.1.1.1", "8.8.8.8", "100.63.255.255", "100.128.0.1", "2606:4700::1111", "2a00:1450:4001::1",
           "::ffff:8.8.8.8", "64:ff9b::808:808"]  # fmt: skip
 
@@ -38,6 +49,28 @@ def test_a_private_address_may_be_reached_only_where_that_is_allowed(text: str) 
 def test_link_local_multicast_and_unspecified_addresses_may_never_be_reached(text: str) -> None:
     assert address_problem(ip_address(text)) is not None
     assert address_problem(ip_address(text), allow_private=True) is not None
+
+
+@pytest.mark.parametrize("text", METADATA)
+def test_where_clouds_keep_credentials_may_never_be_reached_in_any_form(text: str) -> None:
+    for allow_private in (False, True):
+        assert str(ip_address(text)) in str(address_problem(ip_address(text), allow_private))
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_an_address_inside_another_may_not_be_reached_where_it_may_not_itself(number: int) -> None:
+    """6to4, NAT64, Teredo and ISATAP, also of addresses that are drawn."""
+    for v4 in (number, 0xA9FE << 16 | number & 0xFFFF):
+        if v4 >> 24 and address_problem(IPv4Address(v4), allow_private=True) is not None:
+            for form in (
+                0x2002 << 112 | v4 << 80 | number,
+                0x64FF9B << 96 | v4,
+                0x64FF9B0001 << 80 | v4,
+                0x20010000 << 96 | v4 << 64 | number,
+                0x20010000 << 96 | v4 ^ 0xFFFFFFFF,
+                0xFD << 120 | 0x5EFE << 32 | v4,
+            ):
+                assert address_problem(IPv6Address(form), allow_private=True) is not None
 
 
 @pytest.mark.parametrize("text", PUBLIC)

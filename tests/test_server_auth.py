@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_network
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,6 +16,7 @@ from strongroom.errors import ConfigError
 from strongroom.server import adminkey
 from strongroom.server.auth import MAX_CALLERS, Scope, scope_of
 from tests.serving import ADMIN, TOKENS, serving
+from tests.support import STORES, new_url
 
 
 @pytest.mark.parametrize(
@@ -185,6 +187,41 @@ async def test_a_key_that_is_bound_to_addresses_later_is_refused_elsewhere_at_on
         assert (await served.get("/v1/keys", key=made["key"])).status == 200
 
 
+@pytest.mark.parametrize("kind", STORES)
+async def test_the_last_administrator_cannot_be_removed_by_anyone_who_calls(kind: str, tmp_path: Path) -> None:
+    async with serving(new_url(kind, tmp_path)) as served:
+        other = await served.make_key(tenant="acme", permissions=["strongroom:admin"])  # of one tenant only
+        disabled = await served.make_key(tenant="*", permissions=["strongroom:admin"])
+        await served.post(f"/v1/keys/{disabled['id']}/disable")
+        past = "2020-01-01T00:00:00Z"
+        for act in (
+            served.call("DELETE", "/v1/keys/admin"),
+            served.call("DELETE", "/v1/keys/admin?purge=true"),
+            served.post("/v1/keys/admin/disable"),
+            served.call("PATCH", "/v1/keys/admin", {"permissions": ["strongroom:write"]}),
+            served.call("PATCH", "/v1/keys/admin", {"expires_at": past}),
+        ):
+            refused = await act
+            assert (refused.status, refused.code) == (409, "conflict"), refused
+            assert "last key that can administer" in refused.json["detail"]
+        for action in ("disable", "delete", "purge"):
+            bulk = await served.post("/v1/keys:bulk", {"action": action, "ids": ["admin", other["id"]]})
+            assert [failure["id"] for failure in bulk.json["failed"]] == ["admin"], bulk
+        assert (await served.call("PATCH", "/v1/keys/admin", {"description": "ours"})).status == 200
+        await served.post(f"/v1/keys/{disabled['id']}/enable")
+        assert (await served.call("DELETE", "/v1/keys/admin")).status == 204
+
+
+async def test_two_administrators_that_remove_each_other_leave_one() -> None:
+    async with serving() as served:
+        other = await served.make_key(tenant="*", permissions=["strongroom:admin"])
+        answers = await asyncio.gather(
+            served.call("DELETE", f"/v1/keys/{other['id']}"),
+            served.call("DELETE", "/v1/keys/admin", key=other["key"]),
+        )
+        assert sorted(answer.status for answer in answers) == [204, 409]
+
+
 async def test_a_management_key_that_is_disabled_deleted_or_rotated_is_refused_at_once_here() -> None:
     async with serving() as served:
         for act in ("disable", "rotate", "delete"):
@@ -258,7 +295,7 @@ async def test_the_administrators_key_of_the_configuration_wins_over_what_is_sto
 async def test_an_administrators_key_is_made_once_and_only_if_there_is_none() -> None:
     async with serving() as served:
         assert await adminkey.ensure(served.room, None) is None
-        assert (await served.call("DELETE", "/v1/keys/admin")).status == 204
+        await served.room.keys.delete("admin")  # as whoever has the store may
         made = [text for text in await asyncio.gather(*(adminkey.ensure(served.room, None) for _ in range(5))) if text]
         assert len(made) == 1, "several processes at once each showed a key"
         assert (await served.get("/v1/keys", key=made[0])).status == 200

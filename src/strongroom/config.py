@@ -36,6 +36,8 @@ STORES = {
 """How the URL of each kind of store looks."""
 CACHES = ("redis", "rediss", "unix")
 MIN_ADMIN_KEY_CHARS = 32
+MIN_ADMIN_KEY_DIFFERENT = 10
+"""Of the characters of an administrator's key: one of a single letter, however long, is soon guessed."""
 MIN_PEPPER_CHARS = 32
 MAX_WORKERS = 64
 PREFIX = "STRONGROOM_"
@@ -140,7 +142,8 @@ class Settings(BaseSettings):
     admin_key: SecretStr | None = _setting(
         "STRONGROOM_ADMIN_KEY",
         None,
-        f"The administrator's key, any text of {MIN_ADMIN_KEY_CHARS} characters or more. Without it one is made at the "
+        f"The administrator's key, any text of {MIN_ADMIN_KEY_CHARS} characters or more, at least "
+        f"{MIN_ADMIN_KEY_DIFFERENT} of them different. Without it one is made at the "
         "first start and printed once.",
     )
     peppers: Annotated[tuple[SecretStr, ...], NoDecode] = _setting(
@@ -343,6 +346,11 @@ def _secrets(settings: Settings) -> list[str]:
         text = settings.admin_key.get_secret_value()
         if len(text) < MIN_ADMIN_KEY_CHARS:
             wrong.append(f"STRONGROOM_ADMIN_KEY: found {len(text)} characters, expected {MIN_ADMIN_KEY_CHARS} or more")
+        elif len(set(text)) < MIN_ADMIN_KEY_DIFFERENT:
+            wrong.append(
+                f"STRONGROOM_ADMIN_KEY: found {len(set(text))} different characters, expected "
+                f"{MIN_ADMIN_KEY_DIFFERENT} or more"
+            )
         elif not is_possible(text) or text != text.strip():
             wrong.append(
                 "STRONGROOM_ADMIN_KEY: expected printable text of at most 512 characters without spaces around it, "
@@ -388,6 +396,9 @@ def warnings(settings: Settings, environment: Mapping[str, str] = os.environ) ->
         if name.startswith(PREFIX) and name not in known and name not in NOT_SETTINGS:
             close = difflib.get_close_matches(name, known, 1)
             found.append(f"{name} is not a setting" + (f"; did you mean {close[0]}?" if close else ""))
+    for number, pepper in enumerate(settings.pepper_texts, 1):
+        if len(set(pepper)) < MIN_ADMIN_KEY_DIFFERENT:
+            found.append(f"STRONGROOM_PEPPER: number {number} has few different characters and may be guessed")
     scheme = settings.store_url.partition(":")[0]
     for name, engine in _ENGINE_OF.items():
         if environment.get(name) and scheme != engine:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
+from .administrators import keep_one
 from .apikey import MAX_OVERLAP_S, NAME, ApiKey, Environment, KeyChanges, NewKey, due_at, parse, schedule_problem
 from .bulk import PAGE, Bulk, BulkStep, steps
 from .changes import ChangeFeed
@@ -157,7 +158,11 @@ class Keys(Rotation):
         idempotency_key: str | None = None,
         **fields: Any,
     ) -> ApiKey:
-        """Change some fields. Usage already counted stays counted where resource and window stay the same."""
+        """Change some fields. Usage already counted stays counted where resource and window stay the same.
+
+        Conflict where a caller (`context`) would leave nobody who can administer the whole store; so for `disable` and
+        `delete`.
+        """
         changes = changes if changes is not None else parse(KeyChanges, fields)
         values = {name: getattr(changes, name) for name in changes.model_fields_set}
         once = once_for(context, idempotency_key, "update key", id, changes, expected)
@@ -197,6 +202,8 @@ class Keys(Rotation):
                 raise no_key(id)
             if expected is None and all(getattr(now, name) == value for name, value in values.items()):
                 return now  # nothing but the call itself is to be remembered
+            if context is not None:
+                await keep_one(self._database, tx, now, now.model_copy(update=dict(values)), self._now())
             return await tx.update(ApiKey, id, {**values, **self._schedule(now, values)}, expected=expected)
 
         try:
@@ -249,6 +256,8 @@ class Keys(Rotation):
             if now.deleted_at is not None:
                 raise no_key(id)
             moment = self._now()
+            if context is not None:
+                await keep_one(self._database, tx, now, None, moment)
             fields = {"deleted_at": moment, "due_at": due_at(None, moment)}
             await tx.update(ApiKey, id, fields, expected=expected)
 

@@ -17,6 +17,7 @@ from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+from .administrators import ADMINISTRATOR, is_last_administrator
 from .apikey import ALL_TENANTS, MANAGEMENT, MAX_OVERLAP_S, ApiKey, parse
 from .clock import Clock
 from .context import Context, check_tenant, next_id, system_context, us_from_utc, utc_from_us
@@ -27,7 +28,7 @@ from .events import KEY_LEAKED, Event, event
 from .idempotency import Replayed
 from .keys import Keys
 from .keytext import masked
-from .query import MAX_IN, MAX_LIMIT, MAX_PAGE_BYTES, And, Filter, Query, Where
+from .query import MAX_IN, MAX_PAGE_BYTES, And, Filter, Query, Where
 from .rotation import new_text, once_for, reader
 from .transaction import Transaction
 from .verifier import bound_to
@@ -41,7 +42,6 @@ MAX_URL_CHARS = 2_000
 MAX_WORD_CHARS = 200
 AT_ONCE = 16
 """Texts of one report that are looked up at the same time."""
-ADMINISTRATOR = "strongroom:admin"
 _log = logging.getLogger(__name__)
 
 
@@ -276,7 +276,7 @@ class Leaks:
             reporter=tx.context.actor,
             done=done,
             ends_at=ends_at,
-            last_administrator=done == "disabled" and await self._is_last_administrator(tx, key, now),
+            last_administrator=done == "disabled" and await is_last_administrator(self._database, tx, key, now),
         )
         changed = await tx.update(ApiKey, key.id, {"leaked_at": now, **changes})
         leak = await tx.create(leak)
@@ -309,26 +309,6 @@ class Leaks:
             return "overlap shortened", ends_at, {"previous_until": ends_at}
         return "overlap shortened", now, {"previous_hash": None, "previous_until": None}
 
-    async def _is_last_administrator(self, tx: Transaction, key: ApiKey, now: datetime) -> bool:
-        """Whether no other key can administer the whole store."""
-        if not _administers(key, now):
-            return False
-        query = Query(Where("permissions", "array-contains", ADMINISTRATOR), limit=MAX_LIMIT)
-        cursor = None
-        while True:
-            page = await self._database.find(system_context(), ApiKey, query, cursor)
-            for other in page.items:
-                # Read in the transaction, so that two that leak at once are not each taken for the other's successor.
-                if (
-                    other.id != key.id
-                    and _administers(other, now)
-                    and _administers(await tx.get(ApiKey, other.id), now)
-                ):
-                    return False
-            cursor = page.next_cursor
-            if cursor is None:
-                return True
-
 
 # --- Helpers --------------------------------------------------------------------------------------------------
 
@@ -339,16 +319,6 @@ _POLICY: Mapping[str, Any] = system_context().claims
 def is_management(key: ApiKey) -> bool:
     """Whether a key may do anything over the management API."""
     return key.tenant == ALL_TENANTS or any(name.startswith(MANAGEMENT) for name in key.permissions)
-
-
-def _administers(key: ApiKey, now: datetime) -> bool:
-    return (
-        key.tenant == ALL_TENANTS
-        and ADMINISTRATOR in key.permissions
-        and key.enabled
-        and key.deleted_at is None
-        and not key.is_expired(now)
-    )
 
 
 def _for(context: Context | None, tenant: str) -> Context:

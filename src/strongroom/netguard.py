@@ -28,7 +28,13 @@ Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
 
 _LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
 _NUMBER = re.compile(r"[0-9]+|0[xX][0-9A-Fa-f]*")
+_COMPATIBLE = IPv6Network("::/96")
 _MAPPED = IPv6Network("::ffff:0:0/96")
+_TRANSLATED = IPv6Network("::ffff:0:0:0/96")
+_LOCAL_NAT64 = IPv6Network("64:ff9b:1::/48")
+_TO4 = IPv6Network("2002::/16")
+_TEREDO = IPv6Network("2001::/32")
+_ISATAP = (0x0000_5EFE, 0x0200_5EFE)
 _NAT64 = IPv6Network("64:ff9b::/96")
 _UNICAST = IPv6Network("2000::/3")
 _BLOCKED_V6 = tuple(
@@ -40,8 +46,20 @@ _BLOCKED_V6 = tuple(
 )
 _BLOCKED_V4 = tuple(map(IPv4Network, ("192.0.0.0/24", "192.88.99.0/24")))
 """What `ipaddress` calls global and is not for the likes of us: protocol assignments, relays of 6to4."""
-_NEVER_V4 = tuple(map(IPv4Network, ("0.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "255.255.255.255/32")))
-_NEVER_V6 = tuple(map(IPv6Network, ("::/128", "fe80::/10", "ff00::/8")))
+_NEVER_V4 = tuple(
+    map(
+        IPv4Network,
+        (
+            "0.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "255.255.255.255/32",
+            # Where clouds keep a machine's credentials beside link-local: Alibaba, Azure, Oracle.
+            "100.100.100.200/32", "168.63.129.16/32", "192.0.0.192/32",
+        ),
+    )
+)  # fmt: skip
+_NEVER_V6 = tuple(
+    # The last two: the metadata of Amazon, Google.
+    map(IPv6Network, ("::/128", "fe80::/10", "ff00::/8", "fd00:ec2::/32", "fd20:ce::/32"))
+)
 
 
 class Refused(Exception):
@@ -139,15 +157,17 @@ def _literal_problem(host: str, allow_private: bool) -> str | None:
 def address_problem(address: IPv4Address | IPv6Address, allow_private: bool = False) -> str | None:
     """Why an address may not be reached; None if it may.
 
-    With `allow_private` loopback and private addresses may; never may link-local ones (where clouds keep a machine's
-    credentials), multicast and the unspecified address.
+    With `allow_private` loopback and private addresses may; never may those where clouds keep a machine's credentials
+    (link-local and others), multicast and the unspecified address, in whatever form of IPv6 they are written.
     """
     inner = _inner(address)
+    hidden = _embedded(address) if isinstance(address, IPv6Address) else ()
     if isinstance(inner, IPv4Address):
         forbidden = _is_in(inner, _NEVER_V4) or not (allow_private or _is_public_v4(inner))
     else:
         forbidden = _is_in(inner, _NEVER_V6) or not (allow_private or _is_public_v6(inner))
-    if not forbidden:
+    # No tunnel leads to 0.0.0.0/8, and ::1 is no form of 0.0.0.1.
+    if not forbidden and not any(_is_in(one, _NEVER_V4[1:]) for one in hidden):
         return None
     expected = "one that is not link-local or multicast" if allow_private else "a public address"
     return f"found the address {address}, expected {expected}"
@@ -158,6 +178,30 @@ def _inner(address: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
     if isinstance(address, IPv6Address) and (address in _MAPPED or address in _NAT64):
         return IPv4Address(int(address) & 0xFFFF_FFFF)
     return address
+
+
+def _embedded(address: IPv6Address) -> tuple[IPv4Address, ...]:
+    """Every IPv4 address that a router, a tunnel or a translator may take an IPv6 address for."""
+    bits = int(address)
+    low = bits & 0xFFFF_FFFF
+    found = []
+    if (bits >> 32) & 0xFFFF_FFFF in _ISATAP or any(
+        address in network for network in (_COMPATIBLE, _MAPPED, _TRANSLATED, _NAT64)
+    ):
+        found.append(low)
+    if address in _TO4:
+        found.append((bits >> 80) & 0xFFFF_FFFF)
+    if address in _TEREDO:  # its server, and its client with all bits turned over
+        found += [(bits >> 64) & 0xFFFF_FFFF, low ^ 0xFFFF_FFFF]
+    if address in _LOCAL_NAT64:  # RFC 6052: behind 48, 56, 64 or 96 bits, around the eight bits that stay zero
+        high, rest = bits >> 64, bits & 0xFFFF_FFFF_FFFF_FFFF
+        found += [
+            low,
+            (high & 0xFFFF) << 16 | (rest >> 40) & 0xFFFF,
+            (high & 0xFF) << 24 | (rest >> 32) & 0xFF_FFFF,
+            (rest >> 24) & 0xFFFF_FFFF,
+        ]
+    return tuple(map(IPv4Address, found))
 
 
 def _is_in(address: IPv4Address | IPv6Address, networks: Sequence[IPv4Network] | Sequence[IPv6Network]) -> bool:
