@@ -5,16 +5,17 @@ from __future__ import annotations
 import io
 import json
 import logging
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
 from strongroom import errors as library
 from strongroom.client.errors import error_of
-from strongroom.errors import StorageFull, StoreError, StrongroomError, TooManyRequests, Unavailable
+from strongroom.errors import InvalidInput, StorageFull, StoreError, StrongroomError, TooManyRequests, Unavailable
 from strongroom.server import errors, logs
 from strongroom.server.app import Bounds
-from tests.serving import ADMIN, serving
+from tests.serving import ADMIN, Account, serving
 
 PATHS = [
     ("POST", "/v1/keys"), ("GET", "/v1/keys"), ("GET", "/v1/keys/admin"), ("POST", "/v1/keys/verify"),
@@ -171,3 +172,45 @@ async def test_logs_are_json_and_have_no_secret() -> None:
     )
     for secret in ("hunter2", made["key"]):
         assert secret not in stream.getvalue()
+
+
+NUMBERS = ["1700000000", "1700000000.5", "-5", "+1", "1700000000000", 1_700_000_000, 1.5]
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+async def test_a_number_is_no_time_wherever_one_is_read(number: Any) -> None:
+    async with serving() as served:
+        made = await served.make_key()
+        for method, path, body in (
+            ("POST", "/v1/keys", {"name": "n", "expires_at": number}),
+            ("PATCH", f"/v1/keys/{made['id']}", {"expires_at": number}),
+            ("POST", "/v1/tenants/acme/accounts", {"owner": "o", "until": number}),
+            ("PUT", "/v1/tenants/acme/accounts/a", {"owner": "o", "until": number}),
+            ("PATCH", "/v1/tenants/acme/accounts/a", {"until": number}),
+        ):
+            refused = await served.call(method, path, body)
+            assert refused.status == 422, (path, refused)
+            (problem,) = refused.json["errors"]
+            assert problem["path"] in ("expires_at", "until")
+            assert "found" in problem["message"]
+            assert "2027-01-01T00:00:00Z" in problem["message"]
+        body = {"action": "disable", "filter": {"created_after": number}}
+        assert (await served.post("/v1/keys:bulk", body)).paths == ["filter.created_after"]
+        for query in ("keys?created_after", "keys?created_before", "tenants/acme/accounts?until__gt"):
+            assert (await served.get(f"/v1/{query}={str(number).replace('+', '%2B')}")).status == 422, query
+        assert len((await served.get("/v1/keys")).json["items"]) == 2
+        with pytest.raises(InvalidInput):
+            await served.room.keys.create(name="n", expires_at=number)
+        with pytest.raises(InvalidInput):
+            Account.parse({"owner": "o", "until": number})
+        with pytest.raises(InvalidInput):
+            Account.parse_json(json.dumps({"owner": "o", "until": number}))
+
+
+async def test_a_time_is_still_a_time() -> None:
+    async with serving() as served:
+        for moment in ("2027-01-01T00:00:00Z", "2027-01-01T01:00:00+01:00"):
+            assert await served.make_key(expires_at=moment)
+            account = await served.post("/v1/tenants/acme/accounts", {"owner": "o", "until": moment})
+            assert account.status == 201, account
+        assert Account.parse({"owner": "o", "until": datetime(2027, 1, 1, tzinfo=UTC)}).until is not None

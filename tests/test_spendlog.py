@@ -237,3 +237,60 @@ def test_a_log_that_cannot_be_written_any_more_is_not_found_with_less_than_was_s
     assert (log.cells[first], log.cells[slots[-1]]) == (70, 5), "the process goes on, with what it knows"
     log.abandon()
     assert list(spendlog.dead_logs(tmp_path)) == []
+
+
+# --- Whose folder it is ---------------------------------------------------------------------------------------
+
+
+def killed(folder: Path) -> None:
+    """Leave the log of a process that is dead."""
+    log = SpendLog("lse_1", folder)
+    log.cells[log.slot("key_a", "tokens")] = 7
+    log.abandon()
+
+
+def test_a_folder_of_ones_own_is_believed(tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o1777)  # as /tmp is
+    killed(shared / "ours")
+    (tmp_path / "link").symlink_to(shared)
+    assert found_in(tmp_path / "link" / "ours") == {"key_a": {"tokens": (7, 0)}}
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o757])
+@pytest.mark.parametrize("which", ["", "a", "a/b"])
+def test_a_folder_is_not_believed_if_others_may_write_anywhere_on_its_path(
+    mode: int, which: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    top = tmp_path / "top"
+    folder = top / "a" / "b"
+    killed(folder)
+    (top / which).chmod(mode)
+    assert found_in(folder) == {}
+    log = SpendLog("lse_2", folder)
+    assert "others may write" in caplog.text
+    log.cells[log.slot("key_b", "tokens")] = 1  # it does without
+    log.close()
+
+
+def test_a_folder_is_not_believed_if_it_is_another_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "folder"
+    killed(folder)
+    uid = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: uid + 1)
+    assert found_in(folder) == {}
+    SpendLog("lse_2", folder).close()
+    assert "another user" in caplog.text
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
+@pytest.mark.parametrize("which", ["top", "top/link", "top/link/a"])
+def test_a_folder_is_not_believed_if_its_path_leads_through_another_users(which: str, tmp_path: Path) -> None:
+    top = tmp_path / "top"
+    killed(top / "real" / "a" / "b")
+    (top / "link").symlink_to(top / "real")
+    os.chown(tmp_path / which, 4_242, -1, follow_symlinks=False)
+    assert found_in(top / "link" / "a" / "b") == {}

@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from .context import MAX_TENANT_BYTES, text_problem
-from .entity import MAX_ID_BYTES, Entity, Index, Indexed, Secret, problems_of
+from .entity import MAX_ID_BYTES, Entity, Index, Indexed, Secret, no_number, problems_of
 from .errors import InvalidInput, Problem
 from .keytext import DEFAULT_PREFIX, MAX_PREFIX_CHARS, PREFIX_PATTERN
 from .windows import MAX_LIMITS, Limit
@@ -236,6 +236,11 @@ class KeyFields(BaseModel):
                     f"found {name[:64]!r}, expected 1 to {MAX_NAME_CHARS} printable characters, * only as the last"
                 )
         return list(dict.fromkeys(value))
+
+    @field_validator("expires_at", mode="before")
+    @classmethod
+    def _no_number(cls, value: Any) -> Any:
+        return no_number(value)
 
     @field_validator("expires_at")
     @classmethod

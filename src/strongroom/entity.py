@@ -6,16 +6,18 @@ users see is their class.
 
 from __future__ import annotations
 
+import json
+import re
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import date, datetime
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from .cached import Cached
-from .context import text_problem
+from .context import kind_of, text_problem
 from .declaration import (
     SYSTEM_FIELDS,
     Collection,
@@ -92,18 +94,53 @@ class Entity(BaseModel):
     @classmethod
     def parse(cls, data: Mapping[str, Any]) -> Self:
         """Validate outside input (JSON values are fine). Raises InvalidInput with every error and its path."""
+        numbers = numbers_for_times(cls.__collection__, data)
         try:
-            return cls.model_validate(data)
+            entity = cls.model_validate(data)
         except ValidationError as error:
-            raise InvalidInput(problems_of(error)) from None
+            raise InvalidInput([*numbers, *problems_of(error)]) from None
+        if numbers:
+            raise InvalidInput(numbers)
+        return entity
 
     @classmethod
     def parse_json(cls, data: str | bytes) -> Self:
         """As `parse`, from JSON text; bytes fields are base64 there."""
         try:
-            return cls.model_validate_json(data)
+            entity = cls.model_validate_json(data)
         except ValidationError as error:
             raise InvalidInput(problems_of(error)) from None
+        if numbers := numbers_for_times(cls.__collection__, json.loads(data)):
+            raise InvalidInput(numbers)
+        return entity
+
+
+def no_number(value: Any) -> Any:
+    """For a time that comes from outside, before Pydantic reads it: a number, or its text, would be taken for seconds
+    since 1970 or for milliseconds, by its size."""
+    if isinstance(value, str) and _NUMBER.fullmatch(value):
+        raise ValueError(f"found the number {value[:32]!r}, expected a time such as 2027-01-01T00:00:00Z")
+    if not isinstance(value, str | date | None):
+        raise ValueError(f"found {kind_of(value)}, expected a time such as 2027-01-01T00:00:00Z")
+    return value
+
+
+NO_NUMBER = BeforeValidator(no_number)
+_NUMBER = re.compile(r"\s*[+-]?[0-9._]+\s*")
+
+
+def numbers_for_times(collection: Collection, data: Any) -> list[Problem]:
+    """What is wrong with the fields of a document from outside that are times, and given as numbers."""
+    problems: list[Problem] = []
+    if not isinstance(data, Mapping):
+        return problems  # Pydantic says what that is
+    for spec in collection.fields.values():
+        if spec.type is FieldType.TIMESTAMP:
+            try:
+                no_number(data.get(spec.name))
+            except ValueError as error:
+                problems.append(Problem(spec.name, str(error)))
+    return problems
 
 
 def problems_of(error: ValidationError, prefix: str = "") -> list[Problem]:
@@ -252,7 +289,7 @@ def json_schema(cls: type[Entity]) -> dict[str, Any]:
 
 
 __all__ = [
-    "INT64_MAX", "INT64_MIN", "MAX_ID_BYTES", "SYSTEM_FIELDS", "Collection", "Counter", "Document", "Entity", "Field",
-    "FieldSpec", "FieldType", "Index", "Indexed", "Registry", "Secret", "Value", "check_id", "encode_value",
-    "json_schema", "problems_of",
+    "INT64_MAX", "INT64_MIN", "MAX_ID_BYTES", "NO_NUMBER", "SYSTEM_FIELDS", "Collection", "Counter", "Document",
+    "Entity", "Field", "FieldSpec", "FieldType", "Index", "Indexed", "Registry", "Secret", "Value", "check_id",
+    "encode_value", "json_schema", "no_number", "numbers_for_times", "problems_of",
 ]  # fmt: skip

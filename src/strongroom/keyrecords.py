@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator
 
 from .apikey import ALL_TENANTS, Environment, KeyFields, parse, schedule_problem
 from .context import MAX_TENANT_BYTES, text_problem, us_from_utc
+from .entity import no_number
 from .errors import InvalidInput
 from .keyfile import Finding, key_problem
 from .keyhash import ForeignHash, understood
@@ -68,6 +69,11 @@ class UsageLine(BaseModel):
     at: int = Field(default=0, ge=0, le=SATURATED)
     told: dict[str, _ToldLine] = Field(default={}, max_length=MAX_COUNTERS)
 
+    @field_validator("last_used_at", mode="before")
+    @classmethod
+    def _no_number(cls, value: Any) -> Any:
+        return no_number(value)
+
     @field_validator("last_used_at")
     @classmethod
     def _plausible(cls, value: datetime | None) -> datetime | None:
@@ -105,6 +111,13 @@ class _KeyLine(KeyFields):
     deleted_at: datetime | None = None
     display: str | None = Field(default=None, min_length=1, max_length=MAX_DISPLAY_CHARS)
     usage: UsageLine | None = None
+
+    @field_validator(
+        "created_at", "last_used", "previous_until", "next_rotation_at", "leaked_at", "deleted_at", mode="before"
+    )
+    @classmethod
+    def _no_numbers(cls, value: Any) -> Any:
+        return no_number(value)
 
     @field_validator("tenant")
     @classmethod

@@ -18,6 +18,7 @@ import json
 import logging
 import mmap
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,8 +72,7 @@ class SpendLog:
 
     def _open(self, folder: Path, boot: str) -> mmap.mmap:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if folder.stat().st_uid != os.getuid():
-            raise PermissionError(f"{folder} belongs to another user")
+        check_folder(folder)
         self._folder, self._boot = folder, boot
         self.compact()
         self._spent = os.open(folder / f"{self.lease}.spent", _NEW, 0o600)
@@ -209,9 +209,40 @@ def _unlink(folder: Path, lease: str) -> None:
             os.unlink(folder / f"{lease}.{suffix}")
 
 
+def check_folder(folder: Path) -> None:
+    """Raise PermissionError if anybody else could put logs into a folder, or another folder in its place.
+
+    Each folder of its path, and each link on the way, must be this user's or root's, and writable for no others; sticky
+    folders, such as /tmp, may be.
+    """
+    own = (0, os.getuid())
+    seen = [Path(folder.absolute().anchor)]
+    for name in folder.absolute().parts[1:]:
+        seen.append(seen[-1] / name)
+    path = folder.resolve(strict=True)
+    if path.stat().st_uid != os.getuid():
+        raise PermissionError(f"{folder} belongs to another user")
+    for part in dict.fromkeys([*seen, path, *path.parents]):
+        found = part.lstat()
+        if found.st_uid not in own:
+            raise PermissionError(f"{folder}: {part} belongs to another user")
+        if stat.S_ISLNK(found.st_mode) or found.st_mode & stat.S_ISVTX:
+            continue
+        # A group that is the user's primary one is mostly theirs alone, and what they make is often writable for it.
+        others = stat.S_IWOTH if found.st_gid in (0, os.getgid()) else stat.S_IWOTH | stat.S_IWGRP
+        if found.st_mode & others:
+            raise PermissionError(f"{folder}: others may write to {part}")
+
+
 def dead_logs(folder: Path) -> Iterator[DeadLog]:
-    """The logs in a folder whose processes are dead, each locked for the caller."""
+    """The logs in a folder whose processes are dead, each locked for the caller. None where `check_folder` objects:
+    others could have written them."""
     if not LOCKS or not folder.is_dir():
+        return
+    try:
+        check_folder(folder)
+    except OSError as error:
+        _log.debug("logs of leases are not read: %s", error)  # each look at them would say so again
         return
     for path in sorted(folder.glob("*.names")):
         try:
@@ -223,7 +254,9 @@ def dead_logs(folder: Path) -> Iterator[DeadLog]:
         except OSError:
             os.close(lock)  # its process lives, or another one is at it
             continue
-        if not _is_at(lock, path):  # another one has finished with it in this moment, or it was written anew
+        if os.fstat(lock).st_uid != os.getuid() or not _is_at(
+            lock, path
+        ):  # another one has finished with it in this moment, or it was written anew
             os.close(lock)
             continue
         yield DeadLog(path.stem, _read(path), folder, lock)
@@ -290,4 +323,4 @@ def boot_id() -> str | None:
         return None
 
 
-__all__ = ["DeadLog", "SpendLog", "dead_logs", "folder_for"]
+__all__ = ["DeadLog", "SpendLog", "check_folder", "dead_logs", "folder_for"]

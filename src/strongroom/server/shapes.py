@@ -22,6 +22,7 @@ from ..bulk import BULK_FIELDS, BulkAction
 from ..bulk import MAX_IDS as MAX_BULK_IDS
 from ..bulk import MAX_PAGE as MAX_BULK_PAGE
 from ..bulk import PAGE as BULK_PAGE
+from ..entity import NO_NUMBER
 from ..query import DEFAULT_LIMIT, MAX_LIMIT
 from ..reservations import DEFAULT_TTL_S, MAX_TTL_S
 from ..verification import MAX_RESOURCES
@@ -79,6 +80,10 @@ class Like:
 
     def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         return handler(self._model.__pydantic_core_schema__)
+
+
+Moment = Annotated[AwareDatetime, NO_NUMBER]
+"""A time as callers give it: with a zone, and no number."""
 
 
 class Closed(BaseModel):
@@ -206,8 +211,8 @@ class KeyListQuery(Closed):
     owner: str | None = Field(None, description="Only this owner's keys.")
     environment: Environment | None = None
     name_prefix: str | None = Field(None, description="Only keys whose names begin so; by name.")
-    created_after: AwareDatetime | None = None
-    created_before: AwareDatetime | None = None
+    created_after: Moment | None = None
+    created_before: Moment | None = None
     deleted: bool = Field(False, description="The deleted keys that can be restored, instead of the others.")
     limit: int = Field(DEFAULT_LIMIT, ge=1, le=MAX_LIMIT)
     cursor: str | None = Field(None, description="The `next_cursor` of the page before.")
@@ -221,8 +226,8 @@ class BulkFilterIn(Closed):
     owner: str | None = None
     environment: Environment | None = None
     name_prefix: str | None = None
-    created_after: AwareDatetime | None = None
-    created_before: AwareDatetime | None = None
+    created_after: Moment | None = None
+    created_before: Moment | None = None
     deleted: bool | None = None
 
 

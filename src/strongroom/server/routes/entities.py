@@ -18,7 +18,16 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from ...context import Context
-from ...entity import INT64_MAX, INT64_MIN, SYSTEM_FIELDS, Entity, FieldType, json_schema, problems_of
+from ...entity import (
+    INT64_MAX,
+    INT64_MIN,
+    SYSTEM_FIELDS,
+    Entity,
+    FieldType,
+    json_schema,
+    numbers_for_times,
+    problems_of,
+)
 from ...errors import InvalidInput, NotFound, Problem
 from ...fairness import in_slices
 from ...idempotency import Replayed, RequestKey
@@ -263,12 +272,14 @@ class _Collection:
             for name in sorted(self.collection.secrets)
             if fields.get(name) == MASK
         ]
+        problems += numbers_for_times(self.collection, fields)
         if problems:
             known = {name: value for name, value in fields.items() if name not in SYSTEM_FIELDS}
             try:
                 self.parse(self.changes if patch else self.cls, known)
             except InvalidInput as error:
-                problems += error.problems
+                named = {problem.path for problem in problems}
+                problems += [problem for problem in error.problems if problem.path not in named]
             raise InvalidInput(problems)
         for name in self.decimals & fields.keys():
             if type(fields[name]) in (int, Decimal):
