@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.server
-@pytest.mark.parametrize(("name", "groups"), [("cache", 2), ("zipf", 2)])
+@pytest.mark.parametrize(("name", "groups"), [("cache", 2), pytest.param("zipf", 2, marks=pytest.mark.soak)])
 def test_a_quick_run_measures_every_contender(name: str, groups: int, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks", "--quick", "--only", name, "--json", "--dir", str(tmp_path)]
     done = subprocess.run(  # the status is asserted below

@@ -125,13 +125,13 @@ async def rounds(folder: Path, seed: int) -> None:
     assert stats.totals["images"] == 2 * RECORDINGS
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0])
 async def test_killed_processes_lose_nothing_and_admit_no_more(seed: int, tmp_path: Path) -> None:
     await rounds(tmp_path, seed)
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("seed", range(3, 103))
+@pytest.mark.parametrize("seed", range(1, 101))
 async def test_killed_a_hundred_times_they_lose_nothing(seed: int, tmp_path: Path) -> None:
     await rounds(tmp_path, seed)
 

@@ -101,6 +101,7 @@ async def test_a_key_revoked_here_is_refused_by_a_server_process_within_a_second
                 assert latest - revoked <= REVOKED_WITHIN_S
 
 
+@pytest.mark.soak
 @pytest.mark.server
 def test_the_benchmark_measures_both_stores_with_and_without_a_feed(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks", "--quick", "--only", "revocation", "--json", "--dir", str(tmp_path)]
