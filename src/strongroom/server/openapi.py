@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from copy import deepcopy
 from functools import cache
 from typing import Any
 
@@ -99,7 +100,12 @@ def version() -> str:
 
 def body(model: type[BaseModel], *, required: bool = True) -> dict[str, Any]:
     """For a route that reads its body itself: the body's description (`openapi_extra`)."""
-    return request_body(model.model_json_schema(ref_template=REF), required=required)
+    return request_body(deepcopy(_schema(model)), required=required)
+
+
+@cache
+def _schema(model: type[BaseModel]) -> dict[str, Any]:
+    return model.model_json_schema(ref_template=REF)
 
 
 def request_body(schema: dict[str, Any], *, required: bool = True) -> dict[str, Any]:

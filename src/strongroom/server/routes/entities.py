@@ -6,8 +6,9 @@ Each collection has routes of its own, so that OpenAPI has its schema. Secret fi
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from copy import copy
+from copy import copy, deepcopy
 from decimal import Decimal
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -102,7 +103,7 @@ class _Collection:
         self.name = cls.__collection__.name
         self.decimals = {f.name for f in cls.__collection__.fields.values() if f.type is FieldType.DECIMAL}
         self.changes = _changes_model(cls)
-        self.schemas = _Schemas(cls)
+        self.schemas = deepcopy(_schemas_of(cls))  # whoever describes the interface takes parts of it out
 
     def add_to(self, routes: APIRouter) -> None:
         path, one, name = f"/{self.name}", f"/{self.name}/{{id}}", self.name
@@ -316,6 +317,7 @@ def path_of(tenant: str, collection: str, id: str) -> str:
     return "/v1/tenants/" + "/".join(segments)
 
 
+@lru_cache(maxsize=256)
 def _changes_model(cls: type[Entity]) -> type[BaseModel]:
     """A model of some fields of an entity, none required: for PATCH."""
     fields: dict[str, Any] = {}
@@ -368,6 +370,9 @@ class _Schemas:
             "additionalProperties": False,
             "$defs": kept,
         }
+
+
+_schemas_of = lru_cache(maxsize=256)(_Schemas)
 
 
 _STORED: dict[tuple[FieldType, str], dict[str, Any]] = {
