@@ -380,3 +380,21 @@ async def test_a_key_is_in_no_answer_with_its_hash(room: Strongroom) -> None:
         for change in page.records:
             assert verifier not in repr(change.after)
     assert isinstance(key, ApiKey)
+
+
+async def test_a_stored_hash_is_compared_in_constant_time_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `hmac.compare_digest` says decides, whatever the store has found."""
+    async with Strongroom.open("json://:memory:") as room:
+        issued = await room.keys.create(name="k")
+        answers: list[bool] = []
+
+        def compared(one: bytes, other: bytes) -> bool:
+            answers.append(one == other)
+            return False
+
+        with monkeypatch.context() as patched:
+            patched.setattr(hmac, "compare_digest", compared)
+            assert await room.keys.identify(issued.text) is None
+        assert True in answers, "the stored hash was not compared"
+        room.keys.changed(issued.key.id)
+        assert await room.keys.identify(issued.text) is not None
