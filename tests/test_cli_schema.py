@@ -79,7 +79,7 @@ def test_the_printed_roles_serve_an_apply_a_plan_and_retention(run: Run, server:
 def test_names_that_cannot_be_roles_and_stores_without_roles_are_refused(run: Run, server: postgres.Server) -> None:
     status, out, err = run("schema", "roles", "--owner", "same", "--application", "same", "--store", server.url("s"))
     assert (status, out) == (2, "")
-    assert "expected three different names" in err
+    assert "expected four different names" in err
     Path("x.db").touch()
     for command in (("roles",), ("retain", "30")):
         status, _, err = run("schema", *command, "--store", "sqlite:///x.db")

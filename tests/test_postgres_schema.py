@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from types import MappingProxyType
 from typing import Any
+from urllib.parse import quote, urlsplit
 
 import asyncpg
 import pytest
@@ -21,18 +22,20 @@ from hypothesis import strategies as st
 
 from strongroom.app import SYSTEM_ENTITIES
 from strongroom.entity import Collection, FieldSpec, FieldType, Index
-from strongroom.errors import ConfigError, Denied, SchemaError, StoreError, Unavailable
+from strongroom.errors import ConfigError, Denied, Gone, SchemaError, StoreError, Unavailable
 from strongroom.storage import _postgres_partitions as partitions
 from strongroom.storage import _postgres_schema as schema_module
 from strongroom.storage import _postgres_schema_apply as online
 from strongroom.storage import _postgres_schema_layout as layout
 from strongroom.storage._postgres_partitions import drop_partitions_before, ensure_partitions, journal_time
+from strongroom.storage._postgres_rights import AS_OWNER, POLICIES, READER_POLICY
 from strongroom.storage._postgres_roles import check_role, roles_sql
 from strongroom.storage._postgres_schema import prepare
 from strongroom.storage._postgres_schema_tables import identifier, physical_indexes
-from strongroom.storage.port import ChangeKind, SchemaChange
+from strongroom.storage.port import Append, ChangeKind, Create, SchemaChange
+from strongroom.storage.postgres import PostgresStore
 from strongroom.testing.storage.backend import examples
-from strongroom.testing.storage.samples import COLLECTIONS
+from strongroom.testing.storage.samples import COLLECTIONS, batch, item, record
 from strongroom.testing.storage.schema import declare
 from tests.conftest import wait_until
 from tests.servers import postgres
@@ -54,6 +57,12 @@ class Place:
     dsn: str
     settings: Settings
     owner: str
+
+    def url(self, user: str) -> str:
+        """The store's URL for a role."""
+        parts = urlsplit(self.dsn)
+        place = f"{quote(user, safe='')}:secret@{parts.hostname}:{parts.port}{parts.path}"
+        return f"postgresql://{place}?schema={self.schema}"
 
     def connect(self, user: str | None = None, **more: Any) -> Any:
         return asyncpg.connect(self.dsn, user=user or self.owner, password="secret", statement_cache_size=0, **more)
@@ -156,10 +165,10 @@ async def insert(
 ) -> None:
     """A document as a store with the first declaration of `declare()` writes it."""
     async with connection.transaction():
+        await connection.execute("SELECT set_config('app.current_tenant', $1, true)", tenant)
         await connection.execute(
             f"INSERT INTO {place.table('strongroom_tenants')} VALUES ($1) ON CONFLICT DO NOTHING", tenant
         )
-        await connection.execute("SELECT set_config('app.current_tenant', $1, true)", tenant)
         await connection.execute(
             f"INSERT INTO {place.table()} (tenant_id, id, version, created_at, updated_at, name) "
             "VALUES ($1, $2, $3, now(), now(), $4)",
@@ -727,16 +736,27 @@ async def test_somebody_elses_schema_is_left_alone(connection: asyncpg.Connectio
 # --- The journal's partitions ---------------------------------------------------------------------------------
 
 
+RECORD = "sequence, at, at_us, id, actor, request_id, action, collection, entity_id"
+
+
+async def whole(connection: asyncpg.Connection, sql: str) -> list[Any]:
+    """What the owner sees of the journal where it says that it is to see all of it."""
+    async with connection.transaction():
+        await connection.execute(AS_OWNER)
+        return list(await connection.fetch(sql))
+
+
 async def append(connection: asyncpg.Connection, place: Place, sequence: int, at_us: int) -> str:
-    """A journal record; the partition that holds it."""
-    partition: str = await connection.fetchval(
-        f"INSERT INTO {place.table('strongroom_journal')} "
-        "(sequence, at, at_us, id, actor, request_id, action, collection, entity_id) "
-        "VALUES ($1, $2, $3, 'r', 'a', 'q', 'x', 'c', 'e') RETURNING tableoid::regclass::text",
-        sequence,
-        journal_time(at_us),
-        at_us,
-    )
+    """A journal record of no tenant, added by the owner; the partition that holds it."""
+    async with connection.transaction():
+        await connection.execute(AS_OWNER)
+        partition: str = await connection.fetchval(
+            f"INSERT INTO {place.table('strongroom_journal')} ({RECORD}) "
+            "VALUES ($1, $2, $3, 'r', 'a', 'q', 'x', 'c', 'e') RETURNING tableoid::regclass::text",
+            sequence,
+            journal_time(at_us),
+            at_us,
+        )
     return partition.rpartition(".")[2]
 
 
@@ -751,7 +771,7 @@ async def test_a_record_of_any_time_finds_a_partition(connection: asyncpg.Connec
     assert await append(connection, place, 1, us(now)) == f"strongroom_journal_{now:%Y_%m}"
     for sequence, at_us in enumerate((0, -1, -(2**63), 2**63 - 1, 9_223_372_036_854_775_000), 2):
         assert await append(connection, place, sequence, at_us) == "strongroom_journal_default"
-    kept = await connection.fetch(f"SELECT at_us FROM {place.table('strongroom_journal')} ORDER BY sequence")
+    kept = await whole(connection, f"SELECT at_us FROM {place.table('strongroom_journal')} ORDER BY sequence")
     assert [row["at_us"] for row in kept][1:] == [0, -1, -(2**63), 2**63 - 1, 9_223_372_036_854_775_000]
 
 
@@ -771,8 +791,9 @@ async def test_partitions_are_made_ahead_once_and_take_what_came_before_them(
         assert await append(connection, place, sequence, us(moment)) == "strongroom_journal_default"
     assert await ensure_partitions(connection, place.settings, month, 1) == 2
     assert await ensure_partitions(connection, place.settings, month, 1) == 0
-    held = await connection.fetch(
-        f"SELECT tableoid::regclass::text AS partition FROM {place.table('strongroom_journal')} ORDER BY sequence"
+    held = await whole(
+        connection,
+        f"SELECT tableoid::regclass::text AS partition FROM {place.table('strongroom_journal')} ORDER BY sequence",
     )
     assert [row["partition"].rpartition(".")[2] for row in held] == [
         "strongroom_journal_2031_12",
@@ -802,11 +823,12 @@ async def test_retention_drops_whole_past_partitions_and_never_the_present_one(
     await append(connection, place, 9, us(now))
 
     async def held() -> list[int]:
-        rows = await connection.fetch(f"SELECT sequence FROM {place.table('strongroom_journal')} ORDER BY sequence")
+        rows = await whole(connection, f"SELECT sequence FROM {place.table('strongroom_journal')} ORDER BY sequence")
         return [row["sequence"] for row in rows]
 
     assert await drop_partitions_before(connection, place.settings, datetime(2020, 2, 29, tzinfo=UTC)) == 1
     assert await held() == [2, 3, 4, 9]
+    assert await connection.fetchval(f"SELECT floor FROM {place.table('strongroom_journal_head')}") == 1
     assert await drop_partitions_before(connection, place.settings, datetime(2020, 4, 1, tzinfo=UTC)) == 2
     assert await held() == [4, 9]
     assert await drop_partitions_before(connection, place.settings, now + timedelta(days=4_000)) == 1
@@ -866,14 +888,15 @@ class Roles:
     owner: str
     application: str
     retention: str
+    reader: str
 
 
 @asynccontextmanager
 async def split(admin: asyncpg.Connection, place: Place, *, apply_first: bool) -> AsyncIterator[tuple[Place, Roles]]:
-    """The three roles as an operator makes them from `roles_sql`, and the schema applied by the owner."""
-    roles = Roles(f"{place.owner}_o", f'{place.owner} "app"', f"{place.owner}_r")
+    """The roles as an operator makes them from `roles_sql`, and the schema applied by the owner."""
+    roles = Roles(f"{place.owner}_o", f'{place.owner} "app"', f"{place.owner}_r", f"{place.owner}_w")
     owned = replace(place, owner=roles.owner)
-    script = roles_sql(place.settings, roles.owner, roles.application, roles.retention)
+    script = roles_sql(place.settings, roles.owner, roles.application, roles.retention, roles.reader)
 
     async def apply() -> None:
         connection = await owned.connect()
@@ -921,7 +944,9 @@ async def test_the_application_reads_and_writes_documents_and_appends_to_the_jou
     assert [row["id"] for row in await documents(app, place, "acme")] == ["a"]
     assert await app.fetch(f"SELECT * FROM {place.table()}") == [], "no tenant, no rows"
     assert await owner.fetch(f"SELECT * FROM {place.table()}") == [], "the owner is under the policies too"
-    await append(app, place, 1, us(datetime.now(UTC)))
+    await app.execute(
+        f"INSERT INTO {place.table('strongroom_journal')} ({RECORD}) VALUES (1, now(), 0, 'r', 'a', 'q', 'x', 'c', 'e')"
+    )
     await app.execute(f"UPDATE {place.table('strongroom_journal_head')} SET sequence = sequence + 1")
     await app.fetchval(f"SELECT nextval('{place.schema}.strongroom_version')")
     assert await app.fetchval(f"SELECT {place.schema}.strongroom_require(true)")
@@ -970,6 +995,141 @@ async def test_the_application_reads_and_writes_documents_and_appends_to_the_jou
 
 
 @on_each_version
+async def test_the_application_sees_and_adds_records_of_its_tenant_only_and_the_reader_all(
+    roles: tuple[Place, Roles],
+) -> None:
+    place, who = roles
+    journal, tenants = place.table("strongroom_journal"), place.table("strongroom_tenants")
+    store = PostgresStore(place.url(who.application))
+    await store.open()
+    await store.prepare([declare(), *COLLECTIONS])
+    given = [store.commit(batch(name, Create("items", "x", item()), Append(record("x", name)))) for name in ("a", "b")]
+    await asyncio.gather(*given, store.commit(batch(None, Append(record("platform", None)))))
+    assert [r.tenant for r in (await store.changes(None, tenant="a")).records] == ["a"]
+    assert {r.tenant for r in (await store.changes(None)).records} == {"a", "b", None}
+    assert await store.tenants() == ["a", "b"]
+    await store.close()
+
+    app = await place.connect(who.application)
+    for table in (journal, tenants):
+        assert await app.fetch(f"SELECT * FROM {table}") == [], "no tenant, no rows"
+        async with app.transaction():
+            await app.execute("SET LOCAL app.journal = 'whole'")
+            assert await app.fetch(f"SELECT * FROM {table}") == [], "only the owner may say this"
+    added = f"INSERT INTO {journal} (tenant_id, {RECORD}) VALUES ($1, 99, now(), 0, 'r', 'a', 'q', 'x', 'c', 'e')"
+    for present, other in (("a", "b"), ("a", None), ("", "a")):
+        async with app.transaction():
+            await app.execute("SELECT set_config('app.current_tenant', $1, true)", present)
+            for table in (journal, tenants):
+                seen = await app.fetch(f"SELECT DISTINCT tenant_id FROM {table}")
+                assert [row["tenant_id"] for row in seen] == ([present] if present else [])
+            with pytest.raises(asyncpg.InsufficientPrivilegeError, match="row-level security"):
+                async with app.transaction():
+                    await app.execute(added, other)
+            if other is not None:
+                with pytest.raises(asyncpg.InsufficientPrivilegeError, match="row-level security"):
+                    async with app.transaction():
+                        await app.execute(f"INSERT INTO {tenants} VALUES ('new')")
+    async with app.transaction():
+        reader = '"' + who.reader + '"'
+        await app.execute(f"SET LOCAL ROLE {reader}")
+        assert await app.fetchval(f"SELECT count(*) FROM {journal}") == 3
+        for statement in (added.replace("$1", "NULL"), f"SELECT * FROM {place.table()}", f"DELETE FROM {tenants}"):
+            with pytest.raises(asyncpg.InsufficientPrivilegeError):
+                async with app.transaction():
+                    await app.execute(statement)
+    await app.close()
+
+
+async def test_a_store_of_layout_1_is_upgraded_by_its_owner_and_only_then_served(
+    admin: asyncpg.Connection, roles: tuple[Place, Roles]
+) -> None:
+    place, who = roles
+    owner, app = await place.connect(), await place.connect(who.application)
+    declared = [declare(), *COLLECTIONS]
+    for sequence in (5, 6):
+        await append(owner, place, sequence, us(datetime.now(UTC)))
+    for table, policies in (("strongroom_journal", POLICIES), ("strongroom_tenants", POLICIES)):
+        for policy in (*policies, READER_POLICY):
+            await owner.execute(f"DROP POLICY {policy} ON {place.table(table)}")
+        await owner.execute(f"ALTER TABLE {place.table(table)} DISABLE ROW LEVEL SECURITY, NO FORCE ROW LEVEL SECURITY")
+    head = place.table("strongroom_journal_head")
+    await owner.execute(f"ALTER TABLE {head} DROP COLUMN floor; UPDATE {head} SET sequence = 6")
+    await owner.execute(f"UPDATE {place.table('strongroom_layout')} SET version = 1")
+    with pytest.raises(SchemaError, match=r"layout 1 becomes 2.*run `strongroom schema apply"):
+        await prepare(app, place.settings, declared)
+    (planned,) = await prepare(owner, place.settings, declared, mode="plan")
+    assert planned.kind is ChangeKind.CHANGE_POLICIES
+    assert not planned.destructive
+    await prepare(owner, place.settings, declared)
+    assert await prepare(app, place.settings, declared) == await prepare(owner, place.settings, declared) == ()
+    assert await owner.fetchval(f"SELECT floor FROM {head}") == 4, "what retention had dropped before"
+    assert await app.fetch(f"SELECT * FROM {place.table('strongroom_journal')}") == []
+    store = PostgresStore(place.url(who.application))
+    await store.open()
+    await store.prepare(declared)
+    assert [r.sequence for r in (await store.changes(None)).records] == [5, 6]
+    with pytest.raises(Gone):
+        await store.changes("3")
+    await store.close()
+    # What is changed by hand is set up again, and no node starts before.
+    await owner.execute(f"DROP POLICY tenant_insert ON {place.table('strongroom_journal')}")
+    with pytest.raises(SchemaError, match="row-level security was changed"):
+        await prepare(app, place.settings, declared)
+    await prepare(owner, place.settings, declared)
+    assert await prepare(app, place.settings, declared) == ()
+    # A reader that an administrator has not made yet
+    made_by_owner = f"ALTER DEFAULT PRIVILEGES FOR ROLE {who.owner} IN SCHEMA {place.schema}"
+    await admin.execute(f"{made_by_owner} REVOKE USAGE ON TYPES FROM {who.reader}")
+    await owner.execute(f"UPDATE {place.table('strongroom_layout')} SET version = 1")
+    with pytest.raises(SchemaError, match="run what `strongroom schema roles` prints, then this again"):
+        await prepare(owner, place.settings, declared)
+    await app.close()
+    await owner.close()
+
+
+async def test_a_role_that_has_the_readers_rights_in_every_statement_is_refused(
+    admin: asyncpg.Connection, roles: tuple[Place, Roles]
+) -> None:
+    place, who = roles
+    application = '"' + who.application.replace('"', '""') + '"'
+    await admin.execute(f"ALTER ROLE {application} INHERIT; REVOKE {who.reader} FROM {application}")
+    await admin.execute(f"GRANT {who.reader} TO {application}")
+    app = await place.connect(who.application)
+    with pytest.raises(StoreError, match=r"in every statement.*NOINHERIT"):
+        await check_role(app, place.settings)
+    await app.close()
+
+
+async def test_a_place_from_before_what_retention_has_dropped_is_gone(
+    connection: asyncpg.Connection, place: Place
+) -> None:
+    store = PostgresStore(place.url(place.owner))
+    await store.open()
+    await store.prepare(COLLECTIONS)
+    past = us(datetime(2020, 1, 15, tzinfo=UTC))
+    await ensure_partitions(connection, place.settings, datetime(2020, 1, 1, tzinfo=UTC), 0)
+    begun = (await store.changes("end")).cursor
+    for number in range(3):
+        await store.commit(batch("acme", Append(record(f"{number}", "acme", at_us=past))))
+    middle = (await store.changes(None, limit=2)).cursor
+    end = (await store.changes(None)).cursor
+    await store.commit(batch("other", Append(record("new", "other"))))
+    quiet = (await store.changes(end, tenant="acme")).cursor
+    assert await store.drop_journal_before(us(datetime(2020, 3, 1, tzinfo=UTC))) == 1
+    for tenant in (None, "acme"):
+        for cursor in (begun, middle):
+            with pytest.raises(Gone, match="past the journal's retention"):
+                await store.changes(cursor, tenant=tenant)
+        assert (await store.changes(quiet, tenant=tenant)).records == ()
+    assert [r.entity_id for r in (await store.changes(end)).records] == ["new"]
+    assert [r.entity_id for r in (await store.changes(None)).records] == ["new"], (
+        "what is left of it, from its beginning"
+    )
+    await store.close()
+
+
+@on_each_version
 async def test_what_is_applied_later_is_the_applications_without_another_step(roles: tuple[Place, Roles]) -> None:
     place, who = roles
     owner, app = await place.connect(), await place.connect(who.application)
@@ -1013,7 +1173,7 @@ async def test_a_hand_made_index_does_not_keep_the_application_from_starting(rol
 async def test_before_anything_is_made_the_application_is_told_what_to_run(
     admin: asyncpg.Connection, place: Place
 ) -> None:
-    await admin.execute(roles_sql(place.settings, f"{place.owner}_o", f"{place.owner}_a", f"{place.owner}_r"))
+    await admin.execute(roles_sql(place.settings, *(f"{place.owner}_{end}" for end in "oarw")))
     await admin.execute(f"ALTER ROLE {place.owner}_a PASSWORD 'secret'")
     app = await place.connect(f"{place.owner}_a")
     with pytest.raises(SchemaError, match="`strongroom schema apply --store URL` with the owner's URL"):
@@ -1093,17 +1253,18 @@ async def test_an_owner_may_serve_in_a_set_up_of_one_role_and_is_warned(
 
 
 @pytest.mark.parametrize(
-    "names", [("", "b", "c"), ("a", "a", "c"), ("pg_x", "b", "c"), ("a\n", "b", "c"), ("a" * 64, "b", "c")]
+    "names",
+    [("", "b", "c"), ("a", "a", "c"), ("pg_x", "b", "c"), ("a\n", "b", "c"), ("a" * 64, "b", "c"), ("r", "b", "c")],
 )
-def test_names_that_cannot_be_three_roles_are_refused(names: tuple[str, str, str]) -> None:
+def test_names_that_cannot_be_four_roles_are_refused(names: tuple[str, str, str]) -> None:
     with pytest.raises(ConfigError, match="role"):
-        roles_sql(Settings("strongroom"), *names)
+        roles_sql(Settings("strongroom"), *names, "r")
 
 
 async def test_an_existing_superuser_is_never_made_the_application(admin: asyncpg.Connection, place: Place) -> None:
     await admin.execute(f"CREATE ROLE {place.owner}_a SUPERUSER")
     with pytest.raises(asyncpg.RaiseError, match="is a superuser or has BYPASSRLS"):
-        await admin.execute(roles_sql(place.settings, f"{place.owner}_o", f"{place.owner}_a", f"{place.owner}_r"))
+        await admin.execute(roles_sql(place.settings, *(f"{place.owner}_{end}" for end in "oarw")))
     await admin.execute("ROLLBACK")
 
 

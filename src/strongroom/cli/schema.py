@@ -128,6 +128,9 @@ def roles(
     retention: Annotated[
         str, typer.Option("--retention", help="Who drops the journal's old partitions.")
     ] = "strongroom_retention",
+    reader: Annotated[
+        str, typer.Option("--reader", help="Who sees the journal of all tenants; the application takes it on for that.")
+    ] = "strongroom_reader",
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -144,7 +147,7 @@ def roles(
     roles_sql = getattr(named, "roles_sql", None)
     if roles_sql is None:
         raise ConfigError(f"a {named.capabilities.name} store has no roles: name a postgresql:// store")
-    sql: str = roles_sql(owner, application, retention)
+    sql: str = roles_sql(owner, application, retention, reader)
     if json:
         output.print_json({"sql": sql})
     else:

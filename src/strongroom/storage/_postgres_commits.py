@@ -77,9 +77,14 @@ class Commits:
         self._started: Any = None
         name = quoted(settings.schema)
         self._require = f"{name}.strongroom_require"
+        # The tenant is set for each row as it is added, since the policy compares it with the row's.
         self._add_tenants = (
-            f"INSERT INTO {name}.strongroom_tenants (tenant_id) SELECT unnest($1::text[]) ON CONFLICT DO NOTHING"
+            f"INSERT INTO {name}.strongroom_tenants (tenant_id) "
+            "SELECT set_config('app.current_tenant', u.tenant_id, true) FROM unnest($1::text[]) AS u(tenant_id) "
+            "ON CONFLICT DO NOTHING"
         )
+        self.taking_all: str | None = None
+        """What a transaction begins with that is to see the journal as a whole."""
         self._begin = "BEGIN"
         if settings.pgbouncer:
             limits = "; ".join(f"SET LOCAL {key} = '{value}'" for key, value in settings.session_settings().items())
@@ -397,7 +402,11 @@ class Commits:
         # After a restart a transaction's id may have been given to another one; a record's id never is.
         if lost.record is None:
             raise self._unknown()
-        return bool(await connection.fetch(self._journal.recorded, *lost.record))
+        if self.taking_all is None:
+            raise self._unknown()
+        async with connection.transaction(readonly=True):
+            await connection.execute(self.taking_all)
+            return bool(await connection.fetch(self._journal.recorded, *lost.record))
 
     async def _unknown_after(self, error: BaseException) -> Unavailable:
         await self._abandon(error)

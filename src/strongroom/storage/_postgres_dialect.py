@@ -67,6 +67,7 @@ class PostgresDialect(Dialect):
     numeric. Lists and maps are `json`, which keeps their text as it was written; `jsonb` would give back 1E+16 as an
     int. What looks into them casts to jsonb, and an index on a list is a GIN index over that cast."""
 
+    null_is_constant = False
     encoders: Mapping[FieldType, Convert] = {FieldType.LIST: json_text, FieldType.MAP: json_text}
     decoders: Mapping[FieldType, Convert] = {
         FieldType.DECIMAL: _normalised,

@@ -42,7 +42,7 @@ def functions(schema: str) -> str:
     """The script that makes the two functions. They run as the owner, so they name everything in full."""
     name, literal = quoted(schema), "'" + schema.replace("'", "''") + "'"
     return f"""
-CREATE FUNCTION {name}.strongroom_make_partitions(first timestamptz, months_ahead integer) RETURNS integer
+CREATE OR REPLACE FUNCTION {name}.strongroom_make_partitions(first timestamptz, months_ahead integer) RETURNS integer
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET timezone = 'UTC' AS $body$
 DECLARE
     lower_bound timestamptz;
@@ -78,10 +78,11 @@ BEGIN
     RETURN made;
 END
 $body$;
-CREATE FUNCTION {name}.strongroom_drop_partitions(before timestamptz) RETURNS integer
+CREATE OR REPLACE FUNCTION {name}.strongroom_drop_partitions(before timestamptz) RETURNS integer
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET timezone = 'UTC' AS $body$
 DECLARE
     partition text;
+    last bigint;
     dropped integer := 0;
 BEGIN
     FOR partition IN
@@ -92,6 +93,10 @@ BEGIN
     LOOP
         -- never one that is still being written to, whatever the date says
         CONTINUE WHEN to_timestamp(right(partition, 7), 'YYYY_MM') + interval '1 month' > least(before, now());
+        -- whoever stood before the last of these records is told that they are gone
+        LOCK TABLE ONLY {name}.strongroom_journal IN ACCESS EXCLUSIVE MODE;
+        EXECUTE format('SELECT max(sequence) FROM %I.%I', {literal}, partition) INTO last;
+        UPDATE {name}.strongroom_journal_head SET floor = greatest(floor, coalesce(last, 0));
         EXECUTE format('DROP TABLE %I.%I', {literal}, partition);
         dropped := dropped + 1;
     END LOOP;

@@ -66,7 +66,7 @@ async def prepare(
     state = await read_state(connection, settings.schema)
     if state.made:
         await _keep_partitions_ahead(connection, settings)
-    if state.made and not _differing(state, collections, drift=state.may_change):
+    if state.made and not state.outdated and not _differing(state, collections, drift=state.may_change):
         return ()
     if not state.may_change:
         if not state.made:
@@ -152,6 +152,8 @@ async def _plan(connection: asyncpg.Connection, schema: str, state: State, colle
     found = await compare(connection, schema, standing, state.applied)
     differences = {difference.collection.name: difference for difference in found}
     changes: list[SchemaChange] = []
+    if state.outdated is not None:
+        changes.append(SchemaChange(ChangeKind.CHANGE_POLICIES, "strongroom_journal", detail=state.outdated))
     for collection in collections:
         difference = differences.get(collection.name)
         if difference is None:
@@ -171,8 +173,10 @@ async def _apply(
     connection: asyncpg.Connection, settings: Settings, state: State, plan: _Plan, collections: Sequence[Collection]
 ) -> None:
     schema = settings.schema
+    if state.outdated is not None:
+        await online.upgrade(connection, schema)
     replaced = {name for name, difference in plan.differences.items() if difference.rescoped}
-    changed = {change.collection for change in plan.changes}
+    changed = {change.collection for change in plan.changes} & plan.differences.keys()
     used = [d for name, d in plan.differences.items() if name in changed and name not in replaced]
     if used and settings.pgbouncer:
         raise SchemaError(

@@ -13,15 +13,16 @@ import json
 import logging
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import asyncpg
 
 from ..entity import Collection, FieldSpec, Index
 from ..errors import SchemaError, Unavailable
+from ._postgres_rights import AS_OWNER
 from ._postgres_roles import granted_roles, grants
 from ._postgres_schema_compare import Difference
-from ._postgres_schema_layout import State, make_layout, remember
+from ._postgres_schema_layout import State, make_layout, remember, upgrade_layout
 from ._postgres_schema_tables import (
     DIALECT,
     add_column,
@@ -68,10 +69,26 @@ async def create(
         script.append(create_collection(schema, collection))
     await connection.execute("\n".join(script))
     if not state.made:
-        applications, retentions = await granted_roles(connection, schema)
-        await connection.execute(grants(schema, applications, retentions))
+        await connection.execute(grants(schema, *await granted_roles(connection, schema)))
     for collection in collections:
         await remember(connection, schema, collection.name, declaration(collection), finished=True)
+
+
+async def upgrade(connection: asyncpg.Connection, schema: str) -> None:
+    """Make the present layout of an earlier one. SchemaError if a role that it needs is missing."""
+    applications, retentions, readers = await granted_roles(connection, schema)
+    if applications and not readers:
+        raise SchemaError(
+            f"schema {schema}: the journal is to be read by a role of its own, which is not there: as an administrator "
+            "run what `strongroom schema roles` prints, then this again"
+        )
+    script = f"{upgrade_layout(schema)}\n{grants(schema, applications, retentions, readers)}"
+
+    async def change() -> None:
+        await connection.execute(script)
+
+    _log.info("schema %s: putting the journal and the list of tenants under row-level security", schema)
+    await _patiently(connection, "the journal", change)
 
 
 # --- Online: what is in use -----------------------------------------------------------------------------------
@@ -131,19 +148,28 @@ async def _alter(connection: asyncpg.Connection, schema: str, difference: Differ
     _log.info("%s: altering the table", collection.name)
     # Its indexes come later: were they said to be there, a killed apply would not be finished by the next.
     half = {**declaration(collection), "indexes": []}
+
+    async def change() -> None:
+        await connection.execute(";\n".join(script))
+        await remember(connection, schema, collection.name, half, finished=False)
+
+    await _patiently(connection, collection.name, change)
+
+
+async def _patiently(connection: asyncpg.Connection, what: str, change: Callable[[], Awaitable[None]]) -> None:
+    """Change the catalogue in one short transaction that waits for its locks only so long, and is tried again."""
     deadline = time.monotonic() + ALTER_DEADLINE_S
     pause_s = _FIRST_PAUSE_S
     while True:
         try:
             async with connection.transaction():
                 await connection.execute(f"SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}")
-                await connection.execute(";\n".join(script))
-                await remember(connection, schema, collection.name, half, finished=False)
+                await change()
             return
         except (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError):
             if time.monotonic() > deadline:
                 raise Unavailable(
-                    f"{collection.name}: its table was in use for {ALTER_DEADLINE_S:g} s without a gap (a transaction "
+                    f"{what}: its table was in use for {ALTER_DEADLINE_S:g} s without a gap (a transaction "
                     "left open?): nothing was changed, try again"
                 ) from None
         await asyncio.sleep(pause_s * random.uniform(0.5, 1.5))  # noqa: S311  # jitter, not a secret
@@ -237,6 +263,7 @@ async def _first_answer(connection: asyncpg.Connection, schema: str, sql: str) -
             _tenant text;
             _answer text;
         BEGIN
+            {AS_OWNER};  -- the list of tenants is under row-level security as well
             FOR _tenant IN SELECT tenant_id FROM {quoted(schema)}.strongroom_tenants LOOP
                 PERFORM set_config('app.current_tenant', _tenant, true);
                 {sql} INTO _answer;

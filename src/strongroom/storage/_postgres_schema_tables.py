@@ -98,6 +98,11 @@ def create_collection(schema: str, collection: Collection) -> str:
     return ";\n".join(statements) + ";\n"
 
 
+def comment_text(text: str) -> str:
+    """A comment as an SQL literal."""
+    return "'" + text.replace("'", "''") + "'"
+
+
 def comment_on_index(schema: str, name: str, collection: Collection, index: Index) -> str:
     full = index_name(collection, index)
     return f"COMMENT ON INDEX {quoted(schema)}.{quoted(name)} IS '{full}'"

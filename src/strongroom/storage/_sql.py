@@ -53,6 +53,8 @@ class Dialect(ABC):
 
     encoders: Mapping[FieldType, Convert]
     decoders: Mapping[FieldType, Convert]
+    null_is_constant = True
+    """Whether `field IS NULL` tells the planner that the field is the same in every row, as `field = 1` does."""
 
     @abstractmethod
     def placeholder(self, number: int) -> str:
@@ -448,9 +450,29 @@ class Compiler:
         if nulls is not None:
             conditions.append(self._after(order, nulls, text))
         where = _where(conditions)
-        by = ", ".join(self._dialect.order(f"{self._source}.{quoted(name)}", name, down) for name, down in order)
+        terms = order if self._dialect.null_is_constant else (*self._leading_nulls(shape, order), *order)
+        by = ", ".join(self._dialect.order(f"{self._source}.{quoted(name)}", name, down) for name, down in terms)
         sql = f"SELECT {listed(columns)} FROM {self._from}{where} ORDER BY {by} LIMIT {text.bind()}"
         return Select(self._page.format(sql), decode)
+
+    def _leading_nulls(self, shape: Shape | None, order: Sequence[tuple[str, bool]]) -> Sequence[tuple[str, bool]]:
+        """The fields that are null in every document found, as an index has them before the order: named first, they
+        change nothing of the order, and the planner sees that the index gives it."""
+        parts = () if shape is None else shape[1] if shape[0] is And else (shape,)
+        fixed = {part[0]: part[2] == 0 for part in parts if part[0] not in (And, Or) and part[1] is Op.EQ}
+        if not any(fixed.values()):
+            return ()
+        best: list[tuple[str, bool]] = []
+        for index in self._collection.indexes:
+            columns = index_columns(self._collection, index)[self._collection.tenant_scoped :]
+            first = next((n for n, (name, _) in enumerate(columns) if name not in fixed or name == order[0][0]), None)
+            if first is None or [name for name, _ in columns[first:]][: len(order)] != [name for name, _ in order]:
+                continue
+            turned = {down != wanted for (_, down), (_, wanted) in zip(columns[first:], order, strict=False)}
+            found = [(name, down is not (True in turned)) for name, down in columns[:first] if fixed[name]]
+            if len(turned) == 1 and len(found) > len(best):
+                best = found
+        return best
 
     def _totals(self, aggregates: Sequence[Aggregate], shape: Shape | None) -> Totals:
         columns: list[str] = []

@@ -11,13 +11,14 @@ import asyncio
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, Literal, TypeVar
 
 import asyncpg
 
 from ..entity import Collection, Document
-from ..errors import InvalidInput, Problem, StrongroomError, Unavailable
+from ..errors import Gone, InvalidInput, Problem, StoreError, StrongroomError, Unavailable
 from ..fairness import in_slices
 from ..query import Aggregate, Filter, Query
 from . import _postgres_advice, _postgres_partitions, _postgres_schema
@@ -27,6 +28,7 @@ from ._postgres_journal import Journal
 from ._postgres_lanes import Lane
 from ._postgres_listener import Listener
 from ._postgres_pool import Connector, Pool, close_politely
+from ._postgres_rights import taking_all
 from ._postgres_roles import check_role, roles_sql
 from ._postgres_settings import read_settings
 from ._postgres_tables import Table
@@ -75,6 +77,8 @@ class PostgresStore:
         self._journal = Journal(self.settings.schema)
         self._tables: Mapping[str, Table] = {}
         self._known_tenants: set[str] = set()
+        self._taking_all: str | None = None
+        """What a transaction begins with that is to see the journal as a whole; None: this role may not."""
         self._pool: Pool | None = None
         self._platform: Lane | None = None
         self._tenants: Lane | None = None
@@ -97,6 +101,7 @@ class PostgresStore:
         try:
             async with pool.connection() as connection:
                 await check_role(connection, self.settings)
+                await self._find_reader(connection)
         except DRIVER_ERRORS as error:
             await pool.close()
             raise translated(error, self._place) from error
@@ -106,6 +111,8 @@ class PostgresStore:
         self._pool = pool
         self._platform = Lane(self._place, Commits(self._connector, self._known_tenants))
         self._tenants = Lane(self._place, Commits(self._connector, self._known_tenants))
+        for lane in self._lanes():
+            lane.commits.taking_all = self._taking_all
         if self._callbacks:
             self._listen()
 
@@ -151,13 +158,26 @@ class PostgresStore:
         """On a connection of its own: what it sets, and how long it takes, are its own affair."""
         connection = await self._connector.connect()
         try:
-            return await _postgres_schema.prepare(
+            changes = await _postgres_schema.prepare(
                 connection, self.settings, collections, mode=mode, allow_destructive=allow_destructive
             )
+            if mode == "apply":
+                await self._find_reader(connection)
+                if self._taking_all is None:
+                    raise StoreError(
+                        f"{self._place}: this role may not read the journal as a whole, as the change feed does: as an "
+                        "administrator run what `strongroom schema roles` prints"
+                    )
+            return changes
         except DRIVER_ERRORS as error:
             raise translated(error, self._place) from error
         finally:
             await close_politely(connection)
+
+    async def _find_reader(self, connection: asyncpg.Connection) -> None:
+        self._taking_all = await taking_all(connection, self.settings.schema)
+        for lane in self._lanes():
+            lane.commits.taking_all = self._taking_all
 
     # --- Reading ---
 
@@ -215,13 +235,18 @@ class PostgresStore:
             raise InvalidInput([Problem("after", "is not a cursor of this journal")])
         position, limit = int(after or 0), min(limit, MAX_CHANGES_PAGE)
         if tenant is None:
-            rows = await self._rows(self._journal.page, (position, limit))
+            rows = await self._all_rows(self._journal.page, (position, limit))
         else:
             rows = await self._rows(self._journal.page_of_tenant, (position, limit, tenant))
-        if not rows and position > await self._head():
+        head, floor = rows[0][:2]
+        if position > head:
             raise past_the_end(self._place)
-        records = tuple(await in_slices(record_of, rows))
-        return ChangesPage(records, str(records[-1].sequence if records else position))
+        if after is not None and position < floor:
+            raise Gone(f"{self._place}: the records that come after the cursor are past the journal's retention")
+        records = tuple(await in_slices(record_of, [row[2:] for row in rows if row[2] is not None]))
+        # Where there is nothing more it stands at the head, not at a tenant's last record: a quiet tenant's place
+        # would be past the retention one day.
+        return ChangesPage(records, str(records[-1].sequence if len(records) == limit else head))
 
     async def _head(self) -> int:
         """The journal's last sequence."""
@@ -229,7 +254,7 @@ class PostgresStore:
         return head
 
     async def tenants(self, after: str | None = None, limit: int = MAX_TENANTS_PAGE) -> list[str]:
-        rows = await self._rows(self._tenants_page, (after or "", min(limit, MAX_TENANTS_PAGE)))
+        rows = await self._all_rows(self._tenants_page, (after or "", min(limit, MAX_TENANTS_PAGE)))
         return [row[0] for row in rows]
 
     async def now_us(self) -> int:
@@ -252,6 +277,34 @@ class PostgresStore:
                     statement = pool.prepared(connection, sql) or await pool.prepare(connection, sql)
                     rows = await statement.fetch(*values)
             except BaseException as error:
+                self._failed(pool, connection, error, last=last)
+            else:
+                pool.give_back(connection)
+                return rows
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _all_rows(self, sql: str, values: Sequence[Any]) -> Sequence[Any]:
+        """The rows of one read of the journal, or the list of tenants, as a whole: for those who act for no tenant."""
+        pool = self._pool or self._opened()
+        if self._taking_all is None:
+            raise StoreError(f"{self._place}: this role may not read the journal as a whole: prepare the store first")
+        for last in (False, True):
+            connection = pool.take() or await pool.acquire()
+            try:
+                await connection.execute(f"BEGIN READ ONLY; {self._taking_all}")
+                rows: Sequence[Any]
+                if self.settings.pgbouncer:
+                    rows = await connection.fetch(sql, *values)
+                else:
+                    statement = pool.prepared(connection, sql) or await pool.prepare(connection, sql)
+                    rows = await statement.fetch(*values)
+                await connection.execute("COMMIT")
+            except BaseException as error:
+                if isinstance(error, asyncpg.PostgresError) and not is_connection_lost(error):
+                    with suppress(*DRIVER_ERRORS):
+                        await connection.execute("ROLLBACK")
+                if connection.is_in_transaction():
+                    connection.terminate()
                 self._failed(pool, connection, error, last=last)
             else:
                 pool.give_back(connection)
@@ -315,9 +368,9 @@ class PostgresStore:
             details["problem"] = f"{self._place}: this PostgreSQL only reads: name the primary"
         return Health(not standby, latency_s, details)
 
-    def roles_sql(self, owner: str, application: str, retention: str) -> str:
+    def roles_sql(self, owner: str, application: str, retention: str, reader: str) -> str:
         """The SQL that makes the roles of these names for this store's schema. ConfigError for what cannot be names."""
-        return roles_sql(self.settings, owner, application, retention)
+        return roles_sql(self.settings, owner, application, retention, reader)
 
     async def unchangeable(self) -> str | None:
         """Why this role may not change the schema, with whom to name instead; None if it may."""
