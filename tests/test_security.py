@@ -22,7 +22,7 @@ def promises() -> list[list[str]]:
 
 
 @cache
-def tests_of(path: str) -> frozenset[str]:
+def names_in(path: str) -> frozenset[str]:
     tree = ast.parse((ROOT / path).read_text())
     functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
     return frozenset(node.name for node in functions if node.name.startswith("test_"))
@@ -39,7 +39,7 @@ def test_each_line_of_the_threat_model_names_tests_that_are_there(row: list[str]
     assert named, "no test is named"
     for path, name in named:
         assert (ROOT / path).is_file(), path
-        assert name in tests_of(path), f"{path} has no {name}"
+        assert name in names_in(path), f"{path} has no {name}"
 
 
 def test_it_promises_nothing_of_what_is_planned() -> None:
