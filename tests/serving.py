@@ -129,7 +129,14 @@ def check_problem(answer: httpx.Response) -> None:
     """An error is RFC 9457's document with our own members, whatever part of the server it comes from."""
     assert answer.headers["content-type"] == "application/problem+json", (answer.status_code, answer.text)
     body = answer.json()
-    assert set(body) - {"errors", "outcome"} == {"type", "title", "status", "detail", "code", "request_id"}, body
+    assert set(body) - {"errors", "outcome", "counted", "failed"} == {
+        "type",
+        "title",
+        "status",
+        "detail",
+        "code",
+        "request_id",
+    }, body
     assert body["status"] == answer.status_code
     assert body["type"] == f"/docs#error-{body['code']}"
     assert all(isinstance(body[name], str) and body[name] for name in ("title", "detail", "code", "request_id")), body

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -41,6 +42,9 @@ async def test_the_same_usage_again_counts_once(header: bool) -> None:
         ({"key": "a", "key_id": "b", "cost": {}}, ["cost", "key"]),
         ({"key": 5, "cost": {"tokens": -1, "x": "y"}, "colour": 1}, ["colour", "cost.tokens", "cost.x", "key"]),
         ({"key_id": "a", "cost": {"tokens": 1}, "idempotency_key": 5}, ["idempotency_key"]),
+        ({"key_id": "a", "cost": {"tokens": 1}, "at": "yesterday"}, ["at"]),
+        ({"key_id": "a", "cost": {"tokens": 1}, "at": 1_700_000_000}, ["at"]),
+        ({"key_id": "a", "cost": {"tokens": 1}, "at": "2026-05-05T12:00:00"}, ["at"]),
     ],
 )
 async def test_everything_that_is_wrong_is_told_at_once(body: dict[str, Any], paths: list[str]) -> None:
@@ -153,3 +157,30 @@ async def test_one_idempotency_key_for_two_amounts_in_a_batch_is_refused_before_
         assert (answer.status, answer.paths) == (422, ["items.2.idempotency_key"])
         stats = await served.get(f"/v1/keys/{other['id']}/stats")
         assert stats.json["count"] == 0
+
+
+async def test_a_batch_that_is_counted_in_part_says_which_records_were() -> None:
+    async with serving() as served:
+        made = await served.make_key(limits=[TOKENS])
+        await served.post("/v1/usage", {"key_id": made["id"], "cost": {"tokens": 1}, "idempotency_key": "u"})
+        items = [{"key_id": made["id"], "cost": {"tokens": 2}, "idempotency_key": name} for name in ("u", "v")]
+        answer = await served.post("/v1/usage:batch", {"items": items})
+        assert (answer.status, answer.json["counted"]) == (409, [1])
+        assert [(one["code"], one["items"]) for one in answer.json["failed"]] == [("conflict", [0])]
+
+
+async def test_usage_of_before_is_counted_where_it_still_counts_and_else_refused() -> None:
+    async with serving() as served:
+        made = await served.make_key(limits=[{**TOKENS, "window": {"kind": "rolling", "seconds": 3600}}])
+        now = datetime.now(UTC)
+        for at, status in ((now - timedelta(minutes=1), 200), (now - timedelta(hours=2), 422)):
+            body = {"key_id": made["id"], "cost": {"tokens": 3}, "at": at.isoformat()}
+            answer = await served.post("/v1/usage", body)
+            assert answer.status == status, answer
+            assert status == 200 or answer.paths == ["at"]
+            answer = await served.post("/v1/usage:batch", {"items": [body]})
+            assert answer.status == status, answer
+            assert status == 200 or answer.paths == ["items.0.at"]
+        assert (await served.get(f"/v1/keys/{made['id']}/stats")).json["totals"] == {"tokens": 6}
+        answer = await served.post("/v1/usage:batch", {"items": [{**body, "at": "soon"}, {**body, "at": 5}]})
+        assert (answer.status, answer.paths) == (422, ["items.0.at", "items.1.at"])

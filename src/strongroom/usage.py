@@ -46,7 +46,7 @@ from .charges import (
 )
 from .clock import Clock, MachineClock
 from .context import new_id, utc_from_us
-from .corrections import Begin, Tally, tally_once
+from .corrections import Backdate, Begin, Tally, tally_once
 from .database import Database
 from .entity import Document
 from .errors import AlreadyExists, Conflict, NotFound, StrongroomError, TooManyRequests, Unavailable
@@ -153,16 +153,21 @@ class Ledger:
         hold: HoldChange | None = None,
         also: Operation | None = None,
         count: int = 1,
+        at_us: int | None = None,
     ) -> asyncio.Future[Outcome]:
         """Decide and charge; the outcome comes once it is durable (a denial, which writes nothing, as soon as decided).
 
         `once` has an operation that fails with AlreadyExists if this very charge was made before; `also` is an
         operation that commits with the charge, and whose error is the charge's. `hold` is what becomes of a
-        reservation. `count` is how many uses it stands for. The future raises KeyChanged, TooManyRequests, NotFound (of
-        a reservation), Unavailable.
+        reservation. `count` is how many uses it stands for. `at_us`: the use was then; it is recorded, whatever the
+        limits, where it still counts. The future raises KeyChanged, TooManyRequests, NotFound (of a reservation),
+        InvalidInput (none of the limits that `at_us` concerns counts it), Unavailable.
         """
         future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self.submit(Charge(metered, cost, force, once, future, count, None, 0, model, route, hold, also))
+        charge = Charge(metered, cost, force, once, future, count, None, 0, model, route, hold, also)
+        if at_us is not None:
+            charge.special = Backdate(at_us)
+        self.submit(charge)
         return future
 
     def submit(self, charge: Charge) -> None:

@@ -91,6 +91,8 @@ class ProblemDetails(msgspec.Struct, frozen=True):
     request_id: str | None = None
     errors: list[ProblemItem] = []
     outcome: str | None = None
+    counted: list[int] | None = None
+    failed: list[dict[str, Any]] | None = None
 
 
 def _below(cls: type[StrongroomError]) -> Iterator[type[StrongroomError]]:
@@ -146,6 +148,10 @@ def error_of(status: int, headers: Mapping[str, str], body: bytes) -> Strongroom
         details["request_id"] = problem.request_id
     if problem.outcome is not None:
         details["outcome"] = problem.outcome
+    if problem.counted is not None:
+        details["counted"] = problem.counted
+    if problem.failed is not None:
+        details["failed"] = problem.failed
     base: Any = InvalidInput if status == 422 else _BY_STATUS.get(status, StrongroomError)
     cls = BY_CODE.get(problem.code) or _unknown(base, problem.code)
     message = problem.detail or problem.title

@@ -235,7 +235,8 @@ class BulkStep(Model, frozen=True):
 
 class Used(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What was used of one key, given by its text or its id: an item of `record_many`. `idempotency_key` keeps it from
-    being counted twice, in whatever batch it comes. The text is left out of the representation."""
+    being counted twice, in whatever batch it comes. `at` is when it was used (default: now). The text is left out of
+    the representation."""
 
     cost: Cost
     key: str | None = None
@@ -243,6 +244,7 @@ class Used(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     model: str | None = None
     route: str | None = None
     idempotency_key: str | None = None
+    at: datetime | None = None
 
     def __repr__(self) -> str:
         return f"Used(key_id={self.key_id!r}, cost={self.cost!r}, idempotency_key={self.idempotency_key!r})"

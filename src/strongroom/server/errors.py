@@ -96,6 +96,9 @@ def document(error: StrongroomError, request_id: str) -> dict[str, Any]:
     }
     if error.details.get("outcome") == "unknown":
         body["outcome"] = "unknown"
+    for name in ("counted", "failed"):  # of a batch of usage
+        if name in error.details:
+            body[name] = error.details[name]
     if isinstance(error, InvalidInput):
         body["errors"] = [{"path": p.path, "message": p.message} for p in error.problems[:MAX_PROBLEMS]]
     return body

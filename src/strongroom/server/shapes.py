@@ -105,9 +105,19 @@ def _only_unknown(schema: dict[str, Any]) -> None:
     schema["const"] = "unknown"
 
 
+class NotCounted(BaseModel):
+    """Records of a batch that were not counted, by their number, and why. Of those that are `unavailable` it is not
+    known whether they were."""
+
+    code: str
+    message: str
+    items: list[int]
+
+
 class ProblemDetails(BaseModel):
     """An error, as RFC 9457 has it. `errors` is there where the input is wrong, and names everything that is. `outcome`
-    is there, and `unknown`, where a write may have been done all the same: read before it is tried again."""
+    is there, and `unknown`, where a write may have been done all the same: read before it is tried again. `counted` and
+    `failed` are there where of a batch of usage some records were counted or may have been: their numbers."""
 
     type: str = Field(pattern="^/docs#error-[a-z_]+$")
     title: str = Field(min_length=1)
@@ -117,6 +127,8 @@ class ProblemDetails(BaseModel):
     request_id: str = Field(pattern="^[A-Za-z0-9_.:-]{1,128}$")
     errors: list[ProblemItem] = Field([], min_length=1, max_length=MAX_PROBLEMS)
     outcome: Literal["unknown"] | SkipJsonSchema[None] = Field(None, json_schema_extra=_only_unknown)
+    counted: list[int] = []
+    failed: list[NotCounted] = []
 
 
 # --- Keys -----------------------------------------------------------------------------------------------------
@@ -332,6 +344,9 @@ class UsageIn(Closed):
     model: str | None = None
     route: str | None = None
     idempotency_key: str | None = Field(None, description="As the header Idempotency-Key.")
+    at: datetime | None = Field(
+        None, description="When it was used: it counts in the windows that still count that moment. Default: now."
+    )
 
 
 class UsageBatchIn(Closed):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request, Response
 
+from ...context import kind_of
 from ...errors import InvalidInput, Problem, StrongroomError
 from ...recording import Usage
 from ...verification import cost_units
@@ -44,6 +46,7 @@ def router(services: Services) -> APIRouter:
             model=fields.get("model"),
             route=fields.get("route"),
             idempotency_key=header if header is not None else fields.get("idempotency_key"),
+            at=_at(fields.get("at")),
             context=context_of(request),
         )
         return Json({"key_id": answer.key_id, "tenant": answer.tenant, "limits": answer.limits})
@@ -56,7 +59,8 @@ def router(services: Services) -> APIRouter:
     )
     async def record_batch(request: Request) -> Response:
         """As many single records, in one debit for each key. Nothing is counted if anything is wrong with one of them.
-        With an Idempotency-Key the same batch again counts nothing twice."""
+        Where some of them cannot be counted all the same, the error says which were (`counted`) and which were not
+        (`failed`). With an Idempotency-Key the same batch again counts nothing twice."""
         caller_of(request).needs(Scope.WRITE)
         items = _items(await request.body())
         context, named = context_of(request), idempotency_key(request)
@@ -78,6 +82,7 @@ class _Item(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     model: str | None = None
     route: str | None = None
     idempotency_key: str | None = None
+    at: datetime | None = None
 
 
 class _Batch(msgspec.Struct, forbid_unknown_fields=True):
@@ -99,7 +104,21 @@ def _items(data: bytes) -> list[Usage]:
         raise InvalidInput(problems)
     if not 1 <= len(items) <= MAX_USAGE_ITEMS:
         raise InvalidInput([Problem("items", f"found {len(items)}, expected 1 to {MAX_USAGE_ITEMS}")])
-    return [Usage(item.cost, item.key, item.key_id, item.model, item.route, item.idempotency_key) for item in items]
+    return [
+        Usage(item.cost, item.key, item.key_id, item.model, item.route, item.idempotency_key, item.at) for item in items
+    ]
+
+
+def _at(value: Any) -> datetime | None:
+    """A time as JSON has it. ValueError if it is none."""
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise ValueError(f"found {kind_of(value)}, expected a time such as 2026-05-01T12:00:00Z")
+    try:
+        return msgspec.convert(value, datetime)
+    except msgspec.ValidationError:
+        raise ValueError(f"found {value[:64]!r}, expected a time such as 2026-05-01T12:00:00Z") from None
 
 
 def _problems_with(data: bytes) -> StrongroomError:
@@ -117,7 +136,7 @@ def _problems_with(data: bytes) -> StrongroomError:
 
 
 def _problems(fields: dict[str, Any], header: str | None) -> list[Problem]:
-    known = (*_TEXTS, "cost")
+    known = (*_TEXTS, "at", "cost")
     problems = [Problem(name[:64], "is not a known field") for name in fields if name not in known]
     texts = {name: fields[name] for name in _TEXTS if fields.get(name) is not None}
     problems += [Problem(name, "expected text") for name, value in texts.items() if not isinstance(value, str)]
@@ -125,6 +144,10 @@ def _problems(fields: dict[str, Any], header: str | None) -> list[Problem]:
         problems.append(Problem("key", "expected exactly one of key and key_id"))
     if header is not None and texts.get("idempotency_key", header) != header:
         problems.append(Problem("idempotency_key", "differs from the header Idempotency-Key"))
+    try:
+        _at(fields.get("at"))
+    except ValueError as error:
+        problems.append(Problem("at", str(error)))
     cost = fields.get("cost")
     if not isinstance(cost, dict) or not cost:
         problems.append(Problem("cost", "expected an object with at least one amount"))
