@@ -308,20 +308,23 @@ def _deliver(stands: Resumption, pages: list[list[int]], seen: list[int], limit:
                 seen.append(change.version or 0)
 
 
-amounts = st.integers(0, 10**15) | st.decimals(0, 10**9, places=9)
+whole = st.integers(0, 10**15) | st.decimals(0, 10**15, places=0)
+money = st.integers(0, 10**9) | st.decimals(0, 10**9, places=9)
+costs = st.fixed_dictionaries({}, optional={"tokens": whole, "requests": whole, "cost": money})
 
 
-@given(st.lists(st.dictionaries(st.sampled_from("abc"), amounts), max_size=20))
+@given(st.lists(costs, max_size=20))
 def test_sums_of_amounts_are_exact(parts: list[dict[str, Any]]) -> None:
     total: Any = {}
     for part in parts:
         total = added(total, part)
-    wanted = {name: sum(int(Decimal(part.get(name, 0)) * 10**9) for part in parts) for name in "abc"}
-    assert {name: int(amount * 10**9) for name, amount in total.items()} == {
-        n: w for n, w in wanted.items() if n in total
-    }
+    wanted = {name: sum(int(Decimal(part.get(name, 0)) * 10**9) for part in parts) for name in total}
+    assert {name: int(amount * 10**9) for name, amount in total.items()} == wanted
     assert less(total, total) == {}
     assert added({}, {"cost": 0.1})["cost"] == Decimal("0.1")
+    for resource, amount, what in (("tokens", 0.5, "a whole number"), ("cost", 0.1234567891, "at most 9 decimals")):
+        with pytest.raises(InvalidInput, match=what):  # the server would refuse it in the end, when it is too late
+            added({}, {resource: amount})
 
 
 @pytest.mark.parametrize("amount", [-1, float("nan"), float("inf"), True, "5", None, Decimal("-0.1")])

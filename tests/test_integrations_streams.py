@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import suppress
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +207,7 @@ async def test_what_was_not_verified_has_nothing_to_reserve(room: Strongroom) ->
 # --- Long work, and a store that fails --------------------------------------------------------------------------
 
 
-def presented(issued: IssuedKey, cost: dict[str, int]) -> Presented:
+def presented(issued: IssuedKey, cost: Mapping[str, int | Decimal]) -> Presented:
     return Presented.of(issued.text, "authorization", cost=cost)
 
 
@@ -238,6 +239,51 @@ async def test_what_ended_before_it_was_settled_is_recorded_all_the_same(
     hold.use(tokens=7)
     await room.keys.release(hold.verification.reservation_id or "")  # as if its time had ended
     await hold.close()
+    await hold.close()
+    assert await tokens(room, issued) == (7, 0)
+
+
+async def test_floats_are_charged_as_they_are_written_however_often_they_are_added(room: Strongroom) -> None:
+    budget = {"resource": "cost", "limit": 10, "window": {"kind": "total"}}
+    issued = await room.keys.create(name="k", limits=[budget])
+    hold = await Hold(room, presented(issued, {"cost": Decimal("0.7")}))
+    await hold.extend(cost=0.1)
+    for _ in range(3):
+        hold.use(cost=0.1)
+    hold.use(cost=Decimal("0.000000001"))
+    assert hold.used == {"cost": Decimal("0.300000001")}
+    await hold.close()
+    await settled()
+    (status,) = (await room.keys.stats(issued.key.id)).limits
+    assert (status.recorded, status.reserved) == (Decimal("0.300000001"), 0)
+
+
+async def test_a_float_of_a_hold_that_has_ended_is_recorded_as_it_is_written(room: Strongroom) -> None:
+    issued = await room.keys.create(name="k", limits=[{"resource": "cost", "limit": 10, "window": {"kind": "total"}}])
+    hold = await Hold(room, presented(issued, {"cost": Decimal("0.7")}))
+    for _ in range(3):
+        hold.use(cost=0.1)
+    await room.keys.release(hold.verification.reservation_id or "")
+    await hold.close()
+    await settled()
+    assert (await room.keys.stats(issued.key.id)).totals["cost"] == Decimal("0.3")
+
+
+async def test_what_could_not_be_charged_in_the_end_is_refused_when_it_is_said(room: Strongroom) -> None:
+    issued = await room.keys.create(name="k", limits=[TOKENS])
+    hold = await Hold(room, presented(issued, {"tokens": 400}))
+    hold.use(tokens=7)
+    wrong: list[tuple[dict[str, float], str]] = [
+        ({"tokens": 0.5}, "tokens: found 0.5, expected a whole number"),
+        ({"cost": 0.1234567891}, "expected at most 9 decimals"),
+        ({"tokens": 10**15}, "expected 0 to 1000000000000000"),  # with the seven it is more
+        ({f"r{number}": 1 for number in range(32)}, "found 33 resources"),
+        ({"concurrency": 1}, "reserve it"),
+    ]
+    for amounts, what in wrong:
+        with pytest.raises(InvalidInput, match=what):
+            hold.use(**amounts)
+    assert hold.used == {"tokens": 7}
     await hold.close()
     assert await tokens(room, issued) == (7, 0)
 

@@ -23,6 +23,7 @@ from strongroom.errors import AlreadyExists, Conflict, Denied, InvalidInput, Not
 from strongroom.keytext import generate, imported_sha256
 from strongroom.knownkey import KnownKey
 from strongroom.query import Query
+from strongroom.recording import Usage
 from strongroom.storage.port import Record
 
 from .support import Fault, FaultyStore, new_url, opened, rolling, stored_usage, wait_until
@@ -1183,3 +1184,38 @@ async def test_a_text_shows_its_environment(room: Strongroom) -> None:
     assert (await room.keys.rotate(key.id)).text.startswith("sr_test_SR1")
     with pytest.raises(InvalidInput, match="environment"):
         await room.keys.update(live.key.id, environment="test")
+
+
+# --- A cost that nothing counts -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limits", ["durable", "leased"])
+async def test_a_cost_that_no_limit_counts_is_told_and_the_implied_request_is_not(limits: str) -> None:
+    async with opened("json://:memory:", limits=limits) as (room, _):
+        await room.quotas.put(kind="tenant", tenant="acme", limits=[rolling("credits", 100)])
+        for_some = Limit(resource="images", limit=9, window=Total(), models=("m-*",))
+        made = await room.keys.create(name="k", tenant="acme", limits=[rolling("tokens", 100), for_some])
+        none = await room.keys.create(name="k")
+
+        async def told(cost: dict[str, int] | None, text: str = made.text) -> list[list[str]]:
+            """By a verification, twice (the second may be from a lease), a batch, a reservation and its settlement."""
+            answers = [await room.keys.verify(text, cost=cost) for _ in range(2)]
+            answers += await room.keys.verify_many([{"text": text, "cost": cost}])
+            held = await room.keys.reserve(text, cost=cost)
+            answers.append(held)
+            if cost is not None:
+                answers.append(await room.keys.settle(held.reservation_id or "", cost))
+            assert all(answer.valid for answer in answers)
+            return [answer.uncounted for answer in answers]
+
+        assert await told(None) == [[]] * 4
+        assert await told(None, none.text) == [[]] * 4
+        assert await told({"tokens": 1, "credits": 1, "images": 1}) == [[]] * 5
+        assert await told({"token": 1, "requests": 1, "tokens": 1}) == [["token"]] * 5
+        assert await told({"tokens": 1}, none.text) == [["tokens"]] * 5
+        denied = await room.keys.verify(made.text, cost={"tokens": 999, "token": 1})
+        assert (denied.code, denied.uncounted) == ("USAGE_EXCEEDED", ["token"])
+        assert (await room.keys.record(key=made.text, cost={"token": 1})).uncounted == ["token"]
+        events = [Usage({name: 1}, key=made.text, model=name) for name in ("token", "tokens", "credit", "token")]
+        (answer,) = await room.keys.record_many(events)
+        assert sorted(answer.uncounted) == ["credit", "token"]

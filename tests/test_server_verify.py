@@ -15,6 +15,7 @@ from tests.serving import ADMIN, TOKENS, Reply, Served, serving
 
 CONTRACT = {
     "valid", "code", "key_id", "tenant", "user_id", "permissions", "metadata", "limits", "retry_after_s", "message",
+    "uncounted",
 }  # fmt: skip
 
 

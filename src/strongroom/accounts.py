@@ -33,6 +33,7 @@ MAX_HOLDS = 1_000
 """Reservations that may be open on one account."""
 CONCURRENCY = "concurrency"
 """The resource of which nothing is recorded: it counts the reservations that are open now."""
+IMPLIED = frozenset(("requests", CONCURRENCY))
 NAME = "key_usage"
 Cost = Mapping[str, int]
 
@@ -103,7 +104,7 @@ class Metered:
     """Whose usage it is: the key's own account (`id`, `guard`, `allowances`), and those it shares with other keys. A
     charge is counted on all of them or on none."""
 
-    __slots__ = ("allowances", "guard", "id", "limited", "parts", "shared")
+    __slots__ = ("allowances", "counted", "guard", "id", "limited", "parts", "shared")
 
     def __init__(
         self,
@@ -120,6 +121,8 @@ class Metered:
         self.parts = (part(id, guard, allowances, tenant), *shared)
         self.limited = any(part.allowances for part in self.parts)
         """Whether there is any limit at all."""
+        self.counted = IMPLIED.union(one.resource for part in self.parts for one in part.allowances)
+        """The resources that any limit counts, for whichever models and routes, and those that every call implies."""
 
 
 def part(id: str, guard: Check, allowances: tuple[Allowance, ...], tenant: str = "") -> Part:

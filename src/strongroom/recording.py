@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+import msgspec
+
 from .canonical import canonical
 from .context import Context, system_context, us_from_utc, utc_from_us
 from .errors import (
@@ -99,7 +101,7 @@ class Recorder(Verifier):
             except KeyChanged:
                 self.cache.outdated(known)
                 continue
-            return admitted(known, outcome.statuses)
+            return admitted(known, outcome.statuses, units)
         raise Unavailable("the key is being changed too quickly to record its usage: try again")
 
     async def record_many(
@@ -141,7 +143,9 @@ class Recorder(Verifier):
                     except StrongroomError as error:
                         failed.append((one, error))
                     else:
-                        answers[one.key.id] = admitted(one.key, outcome.statuses)
+                        answers[one.key.id] = _joined(
+                            answers[one.key.id], admitted(one.key, outcome.statuses, one.units)
+                        )
                         counted += one.items
             except BaseException:
                 for _, future in charged:
@@ -284,6 +288,13 @@ def _place(event: Usage) -> tuple[str, str, str, str]:
     """What sets an event apart from others of its key."""
     at = str(us_from_utc(event.at)) if event.at is not None else ""
     return event.model or "", event.route or "", event.idempotency_key or "", at
+
+
+def _joined(before: Verification | None, answer: Verification) -> Verification:
+    """The answer for a key after one more of its sums: what none of its limits counts is told of all of them."""
+    if before is None or not before.uncounted:
+        return answer
+    return msgspec.structs.replace(answer, uncounted=list(dict.fromkeys((*before.uncounted, *answer.uncounted))))
 
 
 def _partly(counted: Sequence[int], failed: Sequence[tuple[Sum, StrongroomError]]) -> StrongroomError:

@@ -43,6 +43,7 @@ from .reserving import (
     same_amounts,
     used_since,
     with_changes,
+    with_uncounted,
 )
 from .storage.port import Create, Put
 from .transaction import is_expired
@@ -135,7 +136,8 @@ class Reservations(HeldReservations):
                 ends_us = now_us + ttl_s * _SECOND
                 held = lending.hold(known.metered, units, now_us, ends_us, known, model, route)
                 if held is not None:
-                    return held_answer(known, *held, "open", expires_at=utc_from_us(ends_us))
+                    answer = held_answer(known, *held, "open", expires_at=utc_from_us(ends_us))
+                    return with_uncounted(answer, known, cost)
         for _ in range(MAX_KEY_ATTEMPTS):
             now_us = self._clock.now_us()
             key = await self.cache.find(text, now_us)
@@ -150,7 +152,8 @@ class Reservations(HeldReservations):
             if lending is not None and in_memory:
                 held = lending.hold(key.metered, units, now_us, ends_us, key, model, route)
                 if held is not None:
-                    return held_answer(key, *held, "open", expires_at=utc_from_us(ends_us))
+                    answer = held_answer(key, *held, "open", expires_at=utc_from_us(ends_us))
+                    return with_uncounted(answer, key, cost)
             request = ("reserve", key.id, units, ttl_s, permission, ip, model, route, tenant)
             stored = StoredReservation(
                 id=new_id("rsv_") if idempotency_key is None else _derived(actor, idempotency_key),
@@ -165,9 +168,9 @@ class Reservations(HeldReservations):
                 forget_at=utc_from_us(ends_us + REMEMBERED_US),
             )
             async with self._turn(stored.id or ""):
-                answer = await self._make(key, stored, now_us, None if idempotency_key is None else request)
-            if answer is not None:
-                return answer
+                made = await self._make(key, stored, now_us, None if idempotency_key is None else request)
+            if made is not None:
+                return with_uncounted(made, key, cost)
         raise Unavailable("the key is being changed too quickly to reserve its limits: try again")
 
     async def _make(
@@ -245,8 +248,10 @@ class Reservations(HeldReservations):
         units = cost_units(cost)
         async with self._turn(reservation_id):
             if reservation_id.startswith(LOCAL):
-                return await self._settle_local(reservation_id, units, context)
-            return await self._end(reservation_id, units, "settled", context)
+                answer = await self._settle_local(reservation_id, units, context)
+            else:
+                answer = await self._end(reservation_id, units, "settled", context)
+        return with_uncounted(answer, await self.cache.by_id(answer.key_id or ""), cost)
 
     async def release(self, reservation_id: str, *, context: Context | None = None) -> Reservation:
         """End a reservation and charge nothing but what was reported as used. The same again answers the same. Raises
@@ -277,8 +282,11 @@ class Reservations(HeldReservations):
         spent = {} if used is None else cost_units(used)
         async with self._turn(reservation_id):
             if reservation_id.startswith(LOCAL):
-                return await self._extend_local(reservation_id, ttl_s, units, spent, context)
-            return await self._extend(reservation_id, ttl_s, units, spent, context)
+                answer = await self._extend_local(reservation_id, ttl_s, units, spent, context)
+            else:
+                answer = await self._extend(reservation_id, ttl_s, units, spent, context)
+        asked = {**(cost or {}), **(used or {})}
+        return with_uncounted(answer, await self.cache.by_id(answer.key_id or ""), asked)
 
     async def _extend(
         self,

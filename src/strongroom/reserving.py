@@ -22,6 +22,7 @@ from .verification import (
     cost_units,
     refused,
     share_status,
+    uncounted,
 )
 from .windows import Amount, from_units
 
@@ -102,6 +103,12 @@ def as_reservation(answer: Verification, id: str | None = None, state: str | Non
 def with_changes(answer: Reservation, **changes: Any) -> Reservation:
     """An answer with some fields changed."""
     return msgspec.structs.replace(answer, **changes)
+
+
+def with_uncounted(answer: Reservation, key: KnownKey | None, cost: Mapping[str, Amount] | None) -> Reservation:
+    """An answer that tells which resources of the caller's cost no limit of the key counts."""
+    found = uncounted(key, cost) if key is not None and cost is not None else []
+    return with_changes(answer, uncounted=found) if found != answer.uncounted else answer
 
 
 def open_answer(key: KnownKey, id: str, limits: list[LimitStatus], ends_us: int) -> Reservation:

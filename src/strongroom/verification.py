@@ -48,7 +48,8 @@ class Verification(msgspec.Struct, frozen=True):
     """The answer to a verification. Only VALID debits anything.
 
     `retry_after_s`: seconds until the same call would be admitted if nothing else is used; None if waiting does not
-    help. `message` explains a refusal.
+    help. `message` explains a refusal. `uncounted`: the resources of the cost that no limit of the key counts, whatever
+    the model and route: perhaps their names are written wrongly.
     """
 
     valid: bool
@@ -61,6 +62,7 @@ class Verification(msgspec.Struct, frozen=True):
     limits: list[LimitStatus] = []
     retry_after_s: float | None = None
     message: str | None = None
+    uncounted: list[str] = []
 
 
 class Reservation(Verification, frozen=True, kw_only=True):
@@ -186,7 +188,15 @@ def _shown(statuses: Iterable[Status]) -> list[LimitStatus]:
     return [limit_status(status) for status in statuses]
 
 
-def admitted(key: KnownKey, statuses: Sequence[Status]) -> Verification:
+def uncounted(key: KnownKey, cost: Iterable[str]) -> list[str]:
+    """The resources of a cost that no limit of a key counts."""
+    counted = key.metered.counted
+    return [name for name in cost if name not in counted]
+
+
+def admitted(key: KnownKey, statuses: Sequence[Status], cost: Mapping[str, int] = ONE_REQUEST) -> Verification:
+    if cost is not ONE_REQUEST and not cost.keys() <= key.metered.counted:
+        return msgspec.structs.replace(admitted(key, statuses), uncounted=uncounted(key, cost))
     return Verification(
         True,
         "VALID",
@@ -199,8 +209,10 @@ def admitted(key: KnownKey, statuses: Sequence[Status]) -> Verification:
     )
 
 
-def admitted_from(key: KnownKey, entries: Entries) -> Verification:
+def admitted_from(key: KnownKey, entries: Entries, cost: Mapping[str, int] = ONE_REQUEST) -> Verification:
     """VALID, charged from memory."""
+    if cost is not ONE_REQUEST and not cost.keys() <= key.metered.counted:
+        return msgspec.structs.replace(admitted_from(key, entries), uncounted=uncounted(key, cost))
     statuses = [share_status(share) for share, _ in entries]
     return Verification(True, "VALID", key.id, key.tenant, key.user_id, key.permissions, key.metadata, statuses)
 
@@ -231,6 +243,7 @@ def exceeded(key: KnownKey, outcome: Outcome, cost: Mapping[str, int]) -> Verifi
         _shown(outcome.statuses),
         retry_after_s,
         message,
+        [] if cost is ONE_REQUEST else uncounted(key, cost),
     )
 
 

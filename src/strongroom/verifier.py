@@ -111,12 +111,12 @@ class Verifier:
             if not key.metered.limited and idempotency_key is None:
                 if await self.cache.is_current(key):
                     self._ledger.tally(key.metered, units)
-                    return admitted(key, ())
+                    return admitted(key, (), units)
             elif lending is None or await self.cache.is_current(key):
                 if lending is not None and idempotency_key is None:
                     entries = lending.admit(key.metered, units, now_us, model, route)
                     if entries is not None:
-                        return admitted_from(key, entries)
+                        return admitted_from(key, entries, units)
                 once = None
                 if idempotency_key is not None:
                     asked = (units, permission, ip, model, route, tenant)
@@ -126,7 +126,7 @@ class Verifier:
                 except KeyChanged:
                     self.cache.outdated(key)
                 else:
-                    return admitted(key, outcome.statuses) if outcome.allowed else exceeded(key, outcome, units)
+                    return admitted(key, outcome.statuses, units) if outcome.allowed else exceeded(key, outcome, units)
             now_us = self._clock.now_us()
         raise Unavailable("the key is being changed too quickly to verify it: try again")
 
@@ -164,7 +164,7 @@ class Verifier:
                     self.cache.outdated(key)
                 else:
                     allowed = outcome.allowed
-                    answers.append(admitted(key, outcome.statuses) if allowed else exceeded(key, outcome, units))
+                    answers.append(admitted(key, outcome.statuses, units) if allowed else exceeded(key, outcome, units))
                     continue
             answers.append(one if isinstance(one, Verification) else await self.verify(**ask))
         return answers
@@ -227,10 +227,10 @@ class Verifier:
         if lending is not None:
             entries = lending.admit(key.metered, units, now_us, model, route)
             if entries is not None:
-                return admitted_from(key, entries)
+                return admitted_from(key, entries, units)
         if not key.metered.limited:
             self._ledger.tally(key.metered, units)
-            return admitted(key, ())
+            return admitted(key, (), units)
         return Begun(key, units, self._ledger.charge(key.metered, units, model=model, route=route))
 
     def conclude(self, begun: Begun) -> Verification | None:
@@ -242,7 +242,7 @@ class Verifier:
             self.cache.outdated(begun.key)
             return None
         if outcome.allowed:
-            return admitted(begun.key, outcome.statuses)
+            return admitted(begun.key, outcome.statuses, begun.units)
         return exceeded(begun.key, outcome, begun.units)
 
     def _charged_once(

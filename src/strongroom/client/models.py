@@ -170,7 +170,8 @@ class Verification(Model, frozen=True):
     """Whether a key may be used now. `code` is VALID, or says why not; only VALID debits anything.
 
     `retry_after_s`: seconds until the same call would be admitted if nothing else is used; None if waiting does not
-    help. `message` explains a refusal.
+    help. `message` explains a refusal. `uncounted`: the resources of the cost that no limit of the key counts: perhaps
+    their names are written wrongly.
     """
 
     valid: bool
@@ -183,6 +184,7 @@ class Verification(Model, frozen=True):
     limits: list[LimitStatus] = []
     retry_after_s: float | None = None
     message: str | None = None
+    uncounted: list[str] = []
 
 
 class Reservation(Verification, frozen=True):
@@ -251,11 +253,12 @@ class Used(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Recorded(Model, frozen=True):
-    """Where a key's limits stand after usage was recorded."""
+    """Where a key's limits stand after usage was recorded, and the resources of the cost that none of them counts."""
 
     key_id: str
     tenant: str
     limits: list[LimitStatus] = []
+    uncounted: list[str] = []
 
 
 class RecordedBatch(Model, frozen=True):

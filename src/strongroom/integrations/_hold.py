@@ -6,11 +6,13 @@ import asyncio
 import logging
 import time
 from collections.abc import Generator, Mapping
+from decimal import Decimal
 from types import TracebackType
 from typing import Any, Self
 
 from ..app import Strongroom
 from ..errors import Conflict, NotFound, StrongroomError, Unavailable
+from ..reserving import amounts as amounts_of
 from ..verification import Reservation, cost_units
 from ..windows import Amount
 from ._core import Cost, KeyRefused, Presented, refusal_of, refusal_of_error
@@ -47,9 +49,10 @@ class Hold:
         self._keys = room.keys
         self._presented = presented
         self._ttl_s = ttl_s
-        self._reserved: dict[str, Amount] = dict(presented.asked.get("cost") or {})
-        self._used: dict[str, Amount] = dict(fixed or {})
-        self._reported: dict[str, Amount] = {}
+        # In units, whole numbers: three times 0.1 of a currency are exactly 0.3.
+        self._reserved = cost_units(presented.asked.get("cost") or {}, reserving=True)
+        self._used = cost_units(fixed or {})
+        self._reported: dict[str, int] = {}
         """What the reservation was told to be used, and so is charged already."""
         self._opened = opened
         self._keeper: asyncio.Task[None] | None = None
@@ -65,21 +68,17 @@ class Hold:
     @property
     def used(self) -> Mapping[str, Amount]:
         """What was used so far."""
-        return dict(self._used)
+        return amounts_of(self._used)
 
-    def use(self, **amounts: Amount) -> None:
-        """Count what was used, on top of what was before; more than was reserved is charged as well. Raises
-        InvalidInput."""
-        cost_units(amounts)
-        for resource, amount in amounts.items():
-            self._used[resource] = self._used.get(resource, 0) + amount
+    def use(self, **amounts: float | Decimal) -> None:
+        """Count what was used, on top of what was before; more than was reserved is charged as well. A float is what it
+        is written as. Raises InvalidInput for what could not be charged in the end; then nothing is counted."""
+        self._used = _added(self._used, cost_units(amounts))
 
-    async def extend(self, **more: Amount) -> Reservation:
+    async def extend(self, **more: float | Decimal) -> Reservation:
         """Reserve more: `await hold.extend(tokens=500)`. Raises KeyRefused if the limits do not allow it; what is held
         stays held."""
-        cost_units(more)
-        wanted = {name: self._reserved.get(name, 0) + amount for name, amount in more.items()}
-        return await self._extend({**self._reserved, **wanted})
+        return await self._extend(_added(self._reserved, cost_units(more)))
 
     async def close(self) -> None:
         """Charge what was used, and give back the rest. A second time does nothing."""
@@ -126,12 +125,13 @@ class Hold:
             raise RuntimeError("a valid reservation has no id")
         return id
 
-    async def _extend(self, cost: Cost) -> Reservation:
+    async def _extend(self, units: dict[str, int]) -> Reservation:
         used = dict(self._used)
-        answer = await self._keys.extend(self._id, ttl_s=self._ttl_s, cost=cost, used=used)
+        cost = amounts_of(units)
+        answer = await self._keys.extend(self._id, ttl_s=self._ttl_s, cost=cost, used=amounts_of(used))
         if not answer.valid:
             raise KeyRefused(refusal_of(answer, self._presented.header))
-        self._reserved, self._reported = dict(cost), used
+        self._reserved, self._reported = units, used
         return answer
 
     async def _keep(self) -> None:
@@ -146,13 +146,13 @@ class Hold:
                     "a reservation could not be extended", extra={"reservation": self._id, "error": str(error)}
                 )
 
-    async def _settle(self, used: Cost) -> None:
+    async def _settle(self, used: dict[str, int]) -> None:
         """Charge what was used; tried again, since it is charged once, for as long as the hold lasts without us."""
         deadline = time.monotonic() + self._ttl_s
         while True:
             try:
                 try:
-                    await self._keys.settle(self._id, used)
+                    await self._keys.settle(self._id, amounts_of(used))
                 except (NotFound, Conflict):  # it has ended, so what it was not told is recorded
                     await self._record(used)
             except Unavailable as error:
@@ -166,19 +166,25 @@ class Hold:
             else:
                 return
 
-    async def _record(self, used: Cost) -> None:
-        rest = {name: amount - self._reported.get(name, 0) for name, amount in used.items()}
+    async def _record(self, used: dict[str, int]) -> None:
+        rest = {name: units - self._reported.get(name, 0) for name, units in used.items()}
         if any(rest.values()):
-            await self._keys.record(
-                key_id=self.verification.key_id, cost=rest, idempotency_key=f"{self._id} ended before it was settled"
-            )
+            once = f"{self._id} ended before it was settled"
+            await self._keys.record(key_id=self.verification.key_id, cost=amounts_of(rest), idempotency_key=once)
 
     def _lost(self, error: StrongroomError) -> None:
         # Logged, not raised: the work is done, and its answer is not to be lost over its bill.
         _log.error(
             "a reservation could not be settled",
-            extra={"reservation": self._id, "used": str(self._used), "error": error.code},
+            extra={"reservation": self._id, "used": str(self.used), "error": error.code},
         )
+
+
+def _added(units: dict[str, int], more: dict[str, int]) -> dict[str, int]:
+    """Both together. Raises InvalidInput where the sum could not be charged: too many resources, or too much of one."""
+    total = {**units, **{name: units.get(name, 0) + amount for name, amount in more.items()}}
+    cost_units(amounts_of(total), reserving=True)
+    return total
 
 
 def reserving(presented: Presented, cost: Cost, permission: str | None, model: str | None, *, first: bool) -> Presented:

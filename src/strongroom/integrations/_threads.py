@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from decimal import Decimal
 from typing import Any, Self
 
 from ..addresses import client_address
@@ -57,7 +58,7 @@ class BlockingHold:
         """What was used so far."""
         return self._held.used
 
-    def use(self, **amounts: Amount) -> None:
+    def use(self, **amounts: float | Decimal) -> None:
         """Count what was used, on top of what was before; more than was reserved is charged as well. Raises
         InvalidInput."""
         self._held.use(**amounts)
@@ -70,12 +71,12 @@ class BlockingHold:
         """`open` for an event loop."""
         return self._began(await self._room.acall(self._reserve))
 
-    def extend(self, **more: Amount) -> Reservation:
+    def extend(self, **more: float | Decimal) -> Reservation:
         """Reserve more. Raises KeyRefused if the limits do not allow it; what is held stays held."""
         hold = self._held
         return self._room.call(lambda _: hold.extend(**more))
 
-    async def aextend(self, **more: Amount) -> Reservation:
+    async def aextend(self, **more: float | Decimal) -> Reservation:
         """`extend` for an event loop."""
         hold = self._held
         return await self._room.acall(lambda _: hold.extend(**more))

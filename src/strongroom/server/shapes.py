@@ -316,6 +316,7 @@ class VerifyOut(BaseModel):
     limits: list[LimitStatusOut]
     retry_after_s: float | None = Field(description="Seconds after which the same call would be admitted.")
     message: str | None = Field(description="Why the call is not valid.")
+    uncounted: list[str] = Field(description="Resources of the cost that no limit of the key counts.")
 
 
 class VerifyBatchIn(Closed):
@@ -357,6 +358,7 @@ class UsageOut(BaseModel):
     key_id: str
     tenant: str
     limits: list[LimitStatusOut]
+    uncounted: list[str] = Field(description="Resources of the cost that no limit of the key counts.")
 
 
 class UsageBatchOut(BaseModel):

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request, Response
 from ...context import kind_of
 from ...errors import InvalidInput, Problem, StrongroomError
 from ...recording import Usage
-from ...verification import cost_units
+from ...verification import Verification, cost_units
 from ..auth import Scope
 from ..once import idempotency_key
 from ..openapi import about, body, may_fail
@@ -49,7 +49,7 @@ def router(services: Services) -> APIRouter:
             at=_at(fields.get("at")),
             context=context_of(request),
         )
-        return Json({"key_id": answer.key_id, "tenant": answer.tenant, "limits": answer.limits})
+        return Json(_shown(answer))
 
     @routes.post(
         ":batch",
@@ -67,12 +67,20 @@ def router(services: Services) -> APIRouter:
 
         async def work() -> Response:
             answers = await keys.record_many(items, idempotency_key=named, context=context)
-            shown = [{"key_id": one.key_id, "tenant": one.tenant, "limits": one.limits} for one in answers]
-            return Json({"recorded": len(items), "keys": shown})
+            return Json({"recorded": len(items), "keys": [_shown(one) for one in answers]})
 
         return await services.answers.answered(request, context, work)
 
     return routes
+
+
+def _shown(answer: Verification) -> dict[str, Any]:
+    return {
+        "key_id": answer.key_id,
+        "tenant": answer.tenant,
+        "limits": answer.limits,
+        "uncounted": answer.uncounted,
+    }
 
 
 class _Item(msgspec.Struct, forbid_unknown_fields=True, gc=False):
