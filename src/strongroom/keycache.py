@@ -13,6 +13,7 @@ from .changes import ChangeFeed
 from .context import system_context, text_problem, us_from_utc
 from .database import Database
 from .entity import MAX_ID_BYTES
+from .joined import JoinedReads
 from .keylookup import KeyLookup
 from .keytext import Hasher, is_possible
 from .knownkey import KnownKey
@@ -56,6 +57,11 @@ class KeyCache:
         self._known: dict[bytes, _Found] = {}
         self._by_id: dict[str, KnownKey] = {}
         self._unknown: dict[bytes, float] = {}
+        self._finds: JoinedReads[KnownKey | None] = JoinedReads()
+        self._ids: JoinedReads[KnownKey | None] = JoinedReads()
+        self._compares: JoinedReads[bool] = JoinedReads()
+        self._changes = 0
+        """How many changes were heard of."""
         self._reading: dict[object, set[str]] = {}
         """For each read that is under way, the keys that were changed since it began."""
 
@@ -92,6 +98,9 @@ class KeyCache:
         until = self._unknown.get(name)
         if until is not None and time.monotonic() < until:
             return None
+        return await self._finds.get(name, self._changes, lambda: self._find(text, name, now_us))
+
+    async def _find(self, text: str, name: bytes, now_us: int) -> KnownKey | None:
         changed: set[str] = set()
         ticket = object()
         self._reading[ticket] = changed
@@ -149,9 +158,12 @@ class KeyCache:
         """The key of an id, from memory or by one read; None if there is none."""
         known = self._by_id.get(id)
         if known is None or known.stale:
-            key = await self._database.get_or_none(system_context(), ApiKey, id)
-            known = await self._remember(key) if key is not None else None
+            return await self._ids.get(id, self._changes, lambda: self._by_its_id(id))
         return known
+
+    async def _by_its_id(self, id: str) -> KnownKey | None:
+        key = await self._database.get_or_none(system_context(), ApiKey, id)
+        return await self._remember(key) if key is not None else None
 
     def works_until_us(self, text: str) -> int | None:
         """When a text that was just found stops working because it was rotated away; None if it was not."""
@@ -165,13 +177,20 @@ class KeyCache:
         fresh = self._feed.current_at if self._feed is not None else now
         if now - max(fresh, key.checked_at) <= TRUSTED_FOR_S:
             return True
+        return await self._compares.get(key, 0, lambda: self._compare(key, now))
+
+    async def _compare(self, key: KnownKey, now: float) -> bool:
+        """Whether the store has a key, and its quotas, as it is known here; if not, it is forgotten. What was found is
+        true of the moment of the read, whatever has been heard since: a charge is checked again when it commits."""
         stored = await self._database.get_or_none(system_context(), ApiKey, key.id)
         same = stored is not None and stored.version == key.metered.guard.expected
         if stored is not None and same:
             shared = {part.guard.id: part.guard.expected for part in key.metered.shared}
             same = shared == {quota.id: quota.version for quota in await self.quotas.of(stored) if quota.limits}
-        if key.stale or not same:
-            self.forget(key.id)
+        if not same:
+            if self._by_id.get(key.id) is key:
+                self.forget(key.id)
+            key.stale = True
             self._unknown.clear()
             return False
         key.checked_at = now
@@ -207,6 +226,7 @@ class KeyCache:
 
     def changed(self, id: str) -> None:
         """A key was changed, here or on another node: read it again at its next use."""
+        self._changes += 1
         self.forget(id)
         self._unknown.clear()
         for changed in self._reading.values():
@@ -214,19 +234,24 @@ class KeyCache:
 
     def quota_changed(self, id: str) -> None:
         """A quota was made, changed or removed, here or on another node: so were the limits of the keys it is for."""
+        self._changes += 1
         self.quotas.changed(id)
         for key in [known.id for known in self._by_id.values() if id in known.subjects]:
             self.forget(key)
 
     def use(self, hasher: Hasher) -> None:
         """Make and find hashes with other peppers from now on; what was unknown may be known to them."""
+        self._changes += 1
         self._lookup.hasher = hasher
         self._unknown.clear()
 
     def outdated(self, key: KnownKey) -> None:
         """The store has the key, or a quota of it, otherwise than it is known here, where nobody has heard of it yet:
         read all of it again."""
-        self.forget(key.id)
+        if self._by_id.get(key.id) is key:  # else it was read again already
+            self._changes += 1
+            self.forget(key.id)
+        key.stale = True
         if key.metered.shared:
             self.quotas.forget(key.tenant)
 

@@ -9,6 +9,7 @@ from .apikey import ApiKey
 from .changes import ChangeFeed
 from .context import system_context
 from .database import Database
+from .joined import JoinedReads
 from .knownkey import subjects
 from .query import MAX_IN, Query, Where
 from .quotas import Quota, tenant_of
@@ -27,6 +28,7 @@ class QuotaCache:
         self._database = database
         self._feed = feed
         self._tenants: dict[str, tuple[float, dict[str, Quota] | None]] = {}
+        self._reads: JoinedReads[dict[str, Quota] | None] = JoinedReads()
         self.changes = 0
         """How many changes were heard of: what was read while this grew may be of before the change."""
 
@@ -37,7 +39,7 @@ class QuotaCache:
         read_at, known = self._tenants.get(key.tenant, (0.0, {}))
         heard_at = self._feed.current_at if self._feed is not None else now
         if not read_at or now - max(read_at, heard_at) > TRUSTED_FOR_S:
-            known = await self._read(key.tenant)
+            known = await self._reads.get(key.tenant, self.changes, lambda: self._read(key.tenant))
         if known is None:
             return await self._some(wanted)
         return tuple(known[id] for id in wanted if id in known)
