@@ -427,13 +427,13 @@ async def test_a_conflict_on_the_usage_is_retried(cluster: Cluster, error: Excep
 
 
 async def test_endless_conflicts_end_in_a_refusal(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(usage, "MAX_ATTEMPTS", 5)
+    monkeypatch.setattr(usage, "LOST_FOR_S", 0.02)
     key = await cluster.key(rolling("tokens", 100))
     before = len(cluster.one.store.batches)
     cluster.one.store.fault = lambda number, batch: Fault("before", Conflict("always", operation=1))
     with pytest.raises(Unavailable, match="too many nodes"):
         await cluster.one.ledger.charge(metered(key), {"tokens": 40})
-    assert len(cluster.one.store.batches) == before + 5
+    assert len(cluster.one.store.batches) > before + 1
     cluster.one.store.fault = lambda number, batch: None
     assert (await cluster.one.ledger.charge(metered(key), {"tokens": 100})).allowed
 

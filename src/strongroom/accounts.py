@@ -16,8 +16,9 @@ import msgspec
 
 from .context import us_from_utc, utc_from_us
 from .entity import Document, Entity, Index
+from .reserved import Place, Reserved, name_of
 from .storage.port import Check
-from .windows import SATURATED, Counter, Limit, Total, TotalCounter, counter_for, to_units
+from .windows import SATURATED, Counter, Limit, Total, TotalCounter, counter_for, stored_counter, to_units
 
 MAX_TOTALS = 100
 """Resources whose lifetime totals a key keeps; what is used of further ones is added up under OTHER_RESOURCES."""
@@ -29,8 +30,10 @@ ACTIVE_US = 60_000_000
 
 FIRST_PATIENCE = 16
 
-MAX_HOLDS = 1_000
-"""Reservations that may be open on one account."""
+MAX_AHEAD_US = 86_400_000_000
+"""An account whose time is ahead of the store's clock by more than this follows the clock, see `Account.moment`."""
+CREDIBLE_FROM_US = 1_767_225_600_000_000
+"""2026-01-01: a clock that says an earlier time was not set yet, and sets back nothing."""
 CONCURRENCY = "concurrency"
 """The resource of which nothing is recorded: it counts the reservations that are open now."""
 IMPLIED = frozenset(("requests", CONCURRENCY))
@@ -42,7 +45,8 @@ class KeyUsage(Entity, collection=NAME, scope="global", journalled=False, indexe
     """What one subject has used; the id is the key's, or the quota's.
 
     `state` is JSON: {"totals": {resource: units}, "counters": {limit id: what its counter dumped}, "at": when the last
-    charge was decided, "holds": {reservation id: [its end, {limit id: units}]}, "leases": {lease id: [its end, uses
+    charge was decided, "reserved": what reservations hold (`Reserved.dump`), "holds": what those that the first release
+    made do ({reservation id: [its end, {limit id: units}]}), "leases": {lease id: [its end, uses
     recorded, {limit id: [units, units recorded, when it counts no longer]}]}, "told": {limit id: which thresholds were
     told of (`alerts.untold`)}, "tallied": {writer: the number of its last tally}, "due": crossings that the next commit
     is to tell of}. Times are microseconds. `active_at` is "at" too, rounded down to ACTIVE_US: for finding what has
@@ -66,13 +70,21 @@ class Allowance:
     most: int
     window: dict[str, Any]
     subject: str = "key"
+    held_as: str = ""
+    """The name by which reservations hold what this limit counts: the same, whatever its window."""
 
 
 def allowances(limits: Iterable[Limit], subject: str = "key") -> tuple[Allowance, ...]:
     """Limits, ready to be counted."""
     return tuple(
         Allowance(
-            limit, limit.id, limit.resource, to_units(limit.resource, limit.limit), limit.window.model_dump(), subject
+            limit,
+            limit.id,
+            limit.resource,
+            to_units(limit.resource, limit.limit),
+            limit.window.model_dump(),
+            subject,
+            name_of(limit.id),
         )
         for limit in limits
     )
@@ -147,7 +159,8 @@ class Status(msgspec.Struct, frozen=True, gc=False):
 
 
 class Outcome(msgspec.Struct, frozen=True, gc=False):
-    """The decision on a charge: `statuses` in the order of the limits; `now_us` is when it was decided."""
+    """The decision on a charge: `statuses` in the order of the limits; `now_us` is when it was decided, by the store's
+    clock: each account's own moment may be later."""
 
     allowed: bool
     statuses: tuple[Status, ...]
@@ -155,8 +168,6 @@ class Outcome(msgspec.Struct, frozen=True, gc=False):
     repeated: bool = False
 
 
-Hold = list[Any]
-"""[end in microseconds, {limit id: units}]"""
 Lease = list[Any]
 """[end in microseconds, uses recorded, {limit id: [units, units recorded, when it counts no longer (0: never)]}]"""
 
@@ -172,23 +183,26 @@ class Account:
     What clocks that differ can do is to shift the moments: those of one store's clock, known to within
     `uncertainty_us`.
 
+    A clock that is set back therefore frees nothing: the account's time stands still until the clock has reached it.
+    But where the clock is more than MAX_AHEAD_US behind, the account follows it: whatever it has recorded, and is held
+    of it, then counts as of that moment (`set_back`). So one charge at a time that was wrong by years does not stop the
+    account for years.
+
     What a node spends from its lease has a moment too, not before the lease's; until it is recorded the whole lease
     counts, at every moment up to the lease's end and for as long after it as the window is: so the same holds.
     """
 
     __slots__ = (
-        "_first_end_us",
-        "_held",
         "at_us",
         "count",
         "counters",
         "due",
-        "holds",
         "kept",
         "last_used_us",
         "leases",
         "patience",
         "read_at",
+        "reserved",
         "size",
         "stored_active_at",
         "tallied",
@@ -214,7 +228,7 @@ class Account:
         self.totals: dict[str, int] = {}
         self.counters: dict[str, Counter] = {}
         self.unknown: dict[str, Any] = {}  # states of limits nobody asked for yet, or that a key no longer has
-        self.holds: dict[str, Hold] = {}
+        self.reserved: Reserved | None = None
         self.leases: dict[str, Lease] = {}
         self.kept: dict[str, int] = {}
         """Units of limits that this node's reservations in memory hold of the lease that is taken out of `leases` while
@@ -237,19 +251,42 @@ class Account:
             self.at_us = state.get("at", 0)
             self.totals = state.get("totals", {})
             self.unknown = state.get("counters", {})
-            self.holds = state.get("holds", {})
+            if "reserved" in state or "holds" in state:
+                self.reserved = Reserved(state.get("reserved"), state.get("holds"))
             self.leases = state.get("leases", {})
             self.told = state.get("told", {})
             self.due = state.get("due", [])
             self.tallied = state.get("tallied", {})
-        self._held: dict[str, int] = {}
-        self._first_end_us = 0
-        if self.holds:
-            self._end_holds(self.at_us)
 
     def moment(self, now_us: int) -> int:
-        """When a charge that comes at `now_us` is decided: not before what was decided already."""
-        return now_us if now_us > self.at_us else self.at_us
+        """When a charge that comes at `now_us` by the store's clock is decided: not before what was decided already,
+        unless that lies more than MAX_AHEAD_US ahead."""
+        if now_us >= self.at_us:
+            return now_us
+        if self.at_us - now_us > MAX_AHEAD_US and now_us >= CREDIBLE_FROM_US:
+            self.set_back(now_us)
+        return self.at_us
+
+    def set_back(self, now_us: int) -> None:
+        """Let the account's time be `now_us`, which is earlier. Nothing is freed by it: what was recorded at a later
+        time counts as used now; what is reserved and lent is, from now on, for as long as it had left."""
+        delta_us = self.at_us - now_us
+        for counter in self.counters.values():
+            counter.not_after(now_us)
+        for id, state in self.unknown.items():
+            idle = stored_counter(id, state)
+            idle.not_after(now_us)
+            self.unknown[id] = idle.dump()
+        if self.reserved is not None:
+            self.reserved.move(delta_us)
+        for lease in self.leases.values():
+            if lease[0] > self.at_us:  # it was granted at the later time
+                lease[0] -= delta_us
+                for share in lease[2].values():
+                    share[2] -= delta_us if share[2] else 0
+        self.told = {}
+        self.last_used_us = None if self.last_used_us is None else min(self.last_used_us, now_us)
+        self.at_us = now_us
 
     def counter(self, allowance: Allowance) -> Counter:
         counter = self.counters.get(allowance.id)
@@ -268,10 +305,8 @@ class Account:
         """Units that are recorded, reserved and leased now."""
         recorded = self.counter(allowance).used(now_us)
         reserved = leased = 0
-        if self.holds:
-            if now_us >= self._first_end_us:
-                self._end_holds(now_us)
-            reserved = self._held.get(allowance.id, 0)
+        if self.reserved is not None:
+            reserved = self.reserved.units(allowance.held_as, now_us)
         if self.kept:
             reserved += self.kept.get(allowance.id, 0)
         if self.leases:
@@ -336,7 +371,7 @@ class Account:
         free_at_us = self.counter(allowance).frees_at_us(now_us, most)
         if free_at_us is None:
             return None
-        ends = [(hold[0], hold[1].get(allowance.id, 0)) for hold in self.holds.values()]
+        ends = [] if self.reserved is None else list(self.reserved.coming_back(allowance.held_as))
         for until_us, _, shares in self.leases.values():
             units_lent, _, gone_us = shares.get(allowance.id, (0, 0, 0))
             if now_us < until_us:
@@ -353,40 +388,35 @@ class Account:
 
     # --- Reservations -----------------------------------------------------------------------------------------
 
-    def hold(self, id: str, ends_us: int, units: dict[str, int]) -> None:
-        """Reserve units of some limits until `ends_us`, in place of what was reserved under this id."""
-        self.release(id)
-        self.holds[id] = [ends_us, units]
-        for limit, amount in units.items():
-            self._held[limit] = self._held.get(limit, 0) + amount
-        self._first_end_us = min(self._first_end_us, ends_us) if len(self.holds) > 1 else ends_us
+    def hold(self, part: Part, allowances: Iterable[Allowance], cost: Cost, now_us: int, ttl_us: int) -> Place:
+        """Reserve `cost` for so long, for a call that is counted by these limits of the account's."""
+        if self.reserved is None:
+            self.reserved = Reserved()
+        units = {resource: amount for resource, amount in cost.items() if amount}
+        for one in allowances:
+            if one.resource in units:
+                units[one.held_as] = cost[one.resource]
+        return self.reserved.add(units, [one.held_as for one in part.allowances], now_us, ttl_us)
 
-    def held(self, id: str, now_us: int) -> dict[str, int] | None:
-        """What is reserved under an id; None if it has ended, or never was."""
-        hold: Hold | None = self.holds.get(id)
-        return hold[1] if hold is not None and now_us < hold[0] else None
+    def held(self, place: Place, now_us: int) -> Cost:
+        """What a place still holds here, by `Allowance.held_as`."""
+        return {} if self.reserved is None else self.reserved.held(place, now_us)
 
-    def open_holds(self, now_us: int) -> int:
-        """How many reservations are open."""
-        if self.holds and now_us >= self._first_end_us:
-            self._end_holds(now_us)
-        return len(self.holds)
+    def knows(self, place: Place, now_us: int) -> bool:
+        """Whether a place is held here, as it must be unless this is older than the place, or its time was set back."""
+        if not place.units or now_us >= place.until_us:
+            return True
+        return self.reserved is not None and self.reserved.has(place)
 
-    def release(self, id: str) -> None:
-        """Give back what is reserved under an id."""
-        hold = self.holds.pop(id, None)
-        if hold is not None:
-            for limit, amount in hold[1].items():
-                self._held[limit] -= amount
+    def give_back(self, place: Place, now_us: int) -> None:
+        """Reserve no longer what a place holds here."""
+        if self.reserved is not None:
+            self.reserved.give_back(place, now_us)
+            self._tidy()
 
-    def _end_holds(self, now_us: int) -> None:
-        """Leave out those that have ended; a denial has the statistics right as well."""
-        self.holds = {id: hold for id, hold in self.holds.items() if now_us < hold[0]}
-        self._held = {}
-        for _, units in self.holds.values():
-            for limit, amount in units.items():
-                self._held[limit] = self._held.get(limit, 0) + amount
-        self._first_end_us = min((hold[0] for hold in self.holds.values()), default=0)
+    def _tidy(self) -> None:
+        if not self.reserved:
+            self.reserved = None
 
     # --- The document -----------------------------------------------------------------------------------------
 
@@ -396,8 +426,11 @@ class Account:
             kept = list(self.unknown)[-MAX_IDLE_COUNTERS:]  # those of the latest limits that the key no longer has
             counters = {**{id: self.unknown[id] for id in kept}, **counters}
         state: dict[str, Any] = {"totals": self.totals, "counters": counters, "at": self.at_us}
-        if self.holds:
-            state["holds"] = self.holds
+        if self.reserved is not None:
+            if rows := self.reserved.dump():
+                state["reserved"] = rows
+            if old := self.reserved.dump_old():
+                state["holds"] = old
         if self.leases:
             state["leases"] = self.leases
         if self.told:

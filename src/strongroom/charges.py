@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, Protocol
 
 import msgspec
 
-from .accounts import CONCURRENCY, MAX_HOLDS, NAME, Account, Allowance, Cost, Metered, Outcome, Part, Status
+from .accounts import CONCURRENCY, NAME, Account, Allowance, Cost, Metered, Outcome, Part, Status
 from .alerts import Crossing, crossed, untold
 from .corrections import (
     Backdate,
@@ -24,7 +24,8 @@ from .corrections import (
     take_back,
     tally_once,
 )
-from .errors import Conflict, InvalidInput, NotFound, Problem, TooManyRequests
+from .errors import Conflict, InvalidInput, Problem
+from .holding import HoldChange, HoldEnded
 from .shares import Share, Wallet, fold, recover
 from .storage.port import MAX_OPERATIONS, Check, Create, Operation, Patch, Put
 from .windows import Limit
@@ -74,17 +75,6 @@ class KeyChanged(Exception):
     the library."""
 
 
-@dataclass(frozen=True, slots=True)
-class HoldChange:
-    """What becomes of a reservation: `ends_us` None ends it. `cost`: what it holds from now on. `open`: it must be
-    there, and not have ended."""
-
-    id: str
-    ends_us: int | None
-    cost: Cost
-    open: bool
-
-
 class Charge(msgspec.Struct, eq=False):
     """One use of a key that is to be decided; or (without a future) something that only has to be written: a tally of
     uses, a node's lease to be renewed or given back, the lease of a dead process."""
@@ -100,11 +90,12 @@ class Charge(msgspec.Struct, eq=False):
     model: str | None = None
     route: str | None = None
     hold: HoldChange | None = None
-    also: Operation | None = None
-    """Commits with the charge; if it fails, only this charge does."""
+    """What becomes of a reservation. What it writes commits with the charge; if that fails, only this charge does."""
     lease: Literal["renew", "return", "tell"] | None = None
     """A node's lease is to be renewed or given back; `tell`: crossings that are due are to be told of."""
     special: Special | None = None
+    lost_at: float = 0.0
+    """By time.monotonic: when its first turn was lost to another node."""
 
 
 @dataclass(slots=True, eq=False)
@@ -183,14 +174,14 @@ def _cut(group: Group, accounts: Mapping[str, Account]) -> tuple[Group, list[Cha
     """As many of a group's charges as fit into one batch, and the rest."""
     if len(group.charges) <= MAX_ONCE and 2 * len(group.parts) + len(group.charges) <= MAX_GROUP_OPERATIONS:
         return group, []  # whatever they are
-    once = sum(charge.once is not None or charge.also is not None for charge in group.charges)
+    once = sum(charge.once is not None or charge.hold is not None for charge in group.charges)
     if once <= MAX_ONCE and 2 * len(group.parts) + once <= MAX_GROUP_OPERATIONS:
         return group, []
     kept, rest = Group(), []
     operations = size = 0
     for charge in group.charges:
         more = 2 * sum(part.id not in kept.parts for part in charge.metered.parts)
-        more += charge.once is not None or charge.also is not None
+        more += charge.once is not None or charge.hold is not None
         chars = sum(
             accounts[part.id].size for part in charge.metered.parts if part.id not in kept.parts and part.id in accounts
         )
@@ -223,7 +214,9 @@ class Decision:
         self._group = group
         self._accounts = {id: accounts[id] for id in group.parts}
         self._wallets = wallets
-        self._now_us = max(account.moment(now_us) for account in self._accounts.values())
+        self._now_us = now_us
+        self._moments = {id: account.moment(now_us) for id, account in self._accounts.items()}
+        """Each account is decided on at its own: one that was charged at a wrong time does not move the others."""
         self._repeated = repeated
         self._lease_us = lease_us
         self._watcher = watcher
@@ -242,10 +235,11 @@ class Decision:
             self._watch(self._watcher)
         for id, account in self._accounts.items():
             wallet = self._wallets.get(id)
-            if wallet is not None and wallet.record(account):
+            allowances, now_us = self._group.parts[id].allowances, self._moments[id]
+            if wallet is not None and wallet.record(account, now_us):
                 self._changed.add(id)
-            account.kept = wallet.kept() if wallet is not None else {}
-            fold(account, self._group.parts[id].allowances, self._now_us)
+            account.kept = wallet.kept(allowances) if wallet is not None else {}
+            fold(account, allowances, now_us)
         for charge in self._group.charges:
             self._charge(charge)
         return self._commitment()
@@ -269,22 +263,20 @@ class Decision:
             return
         if not charge.force and not self._fits(charge, asked):
             return
-        for part, allowances in zip(metered.parts, asked, strict=True):
-            account = self._accounts[part.id]
-            account.charge(allowances, charge.cost, self._now_us)
-            if charge.hold is None or charge.cost or charge.hold.ends_us is None:
-                account.tally(charge.cost, charge.count, self._now_us)
-            if charge.hold is not None:
-                _hold(account, allowances, charge.hold)
-            self._changed.add(part.id)
-            if not charge.force:
-                self._want(part.id, allowances, charge.cost if charge.hold is None else charge.hold.cost)
+        if charge.hold is not None:
+            self._hold(charge, charge.hold, asked)
+        else:
+            for part, allowances in zip(metered.parts, asked, strict=True):
+                account, now_us = self._accounts[part.id], self._moments[part.id]
+                account.charge(allowances, charge.cost, now_us)
+                account.tally(charge.cost, charge.count, now_us)
+                self._changed.add(part.id)
+                if not charge.force:
+                    self._want(part.id, allowances, charge.cost)
         self._guard(metered.guard)
         statuses = self._statuses(metered, asked)
         if charge.once is not None:
             self._happens_once(charge, charge.once, statuses)
-        if charge.also is not None:
-            self._extra.append((charge.also, charge))
         self._answers.append((charge, Outcome(True, statuses, self._now_us)))
 
     def _is_stale(self, charge: Charge) -> bool:
@@ -301,9 +293,9 @@ class Decision:
         charge, or not admitted; nothing was done."""
         (part,) = charge.metered.parts
         account = self._accounts[part.id]
-        if part.scoped or account.holds or account.leases or account.kept:
+        if part.scoped or account.reserved is not None or account.leases or account.kept:
             return False
-        cost, now_us = charge.cost, self._now_us
+        cost, now_us = charge.cost, self._moments[part.id]
         asked = []
         for one in part.allowances:
             counter, units = account.counter(one), cost.get(one.resource, 0)
@@ -322,8 +314,25 @@ class Decision:
             self._want(part.id, part.allowances, cost)
         guard = part.guard
         self._guards[guard.collection, guard.id] = guard
-        self._answers.append((charge, Outcome(True, tuple(statuses), now_us)))
+        self._answers.append((charge, Outcome(True, tuple(statuses), self._now_us)))
         return True
+
+    def _hold(self, charge: Charge, hold: HoldChange, asked: Sequence[tuple[Allowance, ...]]) -> None:
+        """Charge what was used of a reservation where it was held, and hold what it holds from now on."""
+        places = {}
+        for part, allowances in zip(charge.metered.parts, asked, strict=True):
+            account, now_us = self._accounts[part.id], self._moments[part.id]
+            used = charge.cost if part.id not in hold.not_counted_on else {}
+            account.charge(allowances, used, now_us)
+            if used or hold.ttl_us is None:
+                account.tally(used, charge.count, now_us)
+            hold.give_back(part.id, account, now_us)
+            if hold.ttl_us is not None and part.id not in hold.leaves:
+                places[part.id] = account.hold(part, allowances, hold.cost, now_us, hold.ttl_us)
+                self._want(part.id, allowances, hold.cost)
+            self._changed.add(part.id)
+        ends_us = min((place.ends_us for place in places.values()), default=0)
+        self._extra.append((hold.write(places, ends_us), charge))
 
     def _want(self, id: str, allowances: Iterable[Allowance], cost: Cost) -> None:
         """Remember what one call asks of each limit, for the size of the next lease."""
@@ -357,10 +366,10 @@ class Decision:
                 used_at_us = charge.used_at_us if charge.used_at_us is not None else self._now_us
                 return tally_once(account, special, charge.cost, charge.count, used_at_us)
             case Begin():
-                return begin_refills(account, special.limits, self._now_us)
+                return begin_refills(account, special.limits, self._moments[part.id])
             case TakeBack():
                 asked = part.asked(charge.model, charge.route)
-                return take_back(account, asked, charge.cost, special.moment_us, self._now_us)
+                return take_back(account, asked, charge.cost, special.moment_us, self._moments[part.id])
         raise AssertionError("the others are charges")
 
     def _backdate(self, charge: Charge, moment_us: int) -> None:
@@ -374,7 +383,8 @@ class Decision:
         asked = [part.asked(charge.model, charge.route) for part in parts]
         accounts = [self._accounts[part.id] for part in parts]
         moment_us = min(moment_us, self._now_us)
-        found, problem = counting(list(zip(accounts, asked, strict=True)), charge.cost, moment_us, self._now_us)
+        moments = [self._moments[part.id] for part in parts]
+        found, problem = counting(list(zip(accounts, asked, moments, strict=True)), charge.cost, moment_us)
         if problem is not None:
             fail(charge, InvalidInput([Problem("at", problem)]))
             return
@@ -408,41 +418,39 @@ class Decision:
 
     def _may_hold(self, charge: Charge, hold: HoldChange) -> bool:
         """Whether a reservation can be changed; if not the charge has failed."""
-        account = self._accounts[charge.metered.id]
-        if hold.open and account.held(hold.id, self._now_us) is None:
-            fail(charge, NotFound("the reservation has ended: record what was used with a usage record"))
-            return False
-        now_us = self._now_us
-        parts = charge.metered.parts
-        if not hold.open and any(self._accounts[part.id].open_holds(now_us) >= MAX_HOLDS for part in parts):
-            fail(charge, TooManyRequests(f"{MAX_HOLDS} reservations are open on one account, which is the most"))
-            return False
-        return True
+        ended_us = hold.ended_us({part.id: self._moments[part.id] for part in charge.metered.parts})
+        if ended_us is not None:
+            fail(charge, HoldEnded(ended_us))
+        return ended_us is None
 
     def _fits(self, charge: Charge, asked: Sequence[tuple[Allowance, ...]]) -> bool:
         """Whether all limits admit a charge; if not it is answered."""
-        now_us = self._now_us
-        wanted = [
-            _wanted(charge, self._accounts[part.id], allowances, now_us)
-            for part, allowances in zip(charge.metered.parts, asked, strict=True)
+        parts, wanted = charge.metered.parts, []
+        for part, allowances in zip(parts, asked, strict=True):
+            account, now_us = self._accounts[part.id], self._moments[part.id]
+            if charge.hold is None:
+                wanted.append([(one, charge.cost.get(one.resource, 0)) for one in allowances])
+            else:
+                wanted.append(charge.hold.wanted(part.id, account, allowances, charge.cost, now_us))
+        judged = [
+            (self._accounts[part.id], want, self._moments[part.id]) for part, want in zip(parts, wanted, strict=True)
         ]
-        parts = charge.metered.parts
-        if all(self._accounts[part.id].fits(want, now_us) for part, want in zip(parts, wanted, strict=True)):
+        if all(account.fits(want, now_us) for account, want, now_us in judged):
             return True
         statuses: list[Status] = []
-        for part, want in zip(parts, wanted, strict=True):
-            if part.refills and refill_started(self._accounts[part.id], part.allowances):
+        for part, (account, want, now_us) in zip(parts, judged, strict=True):
+            if part.refills and refill_started(account, part.allowances):
                 self._changed.add(part.id)  # a restart would let it begin again, later
-            statuses += self._accounts[part.id].denials(want, now_us)
-        self._answers.append((charge, Outcome(False, tuple(statuses), now_us)))
+            statuses += account.denials(want, now_us)
+        self._answers.append((charge, Outcome(False, tuple(statuses), self._now_us)))
         return False
 
     def _statuses(self, metered: Metered, asked: Sequence[tuple[Allowance, ...]]) -> tuple[Status, ...]:
         if len(asked) == 1:
-            return self._accounts[metered.id].statuses(asked[0], self._now_us)
+            return self._accounts[metered.id].statuses(asked[0], self._moments[metered.id])
         statuses: list[Status] = []
         for part, allowances in zip(metered.parts, asked, strict=True):
-            statuses += self._accounts[part.id].statuses(allowances, self._now_us)
+            statuses += self._accounts[part.id].statuses(allowances, self._moments[part.id])
         return tuple(statuses)
 
     # --- What has to commit -----------------------------------------------------------------------------------
@@ -464,9 +472,9 @@ class Decision:
             self._tell(self._watcher, decided)
         for id in sorted(self._changed):  # in one order for all nodes
             account = self._accounts[id]
-            account.at_us = self._now_us
+            account.at_us = self._moments[id]
             decided.accounts[len(operations)] = account
-            operations.append(_write(id, account))
+            operations.append(usage_operation(id, account))
         for operation, charge in self._extra:
             if charge is not None:
                 decided.also[len(operations)] = charge
@@ -478,14 +486,13 @@ class Decision:
             for allowance in part.allowances:
                 thresholds = watcher.thresholds(part.tenant, allowance.limit)
                 if thresholds:
-                    before = self._accounts[part.id].counter(allowance).used(self._now_us)
+                    before = self._accounts[part.id].counter(allowance).used(self._moments[part.id])
                     self._watched.append((part, allowance, thresholds, before))
 
     def _tell(self, watcher: Watcher, decided: Decided) -> None:
         """Have the thresholds told of that were crossed, in this commit as far as it takes so many events."""
-        now_us = self._now_us
         for part, allowance, thresholds, before in self._watched:
-            account = self._accounts[part.id]
+            account, now_us = self._accounts[part.id], self._moments[part.id]
             counter = account.counter(allowance)
             used = counter.used(now_us)
             reached = crossed(before, used, allowance.most, thresholds)
@@ -529,18 +536,19 @@ class Decision:
             wallet = self._wallets.get(id)
             if wallet is None:
                 continue
-            account = self._accounts[id]
+            account, now_us = self._accounts[id], self._moments[id]
             account.kept = {}  # it is in the lease again
             if (id in self._returning and not wallet.open) or self._lease_us is None:
                 wallet.give_back()
                 decided.returned.append(wallet)
             elif id in self._returning:  # the limits may be others: what is reserved stays, and nothing more is lent
-                wallet.grant(account, {}, self._now_us, self._lease_us, only_held=True)
+                wallet.part = self._group.parts[id]
+                wallet.grant(account, {}, now_us, self._lease_us, only_held=True)
                 if wallet.lease in account.leases:
                     self._changed.add(id)
             elif id in self._changed or any(charge.lease is not None for charge in self._group.charges):
                 wallet.part = self._group.parts[id]
-                wallet.grant(account, self._asked.get(id, {}), self._now_us, self._lease_us)
+                wallet.grant(account, self._asked.get(id, {}), now_us, self._lease_us)
                 if wallet.lease in account.leases:
                     self._changed.add(id)
             else:
@@ -568,31 +576,7 @@ def statuses_kept(metered: Metered, memo: bytes | None) -> tuple[Status, ...] | 
     )
 
 
-def _wanted(
-    charge: Charge, account: Account, allowances: Iterable[Allowance], now_us: int
-) -> list[tuple[Allowance, int]]:
-    """How much more of each limit a charge asks for."""
-    hold = charge.hold
-    if hold is None:
-        return [(one, charge.cost.get(one.resource, 0)) for one in allowances]
-    before = account.held(hold.id, now_us) or {}
-    wanted = []
-    for one in allowances:
-        more = hold.cost.get(one.resource, 0) + charge.cost.get(one.resource, 0) - before.get(one.id, 0)
-        if more > 0 or not hold.open:  # an extension that holds no more of a limit is not refused by it
-            wanted.append((one, more))
-    return wanted
-
-
-def _hold(account: Account, allowances: Iterable[Allowance], hold: HoldChange) -> None:
-    if hold.ends_us is None:
-        account.release(hold.id)
-        return
-    units = {one.id: hold.cost[one.resource] for one in allowances if hold.cost.get(one.resource)}
-    account.hold(hold.id, hold.ends_us, units)
-
-
-def _write(id: str, account: Account) -> Put | Patch:
+def usage_operation(id: str, account: Account) -> Put | Patch:
     """What makes the store's usage document what the account is. `active_at` is left out while it stays the same, since
     SQLite writes an index anew whenever its column is named."""
     document = account.document()

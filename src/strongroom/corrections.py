@@ -114,17 +114,18 @@ def take_back(account: Account, allowances: Sequence[Allowance], cost: Cost, mom
 
 
 def counting(
-    accounts: Sequence[tuple[Account, Sequence[Allowance]]], cost: Cost, moment_us: int, now_us: int
+    accounts: Sequence[tuple[Account, Sequence[Allowance], int]], cost: Cost, moment_us: int
 ) -> tuple[list[tuple[Account, Allowance]], str | None]:
-    """Which limits still count a use of before, and where none of those that it concerns does, why not."""
+    """Which limits still count a use of before, and where none of those that it concerns does, why not. `accounts`:
+    each with its limits and its moment."""
     concerned = [
-        (account, one)
-        for account, allowances in accounts
+        (account, one, now_us)
+        for account, allowances, now_us in accounts
         for one in allowances
         if cost.get(one.resource) and one.resource != CONCURRENCY
     ]
     found, firsts = [], []
-    for account, one in concerned:
+    for account, one, now_us in concerned:
         first_us = account.counter(one).counts_from_us(now_us)
         if moment_us >= first_us:
             found.append((account, one))

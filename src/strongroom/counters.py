@@ -7,7 +7,7 @@ never frees anything: what was counted at a later time counts until that time ha
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 from zoneinfo import ZoneInfo
@@ -44,6 +44,10 @@ class Counter(Protocol):
 
     def counts_from_us(self, now_us: int) -> int:
         """The earliest moment whose use counts now."""
+        ...
+
+    def not_after(self, now_us: int) -> None:
+        """Let what was counted at a later time count as used now: the clock was set back to now."""
         ...
 
     def ends_us(self, now_us: int) -> int | None:
@@ -137,6 +141,15 @@ class RollingCounter:
     def counts_from_us(self, now_us: int) -> int:
         return (now_us - self._window_us) // self._bucket_us * self._bucket_us
 
+    def not_after(self, now_us: int) -> None:
+        number = now_us // self._bucket_us
+        first = bisect_right(self._numbers, number)
+        later = sum(self._units[first:])
+        if later:
+            del self._numbers[first:], self._units[first:]
+            self._sum -= later
+            self.add_at(now_us, min(later, SATURATED))
+
     def ends_us(self, now_us: int) -> int | None:
         return None
 
@@ -200,6 +213,11 @@ class _SpanCounter(ABC):
 
     @abstractmethod
     def counts_from_us(self, now_us: int) -> int: ...
+
+    def not_after(self, now_us: int) -> None:
+        if self._start_us > now_us:
+            used, self._start_us, self._end_us, self._used = self._used, 0, 0, 0
+            self.add(now_us, used)
 
     def resets_at_us(self, now_us: int) -> int | None:
         return self.ends_us(now_us)
@@ -354,6 +372,10 @@ class TotalCounter:
     def without_refill(state: list[Any], now_us: int) -> list[Any]:
         """A counter's state, of which a refill that is added gives back from now on."""
         return [state[0], 0, now_us]
+
+    def not_after(self, now_us: int) -> None:
+        if self._at_us is not None and self._at_us > now_us:
+            self._at_us, self._next_us = now_us, 0
 
     def ends_us(self, now_us: int) -> int | None:
         return self._coming(now_us, 1)

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from weakref import WeakValueDictionary
 
+from .accounts import Metered, Part
 from .changes import ChangeFeed
 from .clock import Clock
 from .context import Context, utc_from_us
 from .database import Database
-from .errors import Conflict, NotFound, Unavailable
+from .errors import Conflict, NotFound
 from .keytext import Hasher
 from .knownkey import KnownKey
 from .lending import Lending, LocalHold
-from .recording import Recorder, Sum, Usage
+from .patience import Patience
+from .recording import Recorder
 from .reserving import (
     State,
     amounts,
@@ -33,7 +35,7 @@ from .reserving import (
 )
 from .usage import KeyChanged, Ledger
 from .verification import LimitStatus, Reservation, Verification, admitted
-from .verifier import MAX_KEY_ATTEMPTS, may_see
+from .verifier import may_see
 
 MAX_SETTLED = 10_000
 """Reservations in memory that are remembered after they were settled."""
@@ -120,18 +122,30 @@ class HeldReservations(Recorder):
             hold.reporting = None
 
     async def _record_hold(self, hold: LocalHold, units: dict[str, int], once: str, count: int) -> Verification:
-        """Charge what was used of a reservation in memory by a commit; of a key that was deleted meanwhile too."""
-        key = await self._key_of(hold.key.id)
-        event = Usage(amounts(units), key_id=key.id, model=hold.model, route=hold.route, idempotency_key=once)
-        for _ in range(MAX_KEY_ATTEMPTS):
+        """Charge what was used of a reservation in memory by a commit, where it was held: of a key that was removed
+        meanwhile, or belongs to other groups now, too."""
+        patience = Patience("the key is being changed too quickly to settle its reservation")
+        while await patience.another():
+            key = await self.cache.by_id(hold.key.id)
+            parts = await self._parts_of([part.id for part in hold.key.metered.parts], hold.key.subjects, key)
+            if not parts:  # all that it was held of was removed
+                return admitted(hold.key, ())
             try:
-                outcome = await self._charge_sum(Sum(key, units, count, event), "system", None)
+                outcome = await self._ledger.charge(
+                    together(parts, key),
+                    units,
+                    force=True,
+                    once=self._charged_once("usage", hold.key, once, "system", units),
+                    model=hold.model,
+                    route=hold.route,
+                    count=count,
+                )
             except KeyChanged:
-                self.cache.outdated(key)
-                key = await self._key_of(key.id)
+                if key is not None:
+                    self.cache.outdated(key)
             else:
-                return admitted(key, outcome.statuses)
-        raise Unavailable("the key is being changed too quickly to settle its reservation: try again")
+                return admitted(hold.key, outcome.statuses)
+        raise patience.over()
 
     async def _extend_local(
         self, id: str, ttl_s: int, units: dict[str, int] | None, used: dict[str, int], context: Context | None
@@ -164,8 +178,28 @@ class HeldReservations(Recorder):
             raise NotFound(f"there is no reservation {id[:64]!r} in this process, or it has ended")
         return lending, hold
 
+    async def _parts_of(self, held_by: Iterable[str], subjects: Iterable[str], key: KnownKey | None) -> list[Part]:
+        """Where what was used of a reservation counts: on the accounts that it is held by, as they are now, without
+        those that were removed; and on quotas of the same subjects of its key that were made since."""
+        known = {part.id: part for part in key.metered.parts} if key is not None else {}
+        held, wanted = set(held_by), {*held_by, *subjects}
+        found = [part for id, part in known.items() if id in wanted]
+        others = [await self.part_of(id) for id in sorted(held - known.keys())]
+        return [*found, *(part for part in others if part is not None)]
+
     async def _key_of(self, id: str) -> KnownKey:
         key = await self.cache.by_id(id)
         if key is None:
             raise NotFound("the key of this reservation was removed")
         return key
+
+
+def together(parts: Sequence[Part], key: KnownKey | None) -> Metered:
+    """These accounts as one charge concerns them: a key's own, if they are all that it is counted on."""
+    if key is not None and list(parts) == list(key.metered.parts):
+        return key.metered
+    first, *others = parts
+    return Metered(first.id, first.guard, first.allowances, tuple(others), first.tenant)
+
+
+__all__ = ["HeldReservations", "together"]

@@ -26,7 +26,7 @@ from .quotas import NAME as QUOTAS
 from .rotation import IssuedKey, Rotation, acting, no_key, once_for, reader, telling, writer
 from .storage.port import Check
 from .transaction import Transaction
-from .usage import Account, KeyUsage, Ledger
+from .usage import Account, ClockMended, KeyUsage, Ledger
 from .verification import LimitStatus, Verification, limit_status
 from .verifier import bound_to
 from .windows import Amount, from_units
@@ -360,6 +360,14 @@ class Keys(Rotation):
             limits=[limit_status(status) for status in statuses],
             account=account,
         )
+
+    async def mend_clock(self, id: str, *, context: Context | None = None) -> ClockMended | None:
+        """Let the usage of a key, which was charged at a time ahead of the store's clock, go on from the clock's time.
+        Nothing is freed by it: what was counted at the later time counts as used now. None if it was not ahead.
+
+        Raises NotFound, Unavailable."""
+        await self.get(id, context=context)
+        return await self._ledger.set_back(id)
 
     def _committed(self, transaction: Transaction) -> None:
         for change in transaction.changes:

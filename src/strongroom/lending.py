@@ -13,11 +13,11 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from .accounts import CONCURRENCY, MAX_TOTALS, OTHER_RESOURCES, Account, Cost, Metered, Outcome, Part
+from .accounts import CONCURRENCY, MAX_TOTALS, OTHER_RESOURCES, Account, Allowance, Cost, Metered, Outcome, Part
 from .charges import Charge, Decided, Group
 from .clock import Clock
 from .context import new_id
@@ -125,9 +125,20 @@ class LocalHold:
     reporting: tuple[str, dict[str, int]] | None = None
     """The idempotency key and the totals of a report of what was used that goes, or went, through the ledger."""
 
+    more: list[tuple[Share, str]] = field(default_factory=list)
+    """Shares of limits that came later, which hold it too."""
+
     @property
     def entries(self) -> Entries:
         return self.scope.entries
+
+    @property
+    def held_entries(self) -> Entries:
+        """All shares that hold it."""
+        return self.scope.entries if not self.more else [*self.scope.entries, *self.more]
+
+    def holds(self, share: Share) -> bool:
+        return any(one is share for one, _ in self.held_entries)
 
 
 class Lending:
@@ -233,10 +244,10 @@ class Lending:
                 return None
         for share, resource in entries:
             share.held += cost.get(resource, 0)
-        for wallet in scope.wallets:
-            wallet.open += 1
         id = new_id(LOCAL)
-        self._holds[id] = LocalHold(scope, cost, ends_us, key, model, route, {})
+        hold = self._holds[id] = LocalHold(scope, cost, ends_us, key, model, route, {})
+        for wallet in scope.wallets:
+            wallet.holds[id] = hold
         self._next_end_us = min(self._next_end_us, ends_us)
         return id, entries
 
@@ -251,11 +262,11 @@ class Lending:
     def change(self, id: str, cost: Cost, ends_us: int, now_us: int) -> bool:
         """Let a reservation hold so much, until then; False if the shares do not have that much more."""
         hold = self._holds[id]
-        for share, resource in hold.entries:
+        for share, resource in hold.held_entries:
             more = cost.get(resource, 0) - hold.cost.get(resource, 0)
             if more > 0 and (share.spent + share.held + more > share.cap or now_us >= share.ends_us):
                 return False
-        for share, resource in hold.entries:
+        for share, resource in hold.held_entries:
             share.held += cost.get(resource, 0) - hold.cost.get(resource, 0)
         hold.cost, hold.ends_us = cost, ends_us
         self._next_end_us = min(self._next_end_us, ends_us)
@@ -265,6 +276,8 @@ class Lending:
         """End a reservation (or, not `last`, go on with it) and charge what was used; False if it was more than the
         shares have: then nothing is charged here, the ledger has to, and the reservation is as it was."""
         hold = self._holds[id]
+        if hold.more:
+            return False  # the limits are others than those that it was made under
         own = hold.cost if last else {}
         for share, resource in hold.entries:
             held = share.held - own.get(resource, 0)
@@ -291,10 +304,10 @@ class Lending:
 
     def _release(self, id: str) -> None:
         hold = self._holds.pop(id)
-        for share, resource in hold.entries:
+        for share, resource in hold.held_entries:
             share.held -= hold.cost.get(resource, 0)
         for wallet in hold.scope.wallets:
-            wallet.open -= 1
+            wallet.holds.pop(id, None)
 
     # --- In the ledger's commits ------------------------------------------------------------------------------
 
@@ -355,6 +368,10 @@ class Lending:
         if wallet is not None:
             wallet.renewing = False
 
+    async def described(self, id: str) -> Part | None:
+        """An account's limits as they are now; None if they are not known here, or it is gone."""
+        return None if self._describe is None else await self._describe(id)
+
     def gone(self, id: str) -> None:
         """The key, or the quota, was removed, and what was lent of it with it."""
         wallet = self._wallets.get(id)
@@ -371,15 +388,16 @@ class Lending:
         for id in list(wallet.tickets):
             self._revoke(id)
 
-    def show(self, id: str, account: Account) -> None:
-        """Count in an account, for statistics, what this node has spent and not recorded yet."""
+    def show(self, id: str, account: Account, allowances: Sequence[Allowance] | None = None) -> None:
+        """Count in an account, for statistics, what this node has spent and not recorded yet, and what reservations in
+        memory hold of these limits."""
         lease = account.leases.pop(self.log.lease, None)
         wallet = self._wallets.get(id)
         if lease is None or wallet is None:
             return
         now_us = self._clock.now_us()
         self._end_holds(now_us)
-        account.kept = wallet.kept()
+        account.kept = wallet.kept(allowances)
         for limit, (_, settled, _) in lease[2].items():
             share = wallet.shares.get(limit)
             if share is not None and share.allowance.resource != CONCURRENCY:

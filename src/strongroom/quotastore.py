@@ -23,7 +23,7 @@ from .query import MAX_PAGE_BYTES, And, Filter, Query, Where
 from .quotas import Quota, QuotaKind, quota_id
 from .rotation import acting, once_for, reader, writer
 from .transaction import Transaction
-from .usage import Ledger
+from .usage import ClockMended, Ledger
 from .verification import LimitStatus, limit_status
 from .verifier import bound_to, may_see
 from .windows import MAX_LIMITS, Amount, Limit, from_units
@@ -290,6 +290,15 @@ class Quotas:
         quota = await self.get(kind, tenant, name, context=context)
         now_us = self._clock.now_us()
         return quota_stats(quota, await self._ledger.account(quota.id), now_us)
+
+    async def mend_clock(
+        self, kind: str, tenant: str, name: str = "", *, context: Context | None = None
+    ) -> ClockMended | None:
+        """Let what is counted on a quota, and was charged at a time ahead of the store's clock, go on from the clock's
+        time, as `Keys.mend_clock` does it for a key. Raises NotFound, Denied, Unavailable."""
+        quota = await self.get(kind, tenant, name, context=context)
+        self._may_set(context, quota)
+        return await self._ledger.set_back(quota.id)
 
     @staticmethod
     def _may_set(context: Context | None, subject: Subject | Quota) -> None:

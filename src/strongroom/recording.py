@@ -26,11 +26,12 @@ from .errors import (
 from .fairness import Slices
 from .idempotency import IdempotentCall
 from .knownkey import KnownKey
+from .patience import Patience
 from .storage.port import Put
 from .transaction import is_expired
 from .usage import KeyChanged, Outcome
 from .verification import Verification, admitted, cost_units
-from .verifier import MAX_KEY_ATTEMPTS, Verifier, may_see
+from .verifier import Verifier, may_see
 from .windows import Amount
 
 MAX_AHEAD_US = 60_000_000
@@ -88,7 +89,8 @@ class Recorder(Verifier):
             raise InvalidInput([Problem("key", "expected exactly one of key and key_id")])
         units = cost_units(cost)
         at_us = self._moment_of(at, "at")
-        for _ in range(MAX_KEY_ATTEMPTS):
+        patience = Patience("the key is being changed too quickly to record its usage")
+        while await patience.another():
             known = await self._known_for(key, key_id)
             if known is None or not may_see(context, known.tenant):
                 raise NotFound("there is no such key")
@@ -102,7 +104,7 @@ class Recorder(Verifier):
                 self.cache.outdated(known)
                 continue
             return admitted(known, outcome.statuses, units)
-        raise Unavailable("the key is being changed too quickly to record its usage: try again")
+        raise patience.over()
 
     async def record_many(
         self, events: Sequence[Usage], *, idempotency_key: str | None = None, context: Context | None = None
@@ -125,7 +127,8 @@ class Recorder(Verifier):
         counted: list[int] = []
         failed: list[tuple[Sum, StrongroomError]] = []
         sums.sort(key=lambda one: NOW if one.at_us is None else one.at_us)  # anchored windows begin with the first
-        for _ in range(MAX_KEY_ATTEMPTS):
+        patience = Patience("the keys are being changed too quickly to record their usage")
+        while await patience.another():
             # All are charged before any is waited for, without a task for each: so they share a commit.
             charged: list[tuple[Sum, asyncio.Future[Outcome]]] = []
             changed = []
@@ -160,8 +163,7 @@ class Recorder(Verifier):
                     one.key = again
                     sums.append(one)
         else:
-            fought_over = Unavailable("the keys are being changed too quickly to record their usage: try again")
-            failed += [(one, fought_over) for one in sums]
+            failed += [(one, patience.over()) for one in sums]
         if failed:
             raise _partly(counted, failed)
         return [answer for answer in answers.values() if answer is not None]
@@ -171,7 +173,8 @@ class Recorder(Verifier):
         of others; whether those were counted or not."""
         said = sorted((one.key.id, sorted(one.units.items()), *_place(one.event), one.count) for one in sums)
         collection = IdempotentCall.__collection__
-        for _ in range(MAX_KEY_ATTEMPTS):
+        patience = Patience("the idempotency key is being used too often at once")
+        while await patience.another():
             now_us = self._clock.now_us()
             once = self._database.once("usage:batch", actor, name, ("usage:batch", said))
             operation = once.operation
@@ -187,7 +190,7 @@ class Recorder(Verifier):
             except (AlreadyExists, Conflict):
                 continue  # the same batch was sent twice at once: see what the other one was
             return
-        raise Unavailable("the idempotency key is being used too often at once: try again")
+        raise patience.over()
 
     def _moment_of(self, at: datetime | None, path: str) -> int | None:
         """When something was used, in microseconds. Raises InvalidInput."""

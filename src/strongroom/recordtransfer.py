@@ -396,11 +396,12 @@ def _usage_said(usage: KeyUsage, limits: Iterable[Any], now_us: int) -> dict[str
     account = Account({**KeyUsage.__codec__.encode(usage), "version": usage.version})
     moment_us = account.moment(now_us)
     for allowance in allowances(limits):
-        _, reserved, leased = account.standing(allowance, moment_us) if account.holds or account.leases else (0, 0, 0)
+        held = account.reserved is not None or account.leases
+        _, reserved, leased = account.standing(allowance, moment_us) if held else (0, 0, 0)
         if reserved + leased and allowance.resource != CONCURRENCY:
             account.counter(allowance).add(moment_us, reserved + leased)
             account.at_us = moment_us
-    account.holds, account.leases = {}, {}
+    account.reserved, account.leases = None, {}
     document = account.document()
     state = msgspec.json.decode(document["state"])
     return {"count": document["count"], "last_used_at": document["last_used_at"], **state}

@@ -12,22 +12,24 @@ import asyncio
 import functools
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, cast
 
-from .accounts import Outcome
+from .accounts import Metered, Outcome, Status
 from .changes import ChangeFeed
-from .charges import HoldChange
 from .clock import Clock
 from .context import Context, new_id, system_context, us_from_utc, utc_from_us
 from .database import Database
-from .entity import Entity, Index
-from .errors import AlreadyExists, Conflict, NotFound, StrongroomError, Unavailable
-from .heldreservations import HeldReservations
+from .entity import Document, Entity, Index
+from .errors import AlreadyExists, Conflict, NotFound, StrongroomError
+from .heldreservations import HeldReservations, together
+from .holding import HoldChange, HoldEnded
 from .keytext import Hasher
 from .knownkey import KnownKey
 from .lending import LOCAL
+from .patience import Patience
+from .reserved import Place
 from .reserving import (
     DEFAULT_TTL_S,
     MAX_TTL_S,
@@ -45,18 +47,20 @@ from .reserving import (
     with_changes,
     with_uncounted,
 )
-from .storage.port import Create, Put
+from .storage.port import Create, Operation, Put
 from .transaction import is_expired
 from .usage import KeyChanged, Ledger
 from .verification import (
     NOT_FOUND,
     Reservation,
+    Verification,
     admitted,
     cost_units,
     exceeded,
+    limit_status,
     refused,
 )
-from .verifier import MAX_KEY_ATTEMPTS, may_see
+from .verifier import may_see
 from .windows import Amount
 
 NAME = "reservations"
@@ -70,8 +74,9 @@ class StoredReservation(
     Entity, collection=NAME, scope="global", journalled=False, indexes=[Index("forget_at")], ttl="forget_at"
 ):
     """One durable reservation; amounts are in units. `request`: the fingerprint of the request that made it, where that
-    had an idempotency key. `asked` is what it was made for, `holds` what it holds, `used`
-    what was used of it so far."""
+    had an idempotency key. `asked` is what it was made for, `holds` what it holds, `used` what was used of it so far,
+    `reported` what of that was reported before it was settled. `places` says where it holds it: of each account a
+    `Place` as a list (None: it was made by the first release, and its accounts know its id)."""
 
     key_id: str
     tenant: str
@@ -80,12 +85,32 @@ class StoredReservation(
     holds: dict[str, int]
     used: dict[str, int] = {}
     reported: dict[str, int] | None = None
-    """What was reported as used before it was settled: with it, a second settlement is known to be the same."""
+    places: dict[str, Any] | None = None
+    subjects: list[str] = []
+    """Whose quotas it would be held by, if there were such: of its key's groups, user and tenant."""
     model: str | None = None
     route: str | None = None
     state: State = "open"
     expires_at: datetime
     forget_at: datetime
+
+    def until(self, places: Mapping[str, Place], ends_us: int) -> Document:
+        """The document of this reservation once it holds these places until then."""
+        changes = {
+            "places": {id: list(place) for id, place in places.items()},
+            "expires_at": utc_from_us(ends_us),
+            "forget_at": utc_from_us(ends_us + REMEMBERED_US),
+        }
+        return self.__codec__.encode(self.model_copy(update=changes))
+
+    def held_where(self) -> dict[str, Place]:
+        """What it holds in each account."""
+        return {id: Place(*place) for id, place in (self.places or {}).items()}
+
+    @property
+    def old_ends_us(self) -> int | None:
+        """When it ends, if it was made by the first release."""
+        return us_from_utc(self.expires_at) if self.places is None else None
 
 
 class Reservations(HeldReservations):
@@ -138,7 +163,8 @@ class Reservations(HeldReservations):
                 if held is not None:
                     answer = held_answer(known, *held, "open", expires_at=utc_from_us(ends_us))
                     return with_uncounted(answer, known, cost)
-        for _ in range(MAX_KEY_ATTEMPTS):
+        patience = Patience("the key is being changed too quickly to reserve its limits")
+        while await patience.another():
             now_us = self._clock.now_us()
             key = await self.cache.find(text, now_us)
             if key is None or (tenant is not None and key.tenant != tenant):
@@ -148,13 +174,14 @@ class Reservations(HeldReservations):
                 return as_reservation(refused(key, *refusal))
             if not await self.cache.is_current(key):
                 continue
-            ends_us = now_us + ttl_s * _SECOND
             if lending is not None and in_memory:
+                ends_us = now_us + ttl_s * _SECOND
                 held = lending.hold(key.metered, units, now_us, ends_us, key, model, route)
                 if held is not None:
                     answer = held_answer(key, *held, "open", expires_at=utc_from_us(ends_us))
                     return with_uncounted(answer, key, cost)
             request = ("reserve", key.id, units, ttl_s, permission, ip, model, route, tenant)
+            ends_at = utc_from_us(now_us + ttl_s * _SECOND)  # until it is decided, by the moments of its accounts
             stored = StoredReservation(
                 id=new_id("rsv_") if idempotency_key is None else _derived(actor, idempotency_key),
                 key_id=key.id,
@@ -162,46 +189,57 @@ class Reservations(HeldReservations):
                 request=None if idempotency_key is None else calls.fingerprint(request),
                 asked=units,
                 holds=units,
+                subjects=list(key.subjects),
                 model=model,
                 route=route,
-                expires_at=utc_from_us(ends_us),
-                forget_at=utc_from_us(ends_us + REMEMBERED_US),
+                expires_at=ends_at,
+                forget_at=ends_at,
             )
-            async with self._turn(stored.id or ""):
-                made = await self._make(key, stored, now_us, None if idempotency_key is None else request)
+            async with self._turn(stored.id):
+                once = None if idempotency_key is None else request
+                made = await self._make(key, stored, ttl_s * _SECOND, now_us, once)
             if made is not None:
                 return with_uncounted(made, key, cost)
-        raise Unavailable("the key is being changed too quickly to reserve its limits: try again")
+        raise patience.over()
 
     async def _make(
-        self, key: KnownKey, stored: StoredReservation, now_us: int, request: tuple[object, ...] | None
+        self,
+        key: KnownKey,
+        stored: StoredReservation,
+        ttl_us: int,
+        now_us: int,
+        request: tuple[object, ...] | None,
     ) -> Reservation | None:
         """Commit a durable reservation, or answer what is known of the same one; None if the key, or another node's
         call for the same one, was faster. `request`: what is asked for, if that is to happen once."""
-        id, document = stored.id or "", StoredReservation.__codec__.encode(stored)
-        operation: Create | Put = Create(NAME, id, document)
+        version: int | None = None
         if request is not None:
             collection = StoredReservation.__collection__
-            before = await self._database.load(system_context(), collection, id)
+            before = await self._database.load(system_context(), collection, stored.id)
             if before is not None and not is_expired(collection, before, utc_from_us(now_us)):
                 made = cast(StoredReservation, StoredReservation.__codec__.decode(before))
-                return self._again(key, made, stored, now_us, request)
-            if before is not None:
-                operation = Put(NAME, id, document, before["version"])
-        ends_us = us_from_utc(stored.expires_at)
+                return await self._again(key, made, stored, now_us, request)
+            version = before["version"] if before is not None else None
+        decided_us = 0
+
+        def write(places: Mapping[str, Place], ends_us: int) -> Operation:
+            nonlocal decided_us
+            decided_us = ends_us
+            document = stored.until(places, ends_us)
+            return Create(NAME, stored.id, document) if version is None else Put(NAME, stored.id, document, version)
+
         future = self._ledger.charge(
             key.metered,
             {},
             model=stored.model,
             route=stored.route,
-            hold=HoldChange(id, ends_us, stored.holds, open=False),
-            also=operation,
+            hold=HoldChange(stored.id, ttl_us, stored.holds, write),
         )
         try:
             outcome = await asyncio.shield(future)
         except asyncio.CancelledError:
             if request is None:  # nobody will ever hear its id; one with an idempotency key can be asked for again
-                future.add_done_callback(functools.partial(self._unheard, id))
+                future.add_done_callback(functools.partial(self._unheard, stored.id))
             raise
         except KeyChanged:
             self.cache.outdated(key)
@@ -209,7 +247,7 @@ class Reservations(HeldReservations):
         except (AlreadyExists, Conflict):
             return None  # another node's: it is read at the next attempt
         if outcome.allowed:
-            return open_answer(key, id, admitted(key, outcome.statuses).limits, ends_us)
+            return open_answer(key, stored.id, admitted(key, outcome.statuses).limits, decided_us)
         return as_reservation(exceeded(key, outcome, stored.holds))
 
     def _unheard(self, id: str, future: asyncio.Future[Outcome]) -> None:
@@ -225,7 +263,7 @@ class Reservations(HeldReservations):
         except StrongroomError as error:
             _log.info("a reservation whose caller went away could not be released, it ends by itself: %s", error)
 
-    def _again(
+    async def _again(
         self, key: KnownKey, before: StoredReservation, asked: StoredReservation, now_us: int, request: object
     ) -> Reservation:
         """The answer to a call that made this reservation before: the reservation as it is now, since one that has
@@ -235,8 +273,12 @@ class Reservations(HeldReservations):
         elif (before.asked, before.model, before.route) != (asked.asked, asked.model, asked.route):
             raise Conflict("the idempotency key was used for a different request: take a new one")
         if before.state == "open":
-            self._must_be_open(before, now_us)
-        answer = open_answer(key, before.id or "", [], us_from_utc(before.expires_at))
+            change = HoldChange(before.id, None, {}, _nothing, before.held_where(), old_ends_us=before.old_ends_us)
+            moments = await self._ledger.moments(before.places or [before.key_id], now_us)
+            ended_us = change.ended_us(moments)
+            if ended_us is not None:
+                raise HoldEnded(ended_us)
+        answer = open_answer(key, before.id, [], us_from_utc(before.expires_at))
         return with_changes(answer, state=before.state, charged=amounts(before.used))
 
     async def settle(
@@ -296,81 +338,107 @@ class Reservations(HeldReservations):
         spent: dict[str, int],
         context: Context | None,
     ) -> Reservation:
-        for _ in range(MAX_KEY_ATTEMPTS):
+        patience = Patience("the reservation is being changed too quickly")
+        while await patience.another():
             stored = await self._stored(reservation_id, context)
+            if stored.state != "open":
+                raise Conflict(f"the reservation was {stored.state} before")
             key = await self._key_of(stored.key_id)
-            now_us = self._clock.now_us()
-            self._must_be_open(stored, now_us)
             more = used_since(stored.used, spent, "used")
             wanted = units if units is not None else plus(stored.holds, stored.used)
-            holds = minus(wanted, spent)
-            ends_us = now_us + ttl_s * _SECOND
-            changes = {
-                "holds": holds,
-                "used": {**stored.used, **spent},
-                "expires_at": utc_from_us(ends_us),
-                "forget_at": utc_from_us(ends_us + REMEMBERED_US),
-            }
-            outcome = await self._change_hold(
-                stored, key, HoldChange(stored.id or "", ends_us, holds, open=True), more, changes
+            after = stored.model_copy(
+                update={"holds": minus(wanted, spent), "used": {**stored.used, **spent}, "subjects": list(key.subjects)}
             )
+            decided_us = 0
+
+            def write(places: Mapping[str, Place], ends_us: int, after: StoredReservation = after) -> Operation:
+                nonlocal decided_us
+                decided_us = ends_us
+                return Put(NAME, after.id, after.until(places, ends_us), after.version)
+
+            # It moves with its key: from now on it is held where the key is counted now.
+            before, now = stored.held_where(), {part.id for part in key.metered.parts}
+            left = await self._parts_of([id for id in before if id not in now], (), None)
+            entered = frozenset(now.difference(before, stored.subjects)) if before else frozenset[str]()
+            change = HoldChange(
+                stored.id, ttl_s * _SECOND, after.holds, write, before, frozenset(part.id for part in left), entered,
+                stored.old_ends_us,
+            )  # fmt: skip
+            outcome = await self._change_hold(stored, key, together([*key.metered.parts, *left], key), change, more)
             if outcome is None:
                 continue
             if not outcome.allowed:
                 denied = exceeded(key, outcome, wanted)
                 return as_reservation(denied, reservation_id, "open", charged=amounts(stored.used))
-            answer = open_answer(key, reservation_id, admitted(key, outcome.statuses).limits, ends_us)
-            return with_changes(answer, charged=amounts({**stored.used, **spent}))
-        raise Unavailable("the reservation is being changed too quickly: try again")
+            answer = open_answer(key, reservation_id, admitted(key, outcome.statuses).limits, decided_us)
+            return with_changes(answer, charged=amounts(after.used))
+        raise patience.over()
 
     async def _end(self, id: str, units: dict[str, int] | None, state: State, context: Context | None) -> Reservation:
-        for _ in range(MAX_KEY_ATTEMPTS):
+        patience = Patience("the reservation is being changed too quickly")
+        while await patience.another():
             stored = await self._stored(id, context)
+            key = await self.cache.by_id(stored.key_id)
             if stored.state != "open":
                 reported = stored.reported if stored.reported is not None else stored.used
                 if stored.state == state and (units is None or same_amounts({**reported, **units}, stored.used)):
-                    return await self._ended(stored)
+                    statuses = await self._ledger.statuses(key.metered, self._clock.now_us()) if key is not None else ()
+                    return self._ended(stored, key, statuses)
                 raise Conflict(ended_otherwise(stored.state, state))
             total = dict(stored.used) if units is None else {**stored.used, **units}
-            self._must_be_open(stored, self._clock.now_us())
-            key = await self._key_of(stored.key_id)
             more = {} if units is None else used_since(stored.used, units)
-            outcome = await self._change_hold(
-                stored,
-                key,
-                HoldChange(id, None, {}, open=True),
-                more,
-                {"used": total, "reported": stored.used, "state": state, "holds": {}},
-            )
+            after = stored.model_copy(update={"used": total, "reported": stored.used, "state": state, "holds": {}})
+
+            def write(places: Mapping[str, Place], ends_us: int, after: StoredReservation = after) -> Operation:
+                return Put(NAME, after.id, StoredReservation.__codec__.encode(after), after.version)
+
+            # It is charged where it is held, whatever the key is counted on now.
+            if stored.places is None and key is not None:
+                parts = list(key.metered.parts)
+            else:
+                parts = await self._parts_of(stored.places or (), stored.subjects, key)
+            if not parts:
+                try:
+                    await self._database.commit_counters([write({}, 0)], self._clock.now_us())
+                except (Conflict, NotFound):
+                    continue
+                return self._ended(after, key, ())
+            change = HoldChange(id, None, {}, write, stored.held_where(), old_ends_us=stored.old_ends_us)
+            settled = 1 if units is not None else 0
+            outcome = await self._change_hold(stored, key, together(parts, key), change, more, settled)
             if outcome is not None:
-                answer = admitted(key, outcome.statuses)
-                return as_reservation(answer, id, state, charged=amounts(total))
-        raise Unavailable("the reservation is being changed too quickly: try again")
+                return self._ended(after, key, outcome.statuses)
+        raise patience.over()
 
     async def _change_hold(
-        self, stored: StoredReservation, key: KnownKey, hold: HoldChange, more: dict[str, int], changes: dict[str, Any]
+        self,
+        stored: StoredReservation,
+        key: KnownKey | None,
+        metered: Metered,
+        hold: HoldChange,
+        more: dict[str, int],
+        count: int = 0,
     ) -> Outcome | None:
         """Commit a change of a reservation with what it charges; None if it, or the key, was changed meanwhile."""
-        after = StoredReservation.__codec__.encode(stored.model_copy(update=changes))
+        ends = hold.ttl_us is None
         try:
             return await self._ledger.charge(
-                key.metered,
+                metered,
                 more,
-                force=hold.ends_us is None,
+                force=ends,
                 model=stored.model,
                 route=stored.route,
                 hold=hold,
-                also=Put(NAME, stored.id or "", after, stored.version),
-                count=1 if changes.get("state") == "settled" else 0,
+                count=count,
             )
         except KeyChanged:
-            self.cache.outdated(key)
-        except (Conflict, AlreadyExists):
-            pass  # someone else changed the reservation: it is read again, and says what happened
-        except NotFound:
-            # Another node has ended it, or its time is over by the account's clock, which may be ahead of this node's.
-            if (await self._stored(stored.id or "", None)).version == stored.version:
+            if key is not None:
+                self.cache.outdated(key)
+        except HoldEnded:  # or another node has extended or ended it
+            if (await self._stored(stored.id, None)).version == stored.version:
                 raise
+        except (Conflict, AlreadyExists, NotFound):
+            pass  # someone else changed the reservation: it is read again, and says what happened
         return None
 
     async def _stored(self, id: str, context: Context | None) -> StoredReservation:
@@ -380,16 +448,17 @@ class Reservations(HeldReservations):
         return stored
 
     @staticmethod
-    def _must_be_open(stored: StoredReservation, now_us: int) -> None:
-        if stored.state != "open":
-            raise Conflict(f"the reservation was {stored.state} before")
-        if now_us >= us_from_utc(stored.expires_at):
-            raise Conflict(f"the reservation ended at {stored.expires_at.isoformat()}: record what was used as usage")
+    def _ended(stored: StoredReservation, key: KnownKey | None, statuses: Sequence[Status]) -> Reservation:
+        if key is not None:
+            answer = admitted(key, statuses)
+        else:  # it was removed for good
+            limits = [limit_status(status) for status in statuses]
+            answer = Verification(True, "VALID", stored.key_id, stored.tenant, limits=limits)
+        return as_reservation(answer, stored.id, stored.state, charged=amounts(stored.used))
 
-    async def _ended(self, stored: StoredReservation) -> Reservation:
-        key = await self._key_of(stored.key_id)
-        statuses = await self._ledger.statuses(key.metered, self._clock.now_us())
-        return as_reservation(admitted(key, statuses), stored.id, stored.state, charged=amounts(stored.used))
+
+def _nothing(places: Mapping[str, Place], ends_us: int) -> Operation:
+    raise AssertionError("nothing is decided")
 
 
 def _derived(actor: str, idempotency_key: str) -> str:

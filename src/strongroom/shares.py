@@ -16,6 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
+from typing import Protocol
 
 from .accounts import CONCURRENCY, Account, Allowance, Lease, Part
 from .context import utc_from_us
@@ -37,6 +38,17 @@ MAX_ENDED = 32
 """Leases that count no longer of which an account still knows what was recorded."""
 LEAST_ELAPSED_S = 0.001
 _SECOND = 1_000_000
+
+
+class Holder(Protocol):
+    """A reservation in memory: what it holds of each resource, and of which shares."""
+
+    cost: Mapping[str, int]
+    model: str | None
+    route: str | None
+    more: list[tuple[Share, str]]
+
+    def holds(self, share: Share) -> bool: ...
 
 
 class Share:
@@ -126,12 +138,13 @@ class Wallet:
     __slots__ = (
         "count",
         "from_us",
+        "holds",
         "id",
+        "known",
         "last_used_us",
         "lease",
         "log",
         "noted",
-        "open",
         "part",
         "renewing",
         "seen_count",
@@ -164,8 +177,10 @@ class Wallet:
         self.renewing = False
         self.tickets: set[str] = set()
         """The keys that are verified with it: see `lending`."""
-        self.open = 0
+        self.holds: dict[str, Holder] = {}
         """Reservations in memory that hold something of it."""
+        self.known: Sequence[Allowance] = part.allowances
+        """The limits that these reservations hold."""
 
     def share(self, allowance: Allowance) -> Share:
         """The share of a limit; a new one holds nothing yet."""
@@ -175,11 +190,29 @@ class Wallet:
         share.allowance = allowance
         return share
 
-    def kept(self) -> dict[str, int]:
-        """Units of each limit that reservations in memory hold: nobody else may have them."""
-        if not self.open:
+    @property
+    def open(self) -> int:
+        """How many reservations in memory hold something of it."""
+        return len(self.holds)
+
+    def kept(self, allowances: Sequence[Allowance] | None = None) -> dict[str, int]:
+        """Units of each limit that reservations in memory hold: nobody else may have them. `allowances`: what the
+        limits are now; those that are new are held by the reservations that were made before, too."""
+        if not self.holds:
+            self.known = allowances if allowances is not None else self.known
             return {}
+        if allowances is not None and allowances is not self.known:
+            self.known = allowances
+            for one in allowances:
+                self._carry(self.share(one), one)
         return {id: share.held for id, share in self.shares.items() if share.held}
+
+    def _carry(self, share: Share, allowance: Allowance) -> None:
+        """Let the reservations that are open hold a limit that their account did not have when they were made."""
+        for hold in self.holds.values():
+            if not hold.holds(share) and allowance.limit.applies(hold.model, hold.route):
+                hold.more.append((share, allowance.resource))
+                share.held += hold.cost.get(allowance.resource, 0)
 
     @property
     def dirty(self) -> bool:
@@ -188,9 +221,10 @@ class Wallet:
 
     # --- In a commit ------------------------------------------------------------------------------------------
 
-    def record(self, account: Account) -> bool:
+    def record(self, account: Account, now_us: int) -> bool:
         """Count in the account what was spent and is not recorded, and take this node's lease out of it; whether that
-        changed anything. If the account does not commit it is to be read again, and nothing is lost."""
+        changed anything. `now_us` is the account's moment: what was spent later, before the clock was set back, counts
+        as spent now. If the account does not commit it is to be read again, and nothing is lost."""
         lease = account.leases.pop(self.lease, None)
         if lease is None:
             # There is nothing of this node in the store: what it spent from its last lease was counted whole when that
@@ -206,7 +240,7 @@ class Wallet:
             if share.allowance.resource != CONCURRENCY:
                 counter = account.counter(share.allowance)
                 for moment_us, units in share.unsettled():
-                    counter.add_at(moment_us, units)
+                    counter.add_at(min(moment_us, now_us), units)
         self._tally(account)
         return True
 

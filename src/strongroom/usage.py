@@ -24,8 +24,9 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from .accounts import NAME, Account, Allowance, Cost, KeyUsage, Metered, Outcome, Part, Status
 from .charges import (
@@ -43,6 +44,7 @@ from .charges import (
     fail,
     groups_of,
     operations_of,
+    usage_operation,
 )
 from .clock import Clock, MachineClock
 from .context import new_id, utc_from_us
@@ -52,6 +54,7 @@ from .entity import Document
 from .errors import AlreadyExists, Conflict, NotFound, StrongroomError, TooManyRequests, Unavailable
 from .idempotency import IdempotentCall
 from .lending import Lending
+from .patience import Patience
 from .storage.port import Check, Create, Operation, Put, Store
 from .transaction import is_expired
 
@@ -59,7 +62,8 @@ MAX_WAITING = 50_000
 """Charges that may wait for a commit; the next one is refused (429) instead of filling the memory."""
 MAX_ACCOUNTS = 30_000
 """Usage documents kept in memory."""
-MAX_ATTEMPTS = 200
+LOST_FOR_S = 10.0
+"""A charge whose turns are all lost to other nodes is decided again for so long, however many turns that are."""
 MAX_PAUSE_S = 0.02
 COURTESY_COMMITS = 16
 """After losing a key to another node, for so many of its commits a pause follows in which the other has its turn."""
@@ -96,6 +100,14 @@ class _Uses:
     count: int = 0
     cost: dict[str, int] = field(default_factory=dict)
     used_at_us: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ClockMended:
+    """The time at which an account stood, ahead of the store's clock, and the time from which it goes on."""
+
+    before: datetime
+    now: datetime
 
 
 class Ledger:
@@ -151,20 +163,19 @@ class Ledger:
         model: str | None = None,
         route: str | None = None,
         hold: HoldChange | None = None,
-        also: Operation | None = None,
         count: int = 1,
         at_us: int | None = None,
     ) -> asyncio.Future[Outcome]:
         """Decide and charge; the outcome comes once it is durable (a denial, which writes nothing, as soon as decided).
 
-        `once` has an operation that fails with AlreadyExists if this very charge was made before; `also` is an
-        operation that commits with the charge, and whose error is the charge's. `hold` is what becomes of a
-        reservation. `count` is how many uses it stands for. `at_us`: the use was then; it is recorded, whatever the
-        limits, where it still counts. The future raises KeyChanged, TooManyRequests, NotFound (of a reservation),
-        InvalidInput (none of the limits that `at_us` concerns counts it), Unavailable.
+        `once` has an operation that fails with AlreadyExists if this very charge was made before. `hold` is what
+        becomes of a reservation: what it writes commits with the charge, and its error is the charge's. `count` is how
+        many uses it stands for. `at_us`: the use was then; it is recorded, whatever the limits, where it still counts.
+        The future raises KeyChanged, TooManyRequests, HoldEnded, InvalidInput (none of the limits that `at_us` concerns
+        counts it), Unavailable.
         """
         future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        charge = Charge(metered, cost, force, once, future, count, None, 0, model, route, hold, also)
+        charge = Charge(metered, cost, force, once, future, count, None, 0, model, route, hold)
         if at_us is not None:
             charge.special = Backdate(at_us)
         self.submit(charge)
@@ -221,6 +232,30 @@ class Ledger:
         while id in self._written and time.monotonic() < until:  # noqa: ASYNC110 - an event for each write costs more
             await asyncio.sleep(LOOK_AGAIN_S)
 
+    async def moments(self, ids: Iterable[str], now_us: int) -> dict[str, int]:
+        """What time it is in each of these accounts."""
+        found = await self._stored([(NAME, id) for id in ids])
+        return {id: Account(document).moment(now_us) for id, document in zip(ids, found, strict=True)}
+
+    async def set_back(self, id: str) -> ClockMended | None:
+        """Let an account's time, which ran ahead of the store's clock, be the clock's. None if it is not ahead. Raises
+        Unavailable."""
+        patience = Patience("this account's usage is being changed too quickly")
+        while await patience.another():
+            account, now_us = Account(await self._store.get(NAME, None, id)), self._clock.now_us()
+            before_us = account.at_us
+            if before_us <= now_us:
+                return None
+            account.set_back(now_us)
+            self.forget(id)
+            try:
+                await self._database.commit_counters([usage_operation(id, account)], now_us)
+            except (Conflict, NotFound):
+                continue
+            self.forget(id)
+            return ClockMended(utc_from_us(before_us), utc_from_us(now_us))
+        raise patience.over()
+
     async def statuses(self, metered: Metered, now_us: int) -> tuple[Status, ...]:
         """Where all limits of a key stand, as the store has it now: its own, then those that it shares."""
         found: list[Status] = []
@@ -228,7 +263,7 @@ class Ledger:
             if part.allowances:
                 account = Account(await self._store.get(NAME, None, part.id))
                 if self.lending is not None:
-                    self.lending.show(part.id, account)
+                    self.lending.show(part.id, account, part.allowances)
                 found += account.statuses(part.allowances, account.moment(now_us))
         return tuple(found)
 
@@ -436,10 +471,12 @@ class Ledger:
     def _forget_without_holds(self, charges: list[Charge], now_us: int) -> None:
         """A reservation that is not known here may be another node's, made or extended since its account was read."""
         for charge in charges:
-            if charge.hold is not None and charge.hold.open:
-                account = self._accounts.get(charge.metered.id)
-                if account is not None and account.held(charge.hold.id, now_us) is None:
-                    del self._accounts[charge.metered.id]
+            if charge.hold is None:
+                continue
+            for part in charge.metered.parts:
+                account = self._accounts.get(part.id)
+                if account is not None and not charge.hold.is_known(part.id, account, account.moment(now_us)):
+                    del self._accounts[part.id]
 
     def _unread(self, id: str) -> bool:
         account = self._accounts.get(id)
@@ -448,7 +485,7 @@ class Ledger:
         # What others give back is not told of: without a look, this node would go on denying for it.
         own = self.lending.log.lease if self.lending is not None else None
         others = any(shares and id != own for id, (_, _, shares) in account.leases.items())
-        lent = self._shared and (account.holds or others)
+        lent = self._shared and (account.reserved is not None or others)
         return bool(lent) and time.monotonic() - account.read_at > BELIEVED_FOR_S
 
     def _evict(self) -> None:
@@ -506,9 +543,12 @@ class Ledger:
     def _lost(self, one: Decided) -> None:
         """Another node was faster: its charges are decided again, at once the first time, since the winner is done."""
         again = []
+        now = time.monotonic()
         for charge in charges_of([one]):
             charge.attempts += 1
-            if charge.attempts < MAX_ATTEMPTS:
+            if charge.attempts == 1:
+                charge.lost_at = now
+            if now - charge.lost_at <= LOST_FOR_S:
                 again.append(charge)
             else:
                 error = Unavailable("this key's usage is being changed by too many nodes at once: try again")
@@ -562,14 +602,17 @@ class Ledger:
             fail(charge, KeyChanged())
             return
         guard = charge.metered.guard
+        now: Part | None = None
         try:
             document = await self._store.get(guard.collection, None, guard.id)
+            if document is not None and charge.lease is not None and self.lending is not None:
+                now = await self.lending.described(charge.metered.id)
         except StrongroomError as error:
             self._failed(charge, error)
             return
         if document is not None:  # it counts, whatever was changed; what a removed key had used is gone with it
             guard = Check(guard.collection, guard.id, document["version"])
-            own = charge.metered.parts[0]
+            own = charge.metered.parts[0] if now is None else now
             charge.metered = Metered(own.id, guard, own.allowances, (), own.tenant)
             if charge.lease == "renew":
                 charge.lease = "return"  # the limits may be others: the next use is lent something by those
@@ -636,6 +679,7 @@ def _guarded(charge: Charge, guard: Check) -> bool:
 __all__ = [
     "Account",
     "Allowance",
+    "ClockMended",
     "Cost",
     "KeyChanged",
     "KeyUsage",

@@ -17,11 +17,11 @@ from .charges import Once
 from .clock import Clock, MachineClock
 from .context import Context, system_context
 from .database import Database
-from .errors import Unavailable
 from .fairness import Slices
 from .keycache import KeyCache
 from .keytext import Hasher
 from .knownkey import KnownKey, metered, quota_part
+from .patience import Patience
 from .quotas import Quota, is_quota
 from .usage import KeyChanged, Ledger, Outcome
 from .verification import (
@@ -36,8 +36,6 @@ from .verification import (
     refused,
 )
 from .windows import Amount
-
-MAX_KEY_ATTEMPTS = 20
 
 
 class Begun(NamedTuple):
@@ -101,7 +99,8 @@ class Verifier:
                     return answer
         now_us = self._clock.now_us()
         lending = self._ledger.lending
-        for _ in range(MAX_KEY_ATTEMPTS):
+        patience = Patience("the key is being changed too quickly to verify it")
+        while await patience.another():
             key = await self.cache.find(text, now_us)
             if key is None or (tenant is not None and key.tenant != tenant):
                 return NOT_FOUND
@@ -128,7 +127,7 @@ class Verifier:
                 else:
                     return admitted(key, outcome.statuses, units) if outcome.allowed else exceeded(key, outcome, units)
             now_us = self._clock.now_us()
-        raise Unavailable("the key is being changed too quickly to verify it: try again")
+        raise patience.over()
 
     async def verify_many(self, asks: Sequence[Mapping[str, Any]]) -> list[Verification]:
         """Decide several verifications in the order given, as one commit where that is possible; each is what `verify`
@@ -257,7 +256,8 @@ class Verifier:
         """The key that a bearer token is, if it may be used now; nothing is debited. For authenticating a caller.
         `any_address`: a key that may be used from some addresses only is found too, and `KnownKey.allows` tells which.
         """
-        for _ in range(MAX_KEY_ATTEMPTS):
+        patience = Patience("the key is being changed too quickly to authenticate with it")
+        while await patience.another():
             now_us = self._clock.now_us()
             key = await self.cache.find(text, now_us)
             refusal = key.refusal(now_us, None, None) if key is not None else None
@@ -265,7 +265,7 @@ class Verifier:
                 return None
             if await self.cache.is_current(key):
                 return key
-        raise Unavailable("the key is being changed too quickly to authenticate with it: try again")
+        raise patience.over()
 
     def works_until_us(self, text: str) -> int | None:
         """When a text that was just authenticated stops working because it was rotated away; None if it was not."""

@@ -358,6 +358,20 @@ class Limit(_Model):
         return f"{base}|for|{hashlib.sha256(scope.encode()).hexdigest()[:32]}"  # short: the names may be thousands
 
 
+def stored_counter(limit_id: str, state: list[Any]) -> Counter:
+    """The counter of a limit that is known by its id alone: without its refill, nothing comes back."""
+    _, kind, *rest = limit_id.partition("|for|")[0].split("|")
+    match kind:
+        case "rolling":
+            return counter_for(Rolling(seconds=int(rest[0])), state)
+        case "anchored":
+            return counter_for(Anchored(seconds=int(rest[0])), state)
+        case "calendar":
+            return counter_for(Calendar.model_validate({"unit": rest[0], "timezone": rest[1]}), state)
+        case _:
+            return counter_for(Total(), state)
+
+
 def _named(names: tuple[str, ...], name: str | None) -> bool:
     if name is None:
         return False
@@ -423,5 +437,6 @@ __all__ = [
     "calendar_span",
     "counter_for",
     "from_units",
+    "stored_counter",
     "to_units",
 ]

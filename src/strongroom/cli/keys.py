@@ -11,7 +11,7 @@ import typer
 from ..errors import InvalidInput, Problem
 from . import output, shortforms
 from .keyviews import key_view, print_answer, print_issued, print_key, state_of, stats_view
-from .limitviews import limit_texts, print_limits
+from .limitviews import limit_texts, print_limits, print_mended
 from .options import (
     CursorOption,
     LimitsOption,
@@ -357,6 +357,20 @@ def stats(id: IdArgument, store: StoreOption = None, json: JsonOption = False) -
     ]
     output.print_fields(fields)
     print_limits(found.limits)
+
+
+@app.command("mend-clock")
+def mend_clock(id: IdArgument, store: StoreOption = None, json: JsonOption = False) -> None:
+    """Let a key that was used while the clock was wrong, and ahead, go on from the present time.
+
+    Nothing is freed by it: what was counted at the later time counts as used now. A key whose time is more than a day
+    ahead does so by itself.
+
+    \b
+    Example:
+      strongroom keys mend-clock key_0199f3c2…
+    """
+    print_mended(in_store(store, lambda room: room.keys.mend_clock(id)), json)
 
 
 # --- Reading the call -----------------------------------------------------------------------------------------

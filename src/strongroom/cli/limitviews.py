@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from . import output, shortforms
 
 if TYPE_CHECKING:
+    from ..usage import ClockMended
     from ..verification import LimitStatus
     from ..windows import Limit
 
@@ -49,3 +51,13 @@ def print_limits(limits: Sequence[LimitStatus]) -> None:
 def limit_texts(limits: Sequence[Limit]) -> list[str]:
     """Each limit in its short form, with its refill, models and routes."""
     return [shortforms.show_limit(limit.model_dump()) for limit in limits]
+
+
+def print_mended(mended: ClockMended | None, json: bool) -> None:
+    """Whether the time that something was used at was ahead, and what it is now."""
+    if json:
+        output.print_json({"mended": mended is not None, **(asdict(mended) if mended is not None else {})})
+    elif mended is None:
+        output.print_line("nothing to mend: its time is not ahead of the clock")
+    else:
+        output.print_line(f"its time was {output.moment(mended.before)}; it goes on from {output.moment(mended.now)}")

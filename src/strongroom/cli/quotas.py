@@ -8,7 +8,7 @@ import typer
 
 from ..errors import InvalidInput, Problem
 from . import output
-from .limitviews import limit_texts, print_limits
+from .limitviews import limit_texts, print_limits, print_mended
 from .options import CursorOption, LimitsOption, PageOption, YesOption, confirm, described, must_be_confirmed
 from .session import JsonOption, StoreOption, in_store, operator
 
@@ -161,6 +161,23 @@ def delete(
         output.print_json({"deleted": quota.id})
     else:
         output.print_line(f"removed the quota of {_shown_subject(quota)}")
+
+
+@app.command("mend-clock")
+def mend_clock(
+    tenant: OfTenant, user: OfUser = None, group: OfGroup = None, store: StoreOption = None, json: JsonOption = False
+) -> None:
+    """Let a quota that was used while the clock was wrong, and ahead, go on from the present time.
+
+    Nothing is freed by it: what was counted at the later time counts as used now. A quota whose time is more than a day
+    ahead does so by itself.
+
+    \b
+    Example:
+      strongroom quotas mend-clock --tenant acme --group free
+    """
+    kind, name = _subject(user, group)
+    print_mended(in_store(store, lambda room: room.quotas.mend_clock(kind, tenant, name, context=operator())), json)
 
 
 # --- Reading the call -----------------------------------------------------------------------------------------
