@@ -181,10 +181,12 @@ async def test_a_batch_is_answered_in_its_order(client: Any) -> None:
 async def test_usage_is_recorded_past_a_limit_and_once_for_one_idempotency_key(client: Any) -> None:
     issued = await client.keys.create("used", limits=[Limit("tokens", 10, Window.total())])
     for _ in range(2):
-        recorded = await client.usage.record(key_id=issued.key.id, cost={"tokens": 25}, idempotency_key="op-1")
+        recorded = await client.usage.record(
+            key_id=issued.key.id, cost={"tokens": 25}, idempotency_key=f"op {issued.key.id}"
+        )
         assert (recorded.key_id, recorded.limits[0].used) == (issued.key.id, 25)
     with pytest.raises(Conflict):
-        await client.usage.record(key_id=issued.key.id, cost={"tokens": 26}, idempotency_key="op-1")
+        await client.usage.record(key_id=issued.key.id, cost={"tokens": 26}, idempotency_key=f"op {issued.key.id}")
 
 
 async def test_much_usage_is_recorded_at_once_or_not_at_all(client: Any) -> None:

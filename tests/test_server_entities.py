@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from decimal import Decimal
 from typing import Any
@@ -10,7 +11,7 @@ from urllib.parse import quote, urlencode
 import pytest
 
 from strongroom.server.filters import SUFFIXES
-from strongroom.state import ENTITIES
+from strongroom.state import ENTITIES, Policy
 from tests.serving import Account, Served, serving
 
 POLICY = {"policy_type": "rate", "policy_name": "default", "rules": {"deep": [1, 0.5, None, {"x": "y"}]}}
@@ -86,6 +87,36 @@ async def test_if_match_star_demands_a_document_and_if_none_match_star_none() ->
         assert (await served.call("PATCH", path, {"enabled": True}, If_Match=f'"5", {version}')).status == 200
         for headers in ({"If_Match": "*", "If_None_Match": "*"}, {"If_None_Match": '"5"'}, {"If_Match": "5"}):
             assert (await served.call("PUT", path, POLICY, **headers)).status == 422, headers
+
+
+async def test_if_match_star_makes_nothing_of_a_document_that_goes_in_this_moment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with serving() as served:
+        store = served.room.store
+        for method, body in (("PUT", POLICY), ("PATCH", {"enabled": False}), ("DELETE", None)):
+            await served.call("PUT", f"{PATH}/p", POLICY)
+            read = store.get
+
+            async def read_then_remove(collection: str, tenant: str | None, id: str, read: Any = read) -> Any:
+                found = await read(collection, tenant, id)
+                if (collection, id) == ("policies", "p"):
+                    monkeypatch.undo()
+                    await served.room.tenant("acme").delete(Policy, "p")
+                return found
+
+            monkeypatch.setattr(store, "get", read_then_remove)
+            answer = await served.call(method, f"{PATH}/p", body, If_Match="*")
+            monkeypatch.undo()
+            assert (answer.status, answer.code) == (412, "precondition_failed"), method
+            assert (await served.get(f"{PATH}/p")).status == 404, method
+
+
+async def test_if_match_star_takes_whichever_version_there_is() -> None:
+    async with serving() as served:
+        await served.call("PUT", f"{PATH}/p", POLICY)
+        puts = [served.call("PUT", f"{PATH}/p", {**POLICY, "rules": {"n": n}}, If_Match="*") for n in range(5)]
+        assert {answer.status for answer in await asyncio.gather(*puts)} == {200}
 
 
 async def test_a_document_with_a_taken_id_is_not_made_again() -> None:

@@ -6,11 +6,14 @@ What has expired stands in nobody's way, and what a call answers is what is stor
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from datetime import datetime, timedelta
-from typing import Annotated
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from enum import StrEnum
+from typing import Annotated, Any
 
 import pytest
 import time_machine
@@ -36,9 +39,15 @@ class Ticket(Entity, collection="tickets", ttl="until"):
     used: int = 0
 
 
+class Loose(Entity, collection="looses"):
+    free: dict[str, Any] = {}
+    rate: float = 0.0
+    at: datetime | None = None
+
+
 @pytest.fixture
 def entities() -> list[type[Entity]]:
-    return [Ticket]
+    return [Ticket, Loose]
 
 
 class Elsewhere(FaultyStore):
@@ -167,6 +176,37 @@ async def test_created_at_is_answered_as_it_is_stored(
 
         made = await room.database.transaction(acme.context, body)
         assert await acme.get(Ticket, "t") == made
+
+
+class Level(StrEnum):
+    HIGH = "high"
+
+
+async def test_values_are_answered_as_they_are_stored(room: Strongroom) -> None:
+    acme, id = room.tenant("acme"), uuid.UUID(int=7)
+    given = {
+        "a": id,
+        "b": (1, 2),
+        "c": -0.0,
+        "d": Level.HIGH,
+        "e": {"f": {3}},
+        "g": Decimal("1.50"),
+        "h": bytearray(b"x"),
+    }
+    at_two = datetime.fromisoformat("2026-05-05T14:00:00+02:00")
+    made = await acme.create(Loose(id="l", free=given, rate=-0.0, at=at_two))
+    replaced = await acme.replace(Loose(id="m", free=given, rate=-0.0, at=at_two))
+    updated = await acme.update(Loose, "m", {"free": given, "rate": -0.0, "at": at_two})
+    for answer in (made, replaced, updated):
+        stored = await acme.get(Loose, answer.id)
+        want = {"a": str(id), "b": [1, 2], "c": 0.0, "d": "high", "e": {"f": [3]}, "g": Decimal("1.5"), "h": b"x"}
+        assert answer.free == want
+        assert repr(answer.free) == repr({name: want[name] for name in answer.free})
+        assert str(answer.rate) == "0.0"
+        assert answer.at == at_two
+        assert answer.at is not None
+        assert answer.at.tzinfo is UTC
+    assert updated == stored
 
 
 # --- What has expired -----------------------------------------------------------------------------------------

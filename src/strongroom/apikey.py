@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from .context import MAX_TENANT_BYTES, text_problem
+from .context import MAX_TENANT_BYTES, name_problem, text_problem
 from .entity import MAX_ID_BYTES, Entity, Index, Indexed, Secret, no_number, problems_of
 from .errors import InvalidInput, Problem
 from .keytext import DEFAULT_PREFIX, MAX_PREFIX_CHARS, PREFIX_PATTERN
@@ -198,17 +198,24 @@ class KeyFields(BaseModel):
     rotate_every_s: int | None = Field(default=None, ge=MIN_ROTATION_S, le=MAX_ROTATION_S, strict=True)
     rotation_overlap_s: int | None = Field(default=None, ge=MIN_SCHEDULED_OVERLAP_S, le=MAX_OVERLAP_S, strict=True)
 
-    @field_validator("name", "user_id")
+    @field_validator("name")
     @classmethod
-    def _text(cls, value: str | None) -> str | None:
-        if value is not None and (problem := text_problem(value, MAX_ID_BYTES)):
+    def _text(cls, value: str) -> str:
+        if problem := text_problem(value, MAX_ID_BYTES):
+            raise ValueError(problem)
+        return value
+
+    @field_validator("user_id")
+    @classmethod
+    def _user(cls, value: str | None) -> str | None:
+        if value is not None and (problem := name_problem(value, MAX_ID_BYTES)):
             raise ValueError(problem)
         return value
 
     @field_validator("owner")
     @classmethod
     def _owner(cls, value: str | None) -> str | None:
-        if value is not None and (problem := text_problem(value, MAX_OWNER_BYTES)):
+        if value is not None and (problem := name_problem(value, MAX_OWNER_BYTES)):
             raise ValueError(problem)
         return value
 
@@ -223,7 +230,7 @@ class KeyFields(BaseModel):
     @classmethod
     def _groups(cls, value: list[str]) -> list[str]:
         for name in value:
-            if problem := text_problem(name, MAX_GROUP_BYTES):
+            if problem := name_problem(name, MAX_GROUP_BYTES):
                 raise ValueError(problem)
         return list(dict.fromkeys(value))
 
@@ -235,6 +242,8 @@ class KeyFields(BaseModel):
                 raise ValueError(
                     f"found {name[:64]!r}, expected 1 to {MAX_NAME_CHARS} printable characters, * only as the last"
                 )
+            if problem := name_problem(name, 4 * MAX_NAME_CHARS):
+                raise ValueError(problem)
         return list(dict.fromkeys(value))
 
     @field_validator("expires_at", mode="before")
@@ -293,6 +302,9 @@ class KeyFields(BaseModel):
     def _distinct(cls, value: list[Limit]) -> list[Limit]:
         seen: set[str] = set()
         for limit in value:
+            for name in (*limit.models, *limit.routes):
+                if problem := name_problem(name, MAX_ID_BYTES):
+                    raise ValueError(problem)
             if limit.id in seen:
                 raise ValueError(f"found two limits on {limit.resource} with the same window")
             seen.add(limit.id)
@@ -308,7 +320,7 @@ class NewKey(KeyFields):
 
     @model_validator(mode="after")
     def _tenant(self) -> NewKey:
-        if problem := text_problem(self.tenant, MAX_TENANT_BYTES):
+        if problem := name_problem(self.tenant, MAX_TENANT_BYTES):
             raise ValueError(f"tenant: {problem}")
         return self
 

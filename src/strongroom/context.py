@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import time
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -140,6 +141,31 @@ def text_problem(value: object, max_bytes: int) -> str | None:
     if size > max_bytes:
         return f"found {size} bytes, expected at most {max_bytes}"
     return None
+
+
+def name_problem(value: object, max_bytes: int) -> str | None:
+    """Why `value` cannot be the name of a tenant, user, owner, group or quota, or None if it can.
+
+    As `text_problem`; and two names that look alike must be one, so a name is in NFC, Unicode's composed form, without
+    spaces around it.
+
+    Asked where a name comes in, not where one is looked for: what was stored before is still found.
+    """
+    problem = text_problem(value, max_bytes)
+    if problem is not None or not isinstance(value, str):
+        return problem
+    if value != value.strip():
+        return f"found {value[:64]!r}, expected no spaces at its beginning or end"
+    if not value.isascii() and not unicodedata.is_normalized("NFC", value):
+        composed = unicodedata.normalize("NFC", value)
+        return f"found {value[:64]!a}, expected it in Unicode's form NFC: {composed[:64]!a}"
+    return None
+
+
+def check_tenant_name(tenant: str, path: str = "tenant") -> None:
+    """Raise InvalidInput unless `tenant` can be the name of a tenant that gets something new."""
+    if problem := name_problem(tenant, MAX_TENANT_BYTES):
+        raise InvalidInput([Problem(path, problem)])
 
 
 class MachineTime(int):

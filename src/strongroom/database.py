@@ -157,6 +157,10 @@ class Database:
         """Call `listener` with each transaction once it is durably committed, and never before."""
         self._listeners.append(listener)
 
+    def now_us(self) -> int:
+        """The moment by the store's clock, in microseconds since the epoch."""
+        return self._clock.now_us()
+
     def at_now(self, context: Context) -> Context:
         """The same call by the store's clock, unless its moment was chosen: the machine's own may be hours off."""
         return context.by(self._clock)
@@ -363,13 +367,24 @@ class Database:
             return await self.answer_of(context, cls, replayed)
 
     async def replace(
-        self, context: Context, entity: E, *, expected: int | None = None, idempotency_key: str | None = None
+        self,
+        context: Context,
+        entity: E,
+        *,
+        expected: int | None = None,
+        exists: bool = False,
+        idempotency_key: str | None = None,
     ) -> E:
-        """Replace the entity of this id, or add it. `expected`: the version it must have now (0: must not exist)."""
+        """Replace the entity of this id, or add it. `expected`: the version it must have now (0: must not exist);
+        `exists`: whichever, but it must be there."""
         cls = type(entity)
-        once = Idempotency.of(idempotency_key, "replace", cls.__collection__.name, entity, expected)
+        once = Idempotency.of(idempotency_key, "replace", cls.__collection__.name, entity, expected, exists)
+
+        async def body(tx: Transaction) -> E:
+            return await tx.replace(entity, expected=expected, exists=exists)
+
         try:
-            return await self.transaction(context, lambda tx: tx.replace(entity, expected=expected), idempotency=once)
+            return await self.transaction(context, body, idempotency=once)
         except Replayed as replayed:
             return await self.answer_of(context, cls, replayed)
 

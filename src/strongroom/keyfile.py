@@ -25,7 +25,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from .context import repeated_name, text_problem, us_from_utc, utc_from_us
+from .context import name_problem, repeated_name, text_problem, us_from_utc, utc_from_us
 from .errors import StrongroomError
 from .keytext import MAX_KEY_CHARS, is_possible, masked
 from .values import MAX_ID_BYTES
@@ -281,7 +281,7 @@ class _Row:
         created_us = self._time("created_at", required=True)
         expires_us = self._time("expiry_date" if plain else "expires_at", or_null=True, required=True)
         last_used_us = self._time("last_used", or_null=True)
-        user_id = None if plain else self._text("user_id", MAX_ID_BYTES)
+        user_id = None if plain else self._text("user_id", MAX_ID_BYTES, identifies=True)
         uses = 0 if plain else self._whole("usage_count", SATURATED) or 0
         model = self._text("model", MAX_NAME_CHARS) if plain else None
         token_limit = self._whole("token_limit_per_5h", MAX_AMOUNT, required=True) if plain else None
@@ -336,13 +336,13 @@ class _Row:
             self.wrong(name, "is missing" + (" (null: never)" if or_null else ""))
         return self.fields.get(name)
 
-    def _text(self, name: str, most_chars: int, *, required: bool = False) -> str | None:
+    def _text(self, name: str, most_chars: int, *, required: bool = False, identifies: bool = False) -> str | None:
         value = self._given(name, required)
         if value is None:
             if required and name in self.fields:
                 self.wrong(name, "found null, expected text")
             return None
-        if problem := text_problem(value, MAX_ID_BYTES):
+        if problem := (name_problem if identifies else text_problem)(value, MAX_ID_BYTES):
             self.wrong(name, problem)
             return None
         if len(value) > most_chars:

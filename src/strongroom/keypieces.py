@@ -21,7 +21,7 @@ from typing import Annotated, Any, BinaryIO
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from .context import text_problem, us_from_utc
+from .context import name_problem, text_problem, us_from_utc
 from .errors import Conflict
 from .keyfile import (
     HASHES_NAMED,
@@ -410,6 +410,8 @@ def _hashed(name: str, read: _Hashed, now_us: int) -> KeyRow:
     if expires_us is not None and (expires_us < created_us or expires_us <= now_us):
         raise _Unusual
     user_id = None if read.user_id is None or read.user_id is UNSET else _usual(read.user_id)
+    if user_id is not None and name_problem(user_id, MAX_ID_BYTES):
+        raise _Unusual
     return KeyRow(
         f"keys.{name[:12]}…", bytes.fromhex(name), None, _usual(read.name), user_id, None, None, created_us, expires_us,
         _us_or_none(read.last_used), read.usage_count or 0, 0, (),

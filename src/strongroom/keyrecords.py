@@ -24,7 +24,7 @@ import msgspec
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator
 
 from .apikey import ALL_TENANTS, Environment, KeyFields, parse, schedule_problem
-from .context import MAX_TENANT_BYTES, text_problem, us_from_utc
+from .context import MAX_TENANT_BYTES, name_problem, us_from_utc
 from .entity import no_number
 from .errors import InvalidInput
 from .keyfile import Finding, key_problem
@@ -453,7 +453,7 @@ class _Line:
         if line.kind == "tenant":
             if line.name:
                 self.wrong("name", "found a name, expected none: it is the quota of the tenant itself")
-        elif problem_of := text_problem(line.name, MAX_ID_BYTES // 2):
+        elif problem_of := name_problem(line.name, MAX_ID_BYTES // 2):
             self.wrong("name", problem_of)
         self._counted(line.usage, line.limits, now_us)
         if self.is_refused:
@@ -505,7 +505,7 @@ def shown(hash: ForeignHash) -> str:
 
 
 def _tenant(value: str | None) -> str | None:
-    if value is not None and (problem := text_problem(value, MAX_TENANT_BYTES)):
+    if value is not None and (problem := name_problem(value, MAX_TENANT_BYTES)):
         raise ValueError(problem)
     if value == ALL_TENANTS:
         raise ValueError("keys for all tenants are management keys: they are not imported")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from typing import Any, TypeVar
 
 from .accounts import Account, KeyUsage
 from .apikey import ALL_TENANTS, ApiKey
-from .context import Context, check_tenant
+from .context import Context, check_tenant_name
 from .database import Database, Transaction
 from .entity import Document
 from .errors import AlreadyExists, Conflict, InvalidInput, Problem
@@ -203,7 +202,7 @@ class KeyImport:
     def __init__(
         self, database: Database, hasher: Hasher, shape: Shape, tenant: str, context: Context, *, workers: int = 0
     ) -> None:
-        check_tenant(tenant)
+        check_tenant_name(tenant)
         if tenant == ALL_TENANTS:
             raise InvalidInput([Problem("tenant", "keys for all tenants are management keys: they are not imported")])
         self._database = database
@@ -271,7 +270,7 @@ class KeyImport:
             return Planned(row, id_of(row.sha256), Standing.NEW, self._tenant)
         if key["tenant"] != self._tenant:
             return Planned(row, key["id"], Standing.FOREIGN, key["tenant"])
-        now_us = time.time_ns() // 1_000
+        now_us = self._database.now_us()
         stored = row_of(key, usage, self._hasher, now_us)
         differences: tuple[Difference, ...] = ()
         if canonical(self._shape, row, now_us, with_usage=True) != canonical(

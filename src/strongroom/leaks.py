@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from .administrators import ADMINISTRATOR, is_last_administrator
 from .apikey import ALL_TENANTS, MANAGEMENT, MAX_OVERLAP_S, ApiKey, parse
 from .clock import Clock
-from .context import Context, check_tenant, next_id, system_context, us_from_utc, utc_from_us
+from .context import Context, check_tenant, check_tenant_name, next_id, system_context, us_from_utc, utc_from_us
 from .database import Database, Page
 from .entity import Entity, Index
 from .errors import AlreadyExists, InvalidInput, Problem, TooManyRequests
@@ -148,7 +148,7 @@ class Leaks:
 
         Raises InvalidInput with every problem, Denied.
         """
-        check_tenant(tenant)
+        check_tenant_name(tenant)
         asked = parse(PolicyFields, fields)
         overlap_s = asked.overlap_s
         if asked.action == "rotate" and overlap_s is None:

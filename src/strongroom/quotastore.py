@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from .accounts import Account, KeyUsage
 from .apikey import ALL_TENANTS, parse
 from .clock import Clock
-from .context import MAX_TENANT_BYTES, Context, kind_of, system_context, text_problem, utc_from_us
+from .context import MAX_TENANT_BYTES, Context, kind_of, name_problem, system_context, text_problem, utc_from_us
 from .corrections import refills_that_begin
 from .database import Database, Page
 from .entity import MAX_ID_BYTES
@@ -85,6 +85,9 @@ class QuotaFields(BaseModel):
     def _distinct(cls, value: list[Limit]) -> list[Limit]:
         seen: set[str] = set()
         for limit in value:
+            for name in (*limit.models, *limit.routes):
+                if problem := name_problem(name, MAX_ID_BYTES):
+                    raise ValueError(problem)
             if limit.id in seen:
                 raise ValueError(f"found two limits on {limit.resource} with the same window")
             seen.add(limit.id)
@@ -102,6 +105,13 @@ class NewQuota(Subject, QuotaFields):
     """A quota to be put."""
 
     limits: list[Limit] = Field(max_length=MAX_LIMITS)
+
+    @field_validator("tenant", "name")
+    @classmethod
+    def _named(cls, value: str) -> str:
+        if value and (problem := name_problem(value, MAX_ID_BYTES)):
+            raise ValueError(problem)
+        return value
 
 
 class QuotaChanges(QuotaFields):
@@ -147,13 +157,16 @@ class Quotas:
         *,
         context: Context | None = None,
         expected: int | None = None,
+        exists: bool = False,
         idempotency_key: str | None = None,
         **fields: Any,
     ) -> Quota:
         """Make a quota, or replace the one of this subject: `put(kind="user", tenant="acme", name="u1", limits=[…])`.
 
         What was counted stays counted where resource, window and scope stay the same. `expected`: the version that
-        is to be replaced (0: there must be none). Raises InvalidInput with every problem, Conflict, Denied.
+        is to be replaced (0: there must be none); `exists`: there must be one.
+
+        Raises InvalidInput with every problem, Conflict, Denied.
         """
         new = new if new is not None else parse(NewQuota, fields)
         self._may_set(context, new)
@@ -165,12 +178,12 @@ class Quotas:
             limits=new.limits,
             description=new.description,
         )
-        once = once_for(context, idempotency_key, "put quota", new, expected)
+        once = once_for(context, idempotency_key, "put quota", new, expected, exists)
         by = writer(context, new.tenant)
         await self._begin_refills(await self._database.get_or_none(system_context(), Quota, new.id), new.limits)
         try:
             return await self._database.transaction(
-                by, lambda tx: tx.replace(quota, expected=expected), idempotency=once
+                by, lambda tx: tx.replace(quota, expected=expected, exists=exists), idempotency=once
             )
         except Replayed as replayed:
             return await self.answered_before(replayed, context=context)

@@ -8,11 +8,10 @@ one transaction; stopped anywhere, the same import completes it.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import msgspec
@@ -281,7 +280,8 @@ class RecordImport:
         if "display" not in fields:
             fields["display"] = masked(text) if text is not None else _display(record)
         if fields.get("rotate_every_s") is not None and fields.get("next_rotation_at") is None:
-            fields["next_rotation_at"] = _now() + timedelta(seconds=fields["rotate_every_s"])
+            now = utc_from_us(self._database.now_us())
+            fields["next_rotation_at"] = now + timedelta(seconds=fields["rotate_every_s"])
         usage = record.usage or UsageLine()
         return (
             with_fields(  # its fields were judged when it was read, and to validate a key takes as long as to write it
@@ -514,10 +514,6 @@ def _previous_said(key: ApiKey, hasher: Hasher, lost: Counter[str]) -> dict[str,
         return {"previous_hash": imported_sha256(hasher.unseal(key.previous_sealed).hex()), **until}
     lost["an old text that still works"] += 1
     return {}
-
-
-def _now() -> datetime:
-    return utc_from_us(time.time_ns() // 1_000)
 
 
 def _chunks(items: Sequence[T], size: int) -> Iterable[Sequence[T]]:

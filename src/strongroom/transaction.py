@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from pydantic import ValidationError
 
-from .context import Context, new_id
+from .context import Context, check_tenant_name, new_id
 from .entity import INT64_MAX, INT64_MIN, SYSTEM_FIELDS, Collection, Document, Entity, check_id, problems_of
 from .errors import Conflict, InvalidInput, NotFound, Problem
 from .journal import change_record
@@ -107,10 +107,9 @@ class Transaction:
         cls = type(entity)
         collection = cls.__collection__
         chosen = entity.id
-        entity = with_fields(entity, id=chosen or new_id())
         if chosen:
             check_id(chosen)
-        document = cls.__codec__.encode(entity)
+        entity, document = _stored_form(with_fields(entity, id=chosen or new_id()))
         operation: Create | Put = Create(collection.name, entity.id, document, _utc(entity.created_at))
         if chosen and collection.ttl is not None:
             stored = await self._stored(cls, chosen)
@@ -120,15 +119,19 @@ class Transaction:
         self._plan("create", collection, operation, None, document, entity, fixed=True)
         return entity
 
-    async def replace(self, entity: E, *, expected: int | None = None) -> E:
-        """Replace the entity of this id, or add it. `expected`: the version it must have now (0: it must not exist)."""
+    async def replace(self, entity: E, *, expected: int | None = None, exists: bool = False) -> E:
+        """Replace the entity of this id, or add it. `expected`: the version it must have now (0: it must not exist);
+        `exists`: whichever, but it must be there. Raises Conflict."""
         cls = type(entity)
         collection = cls.__collection__
         check_id(entity.id)
         before = await self._visible(cls, entity.id)
         _expect(cls, entity.id, before, expected)
-        entity = with_fields(entity)
-        document = cls.__codec__.encode(entity)
+        if exists and before is None:
+            raise Conflict(
+                f"{collection.name}/{entity.id}: found no document, expected one", found=0, expected="a document"
+            )
+        entity, document = _stored_form(entity)
         # One that is added is new, also where an expired one is still stored or this transaction has removed one.
         created_at = (_utc(entity.created_at) or self.context.now) if before is None else None
         expects = self._version_to_expect(collection, entity.id)
@@ -144,8 +147,7 @@ class Transaction:
         if before is None:
             raise _missing(cls, id)
         _expect(cls, id, before, expected)
-        entity = _merged(cls, before, fields)
-        document = cls.__codec__.encode(entity)
+        entity, document = _stored_form(_merged(cls, before, fields))
         changed = {name: document[name] for name in fields}
         operation = Patch(collection.name, id, changed, self._version_to_expect(collection, id))
         self._plan("update", collection, operation, before, document, entity, fixed=expected is not None)
@@ -214,6 +216,8 @@ class Transaction:
         *,
         fixed: bool,
     ) -> None:
+        if action == "create" and collection.tenant_scoped and self.context.tenant is not None:
+            check_tenant_name(self.context.tenant)
         key = (collection.name, operation.id)
         if key in self._added if action != "add" else self._pending.get(key) is not None:
             raise InvalidInput([Problem("field", "add and another change of one document cannot share a transaction")])
@@ -306,6 +310,14 @@ def with_fields(entity: E, **fields: Any) -> E:
     object.__setattr__(copy, "__pydantic_extra__", entity.__pydantic_extra__)
     object.__setattr__(copy, "__pydantic_private__", entity.__pydantic_private__)
     return copy
+
+
+def _stored_form(entity: E) -> tuple[E, Document]:
+    """An entity as a read will give it, and its document: what the store has no form for (a UUID or a tuple in a free
+    `dict`) is answered as what it became."""
+    codec = entity.__codec__
+    document = codec.encode(entity)
+    return cast(E, codec.decode({**_system_fields(entity), **document})), document
 
 
 def _system_fields(entity: Entity | None) -> Document:

@@ -63,6 +63,11 @@ class Verifier:
         self._clock = clock if clock is not None else MachineClock()
         self.cache = KeyCache(database, hasher, feed)
 
+    @property
+    def clock(self) -> Clock:
+        """The clock that keys expire by."""
+        return self._clock
+
     async def verify(
         self,
         text: str,

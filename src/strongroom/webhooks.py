@@ -17,7 +17,7 @@ from .alerts import DEFAULT_THRESHOLDS, MAX_THRESHOLD, MAX_THRESHOLDS, Crossing
 from .apikey import ALL_TENANTS, DEFAULT_TENANT, TenantName, parse
 from .changes import ChangeFeed
 from .clock import Clock
-from .context import MAX_TENANT_BYTES, Context, new_id, system_context, text_problem, utc_from_us
+from .context import MAX_TENANT_BYTES, Context, name_problem, new_id, system_context, utc_from_us
 from .database import Database, Page
 from .entity import Entity, Index, Secret
 from .errors import Denied, InvalidInput, NotFound, Problem, StoreError
@@ -149,7 +149,7 @@ class NewWebhook(WebhookFields):
     @field_validator("tenant")
     @classmethod
     def _tenant(cls, value: str) -> str:
-        if problem := text_problem(value, MAX_TENANT_BYTES):
+        if problem := name_problem(value, MAX_TENANT_BYTES):
             raise ValueError(problem)
         return value
 

@@ -142,7 +142,7 @@ class _Import:
         finally:
             self.committed = job.committed
         with output.progress("checking") as progress:
-            now_us = time.time_ns() // 1_000
+            now_us = room.clock.now_us()
             self.checksums = await job.check(self.source, self.plan, now_us, updated=self.update, progress=progress)
 
     @property
@@ -319,7 +319,7 @@ def export_keys(
 
     async def work(room: Strongroom) -> None:
         await room.feed.close()  # nobody here listens
-        now_us = time.time_ns() // 1_000
+        now_us = room.clock.now_us()
         with output.progress("reading") as progress:
             rows = export_rows(found, room.database, room.keys.hasher, shape, tenant, operator(), now_us, progress)
             with _new_file(file, force) as new:
@@ -346,7 +346,7 @@ def _export_records(file: Path, tenant: str | None, force: bool, store: str | No
     told = ExportedRecords()
 
     async def work(room: Strongroom) -> None:
-        now_us = time.time_ns() // 1_000
+        now_us = room.clock.now_us()
         lines = export_records(room.database, room.keys.hasher, tenant, operator(), told, now_us)
         with output.progress("reading") as progress, _new_file(file, force) as new:
             async for line in lines:

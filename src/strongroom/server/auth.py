@@ -10,6 +10,7 @@ from typing import Any
 
 from ..addresses import Network, client_address
 from ..apikey import ALL_TENANTS, MANAGEMENT
+from ..clock import Clock
 from ..context import Context
 from ..errors import Denied, Unauthenticated
 from ..keys import Keys
@@ -52,10 +53,11 @@ def is_management(permissions: Iterable[str], tenant: str) -> bool:
 class Caller:
     """An authenticated caller. `tenant` is the one it is bound to, or None for all of them."""
 
-    __slots__ = ("actor", "claims", "ends_us", "key", "scope", "tenant", "trusted_until")
+    __slots__ = ("_clock", "actor", "claims", "ends_us", "key", "scope", "tenant", "trusted_until")
 
-    def __init__(self, key: KnownKey, until_us: int | None) -> None:
+    def __init__(self, key: KnownKey, until_us: int | None, clock: Clock) -> None:
         self.key = key
+        self._clock = clock
         ends = [moment for moment in (key.expires_us, until_us) if moment is not None]
         self.ends_us = min(ends, default=None)
         self.scope = scope_of(key.permissions)
@@ -73,7 +75,7 @@ class Caller:
         return (
             not self.key.stale
             and time.monotonic() < self.trusted_until
-            and (self.ends_us is None or time.time_ns() // 1_000 < self.ends_us)
+            and (self.ends_us is None or self._clock.now_us() < self.ends_us)
         )
 
     def needs(self, scope: Scope) -> None:
@@ -136,7 +138,7 @@ class Authenticator:
         if len(callers) >= MAX_CALLERS:
             callers.clear()
         others.pop(header, None)
-        caller = callers[header] = Caller(key, self._keys.works_until_us(text))
+        caller = callers[header] = Caller(key, self._keys.works_until_us(text), self._keys.clock)
         return caller
 
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from ..context import Context, kind_of, new_id, repeated_name
 from ..entity import problems_of
-from ..errors import Conflict, InvalidInput, Problem
+from ..errors import Conflict, InvalidInput, NotFound, Problem
 from .auth import Caller
 from .errors import MalformedRequest, PreconditionFailed
 
@@ -198,12 +198,12 @@ class Preconditions:
             return self.versions[0]
         if self.none:
             return 0
-        if not self.any and not self.versions:
-            return None
+        if not self.versions:
+            return None  # whether there is one is decided where it is written: `any`
         found = await version()
-        if found is None or (self.versions and found not in self.versions):
+        if found is None or found not in self.versions:
             raise PreconditionFailed
-        return None if self.any else found
+        return found
 
     def __enter__(self) -> Preconditions:
         return self
@@ -212,6 +212,7 @@ class Preconditions:
         demanded = self.any or self.none or self.versions
         # A conflict over a reused idempotency key names no version.
         broken = isinstance(error, Conflict) and ("expected" in error.details or "operation" in error.details)
+        broken = broken or (self.any and isinstance(error, NotFound))
         if demanded and broken:
             raise PreconditionFailed from None
 

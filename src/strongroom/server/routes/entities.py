@@ -211,7 +211,9 @@ class _Collection:
             entity = self.parse(self.cls, await self.fields(request, id=id))
             with Preconditions(request) as preconditions:
                 expected = await preconditions.expected(self.version_of(request, tenant, id))
-                return await self.database.replace(context, entity, expected=expected, idempotency_key=key)
+                return await self.database.replace(
+                    context, entity, expected=expected, exists=preconditions.any, idempotency_key=key
+                )
 
         stored = await once(request, self.database, context, work, self.again(context))
         return self.answer(stored, 201 if stored.created_at == stored.updated_at else 200)

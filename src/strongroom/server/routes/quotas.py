@@ -187,7 +187,8 @@ def router(services: Services) -> APIRouter:
             new = await _new(request, *_subject(kind, tenant, name))
             with Preconditions(request) as preconditions:
                 expected = await preconditions.expected(lambda: version(request, kind, tenant, name))
-                return await quotas.put(new, context=context, expected=expected, idempotency_key=key)
+                exists = preconditions.any
+                return await quotas.put(new, context=context, expected=expected, exists=exists, idempotency_key=key)
 
         stored = await once(request, database, context, work, again(request))
         return _answer(stored, 201 if stored.created_at == stored.updated_at else 200)
