@@ -315,8 +315,9 @@ def test_everything_that_is_wrong_with_a_call_is_told_at_once(run: Run) -> None:
 def test_the_text_is_shown_once_with_a_notice(run: Run) -> None:
     ran = run("keys", "create", "--name", "worker")
     (text,) = re.findall(r"sr_SR1\w{49}", ran.out)
+    assert ran.out == f"{text}\n"  # a pipe gets nothing else
     assert "cannot be shown again" in ran.err
-    id = ran.out.split()[1]
+    (id,) = re.findall(r"^id +(key_\w+)$", ran.err, re.MULTILINE)
     for command in ("show", "stats", "disable", "enable"):
         assert text not in run("keys", command, id).out
     assert text not in run("keys", "list").out
@@ -520,6 +521,7 @@ def test_serve_runs_until_it_is_stopped_and_keeps_standard_output_clean(tmp_path
     assert server.returncode == 0, (lines, out)
     assert json.loads(out) == {"stopped": True}
     assert any("administrator" in line for line in lines)
+    assert f"(strongroom {__version__}, store sqlite:///{tmp_path}/store.db, limits durable)" in lines[-1]
 
 
 def test_serve_says_what_is_wrong_with_its_settings(run: Run) -> None:

@@ -83,6 +83,14 @@ def test_a_list_of_keys_is_readable_in_80_columns(run: Run, monkeypatch: pytest.
     assert terminal.getvalue().splitlines()[-1].split() == ["a", "b"]
 
 
+def test_a_terminal_shows_a_new_key_with_its_text_at_the_end(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert run("keys", "create", "--name", "worker").status == 0
+    first, *_, last = terminal.getvalue().splitlines()
+    assert (first.split()[0], last.split()[0]) == ("id", "key")
+
+
 def at_a_terminal(folder: Path, *arguments: str, until: bytes) -> tuple[int, bytes]:
     """Run a command at a terminal of its own, press Ctrl-C once it has printed `until`; its status, and all it said."""
     pid, terminal = pty.fork()

@@ -165,7 +165,7 @@ def test_a_line_that_is_no_object_is_refused_and_the_others_are_read(line: bytes
     [
         ([], "is empty"),
         ([b"\n", b" "], "is empty"),
-        ([b"a,b\n", b"1,2\n"], "is neither JSON Lines nor CSV with the columns name and hash"),
+        ([b"a,b\n", b"1,2\n"], "is neither JSON nor CSV with the columns name and hash"),
         ([b"name,hash,name\n"], "has two columns 'name'"),
         ([b"name,hash\n", b'"a,b\n'], "line 2: is not CSV"),
         ([b"name,hash\n", b"\xff,b\n"], "line 2: is not UTF-8"),
@@ -192,7 +192,7 @@ def test_a_file_that_is_none_of_records_is_one_sentence(lines: list[bytes], sent
         (b"{'name': 1}", False),
         (b"[]", False),
         (b"", False),
-        (b"a,b,c\n", False),
+        (b"a,b,c\n", True),  # what is no JSON can only be CSV, and is told there which columns are missing
     ],
 )
 def test_a_file_of_records_is_told_from_the_other_shapes(content: bytes, expected: bool) -> None:
@@ -649,7 +649,11 @@ async def _filled(room: Strongroom, made: list[dict[str, Any]], uses: list[int])
     """Keys of every kind: used, disabled, deleted, rotated with an overlap, imported. Gives their texts and ids."""
     texts = []
     for number, fields in enumerate(made):
+        fields, ends = dict(fields), fields.get("expires_at")
+        fields.pop("expires_at", None)  # a key is not born expired
         issued = await room.keys.create(tenant=f"tenant {number % 2}", **fields)
+        if ends is not None:
+            await room.keys.update(issued.key.id, expires_at=ends)
         texts.append((issued.text, issued.key.id))
         for use in uses:
             await room.keys.record(key_id=issued.key.id, cost={"requests": 1, "tokens": use, "cost": Decimal(use) / 8})

@@ -485,7 +485,8 @@ async def test_usage_is_recorded_once_for_one_idempotency_key(room: Strongroom, 
 
 
 async def test_recording_knows_disabled_and_expired_keys_and_no_others(room: Strongroom, store: FaultyStore) -> None:
-    issued = await room.keys.create(name="k", tenant="acme", expires_at=datetime.now(UTC) - timedelta(days=1))
+    issued = await room.keys.create(name="k", tenant="acme")
+    await room.keys.update(issued.key.id, expires_at=datetime.now(UTC) - timedelta(days=1))
     await room.keys.disable(issued.key.id)
     await room.keys.record(key=issued.text, cost={"tokens": 5})
     await room.keys.record(key_id=issued.key.id, cost={"tokens": 5}, context=ACME)

@@ -73,7 +73,8 @@ async def test_which_limit_is_meant(limits: list[Any], limit: int | None, ends: 
 
 async def test_an_expired_key_may_see_that_it_is_and_others_may_not() -> None:
     async with serving() as served:
-        expired = await served.make_key(expires_at="2020-01-01T00:00:00Z")
+        expired = await served.make_key()
+        await served.call("PATCH", f"/v1/keys/{expired['id']}", {"expires_at": "2020-01-01T00:00:00Z"})
         assert (await served.get("/stats", key=expired["key"])).json["is_expired"]
         disabled = await served.make_key()
         await served.post(f"/v1/keys/{disabled['id']}/disable")

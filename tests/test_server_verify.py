@@ -51,7 +51,8 @@ async def test_every_code_is_answered_200() -> None:
         requests = await served.make_key(limits=[{**TOKENS, "resource": "requests", "limit": 0}])
         disabled = await served.make_key()
         await served.post(f"/v1/keys/{disabled['id']}/disable")
-        expired = await served.make_key(expires_at="2020-01-01T00:00:00Z")
+        expired = await served.make_key()
+        await served.call("PATCH", f"/v1/keys/{expired['id']}", {"expires_at": "2020-01-01T00:00:00Z"})
         asked: list[tuple[str, dict[str, Any], str]] = [
             (key["key"], {"permission": "chat:read", "ip": "10.1.2.3"}, "VALID"),
             (key["key"], {"permission": "other", "ip": "10.1.2.3"}, "INSUFFICIENT_PERMISSIONS"),

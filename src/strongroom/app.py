@@ -37,6 +37,7 @@ from .query import MAX_LIMIT, MAX_PAGE_BYTES, Aggregate, Filter, Query
 from .quotas import Quota
 from .quotastore import Quotas
 from .reservations import StoredReservation
+from .retrylog import RetryLog
 from .rules import Policy, default_policy
 from .sending import Sender
 from .spendlog import folder_for
@@ -244,6 +245,7 @@ class Strongroom:
         self.database.calls.use(hasher)
 
     async def _reload_until_done(self) -> None:
+        told = RetryLog(_log, "the peppers cannot be read")
         while self._reload_again:
             self._reload_again = False
             whole, self._reload_whole = self._reload_whole, False
@@ -254,8 +256,9 @@ class Strongroom:
                     await self.webhooks.reload()
             except Exception as error:
                 # Whatever it is: without the peppers the keys that were made with them are not found.
-                foreseen = isinstance(error, StrongroomError)
-                _log.warning("the peppers cannot be read, trying again: %s", error, exc_info=not foreseen)
+                told.failed(error)
+                if not isinstance(error, StrongroomError):
+                    _log.exception("the peppers cannot be read, for a reason that nobody foresaw")
                 self._reload_again, self._reload_whole = True, whole or self._reload_whole
                 await asyncio.sleep(POLL_S)
 

@@ -15,6 +15,7 @@ from contextlib import suppress
 
 from .errors import Gone, StrongroomError
 from .query import MAX_PAGE_BYTES
+from .retrylog import RetryLog
 from .storage.port import ChangesPage, Record, Store, document_size
 
 POLL_S = 0.25
@@ -80,6 +81,7 @@ class ChangeFeed:
 
     async def _run(self) -> None:
         failures = 0
+        told = RetryLog(_log, "the journal cannot be read")
         while True:
             self._wake.clear()  # before reading: what is committed while the journal is read may not be in the page
             try:
@@ -89,7 +91,7 @@ class ChangeFeed:
                 self._cursor = None
                 continue
             except (StrongroomError, TimeoutError) as error:
-                _log.warning("the journal cannot be read, trying again: %s", str(error) or type(error).__name__)
+                told.failed(str(error) or type(error).__name__)
                 await asyncio.sleep(POLL_S)
                 continue
             except Exception:  # whatever it is, keys are revoked by what comes after it
@@ -98,6 +100,7 @@ class ChangeFeed:
                 failures = min(failures + 1, MAX_FAILURES)
                 continue
             failures = 0
+            told.succeeded()
             if not more:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(POLL_S):

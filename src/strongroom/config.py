@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from itertools import pairwise
 from typing import Annotated, Any, Literal
-from urllib.parse import parse_qsl, quote, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic.fields import FieldInfo
@@ -235,6 +235,28 @@ class Settings(BaseSettings):
             where = f"{self.db_host or 'localhost'}:{self.db_port or 5432}"
             named.append((parts[0].upper(), f"postgresql://{account}@{where}/{quote(self.db_name or 'strongroom')}"))
         return named
+
+
+def store_file(url: str) -> str | None:
+    """The whole path of the file that a store's URL names; None if it names a server, or nothing."""
+    scheme, separator, rest = url.partition(":///")
+    path = unquote(rest.partition("?")[0])
+    return os.path.realpath(path) if separator and scheme in ("sqlite", "json") and path else None
+
+
+def shown_url(url: str) -> str:
+    """A store's URL as it may be shown and kept: without a password, a file by its whole path."""
+    file = store_file(url)
+    if file is not None:
+        return f"{url.partition(':')[0]}:///{file}"
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return url.partition(":")[0] + ":…"
+    user, _, host = parts.netloc.rpartition("@")
+    account = f"{user.partition(':')[0]}@{host}" if user else host
+    query = urlencode([(name, value) for name, value in parse_qsl(parts.query) if "pass" not in name.lower()])
+    return urlunsplit((parts.scheme, account, parts.path, query, ""))
 
 
 def _with_option(url: str, name: str, value: str) -> str:

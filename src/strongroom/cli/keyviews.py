@@ -38,11 +38,10 @@ def print_issued(issued: IssuedKey, json: bool) -> None:
     if json:
         output.print_json({**key_view(issued.key), "key": issued.text or None})
         return
-    print_key(issued.key, json)
     if issued.text:
-        output.print_line(f"key       {issued.text}")
-        output.print_note(ONCE)
+        output.print_secret("key", issued.text, ONCE, lambda: print_key(issued.key, json))
     else:
+        print_key(issued.key, json)
         output.print_note(f"The new text is kept until it is claimed: strongroom keys claim {issued.key.id}")
 
 

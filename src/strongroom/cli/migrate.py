@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import urlsplit, urlunsplit
 
 import typer
 
@@ -94,17 +94,9 @@ def migrate(
 
 def shown(url: str) -> str:
     """A store's URL as it may be shown and kept: without a password, a file by its whole path."""
-    file = store_file(url)
-    if file is not None:
-        return f"{url.partition(':')[0]}:///{file}"
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        return url.partition(":")[0] + ":…"
-    user, _, host = parts.netloc.rpartition("@")
-    account = f"{user.partition(':')[0]}@{host}" if user else host
-    query = urlencode([(name, value) for name, value in parse_qsl(parts.query) if "pass" not in name.lower()])
-    return urlunsplit((parts.scheme, account, parts.path, query, ""))
+    from ..config import shown_url
+
+    return shown_url(url)
 
 
 def _check_call(source: str, target: str, modes: dict[str, bool]) -> None:

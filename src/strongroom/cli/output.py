@@ -8,7 +8,7 @@ import shutil
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from datetime import datetime
 from typing import Any, TextIO
 
@@ -66,6 +66,19 @@ def print_note(text: str) -> None:
 def shown(text: str) -> str:
     """A text without what would move a terminal's cursor or colour it: names come from anyone."""
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
+def print_secret(name: str, secret: str, once: str, print_rest: Callable[[], None]) -> None:
+    """A secret that is shown `once`, below the rest. A pipe gets the secret alone, for `KEY=$(strongroom …)`: the rest
+    is on standard error then."""
+    if _is_terminal(sys.stdout):
+        print_rest()
+        print_line(f"{name:<8}  {secret}")
+    else:
+        with redirect_stdout(sys.stderr):
+            print_rest()
+        print_line(secret)
+    print_note(once)
 
 
 def moment(value: datetime | None, absent: str = "never") -> str:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
 import typer
 
@@ -34,7 +34,6 @@ TenantOption = Annotated[str, typer.Option("--tenant", help="The tenant.")]
 
 T = TypeVar("T")
 Absent = Literal["refused", "made", "imagined"]
-_FILES = ("sqlite", "json")
 
 
 class Interrupted(StrongroomError):
@@ -88,9 +87,9 @@ def standing(store: str | None, url: str, absent: Absent) -> Iterator[str]:
 
 def store_file(url: str) -> str | None:
     """The path of the file that a store's URL names; None if it names a server, or nothing."""
-    scheme, separator, rest = url.partition(":///")
-    path = unquote(rest.partition("?")[0])
-    return os.path.realpath(path) if separator and scheme in _FILES and path else None
+    from ..config import store_file as file_of
+
+    return file_of(url)
 
 
 def registry(modules: Sequence[str]) -> Registry:

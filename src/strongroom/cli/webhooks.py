@@ -294,9 +294,7 @@ def _print_issued(made: IssuedWebhook, json: bool) -> None:
     if json:
         output.print_json({**webhook_view(made.webhook), "secret": made.secret})
         return
-    _print_webhook(made.webhook, json)
-    output.print_line(f"secret    {made.secret}")
-    output.print_note(ONCE)
+    output.print_secret("secret", made.secret, ONCE, lambda: _print_webhook(made.webhook, json))
 
 
 def _print_webhook(webhook: Webhook, json: bool) -> None:

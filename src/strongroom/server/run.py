@@ -24,8 +24,9 @@ from typing import Any, TypeVar
 
 import uvicorn
 
+from .. import __version__
 from ..app import Strongroom
-from ..config import Settings, load, served_entities, warnings
+from ..config import Settings, load, served_entities, shown_url, warnings
 from ..errors import ConfigError, StrongroomError, Unavailable
 from ..storage import store_for
 from . import adminkey, logs
@@ -246,6 +247,7 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._application = application
         self._parent = parent
+        self._settings = settings
 
     async def serve_late(self, late: Late, opening: Coroutine[Any, Any, Application], listener: socket.socket) -> None:
         """Serve, and go over to the application once it can be opened. Raises what stops that for good."""
@@ -281,7 +283,11 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         for listener in sockets or ():
-            _log.info("listening at %s", _address(listener), extra={"pid": os.getpid()})
+            _log.info(
+                "listening at %s (strongroom %s, store %s, limits %s)",
+                *(_address(listener), __version__, shown_url(self._settings.store_url), self._settings.limits),
+                extra={"pid": os.getpid()},
+            )
 
     async def on_tick(self, counter: int) -> bool:
         orphaned = self._parent is not None and os.getppid() != self._parent

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from ..errors import Unavailable
+from ..retrylog import RetryLog
 from .app import Application
 from .errors import Message, Send, send_problem
 from .verify import Receive
@@ -72,13 +73,17 @@ async def until_open(attempt: Callable[[], Awaitable[Application]]) -> Applicati
     """Try until it succeeds, with pauses that double up to MAX_PAUSE_S, and jitter, so that many nodes do not fall upon
     a database that has just come back. What is not for want of the database (a wrong password) is raised."""
     pause_s = FIRST_PAUSE_S
+    told = RetryLog(_log, "the store still cannot be reached")
     while True:
         await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))  # noqa: S311 - jitter, not a secret
         try:
-            return await attempt()
+            opened = await attempt()
         except Unavailable as error:
-            _log.warning("the store still cannot be reached: %s", error)
+            told.failed(error)
             pause_s = min(2 * pause_s, MAX_PAUSE_S)
+        else:
+            told.succeeded()
+            return opened
 
 
 __all__ = ["Late", "until_open"]
