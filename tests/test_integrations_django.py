@@ -18,7 +18,7 @@ from django.urls import path
 from strongroom import IssuedKey
 from strongroom.blocking import BlockingStrongroom
 from strongroom.errors import InvalidInput
-from strongroom.integrations.django import api_key, public, verification_of
+from strongroom.integrations.django import api_key, public, reserve, verification_of
 
 from .integrating import REQUESTS, bearer, fields
 from .integrating import check_refusal as check
@@ -49,6 +49,18 @@ async def later(request: HttpRequest, id: int) -> JsonResponse:
     return JsonResponse({"user": verification_of(request).user_id, "id": id})
 
 
+@api_key(cost={"requests": 1})
+def holding(request: HttpRequest) -> JsonResponse:
+    with reserve(request, cost={"tokens": 500}):
+        return JsonResponse({})
+
+
+@api_key(cost={"requests": 1})
+async def holding_later(request: HttpRequest) -> JsonResponse:
+    async with reserve(request, cost={"tokens": 500}):
+        return JsonResponse({})
+
+
 @public
 def free(request: HttpRequest) -> JsonResponse:
     with pytest.raises(LookupError):
@@ -64,6 +76,8 @@ class Urls:
         path("chat/<int:id>/", chat),
         path("later/<int:id>/", later),
         path("free/", free),
+        path("holding/", holding),
+        path("holding_later/", holding_later),
         path("healthz", any_key),
     )
 
@@ -118,6 +132,18 @@ async def test_a_decorated_view_is_called_with_a_good_key_alone(room: BlockingSt
         "requests": 2,
         **({"tokens": 14} if view == "chat" else {}),
     }  # charged by the decorator alone
+
+
+@pytest.mark.parametrize("view", ["holding", "holding_later"])
+async def test_a_reservation_that_is_refused_gives_back_what_the_request_was_charged(
+    room: BlockingStrongroom, get: Get, view: str
+) -> None:
+    tokens = {"resource": "tokens", "limit": 100, "window": {"kind": "total"}}
+    issued = await make(room, limits=[REQUESTS, tokens])
+    with using(room):
+        check_refusal(await get(f"/{view}/", bearer(issued.text)), 429, "usage_exceeded")
+    stats = await room.acall(lambda inner: inner.keys.stats(issued.key.id))
+    assert (stats.count, [int(limit.used) for limit in stats.limits]) == (0, [0, 0])
 
 
 async def test_every_view_needs_a_key_but_public_ones_and_exempt_paths(room: BlockingStrongroom, get: Get) -> None:

@@ -27,6 +27,7 @@ from strongroom.integrations.starlette import (
     refused,
     templates,
 )
+from strongroom.undoing import Charged
 
 from .integrating import JSON, REQUESTS, bearer, check_refusal, client, fields, lifespan, speak, websocket
 
@@ -45,13 +46,13 @@ def routes_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[Strongroom], list[st
 
     def watch(room: Strongroom) -> list[str | None]:
         asked: list[str | None] = []
-        verify = room.keys.verify
+        verify = room.keys.verify_charged
 
-        async def watching(text: str, **more: Any) -> Verification:
+        async def watching(text: str, **more: Any) -> Charged:
             asked.append(more.get("route"))
             return await verify(text, **more)
 
-        monkeypatch.setattr(room.keys, "verify", watching)
+        monkeypatch.setattr(room.keys, "verify_charged", watching)
         return asked
 
     return watch

@@ -68,6 +68,9 @@ def tally_once(account: Account, tally: Tally, cost: Cost, count: int, used_at_u
     while len(account.tallied) >= MAX_WRITERS:  # those that wrote longest ago
         del account.tallied[next(iter(account.tallied))]
     account.tallied[tally.writer] = tally.number
+    if count < 0 or any(units < 0 for units in cost.values()):  # more was taken back than was used meanwhile
+        _untally(account, {name: -units for name, units in cost.items() if units < 0}, max(0, -count))
+        cost, count = {name: units for name, units in cost.items() if units > 0}, max(0, count)
     account.tally(cost, count, used_at_us)
     return True
 
@@ -109,8 +112,16 @@ def take_back(account: Account, allowances: Sequence[Allowance], cost: Cost, mom
         units = cost.get(allowance.resource, 0)
         if units and allowance.resource != CONCURRENCY:
             account.counter(allowance).take_back(moment_us, now_us, units)
-    account.tally({name: -units for name, units in cost.items()}, -1, 0)
+    _untally(account, cost, 1)
     return True
+
+
+def _untally(account: Account, cost: Cost, count: int) -> None:
+    """Take uses and what they cost out of what is added up for ever."""
+    account.count = max(0, account.count - count)
+    for name, units in cost.items():
+        if name in account.totals:
+            account.totals[name] = max(0, account.totals[name] - units)
 
 
 def counting(

@@ -126,10 +126,11 @@ class RollingCounter:
 
     def take_back(self, moment_us: int, now_us: int, units: int) -> None:
         self.used(now_us)
-        # From that moment's bucket, and where it was counted later (a clock went back) from those after it: never from
-        # one before, whose use would then leave the window too late for others and too early for itself.
-        position = bisect_left(self._numbers, moment_us // self._bucket_us)
-        while units and position < len(self._numbers):
+        # From that moment's bucket, or the next one: it may have been counted a hair later than it was decided. Never
+        # from another, whose use would then leave the window too early.
+        number = moment_us // self._bucket_us
+        position = bisect_left(self._numbers, number)
+        while units and position < len(self._numbers) and self._numbers[position] <= number + 1:
             part = min(units, self._units[position])
             self._units[position] -= part
             self._sum -= part

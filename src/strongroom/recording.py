@@ -29,9 +29,10 @@ from .knownkey import KnownKey
 from .patience import Patience
 from .storage.port import Put
 from .transaction import is_expired
+from .undoing import Undoing
 from .usage import KeyChanged, Outcome
 from .verification import Verification, admitted, cost_units
-from .verifier import Verifier, may_see
+from .verifier import may_see
 from .windows import Amount
 
 MAX_AHEAD_US = 60_000_000
@@ -64,7 +65,7 @@ class Sum:
     at_us: int | None = None
 
 
-class Recorder(Verifier):
+class Recorder(Undoing):
     """Verifies keys, and records what they were used for."""
 
     async def record(

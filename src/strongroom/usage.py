@@ -48,7 +48,7 @@ from .charges import (
 )
 from .clock import Clock, MachineClock
 from .context import new_id, utc_from_us
-from .corrections import Backdate, Begin, Tally, tally_once
+from .corrections import Backdate, Begin, TakeBack, Tally, tally_once
 from .database import Database
 from .entity import Document
 from .errors import AlreadyExists, Conflict, NotFound, StrongroomError, TooManyRequests, Unavailable
@@ -273,6 +273,15 @@ class Ledger:
         own = Metered(part.id, Check(part.guard.collection, part.guard.id, 0), part.allowances, (), part.tenant)
         future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self.submit(Charge(own, {}, True, None, future, special=Begin(limits)))
+        await future
+
+    async def take_back(
+        self, metered: Metered, cost: Cost, moment_us: int, model: str | None, route: str | None
+    ) -> None:
+        """Take back what was charged at a moment. Raises KeyChanged, TooManyRequests, Unavailable."""
+        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        charge = Charge(metered, cost, True, None, future, model=model, route=route, special=TakeBack(moment_us))
+        self.submit(charge)
         await future
 
     async def settled(self) -> None:

@@ -22,6 +22,7 @@ import msgspec
 from ..addresses import Network
 from ..app import Strongroom
 from ..errors import InvalidInput, Problem, StrongroomError
+from ..undoing import Charged
 from ..verification import LimitStatus, Verification, cost_units
 from ..windows import MONEY, Amount
 
@@ -73,15 +74,15 @@ class Presented:
         return Presented.of(self.text, self.header, **{**self.asked, **more})
 
 
-async def verified(room: Strongroom, presented: Presented) -> Verification:
-    """The verification of a key that may be used. Raises KeyRefused."""
+async def verified(room: Strongroom, presented: Presented) -> Charged:
+    """The verification of a key that may be used; `returned` takes it back. Raises KeyRefused."""
     try:
-        answer = await room.keys.verify(presented.text, **presented.asked)
+        charged = await room.keys.verify_charged(presented.text, **presented.asked)
     except StrongroomError as error:
         raise KeyRefused(refusal_of_error(error)) from error
-    if not answer.valid:
-        raise KeyRefused(refusal_of(answer, presented.header))
-    return answer
+    if not charged.answer.valid:
+        raise KeyRefused(refusal_of(charged.answer, presented.header))
+    return charged
 
 
 # --- Answers that refuse ----------------------------------------------------------------------------------------

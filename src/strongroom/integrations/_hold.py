@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from decimal import Decimal
 from types import TracebackType
 from typing import Any, Self
@@ -13,6 +13,7 @@ from typing import Any, Self
 from ..app import Strongroom
 from ..errors import Conflict, NotFound, StrongroomError, Unavailable
 from ..reserving import amounts as amounts_of
+from ..undoing import Charged
 from ..verification import Reservation, cost_units
 from ..windows import Amount
 from ._core import Cost, KeyRefused, Presented, refusal_of, refusal_of_error
@@ -51,7 +52,8 @@ class Hold:
         self._ttl_s = ttl_s
         # In units, whole numbers: three times 0.1 of a currency are exactly 0.3.
         self._reserved = cost_units(presented.asked.get("cost") or {}, reserving=True)
-        self._used = cost_units(fixed or {})
+        self._fixed = cost_units(fixed or {})
+        self._used = dict(self._fixed)
         self._reported: dict[str, int] = {}
         """What the reservation was told to be used, and so is charged already."""
         self._opened = opened
@@ -74,6 +76,12 @@ class Hold:
         """Count what was used, on top of what was before; more than was reserved is charged as well. A float is what it
         is written as. Raises InvalidInput for what could not be charged in the end; then nothing is counted."""
         self._used = _added(self._used, cost_units(amounts))
+
+    def forgive(self) -> None:
+        """The request is refused: what it was to cost in any case is not charged, unless it was reported already."""
+        for name, units in self._fixed.items():
+            self._used[name] = max(self._used[name] - units, self._reported.get(name, 0))
+        self._fixed = {}
 
     async def extend(self, **more: float | Decimal) -> Reservation:
         """Reserve more: `await hold.extend(tokens=500)`. Raises KeyRefused if the limits do not allow it; what is held
@@ -185,6 +193,29 @@ def _added(units: dict[str, int], more: dict[str, int]) -> dict[str, int]:
     total = {**units, **{name: units.get(name, 0) + amount for name, amount in more.items()}}
     cost_units(amounts_of(total), reserving=True)
     return total
+
+
+async def returned(room: Strongroom, charges: list[Charged]) -> None:
+    """Take back what a request was charged that is refused after all: once, whoever calls this for it. It goes on
+    meanwhile if the store cannot be reached."""
+    taken, charges[:] = list(charges), []
+    if not taken:
+        return
+    task = asyncio.create_task(_return(room, taken))
+    _settling.add(task)
+    task.add_done_callback(_settling.discard)
+    await asyncio.wait([task], timeout=SETTLE_WAIT_S)
+
+
+async def _return(room: Strongroom, charges: Iterable[Charged]) -> None:
+    for charged in charges:
+        try:
+            await room.keys.undo(charged)
+        except StrongroomError as error:  # not tried again: it may be taken back already, and would be twice
+            _log.error(
+                "a refused request may be charged all the same",
+                extra={"key": charged.answer.key_id, "units": str(dict(charged.units)), "error": error.code},
+            )
 
 
 def reserving(presented: Presented, cost: Cost, permission: str | None, model: str | None, *, first: bool) -> Presented:

@@ -10,10 +10,11 @@ from ..addresses import client_address
 from ..app import Strongroom
 from ..blocking import BlockingStrongroom
 from ..errors import ConfigError
-from ..verification import Reservation, Verification
+from ..undoing import Charged
+from ..verification import Reservation
 from ..windows import Amount
 from ._core import LEASED, Cost, Presented, checked_header, credential, networks, verified
-from ._hold import TTL_S, Hold, reserving
+from ._hold import TTL_S, Hold, reserving, returned
 
 
 class BlockingHold:
@@ -136,13 +137,18 @@ class Desk:
         ip = client_address(environ.get("REMOTE_ADDR") or None, hops, self._trusted)
         return Presented.of(text, self.header, route=route, ip=ip, **asked)
 
-    def verify(self, presented: Presented) -> Verification:
+    def verify(self, presented: Presented) -> Charged:
         """Raises KeyRefused."""
         return self.room.call(lambda room: verified(room, presented))
 
-    async def averify(self, presented: Presented) -> Verification:
+    async def averify(self, presented: Presented) -> Charged:
         """`verify` for an event loop."""
         return await self.room.acall(lambda room: verified(room, presented))
+
+    def give_back(self, charges: list[Charged]) -> None:
+        """The request is refused after all: take back what it was charged."""
+        if charges:
+            self.room.call(lambda room: returned(room, charges))
 
     def hold(
         self,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..addresses import Network, client_address
 from ..app import Strongroom
 from ..errors import ConfigError, StrongroomError
+from ..undoing import Charged
 from ..verification import ONE_REQUEST, Verification
 from ._core import (
     AUTHORIZATION,
@@ -28,7 +29,7 @@ from ._core import (
     rate_limit_headers,
     verified,
 )
-from ._hold import TTL_S, Hold, reserving, settled
+from ._hold import TTL_S, Hold, reserving, returned, settled
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -60,6 +61,8 @@ class Guarded:
     presented: Presented
     holds: list[Hold] = field(default_factory=list)
     """Reservations made for this request, settled at its end if they are not before."""
+    charges: list[Charged] = field(default_factory=list)
+    """What it was charged already: taken back if it is refused all the same."""
 
 
 class Door:
@@ -189,6 +192,7 @@ class RoomMiddleware:
         except KeyRefused as refused:
             if started:
                 raise
+            await give_back(scope)
             await refuse(scope, None if connected else receive, send, refused.refusal)
         finally:
             guarded = scope.get(_GUARDED)
@@ -280,7 +284,9 @@ class StrongroomMiddleware(RoomMiddleware):
                 guarded.holds.append(hold)
                 answer = hold.verification
             else:
-                answer = await verified(room, guarded.presented)
+                charged = await verified(room, guarded.presented)
+                guarded.charges.append(charged)
+                answer = charged.answer
         except KeyRefused as refused:
             await refuse(scope, receive, send, refused.refusal)
         else:
@@ -357,10 +363,21 @@ def remember(scope: Scope, guarded: Guarded, answer: Verification) -> None:
     before = scope.get(_GUARDED)
     if before is not None:  # verified by a middleware, and once more by a dependency
         guarded.holds.extend(before.holds)
+        before.charges.extend(guarded.charges)  # one list, whichever of them takes the charges back
+        guarded = replace(guarded, charges=before.charges)
     scope[KEY] = answer
     scope[_GUARDED] = guarded
     # A state of its own: not every server copies the lifespan's for each request.
     scope["state"] = {**scope.get("state", {}), STATE: guarded.room, STATE_KEY: answer}
+
+
+async def give_back(scope: Mapping[str, Any]) -> None:
+    """The request is refused after all: it is charged nothing, but for what its reservations were told to be used."""
+    guarded = scope.get(_GUARDED)
+    if isinstance(guarded, Guarded):
+        for hold in guarded.holds:
+            hold.forgive()
+        await returned(guarded.room, guarded.charges)
 
 
 async def refuse(scope: Scope, receive: Receive | None, send: Send, refusal: Refusal) -> None:

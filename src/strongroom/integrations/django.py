@@ -24,6 +24,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.http import HttpResponse
 
 from ..blocking import BlockingStrongroom
+from ..undoing import Charged
 from ..verification import Verification
 from ._core import (
     AUTHORIZATION,
@@ -82,6 +83,7 @@ class _Guard:
         self.presented: Presented | None = None
         self.answer: Verification | None = None
         self.holds: list[BlockingHold] = []
+        self.charges: list[Charged] = []
 
     def verify(self, request: Request, asks: _Asks) -> None:
         presented = self._present(request, asks)
@@ -94,9 +96,10 @@ class _Guard:
     def _present(self, request: Request, asks: _Asks) -> Presented:
         return self.desk.presented(request.META, _route(request), **asks.of(request))
 
-    def let_in(self, request: Request, presented: Presented, answer: Verification) -> None:
-        self.presented, self.answer = presented, answer
-        request.strongroom_key = answer
+    def let_in(self, request: Request, presented: Presented, charged: Charged) -> None:
+        self.presented, self.answer = presented, charged.answer
+        self.charges.append(charged)
+        request.strongroom_key = charged.answer
 
     def close(self) -> None:
         for hold in self.holds:
@@ -191,8 +194,12 @@ class StrongroomMiddleware:
         return None
 
     def process_exception(self, request: Request, error: Exception) -> Answer:
-        """A refusal by a view's own decorator or reservation is answered."""
-        return _answer(error) if isinstance(error, KeyRefused) else None
+        """A refusal by a view's own decorator or reservation is answered; the request is charged nothing then."""
+        if not isinstance(error, KeyRefused):
+            return None
+        guard = _guard_of(request)
+        guard.desk.give_back(guard.charges)
+        return _answer(error)
 
     def _concerns(self, request: Request, view: Any) -> bool:
         return self._everywhere and not hasattr(view, _MARK) and request.path not in self._exempt

@@ -128,9 +128,9 @@ class ApiKeyAuth(SecurityBase):
             model=self._model(connection),
             route=route_of(scope),
         )
-        answer = await verified(room, presented)
-        remember(scope, Guarded(room, presented), answer)
-        return answer
+        charged = await verified(room, presented)
+        remember(scope, Guarded(room, presented, charges=[charged]), charged.answer)
+        return charged.answer
 
 
 __all__ = [

@@ -37,6 +37,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 _MARK = "__strongroom_required__"
 _ANSWER, _PRESENTED, _HOLDS = "strongroom_key", "strongroom_presented", "strongroom_holds"
+_CHARGES = "strongroom_charges"
 
 
 class ApiKeys:
@@ -80,7 +81,7 @@ class ApiKeys:
     def init_app(self, app: Flask) -> None:
         """Answer refusals, and put the RateLimit headers on answers."""
         app.extensions["strongroom"] = self
-        app.register_error_handler(KeyRefused, _refused)
+        app.register_error_handler(KeyRefused, self._refused)
         app.after_request(self._finish)
 
     def required(
@@ -169,11 +170,17 @@ class ApiKeys:
             presented = self._desk.presented(
                 request.environ, _route(), permission=permission_of(None), cost=cost_of(None), model=model_of(None)
             )
-            answer = self._desk.verify(presented)
+            charged = self._desk.verify(presented)
             setattr(g, _PRESENTED, presented)
-            setattr(g, _ANSWER, answer)
+            setattr(g, _ANSWER, charged.answer)
+            setattr(g, _CHARGES, [*g.get(_CHARGES, ()), charged])
 
         return verify
+
+    def _refused(self, error: KeyRefused) -> Response:
+        self._desk.give_back(g.get(_CHARGES, []))
+        refusal = error.refusal
+        return Response(refusal.body, refusal.status, list(refusal.headers))
 
     def _finish(self, response: Response) -> Response:
         holds: list[BlockingHold] = g.get(_HOLDS, [])
@@ -200,11 +207,6 @@ def _called(value: T | Callable[[], T | None] | None) -> Callable[[Any], T | Non
 def _route() -> str:
     """`GET /items/<int:id>` where Flask has found the rule, else the method and the path."""
     return f"{request.method} {request.url_rule.rule if request.url_rule is not None else request.path}"
-
-
-def _refused(error: KeyRefused) -> Response:
-    refusal = error.refusal
-    return Response(refusal.body, refusal.status, list(refusal.headers))
 
 
 __all__ = ["ApiKeys", "BlockingHold", "KeyRefused", "Verification"]

@@ -22,7 +22,7 @@ from starlette.routing import BaseRoute, Match, Mount
 
 from ..verification import Verification
 from ._core import KeyRefused
-from .asgi import KEY, Hold, Scope, StrongroomMiddleware, reserve, route_of, verification_of
+from .asgi import KEY, Hold, Scope, StrongroomMiddleware, give_back, reserve, route_of, verification_of
 
 
 class ApiKeyUser(BaseUser):
@@ -98,6 +98,7 @@ async def refused(request: HTTPConnection, error: Exception) -> Response:
     `Starlette(exception_handlers={KeyRefused: refused})`."""
     if not isinstance(error, KeyRefused):
         raise error
+    await give_back(request.scope)
     refusal = error.refusal
     return Response(refusal.body, refusal.status, dict(refusal.headers))
 
