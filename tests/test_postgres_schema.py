@@ -12,16 +12,17 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import quote, urlsplit
 
 import asyncpg
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import Field
 
 from strongroom.app import SYSTEM_ENTITIES
-from strongroom.entity import Collection, FieldSpec, FieldType, Index
+from strongroom.entity import Collection, Entity, FieldSpec, FieldType, Index, Secret
 from strongroom.errors import ConfigError, Denied, Gone, SchemaError, StoreError, Unavailable
 from strongroom.storage import _postgres_partitions as partitions
 from strongroom.storage import _postgres_schema as schema_module
@@ -248,6 +249,43 @@ async def test_versions_go_on_growing_when_the_store_is_made_anew(connection: as
     assert abs(first - datetime.now(UTC).timestamp() * 1e6) < 600e6
     await connection.execute(f"DROP SCHEMA {place.schema} CASCADE")
     assert await version() > first
+
+
+async def test_every_table_and_column_says_what_it_is(connection: asyncpg.Connection, place: Place) -> None:
+    class Told(Entity, collection="told", ttl="until"):
+        """What the owner's people read.
+
+        Not this.
+        """
+
+        tenant: str = Field(default="", description="It's theirs.")
+        until: datetime | None = None
+        token: Annotated[str, Secret()] = ""
+
+    collections = [*(entity.__collection__ for entity in SYSTEM_ENTITIES), Told.__collection__]
+    await prepare(connection, place.settings, collections)
+    tables = await connection.fetch(
+        "SELECT relname::text AS name, obj_description(oid, 'pg_class') AS text FROM pg_class "
+        "WHERE relnamespace = $1::text::regnamespace AND relkind IN ('r', 'p') AND NOT relispartition",
+        place.schema,
+    )
+    assert [row["name"] for row in tables if not row["text"]] == []
+    assert {row["name"]: row["text"] for row in tables}["told"].startswith("What the owner's people read. One tenant")
+    columns = await connection.fetch(
+        "SELECT relname::text AS table, attname::text AS name, col_description(attrelid, attnum) AS text "
+        "FROM pg_attribute JOIN pg_class ON pg_class.oid = attrelid WHERE attnum > 0 AND NOT attisdropped "
+        "AND relnamespace = $1::text::regnamespace AND relkind IN ('r', 'p') AND NOT relispartition",
+        place.schema,
+    )
+    texts = {(row["table"], row["name"]): row["text"] for row in columns}
+    own = {"tenant_id", "tenant", "id", "version", "created_at", "updated_at"}
+    silent = [key for key, text in texts.items() if not text and (key[1] in own or key[0].startswith("strongroom_"))]
+    assert silent == []
+    assert texts["told", "tenant"] == "It's theirs."
+    assert "Secret" in texts["told", "token"]
+    assert "the document is gone" in texts["told", "until"]
+    assert "tenant_id" in texts["api_keys", "tenant"], "one thing under two names says so"
+    assert await prepare(connection, place.settings, collections, mode="plan") == (), "comments are no difference"
 
 
 async def test_the_head_of_the_journal_stays_one_row(connection: asyncpg.Connection, place: Place) -> None:

@@ -11,9 +11,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import msgspec
 
+from .calendars import calendar_span
 from .context import us_from_utc, utc_from_us
 from .entity import Document, Entity, Index
 from .reserved import Place, Reserved, name_of
@@ -34,6 +36,9 @@ MAX_AHEAD_US = 86_400_000_000
 """An account whose time is ahead of the store's clock by more than this follows the clock, see `Account.moment`."""
 CREDIBLE_FROM_US = 1_767_225_600_000_000
 """2026-01-01: a clock that says an earlier time was not set yet, and sets back nothing."""
+MONTHS_KEPT = 2
+"""Months, by the calendar in UTC, whose totals an account keeps."""
+_UTC = ZoneInfo("UTC")
 CONCURRENCY = "concurrency"
 """The resource of which nothing is recorded: it counts the reservations that are open now."""
 IMPLIED = frozenset(("requests", CONCURRENCY))
@@ -44,13 +49,13 @@ Cost = Mapping[str, int]
 class KeyUsage(Entity, collection=NAME, scope="global", journalled=False, indexes=[Index("active_at")]):
     """What one subject has used; the id is the key's, or the quota's.
 
-    `state` is JSON: {"totals": {resource: units}, "counters": {limit id: what its counter dumped}, "at": when the last
-    charge was decided, "reserved": what reservations hold (`Reserved.dump`), "holds": what those that the first release
-    made do ({reservation id: [its end, {limit id: units}]}), "leases": {lease id: [its end, uses
-    recorded, {limit id: [units, units recorded, when it counts no longer]}]}, "told": {limit id: which thresholds were
-    told of (`alerts.untold`)}, "tallied": {writer: the number of its last tally}, "due": crossings that the next commit
-    is to tell of}. Times are microseconds. `active_at` is "at" too, rounded down to ACTIVE_US: for finding what has
-    changed.
+    `state` is JSON: {"totals": {resource: units}, "months": {"2026-11": {resource: units}}, "counters": {limit id:
+    what its counter dumped}, "at": when the last charge was decided, "reserved": what reservations hold
+    (`Reserved.dump`), "holds": what those that the first release made do ({reservation id: [its end, {limit id:
+    units}]}), "leases": {lease id: [its end, uses recorded, {limit id: [units, units recorded, when it counts no
+    longer]}]}, "told": {limit id: which thresholds were told of (`alerts.untold`)}, "tallied": {writer: the number of
+    its last tally}, "due": crossings that the next commit is to tell of}. Times are microseconds. `active_at` is "at"
+    too, rounded down to ACTIVE_US: for finding what has changed.
     """
 
     count: int = 0
@@ -193,6 +198,8 @@ class Account:
     """
 
     __slots__ = (
+        "_month",
+        "_month_us",
         "at_us",
         "count",
         "counters",
@@ -200,6 +207,7 @@ class Account:
         "kept",
         "last_used_us",
         "leases",
+        "months",
         "patience",
         "read_at",
         "reserved",
@@ -226,6 +234,10 @@ class Account:
         self.count: int = 0
         self.last_used_us: int | None = None
         self.totals: dict[str, int] = {}
+        self.months: dict[str, dict[str, int]] = {}
+        """Totals of the latest MONTHS_KEPT months in which anything was used, by the calendar in UTC."""
+        self._month: dict[str, int] = {}
+        self._month_us = (0, 0)
         self.counters: dict[str, Counter] = {}
         self.unknown: dict[str, Any] = {}  # states of limits nobody asked for yet, or that a key no longer has
         self.reserved: Reserved | None = None
@@ -250,6 +262,7 @@ class Account:
             self.last_used_us = None if last is None else us_from_utc(last)
             self.at_us = state.get("at", 0)
             self.totals = state.get("totals", {})
+            self.months = state.get("months", {})
             self.unknown = state.get("counters", {})
             if "reserved" in state or "holds" in state:
                 self.reserved = Reserved(state.get("reserved"), state.get("holds"))
@@ -337,13 +350,25 @@ class Account:
         """What is counted whether or not there are limits: uses, lifetime totals, the time of the last use."""
         self.count += count
         totals = self.totals
+        begin_us, end_us = self._month_us
+        month = self._month if begin_us <= now_us < end_us else self._turned(now_us)
         for resource, units in cost.items():
             before = totals.get(resource)
             if before is None and len(totals) >= MAX_TOTALS:
                 resource, before = OTHER_RESOURCES, totals.get(OTHER_RESOURCES)
             totals[resource] = min((before or 0) + units, SATURATED)
+            month[resource] = min(month.get(resource, 0) + units, SATURATED)
         if self.last_used_us is None or now_us > self.last_used_us:
             self.last_used_us = now_us
+
+    def _turned(self, now_us: int) -> dict[str, int]:
+        """The totals of the month of this moment, which are counted in from now on."""
+        self._month_us = calendar_span("month", _UTC, now_us)
+        name = f"{utc_from_us(self._month_us[0]):%Y-%m}"
+        month = self._month = self.months.setdefault(name, {})
+        for oldest in sorted(self.months)[:-MONTHS_KEPT]:
+            del self.months[oldest]
+        return month
 
     def statuses(self, allowances: Iterable[Allowance], now_us: int) -> tuple[Status, ...]:
         """Where each limit stands."""
@@ -426,6 +451,8 @@ class Account:
             kept = list(self.unknown)[-MAX_IDLE_COUNTERS:]  # those of the latest limits that the key no longer has
             counters = {**{id: self.unknown[id] for id in kept}, **counters}
         state: dict[str, Any] = {"totals": self.totals, "counters": counters, "at": self.at_us}
+        if self.months:
+            state["months"] = self.months
         if self.reserved is not None:
             if rows := self.reserved.dump():
                 state["reserved"] = rows

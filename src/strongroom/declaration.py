@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import enum
 import functools
+import inspect
 import re
 import types
 import uuid
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -61,6 +62,8 @@ class FieldSpec:
     counter: bool = False
     has_default: bool = False
     default: Any = None
+    doc: str = field(default="", compare=False)
+    """What the field is, for whoever looks at the store itself."""
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -101,6 +104,8 @@ class Collection:
     cached: Cached | None = None
     placed_by: str | None = None
     """The field by whose value, instead of the id, a document is named where documents have names (Firestore)."""
+    doc: str = field(default="", compare=False)
+    """What its documents are: the beginning of the entity's docstring."""
 
     @functools.cached_property  # asked for with each journal record
     def secrets(self) -> frozenset[str]:
@@ -225,7 +230,13 @@ def declare(
     if wrong:
         raise SchemaError(f"{cls.__name__}: " + "; ".join(wrong))
     frozen = types.MappingProxyType(fields)
-    return Collection(name, scope == "tenant", frozen, all_indexes, ttl, journalled, cache, placed_by)
+    return Collection(name, scope == "tenant", frozen, all_indexes, ttl, journalled, cache, placed_by, _doc(cls))
+
+
+def _doc(cls: type) -> str:
+    """The first paragraph of a class's own docstring, on one line."""
+    paragraph, _, _ = inspect.cleandoc(vars(cls).get("__doc__") or "").partition("\n\n")
+    return " ".join(paragraph.split())
 
 
 def unwrapped(annotation: Any) -> tuple[Any, bool, tuple[Any, ...]]:
@@ -277,7 +288,7 @@ def _field_spec(name: str, info: FieldInfo) -> FieldSpec:
         value = info.get_default(call_default_factory=True)
         if value is not PydanticUndefined:
             has_default, default = True, encoder_for(inner)(value, name) if value is not None else None
-    return FieldSpec(name, kind, optional, is_secret, is_counter, has_default, default)
+    return FieldSpec(name, kind, optional, is_secret, is_counter, has_default, default, info.description or "")
 
 
 _SCALARS: dict[Any, FieldType] = {

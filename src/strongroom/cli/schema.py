@@ -155,6 +155,30 @@ def roles(
 
 
 @app.command()
+def views(
+    store: StoreOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Print the SQL that makes the views over usage, for the tables' owner to run (the store is not opened).
+
+    \b
+    Example:
+      strongroom schema views | sqlite3 data/strongroom.db
+    """
+    from ..config import load
+    from ..storage import store_for
+    from ..usageview import views_sql
+
+    named = store_for(load(store=store).store_url)
+    schema: str = getattr(getattr(named, "settings", None), "schema", "")
+    sql = views_sql(named.capabilities.name, schema)
+    if json:
+        output.print_json({"sql": sql})
+    else:
+        sys.stdout.write(sql)
+
+
+@app.command()
 def advise(
     entities: EntitiesOption = None,
     store: StoreOption = None,

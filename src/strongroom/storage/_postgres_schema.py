@@ -175,6 +175,8 @@ async def _apply(
     schema = settings.schema
     if state.outdated is not None:
         await online.upgrade(connection, schema)
+        for difference in plan.differences.values():
+            await online.comment(connection, schema, difference.collection)
     replaced = {name for name, difference in plan.differences.items() if difference.rescoped}
     changed = {change.collection for change in plan.changes} & plan.differences.keys()
     used = [d for name, d in plan.differences.items() if name in changed and name not in replaced]

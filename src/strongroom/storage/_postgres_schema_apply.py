@@ -27,6 +27,7 @@ from ._postgres_schema_tables import (
     DIALECT,
     add_column,
     comment_on_index,
+    comments_on,
     create_collection,
     create_index,
     declaration,
@@ -118,7 +119,13 @@ async def finish(connection: asyncpg.Connection, schema: str, collection: Collec
     """Say that a collection's table fits its declaration."""
     for name, index in physical_indexes(collection).items():  # an apply that was killed may not have come to these
         await connection.execute(comment_on_index(schema, name, collection, index))
+    await comment(connection, schema, collection)
     await remember(connection, schema, collection.name, declaration(collection), finished=True)
+
+
+async def comment(connection: asyncpg.Connection, schema: str, collection: Collection) -> None:
+    """Say in the database what the collection is."""
+    await connection.execute(";\n".join(comments_on(schema, collection)))
 
 
 def _clauses(difference: Difference) -> list[str]:

@@ -92,6 +92,7 @@ def create_collection(schema: str, collection: Collection) -> str:
         statements += secure(schema, collection.name)
     for index in sorted(table.indexes, key=lambda item: str(item.name)):
         statements.append(_ddl(CreateIndex(index)))
+    statements += comments_on(schema, collection)
     statements += [
         comment_on_index(schema, name, collection, index) for name, index in physical_indexes(collection).items()
     ]
@@ -101,6 +102,36 @@ def create_collection(schema: str, collection: Collection) -> str:
 def comment_text(text: str) -> str:
     """A comment as an SQL literal."""
     return "'" + text.replace("'", "''") + "'"
+
+
+_SYSTEM_COMMENTS = {
+    "tenant_id": "The tenant whose document it is; row-level security compares it with app.current_tenant.",
+    "id": "The document's id.",
+    "version": "Greater with each change of the document; the ETag of the HTTP API.",
+    "created_at": "When the document was made.",
+    "updated_at": "When the document was last changed.",
+}
+_TENANT_COMMENT = "The tenant it concerns: what tenant_id is in the tables that are kept by tenant."
+
+
+def comments_on(schema: str, collection: Collection) -> list[str]:
+    """The statements that say in the database what the collection's table and columns are."""
+    table = f"{quoted(schema)}.{quoted(collection.name)}"
+    kept = "One tenant's rows at a time." if collection.tenant_scoped else "Of all tenants, or of none."
+    found = [f"COMMENT ON TABLE {table} IS {comment_text(f'{collection.doc} {kept}'.strip())}"]
+    texts = {name: text for name, text in _SYSTEM_COMMENTS.items() if collection.tenant_scoped or name != "tenant_id"}
+    for spec in collection.fields.values():
+        parts = [spec.doc]
+        if spec.name == "tenant" and not spec.doc and not collection.tenant_scoped:
+            parts.append(_TENANT_COMMENT)
+        if spec.secret:
+            parts.append("Secret: never in the journal or a log.")
+        if spec.name == collection.ttl:
+            parts.append("From then on the document is gone, and is removed some time later.")
+        if text := " ".join(filter(None, parts)):
+            texts[spec.name] = text
+    found += [f"COMMENT ON COLUMN {table}.{quoted(name)} IS {comment_text(text)}" for name, text in texts.items()]
+    return found
 
 
 def comment_on_index(schema: str, name: str, collection: Collection, index: Index) -> str:
