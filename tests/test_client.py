@@ -270,6 +270,19 @@ async def test_a_leaked_key_is_dealt_with_as_its_tenant_wants(client: Any, tenan
     assert issued.text not in repr(found) + repr(leaks)
 
 
+async def test_the_audit_trail_tells_what_was_changed(client: Any, tenant: str) -> None:
+    issued = await client.keys.create("k", tenant=tenant)
+    await client.keys.disable(issued.key.id)
+    records = await all_of(client.audit.list(tenant=tenant, entity_id=issued.key.id, page_size=1))
+    assert [(one.tenant, one.action, one.index) for one in records] == [
+        (tenant, "create", None),
+        (tenant, "update", None),
+    ]
+    assert records[1].after["enabled"] is False
+    since = records[1].at
+    assert [one.action for one in await all_of(client.audit.list(tenant=tenant, since=since))] == ["update"]
+
+
 async def test_a_webhook_lives_its_whole_life(client: Any, tenant: str) -> None:
     async with scripted(Told(500, {}), Told(200, {})) as receiver:
         made = await client.webhooks.create(

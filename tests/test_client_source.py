@@ -151,6 +151,7 @@ SHAPES: dict[str, type[msgspec.Struct]] = {
     "WebhookOut": models.Webhook,
     "DeliveryOut": models.Delivery,
     "LeakOut": models.Leak,
+    "AuditRecordOut": models.AuditRecord,
     "LabelOut": models.LeakLabel,
     "PolicyOut": models.LeakPolicy,
     "VerifyIn": models.Ask,

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 from urllib.parse import urlsplit
 
 from .advice import QueryShape
+from .audit import Audit
 from .cache import Cache
 from .changes import POLL_S, ChangeFeed
 from .clock import MachineClock, StoreClock, clock_of
@@ -107,6 +108,7 @@ class Strongroom:
         self.keys = keys
         self.leaks = Leaks(database, keys, clock)
         self.quotas = Quotas(database, ledger, clock)
+        self.audit = Audit(store, database)
         self.feed = feed
         self.background = background
 

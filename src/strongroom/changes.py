@@ -119,7 +119,7 @@ class ChangeFeed:
         self._cursor = page.cursor
         if len(page.records) < self._limit:  # a full page says nothing of what comes after it
             self.current_at = began
-        self._limit = _next_limit(self._limit, page)
+        self._limit = next_limit(self._limit, page)
         if page.records:
             self._moved.set()
             self._moved = asyncio.Event()
@@ -156,7 +156,7 @@ class ChangeFeed:
             moved = self._moved
             page = await self._store.changes(after, tenant=tenant, limit=limit)
             after = page.cursor
-            limit = _next_limit(limit, page)
+            limit = next_limit(limit, page)
             if page.records or first:
                 first = False
                 yield page
@@ -168,7 +168,7 @@ class ChangeFeed:
                 yield page
 
 
-def _next_limit(limit: int, page: ChangesPage) -> int:
+def next_limit(limit: int, page: ChangesPage) -> int:
     """How many records to read at once after this page, so that a page has about MAX_PAGE_BYTES at most."""
     if 2 * len(page.records) < limit:
         return limit

@@ -301,7 +301,7 @@ class Database:
         decision = self.decide(context, operation, collection, id, before, after)
         if decision.allowed:
             return
-        await self.denials.note(self.at_now(context), operation, collection, id or "", decision.reason)
+        await self.denials.note(self.at_now(context), operation, collection.name, id or "", decision.reason)
         raise Denied(f"{operation} {collection.name}: {decision.reason}", reason=decision.reason)
 
     def decide(

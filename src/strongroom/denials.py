@@ -10,7 +10,6 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from .context import MAX_TENANT_BYTES, Context, next_id
-from .entity import Collection
 from .errors import StrongroomError
 from .journal import denial_record
 from .storage.port import Append, Batch, Committed, Store
@@ -33,7 +32,7 @@ class _Denied:
 
     context: Context
     operation: str
-    collection: Collection
+    collection: str
     entity_id: str
     reason: str
 
@@ -56,11 +55,11 @@ class Denials:
         self._tenants: set[str] = set()
         self._writing: set[asyncio.Task[None]] = set()
 
-    async def note(self, context: Context, operation: str, collection: Collection, entity_id: str, reason: str) -> None:
+    async def note(self, context: Context, operation: str, collection: str, entity_id: str, reason: str) -> None:
         """Journal a denial: durably now if it is the first of its kind, else with those that follow. Raises what the
         store raises."""
         denied = _Denied(context, operation, collection, entity_id, reason)
-        kind = self._kind((context.actor, operation, collection.name, context.tenant))
+        kind = self._kind((context.actor, operation, collection, context.tenant))
         period = self._periods.get(kind)
         if period is not None:
             period.count += 1

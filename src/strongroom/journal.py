@@ -43,7 +43,7 @@ def change_record(
 def denial_record(
     context: Context,
     operation: str,
-    collection: Collection,
+    collection: str,
     entity_id: str,
     reason: str,
     *,
@@ -64,7 +64,7 @@ def denial_record(
         actor=context.actor,
         request_id=context.request_id,
         action="deny",
-        collection=collection.name,
+        collection=collection,
         entity_id=entity_id,
         after=after,
     )

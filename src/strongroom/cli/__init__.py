@@ -14,7 +14,7 @@ import typer
 
 from .. import __version__
 from ..errors import ConfigError, InvalidInput, StrongroomError
-from . import bench, estimate, keychanges, keyfile, leaks, migrate, output, quotas, schema, serve, webhooks
+from . import audit, bench, estimate, keychanges, keyfile, leaks, migrate, output, quotas, schema, serve, webhooks
 from .session import DEBUG_VARIABLE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_WRONG_CALL, Interrupted
 
 app = typer.Typer(
@@ -32,6 +32,7 @@ app.add_typer(quotas.app, name="quotas")
 app.add_typer(leaks.app, name="leaks")
 app.command("import")(keyfile.import_keys)
 app.command("export")(keyfile.export_keys)
+app.add_typer(audit.app, name="audit")
 app.add_typer(schema.app, name="schema")
 app.add_typer(webhooks.app, name="webhooks")
 app.command("migrate")(migrate.migrate)

@@ -113,6 +113,23 @@ def moment(text: str, now: datetime) -> datetime:
     return found.astimezone(UTC)
 
 
+def past(text: str, now: datetime) -> datetime:
+    """A time with a zone (`2026-11-30T12:00:00Z`), or how long ago (`7d`)."""
+    try:
+        if _DURATION.fullmatch(text):
+            return now - timedelta(seconds=seconds(text))
+        found = datetime.fromisoformat(text)
+    except OverflowError:
+        raise ValueError(f"found {text!r}, which is before the year 1") from None
+    except ValueError:
+        raise ValueError(
+            f"found {text[:64]!r}, expected a time such as 2026-11-30T12:00:00Z, or how long ago, such as 7d"
+        ) from None
+    if found.utcoffset() is None:
+        raise ValueError(f"found {text!r}, a time without a zone: add Z for UTC")
+    return found.astimezone(UTC)
+
+
 def pair(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not (equals and name):

@@ -33,6 +33,7 @@ from .errors import MalformedRequest, MethodNotAllowed, NoAnswer, PreconditionFa
 from .models import (
     ApiKey,
     Ask,
+    AuditRecord,
     BulkFailure,
     BulkStep,
     Change,
@@ -66,11 +67,11 @@ from .models import (
 
 __all__ = [
     "AlreadyExists", "ApiKey", "Ask", "AsyncClient", "AsyncCollection", "AsyncHold", "AsyncTenant", "AsyncWatch",
-    "BoundExceeded", "BulkFailure", "BulkStep", "Change", "Client", "Collection", "Conflict", "Cost", "CurrentUsage",
-    "Delivery", "Denied", "Dependency", "Hold", "InvalidInput", "IssuedKey", "IssuedWebhook", "KeyStats", "Leak",
-    "LeakLabel", "LeakPolicy", "Limit", "LimitStatus", "MalformedRequest", "MethodNotAllowed", "NoAnswer", "NotFound",
-    "OwnStats", "Page", "PreconditionFailed", "Problem", "Quota", "QuotaStats", "Readiness", "Recorded",
-    "RecordedBatch", "Refill", "Refused", "Reservation", "Retries", "Sighting", "StorageFull", "StrongroomError",
-    "Tenant", "TooLarge", "TooManyRequests", "Unauthenticated", "Unavailable", "UnexpectedAnswer", "Used",
-    "Verification", "Watch", "Webhook", "Window", "new_idempotency_key",
+    "AuditRecord", "BoundExceeded", "BulkFailure", "BulkStep", "Change", "Client", "Collection", "Conflict", "Cost",
+    "CurrentUsage", "Delivery", "Denied", "Dependency", "Hold", "InvalidInput", "IssuedKey", "IssuedWebhook",
+    "KeyStats", "Leak", "LeakLabel", "LeakPolicy", "Limit", "LimitStatus", "MalformedRequest", "MethodNotAllowed",
+    "NoAnswer", "NotFound", "OwnStats", "Page", "PreconditionFailed", "Problem", "Quota", "QuotaStats", "Readiness",
+    "Recorded", "RecordedBatch", "Refill", "Refused", "Reservation", "Retries", "Sighting", "StorageFull",
+    "StrongroomError", "Tenant", "TooLarge", "TooManyRequests", "Unauthenticated", "Unavailable",
+    "UnexpectedAnswer", "Used", "Verification", "Watch", "Webhook", "Window", "new_idempotency_key",
 ]  # fmt: skip

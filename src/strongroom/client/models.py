@@ -457,6 +457,23 @@ class Leak(Model, frozen=True):
     last_administrator: bool = False
 
 
+class AuditRecord(Model, frozen=True):
+    """One record of the journal: who changed what, from what to what. `tenant` is None for the platform's own; `index`
+    is its leaf in the tenant's tree, None until it is sealed. Secrets in `before` and `after` are `***`."""
+
+    sequence: int
+    at: Moment
+    actor: str
+    action: str
+    collection: str
+    index: int | None = None
+    tenant: str | None = None
+    request_id: str = ""
+    entity_id: str = ""
+    before: dict[str, Any] | None = None
+    after: dict[str, Any] | None = None
+
+
 class LeakPolicy(Model, frozen=True):
     """What is done with a tenant's keys that leak: `action` is notify, disable or rotate; `overlap_s`: how long a
     leaked text works on where it is rotated. `updated_at` is None where none was set."""

@@ -20,7 +20,7 @@ from ..errors import InvalidInput, NotFound, Problem, StrongroomError, TooManyRe
 from . import errors, openapi
 from .auth import authorization
 from .errors import MalformedRequest, Message, MethodNotAllowed, Send, send_problem
-from .routes import entities, health, keys, leaks, quotas, reservations, stats, usage, webhooks
+from .routes import audit, entities, health, keys, leaks, quotas, reservations, stats, usage, webhooks
 from .services import Bounds, Services
 from .signers import Signers
 from .verify import PATH as VERIFY
@@ -195,7 +195,7 @@ def build(
         generate_unique_id_function=lambda route: route.name,
     )
     _handle_errors(api)
-    for module in (health, stats, usage, reservations, webhooks, leaks, quotas, keys, entities):
+    for module in (health, stats, usage, reservations, webhooks, leaks, quotas, keys, audit, entities):
         api.include_router(module.router(services))
     openapi.serve(api)
     return Application(services, api)

@@ -10,6 +10,7 @@ import httpx
 from ... import __version__
 from .._wire import Retries, bearer, decode
 from ..models import OwnStats, Readiness
+from .audit import AsyncAudit
 from .entities import AsyncTenant
 from .keys import AsyncKeys
 from .leaks import AsyncLeaks
@@ -56,6 +57,7 @@ class AsyncClient:
         self.reservations = AsyncReservations(self._http)
         self.webhooks = AsyncWebhooks(self._http)
         self.leaks = AsyncLeaks(self._http)
+        self.audit = AsyncAudit(self._http)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._http.url!r})"

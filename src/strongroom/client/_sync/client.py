@@ -11,6 +11,7 @@ import httpx
 from ... import __version__
 from .._wire import Retries, bearer, decode
 from ..models import OwnStats, Readiness
+from .audit import Audit
 from .entities import Tenant
 from .keys import Keys
 from .leaks import Leaks
@@ -57,6 +58,7 @@ class Client:
         self.reservations = Reservations(self._http)
         self.webhooks = Webhooks(self._http)
         self.leaks = Leaks(self._http)
+        self.audit = Audit(self._http)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._http.url!r})"

@@ -1,0 +1,74 @@
+"""The audit trail over HTTP: `GET /v1/audit`."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import BaseModel, Field
+
+from ...fairness import in_slices
+from ...query import DEFAULT_LIMIT, MAX_LIMIT
+from ..auth import Scope
+from ..services import Services
+from ..shapes import Closed, Moment
+from ..wire import caller_of, context_of
+from .entities import Document
+
+PATH = "/v1/audit"
+
+
+class AuditRecordOut(BaseModel):
+    """One record of the journal. Secrets in `before` and `after` are `***`."""
+
+    sequence: int
+    index: int | None = Field(description="Its leaf in the tenant's tree; null until it is sealed.")
+    tenant: str | None = Field(description="null: the platform's own.")
+    at: datetime
+    actor: str
+    request_id: str
+    action: str
+    collection: str
+    entity_id: str
+    before: dict[str, Any] | None
+    after: dict[str, Any] | None
+
+
+class AuditListOut(BaseModel):
+    items: list[AuditRecordOut]
+    next_cursor: str | None = Field(
+        description="There may be more, also behind an empty page; null: this was the last."
+    )
+
+
+class AuditListQuery(Closed):
+    tenant: str | None = Field(None, description="Only this tenant's records.")
+    actor: str | None = Field(None, description="Only what this actor did, for example `key:key_…`.")
+    action: str | None = Field(None, description="`create`, `update`, `add`, `delete`, `expire` or `deny`.")
+    collection: str | None = Field(None, description="Only of this collection, for example `api_keys`.")
+    entity_id: str | None = Field(None, description="Only of the document of this id.")
+    request_id: str | None = Field(None, description="Only what this request did.")
+    since: Moment | None = Field(None, description="Not before this time.")
+    until: Moment | None = Field(None, description="Before this time.")
+    limit: int = Field(DEFAULT_LIMIT, ge=1, le=MAX_LIMIT)
+    cursor: str | None = Field(None, description="The `next_cursor` of the page before.")
+
+
+def router(services: Services) -> APIRouter:
+    routes = APIRouter(tags=["audit"])
+    audit = services.room.audit
+
+    @routes.get(PATH, response_model=AuditListOut, summary="Who changed what, oldest first")
+    async def list_audit(request: Request, query: Annotated[AuditListQuery, Query()]) -> Response:
+        """For an administrator of all tenants, and of its own tenant for any management key that is bound to one."""
+        caller = caller_of(request)
+        caller.needs(Scope.ADMIN if caller.tenant is None else Scope.READ)
+        page = await audit.list(**query.model_dump(), context=context_of(request))
+        return Document({"items": await in_slices(shown, page.items), "next_cursor": page.next_cursor})
+
+    return routes
+
+
+def shown(record: Any) -> dict[str, Any]:
+    return {name: getattr(record, name) for name in AuditRecordOut.model_fields}
