@@ -527,4 +527,4 @@ def test_serve_runs_until_it_is_stopped_and_keeps_standard_output_clean(tmp_path
 def test_serve_says_what_is_wrong_with_its_settings(run: Run) -> None:
     ran = run("serve", "--workers", "2", "--store", "json:///x.json")
     assert (ran.status, ran.out) == (2, "")
-    assert ran.err.startswith("strongroom: STRONGROOM_WORKERS=2 and a json: store")
+    assert ran.err.startswith("strongroom: --workers=2 and a json: store")

@@ -17,7 +17,7 @@ FREE_JSON = {
     "NewKey.metadata", "KeyChanges.metadata", "BulkIn.changes.metadata", "KeyOut.metadata", "IssuedKeyOut.metadata",
     "VerifyOut.metadata", "ReservationOut.metadata", "StatsOut.model",
     # Documents as the journal has them, and what a store tells of itself.
-    "ChangeEvent.before", "ChangeEvent.after", "DependencyOut.details",
+    "ChangeEvent.before", "ChangeEvent.after", "AuditRecordOut.before", "AuditRecordOut.after", "DependencyOut.details",
 }  # fmt: skip
 """Where the document promises no more than "JSON". A field of an entity that is declared as a dict is one as well."""
 

@@ -684,11 +684,15 @@ MESSAGES = [
         "window.rolling.refill",
         "a refill needs a window of kind total",
     ),
-    ({"refill": {"amount": 1}}, "window.total.refill.seconds", "expected exactly one of unit and seconds"),
+    (
+        {"refill": {"amount": 1}},
+        "window.total.refill.seconds",
+        "found neither, expected exactly one of unit and seconds",
+    ),
     (
         {"refill": {"amount": 1, "unit": "day", "seconds": 5}},
         "window.total.refill.seconds",
-        "expected exactly one of unit and seconds",
+        "found both, expected exactly one of unit and seconds",
     ),
     ({"refill": {"amount": 1, "unit": "year"}}, "window.total.refill.unit", "found 'year', expected one of minute, "),
     (

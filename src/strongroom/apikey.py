@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
 from ipaddress import ip_network
-from typing import Annotated, Any, Literal, TypeVar
+from types import MappingProxyType
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
 from pydantic import (
@@ -25,6 +26,7 @@ from .entity import MAX_ID_BYTES, Entity, Index, Indexed, Secret, no_number, pro
 from .errors import InvalidInput, Problem
 from .keytext import DEFAULT_PREFIX, MAX_PREFIX_CHARS, PREFIX_PATTERN
 from .windows import MAX_LIMITS, Limit
+from .wording import UNKNOWN_FIELD
 
 NAME = "api_keys"
 ALL_TENANTS = "*"
@@ -178,6 +180,22 @@ def schedule_problem(rotate_every_s: int | None, overlap_s: int | None) -> Probl
     return None
 
 
+def not_given(
+    *,
+    unchangeable: Iterable[str] = (),
+    elsewhere: Mapping[str, str] = MappingProxyType({}),
+    of_the_store: Iterable[str],
+) -> Mapping[str, str]:
+    """What is said of fields that are there, but that a caller cannot give: by their name."""
+    return MappingProxyType(
+        {
+            **dict.fromkeys(of_the_store, "cannot be given: it is set by Strongroom"),
+            **dict.fromkeys(unchangeable, "cannot be changed"),
+            **elsewhere,
+        }
+    )
+
+
 class KeyFields(BaseModel):
     """What a caller may say of a key, when it is made and later."""
 
@@ -292,7 +310,7 @@ class KeyFields(BaseModel):
         try:
             size = len(msgspec.json.encode(value))
         except (TypeError, ValueError, RecursionError):
-            raise ValueError("expected JSON values") from None
+            raise ValueError("found a value that JSON does not have, expected JSON values") from None
         if size > MAX_METADATA_BYTES:
             raise ValueError(f"found {size} bytes of JSON, expected at most {MAX_METADATA_BYTES}")
         return value
@@ -313,6 +331,11 @@ class KeyFields(BaseModel):
 
 class NewKey(KeyFields):
     """A key to be made. `prefix` begins its text; for a test key the default becomes `sr_test`."""
+
+    not_given: ClassVar[Mapping[str, str]] = not_given(
+        elsewhere={"enabled": "is changed by its own calls, once the key is made: enable and disable"},
+        of_the_store=set(ApiKey.model_fields) - KeyFields.model_fields.keys() - {"tenant", "environment"},
+    )
 
     tenant: TenantName = DEFAULT_TENANT
     environment: Environment = "live"
@@ -339,6 +362,16 @@ class NewKey(KeyFields):
 class KeyChanges(KeyFields):
     """Some fields of a key, to be changed; those not given stay."""
 
+    not_given: ClassVar[Mapping[str, str]] = not_given(
+        unchangeable=("id", "tenant", "environment", "prefix", "created_at"),
+        elsewhere={
+            "enabled": "is changed by its own calls: enable and disable",
+            "key": "is changed by its own call: rotate",
+            **dict.fromkeys(("deleted_at",), "is changed by its own calls: delete and restore"),
+        },
+        of_the_store=(set(ApiKey.model_fields) | {"unclaimed"}) - KeyFields.model_fields.keys(),
+    )
+
     name: str = Field(default="", min_length=1, max_length=200)
 
 
@@ -348,5 +381,11 @@ def parse(model: type[M], fields: Mapping[str, Any]) -> M:
         return model.model_validate(fields)
     except ValidationError as error:
         # Pydantic puts the window's kind into the path, where the caller's input has no such step.
-        found = [Problem(_KIND_IN_PATH.sub("", p.path), p.message) for p in problems_of(error)]
+        known: Mapping[str, str] = getattr(model, "not_given", MappingProxyType({}))
+        found = [
+            Problem(
+                _KIND_IN_PATH.sub("", p.path), known.get(p.path, p.message) if p.message == UNKNOWN_FIELD else p.message
+            )
+            for p in problems_of(error)
+        ]
         raise InvalidInput(found) from None

@@ -74,13 +74,18 @@ class Bulk:
         """Raise InvalidInput with everything that is wrong."""
         problems: list[Problem] = []
         if (self.where is None) == (self.ids is None):
-            problems.append(Problem("filter", "expected exactly one of filter and ids"))
+            problems.append(
+                Problem(
+                    "filter",
+                    f"found {'neither' if self.ids is None else 'both'}, expected exactly one of filter and ids",
+                )
+            )
         if self.ids is not None and not 1 <= len(self.ids) <= MAX_IDS:
             problems.append(Problem("ids", f"found {len(self.ids)} ids, expected 1 to {MAX_IDS}"))
         if self.action == "update":
             given = self.changes.model_fields_set if self.changes is not None else set()
             if not given:
-                problems.append(Problem("changes", "expected at least one field to change"))
+                problems.append(Problem("changes", "found none, expected at least one field to change"))
             expected = ", ".join(sorted(BULK_FIELDS))
             for name in sorted(given - BULK_FIELDS):
                 problems.append(

@@ -274,10 +274,11 @@ def named_by(settings: Settings) -> str:
     return named[0][0] if named else "STRONGROOM_STORE (the default)"
 
 
-def load(**given: Any) -> Settings:
+def load(*, store_is: str = "--store", **given: Any) -> Settings:
     """The settings: what is given (by field name, None for not given), then the environment.
 
-    A store that is given replaces whatever the environment says of the store. Raises ConfigError: one sentence that
+    A store that is given replaces whatever the environment says of the store; `store_is` is what the caller calls it.
+    Raises ConfigError: one sentence that
     names every setting that is wrong, contradicts another, or asks for what this version does not have.
     """
     given = {name: value for name, value in given.items() if value is not None}
@@ -287,13 +288,28 @@ def load(**given: Any) -> Settings:
     try:
         settings = Settings(**{str(alias): value for alias, value in fields.items()})
     except ValidationError as error:
-        raise ConfigError("; ".join(f"{p.path}: {p.message}" for p in problems_of(error))) from None
+        wrong = [f"{p.path}: {p.message}" for p in problems_of(error, secrets=_SECRET_NAMES)]
+        raise ConfigError(_as_given("; ".join(wrong), given, store_is)) from None
     wrong = [*_contradictions(settings), *_not_yet(settings), *_secrets(settings), *_proxies(settings)]
     if wrong:
-        raise ConfigError("; ".join(wrong))
+        raise ConfigError(_as_given("; ".join(wrong), given, store_is))
     return settings
 
 
+def _as_given(message: str, given: Mapping[str, Any], store_is: str) -> str:
+    """A message about settings, with the option's name for each that the command line gave."""
+    for name, value in given.items():
+        if value is not None:
+            alias = re.escape(str(Settings.model_fields[name].validation_alias))
+            option = store_is if name == "store" else f"--{name.replace('_', '-')}"
+            message = re.sub(rf"\b{alias}\b", option, message)
+    return message
+
+
+_SECRET_NAMES = frozenset(
+    str(field.validation_alias) for field in Settings.model_fields.values() if "SecretStr" in str(field.annotation)
+) | {"STRONGROOM_STORE", "DATABASE_URL", "STRONGROOM_CACHE", "REDIS_URL"}
+"""Settings that may hold a password: no message shows what they are."""
 _STORE_FIELDS = ("database_url", "database_path", "db_host", "db_port", "db_user", "db_password", "db_name")
 
 

@@ -32,6 +32,7 @@ from .declaration import (
 )
 from .errors import InvalidInput, Problem, SchemaError
 from .values import INT64_MAX, INT64_MIN, MAX_ID_BYTES, Document, NotStorable, Value, encode_value, encoder_for
+from .wording import problems_of
 
 
 class Entity(BaseModel):
@@ -98,7 +99,7 @@ class Entity(BaseModel):
         try:
             entity = cls.model_validate(data)
         except ValidationError as error:
-            raise InvalidInput([*numbers, *problems_of(error)]) from None
+            raise InvalidInput([*numbers, *problems_of(error, secrets=cls.__collection__.secrets)]) from None
         if numbers:
             raise InvalidInput(numbers)
         return entity
@@ -109,7 +110,7 @@ class Entity(BaseModel):
         try:
             entity = cls.model_validate_json(data)
         except ValidationError as error:
-            raise InvalidInput(problems_of(error)) from None
+            raise InvalidInput(problems_of(error, secrets=cls.__collection__.secrets)) from None
         if numbers := numbers_for_times(cls.__collection__, json.loads(data)):
             raise InvalidInput(numbers)
         return entity
@@ -141,22 +142,6 @@ def numbers_for_times(collection: Collection, data: Any) -> list[Problem]:
             except ValueError as error:
                 problems.append(Problem(spec.name, str(error)))
     return problems
-
-
-def problems_of(error: ValidationError, prefix: str = "") -> list[Problem]:
-    """Pydantic's errors as Problems: every one, with its path; never with the value of a secret."""
-    found = []
-    for item in error.errors(include_url=False, include_context=False, include_input=False):
-        path = ".".join(str(part) for part in item["loc"])
-        message = item["msg"].removeprefix("Value error, ")  # Pydantic's, before what a validator of ours says
-        if item["type"] == "extra_forbidden":
-            message = "is not a known field"
-        elif item["type"] == "missing":
-            message = "is required"
-        elif item["type"] in ("model_type", "model_attributes_type", "dict_type"):
-            message = "expected an object"  # Pydantic names a class of Python, which callers over HTTP do not have
-        found.append(Problem(f"{prefix}{path}", message))
-    return found
 
 
 MAX_INDEXED_BYTES = 1_500
@@ -216,7 +201,7 @@ class _Codec:
             return self._validate(document)  # type: ignore[no-any-return]
         except ValidationError as error:
             name = self.collection.name
-            what = "; ".join(f"{p.path}: {p.message}" for p in problems_of(error))
+            what = "; ".join(f"{p.path}: {p.message}" for p in problems_of(error, secrets=self.collection.secrets))
             raise SchemaError(
                 f"{name}/{document.get('id')}: the stored document does not fit {self.cls.__name__}: {what}"
             ) from None

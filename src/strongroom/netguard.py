@@ -127,7 +127,7 @@ def url_problem(url: str, *, allow_private: bool) -> str | None:
 
 def _host_problem(netloc: str, host: str, allow_private: bool) -> str | None:
     if not host or len(host) > MAX_HOST_CHARS:
-        return "expected the name of a host"
+        return "found no host, expected the name of one"
     if netloc.startswith("["):
         return _literal_problem(host, allow_private)
     labels = host.split(".")

@@ -134,7 +134,7 @@ class Query:
             elif not kind.is_scalar or name in collection.secrets or name == "version":
                 problems.append(Problem("order_by", f"{name!r} cannot be ordered by"))
         if len(set(names)) != len(names) or len(names) > MAX_ORDER:
-            problems.append(Problem("order_by", f"expected at most {MAX_ORDER} different fields"))
+            problems.append(Problem("order_by", f"found {len(names)}, expected at most {MAX_ORDER} different fields"))
         if type(self.limit) is not int or not 1 <= self.limit <= MAX_LIMIT:
             problems.append(Problem("limit", f"found {self.limit!r}, expected 1 to {MAX_LIMIT}"))
         for name in self.fields or ():

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from .accounts import Account, KeyUsage
-from .apikey import ALL_TENANTS, parse
+from .apikey import ALL_TENANTS, not_given, parse
 from .clock import Clock
 from .context import MAX_TENANT_BYTES, Context, kind_of, name_problem, system_context, text_problem, utc_from_us
 from .corrections import refills_that_begin
@@ -116,6 +116,10 @@ class NewQuota(Subject, QuotaFields):
 
 class QuotaChanges(QuotaFields):
     """Some fields of a quota, to be changed; those not given stay."""
+
+    not_given: ClassVar[Mapping[str, str]] = not_given(
+        unchangeable=("id", "tenant", "kind", "name"), of_the_store=("version", "created_at", "updated_at")
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from .journal import change_record
 from .query import Query
 from .storage.port import Add, Append, Check, Create, Delete, Operation, Patch, Put
 from .values import NotStorable, encode_value
+from .wording import UNKNOWN_FIELD
 
 if TYPE_CHECKING:
     from .database import Database, Page
@@ -349,7 +350,7 @@ def _merged(cls: type[E], before: Document, fields: Mapping[str, Any]) -> E:
     """The stored document with some fields set, validated as a whole, so that rules across fields hold."""
     collection = cls.__collection__
     problems = [
-        Problem(name, "is set by the store" if name in SYSTEM_FIELDS else "is not a known field")
+        Problem(name, "cannot be changed: it is set by the store" if name in SYSTEM_FIELDS else UNKNOWN_FIELD)
         for name in fields
         if name not in collection.fields
     ]
@@ -357,7 +358,7 @@ def _merged(cls: type[E], before: Document, fields: Mapping[str, Any]) -> E:
     try:
         entity = cls.model_validate({**before, **known})
     except ValidationError as error:
-        raise InvalidInput([*problems, *problems_of(error)]) from None
+        raise InvalidInput([*problems, *problems_of(error, secrets=collection.secrets)]) from None
     if problems:
         raise InvalidInput(problems)
     return entity

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from cryptography.exceptions import InvalidTag
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationInfo, WithJsonSchema, field_validator
 
 from . import alerts
 from .alerts import DEFAULT_THRESHOLDS, MAX_THRESHOLD, MAX_THRESHOLDS, Crossing
-from .apikey import ALL_TENANTS, DEFAULT_TENANT, TenantName, parse
+from .apikey import ALL_TENANTS, DEFAULT_TENANT, TenantName, not_given, parse
 from .changes import ChangeFeed
 from .clock import Clock
 from .context import MAX_TENANT_BYTES, Context, name_problem, new_id, system_context, utc_from_us
@@ -163,6 +163,12 @@ class NewWebhook(WebhookFields):
 
 class WebhookChanges(WebhookFields):
     """Some fields of an endpoint, to be changed; those not given stay."""
+
+    not_given: ClassVar[Mapping[str, str]] = not_given(
+        unchangeable=("id", "tenant"),
+        elsewhere={"secret": "is changed by its own call: rotate the secret"},
+        of_the_store=Webhook.model_fields.keys() - WebhookFields.model_fields.keys(),
+    )
 
     url: str = ""
 

@@ -214,7 +214,8 @@ class Refill(_Model):
     @classmethod
     def _one_schedule(cls, value: int | None, info: ValidationInfo) -> int | None:
         if "unit" in info.data and (value is None) == (info.data["unit"] is None):
-            raise ValueError("expected exactly one of unit and seconds")
+            found = "neither" if value is None else "both"
+            raise ValueError(f"found {found}, expected exactly one of unit and seconds")
         return value
 
     @field_validator("timezone")

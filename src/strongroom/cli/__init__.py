@@ -17,6 +17,9 @@ from ..errors import ConfigError, InvalidInput, StrongroomError
 from . import audit, bench, estimate, keychanges, keyfile, leaks, migrate, output, quotas, schema, serve, webhooks
 from .session import DEBUG_VARIABLE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_WRONG_CALL, Interrupted
 
+CLOSE_ENOUGH = 0.75
+"""Of 1: how like a name must be to one that there is for that to be named instead."""
+
 app = typer.Typer(
     name="strongroom",
     help="Strongroom: API keys with exact usage limits, tenant-isolated state and a journal of every change.",
@@ -98,10 +101,23 @@ def _explained(error: Exception) -> tuple[int, str, str, list[dict[str, str]]]:
     if isinstance(error, typer.TyperException):
         context = getattr(error, "ctx", None)
         hint = f" (see {context.command_path} --help)" if context is not None else ""
-        message = error.format_message().replace(": Value error, ", ": ", 1)  # a class of Python, before what it says
+        message = _of_option(error) or error.format_message().replace(": Value error, ", ": ", 1)  # a class of Python
         return error.exit_code, "invalid_input", message.rstrip(".") + hint, []
     name = type(error).__name__
     return EXIT_FAILED, "internal", f"{name}: {error} (an error in Strongroom: --debug shows where)", []
+
+
+def _of_option(error: Exception) -> str | None:
+    """What is said of an option that a command does not have: with another's name only if that is very like it."""
+    name = getattr(error, "option_name", None)
+    if type(error).__name__ != "NoSuchOption" or name is None:
+        return None
+    from difflib import get_close_matches
+
+    context = getattr(error, "ctx", None)
+    options = [one for parameter in context.command.params for one in parameter.opts] if context is not None else []
+    meant = get_close_matches(name, [one for one in options if one.startswith("--")], n=1, cutoff=CLOSE_ENOUGH)
+    return f"found {name}, which is no option here" + (f"; did you mean {meant[0]}?" if meant else "")
 
 
 __all__ = ["app", "main"]

@@ -152,7 +152,7 @@ class _Job:
         from ..storage import open_store
 
         # Each with what the environment says of its engine, as a server on it would have.
-        settings = [load(store=url) for url in self.urls]
+        settings = [load(store=url, store_is=of) for of, url in zip(("SOURCE", "TARGET"), self.urls, strict=False)]
         collections = registry(settings[0].entities).collections
 
         async def opened() -> T:

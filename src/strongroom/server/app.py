@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect
 from ..addresses import Network
 from ..app import Strongroom
 from ..errors import InvalidInput, NotFound, Problem, StrongroomError, TooManyRequests
+from ..wording import message_of
 from . import errors, openapi
 from .auth import authorization
 from .errors import MalformedRequest, Message, MethodNotAllowed, Send, send_problem
@@ -203,8 +204,8 @@ def build(
 
 def _parameter_problem(item: Mapping[str, Any]) -> Problem:
     """One of FastAPI's errors: of a query parameter or a part of the path, for it reads nothing else here."""
-    message = "is not a known parameter" if item["type"] == "extra_forbidden" else str(item["msg"])
-    return Problem(".".join(str(part) for part in item["loc"][1:]), message)
+    message = "is not a known parameter" if item["type"] == "extra_forbidden" else message_of(item)
+    return Problem(".".join(str(part) for part in item["loc"][1:])[:128], message)
 
 
 def _handle_errors(api: FastAPI) -> None:

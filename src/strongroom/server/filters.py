@@ -24,6 +24,7 @@ from typing import Any
 from ..entity import INT64_MAX, INT64_MIN, Collection, FieldType
 from ..errors import InvalidInput, Problem
 from ..query import DEFAULT_LIMIT, LIST_OPS, MAX_LIMIT, And, Filter, Op, Or, Query, Where
+from ..wording import found_in
 
 RESERVED = ("order_by", "limit", "cursor", "where")
 MAX_PARAMETERS = 200
@@ -169,19 +170,22 @@ class _Reader:
                     return None
                 return And(*whole) if name == "and" else Or(*whole)
         if not isinstance(node, dict) or set(node) != {"field", "op", "value"}:
-            self.wrong(path, "expected an object with field, op and value, or with a list under and or or")
+            self.wrong(
+                path,
+                f"found {found_in(node)}, expected an object with field, op and value, or with a list under and or or",
+            )
             return None
         return self.leaf(node, path)
 
     def leaf(self, node: dict[str, Any], path: str) -> Filter | None:
         field, value = node["field"], node["value"]
         if not isinstance(field, str):
-            self.wrong(f"{path}.field", "expected text")
+            self.wrong(f"{path}.field", f"found {found_in(field)}, expected text")
             return None
         try:
             op = Op(node["op"])
         except ValueError:
-            self.wrong(f"{path}.op", f"expected one of {' '.join(o.value for o in Op)}")
+            self.wrong(f"{path}.op", f"found {found_in(node['op'])}, expected one of {' '.join(o.value for o in Op)}")
             return None
         if op in LIST_OPS:
             if not isinstance(value, list):

@@ -187,7 +187,9 @@ class Preconditions:
             if not self.versions:
                 raise PreconditionFailed
         if none_match is not None and not self.none:
-            raise InvalidInput([Problem("If-None-Match", "expected * (the document must not exist yet)")])
+            raise InvalidInput(
+                [Problem("If-None-Match", f"found {none_match[:64]!r}, expected * (the document must not exist yet)")]
+            )
 
     async def expected(self, version: Callable[[], Awaitable[int | None]]) -> int | None:
         """The version to expect; `version` reads the present one (None: there is no document), if that is needed.

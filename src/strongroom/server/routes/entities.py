@@ -289,13 +289,12 @@ class _Collection:
                 fields[name] = str(fields[name])  # as a number it would be read by way of a float
         return fields
 
-    @staticmethod
-    def parse(model: type[E], fields: dict[str, Any]) -> E:
+    def parse(self, model: type[E], fields: dict[str, Any]) -> E:
         """Strictly, as JSON: a number is no text. Raises InvalidInput with every problem."""
         try:
             return model.model_validate_json(_encode_exactly(fields), strict=True)
         except ValidationError as error:
-            raise InvalidInput(problems_of(error)) from None
+            raise InvalidInput(problems_of(error, secrets=self.collection.secrets)) from None
 
     def shown(self, entity: Entity) -> dict[str, Any]:
         """A document as callers see it: secrets masked."""

@@ -16,6 +16,7 @@ from ...errors import InvalidInput, Problem
 from ...fairness import in_slices
 from ...idempotency import Replayed, RequestKey
 from ...keys import ApiKey, IssuedKey, KeyStats
+from ...wording import found_in, size_of
 from ..auth import Caller, Scope, is_management
 from ..once import idempotency_key, nothing, once
 from ..openapi import about, body, may_be_unchanged, takes, tells
@@ -294,13 +295,15 @@ def _items(fields: dict[str, Any]) -> list[dict[str, Any]]:
     problems = [Problem(name[:64], "is not a known field") for name in fields if name != "items"]
     items = fields.get("items")
     if not isinstance(items, list) or not 1 <= len(items) <= MAX_BATCH_ITEMS:
-        problems.append(Problem("items", f"expected a list of 1 to {MAX_BATCH_ITEMS} verifications"))
+        problems.append(
+            Problem("items", f"found {size_of(items)}, expected a list of 1 to {MAX_BATCH_ITEMS} verifications")
+        )
         raise InvalidInput(problems)
     for number, item in enumerate(items):
         if isinstance(item, dict):
             problems += item_problems(item, f"items.{number}.")
         else:
-            problems.append(Problem(f"items.{number}", "expected an object"))
+            problems.append(Problem(f"items.{number}", f"found {found_in(item)}, expected an object"))
     if problems:
         raise InvalidInput(problems)
     return items

@@ -68,7 +68,7 @@ async def _bulk(request: Request, asked: BulkIn, caller: Caller) -> Bulk:
     if asked.filter is not None:
         given = {name: value for name, value in asked.filter.model_dump().items() if value not in (None, False)}
         if not given:
-            problems.append(Problem("filter", "expected at least one condition"))
+            problems.append(Problem("filter", "found none, expected at least one condition"))
         where = KeyFilter(**given)
     if asked.changes is not None:
         # With the amounts of limits to their last digit.

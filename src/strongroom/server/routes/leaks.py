@@ -11,12 +11,13 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, Field
 
 from ...apikey import parse
-from ...context import Context
+from ...context import Context, kind_of
 from ...errors import InvalidInput, Problem, Unauthenticated
 from ...fairness import in_slices
 from ...idempotency import Replayed, RequestKey
 from ...leaks import MAX_SIGHTINGS, Action, Done, Leak, LeakPolicy, PolicyFields, Sighting
 from ...query import DEFAULT_LIMIT, MAX_LIMIT
+from ...wording import found_in, size_of
 from ..auth import Scope, authorization
 from ..once import once
 from ..openapi import about, body, request_body
@@ -187,15 +188,15 @@ def _sightings(raw: bytes) -> list[Sighting]:
     if problems:
         raise InvalidInput(problems)
     if not isinstance(items, list) or len(items) > MAX_SIGHTINGS:
-        raise InvalidInput([Problem("", f"expected an array of at most {MAX_SIGHTINGS} objects")])
+        raise InvalidInput([Problem("", f"found {size_of(items)}, expected a list of at most {MAX_SIGHTINGS} objects")])
     found = []
     for number, item in enumerate(items):
         if not isinstance(item, dict):
-            problems.append(Problem(str(number), "expected an object"))
+            problems.append(Problem(str(number), f"found {found_in(item)}, expected an object"))
             continue
         wrong = [name for name in _TEXTS if not isinstance(item.get(name), str | None)]
         wrong += [] if isinstance(item.get("token"), str) else ["token"]
-        problems += [Problem(f"{number}.{name}", "expected text") for name in wrong]
+        problems += [Problem(f"{number}.{name}", f"found {kind_of(item.get(name))}, expected text") for name in wrong]
         if not wrong:
             found.append(Sighting(item["token"], *(item.get(name) or "" for name in _TEXTS)))
     if problems:

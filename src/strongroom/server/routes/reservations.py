@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request, Response
 from ...errors import InvalidInput, Problem
 from ...reservations import DEFAULT_TTL_S, MAX_TTL_S
 from ...verification import cost_units
+from ...wording import found_in
 from ..auth import Scope
 from ..once import idempotency_key
 from ..openapi import body
@@ -54,7 +55,12 @@ def router(services: Services) -> APIRouter:
         fields = await body_fields(request, exact=("cost",))
         problems = _unknown(fields, ("cost",))
         if not isinstance(fields.get("cost"), dict):
-            problems.append(Problem("cost", "expected an object: what was used in all, by resource"))
+            problems.append(
+                Problem(
+                    "cost",
+                    f"found {found_in(fields.get('cost'))}, expected an object: what was used in all, by resource",
+                )
+            )
         else:
             problems += _cost_problems(fields["cost"], "cost")
         if problems:
@@ -78,7 +84,7 @@ def router(services: Services) -> APIRouter:
         for name in ("cost", "used"):
             if fields.get(name) is not None:
                 if not isinstance(fields[name], dict):
-                    problems.append(Problem(name, "expected an object"))
+                    problems.append(Problem(name, f"found {found_in(fields[name])}, expected an object"))
                 else:
                     problems += _cost_problems(fields[name], name, reserving=name == "cost")
         if problems:

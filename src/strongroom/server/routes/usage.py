@@ -13,6 +13,7 @@ from ...context import kind_of
 from ...errors import InvalidInput, Problem, StrongroomError
 from ...recording import Usage
 from ...verification import Verification, cost_units
+from ...wording import found_in
 from ..auth import Scope
 from ..once import idempotency_key
 from ..openapi import about, body, may_fail
@@ -135,10 +136,14 @@ def _problems_with(data: bytes) -> StrongroomError:
     items = fields.get("items")
     problems += [Problem(name[:64], "is not a known field") for name in fields if name != "items"]
     if not isinstance(items, list):
-        problems.append(Problem("items", f"expected a list of 1 to {MAX_USAGE_ITEMS} records"))
+        problems.append(Problem("items", f"found {found_in(items)}, expected a list of 1 to {MAX_USAGE_ITEMS} records"))
     else:
         for number, item in enumerate(items[:MAX_USAGE_ITEMS]):
-            found = _problems(item, None) if isinstance(item, dict) else [Problem("", "expected an object")]
+            found = (
+                _problems(item, None)
+                if isinstance(item, dict)
+                else [Problem("", f"found {found_in(item)}, expected an object")]
+            )
             problems += [Problem(f"items.{number}.{one.path}".rstrip("."), one.message) for one in found]
     return InvalidInput(problems or "the body cannot be read")
 
@@ -147,9 +152,15 @@ def _problems(fields: dict[str, Any], header: str | None) -> list[Problem]:
     known = (*_TEXTS, "at", "cost")
     problems = [Problem(name[:64], "is not a known field") for name in fields if name not in known]
     texts = {name: fields[name] for name in _TEXTS if fields.get(name) is not None}
-    problems += [Problem(name, "expected text") for name, value in texts.items() if not isinstance(value, str)]
+    problems += [
+        Problem(name, f"found {found_in(value)}, expected text")
+        for name, value in texts.items()
+        if not isinstance(value, str)
+    ]
     if ("key" in texts) == ("key_id" in texts):
-        problems.append(Problem("key", "expected exactly one of key and key_id"))
+        problems.append(
+            Problem("key", f"found {'both' if 'key' in texts else 'neither'}, expected exactly one of key and key_id")
+        )
     if header is not None and texts.get("idempotency_key", header) != header:
         problems.append(Problem("idempotency_key", "differs from the header Idempotency-Key"))
     try:
@@ -158,7 +169,7 @@ def _problems(fields: dict[str, Any], header: str | None) -> list[Problem]:
         problems.append(Problem("at", str(error)))
     cost = fields.get("cost")
     if not isinstance(cost, dict) or not cost:
-        problems.append(Problem("cost", "expected an object with at least one amount"))
+        problems.append(Problem("cost", f"found {found_in(cost)}, expected an object with at least one amount"))
         return problems
     try:
         cost_units(cost)
