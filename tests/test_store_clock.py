@@ -236,6 +236,20 @@ async def test_an_expired_document_holds_no_unique_value(room: Strongroom, store
             await acme.create(Ticket(code="x"))
 
 
+async def test_an_expired_document_holds_no_unique_value_on_any_backend(url: str) -> None:
+    async with Strongroom.open(url, entities=[Ticket]) as room:
+        acme = room.tenant("acme")
+        await acme.create(Ticket(id="old", code="x", until=LONG_AGO))
+        made = await acme.create(Ticket(code="x"))
+        assert await acme.get(Ticket, made.id) == made
+        await acme.create(Ticket(id="other", code="y", until=LONG_AGO))
+        updated = await acme.update(Ticket, made.id, {"code": "y"})
+        assert await acme.get(Ticket, made.id) == updated
+        assert await room.store.get("tickets", "acme", "other") is None
+        with pytest.raises(AlreadyExists):
+            await acme.create(Ticket(code="y"))
+
+
 async def test_an_expired_document_that_is_renewed_in_this_moment_keeps_its_value(
     room: Strongroom, store: FaultyStore
 ) -> None:
