@@ -246,7 +246,7 @@ async def test_the_target_takes_no_writes_until_it_is_whole(urls: Callable[[str]
             with pytest.raises(Unavailable, match=r"^a migration into this store is under way$"):
                 await room.tenant("acme").create(Paper())
             assert (await library.migrate(a, b, ALL, SWITCH)).is_done
-            await wait_until(lambda: room.database._refusal is None)
+            await wait_until(lambda: room.database.writes.refusal is None)
             await room.tenant("acme").create(Paper())
 
 

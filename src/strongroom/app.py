@@ -18,7 +18,7 @@ from .cache import Cache
 from .changes import POLL_S, ChangeFeed
 from .clock import MachineClock, StoreClock, clock_of
 from .context import Context, system_context
-from .database import Database, Page, StoreState
+from .database import Database, Page
 from .deliveries import Deliveries, Delivery
 from .entity import Entity, Registry, Secret
 from .errors import AlreadyExists, ConfigError, StrongroomError
@@ -46,6 +46,7 @@ from .storage import open_store
 from .storage.port import Record
 from .usage import KeyUsage, Ledger
 from .webhooks import Webhook, Webhooks
+from .writestate import StoreState
 
 DEFAULT_STORE = "sqlite:///data/strongroom.db"
 MIN_PEPPER_CHARS = 32
@@ -168,7 +169,7 @@ class Strongroom:
     def _listen(self, stack: AsyncExitStack) -> None:
         """What is kept in memory follows the changes that this and other processes make, once the feed is started."""
         self.database.after_commit(lambda _: self.feed.wake())
-        self.feed.on_record(self.database.seen)
+        self.feed.on_record(self.database.writes.seen)
         self.feed.on_record(self._seen)
         self.feed.on_reset(self._forget_all)
         stack.push_async_callback(self._stop_reloading)
@@ -187,7 +188,7 @@ class Strongroom:
         if self.cache is not None:
             self.cache.start()
             stack.push_async_callback(self.cache.close)
-        await self.database.load_state()
+        await self.database.writes.load()
         await self._reload_peppers()  # one may have been made after they were read and before the feed began
         await self.webhooks.load()
         self.background.start()
@@ -254,7 +255,7 @@ class Strongroom:
             try:
                 await self._reload_peppers()
                 if whole:
-                    await self.database.reload_state()
+                    await self.database.writes.reload()
                     await self.webhooks.reload()
             except Exception as error:
                 # Whatever it is: without the peppers the keys that were made with them are not found.
@@ -331,7 +332,7 @@ async def _opened(
     await clock.start()
     stack.push_async_callback(clock.close)
     database = Database(store, registry, policy, clock)
-    await database.load_state()
+    await database.writes.load()
     return store, database, clock
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, Protocol
 
 import msgspec
 
@@ -26,8 +26,9 @@ from .corrections import (
 )
 from .errors import Conflict, InvalidInput, Problem
 from .holding import HoldChange, HoldEnded
+from .once import Happened, Once, kept_statuses, statuses_kept
 from .shares import Share, Wallet, fold, recover
-from .storage.port import MAX_OPERATIONS, Check, Create, Operation, Patch, Put
+from .storage.port import MAX_OPERATIONS, Check, Operation, Patch, Put
 from .windows import Limit
 
 MAX_BUNDLE_CHARS = 400_000
@@ -38,8 +39,6 @@ MAX_ONCE = 400
 MAX_GROUP_OPERATIONS = 450
 MAX_EVENT_CHARS = 400_000
 """Of one commit's events, at most; the thresholds that are crossed beyond are told of in the next one."""
-_encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(list[tuple[str, str, int, int | None, int, int, int]]).decode
 
 
 class Watcher(Protocol):
@@ -52,22 +51,6 @@ class Watcher(Protocol):
     def on_crossing(self, crossing: Crossing) -> Sequence[Put]:
         """What commits with a crossing."""
         ...
-
-
-class Once(NamedTuple):
-    """A charge that may be made only once: the id of its record, the operation that makes it, and the fingerprints that
-    stand for the same request (under each pepper)."""
-
-    id: str
-    operation: Create | Put
-    alike: frozenset[str]
-
-
-class Happened(NamedTuple):
-    """What the record of a charge that may happen only once holds: which request it was, and where the limits stood."""
-
-    fingerprint: str
-    memo: bytes | None
 
 
 class KeyChanged(Exception):
@@ -554,26 +537,6 @@ class Decision:
             else:
                 continue
             decided.wallets.append((wallet, wallet.totals_now()))  # of the new shares as well, so that they are lent
-
-
-def kept_statuses(metered: Metered, statuses: Sequence[Status]) -> bytes:
-    """Where limits stood, as the record of a charge that may happen only once keeps it."""
-    whose = {id(one): part.id for part in metered.parts for one in part.allowances}
-    names = [(whose[id(one.allowance)], one.allowance.id) for one in statuses]
-    numbers = [(one.used, one.resets_at_us, one.recorded, one.reserved, one.leased) for one in statuses]
-    return _encode([(*name, *number) for name, number in zip(names, numbers, strict=True)])
-
-
-def statuses_kept(metered: Metered, memo: bytes | None) -> tuple[Status, ...] | None:
-    """What `kept_statuses` was given, of the limits that are still there; None if nothing was kept."""
-    if not memo:
-        return None
-    there = {(part.id, one.id): one for part in metered.parts for one in part.allowances}
-    return tuple(
-        Status(allowance, used, resets_at_us, recorded, reserved, leased)
-        for part, limit, used, resets_at_us, recorded, reserved, leased in _decode(memo)
-        if (allowance := there.get((part, limit))) is not None
-    )
 
 
 def usage_operation(id: str, account: Account) -> Put | Patch:

@@ -16,14 +16,14 @@ from typing import Any, Generic, TypeVar, cast
 
 from .advice import Shapes
 from .cache import Cache
-from .charges import Once
 from .clock import Clock, MachineClock
-from .context import Context, next_id, utc_from_us
+from .context import Context, next_id
 from .denials import Denials
-from .entity import SYSTEM_FIELDS, Collection, Document, Entity, Registry, check_id
+from .entity import Collection, Document, Entity, Registry, check_id
 from .errors import AlreadyExists, Conflict, Denied, InvalidInput, NotFound, Problem, StrongroomError, Unavailable
 from .fairness import in_slices
 from .idempotency import Calls, Idempotency, Replayed, RequestKey
+from .once import Once
 from .pages import PageSizes, read_page
 from .query import Aggregate, And, Filter, Or, Query, Where, cursor_of, project, with_cursor
 from .rules import Decision, Policy, Request, default_policy
@@ -41,10 +41,10 @@ from .storage.port import (
     Pack,
     Patch,
     Put,
-    Record,
     Store,
 )
-from .transaction import Transaction, is_expired, with_fields
+from .transaction import Transaction, answer_to_keep, expired_in_the_way, is_expired, stamp, with_fields
+from .writestate import WriteState
 
 MAX_ATTEMPTS = 12
 FIRST_BACKOFF_S = 0.002
@@ -53,21 +53,6 @@ MAX_BACKOFF_S = 0.25
 E = TypeVar("E", bound=Entity)
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
-
-
-class StoreState(Entity, collection="store_state", scope="global"):
-    """Whether the store takes writes, and if not, why: a migration turns them off at its source when it switches over.
-
-    The one document is called WRITES; without it writes are allowed. Every process learns of a change by the journal.
-    `reason` is what callers are told; `other_store`, the URL of the store at the other end, is for operators alone.
-    """
-
-    allowed: bool = True
-    reason: str = ""
-    other_store: str = ""
-
-
-WRITES = "writes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +83,8 @@ class Database:
         self._page_sizes = PageSizes()
         self.denials = Denials(store, self._commit)
         self._cache: Cache | None = None
-        self._refusal: str | None = None  # why nothing may be written, if so
-        self._state_version = 0
+        self.writes = WriteState(store)
+        """Whether the store takes writes."""
 
     @property
     def embedded(self) -> bool:
@@ -110,46 +95,13 @@ class Database:
         """Read through this cache from now on, for the entities that declare it."""
         self._cache = cache
 
-    # --- Whether the store takes writes -----------------------------------------------------------------------
-
-    async def load_state(self) -> None:
-        """Read whether the store takes writes. Once before anything is written, and once when `seen` is being told."""
-        document = await self._store.get(StoreState.__collection__.name, None, WRITES)
-        if document is not None:
-            self._use_state(document["version"], document)
-
-    async def reload_state(self) -> None:
-        """Read it again although the store may be an older copy, whose versions are smaller."""
-        self._state_version = 0
-        self._refusal = None
-        await self.load_state()
-
-    def seen(self, record: Record) -> None:
-        """A journal record of any process: it may turn writes off, or on again."""
-        if record.collection == StoreState.__collection__.name and record.entity_id == WRITES:
-            self._use_state(record.version or self._state_version + 1, record.after or {})
-
-    def _use_state(self, version: int, state: Document) -> None:
-        if version > self._state_version:  # what was read may be older than what the journal has said meanwhile
-            self._state_version = version
-            before, self._refusal = self._refusal, None
-            if not state.get("allowed", True):
-                self._refusal = state.get("reason") or "the store takes no writes"
-                other = state.get("other_store")
-                _log.warning("%s%s", self._refusal, f"; the other store is {other}" if other else "")
-            elif before is not None:
-                _log.info("writes are on again")
-
-    @property
-    def takes_writes(self) -> bool:
-        """Whether the store takes writes, as far as this process has heard."""
-        return self._refusal is None
+    # --- Committing -------------------------------------------------------------------------------------------
 
     def _commit(self, batch: Batch) -> Awaitable[Committed]:
         """As `Store.commit`; Unavailable while the store takes no writes."""
-        if self._refusal is not None:
+        if self.writes.refusal is not None:
             refused: asyncio.Future[Committed] = asyncio.get_running_loop().create_future()
-            refused.set_exception(Unavailable(self._refusal))
+            refused.set_exception(Unavailable(self.writes.refusal))
             return refused
         return self._store.commit(batch)
 
@@ -205,7 +157,7 @@ class Database:
                 written = [change.operation.id for change in transaction.changes]
                 if not written and isinstance(result, Entity):
                     written = [result.id]
-                once = self.calls.operation(context, idempotency, written, _answer(result, transaction), before)
+                once = self.calls.operation(context, idempotency, written, answer_to_keep(result, transaction), before)
             operations = transaction.operations(once)
             batch = Batch(context.tenant, tuple(operations), context.now_us)
             try:
@@ -216,7 +168,7 @@ class Database:
                 if isinstance(failed, Delete) and any(failed.id == document["id"] for _, document in expired):
                     expired, retry = [], True  # what was expired is gone, or was renewed
                 elif isinstance(error, AlreadyExists) and not retry and attempt + 1 < MAX_ATTEMPTS:
-                    found = await self._expired_in_the_way(context, transaction, failed)
+                    found = await expired_in_the_way(self._store, transaction, failed)
                     expired, retry = expired + found, bool(found)
                 again = retry or (not isinstance(error, NotFound) and transaction.may_retry(failed))
                 if attempt + 1 == MAX_ATTEMPTS or not again:
@@ -226,32 +178,12 @@ class Database:
                 await asyncio.sleep(_backoff_s(attempt))
                 context = self.at_now(context.at_now())
                 continue
-            _stamp(transaction, batch, committed)
+            stamp(transaction, batch, committed)
             self._forget_cached(transaction)
             for listener in self._listeners:
                 listener(transaction)
             return result
         raise AssertionError("the last attempt returns or raises")
-
-    async def _expired_in_the_way(
-        self, context: Context, transaction: Transaction, failed: Operation | None
-    ) -> list[tuple[Collection, Document]]:
-        """The documents whose time to live is over that hold a unique value of the change that failed for one."""
-        change = next((change for change in transaction.changes if change.operation is failed), None)
-        if change is None or change.after is None or change.collection.ttl is None:
-            return []
-        collection, after = change.collection, change.after
-        found: dict[str, Document] = {}
-        for index in collection.indexes:
-            values = [(name, after.get(name)) for name, _ in index.columns]
-            if not index.unique or any(value is None for _, value in values):
-                continue
-            query = Query(And(*(Where(name, "==", value) for name, value in values)), limit=1)
-            for document in await self._store.find(collection.name, _scope(context, collection), query):
-                if document["id"] != change.operation.id and is_expired(collection, document, context.now):
-                    found[document["id"]] = document
-        held = {document["id"] for _, document in transaction.expired}
-        return [(collection, document) for id, document in found.items() if id not in held]
 
     async def repeated(self, context: Context, idempotency: Idempotency | None) -> Replayed | None:
         """What this very call came to if it was committed before: to be asked where a call begins by reading what it
@@ -339,8 +271,8 @@ class Database:
         if self.loading is None:
             raise TypeError("this database cannot load")
         await self.authorize(context, "create", cls.__collection__)
-        if self._refusal is not None:
-            raise Unavailable(self._refusal)
+        if self.writes.refusal is not None:
+            raise Unavailable(self.writes.refusal)
         locked_s = await self.loading.load(packs, self.at_now(context).now_us, rebuild=rebuild)
         for listener in self._listeners:
             listener(Transaction(self, context))  # of no change: the journal tells what was loaded
@@ -622,29 +554,4 @@ def _backoff_s(attempt: int) -> float:
     return random.uniform(0, min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2**attempt))  # noqa: S311 - jitter, not a secret
 
 
-def _answer(result: object, transaction: Transaction) -> Document | None:
-    """The document that a call answers with, to be kept for its repeat; its version is 0 where the commit gives it."""
-    if not isinstance(result, Entity) or not hasattr(type(result), "__collection__"):
-        return None
-    now = transaction.context.now
-    change = next((change for change in transaction.changes if change.entity is result), None)
-    system = {name: getattr(result, name) for name in SYSTEM_FIELDS}
-    if change is not None:
-        system |= {"version": 0, "created_at": transaction.created_at(change) or now, "updated_at": now}
-    return {**system, **result.__codec__.encode(result)}
-
-
-def _stamp(transaction: Transaction, batch: Batch, committed: Committed) -> None:
-    """Give the entities that the body returned what the store decided: version and times."""
-    versions = {id(op): version for op, version in zip(batch.operations, committed.versions, strict=True)}
-    now = utc_from_us(batch.now_us)
-    for change in transaction.changes:
-        if change.entity is None:
-            continue
-        created = transaction.created_at(change) or now
-        change.entity.__dict__.update(version=versions[id(change.operation)], created_at=created, updated_at=now)
-
-
-__all__ = [
-    "WRITES", "Database", "Page", "StoreState", "Transaction", "with_fields",
-]  # fmt: skip
+__all__ = ["Database", "Page", "Transaction", "with_fields"]

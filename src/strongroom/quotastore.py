@@ -183,14 +183,17 @@ class Quotas:
             description=new.description,
         )
         once = once_for(context, idempotency_key, "put quota", new, expected, exists)
+        replayed = await self._database.repeated(acting(context), once)
+        if replayed is not None:
+            return await self.answered_before(replayed, context=context)
         by = writer(context, new.tenant)
         await self._begin_refills(await self._database.get_or_none(system_context(), Quota, new.id), new.limits)
         try:
             return await self._database.transaction(
                 by, lambda tx: tx.replace(quota, expected=expected, exists=exists), idempotency=once
             )
-        except Replayed as replayed:
-            return await self.answered_before(replayed, context=context)
+        except Replayed as done:
+            return await self.answered_before(done, context=context)
 
     async def answered_before(self, replayed: Replayed, *, context: Context | None = None) -> Quota:
         """The quota that a repeated call was answered with."""

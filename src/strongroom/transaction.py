@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from pydantic import ValidationError
 
-from .context import Context, check_tenant_name, new_id
+from .context import Context, check_tenant_name, new_id, utc_from_us
 from .entity import INT64_MAX, INT64_MIN, SYSTEM_FIELDS, Collection, Document, Entity, check_id, problems_of
 from .errors import Conflict, InvalidInput, NotFound, Problem
 from .journal import change_record
-from .query import Query
-from .storage.port import Add, Append, Check, Create, Delete, Operation, Patch, Put
+from .query import And, Query, Where
+from .storage.port import Add, Append, Batch, Check, Committed, Create, Delete, Operation, Patch, Put, Store
 from .values import NotStorable, encode_value
 from .wording import UNKNOWN_FIELD
 
@@ -290,6 +290,55 @@ class Transaction:
             if change.operation is failed:
                 return not change.fixed
         return True
+
+
+# --- Around a commit ------------------------------------------------------------------------------------------
+
+
+async def expired_in_the_way(
+    store: Store, transaction: Transaction, failed: Operation | None
+) -> list[tuple[Collection, Document]]:
+    """The documents whose time to live is over that hold a unique value of the change that failed for one."""
+    context = transaction.context
+    change = next((change for change in transaction.changes if change.operation is failed), None)
+    if change is None or change.after is None or change.collection.ttl is None:
+        return []
+    collection, after = change.collection, change.after
+    tenant = context.tenant if collection.tenant_scoped else None
+    found: dict[str, Document] = {}
+    for index in collection.indexes:
+        values = [(name, after.get(name)) for name, _ in index.columns]
+        if not index.unique or any(value is None for _, value in values):
+            continue
+        query = Query(And(*(Where(name, "==", value) for name, value in values)), limit=1)
+        for document in await store.find(collection.name, tenant, query):
+            if document["id"] != change.operation.id and is_expired(collection, document, context.now):
+                found[document["id"]] = document
+    held = {document["id"] for _, document in transaction.expired}
+    return [(collection, document) for id, document in found.items() if id not in held]
+
+
+def answer_to_keep(result: object, transaction: Transaction) -> Document | None:
+    """The document that a call answers with, to be kept for its repeat; its version is 0 where the commit gives it."""
+    if not isinstance(result, Entity) or not hasattr(type(result), "__collection__"):
+        return None
+    now = transaction.context.now
+    change = next((change for change in transaction.changes if change.entity is result), None)
+    system = {name: getattr(result, name) for name in SYSTEM_FIELDS}
+    if change is not None:
+        system |= {"version": 0, "created_at": transaction.created_at(change) or now, "updated_at": now}
+    return {**system, **result.__codec__.encode(result)}
+
+
+def stamp(transaction: Transaction, batch: Batch, committed: Committed) -> None:
+    """Give the entities that the body returned what the store decided: version and times."""
+    versions = {id(op): version for op, version in zip(batch.operations, committed.versions, strict=True)}
+    now = utc_from_us(batch.now_us)
+    for change in transaction.changes:
+        if change.entity is None:
+            continue
+        created = transaction.created_at(change) or now
+        change.entity.__dict__.update(version=versions[id(change.operation)], created_at=created, updated_at=now)
 
 
 # --- Helpers --------------------------------------------------------------------------------------------------

@@ -33,10 +33,8 @@ from .charges import (
     Charge,
     Decided,
     Decision,
-    Happened,
     HoldChange,
     KeyChanged,
-    Once,
     Watcher,
     answer,
     bundles_of,
@@ -54,6 +52,7 @@ from .entity import Document
 from .errors import AlreadyExists, Conflict, NotFound, StrongroomError, TooManyRequests, Unavailable
 from .idempotency import IdempotentCall
 from .lending import Lending
+from .once import Happened, Once
 from .patience import Patience
 from .storage.port import Check, Create, Operation, Put, Store
 from .transaction import is_expired

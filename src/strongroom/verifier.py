@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from .accounts import Part
 from .apikey import ApiKey
 from .changes import ChangeFeed
-from .charges import Once
 from .clock import Clock, MachineClock
 from .context import Context, system_context
 from .database import Database
@@ -21,6 +20,7 @@ from .fairness import Slices
 from .keycache import KeyCache
 from .keytext import Hasher
 from .knownkey import KnownKey, metered, quota_part
+from .once import Once
 from .patience import Patience
 from .quotas import Quota, is_quota
 from .usage import KeyChanged, Ledger, Outcome

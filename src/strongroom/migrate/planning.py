@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from ..database import WRITES
 from ..errors import InvalidInput, Problem
 from ..query import Aggregate
 from ..storage.port import ChangeKind, SchemaChange, Store
+from ..writestate import WRITES
 from .copying import taken_over
 from .state import CURRENT, MIGRATIONS, NOT_MOVED, OWN, STORE_STATE, UNDOING, Part, Phase, Run
 from .streams import pages, parts

@@ -13,7 +13,6 @@ from typing import Any
 
 from ..advice import QueryShape
 from ..context import next_id
-from ..database import WRITES, StoreState
 from ..entity import Collection, Document, Entity, Index
 from ..leases import Lease
 from ..query import Query, Where
@@ -30,6 +29,7 @@ from ..storage.port import (
     Record,
     Store,
 )
+from ..writestate import WRITES, StoreState
 from .checksum import Canonical
 
 CURRENT = "current"

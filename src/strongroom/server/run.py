@@ -164,7 +164,7 @@ async def _ensure_admin(settings: Settings, room: Strongroom, announce: Callable
     try:
         made = await adminkey.ensure(room, given)
     except Unavailable:
-        if room.database.takes_writes:
+        if room.database.writes.refusal is None:
             raise
         _log.warning("the administrator's key is left as it is: this store takes no writes")
         return
