@@ -14,7 +14,9 @@ import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, cast
+from typing import cast
+
+import msgspec
 
 from .accounts import Metered, Outcome, Status
 from .changes import ChangeFeed
@@ -67,6 +69,10 @@ NAME = "reservations"
 REMEMBERED_US = 86_400_000_000
 """How long after its end a reservation is remembered, so that what is done to it twice is done once."""
 _SECOND = 1_000_000
+_encode = msgspec.json.Encoder().encode
+_decode_places = msgspec.json.Decoder(tuple[dict[str, Place], list[str]]).decode
+NOWHERE = _encode(({}, [])).decode()
+"""The `places` of a reservation that has ended."""
 _log = logging.getLogger(__name__)
 
 
@@ -75,8 +81,9 @@ class StoredReservation(
 ):
     """One durable reservation; amounts are in units. `request`: the fingerprint of the request that made it, where that
     had an idempotency key. `asked` is what it was made for, `holds` what it holds, `used` what was used of it so far,
-    `reported` what of that was reported before it was settled. `places` says where it holds it: of each account a
-    `Place` as a list (None: it was made by the first release, and its accounts know its id)."""
+    `reported` what of that was reported before it was settled. `places` says where it holds it, as JSON: {account id:
+    a `Place` as a list}, and the ids of the quotas that would hold it, if there were such: of its key's groups, user
+    and tenant. (None: it was made by the first release, and its accounts know its id.)"""
 
     key_id: str
     tenant: str
@@ -85,27 +92,25 @@ class StoredReservation(
     holds: dict[str, int]
     used: dict[str, int] = {}
     reported: dict[str, int] | None = None
-    places: dict[str, Any] | None = None
-    subjects: list[str] = []
-    """Whose quotas it would be held by, if there were such: of its key's groups, user and tenant."""
+    places: str | None = None
     model: str | None = None
     route: str | None = None
     state: State = "open"
     expires_at: datetime
     forget_at: datetime
 
-    def until(self, places: Mapping[str, Place], ends_us: int) -> Document:
-        """The document of this reservation once it holds these places until then."""
+    def until(self, places: Mapping[str, Place], subjects: Sequence[str], ends_us: int) -> Document:
+        """The document of this reservation once it holds these places until then, for a key of these subjects."""
         changes = {
-            "places": {id: list(place) for id, place in places.items()},
+            "places": _encode((places, [id for id in subjects if id not in places])).decode(),
             "expires_at": utc_from_us(ends_us),
             "forget_at": utc_from_us(ends_us + REMEMBERED_US),
         }
         return self.__codec__.encode(self.model_copy(update=changes))
 
-    def held_where(self) -> dict[str, Place]:
-        """What it holds in each account."""
-        return {id: Place(*place) for id, place in (self.places or {}).items()}
+    def held_where(self) -> tuple[dict[str, Place], list[str]]:
+        """What it holds in each account; and the quotas that would hold it, if there were such."""
+        return ({}, []) if self.places is None else _decode_places(self.places)
 
     @property
     def old_ends_us(self) -> int | None:
@@ -189,7 +194,6 @@ class Reservations(HeldReservations):
                 request=None if idempotency_key is None else calls.fingerprint(request),
                 asked=units,
                 holds=units,
-                subjects=list(key.subjects),
                 model=model,
                 route=route,
                 expires_at=ends_at,
@@ -225,7 +229,7 @@ class Reservations(HeldReservations):
         def write(places: Mapping[str, Place], ends_us: int) -> Operation:
             nonlocal decided_us
             decided_us = ends_us
-            document = stored.until(places, ends_us)
+            document = stored.until(places, key.subjects, ends_us)
             return Create(NAME, stored.id, document) if version is None else Put(NAME, stored.id, document, version)
 
         future = self._ledger.charge(
@@ -273,8 +277,9 @@ class Reservations(HeldReservations):
         elif (before.asked, before.model, before.route) != (asked.asked, asked.model, asked.route):
             raise Conflict("the idempotency key was used for a different request: take a new one")
         if before.state == "open":
-            change = HoldChange(before.id, None, {}, _nothing, before.held_where(), old_ends_us=before.old_ends_us)
-            moments = await self._ledger.moments(before.places or [before.key_id], now_us)
+            places, _ = before.held_where()
+            change = HoldChange(before.id, None, {}, _nothing, places, old_ends_us=before.old_ends_us)
+            moments = await self._ledger.moments(list(places) or [before.key_id], now_us)
             ended_us = change.ended_us(moments)
             if ended_us is not None:
                 raise HoldEnded(ended_us)
@@ -346,20 +351,20 @@ class Reservations(HeldReservations):
             key = await self._key_of(stored.key_id)
             more = used_since(stored.used, spent, "used")
             wanted = units if units is not None else plus(stored.holds, stored.used)
-            after = stored.model_copy(
-                update={"holds": minus(wanted, spent), "used": {**stored.used, **spent}, "subjects": list(key.subjects)}
-            )
+            after = stored.model_copy(update={"holds": minus(wanted, spent), "used": {**stored.used, **spent}})
             decided_us = 0
 
-            def write(places: Mapping[str, Place], ends_us: int, after: StoredReservation = after) -> Operation:
+            def write(
+                places: Mapping[str, Place], ends_us: int, after: StoredReservation = after, key: KnownKey = key
+            ) -> Operation:
                 nonlocal decided_us
                 decided_us = ends_us
-                return Put(NAME, after.id, after.until(places, ends_us), after.version)
+                return Put(NAME, after.id, after.until(places, key.subjects, ends_us), after.version)
 
             # It moves with its key: from now on it is held where the key is counted now.
-            before, now = stored.held_where(), {part.id for part in key.metered.parts}
+            (before, missing), now = stored.held_where(), {part.id for part in key.metered.parts}
             left = await self._parts_of([id for id in before if id not in now], (), None)
-            entered = frozenset(now.difference(before, stored.subjects)) if before else frozenset[str]()
+            entered = frozenset(now.difference(before, missing)) if before else frozenset[str]()
             change = HoldChange(
                 stored.id, ttl_s * _SECOND, after.holds, write, before, frozenset(part.id for part in left), entered,
                 stored.old_ends_us,
@@ -387,23 +392,25 @@ class Reservations(HeldReservations):
                 raise Conflict(ended_otherwise(stored.state, state))
             total = dict(stored.used) if units is None else {**stored.used, **units}
             more = {} if units is None else used_since(stored.used, units)
-            after = stored.model_copy(update={"used": total, "reported": stored.used, "state": state, "holds": {}})
+            changes = {"used": total, "reported": stored.used, "state": state, "holds": {}, "places": NOWHERE}
+            after = stored.model_copy(update=changes)
 
             def write(places: Mapping[str, Place], ends_us: int, after: StoredReservation = after) -> Operation:
                 return Put(NAME, after.id, StoredReservation.__codec__.encode(after), after.version)
 
             # It is charged where it is held, whatever the key is counted on now.
+            places, missing = stored.held_where()
             if stored.places is None and key is not None:
                 parts = list(key.metered.parts)
             else:
-                parts = await self._parts_of(stored.places or (), stored.subjects, key)
+                parts = await self._parts_of(places, missing, key)
             if not parts:
                 try:
                     await self._database.commit_counters([write({}, 0)], self._clock.now_us())
                 except (Conflict, NotFound):
                     continue
                 return self._ended(after, key, ())
-            change = HoldChange(id, None, {}, write, stored.held_where(), old_ends_us=stored.old_ends_us)
+            change = HoldChange(id, None, {}, write, places, old_ends_us=stored.old_ends_us)
             settled = 1 if units is not None else 0
             outcome = await self._change_hold(stored, key, together(parts, key), change, more, settled)
             if outcome is not None:
