@@ -227,8 +227,10 @@ def test_everything_of_where_a_limit_stands_is_shown(run: Run, tmp_path: Path) -
         assert (row["USED"], row["RECORDED"], row["RESERVED"], row["LEASED"]) == ("40", "0", "40", "0")
     assert (concurrency["USED"], concurrency["REMAINING"]) == ("1", "1")
 
+    dry = run("verify", "--cost", "tokens=20", "--model", "gpt-4", "--route", "/chat", "--peek", stdin=key["key"])
     ran = run("verify", "--cost", "tokens=20", "--model", "gpt-4", "--route", "/chat", stdin=key["key"])
-    assert ran.status == 1
+    assert (ran.status, dry.status) == (1, 1)
+    assert table(dry.out) == table(ran.out)
     assert [(row["OF"], row["DENIED"]) for row in table(ran.out) if row["DENIED"]] == [("tenant", "yes")]
 
 

@@ -112,6 +112,7 @@ async def test_a_key_lives_its_whole_life(client: Any, tenant: str) -> None:
     for text in (issued.text, rotated.text):
         answer = await client.keys.verify(text, cost={"tokens": 10}, permission="chat:write", ip="10.1.2.3")
         assert answer.valid
+        assert (await client.keys.verify(text, cost={"tokens": 10}, ip="10.1.2.3", peek=True)).valid  # counts nothing
     stats = await client.keys.stats(key.id)
     assert (stats.totals, stats.limits[0].used, stats.count) == ({"tokens": 20}, 20, 2)
     assert await client.keys.delete(key.id) is None

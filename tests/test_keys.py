@@ -1220,3 +1220,41 @@ async def test_a_cost_that_no_limit_counts_is_told_and_the_implied_request_is_no
         events = [Usage({name: 1}, key=made.text, model=name) for name in ("token", "tokens", "credit", "token")]
         (answer,) = await room.keys.record_many(events)
         assert sorted(answer.uncounted) == ["credit", "token"]
+
+
+# --- Dry runs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limits", ["durable", "leased"])
+async def test_a_dry_run_answers_as_the_verification_and_counts_nothing(limits: str, tmp_path: Path) -> None:
+    windows: list[Any] = [Calendar(unit="day"), Anchored(seconds=60), Total()]
+    async with opened(new_url("sqlite", tmp_path), limits=limits) as (room, store):
+        await room.quotas.put(kind="tenant", tenant="acme", limits=[rolling("tokens", 250)])
+        for_one = Limit(resource="tokens", limit=30, window=Total(), models=("large",))
+        own = [Limit(resource="tokens", limit=100, window=window) for window in windows]
+        made = await room.keys.create(name="k", tenant="acme", limits=[*own, for_one], permissions=["chat"])
+        plain = await room.keys.create(name="k")
+        asks: list[dict[str, Any]] = [
+            {"cost": {"tokens": 40}},
+            {"cost": {"tokens": 20}, "model": "large"}, {"cost": {"tokens": 20}, "model": "large"},
+            {"permission": "admin"}, {"cost": {"tokens": 90}}, {"tenant": "globex"}, {"cost": {"token": 1}}, {},
+        ]  # fmt: skip
+        for ask in asks:
+            commits, before = len(store.batches), await room.keys.stats(made.key.id)
+            peeked = [await room.keys.verify(made.text, peek=True, **ask) for _ in range(3)]
+            after = await room.keys.stats(made.key.id)
+            assert (after.count, after.totals, len(store.batches)) == (before.count, before.totals, commits)
+            answer = await room.keys.verify(made.text, **ask)
+            for one in peeked:
+                assert without_times(one) == without_times(answer), ask
+        assert (await room.keys.verify("sr_unknown", peek=True)).code == "NOT_FOUND"
+        assert (await room.keys.verify(plain.text, peek=True)).valid
+        assert (await room.keys.stats(plain.key.id)).count == 0
+        with pytest.raises(InvalidInput):
+            await room.keys.verify(made.text, cost={"tokens": -1}, peek=True)
+
+
+def without_times(answer: Any) -> Any:
+    """An answer without its times, and without what of a use is recorded or leased."""
+    shown = [(limit.resource, limit.limit, limit.used, limit.exceeded, limit.subject) for limit in answer.limits]
+    return answer.valid, answer.code, answer.key_id, answer.uncounted, shown, answer.retry_after_s is None

@@ -262,3 +262,19 @@ async def _revoke_behind_its_back(served: Served, id: str) -> None:
 
     other = Database(served.room.store, served.room.database.registry)  # its commits tell this room's Keys nothing
     await other.update(system_context(), ApiKey, id, {"enabled": False})
+
+
+async def test_a_dry_run_counts_nothing_and_is_refused_where_it_is_none() -> None:
+    async with serving() as served:
+        made = await served.make_key(limits=[TOKENS])
+        for _ in range(3):
+            answer = await served.verify(made["key"], cost={"tokens": 700}, peek=True)
+            assert (answer.json["valid"], answer.json["limits"][0]["used"]) == (True, 700)
+        assert (await served.verify(made["key"], cost={"tokens": 700}, peek=False)).json["valid"]
+        denied = (await served.verify(made["key"], cost={"tokens": 700}, peek=True)).json
+        assert (denied["code"], denied["limits"][0]["used"]) == ("USAGE_EXCEEDED", 700)
+        assert (await served.verify(made["key"], peek="yes")).paths == ["peek"]
+        batch = await served.post("/v1/keys/verify:batch", {"items": [{"key": made["key"], "peek": True}]})
+        assert batch.paths == ["items.0.peek"]
+        held = await served.post("/v1/reservations", {"key": made["key"], "peek": True})
+        assert held.paths == ["peek"]

@@ -54,6 +54,7 @@ from .idempotency import IdempotentCall
 from .lending import Lending
 from .once import Happened, Once
 from .patience import Patience
+from .peeking import peeked
 from .storage.port import Check, Create, Operation, Put, Store
 from .transaction import is_expired
 
@@ -265,6 +266,16 @@ class Ledger:
                     self.lending.show(part.id, account, part.allowances)
                 found += account.statuses(part.allowances, account.moment(now_us))
         return tuple(found)
+
+    async def peek(self, metered: Metered, cost: Cost, model: str | None, route: str | None) -> Outcome:
+        """What `charge` would come to now, by what the store has and this node has spent. Nothing is counted."""
+        now_us = self._clock.now_us()
+        found = await self._stored([(NAME, part.id) for part in metered.parts])
+        accounts = [Account(document) for document in found]
+        if self.lending is not None:
+            for part, account in zip(metered.parts, accounts, strict=True):
+                self.lending.show(part.id, account, part.allowances)
+        return peeked(metered, accounts, cost, now_us, model, route)
 
     async def begin_refills(self, part: Part, limits: tuple[str, ...]) -> None:
         """Before totals get a refill: let it give back from now on, durably, whenever they are used again. Raises

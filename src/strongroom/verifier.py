@@ -80,6 +80,7 @@ class Verifier:
         tenant: str | None = None,
         idempotency_key: str | None = None,
         actor: str = "system",
+        peek: bool = False,
     ) -> Verification:
         """Decide whether a key may be used now for this `cost` (default: one request); debit all its limits, or none:
         its own, and those it shares with others of its groups, its user and its tenant.
@@ -87,11 +88,15 @@ class Verifier:
         The answer comes once the debit is durable, or was made from a share of the limits that is (a lease). `model`
         and `route` are what the call is for: some limits are for some of them only. `tenant` restricts to that tenant's
         keys (others are NOT_FOUND). Of one actor's calls with one idempotency key (within a day), at most one debits.
+        `peek`: a dry run, which gives the same answer and counts nothing.
+
         Raises InvalidInput for a cost or address that is none; never for a key.
         """
         units = ONE_REQUEST if cost is None else cost_units(cost)
         if ip is not None:
             check_address(ip)
+        if peek:
+            return await self._peek(text, units, permission, ip, model, route, tenant)
         if idempotency_key is None:
             begun = self._begin(text, units, permission, ip, model, route, tenant)
             if isinstance(begun, Verification):
@@ -132,6 +137,34 @@ class Verifier:
                 else:
                     return admitted(key, outcome.statuses, units) if outcome.allowed else exceeded(key, outcome, units)
             now_us = self._clock.now_us()
+        raise patience.over()
+
+    async def _peek(
+        self,
+        text: str,
+        units: dict[str, int],
+        permission: str | None,
+        ip: str | None,
+        model: str | None,
+        route: str | None,
+        tenant: str | None,
+    ) -> Verification:
+        """The answer that `verify` would give."""
+        patience = Patience("the key is being changed too quickly to verify it")
+        while await patience.another():
+            now_us = self._clock.now_us()
+            key = await self.cache.find(text, now_us)
+            if key is None or (tenant is not None and key.tenant != tenant):
+                return NOT_FOUND
+            refusal = key.refusal(now_us, permission, ip, model, route)
+            if refusal is not None:
+                return refused(key, *refusal)
+            if not await self.cache.is_current(key):
+                continue
+            if not key.metered.limited:
+                return admitted(key, (), units)
+            outcome = await self._ledger.peek(key.metered, units, model, route)
+            return admitted(key, outcome.statuses, units) if outcome.allowed else exceeded(key, outcome, units)
         raise patience.over()
 
     async def verify_many(self, asks: Sequence[Mapping[str, Any]]) -> list[Verification]:

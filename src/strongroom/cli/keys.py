@@ -212,6 +212,7 @@ def verify(
     model: Annotated[str | None, typer.Option("--model", help="The model it is used for.")] = None,
     route: Annotated[str | None, typer.Option("--route", help="The route it is used for.")] = None,
     tenant: Annotated[str | None, typer.Option("--tenant", help="Only a key of this tenant will do.")] = None,
+    peek: Annotated[bool, typer.Option("--peek", help="A dry run: the same answer, and nothing is counted.")] = False,
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -238,6 +239,7 @@ def verify(
             model=model,
             route=route,
             tenant=tenant,
+            peek=peek,
         ),
     )
     print_answer(answer, json)

@@ -15,7 +15,7 @@ from pydantic.json_schema import models_json_schema
 from .docs import page
 from .errors import MEDIA_TYPE, STATUS
 from .schemas import REF, Components, given
-from .shapes import ChangeEvent, ProblemDetails, ReadyEvent, RemovedEvent, ResetEvent, VerifyIn, VerifyOut
+from .shapes import ChangeEvent, ProblemDetails, ReadyEvent, RemovedEvent, ResetEvent, VerifyOneIn, VerifyOut
 from .verify import PATH as VERIFY
 from .wire import Json
 
@@ -336,7 +336,7 @@ def _verify() -> dict[str, Any]:
         "description": "Whether a key may be used now, for this cost. If so, all its limits are debited, durably, "
         "before the answer; if not, none is. An authorised caller is always answered 200.",
         "operationId": "verify_key",
-        **body(VerifyIn),
+        **body(VerifyOneIn),
         "responses": {
             "200": {
                 "description": "The decision",

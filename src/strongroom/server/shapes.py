@@ -300,6 +300,12 @@ class VerifyIn(Closed):
     route: str | None = Field(None, description="As `model`.")
 
 
+class VerifyOneIn(VerifyIn):
+    """As `verify:batch`'s items; a single one may be a dry run."""
+
+    peek: bool = Field(False, description="A dry run: the same answer, and nothing is counted.")
+
+
 class VerifyOut(BaseModel):
     """Whether the key may be used now. Only VALID debits anything."""
 

@@ -42,6 +42,7 @@ class Ask(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     ip: str | None = None
     model: str | None = None
     route: str | None = None
+    peek: bool = False
 
 
 class Reply(Protocol):
@@ -102,6 +103,8 @@ class VerifyRoute:
             return False
         try:
             ask = _decode(body)
+            if ask.peek:
+                return False
             if body.count(b'"key"') > 1:  # which one is meant is told there, and that they are two
                 return False
             begun = self._keys.begin(
@@ -185,6 +188,7 @@ class VerifyRoute:
                     tenant=caller.tenant,
                     idempotency_key=idempotency_key,
                     actor=caller.actor,
+                    peek=ask.peek,
                 )
             except InvalidInput as error:
                 raise problems_with(body, error) from None
@@ -255,7 +259,9 @@ def problems_with(body: bytes, otherwise: InvalidInput | None = None) -> Strongr
     except StrongroomError as found:
         return found
     found_paths = {problem.path for problem in problems}
-    problems += [problem for problem in item_problems(fields) if problem.path not in found_paths]
+    problems += [problem for problem in item_problems(fields, more=("peek",)) if problem.path not in found_paths]
+    if type(fields.get("peek", False)) is not bool:
+        problems.append(Problem("peek", f"found {kind_of(fields['peek'])}, expected true or false"))
     return InvalidInput(problems) if problems else otherwise or InvalidInput("the body cannot be read")
 
 
@@ -267,7 +273,7 @@ def item_problems(
     costs: Callable[[Any], Any] = cost_units,
 ) -> list[Problem]:
     """What is wrong with one verification, field by field; `more` are other fields that it may have."""
-    known = (*Ask.__struct_fields__, *more)
+    known = (*(name for name in Ask.__struct_fields__ if name != "peek"), *more)
     problems = [Problem(f"{prefix}{name[:64]}", "is not a known field") for name in fields if name not in known]
     if "key" not in fields:
         problems.append(Problem(f"{prefix}key", "is required"))

@@ -255,13 +255,19 @@ class Keys:
         model: str | None = None,
         route: str | None = None,
         idempotency_key: str | None = None,
+        peek: bool = False,
     ) -> Verification:
-        """Whether the key may be used now; if so, `cost` (default: one request) is debited from all its limits.
+        """Whether the key may be used now; if so, `cost` (default: one request) is debited from all its limits. `peek`:
+        a dry run, which gives the same answer and counts nothing.
 
         Without an `idempotency_key`, which costs the server a write, a call whose answer was lost is not sent again: it
         raises NoAnswer, and may have debited. Where it surely did not reach the server it is tried again all the same.
         """
         asked = Ask(key=key, cost=cost, permission=permission, ip=ip, model=model, route=route)
+        if peek:
+            fields = {name: getattr(asked, name) for name in Ask.__struct_fields__}
+            body = encode(without_none({**fields, "peek": True}))
+            return decode(Verification, self._http.send("POST", "/v1/keys/verify", body=body, repeatable=True))
         once = None if idempotency_key is None else once_of(idempotency_key)
         return decode(Verification, self._http.send("POST", "/v1/keys/verify", body=encode(asked), once=once))
 
