@@ -52,7 +52,8 @@ class Contract:
         if found is None or status == 405:
             assert status >= 400, f"{where}: the document has no such operation"
             assert ("allow" in headers) == (status == 405), where
-            self._conforms("#/components/schemas/ProblemDetails", json.loads(body or b"null"), where)
+            if method != "HEAD":
+                self._conforms("#/components/schemas/ProblemDetails", json.loads(body or b"null"), where)
             return
         template, operation = found
         pointer = f"#/paths/{_step(template)}/{method.lower()}/responses/{status}"

@@ -228,7 +228,7 @@ async def test_answers_come_in_the_order_of_the_requests_however_these_are_cut(d
                 last = answer["limits"][0]["used"]
         expected = sent.count("charged") + ("once" in sent)
         assert await used(served, key) == expected
-        assert served.app.services.gate.inside == 0
+        assert served.app.services.verify_gate.inside == 0
 
 
 async def disabled(served: Served) -> JSON:
@@ -288,7 +288,7 @@ async def test_an_error_of_the_charge_is_a_problem_document_of_this_request(monk
             charges.clear()
         ((status, _, _),) = await connection.ask(data)
         assert status == 200
-        assert served.app.services.gate.inside == 0
+        assert served.app.services.verify_gate.inside == 0
 
 
 async def test_what_nobody_foresaw_is_no_malformed_request(
@@ -363,7 +363,7 @@ async def test_a_connection_that_ends_during_the_charge_of_a_changed_key_ends(
         changed[0].set_exception(KeyChanged())
         await asyncio.sleep(0)  # its future's callback
         await wait_until(lambda: not other.protocol.tasks)
-        assert served.app.services.gate.inside == 0
+        assert served.app.services.verify_gate.inside == 0
         if gone:
             assert other.wire.sent == b""
         else:
@@ -376,9 +376,9 @@ async def test_who_goes_away_is_charged_and_leaves_nothing_behind() -> None:
         data = await warm(served)
         other = Connection(served.app)
         other.send(data)
-        assert served.app.services.gate.inside == 1
+        assert served.app.services.verify_gate.inside == 1
         other.close()
-        await wait_until(lambda: served.app.services.gate.inside == 0)
+        await wait_until(lambda: served.app.services.verify_gate.inside == 0)
         assert other.wire.sent == b""
         ((_, _, body),) = await connection.ask(data)
         assert json.loads(body)["limits"][0]["used"] == 2
@@ -409,7 +409,7 @@ async def test_more_at_once_than_the_bound_are_told_to_come_back() -> None:
         assert sorted(one.answers()[0][0] for one in several) == [200, 200, 429, 429, 429]
         for one in several:
             one.close()
-        assert served.app.services.gate.inside == 0
+        assert served.app.services.verify_gate.inside == 0
 
 
 async def test_a_connection_may_verify_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from strongroom import health
 from strongroom.server.errors import STATUS
 from strongroom.storage.port import Health
 from tests.conftest import wait_until
-from tests.serving import TOKENS, Served, serving
+from tests.serving import ADMIN, TOKENS, Served, serving
 from tests.waiting import PATIENCE_S
 
 BODILESS = (
@@ -80,6 +80,8 @@ async def test_metrics_count_requests_by_route_verifications_by_code_and_writes(
         assert found["strongroom_verifications_total", "VALID"] == 1
         assert found["strongroom_verifications_total", "NOT_FOUND"] == 2
         assert found["strongroom_verify_seconds_count",] == 2
+        assert found["strongroom_requests_total", "POST", "/v1/keys/verify", "200"] == 2
+        assert found["strongroom_request_seconds_count", "POST", "/v1/keys/verify"] == 3
         assert found["strongroom_requests_total", "POST", "/v1/keys/verify", "422"] == 1
         assert found["strongroom_requests_total", "POST", "/v1/keys", "201"] == 1
         assert found["strongroom_requests_total", "GET", "/v1/tenants/{tenant}/policies", "200"] == 2
@@ -88,6 +90,23 @@ async def test_metrics_count_requests_by_route_verifications_by_code_and_writes(
         assert found["strongroom_writes_total", "create", "api_keys"] == 1
         assert found["strongroom_requests_in_work",] == 1, "this one"
         assert not any("acme" in part or made["id"] in part for name in found for part in name)
+
+
+async def test_head_is_answered_wherever_get_is() -> None:
+    async with serving() as served:
+        made = await served.make_key()
+        for path in ("/healthz", "/readyz", "/docs", "/openapi.json", "/v1/keys", f"/v1/keys/{made['id']}"):
+            with_body, without = await served.get(path), await served.call("HEAD", path)
+            assert (without.status, without.answer.content) == (200, b""), path
+            sizes = [int(one.headers["content-length"]) for one in (without, with_body)]
+            assert min(sizes) > 0
+            assert sizes[0] == sizes[1] or path == "/readyz", path  # whose latencies differ
+            assert without.headers["content-type"] == with_body.headers["content-type"]
+        for path, status in (("/v1/nothing", 404), ("/v1/usage", 405), ("/v1/tenants/acme/policies:watch", 405)):
+            answer = await served.client.head(path, headers={"Authorization": f"Bearer {ADMIN}"})
+            assert (answer.status_code, answer.content) == (status, b""), path
+        assert (await served.client.head("/v1/keys")).status_code == 401
+        assert (await _metrics(served))["strongroom_requests_total", "HEAD", "/healthz", "200"] == 1
 
 
 async def test_series_are_bounded_whatever_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -204,9 +204,34 @@ async def test_what_is_not_a_report_is_refused_whole(
         assert paths is None or answer.paths == paths
 
 
-async def test_a_body_past_the_bound_is_refused_before_anyone_is_asked_for() -> None:
+@pytest.mark.parametrize("configured", [True, False])
+async def test_no_body_is_read_of_whom_it_cannot_be(configured: bool, key_file: Path) -> None:
+    async with serving_with(str(key_file) if configured else None) as served:
+        body, read = report(generate()), []
+
+        async def content() -> AsyncIterator[bytes]:
+            read.append(body)
+            yield body
+
+        reader = await served.manager("read")
+        unknown = signed(body, id="another")
+        refused: list[tuple[dict[str, str], int]] = [
+            ({}, 401), ({"Authorization": "Bearer sr_nobody"}, 401), ({"Authorization": f"Bearer {reader}"}, 403),
+            (unknown, 401), ({**signed(body), "Github_Public_Key_Signature": "no base64"}, 401),
+            ({"Github_Public_Key_Identifier": ID}, 401), (signed(body) if not configured else {}, 401),
+        ]  # fmt: skip
+        for headers, status in refused:
+            named = {name.replace("_", "-"): value for name, value in headers.items()}
+            answer = await served.client.post("/v1/keys/leaked", content=content(), headers=named)
+            assert (answer.status_code, read) == (status, []), headers
+        assert (await send(served, body, **signed(body, OTHER))).status == 401
+        assert (await served.post("/v1/keys/leaked", body)).status == 200
+
+
+async def test_a_body_past_the_bound_is_refused() -> None:
     async with serving_with(None, bounds=Bounds(max_body_bytes=2_000)) as served:
-        assert (await send(served, report("x" * 3_000))).status == 413
+        assert (await served.post("/v1/keys/leaked", report("x" * 3_000))).status == 413
+        assert (await send(served, report("x" * 3_000))).status in (401, 413)
 
 
 # --- Policies -------------------------------------------------------------------------------------------------

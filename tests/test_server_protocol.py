@@ -24,11 +24,25 @@ class Wire(asyncio.Transport):
         super().__init__()
         self.sent = b""
         self.calls = 0
-        self.closed = False
+        self.closed = self.aborted = self.ended = self.paused = False
+        self.unread = 0
 
     def write(self, data: Any) -> None:
+        assert not self.ended, "something was written after the end"
         self.sent += data
         self.calls += 1
+
+    def can_write_eof(self) -> bool:
+        return True
+
+    def write_eof(self) -> None:
+        self.ended = True
+
+    def get_write_buffer_size(self) -> int:
+        return self.unread
+
+    def abort(self) -> None:
+        self.closed = self.aborted = True
 
     def close(self) -> None:
         self.closed = True
@@ -36,9 +50,11 @@ class Wire(asyncio.Transport):
     def is_closing(self) -> bool:
         return self.closed
 
-    def pause_reading(self) -> None: ...
+    def pause_reading(self) -> None:
+        self.paused = True
 
-    def resume_reading(self) -> None: ...
+    def resume_reading(self) -> None:
+        self.paused = False
 
 
 async def _refusing(scope: Any, receive: Any, send: Any) -> None:
@@ -52,9 +68,12 @@ async def _waiting(scope: Any, receive: Any, send: Any) -> None:
         pass
 
 
+def configured(app: Any) -> uvicorn.Config:
+    return uvicorn.Config(app, interface="asgi3", lifespan="off", ws="none", log_config=None, proxy_headers=False)
+
+
 def connected(app: Any) -> tuple[Protocol, Wire]:
-    config = uvicorn.Config(app, interface="asgi3", lifespan="off", ws="none", log_config=None)
-    made, wire = Protocol(config, ServerState(), {}, asyncio.get_running_loop()), Wire()
+    made, wire = Protocol(configured(app), ServerState(), {}, asyncio.get_running_loop()), Wire()
     made.connection_made(wire)
     return made, wire
 

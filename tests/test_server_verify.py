@@ -188,7 +188,7 @@ async def test_more_requests_at_once_than_the_bound_are_told_to_come_back() -> N
         answers = await asyncio.gather(*(served.verify(made["key"], cost={"tokens": 1}) for _ in range(10)))
         assert sorted({a.status for a in answers}) == [200, 429]
         assert all(a.headers["retry-after"] == "1" for a in answers if a.status == 429)
-        assert served.app.services.gate.inside == 0
+        assert served.app.services.verify_gate.inside == 0
         admitted = sum(a.status == 200 for a in answers)
         assert (await served.get(f"/v1/keys/{made['id']}/stats")).json["totals"] == {"tokens": admitted}
 

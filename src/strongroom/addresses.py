@@ -9,11 +9,17 @@ from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address
 Network = IPv4Network | IPv6Network
 MAX_FORWARDED = 64
 """Addresses of a X-Forwarded-For header that are looked at, from the right."""
+MAX_ADDRESS_CHARS = 100
+"""A longer text is no address, whatever a header says, and is not kept."""
+
+
+def address(text: str) -> str | None:
+    """An address without a port, in its canonical form, or None if the text is none."""
+    return _address(text) if len(text) <= MAX_ADDRESS_CHARS else None
 
 
 @functools.lru_cache(maxsize=4_096)
-def address(text: str) -> str | None:
-    """An address without a port, in its canonical form, or None if the text is none."""
+def _address(text: str) -> str | None:
     text = text.strip()
     if text.startswith("["):
         text = text[1:].partition("]")[0]

@@ -123,6 +123,20 @@ class Settings(BaseSettings):
         "STRONGROOM_MAX_CONCURRENCY", 1_000, "Requests in work at once, for each worker; more are answered 429.",
         ge=1, le=100_000,
     )  # fmt: skip
+    max_connections: int = _setting(
+        "STRONGROOM_MAX_CONNECTIONS",
+        10_000,
+        "Connections open at once, for each worker; more are answered 503. Fewer where the system allows fewer open "
+        "files (ulimit -n): some are kept for the store.",
+        ge=1, le=1_000_000,
+    )  # fmt: skip
+    max_peer_connections: int = _setting(
+        "STRONGROOM_MAX_PEER_CONNECTIONS",
+        2_000,
+        "Connections open at once from one address (of IPv6 from one /64), for each worker; more are answered 429. "
+        "Trusted proxies are not bounded so.",
+        ge=1, le=1_000_000,
+    )  # fmt: skip
     max_watchers: int = _setting(
         "STRONGROOM_MAX_WATCHERS", 200, "Streams of `:watch` open at once, for each worker; more are answered 429.",
         ge=0, le=100_000,

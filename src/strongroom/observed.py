@@ -55,6 +55,12 @@ class Histogram:
         self.counts[bisect_left(BOUNDS_S, seconds)] += 1
         self.sum_s += seconds
 
+    def __add__(self, other: Histogram) -> Histogram:
+        both = Histogram()
+        both.counts = [one + more for one, more in zip(self.counts, other.counts, strict=True)]
+        both.sum_s = self.sum_s + other.sum_s
+        return both
+
     def buckets(self) -> list[tuple[str, float]]:
         total, found = 0, []
         for bound, count in zip((*map(str, BOUNDS_S), "+Inf"), self.counts, strict=True):

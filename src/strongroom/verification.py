@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
@@ -81,10 +80,19 @@ class Reservation(Verification, frozen=True, kw_only=True):
 ONE_REQUEST: dict[str, int] = {"requests": 1}
 
 
-@functools.lru_cache(maxsize=1_000)
+MAX_NAMES_KEPT = 1_000
+_counted: set[str] = set()
+"""Names that are known to be counted. None that is not is kept: it might be as long as a request."""
+
+
 def _is_counted(name: str) -> bool:
     """Whether a name is a resource of whole numbers that can be used up."""
-    return name not in (MONEY, CONCURRENCY) and _RESOURCE.fullmatch(name) is not None
+    if name in (MONEY, CONCURRENCY) or _RESOURCE.fullmatch(name) is None:
+        return False
+    if len(_counted) >= MAX_NAMES_KEPT:
+        _counted.clear()
+    _counted.add(name)
+    return True
 
 
 def cost_units(cost: Mapping[str, Any], *, reserving: bool = False) -> dict[str, int]:
@@ -94,7 +102,7 @@ def cost_units(cost: Mapping[str, Any], *, reserving: bool = False) -> dict[str,
     if len(cost) > MAX_RESOURCES:
         raise InvalidInput([Problem("cost", f"found {len(cost)} resources, expected at most {MAX_RESOURCES}")])
     for name, amount in cost.items():
-        if type(amount) is int and 0 <= amount <= MAX_AMOUNT and _is_counted(name):
+        if type(amount) is int and 0 <= amount <= MAX_AMOUNT and (name in _counted or _is_counted(name)):
             units[name] = amount
             continue
         if name == CONCURRENCY and not reserving:

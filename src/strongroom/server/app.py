@@ -19,19 +19,21 @@ from ..app import Strongroom
 from ..errors import InvalidInput, NotFound, Problem, StrongroomError, TooManyRequests
 from ..wording import message_of
 from . import errors, openapi
-from .auth import authorization
+from .auth import single
 from .errors import MalformedRequest, Message, MethodNotAllowed, Send, send_problem
 from .routes import audit, entities, health, keys, leaks, quotas, reservations, stats, usage, webhooks
 from .services import Bounds, Services
 from .signers import Signers
 from .verify import PATH as VERIFY
-from .verify import Receive, VerifyRoute, too_large
+from .verify import Receive, VerifyRoute, expect_at_most, too_large
 from .wire import request_id_of
 
 _log = logging.getLogger(__name__)
 _access = logging.getLogger("strongroom.access")
 _OPEN = frozenset({"/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", "/stats"})
 """Paths that need no management key; `/stats` takes the API key itself."""
+_HEALTH = frozenset({"/healthz", "/readyz", "/metrics"})
+"""What is asked by those who watch over the server: other requests cannot take their places."""
 _ENCODED_SLASH = re.compile(rb"%2f", re.IGNORECASE)
 DEFAULT_BOUNDS = Bounds()
 SLASH = "\x00"
@@ -45,7 +47,11 @@ class Application:
         self.services = services
         self.api = api
         self.verify = VerifyRoute(
-            services.room.keys, services.authenticator, services.metrics, services.gate, services.bounds.max_body_bytes
+            services.room.keys,
+            services.authenticator,
+            services.metrics,
+            services.verify_gate,
+            services.bounds.max_body_bytes,
         )
 
     # A coroutine function, as servers tell ASGI 3 from ASGI 2 by it.
@@ -76,21 +82,26 @@ class Application:
         """Everything but a verification: identify, authenticate, bound, hand on, count."""
         started = time.perf_counter()
         request_id = scope["strongroom.request_id"] = request_id_of(scope["headers"])
-        answer = _Answer(send, request_id)
-        gate = self.services.gate
+        method = scope["method"]
         streams = scope["path"].endswith(":watch")  # an open stream is bounded as a watcher, not as a request
+        if method == "HEAD" and not streams:  # as GET, without the body; a copy, since the server looks into its own
+            scope = {**scope, "method": "GET"}
+        answer = _Answer(send, request_id, without_body=method == "HEAD")
+        gate = self.services.health_gate if scope["path"] in _HEALTH else self.services.gate
         gate.inside += not streams
         try:
             if gate.inside > gate.limit:
                 raise TooManyRequests
+            headers = single(scope["headers"])
             _route_encoded_slashes(scope)
             if scope["path"] not in _OPEN and scope["path"].startswith("/v1") and not leaks.is_report(scope):
                 scope["strongroom.caller"] = await self.services.authenticator.caller(
-                    authorization(scope["headers"]), scope
+                    headers.get(b"authorization"), scope
                 )
             if scope["path"] == VERIFY:
-                raise MethodNotAllowed(f"{scope['method']} is not for this path", allow="POST")
-            await self.api(scope, self._bounded(scope, receive), answer)
+                raise MethodNotAllowed(f"{method} is not for this path", allow="POST")
+            expect_at_most(headers.get(b"content-length"), self.services.bounds.max_body_bytes)
+            await self.api(scope, self._bounded(receive), answer)
         except StrongroomError as error:
             if not answer.started:
                 await send_problem(answer, error, request_id)
@@ -102,14 +113,11 @@ class Application:
                 await send_problem(answer, StrongroomError(), request_id)
         finally:
             gate.inside -= not streams
-            self._count(scope, answer.status, time.perf_counter() - started, request_id)
+            self._count(scope, method, answer.status, time.perf_counter() - started, request_id)
 
-    def _bounded(self, scope: Mapping[str, Any], receive: Receive) -> Receive:
+    def _bounded(self, receive: Receive) -> Receive:
         """`receive`, which raises TooLarge as soon as the body is known to be larger than the bound."""
         most = self.services.bounds.max_body_bytes
-        for name, value in scope["headers"]:
-            if name == b"content-length" and (not value.isdigit() or int(value[:20]) > most):
-                raise too_large(most)
         size = 0
 
         async def bounded() -> Message:
@@ -122,15 +130,15 @@ class Application:
 
         return bounded
 
-    def _count(self, scope: Mapping[str, Any], status: int, seconds: float, request_id: str) -> None:
+    def _count(self, scope: Mapping[str, Any], method: str, status: int, seconds: float, request_id: str) -> None:
         route = getattr(scope.get("route"), "path", None) or "unmatched"
-        self.services.metrics.request(scope["method"], route, status, seconds)
+        self.services.metrics.request(method, route, status, seconds)
         if self.services.access_log and scope["path"] not in _OPEN:
             caller = scope.get("strongroom.caller")
             _access.info(
                 "request",
                 extra={
-                    "method": scope["method"],
+                    "method": method,
                     "path": scope["path"],
                     "status": status,
                     "ms": round(seconds * 1_000, 2),
@@ -143,10 +151,11 @@ class Application:
 class _Answer:
     """`send`, remembering what was sent, and adding the request's id."""
 
-    __slots__ = ("_request_id", "_send", "started", "status")
+    __slots__ = ("_request_id", "_send", "_without_body", "started", "status")
 
-    def __init__(self, send: Send, request_id: str) -> None:
+    def __init__(self, send: Send, request_id: str, *, without_body: bool = False) -> None:
         self._send = send
+        self._without_body = without_body
         self._request_id = request_id.encode()
         self.started = False
         self.status = 499  # the client went away before there was an answer
@@ -158,6 +167,8 @@ class _Answer:
             headers = message["headers"] = list(message.get("headers", ()))
             if not any(name == b"x-request-id" for name, _ in headers):
                 headers.append((b"x-request-id", self._request_id))
+        elif self._without_body:
+            message["body"] = b""
         await self._send(message)
 
 

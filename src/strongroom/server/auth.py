@@ -15,9 +15,23 @@ from ..context import Context
 from ..errors import Denied, Unauthenticated
 from ..keys import Keys
 from ..knownkey import KnownKey
+from .errors import MalformedRequest
 
 MAX_CALLERS = 10_000
 """Callers kept in memory, by the text of their header."""
+MAX_HEADER_BYTES = 1_024
+"""A longer header is not kept: a key may be imported with up to 512 characters, and one may put spaces before it."""
+ONCE = frozenset(
+    {
+        b"authorization",
+        b"content-length",
+        b"github-public-key-identifier",
+        b"github-public-key-signature",
+        b"host",
+        b"idempotency-key",
+    }
+)
+"""Headers that a request may have once: of two, one part of a system might read the first and another the last."""
 TRUSTED_FOR_S = 0.25
 """A caller is looked up again after this long, whatever was heard of its key meanwhile. With what
 `keycache.TRUSTED_FOR_S` allows, a management key that was revoked elsewhere ends within a second, even where the feed
@@ -134,11 +148,13 @@ class Authenticator:
                 self._callers.pop(header, None)
                 self._bound.pop(header, None)
             raise Unauthenticated("the key is unknown, disabled or expired" if text else None, token=bool(text))
+        caller = Caller(key, self._keys.works_until_us(text), self._keys.clock)
         callers, others = (self._bound, self._callers) if key.networks else (self._callers, self._bound)
-        if len(callers) >= MAX_CALLERS:
-            callers.clear()
         others.pop(header, None)
-        caller = callers[header] = Caller(key, self._keys.works_until_us(text), self._keys.clock)
+        if len(header) <= MAX_HEADER_BYTES:
+            if len(callers) >= MAX_CALLERS:
+                callers.clear()
+            callers[header] = caller
         return caller
 
 
@@ -150,6 +166,17 @@ def bearer(header: bytes | None) -> str | None:
         return header[7:].strip().decode()
     except UnicodeDecodeError:
         return None
+
+
+def single(headers: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
+    """Those headers of an ASGI scope that a request may have once. Raises MalformedRequest if it has one twice."""
+    found: dict[bytes, bytes] = {}
+    for name, value in headers:
+        if name in ONCE:
+            if name in found:
+                raise MalformedRequest(f"found several headers {name.decode()}, expected one")
+            found[name] = value
+    return found
 
 
 def authorization(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:

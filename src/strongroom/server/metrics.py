@@ -16,6 +16,10 @@ MAX_SERIES = 2_000
 """Series of one family; further ones are counted under `other`."""
 
 
+VERIFIED = ("POST", "/v1/keys/verify", 200)
+"""Verifications are counted by their code, since they must cost little: as requests they are added up when read."""
+
+
 class Metrics(Collector):
     """What this process has done since it started; `strongroom_process` names it, as each worker has its own."""
 
@@ -65,13 +69,19 @@ class Metrics(Collector):
         requests = CounterMetricFamily(
             "strongroom_requests", "Requests answered.", labels=("method", "route", "status")
         )
-        for (method, route, status), count in sorted(self.requests.items()):
+        counts = {**self.requests}
+        if answered := sum(self.verify_latency.counts):  # `self.verified` has those of batches too
+            counts[VERIFIED] = counts.get(VERIFIED, 0) + answered
+        for (method, route, status), count in sorted(counts.items()):
             requests.add_metric((method, route, str(status)), count)
         yield requests
         latency = HistogramMetricFamily(
             "strongroom_request_seconds", "Time to the end of the answer.", labels=("method", "route")
         )
-        for labels, histogram in sorted(self.latency.items()):
+        latencies = {**self.latency}
+        if answered:
+            latencies[VERIFIED[:2]] = self.verify_latency + latencies.get(VERIFIED[:2], Histogram())
+        for labels, histogram in sorted(latencies.items()):
             latency.add_metric(labels, buckets=histogram.buckets(), sum_value=histogram.sum_s)
         yield latency
         verified = CounterMetricFamily("strongroom_verifications", "Verifications by their code.", labels=("code",))

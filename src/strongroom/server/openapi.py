@@ -208,7 +208,8 @@ def methods(api: FastAPI, path: str) -> list[str]:
     """The methods that a path takes, for Allow (the framework knows only those of the first route that it meets)."""
     paths = document(api)["paths"]
     found = {method.upper() for template, item in paths.items() if _matches(template, path) for method in item}
-    return sorted(found or {"GET"})
+    found = found or {"GET"}
+    return sorted(found | {"HEAD"} if "GET" in found and not path.endswith(":watch") else found)
 
 
 def _matches(template: str, path: str) -> bool:

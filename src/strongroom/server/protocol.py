@@ -1,190 +1,259 @@
-"""uvicorn's HTTP protocol with the bounds that it lacks (the size of a request's head, and the time it may take), and
-with a direct way for verifications.
+"""uvicorn's HTTP protocol with the bounds that it lacks, strict about what a request is, and with a direct way for
+verifications.
 
 A verification that arrives in one piece, as they do, is given to `VerifyRoute.begin` as it is, and its answer written
 as it comes: without the task, the events and the messages of ASGI, which took twice the time of the verification. What
 is not answered so goes on as any other request does.
+
+Requests of one connection are answered one after the other. Those that a client sends ahead wait: at most PIECE_BYTES
+of them are parsed, the rest of what was read is kept as it came, and nothing more is read from the socket until their
+turn. A request that is not valid HTTP is answered in its turn too, and is the connection's last.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from typing import Any, cast
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+import httptools
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from ..context import next_id
-from . import errors
+from ..errors import StrongroomError
+from . import errors, heads
+from .connections import MAX_TURNED_AWAY, Connections
+from .cycles import Cycle, Direct, Flow
+from .deadline import Deadline
 from .errors import HeadersTooLarge, MalformedRequest
+from .heads import ALWAYS_ONCE, NEVER_TRAILERS, NOTED
+from .outgoing import Outgoing
 from .verify import PATH, Asgi, VerifyRoute
 
 MAX_HEAD_BYTES = 65_536
-"""Request line and headers together (a little more may pass if it arrives in one piece)."""
+"""Request line and headers together (a little more may pass if it arrives in one piece). The same again for what a
+chunked body has beside its content: extensions and trailers, beyond 16 bytes for each byte of content."""
 MAX_DISCARDED_BYTES = 64 * 1_048_576
 """Of a body that was refused already, this much is read and dropped, so that its sender gets to read the answer."""
 ARRIVAL_TIMEOUT_S = 60.0
 """A connection whose request has not arrived whole after this long is closed: it would hold a place for ever."""
-
-LINGER_S = 1.0
-"""A connection that was refused is closed after this long; what still comes is dropped."""
-
+LINGER_S = 2.0
+"""A connection that was refused is closed once nothing has come for this long; what still comes is dropped."""
+MAX_LINGER_S = 60.0
+PIECE_BYTES = 1_024
+"""What was read is parsed in pieces of this size, and no further while a request waits for its turn."""
+CHUNK_OVERHEAD = 16
 
 _VERIFY = PATH.encode()
+_NOT_HTTP = "the request is not valid HTTP"
+
+# What of a request is coming.
+_NOTHING, _HEAD, _BODY = range(3)
 
 
-class _Coalesced:
-    """A transport that sends in one call to the system what is written in one turn of the loop.
-
-    uvicorn writes the head of an answer and its body apart; each would be a call of its own, and the two were a third
-    of what the server did for a verification.
-    """
-
-    __slots__ = ("_loop", "_pending", "_transport")
-
-    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
-        self._transport = transport
-        self._loop = loop
-        self._pending: list[bytes] = []
-
-    def write(self, data: bytes) -> None:
-        if not self._pending:
-            self._loop.call_soon(self.flush)
-        self._pending.append(data)
-
-    def write_all(self, data: bytes) -> None:
-        """Send what is the whole of an answer, or its end."""
-        if self._pending:
-            self._pending.append(data)
-        else:
-            self._transport.write(data)
-
-    def flush(self) -> None:
-        if self._pending:
-            data = b"".join(self._pending)
-            self._pending.clear()
-            self._transport.write(data)
-
-    def close(self) -> None:
-        self.flush()
-        self._transport.close()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-
-class _Direct:
-    """The request of a connection that is being answered without ASGI, or was: to uvicorn it is a cycle like others,
-    to the route it is where the answer goes. A connection has one, used again for each of them."""
-
-    more_body = False
-
-    def __init__(self, protocol: Protocol) -> None:
-        self._protocol = protocol
-        self._defaults: list[tuple[bytes, bytes]] | None = None
-        self._head = b""
-        self.message_event = asyncio.Event()
-        self.scope: Any = None
-        self.body = b""
-        self.response_complete = True
-        self.disconnected = False
-        self.keep_alive = True
-
-    def begin(self, scope: Any, body: bytes) -> None:
-        self.scope = scope
-        self.body = body
-        self.response_complete = self.disconnected = False
-        self.keep_alive = True  # until the server stops
-
-    def answer(self, payload: bytes) -> None:
-        self.response_complete = True
-        protocol = self._protocol
-        transport: Any = protocol.transport
-        if self.disconnected or transport.is_closing():
-            return
-        defaults = protocol.server_state.default_headers  # a new list each second, for its date
-        if defaults is not self._defaults:
-            self._defaults = defaults
-            lines = b"".join(b"%s: %s\r\n" % header for header in defaults)
-            self._head = b"%s%scontent-type: application/json\r\n" % (STATUS_LINE[200], lines)
-        end = b"" if self.keep_alive else b"connection: close\r\n"
-        transport.write_all(b"%scontent-length: %d\r\n%s\r\n%s" % (self._head, len(payload), end, payload))
-        if not self.keep_alive:
-            transport.close()
-        protocol.on_response_complete()
-
-    def hand_on(self, app: Asgi) -> None:
-        self.response_complete = True
-        self._protocol.start_whole(self, app)
+class _Stop(Exception):
+    """Nothing after this is parsed."""
 
 
 class Protocol(HttpToolsProtocol):
     """One connection."""
 
-    _refused = False
-    _head_bytes = 0
-    _discarded_bytes = 0
-    _late_at: float | None = None
-    _whole: bytes | None = None
-    """As much as has come of the body of a verification that may be answered directly."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
+    def __init__(self, *arguments: Any, connections: Connections | None = None, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._verify: VerifyRoute | None = getattr(self.app, "verify", None)
-        self._direct = _Direct(self)
+        self._direct: Any = Direct(self)
+        self._connections = connections
+        self._peer: str | None = None
+        self._entered = self._turned_away = False
+
+        self._running: Any = None
+        """What is being answered."""
+        self._phase = _NOTHING
+        self._keep = True
+        """Whether another request may follow the one that is read."""
+        self._last = False
+        """No more is parsed: what still comes is dropped."""
+        self._problem: StrongroomError | None = None
+        """What is wrong with the request that is read."""
+        self._error: StrongroomError | None = None
+        """The connection's last answer, once those before it are given."""
+        self._noted: dict[bytes, bytes] = {}
+        self._repeated = False
+        self._host: bytes | None = None
+        """A Host that is known to be one."""
+        self._whole: bytes | None = None
+        """As much as has come of the body of a verification that may be answered directly."""
+        self._backlog: deque[memoryview] = deque()
+        self._working_off = False
+
+        self._head_bytes = self._content_bytes = self._overhead_bytes = self._discarded_bytes = 0
+        self._late_at: float | None = None
+        self._deadline = Deadline(self.loop, self._overdue)
+        self._lingering = self._heard = False
+        self._linger_until = 0.0
+
+    # --- The connection ---
 
     def connection_made(self, transport) -> None:  # type: ignore[no-untyped-def]
-        super().connection_made(_Coalesced(transport, self.loop))  # type: ignore[arg-type]  # as much as is used of one
+        outgoing = Outgoing(transport, self.loop, self._linger)
+        super().connection_made(outgoing)  # type: ignore[arg-type]  # as much as is used of one
+        self.flow = Flow(cast("Any", outgoing))
+        if self._connections is not None:
+            try:
+                self._peer = self._connections.enter(self.client[0] if self.client else None)
+                self._entered = True
+            except StrongroomError as error:
+                self._turn_away(error)
+                return
         self._await_the_rest()
 
-    # --- Verifications ---
+    def _turn_away(self, error: StrongroomError) -> None:
+        connections = cast(Connections, self._connections)
+        if connections.turned_away >= MAX_TURNED_AWAY:
+            self.transport.abort()
+            return
+        connections.turned_away += 1
+        self._turned_away = True
+        self._refuse(error)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Everyone who waits is told, and nothing is left that refers to this connection in a circle: its memory is
+        free at once, and not when Python next looks for garbage."""
+        if self._connections is not None:
+            if self._entered:
+                self._connections.leave(self._peer)
+            self._connections.turned_away -= self._turned_away
+            self._entered = self._turned_away = False
+        self.connections.discard(self)
+        for cycle in (self._running, *(cycle for cycle, _ in self.pipeline)):
+            if cycle is not None and not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
+        self.pipeline.clear()
+        self._backlog.clear()
+        self.flow.resume_writing()
+        self._deadline.end()
+        self._outgoing.release()
+        self._outgoing.close_now()
+        self._last = True
+        self._running = self._direct = self.cycle = self.parser = cast("Any", None)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Keep nothing of a request that was answered."""
+        self.headers = self.scope = self.cycle = cast("Any", None)
+        self.url = b""
+        self._noted = cast("Any", None)
+
+    @property
+    def _outgoing(self) -> Outgoing:
+        return cast("Outgoing", self.transport)
+
+    def shutdown(self) -> None:
+        """The server stops: what is in work is answered, and then the connection closed."""
+        last = self.pipeline[0][0] if self.pipeline else self._running
+        if last is None:
+            self._outgoing.close_now()
+        else:
+            last.keep_alive = False
+
+    # --- What is parsed ---
+
+    def on_message_begin(self) -> None:
+        self._phase = _HEAD
+        self.url = b""
+        self.headers = []
+        self._noted = {}
+        self._repeated = False
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        name = name.lower()
+        if self._phase == _BODY:  # a trailer: nothing here reads one
+            if name in NEVER_TRAILERS:
+                self._wrong(f"found the header {name.decode()} after the body")
+            return
+        if name in NOTED:
+            if name in self._noted:
+                self._repeated = True
+                if name in ALWAYS_ONCE:
+                    self._wrong(f"found several headers {name.decode()}, expected one")
+            self._noted[name] = value
+        self.headers.append((name, value))
+
+    def _wrong(self, text: str) -> None:
+        self._problem = MalformedRequest(text)
+        raise _Stop
 
     def on_headers_complete(self) -> None:
-        if self.url == _VERIFY and self._verify is not None and self._may_be_direct():
+        noted = self._noted
+        if (
+            self.url == _VERIFY
+            and self._running is None
+            and len(noted) == 3  # and none that is out of the ordinary
+            and b"host" in noted
+            and b"authorization" in noted
+            and b"content-length" in noted
+            and not self._repeated
+            and self._verify is not None
+            and self._may_be_direct(noted[b"host"])
+        ):
             self._whole = b""
         else:
-            super().on_headers_complete()
+            self._begin_asgi()
+        self._phase = _BODY
 
-    def _may_be_direct(self) -> bool:
+    def _may_be_direct(self, host: bytes) -> bool:
         parser: Any = self.parser
-        cycle: Any = self.cycle  # None at first
         return (
             parser.get_method() == b"POST"
             and parser.get_http_version() == "1.1"
             and parser.should_keep_alive()
-            and not parser.should_upgrade()
+            and (host == self._host or self._is_host(host))
             and not self.flow.write_paused
-            and (cycle is None or cycle.response_complete)  # else it waits its turn
+            and not self.pipeline
         )
 
-    def on_body(self, body: bytes) -> None:
-        if self._whole is None:
-            super().on_body(body)
+    def _is_host(self, value: bytes) -> bool:
+        if not heads.is_host(value):
+            return False
+        self._host = value
+        return True
+
+    def _begin_asgi(self) -> None:
+        """Give a request, whose body is still to come, to the application, now or in its turn."""
+        parser: Any = self.parser
+        version, method = parser.get_http_version(), parser.get_method()
+        problem = heads.problem_of(version, method, self._noted, upgrades=parser.should_upgrade())
+        if problem is not None:
+            self._wrong(problem)
+        self._keep = version == "1.1" and parser.should_keep_alive() and not parser.should_upgrade()
+        expected = self._noted.get(b"expect", b"").lower() == b"100-continue" and version == "1.1"
+        parsed: Any = httptools.parse_url(self.url)
+        if parsed.path is None:
+            self._wrong("the request names no path")
+        scope = self._scope_of(method, parsed.path, parsed.query or b"", self.headers, version)
+        self.cycle = cycle = self._cycle_of(scope, asyncio.Event(), expected, self._keep)
+        if self._running is None and not self.pipeline and not self.flow.write_paused:
+            self._start(cycle, self.app)
         else:
-            self._whole += body
+            self._hold()
+            self.pipeline.appendleft((cycle, self.app))
 
-    def on_message_complete(self) -> None:
-        body, self._whole = self._whole, None
-        if body is None or self._verify is None:
-            super().on_message_complete()
-            return
-        direct = self._direct
-        direct.begin(self.scope, body)
-        self.cycle = cast("Any", direct)  # as much as is used of one
-        if not self._verify.begin(self.headers, body, direct):
-            direct.hand_on(self.app)
+    def _scope_of(self, *asked: Any) -> Any:
+        """What ASGI is told of a request, beside what is true of the whole connection."""
+        scope = heads.asked_of(*asked)
+        scope.update(
+            asgi={"version": self.asgi_version, "spec_version": "2.3"},
+            server=self.server,
+            client=self.client,
+            scheme=self.scheme,
+            state=self.app_state.copy(),
+        )
+        return scope
 
-    def _in_pieces(self, body: bytes) -> None:
-        """Go on with a request as with any other: its body is not all there yet."""
-        self._whole = None
-        super().on_headers_complete()
-        if body:
-            super().on_body(body)
-
-    def start_whole(self, request: _Direct, app: Asgi) -> None:
-        """Let an ASGI application answer a verification that has arrived whole."""
-        scope = request.scope
-        scope.update(method="POST", path=PATH, raw_path=_VERIFY, query_string=b"")
-        cycle = RequestResponseCycle(
+    def _cycle_of(self, scope: Any, event: asyncio.Event, expects_continue: bool, keep_alive: bool) -> Cycle:
+        return Cycle(
             scope=scope,
             transport=self.transport,
             flow=self.flow,
@@ -192,74 +261,262 @@ class Protocol(HttpToolsProtocol):
             access_logger=self.access_logger,
             access_log=self.access_log,
             default_headers=self.server_state.default_headers,
-            message_event=asyncio.Event(),
-            expect_100_continue=False,
-            keep_alive=request.keep_alive,
+            message_event=event,
+            expect_100_continue=expects_continue,
+            keep_alive=keep_alive,
             on_response=self.on_response_complete,
         )
-        cycle.body += request.body
-        cycle.more_body = False
-        cycle.message_event.set()
-        cycle.disconnected = request.disconnected
-        if cast("Any", self.cycle) is request:  # else the next request waits behind it already
-            self.cycle = cycle
+
+    def _start(self, cycle: Any, app: Any) -> None:
+        self._running = cycle
         self._start_asgi_task(cycle, app)
 
-    # --- Bounds ---
+    def on_body(self, body: bytes) -> None:
+        self._content_bytes += len(body)
+        if self._whole is not None:
+            self._whole += body
+            return
+        cycle = self.cycle
+        if cycle.response_complete:
+            return
+        cycle.body += body
+        if len(cycle.body) > HIGH_WATER_LIMIT:
+            self.flow.pause_reading()
+        cycle.message_event.set()
+
+    def on_message_complete(self) -> None:
+        self._phase = _NOTHING
+        if self._late_at is not None:
+            self._arrived()
+        body, self._whole = self._whole, None
+        if body is not None and self._verify is not None:
+            direct = self._direct
+            direct.begin(self.headers, body)
+            self.cycle = self._running = direct
+            if not self._verify.begin(self._noted[b"authorization"], body, direct):
+                direct.hand_on(self.app)
+            return
+        cycle = self.cycle
+        if not cycle.response_complete:
+            cycle.more_body = False
+            cycle.message_event.set()
+        if not self._keep:
+            self._last = True
+            raise _Stop
+
+    def _in_pieces(self, body: bytes) -> None:
+        """Go on with a request as with any other: its body is not all there yet."""
+        self._whole = None
+        self._begin_asgi()
+        if body:
+            self._content_bytes -= len(body)  # counted already
+            self.on_body(body)
+
+    def start_whole(self, request: Direct, app: Asgi) -> None:
+        """Let an ASGI application answer a verification that has arrived whole."""
+        headers, body = request.take()
+        scope = self._scope_of(b"POST", _VERIFY, b"", headers, "1.1")
+        event = asyncio.Event()
+        event.set()
+        cycle = self._cycle_of(scope, event, False, request.keep_alive)
+        cycle.body += body
+        cycle.more_body = False
+        cycle.disconnected = request.disconnected
+        if self.cycle is cast("Any", request):  # else the next request waits behind it already
+            self.cycle = cycle
+        self._start(cycle, app)
+
+    # --- What comes in ---
 
     def data_received(self, data: bytes) -> None:
-        if self._refused:
+        if len(data) > PIECE_BYTES or self._last or self._backlog or self.pipeline:
+            self._receive_more(data)
+        else:
+            self._parse(data)
+
+    def _parse(self, data: bytes | memoryview) -> None:
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            pass
+        except httptools.HttpParserError:
+            if not self._last:
+                self._refuse(self._problem or MalformedRequest(_NOT_HTTP))
             return
-        super().data_received(data)
-        if self._whole is not None and not self._refused:
-            self._in_pieces(self._whole)
-        cycle: Any = self.cycle
-        if cycle is self._direct and cycle.scope is self.scope and cycle.response_complete:  # answered already
-            self._head_bytes = self._discarded_bytes = 0
-            self._late_at = None
-        elif cycle is None or cycle.scope is not self.scope:  # the next request has begun, and its head has no end yet
-            self._head_bytes += len(data)
+        if self._phase:
+            self._bound(len(data))
+
+    def _receive_more(self, data: bytes) -> None:
+        """What is more than a piece, or comes while requests wait, or is to be dropped."""
+        if self._last:
+            self._drop(len(data))
+            return
+        view = memoryview(data)
+        self._backlog.extend(view[at : at + PIECE_BYTES] for at in range(0, len(view), PIECE_BYTES))
+        self._work_off()
+
+    def _work_off(self) -> None:
+        """Parse what was read, as long as no request waits for its turn."""
+        if self._working_off:
+            return
+        self._working_off = True
+        try:
+            while self._backlog and not self.pipeline and not self._last:
+                self._parse(self._backlog.popleft())
+        finally:
+            self._working_off = False
+        if self._last:
+            self._drop(sum(map(len, self._backlog)))
+            self._backlog.clear()
+        if self._backlog or self.pipeline:
+            self._hold()
+        else:
+            self._release()
+
+    def _hold(self) -> None:
+        self.flow.pause_reading()
+        cast("Flow", self.flow).held = True
+
+    def _release(self) -> None:
+        cast("Flow", self.flow).held = False
+        self.flow.resume_reading()
+
+    def _bound(self, size: int) -> None:
+        """A request has not arrived whole with its last piece."""
+        if self._phase == _HEAD:
+            self._head_bytes += size
             if self._head_bytes > MAX_HEAD_BYTES:
                 self._refuse(HeadersTooLarge())
-            else:
-                self._await_the_rest()
-        elif not cycle.response_complete:
-            self._head_bytes = self._discarded_bytes = 0
-            if cycle.more_body:
-                self._await_the_rest()
-            else:
-                self._late_at = None
-        else:  # what is left of a body that was refused
-            self._discarded_bytes += len(data)
-            if self._discarded_bytes > MAX_DISCARDED_BYTES:
+                return
+        else:
+            content, self._content_bytes = self._content_bytes, 0
+            self._overhead_bytes = max(0, self._overhead_bytes + size - (1 + CHUNK_OVERHEAD) * content)
+            if self._overhead_bytes > MAX_HEAD_BYTES:
+                self._refuse(MalformedRequest("the chunks of the body have too much beside their content"))
+                return
+            if self._whole is not None:
+                self._in_pieces(self._whole)
+            if self.cycle.response_complete:
+                self._drop(size)
+        self._await_the_rest()
+
+    def _arrived(self) -> None:
+        self._late_at = None
+        self._head_bytes = self._content_bytes = self._overhead_bytes = self._discarded_bytes = 0
+
+    def _drop(self, size: int) -> None:
+        self._heard = True
+        self._discarded_bytes += size
+        if self._discarded_bytes > MAX_DISCARDED_BYTES:
+            self._outgoing.close_now()
+
+    # --- What goes out ---
+
+    def on_response_complete(self) -> None:
+        self.server_state.total_requests += 1
+        self._running = None
+        if self._outgoing.is_closing():
+            return
+        if self._phase == _NOTHING and not self.pipeline and not self._backlog and self._error is None:
+            self._forget()
+            self._deadline.set(self.loop.time() + self.timeout_keep_alive)
+            if self.flow.read_paused:
+                self._release()
+        else:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Begin what waits for its turn, if it has come."""
+        self._outgoing.flush()  # which may tell that the client does not read, so that nothing is begun for it
+        if self._running is None and not self.flow.write_paused and not self._outgoing.is_closing():
+            if self.pipeline:
+                self._start(*self.pipeline.pop())
+            elif self._error is not None:
+                self._answer_error(self._error)
+                return
+        if not self.pipeline:
+            self._work_off()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._outgoing.watch()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._outgoing.unwatch()
+        self._go_on()
+
+    def _refuse(self, error: StrongroomError) -> None:
+        """Answer the request that is read with an error, in its turn; it is the connection's last."""
+        if self._last or self._outgoing.is_closing():
+            return
+        self._last = True
+        cycle: Any = self.cycle
+        if self._whole is not None:
+            self._whole = None
+        elif self._phase == _BODY:
+            if self.pipeline and self.pipeline[0][0] is cycle:
+                self.pipeline.popleft()
+            elif cycle.response_started:  # it cannot be answered again
+                cycle.disconnected = True
+                cycle.message_event.set()
                 self.transport.close()
+                return
             else:
-                self._await_the_rest()
+                self._running = None
+                cycle.disconnected = True
+                cycle.message_event.set()
+        self._error = error
+        self._go_on()
+
+    def _answer_error(self, error: StrongroomError) -> None:
+        status, headers, body = errors.response(error, next_id())
+        lines = b"".join(b"%s: %s\r\n" % header for header in (*self.server_state.default_headers, *headers))
+        self._error = None
+        self.transport.write(b"%s%sconnection: close\r\n\r\n%s" % (STATUS_LINE[status], lines, body))
+        self._phase = _BODY  # something may come
+        self.transport.close()
+
+    # --- Time ---
 
     def _await_the_rest(self) -> None:
         """Close the connection if the request has not arrived by a time that later pieces do not put off."""
-        if self._refused or self.transport.is_closing():
-            return
         if self._late_at is None:
             self._late_at = self.loop.time() + ARRIVAL_TIMEOUT_S
-        self._unset_keepalive_if_required()
-        self.timeout_keep_alive_task = self.loop.call_at(self._late_at, self.timeout_keep_alive_handler)
+            self._deadline.set(self._late_at)
 
-    def send_400_response(self, msg: str) -> None:
-        self._refuse(MalformedRequest("the request is not valid HTTP"))
-
-    def _refuse(self, error: HeadersTooLarge | MalformedRequest) -> None:
-        if self._refused or self.transport.is_closing():
+    def _overdue(self) -> None:
+        now = self.loop.time()
+        if self._outgoing.is_closing() and not self._lingering:
             return
-        status, headers, body = errors.response(error, next_id())
-        lines = [
-            STATUS_LINE[status],
-            *(b"%s: %s\r\n" % header for header in headers),
-            b"connection: close\r\n\r\n",
-            body,
-        ]
-        self._refused = True
-        self._unset_keepalive_if_required()
-        self.transport.write(b"".join(lines))
-        # Closing at once, with bytes still unread, would reset the connection, and the answer might never be read.
-        self.timeout_keep_alive_task = self.loop.call_later(LINGER_S, self.timeout_keep_alive_handler)
+        if self._lingering:
+            if self._heard and now < self._linger_until:
+                self._heard = False
+                self._deadline.set(now + LINGER_S)
+            else:
+                self._outgoing.close_now()
+        elif self._running is None or (self._running is self.cycle and self._phase == _BODY):
+            self._outgoing.close_now()
+        else:  # the client waits for us
+            self._deadline.set(now + self.timeout_keep_alive)
+
+    def _linger(self) -> bool:
+        """Whether the connection is to be read on for a while before it is closed. Closing with bytes unread would
+        reset it, and the client might never read the answer."""
+        nothing_unread = self._phase == _NOTHING and not (self._backlog or self.pipeline or self._discarded_bytes)
+        if self._lingering or nothing_unread:
+            return False
+        self._lingering = self._last = True
+        self.pipeline.clear()
+        self._backlog.clear()
+        self._outgoing.half_close()
+        if self._outgoing.get_write_buffer_size():
+            self._outgoing.watch()
+        self._release()
+        now = self.loop.time()
+        self._linger_until = now + MAX_LINGER_S
+        self._deadline.set(now + LINGER_S)
+        return True
+
+
+__all__ = ["Protocol"]

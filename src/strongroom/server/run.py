@@ -20,7 +20,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import uvicorn
 
@@ -31,6 +31,7 @@ from ..errors import ConfigError, StrongroomError, Unavailable
 from ..storage import store_for
 from . import adminkey, logs
 from .app import Application, Bounds, build
+from .connections import Connections, descriptors
 from .protocol import Protocol
 from .starting import Late, until_open
 from .workers import supervise
@@ -44,6 +45,8 @@ Python's 700 that is several times in each page of keys, and full collections fo
 took 170 ms. Only cycles wait for this, some MB of them at most: all else is freed at once."""
 BACKLOG = 2_048
 KEEP_ALIVE_S = 30
+RESERVED_DESCRIPTORS = 256
+"""Open files that are kept for the store, its connections aside, and for webhooks, logs and leases."""
 STOP_SLACK_S = 5
 """More than the requests in flight get, for closing the store."""
 _log = logging.getLogger("strongroom.server")
@@ -199,6 +202,7 @@ async def _work(
     announce: Callable[[str], None] | None = None,
     parent: int | None = None,
 ) -> None:
+    connections = _connections(settings)
     async with contextlib.AsyncExitStack() as stack:
 
         async def attempt() -> Application:
@@ -211,28 +215,49 @@ async def _work(
             application = build(
                 room, bounds, access_log=settings.access_log, leak_keys=settings.leak_keys, proxies=settings.proxies
             )
+            connections.measured(application.services.metrics)
             collect_rarely()
             return application
 
         try:
-            server = _Server(settings, await attempt(), parent)
+            server = _Server(settings, await attempt(), connections, parent)
         except Unavailable as error:
             if not _may_come_back(settings):
                 raise
             _log.warning("the store cannot be reached, starting without it: %s", error)
             late = Late(store_for(settings.store_url).capabilities.name)
-            await _Server(settings, late, parent).serve_late(late, until_open(attempt), listener)
+            await _Server(settings, late, connections, parent).serve_late(late, until_open(attempt), listener)
         else:
             await server.serve(sockets=[listener])
+
+
+def _connections(settings: Settings) -> Connections:
+    """As many as are set, if the system has descriptors for them beside those of the store."""
+    reserved = RESERVED_DESCRIPTORS + settings.db_max_connections
+    most, per_peer = settings.max_connections, settings.max_peer_connections
+    found = descriptors(most + reserved)
+    if found < most + reserved:
+        most = max(found // 4, found - reserved)
+        _log.warning(
+            "of %d connections (STRONGROOM_MAX_CONNECTIONS) %d are taken: the system allows this process %d open files",
+            settings.max_connections,
+            most,
+            found,
+        )
+    # One peer never takes all places, unless that was asked for.
+    per_peer = min(per_peer, most * 3 // 4) if per_peer < settings.max_connections else per_peer
+    return Connections(most, per_peer, settings.proxies)
 
 
 class _Server(uvicorn.Server):
     """uvicorn's server, which on a signal returns instead of raising it again: the store is closed after it."""
 
-    def __init__(self, settings: Settings, application: Application | Late, parent: int | None) -> None:
+    def __init__(
+        self, settings: Settings, application: Application | Late, connections: Connections, parent: int | None
+    ) -> None:
         config = uvicorn.Config(
             application,
-            http=Protocol,
+            http=cast("Any", functools.partial(Protocol, connections=connections)),
             interface="asgi3",
             lifespan="off",
             ws="none",

@@ -19,6 +19,8 @@ from .verify import Gate
 
 MAX_BATCH_ITEMS = 1_000
 """Verifications in one `verify:batch`."""
+HEALTH_PLACES = 100
+"""Requests to `/healthz`, `/readyz` and `/metrics` in work at once."""
 MAX_USAGE_ITEMS = 10_000
 """Events in one `usage:batch`."""
 
@@ -51,15 +53,22 @@ class Services:
     authenticator: Authenticator = field(init=False)
     gate: Gate = field(init=False)
     answers: Answers = field(init=False)
+    verify_gate: Gate = field(init=False)
+    health_gate: Gate = field(init=False)
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.room.store.metrics)
         self.authenticator = Authenticator(self.room.keys, self.proxies)
         self.gate = Gate(self.bounds.max_concurrency)
         self.answers = Answers(self.room.database)
+        self.verify_gate = Gate(self.bounds.max_concurrency)
+        self.health_gate = Gate(HEALTH_PLACES)
         self.room.database.after_commit(self._committed)
         metrics = self.metrics
-        metrics.gauge("strongroom_requests_in_work", "Requests being answered.", lambda: self.gate.inside)
+        gates = (self.gate, self.verify_gate, self.health_gate)
+        metrics.gauge(
+            "strongroom_requests_in_work", "Requests being answered.", lambda: sum(gate.inside for gate in gates)
+        )
         room = self.room
         metrics.gauge(
             "strongroom_feed_behind_seconds", "Age of what is known of others' changes.", lambda: room.feed.behind_s

@@ -12,6 +12,7 @@ import binascii
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -49,6 +50,23 @@ class _List(msgspec.Struct):
     public_keys: list[_Listed]
 
 
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """That the key of `identifier` made a signature."""
+
+    identifier: str
+    _signed: bytes
+    _key: ec.EllipticCurvePublicKey
+
+    def check(self, body: bytes) -> str:
+        """The identifier, if the signature is of this body. Raises Unauthenticated."""
+        try:
+            self._key.verify(self._signed, body, ec.ECDSA(hashes.SHA256()))
+        except InvalidSignature:
+            raise Unauthenticated(_REFUSED) from None
+        return self.identifier
+
+
 class Signers:
     """The public keys of one list: `place` is its URL, or a file with the same JSON."""
 
@@ -67,9 +85,9 @@ class Signers:
             except (OSError, ValueError) as error:
                 raise ConfigError(f"STRONGROOM_LEAK_KEYS: {place}: {_reason(error)}") from None
 
-    async def check(self, headers: Mapping[str, str], body: bytes) -> str:
-        """The identifier of the key that signed the body. Raises Unauthenticated, and Unavailable if the list of keys
-        cannot be had at the moment."""
+    async def claim(self, headers: Mapping[str, str]) -> Claim:
+        """Who says that it signed a request, which is known before its body is. Raises Unauthenticated, and Unavailable
+        if the list of keys cannot be had at the moment."""
         identifier, signature = headers.get(IDENTIFIER, ""), headers.get(SIGNATURE, "")
         if not 0 < len(identifier) <= MAX_HEADER_CHARS or not 0 < len(signature) <= MAX_HEADER_CHARS:
             raise Unauthenticated(_REFUSED)
@@ -80,11 +98,7 @@ class Signers:
         key = await self._find(identifier)
         if key is None:
             raise Unauthenticated(_REFUSED)
-        try:
-            key.verify(signed, body, ec.ECDSA(hashes.SHA256()))
-        except InvalidSignature:
-            raise Unauthenticated(_REFUSED) from None
-        return identifier
+        return Claim(identifier, signed, key)
 
     async def _find(self, identifier: str) -> ec.EllipticCurvePublicKey | None:
         if identifier not in self._keys or self._age_s() > MAX_AGE_S:

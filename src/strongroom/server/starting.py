@@ -47,9 +47,9 @@ class Late:
             await receive()
             await send({"type": "websocket.close", "code": 1000})
         elif scope["path"] == "/healthz":
-            await _answer(send, 200, _ALIVE)
+            await _answer(scope, send, 200, _ALIVE)
         elif scope["path"] == "/readyz":
-            await _answer(send, 503, self._not_ready)
+            await _answer(scope, send, 503, self._not_ready)
         else:
             await send_problem(send, Unavailable(SENTENCE), request_id_of(scope["headers"]))
 
@@ -59,14 +59,14 @@ class Late:
             self.application.close()
 
 
-async def _answer(send: Send, status: int, body: bytes) -> None:
+async def _answer(scope: dict[str, Any], send: Send, status: int, body: bytes) -> None:
     start: Message = {
         "type": "http.response.start",
         "status": status,
         "headers": [_JSON, (b"content-length", b"%d" % len(body))],
     }
     await send(start)
-    await send({"type": "http.response.body", "body": body})
+    await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
 
 
 async def until_open(attempt: Callable[[], Awaitable[Application]]) -> Application:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from decimal import Decimal
 from typing import Any, Protocol
 
@@ -22,7 +22,7 @@ from ..errors import InvalidInput, Problem, StrongroomError, TooLarge, TooManyRe
 from ..keys import Keys
 from ..verification import Verification, check_address, cost_units
 from ..verifier import Begun
-from .auth import Authenticator, Scope
+from .auth import Authenticator, Scope, single
 from .errors import MalformedRequest, Message, Send, send_problem
 from .metrics import Metrics
 from .wire import expect_object, parse_json, repeated, request_id_of
@@ -85,19 +85,13 @@ class VerifyRoute:
         self._gate = gate
         self._max_body_bytes = max_body_bytes
 
-    def begin(self, headers: Iterable[tuple[bytes, bytes]], body: bytes, reply: Reply) -> bool:
-        """Answer a whole request that is like most, now or when its charge is decided. False if it is not like most,
-        and nothing was done: it is for `__call__`."""
+    def begin(self, authorization: bytes, body: bytes, reply: Reply) -> bool:
+        """Answer a whole request that is like most (it has one Authorization header and no Idempotency-Key), now or
+        when its charge is decided. False if it is not like most, and nothing was done: it is for `__call__`."""
         gate = self._gate
         if gate.inside >= gate.limit or len(body) > self._max_body_bytes:
             return False
         started = time.perf_counter()
-        authorization = None
-        for name, value in headers:
-            if name == b"authorization":
-                authorization = value
-            elif name == b"idempotency-key":
-                return False
         caller = self._authenticator.known(authorization)
         if caller is None or caller.scope < Scope.WRITE:
             return False
@@ -152,17 +146,15 @@ class VerifyRoute:
         try:
             if gate.inside > gate.limit:
                 raise TooManyRequests
-            authorization = idempotency_key = None
-            for name, value in scope["headers"]:
-                if name == b"authorization":
-                    authorization = value
-                elif name == b"idempotency-key":
-                    idempotency_key = value.decode("latin-1")
+            headers = single(scope["headers"])
+            authorization, once = headers.get(b"authorization"), headers.get(b"idempotency-key")
+            idempotency_key = None if once is None else once.decode("latin-1")
             caller = self._authenticator.known(authorization)
             if caller is None:
                 caller = await self._authenticator.caller(authorization, scope)
             if caller.scope < Scope.WRITE:
                 caller.needs(Scope.WRITE)
+            expect_at_most(headers.get(b"content-length"), self._max_body_bytes)
             message = await receive()
             if message["type"] != "http.request":
                 return  # the client has gone
@@ -246,6 +238,12 @@ class _Failed:
 
 def too_large(most: int) -> TooLarge:
     return TooLarge(f"the body is larger than {most} bytes")
+
+
+def expect_at_most(content_length: bytes | None, most: int) -> None:
+    """Raise TooLarge if a body is announced that is larger, before any of it is read."""
+    if content_length is not None and (not content_length.isdigit() or int(content_length[:20]) > most):
+        raise too_large(most)
 
 
 # --- The slow path --------------------------------------------------------------------------------------------

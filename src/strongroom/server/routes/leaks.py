@@ -100,7 +100,7 @@ class PolicyOut(BaseModel):
 
 
 def is_report(scope: Mapping[str, Any]) -> bool:
-    """Whether a request is a report of leaks: who makes it is found out by the route itself, which needs the body."""
+    """Whether a request is a report of leaks: who makes it is found out by the route itself, since many have no key."""
     return (scope["path"], scope["method"]) == (PATH, "POST")
 
 
@@ -118,8 +118,7 @@ def router(services: Services) -> APIRouter:
     async def report_leaks(request: Request) -> Response:
         """For secret scanners: signed as in GitHub's partner programme, or with a management key that may write. Each
         key is dealt with as the policy of its tenant says; the same text again changes nothing."""
-        raw = await request.body()
-        reporter, tenant = await _reporter(request, raw)
+        raw, reporter, tenant = await _received(request)
         reported = _sightings(raw)
         request_id = request.scope["strongroom.request_id"]
 
@@ -129,16 +128,19 @@ def router(services: Services) -> APIRouter:
 
         return await services.answers.answered(request, Context(tenant, reporter, {}, request_id), work)
 
-    async def _reporter(request: Request, raw: bytes) -> tuple[str, str | None]:
-        """Who reports, and the tenant whose keys alone it may know of. Nothing was looked up for whom this refuses."""
+    async def _received(request: Request) -> tuple[bytes, str, str | None]:
+        """The body, who reports, and the tenant whose keys alone it may know of. For whom this refuses nothing was
+        looked up, and the body is not read before it is known who, as they say, sends it."""
         if IDENTIFIER in request.headers or SIGNATURE in request.headers:
             if services.signers is None:
                 raise Unauthenticated("signed reports are not taken here: STRONGROOM_LEAK_KEYS is not set")
-            return f"secret-scanning:{await services.signers.check(request.headers, raw)}"[:200], None
+            claim = await services.signers.claim(request.headers)
+            raw = await request.body()
+            return raw, f"secret-scanning:{claim.check(raw)}"[:200], None
         caller = await services.authenticator.caller(authorization(request.scope["headers"]), request.scope)
         request.scope["strongroom.caller"] = caller
         caller.needs(Scope.WRITE)
-        return caller.actor, caller.tenant
+        return await request.body(), caller.actor, caller.tenant
 
     @routes.get("/v1/leaks", response_model=LeakListOut, summary="List leaks, newest first")
     async def list_leaks(request: Request, query: Annotated[LeakListQuery, Query()]) -> Response:
