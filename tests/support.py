@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
@@ -16,6 +16,7 @@ from urllib.parse import quote, unquote
 
 import strongroom.app
 from strongroom import Limit, Rolling, Strongroom
+from strongroom.clock import MachineClock
 from strongroom.entity import Collection, Document, Registry
 from strongroom.query import Aggregate, Filter, Query
 from strongroom.storage import open_store
@@ -57,8 +58,7 @@ class FaultyStore:
 
     @property
     def capabilities(self) -> Capabilities:
-        # Embedded, whatever it is: so its clock is the machine's, which tests can move.
-        return replace(self.store.capabilities, embedded=True)
+        return self.store.capabilities
 
     async def open(self) -> None:
         await self.store.open()
@@ -130,7 +130,8 @@ class FaultyStore:
 async def opened(
     url: str, *, beside: FaultyStore | None = None, **options: Any
 ) -> AsyncIterator[tuple[Strongroom, FaultyStore]]:
-    """A Strongroom over a FaultyStore. `beside`: another node on that one's store; a file is opened once more."""
+    """A Strongroom over a FaultyStore, by the machine's clock, which tests can move. `beside`: another node on that
+    one's store; a file is opened once more."""
     wrapped: list[FaultyStore] = []
     if url.startswith("sqlite:///"):
         file = Path(unquote(url.removeprefix("sqlite:///")))
@@ -145,7 +146,8 @@ async def opened(
         return wrapped[-1]
 
     manager = Strongroom.open(url, **options)
-    with patch.object(strongroom.app, "open_store", open_faulty):
+    by_machine = patch.object(strongroom.app, "clock_of", lambda store: MachineClock())
+    with patch.object(strongroom.app, "open_store", open_faulty), by_machine:
         room = await manager.__aenter__()
     try:
         yield room, wrapped[0]

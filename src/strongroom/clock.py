@@ -171,9 +171,11 @@ class StoreClock:
             try:
                 await self.sample()
                 failed = False
-            except StrongroomError as error:
+            except Exception as error:  # whatever it is: a clock that nobody asks any more would drift without end
                 if not failed:
-                    _log.warning("the store's clock cannot be asked, going on from the last answer: %s", error)
+                    foreseen = isinstance(error, StrongroomError)
+                    message = "the store's clock cannot be asked, going on from the last answer: %s"
+                    _log.warning(message, error, exc_info=not foreseen)
                 failed = True
 
 
