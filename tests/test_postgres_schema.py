@@ -23,7 +23,8 @@ from pydantic import Field
 
 from strongroom.app import SYSTEM_ENTITIES
 from strongroom.entity import Collection, Entity, FieldSpec, FieldType, Index, Secret
-from strongroom.errors import ConfigError, Denied, Gone, SchemaError, StoreError, Unavailable
+from strongroom.errors import ConfigError, Conflict, Denied, Gone, SchemaError, StoreError, Unavailable
+from strongroom.query import Aggregate, Query
 from strongroom.storage import _postgres_partitions as partitions
 from strongroom.storage import _postgres_schema as schema_module
 from strongroom.storage import _postgres_schema_apply as online
@@ -32,8 +33,8 @@ from strongroom.storage._postgres_partitions import drop_partitions_before, ensu
 from strongroom.storage._postgres_rights import AS_OWNER, POLICIES, READER_POLICY
 from strongroom.storage._postgres_roles import check_role, roles_sql
 from strongroom.storage._postgres_schema import prepare
-from strongroom.storage._postgres_schema_tables import identifier, physical_indexes
-from strongroom.storage.port import Append, ChangeKind, Create, SchemaChange
+from strongroom.storage._postgres_schema_tables import identifier, is_of_secrets, physical_indexes
+from strongroom.storage.port import Append, ChangeKind, Create, Delete, Patch, Put, SchemaChange
 from strongroom.storage.postgres import PostgresStore
 from strongroom.testing.storage.backend import examples
 from strongroom.testing.storage.samples import COLLECTIONS, batch, item, record
@@ -1079,6 +1080,48 @@ async def test_the_application_sees_and_adds_records_of_its_tenant_only_and_the_
     await app.close()
 
 
+class Vault(Entity, collection="vault", scope="global"):
+    secret: Annotated[bytes, Secret()]
+
+
+async def test_a_collection_of_secrets_alone_is_seen_by_statements_that_say_so(roles: tuple[Place, Roles]) -> None:
+    """As the peppers are: whoever reads another table by a mistake, or a stray SELECT, finds nothing."""
+    place, who = roles
+    owner, vault = await place.connect(), place.table("vault")
+    declared = [declare(), *COLLECTIONS, Vault.__collection__]
+    await prepare(owner, place.settings, declared)
+    store = PostgresStore(place.url(who.application))
+    await store.open()
+    await store.prepare(declared)
+    made = await store.commit(batch(None, Create("vault", "1", {"secret": b"one"}), Append(record("1", None), 0)))
+    await store.commit(batch(None, Create("vault", "2", {"secret": b"two"})))
+    await store.commit(batch(None, Put("vault", "2", {"secret": b"zwei"}), Patch("vault", "2", {"secret": b"deux"})))
+    with pytest.raises(Conflict):
+        await store.commit(batch(None, Put("vault", "1", {"secret": b"x"}, expected=made.versions[0] + 1)))
+    assert [d["secret"] for d in await store.find("vault", None, Query(order_by=("-id",)))] == [b"deux", b"one"]
+    assert (await store.get("vault", None, "1") or {})["secret"] == b"one"
+    assert (await store.aggregate("vault", None, [Aggregate("count")], None))["count"] == 2
+    await store.commit(batch(None, Delete("vault", "2")))
+    await store.close()
+
+    app = await place.connect(who.application)
+    for user in (app, owner):
+        assert await user.fetch(f"SELECT * FROM {vault}") == []
+        assert await user.execute(f"UPDATE {vault} SET secret = 'x'") == "UPDATE 0"
+        with pytest.raises(asyncpg.InsufficientPrivilegeError, match="row-level security"):
+            await user.execute(f"INSERT INTO {vault} VALUES ('3', 1, now(), now(), 'x')")
+        async with user.transaction():
+            await user.execute("SET LOCAL app.secrets = 'on'")
+            assert [row["secret"] for row in await user.fetch(f"SELECT * FROM {vault}")] == [b"one"]
+    await owner.execute(f"ALTER TABLE {vault} DISABLE ROW LEVEL SECURITY")  # or a store of the first release
+    (change,) = await prepare(owner, place.settings, declared)
+    assert (change.kind, change.collection) == (ChangeKind.CHANGE_POLICIES, "vault")
+    assert await app.fetch(f"SELECT * FROM {vault}") == []
+    assert await prepare(owner, place.settings, declared, mode="plan") == ()
+    await app.close()
+    await owner.close()
+
+
 async def test_a_store_of_layout_1_is_upgraded_by_its_owner_and_only_then_served(
     admin: asyncpg.Connection, roles: tuple[Place, Roles]
 ) -> None:
@@ -1259,6 +1302,11 @@ async def test_an_unsafe_role_is_refused_with_what_to_run(
     assert text.startswith(f"role {role}: {UNSAFE[attributes].format_map(names)}"), text
     assert "run what `strongroom schema roles` prints" in text
     await opened.close()
+
+
+def test_the_peppers_are_a_collection_of_secrets_alone() -> None:
+    collections = [entity.__collection__ for entity in SYSTEM_ENTITIES]
+    assert {collection.name for collection in collections if is_of_secrets(collection)} == {"peppers", "key_sources"}
 
 
 async def test_a_role_that_owns_one_table_is_refused(

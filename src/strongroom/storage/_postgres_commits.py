@@ -20,6 +20,7 @@ from . import _postgres_sets as sets
 from ._postgres_errors import DRIVER_ERRORS, UNMET, is_connection_lost, is_outdated, is_retried, sqlstate, translated
 from ._postgres_journal import Journal
 from ._postgres_pool import Connector, close_politely
+from ._postgres_rights import WITH_SECRETS
 from ._postgres_sets import Outcome, Sets, Statement
 from ._postgres_settings import Settings
 from ._postgres_steps import Locks, Steps
@@ -211,12 +212,15 @@ class Commits:
         lines = any(type(op) is Append for batch in batches.values() for op in batch.operations)
         found: list[tuple[str | None, Statement, Sequence[Any]]] = []
         try:
-            alone = list(statements) == [None] and not lines and not self._settings.pgbouncer
+            of_secrets = any(group.table.of_secrets for s in by_tenant.values() for group in s.groups.values())
+            alone = list(statements) == [None] and not lines and not self._settings.pgbouncer and not of_secrets
             if alone and await self._run_alone(connection, by_tenant[None], outcomes):
                 for number, outcome in outcomes.items():
                     group.answers[number] = Committed(tuple(outcome.versions), outcome.values, None)
                 return True
             await self._begin_for(connection, next(iter(statements), None))
+            if of_secrets:
+                await connection.execute(WITH_SECRETS)
             complete, first = True, True
             for tenant, statement in statements.items():
                 if not first and tenant is not None:
@@ -282,6 +286,8 @@ class Commits:
         waiting = group.waiting()
         connection = await self._connected()
         await connection.execute(self._begin)
+        if any(self._has_secrets(batch) for batch in waiting.values()):
+            await connection.execute(WITH_SECRETS)
         steps = Steps(connection, self._statements, self._locks)
         outcomes: dict[int, Outcome] = {}
         failed: dict[int, Answer] = {}
@@ -371,6 +377,10 @@ class Commits:
             type(op) is not Append and self._statements[op.collection].table.tenant_scoped  # type: ignore[union-attr]
             for op in batch.operations
         )
+
+    def _has_secrets(self, batch: Batch) -> bool:
+        tables = (self._statements.get(getattr(op, "collection", "")) for op in batch.operations)
+        return any(one is not None and one.table.of_secrets for one in tables)
 
     # --- A commit whose answer was lost -----------------------------------------------------------------------
 

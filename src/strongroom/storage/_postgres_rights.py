@@ -18,6 +18,8 @@ TABLES = ("strongroom_journal", "strongroom_tenants")
 """The store's own tables under row-level security."""
 AS_OWNER = "SET LOCAL app.journal = 'whole'"
 """What an owner that serves begins a transaction with, to see all of them."""
+WITH_SECRETS = "SET LOCAL app.secrets = 'on'"
+"""What a transaction says that is to use a collection of secrets alone."""
 
 _PRESENT = "nullif(current_setting('app.current_tenant', true), '')"
 READER_POLICY = "reader_select"

@@ -19,7 +19,7 @@ import asyncpg
 
 from ..entity import Collection, FieldSpec, Index
 from ..errors import SchemaError, Unavailable
-from ._postgres_rights import AS_OWNER
+from ._postgres_rights import AS_OWNER, WITH_SECRETS
 from ._postgres_roles import granted_roles, grants
 from ._postgres_schema_compare import Difference
 from ._postgres_schema_layout import State, make_layout, remember, upgrade_layout
@@ -149,7 +149,7 @@ async def _alter(connection: asyncpg.Connection, schema: str, difference: Differ
     clauses = _clauses(difference)
     script = [f"ALTER TABLE {name} {', '.join(clauses)}"] if clauses else []
     if difference.policies is not None:
-        script += secure(schema, collection.name, difference.policies)
+        script += secure(schema, collection, difference.policies)
     if not script:
         return
     _log.info("%s: altering the table", collection.name)
@@ -221,7 +221,9 @@ async def has_documents(connection: asyncpg.Connection, schema: str, collection:
     if not await connection.fetchval("SELECT pg_relation_size($1::text::regclass)", table):
         return False
     if not by_tenant:
-        return bool(await connection.fetchval(f"SELECT EXISTS (SELECT FROM {table})"))
+        async with connection.transaction():
+            await connection.execute(WITH_SECRETS)  # those of a collection of secrets are hidden, too
+            return bool(await connection.fetchval(f"SELECT EXISTS (SELECT FROM {table})"))
     sql = f"SELECT 'yes' FROM {table} WHERE tenant_id = _tenant LIMIT 1"
     return await _first_answer(connection, schema, sql) is not None
 

@@ -21,6 +21,7 @@ from ._postgres_schema_tables import (
     Stored,
     declaration,
     is_policy,
+    is_secured,
     physical_indexes,
 )
 from ._sql import quoted
@@ -167,7 +168,9 @@ def _difference(
     with_retyped = {name for name, index in declared.items() if any(column in retyped for column, _ in index.columns)}
     new_indexes = found.new_indexes | (invalid & declared.keys())
     policies = frozenset(name for name, *_ in beside["policies"])
-    as_made = all(plain and is_policy(name, command, *texts) for name, command, plain, *texts in beside["policies"])
+    as_made = all(
+        plain and is_policy(collection, name, command, *texts) for name, command, plain, *texts in beside["policies"]
+    )
     secured = beside["secured"] and policies == POLICY_NAMES and as_made
     return Difference(
         collection,
@@ -179,7 +182,7 @@ def _difference(
         new_indexes=tuple(sorted(new_indexes)),
         rebuilt_indexes=tuple(sorted(with_retyped - new_indexes)),
         old_indexes=tuple(sorted(found.old_indexes | invalid)),
-        policies=policies if collection.tenant_scoped and not secured else None,
+        policies=policies if is_secured(collection) and not secured else None,
     )
 
 

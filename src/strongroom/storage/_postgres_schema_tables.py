@@ -88,8 +88,8 @@ def create_collection(schema: str, collection: Collection) -> str:
     """The script that makes the collection's table, its row-level security and its indexes."""
     table = described(collection, sa.MetaData(schema=schema))
     statements = [_ddl(CreateTable(table))]
-    if collection.tenant_scoped:
-        statements += secure(schema, collection.name)
+    if is_secured(collection):
+        statements += secure(schema, collection)
     for index in sorted(table.indexes, key=lambda item: str(item.name)):
         statements.append(_ddl(CreateIndex(index)))
     statements += comments_on(schema, collection)
@@ -163,45 +163,62 @@ def add_column(spec: FieldSpec) -> str:
 _OF_THIS_TENANT = "tenant_id = (SELECT nullif(current_setting('app.current_tenant', true), ''))"
 """The sub-select is evaluated once a statement. Unset reads null, but '' once a SET LOCAL has ended: hence nullif."""
 
-_POLICIES: Mapping[str, tuple[str, str]] = {
-    "select": ("SELECT", f"USING ({_OF_THIS_TENANT})"),
-    "insert": ("INSERT", f"WITH CHECK ({_OF_THIS_TENANT})"),
-    "update": ("UPDATE", f"USING ({_OF_THIS_TENANT}) WITH CHECK ({_OF_THIS_TENANT})"),
-    "delete": ("DELETE", f"USING ({_OF_THIS_TENANT})"),
+_WITH_SECRETS = "(SELECT current_setting('app.secrets', true)) = 'on'"
+"""Of a collection of secrets alone (peppers): a statement sees it if it says so, and no other by mistake."""
+
+
+def is_of_secrets(collection: Collection) -> bool:
+    """Whether a global collection holds secrets alone."""
+    return not collection.tenant_scoped and bool(collection.fields) and collection.secrets == collection.fields.keys()
+
+
+def is_secured(collection: Collection) -> bool:
+    """Whether the collection's table is under row-level security."""
+    return collection.tenant_scoped or is_of_secrets(collection)
+
+
+_COMMANDS: Mapping[str, tuple[str, str]] = {
+    "select": ("SELECT", "USING ({0})"),
+    "insert": ("INSERT", "WITH CHECK ({0})"),
+    "update": ("UPDATE", "USING ({0}) WITH CHECK ({0})"),
+    "delete": ("DELETE", "USING ({0})"),
 }
 
 
-def secure(schema: str, table: str, found: frozenset[str] = frozenset()) -> list[str]:
-    """The statements that put a tenant collection under row-level security: its owner too (FORCE), one policy a
-    command. Policies in `found` are there and are replaced."""
-    name = f"{quoted(schema)}.{quoted(table)}"
+def secure(schema: str, collection: Collection, found: frozenset[str] = frozenset()) -> list[str]:
+    """The statements that put a collection under row-level security: its owner too (FORCE), one policy a command.
+    Policies in `found` are there and are replaced."""
+    name = f"{quoted(schema)}.{quoted(collection.name)}"
+    condition = _OF_THIS_TENANT if collection.tenant_scoped else _WITH_SECRETS
     statements = [f"DROP POLICY {quoted(policy)} ON {name}" for policy in sorted(found)]
     statements.append(f"ALTER TABLE {name} ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY")
     statements += [
-        f"CREATE POLICY {policy_name(command)} ON {name} FOR {word} {condition}"
-        for command, (word, condition) in _POLICIES.items()
+        f"CREATE POLICY {policy_name(command)} ON {name} FOR {word} {text.format(condition)}"
+        for command, (word, text) in _COMMANDS.items()
     ]
     return statements
 
 
 def policy_name(command: str) -> str:
-    """The policy of a command (`select`, …) on each tenant collection."""
+    """The policy of a command (`select`, …) on each collection that has some."""
     return f"tenant_{command}"
 
 
-POLICY_NAMES = frozenset(map(policy_name, _POLICIES))
+POLICY_NAMES = frozenset(map(policy_name, _COMMANDS))
 
 
 _POLICY_EXPRESSION = "(tenant_id=(SELECTNULLIF(current_setting('app.current_tenant'::text,true),''::text)AS\"nullif\"))"
+_SECRETS_EXPRESSION = "((SELECTcurrent_setting('app.secrets'::text,true)AScurrent_setting)='on'::text)"
 
 
-def is_policy(name: str, command: str, using: str | None, check: str | None) -> bool:
+def is_policy(collection: Collection, name: str, command: str, using: str | None, check: str | None) -> bool:
     """Whether a policy is one of those above, as the catalogue gives it back: its polcmd, its conditions as text."""
     letters = {policy_name("select"): "r", policy_name("insert"): "a", policy_name("update"): "w"}
     wanted = letters.get(name, "d")
     conditions = {"r": (True, False), "a": (False, True), "w": (True, True), "d": (True, False)}[wanted]
+    expression = _POLICY_EXPRESSION if collection.tenant_scoped else _SECRETS_EXPRESSION
     return command == wanted and all(
-        (text is not None and "".join(text.split()) == _POLICY_EXPRESSION) if needed else text is None
+        (text is not None and "".join(text.split()) == expression) if needed else text is None
         for text, needed in zip((using, check), conditions, strict=True)
     )
 

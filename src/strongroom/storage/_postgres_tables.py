@@ -8,7 +8,7 @@ from typing import Any
 from ..entity import Collection, FieldType, Index
 from ..errors import InvalidInput, Problem
 from ._postgres_dialect import PostgresDialect
-from ._postgres_schema_tables import physical_indexes
+from ._postgres_schema_tables import is_of_secrets, physical_indexes
 from ._sql import Codec, Compiler, listed, quoted
 from .port import document_size
 
@@ -21,6 +21,10 @@ _JSON = frozenset({FieldType.LIST, FieldType.MAP})
 # first row is looked at. Were it ever the other way round, no row would be seen. The setting ends with the statement.
 _OF_TENANT = (
     "SELECT n.* FROM (SELECT set_config('app.current_tenant', $1, true) AS tenant OFFSET 0) AS t "
+    "CROSS JOIN LATERAL ({} OFFSET 0) AS n"
+)
+_OF_SECRETS = (
+    "SELECT n.* FROM (SELECT set_config('app.secrets', 'on', true) AS secrets OFFSET 0) AS t "
     "CROSS JOIN LATERAL ({} OFFSET 0) AS n"
 )
 
@@ -38,10 +42,15 @@ class Table:
         self.encode = codec.encode
         self.decode = codec.decode
         self.indexes: dict[str, Index] = physical_indexes(collection)
-        page = _OF_TENANT if self.tenant_scoped else "{}"
+        self.of_secrets = is_of_secrets(collection)
+        page = _OF_TENANT if self.tenant_scoped else _OF_SECRETS if self.of_secrets else "{}"
         scope, bound = ("n.tenant_id = t.tenant", 1) if self.tenant_scoped else (None, 0)
+        if self.of_secrets:
+            scope = "t.secrets = 'on'"
         self.pages = Compiler(codec, "n", page, totals=page, table=name, scope=scope, bound=bound)
         where = "tenant_id = t.tenant AND id = $2" if self.tenant_scoped else "id = $1"
+        if self.of_secrets:
+            where = f"t.secrets = 'on' AND {where}"
         self.by_id = page.format(f"SELECT {listed(codec.columns)} FROM {name} WHERE {where}")
         fields = collection.fields.values()
         self.variable = tuple(number for number, spec in enumerate(fields) if spec.type in VARIABLE)
