@@ -337,6 +337,12 @@ async def test_one_idempotency_key_is_one_reservation(bench: Bench) -> None:
     assert await bench.used(issued) == (0, 200)
     with pytest.raises(Conflict, match="different request"):
         await bench.reserve(issued, 201, idempotency_key="i")
+    other = await bench.key(rolling("tokens", 1_000))
+    for another in ({"ttl_s": 61}, {"model": "m"}, {"route": "/r"}):
+        with pytest.raises(Conflict, match="different request"):
+            await bench.reserve(issued, 200, idempotency_key="i", **another)
+    with pytest.raises(Conflict, match="different request"):
+        await bench.reserve(other, 200, idempotency_key="i")
     assert (await bench.reserve(issued, 200, idempotency_key="j")).reservation_id != id
     assert (await bench.reserve(issued, 200, idempotency_key="i", actor="other")).reservation_id != id
     await bench.room.keys.settle(id or "", {"tokens": 3})
