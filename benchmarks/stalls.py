@@ -107,6 +107,8 @@ def _routes(client: http.client.HTTPConnection, texts: list[str], small: bool) -
         ),
         Heavy(f"POST keys:bulk, {len(ids)} keys changed", bulk),
         Heavy(f"POST keys/leaked, {verifications:,} unknown texts", leaks),
+        Heavy("GET /v1/audit, a page of large records", lambda: ("GET", "/v1/audit?limit=1000&tenant=stalls", None)),
+        Heavy("GET /v1/audit, a filter that nothing fits", lambda: ("GET", "/v1/audit?limit=1000&actor=nobody", None)),
         Heavy("GET /openapi.json", lambda: ("GET", "/openapi.json", None)),
         Heavy("GET /metrics", lambda: ("GET", "/metrics", None)),
     ]

@@ -120,7 +120,7 @@ async def test_pages_of_any_length_give_each_record_once(room: Strongroom) -> No
 async def test_a_filter_that_few_records_meet_costs_a_bounded_look_and_goes_on(
     room: Strongroom, store: FaultyStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(audit, "MAX_LOOKED_AT", 50)
+    monkeypatch.setattr(audit, "MAX_LOOKED_AT", 250)
     await write(room, "acme", 200)
     await room.tenant("acme", actor="user:eve").create(Note(id="rare"))
     store.reads.clear()

@@ -14,7 +14,7 @@ from datetime import datetime
 from typing import Any
 
 from .apikey import ALL_TENANTS
-from .changes import FIRST_PAGE, next_limit
+from .changes import FIRST_PAGE, PAGE, next_limit
 from .context import Context, us_from_utc, utc_from_us
 from .database import Database, Page
 from .errors import Denied, Gone, InvalidInput, Problem
@@ -24,7 +24,8 @@ from .storage.port import Record, Store, document_size
 from .verifier import bound_to
 
 MAX_LOOKED_AT = 10_000
-"""Records that one call looks at; its cursor goes on behind them."""
+"""Records that one call looks at; its cursor goes on behind them. Large ones, of which fewer than PAGE are read at
+once, count as more: so a call reads MAX_LOOKED_AT / PAGE pages of about MAX_PAGE_BYTES."""
 OUT_OF_ORDER_US = 3_600 * 1_000_000
 """Records are in the order of their commits. Their times may differ from it, by the clocks of nodes and by how long a
 call took, but hardly by an hour."""
@@ -140,7 +141,7 @@ class Audit:
                     return Page(reading.items, _cursor(name, after, number))
                 if until_us is not None and record.at_us >= until_us:
                     return Page(reading.items, None)
-                reading.take(record)
+                reading.take(record, PAGE / size)
             if not page.records:
                 return Page(reading.items, None)
             after, skip = page.cursor, 0
@@ -193,7 +194,7 @@ class _Reading:
         self._limit = limit
         self.items: list[AuditRecord] = []
         self._bytes = 0
-        self._looked_at = 0
+        self._looked_at = 0.0
 
     def is_full(self, record: Record) -> bool:
         """Whether the page ends before this record."""
@@ -201,8 +202,8 @@ class _Reading:
             return True
         return bool(self.items) and self._wanted.matches(record) and self._bytes + _size(record) > MAX_PAGE_BYTES
 
-    def take(self, record: Record) -> None:
-        self._looked_at += 1
+    def take(self, record: Record, weight: float) -> None:
+        self._looked_at += weight
         if self._wanted.matches(record):
             self._bytes += _size(record)
             self.items.append(_audited(record))

@@ -20,8 +20,8 @@ from .storage.port import ChangesPage, Record, Store, document_size
 
 POLL_S = 0.25
 """How long a change made by another process may stay unseen; one of this process is seen at once."""
-PAGE = 500
-"""Records that are read at once, at most."""
+PAGE = 100
+"""Records that are read at once, at most: those that come may each be of the largest size, whatever came before."""
 FIRST_PAGE = 20
 """Records that are read at once where nothing is known of their size: each may be of two documents."""
 READ_TIMEOUT_S = 5.0
