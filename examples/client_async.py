@@ -21,7 +21,7 @@ async def keys(client: AsyncClient) -> None:
     asked = (client.keys.verify(issued.text, cost={"tokens": 5}) for _ in range(25))
     answers = await asyncio.gather(*asked)
     print(f"{sum(answer.valid for answer in answers)} of {len(answers)} were admitted")
-    async with client.reservations.hold(issued.text, {"concurrency": 1}) as hold:
+    async with client.reservations.hold(issued.text, cost={"concurrency": 1}) as hold:
         hold.use(tokens=2)  # past the limit: it has happened, and counts
     print("tokens used:", (await client.keys.stats(issued.key.id)).totals["tokens"])
     await client.keys.delete(issued.key.id, purge=True)

@@ -27,7 +27,7 @@ class Signal:
 
 def words(client: Client, key: str) -> Generator[str]:
     """A stream that is charged for the words it gave, however it ends."""
-    with client.reservations.hold(key, {"requests": 1, "tokens": 500}) as hold:
+    with client.reservations.hold(key, cost={"requests": 1, "tokens": 500}) as hold:
         for word in ("an", "answer", "comes", "one", "word", "at", "a", "time"):
             hold.use(tokens=1)
             yield word

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from typing import cast
 
+from strongroom.app import LimitMode
 from strongroom.integrations.asgi import Receive, Scope, Send, StrongroomMiddleware
 
 
@@ -13,4 +15,6 @@ async def _answer(scope: Scope, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-app = StrongroomMiddleware(_answer, url=os.environ["STORE"], limits=os.environ["LIMITS"], exempt=["/alive"])
+app = StrongroomMiddleware(
+    _answer, url=os.environ["STORE"], limits=cast(LimitMode, os.environ["LIMITS"]), exempt=["/alive"]
+)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import pytest
 
 from strongroom import Aggregate, Counter, Entity, Query, Strongroom, Where
+from strongroom.blocking import BlockingStrongroom
 from strongroom.errors import ConfigError, Denied, NotFound, SchemaError, Unavailable
 from strongroom.keytext import generate
 
@@ -243,3 +244,14 @@ async def test_a_store_that_fails_is_told_as_unavailable_and_recovers() -> None:
         store.fault = lambda number, batch: None
         await room.tenant("acme").create(Note(text="x"))
         assert (await room.keys.verify(generate())).code == "NOT_FOUND"
+
+
+def test_a_room_for_threads_opens_by_its_url_as_one_for_asyncio_does() -> None:
+    with BlockingStrongroom.open("json://:memory:") as room:
+        issued = room.call(lambda inner: inner.keys.create(name="a"))
+        assert room.verify(issued.text).valid
+        assert room.open() is room
+    with pytest.raises(TypeError, match="colour"):
+        BlockingStrongroom.open("json://:memory:", colour="red")  # type: ignore[call-arg]
+    with pytest.raises(ConfigError, match="nope"):
+        BlockingStrongroom.open("nope://x")

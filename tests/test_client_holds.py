@@ -80,7 +80,7 @@ async def test_what_was_used_is_settled_and_the_rest_given_back(client: Any) -> 
     ]
     issued = await client.keys.create("stream", limits=limits)
     cost = {"requests": 1, "tokens": 500, "cost": Decimal("0.5")}
-    async with client.reservations.hold(issued.text, cost) as hold:
+    async with client.reservations.hold(issued.text, cost=cost) as hold:
         assert [one.reserved for one in hold.reservation.limits] == [500, Decimal("0.5"), 1]
         for _ in range(10):
             hold.use(tokens=7, cost=0.01)
@@ -90,7 +90,7 @@ async def test_what_was_used_is_settled_and_the_rest_given_back(client: Any) -> 
 
 async def test_more_than_was_held_is_charged_whole(client: Any) -> None:
     issued = await client.keys.create("more", limits=[Limit("tokens", 100, Window.total())])
-    async with client.reservations.hold(issued.text, {"tokens": 50}) as hold:
+    async with client.reservations.hold(issued.text, cost={"tokens": 50}) as hold:
         hold.use({"tokens": 170})
     assert (await client.keys.stats(issued.key.id)).limits[0].used == 170
     assert (await client.keys.verify(issued.text, cost={"tokens": 0})).code == "USAGE_EXCEEDED"
@@ -100,7 +100,7 @@ async def test_a_hold_whose_answers_were_lost_is_settled_once(client: Any, conne
     issued = await client.keys.create("lost", limits=[Limit("tokens", 100, Window.total())])
     through = connect(f"http://127.0.0.1:{proxy.port}", ADMIN)
     proxy.drop_answer_to(request_to("POST /v1/reservations "))
-    async with through.reservations.hold(issued.text, {"tokens": 50}) as hold:
+    async with through.reservations.hold(issued.text, cost={"tokens": 50}) as hold:
         assert proxy.dropped.is_set()
         assert (await client.keys.stats(issued.key.id)).limits[0].reserved == 50
         hold.use(tokens=20)
@@ -113,7 +113,7 @@ async def test_a_hold_whose_answers_were_lost_is_settled_once(client: Any, conne
 
 async def test_a_hold_outlives_its_time_while_its_stream_goes_on(client: Any) -> None:
     issued = await client.keys.create("long", limits=[Limit("tokens", 100, Window.total())])
-    async with client.reservations.hold(issued.text, {"tokens": 50}, ttl_s=3) as hold:
+    async with client.reservations.hold(issued.text, cost={"tokens": 50}, ttl_s=3) as hold:
         hold.use(tokens=3)
         ended = asyncio.get_running_loop().time() + 3.5
 
@@ -149,7 +149,7 @@ def settlements(server: Scripted) -> list[Asked]:
 
 async def test_a_hold_is_settled_when_its_block_fails(connect: Connector) -> None:
     async def stream(client: Any) -> None:
-        async with client.reservations.hold("sr_x", {"requests": 2, "tokens": 9}) as hold:
+        async with client.reservations.hold("sr_x", cost={"requests": 2, "tokens": 9}) as hold:
             hold.use(tokens=5)
             raise RuntimeError("mine")
 
@@ -166,7 +166,7 @@ async def test_a_hold_is_settled_when_its_task_is_cancelled_twice() -> None:
         started = asyncio.Event()
 
         async def stream() -> None:
-            async with client.reservations.hold("sr_x", {"tokens": 9}) as hold:
+            async with client.reservations.hold("sr_x", cost={"tokens": 9}) as hold:
                 hold.use(tokens=5)
                 started.set()
                 await asyncio.Event().wait()
@@ -188,7 +188,7 @@ async def test_what_is_more_than_was_reported_is_recorded_if_the_hold_has_ended(
 ) -> None:
     async with scripted(OPEN, OPEN, problem(status, code), RECORDED) as server:
         client = connect(server.url, ADMIN)
-        async with client.reservations.hold("sr_x", {"tokens": 9}) as hold:
+        async with client.reservations.hold("sr_x", cost={"tokens": 9}) as hold:
             hold.use(tokens=5)
             await hold.extend()
             hold.use(tokens=2, cost=Decimal("0.1"))
@@ -203,7 +203,7 @@ async def test_a_hold_that_could_not_be_extended_says_so_and_goes_on(connect: Co
     no_more = Told(200, {"valid": False, "code": "USAGE_EXCEEDED", "message": "no more"})
     async with scripted(OPEN, problem(503, "unavailable"), no_more, OPEN, SETTLED) as server:
         client = connect(server.url, ADMIN)
-        async with client.reservations.hold("sr_x", {"tokens": 9}, ttl_s=0.15) as hold:
+        async with client.reservations.hold("sr_x", cost={"tokens": 9}, ttl_s=0.15) as hold:
             await wait_until(lambda: len(server.asked) >= 3)
             await wait_until(lambda: isinstance(hold.trouble, Refused) or len(server.asked) >= 4)
             await wait_until(lambda: len(server.asked) >= 5)
@@ -214,7 +214,7 @@ async def test_a_hold_that_could_not_be_extended_says_so_and_goes_on(connect: Co
 async def test_a_key_that_is_refused_opens_nothing(connect: Connector) -> None:
     denied = {"valid": False, "code": "USAGE_EXCEEDED", "message": "tokens: all used", "retry_after_s": 12.5}
     async with scripted(Told(200, denied)) as server:
-        hold = connect(server.url, ADMIN).reservations.hold("sr_x", {"tokens": 9})
+        hold = connect(server.url, ADMIN).reservations.hold("sr_x", cost={"tokens": 9})
         with pytest.raises(Refused, match="USAGE_EXCEEDED: tokens: all used") as caught:
             await hold.__aenter__()
         assert (caught.value.details["retry_after_s"], caught.value.verification.valid) == (12.5, False)
@@ -224,7 +224,7 @@ async def test_a_key_that_is_refused_opens_nothing(connect: Connector) -> None:
 async def test_what_is_no_amount_is_refused_and_changes_nothing(connect: Connector) -> None:
     async with scripted(OPEN, SETTLED) as server:
         client = connect(server.url, ADMIN)
-        async with client.reservations.hold("sr_x", {"tokens": 9}) as hold:
+        async with client.reservations.hold("sr_x", cost={"tokens": 9}) as hold:
             hold.use(tokens=1)
             for wrong in ({"tokens": -1}, {"tokens": "5"}, {"tokens": float("nan")}):
                 with pytest.raises(InvalidInput):

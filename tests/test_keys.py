@@ -837,7 +837,7 @@ async def test_an_update_with_an_expected_version_and_one_without(room: Strongro
     assert await room.keys.update(issued.key.id, name="new") == newer  # nothing to change: nothing is written
     assert len(store.batches) == commits
     with pytest.raises(InvalidInput):
-        await room.keys.update(issued.key.id, tenant="beta")
+        await room.keys.update(issued.key.id, tenant="beta")  # type: ignore[call-arg]
     with pytest.raises(NotFound):
         await room.keys.update("none", name="x")
 
@@ -1184,7 +1184,7 @@ async def test_a_text_shows_its_environment(room: Strongroom) -> None:
     key = await imported(room, "sk-imported", environment="test")
     assert (await room.keys.rotate(key.id)).text.startswith("sr_test_SR1")
     with pytest.raises(InvalidInput, match="environment"):
-        await room.keys.update(live.key.id, environment="test")
+        await room.keys.update(live.key.id, environment="test")  # type: ignore[call-arg]
 
 
 # --- A cost that nothing counts -----------------------------------------------------------------------------------

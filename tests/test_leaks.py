@@ -220,7 +220,7 @@ async def test_two_texts_of_one_key_are_two_leaks_also_in_one_report(room: Stron
 
 @pytest.mark.parametrize("action", ["notify", "disable", "rotate"])
 async def test_the_same_text_again_does_nothing_again(room: Strongroom, action: str) -> None:
-    await room.leaks.set_policy("acme", action=action)
+    await room.leaks.set_policy("acme", action=action)  # type: ignore[arg-type]
     issued = await make(room)
     first = await leaked(room, issued.text)
     before = await room.keys.get(issued.key.id)
@@ -275,7 +275,7 @@ async def test_nodes_that_are_told_at_once_rotate_once(tmp_path: Path) -> None:
 async def test_a_commit_that_fails_leaves_nothing_half_done_and_the_report_can_be_repeated(
     room: Strongroom, store: FaultyStore, when: Any, action: str
 ) -> None:
-    await room.leaks.set_policy("acme", action=action)
+    await room.leaks.set_policy("acme", action=action)  # type: ignore[arg-type]
     issued = await make(room)
     faults = 0
 
@@ -313,7 +313,7 @@ async def test_a_management_key_is_disabled_where_others_are_rotated_since_its_o
     room: Strongroom, action: str
 ) -> None:
     for tenant in ("acme", "*"):
-        await room.leaks.set_policy(tenant, action=action)
+        await room.leaks.set_policy(tenant, action=action)  # type: ignore[arg-type]
         await administrator(room)
         for permissions in (["strongroom:write"], ["strongroom:admin", "chat:write"]):
             issued = await make(room, tenant=tenant, permissions=permissions)

@@ -34,7 +34,7 @@ async def listed(room: Strongroom, **more: Any) -> list[str]:
 
 
 async def put(room: Strongroom, kind: str, tenant: str, name: str = "", *limits: Limit, **more: Any) -> Quota:
-    return await room.quotas.put(kind=kind, tenant=tenant, name=name, limits=list(limits), **more)
+    return await room.quotas.put(kind=kind, tenant=tenant, name=name, limits=list(limits), **more)  # type: ignore[arg-type]
 
 
 async def test_a_quota_is_put_replaced_changed_and_removed(room: Strongroom) -> None:
@@ -356,8 +356,11 @@ async def test_everything_that_is_wrong_with_a_quota_is_told_at_once() -> None:
     window = {"kind": "rolling", "seconds": 0, "refill": {"amount": 1}}
     async with Strongroom.open("json://:memory:") as room:
         with pytest.raises(InvalidInput) as caught:
-            await room.quotas.put(
-                kind="team", tenant="", limits=[{"resource": "T", "limit": -1, "window": window}], more=1
+            await room.quotas.put(  # type: ignore[call-arg]
+                kind="team",  # type: ignore[arg-type]
+                tenant="",
+                limits=[{"resource": "T", "limit": -1, "window": window}],
+                more=1,
             )
         assert {problem.path for problem in caught.value.problems} == {
             "kind", "tenant", "limits.0.resource", "limits.0.limit", "limits.0.window.seconds",
@@ -366,4 +369,4 @@ async def test_everything_that_is_wrong_with_a_quota_is_told_at_once() -> None:
         with pytest.raises(InvalidInput):
             await room.quotas.get("team", "acme")
         with pytest.raises(InvalidInput):
-            await room.quotas.update("user", "acme", "u1", kind="group")
+            await room.quotas.update("user", "acme", "u1", kind="group")  # type: ignore[call-arg]

@@ -581,7 +581,7 @@ async def test_a_key_that_was_removed_for_good_is_settled_on_its_quotas(bench: B
 async def test_a_reservation_is_charged_where_it_is_held_when_its_key_moves(bench: Bench, moves: str) -> None:
     """The group that it was made in has it, the one that the key is in now is never over its limit by it."""
     for name in ("old", "new"):
-        await bench.room.quotas.put(kind=moves, tenant="acme", name=name, limits=[rolling("tokens", 6_000)])
+        await bench.room.quotas.put(kind=moves, tenant="acme", name=name, limits=[rolling("tokens", 6_000)])  # type: ignore[arg-type]
 
     def belongs(name: str) -> dict[str, Any]:
         return {"groups": [name]} if moves == "group" else {"user_id": name}

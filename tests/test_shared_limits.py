@@ -24,7 +24,7 @@ SUBJECTS = ["key", "group:g1", "group:g2", "user:u1", "tenant"]
 
 async def quota(room: Strongroom, subject: str, *limits: Limit, tenant: str = "acme") -> None:
     kind, _, name = subject.partition(":")
-    await room.quotas.put(kind=kind, tenant=tenant, name=name, limits=list(limits))
+    await room.quotas.put(kind=kind, tenant=tenant, name=name, limits=list(limits))  # type: ignore[arg-type]
 
 
 async def recorded(room: Strongroom, subject: str, tenant: str = "acme") -> int:

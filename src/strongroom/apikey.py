@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from ipaddress import ip_network
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypedDict, TypeVar
 
 import msgspec
 from pydantic import (
@@ -327,6 +327,36 @@ class KeyFields(BaseModel):
                 raise ValueError(f"found two limits on {limit.resource} with the same window")
             seen.add(limit.id)
         return value
+
+
+LimitLike = Limit | Mapping[str, Any]
+
+
+class KeyGiven(TypedDict, total=False):
+    """The fields of a key as keywords, for a change; texts are taken for times, as in JSON."""
+
+    name: str
+    user_id: str | None
+    permissions: Sequence[str]
+    expires_at: datetime | str | None
+    metadata: Mapping[str, Any]
+    allowed_ips: Sequence[str]
+    limits: Sequence[LimitLike]
+    description: str | None
+    owner: str | None
+    groups: Sequence[str]
+    allowed_models: Sequence[str]
+    allowed_routes: Sequence[str]
+    rotate_every_s: int | None
+    rotation_overlap_s: int | None
+
+
+class NewKeyGiven(KeyGiven, total=False):
+    """The fields of a key that is to be made, as keywords."""
+
+    tenant: str
+    environment: Environment
+    prefix: str
 
 
 class NewKey(KeyFields):

@@ -9,7 +9,7 @@ import logging
 import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypedDict, TypeVar, get_args
 from urllib.parse import urlsplit
 
 from .advice import QueryShape
@@ -80,6 +80,19 @@ SYSTEM_ENTITIES: tuple[type[Entity], ...] = (
     Event,
     Delivery,
 )
+
+
+class OpenOptions(TypedDict, total=False):
+    """What Strongroom.open takes beside the store's URL, for those who hand it on."""
+
+    entities: Sequence[type[Entity]]
+    policy: Policy
+    peppers: Sequence[str]
+    journal_kept_s: float | None
+    cache: str | None
+    limits: LimitMode
+    lease_s: float
+    lease_folder: str | None
 
 
 class Strongroom:
@@ -300,25 +313,58 @@ class Tenant:
         """count, sum and average, by Aggregate.name."""
         return await self._database.aggregate(self._context.at_now(), cls, *aggregates, where=where)
 
-    async def create(self, entity: E, **options: Any) -> E:
-        """Add an entity. Options as Database.create."""
-        return await self._database.create(self._context.at_now(), entity, **options)
+    async def create(self, entity: E, *, idempotency_key: str | None = None) -> E:
+        """Add an entity, as Database.create."""
+        return await self._database.create(self._context.at_now(), entity, idempotency_key=idempotency_key)
 
-    async def replace(self, entity: E, **options: Any) -> E:
-        """Replace an entity, or add it. Options as Database.replace."""
-        return await self._database.replace(self._context.at_now(), entity, **options)
+    async def replace(self, entity: E, *, expected: int | None = None, idempotency_key: str | None = None) -> E:
+        """Replace an entity, or add it, as Database.replace."""
+        return await self._database.replace(
+            self._context.at_now(), entity, expected=expected, idempotency_key=idempotency_key
+        )
 
-    async def update(self, cls: type[E], id: str, fields: Mapping[str, Any], **options: Any) -> E:
-        """Set some fields. Options as Database.update."""
-        return await self._database.update(self._context.at_now(), cls, id, fields, **options)
+    async def update(
+        self,
+        cls: type[E],
+        id: str,
+        fields: Mapping[str, Any],
+        *,
+        expected: int | None = None,
+        idempotency_key: str | None = None,
+    ) -> E:
+        """Set some fields, as Database.update."""
+        return await self._database.update(
+            self._context.at_now(), cls, id, fields, expected=expected, idempotency_key=idempotency_key
+        )
 
-    async def delete(self, cls: type[Entity], id: str, **options: Any) -> None:
-        """Remove a document. Options as Database.delete."""
-        await self._database.delete(self._context.at_now(), cls, id, **options)
+    async def delete(
+        self, cls: type[Entity], id: str, *, expected: int | None = None, idempotency_key: str | None = None
+    ) -> None:
+        """Remove a document, as Database.delete."""
+        await self._database.delete(self._context.at_now(), cls, id, expected=expected, idempotency_key=idempotency_key)
 
-    async def add(self, cls: type[Entity], id: str, field: str, amount: int, **options: Any) -> None:
-        """Add to a counter. Options as Database.add."""
-        await self._database.add(self._context.at_now(), cls, id, field, amount, **options)
+    async def add(
+        self,
+        cls: type[Entity],
+        id: str,
+        field: str,
+        amount: int,
+        *,
+        at_most: int | None = None,
+        at_least: int | None = None,
+        idempotency_key: str | None = None,
+    ) -> None:
+        """Add to a counter, as Database.add."""
+        await self._database.add(
+            self._context.at_now(),
+            cls,
+            id,
+            field,
+            amount,
+            at_most=at_most,
+            at_least=at_least,
+            idempotency_key=idempotency_key,
+        )
 
 
 async def _opened(

@@ -16,9 +16,11 @@ import threading
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from typing import Any, Self, TypeVar
+from datetime import datetime
+from typing import Any, Protocol, Self, TypeVar, Unpack, overload
 
-from .app import DEFAULT_STORE, Strongroom
+from .app import DEFAULT_STORE, OpenOptions, Strongroom
+from .context import Context
 from .errors import ConfigError, Unavailable
 from .verification import Verification
 from .windows import Amount
@@ -27,27 +29,62 @@ TIMEOUT_S = 30.0
 """How long a call waits for its answer."""
 CLOSE_TIMEOUT_S = 30.0
 T = TypeVar("T")
+R = TypeVar("R", bound="BlockingStrongroom")
+
+
+class _Open:
+    """`open` of a room opens it; `open` of the class makes a room of a URL and opens that, as Strongroom.open does."""
+
+    @overload
+    def __get__(self, room: None, owner: type[BlockingStrongroom]) -> _OpenUrl: ...
+
+    @overload
+    def __get__(self, room: R, owner: type[BlockingStrongroom]) -> Callable[[], R]: ...
+
+    def __get__(self, room: Any, owner: Any) -> Any:
+        def of_class(
+            url: str = DEFAULT_STORE, *, timeout_s: float = TIMEOUT_S, **options: Unpack[OpenOptions]
+        ) -> BlockingStrongroom:
+            """A room on the store at `url`, open. Raises what Strongroom.open raises."""
+            made: BlockingStrongroom = owner(url, timeout_s=timeout_s, **options)
+            return of_room(made)
+
+        def of_room(one: R) -> R:
+            one._opened()
+            return one
+
+        def open() -> Any:
+            """Open the store; nothing if it is open. Raises what Strongroom.open raises."""
+            return of_room(room)
+
+        return of_class if room is None else open
+
+
+class _OpenUrl(Protocol):
+    def __call__(
+        self, url: str = DEFAULT_STORE, *, timeout_s: float = TIMEOUT_S, **options: Unpack[OpenOptions]
+    ) -> BlockingStrongroom: ...
 
 
 class BlockingStrongroom:
     """One store, opened in a thread. Any thread may call it, and any event loop may await `acall`.
 
     It is opened by `with`, by `open()`, or by the first call; it is closed at the end of the process at the latest.
+    `BlockingStrongroom.open(url)` makes one that is open, as `Strongroom.open(url)` does for asyncio.
     A server that forks its workers must open it after the fork (the first call does), since threads do not survive it.
     `options` are those of Strongroom.open.
     """
 
-    def __init__(self, url: str = DEFAULT_STORE, *, timeout_s: float = TIMEOUT_S, **options: Any) -> None:
+    def __init__(
+        self, url: str = DEFAULT_STORE, *, timeout_s: float = TIMEOUT_S, **options: Unpack[OpenOptions]
+    ) -> None:
         self._url = url
         self._timeout_s = timeout_s
         self._options = options
         self._lock = threading.Lock()
         self._running: _Running | None = None
 
-    def open(self) -> Self:
-        """Open the store; nothing if it is open. Raises what Strongroom.open raises."""
-        self._opened()
-        return self
+    open = _Open()
 
     def close(self) -> None:
         """Finish the calls under way and close the store. The next call opens it again."""
@@ -58,7 +95,8 @@ class BlockingStrongroom:
             running.stop()
 
     def __enter__(self) -> Self:
-        return self.open()
+        self._opened()
+        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -84,13 +122,59 @@ class BlockingStrongroom:
             running = await asyncio.to_thread(self._opened)
         return await asyncio.wrap_future(running.submit(work))
 
-    def verify(self, text: str, **asked: Any) -> Verification:
-        """`keys.verify`, with its arguments."""
-        return self.call(lambda room: room.keys.verify(text, **asked))
+    def verify(
+        self,
+        text: str,
+        *,
+        cost: Mapping[str, Amount] | None = None,
+        permission: str | None = None,
+        ip: str | None = None,
+        model: str | None = None,
+        route: str | None = None,
+        tenant: str | None = None,
+        idempotency_key: str | None = None,
+        actor: str = "system",
+    ) -> Verification:
+        """As `keys.verify`."""
+        return self.call(
+            lambda room: room.keys.verify(
+                text,
+                cost=cost,
+                permission=permission,
+                ip=ip,
+                model=model,
+                route=route,
+                tenant=tenant,
+                idempotency_key=idempotency_key,
+                actor=actor,
+            )
+        )
 
-    def record(self, *, cost: Mapping[str, Amount], **given: Any) -> Verification:
-        """`keys.record`, with its arguments."""
-        return self.call(lambda room: room.keys.record(cost=cost, **given))
+    def record(
+        self,
+        *,
+        key: str | None = None,
+        key_id: str | None = None,
+        cost: Mapping[str, Amount],
+        model: str | None = None,
+        route: str | None = None,
+        at: datetime | None = None,
+        idempotency_key: str | None = None,
+        context: Context | None = None,
+    ) -> Verification:
+        """As `keys.record`."""
+        return self.call(
+            lambda room: room.keys.record(
+                key=key,
+                key_id=key_id,
+                cost=cost,
+                model=model,
+                route=route,
+                at=at,
+                idempotency_key=idempotency_key,
+                context=context,
+            )
+        )
 
     def _opened(self) -> _Running:
         running = self._running
@@ -110,7 +194,7 @@ class BlockingStrongroom:
 class _Running:
     """The thread, its loop, and the room that is open on it."""
 
-    def __init__(self, url: str, options: Mapping[str, Any]) -> None:
+    def __init__(self, url: str, options: OpenOptions) -> None:
         self.pid = os.getpid()
         self._opened: Future[Strongroom] = Future()
         self._calls: set[asyncio.Task[Any]] = set()
@@ -144,11 +228,11 @@ class _Running:
         finally:
             self._calls.discard(task)
 
-    def _run(self, url: str, options: Mapping[str, Any]) -> None:
+    def _run(self, url: str, options: OpenOptions) -> None:
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
             runner.run(self._serve(url, options))
 
-    async def _serve(self, url: str, options: Mapping[str, Any]) -> None:
+    async def _serve(self, url: str, options: OpenOptions) -> None:
         try:
             async with Strongroom.open(url, **options) as room:
                 self._opened.set_result(room)

@@ -6,10 +6,22 @@ import hashlib
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Unpack
 
 from .administrators import keep_one
-from .apikey import MAX_OVERLAP_S, NAME, ApiKey, Environment, KeyChanges, NewKey, due_at, parse, schedule_problem
+from .apikey import (
+    MAX_OVERLAP_S,
+    NAME,
+    ApiKey,
+    Environment,
+    KeyChanges,
+    KeyGiven,
+    NewKey,
+    NewKeyGiven,
+    due_at,
+    parse,
+    schedule_problem,
+)
 from .bulk import PAGE, Bulk, BulkStep, steps
 from .changes import ChangeFeed
 from .clock import Clock
@@ -68,7 +80,7 @@ class Keys(Rotation):
         *,
         context: Context | None = None,
         idempotency_key: str | None = None,
-        **fields: Any,
+        **fields: Unpack[NewKeyGiven],
     ) -> IssuedKey:
         """Make a key: `create(name="billing worker", limits=[…])`, or from a NewKey.
 
@@ -156,7 +168,7 @@ class Keys(Rotation):
         context: Context | None = None,
         expected: int | None = None,
         idempotency_key: str | None = None,
-        **fields: Any,
+        **fields: Unpack[KeyGiven],
     ) -> ApiKey:
         """Change some fields. Usage already counted stays counted where resource and window stay the same.
 

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
@@ -106,6 +106,13 @@ class PolicyFields(BaseModel):
         return value
 
 
+class PolicyGiven(TypedDict, total=False):
+    """The fields of a policy, as keywords."""
+
+    action: Action
+    overlap_s: int | None
+
+
 @dataclass(frozen=True, slots=True, repr=False)  # a URL may hold the text as well
 class Sighting:
     """A text that was seen, what its finder calls it, and where it was."""
@@ -142,7 +149,12 @@ class Leaks:
         return found if found is not None else LeakPolicy(id=tenant, tenant=tenant)
 
     async def set_policy(
-        self, tenant: str, *, context: Context | None = None, idempotency_key: str | None = None, **fields: Any
+        self,
+        tenant: str,
+        *,
+        context: Context | None = None,
+        idempotency_key: str | None = None,
+        **fields: Unpack[PolicyGiven],
     ) -> LeakPolicy:
         """Set a tenant's policy: `action`, and for rotate `overlap_s` (DEFAULT_OVERLAP_S if it is not given).
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict, Unpack
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from .accounts import Account, KeyUsage
-from .apikey import ALL_TENANTS, not_given, parse
+from .apikey import ALL_TENANTS, LimitLike, not_given, parse
 from .clock import Clock
 from .context import MAX_TENANT_BYTES, Context, kind_of, name_problem, system_context, text_problem, utc_from_us
 from .corrections import refills_that_begin
@@ -122,6 +122,21 @@ class QuotaChanges(QuotaFields):
     )
 
 
+class QuotaGiven(TypedDict, total=False):
+    """The fields of a quota as keywords, for a change."""
+
+    limits: Sequence[LimitLike]
+    description: str | None
+
+
+class NewQuotaGiven(QuotaGiven, total=False):
+    """The fields of a quota that is to be put, as keywords."""
+
+    kind: QuotaKind
+    tenant: str
+    name: str
+
+
 @dataclass(frozen=True, slots=True)
 class QuotaStats:
     """Where a quota stands: what all its keys used together, and each limit's window."""
@@ -163,7 +178,7 @@ class Quotas:
         expected: int | None = None,
         exists: bool = False,
         idempotency_key: str | None = None,
-        **fields: Any,
+        **fields: Unpack[NewQuotaGiven],
     ) -> Quota:
         """Make a quota, or replace the one of this subject: `put(kind="user", tenant="acme", name="u1", limits=[…])`.
 
@@ -245,7 +260,7 @@ class Quotas:
         context: Context | None = None,
         expected: int | None = None,
         idempotency_key: str | None = None,
-        **fields: Any,
+        **fields: Unpack[QuotaGiven],
     ) -> Quota:
         """Change some fields of a quota. What was counted stays counted where resource, window and scope stay the same.
         Raises NotFound, InvalidInput, Conflict, Denied."""

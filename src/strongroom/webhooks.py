@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypedDict, Unpack
 
 from cryptography.exceptions import InvalidTag
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationInfo, WithJsonSchema, field_validator
@@ -177,6 +177,25 @@ class WebhookChanges(WebhookFields):
         return True  # perhaps it may already: `Webhooks.update` knows
 
 
+class WebhookGiven(TypedDict, total=False):
+    """The fields of an endpoint as keywords, for a change."""
+
+    allow_private: bool
+    url: str
+    events: Sequence[str]
+    thresholds: Sequence[int]
+    min_window_s: int
+    description: str | None
+    enabled: bool
+
+
+class NewWebhookGiven(WebhookGiven, total=False):
+    """The fields of an endpoint that is to be made, as keywords."""
+
+    tenant: str
+    secret: str | None
+
+
 @dataclass(frozen=True, slots=True)
 class IssuedWebhook:
     """An endpoint with its secret, which is shown when it is made or rotated, and not again."""
@@ -221,7 +240,7 @@ class Webhooks:
         *,
         context: Context | None = None,
         idempotency_key: str | None = None,
-        **fields: Any,
+        **fields: Unpack[NewWebhookGiven],
     ) -> IssuedWebhook:
         """Make an endpoint: `create(url="https://…", tenant="acme", events=["limit.threshold"])`.
 
@@ -298,7 +317,7 @@ class Webhooks:
         context: Context | None = None,
         expected: int | None = None,
         idempotency_key: str | None = None,
-        **fields: Any,
+        **fields: Unpack[WebhookGiven],
     ) -> Webhook:
         """Change some fields. One that is enabled again begins without failures."""
         changes = changes if changes is not None else parse(WebhookChanges, fields)

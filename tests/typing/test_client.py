@@ -75,7 +75,7 @@ def documents_have_the_callers_type(client: Client) -> None:
 
 
 def a_hold_is_a_context_manager(client: Client) -> None:
-    with client.reservations.hold("k", {"tokens": 100}) as hold:
+    with client.reservations.hold("k", cost={"tokens": 100}) as hold:
         assert_type(hold, Hold)
         assert_type(hold.reservation, Reservation)
         hold.use(tokens=1, cost=Decimal("0.1"))
@@ -108,3 +108,6 @@ def what_is_wrong_is_told(client: Client) -> None:
     client.keys.verify("k", cost={"tokens": "1"})  # type: ignore[dict-item]
     client.keys.update("k", name=None)  # type: ignore[arg-type]
     client.keys.create("k", environment="production")  # type: ignore[arg-type]
+    client.keys.list(tenent="t")  # type: ignore[call-arg]
+    client.keys.page(owner=1)  # type: ignore[arg-type]
+    client.reservations.hold("k", {"tokens": 1})  # type: ignore[call-arg]

@@ -20,7 +20,7 @@ from urllib.parse import quote
 import msgspec
 
 from ..addresses import Network
-from ..app import Strongroom
+from ..app import OpenOptions, Strongroom
 from ..errors import InvalidInput, Problem, StrongroomError
 from ..undoing import Charged
 from ..verification import LimitStatus, Verification, cost_units
@@ -30,9 +30,6 @@ T = TypeVar("T")
 Cost = Mapping[str, Amount]
 
 AUTHORIZATION = "authorization"
-LEASED: dict[str, Any] = {"limits": "leased"}
-"""How a room is opened that is given by its URL, unless its options say otherwise: limits are exact, and cost no commit
-a request (docs/limits.md)."""
 MEDIA_TYPE = "application/problem+json"
 REALM = "api"
 RETRY_AFTER_S = 1
@@ -43,6 +40,14 @@ _HEADER_NAME = re.compile(r"^[a-z0-9!#$%&'*+.^_`|~-]{1,64}$")
 _SECONDS = {"minute": 60, "hour": 3600}  # days, weeks and months have no fixed length
 _QUOTED = str.maketrans({"\\": "\\\\", '"': '\\"'})
 _encode = msgspec.json.Encoder(decimal_format="number").encode
+
+
+def leased(options: OpenOptions) -> OpenOptions:
+    """How a room is opened that is given by its URL: with leased limits, unless `options` say otherwise. Limits are
+    exact, and cost no commit a request (docs/limits.md)."""
+    merged: OpenOptions = {"limits": "leased"}
+    merged.update(options)
+    return merged
 
 
 class Asked(TypedDict, total=False):

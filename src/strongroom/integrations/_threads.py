@@ -7,13 +7,13 @@ from decimal import Decimal
 from typing import Any, Self
 
 from ..addresses import client_address
-from ..app import Strongroom
+from ..app import OpenOptions, Strongroom
 from ..blocking import BlockingStrongroom
 from ..errors import ConfigError
 from ..undoing import Charged
 from ..verification import Reservation
 from ..windows import Amount
-from ._core import LEASED, Cost, Presented, checked_header, credential, networks, verified
+from ._core import Cost, Presented, checked_header, credential, leased, networks, verified
 from ._hold import TTL_S, Hold, reserving, returned
 
 
@@ -117,13 +117,13 @@ class Desk:
         room: BlockingStrongroom | None,
         header: str,
         trusted_proxies: Iterable[str],
-        options: Mapping[str, Any],
+        options: OpenOptions,
     ) -> None:
         if (room is None) == (url is None):
             raise ConfigError("found both a room and a url, or neither: expected one of them")
         if options and url is None:
             raise ConfigError(f"found {', '.join(sorted(options))}, which need a url to be opened with")
-        self.room = room if room is not None else BlockingStrongroom(url or "", **{**LEASED, **options})
+        self.room = room if room is not None else BlockingStrongroom(url or "", **leased(options))
         self.header = checked_header(header)
         self.variable = "HTTP_" + self.header.upper().replace("-", "_")
         self._trusted = networks("trusted_proxies", trusted_proxies)

@@ -6,16 +6,15 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Unpack
 
 from ..addresses import Network, client_address
-from ..app import Strongroom
+from ..app import OpenOptions, Strongroom
 from ..errors import ConfigError, StrongroomError
 from ..undoing import Charged
 from ..verification import ONE_REQUEST, Verification
 from ._core import (
     AUTHORIZATION,
-    LEASED,
     Cost,
     KeyRefused,
     Paths,
@@ -25,6 +24,7 @@ from ._core import (
     checked_header,
     constant_or_of,
     credential,
+    leased,
     networks,
     rate_limit_headers,
     verified,
@@ -131,7 +131,7 @@ class RoomMiddleware:
         url: str | None = None,
         trusted_proxies: Iterable[str] = (),
         rate_limit_headers: bool = True,
-        **options: Any,
+        **options: Unpack[OpenOptions],
     ) -> None:
         if room is not None and url is not None:
             raise ConfigError("found both a room and a url, expected one of them")
@@ -140,7 +140,7 @@ class RoomMiddleware:
         self.app = app
         self._room = room
         self._url = url
-        self._options = {**LEASED, **options}
+        self._options = leased(options)
         self._trusted = networks("trusted_proxies", trusted_proxies)
         self._with_headers = rate_limit_headers
 
@@ -252,7 +252,7 @@ class StrongroomMiddleware(RoomMiddleware):
         trusted_proxies: Iterable[str] = (),
         concurrency: bool = False,
         rate_limit_headers: bool = True,
-        **options: Any,
+        **options: Unpack[OpenOptions],
     ) -> None:
         super().__init__(
             app,

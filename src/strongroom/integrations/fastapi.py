@@ -12,14 +12,14 @@ RoomMiddleware, which `install` adds, answers refusals.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Unpack
 
 from fastapi import FastAPI
 from fastapi.openapi.models import APIKey, APIKeyIn, HTTPBearer
 from fastapi.security.base import SecurityBase
 from starlette.requests import HTTPConnection
 
-from ..app import Strongroom
+from ..app import OpenOptions, Strongroom
 from ..errors import ConfigError
 from ..verification import Verification
 from ._core import (
@@ -64,7 +64,7 @@ def install(
     room: Strongroom | None = None,
     trusted_proxies: Iterable[str] = (),
     rate_limit_headers: bool = True,
-    **options: Any,
+    **options: Unpack[OpenOptions],
 ) -> None:
     """Give an application its Strongroom: opened at the start from `url` (with `options` of Strongroom.open), or one
     that is open already, or with neither the one of the application that it is mounted in (or of its own lifespan's

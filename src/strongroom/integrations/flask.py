@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, Unpack
 
 from flask import Blueprint, Flask, Response, current_app, g, request
 
+from ..app import OpenOptions
 from ..blocking import BlockingStrongroom
 from ..verification import Verification
 from ._core import (
@@ -58,7 +59,7 @@ class ApiKeys:
         header: str = AUTHORIZATION,
         trusted_proxies: Iterable[str] = (),
         rate_limit_headers: bool = True,
-        **options: Any,
+        **options: Unpack[OpenOptions],
     ) -> None:
         self._desk = Desk(url=url, room=room, header=header, trusted_proxies=trusted_proxies, options=options)
         self._with_headers = rate_limit_headers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Mapping
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 from .._wire import (
     UNSET,
@@ -28,6 +28,19 @@ LimitIn = Limit | Mapping[str, Any]
 DEFAULT_PAGE = 100
 Verifications = list[Verification]
 Asks = Iterable[Ask | Mapping[str, Any]]
+
+
+class KeyFilters(TypedDict, total=False):
+    """Which keys are meant: all of what is given must hold."""
+
+    tenant: str | None
+    user_id: str | None
+    owner: str | None
+    environment: Environment | None
+    name_prefix: str | None
+    created_after: datetime | None
+    created_before: datetime | None
+    deleted: bool | None
 
 
 class Answers(Model, frozen=True):
@@ -93,41 +106,17 @@ class AsyncKeys:
         asked = query({"deleted": deleted})
         return decode(ApiKey, await self._http.send("GET", "/v1/keys/{id}", {"id": id}, query=asked))
 
-    def list(
-        self,
-        *,
-        tenant: str | None = None,
-        user_id: str | None = None,
-        owner: str | None = None,
-        environment: Environment | None = None,
-        name_prefix: str | None = None,
-        created_after: datetime | None = None,
-        created_before: datetime | None = None,
-        deleted: bool | None = None,
-        page_size: int = DEFAULT_PAGE,
-    ) -> AsyncIterator[ApiKey]:
-        """Every key that fits, newest first (with a `name_prefix`: by name), page after page.
+    def list(self, *, page_size: int = DEFAULT_PAGE, **filters: Unpack[KeyFilters]) -> AsyncIterator[ApiKey]:
+        """Every key for which all of `filters` holds, newest first (with a `name_prefix`: by name), page after page.
 
         `deleted`: those that were deleted and can be restored, instead of those that were not.
         """
-        asked = query(
-            {
-                "tenant": tenant,
-                "user_id": user_id,
-                "owner": owner,
-                "environment": environment,
-                "name_prefix": name_prefix,
-                "created_after": created_after,
-                "created_before": created_before,
-                "deleted": deleted,
-            }
-        )
-        return self._http.items(ApiKey, "/v1/keys", {}, asked, page_size)
+        return self._http.items(ApiKey, "/v1/keys", {}, query(filters), page_size)
 
     async def page(
-        self, *, limit: int = DEFAULT_PAGE, cursor: str | None = None, **filters: str | None
+        self, *, limit: int = DEFAULT_PAGE, cursor: str | None = None, **filters: Unpack[KeyFilters]
     ) -> Page[ApiKey]:
-        """One page of `list`, with its filters as they stand in a query string."""
+        """One page of `list`."""
         asked = query({**filters, "limit": limit, "cursor": cursor})
         return decode_page(ApiKey, await self._http.send("GET", "/v1/keys", query=asked))
 
@@ -139,7 +128,6 @@ class AsyncKeys:
         user_id: str | Unset | None = UNSET,
         description: str | Unset | None = UNSET,
         owner: str | Unset | None = UNSET,
-        environment: Environment | Unset = UNSET,
         permissions: Iterable[str] | Unset = UNSET,
         expires_at: datetime | Unset | None = UNSET,
         metadata: Mapping[str, Any] | Unset = UNSET,
@@ -163,7 +151,6 @@ class AsyncKeys:
                 "user_id": user_id,
                 "description": description,
                 "owner": owner,
-                "environment": environment,
                 "permissions": listed(permissions),
                 "expires_at": expires_at,
                 "metadata": metadata,

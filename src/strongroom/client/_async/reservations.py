@@ -103,8 +103,8 @@ class AsyncReservations:
     def hold(
         self,
         key: str,
-        cost: Cost | None = None,
         *,
+        cost: Cost | None = None,
         ttl_s: int = DEFAULT_TTL_S,
         permission: str | None = None,
         ip: str | None = None,
