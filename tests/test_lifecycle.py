@@ -15,12 +15,13 @@ import time_machine
 
 from strongroom import ApiKey, Entity, Query, Strongroom, lifecycle
 from strongroom.context import system_context
-from strongroom.errors import ConfigError
+from strongroom.errors import ConfigError, Unavailable
 from strongroom.idempotency import IdempotentCall
 from strongroom.leases import LeaseLost, Turn
 from strongroom.lifecycle import PAGE, Retention, Sweeper
+from strongroom.storage.port import Patch
 from tests.conftest import backend_of
-from tests.support import STORES, FaultyStore, new_url, opened, rolling
+from tests.support import STORES, Fault, FaultyStore, new_url, opened, rolling
 
 START = datetime(2026, 11, 20, 12, tzinfo=UTC)
 IDEMPOTENT = IdempotentCall.__collection__.name
@@ -281,3 +282,30 @@ async def test_a_store_that_cannot_drop_its_journal_says_so_at_the_start() -> No
     with pytest.raises(ConfigError, match="json store cannot drop"):
         async with Strongroom.open("json://:memory:", journal_kept_s=86_400):
             pass
+
+
+@pytest.mark.parametrize("limits", ["durable", "leased"])
+async def test_a_key_that_a_short_process_used_shows_it_after_its_end(limits: str, tmp_path: Path) -> None:
+    """A program that verifies and ends, a command line: no server runs, and no minute passes."""
+    url = new_url("sqlite", tmp_path)
+    async with opened(url, limits=limits) as (room, _):
+        limited = await room.keys.create(name="limited", limits=[rolling("requests", 9)])
+        plain, unused = await room.keys.create(name="plain"), await room.keys.create(name="unused")
+        for issued in (limited, limited, plain):
+            assert (await room.keys.verify(issued.text)).valid
+    async with opened(url) as (room, store):
+        shown = {key.name: key for key in (await room.keys.list()).items}
+        assert {name: key.usage_count for name, key in shown.items()} == {"limited": 2, "plain": 1, "unused": 0}
+        assert [shown[name].last_used is None for name in ("limited", "plain", "unused")] == [False, False, True]
+        assert shown["unused"].version == unused.key.version
+        before = len(store.batches)
+    changed = [one for batch in store.batches[before:] for one in batch.operations if isinstance(one, Patch)]
+    assert not any(one.collection == "api_keys" for one in changed), "nothing was used"
+    assert plain.key.id != limited.key.id
+
+
+async def test_an_end_without_the_store_is_no_error(tmp_path: Path) -> None:
+    async with opened(new_url("sqlite", tmp_path)) as (room, store):
+        issued = await room.keys.create(name="k", limits=[rolling("requests", 9)])
+        assert (await room.keys.verify(issued.text)).valid
+        store.fault = lambda number, batch: Fault("before", Unavailable("gone"))

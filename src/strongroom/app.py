@@ -32,7 +32,7 @@ from .keywork import KeyWork
 from .leaks import Leak, LeakPolicy, Leaks
 from .leases import Lease, Leases
 from .lending import LEASE_S, Lending
-from .lifecycle import Background, ShapeKeeper, background
+from .lifecycle import Background, RollUp, ShapeKeeper, background
 from .observed import ObservedStore
 from .query import MAX_LIMIT, MAX_PAGE_BYTES, Aggregate, Filter, Query
 from .quotas import Quota
@@ -159,6 +159,7 @@ class Strongroom:
             hasher = await _hasher(database, peppers)
             database.calls.use(hasher)
             ledger = Ledger(database, store, clock)
+            stack.push_async_callback(RollUp(database, clock).at_end, ledger.used)  # once all is written
             stack.push_async_callback(ledger.close)
             feed = ChangeFeed(store)
             leases = Leases(database, clock)

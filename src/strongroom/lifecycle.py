@@ -19,12 +19,14 @@ from .entity import Entity
 from .errors import ConfigError, Conflict, NotFound, StrongroomError
 from .leases import Leases, Turn
 from .query import MAX_IN, Query, Where
-from .storage.port import Patch, Store
+from .storage.port import Operation, Patch, Store
 
 EXPIRY_EVERY_S = 60.0
 SHAPES_EVERY_S = 60.0
 SHAPES_TIMEOUT_S = 5.0
 ROLL_UP_EVERY_S = 60.0
+MAX_AT_END, AT_END_TIMEOUT_S = 200, 2.0
+"""Keys whose use is copied into them when the process ends that used them: those that it used first the latest."""
 PARTITIONS_EVERY_S = 21_600.0
 RETENTION_EVERY_S = 3_600.0
 PAGE = 200
@@ -130,7 +132,20 @@ class RollUp:
             await turn.save(json.dumps({"since_us": since_us, "cursor": cursor, "next_us": next_us}))
         await turn.save(json.dumps({"since_us": max(0, next_us - next_us % ACTIVE_US)}))
 
-    async def _copy(self, turn: Turn, usages: Mapping[str, KeyUsage]) -> None:
+    async def at_end(self, ids: Callable[[], Sequence[str]]) -> None:
+        """Copy what a process has used that ends: it may be the only one for days, and too short-lived for a run. What
+        cannot be copied now is copied by the next run of any process."""
+        try:
+            async with asyncio.timeout(AT_END_TIMEOUT_S):
+                found = ids()[-MAX_AT_END:]
+                for start in range(0, len(found), MAX_IN):
+                    query = Query(Where("id", "in", found[start : start + MAX_IN]), limit=MAX_IN)
+                    usages = (await self._database.find(system_context(), KeyUsage, query)).items
+                    await self._copy(None, {usage.id: usage for usage in usages})
+        except (StrongroomError, TimeoutError) as error:
+            _log.info("when keys were last used is copied into them by another process: %s", error)
+
+    async def _copy(self, turn: Turn | None, usages: Mapping[str, KeyUsage]) -> None:
         query = Query(Where("id", "in", list(usages)), limit=MAX_IN)
         keys = (await self._database.find(system_context(), ApiKey, query)).items
         now_us = self._clock.now_us()
@@ -140,7 +155,8 @@ class RollUp:
             if (key.last_used, key.usage_count) != (usage.last_used_at, usage.count):
                 fields = {"last_used": usage.last_used_at, "usage_count": usage.count}
                 patch = Patch(ApiKey.__collection__.name, key.id, fields, key.version)
-                commits.append(self._database.commit_counters([turn.guard, patch], now_us))
+                operations: list[Operation] = [patch] if turn is None else [turn.guard, patch]
+                commits.append(self._database.commit_counters(operations, now_us))
         for result in await asyncio.gather(*commits, return_exceptions=True):
             # A key that was changed meanwhile is looked at again in the next run; one that was removed is gone. If it
             # is the lease that is lost, saving the position tells.

@@ -316,6 +316,10 @@ class Ledger:
         if self.lending is not None:
             self.lending.gone(id)
 
+    def used(self) -> list[str]:
+        """The ids of the accounts in memory: of keys that this process has used, and of their quotas."""
+        return list(self._accounts)
+
     async def close(self) -> None:
         """Write everything that waits, and give back what was lent. Afterwards nothing can be charged."""
         if self.lending is not None:
