@@ -29,11 +29,11 @@ from tests.waiting import PATIENCE_S
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = (
-    "serve", "import", "export", "migrate", "bench", "estimate", "keys create", "keys list", "keys show", "keys verify",
-    "keys rotate",
+    "serve", "import", "export", "migrate", "bench", "doctor", "estimate",
+    "keys create", "keys list", "keys show", "keys verify", "keys rotate",
     "keys disable", "keys enable", "keys delete", "keys stats", "keys claim", "keys restore", "keys bulk",
-    "keys rotate-pepper",
-    "quotas set", "quotas list", "quotas show", "quotas stats", "quotas delete",
+    "keys rotate-pepper", "keys update", "keys recover-administrator", "keys mend-clock",
+    "quotas set", "quotas list", "quotas show", "quotas stats", "quotas delete", "quotas mend-clock",
     "webhooks create", "webhooks list", "webhooks show", "webhooks update", "webhooks rotate-secret",
     "webhooks delete", "webhooks test", "webhooks deliveries", "webhooks redrive",
     "leaks report", "leaks list", "leaks policy",
@@ -136,7 +136,7 @@ def test_completion_knows_the_commands() -> None:
     ran = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, env={**os.environ, **words}
     )
-    assert (ran.returncode, ran.stdout.split()) == (0, ["rotate", "restore", "rotate-pepper"])
+    assert (ran.returncode, ran.stdout.split()) == (0, ["rotate", "restore", "recover-administrator", "rotate-pepper"])
 
 
 def test_completion_can_be_shown() -> None:

@@ -252,3 +252,38 @@ def test_what_is_deleted_for_good_is_said_to_be_and_nothing_else(run: Run) -> No
     assert "cannot be undone" not in run("delete", key["id"]).err
     assert "cannot be undone" in run("delete", key["id"], "--purge").err
     assert "--yes" in run("delete", key["id"]).err
+
+
+# --- Changing one key, and listing all ----------------------------------------------------------------------------
+
+
+def test_a_key_is_updated_field_by_field_and_the_rest_stays(run: Run) -> None:
+    key = created(run, "--user", "u1", "--limit", "tokens=100/5h", "--metadata", "plan=free", "--expires", "30d")
+    changed = run("update", key["id"], "--name", "renamed", "--limit", "tokens=200/5h", "--group", "trial", "--json")
+    assert changed.status == 0
+    now = changed.json
+    assert (now["name"], now["groups"], now["limits"][0]["limit"]) == ("renamed", ["trial"], 200)
+    assert {n: now[n] for n in ("user_id", "metadata", "expires_at")} == {
+        n: key[n] for n in ("user_id", "metadata", "expires_at")
+    }
+    cleared = run("update", key["id"], "--clear", "expires", "--clear", "--user", "--clear", "limit", "--json").json
+    assert (cleared["expires_at"], cleared["user_id"], cleared["limits"]) == (None, None, [])
+    assert (cleared["name"], cleared["metadata"]) == ("renamed", {"plan": "free"})
+    assert run("update", key["id"], "--clear", "metadata", "--json").json["metadata"] == {}
+
+
+def test_everything_wrong_with_an_update_is_told_at_once(run: Run) -> None:
+    key = created(run)
+    wrong = ("--limit", "tokens", "--expires", "soon", "--clear", "tenant", "--clear", "expires", "--metadata", "x")
+    told = run("update", key["id"], *wrong, "--json").json["error"]["errors"]
+    assert sorted(one["path"] for one in told) == ["clear", "clear", "expires_at", "limits.0", "metadata.0"]
+    assert "expected at least one option" in run("update", key["id"]).err
+    assert run("update", "key_nope", "--name", "x").status == 1
+
+
+def test_all_pages_are_listed_as_one(run: Run) -> None:
+    ids = {created(run)["id"] for _ in range(5)}
+    listed = run("list", "--all", "--limit", "2", "--json").json
+    assert (len(listed["items"]), {one["id"] for one in listed["items"]}) == (5, ids)
+    assert listed["next_cursor"] is None
+    assert len(run("list", "--limit", "2", "--json").json["items"]) == 2

@@ -26,6 +26,7 @@ BEFORE: Mapping[str, str] = {
     "backends.md": FILLED + DATABASE,
     "http.md": SERVED,
     "import.md": FILLED,
+    "keys.md": f"{FILLED}\nexport STRONGROOM_STORE=sqlite:///data/strongroom.db",
     "migrate.md": FILLED + DATABASE,
 }
 """What a page takes for granted: it says so in words, and another page has the commands."""

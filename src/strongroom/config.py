@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
 
@@ -41,6 +42,8 @@ MIN_ADMIN_KEY_DIFFERENT = 10
 MIN_PEPPER_CHARS = 32
 MAX_WORKERS = 64
 PREFIX = "STRONGROOM_"
+ENV_FILE = ".env"
+"""In the current folder."""
 NOT_SETTINGS = ("STRONGROOM_DEBUG", "STRONGROOM_REQUIRE")
 """Names that others read: the command line, the tests."""
 
@@ -282,6 +285,28 @@ def _with_option(url: str, name: str, value: str) -> str:
 # --- Reading and checking -------------------------------------------------------------------------------------
 
 
+def read_env_file(file: Path) -> None:
+    """Put the settings of a `.env` file into the environment, where everything reads them, unless they are set there.
+    Names that are no settings of ours are left alone. Raises ConfigError."""
+    if not file.is_file():
+        return
+    from dotenv.parser import parse_stream
+
+    try:
+        with file.open(encoding="utf-8-sig") as opened:
+            bindings = list(parse_stream(opened))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: cannot be read: {error}") from None
+    wrong = [binding.original.line for binding in bindings if binding.error]
+    if wrong:
+        raise ConfigError(f"{file}: line {wrong[0]}: expected NAME=value")
+    known = {row.name for row in settings_table()}
+    for binding in bindings:
+        name, value = binding.key, binding.value
+        if name is not None and value is not None and (name in known or name.startswith(PREFIX)):
+            os.environ.setdefault(name, value)
+
+
 def named_by(settings: Settings) -> str:
     """Which setting names the store."""
     named = settings._stores()
@@ -296,6 +321,7 @@ def load(*, store_is: str = "--store", **given: Any) -> Settings:
     names every setting that is wrong, contradicts another, or asks for what this version does not have.
     """
     given = {name: value for name, value in given.items() if value is not None}
+    read_env_file(Path(ENV_FILE))
     if "store" in given:  # the command line outranks every name that the environment has for the store
         given = {**dict.fromkeys(_STORE_FIELDS), **given}
     fields = {Settings.model_fields[name].validation_alias: value for name, value in given.items()}

@@ -14,7 +14,21 @@ import typer
 
 from .. import __version__
 from ..errors import ConfigError, InvalidInput, StrongroomError
-from . import audit, bench, estimate, keychanges, keyfile, leaks, migrate, output, quotas, schema, serve, webhooks
+from . import (
+    audit,
+    bench,
+    doctor,
+    estimate,
+    keychanges,
+    keyfile,
+    leaks,
+    migrate,
+    output,
+    quotas,
+    schema,
+    serve,
+    webhooks,
+)
 from .session import DEBUG_VARIABLE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_WRONG_CALL, Interrupted
 
 CLOSE_ENOUGH = 0.75
@@ -40,6 +54,7 @@ app.add_typer(schema.app, name="schema")
 app.add_typer(webhooks.app, name="webhooks")
 app.command("migrate")(migrate.migrate)
 app.command("bench")(bench.bench)
+app.command("doctor")(doctor.doctor)
 app.command("estimate")(estimate.command)
 
 

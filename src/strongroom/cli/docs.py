@@ -39,6 +39,9 @@ Everything is read from the environment; options of the [command line](cli.md) o
 each other stop the start with a sentence that names both, and so does what this version does not have yet: nothing is
 ignored in silence.
 
+A file `.env` in the current folder is read as well: `NAME=value` a line. What the environment sets already stays, and
+names that are no settings are left alone. `strongroom doctor` says what is wrong with the settings and the store.
+
 | name | default | what it is |
 |---|---|---|
 """

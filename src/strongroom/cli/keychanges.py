@@ -1,13 +1,14 @@
-"""`strongroom keys claim`, `restore`, `bulk` and `rotate-pepper`: what else happens to keys in their life."""
+"""`strongroom keys update`, `claim`, `restore`, `bulk` and others: what else happens to keys in their life."""
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import InvalidInput, Problem
-from . import options, output
+from ..errors import ConfigError, InvalidInput, Problem
+from . import options, output, shortforms
 from .keys import (
     AfterOption,
     BeforeOption,
@@ -19,8 +20,8 @@ from .keys import (
     app,
     key_filter,
 )
-from .keyviews import print_issued, print_key
-from .options import YesOption, confirm, must_be_confirmed
+from .keyviews import ONCE, print_issued, print_key
+from .options import LimitsOption, YesOption, confirm, must_be_confirmed
 from .session import EXIT_FAILED, JsonOption, StoreOption, in_store, operator
 
 if TYPE_CHECKING:
@@ -62,6 +63,126 @@ def restore(id: IdArgument, store: StoreOption = None, json: JsonOption = False)
       strongroom keys restore key_0199f3c2…
     """
     print_key(in_store(store, lambda room: room.keys.restore(id, context=operator())), json)
+
+
+@app.command()
+def update(
+    id: IdArgument,
+    name: Annotated[str | None, typer.Option("--name", help="What the key is for.")] = None,
+    user: Annotated[str | None, typer.Option("--user", help="The user it belongs to.")] = None,
+    permission: Annotated[list[str] | None, typer.Option(help="A permission; may be given again.")] = None,
+    limit: LimitsOption = None,
+    expires: Annotated[
+        str | None, typer.Option(metavar="TIME", help="When it ends: 2027-01-01T00:00:00Z, or 30d from now.")
+    ] = None,
+    allow_ip: Annotated[
+        list[str] | None, typer.Option(metavar="RANGE", help="An address or range; may be given again.")
+    ] = None,
+    metadata: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="A note on the key; may be given again.")
+    ] = None,
+    owner: Annotated[str | None, typer.Option("--owner", help="Who is responsible for it.")] = None,
+    description: Annotated[str | None, typer.Option(help="What else there is to say of it.")] = None,
+    group: Annotated[list[str] | None, typer.Option(help="A quota that it shares; may be given again.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="A model it may be used for; may be given again.")] = None,
+    route: Annotated[list[str] | None, typer.Option(help="A route it may be used for; may be given again.")] = None,
+    rotate_every: Annotated[
+        str | None, typer.Option(metavar="DURATION", help="Rotate it so often, for example 90d.")
+    ] = None,
+    rotation_overlap: Annotated[
+        str | None, typer.Option(metavar="DURATION", help="How long the old text then works on, for example 7d.")
+    ] = None,
+    clear: Annotated[
+        list[str] | None,
+        typer.Option(metavar="OPTION", help="An option whose value is to be removed, for example expires."),
+    ] = None,
+    store: StoreOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Change a key. What is given replaces what was set, lists as a whole; everything else stays as it is.
+
+    What was used stays counted where a limit's resource and window stay the same.
+
+    \b
+    Example:
+      strongroom keys update key_0199f3c2… --limit tokens=200000/5h --expires 90d
+      strongroom keys update key_0199f3c2… --clear expires --clear user
+    """
+    given: dict[str, Any] = {
+        "name": name, "user_id": user, "permissions": permission, "expires_at": expires, "allowed_ips": allow_ip,
+        "owner": owner, "description": description, "groups": group, "allowed_models": model, "allowed_routes": route,
+        "rotate_every_s": rotate_every, "rotation_overlap_s": rotation_overlap, "limits": limit, "metadata": metadata,
+    }  # fmt: skip
+    changes = _update(given, clear or [])
+    print_key(in_store(store, lambda room: room.keys.update(id, changes, context=operator())), json)
+
+
+_OPTIONS = {
+    "user_id": "user", "permissions": "permission", "expires_at": "expires", "allowed_ips": "allow-ip",
+    "owner": "owner", "description": "description", "groups": "group", "allowed_models": "model",
+    "allowed_routes": "route", "rotate_every_s": "rotate-every", "rotation_overlap_s": "rotation-overlap",
+    "limits": "limit", "metadata": "metadata",
+}  # fmt: skip
+"""Fields of a key that can be cleared, and the options that set them."""
+
+
+def _update(given: dict[str, Any], clear: list[str]) -> KeyChanges:
+    """What the options of `update` set, and what --clear removes. InvalidInput names everything that is wrong."""
+    from ..apikey import KeyChanges
+
+    problems: list[Problem] = []
+    fields = {name: value for name, value in given.items() if value is not None}
+    limits = fields.pop("limits", None)
+    if "metadata" in fields:
+        fields["metadata"] = options.metadata(fields["metadata"], problems)
+    if "expires_at" in fields:
+        now = datetime.now(UTC)
+        fields["expires_at"] = shortforms.one(
+            "expires_at", fields["expires_at"], lambda text: shortforms.moment(text, now), problems
+        )
+    for name in ("rotate_every_s", "rotation_overlap_s"):
+        if name in fields:
+            fields[name] = shortforms.one(name, fields[name], shortforms.seconds, problems)
+    fields_of = {option: name for name, option in _OPTIONS.items()}
+    for option in clear:
+        name = fields_of.get(option.removeprefix("--").replace("_", "-"), "")
+        if not name:
+            problems.append(Problem("clear", f"found {option[:64]!r}, expected one of {', '.join(fields_of)}"))
+        elif given[name] is not None:
+            problems.append(Problem("clear", f"found {option!r}, which is given as well: expected one of the two"))
+        else:
+            fields[name] = {} if name == "metadata" else [] if name in _LISTS else None
+    if not (fields or limits or problems):
+        problems.append(Problem("id", "expected at least one option that says what to change"))
+    return options.described(KeyChanges, fields, limits, problems)
+
+
+_LISTS = ("permissions", "allowed_ips", "groups", "allowed_models", "allowed_routes", "limits")
+
+
+@app.command("recover-administrator")
+def recover_administrator(yes: YesOption = False, store: StoreOption = None, json: JsonOption = False) -> None:
+    """Give the administrator's key a new text and print it, once: for whoever has lost the old one.
+
+    It needs the store itself and no key. The old text is unknown from now on. A key that is deleted, disabled or
+    without its permission is made whole again.
+
+    \b
+    Example:
+      strongroom keys recover-administrator --yes
+    """
+    from ..config import load
+    from ..server import adminkey
+
+    if load(store=store).admin_key is not None:
+        raise ConfigError("STRONGROOM_ADMIN_KEY: is the administrator's key wherever it is set: change it there")
+    must_be_confirmed(yes, json, "the old text stops working at once")
+    confirm(yes, "Replace the administrator's key?")
+    text = in_store(store, adminkey.recover)
+    if json:
+        output.print_json({"id": adminkey.ID, "key": text})
+        return
+    output.print_secret("key", text, ONCE, lambda: output.print_line(f"id        {adminkey.ID}"))
 
 
 @app.command("rotate-pepper")

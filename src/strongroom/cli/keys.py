@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +30,7 @@ from .session import EXIT_FAILED, JsonOption, StoreOption, in_store, operator
 if TYPE_CHECKING:
     from ..apikey import ApiKey, NewKey
     from ..app import Strongroom
+    from ..database import Page
     from ..keyfilter import KeyFilter
 
 app = typer.Typer(help="Issue, verify and manage API keys.", no_args_is_help=True, rich_markup_mode=None)
@@ -145,12 +147,13 @@ def list_keys(
     created_after: AfterOption = None,
     created_before: BeforeOption = None,
     deleted: DeletedOption = False,
+    every: Annotated[bool, typer.Option("--all", help="All pages, one after the other.")] = False,
     limit: PageOption = 100,
     cursor: CursorOption = None,
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """List keys, newest first; with --name-prefix by name.
+    """List keys, newest first; with --name-prefix by name. --limit is the size of a page.
 
     \b
     Example:
@@ -166,7 +169,16 @@ def list_keys(
         created_before=created_before,
         deleted=deleted,
     )
-    page = in_store(store, lambda room: room.keys.page(wanted, limit=limit, cursor=cursor))
+
+    async def read(room: Strongroom) -> Page[ApiKey]:
+        page = await room.keys.page(wanted, limit=limit, cursor=cursor)
+        items = [*page.items]
+        while every and page.next_cursor is not None:
+            page = await room.keys.page(wanted, limit=limit, cursor=page.next_cursor)
+            items += page.items
+        return replace(page, items=items)
+
+    page = in_store(store, read)
     if json:
         output.print_json({"items": [key_view(key) for key in page.items], "next_cursor": page.next_cursor})
         return

@@ -42,6 +42,14 @@ async def ensure(room: Strongroom, given: str | None) -> str | None:
     return text
 
 
+async def recover(room: Strongroom) -> str:
+    """Give the administrator's key a new text, which is returned to be shown once; the old one is unknown from now on.
+    The key is made again, enabled and given its permission back, whatever became of it."""
+    text = generate(PREFIX)
+    await _set(room, text)
+    return text
+
+
 async def _set(room: Strongroom, text: str) -> None:
     context = system_context()
     hasher = room.keys.hasher

@@ -376,6 +376,11 @@ class PostgresStore:
         """Why this role may not change the schema, with whom to name instead; None if it may."""
         return await self._maintain(lambda connection: _postgres_schema.unchangeable(connection, self.settings.schema))
 
+    async def durability(self) -> dict[str, str]:
+        """The server's settings that decide whether what was committed is on its disk."""
+        ((fsync, commit, pages),) = await self._rows(_DURABILITY, ())
+        return {"fsync": fsync, "synchronous_commit": commit, "full_page_writes": pages}
+
     async def advise(self) -> list[Advice]:
         """What PostgreSQL's statistics say of the indexes of the prepared collections."""
         collections = [table.collection for table in self._tables.values()]
@@ -406,6 +411,9 @@ class PostgresStore:
             raise translated(error, self._place) from error
 
 
+_DURABILITY = (
+    "SELECT current_setting('fsync'), current_setting('synchronous_commit'), current_setting('full_page_writes')"
+)
 _HEALTH = (
     "SELECT current_setting('server_version'), pg_is_in_recovery(), "
     "(SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming')"
