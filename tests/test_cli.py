@@ -29,7 +29,7 @@ from tests.waiting import PATIENCE_S
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = (
-    "serve", "import", "export", "migrate", "bench", "doctor", "estimate",
+    "serve", "import", "export", "migrate", "audit list", "bench", "doctor", "estimate",
     "keys create", "keys list", "keys show", "keys verify", "keys rotate",
     "keys disable", "keys enable", "keys delete", "keys stats", "keys claim", "keys restore", "keys bulk",
     "keys rotate-pepper", "keys update", "keys recover-administrator", "keys mend-clock",
@@ -37,7 +37,7 @@ COMMANDS = (
     "webhooks create", "webhooks list", "webhooks show", "webhooks update", "webhooks rotate-secret",
     "webhooks delete", "webhooks test", "webhooks deliveries", "webhooks redrive",
     "leaks report", "leaks list", "leaks policy",
-    "schema plan", "schema apply", "schema export", "schema roles", "schema advise", "schema retain",
+    "schema plan", "schema apply", "schema views", "schema export", "schema roles", "schema advise", "schema retain",
 )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from strongroom import config
+from strongroom import config, served
 from strongroom.app import DEFAULT_STORE
 from strongroom.errors import ConfigError
 
@@ -222,7 +222,7 @@ def test_entities_are_found_in_modules_of_the_current_folder(tmp_path: Path, mon
     monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "own_things.py").write_text(MODULE)
     try:
-        (found,) = config.load_entities(["own_things"])
+        (found,) = served.load_entities(["own_things"])
         assert found.__collection__.name == "things"
     finally:
         sys.modules.pop("own_things", None)
@@ -240,7 +240,7 @@ def test_a_module_without_entities_stops_the_start(
         (tmp_path / "wrong_things.py").write_text(text)
     try:
         with pytest.raises(ConfigError, match=rf"STRONGROOM_ENTITIES: 'wrong_things'.*{why}"):
-            config.load_entities(["wrong_things"])
+            served.load_entities(["wrong_things"])
     finally:
         sys.modules.pop("wrong_things", None)
 

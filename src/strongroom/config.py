@@ -6,26 +6,23 @@ The fields of `Settings` are the table; `settings_table()` gives it to the docum
 from __future__ import annotations
 
 import difflib
-import importlib
 import os
 import re
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from .entity import Entity, problems_of
+from .entity import problems_of
 from .errors import ConfigError
 from .keytext import is_possible
-from .state import ENTITIES
 
 DEFAULT_STORE = "sqlite:///data/strongroom.db"
 STORES = {
@@ -252,28 +249,6 @@ class Settings(BaseSettings):
             where = f"{self.db_host or 'localhost'}:{self.db_port or 5432}"
             named.append((parts[0].upper(), f"postgresql://{account}@{where}/{quote(self.db_name or 'strongroom')}"))
         return named
-
-
-def store_file(url: str) -> str | None:
-    """The whole path of the file that a store's URL names; None if it names a server, or nothing."""
-    scheme, separator, rest = url.partition(":///")
-    path = unquote(rest.partition("?")[0])
-    return os.path.realpath(path) if separator and scheme in ("sqlite", "json") and path else None
-
-
-def shown_url(url: str) -> str:
-    """A store's URL as it may be shown and kept: without a password, a file by its whole path."""
-    file = store_file(url)
-    if file is not None:
-        return f"{url.partition(':')[0]}:///{file}"
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        return url.partition(":")[0] + ":…"
-    user, _, host = parts.netloc.rpartition("@")
-    account = f"{user.partition(':')[0]}@{host}" if user else host
-    query = urlencode([(name, value) for name, value in parse_qsl(parts.query) if "pass" not in name.lower()])
-    return urlunsplit((parts.scheme, account, parts.path, query, ""))
 
 
 def _with_option(url: str, name: str, value: str) -> str:
@@ -507,36 +482,3 @@ def _row(field: FieldInfo) -> Setting:
     return Setting(
         str(field.validation_alias), None if field.default == () else field.default, field.description or "", secret
     )
-
-
-# --- The entities that are known ------------------------------------------------------------------------------
-
-
-def served_entities(modules: Sequence[str]) -> tuple[type[Entity], ...]:
-    """What the server and the command line know beside Strongroom's own entities: the shared state's, and those of
-    `modules`. There is one list for both, so that what one of them makes fits what the other expects. Raises
-    ConfigError."""
-    return tuple(dict.fromkeys((*ENTITIES, *load_entities(modules))))
-
-
-def load_entities(modules: Sequence[str]) -> tuple[type[Entity], ...]:
-    """The Entity classes that these modules declare. The current folder is looked in first. Raises ConfigError."""
-    found: dict[type[Entity], None] = {}
-    for name in modules:
-        if "" not in sys.path and os.getcwd() not in sys.path:
-            sys.path.insert(0, os.getcwd())
-        try:
-            module = importlib.import_module(name)
-        except Exception as error:
-            raise ConfigError(
-                f"STRONGROOM_ENTITIES: {name!r} cannot be imported: {type(error).__name__}: {error}"
-            ) from error
-        own = [
-            value
-            for value in vars(module).values()
-            if isinstance(value, type) and issubclass(value, Entity) and "__collection__" in vars(value)
-        ]
-        if not own:
-            raise ConfigError(f"STRONGROOM_ENTITIES: {name!r} declares no Entity class with a collection")
-        found.update(dict.fromkeys(own))
-    return tuple(found)

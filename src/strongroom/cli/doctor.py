@@ -63,6 +63,7 @@ def _lines(check: Check) -> list[str]:
 
 def _checked(store: str | None) -> list[Check]:
     from .. import config
+    from ..storeurl import shown_url
 
     try:
         settings = config.load(store=store)
@@ -73,7 +74,7 @@ def _checked(store: str | None) -> list[Check]:
     checks = [Check("settings", "warn", text, "remove it, or correct its name") for text in warned]
     checks = checks or [Check("settings", "ok", f"no contradictions; limits are {settings.limits}")]
     file = store_file(settings.store_url)
-    shown = config.shown_url(settings.store_url)
+    shown = shown_url(settings.store_url)
     if file is not None and not os.path.exists(file):
         remedy = "name the store (--store, STRONGROOM_STORE); or start the server, which makes a new one"
         return [*checks, Check("store", "fail", f"there is no file {file}", remedy)]
@@ -221,7 +222,7 @@ async def _schema(store: Store, collections: tuple[Collection, ...]) -> list[Che
 
 
 async def _writes(store: Store) -> Check:
-    from ..database import WRITES, StoreState
+    from ..writestate import WRITES, StoreState
 
     state = await store.get(StoreState.__collection__.name, None, WRITES)
     if state is None or state["allowed"]:

@@ -94,7 +94,7 @@ def migrate(
 
 def shown(url: str) -> str:
     """A store's URL as it may be shown and kept: without a password, a file by its whole path."""
-    from ..config import shown_url
+    from ..storeurl import shown_url
 
     return shown_url(url)
 

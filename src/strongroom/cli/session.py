@@ -47,9 +47,10 @@ def in_store(store: str | None, work: Callable[[Strongroom], Awaitable[T]], *, a
     file of a store that is not there, unless `absent` says otherwise."""
     from .. import config
     from ..app import Strongroom
+    from ..served import served_entities
 
     settings = config.load(store=store)
-    entities = config.served_entities(settings.entities)
+    entities = served_entities(settings.entities)
 
     async def opened() -> T:
         async with Strongroom.open(url, entities=entities, peppers=settings.pepper_texts) as room:
@@ -87,7 +88,7 @@ def standing(store: str | None, url: str, absent: Absent) -> Iterator[str]:
 
 def store_file(url: str) -> str | None:
     """The path of the file that a store's URL names; None if it names a server, or nothing."""
-    from ..config import store_file as file_of
+    from ..storeurl import store_file as file_of
 
     return file_of(url)
 
@@ -95,8 +96,8 @@ def store_file(url: str) -> str | None:
 def registry(modules: Sequence[str]) -> Registry:
     """Every entity that a server knows whose STRONGROOM_ENTITIES names these modules. ConfigError, SchemaError."""
     from ..app import SYSTEM_ENTITIES
-    from ..config import served_entities
     from ..entity import Registry
+    from ..served import served_entities
 
     return Registry((*SYSTEM_ENTITIES, *served_entities(modules)))
 

@@ -26,9 +26,11 @@ import uvicorn
 
 from .. import __version__
 from ..app import Strongroom
-from ..config import Settings, load, served_entities, shown_url, warnings
+from ..config import Settings, load, warnings
 from ..errors import ConfigError, StrongroomError, Unavailable
+from ..served import served_entities
 from ..storage import store_for
+from ..storeurl import shown_url
 from . import adminkey, logs
 from .app import Application, Bounds, build
 from .connections import Connections, descriptors
