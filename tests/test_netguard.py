@@ -136,7 +136,7 @@ def test_no_spelling_of_a_private_host_passes(host: str) -> None:
         ("https:\\\\example.com", "expected printable ASCII"),
         ("", "found 0 characters"),
         ("https://example.com/" + "a" * 2_048, "found 2068 characters"),
-        ("https:///path", "expected the name of a host"),
+        ("https:///path", "found no host, expected the name of one"),
     ],
 )
 def test_a_url_that_may_not_be_says_what_was_found_and_expected(url: str, said: str) -> None:
