@@ -204,13 +204,16 @@ async def test_every_tenant_table_is_under_forced_policies_one_a_command_and_led
         columns, indexes, policies, flags = (await catalog(connection, place.schema, collection.name))[collection.name]
         assert [name for name, *_ in columns if name == "tenant_id"] == ["tenant_id"] * collection.tenant_scoped
         assert {collation for _, kind, _, collation, _ in columns if kind == "text"} == {"C"}
-        assert flags[:2] == (collection.tenant_scoped, collection.tenant_scoped)
-        assert {command for _, command, _, _ in policies} == (set("rawd") if collection.tenant_scoped else set())
+        secured = collection.tenant_scoped or is_of_secrets(collection)
+        assert flags[:2] == (secured, secured)
+        assert {command for _, command, _, _ in policies} == (set("rawd") if secured else set())
         assert len(indexes) == len(physical_indexes(collection)) + 1
         if collection.tenant_scoped:
             assert all("(tenant_id, " in definition for definition, *_ in indexes), indexes
-            wanted = "NULLIF(current_setting('app.current_tenant'::text, true), ''::text)"
-            assert all(wanted in (using or check) for _, _, using, check in policies)
+        wanted = "NULLIF(current_setting('app.current_tenant'::text, true), ''::text)"
+        if not collection.tenant_scoped:
+            wanted = "current_setting('app.secrets'::text, true)"
+        assert all(wanted in (using or check) for _, _, using, check in policies)
 
 
 async def test_two_collections_with_one_long_beginning_keep_their_indexes_apart(
