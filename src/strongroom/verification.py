@@ -203,8 +203,17 @@ def uncounted(key: KnownKey, cost: Iterable[str]) -> list[str]:
 
 
 def admitted(key: KnownKey, statuses: Sequence[Status], cost: Mapping[str, int] = ONE_REQUEST) -> Verification:
-    if cost is not ONE_REQUEST and not cost.keys() <= key.metered.counted:
-        return msgspec.structs.replace(admitted(key, statuses), uncounted=uncounted(key, cost))
+    return _valid(key, _shown(statuses), cost)
+
+
+def admitted_from(key: KnownKey, entries: Entries, cost: Mapping[str, int] = ONE_REQUEST) -> Verification:
+    """VALID, charged from memory."""
+    return _valid(key, [share_status(share) for share, _ in entries], cost)
+
+
+def _valid(key: KnownKey, limits: list[LimitStatus], cost: Mapping[str, int]) -> Verification:
+    if cost is ONE_REQUEST or key.metered.counted.issuperset(cost):
+        return Verification(True, "VALID", key.id, key.tenant, key.user_id, key.permissions, key.metadata, limits)
     return Verification(
         True,
         "VALID",
@@ -213,16 +222,11 @@ def admitted(key: KnownKey, statuses: Sequence[Status], cost: Mapping[str, int] 
         key.user_id,
         key.permissions,
         key.metadata,
-        _shown(statuses),
+        limits,
+        None,
+        None,
+        uncounted(key, cost),
     )
-
-
-def admitted_from(key: KnownKey, entries: Entries, cost: Mapping[str, int] = ONE_REQUEST) -> Verification:
-    """VALID, charged from memory."""
-    if cost is not ONE_REQUEST and not cost.keys() <= key.metered.counted:
-        return msgspec.structs.replace(admitted_from(key, entries), uncounted=uncounted(key, cost))
-    statuses = [share_status(share) for share, _ in entries]
-    return Verification(True, "VALID", key.id, key.tenant, key.user_id, key.permissions, key.metadata, statuses)
 
 
 def refused(key: KnownKey, code: Code, message: str) -> Verification:
