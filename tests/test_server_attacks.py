@@ -27,7 +27,7 @@ from strongroom.server.run import _connections
 from tests.serving import ADMIN, serving
 from tests.test_server_direct import Connection, connected, request, warm
 from tests.test_server_http import CHUNKED, GET, ONE_CHUNK, App, refused
-from tests.test_server_protocol import configured
+from tests.test_server_protocol import Wire, configured
 from tests.waiting import PATIENCE_S, wait_until
 
 
@@ -282,6 +282,38 @@ def test_connections_are_counted_by_peer_and_in_all() -> None:
         connections.leave(peer)
     assert connections.open == 0
     assert connections.refused == {"peer": 2, "all": 1}
+
+
+async def test_of_those_turned_away_only_some_are_kept_to_read_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "MAX_TURNED_AWAY", 2)
+    connections, config, loop = Connections(0, 1), configured(App()), asyncio.get_running_loop()
+    made = [Protocol(config, ServerState(), {}, loop, connections=connections) for _ in range(3)]
+    wires = [Wire() for _ in made]
+    for one, wire in zip(made, wires, strict=True):
+        one.connection_made(wire)
+    await wait_until(lambda: all(wire.sent.startswith(b"HTTP/1.1 503") for wire in wires))
+    assert [(wire.ended, wire.closed) for wire in wires] == [(True, False), (True, False), (False, True)]
+    assert connections.turned_away == 2
+    for one in made:
+        one.connection_lost(None)
+    assert (connections.open, connections.turned_away) == (0, 0)
+
+
+async def test_large_answers_are_not_copied_for_each_client() -> None:
+    """Each copy would stay for as long as its client does not read."""
+    parts: list[bytes] = []
+
+    class Sending(Wire):
+        def writelines(self, list_of_data: Any) -> None:
+            parts.extend(list_of_data)
+
+    app, wire = App(b"x" * 100_000), Sending()
+    made = Protocol(configured(app), ServerState(), {}, asyncio.get_running_loop())
+    made.connection_made(wire)
+    made.data_received(GET % 1)
+    await wait_until(lambda: parts)
+    assert any(part is app.answer for part in parts)
+    made.connection_lost(None)
 
 
 def test_connections_leave_the_store_its_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,8 @@ from ..errors import TooManyRequests, Unavailable
 from .metrics import Metrics
 
 MAX_TURNED_AWAY = 100
-"""Connections over a bound that are told so at once, at the same time; more are cut off without a word."""
+"""Connections over a bound that are kept a moment longer, so that they read why. More are told and closed at once,
+which some clients see as a reset."""
 IPV6_PEER_BITS = 64
 """Of an IPv6 address these say who the peer is: the others are its own to choose."""
 

@@ -9,6 +9,8 @@ from typing import Any
 WRITE_TIMEOUT_S = 30.0
 """A client has this long to read MIN_READ_BYTES of an answer that waits for it, or all of it; else it is cut off."""
 MIN_READ_BYTES = 65_536
+MIN_APART_BYTES = 16_384
+"""What ends with a part as large as this is handed to the system in its parts."""
 
 
 class Outgoing:
@@ -50,9 +52,11 @@ class Outgoing:
 
     def flush(self) -> None:
         if self._pending:
-            data = b"".join(self._pending)
-            self._pending.clear()
-            self._transport.write(data)
+            pending, self._pending = self._pending, []
+            if len(pending[-1]) >= MIN_APART_BYTES:  # copied, each client that does not read would keep a copy
+                self._transport.writelines(pending)
+            else:
+                self._transport.write(b"".join(pending))
 
     def is_closing(self) -> bool:
         return self.half_closed or self._transport.is_closing()

@@ -91,6 +91,7 @@ class Protocol(HttpToolsProtocol):
         self._late_at: float | None = None
         self._deadline = Deadline(self.loop, self._overdue)
         self._lingering = self._heard = False
+        self._may_linger = True
         self._linger_until = 0.0
 
     # --- The connection ---
@@ -110,11 +111,8 @@ class Protocol(HttpToolsProtocol):
 
     def _turn_away(self, error: StrongroomError) -> None:
         connections = cast(Connections, self._connections)
-        if connections.turned_away >= MAX_TURNED_AWAY:
-            self.transport.abort()
-            return
-        connections.turned_away += 1
-        self._turned_away = True
+        self._turned_away = self._may_linger = connections.turned_away < MAX_TURNED_AWAY
+        connections.turned_away += self._turned_away
         self._refuse(error)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -504,7 +502,7 @@ class Protocol(HttpToolsProtocol):
         """Whether the connection is to be read on for a while before it is closed. Closing with bytes unread would
         reset it, and the client might never read the answer."""
         nothing_unread = self._phase == _NOTHING and not (self._backlog or self.pipeline or self._discarded_bytes)
-        if self._lingering or nothing_unread:
+        if self._lingering or nothing_unread or not self._may_linger:
             return False
         self._lingering = self._last = True
         self.pipeline.clear()
