@@ -22,6 +22,7 @@ from strongroom.errors import TooManyRequests, Unavailable
 from strongroom.server import outgoing, protocol
 from strongroom.server.app import Bounds
 from strongroom.server.connections import Connections, descriptors
+from strongroom.server.metrics import Metrics
 from strongroom.server.protocol import MAX_HEAD_BYTES, PIECE_BYTES, Protocol
 from strongroom.server.run import _connections
 from tests.serving import ADMIN, serving
@@ -282,6 +283,23 @@ def test_connections_are_counted_by_peer_and_in_all() -> None:
         connections.leave(peer)
     assert connections.open == 0
     assert connections.refused == {"peer": 2, "all": 1}
+
+
+async def test_what_the_protocol_refuses_is_counted_among_the_requests() -> None:
+    metrics, connections = Metrics(), Connections(1, 1)
+    connections.measured(metrics)
+    made = [
+        Protocol(configured(App()), ServerState(), {}, asyncio.get_running_loop(), connections=connections)
+        for _ in range(2)
+    ]
+    for one in made:
+        one.connection_made(Wire())
+    made[0].data_received(b"nonsense\r\n\r\n")
+    assert metrics.requests == {("other", "unmatched", 503): 1, ("other", "unmatched", 400): 1}
+    assert b'strongroom_requests_total{method="other",route="unmatched",status="400"} 1.0' in metrics.text()
+    assert b'strongroom_connections_refused_total{bound="all"} 1.0' in metrics.text()
+    for one in made:
+        one.connection_lost(None)
 
 
 async def test_of_those_turned_away_only_some_are_kept_to_read_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ class Connections:
         self.refused: dict[str, int] = {"peer": 0, "all": 0}
         self._proxies = tuple(proxies)
         self._peers: dict[str, int] = {}
+        self._metrics: Metrics | None = None
 
     def enter(self, address: str | None) -> str | None:
         """Take a place for a peer's connection; what is returned is handed back to `leave`. Raises TooManyRequests,
@@ -59,6 +60,7 @@ class Connections:
 
     def measured(self, metrics: Metrics) -> None:
         """Show these numbers among the metrics."""
+        self._metrics = metrics
         metrics.gauge("strongroom_connections", "Connections that are open.", lambda: self.open)
         metrics.counter(
             "strongroom_connections_refused",
@@ -66,6 +68,11 @@ class Connections:
             "bound",
             lambda: self.refused,
         )
+
+    def answered(self, status: int) -> None:
+        """A connection's last answer was an error of the protocol's own."""
+        if self._metrics is not None:
+            self._metrics.refused(status)
 
     def _peer(self, address: str | None) -> str | None:
         """By which name a peer is counted; None for one that is not."""

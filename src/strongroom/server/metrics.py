@@ -45,6 +45,11 @@ class Metrics(Collector):
             histogram = self.latency[key[:2]] = Histogram()
         histogram.observe(seconds)
 
+    def refused(self, status: int) -> None:
+        """What was no request, or came on a connection too many, was answered with this status."""
+        key = ("other", "unmatched", status)
+        self.requests[key] = self.requests.get(key, 0) + 1
+
     def verification(self, code: str, seconds: float) -> None:
         self.verified[code] = self.verified.get(code, 0) + 1
         self.verify_latency.observe(seconds)

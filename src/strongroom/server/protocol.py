@@ -471,6 +471,8 @@ class Protocol(HttpToolsProtocol):
         status, headers, body = errors.response(error, next_id())
         lines = b"".join(b"%s: %s\r\n" % header for header in (*self.server_state.default_headers, *headers))
         self._error = None
+        if self._connections is not None:
+            self._connections.answered(status)
         self.transport.write(b"%s%sconnection: close\r\n\r\n%s" % (STATUS_LINE[status], lines, body))
         self._phase = _BODY  # something may come
         self.transport.close()
