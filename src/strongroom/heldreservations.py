@@ -67,6 +67,28 @@ class HeldReservations(Recorder):
         return lock
 
     async def _settle_local(self, id: str, units: dict[str, int] | None, context: Context | None) -> Reservation:
+        # Mostly nobody is changing it by a commit, and it needs none: then it takes no turn, and waits for nothing.
+        answer = self._settle_at_once(id, units, context) if id not in self._turns else None
+        if answer is not None:
+            return answer
+        async with self._turn(id):
+            answer = self._settle_at_once(id, units, context)
+            if answer is not None:
+                return answer
+            lending, hold = self._local(id, context)
+            await self._resolve(hold)
+            answer = self._settle_at_once(id, units, context)
+            if answer is not None:
+                return answer
+            if units is None:
+                raise AssertionError("a release takes no commit")
+            # More than this process holds, its lease has ended, or the limits are others now: it happened, so it is
+            # recorded whole.
+            limits = await self._record_whole(lending, id, hold, used_since(hold.used, units))
+            return self._settled_as(id, hold, "settled", {**hold.used, **units}, limits)
+
+    def _settle_at_once(self, id: str, units: dict[str, int] | None, context: Context | None) -> Reservation | None:
+        """Settle or release from memory; None if that takes a commit. Nothing is waited for."""
         state: State = "released" if units is None else "settled"
         done = self._settled.get(id)
         if done is not None and may_see(context, done[2].tenant or ""):
@@ -75,23 +97,24 @@ class HeldReservations(Recorder):
                 return answer
             raise Conflict(ended_otherwise(answer.state, state))
         lending, hold = self._local(id, context)
-        await self._resolve(hold)
-        reported = hold.used
-        total = reported if units is None else {**reported, **units}
-        more = {} if units is None else units if not hold.used else used_since(hold.used, units)
-        limits: list[LimitStatus] | None = None
-        if hold.recording:
-            if units is None:
+        if hold.reporting is not None:
+            return None
+        if units is None:
+            if hold.recording:
                 raise Conflict("the reservation is being settled")
-            limits = await self._record_whole(lending, id, hold, more)
-        elif units is None:
             lending.end(id)
-        elif hold.key.stale or not lending.settle(id, more, self._clock.now_us()):
-            # More than this process holds, its lease has ended, or the limits are others now: it happened, so it is
-            # recorded whole.
-            limits = await self._record_whole(lending, id, hold, more)
+            return self._settled_as(id, hold, state, hold.used, None)
+        more = units if not hold.used else used_since(hold.used, units)
+        if hold.recording or hold.key.stale or not lending.settle(id, more, self._clock.now_us()):
+            return None
+        return self._settled_as(id, hold, state, {**hold.used, **units} if hold.used else units, None)
+
+    def _settled_as(
+        self, id: str, hold: LocalHold, state: State, total: dict[str, int], limits: list[LimitStatus] | None
+    ) -> Reservation:
+        """The answer, which is remembered."""
         settled = held_answer(hold.key, id, hold.entries, state, limits=limits, charged=amounts(total))
-        self._settled[id] = reported, total, settled
+        self._settled[id] = hold.used, total, settled
         if len(self._settled) > MAX_SETTLED:
             self._settled.popitem(last=False)
         return settled

@@ -293,19 +293,19 @@ class Reservations(HeldReservations):
         answers the same. Raises InvalidInput, NotFound (unknown, or another tenant's), Conflict (ended, or settled with
         other amounts: record what was used as usage)."""
         units = cost_units(cost)
-        async with self._turn(reservation_id):
-            if reservation_id.startswith(LOCAL):
-                answer = await self._settle_local(reservation_id, units, context)
-            else:
+        if reservation_id.startswith(LOCAL):
+            answer = await self._settle_local(reservation_id, units, context)
+        else:
+            async with self._turn(reservation_id):
                 answer = await self._end(reservation_id, units, "settled", context)
         return with_uncounted(answer, await self.cache.by_id(answer.key_id or ""), cost)
 
     async def release(self, reservation_id: str, *, context: Context | None = None) -> Reservation:
         """End a reservation and charge nothing but what was reported as used. The same again answers the same. Raises
         NotFound, Conflict (it was settled)."""
+        if reservation_id.startswith(LOCAL):
+            return await self._settle_local(reservation_id, None, context)
         async with self._turn(reservation_id):
-            if reservation_id.startswith(LOCAL):
-                return await self._settle_local(reservation_id, None, context)
             return await self._end(reservation_id, None, "released", context)
 
     async def extend(
