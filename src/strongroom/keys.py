@@ -13,7 +13,6 @@ from .apikey import (
     MAX_OVERLAP_S,
     NAME,
     ApiKey,
-    Environment,
     KeyChanges,
     KeyGiven,
     NewKey,
@@ -30,10 +29,10 @@ from .corrections import refills_that_begin
 from .database import Database, Page
 from .errors import InvalidInput, Problem
 from .idempotency import Idempotency, Replayed
-from .keyfilter import KeyFilter
+from .keyfilter import KeyFilter, KeyFilterGiven
 from .keytext import Hasher, generate, masked
 from .knownkey import KnownKey, metered
-from .query import MAX_PAGE_BYTES, Aggregate
+from .query import MAX_LIMIT, MAX_PAGE_BYTES, Aggregate
 from .quotas import NAME as QUOTAS
 from .rotation import IssuedKey, Rotation, acting, no_key, once_for, reader, telling, writer
 from .storage.port import Check
@@ -42,6 +41,9 @@ from .usage import Account, ClockMended, KeyUsage, Ledger
 from .verification import LimitStatus, Verification, limit_status
 from .verifier import bound_to
 from .windows import Amount, from_units
+
+LOOK_AT = 2_000
+"""Keys that one page of a filter looks at, where a store cannot judge it whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,42 +121,65 @@ class Keys(Rotation):
     async def list(
         self,
         *,
-        tenant: str | None = None,
-        user_id: str | None = None,
-        owner: str | None = None,
-        environment: Environment | None = None,
-        name_prefix: str | None = None,
-        created_after: datetime | None = None,
-        created_before: datetime | None = None,
-        deleted: bool = False,
         limit: int = 100,
         cursor: str | None = None,
         context: Context | None = None,
+        **filters: Unpack[KeyFilterGiven],
     ) -> Page[ApiKey]:
-        """One page of the keys for which all of this holds; of one tenant where the caller is bound to one.
+        """One page of the keys for which all of `filters` holds (see KeyFilter); of one tenant where the caller is
+        bound to one.
 
         Newest first; by name where `name_prefix` is given; with `deleted`, which shows the deleted keys instead of the
         others, those deleted longest ago first. Raises InvalidInput.
         """
-        wanted = KeyFilter(
-            tenant, user_id, owner, environment, name_prefix, created_after, created_before, deleted=deleted
-        )
-        return await self.page(wanted, limit=limit, cursor=cursor, context=context)
+        return await self.page(KeyFilter(**filters), limit=limit, cursor=cursor, context=context)
 
     async def page(
         self, filter: KeyFilter, *, limit: int = 100, cursor: str | None = None, context: Context | None = None
     ) -> Page[ApiKey]:
-        """As `list`, of the keys that a filter means."""
+        """As `list`, of the keys that a filter means.
+
+        Of a filter that a store cannot judge whole, a page ends after LOOK_AT keys were looked at: it may hold fewer
+        than `limit`, or none, and `next_cursor` goes on.
+        """
         wanted = filter.within(bound_to(context))
         if wanted is None:
             return Page([], None)
-        return await self._database.find(reader(context), ApiKey, wanted.query(limit), cursor, max_bytes=MAX_PAGE_BYTES)
+        where, by = reader(context), wanted.keeps(self._now())
+
+        async def find(size: int) -> Page[ApiKey]:
+            return await self._database.find(where, ApiKey, wanted.query(size), cursor, max_bytes=MAX_PAGE_BYTES)
+
+        if by is None or not 1 <= limit <= MAX_LIMIT:
+            return await find(limit)
+        found: list[ApiKey] = []
+        looked_at = 0
+        while True:
+            page = await find(min(max(limit, LOOK_AT // 4), MAX_LIMIT, LOOK_AT - looked_at))
+            places = [place for place, key in enumerate(page.items) if by(key)]
+            most = limit - len(found)
+            if len(places) >= most and places[most - 1] + 1 < len(page.items):
+                # The page ends at its last key that is kept: the same again, cut there, has the cursor of that place.
+                page = await find(places[most - 1] + 1)
+                return Page([*found, *(key for key in page.items if by(key))], page.next_cursor)
+            found += [page.items[place] for place in places]
+            looked_at += len(page.items)
+            cursor = page.next_cursor
+            if cursor is None or len(found) == limit or looked_at >= LOOK_AT:
+                return Page(found, cursor)
 
     async def count(self, filter: KeyFilter, *, context: Context | None = None) -> int:
         """How many keys a filter means."""
         wanted = filter.within(bound_to(context))
         if wanted is None:
             return 0
+        if wanted.keeps(self._now()) is not None:
+            number, cursor = 0, None
+            while True:
+                page = await self.page(filter, limit=MAX_LIMIT, cursor=cursor, context=context)
+                number, cursor = number + len(page.items), page.next_cursor
+                if cursor is None:
+                    return number
         counted = Aggregate("count")
         found = await self._database.aggregate(reader(context), ApiKey, counted, where=wanted.where)
         return int(found[counted.name])

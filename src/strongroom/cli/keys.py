@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -39,6 +39,22 @@ IdArgument = Annotated[str, typer.Argument(metavar="ID", help="The key's id, as 
 OwnerOption = Annotated[str | None, typer.Option("--owner", help="Only this owner's keys.")]
 EnvironmentOption = Annotated[
     str | None, typer.Option("--environment", metavar="live|test", help="Only keys of this environment.")
+]
+ContainsOption = Annotated[
+    str | None, typer.Option("--name-contains", help="Only keys whose names have this part, in capitals or not.")
+]
+StateOption = Annotated[str | None, typer.Option("--state", help="Only keys that are active, disabled or expired.")]
+GroupFilterOption = Annotated[str | None, typer.Option("--in-group", help="Only keys that share this quota.")]
+PermissionOption = Annotated[
+    str | None, typer.Option("--permission", help="Only keys with exactly this permission among theirs.")
+]
+ExpiresAfterOption = Annotated[str | None, typer.Option("--expires-after", help="Only keys that expire after that.")]
+ExpiresBeforeOption = Annotated[
+    str | None, typer.Option("--expires-before", help="Only keys that expire before that; not those that never do.")
+]
+UsedAfterOption = Annotated[str | None, typer.Option("--used-after", help="Only keys last used after that.")]
+UsedBeforeOption = Annotated[
+    str | None, typer.Option("--used-before", help="Only keys that were not used since, or never.")
 ]
 PrefixOption = Annotated[str | None, typer.Option("--name-prefix", help="Only keys whose names begin so.")]
 AfterOption = Annotated[
@@ -148,6 +164,14 @@ def list_keys(
     created_before: BeforeOption = None,
     deleted: DeletedOption = False,
     every: Annotated[bool, typer.Option("--all", help="All pages, one after the other.")] = False,
+    name_contains: ContainsOption = None,
+    state: StateOption = None,
+    group: GroupFilterOption = None,
+    permission: PermissionOption = None,
+    expires_after: ExpiresAfterOption = None,
+    expires_before: ExpiresBeforeOption = None,
+    used_after: UsedAfterOption = None,
+    used_before: UsedBeforeOption = None,
     limit: PageOption = 100,
     cursor: CursorOption = None,
     store: StoreOption = None,
@@ -168,12 +192,21 @@ def list_keys(
         created_after=created_after,
         created_before=created_before,
         deleted=deleted,
+        name_contains=name_contains,
+        state=state,
+        group=group,
+        permission=permission,
+        expires_after=expires_after,
+        expires_before=expires_before,
+        used_after=used_after,
+        used_before=used_before,
     )
 
     async def read(room: Strongroom) -> Page[ApiKey]:
         page = await room.keys.page(wanted, limit=limit, cursor=cursor)
         items = [*page.items]
-        while every and page.next_cursor is not None:
+        # Of some filters a page may be empty, and not the last.
+        while page.next_cursor is not None and (every or not items):
             page = await room.keys.page(wanted, limit=limit, cursor=page.next_cursor)
             items += page.items
         return replace(page, items=items)
@@ -408,19 +441,22 @@ def _new_key(**given: Any) -> NewKey:
     return described(NewKey, fields, fields.pop("limits"), problems)
 
 
-def key_filter(*, created_after: str | None, created_before: str | None, **given: Any) -> KeyFilter:
+def key_filter(**given: Any) -> KeyFilter:
     """The filter that the options describe. InvalidInput names everything that is wrong with them at once."""
-    from ..keyfilter import KeyFilter
+    from ..keyfilter import TIMES, KeyFilter, KeyState
 
     problems: list[Problem] = []
-    times: dict[str, datetime | None] = {}
-    for name, text in (("created_after", created_after), ("created_before", created_before)):
+    times: dict[str, Any] = {}
+    for name in TIMES:
+        text = given.pop(name, None)
         times[name] = shortforms.one(name, text, _time, problems) if text is not None else None
+    if given.get("state") not in (None, *get_args(KeyState)):
+        problems.append(Problem("state", f"found {given['state'][:64]!r}, expected active, disabled or expired"))
     if given["environment"] not in (None, "live", "test"):
         problems.append(Problem("environment", f"found {given['environment']!r}, expected live or test"))
     if problems:
         raise InvalidInput(problems)
-    return KeyFilter(**given, created_after=times["created_after"], created_before=times["created_before"])
+    return KeyFilter(**given, **times)
 
 
 def _time(text: str) -> datetime:

@@ -23,6 +23,7 @@ from ..bulk import MAX_IDS as MAX_BULK_IDS
 from ..bulk import MAX_PAGE as MAX_BULK_PAGE
 from ..bulk import PAGE as BULK_PAGE
 from ..entity import NO_NUMBER
+from ..keyfilter import KeyState
 from ..query import DEFAULT_LIMIT, MAX_LIMIT
 from ..reservations import DEFAULT_TTL_S, MAX_TTL_S
 from ..verification import MAX_RESOURCES
@@ -223,6 +224,18 @@ class KeyListQuery(Closed):
     owner: str | None = Field(None, description="Only this owner's keys.")
     environment: Environment | None = None
     name_prefix: str | None = Field(None, description="Only keys whose names begin so; by name.")
+    name_contains: str | None = Field(
+        None, min_length=1, max_length=200, description="Only keys whose names have this part, in capitals or not."
+    )
+    state: KeyState | None = Field(
+        None, description="`disabled`; `expired` and not disabled; or `active`: neither of these."
+    )
+    group: str | None = Field(None, description="Only keys that share this quota.")
+    permission: str | None = Field(None, description="Only keys with exactly this permission among theirs.")
+    expires_after: Moment | None = None
+    expires_before: Moment | None = Field(None, description="Not those that never expire.")
+    used_after: Moment | None = Field(None, description="Last used after that, as of about a minute ago.")
+    used_before: Moment | None = Field(None, description="Not used since, or never.")
     created_after: Moment | None = None
     created_before: Moment | None = None
     deleted: bool = Field(False, description="The deleted keys that can be restored, instead of the others.")
@@ -241,6 +254,18 @@ class BulkFilterIn(Closed):
     created_after: Moment | None = None
     created_before: Moment | None = None
     deleted: bool | None = None
+    name_contains: str | None = Field(
+        None, min_length=1, max_length=200, description="Only keys whose names have this part, in capitals or not."
+    )
+    state: KeyState | None = Field(
+        None, description="`disabled`; `expired` and not disabled; or `active`: neither of these."
+    )
+    group: str | None = Field(None, description="Only keys that share this quota.")
+    permission: str | None = Field(None, description="Only keys with exactly this permission among theirs.")
+    expires_after: Moment | None = None
+    expires_before: Moment | None = Field(None, description="Not those that never expire.")
+    used_after: Moment | None = Field(None, description="Last used after that, as of about a minute ago.")
+    used_before: Moment | None = Field(None, description="Not used since, or never.")
 
 
 BulkChangesIn: type[BaseModel] = create_model(

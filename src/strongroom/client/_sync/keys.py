@@ -42,6 +42,14 @@ class KeyFilters(TypedDict, total=False):
     created_after: datetime | None
     created_before: datetime | None
     deleted: bool | None
+    name_contains: str | None
+    state: Literal["active", "disabled", "expired"] | None
+    group: str | None
+    permission: str | None
+    expires_after: datetime | None
+    expires_before: datetime | None
+    used_after: datetime | None
+    used_before: datetime | None
 
 
 class Answers(Model, frozen=True):
@@ -110,7 +118,8 @@ class Keys:
     def list(self, *, page_size: int = DEFAULT_PAGE, **filters: Unpack[KeyFilters]) -> Iterator[ApiKey]:
         """Every key for which all of `filters` holds, newest first (with a `name_prefix`: by name), page after page.
 
-        `deleted`: those that were deleted and can be restored, instead of those that were not.
+        `deleted`: those that were deleted and can be restored, instead of those that were not. `name_contains`: a part
+        of the name, without regard to case. `used_before`: those that were never used, too.
         """
         return self._http.items(ApiKey, "/v1/keys", {}, query(filters), page_size)
 
