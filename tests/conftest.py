@@ -6,7 +6,7 @@ import gc
 import itertools
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 from urllib.parse import quote
@@ -107,9 +107,17 @@ def entities() -> list[type[Entity]]:
 
 
 @pytest.fixture(params=["json-memory", "sqlite", "postgres"])
-def url_of_any(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of a new store on each engine in turn; not Firestore, whose client's deadlines do not travel in time."""
-    return backend_of(request.param, tmp_path, request).new_url()
+def url_of_any(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The URL of an empty store on each engine in turn; not Firestore: its client's deadlines do not travel in time."""
+    if request.param != "postgres":
+        yield backend_of(request.param, tmp_path, request).new_url()
+        return
+    from tests.servers import postgres
+    from tests.support import with_schema
+
+    server = postgres.start(request, "postgres-18", postgres.bundled())
+    with postgres.lent_schema(server, lambda url: postgres.in_thread(lambda: with_schema(url))) as url:
+        yield url
 
 
 @pytest.fixture

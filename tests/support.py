@@ -166,11 +166,16 @@ async def _template() -> Path:
         folder = Path(tempfile.mkdtemp(prefix="strongroom-template-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         made = folder / "template.db"
-        store = await open_store(f"sqlite:///{quote(str(made))}")
-        await store.prepare(Registry(strongroom.app.SYSTEM_ENTITIES).collections)
-        await store.close()
+        await with_schema(f"sqlite:///{quote(str(made))}")
         _made_template = made
     return _made_template
+
+
+async def with_schema(url: str) -> None:
+    """Make the tables of Strongroom's own entities in a store."""
+    store = await open_store(url)
+    await store.prepare(Registry(strongroom.app.SYSTEM_ENTITIES).collections)
+    await store.close()
 
 
 def rolling(resource: str, limit: int, seconds: int = 3600) -> Limit:

@@ -16,7 +16,7 @@ import time_machine
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strongroom import Anchored, ApiKey, Calendar, Context, Limit, Strongroom, Total, keycache, usage
+from strongroom import Anchored, ApiKey, Calendar, Context, Limit, Strongroom, Total, keycache, patience, usage
 from strongroom.apikey import ALL_TENANTS, MAX_METADATA_BYTES, RESTORABLE_FOR_S
 from strongroom.context import new_id, system_context
 from strongroom.errors import AlreadyExists, Conflict, Denied, InvalidInput, NotFound, Unavailable
@@ -863,6 +863,7 @@ async def test_a_key_changed_at_every_attempt_is_told(room: Strongroom, monkeypa
         return future
 
     monkeypatch.setattr(room.ledger, "charge", charge)
+    monkeypatch.setattr(patience, "PATIENCE_S", 0.02)
     with pytest.raises(Unavailable, match="changed too quickly"):
         await room.keys.verify(issued.text)
     with pytest.raises(Unavailable, match="changed too quickly"):

@@ -14,8 +14,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -150,14 +150,28 @@ class Server:
                 await connection.close()
 
         # In a thread, since a test's event loop may be running in this one.
-        _in_thread(run)
+        in_thread(run)
+
+    def fetch(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        """The rows of a query, as the superuser."""
+        found: list[tuple[Any, ...]] = []
+
+        async def run() -> None:
+            connection = await asyncpg.connect(self.admin)
+            try:
+                found.extend(tuple(row) for row in await connection.fetch(query, *values))
+            finally:
+                await connection.close()
+
+        in_thread(run)
+        return found
 
     def url(self, schema: str, role: str = "app", **options: Any) -> str:
         extra = "".join(f"&{name}={value}" for name, value in options.items())
         return f"postgresql://{role}:{role}@127.0.0.1:{self.port}/postgres?schema={schema}{extra}"
 
 
-def _in_thread(run: Callable[[], Any]) -> None:
+def in_thread(run: Callable[[], Any]) -> None:
     failure: list[BaseException] = []
 
     def work() -> None:
@@ -205,6 +219,59 @@ _schemas = itertools.count()
 def new_schema() -> str:
     """A schema's name that no other test of this run has."""
     return f"s{os.getpid()}_{next(_schemas)}"
+
+
+# --- Schemas that one test leaves to the next ------------------------------------------------------------------
+
+_TABLES = """
+    SELECT relname FROM pg_class WHERE relnamespace = $1::regnamespace AND relkind IN ('r', 'p', 'v', 'i') ORDER BY 1
+"""
+_EMPTIED = """
+DO $$ DECLARE name regclass; filled boolean; BEGIN
+  FOR name IN SELECT oid::regclass FROM pg_class WHERE relnamespace = '{schema}'::regnamespace AND relkind = 'r' LOOP
+    EXECUTE format('SELECT EXISTS (SELECT FROM %s)', name) INTO filled;
+    IF filled THEN EXECUTE format('DELETE FROM %s', name); END IF;
+  END LOOP;
+END $$
+"""
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A schema with Strongroom's own tables, and what stood in these when they had just been made."""
+
+    schema: str
+    tables: list[tuple[Any, ...]]
+    rows: dict[str, str]
+
+
+_prepared: list[_Prepared] = []
+"""Those of this process that no test uses at present: making one takes longer than most tests."""
+
+
+@contextmanager
+def lent_schema(server: Server, prepare: Callable[[str], None]) -> Iterator[str]:
+    """The URL of an empty store. `prepare` makes the tables of the store at a URL. The next test gets the same schema,
+    emptied, unless this one changes its tables."""
+    lent = _prepared.pop() if _prepared else _made(server, prepare)
+    yield server.url(lent.schema)
+    if server.fetch(_TABLES, lent.schema) == lent.tables:
+        tables = {f"{lent.schema}.{name}": rows for name, rows in lent.rows.items()}
+        filled = (f"INSERT INTO {t} SELECT * FROM json_populate_recordset(NULL::{t}, '{r}')" for t, r in tables.items())
+        server.execute(_EMPTIED.format(schema=lent.schema), *filled)
+        _prepared.append(lent)
+
+
+def _made(server: Server, prepare: Callable[[str], None]) -> _Prepared:
+    schema = new_schema()
+    prepare(server.url(schema))
+    query = "SELECT relname FROM pg_class WHERE relnamespace = $1::regnamespace AND relkind = 'r'"
+    rows = {}
+    for (name,) in server.fetch(query, schema):
+        ((found,),) = server.fetch(f"SELECT json_agg(t) FROM {schema}.{name} t")
+        if found is not None:
+            rows[name] = found.replace("'", "''")
+    return _Prepared(schema, server.fetch(_TABLES, schema), rows)
 
 
 def start_pgbouncer(request: pytest.FixtureRequest, server: Server, connections: int) -> int:
