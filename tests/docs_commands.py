@@ -81,6 +81,7 @@ serve() {  # in the place of the server before, as on another machine
         sleep 0.05
     done
 }
+curl() { command curl --fail-with-body "$@"; }  # an answer that refuses is a failure
 administrator() { sed -n 2p server.out; }
 text_of_key() { grep -o '"key":"[^"]*"' "$1" | tail -n 1 | cut -d '"' -f 4; }
 """
