@@ -76,7 +76,7 @@ serve() {  # in the place of the server before, as on another machine
     stop
     strongroom serve "$@" >server.out 2>server.err &
     server=$!
-    until curl -sf "localhost:$STRONGROOM_PORT/readyz" >ready.out; do
+    until command curl -sf "localhost:$STRONGROOM_PORT/readyz" >ready.out; do
         kill -0 "$server" || { cat server.err; exit 1; }
         sleep 0.05
     done

@@ -37,6 +37,8 @@ from .windows import MAX_LIMITS, SATURATED, Limit, counter_for
 
 MAX_COUNTERS = 200
 MAX_BUCKETS = 1_000
+MAX_MONTHS = 120
+_MONTH = re.compile(r"[0-9]{4}-(0[1-9]|1[0-2])")
 MAX_DISPLAY_CHARS = 64
 MAX_AHEAD_S = 86_400
 """Usage may be told from this far ahead of now, for clocks that differ; what lies further ahead is a mistake."""
@@ -68,6 +70,7 @@ class UsageLine(BaseModel):
     counters: dict[str, list[Any]] = Field(default={}, max_length=MAX_COUNTERS)
     at: int = Field(default=0, ge=0, le=SATURATED)
     told: dict[str, _ToldLine] = Field(default={}, max_length=MAX_COUNTERS)
+    months: dict[str, dict[str, int]] = Field(default={}, max_length=MAX_MONTHS)
 
     @field_validator("last_used_at", mode="before")
     @classmethod
@@ -85,6 +88,15 @@ class UsageLine(BaseModel):
         for name, units in value.items():
             if not 0 <= units <= SATURATED:
                 raise ValueError(f"found {units} of {name[:64]!r}, expected 0 to {SATURATED}")
+        return value
+
+    @field_validator("months")
+    @classmethod
+    def _by_month(cls, value: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+        for month, totals in value.items():
+            if _MONTH.fullmatch(month) is None:
+                raise ValueError(f"found {month[:16]!r}, expected a month such as 2026-11")
+            cls._counted(totals)
         return value
 
     @field_validator("counters")

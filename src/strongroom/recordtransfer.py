@@ -362,14 +362,14 @@ _NO_USAGE = KeyUsage()
 
 
 def _usage_of(id: str, line: UsageLine) -> KeyUsage:
-    told = {"told"} if line.told else ()
+    more = {name for name in ("told", "months") if getattr(line, name)}
     return with_fields(
         _NO_USAGE,
         id=id,
         count=line.count,
         last_used_at=line.last_used_at,
         active_at=utc_from_us(line.at - line.at % ACTIVE_US) if line.at else None,
-        state=msgspec.json.encode(line.model_dump(include={"totals", "counters", "at", *told})).decode(),
+        state=msgspec.json.encode(line.model_dump(include={"totals", "counters", "at", *more})).decode(),
     )
 
 
