@@ -101,6 +101,9 @@ class StepFeed:
     def on_record(self, callback: Callable[[Record], None]) -> None:
         self.tell = callback
 
+    def on_reset(self, callback: Callable[[], None]) -> None:
+        """This feed never loses its place."""
+
 
 class Node:
     def __init__(self, world: World, url: str, local_entries: int) -> None:

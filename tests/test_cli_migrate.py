@@ -50,7 +50,7 @@ def test_a_store_is_planned_moved_and_told_of(run: Run, source: str, tmp_path: P
     assert re.search(r"^api_keys +3$", plan.out, re.MULTILINE)
 
     moved = run("migrate", "--from", source, "--to", target, "--json")
-    assert (moved.status, moved.err) == (0, "")
+    assert (moved.status, moved.err) == (0, f"making a new store: {tmp_path}/target.db\n")
     assert (moved.json["phase"], moved.json["equal"]) == ("done", True)
     (keys,) = [part for part in moved.json["parts"] if part["collection"] == "api_keys"]
     assert (keys["documents"], keys["target_documents"], keys["equal"]) == (3, 3, True)

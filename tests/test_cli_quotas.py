@@ -85,7 +85,7 @@ def test_statistics_show_what_all_keys_used(run: Run) -> None:
         (("--limit", "tokens=5/total+1.5/day"), "limits.0.window.refill.amount", "found 1.5, expected a whole number"),
         (("--limit", "tokens=1/1h", "--limit", "tokens=2/1h"), "limits", "found two limits on tokens with the same"),
         (("--user", ""), "name", "found an empty text"),
-        (("--description", "x" * 1_001), "description", "String should have at most 1000"),
+        (("--description", "x" * 1_001), "description", "found 1001 characters, expected at most 1000"),
     ],
 )
 def test_a_wrong_call_is_told_what_is_wrong(run: Run, options: tuple[str, ...], path: str, message: str) -> None:

@@ -164,8 +164,8 @@ class Status(msgspec.Struct, frozen=True, gc=False):
 
 
 class Outcome(msgspec.Struct, frozen=True, gc=False):
-    """The decision on a charge: `statuses` in the order of the limits; `now_us` is when it was decided, by the store's
-    clock: each account's own moment may be later."""
+    """The decision on a charge: `statuses` in the order of the limits. `now_us` of an admitted charge is the moment of
+    the key's own account. Of a denied one it is the store's clock, by which the caller waits before it tries again."""
 
     allowed: bool
     statuses: tuple[Status, ...]

@@ -260,7 +260,7 @@ class Decision:
         statuses = self._statuses(metered, asked)
         if charge.once is not None:
             self._happens_once(charge, charge.once, statuses)
-        self._answers.append((charge, Outcome(True, statuses, self._now_us)))
+        self._answers.append((charge, Outcome(True, statuses, self._moments[metered.id])))
 
     def _is_stale(self, charge: Charge) -> bool:
         """Whether the key, or a quota, is known to have changed; then the charge has failed."""
@@ -297,7 +297,7 @@ class Decision:
             self._want(part.id, part.allowances, cost)
         guard = part.guard
         self._guards[guard.collection, guard.id] = guard
-        self._answers.append((charge, Outcome(True, tuple(statuses), self._now_us)))
+        self._answers.append((charge, Outcome(True, tuple(statuses), now_us)))
         return True
 
     def _hold(self, charge: Charge, hold: HoldChange, asked: Sequence[tuple[Allowance, ...]]) -> None:
