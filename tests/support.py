@@ -135,7 +135,7 @@ async def opened(
     wrapped: list[FaultyStore] = []
     if url.startswith("sqlite:///"):
         file = Path(unquote(url.removeprefix("sqlite:///")))
-        if not file.exists():  # noqa: ASYNC240 - a look takes microseconds
+        if file.parent.is_dir() and not file.exists():  # noqa: ASYNC240 - a look takes microseconds
             shutil.copyfile(await _template(), file)
 
     async def open_faulty(url: str) -> FaultyStore:

@@ -265,6 +265,11 @@ async def test_what_happened_is_recorded_in_full_over_the_limit_and_the_next_is_
 # --- Stale state ------------------------------------------------------------------------------------------------
 
 
+def but_use(key: ApiKey) -> dict[str, Any]:
+    """What a key says, without the use that is copied to it."""
+    return key.model_dump(exclude={"last_used", "usage_count", "version", "updated_at"})
+
+
 async def test_litellm_25553_writing_usage_resurrects_no_old_key(tmp_path: Path) -> None:
     """There, spend was written back with the key as it had been read, and undid what was changed meanwhile."""
     url = new_url("sqlite", tmp_path)
@@ -286,7 +291,7 @@ async def test_litellm_25553_writing_usage_resurrects_no_old_key(tmp_path: Path)
         await there.keys.verify(kept.text)
         changed = await here.keys.update(kept.key.id, name="new")
     async with Strongroom.open(url) as room:
-        assert await room.keys.get(kept.key.id) == changed
+        assert but_use(await room.keys.get(kept.key.id)) == but_use(changed)
         assert (await room.keys.stats(kept.key.id)).count == 1
 
 
@@ -546,7 +551,7 @@ async def test_litellm_25553_leases_that_are_given_back_resurrect_no_old_key(tmp
             changed = await here.keys.update(kept.key.id, name="new", limits=[rolling("tokens", 7)])
         assert await here.database.get_or_none(ADMIN, ApiKey, gone.key.id) is None
         assert await here.store.get("key_usage", None, gone.key.id) is None
-        assert await here.keys.get(kept.key.id) == changed
+        assert but_use(await here.keys.get(kept.key.id)) == but_use(changed)
         assert (await here.keys.stats(kept.key.id)).limits[0].used == 5
 
 
