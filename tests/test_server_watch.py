@@ -217,6 +217,7 @@ async def test_a_place_that_is_gone_is_told_before_a_stream_begins_and_within_on
     async with serving() as served:
         gone = await served.get(f"{PATH}:watch?cursor=99999999")
         assert (gone.status, gone.code) == (410, "gone")
+        assert ":memory:" not in gone.json["detail"], "where the store is is nothing for a caller"
         assert served.app.services.watchers == 0
         async with Stream(served.app, f"{PATH}:watch") as stream:
             await stream.event()

@@ -153,7 +153,7 @@ class Journal:
             await self.read_heads(ahead)
             ahead = [shard for shard in ahead if position[shard] > self.heads[shard]]
         if ahead:
-            raise past_the_end("Firestore")
+            raise past_the_end()
         heads = list(self.heads)
         behind = [shard for shard in shards if position[shard] < heads[shard]]
         found = await self._merged(behind, position, heads, tenant, limit)

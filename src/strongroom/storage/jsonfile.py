@@ -332,7 +332,7 @@ class JsonStore:
             raise InvalidInput([Problem("after", "is not a cursor of this journal")])
         position = int(after or 0)
         if position > len(journal):
-            raise past_the_end(self._path or ":memory:")
+            raise past_the_end()
         found: list[Record] = []
         while position < len(journal) and len(found) < limit:
             record = journal[position]

@@ -422,9 +422,10 @@ class Store(Protocol):
         ...
 
 
-def past_the_end(place: str) -> Gone:
-    """What `changes` says of a cursor that this journal has not come to."""
-    return Gone(f"{place}: the cursor lies past the journal's end: an older copy of the store was put back")
+def past_the_end() -> Gone:
+    """What `changes` says of a cursor that this journal has not come to. Callers of the server read it: it does not say
+    where the store is."""
+    return Gone("the cursor lies past the journal's end: an older copy of the store was put back")
 
 
 def document_size(document: Document) -> int:

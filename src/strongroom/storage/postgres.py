@@ -240,9 +240,9 @@ class PostgresStore:
             rows = await self._rows(self._journal.page_of_tenant, (position, limit, tenant))
         head, floor = rows[0][:2]
         if position > head:
-            raise past_the_end(self._place)
+            raise past_the_end()
         if after is not None and position < floor:
-            raise Gone(f"{self._place}: the records that come after the cursor are past the journal's retention")
+            raise Gone("the records that come after the cursor are past the journal's retention")
         records = tuple(await in_slices(record_of, [row[2:] for row in rows if row[2] is not None]))
         # Where there is nothing more it stands at the head, not at a tenant's last record: a quiet tenant's place
         # would be past the retention one day.

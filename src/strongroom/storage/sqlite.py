@@ -236,7 +236,7 @@ class SqliteStore:
         readers = session.journal if tenant is None else session.scans
         rows = await self._scan(readers, _CHANGES, (position, min(limit, MAX_CHANGES_PAGE)), tenant)
         if not rows and position > await self._head():
-            raise past_the_end(self.path)
+            raise past_the_end()
         records = await in_slices(record_of, rows)
         return ChangesPage(tuple(records), str(records[-1].sequence if records else position))
 
