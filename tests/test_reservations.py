@@ -352,6 +352,18 @@ async def test_one_idempotency_key_is_one_reservation(bench: Bench) -> None:
         await bench.reserve(issued, 201, idempotency_key="i")
 
 
+async def test_the_same_call_again_is_answered_as_the_first_while_the_reservation_is_open(bench: Bench) -> None:
+    await bench.room.quotas.put(kind="user", tenant="default", name="u", limits=[rolling("tokens", 2_000)])
+    issued = await bench.key(rolling("tokens", 1_000), user_id="u")
+    asked: dict[str, Any] = {"cost": {"tokens": 200, "words": 1}, "idempotency_key": "i"}
+    first = await bench.room.keys.reserve(issued.text, **asked)
+    assert ([limit.reserved for limit in first.limits], first.uncounted) == ([200, 200], ["words"])
+    await bench.room.keys.record(key_id=issued.key.id, cost={"tokens": 50})
+    assert await bench.room.keys.reserve(issued.text, **asked) == first
+    await bench.room.keys.update(issued.key.id, limits=[])  # what is not there any more is not shown
+    assert [limit.subject for limit in (await bench.room.keys.reserve(issued.text, **asked)).limits] == ["user:u"]
+
+
 async def test_an_idempotency_key_knows_its_request_after_an_extension(bench: Bench) -> None:
     issued = await bench.key(rolling("tokens", 1_000))
     first = await bench.reserve(issued, 200, idempotency_key="i")

@@ -43,6 +43,7 @@ async def test_the_same_reservation_again_is_one() -> None:
             *(served.post("/v1/reservations", body, Idempotency_Key="once") for _ in range(8))
         )
         (id,) = {answer.json["reservation_id"] for answer in answers}
+        assert {answer.answer.content for answer in answers} == {answers[0].answer.content}
         stats = await served.get(f"/v1/keys/{made['id']}/stats")
         assert stats.json["limits"][0]["reserved"] == 100
         other = {**body, "cost": {"tokens": 101}}

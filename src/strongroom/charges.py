@@ -28,7 +28,7 @@ from .errors import Conflict, InvalidInput, Problem
 from .holding import HoldChange, HoldEnded
 from .once import Happened, Once, kept_statuses, statuses_kept
 from .shares import Share, Wallet, fold, recover
-from .storage.port import MAX_OPERATIONS, Check, Operation, Patch, Put
+from .storage.port import MAX_OPERATIONS, Check, Create, Operation, Patch, Put
 from .windows import Limit
 
 MAX_BUNDLE_CHARS = 400_000
@@ -315,7 +315,10 @@ class Decision:
                 self._want(part.id, allowances, hold.cost)
             self._changed.add(part.id)
         ends_us = min((place.ends_us for place in places.values()), default=0)
-        self._extra.append((hold.write(places, ends_us), charge))
+        operation = hold.write(places, ends_us)
+        if hold.remembers and isinstance(operation, Create | Put):
+            operation.document["memo"] = kept_statuses(charge.metered, self._statuses(charge.metered, asked))
+        self._extra.append((operation, charge))
 
     def _want(self, id: str, allowances: Iterable[Allowance], cost: Cost) -> None:
         """Remember what one call asks of each limit, for the size of the next lease."""

@@ -38,6 +38,8 @@ class HoldChange:
     not_counted_on: frozenset[str] = frozenset()
     old_ends_us: int | None = None
     """When a reservation of the first release ends: its accounts know it by its id, `before` is empty."""
+    remembers: bool = False
+    """Whether the document that `write` stores keeps where the limits stood, in `memo`, for a repeat of the call."""
 
     def ended_us(self, moments: Mapping[str, int]) -> int | None:
         """When it ended, by the moments of the accounts that are decided on; None if it is open."""

@@ -30,6 +30,7 @@ from .holding import HoldChange, HoldEnded
 from .keytext import Hasher
 from .knownkey import KnownKey
 from .lending import LOCAL
+from .once import statuses_kept
 from .patience import Patience
 from .reserved import Place
 from .reserving import (
@@ -54,6 +55,7 @@ from .transaction import is_expired
 from .usage import KeyChanged, Ledger
 from .verification import (
     NOT_FOUND,
+    LimitStatus,
     Reservation,
     Verification,
     admitted,
@@ -80,14 +82,16 @@ class StoredReservation(
     Entity, collection=NAME, scope="global", journalled=False, indexes=[Index("forget_at")], ttl="forget_at"
 ):
     """One durable reservation; amounts are in units. `request`: the fingerprint of the request that made it, where that
-    had an idempotency key. `asked` is what it was made for, `holds` what it holds, `used` what was used of it so far,
-    `reported` what of that was reported before it was settled. `places` says where it holds it, as JSON: {account id:
-    a `Place` as a list}, and the ids of the quotas that would hold it, if there were such: of its key's groups, user
-    and tenant. (None: it was made by the first release, and its accounts know its id.)"""
+    had an idempotency key; then `memo` is where the limits stood once it was made. `asked` is what it was made for,
+    `holds` what it holds, `used` what was used of it so far, `reported` what of that was told before it was settled.
+    `places` says where it holds it, as JSON: {account id: a `Place` as a list}, and the ids of the quotas that would
+    hold it, if there were such: of its key's groups, user and tenant. (None: it was made by the first release, and its
+    accounts know its id.)"""
 
     key_id: str
     tenant: str
     request: str | None = None
+    memo: bytes | None = None
     asked: dict[str, int] = {}
     holds: dict[str, int]
     used: dict[str, int] = {}
@@ -237,7 +241,7 @@ class Reservations(HeldReservations):
             {},
             model=stored.model,
             route=stored.route,
-            hold=HoldChange(stored.id, ttl_us, stored.holds, write),
+            hold=HoldChange(stored.id, ttl_us, stored.holds, write, remembers=request is not None),
         )
         try:
             outcome = await asyncio.shield(future)
@@ -270,20 +274,22 @@ class Reservations(HeldReservations):
     async def _again(
         self, key: KnownKey, before: StoredReservation, asked: StoredReservation, now_us: int, request: object
     ) -> Reservation:
-        """The answer to a call that made this reservation before: the reservation as it is now, since one that has
-        ended holds nothing any more."""
+        """The answer to a call that made this reservation before: the first answer, but with the state of the
+        reservation now, since one that has ended holds nothing any more."""
         if before.request is not None:
             self._database.calls.compare(before.request, request)
         elif (before.asked, before.model, before.route) != (asked.asked, asked.model, asked.route):
             raise Conflict("the idempotency key was used for a different request: take a new one")
+        limits: list[LimitStatus] = []
         if before.state == "open":
+            limits = admitted(key, statuses_kept(key.metered, before.memo) or ()).limits
             places, _ = before.held_where()
             change = HoldChange(before.id, None, {}, _nothing, places, old_ends_us=before.old_ends_us)
             moments = await self._ledger.moments(list(places) or [before.key_id], now_us)
             ended_us = change.ended_us(moments)
             if ended_us is not None:
                 raise HoldEnded(ended_us)
-        answer = open_answer(key, before.id, [], us_from_utc(before.expires_at))
+        answer = open_answer(key, before.id, limits, us_from_utc(before.expires_at))
         return with_changes(answer, state=before.state, charged=amounts(before.used))
 
     async def settle(
