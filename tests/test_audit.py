@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import time_machine
 
 from strongroom import Context, Entity, Secret, Strongroom, audit
+from strongroom.apikey import ApiKey
 from strongroom.audit import AuditFilter, AuditRecord
 from strongroom.cli import main
 from strongroom.context import system_context
@@ -193,10 +195,30 @@ async def test_a_cursor_leads_through_its_own_query_only(room: Strongroom) -> No
         ({"limit": 0}, "limit"),
         ({"since": datetime(2026, 1, 1)}, "since"),  # noqa: DTZ001 - it has no zone on purpose
         ({"since": NOON, "until": NOON}, "until"),
+        ({"action": "drop"}, "action"),
     ):
         with pytest.raises(InvalidInput) as caught:
             await room.audit.list(**given)
         assert [problem.path for problem in caught.value.problems] == [path]
+
+
+async def test_hashes_of_keys_are_not_shown(room: Strongroom) -> None:
+    """An imported hash has no pepper: whoever may read the trail could guess a weak text from it."""
+    digest = hashlib.sha256(b"hunter2hunter2").hexdigest()
+    known = await room.keys.create(name="k", tenant="acme")
+    await room.keys.rotate(known.key.id, overlap_s=60)
+    (stored,) = (await room.database.find(system_context("acme"), ApiKey)).items
+    hashes = {one for one in (stored.hash, stored.previous_hash) if one is not None}
+    assert len(hashes) == 2
+    await room.database.update(system_context("acme"), ApiKey, known.key.id, {"hash": f"sha256:{digest}"})
+    found = await everything(room, tenant="acme", collection="api_keys")
+    assert len(found) == 3
+    text = repr(found)
+    assert digest not in text
+    assert not [one for one in hashes if one in text]
+    assert found[0].after is not None
+    assert (found[0].after["hash"], found[0].after["previous_hash"]) == ("***", None)
+    assert found[2].before == found[2].after == {"hash": "***"}
 
 
 async def test_over_http_it_is_for_administrators_and_for_a_tenants_own_keys() -> None:
@@ -215,6 +237,7 @@ async def test_over_http_it_is_for_administrators_and_for_a_tenants_own_keys() -
         assert (await served.get("/v1/audit", key=reader)).status == 403, "a key of all tenants needs to administer"
         assert (await served.get("/v1/audit", key=(await served.make_key())["key"])).status == 403
         assert (await served.get("/v1/audit?colour=red&limit=0")).paths == ["colour", "limit"]
+        assert (await served.get("/v1/audit?action=drop")).paths == ["action"]
         assert (await served.get("/v1/audit?since=1700000000")).paths == ["since"]
         first = (await served.get("/v1/audit?limit=1")).json
         second = (await served.get(f"/v1/audit?limit=1&cursor={first['next_cursor']}")).json

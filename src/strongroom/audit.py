@@ -11,14 +11,16 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from .apikey import ALL_TENANTS
+from .apikey import NAME as KEYS
 from .changes import FIRST_PAGE, PAGE, next_limit
 from .context import Context, us_from_utc, utc_from_us
 from .database import Database, Page
 from .errors import Denied, Gone, InvalidInput, Problem
 from .fairness import Slices
+from .journal import MASK
 from .query import DEFAULT_LIMIT, MAX_CURSOR_BYTES, MAX_LIMIT, MAX_PAGE_BYTES
 from .storage.port import Record, Store, document_size
 from .verifier import bound_to
@@ -30,6 +32,10 @@ OUT_OF_ORDER_US = 3_600 * 1_000_000
 """Records are in the order of their commits. Their times may differ from it, by the clocks of nodes and by how long a
 call took, but hardly by an hour."""
 NAME = "journal"
+ACTIONS = ("create", "update", "add", "delete", "expire", "deny")
+HASHES = frozenset({"hash", "previous_hash"})
+"""Fields of API keys that an audit record masks as it does secrets: an imported hash may have no pepper, so that a weak
+text could be guessed from it. In the journal itself they stand, since the change feed finds keys by them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +86,24 @@ class AuditFilter:
             if (moment := getattr(self, name)) is not None and moment.utcoffset() is None
         ]
         if not problems and self.since is not None and self.until is not None and self.since >= self.until:
-            problems.append(Problem("until", "expected a time after since"))
+            problems.append(Problem("until", f"found {self.until}, expected a time after since ({self.since})"))
+        if self.action is not None and self.action not in ACTIONS:
+            problems.append(Problem("action", f"found {self.action[:64]!r}, expected one of {', '.join(ACTIONS)}"))
         if problems:
             raise InvalidInput(problems)
+
+
+class AuditGiven(TypedDict, total=False):
+    """The fields of an AuditFilter as keyword arguments."""
+
+    tenant: str | None
+    actor: str | None
+    action: str | None
+    collection: str | None
+    entity_id: str | None
+    request_id: str | None
+    since: datetime | None
+    until: datetime | None
 
 
 class Audit:
@@ -98,7 +119,7 @@ class Audit:
         limit: int = DEFAULT_LIMIT,
         cursor: str | None = None,
         context: Context | None = None,
-        **wanted: Any,
+        **wanted: Unpack[AuditGiven],
     ) -> Page[AuditRecord]:
         """As `page`, of what `AuditFilter` is given: `list(tenant="acme", since=…)`."""
         return await self.page(AuditFilter(**wanted), limit=limit, cursor=cursor, context=context)
@@ -220,9 +241,15 @@ def _audited(record: Record) -> AuditRecord:
         action=record.action,
         collection=record.collection,
         entity_id=record.entity_id,
-        before=record.before,
-        after=record.after,
+        before=_shown(record, record.before),
+        after=_shown(record, record.after),
     )
+
+
+def _shown(record: Record, fields: dict[str, Any] | None) -> dict[str, Any] | None:
+    if fields is None or record.collection != KEYS:
+        return fields
+    return {name: MASK if name in HASHES and value is not None else value for name, value in fields.items()}
 
 
 def _size(record: Record) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, Field
@@ -20,7 +20,7 @@ PATH = "/v1/audit"
 
 
 class AuditRecordOut(BaseModel):
-    """One record of the journal. Secrets in `before` and `after` are `***`."""
+    """One record of the journal. Secrets and hashes of keys in `before` and `after` are `***`."""
 
     sequence: int
     index: int | None = Field(description="Its leaf in the tenant's tree; null until it is sealed.")
@@ -45,7 +45,7 @@ class AuditListOut(BaseModel):
 class AuditListQuery(Closed):
     tenant: str | None = Field(None, description="Only this tenant's records.")
     actor: str | None = Field(None, description="Only what this actor did, for example `key:key_…`.")
-    action: str | None = Field(None, description="`create`, `update`, `add`, `delete`, `expire` or `deny`.")
+    action: Literal["create", "update", "add", "delete", "expire", "deny"] | None = Field(None)
     collection: str | None = Field(None, description="Only of this collection, for example `api_keys`.")
     entity_id: str | None = Field(None, description="Only of the document of this id.")
     request_id: str | None = Field(None, description="Only what this request did.")
