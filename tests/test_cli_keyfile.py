@@ -355,6 +355,4 @@ def test_progress_is_on_standard_error_only_when_that_is_a_terminal(tmp_path: Pa
 def test_an_unknown_shape_is_told_in_words(run: Run) -> None:
     ran = run("export", "keys.json", "--shape", "xml")
     assert ran.status == 2
-    assert ran.err.startswith(
-        "strongroom: Invalid value for '--shape': 'xml' is not one of 'plain', 'hashed', 'records'"
-    )
+    assert ran.err.startswith("strongroom: --shape: found 'xml', expected one of 'plain', 'hashed', 'records'")

@@ -154,7 +154,7 @@ def test_many_keys_are_changed_at_once(run: Run) -> None:
         (["explode", "--all"], "found 'explode', expected disable, enable"),
         (["update", "--all", "--yes"], "at least one field to change"),
         (["disable", "--all", "--limit", "tokens=1/1h", "--yes"], "expected update"),
-        (["update", "--all", "--limit", "tokens", "--yes"], "limits"),
+        (["update", "--all", "--limit", "tokens", "--yes"], "--limit: found"),
         (["disable", "--all"], "confirm it with --yes"),
         (["disable", "--all", "--cursor", "x", "--yes"], "cursor"),
     ],

@@ -116,9 +116,9 @@ def test_everything_wrong_with_a_call_is_told_at_once(run: Run) -> None:
     ("arguments", "said"),
     [
         (("create", "--url", "https://10.0.0.1/"), "url: found the address 10.0.0.1, expected a public address"),
-        (("create", "--url", URL, "--event", "key.exploded"), "events: found 'key.exploded'"),
-        (("create", "--url", URL, "--threshold", "0"), "thresholds.0: "),
-        (("create", "--url", URL, "--min-window", "soon"), "min_window: "),
+        (("create", "--url", URL, "--event", "key.exploded"), "--event: found 'key.exploded'"),
+        (("create", "--url", URL, "--threshold", "0"), "--threshold: "),
+        (("create", "--url", URL, "--min-window", "soon"), "--min-window: "),
         (("update", "whk_1"), "nothing is to be changed"),
         (("rotate-secret", "whk_1", "--overlap", "soon"), "overlap: "),
         (("delete", "whk_1"), "--yes"),

@@ -178,6 +178,7 @@ def test_what_has_no_effect_is_warned_of() -> None:
     first, second = config.warnings(config.load(), environment)
     assert "FIRESTORE_EMULATOR_HOST" in second
     assert first == "STRONGROOM_PROT is not a setting; did you mean STRONGROOM_PORT?"
+    assert config.warnings(config.load(), {"STRONGROOM_BOGUS": "1"}) == ["STRONGROOM_BOGUS is not a setting"]
 
 
 @pytest.mark.parametrize("name", ["STRONGROOM_ANALYTICS", "STRONGROOM_RULES", "PQ_ENCRYPTION_PASSWORD"])

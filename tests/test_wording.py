@@ -187,6 +187,28 @@ def test_an_option_is_suggested_only_if_it_is_like_the_one_that_was_given(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("serve", "--port", "x"), "--port: found 'x', expected a whole number (see strongroom serve --help)"),
+        (("serve", "--port", "99999"), "--port: found '99999', expected at most 65535 (see strongroom serve --help)"),
+        (("bench", "--seconds", "x"), "--seconds: found 'x', expected a number (see strongroom bench --help)"),
+        (("schema", "retain", "x"), "DAYS: found 'x', expected a whole number (see strongroom schema retain --help)"),
+        (("keys", "list", "--state", "lost"), "--state: found 'lost', expected active, disabled or expired"),
+        (("keys", "list", "--used-before", "soon"), "--used-before: found 'soon', expected a time such as"),
+        (("keys", "create", "--name", "a", "--expires", "x", "--limit", "y"), "--expires: found 'x', expected a time"),
+        (("keys", "create", "--name", "a", "--expires", "x", "--limit", "y"), "--limit: found 'y', expected for"),
+        (("keys", "create", "--name", "a", "--limit", "a=1/1h", "--limit", "y"), "--limit: found 'y', expected for"),
+        (("keys", "rotate", "a", "--overlap", "x"), "--overlap: found the duration 'x', expected a number and s, m"),
+    ],
+)
+def test_a_wrong_value_is_told_by_the_option_that_gave_it(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_setting_is_blamed_by_the_name_that_it_was_given_by() -> None:
     with pytest.raises(ConfigError, match=r"^--store: found"):
         load(store="nope://x")

@@ -447,7 +447,8 @@ def warnings(settings: Settings, environment: Mapping[str, str] = os.environ) ->
     known = [row.name for row in settings_table()]
     for name in sorted(environment):
         if name.startswith(PREFIX) and name not in known and name not in NOT_SETTINGS:
-            close = difflib.get_close_matches(name, known, 1)
+            ends = [one.removeprefix(PREFIX) for one in known]  # the prefix is in each, and would make all alike
+            close = [PREFIX + one for one in difflib.get_close_matches(name.removeprefix(PREFIX), ends, 1)]
             found.append(f"{name} is not a setting" + (f"; did you mean {close[0]}?" if close else ""))
     for number, pepper in enumerate(settings.pepper_texts, 1):
         if len(set(pepper)) < MIN_ADMIN_KEY_DIFFERENT:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from .. import __version__
-from ..errors import ConfigError, InvalidInput, StrongroomError
+from ..errors import ConfigError, InvalidInput, Problem, StrongroomError
 from . import (
     audit,
     bench,
@@ -29,6 +29,7 @@ from . import (
     serve,
     webhooks,
 )
+from .keychanges import OPTION_OF
 from .session import DEBUG_VARIABLE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_WRONG_CALL, Interrupted
 
 CLOSE_ENOUGH = 0.75
@@ -98,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             import traceback
 
             traceback.print_exc()
-        status, code, message, problems = _explained(error)
+        status, code, message, problems = _explained(_by_options(error, given) if not as_json else error)
         output.print_error(as_json, code, message, problems)
         return status
 
@@ -116,7 +117,9 @@ def _explained(error: Exception) -> tuple[int, str, str, list[dict[str, str]]]:
     if isinstance(error, typer.TyperException):
         context = getattr(error, "ctx", None)
         hint = f" (see {context.command_path} --help)" if context is not None else ""
-        message = _of_option(error) or error.format_message().replace(": Value error, ", ": ", 1)  # a class of Python
+        message = (
+            _of_option(error) or _of_value(error) or error.format_message().replace(": Value error, ", ": ", 1)
+        )  # a class of Python
         return error.exit_code, "invalid_input", message.rstrip(".") + hint, []
     name = type(error).__name__
     return EXIT_FAILED, "internal", f"{name}: {error} (an error in Strongroom: --debug shows where)", []
@@ -133,6 +136,44 @@ def _of_option(error: Exception) -> str | None:
     options = [one for parameter in context.command.params for one in parameter.opts] if context is not None else []
     meant = get_close_matches(name, [one for one in options if one.startswith("--")], n=1, cutoff=CLOSE_ENOUGH)
     return f"found {name}, which is no option here" + (f"; did you mean {meant[0]}?" if meant else "")
+
+
+def _of_value(error: Exception) -> str | None:
+    """What is said of a value of an option or argument that Pydantic refused: Strongroom's words, not Pydantic's."""
+    from pydantic import ValidationError
+
+    parameter = getattr(error, "param", None)
+    if parameter is None or not isinstance(error.__cause__, ValidationError):
+        return None
+    from ..wording import problems_of
+
+    name = _spelled(parameter) or parameter.name.upper()
+    message = "; ".join(problem.message for problem in problems_of(error.__cause__))
+    found, of_choices, choices = message.partition(" is not one of ")  # Typer's own words
+    return f"{name}: found {found}, expected one of {choices}" if of_choices else f"{name}: {message}"
+
+
+def _spelled(parameter: Any) -> str | None:
+    """The option as it is given, `--name`; None of an argument."""
+    return next((option for option in parameter.opts if option.startswith("--")), None)
+
+
+def _by_options(error: Exception, given: Sequence[str]) -> Exception:
+    """Problems of a call, named by the options that gave the values: a person gave `--expires`, not `expires_at`."""
+    if not isinstance(error, InvalidInput):
+        return error
+    command: Any = typer.main.get_command(app)
+    for argument in given:
+        command = getattr(command, "commands", {}).get(argument, command)
+    options = {parameter.name: _spelled(parameter) for parameter in command.params}
+    problems = []
+    for problem in error.problems:
+        name, _, rest = problem.path.partition(".")
+        if name not in options:
+            name = OPTION_OF.get(name, name.removesuffix("s")).replace("-", "_")
+        option = options.get(name) if not rest or rest.isdecimal() else None
+        problems.append(Problem(option or problem.path, problem.message))
+    return InvalidInput(problems) if problems != list(error.problems) else error
 
 
 __all__ = ["app", "main"]

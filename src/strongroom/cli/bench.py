@@ -54,7 +54,7 @@ def bench(
 
         with tempfile.TemporaryDirectory(prefix="strongroom-bench-") as folder:
             results = in_store(
-                f"sqlite:///{folder}/bench.db", lambda room: _measure(room, seconds, callers, []), absent="made"
+                f"sqlite:///{folder}/bench.db", lambda room: _measure(room, seconds, callers, []), absent="own"
             )
     if json:
         output.print_json({"seconds": seconds, "callers": callers, "results": [asdict(r) for r in results]})

@@ -125,7 +125,7 @@ def update(
     print_key(in_store(store, lambda room: room.keys.update(id, changes, context=operator())), json)
 
 
-_OPTIONS = {
+OPTION_OF = {
     "user_id": "user", "permissions": "permission", "expires_at": "expires", "allowed_ips": "allow-ip",
     "owner": "owner", "description": "description", "groups": "group", "allowed_models": "model",
     "allowed_routes": "route", "rotate_every_s": "rotate-every", "rotation_overlap_s": "rotation-overlap",
@@ -151,7 +151,7 @@ def _update(given: dict[str, Any], clear: list[str]) -> KeyChanges:
     for name in ("rotate_every_s", "rotation_overlap_s"):
         if name in fields:
             fields[name] = shortforms.one(name, fields[name], shortforms.seconds, problems)
-    fields_of = {option: name for name, option in _OPTIONS.items()}
+    fields_of = {option: name for name, option in OPTION_OF.items()}
     for option in clear:
         name = fields_of.get(option.removeprefix("--").replace("_", "-"), "")
         if not name:
@@ -161,7 +161,7 @@ def _update(given: dict[str, Any], clear: list[str]) -> KeyChanges:
         else:
             fields[name] = {} if name == "metadata" else [] if name in _LISTS else None
     if not (fields or limits or problems):
-        problems.append(Problem("id", "expected at least one option that says what to change"))
+        problems.append(Problem("", "expected at least one option that says what to change"))
     return options.described(KeyChanges, fields, limits, problems)
 
 

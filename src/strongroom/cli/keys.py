@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
@@ -48,20 +49,36 @@ GroupFilterOption = Annotated[str | None, typer.Option("--in-group", help="Only 
 PermissionOption = Annotated[
     str | None, typer.Option("--permission", help="Only keys with exactly this permission among theirs.")
 ]
-ExpiresAfterOption = Annotated[str | None, typer.Option("--expires-after", help="Only keys that expire after that.")]
-ExpiresBeforeOption = Annotated[
-    str | None, typer.Option("--expires-before", help="Only keys that expire before that; not those that never do.")
+ExpiresAfterOption = Annotated[
+    str | None,
+    typer.Option(
+        "--expires-after", metavar="TIME", help="Only keys that expire after this time, or this long from now (30d)."
+    ),
 ]
-UsedAfterOption = Annotated[str | None, typer.Option("--used-after", help="Only keys last used after that.")]
+ExpiresBeforeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--expires-before", metavar="TIME", help="Only keys that expire before that; not those that never expire."
+    ),
+]
+UsedAfterOption = Annotated[
+    str | None,
+    typer.Option(
+        "--used-after", metavar="TIME", help="Only keys last used after this time, or since so long ago (7d)."
+    ),
+]
 UsedBeforeOption = Annotated[
-    str | None, typer.Option("--used-before", help="Only keys that were not used since, or never.")
+    str | None,
+    typer.Option("--used-before", metavar="TIME", help="Only keys that were not used since then, or never were."),
 ]
 PrefixOption = Annotated[str | None, typer.Option("--name-prefix", help="Only keys whose names begin so.")]
 AfterOption = Annotated[
-    str | None, typer.Option("--created-after", metavar="TIME", help="Only keys made after 2026-01-01T00:00:00Z.")
+    str | None,
+    typer.Option("--created-after", metavar="TIME", help="Only keys made after this time, or since so long ago (7d)."),
 ]
 BeforeOption = Annotated[
-    str | None, typer.Option("--created-before", metavar="TIME", help="Only keys made before 2026-01-01T00:00:00Z.")
+    str | None,
+    typer.Option("--created-before", metavar="TIME", help="Only keys made before this time, or so long ago (7d)."),
 ]
 DeletedOption = Annotated[
     bool, typer.Option("--deleted", help="The deleted keys that can be restored, instead of the others.")
@@ -447,9 +464,11 @@ def key_filter(**given: Any) -> KeyFilter:
 
     problems: list[Problem] = []
     times: dict[str, Any] = {}
+    now = datetime.now(UTC)
     for name in TIMES:
         text = given.pop(name, None)
-        times[name] = shortforms.one(name, text, _time, problems) if text is not None else None
+        read = shortforms.moment if name.startswith("expires") else shortforms.past
+        times[name] = shortforms.one(name, text, partial(read, now=now), problems) if text is not None else None
     if given.get("state") not in (None, *get_args(KeyState)):
         problems.append(Problem("state", f"found {given['state'][:64]!r}, expected active, disabled or expired"))
     if given["environment"] not in (None, "live", "test"):
@@ -457,17 +476,6 @@ def key_filter(**given: Any) -> KeyFilter:
     if problems:
         raise InvalidInput(problems)
     return KeyFilter(**given, **times)
-
-
-def _time(text: str) -> datetime:
-    """A time with a zone."""
-    try:
-        found = datetime.fromisoformat(text)
-    except ValueError:
-        raise ValueError(f"found {text[:64]!r}, expected a time such as 2027-01-01T00:00:00Z") from None
-    if found.utcoffset() is None:
-        raise ValueError(f"found {text!r}, a time without a zone: add Z for UTC")
-    return found.astimezone(UTC)
 
 
 def _cost(text: str) -> tuple[str, Any]:

@@ -33,7 +33,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON documen
 TenantOption = Annotated[str, typer.Option("--tenant", help="The tenant.")]
 
 T = TypeVar("T")
-Absent = Literal["refused", "made", "imagined"]
+Absent = Literal["refused", "made", "own", "imagined"]
 
 
 class Interrupted(StrongroomError):
@@ -63,10 +63,10 @@ def in_store(store: str | None, work: Callable[[Strongroom], Awaitable[T]], *, a
 @contextmanager
 def standing(store: str | None, url: str, absent: Absent) -> Iterator[str]:
     """The URL of a store that may be opened for a command; `store` is what the option says. A file that is not there is
-    `refused` with ConfigError, since a mistyped name must not become a new store; or `made`, which is told; or
-    `imagined`: an empty store of its kind takes its place for a while."""
+    `refused` with ConfigError, since a mistyped name must not become a new store; `made`, which is told; the command's
+    `own`, of which nothing is said; or `imagined`: an empty store of its kind takes its place for a while."""
     file = store_file(url)
-    if file is None or os.path.exists(file):
+    if file is None or absent == "own" or os.path.exists(file):
         yield url
     elif absent == "made":
         output.print_note(f"making a new store: {file}")
