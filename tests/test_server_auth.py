@@ -178,6 +178,17 @@ async def test_a_management_key_with_allowed_addresses_works_from_these_alone(pa
             assert await status("198.51.100.1", "192.0.2.7") == 403, "believed a header that anyone can send"
 
 
+async def test_a_key_cannot_shut_itself_out_by_the_addresses_it_may_be_used_from() -> None:
+    async with serving() as served:
+        for outside in (["192.0.2.1"], ["192.0.2.0/24", "::1"]):
+            refused = await served.call("PATCH", "/v1/keys/admin", {"allowed_ips": outside})
+            assert (refused.status, refused.paths) == (422, ["allowed_ips"]), refused
+            assert "127.0.0.1" in refused.json["errors"][0]["message"]
+        for within in (["127.0.0.0/8", "192.0.2.1"], []):
+            assert (await served.call("PATCH", "/v1/keys/admin", {"allowed_ips": within})).status == 200
+        assert (await served.get("/v1/keys")).status == 200
+
+
 async def test_a_key_that_is_bound_to_addresses_later_is_refused_elsewhere_at_once() -> None:
     async with serving() as served:
         made = await served.make_key(tenant="*", permissions=["strongroom:read"])

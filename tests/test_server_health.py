@@ -92,6 +92,28 @@ async def test_metrics_count_requests_by_route_verifications_by_code_and_writes(
         assert not any("acme" in part or made["id"] in part for name in found for part in name)
 
 
+@pytest.mark.parametrize("path", ["/v1/keys", "/v1/tenants/acme/policies", "/v1/usage:batch"])
+async def test_a_client_that_goes_away_amid_its_body_is_no_failure_of_the_server(path: str) -> None:
+    async with serving() as served:
+        scope = {
+            "type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"",
+            "root_path": "", "scheme": "http", "http_version": "1.1", "client": ("127.0.0.1", 1),
+            "server": ("strongroom", 80),
+            "headers": [(b"authorization", f"Bearer {ADMIN}".encode()), (b"content-length", b"100")],
+        }  # fmt: skip
+        messages = [{"type": "http.request", "body": b'{"na', "more_body": True}, {"type": "http.disconnect"}]
+
+        async def receive() -> Any:
+            return messages.pop(0) if len(messages) > 1 else messages[0]
+
+        async def send(_: Any) -> None:
+            pass
+
+        await served.app(scope, receive, send)
+        counted = {name[3] for name in await _metrics(served) if name[0] == "strongroom_requests_total"}
+        assert counted == {"499"}
+
+
 async def test_head_is_answered_wherever_get_is() -> None:
     async with serving() as served:
         made = await served.make_key()

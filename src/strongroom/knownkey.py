@@ -145,6 +145,11 @@ def _network(text: str) -> Network:
     return network
 
 
+def is_allowed(allowed_ips: Sequence[str], address: str | None) -> bool:
+    """Whether a key with these `allowed_ips` may be used from an address (None: it is not known)."""
+    return not allowed_ips or _allowed([_network(item) for item in allowed_ips], address)
+
+
 def _allowed(networks: Sequence[Network], address: str | None) -> bool:
     if address is None:
         return False

@@ -36,6 +36,8 @@ _HEALTH = frozenset({"/healthz", "/readyz", "/metrics"})
 """What is asked by those who watch over the server: other requests cannot take their places."""
 _ENCODED_SLASH = re.compile(rb"%2f", re.IGNORECASE)
 DEFAULT_BOUNDS = Bounds()
+CLIENT_GONE = 499
+"""The status that is counted where the client went away before there was an answer."""
 SLASH = "\x00"
 """Stands for an encoded slash inside a path's segment, while the path is routed; no id contains U+0000."""
 
@@ -106,7 +108,7 @@ class Application:
             if not answer.started:
                 await send_problem(answer, error, request_id)
         except ClientDisconnect:
-            pass  # there is nobody to answer
+            answer.status = CLIENT_GONE  # FastAPI has answered 500, to nobody: that is no failure of the server
         except Exception as error:  # what the handlers below let through, or a failure in the midst of an answer
             _log.exception("request failed", extra={"request_id": request_id, "error": type(error).__name__})
             if not answer.started:
@@ -158,7 +160,7 @@ class _Answer:
         self._without_body = without_body
         self._request_id = request_id.encode()
         self.started = False
-        self.status = 499  # the client went away before there was an answer
+        self.status = CLIENT_GONE
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":

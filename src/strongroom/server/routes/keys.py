@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Annotated, Any
 from urllib.parse import quote
@@ -16,6 +16,7 @@ from ...errors import InvalidInput, Problem
 from ...fairness import in_slices
 from ...idempotency import Replayed, RequestKey
 from ...keys import ApiKey, IssuedKey, KeyStats
+from ...knownkey import is_allowed
 from ...wording import found_in, size_of
 from ..auth import Caller, Scope, is_management
 from ..once import idempotency_key, nothing, once
@@ -93,6 +94,8 @@ def router(services: Services) -> APIRouter:
             changes = await _parsed(request, KeyChanges)
             before = await _own(request, id)
             _guard(caller, changes.permissions if "permissions" in changes.model_fields_set else (), before.tenant)
+            if id == caller.key.id:
+                _stay_usable(changes.allowed_ips or (), services.authenticator.address(request.scope))
             with Preconditions(request) as preconditions:
                 expected = await preconditions.expected(_version_of(before))
                 return await keys.update(id, changes, context=context, expected=expected, idempotency_key=key)
@@ -252,6 +255,14 @@ def _writer(request: Request) -> Caller:
     caller = caller_of(request)
     caller.needs(Scope.WRITE)
     return caller
+
+
+def _stay_usable(allowed_ips: Sequence[str], address: str | None) -> None:
+    """Raise InvalidInput if the key that makes the call could not make another one from where it is: the last
+    administrator would have locked itself out."""
+    if not is_allowed(allowed_ips, address):
+        found = f"none that has {address or 'the address of this call, which is not known'}"
+        raise InvalidInput([Problem("allowed_ips", f"found {found}, expected where this key is calling from")])
 
 
 def _guard(caller: Caller, permissions: Iterable[str], tenant: str) -> None:
