@@ -565,8 +565,11 @@ async def test_a_journal_of_the_targets_own_is_refused(simple: tuple[Backend, Ba
 
 async def test_a_source_of_another_schema_is_refused_and_stays_so(simple: tuple[Backend, Backend]) -> None:
     older = replace(ITEMS, fields={n: f for n, f in ITEMS.fields.items() if n != "place"}, indexes=())
-    async with opened(*((b, b.new_url()) for b in simple)) as (one, other):
+    source, target = ((backend, backend.new_url()) for backend in simple)
+    async with opened(source) as (one,):
         await one.prepare([older, SHARED])
+        await add(one, "acme", Append(record()))
+    async with opened(source, target) as (one, other):  # nothing was prepared here, as in a new process
         ((path, message),) = await refused(one, other)
         assert path == "--from"
         assert "add field items.place" in message

@@ -141,7 +141,7 @@ async def open_source(run: Run) -> list[Problem]:
     A collection that the source never had is no problem: there is nothing to move.
     """
     absent, problems = await open_as_it_is(run.source, run, "--from")
-    run.held = tuple(c for c in run.declared if c.name not in absent)
+    run.held = () if problems else tuple(c for c in run.declared if c.name not in absent)
     if run.options.live and STORE_STATE.name in absent:
         problems.append(
             Problem(
