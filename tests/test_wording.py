@@ -199,6 +199,11 @@ def test_an_option_is_suggested_only_if_it_is_like_the_one_that_was_given(
         (("keys", "create", "--name", "a", "--expires", "x", "--limit", "y"), "--expires: found 'x', expected a time"),
         (("keys", "create", "--name", "a", "--expires", "x", "--limit", "y"), "--limit: found 'y', expected for"),
         (("keys", "create", "--name", "a", "--limit", "a=1/1h", "--limit", "y"), "--limit: found 'y', expected for"),
+        (
+            ("keys", "create", "--name", "a", "--metadata", "a=1", "--metadata", "a=2"),
+            "--metadata: found 'a' more than",
+        ),
+        (("keys", "verify", "x", "--cost", "tokens=1", "--cost", "tokens=2"), "--cost: found 'tokens' more than once"),
         (("keys", "rotate", "a", "--overlap", "x"), "--overlap: found the duration 'x', expected a number and s, m"),
     ],
 )

@@ -288,14 +288,14 @@ def verify(
     """
     text = _asked_for("Key: ") if key == "-" else key
     problems: list[Problem] = []
-    pairs = shortforms.each("cost", cost or [], _cost, problems).values()
+    costs = shortforms.by_name("cost", cost or [], _cost, problems)
     if problems:
         raise InvalidInput(problems)
     answer = in_store(
         store,
         lambda room: room.keys.verify(
             text,
-            cost=dict(pairs) if pairs else None,
+            cost=costs or None,
             permission=permission,
             ip=ip,
             model=model,

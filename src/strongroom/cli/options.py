@@ -87,8 +87,8 @@ def duration_s(name: str, text: str) -> int:
 
 def metadata(texts: Sequence[str], problems: list[Problem]) -> dict[str, Any]:
     """What several --metadata NAME=VALUE say; what is wrong with them goes to `problems`."""
-    pairs = shortforms.each("metadata", texts, shortforms.pair, problems).values()
-    return {name: shortforms.metadata_value(value) for name, value in pairs}
+    pairs = shortforms.by_name("metadata", texts, shortforms.pair, problems)
+    return {name: shortforms.metadata_value(value) for name, value in pairs.items()}
 
 
 def described(

@@ -156,6 +156,18 @@ def each(path: str, texts: Iterable[str], read: Callable[[str], T], problems: li
     return found
 
 
+def by_name(
+    path: str, texts: Iterable[str], read: Callable[[str], tuple[str, T]], problems: list[Problem]
+) -> dict[str, T]:
+    """As `each`, of texts that name something, by that name; the same name twice is a problem."""
+    found: dict[str, T] = {}
+    for index, (name, value) in each(path, texts, read, problems).items():
+        if name in found:
+            problems.append(Problem(f"{path}.{index}", f"found {name!r} more than once, expected it once"))
+        found[name] = value
+    return found
+
+
 def one(path: str, text: str, read: Callable[[str], T], problems: list[Problem]) -> T | None:
     """As `each`, for one text; None if it is wrong."""
     try:
