@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -73,7 +74,7 @@ class Log(Entity, collection="logs"):
 
 
 ENTITIES = (Account, Strict, Session, Setting, Log, IdempotentCall)
-ACME = Context("acme", "user:ada", {}, "request-1")
+ACME = Context("acme", "user:ada", {}, "request-1", now_us=time.time_ns() // 1_000)
 BETA = Context("beta", "user:bob", {})
 ADMIN = system_context("acme")
 

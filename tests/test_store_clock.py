@@ -132,6 +132,18 @@ async def test_on_an_embedded_store_the_machines_clock_is_the_stores(room: Stron
     assert isinstance(room.ledger, Ledger)
 
 
+async def test_a_context_that_lives_long_is_at_the_moment_of_each_call(room: Strongroom) -> None:
+    acme = Context("acme", "user:ada")
+    with time_machine.travel("2036-05-05T12:00:00Z", tick=False) as clock:
+        made = await room.database.create(acme, Ticket(id="t", until=datetime(2036, 5, 5, 13, tzinfo=UTC)))
+        assert made.created_at == datetime(2036, 5, 5, 12, tzinfo=UTC)
+        clock.shift(2 * HOUR)
+        assert await room.database.get_or_none(acme, Ticket, "t") is None
+        clock.shift(24 * HOUR)
+        for _ in range(2):  # its record is of now, so that the second call finds it
+            await room.database.create(acme, Ticket(id="t"), idempotency_key="once")
+
+
 # --- What is answered is what is stored -----------------------------------------------------------------------
 
 MOMENT = datetime.fromisoformat("2026-05-05T12:00:00+00:00")

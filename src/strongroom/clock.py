@@ -74,9 +74,6 @@ class _Steady:
 class MachineClock:
     """This machine's wall clock, for a store that is embedded."""
 
-    is_machines = True
-    """A moment that was read from the machine's clock is this clock's as well."""
-
     def __init__(self) -> None:
         self._steady = _Steady()
 

@@ -211,8 +211,7 @@ class Context:
         """The same call at the moment that a clock says, unless its own was chosen."""
         if type(self.now_us) is not MachineTime:
             return self
-        now_us = int(self.now_us) if getattr(clock, "is_machines", False) else clock.now_us()
-        return Context(self.tenant, self.actor, self.claims, self.request_id, now_us)
+        return Context(self.tenant, self.actor, self.claims, self.request_id, clock.now_us())
 
     def at_now(self) -> Context:
         """The same caller at the present moment, with the same request id: for a retry or a long-lived handle."""
