@@ -73,6 +73,8 @@ async def test_which_keys_used_most_tokens_this_month_is_a_query_on_postgresql(s
         month, total = asked(f"{schema}.", "to_char(now() AT TIME ZONE 'UTC', 'YYYY-MM')")
         assert [tuple(row) for row in await connection.fetch(month)] == EXPECTED
         assert [tuple(row) for row in await connection.fetch(total)] == EXPECTED_IN_ALL
+        shown = [str(row["used"]) for row in await connection.fetch(total)]
+        assert shown == ["1.25", "1", "301"], "psql prints a number with all the zeros that it has"
     finally:
         await connection.close()
     async with Strongroom.open(server.url(schema)) as room:

@@ -38,7 +38,7 @@ def _postgresql(schema: str) -> str:
         f"FROM {schema}key_usage AS u LEFT JOIN {schema}api_keys AS k USING (id) "
         f"LEFT JOIN {schema}quotas AS q USING (id)"
     )
-    used = f"r.value::numeric / CASE r.key WHEN '{MONEY}' THEN {MONEY_SCALE} ELSE 1 END AS used"
+    used = f"trim_scale(r.value::numeric / CASE r.key WHEN '{MONEY}' THEN {MONEY_SCALE} ELSE 1 END) AS used"
     lifetime = (
         f"{_WHOSE}, r.key AS resource, {used}, u.last_used_at {joined} "
         "CROSS JOIN LATERAL jsonb_each_text(coalesce(u.state::jsonb -> 'totals', '{}')) AS r"
