@@ -321,12 +321,15 @@ async def test_no_raw_statement_reads_or_changes_what_is_another_tenants(store: 
             guarded.connection.authorizer = authorizer
             assert guards
             guarded.set_tenant("acme")
+            others = not_ours(guarded)
             for prefix, sql in product(("", "EXPLAIN ", "EXPLAIN QUERY PLAN "), attacks(guards)):
                 try:
                     guarded.execute("SAVEPOINT attack").fetchall()
                     rows = guarded.execute(prefix + sql).fetchall()
                     ran += 1
                     assert prefix or "SECRET" not in str(rows), sql
+                    if not prefix:
+                        assert not_ours(guarded) == others, sql
                 except apsw.Error:
                     pass
                 finally:
@@ -337,6 +340,22 @@ async def test_no_raw_statement_reads_or_changes_what_is_another_tenants(store: 
     with closing(raw(store)) as connection:
         assert [connection.execute(sql).fetchall() for sql in WHOLE] == before
     assert ran > 0, "some are harmless, and are run"
+
+
+def not_ours(guarded: Guarded) -> list[Any]:
+    """What no statement of tenant acme may change, as the connection sees it in its transaction."""
+    connection = guarded.connection
+    guards = connection.authorizer, connection.exec_trace
+    connection.authorizer = connection.exec_trace = None
+    try:
+        texts = (
+            "SELECT * FROM main.notes WHERE tenant_id <> 'acme'",
+            "SELECT * FROM main._journal",
+            "SELECT * FROM _meta",
+        )
+        return [connection.execute(text).fetchall() for text in texts]
+    finally:
+        connection.authorizer, connection.exec_trace = guards
 
 
 WHOLE = (
