@@ -38,7 +38,8 @@ CLOSE_ENOUGH = 0.75
 app = typer.Typer(
     name="strongroom",
     help="Strongroom: API keys with exact usage limits, tenant-isolated state and a journal of every change.",
-    epilog="Exit status: 0 done, 1 the work failed, 2 the call is wrong. Settings come from the environment.",
+    epilog="Exit status: 0 done, 1 the work failed, 2 the call is wrong. "
+    "Settings come from the environment and from the file .env.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # help in plain text: rich would double the time that --help takes

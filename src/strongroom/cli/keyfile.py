@@ -37,7 +37,12 @@ TenantOption = Annotated[str, typer.Option("--tenant", help="The tenant whose ke
 
 
 def import_keys(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A JSON file of keys, in either public shape.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", help="A file of keys: JSON in either public shape, or records (JSON Lines, CSV)."
+        ),
+    ],
     tenant: TenantOption = "default",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")] = False,
     skip_invalid: Annotated[
