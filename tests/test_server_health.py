@@ -10,6 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from strongroom import health
+from strongroom.server.app import Bounds
 from strongroom.server.errors import STATUS
 from strongroom.storage.port import Health
 from tests.conftest import wait_until
@@ -90,6 +91,34 @@ async def test_metrics_count_requests_by_route_verifications_by_code_and_writes(
         assert found["strongroom_writes_total", "create", "api_keys"] == 1
         assert found["strongroom_requests_in_work",] == 1, "this one"
         assert not any("acme" in part or made["id"] in part for name in found for part in name)
+
+
+async def test_one_caller_whose_bodies_never_arrive_leaves_places_to_others() -> None:
+    async with serving(bounds=Bounds(max_concurrency=8)) as served:
+        slow, other = await served.manager("write", tenant="acme"), await served.manager("write", tenant="other")
+        closed = asyncio.Event()
+        scope = {
+            "type": "http", "method": "POST", "path": "/v1/usage", "raw_path": b"/v1/usage", "query_string": b"",
+            "root_path": "", "scheme": "http", "http_version": "1.1", "client": ("127.0.0.1", 1),
+            "server": ("strongroom", 80), "headers": [(b"authorization", f"Bearer {slow}".encode())],
+        }  # fmt: skip
+
+        async def receive() -> Any:
+            await closed.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(_: Any) -> None:
+            pass
+
+        waiting = [asyncio.create_task(served.app({**scope}, receive, send)) for _ in range(20)]
+        await wait_until(lambda: sum(task.done() for task in waiting) >= 13)
+        refused = await served.get("/v1/keys", key=slow)
+        assert (refused.status, refused.code) == (429, "too_many_requests"), refused
+        assert (await served.get("/v1/keys", key=other)).status == 200
+        closed.set()
+        await asyncio.gather(*waiting)
+        assert (await served.get("/v1/keys", key=slow)).status == 200
+        assert (served.app.services.gate.inside, served.app.services.requests_of) == (0, {})
 
 
 @pytest.mark.parametrize("path", ["/v1/keys", "/v1/tenants/acme/policies", "/v1/usage:batch"])

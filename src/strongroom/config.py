@@ -120,7 +120,10 @@ class Settings(BaseSettings):
         ge=1_024, le=64 * 1_048_576,
     )  # fmt: skip
     max_concurrency: int = _setting(
-        "STRONGROOM_MAX_CONCURRENCY", 1_000, "Requests in work at once, for each worker; more are answered 429.",
+        "STRONGROOM_MAX_CONCURRENCY",
+        1_000,
+        "Requests in work at once, for each worker; more are answered 429. The last quarter of the places is for "
+        "callers that have less than a quarter; verifications have as many places of their own.",
         ge=1, le=100_000,
     )  # fmt: skip
     max_connections: int = _setting(

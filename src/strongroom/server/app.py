@@ -91,15 +91,17 @@ class Application:
         answer = _Answer(send, request_id, without_body=method == "HEAD")
         gate = self.services.health_gate if scope["path"] in _HEALTH else self.services.gate
         gate.inside += not streams
+        who = None
         try:
             if gate.inside > gate.limit:
                 raise TooManyRequests
             headers = single(scope["headers"])
             _route_encoded_slashes(scope)
             if scope["path"] not in _OPEN and scope["path"].startswith("/v1") and not leaks.is_report(scope):
-                scope["strongroom.caller"] = await self.services.authenticator.caller(
-                    headers.get(b"authorization"), scope
-                )
+                caller = await self.services.authenticator.caller(headers.get(b"authorization"), scope)
+                scope["strongroom.caller"] = caller
+                if not streams:
+                    who = self.services.enter(caller)
             if scope["path"] == VERIFY:
                 raise MethodNotAllowed(f"{method} is not for this path", allow="POST")
             expect_at_most(headers.get(b"content-length"), self.services.bounds.max_body_bytes)
@@ -115,6 +117,8 @@ class Application:
                 await send_problem(answer, StrongroomError(), request_id)
         finally:
             gate.inside -= not streams
+            if who is not None:
+                self.services.leave(who)
             self._count(scope, method, answer.status, time.perf_counter() - started, request_id)
 
     def _bounded(self, receive: Receive) -> Receive:

@@ -24,8 +24,8 @@ HEALTH_PLACES = 100
 MAX_USAGE_ITEMS = 10_000
 """Events in one `usage:batch`."""
 
-WATCHERS_SHARE = 4
-"""A caller that has one in so many of the places for streams leaves the last of them to others."""
+CALLERS_SHARE = 4
+"""A caller that has one in so many of the places, for requests or for streams, leaves the last of them to others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,8 @@ class Services:
     closing: asyncio.Event = field(default_factory=asyncio.Event)
     watchers_of: dict[str, int] = field(default_factory=dict)
     """Open streams by who reads them: a tenant, whichever of its keys it uses, or a key of no tenant."""
+    requests_of: dict[str, int] = field(default_factory=dict)
+    """Requests in work by who sent them."""
     authenticator: Authenticator = field(init=False)
     gate: Gate = field(init=False)
     answers: Answers = field(init=False)
@@ -112,6 +114,25 @@ class Services:
     def _retries(self) -> Mapping[str, float]:
         return {**self.room.database.retries, "usage": self.room.ledger.retries}
 
+    def enter(self, caller: Caller) -> str:
+        """Count a request that is inside the gate as this caller's; what is returned is for `leave`. Raises
+        TooManyRequests.
+
+        The last quarter of the places is for those who have less than a quarter: one caller whose bodies never arrive
+        cannot take all of them.
+        """
+        who = _who(caller)
+        own, share = self.requests_of.get(who, 0), self.gate.limit // CALLERS_SHARE
+        if own >= share > 0 and self.gate.limit - self.gate.inside < share:
+            raise TooManyRequests(f"{own} requests of this caller are in work; the places that are left are for others")
+        self.requests_of[who] = own + 1
+        return who
+
+    def leave(self, who: str) -> None:
+        self.requests_of[who] -= 1
+        if not self.requests_of[who]:
+            del self.requests_of[who]
+
     def enter_watcher(self, caller: Caller) -> str:
         """Take a watcher's place; what is returned gives it back. Raises TooManyRequests, ShuttingDown.
 
@@ -121,8 +142,8 @@ class Services:
             raise ShuttingDown
         if self.watchers >= self.bounds.max_watchers:
             raise TooManyRequests(f"{self.watchers} streams are open, which is as many as this server keeps")
-        who = f"tenant:{caller.tenant}" if caller.tenant is not None else caller.actor
-        own, share = self.watchers_of.get(who, 0), self.bounds.max_watchers // WATCHERS_SHARE
+        who = _who(caller)
+        own, share = self.watchers_of.get(who, 0), self.bounds.max_watchers // CALLERS_SHARE
         if own >= max(1, share) and self.bounds.max_watchers - self.watchers <= share:
             raise TooManyRequests(f"{own} streams of this caller are open; the places that are left are for others")
         self.watchers_of[who] = own + 1
@@ -136,6 +157,11 @@ class Services:
     def close(self) -> None:
         """The server is to stop: end the streams, which would never end by themselves."""
         self.closing.set()
+
+
+def _who(caller: Caller) -> str:
+    """Whose share a caller takes: its tenant's, whichever of its keys it uses, or of no tenant, the key's."""
+    return f"tenant:{caller.tenant}" if caller.tenant is not None else caller.actor
 
 
 __all__ = ["Bounds", "Services", "StrongroomError"]
