@@ -65,7 +65,7 @@ def test_texts_are_reported_a_line_each_and_never_printed(run: Run, tmp_path: Pa
         (["report"], '[{"token": 5}]', "0.token"),
         (["report"], '[{"url": "x"}]', "0.token"),
         (["report", "no-such-file"], "", "no-such-file"),
-        (["policy", "acme", "--set", "burn"], "", "action"),
+        (["policy", "acme", "--set", "burn"], "", "--set: found"),
         (["policy", "acme", "--set", "disable", "--overlap", "1h"], "", "overlap"),
         (["policy", "acme", "--overlap", "1h"], "", "--set rotate"),
         (["policy", "acme", "--set", "rotate", "--overlap", "31d"], "", "overlap"),

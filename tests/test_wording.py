@@ -129,6 +129,33 @@ def test_the_value_of_a_secret_is_never_shown() -> None:
     }
 
 
+def test_every_wrong_value_of_a_list_is_told() -> None:
+    with pytest.raises(InvalidInput) as caught:
+        parse(
+            NewKey,
+            {
+                "name": "a",
+                "permissions": ["a b", "strongroom:x", "ok"],
+                "allowed_ips": ["10.0.0.1/33", "10.0.0.1", "x"],
+                "groups": ["x ", "y "],
+                "allowed_models": ["a**", ""],
+                "limits": [{"resource": "A", "limit": 1, "window": {"kind": "total"}}],
+            },
+        )
+    told = {problem.path: problem.message for problem in caught.value.problems}
+    assert "'a b'" in told["permissions"]
+    assert "'strongroom:x'" in told["permissions"]
+    assert "'10.0.0.1/33'" in told["allowed_ips"]
+    assert "'x'" in told["allowed_ips"]
+    assert "'x '" in told["groups"]
+    assert "'y '" in told["groups"]
+    assert "'a**'" in told["allowed_models"]
+    assert "''" in told["allowed_models"]
+    assert told["limits.0.resource"].startswith("found 'A', expected a lower-case letter, then")
+    with pytest.raises(InvalidInput, match=r"…$"):
+        parse(NewKey, {"name": "a", "groups": [f"{number} " for number in range(9)]})
+
+
 @pytest.mark.parametrize(
     ("model", "field", "message"),
     [

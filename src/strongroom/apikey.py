@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from ipaddress import ip_network
 from types import MappingProxyType
@@ -45,6 +45,8 @@ MAX_GROUP_BYTES = 200
 MAX_NAMES = 100
 """Names in `allowed_models`, and in `allowed_routes`."""
 MAX_NAME_CHARS = 200
+MAX_TOLD = 5
+"""Wrong values of one list that a message names."""
 MAX_DESCRIPTION_CHARS = 2_000
 MAX_OWNER_BYTES = 200
 MAX_OVERLAP_S = 30 * 86_400
@@ -247,22 +249,12 @@ class KeyFields(BaseModel):
     @field_validator("groups")
     @classmethod
     def _groups(cls, value: list[str]) -> list[str]:
-        for name in value:
-            if problem := name_problem(name, MAX_GROUP_BYTES):
-                raise ValueError(problem)
-        return list(dict.fromkeys(value))
+        return each_once(value, lambda name: name_problem(name, MAX_GROUP_BYTES))
 
     @field_validator("allowed_models", "allowed_routes")
     @classmethod
     def _names(cls, value: list[str]) -> list[str]:
-        for name in value:
-            if not 1 <= len(name) <= MAX_NAME_CHARS or not name.isprintable() or "*" in name[:-1]:
-                raise ValueError(
-                    f"found {name[:64]!r}, expected 1 to {MAX_NAME_CHARS} printable characters, * only as the last"
-                )
-            if problem := name_problem(name, 4 * MAX_NAME_CHARS):
-                raise ValueError(problem)
-        return list(dict.fromkeys(value))
+        return each_once(value, _scope_problem)
 
     @field_validator("expires_at", mode="before")
     @classmethod
@@ -279,29 +271,12 @@ class KeyFields(BaseModel):
     @field_validator("permissions")
     @classmethod
     def _permissions(cls, value: list[str]) -> list[str]:
-        wrong = [p for p in value if not _PERMISSION.fullmatch(p)]
-        if wrong:
-            raise ValueError(f"found {wrong[0][:64]!r}, expected 1 to 128 letters, digits and _ . : / * -")
-        wrong = [p for p in value if p.startswith(MANAGEMENT) and p not in MANAGEMENT_PERMISSIONS]
-        if wrong:
-            raise ValueError(
-                f"found {wrong[0][:64]!r}, expected {', '.join(MANAGEMENT_PERMISSIONS)}, or a permission of your own "
-                f"that does not begin with {MANAGEMENT}"
-            )
-        return list(dict.fromkeys(value))
+        return each_once(value, _permission_problem)
 
     @field_validator("allowed_ips")
     @classmethod
     def _addresses(cls, value: list[str]) -> list[str]:
-        for item in value:
-            length = item.partition("/")[2]
-            try:
-                # A mask in dots has two readings (0.0.0.0 is every address, or one): only a length is taken.
-                if "/" in item and not (length.isascii() and length.isdigit()):
-                    raise ValueError
-                ip_network(item, strict=False)
-            except ValueError:
-                raise ValueError(f"found {item[:64]!r}, expected an address or a range such as 10.0.0.0/8") from None
+        each_once(value, _address_problem)
         return value
 
     @field_validator("metadata")
@@ -327,6 +302,43 @@ class KeyFields(BaseModel):
                 raise ValueError(f"found two limits on {limit.resource} with the same window")
             seen.add(limit.id)
         return value
+
+
+def each_once(values: list[str], problem_of: Callable[[str], str | None]) -> list[str]:
+    """The values, each once. Raises ValueError with what is wrong with each of them, the first MAX_TOLD."""
+    problems = list(dict.fromkeys(problem for value in values if (problem := problem_of(value))))
+    if problems:
+        raise ValueError("; ".join(problems[:MAX_TOLD]) + ("; …" if len(problems) > MAX_TOLD else ""))
+    return list(dict.fromkeys(values))
+
+
+def _scope_problem(name: str) -> str | None:
+    if not 1 <= len(name) <= MAX_NAME_CHARS or not name.isprintable() or "*" in name[:-1]:
+        return f"found {name[:64]!r}, expected 1 to {MAX_NAME_CHARS} printable characters, * only as the last"
+    return name_problem(name, 4 * MAX_NAME_CHARS)
+
+
+def _permission_problem(name: str) -> str | None:
+    if not _PERMISSION.fullmatch(name):
+        return f"found {name[:64]!r}, expected 1 to 128 letters, digits and _ . : / * -"
+    if name.startswith(MANAGEMENT) and name not in MANAGEMENT_PERMISSIONS:
+        return (
+            f"found {name[:64]!r}, expected {', '.join(MANAGEMENT_PERMISSIONS)}, or a permission of your own "
+            f"that does not begin with {MANAGEMENT}"
+        )
+    return None
+
+
+def _address_problem(text: str) -> str | None:
+    length = text.partition("/")[2]
+    try:
+        # A mask in dots has two readings (0.0.0.0 is every address, or one): only a length is taken.
+        if "/" in text and not (length.isascii() and length.isdigit()):
+            raise ValueError
+        ip_network(text, strict=False)
+    except ValueError:
+        return f"found {text[:64]!r}, expected an address or a range such as 10.0.0.0/8"
+    return None
 
 
 LimitLike = Limit | Mapping[str, Any]

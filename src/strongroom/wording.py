@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from .context import kind_of
 from .errors import Problem
+from .windows import RESOURCE_PATTERN
 
 MAX_SHOWN_CHARS = 64
 UNKNOWN_FIELD = "is not a known field"
@@ -210,13 +211,18 @@ _WHOLE: dict[str, Callable[[Item, Any, bool], str]] = {
         f"expected {listed(_unquoted(str(context['expected_tags'])).split(', '))}"
     ),
 }
+_PATTERNS = {
+    RESOURCE_PATTERN: "a lower-case letter, then lower-case letters, digits and _ . : -, at most 64 characters in all",
+}
 _BOUNDS: dict[str, Callable[[Item], str]] = {
     "greater_than": lambda context: f"more than {context['gt']}",
     "greater_than_equal": lambda context: f"at least {context['ge']}",
     "less_than": lambda context: f"less than {context['lt']}",
     "less_than_equal": lambda context: f"at most {context['le']}",
     "multiple_of": lambda context: f"a multiple of {context['multiple_of']}",
-    "string_pattern_mismatch": lambda context: f"text that matches {context['pattern']}",
+    "string_pattern_mismatch": lambda context: (
+        _PATTERNS.get(context["pattern"]) or f"text that matches {context['pattern']}"
+    ),
     "literal_error": lambda context: _unquoted(str(context["expected"])),
     "enum": lambda context: _unquoted(str(context["expected"])),
     "decimal_max_digits": lambda context: f"at most {context['max_digits']} digits",
