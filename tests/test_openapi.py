@@ -6,6 +6,7 @@ import copy
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
+import jsonschema_rs
 import msgspec
 import pytest
 
@@ -162,3 +163,19 @@ async def test_an_answer_that_is_not_as_described_fails_the_test_that_sees_it(se
         served.contract.check_request("GET", "/v1/keys", "colour=red", b"")
     with pytest.raises(AssertionError, match="not as the document says"):
         served.contract.check_request("POST", "/v1/keys", "", b'{"name": "a", "limits": [{"resource": "tokens"}]}')
+
+
+async def test_a_refill_is_described_as_exactly_as_its_limit() -> None:
+    async with serving() as served:
+        spec = (await served.get("/openapi.json")).json
+        limit = jsonschema_rs.Draft202012Validator(
+            {"$ref": "#/components/schemas/LimitIn", "components": spec["components"]}
+        )
+        for resource, amount, fits in (
+            ("cost", 1.5, True), ("cost", 10**9 + 1, False), ("tokens", 1.5, False), ("tokens", 10**9 + 1, True),
+        ):  # fmt: skip
+            refill = {"amount": amount, "seconds": 60}
+            given = {"resource": resource, "limit": 10, "window": {"kind": "total", "refill": refill}}
+            assert limit.is_valid(given) is fits, given
+            made = await served.post("/v1/keys", {"name": "k", "tenant": "acme", "limits": [given]})
+            assert (made.status == 201) is fits, made.json

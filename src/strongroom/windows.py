@@ -271,6 +271,11 @@ def _zones() -> frozenset[str]:
     return frozenset(available_timezones())
 
 
+def _amounts(schema: dict[str, Any]) -> dict[str, Any]:
+    """What holds of a limit's amount and of its refill's alike, as JSON Schema has it."""
+    return {"limit": schema, "window": {"properties": {"refill": {"properties": {"amount": schema}}}}}
+
+
 class Limit(_Model):
     """At most `limit` of `resource` in each `window`. For the resource `cost` it is money, with up to 9 decimals.
 
@@ -281,8 +286,8 @@ class Limit(_Model):
     model_config = ConfigDict(
         json_schema_extra={
             "if": {"properties": {"resource": {"const": MONEY}}},
-            "then": {"properties": {"limit": {"maximum": MAX_AMOUNT // 10**6}}},
-            "else": {"properties": {"limit": {"type": "integer"}}},
+            "then": {"properties": _amounts({"maximum": MAX_AMOUNT // 10**6})},
+            "else": {"properties": _amounts({"type": "integer"})},
             "anyOf": [{"required": ["window"]}, {"properties": {"resource": {"const": CONCURRENCY}}}],
         }
     )
