@@ -200,6 +200,22 @@ async def test_what_is_kept_of_keys_is_bounded(tmp_path: Path, monkeypatch: pyte
         assert stats.count == 2  # what had to go from memory was in the store
 
 
+async def test_the_metadata_of_keys_in_memory_is_bounded_by_its_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keycache, "MAX_LARGE_BYTES", 100_000)
+    async with opened(new_url("json-memory", tmp_path)) as (room, _):
+        issued = [await room.keys.create(name="k", metadata={"text": str(n) * 5_000}) for n in range(40)]
+        for turn in range(2):
+            for number, one in enumerate(issued):
+                answer = await room.keys.verify(one.text)
+                assert (answer.valid, answer.metadata) == (True, {"text": str(number) * 5_000}), turn
+        cache = room.keys.cache
+        kept = {id(known): known for known in [*cache._by_id.values(), *(found.key for found in cache._known.values())]}
+        assert sum(len(known.metadata["text"]) for known in kept.values()) <= 100_000
+        assert len(kept) > 5
+
+
 async def test_keys_with_the_same_limits_share_them_in_memory(tmp_path: Path) -> None:
     async with opened(new_url("sqlite", tmp_path)) as (room, _):
         await imported(room, plain_file(tmp_path, 2))

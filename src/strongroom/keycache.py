@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import msgspec
+
 from .apikey import ApiKey
 from .changes import ChangeFeed
 from .context import system_context, text_problem, us_from_utc
@@ -23,6 +25,10 @@ from .quotacache import QuotaCache
 MAX_CACHED_KEYS = 30_000
 """A key in memory with its usage is about 5 kB, and a server is to stay below 300 MB whatever keys it is asked for. One
 that had to go costs a read by its hash, a fraction of a millisecond."""
+LARGE_BYTES = 1_000
+MAX_LARGE_BYTES = 50_000_000
+"""Keys whose metadata has more than LARGE_BYTES as JSON are kept until their metadata has so much together: 30,000 keys
+with the most that metadata may have would take half a gigabyte."""
 MANY = 8
 """So many texts or ids are looked up together; fewer one by one."""
 MAX_UNKNOWN = 10_000
@@ -56,6 +62,9 @@ class KeyCache:
         self.quotas = QuotaCache(database, feed)
         self._known: dict[bytes, _Found] = {}
         self._by_id: dict[str, KnownKey] = {}
+        self._large: dict[str, int] = {}
+        """The size of the metadata of keys that have much of it, by id, oldest first."""
+        self._large_bytes = 0
         self._unknown: dict[bytes, float] = {}
         self._finds: JoinedReads[KnownKey | None] = JoinedReads()
         self._ids: JoinedReads[KnownKey | None] = JoinedReads()
@@ -220,7 +229,23 @@ class KeyCache:
             for oldest in list(self._by_id)[: MAX_CACHED_KEYS // 10]:
                 self._by_id.pop(oldest).stale = True
         known = self._by_id[key.id] = KnownKey(key, quotas)
+        if key.metadata and (size := len(msgspec.json.encode(key.metadata))) > LARGE_BYTES:
+            self._make_room_for(key.id, size)
         return known
+
+    def _make_room_for(self, id: str, size: int) -> None:
+        """Count a large key, and forget the oldest ones of these if they have too much together."""
+        self._large_bytes += size - self._large.pop(id, 0)
+        self._large[id] = size
+        if self._large_bytes <= MAX_LARGE_BYTES:
+            return
+        for oldest in list(self._large)[:-1]:
+            if self._large_bytes <= MAX_LARGE_BYTES * 0.9:
+                break
+            self._large_bytes -= self._large.pop(oldest)
+            if (known := self._by_id.pop(oldest, None)) is not None:
+                known.stale = True
+        self._known = {name: found for name, found in self._known.items() if not found.key.stale}
 
     # --- Forgetting what was changed --------------------------------------------------------------------------
 
