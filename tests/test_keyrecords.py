@@ -15,7 +15,6 @@ from collections.abc import Iterable
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from decimal import Decimal
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize
@@ -623,7 +622,11 @@ limits = st.lists(
     max_size=4,
     unique_by=lambda limit: limit.id,
 )
-names = st.text(st.characters(exclude_categories=["C"]), min_size=1, max_size=12).map(partial(normalize, "NFC"))
+names = (  # in NFC and without spaces around them, since others are refused
+    st.text(st.characters(exclude_categories=["C"]), min_size=1, max_size=12)
+    .map(lambda text: normalize("NFC", text).strip())
+    .filter(bool)
+)
 moments = st.datetimes(datetime(2000, 1, 1), datetime(2090, 1, 1), timezones=st.just(UTC))  # noqa: DTZ001
 rows = st.fixed_dictionaries(
     {"name": names},

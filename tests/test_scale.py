@@ -160,7 +160,8 @@ async def test_litellm_19477_the_list_of_many_keys_is_a_page_at_a_time(tmp_path:
             cursor = page.next_cursor
             if cursor is None:
                 break
-        assert asked == [101] * 6 + [100]
+        assert max(asked) == 101
+        assert len(asked) <= 8, "the first page looks at a few keys, to learn how large they are"
         assert len(seen) == 700
 
 
