@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 from urllib.parse import quote
 
 import pytest
+from _pytest.nodeid import coerce_node_id
 from hypothesis import HealthCheck, settings
 
 from tests.waiting import wait_until as wait_until  # noqa: PLC0414 - tests take it from here
@@ -44,6 +45,16 @@ def pytest_configure() -> None:
     # A shell starts what is in the background with SIGINT ignored, and children inherit that: Ctrl-C would do nothing.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the tests of a group (`xdist_group`) on one worker: pytest-xdist 3.8 writes the group into an attribute that
+    pytest 9.2 does not read any more, so that tests which must not run at once did."""
+    if getattr(config.option, "loadgroup", False):
+        for item in items:
+            group = item.get_closest_marker("xdist_group")
+            if group is not None and not item.nodeid.endswith(f"@{group.args[0]}"):
+                item._id = coerce_node_id(f"{item.nodeid}@{group.args[0]}")
 
 
 def pytest_collection_finish() -> None:

@@ -84,6 +84,13 @@ def strongroom(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         process.terminate()
 
 
+@pytest.mark.xdist_group("docs-commands")
+def test_the_tests_of_a_group_run_on_one_worker(request: pytest.FixtureRequest) -> None:
+    """The pages make the same database: run at once they would remove it from each other."""
+    grouped = getattr(request.config.option, "loadgroup", False)
+    assert request.node.nodeid.endswith("@docs-commands") is grouped
+
+
 @pytest.fixture
 def database(request: pytest.FixtureRequest) -> Iterator[postgres.Server]:
     """A PostgreSQL server without the database that the pages make, and none afterwards."""
