@@ -82,6 +82,29 @@ async def test_a_write_whose_outcome_is_unknown_says_so_to_who_sent_it() -> None
         assert "outcome" not in (await served.get("/v1/keys/nothing")).json
 
 
+@pytest.mark.parametrize(
+    ("error", "detail"),
+    [
+        (
+            StorageFull("/srv/our data/s.db: the disk is full: writes are refused"),
+            "the disk is full: writes are refused",
+        ),
+        (Unavailable("10.0.0.7:5432/app: PostgreSQL cannot be reached"), "PostgreSQL cannot be reached"),
+        (StoreError("firestore://project/(default): damaged"), "damaged"),
+        (Unavailable("too many nodes at once: try again"), "too many nodes at once: try again"),
+    ],
+)
+async def test_where_the_store_is_is_not_told_to_callers(error: StrongroomError, detail: str) -> None:
+    async with serving() as served:
+
+        async def fail(*_: Any, **__: Any) -> Any:
+            raise error
+
+        await served.get("/v1/keys")  # the caller is known
+        setattr(served.room.store, "commit", fail)  # noqa: B010
+        assert (await served.post("/v1/keys", {"name": "k"})).json["detail"] == detail
+
+
 async def test_what_is_not_there_and_what_is_not_for_a_path() -> None:
     async with serving() as served:
         for path in ("/nothing", "/v1/nothing", "/v2/keys", "/v1/keys/", "//v1/keys", "/v1/keys/x/y/z", "/V1/KEYS"):

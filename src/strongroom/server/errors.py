@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from http import HTTPStatus
 from typing import Any
@@ -74,6 +75,9 @@ STATUS: dict[str, int] = {
     "unavailable": 503,
     "storage_full": 507,
 }
+_OF_THE_STORE = frozenset({"store_error", "schema_error", "config_error", "unavailable", "storage_full"})
+_PLACE = re.compile(r"^(?:(?!: ).)*/(?:(?!: ).)*: ")
+"""How a store begins its messages: with its file, or its host and database."""
 _RETRY = frozenset({"too_many_requests", "unavailable", "storage_full"})
 _encode = msgspec.json.Encoder().encode
 
@@ -90,7 +94,7 @@ def document(error: StrongroomError, request_id: str) -> dict[str, Any]:
         "type": f"/docs#error-{error.code}",
         "title": title,
         "status": status,
-        "detail": error.message[:MAX_DETAIL_CHARS] if status != 500 or error.code != "internal" else title,
+        "detail": _detail(error)[:MAX_DETAIL_CHARS] if error.code != "internal" else title,
         "code": error.code,
         "request_id": request_id,
     }
@@ -102,6 +106,11 @@ def document(error: StrongroomError, request_id: str) -> dict[str, Any]:
     if isinstance(error, InvalidInput):
         body["errors"] = [{"path": p.path, "message": p.message} for p in error.problems[:MAX_PROBLEMS]]
     return body
+
+
+def _detail(error: StrongroomError) -> str:
+    """The message; of a store's own errors without where the store is, which is not for callers."""
+    return _PLACE.sub("", error.message, count=1) if error.code in _OF_THE_STORE else error.message
 
 
 def response(error: StrongroomError, request_id: str) -> tuple[int, Headers, bytes]:
