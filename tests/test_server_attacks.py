@@ -10,7 +10,7 @@ import urllib.error
 import urllib.request
 import weakref
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from ipaddress import ip_network
 from typing import Any
 
@@ -217,15 +217,15 @@ async def test_a_connection_whose_last_answer_is_not_read_is_cut_off(monkeypatch
 
 
 async def test_many_that_do_not_read_leave_the_places_to_others() -> None:
-    async with serving(bounds=Bounds(max_concurrency=3)) as served, listening(served.app) as port:
+    bounds = Bounds(max_concurrency=3)
+    async with serving(bounds=bounds) as served, listening(served.app) as port, AsyncExitStack() as idle:
+        await served.get("/docs")  # made now: while it is made, what is sent ahead would be answered with 429
         sent = b"GET /docs HTTP/1.1\r\nHost: x\r\n\r\n" * 200
-        idle = []
         for _ in range(12):
-            one = socket.socket()
+            one = idle.enter_context(socket.socket())
             one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
             one.connect(("127.0.0.1", port))
             one.sendall(sent)
-            idle.append(one)
         services = served.app.services
         await wait_until(lambda: services.metrics.requests.get(("GET", "/docs", 200), 0) >= 24)
         for path in ("/healthz", "/v1/keys"):
@@ -241,8 +241,6 @@ async def test_many_that_do_not_read_leave_the_places_to_others() -> None:
             await wait_until(status)
             writer.close()
         await wait_until(lambda: services.gate.inside == 0, outgoing.WRITE_TIMEOUT_S / 2)
-        for one in idle:
-            one.close()
 
 
 async def test_verifications_and_health_have_places_of_their_own() -> None:
