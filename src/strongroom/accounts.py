@@ -356,8 +356,9 @@ class Account:
             before = totals.get(resource)
             if before is None and len(totals) >= MAX_TOTALS:
                 resource, before = OTHER_RESOURCES, totals.get(OTHER_RESOURCES)
-            totals[resource] = min((before or 0) + units, SATURATED)
-            month[resource] = min(month.get(resource, 0) + units, SATURATED)
+            after, in_month = (before or 0) + units, month.get(resource, 0) + units
+            totals[resource] = after if after < SATURATED else SATURATED
+            month[resource] = in_month if in_month < SATURATED else SATURATED
         if self.last_used_us is None or now_us > self.last_used_us:
             self.last_used_us = now_us
 

@@ -205,6 +205,8 @@ class Decision:
         self._watcher = watcher
         self._watched: list[tuple[Part, Allowance, tuple[int, ...], int]] = []
         """Limits whose thresholds someone wants to be told of, and what was recorded of them before."""
+        self._due = False
+        """Whether crossings of before are still to be told of."""
         self._changed: set[str] = set()
         self._asked: dict[str, dict[str, int]] = {}
         self._guards: dict[tuple[str, str], Check] = {}
@@ -222,6 +224,7 @@ class Decision:
             if wallet is not None and wallet.record(account, now_us):
                 self._changed.add(id)
             account.kept = wallet.kept(allowances) if wallet is not None else {}
+            self._due = self._due or bool(account.due)
             fold(account, allowances, now_us)
         for charge in self._group.charges:
             self._charge(charge)
@@ -454,7 +457,7 @@ class Decision:
         for id in self._changed:
             self._guard(self._group.parts[id].guard)
         operations += self._guards.values()
-        if self._watcher is not None:
+        if self._watcher is not None and (self._watched or self._due):
             self._tell(self._watcher, decided)
         for id in sorted(self._changed):  # in one order for all nodes
             account = self._accounts[id]

@@ -152,6 +152,7 @@ class Writer:
         found = self._execute(_DELETED).fetchall()
         self._deleted_version = self._deleted_version_before = found[0][0]
         self._changes_before = self._connection.total_changes()
+        self._guarded.trust(True)
 
     @property
     def has_changes(self) -> bool:
@@ -159,11 +160,13 @@ class Writer:
 
     def commit(self) -> None:
         """Returns when everything is on the disk. Blocks for an fsync if there are changes."""
+        self._guarded.trust(False)
         if self._deleted_version != self._deleted_version_before:
             self._execute(_KEEP_DELETED, (self._deleted_version,))
         self._execute("COMMIT").fetchall()
 
     def roll_back(self) -> None:
+        self._guarded.trust(False)
         if self._connection.in_transaction:  # after some errors SQLite has done it already
             self._execute("ROLLBACK").fetchall()
 
