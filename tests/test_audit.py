@@ -63,11 +63,11 @@ async def fill(room: Strongroom) -> None:
         await room.database.find(Context("beta", "user:ada", {"tenant": "acme"}, "r3"), Note)
 
 
-async def test_it_says_who_changed_what_from_what_to_what(url: str) -> None:
-    async with Strongroom.open(url, entities=[Note]) as room:
+async def test_it_says_who_changed_what_from_what_to_what(url_of_any: str) -> None:
+    async with Strongroom.open(url_of_any, entities=[Note]) as room:
         await fill(room)
 
-        async def all_three() -> list[AuditRecord]:  # the emulator's queries lag behind its commits by a moment
+        async def all_three() -> list[AuditRecord]:
             found = await everything(room, tenant="acme")
             return found if len(found) >= 3 else []
 
