@@ -16,10 +16,10 @@ import redis.asyncio
 
 import strongroom.app
 from strongroom import Cached, Entity, Index, Strongroom
-from strongroom.cache import Cache
-from strongroom.entity import Document
+from strongroom.cache.read_through import Cache
+from strongroom.entities.entity import Document
+from strongroom.entities.query import Query
 from strongroom.errors import Conflict
-from strongroom.query import Query
 from strongroom.storage import open_store
 from strongroom.storage.port import Store
 

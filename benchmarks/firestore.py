@@ -91,7 +91,7 @@ def server() -> Iterator[str]:
     if given := os.environ.get("FIRESTORE_EMULATOR_HOST"):
         yield given
         return
-    from tests.servers import answers, firestore, free_port
+    from tests.helpers.servers import answers, firestore, free_port
 
     port = free_port()
     try:

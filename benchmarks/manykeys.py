@@ -29,10 +29,10 @@ import apsw
 
 from strongroom import Strongroom
 from strongroom.context import system_context
-from strongroom.keyexport import Exported, export_rows, file_of
-from strongroom.keypieces import survey
-from strongroom.keytransfer import KeyImport
-from strongroom.query import MAX_LIMIT
+from strongroom.entities.query import MAX_LIMIT
+from strongroom.keys.transfer.key_file_chunks import survey
+from strongroom.keys.transfer.key_file_export import Exported, export_rows, file_of
+from strongroom.keys.transfer.key_file_import import KeyImport
 from strongroom.server.run import collect_rarely
 
 from .harness import Benchmark, Plan, percentiles_us

@@ -25,13 +25,13 @@ from typing import Any
 
 from strongroom import Limit, Rolling, Strongroom
 from strongroom.app import SYSTEM_ENTITIES
-from strongroom.entity import Registry
-from strongroom.journal import masked
+from strongroom.entities.entity import Registry
+from strongroom.entities.query import Query
+from strongroom.journal.records import masked
+from strongroom.limits.ledger import KeyUsage
 from strongroom.migrate import Options, migrate
-from strongroom.query import Query
 from strongroom.storage import open_store
 from strongroom.storage.port import Append, Batch, Create, Record
-from strongroom.usage import KeyUsage
 
 KEYS = 50_000
 TENANTS = 100
@@ -110,8 +110,8 @@ def postgres(folder: Path) -> Iterator[str]:
     if url := os.environ.get("STRONGROOM_BENCH_POSTGRES"):
         yield url
         return
-    servers = importlib.import_module("tests.servers")
-    server = importlib.import_module("tests.servers.postgres")
+    servers = importlib.import_module("tests.helpers.servers")
+    server = importlib.import_module("tests.helpers.servers.postgres")
     binaries, port = server.bundled(), servers.free_port()
     (folder / "postgres").mkdir()
     data = server.make_cluster(binaries, folder / "postgres")

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from strongroom import Entity, Index, IssuedKey, Strongroom
 from strongroom.context import new_id
-from strongroom.entity import Document
+from strongroom.entities.entity import Document
 from strongroom.storage import open_store
 from strongroom.storage.port import Append, Batch, Check, Create, Put, Record
 

@@ -20,7 +20,7 @@ import asyncpg
 
 from strongroom import Strongroom
 from strongroom.storage.port import Batch, Create
-from strongroom.storage.postgres import PostgresStore
+from strongroom.storage.postgres.store import PostgresStore
 
 from . import ours
 from .harness import Benchmark, Job, Plan, Role, Round, Sample, Target, closed_loop, side_by_side, start
@@ -91,7 +91,7 @@ def server() -> Iterator[str]:
     if given := os.environ.get("BENCH_POSTGRES"):
         yield given
         return
-    from tests.servers import free_port, postgres
+    from tests.helpers.servers import free_port, postgres
 
     with tempfile.TemporaryDirectory(prefix="strongroom-bench-") as folder:
         binaries, port = postgres.bundled(), free_port()

@@ -15,14 +15,12 @@ import pytest
 from _pytest.nodeid import coerce_node_id
 from hypothesis import HealthCheck, settings
 
-from tests.waiting import wait_until as wait_until  # noqa: PLC0414 - tests take it from here
-
 # The suite is imported by the tests that run it, not here: it asks the hypothesis profile how many examples to take,
 # and `--hypothesis-profile` is read after this file.
 if TYPE_CHECKING:
     from strongroom import Entity, Strongroom
     from strongroom.testing.storage import Backend
-    from tests.support import FaultyStore
+    from tests.helpers.support import FaultyStore
 
 pytest.register_assert_rewrite("strongroom.testing")
 
@@ -78,14 +76,14 @@ def backend_of(scheme: str, folder: Path, request: pytest.FixtureRequest | None 
     from strongroom.testing.storage import Backend
 
     if scheme == "postgres":
-        from tests.servers import postgres
+        from tests.helpers.servers import postgres
 
         if request is None:
             raise TypeError("backend_of: postgres needs the test's request")
         server = postgres.start(request, "postgres-18", postgres.bundled())
         return Backend(lambda: server.url(postgres.new_schema()))
     if scheme == "firestore":
-        from tests.servers import firestore
+        from tests.helpers.servers import firestore
 
         if request is None:
             raise TypeError("backend_of: firestore needs the test's request")
@@ -123,8 +121,8 @@ def url_of_any(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     if request.param != "postgres":
         yield backend_of(request.param, tmp_path, request).new_url()
         return
-    from tests.servers import postgres
-    from tests.support import with_schema
+    from tests.helpers.servers import postgres
+    from tests.helpers.support import with_schema
 
     server = postgres.start(request, "postgres-18", postgres.bundled())
     with postgres.lent_schema(server, lambda url: postgres.in_thread(lambda: with_schema(url))) as url:
@@ -134,7 +132,7 @@ def url_of_any(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 @pytest.fixture
 async def both(url_of_any: str, entities: list[type[Entity]]) -> AsyncIterator[tuple[Strongroom, FaultyStore]]:
     """A Strongroom on each engine in turn, and its store, which can be made to fail."""
-    from tests.support import opened
+    from tests.helpers.support import opened
 
     async with opened(url_of_any, entities=entities) as both:
         yield both

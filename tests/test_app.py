@@ -12,9 +12,9 @@ import pytest
 from strongroom import Aggregate, Counter, Entity, Query, Strongroom, Where
 from strongroom.blocking import BlockingStrongroom
 from strongroom.errors import ConfigError, Denied, NotFound, SchemaError, Unavailable
-from strongroom.keytext import generate
-
-from .support import STORES, Fault, new_url, opened, rolling, stored_usage, wait_until
+from strongroom.keys.token import generate
+from tests.helpers.support import STORES, Fault, new_url, opened, rolling, stored_usage
+from tests.helpers.waiting import wait_until
 
 
 class Note(Entity, collection="notes"):

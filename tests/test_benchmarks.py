@@ -31,8 +31,8 @@ from benchmarks.harness import (
     side_by_side,
 )
 from benchmarks.servers import bare_server
+from tests.helpers.places import ROOT
 
-ROOT = Path(__file__).parent.parent
 GOOD = b'{"valid": true, "code": "VALID"}'
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 

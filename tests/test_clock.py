@@ -16,17 +16,27 @@ import time_machine
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strongroom import Anchored, ApiKey, Calendar, Database, Limit, Registry, Rolling, Total, clock
+from strongroom import (
+    Anchored,
+    ApiKey,
+    Calendar,
+    Database,
+    Limit,
+    Registry,
+    Rolling,
+    Total,
+    clock,
+)
 from strongroom.app import SYSTEM_ENTITIES
 from strongroom.clock import DRIFT_PPM, MAX_HOLD_US, MachineClock, StoreClock, clock_of
 from strongroom.context import system_context
 from strongroom.errors import Unavailable
-from strongroom.knownkey import metered
-from strongroom.storage.jsonfile import JsonStore
-from strongroom.usage import KeyUsage, Ledger
-from strongroom.windows import BUCKETS_PER_WINDOW
-from tests.conftest import wait_until
-from tests.support import FaultyStore, rolling
+from strongroom.keys.cached_key import metered
+from strongroom.limits.counters import BUCKETS_PER_WINDOW
+from strongroom.limits.ledger import KeyUsage, Ledger
+from strongroom.storage.jsonfile.store import JsonStore
+from tests.helpers.support import FaultyStore, rolling
+from tests.helpers.waiting import wait_until
 
 SYSTEM = system_context()
 SECOND = 1_000_000

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from strongroom import config, served
+from strongroom import config
+from strongroom import served_entities as served
 from strongroom.app import DEFAULT_STORE
 from strongroom.errors import ConfigError
 

@@ -15,10 +15,10 @@ import pytest
 import typer
 
 from strongroom.cli import app, docs
-from tests import docs_commands
-from tests.servers import free_port, postgres
+from tests.helpers import docs_commands
+from tests.helpers.servers import free_port, postgres
+from tests.helpers.waiting import PATIENCE_S
 from tests.test_docs import PAGES
-from tests.waiting import PATIENCE_S
 
 SERVED = 'serve; export KEY="$(administrator)"'
 FILLED = "strongroom keys create --name worker --tenant acme --store sqlite:///data/strongroom.db >made.out"

@@ -15,11 +15,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from .integrating import bearer, check_refusal, fields
-from .serving import free_port
-from .waiting import PATIENCE_S
+from tests.helpers.integrating import bearer, check_refusal, fields
+from tests.helpers.places import EXAMPLES
+from tests.helpers.serving import free_port
+from tests.helpers.waiting import PATIENCE_S
 
-FOLDER = Path(__file__).parent.parent / "examples"
 START_TIMEOUT_S = 40.0
 CALLS = {
     "asgi_app": ("GET", "/stream", "an answer comes one word at a time "),
@@ -32,7 +32,7 @@ CALLS = {
 
 
 def test_every_example_is_tested() -> None:
-    assert {file.stem for file in FOLDER.glob("*_app.py")} == set(CALLS)
+    assert {file.stem for file in EXAMPLES.glob("*_app.py")} == set(CALLS)
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def running(name: str, folder: Path) -> Iterator[tuple[str, httpx.Client]]:
     """An example as a process of its own. Gives the key that it prints and a client."""
     port = free_port()
     environment = {"PATH": os.environ["PATH"], "PORT": str(port), "STORE": f"sqlite:///{folder}/example.db"}
-    command = [sys.executable, "-W", "error", str(FOLDER / f"{name}.py")]
+    command = [sys.executable, "-W", "error", str(EXAMPLES / f"{name}.py")]
     process = subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

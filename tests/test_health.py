@@ -16,17 +16,17 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from strongroom import Strongroom, changes, health
-from strongroom.cache import Cache
+from strongroom import Strongroom, health
+from strongroom.cache.read_through import Cache
 from strongroom.clock import ClockState, StoreClock
 from strongroom.config import Settings, load
 from strongroom.errors import ConfigError, Conflict, StoreError, Unavailable
+from strongroom.journal import feed as changes
 from strongroom.server import run, starting
 from strongroom.storage.port import ChangesPage
-from tests.conftest import wait_until
-from tests.serving import ADMIN, check_problem, serving
-from tests.support import Fault, FaultyStore, new_url, opened, rolling
-from tests.waiting import PATIENCE_S
+from tests.helpers.serving import ADMIN, check_problem, serving
+from tests.helpers.support import Fault, FaultyStore, new_url, opened, rolling
+from tests.helpers.waiting import PATIENCE_S, wait_until
 
 
 async def found_of(room: Strongroom) -> dict[str, health.Dependency]:

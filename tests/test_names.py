@@ -12,10 +12,9 @@ import pytest
 from strongroom import Entity, Strongroom
 from strongroom.context import name_problem, system_context
 from strongroom.errors import InvalidInput
-from strongroom.keyfile import parse
+from strongroom.keys.transfer.key_file import parse
 from strongroom.storage.port import Batch, Create
-
-from .serving import TOKENS, serving
+from tests.helpers.serving import TOKENS, serving
 
 COMPOSED = unicodedata.normalize("NFC", "Zoë")
 DECOMPOSED = unicodedata.normalize("NFD", COMPOSED)

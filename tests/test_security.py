@@ -5,11 +5,11 @@ from __future__ import annotations
 import ast
 import re
 from functools import cache
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.helpers.places import ROOT
+
 TEXT = (ROOT / "SECURITY.md").read_text()
 NAMED = re.compile(r"`([\w./-]+\.py)::(\w+)`")
 

@@ -18,17 +18,24 @@ from typing import Annotated, Any
 import pytest
 import time_machine
 
-from strongroom import Context, Database, Entity, Indexed, Query, Registry, Strongroom
+from strongroom import (
+    Context,
+    Database,
+    Entity,
+    Indexed,
+    Query,
+    Registry,
+    Strongroom,
+)
 from strongroom.app import SYSTEM_ENTITIES
 from strongroom.clock import StoreClock
 from strongroom.context import utc_from_us
+from strongroom.database.idempotency import IdempotentCall
 from strongroom.errors import AlreadyExists
-from strongroom.idempotency import IdempotentCall
+from strongroom.limits.ledger import Ledger
 from strongroom.storage import open_store
 from strongroom.storage.port import Capabilities
-from strongroom.usage import Ledger
-
-from .support import FaultyStore
+from tests.helpers.support import FaultyStore
 
 HOUR = timedelta(hours=1)
 
@@ -176,7 +183,7 @@ async def test_created_at_is_answered_as_it_is_stored(
         clock.shift(2)
 
         async def body(tx: object) -> Ticket:
-            from strongroom.transaction import Transaction
+            from strongroom.database.transaction import Transaction
 
             assert isinstance(tx, Transaction)
             if how.startswith("delete"):

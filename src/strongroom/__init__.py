@@ -5,16 +5,27 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .app import Strongroom, Tenant
-    from .cached import Cached, CachedList
     from .context import Context, system_context
-    from .database import Database, Page
-    from .entity import Counter, Entity, Index, Indexed, Registry, Secret
+    from .database import Database, Page, Transaction
+    from .entities import (
+        Aggregate,
+        And,
+        Cached,
+        CachedList,
+        Counter,
+        Entity,
+        Index,
+        Indexed,
+        Or,
+        Query,
+        Registry,
+        Secret,
+        Where,
+    )
     from .errors import StrongroomError
     from .keys import ApiKey, IssuedKey, Keys, Verification
-    from .query import Aggregate, And, Or, Query, Where
-    from .signatures import InvalidSignature, verify_signature
-    from .transaction import Transaction
-    from .windows import Anchored, Calendar, Limit, Refill, Rolling, Total
+    from .limits import Anchored, Calendar, Limit, Refill, Rolling, Total
+    from .webhooks import InvalidSignature, verify_signature
 
 __version__ = "0.1.0"
 
@@ -29,17 +40,17 @@ __all__ = [
 # `--help` without waiting for pydantic and cryptography.
 _HOMES = {
     "app": ("Strongroom", "Tenant"),
-    "cached": ("Cached", "CachedList"),
     "context": ("Context", "system_context"),
-    "database": ("Database", "Page"),
-    "entity": ("Counter", "Entity", "Index", "Indexed", "Registry", "Secret"),
+    "database": ("Database", "Page", "Transaction"),
+    "entities": (
+        "Aggregate", "And", "Cached", "CachedList", "Counter", "Entity", "Index", "Indexed", "Or", "Query", "Registry",
+        "Secret", "Where",
+    ),
     "errors": ("StrongroomError",),
     "keys": ("ApiKey", "IssuedKey", "Keys", "Verification"),
-    "query": ("Aggregate", "And", "Or", "Query", "Where"),
-    "signatures": ("InvalidSignature", "verify_signature"),
-    "transaction": ("Transaction",),
-    "windows": ("Anchored", "Calendar", "Limit", "Refill", "Rolling", "Total"),
-}
+    "limits": ("Anchored", "Calendar", "Limit", "Refill", "Rolling", "Total"),
+    "webhooks": ("InvalidSignature", "verify_signature"),
+}  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 if not TYPE_CHECKING:  # a type checker would take it to mean that every name exists

@@ -12,41 +12,29 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Annotated, Any, Literal, Self, TypedDict, TypeVar, get_args
 from urllib.parse import urlsplit
 
-from .advice import QueryShape
 from .audit import Audit
 from .cache import Cache
-from .changes import POLL_S, ChangeFeed
 from .clock import MachineClock, StoreClock, clock_of
 from .context import Context, system_context
-from .database import Database, Page
-from .deliveries import Deliveries, Delivery
-from .entity import Entity, Registry, Secret
+from .database import Database, IdempotentCall, Page, QueryShape, StoreState
+from .entities import MAX_LIMIT, MAX_PAGE_BYTES, Aggregate, Entity, Filter, Query, Registry, Secret
 from .errors import AlreadyExists, ConfigError, StrongroomError
 from .events import Event
-from .idempotency import IdempotentCall
-from .keys import ApiKey, Keys
-from .keysources import KeySource
-from .keysources import load as load_sources
-from .keytext import Hasher, Pepper
-from .keywork import KeyWork
-from .leaks import Leak, LeakPolicy, Leaks
-from .leases import Lease, Leases
-from .lending import LEASE_S, Lending
-from .lifecycle import Background, RollUp, ShapeKeeper, background
-from .observed import ObservedStore
-from .query import MAX_LIMIT, MAX_PAGE_BYTES, Aggregate, Filter, Query
+from .jobs import Lease, Leases
+from .jobs.maintenance import Background, RollUp, ShapeKeeper, background
+from .journal import POLL_S, ChangeFeed
+from .keys import ApiKey, Hasher, Keys, KeySource, Leak, LeakPolicy, Leaks, Pepper, StoredReservation
+from .keys.import_source import load as load_sources
+from .keys.jobs import KeyWork
+from .limits import LEASE_S, KeyUsage, Ledger, Lending, folder_for
 from .quotas import Quota
-from .quotastore import Quotas
-from .reservations import StoredReservation
-from .retrylog import RetryLog
+from .quotas.service import Quotas
+from .retry_log import RetryLog
 from .rules import Policy, default_policy
-from .sending import Sender
-from .spendlog import folder_for
 from .storage import open_store
+from .storage.instrumented import ObservedStore
 from .storage.port import Record
-from .usage import KeyUsage, Ledger
-from .webhooks import Webhook, Webhooks
-from .writestate import StoreState
+from .webhooks import Deliveries, Delivery, Sender, Webhook, Webhooks
 
 DEFAULT_STORE = "sqlite:///data/strongroom.db"
 MIN_PEPPER_CHARS = 32

@@ -22,8 +22,8 @@ from typing import Any, Protocol, Self, TypeVar, Unpack, overload
 from .app import DEFAULT_STORE, OpenOptions, Strongroom
 from .context import Context
 from .errors import ConfigError, Unavailable
-from .verification import Verification
-from .windows import Amount
+from .keys import Verification
+from .limits import Amount
 
 TIMEOUT_S = 30.0
 """How long a call waits for its answer."""

@@ -20,9 +20,9 @@ from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from .entity import problems_of
+from .entities import problems_of
 from .errors import ConfigError
-from .keytext import is_possible
+from .keys import is_possible
 
 DEFAULT_STORE = "sqlite:///data/strongroom.db"
 STORES = {

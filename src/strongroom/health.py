@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from .cache import Cache
-from .changes import ChangeFeed
 from .clock import MachineClock, StoreClock
 from .context import utc_from_us
-from .lifecycle import Background
+from .jobs.maintenance import Background
+from .journal import ChangeFeed
 from .storage.port import Health, Store
 
 CHECK_TIMEOUT_S = 5.0

@@ -16,7 +16,7 @@ from strongroom.blocking import BlockingStrongroom
 from strongroom.integrations.asgi import Hold, StrongroomMiddleware, reserve, verification_of
 from strongroom.integrations.fastapi import ApiKeyAuth, install
 from strongroom.integrations.flask import ApiKeys, BlockingHold
-from strongroom.verification import Reservation
+from strongroom.keys.verification import Reservation
 
 auth = ApiKeyAuth(permission="chat:write", cost={"requests": 1})
 Writer = Annotated[Verification, Depends(auth)]

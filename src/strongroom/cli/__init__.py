@@ -30,7 +30,13 @@ from . import (
     webhooks,
 )
 from .keychanges import OPTION_OF
-from .session import DEBUG_VARIABLE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_WRONG_CALL, Interrupted
+from .session import (
+    DEBUG_VARIABLE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_WRONG_CALL,
+    Interrupted,
+)
 
 CLOSE_ENOUGH = 0.75
 """Of 1: how like a name must be to one that there is for that to be named instead."""
@@ -146,7 +152,7 @@ def _of_value(error: Exception) -> str | None:
     parameter = getattr(error, "param", None)
     if parameter is None or not isinstance(error.__cause__, ValidationError):
         return None
-    from ..wording import problems_of
+    from ..entities import problems_of
 
     name = _spelled(parameter) or parameter.name.upper()
     message = "; ".join(problem.message for problem in problems_of(error.__cause__))

@@ -12,11 +12,19 @@ import typer
 
 from ..errors import ConfigError, StrongroomError
 from . import output
-from .session import EXIT_FAILED, JsonOption, StoreOption, as_owner, registry, run, store_file
+from .session import (
+    EXIT_FAILED,
+    JsonOption,
+    StoreOption,
+    as_owner,
+    registry,
+    run,
+    store_file,
+)
 
 if TYPE_CHECKING:
     from ..config import Settings
-    from ..entity import Collection
+    from ..entities import Collection
     from ..storage.port import Store
 
 MAX_OFFSET_S = 1.0
@@ -63,7 +71,7 @@ def _lines(check: Check) -> list[str]:
 
 def _checked(store: str | None) -> list[Check]:
     from .. import config
-    from ..storeurl import shown_url
+    from ..storage.url import shown_url
 
     try:
         settings = config.load(store=store)
@@ -222,7 +230,8 @@ async def _schema(store: Store, collections: tuple[Collection, ...]) -> list[Che
 
 
 async def _writes(store: Store) -> Check:
-    from ..writestate import WRITES, StoreState
+    from ..database import StoreState
+    from ..database.write_state import WRITES
 
     state = await store.get(StoreState.__collection__.name, None, WRITES)
     if state is None or state["allowed"]:
@@ -233,8 +242,8 @@ async def _writes(store: Store) -> Check:
 
 
 async def _access(store: Store) -> Check:
-    from ..apikey import ApiKey
-    from ..query import And, Query, Where
+    from ..entities import And, Query, Where
+    from ..keys import ApiKey
     from ..server.auth import Scope
 
     collection = ApiKey.__collection__

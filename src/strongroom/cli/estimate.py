@@ -169,7 +169,7 @@ def command(
 
 async def _stored_gb(room: Strongroom) -> float:
     """How much a store's documents take, as the port counts bytes."""
-    from ..query import Aggregate, Query
+    from ..entities import Aggregate, Query
     from ..storage.port import document_size
 
     tenants: list[str] = []

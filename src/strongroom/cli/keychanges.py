@@ -33,9 +33,8 @@ from .options import LimitsOption, YesOption, confirm, must_be_confirmed
 from .session import EXIT_FAILED, JsonOption, StoreOption, in_store, operator
 
 if TYPE_CHECKING:
-    from ..apikey import KeyChanges
     from ..app import Strongroom
-    from ..bulk import Bulk, BulkFailure
+    from ..keys import Bulk, BulkFailure, KeyChanges
 
 MAX_TOLD = 20
 """Failures that are told one by one where people read; a JSON document has them all."""
@@ -136,7 +135,7 @@ OPTION_OF = {
 
 def _update(given: dict[str, Any], clear: list[str]) -> KeyChanges:
     """What the options of `update` set, and what --clear removes. InvalidInput names everything that is wrong."""
-    from ..apikey import KeyChanges
+    from ..keys import KeyChanges
 
     problems: list[Problem] = []
     fields = {name: value for name, value in given.items() if value is not None}
@@ -262,8 +261,7 @@ def bulk(
       strongroom keys bulk disable --tenant acme --dry-run
       strongroom keys bulk update --owner ops --limit tokens=100000/5h --yes
     """
-    from ..bulk import Bulk
-    from ..keyfilter import KeyFilter
+    from ..keys import Bulk, KeyFilter
 
     where = key_filter(
         tenant=tenant,
@@ -317,7 +315,7 @@ def _changes(
     limit: list[str] | None, metadata: list[str] | None, group: list[str] | None, problems: list[Problem]
 ) -> KeyChanges | None:
     """What an update sets: only what is given."""
-    from ..apikey import KeyChanges
+    from ..keys import KeyChanges
 
     fields: dict[str, Any] = {}
     if metadata:

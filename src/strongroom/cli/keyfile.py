@@ -16,13 +16,18 @@ import typer
 
 from ..errors import AlreadyExists, InvalidInput, Problem
 from . import output
-from .session import EXIT_FAILED, Interrupted, JsonOption, StoreOption, in_store, operator
+from .session import (
+    EXIT_FAILED,
+    Interrupted,
+    JsonOption,
+    StoreOption,
+    in_store,
+    operator,
+)
 
 if TYPE_CHECKING:
     from ..app import Strongroom
-    from ..keyfile import Finding
-    from ..keypieces import KeyPieces
-    from ..keytransfer import Checksums, Plan
+    from ..keys.transfer import Checksums, Finding, KeyPieces, Plan
 
 MAX_SHOWN = 100
 """Rows of each kind that a report for people names; with --json all that were kept."""
@@ -77,7 +82,7 @@ def import_keys(
       strongroom import apikeys.json --tenant acme --dry-run
       strongroom import apikeys.json --tenant acme
     """
-    from ..keypieces import survey
+    from ..keys.transfer import survey
     from .keyrecords import RecordsImport, is_records, read_secret
 
     if is_records(file):
@@ -125,7 +130,7 @@ class _Import:
         self.checksums: Checksums | None = None
 
     async def work(self, room: Strongroom) -> None:
-        from ..keytransfer import KeyImport
+        from ..keys.transfer import KeyImport
 
         await room.feed.close()  # nobody here listens: all that is imported would be read again for nothing
         shape = self.found.shape
@@ -184,7 +189,7 @@ class _Import:
             raise typer.Exit(EXIT_FAILED)
 
     def _problems(self) -> list[Finding]:
-        from ..keyfile import Finding
+        from ..keys.transfer import Finding
 
         message = "is in the store already, for the tenant {!r}: a key belongs to one tenant"
         foreign = [
@@ -312,7 +317,7 @@ def export_keys(
       strongroom export apikeys.json --shape plain --tenant acme
       strongroom export all.jsonl --shape records --all-tenants
     """
-    from ..keyexport import Exported, export_rows, file_of
+    from ..keys.transfer import Exported, export_rows, file_of
 
     _check_target(file, force)
     if shape == "records":
@@ -346,7 +351,7 @@ def export_keys(
 
 
 def _export_records(file: Path, tenant: str | None, force: bool, store: str | None, json: bool) -> None:
-    from ..recordtransfer import ExportedRecords, export_records
+    from ..keys.transfer import ExportedRecords, export_records
 
     told = ExportedRecords()
 
@@ -375,7 +380,7 @@ def _export_records(file: Path, tenant: str | None, force: bool, store: str | No
 @contextmanager
 def _named(file: Path) -> Iterator[None]:
     """What is wrong with the file, told with its name."""
-    from ..keyfile import KeyFileError
+    from ..keys.transfer import KeyFileError
 
     try:
         yield

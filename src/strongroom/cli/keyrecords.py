@@ -18,9 +18,7 @@ from .session import EXIT_FAILED, Interrupted, in_store, operator
 
 if TYPE_CHECKING:
     from ..app import Strongroom
-    from ..keyfile import Finding
-    from ..keyrecords import Record
-    from ..recordtransfer import PlannedRecord, RecordImport
+    from ..keys.transfer import Finding, PlannedRecord, Record, RecordImport
 
 MAX_SHOWN = 100
 """Rows of each kind that a report for people names; with --json MAX_KEPT."""
@@ -30,7 +28,7 @@ ROWS_AT_ONCE = 2_000
 
 def is_records(file: Path) -> bool:
     """Whether a file is one of records; not a file that cannot be read, which is told elsewhere."""
-    from .. import recordlines
+    from ..keys.transfer import record_lines as recordlines
 
     try:
         with file.open("rb") as opened:
@@ -94,8 +92,7 @@ class RecordsImport:
         self._report(json)
 
     def _records(self) -> Iterator[tuple[Record | None, list[Finding]]]:
-        from ..keyfile import KeyFileError
-        from ..keyrecords import RecordReader
+        from ..keys.transfer import KeyFileError, RecordReader
 
         reader = RecordReader(self.tenant, time.time_ns() // 1_000, with_secret=self.secret is not None)
         try:
@@ -116,7 +113,7 @@ class RecordsImport:
             yield piece
 
     async def _work(self, room: Strongroom) -> None:
-        from ..recordtransfer import RecordImport
+        from ..keys.transfer import RecordImport
 
         job = RecordImport(room.database, room.keys.hasher, operator(), hmac_secret=self.secret)
         total = self.rows - self.refused
@@ -153,7 +150,7 @@ class RecordsImport:
             self.dropped += 1
 
     def _count(self, planned: PlannedRecord) -> None:
-        from ..keyfile import Finding
+        from ..keys.transfer import Finding
 
         self.standings[planned.standing.value] += 1
         if planned.problem is not None:

@@ -12,7 +12,14 @@ import typer
 
 from ..errors import InvalidInput, Problem
 from . import output, shortforms
-from .keyviews import key_view, print_answer, print_issued, print_key, state_of, stats_view
+from .keyviews import (
+    key_view,
+    print_answer,
+    print_issued,
+    print_key,
+    state_of,
+    stats_view,
+)
 from .limitviews import limit_texts, print_limits, print_mended
 from .options import (
     CursorOption,
@@ -29,10 +36,9 @@ from .options import (
 from .session import EXIT_FAILED, JsonOption, StoreOption, in_store, operator
 
 if TYPE_CHECKING:
-    from ..apikey import ApiKey, NewKey
     from ..app import Strongroom
     from ..database import Page
-    from ..keyfilter import KeyFilter
+    from ..keys import ApiKey, KeyFilter, NewKey
 
 app = typer.Typer(help="Issue, verify and manage API keys.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -442,7 +448,7 @@ def mend_clock(id: IdArgument, store: StoreOption = None, json: JsonOption = Fal
 
 def _new_key(**given: Any) -> NewKey:
     """The key that the options describe. InvalidInput names everything that is wrong with them at once."""
-    from ..apikey import NewKey
+    from ..keys import NewKey
 
     problems: list[Problem] = []
     fields = {name: value for name, value in given.items() if value is not None}
@@ -460,7 +466,8 @@ def _new_key(**given: Any) -> NewKey:
 
 def key_filter(**given: Any) -> KeyFilter:
     """The filter that the options describe. InvalidInput names everything that is wrong with them at once."""
-    from ..keyfilter import TIMES, KeyFilter, KeyState
+    from ..keys import KeyFilter, KeyState
+    from ..keys.filter import TIMES
 
     problems: list[Problem] = []
     times: dict[str, Any] = {}

@@ -9,8 +9,7 @@ from . import output, shortforms
 from .limitviews import limit_texts, print_limits
 
 if TYPE_CHECKING:
-    from ..keys import ApiKey, IssuedKey, KeyStats
-    from ..verification import Verification
+    from ..keys import ApiKey, IssuedKey, KeyStats, Verification
 
 ONCE = "Keep this text now: it is not stored and cannot be shown again."
 

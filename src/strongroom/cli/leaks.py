@@ -15,7 +15,7 @@ from .session import JsonOption, StoreOption, in_store, operator
 
 if TYPE_CHECKING:
     from ..app import Strongroom
-    from ..leaks import Finding, Leak, LeakPolicy, Sighting
+    from ..keys import Finding, Leak, LeakPolicy, Sighting
 
 app = typer.Typer(help="Deal with keys that were found in public.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -129,7 +129,7 @@ def _content(file: str) -> str:
 
 def _sightings(content: str, **given: str) -> list[Sighting]:
     """The texts of a file: an array as scanners send it, or one a line, to which `given` applies."""
-    from ..leaks import Sighting
+    from ..keys import Sighting
 
     if content.lstrip().startswith("["):
         return _from_array(content, given)
@@ -142,7 +142,7 @@ def _sightings(content: str, **given: str) -> list[Sighting]:
 def _from_array(content: str, given: dict[str, str]) -> list[Sighting]:
     import msgspec
 
-    from ..leaks import Sighting
+    from ..keys import Sighting
 
     try:
         items = msgspec.json.decode(content, type=list[dict[str, Any]])
@@ -174,7 +174,7 @@ def _done(leak: Leak) -> str:
 
 
 def _print_found(sightings: list[Sighting], found: list[Finding], json: bool) -> None:
-    from ..keytext import masked
+    from ..keys import masked
 
     shown = [masked(sighting.token) for sighting in sightings]
     if json:

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 from . import output, shortforms
 
 if TYPE_CHECKING:
-    from ..usage import ClockMended
-    from ..verification import LimitStatus
-    from ..windows import Limit
+    from ..keys import LimitStatus
+    from ..limits import ClockMended, Limit
 
 _COLUMNS: tuple[tuple[str, Callable[[LimitStatus], str]], ...] = (
     ("RESOURCE", lambda s: s.resource),

@@ -15,10 +15,20 @@ import typer
 from ..errors import ConfigError, InvalidInput, Problem
 from . import output
 from .options import is_interactive, stopped_by_ctrl_c
-from .session import EXIT_FAILED, Absent, Interrupted, JsonOption, as_owner, registry, run, standing, store_file
+from .session import (
+    EXIT_FAILED,
+    Absent,
+    Interrupted,
+    JsonOption,
+    as_owner,
+    registry,
+    run,
+    standing,
+    store_file,
+)
 
 if TYPE_CHECKING:
-    from ..entity import Collection
+    from ..entities import Collection
     from ..migrate import Options, Plan, Progress, Report
     from ..storage.port import Store
 
@@ -94,7 +104,7 @@ def migrate(
 
 def shown(url: str) -> str:
     """A store's URL as it may be shown and kept: without a password, a file by its whole path."""
-    from ..storeurl import shown_url
+    from ..storage.url import shown_url
 
     return shown_url(url)
 

@@ -9,12 +9,21 @@ import typer
 from ..errors import InvalidInput, Problem
 from . import output
 from .limitviews import limit_texts, print_limits, print_mended
-from .options import CursorOption, LimitsOption, PageOption, YesOption, confirm, described, must_be_confirmed
+from .options import (
+    CursorOption,
+    LimitsOption,
+    PageOption,
+    YesOption,
+    confirm,
+    described,
+    must_be_confirmed,
+)
 from .session import JsonOption, StoreOption, in_store, operator
 
 if TYPE_CHECKING:
     from ..app import Strongroom
-    from ..quotastore import NewQuota, Quota
+    from ..quotas import Quota
+    from ..quotas.service import NewQuota
 
 app = typer.Typer(
     help="Limit what the keys of a tenant, a user or a group use together.", no_args_is_help=True, rich_markup_mode=None
@@ -196,7 +205,7 @@ def _new_quota(
     kind: str, tenant: str, name: str, limits: list[str], description: str | None, problems: list[Problem]
 ) -> NewQuota:
     """The quota that the options describe. InvalidInput names everything that is wrong with them at once."""
-    from ..quotastore import NewQuota
+    from ..quotas.service import NewQuota
 
     fields = {"kind": kind, "tenant": tenant, "name": name, "description": description}
     return described(NewQuota, fields, limits, problems)

@@ -11,10 +11,18 @@ import typer
 
 from ..errors import ConfigError, SchemaError
 from . import output
-from .session import Absent, JsonOption, StoreOption, as_owner, registry, run, standing
+from .session import (
+    Absent,
+    JsonOption,
+    StoreOption,
+    as_owner,
+    registry,
+    run,
+    standing,
+)
 
 if TYPE_CHECKING:
-    from ..entity import Registry
+    from ..entities import Registry
     from ..storage.port import Advice, SchemaChange, Store
 
 T = TypeVar("T")
@@ -166,8 +174,8 @@ def views(
       strongroom schema views | sqlite3 data/strongroom.db
     """
     from ..config import load
+    from ..limits import views_sql
     from ..storage import store_for
-    from ..usageview import views_sql
 
     named = store_for(load(store=store).store_url)
     schema: str = getattr(getattr(named, "settings", None), "schema", "")
@@ -190,7 +198,7 @@ def advise(
     Example:
       strongroom schema advise --entities myapp.entities
     """
-    from .. import advice
+    from ..database import index_advice as advice
 
     async def work(opened: Store, declared: Registry) -> list[Advice]:
         collections = {c.name: c for c in (*declared.collections, advice.QueryShape.__collection__)}

@@ -16,7 +16,7 @@ from . import output
 if TYPE_CHECKING:
     from ..app import Strongroom
     from ..context import Context
-    from ..entity import Registry
+    from ..entities import Registry
 
 EXIT_FAILED = 1
 EXIT_WRONG_CALL = 2
@@ -47,7 +47,7 @@ def in_store(store: str | None, work: Callable[[Strongroom], Awaitable[T]], *, a
     file of a store that is not there, unless `absent` says otherwise."""
     from .. import config
     from ..app import Strongroom
-    from ..served import served_entities
+    from ..served_entities import served_entities
 
     settings = config.load(store=store)
     entities = served_entities(settings.entities)
@@ -88,7 +88,7 @@ def standing(store: str | None, url: str, absent: Absent) -> Iterator[str]:
 
 def store_file(url: str) -> str | None:
     """The path of the file that a store's URL names; None if it names a server, or nothing."""
-    from ..storeurl import store_file as file_of
+    from ..storage.url import store_file as file_of
 
     return file_of(url)
 
@@ -96,8 +96,8 @@ def store_file(url: str) -> str | None:
 def registry(modules: Sequence[str]) -> Registry:
     """Every entity that a server knows whose STRONGROOM_ENTITIES names these modules. ConfigError, SchemaError."""
     from ..app import SYSTEM_ENTITIES
-    from ..entity import Registry
-    from ..served import served_entities
+    from ..entities import Registry
+    from ..served_entities import served_entities
 
     return Registry((*SYSTEM_ENTITIES, *served_entities(modules)))
 
@@ -120,7 +120,7 @@ def as_owner() -> Iterator[None]:
     """The owner of a PostgreSQL schema is right here: do not warn that it should not serve."""
     import logging
 
-    logger = logging.getLogger("strongroom.storage._postgres_roles")
+    logger = logging.getLogger("strongroom.storage.postgres.roles")
     before = logger.level
     logger.setLevel(logging.ERROR)
     try:

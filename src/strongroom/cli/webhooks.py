@@ -8,13 +8,20 @@ import typer
 
 from ..errors import InvalidInput, Problem
 from . import output, shortforms
-from .options import CursorOption, PageOption, YesOption, confirm, described, duration_s, must_be_confirmed
+from .options import (
+    CursorOption,
+    PageOption,
+    YesOption,
+    confirm,
+    described,
+    duration_s,
+    must_be_confirmed,
+)
 from .session import EXIT_FAILED, JsonOption, StoreOption, in_store, operator
 
 if TYPE_CHECKING:
     from ..app import Strongroom
-    from ..deliveries import Delivery
-    from ..webhooks import IssuedWebhook, Webhook
+    from ..webhooks import Delivery, IssuedWebhook, Webhook
 
 app = typer.Typer(help="Tell other systems of events, by signed webhooks.", no_args_is_help=True, rich_markup_mode=None)
 

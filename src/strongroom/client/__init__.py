@@ -29,7 +29,14 @@ from ._sync.entities import Collection, Tenant
 from ._sync.reservations import Hold
 from ._sync.watch import Watch
 from ._wire import Retries, new_idempotency_key
-from .errors import MalformedRequest, MethodNotAllowed, NoAnswer, PreconditionFailed, Refused, UnexpectedAnswer
+from .errors import (
+    MalformedRequest,
+    MethodNotAllowed,
+    NoAnswer,
+    PreconditionFailed,
+    Refused,
+    UnexpectedAnswer,
+)
 from .models import (
     ApiKey,
     Ask,

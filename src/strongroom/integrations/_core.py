@@ -19,12 +19,11 @@ from urllib.parse import quote
 
 import msgspec
 
-from ..addresses import Network
 from ..app import OpenOptions, Strongroom
+from ..client_address import Network
 from ..errors import InvalidInput, Problem, StrongroomError
-from ..undoing import Charged
-from ..verification import LimitStatus, Verification, cost_units
-from ..windows import MONEY, Amount
+from ..keys import Charged, LimitStatus, Verification, cost_units
+from ..limits import MONEY, Amount
 
 T = TypeVar("T")
 Cost = Mapping[str, Amount]

@@ -12,10 +12,9 @@ from typing import Any, Self
 
 from ..app import Strongroom
 from ..errors import Conflict, NotFound, StrongroomError, Unavailable
-from ..reserving import amounts as amounts_of
-from ..undoing import Charged
-from ..verification import Reservation, cost_units
-from ..windows import Amount
+from ..keys import Charged, Reservation, cost_units
+from ..keys import amounts as amounts_of
+from ..limits import Amount
 from ._core import Cost, KeyRefused, Presented, refusal_of, refusal_of_error
 
 TTL_S = 60

@@ -6,14 +6,21 @@ from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from typing import Any, Self
 
-from ..addresses import client_address
 from ..app import OpenOptions, Strongroom
 from ..blocking import BlockingStrongroom
+from ..client_address import client_address
 from ..errors import ConfigError
-from ..undoing import Charged
-from ..verification import Reservation
-from ..windows import Amount
-from ._core import Cost, Presented, checked_header, credential, leased, networks, verified
+from ..keys import Charged, Reservation
+from ..limits import Amount
+from ._core import (
+    Cost,
+    Presented,
+    checked_header,
+    credential,
+    leased,
+    networks,
+    verified,
+)
 from ._hold import TTL_S, Hold, reserving, returned
 
 

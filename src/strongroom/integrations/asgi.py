@@ -8,11 +8,10 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, Unpack
 
-from ..addresses import Network, client_address
 from ..app import OpenOptions, Strongroom
+from ..client_address import Network, client_address
 from ..errors import ConfigError, StrongroomError
-from ..undoing import Charged
-from ..verification import ONE_REQUEST, Verification
+from ..keys import ONE_REQUEST, Charged, Verification
 from ._core import (
     AUTHORIZATION,
     Cost,

@@ -24,8 +24,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.http import HttpResponse
 
 from ..blocking import BlockingStrongroom
-from ..undoing import Charged
-from ..verification import Verification
+from ..keys import Charged, Verification
 from ._core import (
     AUTHORIZATION,
     Cost,

@@ -21,7 +21,7 @@ from starlette.requests import HTTPConnection
 
 from ..app import OpenOptions, Strongroom
 from ..errors import ConfigError
-from ..verification import Verification
+from ..keys import Verification
 from ._core import (
     AUTHORIZATION,
     MEDIA_TYPE,

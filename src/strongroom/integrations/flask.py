@@ -20,7 +20,7 @@ from flask import Blueprint, Flask, Response, current_app, g, request
 
 from ..app import OpenOptions
 from ..blocking import BlockingStrongroom
-from ..verification import Verification
+from ..keys import Verification
 from ._core import (
     AUTHORIZATION,
     Cost,

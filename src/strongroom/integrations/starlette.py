@@ -20,9 +20,18 @@ from starlette.requests import HTTPConnection
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Match, Mount
 
-from ..verification import Verification
+from ..keys import Verification
 from ._core import KeyRefused
-from .asgi import KEY, Hold, Scope, StrongroomMiddleware, give_back, reserve, route_of, verification_of
+from .asgi import (
+    KEY,
+    Hold,
+    Scope,
+    StrongroomMiddleware,
+    give_back,
+    reserve,
+    route_of,
+    verification_of,
+)
 
 
 class ApiKeyUser(BaseUser):

@@ -4,12 +4,12 @@ It knows the stores by the port alone, so that any two of the backends will do. 
 the same batches as the documents: after a kill at any moment the same call goes on. See docs/migrate.md.
 """
 
-from .comparing import Difference
-from .planning import Plan, PlannedPart
-from .proving import PartReport, Report
+from .compare import Difference
+from .plan import Plan, PlannedPart
+from .prove import PartReport, Report
 from .run import migrate, plan
 from .state import Migration, MigrationPart, Options, Phase, Progress
-from .undoing import abort, roll_back
+from .undo import abort, roll_back
 
 __all__ = [
     "Difference", "Migration", "MigrationPart", "Options", "PartReport", "Phase", "Plan", "PlannedPart", "Progress",

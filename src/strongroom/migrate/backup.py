@@ -22,12 +22,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..entity import Collection, Document
+from ..entities import Collection, Document
 from ..errors import Conflict, StorageFull, StoreError, Unavailable
-from ..storage import _values
+from ..storage import tagged_json as _values
 from ..storage.port import Store
 from .checksum import Canonical, SetSum
-from .comparing import set_sum
+from .compare import set_sum
 from .streams import pages, parts
 
 FORMAT = 1

@@ -16,9 +16,8 @@ from typing import Any
 
 import msgspec
 
-from ..entity import Collection, Document, FieldType
+from ..entities import Collection, Document, FieldType, encode_value
 from ..storage.port import Record
-from ..values import encode_value
 
 MODULUS = 2**256
 _DECIMAL_CODE = 1

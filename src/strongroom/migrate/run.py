@@ -9,16 +9,16 @@ from contextlib import aclosing
 from datetime import UTC, datetime
 from pathlib import Path
 
-from ..changes import POLL_S
 from ..context import new_id
-from ..entity import Collection
+from ..entities import Collection
 from ..errors import InvalidInput, Problem, Unavailable
+from ..journal import POLL_S
 from ..storage.port import Batch, Put, Store
 from . import backup
-from .comparing import Comparison
-from .copying import clear, copy_documents, copy_journal, persistently
-from .following import equalise, follow, reconcile
-from .planning import (
+from .compare import Comparison
+from .copy import clear, copy_documents, copy_journal, persistently
+from .follow import equalise, follow, reconcile
+from .plan import (
     Plan,
     count_documents,
     make_plan,
@@ -29,8 +29,21 @@ from .planning import (
     same_store,
     wrong_options,
 )
-from .proving import PartReport, Report, fill, prove
-from .state import CURRENT, MIGRATIONS, OWN, Migration, Options, Part, Phase, Progress, Run, fence, no_progress, now_us
+from .prove import PartReport, Report, fill, prove
+from .state import (
+    CURRENT,
+    MIGRATIONS,
+    OWN,
+    Migration,
+    Options,
+    Part,
+    Phase,
+    Progress,
+    Run,
+    fence,
+    no_progress,
+    now_us,
+)
 
 NOTICE_S = 4 * POLL_S
 """How long every process of the source has to learn, by the journal, that its writes are off."""

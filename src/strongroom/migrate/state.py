@@ -11,11 +11,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from ..advice import QueryShape
 from ..context import next_id
-from ..entity import Collection, Document, Entity, Index
-from ..leases import Lease
-from ..query import Query, Where
+from ..database import QueryShape, StoreState
+from ..database.write_state import WRITES
+from ..entities import Collection, Document, Entity, Index, Query, Where
+from ..jobs import Lease
 from ..storage.port import (
     MAX_BATCH_BYTES,
     MAX_OPERATIONS,
@@ -29,7 +29,6 @@ from ..storage.port import (
     Record,
     Store,
 )
-from ..writestate import WRITES, StoreState
 from .checksum import Canonical
 
 CURRENT = "current"

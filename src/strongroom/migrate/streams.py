@@ -9,9 +9,8 @@ from contextlib import aclosing
 from types import TracebackType
 from typing import Self
 
-from ..entity import Collection, Document
+from ..entities import MAX_LIMIT, Collection, Document, Query
 from ..errors import StrongroomError
-from ..query import MAX_LIMIT, Query
 from ..storage.port import Batch, Committed, Store, document_size
 from .state import Part
 

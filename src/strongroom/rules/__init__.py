@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..context import Context
-from ..entity import Collection, Document
+from ..entities import Collection, Document
 
 Operation = Literal["get", "list", "create", "update", "delete"]
 

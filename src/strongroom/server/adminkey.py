@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import hmac
 
-from ..apikey import ALL_TENANTS, ApiKey
 from ..app import Strongroom
 from ..context import system_context
+from ..entities import And, Query, Where
 from ..errors import AlreadyExists, ConfigError, NotFound
-from ..keytext import generate, masked
-from ..query import And, Query, Where
+from ..keys import ALL_TENANTS, ApiKey, generate, masked
 from .auth import Scope
 
 ID = "admin"

@@ -14,14 +14,37 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from ..addresses import Network
 from ..app import Strongroom
-from ..errors import InvalidInput, NotFound, Problem, StrongroomError, TooManyRequests
-from ..wording import message_of
+from ..client_address import Network
+from ..entities import message_of
+from ..errors import (
+    InvalidInput,
+    NotFound,
+    Problem,
+    StrongroomError,
+    TooManyRequests,
+)
 from . import errors, openapi
 from .auth import single
-from .errors import MalformedRequest, Message, MethodNotAllowed, Send, send_problem
-from .routes import audit, entities, health, keys, leaks, quotas, reservations, stats, usage, webhooks
+from .errors import (
+    MalformedRequest,
+    Message,
+    MethodNotAllowed,
+    Send,
+    send_problem,
+)
+from .routes import (
+    audit,
+    entities,
+    health,
+    keys,
+    leaks,
+    quotas,
+    reservations,
+    stats,
+    usage,
+    webhooks,
+)
 from .services import Bounds, Services
 from .signers import Signers
 from .verify import PATH as VERIFY

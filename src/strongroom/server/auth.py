@@ -8,13 +8,11 @@ from enum import IntEnum
 from types import MappingProxyType
 from typing import Any
 
-from ..addresses import Network, client_address
-from ..apikey import ALL_TENANTS, MANAGEMENT
+from ..client_address import Network, client_address
 from ..clock import Clock
 from ..context import Context
 from ..errors import Denied, Unauthenticated
-from ..keys import Keys
-from ..knownkey import KnownKey
+from ..keys import ALL_TENANTS, MANAGEMENT, Keys, KnownKey
 from .errors import MalformedRequest
 
 MAX_CALLERS = 10_000

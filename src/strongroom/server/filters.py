@@ -21,10 +21,23 @@ from datetime import datetime
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from ..entity import INT64_MAX, INT64_MIN, Collection, FieldType
+from ..entities import (
+    DEFAULT_LIMIT,
+    INT64_MAX,
+    INT64_MIN,
+    LIST_OPS,
+    MAX_LIMIT,
+    And,
+    Collection,
+    FieldType,
+    Filter,
+    Op,
+    Or,
+    Query,
+    Where,
+    found_in,
+)
 from ..errors import InvalidInput, Problem
-from ..query import DEFAULT_LIMIT, LIST_OPS, MAX_LIMIT, And, Filter, Op, Or, Query, Where
-from ..wording import found_in
 
 RESERVED = ("order_by", "limit", "cursor", "where")
 MAX_PARAMETERS = 200

@@ -11,7 +11,7 @@ from typing import TextIO
 
 import msgspec
 
-from ..keytext import SCAN_PATTERN
+from ..keys import SCAN_PATTERN
 
 _SECRETS = re.compile(rf"{SCAN_PATTERN}|(?<=[Bb]earer )\S+")
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message", "taskName"}

@@ -17,9 +17,21 @@ import msgspec
 from fastapi import Request, Response
 
 from ..context import Context, text_problem
-from ..database import Database
-from ..errors import AlreadyExists, Conflict, InvalidInput, Problem, StrongroomError, Unavailable
-from ..idempotency import MAX_IDEMPOTENCY_KEY_BYTES, Idempotency, Replayed, RequestKey
+from ..database import (
+    MAX_IDEMPOTENCY_KEY_BYTES,
+    Database,
+    Idempotency,
+    Replayed,
+    RequestKey,
+)
+from ..errors import (
+    AlreadyExists,
+    Conflict,
+    InvalidInput,
+    Problem,
+    StrongroomError,
+    Unavailable,
+)
 from ..storage.port import Delete, Put
 from .wire import exactly
 

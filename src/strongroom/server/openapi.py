@@ -15,7 +15,15 @@ from pydantic.json_schema import models_json_schema
 from .docs import page
 from .errors import MEDIA_TYPE, STATUS
 from .schemas import REF, Components, given
-from .shapes import ChangeEvent, ProblemDetails, ReadyEvent, RemovedEvent, ResetEvent, VerifyOneIn, VerifyOut
+from .shapes import (
+    ChangeEvent,
+    ProblemDetails,
+    ReadyEvent,
+    RemovedEvent,
+    ResetEvent,
+    VerifyOneIn,
+    VerifyOut,
+)
 from .verify import PATH as VERIFY
 from .wire import Json
 

@@ -28,9 +28,9 @@ from .. import __version__
 from ..app import Strongroom
 from ..config import Settings, load, warnings
 from ..errors import ConfigError, StrongroomError, Unavailable
-from ..served import served_entities
+from ..served_entities import served_entities
 from ..storage import store_for
-from ..storeurl import shown_url
+from ..storage.url import shown_url
 from . import adminkey, logs
 from .app import Application, Bounds, build
 from .connections import Connections, descriptors

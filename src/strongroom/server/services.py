@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ..addresses import Network
 from ..app import Strongroom
+from ..client_address import Network
+from ..database import Transaction
 from ..errors import StrongroomError, TooManyRequests
-from ..transaction import Transaction
 from .auth import Authenticator, Caller
 from .errors import ShuttingDown
 from .metrics import Metrics

@@ -17,17 +17,23 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue, SkipJsonSchema
 from pydantic_core import CoreSchema
 
-from ..apikey import MAX_OVERLAP_S, Environment, KeyChanges
-from ..bulk import BULK_FIELDS, BulkAction
-from ..bulk import MAX_IDS as MAX_BULK_IDS
-from ..bulk import MAX_PAGE as MAX_BULK_PAGE
-from ..bulk import PAGE as BULK_PAGE
-from ..entity import NO_NUMBER
-from ..keyfilter import KeyState
-from ..query import DEFAULT_LIMIT, MAX_LIMIT
-from ..reservations import DEFAULT_TTL_S, MAX_TTL_S
-from ..verification import MAX_RESOURCES
-from ..windows import CONCURRENCY, MAX_AMOUNT, RESOURCE_PATTERN, Limit, Window
+from ..entities import DEFAULT_LIMIT, MAX_LIMIT, NO_NUMBER, RESOURCE_PATTERN
+from ..keys import (
+    BULK_FIELDS,
+    DEFAULT_TTL_S,
+    MAX_OVERLAP_S,
+    MAX_RESOURCES,
+    MAX_TTL_S,
+    BulkAction,
+    Environment,
+    KeyChanges,
+    KeyState,
+)
+from ..keys import MAX_IDS as MAX_BULK_IDS
+from ..keys.bulk import MAX_PAGE as MAX_BULK_PAGE
+from ..keys.bulk import PAGE as BULK_PAGE
+from ..limits import MAX_AMOUNT, Limit, Window
+from ..limits.windows import CONCURRENCY
 from .errors import MAX_PROBLEMS, STATUS
 from .services import MAX_BATCH_ITEMS, MAX_USAGE_ITEMS
 

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from ..errors import Unavailable
-from ..retrylog import RetryLog
+from ..retry_log import RetryLog
 from .app import Application
 from .errors import Message, Send, send_problem
 from .verify import Receive

@@ -18,10 +18,14 @@ from typing import Any, Protocol
 import msgspec
 
 from ..context import kind_of, repeated_name
-from ..errors import InvalidInput, Problem, StrongroomError, TooLarge, TooManyRequests
-from ..keys import Keys
-from ..verification import Verification, check_address, cost_units
-from ..verifier import Begun
+from ..errors import (
+    InvalidInput,
+    Problem,
+    StrongroomError,
+    TooLarge,
+    TooManyRequests,
+)
+from ..keys import Begun, Keys, Verification, check_address, cost_units
 from .auth import Authenticator, Scope, single
 from .errors import MalformedRequest, Message, Send, send_problem
 from .metrics import Metrics

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..context import Context, utc_from_us
-from ..database import Database
-from ..entity import Collection, Document
+from ..cooperative import in_slices
+from ..database import Database, is_expired
+from ..entities import Collection, Document
 from ..errors import Gone
-from ..fairness import in_slices
 from ..journal import masked
 from ..storage.port import ChangesPage, Record
-from ..transaction import is_expired
 
 LOOK_AHEAD_PAGES = 8
 """So many pages of later records are read for the states of documents that have changed since. A stream that is further

@@ -11,9 +11,9 @@ import msgspec
 from fastapi import Request, Response
 
 from ..context import Context, utc_from_us
-from ..entity import Entity
+from ..cooperative import Slices
+from ..entities import Entity
 from ..errors import Gone, InvalidInput, Problem, StrongroomError
-from ..fairness import Slices
 from ..storage.port import ChangesPage
 from .auth import Scope, authorization
 from .errors import Message, Send

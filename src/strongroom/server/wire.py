@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 
 from ..context import Context, kind_of, new_id, repeated_name
-from ..entity import problems_of
+from ..entities import problems_of
 from ..errors import Conflict, InvalidInput, NotFound, Problem
 from .auth import Caller
 from .errors import MalformedRequest, PreconditionFailed

@@ -30,17 +30,17 @@ def store_for(url: str) -> Store:
         )
     if scheme in ("postgresql", "postgres"):
         with _needing("postgres", "a postgresql:// store"):
-            from .postgres import PostgresStore
+            from .postgres.store import PostgresStore
 
         return PostgresStore(url)
     if scheme == "firestore":
         with _needing("firestore", "a firestore:// store"):
-            from .firestore import FirestoreStore
+            from .firestore.store import FirestoreStore
 
         return FirestoreStore.from_url(url)
     path = unquote(rest.partition("?")[0])
     if scheme == "json" and path == ":memory:":
-        from .jsonfile import JsonStore
+        from .jsonfile.store import JsonStore
 
         return JsonStore(None)
     if not path.startswith("/") or path == "/":
@@ -49,10 +49,10 @@ def store_for(url: str) -> Store:
         )
     path = path[1:]
     if scheme == "json":
-        from .jsonfile import JsonStore
+        from .jsonfile.store import JsonStore
 
         return JsonStore(path)
-    from .sqlite import SqliteStore
+    from .sqlite.store import SqliteStore
 
     return SqliteStore(path)
 

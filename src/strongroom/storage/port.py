@@ -24,9 +24,8 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from ..entity import Collection, Document
+from ..entities import Aggregate, Collection, Document, Filter, Query
 from ..errors import Gone, TooLarge
-from ..query import Aggregate, Filter, Query
 
 MAX_DOCUMENT_BYTES = 1_000_000
 MAX_OPERATIONS = 500

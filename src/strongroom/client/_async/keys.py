@@ -20,7 +20,18 @@ from .._wire import (
     query,
     without_none,
 )
-from ..models import ApiKey, Ask, BulkStep, Cost, IssuedKey, KeyStats, Limit, Model, Page, Verification
+from ..models import (
+    ApiKey,
+    Ask,
+    BulkStep,
+    Cost,
+    IssuedKey,
+    KeyStats,
+    Limit,
+    Model,
+    Page,
+    Verification,
+)
 from .transport import AsyncTransport
 
 Environment = Literal["live", "test"]

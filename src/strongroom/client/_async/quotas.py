@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Any, Literal
 
-from .._wire import UNSET, Unset, decode, encode, given, if_match, listed, once_of, query, without_none
+from .._wire import (
+    UNSET,
+    Unset,
+    decode,
+    encode,
+    given,
+    if_match,
+    listed,
+    once_of,
+    query,
+    without_none,
+)
 from ..models import Limit, Quota, QuotaStats
 from .transport import AsyncTransport
 

@@ -6,7 +6,13 @@ from decimal import Decimal
 from types import TracebackType
 from typing import Self
 
-from ...errors import Conflict, NotFound, StrongroomError, TooManyRequests, Unavailable
+from ...errors import (
+    Conflict,
+    NotFound,
+    StrongroomError,
+    TooManyRequests,
+    Unavailable,
+)
 from .._aio import Ticker, uninterrupted
 from .._amounts import Amounts, added, less
 from .._wire import decode, encode, once_of, without_none

@@ -11,7 +11,16 @@ from urllib.parse import urlencode
 import httpx
 
 from .._aio import new_http, sleep
-from .._wire import Query, Retries, base_url, bearer, checked_timeout_s, decode_page, no_answer, path
+from .._wire import (
+    Query,
+    Retries,
+    base_url,
+    bearer,
+    checked_timeout_s,
+    decode_page,
+    no_answer,
+    path,
+)
 from ..errors import UnexpectedAnswer, error_of
 
 T = TypeVar("T")

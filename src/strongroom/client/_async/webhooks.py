@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable
 
-from .._wire import UNSET, Unset, decode, encode, given, if_match, issued_webhook, listed, once_of, query, without_none
+from .._wire import (
+    UNSET,
+    Unset,
+    decode,
+    encode,
+    given,
+    if_match,
+    issued_webhook,
+    listed,
+    once_of,
+    query,
+    without_none,
+)
 from ..models import Delivery, IssuedWebhook, Webhook
 from .transport import AsyncTransport
 

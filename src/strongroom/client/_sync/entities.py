@@ -8,7 +8,16 @@ from typing import Any, Generic, TypeVar, overload
 
 import msgspec
 
-from .._wire import decode_document, decode_page, encode_document, fields_of, filters, if_match, once_of, query
+from .._wire import (
+    decode_document,
+    decode_page,
+    encode_document,
+    fields_of,
+    filters,
+    if_match,
+    once_of,
+    query,
+)
 from ..models import Page
 from .transport import Transport
 from .watch import GIVE_UP_AFTER_S, Watch

@@ -21,7 +21,18 @@ from .._wire import (
     query,
     without_none,
 )
-from ..models import ApiKey, Ask, BulkStep, Cost, IssuedKey, KeyStats, Limit, Model, Page, Verification
+from ..models import (
+    ApiKey,
+    Ask,
+    BulkStep,
+    Cost,
+    IssuedKey,
+    KeyStats,
+    Limit,
+    Model,
+    Page,
+    Verification,
+)
 from .transport import Transport
 
 Environment = Literal["live", "test"]

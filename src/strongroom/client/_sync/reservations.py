@@ -7,7 +7,13 @@ from decimal import Decimal
 from types import TracebackType
 from typing import Self
 
-from ...errors import Conflict, NotFound, StrongroomError, TooManyRequests, Unavailable
+from ...errors import (
+    Conflict,
+    NotFound,
+    StrongroomError,
+    TooManyRequests,
+    Unavailable,
+)
 from .._amounts import Amounts, added, less
 from .._sio import Ticker, uninterrupted
 from .._wire import decode, encode, once_of, without_none

@@ -12,7 +12,16 @@ from urllib.parse import urlencode
 import httpx
 
 from .._sio import new_http, sleep
-from .._wire import Query, Retries, base_url, bearer, checked_timeout_s, decode_page, no_answer, path
+from .._wire import (
+    Query,
+    Retries,
+    base_url,
+    bearer,
+    checked_timeout_s,
+    decode_page,
+    no_answer,
+    path,
+)
 from ..errors import UnexpectedAnswer, error_of
 
 T = TypeVar("T")

@@ -5,7 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from .._wire import UNSET, Unset, decode, encode, given, if_match, issued_webhook, listed, once_of, query, without_none
+from .._wire import (
+    UNSET,
+    Unset,
+    decode,
+    encode,
+    given,
+    if_match,
+    issued_webhook,
+    listed,
+    once_of,
+    query,
+    without_none,
+)
 from ..models import Delivery, IssuedWebhook, Webhook
 from .transport import Transport
 

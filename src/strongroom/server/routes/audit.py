@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, Field
 
-from ...fairness import in_slices
-from ...query import DEFAULT_LIMIT, MAX_LIMIT
+from ...cooperative import in_slices
+from ...entities import DEFAULT_LIMIT, MAX_LIMIT
 from ..auth import Scope
 from ..services import Services
 from ..shapes import Closed, Moment

@@ -19,9 +19,12 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from ...context import Context
-from ...entity import (
+from ...cooperative import in_slices
+from ...database import Replayed, RequestKey
+from ...entities import (
     INT64_MAX,
     INT64_MIN,
+    MAX_PAGE_BYTES,
     SYSTEM_FIELDS,
     Entity,
     FieldType,
@@ -30,17 +33,28 @@ from ...entity import (
     problems_of,
 )
 from ...errors import InvalidInput, NotFound, Problem
-from ...fairness import in_slices
-from ...idempotency import Replayed, RequestKey
 from ...journal import MASK
-from ...query import MAX_PAGE_BYTES
 from ..auth import Scope
 from ..filters import parameters_of, query_of
 from ..once import nothing, once
-from ..openapi import about, may_be_unchanged, may_fail, request_body, takes, tells
+from ..openapi import (
+    about,
+    may_be_unchanged,
+    may_fail,
+    request_body,
+    takes,
+    tells,
+)
 from ..services import Services
 from ..watch import watch
-from ..wire import Preconditions, body_fields, caller_of, context_of, etag, not_modified
+from ..wire import (
+    Preconditions,
+    body_fields,
+    caller_of,
+    context_of,
+    etag,
+    not_modified,
+)
 
 TAG = "entities"
 SLASH = "\x00"

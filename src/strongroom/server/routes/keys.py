@@ -10,14 +10,12 @@ from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request, Response
 
-from ...apikey import KeyChanges, NewKey
 from ...context import Context
+from ...cooperative import in_slices
+from ...database import Replayed, RequestKey
+from ...entities import found_in, size_of
 from ...errors import InvalidInput, Problem
-from ...fairness import in_slices
-from ...idempotency import Replayed, RequestKey
-from ...keys import ApiKey, IssuedKey, KeyStats
-from ...knownkey import is_allowed
-from ...wording import found_in, size_of
+from ...keys import ApiKey, IssuedKey, KeyChanges, KeyStats, NewKey, is_allowed
 from ..auth import Caller, Scope, is_management
 from ..once import idempotency_key, nothing, once
 from ..openapi import about, body, may_be_unchanged, takes, tells
@@ -35,7 +33,16 @@ from ..shapes import (
     VerifyBatchOut,
 )
 from ..verify import item_problems
-from ..wire import Json, Preconditions, body_fields, caller_of, context_of, etag, not_modified, read
+from ..wire import (
+    Json,
+    Preconditions,
+    body_fields,
+    caller_of,
+    context_of,
+    etag,
+    not_modified,
+    read,
+)
 from . import keys_bulk
 from .keys_fields import K, parsed
 

@@ -8,10 +8,15 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from ...apikey import ApiKey, KeyChanges
-from ...bulk import Bulk, BulkStep
-from ...errors import ConfigError, Conflict, Denied, InvalidInput, Problem, StrongroomError
-from ...keyfilter import KeyFilter
+from ...errors import (
+    ConfigError,
+    Conflict,
+    Denied,
+    InvalidInput,
+    Problem,
+    StrongroomError,
+)
+from ...keys import ApiKey, Bulk, BulkStep, KeyChanges, KeyFilter
 from ..auth import Caller, Scope, is_management
 from ..openapi import body
 from ..services import Services

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from ...apikey import KeyFields, parse
+from ...keys import KeyFields, parse
 
 K = TypeVar("K", bound=KeyFields)
 

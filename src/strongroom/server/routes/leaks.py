@@ -10,14 +10,13 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, Field
 
-from ...apikey import parse
 from ...context import Context, kind_of
+from ...cooperative import in_slices
+from ...database import Replayed, RequestKey
+from ...entities import DEFAULT_LIMIT, MAX_LIMIT, found_in, size_of
 from ...errors import InvalidInput, Problem, Unauthenticated
-from ...fairness import in_slices
-from ...idempotency import Replayed, RequestKey
-from ...leaks import MAX_SIGHTINGS, Action, Done, Leak, LeakPolicy, PolicyFields, Sighting
-from ...query import DEFAULT_LIMIT, MAX_LIMIT
-from ...wording import found_in, size_of
+from ...keys import MAX_SIGHTINGS, Leak, LeakPolicy, PolicyFields, Sighting, parse
+from ...keys.leaks import Action, Done
 from ..auth import Scope, authorization
 from ..once import once
 from ..openapi import about, body, request_body

@@ -9,20 +9,28 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic import BaseModel, Field
 
-from ...apikey import parse
+from ...cooperative import in_slices
+from ...database import Replayed, RequestKey
+from ...entities import DEFAULT_LIMIT, MAX_LIMIT
 from ...errors import InvalidInput, NotFound, Problem
-from ...fairness import in_slices
-from ...idempotency import Replayed, RequestKey
-from ...query import DEFAULT_LIMIT, MAX_LIMIT
-from ...quotas import QuotaKind
-from ...quotastore import NewQuota, Quota, QuotaChanges, QuotaFields
-from ...windows import MAX_LIMITS, Limit
+from ...keys import parse
+from ...limits import MAX_LIMITS, Limit
+from ...quotas import Quota, QuotaKind
+from ...quotas.service import NewQuota, QuotaChanges, QuotaFields
 from ..auth import Scope
 from ..once import nothing, once
 from ..openapi import about, body, may_be_unchanged, may_fail, takes, tells
 from ..services import Services
 from ..shapes import Closed, LimitStatusOut, Number
-from ..wire import Json, Preconditions, body_fields, caller_of, context_of, etag, not_modified
+from ..wire import (
+    Json,
+    Preconditions,
+    body_fields,
+    caller_of,
+    context_of,
+    etag,
+    not_modified,
+)
 from .entities import SLASH
 
 PATH = "/v1/quotas"

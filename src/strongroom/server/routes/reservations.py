@@ -7,10 +7,9 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from ...entities import found_in
 from ...errors import InvalidInput, Problem
-from ...reservations import DEFAULT_TTL_S, MAX_TTL_S
-from ...verification import cost_units
-from ...wording import found_in
+from ...keys import DEFAULT_TTL_S, MAX_TTL_S, cost_units
 from ..auth import Scope
 from ..once import idempotency_key
 from ..openapi import body

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 from ...context import us_from_utc, utc_from_us
 from ...errors import Unauthenticated
 from ...keys import KeyStats
-from ...windows import calendar_span
+from ...limits import calendar_span
 from ..auth import authorization, bearer
 from ..services import Services
 from ..shapes import StatsOut

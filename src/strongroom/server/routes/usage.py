@@ -10,16 +10,22 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from ...context import kind_of
+from ...entities import found_in
 from ...errors import InvalidInput, Problem, StrongroomError
-from ...recording import Usage
-from ...verification import Verification, cost_units
-from ...wording import found_in
+from ...keys import Usage, Verification, cost_units
 from ..auth import Scope
 from ..once import idempotency_key
 from ..openapi import about, body, may_fail
 from ..services import MAX_USAGE_ITEMS, Services
 from ..shapes import UsageBatchIn, UsageBatchOut, UsageIn, UsageOut
-from ..wire import Json, body_fields, caller_of, context_of, expect_object, parse_json
+from ..wire import (
+    Json,
+    body_fields,
+    caller_of,
+    context_of,
+    expect_object,
+    parse_json,
+)
 
 _TEXTS = ("key", "key_id", "idempotency_key", "model", "route")
 

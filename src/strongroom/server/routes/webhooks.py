@@ -11,16 +11,16 @@ from urllib.parse import quote
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, Field
 
-from ...apikey import parse
 from ...context import Context
-from ...deliveries import Delivery
+from ...cooperative import in_slices
+from ...database import Replayed, RequestKey
+from ...entities import DEFAULT_LIMIT, MAX_LIMIT
 from ...errors import NotFound
-from ...fairness import in_slices
-from ...idempotency import Replayed, RequestKey
-from ...query import DEFAULT_LIMIT, MAX_LIMIT
+from ...keys import parse
 from ...webhooks import (
     DEFAULT_OVERLAP_S,
     MAX_OVERLAP_S,
+    Delivery,
     IssuedWebhook,
     NewWebhook,
     Webhook,
@@ -32,7 +32,16 @@ from ..once import nothing, once
 from ..openapi import about, body, may_be_unchanged, takes, tells
 from ..services import Services
 from ..shapes import Closed
-from ..wire import Json, Preconditions, body_fields, caller_of, context_of, etag, not_modified, read
+from ..wire import (
+    Json,
+    Preconditions,
+    body_fields,
+    caller_of,
+    context_of,
+    etag,
+    not_modified,
+    read,
+)
 
 HIDDEN = frozenset({"secret", "previous_secret"})
 """Fields of an endpoint that nobody is shown."""

@@ -8,9 +8,15 @@ from typing import Any
 
 import pytest
 
-from ...entity import Document
-from ...errors import AlreadyExists, BoundExceeded, Conflict, NotFound, StrongroomError, TooLarge
-from ...query import Query, Where
+from ...entities import Document, Query, Where
+from ...errors import (
+    AlreadyExists,
+    BoundExceeded,
+    Conflict,
+    NotFound,
+    StrongroomError,
+    TooLarge,
+)
 from ...storage.port import (
     MAX_BATCH_BYTES,
     MAX_DOCUMENT_BYTES,

@@ -7,10 +7,9 @@ import random
 
 import pytest
 
+from ...entities import INT64_MAX, INT64_MIN, Query
 from ...errors import BoundExceeded
-from ...query import Query
 from ...storage.port import Add, Append, Create, Store
-from ...values import INT64_MAX, INT64_MIN
 from .backend import StorageSuite
 from .preconditions import refused
 from .samples import batch, item, record, shared

@@ -9,13 +9,22 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from ...context import MAX_TENANT_BYTES, text_problem
-from ...entity import MAX_ID_BYTES
+from ...entities import MAX_ID_BYTES, Aggregate, Query, Where
 from ...errors import AlreadyExists, Conflict, NotFound
-from ...query import Aggregate, Query, Where
 from ...storage.port import Add, Append, Check, Create, Delete, Patch, Put, Store
 from .backend import StorageSuite, examples
 from .preconditions import refused
-from .samples import HOSTILE_NAMES, NOW, batch, identical, item, record, sample, shared, stored
+from .samples import (
+    HOSTILE_NAMES,
+    NOW,
+    batch,
+    identical,
+    item,
+    record,
+    sample,
+    shared,
+    stored,
+)
 
 COUNT = [Aggregate("count"), Aggregate("sum", "used")]
 _names = st.sampled_from(HOSTILE_NAMES) | st.text(

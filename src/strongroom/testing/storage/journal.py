@@ -11,12 +11,31 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ...entity import Document
+from ...entities import INT64_MAX, Document
 from ...errors import AlreadyExists, Conflict, Gone, InvalidInput
-from ...storage.port import MAX_CHANGES_PAGE, Add, Append, Check, Create, Delete, Patch, Put, Record, Store
-from ...values import INT64_MAX
+from ...storage.port import (
+    MAX_CHANGES_PAGE,
+    Add,
+    Append,
+    Check,
+    Create,
+    Delete,
+    Patch,
+    Put,
+    Record,
+    Store,
+)
 from .backend import Backend, StorageSuite, examples
-from .samples import COLLECTIONS, HOSTILE_NAMES, batch, documents, identical, item, record, shared
+from .samples import (
+    COLLECTIONS,
+    HOSTILE_NAMES,
+    batch,
+    documents,
+    identical,
+    item,
+    record,
+    shared,
+)
 
 PATIENCE_S = 20
 

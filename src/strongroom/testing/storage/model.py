@@ -11,11 +11,27 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from ...entity import Document
-from ...errors import AlreadyExists, BoundExceeded, Conflict, NotFound, StrongroomError
-from ...query import Aggregate, Query, Where, aggregate, evaluate
-from ...storage.port import Add, Append, Batch, Check, Committed, Create, Delete, Operation, Patch, Put, Store
-from ...values import INT64_MAX, INT64_MIN
+from ...entities import INT64_MAX, INT64_MIN, Aggregate, Document, Query, Where, aggregate, evaluate
+from ...errors import (
+    AlreadyExists,
+    BoundExceeded,
+    Conflict,
+    NotFound,
+    StrongroomError,
+)
+from ...storage.port import (
+    Add,
+    Append,
+    Batch,
+    Check,
+    Committed,
+    Create,
+    Delete,
+    Operation,
+    Patch,
+    Put,
+    Store,
+)
 from .backend import Backend
 from .samples import COLLECTIONS, ITEMS, NOW, item, record, shared, stored
 

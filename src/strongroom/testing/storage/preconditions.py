@@ -9,10 +9,15 @@ from typing import Any
 import pytest
 
 from ...context import utc_from_us
-from ...errors import AlreadyExists, BoundExceeded, Conflict, NotFound, StrongroomError
-from ...query import Query
+from ...entities import INT64_MAX, INT64_MIN, Query
+from ...errors import (
+    AlreadyExists,
+    BoundExceeded,
+    Conflict,
+    NotFound,
+    StrongroomError,
+)
 from ...storage.port import Add, Check, Create, Delete, Operation, Patch, Put, Store
-from ...values import INT64_MAX, INT64_MIN
 from .backend import StorageSuite
 from .samples import NOW, batch, identical, item, shared, stored
 

@@ -8,7 +8,7 @@ import random
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
-from ...query import Query, Where
+from ...entities import Query, Where
 from ...storage.port import Create, Store
 from .backend import Backend
 from .journal import tail

@@ -13,11 +13,11 @@ from hypothesis import given, reject
 from hypothesis import strategies as st
 
 from ...context import utc_from_us
-from ...entity import Document
-from ...errors import InvalidInput
-from ...query import (
+from ...entities import (
+    INT64_MAX,
     Aggregate,
     And,
+    Document,
     Filter,
     Op,
     Or,
@@ -28,8 +28,8 @@ from ...query import (
     evaluate,
     with_cursor,
 )
+from ...errors import InvalidInput
 from ...storage.port import Create, Put, Store
-from ...values import INT64_MAX
 from .backend import StorageSuite, examples
 from .samples import (
     BLOBS,

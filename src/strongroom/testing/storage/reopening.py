@@ -7,13 +7,23 @@ import time
 
 import pytest
 
+from ...entities import Query
 from ...errors import AlreadyExists, BoundExceeded, StrongroomError
-from ...query import Query
 from ...storage.port import Add, Append, Create, Delete, Patch, Store
 from .backend import Backend
 from .journal import PATIENCE_S, tail
 from .preconditions import refused
-from .samples import COLLECTIONS, EDGES, NOW, batch, identical, item, record, sample, shared
+from .samples import (
+    COLLECTIONS,
+    EDGES,
+    NOW,
+    batch,
+    identical,
+    item,
+    record,
+    sample,
+    shared,
+)
 
 DAY_US = 86_400_000_000
 UNDECIDED_ROUNDS = 6

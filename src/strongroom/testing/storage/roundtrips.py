@@ -5,11 +5,21 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 
-from ...entity import Document
-from ...query import Op, Query, Where
+from ...entities import Document, Op, Query, Where
 from ...storage.port import Create, Patch, Put, Store
 from .backend import StorageSuite, examples
-from .samples import ANY_VERSION, EDGES, HOSTILE_NAMES, batch, documents, identical, item, sample, stored, tenants
+from .samples import (
+    ANY_VERSION,
+    EDGES,
+    HOSTILE_NAMES,
+    batch,
+    documents,
+    identical,
+    item,
+    sample,
+    stored,
+    tenants,
+)
 
 _tenant = tenants("round-trip")
 

@@ -11,9 +11,8 @@ from typing import Annotated, Any
 from hypothesis import strategies as st
 
 from ...context import utc_from_us
-from ...entity import Collection, Counter, Document, Entity, Index
+from ...entities import INT64_MAX, INT64_MIN, Collection, Counter, Document, Entity, Index, encode_value
 from ...storage.port import Batch, Operation, Record
-from ...values import INT64_MAX, INT64_MIN, encode_value
 
 NOW = 1_750_000_000_123_456  # microseconds since the epoch: a moment in 2025
 

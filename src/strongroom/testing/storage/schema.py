@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from ...entity import Collection, Document, FieldSpec, FieldType, Index
+from ...entities import Aggregate, Collection, Document, FieldSpec, FieldType, Index, Query, Where
 from ...errors import AlreadyExists, SchemaError, StrongroomError
-from ...query import Aggregate, Query, Where
 from ...storage.port import Add, ChangeKind, Create, Patch, Put, SchemaChange, Store
 from .backend import Backend, StorageSuite
 from .preconditions import refused

@@ -1,0 +1,5 @@
+"""The audit trail: who changed what and when, read from the journal."""
+
+from .trail import Audit, AuditFilter, AuditRecord
+
+__all__ = ["Audit", "AuditFilter", "AuditRecord"]

@@ -1,0 +1,7 @@
+"""The journal: one record for each change, committed with it; the audit trail and the change feed read it."""
+
+from .denials import Denials
+from .feed import FIRST_PAGE, POLL_S, ChangeFeed, next_limit
+from .records import MASK, change_record, masked
+
+__all__ = ["FIRST_PAGE", "MASK", "POLL_S", "ChangeFeed", "Denials", "change_record", "masked", "next_limit"]

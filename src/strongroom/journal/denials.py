@@ -1,0 +1,158 @@
+"""What the rules refuse is journalled, so that a caller who is refused again and again writes no more than a few
+records a minute, and none in a tenant that does not exist."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from ..context import MAX_TENANT_BYTES, Context, next_id
+from ..errors import StrongroomError
+from ..storage.port import Append, Batch, Committed, Store
+from .records import denial_record
+
+PERIOD_S = 60.0
+"""Denials alike (one actor, operation, collection and tenant) are one record at once, and one more for all that follow
+it within this time."""
+MAX_KINDS_OF_ACTOR = 20
+"""An actor whose denials in PERIOD_S are of more kinds has the others counted together, as one kind more."""
+MAX_KINDS = 2_000
+"""Denials of so many kinds are told apart by one process; those beyond are counted together, whoever is refused."""
+_LAST_CHARACTER = "\U0010ffff"
+_log = logging.getLogger(__name__)
+_Kind = tuple[str, str, str, str | None]
+
+
+@dataclass(slots=True)
+class _Denied:
+    """Denials of one kind since the last record of them."""
+
+    context: Context
+    operation: str
+    collection: str
+    entity_id: str
+    reason: str
+
+
+@dataclass(slots=True)
+class _Period:
+    until: float
+    count: int = 0
+    last: _Denied | None = None
+    timer: asyncio.TimerHandle | None = field(default=None, repr=False)
+
+
+class Denials:
+    """Journals the denials of one process. `close` writes what was counted and not yet written."""
+
+    def __init__(self, store: Store, commit: Callable[[Batch], Awaitable[Committed]]) -> None:
+        self._store = store
+        self._commit = commit
+        self._periods: dict[_Kind, _Period] = {}
+        self._tenants: set[str] = set()
+        self._writing: set[asyncio.Task[None]] = set()
+
+    async def note(self, context: Context, operation: str, collection: str, entity_id: str, reason: str) -> None:
+        """Journal a denial: durably now if it is the first of its kind, else with those that follow. Raises what the
+        store raises."""
+        denied = _Denied(context, operation, collection, entity_id, reason)
+        kind = self._kind((context.actor, operation, collection, context.tenant))
+        period = self._periods.get(kind)
+        if period is not None:
+            period.count += 1
+            period.last = denied
+            if period.timer is None:
+                delay_s = max(0.0, period.until - time.monotonic())
+                period.timer = asyncio.get_running_loop().call_later(delay_s, self._over, kind)
+            return
+        self._periods[kind] = _Period(time.monotonic() + PERIOD_S)
+        try:
+            await self._write(denied, 1)
+        except BaseException:
+            self._periods.pop(kind, None)  # the next one is the first
+            raise
+
+    def _kind(self, kind: _Kind) -> _Kind:
+        """A denial's own kind, or what is counted together with others."""
+        self._drop(kind)
+        if kind in self._periods:
+            return kind
+        if sum(actor == kind[0] for actor, *_ in self._periods) >= MAX_KINDS_OF_ACTOR:
+            kind = (kind[0], "", "", None)
+            self._drop(kind)
+        if len(self._periods) >= MAX_KINDS:
+            for other in list(self._periods):
+                self._drop(other)
+            if len(self._periods) >= MAX_KINDS and kind not in self._periods:
+                kind = ("", "", "", None)
+                self._drop(kind)
+        return kind
+
+    def _drop(self, kind: _Kind) -> None:
+        """Forget a kind whose time is over; if more of it were counted, its timer sees to that."""
+        period = self._periods.get(kind)
+        if period is not None and period.timer is None and period.until <= time.monotonic():
+            del self._periods[kind]
+
+    def _over(self, kind: _Kind) -> None:
+        period = self._periods.pop(kind, None)
+        if period is not None and period.last is not None:
+            task = asyncio.get_running_loop().create_task(self._write_counted(period.last, period.count))
+            self._writing.add(task)
+            task.add_done_callback(self._writing.discard)
+
+    async def _write_counted(self, denied: _Denied, count: int) -> None:
+        try:
+            await self._write(denied, count)
+        except StrongroomError as error:
+            _log.warning("%d denials of %s are not in the journal: %s", count, denied.context.actor, error)
+
+    async def _write(self, denied: _Denied, count: int) -> None:
+        context = denied.context
+        tenant = context.tenant
+        if tenant is not None and not await self._is_tenant(tenant):
+            context = Context(None, context.actor, context.claims, context.request_id or next_id(), context.now_us)
+        record = denial_record(
+            context,
+            denied.operation,
+            denied.collection,
+            denied.entity_id,
+            denied.reason,
+            count=count,
+            asked=tenant if context.tenant is None else None,
+        )
+        await self._commit(Batch(context.tenant, (Append(record),), context.now_us))
+
+    async def _is_tenant(self, tenant: str) -> bool:
+        """Whether a tenant has, or once had, documents of its own."""
+        if tenant in self._tenants:
+            return True
+        if tenant not in await self._store.tenants(_just_before(tenant), 2):
+            return False
+        if len(self._tenants) >= MAX_KINDS:
+            self._tenants.clear()
+        self._tenants.add(tenant)
+        return True
+
+    async def close(self) -> None:
+        for kind, period in list(self._periods.items()):
+            if period.timer is not None:
+                period.timer.cancel()
+            self._over(kind)
+        if self._writing:
+            await asyncio.wait(set(self._writing))
+
+
+def _just_before(name: str) -> str:
+    """A text that is less than a name, and greater than nearly every other that is."""
+    last = ord(name[-1]) - 1
+    if last == 0xDFFF:
+        last = 0xD7FF  # what lies between stands for no character
+    before = name[:-1] + chr(last) if last > 0 else name[:-1]
+    return before + _LAST_CHARACTER * (MAX_TENANT_BYTES // 4) if last > 0 else before
+
+
+__all__ = ["PERIOD_S", "Denials"]

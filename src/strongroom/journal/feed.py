@@ -1,0 +1,177 @@
+"""Tails the journal: one task follows it for this process's caches, and wakes whoever follows a tenant's changes.
+
+A follower keeps no buffer: it reads the journal itself, from its own cursor. So a slow reader loses nothing and costs
+no memory, and one that reconnects with its last cursor goes on where it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import suppress
+
+from ..entities import MAX_PAGE_BYTES
+from ..errors import Gone, StrongroomError
+from ..retry_log import RetryLog
+from ..storage.port import ChangesPage, Record, Store, document_size
+
+POLL_S = 0.25
+"""How long a change made by another process may stay unseen; one of this process is seen at once."""
+PAGE = 100
+"""Records that are read at once, at most: those that come may each be of the largest size, whatever came before."""
+FIRST_PAGE = 20
+"""Records that are read at once where nothing is known of their size: each may be of two documents."""
+READ_TIMEOUT_S = 5.0
+"""A read of the journal that takes longer is given up: a connection that is half open would hold the feed for ever."""
+MAX_PAUSE_S = 5.0
+"""The longest pause after errors that nobody foresaw; each is twice the one before."""
+MAX_FAILURES = 10
+_log = logging.getLogger(__name__)
+
+
+class ChangeFeed:
+    """The journal as it grows. `start` before use; `close` after."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._callbacks: list[Callable[[Record], None]] = []
+        self._resets: list[Callable[[], None]] = []
+        self._cursor: str | None = None
+        self._limit = FIRST_PAGE
+        self._wake = asyncio.Event()
+        self._moved = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self.current_at = 0.0
+        """The moment, by `time.monotonic`, up to which every change in the store has been told to the callbacks."""
+
+    @property
+    def behind_s(self) -> float:
+        """For how long changes may have gone unseen: below POLL_S and the time of a read, as long as all is well."""
+        return time.monotonic() - self.current_at
+
+    def on_record(self, callback: Callable[[Record], None]) -> None:
+        """Call `callback` with every record committed from now on, by any process, within POLL_S."""
+        self._callbacks.append(callback)
+
+    def on_reset(self, callback: Callable[[], None]) -> None:
+        """Call `callback` when records were or may be missed (an older copy of the store was put back): whatever was
+        made of earlier records, or was read from the store, is to be dropped."""
+        self._resets.append(callback)
+
+    def wake(self) -> None:
+        """Something was committed, here or (where the store tells) by another process: look at once."""
+        self._wake.set()
+
+    async def start(self) -> None:
+        began = time.monotonic()
+        page = await self._store.changes("end")
+        self.current_at = began
+        self._store.on_change(self.wake)
+        self._cursor = page.cursor
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+            self._task = None
+
+    async def _run(self) -> None:
+        failures = 0
+        told = RetryLog(_log, "the journal cannot be read")
+        while True:
+            self._wake.clear()  # before reading: what is committed while the journal is read may not be in the page
+            try:
+                more = await self._read()
+            except Gone as error:
+                _log.error("%s; what is kept in memory is dropped, and the feed begins anew", error)
+                self._cursor = None
+                continue
+            except (StrongroomError, TimeoutError) as error:
+                told.failed(str(error) or type(error).__name__)
+                await asyncio.sleep(POLL_S)
+                continue
+            except Exception:  # whatever it is, keys are revoked by what comes after it
+                _log.exception("the journal cannot be followed, for a reason that nobody foresaw; trying again")
+                await asyncio.sleep(min(MAX_PAUSE_S, POLL_S * 2**failures) * random.uniform(0.5, 1))  # noqa: S311
+                failures = min(failures + 1, MAX_FAILURES)
+                continue
+            failures = 0
+            told.succeeded()
+            if not more:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(POLL_S):
+                        await self._wake.wait()
+
+    async def _read(self) -> bool:
+        """Read one page and tell of it; whether there may be more at once."""
+        began = time.monotonic()
+        if self._cursor is None:
+            await self._begin_anew(began)
+            return True
+        async with asyncio.timeout(READ_TIMEOUT_S):
+            page = await self._store.changes(self._cursor, limit=self._limit)
+        for record in page.records:
+            self._tell(self._callbacks, record)
+        self._cursor = page.cursor
+        if len(page.records) < self._limit:  # a full page says nothing of what comes after it
+            self.current_at = began
+        self._limit = next_limit(self._limit, page)
+        if page.records:
+            self._moved.set()
+            self._moved = asyncio.Event()
+        return bool(page.records)
+
+    async def _begin_anew(self, began: float) -> None:
+        """Go on at the present end. What was committed in between is not known, so all that was kept is dropped."""
+        async with asyncio.timeout(READ_TIMEOUT_S):
+            page = await self._store.changes("end")
+        self._tell(self._resets)
+        self._cursor, self.current_at = page.cursor, began
+        self._moved.set()  # those who follow a tenant find out about their own cursors
+        self._moved = asyncio.Event()
+
+    @staticmethod
+    def _tell(callbacks: Sequence[Callable[..., None]], *arguments: Record) -> None:
+        for callback in callbacks:
+            try:
+                callback(*arguments)
+            except Exception:  # the others, and the records to come, must be told: keys are revoked by them
+                _log.exception("a listener failed on journal record %s", arguments[0].id if arguments else "(a reset)")
+
+    async def follow(
+        self, tenant: str, after: str | None = "end", *, heartbeat_s: float = 15.0
+    ) -> AsyncGenerator[ChangesPage, None]:
+        """One tenant's records from a cursor on (None: from the beginning), in commit order, without end.
+
+        A page without records comes at once (it carries the cursor one stands at) and then every `heartbeat_s`.
+        Raises InvalidInput for a text that is not a cursor; Gone, at any time, once records after the cursor are lost.
+        """
+        first = True
+        limit = FIRST_PAGE
+        while True:
+            moved = self._moved
+            page = await self._store.changes(after, tenant=tenant, limit=limit)
+            after = page.cursor
+            limit = next_limit(limit, page)
+            if page.records or first:
+                first = False
+                yield page
+                continue
+            try:
+                async with asyncio.timeout(heartbeat_s):
+                    await moved.wait()
+            except TimeoutError:
+                yield page
+
+
+def next_limit(limit: int, page: ChangesPage) -> int:
+    """How many records to read at once after this page, so that a page has about MAX_PAGE_BYTES at most."""
+    if 2 * len(page.records) < limit:
+        return limit
+    size = sum(document_size(part) for one in page.records for part in (one.before, one.after) if part is not None)
+    fitting = MAX_PAGE_BYTES * len(page.records) // max(size, 1)
+    return max(1, min(2 * limit, fitting, PAGE))

@@ -1,0 +1,217 @@
+"""Changes of many keys: of a filter or of a list of ids, a bounded part at a time, each key whole or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import TYPE_CHECKING, Literal
+
+from ..context import Context
+from ..database import Page
+from ..errors import (
+    InvalidInput,
+    NotFound,
+    Problem,
+    StrongroomError,
+    Unavailable,
+)
+from .filter import KeyFilter
+from .model import ApiKey, KeyChanges
+
+if TYPE_CHECKING:
+    from .service import Keys
+
+BulkAction = Literal["disable", "enable", "delete", "purge", "restore", "update"]
+BULK_FIELDS = frozenset(
+    {
+        "metadata", "limits", "groups", "description", "owner", "allowed_ips", "allowed_models", "allowed_routes",
+        "expires_at",
+    }
+)  # fmt: skip
+"""What an update of many keys may change: nothing that gives a key more power, or a name."""
+PAGE = 100
+MAX_PAGE = 500
+MAX_IDS = 10_000
+AT_ONCE = 50
+"""Keys changed at the same time; their commits join."""
+
+
+@dataclass(frozen=True, slots=True)
+class BulkFailure:
+    """A key that was not changed, and why. `code` is that of `errors`."""
+
+    id: str
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class BulkStep:
+    """One part of the work, done: how many keys were looked at, changed, or were so already, and what failed.
+
+    `cursor` goes on after it (None: this was the last). What was done stays done if the work is broken off here.
+    """
+
+    looked_at: int
+    changed: int
+    unchanged: int
+    failed: tuple[BulkFailure, ...]
+    cursor: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Bulk:
+    """What is to become of which keys.
+
+    Exactly one of `where` and `ids`. `changes` with the action `update`: only BULK_FIELDS. `refuse` says of a key why
+    it is not this caller's to change, or None. `dry_run`: only count.
+    """
+
+    action: BulkAction
+    where: KeyFilter | None = None
+    ids: Sequence[str] | None = None
+    changes: KeyChanges | None = None
+    dry_run: bool = False
+    refuse: Callable[[ApiKey], StrongroomError | None] = lambda key: None
+
+    def check(self) -> None:
+        """Raise InvalidInput with everything that is wrong."""
+        problems: list[Problem] = []
+        if (self.where is None) == (self.ids is None):
+            problems.append(
+                Problem(
+                    "filter",
+                    f"found {'neither' if self.ids is None else 'both'}, expected exactly one of filter and ids",
+                )
+            )
+        if self.ids is not None and not 1 <= len(self.ids) <= MAX_IDS:
+            problems.append(Problem("ids", f"found {len(self.ids)} ids, expected 1 to {MAX_IDS}"))
+        if self.action == "update":
+            given = self.changes.model_fields_set if self.changes is not None else set()
+            if not given:
+                problems.append(Problem("changes", "found none, expected at least one field to change"))
+            expected = ", ".join(sorted(BULK_FIELDS))
+            for name in sorted(given - BULK_FIELDS):
+                problems.append(
+                    Problem(f"changes.{name}", f"cannot be changed of many keys at once, expected {expected}")
+                )
+        elif self.changes is not None:
+            problems.append(Problem("changes", f"found changes with the action {self.action}, expected update"))
+        if problems:
+            raise InvalidInput(problems)
+
+    @property
+    def filter(self) -> KeyFilter | None:
+        """The keys that the action is about: one restores what was deleted."""
+        if self.where is not None and self.action == "restore":
+            return replace(self.where, deleted=True)
+        return self.where
+
+
+async def steps(
+    keys: Keys, bulk: Bulk, *, cursor: str | None = None, limit: int = PAGE, context: Context | None = None
+) -> AsyncGenerator[BulkStep, None]:
+    """Do it, at most `limit` keys a step, from `cursor` on. A key that cannot be changed is told and passed over.
+
+    Raises InvalidInput before anything is done, and Unavailable if the store is gone: then the cursor of the last step
+    goes on, or the same again from the start, which finds what was done unchanged.
+    """
+    bulk.check()
+    if not 1 <= limit <= MAX_PAGE:
+        raise InvalidInput([Problem("limit", f"found {limit}, expected 1 to {MAX_PAGE}")])
+    while True:
+        step = await _step(keys, bulk, cursor, limit, context)
+        yield step
+        cursor = step.cursor
+        if cursor is None:
+            return
+
+
+async def _step(keys: Keys, bulk: Bulk, cursor: str | None, limit: int, context: Context | None) -> BulkStep:
+    failed: list[BulkFailure] = []
+    if bulk.filter is not None:
+        page = await keys.page(bulk.filter, limit=limit, cursor=cursor, context=context)
+    else:
+        page = await _named(keys, bulk.ids or (), cursor, limit, context, failed)
+    looked_at = len(page.items) + len(failed)
+    changed = 0
+    for start in range(0, len(page.items), AT_ONCE):
+        some = page.items[start : start + AT_ONCE]
+        results = await asyncio.gather(*(_one(keys, bulk, key, context) for key in some), return_exceptions=True)
+        for key, result in zip(some, results, strict=True):
+            if not isinstance(result, BaseException):
+                changed += result
+            elif isinstance(result, StrongroomError) and not isinstance(result, Unavailable):
+                failed.append(BulkFailure(key.id, result.code, result.message))
+            else:
+                raise result
+    unchanged = looked_at - changed - len(failed)
+    return BulkStep(looked_at, changed, unchanged, tuple(failed), page.next_cursor)
+
+
+async def _named(
+    keys: Keys, ids: Sequence[str], cursor: str | None, limit: int, context: Context | None, failed: list[BulkFailure]
+) -> Page[ApiKey]:
+    """The next keys of a list of ids; the cursor is how many were looked at before."""
+    start = 0
+    if cursor is not None:
+        if not (cursor.isascii() and cursor.isdigit() and 0 < int(cursor[:9]) < len(ids)):
+            raise InvalidInput([Problem("cursor", "is not a cursor of this list of ids: begin again without it")])
+        start = int(cursor[:9])
+    some = list(islice(ids, start, start + limit))
+    found: list[ApiKey] = []
+    results = await asyncio.gather(
+        *(keys.get(id, deleted=True, context=context) for id in some), return_exceptions=True
+    )
+    for id, result in zip(some, results, strict=True):
+        if isinstance(result, ApiKey):
+            found.append(result)
+        elif isinstance(result, NotFound | InvalidInput):
+            failed.append(BulkFailure(id, result.code, result.message))
+        else:
+            raise result
+    end = start + len(some)
+    return Page(found, str(end) if end < len(ids) else None)
+
+
+async def _one(keys: Keys, bulk: Bulk, key: ApiKey, context: Context | None) -> bool:
+    """Change one key; False if it was so already."""
+    refused = bulk.refuse(key)
+    if refused is not None:
+        raise refused
+    if key.deleted_at is not None and bulk.action in ("disable", "enable", "update"):
+        raise NotFound(f"there is no key {key.id!r}")
+    if _is_so(bulk, key):
+        return False
+    if bulk.dry_run:
+        return True
+    match bulk.action:
+        case "disable":
+            await keys.disable(key.id, context=context)
+        case "enable":
+            await keys.enable(key.id, context=context)
+        case "update":
+            await keys.update(key.id, bulk.changes, context=context)
+        case "delete" | "purge":
+            await keys.delete(key.id, purge=bulk.action == "purge", context=context)
+        case "restore":
+            await keys.restore(key.id, context=context)
+    return True
+
+
+def _is_so(bulk: Bulk, key: ApiKey) -> bool:
+    """Whether a key is already as it would be afterwards."""
+    match bulk.action:
+        case "disable" | "enable":
+            return key.enabled == (bulk.action == "enable")
+        case "update":
+            changes = bulk.changes
+            return changes is None or all(
+                getattr(key, name) == getattr(changes, name) for name in changes.model_fields_set
+            )
+        case "delete" | "restore":
+            return (key.deleted_at is not None) == (bulk.action == "delete")
+        case "purge":
+            return False

@@ -1,0 +1,386 @@
+"""Leaked keys: a text that was seen in public is reported once, recorded, told of, and dealt with as its tenant wants.
+
+Whoever reports a text has it, so has everyone: what happens to the key is decided by the policy of its tenant alone,
+never by the report. Everything that one report does to one key is one commit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, Literal, TypedDict, Unpack
+from urllib.parse import quote
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from ..clock import Clock
+from ..context import (
+    Context,
+    check_tenant,
+    check_tenant_name,
+    next_id,
+    system_context,
+    us_from_utc,
+    utc_from_us,
+)
+from ..database import Database, Page, Replayed, Transaction
+from ..entities import MAX_IN, MAX_PAGE_BYTES, And, Entity, Filter, Index, Query, Where
+from ..errors import AlreadyExists, InvalidInput, Problem, TooManyRequests
+from ..events import KEY_LEAKED, Event, event
+from .administrators import ADMINISTRATOR, is_last_administrator
+from .model import ALL_TENANTS, MANAGEMENT, MAX_OVERLAP_S, ApiKey, parse
+from .rotation import new_text, once_for, reader
+from .service import Keys
+from .token import masked
+from .verifier import bound_to
+
+Action = Literal["notify", "disable", "rotate"]
+Done = Literal["notified", "disabled", "rotated", "overlap shortened"]
+DEFAULT_OVERLAP_S = 86_400
+MAX_SIGHTINGS = 2_000
+"""Texts in one report."""
+MAX_URL_CHARS = 2_000
+MAX_WORD_CHARS = 200
+AT_ONCE = 16
+"""Texts of one report that are looked up at the same time."""
+_log = logging.getLogger(__name__)
+
+
+class LeakPolicy(Entity, collection="leak_policies", scope="global"):
+    """What is done with a tenant's keys that leak; the id is the tenant (`*`: the keys that belong to no one tenant).
+
+    `overlap_s` is how long a leaked text works on where it is rotated. It is global for the reason that keys are: it
+    is read, and checked in the commit, together with keys of any tenants.
+    """
+
+    tenant: str
+    action: Action = "notify"
+    overlap_s: int | None = None
+
+
+class Leak(
+    Entity,
+    collection="leaks",
+    scope="global",
+    indexes=[Index("tenant", "-created_at"), Index("key_id", "-created_at"), Index("-created_at")],
+):
+    """One text of a key that was seen where it should not be. The text itself is nowhere in it.
+
+    `type`, `url` and `source` are as the first report had them, `reporter` is who made it. `ends_at` is when the text
+    stops working, null if it works on. `last_administrator`: the key that was disabled was the last that could
+    administer this store over HTTP.
+    """
+
+    tenant: str
+    key_id: str
+    display: str
+    type: str
+    url: str
+    source: str
+    reporter: str
+    done: Done
+    ends_at: datetime | None = None
+    last_administrator: bool = False
+
+
+class PolicyFields(BaseModel):
+    """What a caller may say of a policy."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        hide_input_in_errors=True,
+        json_schema_extra={
+            "if": {"properties": {"action": {"const": "rotate"}}},
+            "else": {"properties": {"overlap_s": {"type": "null"}}},
+        },
+    )
+
+    action: Action
+    overlap_s: int | None = Field(None, ge=0, le=MAX_OVERLAP_S, strict=True)
+
+    @field_validator("overlap_s")
+    @classmethod
+    def _belongs_to_rotate(cls, value: int | None, info: ValidationInfo) -> int | None:
+        action = info.data.get("action", "rotate")
+        if value is not None and action != "rotate":
+            raise ValueError(f"found {value} beside the action {action}, which has no overlap")
+        return value
+
+
+class PolicyGiven(TypedDict, total=False):
+    """The fields of a policy, as keywords."""
+
+    action: Action
+    overlap_s: int | None
+
+
+@dataclass(frozen=True, slots=True, repr=False)  # a URL may hold the text as well
+class Sighting:
+    """A text that was seen, what its finder calls it, and where it was."""
+
+    token: str
+    type: str = ""
+    url: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a sighting came to. `leak`: the text is a key's; None: it is none that the reporter may know of. `new`: it
+    was not known to have leaked before this report."""
+
+    leak: Leak | None
+    new: bool = False
+
+
+class Leaks:
+    """The leaks of one store, and the policies for them."""
+
+    def __init__(self, database: Database, keys: Keys, clock: Clock) -> None:
+        self._database = database
+        self._keys = keys
+        self._clock = clock
+
+    # --- Policies ---------------------------------------------------------------------------------------------
+
+    async def policy(self, tenant: str, *, context: Context | None = None) -> LeakPolicy:
+        """A tenant's policy; where none was set, it is to notify. Raises InvalidInput, Denied."""
+        check_tenant(tenant)
+        found = await self._database.get_or_none(_for(context, tenant), LeakPolicy, tenant)
+        return found if found is not None else LeakPolicy(id=tenant, tenant=tenant)
+
+    async def set_policy(
+        self,
+        tenant: str,
+        *,
+        context: Context | None = None,
+        idempotency_key: str | None = None,
+        **fields: Unpack[PolicyGiven],
+    ) -> LeakPolicy:
+        """Set a tenant's policy: `action`, and for rotate `overlap_s` (DEFAULT_OVERLAP_S if it is not given).
+
+        Raises InvalidInput with every problem, Denied.
+        """
+        check_tenant_name(tenant)
+        asked = parse(PolicyFields, fields)
+        overlap_s = asked.overlap_s
+        if asked.action == "rotate" and overlap_s is None:
+            overlap_s = DEFAULT_OVERLAP_S
+        policy = LeakPolicy(id=tenant, tenant=tenant, action=asked.action, overlap_s=overlap_s)
+        once = once_for(context, idempotency_key, "set leak policy", tenant, asked)
+        try:
+            return await self._database.transaction(
+                _for(context, tenant), lambda tx: tx.replace(policy), idempotency=once
+            )
+        except Replayed as replayed:
+            return await self.policy_set_before(replayed, context=context)
+
+    async def policy_set_before(self, replayed: Replayed, *, context: Context | None = None) -> LeakPolicy:
+        """The policy that a repeated call was answered with."""
+        return await self._database.answer_of(reader(context), LeakPolicy, replayed)
+
+    # --- Leaks ------------------------------------------------------------------------------------------------
+
+    async def report(
+        self, sightings: Sequence[Sighting], *, reporter: str, tenant: str | None = None, request_id: str = ""
+    ) -> list[Finding]:
+        """Record and deal with texts that were seen in public, in their order. `reporter` names who says so in the
+        journal; with `tenant`, only that tenant's keys are known to it.
+
+        The same text again does nothing again, whoever reports it and wherever it is then. If this raises (Unavailable,
+        StorageFull), some may have been dealt with: report all of them again. TooManyRequests: all were dealt with but
+        those whose slow hashes cannot be compared now; each time that all are reported again there are fewer of them.
+        Raises InvalidInput for more than MAX_SIGHTINGS.
+        """
+        if len(sightings) > MAX_SIGHTINGS:
+            raise InvalidInput([Problem("", f"found {len(sightings)} texts, expected at most {MAX_SIGHTINGS}")])
+        distinct = list({sighting.token: sighting for sighting in reversed(sightings)}.values())  # the first of each
+        findings: dict[str, Finding] = {}
+        put_off = 0
+        for start in range(0, len(distinct), AT_ONCE):
+            some = distinct[start : start + AT_ONCE]
+            work = [self._deal_with(sighting, reporter, tenant, request_id or next_id()) for sighting in some]
+            for sighting, result in zip(some, await asyncio.gather(*work, return_exceptions=True), strict=True):
+                if isinstance(result, TooManyRequests):
+                    put_off += 1  # what others of the report are does not have to wait for it
+                elif isinstance(result, BaseException):
+                    raise result
+                else:
+                    findings[sighting.token] = result
+        if put_off:
+            raise TooManyRequests(
+                f"{put_off} of {len(distinct)} texts begin as imported keys do and cannot be compared with their slow "
+                "hashes yet, the others were dealt with: report all of them again"
+            )
+        return [findings[sighting.token] for sighting in sightings]
+
+    async def list(
+        self,
+        *,
+        tenant: str | None = None,
+        key_id: str | None = None,
+        limit: int = 100,
+        cursor: str | None = None,
+        context: Context | None = None,
+    ) -> Page[Leak]:
+        """One page of leaks, newest first; of one tenant where the caller is bound to one."""
+        own = bound_to(context)
+        if own is not None and tenant is not None and own != tenant:
+            return Page([], None)
+        wanted = {"tenant": own if own is not None else tenant, "key_id": key_id}
+        filters: list[Filter] = [Where(name, "==", value) for name, value in wanted.items() if value is not None]
+        query = Query(And(*filters) if filters else None, ("-created_at",), limit)
+        return await self._database.find(system_context(), Leak, query, cursor, max_bytes=MAX_PAGE_BYTES)
+
+    async def _deal_with(self, sighting: Sighting, reporter: str, tenant: str | None, request_id: str) -> Finding:
+        known = await self._keys.identify(sighting.token)
+        if known is None or (tenant is not None and known.tenant != tenant):
+            return Finding(None)
+        candidates = self._keys.hasher.candidates(sighting.token)
+        ids = [_leak_id(known.id, candidate) for candidate in candidates[:MAX_IN]]
+        before = await self._before(ids)
+        if before is not None:
+            return Finding(before)
+        context = Context(None if known.tenant == ALL_TENANTS else known.tenant, reporter, _POLICY, request_id)
+
+        async def body(tx: Transaction) -> Leak | None:
+            return await self._leaked(tx, known.id, sighting, candidates, ids[0])
+
+        try:
+            leak = await self._database.transaction(context, body)
+        except AlreadyExists:  # another node was told of it in this moment
+            return Finding(await self._before(ids))
+        if leak is None:
+            return Finding(None)
+        _tell(leak)
+        return Finding(leak, new=True)
+
+    async def _before(self, ids: Sequence[str]) -> Leak | None:
+        """What an earlier report of the same text left. There is an id for each pepper that it may have had."""
+        found = (await self._database.find(system_context(), Leak, Query(Where("id", "in", ids), limit=1))).items
+        return found[0] if found else None
+
+    # --- What is done -----------------------------------------------------------------------------------------
+
+    async def _leaked(
+        self, tx: Transaction, key_id: str, sighting: Sighting, candidates: Sequence[str], leak_id: str
+    ) -> Leak | None:
+        """The whole of one leak, in one transaction. None if the text stopped being the key's in this moment."""
+        key = await tx.get_or_none(ApiKey, key_id)
+        if key is None:
+            return None
+        now = utc_from_us(self._clock.now_us())
+        old_until = key.previous_until if key.previous_hash in candidates else None
+        if old_until is not None and old_until <= now:
+            return None
+        # A key that was imported and not yet used is found by another hash than those of its text.
+        if old_until is None and key.hash not in candidates and key.verifier is None:
+            return None
+        policy = await tx.get_or_none(LeakPolicy, key.tenant) or LeakPolicy(tenant=key.tenant)
+        done, ends_at, changes = self._decide(key, policy, now, old_until)
+        leak = Leak(
+            id=leak_id,
+            tenant=key.tenant,
+            key_id=key.id,
+            display=masked(sighting.token),
+            type=_plain(sighting.type, sighting.token, MAX_WORD_CHARS),
+            url=_plain(sighting.url, sighting.token, MAX_URL_CHARS),
+            source=_plain(sighting.source, sighting.token, MAX_WORD_CHARS),
+            reporter=tx.context.actor,
+            done=done,
+            ends_at=ends_at,
+            last_administrator=done == "disabled" and await is_last_administrator(self._database, tx, key, now),
+        )
+        changed = await tx.update(ApiKey, key.id, {"leaked_at": now, **changes})
+        leak = await tx.create(leak)
+        await tx.create(_event(changed, leak, now))
+        return leak
+
+    def _decide(
+        self, key: ApiKey, policy: LeakPolicy, now: datetime, old_until: datetime | None
+    ) -> tuple[Done, datetime | None, Mapping[str, Any]]:
+        """What is done, when the leaked text stops working, and the key's fields that change.
+
+        `old_until`: the text is one that was rotated away, and works until then.
+        """
+        action = policy.action
+        if action == "rotate" and is_management(key):
+            action = "disable"  # whoever has the old text could claim the new one with it
+        if action == "disable":
+            return "disabled", now, {"enabled": False}
+        if action == "notify":
+            return "notified", old_until, {}
+        ends_at = now + timedelta(seconds=policy.overlap_s or 0)
+        if old_until is None:
+            rotated = self._keys.replaced(key, new_text(key), policy.overlap_s or 0, True)
+            return "rotated", rotated["previous_until"] or now, rotated
+        if old_until <= ends_at:
+            return "notified", old_until, {}
+        # The present text did not leak. Rotating again would end the leaked text at once, and with it whoever has not
+        # moved on yet.
+        if ends_at > now:
+            return "overlap shortened", ends_at, {"previous_until": ends_at}
+        return "overlap shortened", now, {"previous_hash": None, "previous_until": None}
+
+
+# --- Helpers --------------------------------------------------------------------------------------------------
+
+_POLICY: Mapping[str, Any] = system_context().claims
+"""What is done to a leaked key is done by its tenant's policy, whoever reported it."""
+
+
+def is_management(key: ApiKey) -> bool:
+    """Whether a key may do anything over the management API."""
+    return key.tenant == ALL_TENANTS or any(name.startswith(MANAGEMENT) for name in key.permissions)
+
+
+def _for(context: Context | None, tenant: str) -> Context:
+    """The caller's context, on behalf of a tenant: the rules see both, the journal record is that tenant's."""
+    scoped = None if tenant == ALL_TENANTS else tenant
+    if context is None:
+        return system_context(scoped)
+    return Context(scoped, context.actor, context.claims, context.request_id)
+
+
+def _event(key: ApiKey, leak: Leak, now: datetime) -> Event:
+    """What webhooks are told, in the commit of the leak itself."""
+    data = {
+        "key_id": key.id,
+        "name": key.name,
+        "user_id": key.user_id,
+        "owner": key.owner,
+        "leaked_at": now,
+        "leak": leak.model_dump(exclude={"tenant", "key_id", "version", "created_at", "updated_at"}),
+    }
+    return event(KEY_LEAKED, key.tenant, data, now_us=us_from_utc(now))
+
+
+def _leak_id(key_id: str, candidate: str) -> str:
+    """One id for one text of one key. It is made of the hash under the pepper: without that, nobody can look for the
+    text of an imported key that is easy to guess."""
+    return hashlib.sha256(f"leak\x00{key_id}\x00{candidate}".encode()).hexdigest()
+
+
+def _plain(text: str, token: str, most: int) -> str:
+    """What a stranger wrote, as it can be kept: without the token, which a URL may contain, and what no terminal or
+    engine should see; cut."""
+    for form in (token, quote(token), quote(token, safe="")):
+        text = text.replace(form, masked(token))
+    text = "".join(c if c.isprintable() else "\ufffd" for c in text)
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _tell(leak: Leak) -> None:
+    where = (leak.url or leak.source or "an unknown place")[:MAX_WORD_CHARS]
+    _log.warning("key %s of tenant %s was found in public (%s): %s", leak.key_id, leak.tenant, where, leak.done)
+    if leak.last_administrator:
+        _log.error(
+            "key %s was the last that could administer this store over HTTP. To get back in, make another on the "
+            "server: strongroom keys create --name administrator --tenant '*' --permission %s",
+            leak.key_id,
+            ADMINISTRATOR,
+        )

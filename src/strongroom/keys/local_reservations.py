@@ -1,0 +1,225 @@
+"""Reservations in this process's memory, which its leases cover: settled, extended and released without a commit.
+
+More than this process holds is charged by a commit all the same, whole: it happened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from weakref import WeakValueDictionary
+
+from ..clock import Clock
+from ..context import Context, utc_from_us
+from ..database import Database
+from ..errors import Conflict, NotFound
+from ..journal import ChangeFeed
+from ..limits import KeyChanged, Ledger, Lending, LocalHold, Metered, Part, Patience
+from .cached_key import KnownKey
+from .reservation import (
+    State,
+    amounts,
+    as_reservation,
+    ended_otherwise,
+    held_answer,
+    minus,
+    not_covered,
+    plus,
+    same_amounts,
+    used_since,
+)
+from .token import Hasher
+from .usage_recorder import Recorder
+from .verification import LimitStatus, Reservation, Verification, admitted
+from .verifier import may_see
+
+MAX_SETTLED = 10_000
+"""Reservations in memory that are remembered after they were settled."""
+_SECOND = 1_000_000
+
+
+class HeldReservations(Recorder):
+    """Verifies keys, and ends and extends the reservations that this process alone knows."""
+
+    def __init__(
+        self,
+        database: Database,
+        ledger: Ledger,
+        hasher: Hasher,
+        clock: Clock | None = None,
+        feed: ChangeFeed | None = None,
+    ) -> None:
+        super().__init__(database, ledger, hasher, clock, feed)
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._settled: OrderedDict[str, tuple[dict[str, int], dict[str, int], Reservation]] = OrderedDict()
+        """What was reported before the settlement, the totals after it, and its answer."""
+
+    def _turn(self, id: str) -> asyncio.Lock:
+        """Held while a reservation is changed: of two changes that are decided together the second would be decided on
+        what the first has not committed yet. Those of other nodes are set apart by the versions."""
+        lock = self._turns.get(id)
+        if lock is None:
+            lock = self._turns[id] = asyncio.Lock()
+        return lock
+
+    async def _settle_local(self, id: str, units: dict[str, int] | None, context: Context | None) -> Reservation:
+        # Mostly nobody is changing it by a commit, and it needs none: then it takes no turn, and waits for nothing.
+        answer = self._settle_at_once(id, units, context) if id not in self._turns else None
+        if answer is not None:
+            return answer
+        async with self._turn(id):
+            answer = self._settle_at_once(id, units, context)
+            if answer is not None:
+                return answer
+            lending, hold = self._local(id, context)
+            await self._resolve(hold)
+            answer = self._settle_at_once(id, units, context)
+            if answer is not None:
+                return answer
+            if units is None:
+                raise AssertionError("a release takes no commit")
+            # More than this process holds, its lease has ended, or the limits are others now: it happened, so it is
+            # recorded whole.
+            limits = await self._record_whole(lending, id, hold, used_since(hold.used, units))
+            return self._settled_as(id, hold, "settled", {**hold.used, **units}, limits)
+
+    def _settle_at_once(self, id: str, units: dict[str, int] | None, context: Context | None) -> Reservation | None:
+        """Settle or release from memory; None if that takes a commit. Nothing is waited for."""
+        state: State = "released" if units is None else "settled"
+        done = self._settled.get(id)
+        if done is not None and may_see(context, done[2].tenant or ""):
+            reported, total, answer = done
+            if answer.state == state and (units is None or same_amounts({**reported, **units}, total)):
+                return answer
+            raise Conflict(ended_otherwise(answer.state, state))
+        lending, hold = self._local(id, context)
+        if hold.reporting is not None:
+            return None
+        if units is None:
+            if hold.recording:
+                raise Conflict("the reservation is being settled")
+            lending.end(id)
+            return self._settled_as(id, hold, state, hold.used, None)
+        more = units if not hold.used else used_since(hold.used, units)
+        if hold.recording or hold.key.stale or not lending.settle(id, more, self._clock.now_us()):
+            return None
+        return self._settled_as(id, hold, state, {**hold.used, **units} if hold.used else units, None)
+
+    def _settled_as(
+        self, id: str, hold: LocalHold, state: State, total: dict[str, int], limits: list[LimitStatus] | None
+    ) -> Reservation:
+        """The answer, which is remembered."""
+        settled = held_answer(hold.key, id, hold.entries, state, limits=limits, charged=amounts(total))
+        self._settled[id] = hold.used, total, settled
+        if len(self._settled) > MAX_SETTLED:
+            self._settled.popitem(last=False)
+        return settled
+
+    async def _record_whole(
+        self, lending: Lending, id: str, hold: LocalHold, more: dict[str, int]
+    ) -> list[LimitStatus]:
+        """Settle by a record of what was used. If that fails, or its answer is lost, the reservation goes on, and the
+        same settlement again is charged once."""
+        hold.recording = True
+        answer = await self._record_hold(hold, more, f"{id} settled", 1)
+        lending.end(id)
+        return answer.limits
+
+    async def _report(self, id: str, hold: LocalHold, used: Mapping[str, int]) -> None:
+        """Record what was used so far of a reservation that goes on. If that fails, or its answer is lost, whatever is
+        done to the reservation next repeats this record first: it is charged once."""
+        once = f"{id} used {sorted(used.items())}"
+        hold.reporting = once, dict(used)
+        await self._resolve(hold)
+
+    async def _resolve(self, hold: LocalHold) -> None:
+        """Make certain that what was reported as used is charged, where an answer was lost."""
+        if hold.reporting is not None:
+            once, used = hold.reporting
+            await self._record_hold(hold, used_since(hold.used, used, "used"), once, 0)
+            hold.used = {**hold.used, **used}
+            hold.reporting = None
+
+    async def _record_hold(self, hold: LocalHold, units: dict[str, int], once: str, count: int) -> Verification:
+        """Charge what was used of a reservation in memory by a commit, where it was held: of a key that was removed
+        meanwhile, or belongs to other groups now, too."""
+        patience = Patience("the key is being changed too quickly to settle its reservation")
+        while await patience.another():
+            key = await self.cache.by_id(hold.key.id)
+            parts = await self._parts_of([part.id for part in hold.key.metered.parts], hold.key.subjects, key)
+            if not parts:  # all that it was held of was removed
+                return admitted(hold.key, ())
+            try:
+                outcome = await self._ledger.charge(
+                    together(parts, key),
+                    units,
+                    force=True,
+                    once=self._charged_once("usage", hold.key, once, "system", units),
+                    model=hold.model,
+                    route=hold.route,
+                    count=count,
+                )
+            except KeyChanged:
+                if key is not None:
+                    self.cache.outdated(key)
+            else:
+                return admitted(hold.key, outcome.statuses)
+        raise patience.over()
+
+    async def _extend_local(
+        self, id: str, ttl_s: int, units: dict[str, int] | None, used: dict[str, int], context: Context | None
+    ) -> Reservation:
+        lending, hold = self._local(id, context)
+        if hold.recording:
+            raise Conflict("the reservation is being settled")
+        await self._resolve(hold)
+        key = hold.key
+        now_us = self._clock.now_us()
+        more = used_since(hold.used, used, "used")
+        wanted = units if units is not None else plus(dict(hold.cost), hold.used)
+        ends_us = now_us + ttl_s * _SECOND
+        if not lending.change(id, plus(minus(wanted, used), more), ends_us, now_us):
+            denied = not_covered(key, hold.entries, wanted)
+            return as_reservation(denied, id, "open", charged=amounts(hold.used))
+        if more:
+            lending.change(id, minus(wanted, used), ends_us, now_us)
+            if lending.settle(id, more, now_us, last=False):
+                hold.used = {**hold.used, **used}
+            else:
+                await self._report(id, hold, used)
+        charged, expires_at = amounts(hold.used), utc_from_us(ends_us)
+        return held_answer(key, id, hold.entries, "open", charged=charged, expires_at=expires_at)
+
+    def _local(self, id: str, context: Context | None) -> tuple[Lending, LocalHold]:
+        lending = self._ledger.lending
+        hold = lending.held(id, self._clock.now_us()) if lending is not None else None
+        if lending is None or hold is None or not may_see(context, hold.key.tenant):
+            raise NotFound(f"there is no reservation {id[:64]!r} in this process, or it has ended")
+        return lending, hold
+
+    async def _parts_of(self, held_by: Iterable[str], subjects: Iterable[str], key: KnownKey | None) -> list[Part]:
+        """Where what was used of a reservation counts: on the accounts that it is held by, as they are now, without
+        those that were removed; and on quotas of the same subjects of its key that were made since."""
+        known = {part.id: part for part in key.metered.parts} if key is not None else {}
+        held, wanted = set(held_by), {*held_by, *subjects}
+        found = [part for id, part in known.items() if id in wanted]
+        others = [await self.part_of(id) for id in sorted(held - known.keys())]
+        return [*found, *(part for part in others if part is not None)]
+
+    async def _key_of(self, id: str) -> KnownKey:
+        key = await self.cache.by_id(id)
+        if key is None:
+            raise NotFound("the key of this reservation was removed")
+        return key
+
+
+def together(parts: Sequence[Part], key: KnownKey | None) -> Metered:
+    """These accounts as one charge concerns them: a key's own, if they are all that it is counted on."""
+    if key is not None and list(parts) == list(key.metered.parts):
+        return key.metered
+    first, *others = parts
+    return Metered(first.id, first.guard, first.allowances, tuple(others), first.tenant)
+
+
+__all__ = ["HeldReservations", "together"]

@@ -1,0 +1,441 @@
+"""What an API key is: its entity, and what callers may say of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
+from ipaddress import ip_network
+from types import MappingProxyType
+from typing import Annotated, Any, ClassVar, Literal, TypedDict, TypeVar
+
+import msgspec
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+
+from ..context import MAX_TENANT_BYTES, name_problem, text_problem
+from ..entities import (
+    MAX_ID_BYTES,
+    UNKNOWN_FIELD,
+    Entity,
+    Index,
+    Indexed,
+    Secret,
+    no_number,
+    problems_of,
+)
+from ..errors import InvalidInput, Problem
+from ..limits import MAX_LIMITS, Limit
+from .token import DEFAULT_PREFIX, MAX_PREFIX_CHARS, PREFIX_PATTERN
+
+NAME = "api_keys"
+ALL_TENANTS = "*"
+"""The tenant of a management key that may act for every tenant."""
+DEFAULT_TENANT = "default"
+MANAGEMENT = "strongroom:"
+MANAGEMENT_PERMISSIONS = tuple(MANAGEMENT + scope for scope in ("read", "write", "admin"))
+"""What a management key may do, by the permission that says so. Strongroom keeps the names that begin so for itself."""
+MAX_PERMISSIONS = 100
+MAX_ADDRESSES = 100
+MAX_METADATA_BYTES = 16_384
+_KIND_IN_PATH = re.compile(r"(?<=\.window)\.(?:rolling|anchored|calendar|total)(?=\.|$)")
+_PERMISSION = re.compile(r"^[A-Za-z0-9_.:/*-]{1,128}$")
+MAX_GROUPS = 16
+MAX_GROUP_BYTES = 200
+MAX_NAMES = 100
+"""Names in `allowed_models`, and in `allowed_routes`."""
+MAX_NAME_CHARS = 200
+MAX_TOLD = 5
+"""Wrong values of one list that a message names."""
+MAX_DESCRIPTION_CHARS = 2_000
+MAX_OWNER_BYTES = 200
+MAX_OVERLAP_S = 30 * 86_400
+"""How long a text that was rotated away may work on at most."""
+MIN_ROTATION_S = 3_600
+MAX_ROTATION_S = 400 * 86_400
+MIN_SCHEDULED_OVERLAP_S = 60
+DEFAULT_SCHEDULED_OVERLAP_S = 7 * 86_400
+"""Of a scheduled rotation whose overlap is not said, unless half its period is less."""
+RESTORABLE_FOR_S = 30 * 86_400
+"""How long a deleted key can be restored; after that it is removed for good."""
+TEST_PREFIX = f"{DEFAULT_PREFIX}_test"
+"""What the text of a test key begins with instead of DEFAULT_PREFIX."""
+HIDDEN = frozenset({"hash", "previous_hash", "sealed", "previous_sealed", "verifier", "due_at"})
+"""Fields of a key that nobody is shown."""
+Environment = Literal["live", "test"]
+
+
+def described(most: int, **more: Any) -> WithJsonSchema:
+    """For the description of a text that a validator below looks at."""
+    return WithJsonSchema({"type": "string", "minLength": 1, "maxLength": most, "pattern": "^[^\\u0000]*$", **more})
+
+
+TenantName = Annotated[str, described(MAX_TENANT_BYTES)]
+_Permission = Annotated[str, described(128, pattern=_PERMISSION.pattern)]
+_Group = Annotated[str, described(MAX_GROUP_BYTES)]
+_ScopeName = Annotated[str, described(MAX_NAME_CHARS, pattern="^[^*\\u0000-\\u001f\\u007f]*\\*?$")]
+_Network = Annotated[
+    str,
+    described(49, pattern="^[0-9A-Fa-f.:]+(/[0-9]{1,3})?$", description="An IPv4 or IPv6 address, or a range of them."),
+]
+_UserId = Annotated[str, described(MAX_ID_BYTES)]
+_Owner = Annotated[str, described(MAX_OWNER_BYTES)]
+M = TypeVar("M", bound=BaseModel)
+
+
+class ApiKey(
+    Entity,
+    collection=NAME,
+    scope="global",
+    indexes=[
+        # A list leaves the deleted keys out, or shows them alone: with `deleted_at` in its index, it is served whole.
+        Index("tenant", "deleted_at", "-created_at"),
+        Index("tenant", "user_id", "deleted_at", "-created_at"),
+        Index("user_id", "deleted_at", "-created_at"),
+        Index("user_id", "-created_at"),
+        Index("deleted_at", "-created_at"),
+        Index("tenant", "deleted_at", "name"),
+        Index("deleted_at", "name"),
+        Index("owner", "deleted_at", "-created_at"),
+        Index("tenant", "environment", "deleted_at", "-created_at"),
+        Index("environment", "deleted_at", "-created_at"),
+        Index("due_at"),
+    ],
+    placed_by="hash",
+):
+    """One key. It belongs to a tenant, but is not stored under it: a verification does not know the tenant before it
+    has found the key. `hash` is what the text is found by, `sealed` its SHA-256 encrypted, for exports;
+    `previous_hash` and `previous_sealed` are those of the text that was rotated away.
+
+    `last_used` and `usage_count` are copied from the key's usage in the background, about once a minute (a new version
+    of the key, but no change that the journal tells of); the statistics of a key are as of now.
+
+    `groups` names the quotas that it shares with other keys of its tenant. `verifier` is the imported hash
+    of a key whose hash cannot be looked up (bcrypt, Argon2, PBKDF2), until its first use; `hash` is then a hint to find
+    it by. `deleted_at` is set on a key that was removed and can be restored. `unclaimed` is the text of a rotation
+    that nobody was there to be shown, encrypted under the pepper, until it is claimed. `due_at` is when the background
+    work has something to do with the key: to rotate it, or to remove it for good.
+    """
+
+    tenant: str
+    name: str
+    hash: Annotated[str, Indexed(unique=True)]
+    previous_hash: Annotated[str | None, Indexed(unique=True)] = None
+    previous_until: datetime | None = None
+    sealed: Annotated[bytes | None, Secret()] = None
+    previous_sealed: Annotated[bytes | None, Secret()] = None
+    display: str
+    user_id: str | None = None
+    permissions: list[str] = []
+    metadata: dict[str, Any] = {}
+    allowed_ips: list[str] = []
+    limits: list[Limit] = []
+    enabled: bool = True
+    expires_at: datetime | None = None
+    last_used: datetime | None = None
+    usage_count: int = 0
+    description: str | None = None
+    owner: str | None = None
+    environment: Environment = "live"
+    groups: list[str] = []
+    allowed_models: list[str] = []
+    allowed_routes: list[str] = []
+    rotate_every_s: int | None = None
+    rotation_overlap_s: int | None = None
+    next_rotation_at: datetime | None = None
+    unclaimed: Annotated[bytes | None, Secret()] = None
+    leaked_at: datetime | None = None
+    deleted_at: datetime | None = None
+    due_at: datetime | None = None
+    verifier: Annotated[str | None, Secret()] = None
+
+    def is_expired(self, now: datetime) -> bool:
+        return self.expires_at is not None and now >= self.expires_at
+
+    @property
+    def scheduled_overlap_s(self) -> int:
+        """How long the old text works on after a scheduled rotation."""
+        if self.rotation_overlap_s is not None:
+            return self.rotation_overlap_s
+        return min(DEFAULT_SCHEDULED_OVERLAP_S, (self.rotate_every_s or 0) // 2)
+
+    def shown(self) -> dict[str, Any]:
+        """What callers are shown of a key. `unclaimed`: whether the text of a rotation waits to be claimed."""
+        return {**self.model_dump(exclude=set(HIDDEN)), "unclaimed": self.unclaimed is not None}
+
+
+def due_at(next_rotation_at: datetime | None, deleted_at: datetime | None) -> datetime | None:
+    """When the background work has something to do with a key: to remove it if it was deleted, else to rotate it."""
+    return next_rotation_at if deleted_at is None else deleted_at + timedelta(seconds=RESTORABLE_FOR_S)
+
+
+def schedule_problem(rotate_every_s: int | None, overlap_s: int | None) -> Problem | None:
+    """What is wrong with a schedule of rotations, whose two fields are single values within their own bounds."""
+    if overlap_s is None:
+        return None
+    if rotate_every_s is None:
+        return Problem("rotation_overlap_s", "needs rotate_every_s: there is no scheduled rotation")
+    if overlap_s >= rotate_every_s:
+        return Problem(
+            "rotation_overlap_s", f"found {overlap_s}, expected less than rotate_every_s, which is {rotate_every_s}"
+        )
+    return None
+
+
+def not_given(
+    *,
+    unchangeable: Iterable[str] = (),
+    elsewhere: Mapping[str, str] = MappingProxyType({}),
+    of_the_store: Iterable[str],
+) -> Mapping[str, str]:
+    """What is said of fields that are there, but that a caller cannot give: by their name."""
+    return MappingProxyType(
+        {
+            **dict.fromkeys(of_the_store, "cannot be given: it is set by Strongroom"),
+            **dict.fromkeys(unchangeable, "cannot be changed"),
+            **elsewhere,
+        }
+    )
+
+
+class KeyFields(BaseModel):
+    """What a caller may say of a key, when it is made and later."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    name: str = Field(min_length=1, max_length=200)
+    user_id: _UserId | None = None
+    permissions: list[_Permission] = Field(default=[], max_length=MAX_PERMISSIONS)
+    expires_at: datetime | None = None
+    metadata: dict[str, Any] = {}
+    allowed_ips: list[_Network] = Field(default=[], max_length=MAX_ADDRESSES)
+    limits: list[Limit] = Field(default=[], max_length=MAX_LIMITS)
+    description: str | None = Field(default=None, max_length=MAX_DESCRIPTION_CHARS)
+    owner: _Owner | None = None
+    groups: list[_Group] = Field(default=[], max_length=MAX_GROUPS)
+    allowed_models: list[_ScopeName] = Field(default=[], max_length=MAX_NAMES)
+    allowed_routes: list[_ScopeName] = Field(default=[], max_length=MAX_NAMES)
+    rotate_every_s: int | None = Field(default=None, ge=MIN_ROTATION_S, le=MAX_ROTATION_S, strict=True)
+    rotation_overlap_s: int | None = Field(default=None, ge=MIN_SCHEDULED_OVERLAP_S, le=MAX_OVERLAP_S, strict=True)
+
+    @field_validator("name")
+    @classmethod
+    def _text(cls, value: str) -> str:
+        if problem := text_problem(value, MAX_ID_BYTES):
+            raise ValueError(problem)
+        return value
+
+    @field_validator("user_id")
+    @classmethod
+    def _user(cls, value: str | None) -> str | None:
+        if value is not None and (problem := name_problem(value, MAX_ID_BYTES)):
+            raise ValueError(problem)
+        return value
+
+    @field_validator("owner")
+    @classmethod
+    def _owner(cls, value: str | None) -> str | None:
+        if value is not None and (problem := name_problem(value, MAX_OWNER_BYTES)):
+            raise ValueError(problem)
+        return value
+
+    @field_validator("description")
+    @classmethod
+    def _description(cls, value: str | None) -> str | None:
+        if value and (problem := text_problem(value, 4 * MAX_DESCRIPTION_CHARS)):
+            raise ValueError(problem)
+        return value
+
+    @field_validator("groups")
+    @classmethod
+    def _groups(cls, value: list[str]) -> list[str]:
+        return each_once(value, lambda name: name_problem(name, MAX_GROUP_BYTES))
+
+    @field_validator("allowed_models", "allowed_routes")
+    @classmethod
+    def _names(cls, value: list[str]) -> list[str]:
+        return each_once(value, _scope_problem)
+
+    @field_validator("expires_at", mode="before")
+    @classmethod
+    def _no_number(cls, value: Any) -> Any:
+        return no_number(value)
+
+    @field_validator("expires_at")
+    @classmethod
+    def _zoned(cls, value: datetime | None) -> datetime | None:
+        if value is not None and value.utcoffset() is None:
+            raise ValueError("found a time without a zone, expected one with (for example 2027-01-01T00:00:00Z)")
+        return value
+
+    @field_validator("permissions")
+    @classmethod
+    def _permissions(cls, value: list[str]) -> list[str]:
+        return each_once(value, _permission_problem)
+
+    @field_validator("allowed_ips")
+    @classmethod
+    def _addresses(cls, value: list[str]) -> list[str]:
+        each_once(value, _address_problem)
+        return value
+
+    @field_validator("metadata")
+    @classmethod
+    def _metadata(cls, value: dict[str, Any]) -> dict[str, Any]:
+        try:
+            size = len(msgspec.json.encode(value))
+        except (TypeError, ValueError, RecursionError):
+            raise ValueError("found a value that JSON does not have, expected JSON values") from None
+        if size > MAX_METADATA_BYTES:
+            raise ValueError(f"found {size} bytes of JSON, expected at most {MAX_METADATA_BYTES}")
+        return value
+
+    @field_validator("limits")
+    @classmethod
+    def _distinct(cls, value: list[Limit]) -> list[Limit]:
+        seen: set[str] = set()
+        for limit in value:
+            for name in (*limit.models, *limit.routes):
+                if problem := name_problem(name, MAX_ID_BYTES):
+                    raise ValueError(problem)
+            if limit.id in seen:
+                raise ValueError(f"found two limits on {limit.resource} with the same window")
+            seen.add(limit.id)
+        return value
+
+
+def each_once(values: list[str], problem_of: Callable[[str], str | None]) -> list[str]:
+    """The values, each once. Raises ValueError with what is wrong with each of them, the first MAX_TOLD."""
+    problems = list(dict.fromkeys(problem for value in values if (problem := problem_of(value))))
+    if problems:
+        raise ValueError("; ".join(problems[:MAX_TOLD]) + ("; …" if len(problems) > MAX_TOLD else ""))
+    return list(dict.fromkeys(values))
+
+
+def _scope_problem(name: str) -> str | None:
+    if not 1 <= len(name) <= MAX_NAME_CHARS or not name.isprintable() or "*" in name[:-1]:
+        return f"found {name[:64]!r}, expected 1 to {MAX_NAME_CHARS} printable characters, * only as the last"
+    return name_problem(name, 4 * MAX_NAME_CHARS)
+
+
+def _permission_problem(name: str) -> str | None:
+    if not _PERMISSION.fullmatch(name):
+        return f"found {name[:64]!r}, expected 1 to 128 letters, digits and _ . : / * -"
+    if name.startswith(MANAGEMENT) and name not in MANAGEMENT_PERMISSIONS:
+        return (
+            f"found {name[:64]!r}, expected {', '.join(MANAGEMENT_PERMISSIONS)}, or a permission of your own "
+            f"that does not begin with {MANAGEMENT}"
+        )
+    return None
+
+
+def _address_problem(text: str) -> str | None:
+    length = text.partition("/")[2]
+    try:
+        # A mask in dots has two readings (0.0.0.0 is every address, or one): only a length is taken.
+        if "/" in text and not (length.isascii() and length.isdigit()):
+            raise ValueError
+        ip_network(text, strict=False)
+    except ValueError:
+        return f"found {text[:64]!r}, expected an address or a range such as 10.0.0.0/8"
+    return None
+
+
+LimitLike = Limit | Mapping[str, Any]
+
+
+class KeyGiven(TypedDict, total=False):
+    """The fields of a key as keywords, for a change; texts are taken for times, as in JSON."""
+
+    name: str
+    user_id: str | None
+    permissions: Sequence[str]
+    expires_at: datetime | str | None
+    metadata: Mapping[str, Any]
+    allowed_ips: Sequence[str]
+    limits: Sequence[LimitLike]
+    description: str | None
+    owner: str | None
+    groups: Sequence[str]
+    allowed_models: Sequence[str]
+    allowed_routes: Sequence[str]
+    rotate_every_s: int | None
+    rotation_overlap_s: int | None
+
+
+class NewKeyGiven(KeyGiven, total=False):
+    """The fields of a key that is to be made, as keywords."""
+
+    tenant: str
+    environment: Environment
+    prefix: str
+
+
+class NewKey(KeyFields):
+    """A key to be made. `prefix` begins its text; for a test key the default becomes `sr_test`."""
+
+    not_given: ClassVar[Mapping[str, str]] = not_given(
+        elsewhere={"enabled": "is changed by its own calls, once the key is made: enable and disable"},
+        of_the_store=set(ApiKey.model_fields) - KeyFields.model_fields.keys() - {"tenant", "environment"},
+    )
+
+    tenant: TenantName = DEFAULT_TENANT
+    environment: Environment = "live"
+    prefix: str = Field(default=DEFAULT_PREFIX, pattern=PREFIX_PATTERN, max_length=MAX_PREFIX_CHARS)
+
+    @model_validator(mode="after")
+    def _tenant(self) -> NewKey:
+        if problem := name_problem(self.tenant, MAX_TENANT_BYTES):
+            raise ValueError(f"tenant: {problem}")
+        return self
+
+    @field_validator("rotation_overlap_s")
+    @classmethod
+    def _shorter(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if "rotate_every_s" in info.data and (problem := schedule_problem(info.data["rotate_every_s"], value)):
+            raise ValueError(problem.message)
+        return value
+
+    @property
+    def text_prefix(self) -> str:
+        return TEST_PREFIX if self.environment == "test" and self.prefix == DEFAULT_PREFIX else self.prefix
+
+
+class KeyChanges(KeyFields):
+    """Some fields of a key, to be changed; those not given stay."""
+
+    not_given: ClassVar[Mapping[str, str]] = not_given(
+        unchangeable=("id", "tenant", "environment", "prefix", "created_at"),
+        elsewhere={
+            "enabled": "is changed by its own calls: enable and disable",
+            "key": "is changed by its own call: rotate",
+            **dict.fromkeys(("deleted_at",), "is changed by its own calls: delete and restore"),
+        },
+        of_the_store=(set(ApiKey.model_fields) | {"unclaimed"}) - KeyFields.model_fields.keys(),
+    )
+
+    name: str = Field(default="", min_length=1, max_length=200)
+
+
+def parse(model: type[M], fields: Mapping[str, Any]) -> M:
+    """Validate a caller's fields; InvalidInput with every problem."""
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        # Pydantic puts the window's kind into the path, where the caller's input has no such step.
+        known: Mapping[str, str] = getattr(model, "not_given", MappingProxyType({}))
+        found = [
+            Problem(
+                _KIND_IN_PATH.sub("", p.path), known.get(p.path, p.message) if p.message == UNKNOWN_FIELD else p.message
+            )
+            for p in problems_of(error)
+        ]
+        raise InvalidInput(found) from None

@@ -1,0 +1,99 @@
+"""Verifications that can be taken back: for a request that is charged when it comes in, and refused after all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+
+from ..limits import Amount, KeyChanged, Metered, Part, Patience
+from .verification import (
+    NOT_FOUND,
+    ONE_REQUEST,
+    Verification,
+    check_address,
+    cost_units,
+)
+from .verifier import Verifier
+
+
+@dataclass(frozen=True, slots=True)
+class Charged:
+    """The answer to a verification, and what of it can be taken back: how many units, when, and for what."""
+
+    answer: Verification
+    units: Mapping[str, int]
+    moment_us: int
+    model: str | None = None
+    route: str | None = None
+
+
+class Undoing(Verifier):
+    """Verifies keys, and takes back what was charged for a request that is refused later on."""
+
+    async def verify_charged(
+        self,
+        text: str,
+        *,
+        cost: Mapping[str, Amount] | None = None,
+        permission: str | None = None,
+        ip: str | None = None,
+        model: str | None = None,
+        route: str | None = None,
+    ) -> Charged:
+        """As `verify`; what it gives can be given to `undo`."""
+        units = ONE_REQUEST if cost is None else cost_units(cost)
+        if ip is not None:
+            check_address(ip)
+        patience = Patience("the key is being changed too quickly to verify it")
+        while await patience.another():
+            now_us = self._clock.now_us()
+            begun = self._begin(text, units, permission, ip, model, route, None)
+            if isinstance(begun, Verification):
+                return Charged(begun, units, now_us, model, route)
+            if begun is None:
+                key = await self.cache.find(text, now_us)
+                if key is None:
+                    return Charged(NOT_FOUND, units, now_us)
+                await self.cache.is_current(key)  # now it is in memory, and believed
+                continue
+            with suppress(KeyChanged):
+                await begun.outcome
+            answer = self.conclude(begun)
+            if answer is not None:
+                return Charged(answer, units, begun.outcome.result().now_us, model, route)
+        raise patience.over()
+
+    async def undo(self, charged: Charged) -> None:
+        """Take back a verification: its use, and what it cost, as far as the windows still count it. To be called once,
+        soon. Raises Unavailable: then it may be taken back all the same."""
+        id = charged.answer.key_id
+        if id is None or not charged.answer.valid:
+            return
+        patience = Patience("the key is being changed too quickly to take back what it was charged")
+        while await patience.another():
+            key = await self.cache.by_id(id)
+            if key is None:
+                return  # what it was charged is gone with it
+            asked = {part.id: part.asked(charged.model, charged.route) for part in key.metered.parts}
+            limited = [part for part in key.metered.parts if asked[part.id]]
+            if limited:
+                try:
+                    await self._ledger.take_back(
+                        _metered(*limited), charged.units, charged.moment_us, charged.model, charged.route
+                    )
+                except KeyChanged:
+                    self.cache.outdated(key)
+                    continue
+            for part in key.metered.parts:
+                if not asked[part.id]:  # its use is only counted, and perhaps not written yet
+                    self._ledger.tally(_metered(part), {name: -units for name, units in charged.units.items()}, -1)
+            return
+        raise patience.over()
+
+
+def _metered(first: Part, *others: Part) -> Metered:
+    return Metered(first.id, first.guard, first.allowances, others, first.tenant)
+
+
+__all__ = ["Charged", "Undoing"]

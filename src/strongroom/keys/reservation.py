@@ -1,0 +1,149 @@
+"""What reservations are reckoned and answered with. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import msgspec
+
+from ..context import utc_from_us
+from ..errors import InvalidInput, Problem
+from ..limits import Amount, from_units
+from ..limits.lease_manager import Entries
+from ..limits.usage_state import CONCURRENCY
+from .cached_key import KnownKey
+from .verification import (
+    ONE_REQUEST,
+    LimitStatus,
+    Reservation,
+    Verification,
+    admitted,
+    check_address,
+    cost_units,
+    refused,
+    share_status,
+    uncounted,
+)
+
+DEFAULT_TTL_S = 60
+MAX_TTL_S = 86_400
+State = Literal["open", "settled", "released"]
+
+
+def reserved_units(cost: Mapping[str, Amount] | None, ttl_s: int, ip: str | None) -> dict[str, int]:
+    """What is to be held, one of `concurrency` included. Raises InvalidInput with every problem."""
+    problems: list[Problem] = []
+    if type(ttl_s) is not int or not 1 <= ttl_s <= MAX_TTL_S:
+        problems.append(Problem("ttl_s", f"found {ttl_s!r}, expected 1 to {MAX_TTL_S} seconds"))
+    units: dict[str, int] = {}
+    try:
+        units = dict(ONE_REQUEST) if cost is None else cost_units(cost, reserving=True)
+    except InvalidInput as error:
+        problems += error.problems
+    if ip is not None:
+        try:
+            check_address(ip)
+        except InvalidInput as error:
+            problems += error.problems
+    if problems:
+        raise InvalidInput(problems)
+    units.setdefault(CONCURRENCY, 1)
+    return units
+
+
+def used_since(before: Mapping[str, int], total: Mapping[str, int], field: str = "cost") -> dict[str, int]:
+    """What has been used since `before`. InvalidInput if it is less in all: what was charged stays charged."""
+    problems = [
+        Problem(
+            f"{field}.{name}",
+            f"found {from_units(name, units)}, expected at least the {from_units(name, least)} that were reported",
+        )
+        for name, units in total.items()
+        if units < (least := before.get(name, 0))
+    ]
+    if problems:
+        raise InvalidInput(problems)
+    return {name: units - before.get(name, 0) for name, units in total.items()}
+
+
+def same_amounts(one: Mapping[str, int], other: Mapping[str, int]) -> bool:
+    """Whether both are the same amounts; one that is not named is 0."""
+    return all(one.get(name, 0) == other.get(name, 0) for name in (*one, *other))
+
+
+def ended_otherwise(before: str | None, now: State) -> str:
+    """Why a reservation cannot be ended so: it was ended otherwise before."""
+    return f"the reservation was {before} before" + (", with other amounts" if before == now == "settled" else "")
+
+
+def minus(wanted: Mapping[str, int], used: Mapping[str, int]) -> dict[str, int]:
+    """What of `wanted` is not `used` yet; nothing where more was."""
+    return {name: max(0, units - used.get(name, 0)) for name, units in wanted.items()}
+
+
+def plus(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
+    """Both together."""
+    return {
+        name: one.get(name, 0) + other.get(name, 0) for name in (*one, *(name for name in other if name not in one))
+    }
+
+
+def amounts(units: Mapping[str, int]) -> dict[str, Amount]:
+    """Units as callers count them."""
+    return {name: from_units(name, amount) for name, amount in units.items()}
+
+
+def as_reservation(answer: Verification, id: str | None = None, state: str | None = None, **more: Any) -> Reservation:
+    """A verification's answer as a reservation's."""
+    fields = {name: getattr(answer, name) for name in Verification.__struct_fields__}
+    return Reservation(**fields, reservation_id=id, state=state, **more)
+
+
+def with_changes(answer: Reservation, **changes: Any) -> Reservation:
+    """An answer with some fields changed."""
+    return msgspec.structs.replace(answer, **changes)
+
+
+def with_uncounted(answer: Reservation, key: KnownKey | None, cost: Mapping[str, Amount] | None) -> Reservation:
+    """An answer that tells which resources of the caller's cost no limit of the key counts."""
+    found = uncounted(key, cost) if key is not None and cost is not None else []
+    return with_changes(answer, uncounted=found) if found != answer.uncounted else answer
+
+
+def open_answer(key: KnownKey, id: str, limits: list[LimitStatus], ends_us: int) -> Reservation:
+    """The answer for a reservation that is open."""
+    answer = as_reservation(admitted(key, ()), id, "open", expires_at=utc_from_us(ends_us))
+    return with_changes(answer, limits=limits)
+
+
+def held_answer(
+    key: KnownKey, id: str, entries: Entries, state: State, *, limits: list[LimitStatus] | None = None, **more: Any
+) -> Reservation:
+    """The answer to what was done with a reservation in memory."""
+    shown = [share_status(share) for share, _ in entries] if limits is None else limits
+    return Reservation(
+        True,
+        "VALID",
+        key.id,
+        key.tenant,
+        key.user_id,
+        key.permissions,
+        key.metadata,
+        shown,
+        reservation_id=id,
+        state=state,
+        **more,
+    )
+
+
+def not_covered(key: KnownKey, entries: Entries, wanted: Mapping[str, int]) -> Verification:
+    """The refusal of an extension for which this process's shares do not suffice."""
+    limits = [share_status(share) for share, _ in entries]
+    denied = [
+        msgspec.structs.replace(status, exceeded=True)
+        for status in limits
+        if wanted.get(status.resource) and status.resource != CONCURRENCY
+    ]
+    answer = refused(key, "USAGE_EXCEEDED", "this process's share of the limits does not suffice for so much more")
+    return msgspec.structs.replace(answer, limits=denied or limits)

@@ -1,0 +1,437 @@
+"""A key file on the disk, read in pieces: what is in memory at once is a piece, not the file.
+
+`survey` reads it once: it finds where the pieces begin, judges every row, and finds keys that stand in the file twice.
+Afterwards `rows` reads any piece again, in whatever process. A file that is not laid out as one of the two JSON shapes,
+or not right JSON, is left to `keyfile.parse`, which holds it whole and says exactly what is the matter.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from hashlib import sha256
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from ...context import name_problem, text_problem, us_from_utc
+from ...entities import MAX_ID_BYTES
+from ...errors import Conflict
+from ...limits import MAX_AMOUNT, SATURATED
+from ..token import MAX_KEY_CHARS, is_possible
+from .key_file import (
+    HASHES_NAMED,
+    MAX_FILE_BYTES,
+    MAX_NAME_CHARS,
+    SHORT_KEY_CHARS,
+    Finding,
+    KeyFile,
+    KeyFileError,
+    KeyRow,
+    Shape,
+    judged,
+    parse,
+)
+
+PIECE_BYTES = 256 * 1024
+"""About so much of the file is one piece: some hundred rows."""
+MAX_PIECE_BYTES = 16 * PIECE_BYTES
+"""A row that is longer, or of which the end is not found, sends the whole file to `keyfile.parse`."""
+MAX_CUTS = 200
+"""Places that are tried as the end of a piece: most of them lie between two of a row's usage windows."""
+HELD_ROWS = 500
+
+_OPENING = re.compile(rb'(?:\xef\xbb\xbf)?\s*\{\s*"keys"\s*:\s*([\[{])')
+_CLOSING = {b"[": re.compile(rb"\]\s*\}\s*\Z"), b"{": re.compile(rb"\}\s*\}\s*\Z")}
+_BETWEEN = re.compile(rb"\s*,\s*")
+_SPACE = b" \t\r\n"
+_TIME = re.compile(r"(?:19[7-9]\d|[2-8]\d{3})-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{1,6})?(?:Z|\+00:00)")
+_HASH_AS_KEY = re.compile(r"sha256:([0-9a-fA-F]{64})")
+_ESCAPED = re.compile(rb"\\u00[2-7]")
+_HASH = re.compile(r"[0-9a-fA-F]{64}")
+
+
+class _NotInPieces(Exception):
+    """The file has to be read whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some rows of a file: bytes from `start` to `end`, `count` rows of which the first is number `first`."""
+
+    start: int
+    end: int
+    first: int
+    count: int
+
+
+@dataclass(slots=True)
+class KeyPieces:
+    """A file that was surveyed. `file` says what was found of it, as `keyfile.parse` would; its rows are there only
+    where it had to be read whole, else they are in `pieces`."""
+
+    path: Path
+    file: KeyFile
+    count: int
+    accepted: int
+    now_us: int
+    pieces: Sequence[Piece] = ()
+    stamp: tuple[int, int] = (0, 0)
+    twice: frozenset[str] = frozenset()
+    """Paths of rows that are refused because their key stands in an earlier row."""
+    held: bool = field(default=False)
+
+    @property
+    def shape(self) -> Shape:
+        return self.file.shape
+
+    def rows(self, piece: Piece) -> list[KeyRow]:
+        """The accepted rows of a piece. Raises Conflict if the file was changed since it was surveyed."""
+        if self.held:
+            return self.file.rows[piece.start : piece.end]
+        with self.path.open("rb") as opened:
+            if _stamp(opened) != self.stamp:
+                raise Conflict(f"{self.path}: was changed while it was read: begin again")
+            data = _read(opened, piece)
+        rows, _, _ = _judge(self.shape, data, piece.first, self.now_us, {})
+        return [row for row in rows if row.path not in self.twice] if self.twice else rows
+
+    def without_rows(self) -> KeyPieces:
+        """The same, as another process needs it to read pieces."""
+        return self if self.held else replace(self, file=KeyFile(self.shape))
+
+
+def in_memory(path: Path, file: KeyFile, now_us: int) -> KeyPieces:
+    """A file that is held whole."""
+    pieces = [
+        Piece(start, min(start + HELD_ROWS, len(file.rows)), start, min(HELD_ROWS, len(file.rows) - start))
+        for start in range(0, len(file.rows), HELD_ROWS)
+    ]
+    return KeyPieces(path, file, file.count, len(file.rows), now_us, pieces, held=True)
+
+
+def survey(path: Path, now_us: int, progress: Callable[[int, int], None] = lambda done, size: None) -> KeyPieces:
+    """Read a file and judge every row of it. `progress` is told bytes. Raises KeyFileError, a sentence, if it is of
+    neither shape, and OSError."""
+    with path.open("rb") as opened:
+        size = opened.seek(0, 2)
+        try:
+            return _surveyed(path, opened, now_us, lambda done: progress(done, size))
+        except _NotInPieces:
+            if size > MAX_FILE_BYTES:
+                raise KeyFileError(
+                    f"is larger than {MAX_FILE_BYTES >> 20} MiB, and cannot be read in pieces: is it right JSON, and "
+                    'nothing in it but {"keys": …}? Else split it, an import may be made of several files'
+                ) from None
+            opened.seek(0)
+            return in_memory(path, parse(opened.read(), now_us), now_us)
+
+
+def _stamp(opened: BinaryIO) -> tuple[int, int]:
+    found = os.fstat(opened.fileno())
+    return found.st_size, found.st_mtime_ns
+
+
+def _read(opened: BinaryIO, piece: Piece) -> bytes:
+    opened.seek(piece.start)
+    return opened.read(piece.end - piece.start)
+
+
+# --- The survey -----------------------------------------------------------------------------------------------
+
+
+def _surveyed(path: Path, opened: BinaryIO, now_us: int, progress: Callable[[int], None]) -> KeyPieces:
+    stamp = _stamp(opened)
+    opened.seek(0)
+    opening = _OPENING.match(opened.read(4_096))
+    if opening is None:
+        raise _NotInPieces
+    bracket = opening[1]
+    shape: Shape = "plain" if bracket == b"[" else "hashed"
+    file = KeyFile(shape)
+    marks = array("Q")
+    pieces = []
+    for piece, data in _pieces(opened, opening.end(), bracket):
+        seen: dict[bytes, str] = {}
+        usual = bytearray()
+        _, refused, findings = _judge(shape, data, piece.first, now_us, seen, usual=usual)
+        file.refused += refused
+        for finding in findings:
+            file.keep(finding)
+        # those of refused rows as well: a key that comes again is told, whatever was wrong where it came first
+        marks.frombytes(b"".join(known[:8] for known in seen))
+        marks.frombytes(usual)
+        pieces.append(piece)
+        progress(piece.end)
+    count = sum(piece.count for piece in pieces)
+    source = KeyPieces(path, file, count, count - file.refused, now_us, pieces, stamp)
+    repeated = _repeated(marks)
+    del marks
+    return _without_repeated(source, opened, repeated) if repeated else source
+
+
+def _repeated(marks: array[int]) -> frozenset[int]:
+    """The marks that are there more than once: of the same key, or (once in a hundred million files) of two."""
+    found = set()
+    before = None
+    for mark in sorted(marks):
+        if mark == before:
+            found.add(mark)
+        before = mark
+    return frozenset(found)
+
+
+def _without_repeated(source: KeyPieces, opened: BinaryIO, repeated: frozenset[int]) -> KeyPieces:
+    """The survey again, with all rows that have one of these marks compared: a key that came before is refused."""
+    if source.shape == "hashed":
+        raise _NotInPieces  # what is named twice is told in the words of the whole file
+    file = KeyFile(source.shape)
+    seen: dict[bytes, str] = {}
+    twice: list[str] = []
+    for piece in source.pieces:
+        data = _read(opened, piece)
+        _, refused, findings = _judge(source.shape, data, piece.first, source.now_us, seen, repeated, twice)
+        file.refused += refused
+        for finding in findings:
+            file.keep(finding)
+    return replace(source, file=file, accepted=source.count - file.refused, twice=frozenset(twice))
+
+
+def _pieces(opened: BinaryIO, start: int, bracket: bytes) -> Iterator[tuple[Piece, bytes]]:
+    """The pieces from `start`, behind the opening bracket, to the file's end, with their bytes. Raises _NotInPieces."""
+    closing = b"]" if bracket == b"[" else b"}"
+    first, size = 0, PIECE_BYTES
+    while True:
+        opened.seek(start)
+        data = opened.read(size)
+        at_end = len(data) < size
+        if at_end and (found := _CLOSING[bracket].search(data)) is not None:
+            rows = data[: found.start()]
+            count = _count(bracket, rows, closing)
+            if count is None or (count == 0 and first):  # nothing after a comma
+                raise _NotInPieces
+            if count:
+                yield Piece(start, start + len(rows), first, count), rows
+            return
+        cut = None if at_end else _cut(data, bracket, closing)
+        if cut is None:
+            if at_end or size >= MAX_PIECE_BYTES:
+                raise _NotInPieces
+            size *= 2
+            continue
+        end, count, following = cut
+        yield Piece(start, start + end, first, count), data[:end]
+        start, first, size = start + following, first + count, PIECE_BYTES
+
+
+def _cut(data: bytes, bracket: bytes, closing: bytes) -> tuple[int, int, int] | None:
+    """Where the last whole row of `data` ends, how many rows there are up to there, and where the next one begins.
+
+    An end is found by trying: what comes before it is JSON only if it lies between two rows.
+    """
+    end = len(data)
+    for _ in range(MAX_CUTS):
+        end = data.rfind(b"}", 0, end)
+        if end < 0:
+            return None
+        between = _BETWEEN.match(data, end + 1)
+        if between is None or between.end() == len(data):
+            continue
+        count = _count(bracket, data[: end + 1], closing)
+        if count:
+            return end + 1, count, between.end()
+    return None
+
+
+def _count(bracket: bytes, rows: bytes, closing: bytes) -> int | None:
+    """How many rows these bytes are, if they are whole rows."""
+    if not rows.strip(_SPACE):
+        return 0
+    try:
+        if bracket == b"[":
+            return len(msgspec.json.decode(b"[" + rows + closing, type=list[msgspec.Raw]))
+        count = len(msgspec.json.decode(b"{" + rows + closing, type=dict[str, msgspec.Raw]))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    if len(HASHES_NAMED.findall(rows)) > count:
+        raise _NotInPieces  # JSON keeps only the last of those that have one name
+    return count
+
+
+# --- Rows -----------------------------------------------------------------------------------------------------
+#
+# A row as it should be is read by msgspec, in a fifth of the time. It is left to `keyfile.judged` if anything about it
+# is unusual; both give the same row of the same JSON.
+
+_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME_CHARS)]
+_Count = Annotated[int, msgspec.Meta(ge=0, le=SATURATED)]
+
+
+class _Window(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    window_start: str
+    tokens_used: Annotated[int, msgspec.Meta(ge=0, le=MAX_AMOUNT)]
+
+
+class _Plain(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    key: Annotated[str, msgspec.Meta(min_length=SHORT_KEY_CHARS, max_length=MAX_KEY_CHARS)]
+    name: _Name
+    token_limit_per_5h: Annotated[int, msgspec.Meta(ge=0, le=MAX_AMOUNT)] | None
+    expiry_date: str | None
+    created_at: str
+    last_used: str | UnsetType | None = UNSET
+    total_lifetime_tokens: _Count | UnsetType | None = UNSET
+    usage_windows: list[_Window] | UnsetType | None = UNSET
+    model: _Name | UnsetType | None = UNSET
+
+
+class _Hashed(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    name: _Name
+    created_at: str
+    expires_at: str | None
+    user_id: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_ID_BYTES // 4)] | UnsetType | None = UNSET
+    last_used: str | UnsetType | None = UNSET
+    usage_count: _Count | UnsetType | None = UNSET
+
+
+class _Unusual(Exception):
+    """The row must be judged with care."""
+
+
+_plains = msgspec.json.Decoder(list[_Plain])
+_hasheds = msgspec.json.Decoder(dict[str, _Hashed])
+
+
+def _judge(
+    shape: Shape,
+    data: bytes,
+    first: int,
+    now_us: int,
+    seen: dict[bytes, str],
+    repeated: frozenset[int] = frozenset(),
+    twice: list[str] | None = None,
+    usual: bytearray | None = None,
+) -> tuple[list[KeyRow], int, list[Finding]]:
+    """The accepted rows of a piece, how many are refused, and what was found of them. `usual` gets the marks of those
+    that were not judged with care; `seen` the others' keys."""
+    wrapped = b"[" + data + b"]" if shape == "plain" else b"{" + data + b"}"
+    raws: Any = None
+    try:
+        read: Any = (_plains if shape == "plain" else _hasheds).decode(wrapped)
+        if _may_repeat(data, list(read) if shape == "plain" else list(read.values())):
+            read, raws = None, _raws(shape, wrapped)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        read, raws = None, _raws(shape, wrapped)
+    rows, findings, refused = [], list[Finding](), 0
+    known = raws if read is None else read
+    names = range(len(known)) if shape == "plain" else list(known)
+    for position, name in enumerate(names):
+        try:
+            if read is None:
+                raise _Unusual
+            row = (
+                _plain(read[name], first + position, now_us) if shape == "plain" else _hashed(name, read[name], now_us)
+            )
+            if repeated and int.from_bytes(row.sha256[:8], sys.byteorder) in repeated:
+                raise _Unusual
+        except _Unusual:
+            raws = _raws(shape, wrapped) if raws is None else raws
+            said: int | str = first + position if shape == "plain" else name
+            found, more = judged(shape, said, raws[name], now_us, seen)
+            findings += more
+            if found is None:
+                refused += 1
+                if twice is not None:
+                    twice.append(f"keys.{said}")
+                continue
+            row = found
+        else:
+            if usual is not None:
+                usual += row.sha256[:8]
+        rows.append(row)
+    return rows, refused, findings
+
+
+def _may_repeat(data: bytes, rows: list[Any]) -> bool:
+    """Whether a row may have a name twice, of which JSON keeps one: whether the text has a name more often than there
+    are rows with it. A value can look like a name, too, and a name can be written with escapes."""
+    if _ESCAPED.search(data):
+        return True
+    for name in type(rows[0]).__struct_fields__ if rows else ():
+        count = data.count(b'"%b"' % name.encode())
+        if count and count != sum(getattr(row, name) is not UNSET for row in rows):
+            return True
+    windows = sum(len(row.usage_windows) for row in rows if getattr(row, "usage_windows", None))
+    return any(data.count(b'"%b"' % name.encode()) != windows for name in _Window.__struct_fields__)
+
+
+def _raws(shape: Shape, wrapped: bytes) -> Any:
+    return msgspec.json.decode(wrapped, type=list[msgspec.Raw] if shape == "plain" else dict[str, msgspec.Raw])
+
+
+def _plain(read: _Plain, number: int, now_us: int) -> KeyRow:
+    key = read.key
+    text: str | None = key
+    digest = _HASH_AS_KEY.fullmatch(key)
+    if digest is not None:
+        hashed, text = bytes.fromhex(digest[1]), None
+    elif is_possible(key):
+        hashed = sha256(key.encode()).digest()
+    else:
+        raise _Unusual
+    created_us, expires_us = _us(read.created_at), _us_or_none(read.expiry_date)
+    windows: list[tuple[int, int]] = []
+    for window in read.usage_windows or ():
+        start_us = _us(window.window_start)
+        if start_us > now_us:
+            raise _Unusual
+        windows.append((start_us, window.tokens_used))
+    if (expires_us is not None and (expires_us < created_us or expires_us <= now_us)) or sum(
+        tokens for _, tokens in windows
+    ) > SATURATED:
+        raise _Unusual
+    model = None if read.model is None or read.model is UNSET else _usual(read.model)
+    return KeyRow(
+        f"keys.{number}", hashed, text, _usual(read.name), None, model, read.token_limit_per_5h, created_us, expires_us,
+        _us_or_none(read.last_used), 0, read.total_lifetime_tokens or 0, tuple(sorted(windows)),
+    )  # fmt: skip
+
+
+def _hashed(name: str, read: _Hashed, now_us: int) -> KeyRow:
+    if _HASH.fullmatch(name) is None:
+        raise _Unusual
+    created_us, expires_us = _us(read.created_at), _us_or_none(read.expires_at)
+    if expires_us is not None and (expires_us < created_us or expires_us <= now_us):
+        raise _Unusual
+    user_id = None if read.user_id is None or read.user_id is UNSET else _usual(read.user_id)
+    if user_id is not None and name_problem(user_id, MAX_ID_BYTES):
+        raise _Unusual
+    return KeyRow(
+        f"keys.{name[:12]}…", bytes.fromhex(name), None, _usual(read.name), user_id, None, None, created_us, expires_us,
+        _us_or_none(read.last_used), read.usage_count or 0, 0, (),
+    )  # fmt: skip
+
+
+def _usual(text: str) -> str:
+    if text_problem(text, MAX_ID_BYTES):
+        raise _Unusual
+    return text
+
+
+def _us(text: str) -> int:
+    if _TIME.fullmatch(text) is None:
+        raise _Unusual
+    try:
+        return us_from_utc(datetime.fromisoformat(text))
+    except ValueError:
+        raise _Unusual from None
+
+
+def _us_or_none(text: str | UnsetType | None) -> int | None:
+    return None if text is None or text is UNSET else _us(text)

@@ -1,0 +1,565 @@
+"""Files of records: a key or a quota a line, with all that is known of it, as JSON Lines or CSV. Pure.
+
+    {"hash": "pbkdf2_sha256$…", "prefix": "abcdefgh", "name": …, "tenant": …, "user_id": …, "limits": […], …}
+    {"id": "key_…", "hash": "sha256:…", "name": …, "usage": {"count": …, "totals": …, "counters": …}, …}
+    {"type": "quota", "kind": "user", "tenant": …, "name": …, "limits": […], "usage": …}
+
+Keys of other systems are imported from it, whatever their hash (`foreign_hash.py`), and one store gives it to
+another without loss. A CSV file has the same names in its first line; lists and objects stand in it as JSON.
+The columns of djangorestframework-api-key's table are read as they are, from CSV and from Django's `dumpdata`.
+
+A row is refused, with every reason, or accepted as it stands: nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator
+
+from ...context import MAX_TENANT_BYTES, name_problem, us_from_utc
+from ...entities import MAX_ID_BYTES, no_number
+from ...errors import InvalidInput
+from ...limits import MAX_LIMITS, SATURATED, Limit, counter_for
+from ...quotas import QuotaKind, quota_id
+from ..foreign_hash import ForeignHash, understood
+from ..model import (
+    ALL_TENANTS,
+    Environment,
+    KeyFields,
+    parse,
+    schedule_problem,
+)
+from ..token import HINT_SLOTS, MAX_HINT_CHARS, HintRule, masked
+from .key_file import Finding, key_problem
+from .record_lines import OF_DJANGO, TIMES, rows_of
+
+MAX_COUNTERS = 200
+MAX_BUCKETS = 1_000
+MAX_MONTHS = 120
+_MONTH = re.compile(r"[0-9]{4}-(0[1-9]|1[0-2])")
+MAX_DISPLAY_CHARS = 64
+MAX_AHEAD_S = 86_400
+"""Usage may be told from this far ahead of now, for clocks that differ; what lies further ahead is a mistake."""
+
+_KEY_ID = re.compile(r"key_[0-9A-Za-z_-]{1,96}")
+_HASHES = ("id", "key", "hash", "prefix", "hint", "previous_hash")
+_USED = frozenset({"last_used", "usage_count", "usage"})
+
+
+class _ToldLine(BaseModel):
+    """Which thresholds of a limit were told of (`alerts.Told`)."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    most: int = Field(ge=0, le=SATURATED)
+    ends: int | None = Field(ge=0, le=SATURATED)
+    at: dict[str, int] = Field(max_length=MAX_COUNTERS)
+
+
+class UsageLine(BaseModel):
+    """What a key or a quota has used, as a store keeps it: amounts are units (billionths of money), `at` microseconds
+    since the epoch, each counter's state as `counters.py` has it."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    count: int = Field(default=0, ge=0, le=SATURATED)
+    last_used_at: datetime | None = None
+    totals: dict[str, int] = Field(default={}, max_length=MAX_COUNTERS)
+    counters: dict[str, list[Any]] = Field(default={}, max_length=MAX_COUNTERS)
+    at: int = Field(default=0, ge=0, le=SATURATED)
+    told: dict[str, _ToldLine] = Field(default={}, max_length=MAX_COUNTERS)
+    months: dict[str, dict[str, int]] = Field(default={}, max_length=MAX_MONTHS)
+
+    @field_validator("last_used_at", mode="before")
+    @classmethod
+    def _no_number(cls, value: Any) -> Any:
+        return no_number(value)
+
+    @field_validator("last_used_at")
+    @classmethod
+    def _plausible(cls, value: datetime | None) -> datetime | None:
+        return _moment(value)
+
+    @field_validator("totals")
+    @classmethod
+    def _counted(cls, value: dict[str, int]) -> dict[str, int]:
+        for name, units in value.items():
+            if not 0 <= units <= SATURATED:
+                raise ValueError(f"found {units} of {name[:64]!r}, expected 0 to {SATURATED}")
+        return value
+
+    @field_validator("months")
+    @classmethod
+    def _by_month(cls, value: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+        for month, totals in value.items():
+            if _MONTH.fullmatch(month) is None:
+                raise ValueError(f"found {month[:16]!r}, expected a month such as 2026-11")
+            cls._counted(totals)
+        return value
+
+    @field_validator("counters")
+    @classmethod
+    def _states(cls, value: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        for id, state in value.items():
+            if problem := _state_problem(state):
+                raise ValueError(f"{id[:64]!r}: {problem}")
+        return value
+
+
+class _KeyLine(KeyFields):
+    """What a line may say of a key, but for what it is found by."""
+
+    tenant: str | None = None
+    enabled: StrictBool = True
+    environment: Environment = "live"
+    created_at: datetime | None = None
+    last_used: datetime | None = None
+    usage_count: int = Field(default=0, ge=0, le=SATURATED)
+    previous_until: datetime | None = None
+    next_rotation_at: datetime | None = None
+    leaked_at: datetime | None = None
+    deleted_at: datetime | None = None
+    display: str | None = Field(default=None, min_length=1, max_length=MAX_DISPLAY_CHARS)
+    usage: UsageLine | None = None
+
+    @field_validator(
+        "created_at", "last_used", "previous_until", "next_rotation_at", "leaked_at", "deleted_at", mode="before"
+    )
+    @classmethod
+    def _no_numbers(cls, value: Any) -> Any:
+        return no_number(value)
+
+    @field_validator("tenant")
+    @classmethod
+    def _one_tenant(cls, value: str | None) -> str | None:
+        return _tenant(value)
+
+    @field_validator(*TIMES, check_fields=False)
+    @classmethod
+    def _plausible(cls, value: datetime | None) -> datetime | None:
+        return _moment(value)
+
+
+class _QuotaLine(BaseModel):
+    """What a line may say of a quota."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    tenant: str | None = None
+    kind: QuotaKind
+    name: str = ""
+    limits: list[Limit] = Field(default=[], max_length=MAX_LIMITS)
+    description: str | None = Field(default=None, max_length=2_000)
+    created_at: datetime | None = None
+    usage: UsageLine | None = None
+
+    @field_validator("tenant")
+    @classmethod
+    def _one_tenant(cls, value: str | None) -> str | None:
+        if value == ALL_TENANTS:
+            raise ValueError(f"found {value!r}, expected one tenant: a quota is of a tenant's own keys")
+        return _tenant(value)
+
+    @field_validator("created_at")
+    @classmethod
+    def _plausible(cls, value: datetime | None) -> datetime | None:
+        return _moment(value)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRecord:
+    """A key of a file. `fields` are those of `ApiKey` that the line says, `path` is where it stands.
+
+    It is found by its `text` where the file has that, else by `hash`; a hash with a salt has a `hint` beside it.
+    """
+
+    path: str
+    id: str
+    tenant: str
+    fields: dict[str, Any]
+    text: str | None = field(repr=False)
+    hash: ForeignHash
+    hint: tuple[HintRule, str] | None
+    previous: ForeignHash | None
+    usage: UsageLine | None
+
+    @property
+    def name(self) -> str:
+        return str(self.fields["name"])
+
+
+@dataclass(frozen=True, slots=True)
+class QuotaRecord:
+    """A quota of a file."""
+
+    path: str
+    id: str
+    tenant: str
+    fields: dict[str, Any]
+    usage: UsageLine | None
+
+    @property
+    def name(self) -> str:
+        return f"quota of {self.fields['kind']} {self.fields['name']}".rstrip()
+
+
+Record = KeyRecord | QuotaRecord
+
+
+# --- Reading: the file ------------------------------------------------------------------------------------------
+
+
+class RecordReader:
+    """Reads a file of records line by line; each record comes with what was found of it. One for one pass of a file.
+
+    `tenant` is that of rows which name none. `with_secret`: the secret of the file's HMACs is known.
+    """
+
+    def __init__(self, tenant: str, now_us: int, *, with_secret: bool = False) -> None:
+        self._tenant = tenant
+        self._now_us = now_us
+        self._with_secret = with_secret
+        self._seen: dict[int, int] = {}
+        self._hints: dict[str, int] = {}
+
+    def read(self, lines: Iterable[bytes]) -> Iterator[tuple[Record | None, list[Finding]]]:
+        """The records of a file, None for one that is refused. KeyFileError if it is no file of records."""
+        for number, row, problem in rows_of(lines):
+            line = _Line(number, row)
+            if problem is not None:
+                line.wrong("", problem)
+            record = line.record(self._tenant, self._now_us, self._with_secret) if problem is None else None
+            if record is not None:
+                self._compare(record, number, line)
+            yield (None if line.is_refused else record), line.findings
+
+    def _compare(self, record: Record, number: int, line: _Line) -> None:
+        """What is wrong with a record beside those before it."""
+        names = [record.id]
+        if isinstance(record, KeyRecord):
+            names.append(record.hash.text)
+            if record.hint is not None:
+                rule, hint = record.hint
+                count = self._hints[f"{rule.id}:{hint}"] = self._hints.get(f"{rule.id}:{hint}", 0) + 1
+                if count > HINT_SLOTS:
+                    line.wrong("hint" if rule.chars is not None else "prefix", too_many_hints(hint))
+        for name in names:
+            digest = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+            first = self._seen.setdefault(digest, number)
+            if first != number:
+                line.wrong("", f"is the same key as line {first}")
+                return
+
+
+def too_many_hints(hint: str) -> str:
+    return f"found more than {HINT_SLOTS} keys that begin with {hint[:16]!r}, expected {HINT_SLOTS} at most"
+
+
+# --- Reading: one line ------------------------------------------------------------------------------------------
+
+
+class _Line:
+    """One line being read: what is wrong goes to `findings`, so that all of it is told."""
+
+    def __init__(self, number: int, row: dict[str, Any]) -> None:
+        self.path = f"line {number}"
+        self.row = row
+        self.shown = ""
+        self.findings: list[Finding] = []
+
+    def wrong(self, name: str, message: str) -> None:
+        self._found(name, message, True)
+
+    def note(self, name: str, message: str) -> None:
+        self._found(name, message, False)
+
+    def _found(self, name: str, message: str, refused: bool) -> None:
+        label = self.row.get("name")
+        path = f"{self.path}, {name}" if name else self.path
+        self.findings.append(Finding(path, self.shown, label[:60] if isinstance(label, str) else "", message, refused))
+
+    @property
+    def is_refused(self) -> bool:
+        return any(finding.refused for finding in self.findings)
+
+    def record(self, tenant: str, now_us: int, with_secret: bool) -> Record | None:
+        """What the line says, or None if anything is wrong with it."""
+        kind = self.row.pop("type", "key")
+        if kind == "quota":
+            return self._quota(tenant, now_us)
+        if kind != "key":
+            self.wrong("type", f"found {kind!r:.40}, expected key or quota")
+            return None
+        self._from_django()
+        return self._key(tenant, now_us, with_secret)
+
+    # --- Keys -----------------------------------------------------------------------------------------------------
+
+    def _from_django(self) -> None:
+        """The columns of djangorestframework-api-key by their names here. Its id was prefix.hash for a time, and ever
+        since then has no meaning."""
+        row = self.row
+        for theirs, ours in OF_DJANGO.items():
+            if theirs in row:
+                if row.get(ours) is not None:
+                    self.wrong(theirs, f"stands beside {ours}, expected one of the two")
+                row[ours] = row.pop(theirs)
+        if "revoked" in row:
+            revoked = row.pop("revoked")
+            if not isinstance(revoked, bool):
+                self.wrong("revoked", f"found {revoked!r:.40}, expected true or false")
+            elif "enabled" in row:
+                self.wrong("revoked", "stands beside enabled, expected one of the two")
+            else:
+                row["enabled"] = not revoked
+        id = row.get("id")
+        if isinstance(id, str) and "." in id and not _KEY_ID.fullmatch(id):
+            before, _, rest = id.partition(".")
+            del row["id"]
+            if row.get("hash") is None and row.get("key") is None:
+                row["hash"] = rest
+                row.setdefault("prefix", before)
+
+    def _key(self, tenant: str, now_us: int, with_secret: bool) -> KeyRecord | None:
+        row = {name: value for name, value in self.row.items() if value is not None or name in _NULLABLE}
+        for unknown in sorted(row.keys() - _KEY_FIELDS):
+            self.note(unknown[:64], "is no field of a key and is not carried over")
+            del row[unknown]
+        given = {name: row.pop(name) for name in _HASHES if name in row}
+        text, hash = self._what_it_is_found_by(given, with_secret)
+        hint = self._hint(given, hash)
+        previous = self._previous(given, row, hash, with_secret)
+        line: _KeyLine | None = None
+        try:
+            line = parse(_KeyLine, row)
+        except InvalidInput as error:
+            for problem in error.problems:
+                self.wrong(problem.path, problem.message)
+        if line is not None:
+            self._schedule(line)
+            self._counted(line.usage, line.limits, now_us)
+            if line.expires_at is not None and us_from_utc(line.expires_at) <= now_us:
+                self.note("expires_at", f"has passed ({line.expires_at.isoformat()}): the key is not valid")
+        id = self._id(given, text, hash)
+        if self.is_refused or line is None or hash is None or id is None:
+            return None
+        fields = {n: getattr(line, n) for n in line.model_fields_set if n not in _USED and n != "tenant"}
+        usage = line.usage
+        if usage is None and line.model_fields_set & _USED:
+            totals = {"requests": line.usage_count} if line.usage_count else {}
+            usage = UsageLine(count=line.usage_count, last_used_at=line.last_used, totals=totals)
+        return KeyRecord(self.path, id, line.tenant or tenant, fields, text, hash, hint, previous, usage)
+
+    def _what_it_is_found_by(
+        self, given: Mapping[str, Any], with_secret: bool
+    ) -> tuple[str | None, ForeignHash | None]:
+        """The key's text, if the file has it, and its hash."""
+        text = given.get("key")
+        if (text is None) == (given.get("hash") is None):
+            both = text is not None
+            self.wrong(
+                "hash", "stands beside key, expected one of the two" if both else "is missing (or key, the text)"
+            )
+            return None, None
+        if text is None:
+            return None, self._hash("hash", given, with_secret)
+        if not isinstance(text, str):
+            self.wrong("key", "expected the key's text")
+        elif problem := key_problem(text):
+            self.wrong("key", problem)
+        else:
+            self.shown = masked(text)
+            return text, ForeignHash("sha256", f"sha256:{hashlib.sha256(text.encode()).hexdigest()}")
+        return None, None
+
+    def _hash(self, name: str, given: Mapping[str, Any], with_secret: bool) -> ForeignHash | None:
+        value = given[name]
+        if not isinstance(value, str):
+            self.wrong(name, "expected text")
+            return None
+        try:
+            hash = understood(value.strip())
+        except ValueError as error:
+            self.wrong(name, str(error))
+            return None
+        if name == "hash":
+            self.shown = shown(hash)
+        if hash.kind == "hmac-sha256" and not with_secret:
+            self.wrong(name, "found an HMAC, for which the secret of the other system is needed: --hmac-secret-file")
+        return hash
+
+    def _hint(self, given: Mapping[str, Any], hash: ForeignHash | None) -> tuple[HintRule, str] | None:
+        prefix, hint = given.get("prefix"), given.get("hint")
+        if prefix is not None and hint is not None:
+            self.wrong("hint", "stands beside prefix, expected one of the two")
+            return None
+        name, value = ("prefix", prefix) if prefix is not None else ("hint", hint)
+        if value is None:
+            if hash is not None and not hash.is_digest:
+                self.wrong(
+                    "prefix",
+                    "is missing: a hash with a salt cannot be looked up. Expected what stands before the first dot of "
+                    "the key as prefix, or how the key begins as hint",
+                )
+            return None
+        if not isinstance(value, str) or not value.isprintable() or len(value) > MAX_HINT_CHARS:
+            self.wrong(name, f"expected at most {MAX_HINT_CHARS} printable characters")
+            return None
+        if name == "prefix":
+            value = value.removesuffix(".")
+            if not value or "." in value:
+                self.wrong(name, "expected what stands before the first dot of the key")
+                return None
+            return HintRule(), value
+        return HintRule(len(value)), value
+
+    def _previous(
+        self, given: Mapping[str, Any], row: Mapping[str, Any], hash: ForeignHash | None, with_secret: bool
+    ) -> ForeignHash | None:
+        """The hash of the text that was rotated away and works on until `previous_until`."""
+        if given.get("previous_hash") is None:
+            if row.get("previous_until") is not None:
+                self.wrong("previous_until", "needs previous_hash")
+            return None
+        if row.get("previous_until") is None:
+            self.wrong("previous_hash", "needs previous_until")
+        previous = self._hash("previous_hash", given, with_secret)
+        if previous is None or hash is None or previous.is_digest:
+            return previous
+        if not hash.is_digest:
+            self.wrong("previous_hash", "found a salt as in hash, expected one of the two without")
+        elif given.get("prefix") is None and given.get("hint") is None:
+            self.wrong("prefix", "is missing: previous_hash has a salt and cannot be looked up")
+        return previous
+
+    def _id(self, given: Mapping[str, Any], text: str | None, hash: ForeignHash | None) -> str | None:
+        id = given.get("id")
+        if id is None:
+            return imported_id(hash) if hash is not None else None
+        if not isinstance(id, str) or not _KEY_ID.fullmatch(id):
+            self.wrong("id", f"found {id!r:.40}, expected key_…: another system's id belongs into metadata")
+            return None
+        return id
+
+    def _schedule(self, line: _KeyLine) -> None:
+        if problem := schedule_problem(line.rotate_every_s, line.rotation_overlap_s):
+            self.wrong(problem.path, problem.message)
+        if line.next_rotation_at is not None and line.rotate_every_s is None:
+            self.wrong("next_rotation_at", "needs rotate_every_s: there is no scheduled rotation")
+
+    # --- Quotas, and what was used --------------------------------------------------------------------------------
+
+    def _quota(self, tenant: str, now_us: int) -> QuotaRecord | None:
+        row = {name: value for name, value in self.row.items() if value is not None}
+        for unknown in sorted(row.keys() - _QuotaLine.model_fields.keys()):
+            self.note(unknown[:64], "is no field of a quota and is not carried over")
+            del row[unknown]
+        try:
+            line = parse(_QuotaLine, row)
+        except InvalidInput as error:
+            for problem in error.problems:
+                self.wrong(problem.path, problem.message)
+            return None
+        if line.kind == "tenant":
+            if line.name:
+                self.wrong("name", "found a name, expected none: it is the quota of the tenant itself")
+        elif problem_of := name_problem(line.name, MAX_ID_BYTES // 2):
+            self.wrong("name", problem_of)
+        self._counted(line.usage, line.limits, now_us)
+        if self.is_refused:
+            return None
+        whose = line.tenant or tenant
+        fields: dict[str, Any] = {
+            "kind": line.kind,
+            "name": line.name,
+            "limits": line.limits,
+            "description": line.description,
+        }
+        if line.created_at is not None:
+            fields["created_at"] = line.created_at
+        return QuotaRecord(self.path, quota_id(line.kind, whose, line.name), whose, fields, line.usage)
+
+    def _counted(self, usage: UsageLine | None, limits: Iterable[Limit], now_us: int) -> None:
+        """Counters that the limits they are for can go on from."""
+        if usage is None:
+            return
+        latest_us = now_us + MAX_AHEAD_S * 1_000_000
+        if usage.at > latest_us:
+            self.wrong("usage.at", "lies more than a day ahead")
+        for limit in limits:
+            state = usage.counters.get(limit.id)
+            if state is None:
+                continue
+            try:
+                counter = counter_for(limit.window, state)
+                fits = counter.used(latest_us) >= 0 and _state_problem(counter.dump()) is None
+            except (TypeError, ValueError, LookupError, OverflowError):
+                fits = False
+            if not fits:
+                self.wrong(f"usage.counters.{limit.id}", f"is no state of a {limit.window.kind} window")
+
+
+_NULLABLE = frozenset(name for name, known in _KeyLine.model_fields.items() if known.default is None)
+_KEY_FIELDS = frozenset(_KeyLine.model_fields) | frozenset(_HASHES)
+
+
+def imported_id(hash: ForeignHash) -> str:
+    """The id of an imported key: the same in every run and store, and not a piece of a hash that other files show."""
+    known = bytes.fromhex(hash.text.removeprefix("sha256:")) if hash.kind == "sha256" else hash.text.encode()
+    return "key_" + hashlib.sha256(b"strongroom imported key\x00" + known).hexdigest()[:31]
+
+
+def shown(hash: ForeignHash) -> str:
+    """What may be shown of a key whose text is not known."""
+    return f"{hash.text[:15]}…" if hash.kind in ("sha256", "sha512") else hash.kind
+
+
+def _tenant(value: str | None) -> str | None:
+    if value is not None and (problem := name_problem(value, MAX_TENANT_BYTES)):
+        raise ValueError(problem)
+    if value == ALL_TENANTS:
+        raise ValueError("keys for all tenants are management keys: they are not imported")
+    return value
+
+
+def _moment(value: datetime | None) -> datetime | None:
+    if value is None:
+        return None
+    if value.utcoffset() is None:
+        raise ValueError("found a time without a zone, expected one with (for example 2027-01-01T00:00:00Z)")
+    if not 1971 <= value.year <= 9998:
+        raise ValueError(f"found the year {value.year}, expected 1971 to 9998")
+    return value.astimezone(UTC)
+
+
+def _state_problem(state: list[Any]) -> str | None:
+    """Why a value cannot be a counter's state: whole numbers, or two lists of them, the first rising."""
+    parts = state if all(isinstance(part, list) for part in state) else [state]
+    if len(state) > MAX_BUCKETS or any(len(part) > MAX_BUCKETS for part in parts):
+        return f"expected at most {MAX_BUCKETS} numbers"
+    if not all(type(number) is int and 0 <= number <= SATURATED for part in parts for number in part):
+        return "expected whole numbers"
+    if parts is state and state:
+        if len(parts) != 2 or len(parts[0]) != len(parts[1]):
+            return "expected two lists of one length"
+        if any(a >= b for a, b in zip(parts[0], parts[0][1:], strict=False)):
+            return "expected the buckets in order"
+    return None
+
+
+# --- Writing ----------------------------------------------------------------------------------------------------
+
+
+_encoder = msgspec.json.Encoder(decimal_format="number")
+
+
+def rendered(fields: Mapping[str, Any]) -> bytes:
+    """One line of JSON: times in UTC, money with every digit."""
+    return _encoder.encode(fields) + b"\n"

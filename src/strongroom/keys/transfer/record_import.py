@@ -1,0 +1,544 @@
+"""Records into a store, and a store's keys and quotas as records.
+
+An imported key has the id that its record says, or one made of its hash, so a second run finds what the first has
+written: what is there is left alone, what is missing is added. Each key is committed together with its usage, many in
+one transaction; stopped anywhere, the same import completes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import msgspec
+
+from ...context import Context, check_tenant, us_from_utc, utc_from_us
+from ...database import Database, Transaction, with_fields
+from ...entities import MAX_IN, MAX_LIMIT, Entity, Query, Where
+from ...errors import (
+    AlreadyExists,
+    Conflict,
+    InvalidInput,
+    NotFound,
+    Problem,
+    StoreError,
+    TooLarge,
+)
+from ...limits import ACTIVE_US, Account, KeyUsage, allowances
+from ...limits.usage_state import CONCURRENCY
+from ...quotas import Quota
+from ..foreign_hash import sha256_of
+from ..import_source import add_rule, add_secret, secret_id
+from ..model import ALL_TENANTS, ApiKey, due_at
+from ..token import (
+    Hasher,
+    HintRule,
+    hint_of_imported,
+    imported_hmac,
+    imported_sha256,
+    masked,
+)
+from .key_file_import import KEYS_PER_COMMIT, READS_AT_ONCE, Difference, Standing
+from .record_bulk_load import MIN_LOADED, load
+from .record_file import (
+    KeyRecord,
+    QuotaRecord,
+    Record,
+    UsageLine,
+    rendered,
+    shown,
+    too_many_hints,
+)
+
+T = TypeVar("T")
+_PATTERN = ApiKey(tenant="pattern", name="pattern", hash="pattern", display="pattern")
+_NOT_COMPARED = frozenset({"created_at", "previous_until", "display"})
+"""Fields that are as they were at the import, or that a use or a rotation here has changed since."""
+_COPIED = (
+    "name", "user_id", "permissions", "metadata", "allowed_ips", "limits", "enabled", "expires_at", "description",
+    "owner", "environment", "groups", "allowed_models", "allowed_routes", "rotate_every_s", "rotation_overlap_s",
+    "next_rotation_at", "leaked_at", "deleted_at", "display",
+)  # fmt: skip
+"""Fields of a key that a record has as they are."""
+
+
+@dataclass(slots=True)
+class PlannedRecord:
+    """A record, the id it has or gets, and its standing in the store. `problem`: why it cannot be imported at all."""
+
+    record: Record
+    id: str
+    standing: Standing
+    differences: tuple[Difference, ...] = ()
+    problem: tuple[str, str] | None = None
+    """The field, and what is wrong with it."""
+
+
+class RecordImport:
+    """One import into one store, by one actor: for each piece of a file `plan`, then `apply`.
+
+    `hmac_secret`: that of the system which the file's HMACs come from. Each method raises what the database raises.
+    """
+
+    def __init__(
+        self, database: Database, hasher: Hasher, context: Context, *, hmac_secret: bytes | None = None
+    ) -> None:
+        self._database = database
+        self._hasher = hasher
+        self._context = context
+        self._secret = hmac_secret
+        self._secret_id = secret_id(hasher.imported, hmac_secret) if hmac_secret is not None else None
+        self.committed = 0
+
+    # --- Plan -----------------------------------------------------------------------------------------------------
+
+    async def plan(self, records: Sequence[Record]) -> list[PlannedRecord]:
+        """Compare records with the store. Reads only."""
+        keys = await self._stored(records)
+        quotas = await self._each([r.id for r in records if isinstance(r, QuotaRecord)], self._get(Quota))
+        by_id = {quota.id: quota for quota in quotas if quota is not None}
+        there = [entity.id for entity in (*keys.values(), *by_id.values())]
+        usages = dict(zip(there, await self._each(there, self._get(KeyUsage)), strict=True))
+        planned = []
+        for record in records:
+            entity: ApiKey | Quota | None
+            entity = keys.get(record.id) if isinstance(record, KeyRecord) else by_id.get(record.id)
+            planned.append(self._compare(record, entity, usages.get(entity.id) if entity is not None else None))
+        await self._check_hints([p for p in planned if p.standing is Standing.NEW])
+        return planned
+
+    async def _stored(self, records: Sequence[Record]) -> dict[str, ApiKey]:
+        """The keys that the store has of these records, by the record's id: by that very id, or by their hash."""
+        wanted = [record for record in records if isinstance(record, KeyRecord)]
+        found = await self._each([record.id for record in wanted], self._get(ApiKey))
+        keys = {record.id: key for record, key in zip(wanted, found, strict=True) if key is not None}
+        names = {name: record.id for record in wanted if record.id not in keys for name in self._names(record)}
+        for field_name in ("hash", "previous_hash"):
+            for chunk in _chunks(list(names), MAX_IN):
+                query = Query(Where(field_name, "in", tuple(chunk)), limit=MAX_LIMIT)
+                for key in (await self._database.find(self._reader(), ApiKey, query, fresh=True)).items:
+                    keys.setdefault(names[getattr(key, field_name)], key)
+        return keys
+
+    def _names(self, record: KeyRecord) -> list[str]:
+        """Every stored form that a record's hash may have; none for one that cannot be looked up."""
+        sha256 = sha256_of(record.hash)
+        if sha256 is not None:
+            return self._hasher.candidates_of(sha256)
+        stored = self._stored_digest(record)
+        return [stored] if stored is not None else []
+
+    def _stored_digest(self, record: KeyRecord) -> str | None:
+        """The stored form of a digest; None for a hash that is none, or whose secret the store has not seen yet."""
+        if record.hash.kind == "hmac-sha256":
+            hex_digest = record.hash.text.rpartition(":")[2]
+            return imported_hmac(self._secret_id, hex_digest) if self._secret_id is not None else None
+        return record.hash.text if record.hash.is_digest else None
+
+    def _compare(self, record: Record, entity: ApiKey | Quota | None, usage: KeyUsage | None) -> PlannedRecord:
+        if entity is None:
+            return PlannedRecord(record, record.id, Standing.NEW)
+        if entity.tenant != record.tenant:
+            problem = f"is in the store already, for the tenant {entity.tenant!r}: a key belongs to one tenant"
+            return PlannedRecord(record, entity.id, Standing.FOREIGN, problem=("", problem))
+        differences = [
+            Difference(name, value, getattr(entity, name))
+            for name, value in record.fields.items()
+            if name not in _NOT_COMPARED and getattr(entity, name) != value
+        ]
+        if record.usage is not None and (usage is None or _is_as_imported(usage)):
+            made = _usage_of(record.id, record.usage)
+            if usage is None or not _same_usage(made, usage):
+                differences.append(Difference("usage", record.usage.count, usage.count if usage is not None else 0))
+        standing = Standing.CHANGED if differences else Standing.UNCHANGED
+        if isinstance(record, KeyRecord) and isinstance(entity, ApiKey) and self._was_rotated(record, entity):
+            standing = Standing.ROTATED
+        return PlannedRecord(record, entity.id, standing, tuple(differences))
+
+    def _was_rotated(self, record: KeyRecord, key: ApiKey) -> bool:
+        """Whether the key has another text than the record's, as far as that can be told: once a key was used whose
+        hash was no SHA-256, it has nothing to compare that hash with."""
+        sha256 = sha256_of(record.hash)
+        if sha256 is not None:
+            return key.hash not in self._hasher.candidates_of(sha256)
+        return key.verifier is not None and not record.hash.is_digest and key.verifier != record.hash.text
+
+    async def _check_hints(self, planned: Sequence[PlannedRecord]) -> None:
+        """Find those whose hint is taken by as many keys as may have it."""
+        taken = await self._taken(p.record for p in planned)
+        for p in planned:
+            record = p.record
+            if isinstance(record, KeyRecord) and _salted(record) is not None and _free(record, taken) is None:
+                rule, hint = record.hint or (HintRule(), "")
+                p.standing = Standing.FOREIGN
+                p.problem = ("prefix" if rule.chars is None else "hint", too_many_hints(hint))
+
+    async def _taken(self, records: Iterable[Record]) -> set[str]:
+        """Which of the names that these records' hints may be stored under are taken."""
+        hints = {r.hint for r in records if isinstance(r, KeyRecord) and _salted(r) is not None and r.hint is not None}
+        names = [name for rule, hint in hints for name in rule.names(hint)]
+        taken: set[str] = set()
+        for field_name in ("hash", "previous_hash"):
+            for chunk in _chunks(names, MAX_IN):
+                query = Query(Where(field_name, "in", tuple(chunk)), limit=MAX_LIMIT)
+                page = await self._database.find(self._reader(), ApiKey, query, fresh=True)
+                taken.update(getattr(key, field_name) for key in page.items)
+        return taken
+
+    # --- Apply ----------------------------------------------------------------------------------------------------
+
+    async def apply(self, planned: Sequence[PlannedRecord], *, update: bool) -> None:
+        """Add what is new and, with `update`, set what differs. The usage of what was used here since stays."""
+        work = [p for p in planned if p.standing is Standing.NEW or (update and p.standing is Standing.CHANGED)]
+        await self._prepare(work)
+        new = [(p, p.record) for p in work if p.standing is Standing.NEW and isinstance(p.record, KeyRecord)]
+        if await self._load(new):
+            work = [p for p in work if p.standing is not Standing.NEW or isinstance(p.record, QuotaRecord)]
+        for chunk in _chunks(work, KEYS_PER_COMMIT):
+            try:
+                await self._commit(chunk)
+            except (AlreadyExists, Conflict, NotFound):  # someone else wrote meanwhile
+                await self._commit(await self._planned_again(chunk), replace_usage=True)
+
+    async def _load(self, new: Sequence[tuple[PlannedRecord, KeyRecord]]) -> bool:
+        """Write new keys all at once, if the store can and nobody has written one of them meanwhile."""
+        if self._database.loading is None or len(new) < MIN_LOADED:
+            return False
+        taken = await self._taken(record for _, record in new)
+        made = [(self._key(record, taken), _usage_of(p.id, record.usage or UsageLine())) for p, record in new]
+        try:
+            loaded = await load(self._database, self._context, made)
+        except (AlreadyExists, Conflict):
+            return False
+        self.committed += len(new) if loaded else 0
+        return loaded
+
+    async def _prepare(self, work: Sequence[PlannedRecord]) -> None:
+        """What the store must remember of where these keys come from."""
+        keys = [p.record for p in work if isinstance(p.record, KeyRecord)]
+        for rule in {r.hint[0] for r in keys if r.hint is not None and _salted(r) is not None}:
+            imported = await add_rule(self._database, self._hasher.imported, rule, self._context)
+            self._hasher = self._hasher.with_imported(imported)
+        if self._secret is not None and self._secret_id is None and any(r.hash.kind == "hmac-sha256" for r in keys):
+            imported, self._secret_id = await add_secret(
+                self._database, self._hasher, self._hasher.imported, self._secret, self._context
+            )
+            self._hasher = self._hasher.with_imported(imported)
+
+    async def _planned_again(self, chunk: Sequence[PlannedRecord]) -> list[PlannedRecord]:
+        """Those of a chunk that still want what was planned for them; the others get their new standing."""
+        again = []
+        for was, now in zip(chunk, await self.plan([p.record for p in chunk]), strict=True):
+            if now.standing is was.standing:
+                again.append(now)
+            was.id, was.standing, was.differences, was.problem = now.id, now.standing, now.differences, now.problem
+        return again
+
+    async def _commit(self, work: Sequence[PlannedRecord], *, replace_usage: bool = False) -> None:
+        """One transaction for each tenant, since a journal record belongs to one; more where it would be too large."""
+        taken = await self._taken(p.record for p in work if p.standing is Standing.NEW)
+        tenants: dict[str, list[PlannedRecord]] = {}
+        for planned in work:
+            tenants.setdefault(planned.record.tenant, []).append(planned)
+        for tenant, some in tenants.items():
+            made = {p.id: self._entity(p.record, taken) for p in some if p.standing is Standing.NEW}
+
+            async def body(
+                tx: Transaction, some: Sequence[PlannedRecord] = some, made: Mapping[str, Entity] = made
+            ) -> None:
+                for p in some:
+                    if p.standing is Standing.CHANGED:
+                        await self._update(tx, p)
+                        continue
+                    await tx.create(made[p.id])
+                    if p.record.usage is not None or isinstance(p.record, KeyRecord):
+                        usage = _usage_of(p.id, p.record.usage or UsageLine())
+                        await (tx.replace(usage) if replace_usage else tx.create(usage))
+
+            try:
+                await self._database.transaction(Context(tenant, self._context.actor, self._context.claims), body)
+            except TooLarge:
+                if len(some) == 1:
+                    raise
+                for half in (some[: len(some) // 2], some[len(some) // 2 :]):
+                    await self._commit(half, replace_usage=replace_usage)
+            else:
+                self.committed += len(some)
+
+    async def _update(self, tx: Transaction, planned: PlannedRecord) -> None:
+        record = planned.record
+        cls = ApiKey if isinstance(record, KeyRecord) else Quota
+        names = {difference.field for difference in planned.differences} - {"usage"}
+        fields = {name: record.fields[name] for name in names}
+        if cls is ApiKey and names & {"next_rotation_at", "deleted_at"}:
+            key = await tx.get(ApiKey, planned.id)
+            fields["due_at"] = due_at(
+                fields.get("next_rotation_at", key.next_rotation_at), fields.get("deleted_at", key.deleted_at)
+            )
+        if fields:
+            await tx.update(cls, planned.id, fields)
+        if record.usage is not None and any(difference.field == "usage" for difference in planned.differences):
+            usage = await tx.get_or_none(KeyUsage, planned.id)
+            if usage is not None and not _is_as_imported(usage):
+                return  # it was used a moment ago
+            if usage is not None:
+                await tx.delete(KeyUsage, planned.id)  # made anew, so that a later run still knows it as not used
+            await tx.create(_usage_of(planned.id, record.usage))
+
+    # --- Records as entities ----------------------------------------------------------------------------------------
+
+    def _entity(self, record: Record, taken: set[str]) -> ApiKey | Quota:
+        if isinstance(record, QuotaRecord):
+            return Quota(id=record.id, tenant=record.tenant, **record.fields)
+        return self._key(record, taken)
+
+    def _key(self, record: KeyRecord, taken: set[str]) -> ApiKey:
+        sha256 = sha256_of(record.hash)
+        text = record.text
+        fields = dict(record.fields)
+        if "display" not in fields:
+            fields["display"] = masked(text) if text is not None else _display(record)
+        if fields.get("rotate_every_s") is not None and fields.get("next_rotation_at") is None:
+            now = utc_from_us(self._database.now_us())
+            fields["next_rotation_at"] = now + timedelta(seconds=fields["rotate_every_s"])
+        usage = record.usage or UsageLine()
+        return (
+            with_fields(  # its fields were judged when it was read, and to validate a key takes as long as to write it
+                _PATTERN,
+                id=record.id,
+                tenant=record.tenant,
+                hash=self._hasher.hash(text)
+                if text is not None
+                else self._stored_digest(record) or _slot(record, taken),
+                sealed=self._hasher.seal(sha256) if text is not None and sha256 is not None else None,
+                previous_hash=self._previous(record, taken),
+                verifier=_salted(record),
+                last_used=usage.last_used_at,
+                usage_count=usage.count,
+                due_at=due_at(fields.get("next_rotation_at"), fields.get("deleted_at")),
+                **fields,
+            )
+        )
+
+    def _previous(self, record: KeyRecord, taken: set[str]) -> str | None:
+        previous = record.previous
+        if previous is None:
+            return None
+        if previous.kind == "hmac-sha256":
+            return imported_hmac(self._secret_id or "", previous.text.rpartition(":")[2])
+        return previous.text if previous.is_digest else _slot(record, taken)
+
+    # --- Reading ----------------------------------------------------------------------------------------------------
+
+    def _reader(self) -> Context:
+        return Context(None, self._context.actor, self._context.claims)
+
+    def _get(self, cls: type[T]) -> Callable[[str], Awaitable[T | None]]:
+        async def get(id: str) -> T | None:
+            return await self._database.get_or_none(self._reader(), cls, id, fresh=True)  # type: ignore[type-var]
+
+        return get
+
+    @staticmethod
+    async def _each(ids: Sequence[str], read: Callable[[str], Awaitable[T]]) -> list[T]:
+        found: list[T] = []
+        for chunk in _chunks(ids, READS_AT_ONCE):
+            found += await asyncio.gather(*map(read, chunk))
+        return found
+
+
+def _salted(record: KeyRecord) -> str | None:
+    """The one hash of a record that cannot be looked up, its present or its previous one."""
+    if not record.hash.is_digest:
+        return record.hash.text
+    return record.previous.text if record.previous is not None and not record.previous.is_digest else None
+
+
+def _free(record: KeyRecord, taken: set[str]) -> str | None:
+    """A free name for a record's hint, which is then taken."""
+    rule, hint = record.hint or (HintRule(), "")
+    name = next((name for name in rule.names(hint) if name not in taken), None)
+    if name is not None:
+        taken.add(name)
+    return name
+
+
+def _slot(record: KeyRecord, taken: set[str]) -> str:
+    name = _free(record, taken)
+    if name is None:
+        raise InvalidInput([Problem("hint", too_many_hints(record.hint[1] if record.hint is not None else ""))])
+    return name
+
+
+def _display(record: KeyRecord) -> str:
+    return f"{record.hint[1][:16]}…" if record.hint is not None and record.hint[1] else shown(record.hash)
+
+
+# --- Usage ------------------------------------------------------------------------------------------------------
+
+
+_NO_USAGE = KeyUsage()
+
+
+def _usage_of(id: str, line: UsageLine) -> KeyUsage:
+    more = {name for name in ("told", "months") if getattr(line, name)}
+    return with_fields(
+        _NO_USAGE,
+        id=id,
+        count=line.count,
+        last_used_at=line.last_used_at,
+        active_at=utc_from_us(line.at - line.at % ACTIVE_US) if line.at else None,
+        state=msgspec.json.encode(line.model_dump(include={"totals", "counters", "at", *more})).decode(),
+    )
+
+
+def _is_as_imported(usage: KeyUsage) -> bool:
+    """Whether a usage document is as it was made, and no charge has been written into it since."""
+    return usage.created_at == usage.updated_at
+
+
+def _is_used(usage: KeyUsage) -> bool:
+    return usage.count > 0 or usage.active_at is not None or usage.last_used_at is not None
+
+
+def _same_usage(one: KeyUsage, other: KeyUsage) -> bool:
+    return (one.count, one.last_used_at, msgspec.json.decode(one.state)) == (
+        other.count,
+        other.last_used_at,
+        msgspec.json.decode(other.state),
+    )
+
+
+def _usage_said(usage: KeyUsage, limits: Iterable[Any], now_us: int) -> dict[str, Any]:
+    """What was used, for another store: what is reserved, or lent to a node, here counts there as used now: nobody can
+    settle it there. What runs at the same time (a limit on concurrency) does not run there."""
+    account = Account({**KeyUsage.__codec__.encode(usage), "version": usage.version})
+    moment_us = account.moment(now_us)
+    for allowance in allowances(limits):
+        held = account.reserved is not None or account.leases
+        _, reserved, leased = account.standing(allowance, moment_us) if held else (0, 0, 0)
+        if reserved + leased and allowance.resource != CONCURRENCY:
+            account.counter(allowance).add(moment_us, reserved + leased)
+            account.at_us = moment_us
+    account.reserved, account.leases = None, {}
+    document = account.document()
+    state = msgspec.json.decode(document["state"])
+    return {"count": document["count"], "last_used_at": document["last_used_at"], **state}
+
+
+# --- Export -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class ExportedRecords:
+    """What was written, and how many keys have something that a record cannot say, or that needs more at an import."""
+
+    keys: int = 0
+    quotas: int = 0
+    lost: Counter[str] = field(default_factory=Counter)
+
+
+async def export_records(
+    database: Database,
+    hasher: Hasher,
+    tenant: str | None,
+    context: Context,
+    told: ExportedRecords,
+    now_us: int,
+) -> AsyncIterator[bytes]:
+    """The quotas and keys of a tenant, or of all (None), as the lines of a file; management keys stay. What is changed
+    meanwhile is in its old or its new state. StoreError if a key's SHA-256 cannot be opened."""
+    if tenant is not None:
+        check_tenant(tenant)
+        if tenant == ALL_TENANTS:
+            raise InvalidInput([Problem("tenant", "keys for all tenants are management keys: they are not exported")])
+    where = None if tenant is None else Where("tenant", "==", tenant)
+    async for quotas in _pages(database, context, Quota, Query(where, ("-created_at",), MAX_LIMIT)):
+        for quota, usage in zip(quotas, await _usages(database, context, quotas), strict=True):
+            told.quotas += 1
+            yield rendered(_quota_said(quota, usage, now_us))
+    async for keys in _pages(database, context, ApiKey, Query(where, ("-created_at",), MAX_LIMIT)):
+        for key, usage in zip(keys, await _usages(database, context, keys), strict=True):
+            if key.tenant == ALL_TENANTS:
+                continue
+            told.keys += 1
+            yield rendered(_key_said(key, usage, hasher, now_us, told.lost))
+
+
+async def _pages(database: Database, context: Context, cls: type[Any], query: Query) -> AsyncIterator[list[Any]]:
+    cursor = None
+    while True:
+        page = await database.find(context, cls, query, cursor)
+        yield page.items
+        cursor = page.next_cursor
+        if cursor is None:
+            return
+
+
+async def _usages(database: Database, context: Context, entities: Sequence[Entity]) -> list[KeyUsage | None]:
+    return await asyncio.gather(*(database.get_or_none(context, KeyUsage, entity.id) for entity in entities))
+
+
+def _quota_said(quota: Quota, usage: KeyUsage | None, now_us: int) -> dict[str, Any]:
+    said: dict[str, Any] = {"type": "quota", "kind": quota.kind, "tenant": quota.tenant, "name": quota.name or None}
+    said |= {"limits": [limit.model_dump() for limit in quota.limits], "description": quota.description}
+    said["created_at"] = quota.created_at
+    if usage is not None and _is_used(usage):
+        said["usage"] = _usage_said(usage, quota.limits, now_us)
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def _key_said(key: ApiKey, usage: KeyUsage | None, hasher: Hasher, now_us: int, lost: Counter[str]) -> dict[str, Any]:
+    said: dict[str, Any] = {"id": key.id, "hash": _hash_said(key, hasher, lost), "tenant": key.tenant}
+    if (hint := hint_of_imported(key.hash) or hint_of_imported(key.previous_hash or "")) is not None and key.verifier:
+        said["prefix" if hint[0].chars is None else "hint"] = hint[1]
+    said |= {name: getattr(key, name) for name in _COPIED}
+    said["limits"] = [limit.model_dump() for limit in key.limits]
+    said["created_at"] = key.created_at
+    if key.previous_hash is not None and key.previous_until is not None and us_from_utc(key.previous_until) > now_us:
+        said |= _previous_said(key, hasher, lost)
+    if key.unclaimed is not None:
+        lost["a text that nobody has claimed yet: claim it before, or rotate the key there"] += 1
+    if usage is not None and _is_used(usage):
+        said["usage"] = _usage_said(usage, key.limits, now_us)
+    return {name: value for name, value in said.items() if value not in (None, [], {})}
+
+
+def _hash_said(key: ApiKey, hasher: Hasher, lost: Counter[str]) -> str:
+    if key.hash.startswith("hint:"):
+        if key.verifier is None:
+            raise StoreError(f"the key {key.id} has a hint and no hash")
+        return key.verifier
+    if key.hash.startswith("hmac:"):
+        lost["a hash under another system's secret: the import needs that secret again"] += 1
+        return f"hmac-sha256:{key.hash.rpartition(':')[2]}"
+    if key.hash.startswith(("sha256:", "sha512:")):
+        return key.hash
+    if key.sealed is None:
+        raise StoreError(f"the key {key.id} has no sealed hash")
+    return imported_sha256(hasher.unseal(key.sealed).hex())
+
+
+def _previous_said(key: ApiKey, hasher: Hasher, lost: Counter[str]) -> dict[str, Any]:
+    """The text that was rotated away and still works."""
+    stored = key.previous_hash or ""
+    until = {"previous_until": key.previous_until}
+    if stored.startswith("hint:"):
+        return {"previous_hash": key.verifier, **until} if key.verifier is not None else {}
+    if stored.startswith("hmac:"):
+        return {"previous_hash": f"hmac-sha256:{stored.rpartition(':')[2]}", **until}
+    if stored.startswith(("sha256:", "sha512:")):
+        return {"previous_hash": stored, **until}
+    if key.previous_sealed is not None:
+        return {"previous_hash": imported_sha256(hasher.unseal(key.previous_sealed).hex()), **until}
+    lost["an old text that still works"] += 1
+    return {}
+
+
+def _chunks(items: Sequence[T], size: int) -> Iterable[Sequence[T]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

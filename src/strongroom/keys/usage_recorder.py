@@ -1,0 +1,336 @@
+"""Recording what has happened: usage of keys after the fact, over a limit too, one event or many at once."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+import msgspec
+
+from ..context import Context, system_context, us_from_utc, utc_from_us
+from ..cooperative import Slices
+from ..database import IdempotentCall, is_expired
+from ..database.canonical import canonical
+from ..errors import (
+    AlreadyExists,
+    Conflict,
+    InvalidInput,
+    NotFound,
+    Problem,
+    StrongroomError,
+    TooManyRequests,
+    Unavailable,
+)
+from ..limits import Amount, KeyChanged, Outcome, Patience
+from ..storage.port import Put
+from .cached_key import KnownKey
+from .refund import Undoing
+from .verification import Verification, admitted, cost_units
+from .verifier import may_see
+
+MAX_AHEAD_US = 60_000_000
+"""A use may be told from so far ahead, for clocks that differ; it counts as of now."""
+NOW = 2**63
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Something that a key was used for, given by its text or its id. `cost` is what was used, `at` when (now)."""
+
+    cost: Mapping[str, Amount]
+    key: str | None = None
+    key_id: str | None = None
+    model: str | None = None
+    route: str | None = None
+    idempotency_key: str | None = None
+    at: datetime | None = None
+
+
+@dataclass(slots=True)
+class Sum:
+    """What several events of one key come to; `event` is the first of them, `items` are their numbers."""
+
+    key: KnownKey
+    units: dict[str, int]
+    count: int
+    event: Usage
+    items: list[int] = field(default_factory=list)
+    at_us: int | None = None
+
+
+class Recorder(Undoing):
+    """Verifies keys, and records what they were used for."""
+
+    async def record(
+        self,
+        *,
+        key: str | None = None,
+        key_id: str | None = None,
+        cost: Mapping[str, Amount],
+        model: str | None = None,
+        route: str | None = None,
+        idempotency_key: str | None = None,
+        at: datetime | None = None,
+        context: Context | None = None,
+    ) -> Verification:
+        """Count what has happened, over a limit too, on a key given by its text or its id, disabled and expired ones as
+        well. Durable once it returns; counted once for one idempotency key (within a day).
+
+        `at`: when it was used (default: now). It counts in the windows that still count that moment, and in the totals.
+        Raises NotFound, and InvalidInput where it is ahead of now, or where limits concern it and none still counts it.
+        """
+        if (key is None) == (key_id is None):
+            raise InvalidInput([Problem("key", "expected exactly one of key and key_id")])
+        units = cost_units(cost)
+        at_us = self._moment_of(at, "at")
+        patience = Patience("the key is being changed too quickly to record its usage")
+        while await patience.another():
+            known = await self._known_for(key, key_id)
+            if known is None or not may_see(context, known.tenant):
+                raise NotFound("there is no such key")
+            actor = context.actor if context is not None else "system"
+            once = self._charged_once("usage", known, idempotency_key, actor, _request(units, model, route, at_us))
+            try:
+                outcome = await self._ledger.charge(
+                    known.metered, units, force=True, once=once, model=model, route=route, at_us=at_us
+                )
+            except KeyChanged:
+                self.cache.outdated(known)
+                continue
+            return admitted(known, outcome.statuses, units)
+        raise patience.over()
+
+    async def record_many(
+        self, events: Sequence[Usage], *, idempotency_key: str | None = None, context: Context | None = None
+    ) -> list[Verification]:
+        """Count much that has happened, as `record` does it for one: durable once it returns, in one debit for each key
+        and not for each event. The answers are one for each key, in the order in which the keys come first. With an
+        idempotency key the same events again count nothing twice (within a day).
+
+        Raises InvalidInput with every problem of every event, unknown keys included, and Conflict if the idempotency
+        key was that of other events: then nothing is counted. Where single events cannot be counted (their idempotency
+        key was another's, no window counts their moment any more, the store is out of reach) it raises the error of
+        these, and the error's `details` say which were (`counted`, by their number) and which were not (`failed`). Of
+        those that failed as `unavailable` nobody knows: events with idempotency keys can be sent again.
+        """
+        sums = await self._sums(events, context)
+        actor = context.actor if context is not None else "system"
+        if idempotency_key is not None:
+            await self._claim(idempotency_key, actor, sums)
+        answers: dict[str, Verification | None] = dict.fromkeys(one.key.id for one in sums)
+        counted: list[int] = []
+        failed: list[tuple[Sum, StrongroomError]] = []
+        sums.sort(key=lambda one: NOW if one.at_us is None else one.at_us)  # anchored windows begin with the first
+        patience = Patience("the keys are being changed too quickly to record their usage")
+        while await patience.another():
+            # All are charged before any is waited for, without a task for each: so they share a commit.
+            charged: list[tuple[Sum, asyncio.Future[Outcome]]] = []
+            changed = []
+            slices = Slices()
+            try:
+                for one in sums:
+                    await slices.pause()
+                    charged.append((one, self._charge_sum(one, actor, idempotency_key)))
+                for one, future in charged:
+                    try:
+                        outcome = future.result() if future.done() else await future
+                    except KeyChanged:
+                        self.cache.outdated(one.key)
+                        changed.append(one)
+                    except StrongroomError as error:
+                        failed.append((one, error))
+                    else:
+                        answers[one.key.id] = _joined(
+                            answers[one.key.id], admitted(one.key, outcome.statuses, one.units)
+                        )
+                        counted += one.items
+            except BaseException:
+                for _, future in charged:
+                    future.add_done_callback(_seen)
+                raise
+            if not changed:
+                break
+            sums = []
+            for one in changed:
+                again = await self.cache.by_id(one.key.id)
+                if again is not None:  # else it was removed meanwhile, and its usage with it
+                    one.key = again
+                    sums.append(one)
+        else:
+            failed += [(one, patience.over()) for one in sums]
+        if failed:
+            raise _partly(counted, failed)
+        return [answer for answer in answers.values() if answer is not None]
+
+    async def _claim(self, name: str, actor: str, sums: Sequence[Sum]) -> None:
+        """Let an idempotency key be that of these events. Raises Conflict, before anything is counted, if it was that
+        of others; whether those were counted or not."""
+        said = sorted((one.key.id, sorted(one.units.items()), *_place(one.event), one.count) for one in sums)
+        collection = IdempotentCall.__collection__
+        patience = Patience("the idempotency key is being used too often at once")
+        while await patience.another():
+            now_us = self._clock.now_us()
+            once = self._database.once("usage:batch", actor, name, ("usage:batch", said))
+            operation = once.operation
+            stored = await self._database.load(system_context(), collection, once.id)
+            if stored is not None and is_expired(collection, stored, utc_from_us(now_us)):
+                operation = Put(collection.name, once.id, operation.document, stored["version"])
+            elif stored is not None:
+                if stored["fingerprint"] not in once.alike:
+                    raise Conflict("the idempotency key was used for a different request: take a new one")
+                return
+            try:
+                await self._database.commit_counters([operation], now_us)
+            except (AlreadyExists, Conflict):
+                continue  # the same batch was sent twice at once: see what the other one was
+            return
+        raise patience.over()
+
+    def _moment_of(self, at: datetime | None, path: str) -> int | None:
+        """When something was used, in microseconds. Raises InvalidInput."""
+        if at is None:
+            return None
+        problem = None
+        if at.utcoffset() is None:
+            problem = "expected a time with its time zone, such as 2026-05-01T12:00:00Z"
+        elif us_from_utc(at) > self._clock.now_us() + MAX_AHEAD_US:
+            now = utc_from_us(self._clock.now_us()).isoformat()
+            problem = f"found {at.isoformat()}, expected a time that is not ahead of now, which is {now}"
+        if problem is not None:
+            raise InvalidInput([Problem(path, problem)])
+        return us_from_utc(at)
+
+    async def _sums(self, events: Sequence[Usage], context: Context | None) -> list[Sum]:
+        """The events added up by key, model and route; those that may be counted only once stay apart."""
+        problems: list[Problem] = []
+        missing: list[Problem] = []
+        known: dict[tuple[str | None, str | None], KnownKey | None] = {}
+        sums: dict[tuple[str, ...], Sum] = {}
+        named: dict[str, tuple[Any, ...]] = {}
+        now_us = self._clock.now_us()
+        texts = await self.cache.unknown((one.key for one in events if one.key is not None), now_us)
+        ids = await self.cache.unknown_ids(one.key_id for one in events if one.key_id is not None)
+        slices = Slices()
+        for number, event in enumerate(events):
+            await slices.pause()
+            try:
+                units = cost_units(event.cost)
+            except InvalidInput as error:
+                problems += [Problem(f"items.{number}.{one.path}", one.message) for one in error.problems]
+                continue
+            name = (event.key, event.key_id)
+            if (event.key is None) == (event.key_id is None):
+                problems.append(Problem(f"items.{number}.key", "expected exactly one of key and key_id"))
+                continue
+            if event.key in texts or event.key_id in ids:
+                known[name] = None
+            key = known[name] if name in known else self.cache.remembered(event.key, now_us)
+            if (key is None or key.deleted) and name not in known:
+                key = await self._known_for(*name)
+            known[name] = key
+            if key is None or not may_see(context, key.tenant):
+                missing.append(Problem(f"items.{number}.key", "there is no such key"))
+                continue
+            try:
+                at_us = self._moment_of(event.at, f"items.{number}.at")
+            except InvalidInput as error:
+                problems += error.problems
+                continue
+            place = (key.id, *_place(event))
+            there = sums.get(place)
+            if event.idempotency_key is not None:
+                what = (key.id, event.model, event.route, units, at_us)
+                if named.setdefault(event.idempotency_key, what) != what:
+                    message = "is that of another record of this batch, which is another request"
+                    problems.append(Problem(f"items.{number}.idempotency_key", message))
+                    continue
+            if there is None or event.idempotency_key is not None:
+                sums[(*place, str(number)) if there is not None else place] = Sum(key, units, 1, event, [number], at_us)
+                continue
+            there.count += 1
+            there.items.append(number)
+            for resource, amount in units.items():
+                there.units[resource] = there.units.get(resource, 0) + amount
+        if problems or missing:
+            raise InvalidInput(problems + missing)
+        return list(sums.values())
+
+    def _charge_sum(self, one: Sum, actor: str, batch: str | None) -> asyncio.Future[Outcome]:
+        """Have a sum charged; `batch` is the idempotency key of all of them."""
+        event, key = one.event, one.key
+        name = event.idempotency_key
+        if name is None and batch is not None:  # one for each sum, whatever its number
+            said = (batch, key.id, event.model, event.route, *(() if one.at_us is None else (one.at_us,)))
+            name = hashlib.sha256(canonical(said)).hexdigest()
+        request = _request(one.units, event.model, event.route, one.at_us)
+        once = self._charged_once("usage", key, name, actor, request)
+        return self._ledger.charge(
+            key.metered,
+            one.units,
+            force=True,
+            once=once,
+            model=event.model,
+            route=event.route,
+            count=one.count,
+            at_us=one.at_us,
+        )
+
+
+def _request(units: Mapping[str, int], model: str | None, route: str | None, at_us: int | None) -> object:
+    """What a record is, for its idempotency key."""
+    return (units, model, route) if at_us is None else (units, model, route, at_us)
+
+
+def _place(event: Usage) -> tuple[str, str, str, str]:
+    """What sets an event apart from others of its key."""
+    at = str(us_from_utc(event.at)) if event.at is not None else ""
+    return event.model or "", event.route or "", event.idempotency_key or "", at
+
+
+def _joined(before: Verification | None, answer: Verification) -> Verification:
+    """The answer for a key after one more of its sums: what none of its limits counts is told of all of them."""
+    if before is None or not before.uncounted:
+        return answer
+    return msgspec.structs.replace(answer, uncounted=list(dict.fromkeys((*before.uncounted, *answer.uncounted))))
+
+
+def _partly(counted: Sequence[int], failed: Sequence[tuple[Sum, StrongroomError]]) -> StrongroomError:
+    """The error of a batch of which some events could not be counted. Its class is that of one that can be tried again,
+    if there is one."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for one, error in failed:
+        groups.setdefault((error.code, error.message), []).extend(one.items)
+    items = sum(len(numbers) for numbers in groups.values())
+    first = next((error for _, error in failed if isinstance(error, Unavailable | TooManyRequests)), failed[0][1])
+    details = {
+        "counted": sorted(counted),
+        "failed": [
+            {"code": code, "message": message, "items": sorted(numbers)} for (code, message), numbers in groups.items()
+        ],
+    }
+    message = f"{items} of {items + len(counted)} records were not counted: {first.message}"
+    if isinstance(first, InvalidInput):
+        problems = [
+            Problem(f"items.{number}.{problem.path}", problem.message)
+            for one, error in failed
+            if isinstance(error, InvalidInput)
+            for problem in error.problems
+            for number in one.items
+        ]
+        first = InvalidInput(problems, message)
+        first.details.update(details)
+        return first
+    return type(first)(message, **{**first.details, **details})
+
+
+def _seen(future: asyncio.Future[Outcome]) -> None:
+    """What became of a charge that nobody waits for any more: asyncio complains of errors that nobody looks at."""
+    if not future.cancelled():
+        future.exception()
+
+
+__all__ = ["Recorder", "Sum", "Usage"]

@@ -1,0 +1,79 @@
+"""Limits: windows, counters, the ledger that admits uses exactly, and the limit leases of the nodes."""
+
+from .backoff import Patience
+from .calendar import calendar_span
+from .corrections import refills_that_begin
+from .counters import SATURATED, RollingCounter, counter_for
+from .decision import KeyChanged
+from .idempotent_admission import statuses_kept
+from .lease import Share
+from .lease_log import folder_for
+from .lease_manager import LEASE_S, Lending, LocalHold
+from .ledger import ClockMended, Ledger
+from .reservation_change import HoldChange, HoldEnded
+from .thresholds import DEFAULT_THRESHOLDS, MAX_THRESHOLD, MAX_THRESHOLDS, Crossing
+from .usage_state import ACTIVE_US, Account, Allowance, KeyUsage, Metered, Outcome, Part, Status, allowances, part
+from .usage_views import views_sql
+from .windows import (
+    MAX_AMOUNT,
+    MAX_LIMITS,
+    MONEY,
+    Amount,
+    Anchored,
+    Calendar,
+    Limit,
+    Refill,
+    Rolling,
+    Total,
+    Window,
+    from_units,
+    to_units,
+)
+
+__all__ = [
+    "ACTIVE_US",
+    "DEFAULT_THRESHOLDS",
+    "LEASE_S",
+    "MAX_AMOUNT",
+    "MAX_LIMITS",
+    "MAX_THRESHOLD",
+    "MAX_THRESHOLDS",
+    "MONEY",
+    "SATURATED",
+    "Account",
+    "Allowance",
+    "Amount",
+    "Anchored",
+    "Calendar",
+    "ClockMended",
+    "Crossing",
+    "HoldChange",
+    "HoldEnded",
+    "KeyChanged",
+    "KeyUsage",
+    "Ledger",
+    "Lending",
+    "Limit",
+    "LocalHold",
+    "Metered",
+    "Outcome",
+    "Part",
+    "Patience",
+    "Refill",
+    "Rolling",
+    "RollingCounter",
+    "Share",
+    "Status",
+    "Total",
+    "Window",
+    "allowances",
+    "calendar_span",
+    "counter_for",
+    "folder_for",
+    "from_units",
+    "part",
+    "refills_that_begin",
+    "statuses_kept",
+    "to_units",
+    "views_sql",
+]

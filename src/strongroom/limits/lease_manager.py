@@ -1,0 +1,514 @@
+"""Limit leases of one node: which keys are verified from memory, when shares are renewed and given back, and what
+becomes of the leases of processes that were killed.
+
+A use of a key whose limits this node holds shares of is charged here without a commit (`admit`). Any other goes through
+the ledger, whose commit lends shares for the next ones. Each second what was spent is recorded and the leases are
+renewed; those that nothing was taken from go back; on a stop all do. Nothing is spent of a lease after its end (and who
+verifies stops before: without the store, nobody can tell whether the key was revoked).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..clock import Clock
+from ..context import new_id
+from ..errors import StrongroomError
+from ..storage.port import Check
+from .corrections import Found
+from .decision import Charge, Decided, Group
+from .lease import Share, Wallet
+from .lease_log import DeadLog, SpendLog, dead_logs
+from .usage_state import (
+    CONCURRENCY,
+    MAX_TOTALS,
+    OTHER_RESOURCES,
+    Account,
+    Allowance,
+    Cost,
+    Metered,
+    Outcome,
+    Part,
+)
+
+LEASE_S = 5.0
+"""How long a lease lasts unless it is renewed: so long, at most, what a node holds is lost to others when it dies."""
+RENEW_EVERY_S = 1.0
+"""How often what was spent is recorded, and leases are renewed or given back."""
+SLICES = 10
+"""The leases are looked at in so many parts, one after the other, so that no call waits for all of them."""
+LOOK_FOR_DEAD_EVERY = 3
+"""The logs of dead processes are looked for at the start, and at each so many-th renewal."""
+MAX_WALLETS = 30_000
+"""Accounts that a node has leases on, as many as it keeps keys in memory; what is used beyond is debited at once."""
+MAX_TICKETS = 30_000
+"""Keys that are verified from memory; of many that share one quota those that came first make room."""
+MAX_LOCAL_HOLDS = 100_000
+MAX_SCOPES = 1_000
+"""Pairs of model and route that are remembered of one key."""
+CLOSE_TIMEOUT_S = 5.0
+LOCAL = "rsl_"
+"""What the id of a reservation begins with that is in this process's memory only."""
+NEVER = 2**62
+_log = logging.getLogger(__name__)
+
+Entries = Sequence[tuple[Share, str]]
+
+
+class Ledger(Protocol):
+    """What the leases need of the ledger that they belong to."""
+
+    lending: Lending | None
+    unreachable: bool
+
+    def submit(self, charge: Charge) -> None: ...
+
+    def tally(self, metered: Metered, cost: Cost, count: int = 1) -> None: ...
+
+    async def settled(self) -> None: ...
+
+
+class Scope:
+    """What the calls of a key for one model and route are charged to: the shares, their wallets, and the accounts that
+    have no limit for such calls. Those uses the ledger only counts: there need be no lease to count them by."""
+
+    __slots__ = ("entries", "tallied", "wallets")
+
+    def __init__(self, metered: Metered, wallets: Mapping[str, Wallet], model: str | None, route: str | None) -> None:
+        asked = [(part, part.asked(model, route)) for part in metered.parts]
+        self.wallets = tuple(wallets[part.id] for part, allowances in asked if allowances)
+        self.entries: Entries = [
+            (wallets[part.id].share(one), one.resource) for part, allowances in asked for one in allowances
+        ]
+        self.tallied = tuple(
+            Metered(part.id, part.guard, part.allowances, (), part.tenant)
+            for part, allowances in asked
+            if not allowances
+        )
+
+
+class Ticket:
+    """The shares that a key's uses are charged to. Good for as long as the key is as it was (`metered`)."""
+
+    __slots__ = ("_by_scope", "metered", "plain", "scoped", "wallets")
+
+    def __init__(self, metered: Metered, wallets: Mapping[str, Wallet]) -> None:
+        self.metered = metered
+        self.wallets = {part.id: wallets[part.id] for part in metered.parts if part.allowances}
+        self.scoped = any(part.scoped for part in metered.parts)
+        self.plain = Scope(metered, self.wallets, None, None)
+        self._by_scope: dict[tuple[str | None, str | None], Scope] = {}
+
+    def scope(self, model: str | None, route: str | None) -> Scope:
+        """What a call with this model and route is charged to."""
+        if not self.scoped:
+            return self.plain
+        found = self._by_scope.get((model, route))
+        if found is None:
+            if len(self._by_scope) >= MAX_SCOPES:
+                self._by_scope.clear()
+            found = self._by_scope[model, route] = Scope(self.metered, self.wallets, model, route)
+        return found
+
+
+@dataclass(slots=True)
+class LocalHold:
+    """A reservation in memory: of each share what it holds."""
+
+    scope: Scope
+    cost: Cost
+    ends_us: int
+    key: Any
+    """Whose it is, as who reserved it knows the key."""
+    model: str | None
+    route: str | None
+    used: dict[str, int]
+    """What was reported as used while it was open, and is charged already."""
+    recording: bool = False
+    """Its settlement goes, or went, through the ledger, and nobody knows yet whether it was charged."""
+    reporting: tuple[str, dict[str, int]] | None = None
+    """The idempotency key and the totals of a report of what was used that goes, or went, through the ledger."""
+
+    more: list[tuple[Share, str]] = field(default_factory=list)
+    """Shares of limits that came later, which hold it too."""
+
+    @property
+    def entries(self) -> Entries:
+        return self.scope.entries
+
+    @property
+    def held_entries(self) -> Entries:
+        """All shares that hold it."""
+        return self.scope.entries if not self.more else [*self.scope.entries, *self.more]
+
+    def holds(self, share: Share) -> bool:
+        return any(one is share for one, _ in self.held_entries)
+
+
+class Lending:
+    """The leases of one ledger. `start` before use. `folder`: where what is spent survives the process (None: nowhere);
+    `describe` gives the limits of an account by its id, None where there is no such key or quota any more."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        clock: Clock,
+        *,
+        lease_s: float = LEASE_S,
+        folder: Path | None = None,
+        describe: Callable[[str], Awaitable[Part | None]] | None = None,
+    ) -> None:
+        self._ledger = ledger
+        self._clock = clock
+        self.lease_us = round(lease_s * 1_000_000)
+        self._every_s = min(RENEW_EVERY_S, lease_s / 4)
+        self._folder = folder
+        self._describe = describe
+        self.log = SpendLog(new_id("lse_"), folder)
+        self._wallets: dict[str, Wallet] = {}
+        self._slices: list[dict[str, Wallet]] = [{} for _ in range(SLICES)]
+        self._tickets: dict[str, Ticket] = {}
+        self._holds: dict[str, LocalHold] = {}
+        self._next_end_us = NEVER
+        """No reservation in memory ends before this."""
+        self._task: asyncio.Task[None] | None = None
+        self._closed = False
+        ledger.lending = self
+
+    @property
+    def leases(self) -> int:
+        """On how many accounts this node has a lease, or is about to have one."""
+        return len(self._wallets)
+
+    @property
+    def holds(self) -> int:
+        """Reservations that are open in memory."""
+        return len(self._holds)
+
+    def start(self) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    # --- From memory ------------------------------------------------------------------------------------------
+
+    def admit(
+        self, metered: Metered, cost: Cost, now_us: int, model: str | None = None, route: str | None = None
+    ) -> Entries | None:
+        """Charge one use to the shares that this node holds; they stand as the answer says then. None if that is not
+        possible from memory: nothing is charged, ask the ledger."""
+        ticket = self._tickets.get(metered.id)
+        if ticket is None or ticket.metered is not metered or self._closed:
+            return None
+        scope = ticket.plain if not ticket.scoped else ticket.scope(model, route)
+        entries = scope.entries
+        for share, resource in entries:
+            if share.spent + share.held + cost.get(resource, 0) > share.cap or now_us >= share.ends_us:
+                return None
+        self._spend(scope, cost, now_us)
+        return entries
+
+    def _spend(self, scope: Scope, cost: Cost, now_us: int, count: int = 1) -> None:
+        cells = self.log.cells
+        for share, resource in scope.entries:
+            units = cost.get(resource)
+            if units:
+                spent = share.spent
+                if now_us >= share.mark_ends_us:
+                    share.mark(now_us, spent)
+                share.spent = spent = spent + units
+                cells[share.slot] = spent  # before anyone is told: whatever happens now, it is spent
+                if spent > share.low:
+                    share.low = NEVER
+                    self._renew(share.wallet)
+        for wallet in scope.wallets:
+            wallet.count += count
+            wallet.last_used_us = now_us
+            totals = wallet.totals
+            for resource, units in cost.items():
+                if resource in totals:
+                    totals[resource] += units
+                else:
+                    name = resource if len(totals) < MAX_TOTALS else OTHER_RESOURCES
+                    totals[name] = totals.get(name, 0) + units
+        for metered in scope.tallied:
+            self._ledger.tally(metered, cost, count)
+
+    # --- Reservations in memory -------------------------------------------------------------------------------
+
+    def hold(
+        self, metered: Metered, cost: Cost, now_us: int, ends_us: int, key: Any, model: str | None, route: str | None
+    ) -> tuple[str, Entries] | None:
+        """Reserve from the shares that this node holds; None if that is not possible from memory."""
+        ticket = self._tickets.get(metered.id)
+        if ticket is None or ticket.metered is not metered or self._closed or len(self._holds) >= MAX_LOCAL_HOLDS:
+            return None
+        scope = ticket.scope(model, route)
+        entries = scope.entries
+        for share, resource in entries:
+            if share.spent + share.held + cost.get(resource, 0) > share.cap or now_us >= share.ends_us:
+                return None
+        for share, resource in entries:
+            share.held += cost.get(resource, 0)
+        id = new_id(LOCAL)
+        hold = self._holds[id] = LocalHold(scope, cost, ends_us, key, model, route, {})
+        for wallet in scope.wallets:
+            wallet.holds[id] = hold
+        self._next_end_us = min(self._next_end_us, ends_us)
+        return id, entries
+
+    def held(self, id: str, now_us: int) -> LocalHold | None:
+        """A reservation that is open in this process's memory."""
+        hold = self._holds.get(id)
+        if hold is not None and now_us >= hold.ends_us:
+            self._release(id)
+            return None
+        return hold
+
+    def change(self, id: str, cost: Cost, ends_us: int, now_us: int) -> bool:
+        """Let a reservation hold so much, until then; False if the shares do not have that much more."""
+        hold = self._holds[id]
+        for share, resource in hold.held_entries:
+            more = cost.get(resource, 0) - hold.cost.get(resource, 0)
+            if more > 0 and (share.spent + share.held + more > share.cap or now_us >= share.ends_us):
+                return False
+        for share, resource in hold.held_entries:
+            share.held += cost.get(resource, 0) - hold.cost.get(resource, 0)
+        hold.cost, hold.ends_us = cost, ends_us
+        self._next_end_us = min(self._next_end_us, ends_us)
+        return True
+
+    def settle(self, id: str, cost: Cost, now_us: int, *, last: bool = True) -> bool:
+        """End a reservation (or, not `last`, go on with it) and charge what was used; False if it was more than the
+        shares have: then nothing is charged here, the ledger has to, and the reservation is as it was."""
+        hold = self._holds[id]
+        if hold.more:
+            return False  # the limits are others than those that it was made under
+        own = hold.cost if last else {}
+        for share, resource in hold.entries:
+            held = share.held - own.get(resource, 0)
+            # Nothing is counted without a lease either: what the store has of it is what its uses are told by.
+            if share.spent + held + cost.get(resource, 0) > share.cap or now_us >= share.ends_us:
+                return False
+        if last:
+            self._release(id)
+        self._spend(hold.scope, cost, now_us, count=1 if last else 0)
+        return True
+
+    def end(self, id: str) -> None:
+        """Give back what a reservation holds, if it is open."""
+        if id in self._holds:
+            self._release(id)
+
+    def _end_holds(self, now_us: int) -> None:
+        """End those whose time is over."""
+        if now_us < self._next_end_us:
+            return
+        for id in [id for id, hold in self._holds.items() if now_us >= hold.ends_us]:
+            self._release(id)
+        self._next_end_us = min((hold.ends_us for hold in self._holds.values()), default=NEVER)
+
+    def _release(self, id: str) -> None:
+        hold = self._holds.pop(id)
+        for share, resource in hold.held_entries:
+            share.held -= hold.cost.get(resource, 0)
+        for wallet in hold.scope.wallets:
+            wallet.holds.pop(id, None)
+
+    # --- In the ledger's commits ------------------------------------------------------------------------------
+
+    def wallets_for(self, groups: Iterable[Group]) -> Mapping[str, Wallet]:
+        """This node's leases, with a new one for each account that is to be charged for the first time."""
+        self._end_holds(self._clock.now_us())
+        if not self._closed:
+            for group in groups:
+                for charge in group.charges:
+                    if charge.force or charge.future is None or charge.special is not None:
+                        continue
+                    for part in charge.metered.parts:
+                        if part.allowances and part.id not in self._wallets and len(self._wallets) < MAX_WALLETS:
+                            wallet = self._wallets[part.id] = Wallet(part, self.log)
+                            self._slices[hash(part.id) % SLICES][part.id] = wallet
+        return self._wallets
+
+    def committed(self, decided: Decided) -> None:
+        """What was decided is durable, and with it the leases that were granted."""
+        for wallet, spent in decided.wallets:
+            wallet.committed(spent)
+        for wallet in decided.returned:
+            if not wallet.dirty and not wallet.open and self._wallets.get(wallet.id) is wallet:
+                self._drop(wallet)
+        for charge, outcome in decided.answers:
+            if outcome.allowed and charge.future is not None and not charge.force and charge.special is None:
+                self._issue(charge.metered)
+
+    def _issue(self, metered: Metered) -> None:
+        ticket = self._tickets.get(metered.id)
+        if ticket is not None and ticket.metered is metered:
+            return
+        if metered.limited and all(part.id in self._wallets for part in metered.parts if part.allowances):
+            self._revoke(metered.id)
+            if len(self._tickets) >= MAX_TICKETS:
+                for oldest in list(self._tickets)[: MAX_TICKETS // 10]:
+                    self._revoke(oldest)
+            ticket = self._tickets[metered.id] = Ticket(metered, self._wallets)
+            for wallet in ticket.wallets.values():
+                wallet.tickets.add(metered.id)
+
+    def _revoke(self, id: str) -> None:
+        """The next use of a key is the ledger's."""
+        ticket = self._tickets.pop(id, None)
+        if ticket is not None:
+            for wallet in ticket.wallets.values():
+                wallet.tickets.discard(id)
+
+    def not_committed(self, decided: Decided) -> None:
+        """What was decided did not commit, or nobody knows: what both leases allow may be spent until it is tried
+        again."""
+        for wallet, _ in decided.wallets:
+            wallet.renewing = False
+
+    def failed(self, id: str) -> None:
+        """A renewal could not even be decided."""
+        wallet = self._wallets.get(id)
+        if wallet is not None:
+            wallet.renewing = False
+
+    async def described(self, id: str) -> Part | None:
+        """An account's limits as they are now; None if they are not known here, or it is gone."""
+        return None if self._describe is None else await self._describe(id)
+
+    def gone(self, id: str) -> None:
+        """The key, or the quota, was removed, and what was lent of it with it."""
+        wallet = self._wallets.get(id)
+        if wallet is not None:
+            wallet.forget_spent()
+            self._drop(wallet)
+
+    def _drop(self, wallet: Wallet) -> None:
+        del self._wallets[wallet.id]
+        del self._slices[hash(wallet.id) % SLICES][wallet.id]
+        for share in wallet.shares.values():
+            share.cap = share.ends_us = 0
+            self.log.free(share.slot)
+        for id in list(wallet.tickets):
+            self._revoke(id)
+
+    def show(self, id: str, account: Account, allowances: Sequence[Allowance] | None = None) -> None:
+        """Count in an account, for statistics, what this node has spent and not recorded yet, and what reservations in
+        memory hold of these limits."""
+        lease = account.leases.pop(self.log.lease, None)
+        wallet = self._wallets.get(id)
+        if lease is None or wallet is None:
+            return
+        now_us = self._clock.now_us()
+        self._end_holds(now_us)
+        account.kept = wallet.kept(allowances)
+        for limit, (_, settled, _) in lease[2].items():
+            share = wallet.shares.get(limit)
+            if share is not None and share.allowance.resource != CONCURRENCY:
+                account.counter(share.allowance).add_at(now_us, max(0, share.spent - settled))
+        noted = wallet.noted  # a commit may be durable, and its answer on its way
+        stored = noted[1] if noted is not None and noted[0] == lease[1] else wallet.settled_totals
+        totals = {name: units - stored.get(name, 0) for name, units in wallet.totals.items()}
+        if wallet.count:
+            account.tally(totals, wallet.count - lease[1], wallet.last_used_us)
+
+    # --- Renewing ---------------------------------------------------------------------------------------------
+
+    def _renew(self, wallet: Wallet, lease: str = "renew") -> None:
+        if wallet.renewing:
+            return
+        wallet.renewing = True
+        part = wallet.part
+        charge = Charge(Metered(part.id, part.guard, part.allowances, (), part.tenant), {}, True, None, None)
+        charge.lease = "return" if lease == "return" else "renew"
+        self._ledger.submit(charge)
+
+    async def _run(self) -> None:
+        turn = 0
+        while True:
+            try:
+                if turn % (LOOK_FOR_DEAD_EVERY * SLICES) == 0:
+                    await self._look_for_dead()
+                turn += 1
+                await asyncio.sleep(self._every_s / SLICES)
+                self._look_at_wallets(turn % SLICES)
+            except Exception:  # whatever it is: without renewals all leases would end, and each use would be a commit
+                _log.exception("limit leases could not be looked at, trying again")
+                await asyncio.sleep(self._every_s)
+
+    def _look_at_wallets(self, slice: int | None = None) -> None:
+        """Record what was spent and renew; what nothing was taken from goes back. `slice`: of that part only."""
+        self._end_holds(self._clock.now_us())
+        for wallet in list((self._wallets if slice is None else self._slices[slice]).values()):
+            idle = wallet.count == wallet.seen_count and not wallet.open
+            wallet.seen_count = wallet.count
+            self._renew(wallet, "return" if idle else "renew")
+
+    async def close(self) -> None:
+        """Record what was spent and give everything back. What cannot be goes back after the lease, or when another
+        process finds this one's log."""
+        self._closed = True
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        self._tickets.clear()
+        for id in list(self._holds):
+            self._release(id)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                while self._wallets:
+                    for wallet in list(self._wallets.values()):
+                        self._renew(wallet, "return")
+                    await self._ledger.settled()
+                    await asyncio.sleep(0)  # whatever it is that keeps one back, the time-out must be heard
+                    if self._ledger.unreachable:
+                        break
+        if self._wallets:
+            _log.warning("%d limit leases could not be given back: they end by themselves", len(self._wallets))
+            self.log.abandon()
+        else:
+            self.log.close()
+
+    # --- Processes that were killed ---------------------------------------------------------------------------
+
+    async def _look_for_dead(self) -> None:
+        describe = self._describe
+        if self._folder is None or describe is None:
+            return
+        for dead in dead_logs(self._folder):
+            try:
+                await self._set_right(dead, describe)
+            except StrongroomError as error:
+                dead.leave()
+                _log.info("the leases of a dead process cannot be set right yet: %s", error)
+                return
+            except BaseException:
+                dead.leave()
+                raise
+            dead.remove()
+            _log.info("gave back what a process that was killed had left of %d accounts' limits", len(dead.found))
+
+    async def _set_right(self, dead: DeadLog, describe: Callable[[str], Awaitable[Part | None]]) -> None:
+        waiting: list[asyncio.Future[Outcome]] = []
+        for id, spent in dead.found.items():
+            part = await describe(id)
+            if part is not None:
+                future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+                guard = Check(part.guard.collection, part.guard.id, 0)
+                metered = Metered(id, guard, part.allowances, (), part.tenant)
+                charge = Charge(metered, {}, True, None, future)
+                charge.special = Found(dead.lease, spent)
+                self._ledger.submit(charge)
+                waiting.append(future)
+        for result in await asyncio.gather(*waiting, return_exceptions=True):
+            if isinstance(result, BaseException):
+                raise result
+
+
+__all__ = ["Entries", "Lending", "LocalHold"]

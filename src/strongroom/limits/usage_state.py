@@ -1,0 +1,481 @@
+"""What one subject (a key, or a quota that keys share) has used: its document, and its counters in memory. Pure.
+
+Of each limit three things count: what is *recorded* as used, what is *reserved* by reservations that are open, and what
+is *leased* to nodes, which spend it from memory and record it later (`lease.py`). A charge is admitted if all three
+and what it asks are together at most the limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import msgspec
+
+from ..context import us_from_utc, utc_from_us
+from ..entities import Document, Entity, Index
+from ..storage.port import Check
+from .calendar import calendar_span
+from .counters import SATURATED, Counter, TotalCounter, counter_for, stored_counter
+from .reserved_amounts import Place, Reserved, name_of
+from .windows import Limit, Total, to_units
+
+MAX_TOTALS = 100
+"""Resources whose lifetime totals a key keeps; what is used of further ones is added up under OTHER_RESOURCES."""
+OTHER_RESOURCES = "other"
+MAX_IDLE_COUNTERS = 64
+"""Counters kept of limits that a key no longer has, so that one that comes back finds its own."""
+ACTIVE_US = 60_000_000
+"""`active_at` is rounded down to this, so that its index changes at most once a minute however often a key is used."""
+
+FIRST_PATIENCE = 16
+
+MAX_AHEAD_US = 86_400_000_000
+"""An account whose time is ahead of the store's clock by more than this follows the clock, see `Account.moment`."""
+CREDIBLE_FROM_US = 1_767_225_600_000_000
+"""2026-01-01: a clock that says an earlier time was not set yet, and sets back nothing."""
+MONTHS_KEPT = 2
+"""Months, by the calendar in UTC, whose totals an account keeps."""
+_UTC = ZoneInfo("UTC")
+CONCURRENCY = "concurrency"
+"""The resource of which nothing is recorded: it counts the reservations that are open now."""
+IMPLIED = frozenset(("requests", CONCURRENCY))
+NAME = "key_usage"
+Cost = Mapping[str, int]
+
+
+class KeyUsage(Entity, collection=NAME, scope="global", journalled=False, indexes=[Index("active_at")]):
+    """What one subject has used; the id is the key's, or the quota's.
+
+    `state` is JSON: {"totals": {resource: units}, "months": {"2026-11": {resource: units}}, "counters": {limit id:
+    what its counter dumped}, "at": when the last charge was decided, "reserved": what reservations hold
+    (`Reserved.dump`), "holds": what those that the first release made do ({reservation id: [its end, {limit id:
+    units}]}), "leases": {lease id: [its end, uses recorded, {limit id: [units, units recorded, when it counts no
+    longer]}]}, "told": {limit id: which thresholds were told of (`alerts.untold`)}, "tallied": {writer: the number of
+    its last tally}, "due": crossings that the next commit is to tell of}. Times are microseconds. `active_at` is "at"
+    too, rounded down to ACTIVE_US: for finding what has changed.
+    """
+
+    count: int = 0
+    last_used_at: datetime | None = None
+    active_at: datetime | None = None
+    state: str = "{}"
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """One limit, ready to be counted: its counter's id, its resource, the most units that may count, its window as it
+    is shown, and whose limit it is (`key`, or the kind and name of a quota)."""
+
+    limit: Limit
+    id: str
+    resource: str
+    most: int
+    window: dict[str, Any]
+    subject: str = "key"
+    held_as: str = ""
+    """The name by which reservations hold what this limit counts: the same, whatever its window."""
+
+
+def allowances(limits: Iterable[Limit], subject: str = "key") -> tuple[Allowance, ...]:
+    """Limits, ready to be counted."""
+    return tuple(
+        Allowance(
+            limit,
+            limit.id,
+            limit.resource,
+            to_units(limit.resource, limit.limit),
+            limit.window.model_dump(),
+            subject,
+            name_of(limit.id),
+        )
+        for limit in limits
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One account that a charge is counted on: the usage document's id, what must still be true when it commits, and
+    its limits."""
+
+    id: str
+    guard: Check
+    allowances: tuple[Allowance, ...]
+    scoped: bool
+    """Whether any of the limits is only for some models or routes."""
+    tenant: str = ""
+    """Whose it is, for those who are told of thresholds."""
+    refills: bool = False
+    """Whether any of the limits has a refill."""
+
+    def asked(self, model: str | None, route: str | None) -> tuple[Allowance, ...]:
+        """The limits that a call with this model and route is counted by."""
+        if not self.scoped:
+            return self.allowances
+        return tuple(one for one in self.allowances if one.limit.applies(model, route))
+
+
+class Metered:
+    """Whose usage it is: the key's own account (`id`, `guard`, `allowances`), and those it shares with other keys. A
+    charge is counted on all of them or on none."""
+
+    __slots__ = ("allowances", "counted", "guard", "id", "limited", "parts", "shared")
+
+    def __init__(
+        self,
+        id: str,
+        guard: Check,
+        allowances: tuple[Allowance, ...],
+        shared: tuple[Part, ...] = (),
+        tenant: str = "",
+    ) -> None:
+        self.id = id
+        self.guard = guard
+        self.allowances = allowances
+        self.shared = shared
+        self.parts = (part(id, guard, allowances, tenant), *shared)
+        self.limited = any(part.allowances for part in self.parts)
+        """Whether there is any limit at all."""
+        self.counted = IMPLIED.union(one.resource for part in self.parts for one in part.allowances)
+        """The resources that any limit counts, for whichever models and routes, and those that every call implies."""
+
+
+def part(id: str, guard: Check, allowances: tuple[Allowance, ...], tenant: str = "") -> Part:
+    """An account to be charged."""
+    scoped = any(one.limit.models or one.limit.routes for one in allowances)
+    refills = any(isinstance(one.limit.window, Total) and one.limit.window.refill is not None for one in allowances)
+    return Part(id, guard, allowances, scoped, tenant, refills)
+
+
+class Status(msgspec.Struct, frozen=True, gc=False):
+    """One limit after a charge. `used` is all of recorded, reserved and leased. `frees_at_us` is set where this limit
+    denied: when it would admit (None: never)."""
+
+    allowance: Allowance
+    used: int
+    resets_at_us: int | None
+    recorded: int
+    reserved: int = 0
+    leased: int = 0
+    exceeded: bool = False
+    frees_at_us: int | None = None
+
+
+class Outcome(msgspec.Struct, frozen=True, gc=False):
+    """The decision on a charge: `statuses` in the order of the limits. `now_us` of an admitted charge is the moment of
+    the key's own account. Of a denied one it is the store's clock, by which the caller waits before it tries again."""
+
+    allowed: bool
+    statuses: tuple[Status, ...]
+    now_us: int
+    repeated: bool = False
+
+
+Lease = list[Any]
+"""[end in microseconds, uses recorded, {limit id: [units, units recorded, when it counts no longer (0: never)]}]"""
+
+
+class Account:
+    """One usage document in memory, and the version it has in the store (0: it is not there yet).
+
+    Its time never goes back along the document's versions, whatever the clocks of the nodes that write them say: each
+    charge is decided at `moment(clock)`, and that moment is stored with it (`at_us`). So the charges of one account are
+    in one order, that of their commits, which is the order of their moments as well. Whatever was charged within a
+    window before the moment of a charge was thus committed before it, and was in the counters that it was decided on:
+    in no window, measured in these moments, is more admitted than the limit, by any number of nodes with any clocks.
+    What clocks that differ can do is to shift the moments: those of one store's clock, known to within
+    `uncertainty_us`.
+
+    A clock that is set back therefore frees nothing: the account's time stands still until the clock has reached it.
+    But where the clock is more than MAX_AHEAD_US behind, the account follows it: whatever it has recorded, and is held
+    of it, then counts as of that moment (`set_back`). So one charge at a time that was wrong by years does not stop the
+    account for years.
+
+    What a node spends from its lease has a moment too, not before the lease's; until it is recorded the whole lease
+    counts, at every moment up to the lease's end and for as long after it as the window is: so the same holds.
+    """
+
+    __slots__ = (
+        "_month",
+        "_month_us",
+        "at_us",
+        "count",
+        "counters",
+        "due",
+        "kept",
+        "last_used_us",
+        "leases",
+        "months",
+        "patience",
+        "read_at",
+        "reserved",
+        "size",
+        "stored_active_at",
+        "tallied",
+        "told",
+        "totals",
+        "turns",
+        "unknown",
+        "version",
+    )
+
+    def __init__(self, document: Document | None = None, read_at: float = 0.0) -> None:
+        self.version: int = 0
+        self.stored_active_at: datetime | None = None
+        self.read_at = read_at
+        """By time.monotonic: when it was last known to be as the store has it."""
+        self.size = 0
+        self.turns = 0
+        """Commits since the last pause, and after how many the next one comes: see `usage`."""
+        self.patience = FIRST_PATIENCE
+        self.at_us: int = 0
+        self.count: int = 0
+        self.last_used_us: int | None = None
+        self.totals: dict[str, int] = {}
+        self.months: dict[str, dict[str, int]] = {}
+        """Totals of the latest MONTHS_KEPT months in which anything was used, by the calendar in UTC."""
+        self._month: dict[str, int] = {}
+        self._month_us = (0, 0)
+        self.counters: dict[str, Counter] = {}
+        self.unknown: dict[str, Any] = {}  # states of limits nobody asked for yet, or that a key no longer has
+        self.reserved: Reserved | None = None
+        self.leases: dict[str, Lease] = {}
+        self.kept: dict[str, int] = {}
+        """Units of limits that this node's reservations in memory hold of the lease that is taken out of `leases` while
+        something is decided. Not in the document: the lease is."""
+        self.told: dict[str, Any] = {}
+        self.tallied: dict[str, int] = {}
+        """Of each process that wrote tallies (uses that nobody waits for), up to which number they are in here: so a
+        tally whose answer was lost is written again, and counts once."""
+        self.due: list[list[Any]] = []
+        """[limit id, threshold, units used, most, end of the window, moment] of thresholds that were crossed in a
+        commit that could not take their events as well: the next one does."""
+        if document is not None:
+            self.size = len(document["state"])
+            state = msgspec.json.decode(document["state"])
+            self.version = document["version"]
+            self.stored_active_at = document["active_at"]
+            self.count = document["count"]
+            last = document["last_used_at"]
+            self.last_used_us = None if last is None else us_from_utc(last)
+            self.at_us = state.get("at", 0)
+            self.totals = state.get("totals", {})
+            self.months = state.get("months", {})
+            self.unknown = state.get("counters", {})
+            if "reserved" in state or "holds" in state:
+                self.reserved = Reserved(state.get("reserved"), state.get("holds"))
+            self.leases = state.get("leases", {})
+            self.told = state.get("told", {})
+            self.due = state.get("due", [])
+            self.tallied = state.get("tallied", {})
+
+    def moment(self, now_us: int) -> int:
+        """When a charge that comes at `now_us` by the store's clock is decided: not before what was decided already,
+        unless that lies more than MAX_AHEAD_US ahead."""
+        if now_us >= self.at_us:
+            return now_us
+        if self.at_us - now_us > MAX_AHEAD_US and now_us >= CREDIBLE_FROM_US:
+            self.set_back(now_us)
+        return self.at_us
+
+    def set_back(self, now_us: int) -> None:
+        """Let the account's time be `now_us`, which is earlier. Nothing is freed by it: what was recorded at a later
+        time counts as used now; what is reserved and lent is, from now on, for as long as it had left."""
+        delta_us = self.at_us - now_us
+        for counter in self.counters.values():
+            counter.not_after(now_us)
+        for id, state in self.unknown.items():
+            idle = stored_counter(id, state)
+            idle.not_after(now_us)
+            self.unknown[id] = idle.dump()
+        if self.reserved is not None:
+            self.reserved.move(delta_us)
+        for lease in self.leases.values():
+            if lease[0] > self.at_us:  # it was granted at the later time
+                lease[0] -= delta_us
+                for share in lease[2].values():
+                    share[2] -= delta_us if share[2] else 0
+        self.told = {}
+        self.last_used_us = None if self.last_used_us is None else min(self.last_used_us, now_us)
+        self.at_us = now_us
+
+    def counter(self, allowance: Allowance) -> Counter:
+        counter = self.counters.get(allowance.id)
+        if counter is None:
+            counter = counter_for(allowance.limit.window, self.unknown.pop(allowance.id, None))
+            self.counters[allowance.id] = counter
+        elif isinstance(counter, TotalCounter):  # the same limit with another refill goes on from what was used
+            window = allowance.limit.window
+            if isinstance(window, Total) and counter.refill is not window.refill and counter.refill != window.refill:
+                counter = self.counters[allowance.id] = counter_for(window, counter.dump())
+        return counter
+
+    # --- What counts ------------------------------------------------------------------------------------------
+
+    def standing(self, allowance: Allowance, now_us: int) -> tuple[int, int, int]:
+        """Units that are recorded, reserved and leased now."""
+        recorded = self.counter(allowance).used(now_us)
+        reserved = leased = 0
+        if self.reserved is not None:
+            reserved = self.reserved.units(allowance.held_as, now_us)
+        if self.kept:
+            reserved += self.kept.get(allowance.id, 0)
+        if self.leases:
+            leased = self.leased(allowance.id, now_us)
+        return recorded, reserved, leased
+
+    def leased(self, id: str, now_us: int) -> int:
+        """Units of a limit that are lent to nodes. A lease that has ended unrecorded counts as spent at its end."""
+        units = 0
+        for _, _, shares in self.leases.values():
+            share = shares.get(id)
+            if share is not None and (not share[2] or now_us < share[2]):
+                units += share[0]
+        return units
+
+    def fits(self, asked: Iterable[tuple[Allowance, int]], now_us: int) -> bool:
+        """Whether so much more of each limit can be admitted."""
+        return all(sum(self.standing(allowance, now_us)) + units <= allowance.most for allowance, units in asked)
+
+    def charge(self, allowances: Iterable[Allowance], cost: Cost, now_us: int) -> None:
+        """Record what was used of each limit now."""
+        for allowance in allowances:
+            units = cost.get(allowance.resource, 0)
+            if units and allowance.resource != CONCURRENCY:
+                self.counter(allowance).add(now_us, units)
+
+    def tally(self, cost: Cost, count: int, now_us: int) -> None:
+        """What is counted whether or not there are limits: uses, lifetime totals, the time of the last use."""
+        self.count += count
+        totals = self.totals
+        begin_us, end_us = self._month_us
+        month = self._month if begin_us <= now_us < end_us else self._turned(now_us)
+        for resource, units in cost.items():
+            before = totals.get(resource)
+            if before is None and len(totals) >= MAX_TOTALS:
+                resource, before = OTHER_RESOURCES, totals.get(OTHER_RESOURCES)
+            after, in_month = (before or 0) + units, month.get(resource, 0) + units
+            totals[resource] = after if after < SATURATED else SATURATED
+            month[resource] = in_month if in_month < SATURATED else SATURATED
+        if self.last_used_us is None or now_us > self.last_used_us:
+            self.last_used_us = now_us
+
+    def _turned(self, now_us: int) -> dict[str, int]:
+        """The totals of the month of this moment, which are counted in from now on."""
+        self._month_us = calendar_span("month", _UTC, now_us)
+        name = f"{utc_from_us(self._month_us[0]):%Y-%m}"
+        month = self._month = self.months.setdefault(name, {})
+        for oldest in sorted(self.months)[:-MONTHS_KEPT]:
+            del self.months[oldest]
+        return month
+
+    def statuses(self, allowances: Iterable[Allowance], now_us: int) -> tuple[Status, ...]:
+        """Where each limit stands."""
+        return tuple([self._status(allowance, now_us) for allowance in allowances])
+
+    def denials(self, asked: Iterable[tuple[Allowance, int]], now_us: int) -> tuple[Status, ...]:
+        """Where each limit stands, and which of them so much more would exceed, and until when."""
+        found = []
+        for allowance, units in asked:
+            status = self._status(allowance, now_us)
+            if status.used + units > allowance.most:
+                frees_at_us = self._frees_at_us(allowance, units, now_us)
+                status = msgspec.structs.replace(status, exceeded=True, frees_at_us=frees_at_us)
+            found.append(status)
+        return tuple(found)
+
+    def _status(self, allowance: Allowance, now_us: int) -> Status:
+        recorded, reserved, leased = self.standing(allowance, now_us)
+        resets_at_us = self.counter(allowance).resets_at_us(now_us)
+        return Status(allowance, recorded + reserved + leased, resets_at_us, recorded, reserved, leased)
+
+    def _frees_at_us(self, allowance: Allowance, units: int, now_us: int) -> int | None:
+        """When so much more would be admitted if nothing else is used: what is held and lent comes back at its end."""
+        most = allowance.most - units
+        free_at_us = self.counter(allowance).frees_at_us(now_us, most)
+        if free_at_us is None:
+            return None
+        ends = [] if self.reserved is None else list(self.reserved.coming_back(allowance.held_as))
+        for until_us, _, shares in self.leases.values():
+            units_lent, _, gone_us = shares.get(allowance.id, (0, 0, 0))
+            if now_us < until_us:
+                ends.append((until_us, units_lent))
+            elif gone_us:  # it ended unrecorded: so it counts as spent at its end
+                ends.append((gone_us, units_lent))
+        left = sum(self.standing(allowance, now_us))
+        for end_us, back in sorted(ends):
+            if left <= most:
+                break
+            left -= back
+            free_at_us = max(free_at_us, end_us)
+        return free_at_us
+
+    # --- Reservations -----------------------------------------------------------------------------------------
+
+    def hold(self, part: Part, allowances: Iterable[Allowance], cost: Cost, now_us: int, ttl_us: int) -> Place:
+        """Reserve `cost` for so long, for a call that is counted by these limits of the account's."""
+        if self.reserved is None:
+            self.reserved = Reserved()
+        units = {resource: amount for resource, amount in cost.items() if amount}
+        for one in allowances:
+            if one.resource in units:
+                units[one.held_as] = cost[one.resource]
+        return self.reserved.add(units, [one.held_as for one in part.allowances], now_us, ttl_us)
+
+    def held(self, place: Place, now_us: int) -> Cost:
+        """What a place still holds here, by `Allowance.held_as`."""
+        return {} if self.reserved is None else self.reserved.held(place, now_us)
+
+    def knows(self, place: Place, now_us: int) -> bool:
+        """Whether a place is held here, as it must be unless this is older than the place, or its time was set back."""
+        if not place.units or now_us >= place.until_us:
+            return True
+        return self.reserved is not None and self.reserved.has(place)
+
+    def give_back(self, place: Place, now_us: int) -> None:
+        """Reserve no longer what a place holds here."""
+        if self.reserved is not None:
+            self.reserved.give_back(place, now_us)
+            self._tidy()
+
+    def _tidy(self) -> None:
+        if not self.reserved:
+            self.reserved = None
+
+    # --- The document -----------------------------------------------------------------------------------------
+
+    def document(self) -> Document:
+        counters = {id: counter.dump() for id, counter in self.counters.items()}
+        if self.unknown:
+            kept = list(self.unknown)[-MAX_IDLE_COUNTERS:]  # those of the latest limits that the key no longer has
+            counters = {**{id: self.unknown[id] for id in kept}, **counters}
+        state: dict[str, Any] = {"totals": self.totals, "counters": counters, "at": self.at_us}
+        if self.months:
+            state["months"] = self.months
+        if self.reserved is not None:
+            if rows := self.reserved.dump():
+                state["reserved"] = rows
+            if old := self.reserved.dump_old():
+                state["holds"] = old
+        if self.leases:
+            state["leases"] = self.leases
+        if self.told:
+            state["told"] = self.told
+        if self.due:
+            state["due"] = self.due
+        if self.tallied:
+            state["tallied"] = self.tallied
+        encoded = _encode(state).decode()
+        self.size = len(encoded)
+        return {
+            "count": min(self.count, SATURATED),
+            "last_used_at": None if self.last_used_us is None else utc_from_us(self.last_used_us),
+            "active_at": utc_from_us(self.at_us - self.at_us % ACTIVE_US) if self.at_us else None,
+            "state": encoded,
+        }
+
+
+_encode = msgspec.json.Encoder().encode

@@ -1,0 +1,263 @@
+"""What a migration would find: whether the schemas fit, what is in the way, how much there is. Writes nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from ..database.write_state import WRITES
+from ..entities import Aggregate
+from ..errors import InvalidInput, Problem
+from ..storage.port import ChangeKind, SchemaChange, Store
+from .copy import taken_over
+from .state import (
+    CURRENT,
+    MIGRATIONS,
+    NOT_MOVED,
+    OWN,
+    STORE_STATE,
+    UNDOING,
+    Part,
+    Phase,
+    Run,
+)
+from .streams import pages, parts
+
+ALL_COUNTED = 2_000
+"""Of a source with more parts than these, the documents are not counted beforehand: each count is a query."""
+TYPICAL_WRITES_PER_S = {"sqlite": 35_000, "json": 2_000, "postgresql": 25_000, "firestore": 500}
+"""Documents a second into each engine, as `python -m benchmarks.migrate` found them, for the estimate alone."""
+_NAMED = 5
+_COUNT = Aggregate("count")
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedPart:
+    """How much one part of the source holds."""
+
+    collection: str
+    tenant: str | None
+    documents: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What would be done: the target's schema, how much there is; and, in `problems`, why it would be refused."""
+
+    schema: tuple[SchemaChange, ...]
+    parts: tuple[PlannedPart, ...]
+    records: int
+    problems: tuple[Problem, ...]
+    notes: tuple[str, ...]
+    estimated_s: float
+
+    @property
+    def documents(self) -> int:
+        return sum(part.documents for part in self.parts)
+
+
+async def make_plan(run: Run) -> Plan:
+    """Look at both stores, and read the source to its end: every document, and the journal."""
+    refuse(wrong_options(run))
+    schema = await run.target.prepare([*run.declared, *OWN], mode="plan")
+    problems, notes = [*await open_target(run), *await open_source(run)], []
+    if problems and not run.held:
+        return Plan(schema, (), 0, tuple(problems), (), 0)
+    found: list[PlannedPart] = []
+    records = 0
+    began = time.perf_counter()
+    async with aclosing(parts(run.held, run.source)) as some:
+        async for part in some:
+            count = await _read_through(run, part, sum(one.documents for one in found))
+            if count:
+                found.append(PlannedPart(part.collection.name, part.tenant, count))
+    if run.options.journal:
+        try:
+            records = await _read_journal(run)
+        except InvalidInput as error:
+            problems += error.problems
+    else:
+        notes.append("the journal is left behind: who changed what until now is then known to the source alone")
+    if run.options.ignore:
+        notes.append(f"left behind, as asked: {', '.join(run.options.ignore)}")
+    if run.options.overwrite:
+        notes.append("the target's journal stays: what is taken over is appended to it")
+    notes.append("versions are the target's own: an ETag that a client holds will not match, and it reads again")
+    read_s = time.perf_counter() - began
+    rate = TYPICAL_WRITES_PER_S.get(run.target.capabilities.name, min(TYPICAL_WRITES_PER_S.values()))
+    written = sum(part.documents for part in found) + records
+    return Plan(schema, tuple(found), records, tuple(problems), tuple(notes), read_s + written / rate)
+
+
+async def _read_through(run: Run, part: Part, before: int) -> int:
+    count = 0
+    async with aclosing(pages(run.source, part)) as some:
+        async for page in some:
+            count += len(page)
+            run.progress("reading the source", before + count, None)
+    return count
+
+
+async def _read_journal(run: Run) -> int:
+    cursor, count = None, 0
+    while (page := await run.source.changes(cursor)).records:
+        cursor = page.cursor
+        count += len(taken_over(run, page.records))
+        run.progress("reading the source's journal", count, None)
+    return count
+
+
+async def count_documents(run: Run) -> int | None:
+    """How many documents the source has, for the progress; None where there are too many parts to ask of each."""
+    total = 0
+    asked = 0
+    async with aclosing(parts(run.held, run.source)) as some:
+        async for part in some:
+            asked += 1
+            if asked > ALL_COUNTED:
+                return None
+            total += await _count(run.source, part)
+    return total
+
+
+async def _count(store: Store, part: Part) -> int:
+    answer = await store.aggregate(part.collection.name, part.tenant, [_COUNT], None)
+    count: int = answer[_COUNT.name]
+    return count
+
+
+# --- Opening --------------------------------------------------------------------------------------------------
+
+
+def wrong_options(run: Run) -> list[Problem]:
+    options = run.options
+    wrong = []
+    if not 3 <= options.batch <= 500:
+        wrong.append(Problem("--batch", f"found {options.batch}, expected 3 to 500"))
+    if options.switch and not options.live:
+        wrong.append(Problem("--switch", "switches a --live migration over: give both"))
+    if options.backup is not None and not options.overwrite:
+        wrong.append(Problem("--backup", "is of what --overwrite replaces: give both"))
+    if run.source is run.target:
+        wrong.append(Problem("--to", "is the source itself"))
+    return wrong
+
+
+async def open_source(run: Run) -> list[Problem]:
+    """Make the source's collections readable, without changing anything; what does not fit is told.
+
+    A collection that the source never had is no problem: there is nothing to move.
+    """
+    absent, problems = await open_as_it_is(run.source, run, "--from")
+    run.held = () if problems else tuple(c for c in run.declared if c.name not in absent)
+    if run.options.live and STORE_STATE.name in absent:
+        problems.append(
+            Problem(
+                "--live",
+                "the source was never opened by a version that knows of a switch-over: restart its servers with this "
+                "version first",
+            )
+        )
+    elif run.options.live and not problems and not run.switching and (reason := await refusal(run.source)):
+        other = await other_store(run.source)
+        where = f" ({other})" if other else ""
+        problems.append(Problem("--live", f"the source takes no writes already: {reason}{where}"))
+    return problems
+
+
+async def open_as_it_is(store: Store, run: Run, path: str) -> tuple[set[str], list[Problem]]:
+    """Prepare a store for those of the collections that it has, unless one of them is not as declared; those it does
+    not have, and what does not fit."""
+    changes = await store.prepare([*run.declared, *OWN], mode="plan")
+    dropped = {change.collection for change in changes if change.kind is ChangeKind.DROP_COLLECTION}
+    absent = {c.collection for c in changes if c.kind is ChangeKind.CREATE_COLLECTION} - dropped
+    misfits = [change for change in changes if change.collection not in absent]
+    if not misfits:
+        await store.prepare([collection for collection in (*run.declared, *OWN) if collection.name not in absent])
+        return absent, []
+    what = "; ".join(map(str, misfits[:_NAMED])) + (" …" if len(misfits) > _NAMED else "")
+    sentence = f"its schema is not the declared one ({what}): run `strongroom schema apply` on it first"
+    return absent, [Problem(path, sentence)]
+
+
+async def open_target(run: Run) -> list[Problem]:
+    """Make readable what the target has, without changing anything; what does not fit or is in the way is told."""
+    absent, problems = await open_as_it_is(run.target, run, "--to")
+    if absent and (reason := await _unchangeable(run.target)):
+        problems.append(Problem("--to", reason))
+    if problems:
+        return problems
+    state = await run.load() if MIGRATIONS.name not in absent else None
+    same = state is not None and state.source == run.options.source
+    if state is not None and state.phase not in (Phase.DONE, Phase.ROLLED_BACK):
+        what = f"a migration from {state.source} into it is {state.phase}"
+        if state.phase in UNDOING:
+            return [Problem("--to", f"{what}: finish that with --rollback")]
+        return [] if same else [Problem("--to", f"{what}: finish it, or undo it with --rollback")]
+    if run.options.overwrite or (same and state is not None and state.phase == Phase.DONE):
+        return []
+    held = [f"{count} in {name}" for name, count in (await _held_by(run, absent)).items()]
+    if held:
+        what = ", ".join(held[:_NAMED]) + (" …" if len(held) > _NAMED else "")
+        return [Problem("--to", f"is not empty ({what}): --overwrite replaces this, after a backup of it")]
+    if not same and await _has_journal(run.target):
+        return [Problem("--to", "its journal has records of its own: take a new store, or --overwrite to append to it")]
+    return []
+
+
+async def _unchangeable(store: Store) -> str | None:
+    """Why collections cannot be made in the target as the one who opened it; None if they can. Only stores whose users
+    differ in that have something to say."""
+    ask = getattr(store, "unchangeable", None)
+    reason: str | None = await ask() if ask is not None else None
+    return reason
+
+
+async def _held_by(run: Run, absent: set[str]) -> dict[str, int]:
+    """How many documents the target has, by collection, of those that would be written."""
+    counts: dict[str, int] = {}
+    there = [collection for collection in run.declared if collection.name not in absent]
+    async with aclosing(parts(there, run.target)) as some:
+        async for part in some:
+            count = await _count(run.target, part)
+            if count:
+                counts[part.collection.name] = counts.get(part.collection.name, 0) + count
+    return counts
+
+
+async def _has_journal(store: Store) -> bool:
+    cursor = None
+    while (page := await store.changes(cursor)).records:
+        cursor = page.cursor
+        if any(record.collection not in NOT_MOVED for record in page.records):
+            return True
+    return False
+
+
+async def refusal(store: Store) -> str | None:
+    """Why the store takes no writes now; None if it takes them. It must be prepared for STORE_STATE."""
+    document = await store.get(STORE_STATE.name, None, WRITES)
+    return None if document is None or document["allowed"] else document["reason"] or "its writes are off"
+
+
+async def other_store(store: Store) -> str:
+    """The store that a move which turned the writes of this one off goes to, or comes from."""
+    document = await store.get(STORE_STATE.name, None, WRITES)
+    return "" if document is None else str(document["other_store"])
+
+
+async def same_store(run: Run) -> bool:
+    """Whether the source is the target under another name: then it has the very mark that was made in the target."""
+    absent, _ = await open_as_it_is(run.source, run, "--from")
+    if MIGRATIONS.name in absent:
+        return False
+    document = await run.source.get(MIGRATIONS.name, None, CURRENT)
+    return document is not None and document["nonce"] == run.migration.nonce
+
+
+def refuse(problems: Sequence[Problem]) -> None:
+    """Raise InvalidInput with all of them, if there are any."""
+    if problems:
+        raise InvalidInput(problems)

@@ -1,0 +1,51 @@
+"""Quotas: limits that the keys of a tenant, of one of its users, or of a named group share."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from ..entities import Entity, Index
+from ..limits import Limit
+
+NAME = "quotas"
+QuotaKind = Literal["tenant", "user", "group"]
+
+
+class Quota(
+    Entity, collection=NAME, scope="global", indexes=[Index("tenant", "kind", "name"), Index("kind", "tenant", "name")]
+):
+    """Limits on all that the keys of one subject use together; the id is `quota_id(kind, tenant, name)`.
+
+    `name` is the user's id or the group's name; for the tenant itself it is empty. It is global for the reason that
+    keys are: it is read, and checked in the commit, together with the keys of any tenants.
+    """
+
+    tenant: str
+    kind: QuotaKind
+    name: str = ""
+    limits: list[Limit] = []
+    description: str | None = None
+
+    @property
+    def subject(self) -> str:
+        """Whose limits these are, as answers name them."""
+        return "tenant" if self.kind == "tenant" else f"{self.kind}:{self.name}"
+
+
+def quota_id(kind: QuotaKind, tenant: str, name: str = "") -> str:
+    """The id of a quota, and of the usage that is counted against it: never that of a key, which begins with `key_`.
+
+    A tenant's name may contain a slash, so its length stands before it: no two subjects have one id.
+    """
+    return f"{kind}:{len(tenant)}:{tenant}/{name}" if kind != "tenant" else f"tenant:{len(tenant)}:{tenant}"
+
+
+def tenant_of(id: str) -> str:
+    """The tenant that a quota's id names."""
+    _, length, rest = id.split(":", 2)
+    return rest[: int(length)]
+
+
+def is_quota(id: str) -> bool:
+    """Whether the id of a usage document is a quota's, and not a key's."""
+    return id.partition(":")[0] in ("tenant", "user", "group")

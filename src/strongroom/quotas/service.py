@@ -1,0 +1,385 @@
+"""The quotas of one store: put, changed, removed, listed, and where each stands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, ClassVar, TypedDict, Unpack
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from ..clock import Clock
+from ..context import (
+    MAX_TENANT_BYTES,
+    Context,
+    kind_of,
+    name_problem,
+    system_context,
+    text_problem,
+    utc_from_us,
+)
+from ..database import Database, Page, Replayed, Transaction
+from ..entities import MAX_ID_BYTES, MAX_PAGE_BYTES, And, Filter, Query, Where
+from ..errors import Denied, InvalidInput, NotFound, Problem
+from ..keys.cached_key import quota_part
+from ..keys.model import ALL_TENANTS, LimitLike, not_given, parse
+from ..keys.rotation import acting, once_for, reader, writer
+from ..keys.verification import LimitStatus, limit_status
+from ..keys.verifier import bound_to, may_see
+from ..limits import MAX_LIMITS, Account, Amount, ClockMended, KeyUsage, Ledger, Limit, from_units, refills_that_begin
+from .model import Quota, QuotaKind, quota_id
+
+MAX_DESCRIPTION_CHARS = 1_000
+KINDS = ("tenant", "user", "group")
+
+
+class Subject(BaseModel):
+    """Whose quota it is: a tenant's, or that of a user or a group of it, by its `name`."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    kind: QuotaKind
+    tenant: str
+    name: str = Field(default="", validate_default=True)
+
+    @field_validator("kind", mode="before")
+    @classmethod
+    def _kind(cls, value: Any) -> Any:
+        if problem := _kind_problem(value):
+            raise ValueError(problem)
+        return value
+
+    @field_validator("tenant")
+    @classmethod
+    def _tenant(cls, value: str) -> str:
+        if problem := text_problem(value, MAX_TENANT_BYTES):
+            raise ValueError(problem)
+        if value == ALL_TENANTS:  # its keys are management keys, which are no tenant's, and count against no quota
+            raise ValueError(f"found {value!r}, expected one tenant: a quota is of a tenant's own keys")
+        return value
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, value: str, info: ValidationInfo) -> str:
+        kind, tenant = info.data.get("kind"), info.data.get("tenant", "")
+        if kind == "tenant" and value:
+            raise ValueError("a quota of kind tenant has no name: it is the tenant's own")
+        if kind in ("user", "group") and (problem := text_problem(value, MAX_ID_BYTES - len(tenant.encode()) - 16)):
+            raise ValueError(problem)
+        return value
+
+    @property
+    def id(self) -> str:
+        return quota_id(self.kind, self.tenant, self.name)
+
+
+class QuotaFields(BaseModel):
+    """What a caller may say of a quota."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    limits: list[Limit] = Field(default=[], max_length=MAX_LIMITS)
+    description: str | None = Field(default=None, max_length=MAX_DESCRIPTION_CHARS)
+
+    @field_validator("limits")
+    @classmethod
+    def _distinct(cls, value: list[Limit]) -> list[Limit]:
+        seen: set[str] = set()
+        for limit in value:
+            for name in (*limit.models, *limit.routes):
+                if problem := name_problem(name, MAX_ID_BYTES):
+                    raise ValueError(problem)
+            if limit.id in seen:
+                raise ValueError(f"found two limits on {limit.resource} with the same window")
+            seen.add(limit.id)
+        return value
+
+    @field_validator("description")
+    @classmethod
+    def _text(cls, value: str | None) -> str | None:
+        if value and (problem := text_problem(value, 4 * MAX_DESCRIPTION_CHARS)):
+            raise ValueError(problem)
+        return value
+
+
+class NewQuota(Subject, QuotaFields):
+    """A quota to be put."""
+
+    limits: list[Limit] = Field(max_length=MAX_LIMITS)
+
+    @field_validator("tenant", "name")
+    @classmethod
+    def _named(cls, value: str) -> str:
+        if value and (problem := name_problem(value, MAX_ID_BYTES)):
+            raise ValueError(problem)
+        return value
+
+
+class QuotaChanges(QuotaFields):
+    """Some fields of a quota, to be changed; those not given stay."""
+
+    not_given: ClassVar[Mapping[str, str]] = not_given(
+        unchangeable=("id", "tenant", "kind", "name"), of_the_store=("version", "created_at", "updated_at")
+    )
+
+
+class QuotaGiven(TypedDict, total=False):
+    """The fields of a quota as keywords, for a change."""
+
+    limits: Sequence[LimitLike]
+    description: str | None
+
+
+class NewQuotaGiven(QuotaGiven, total=False):
+    """The fields of a quota that is to be put, as keywords."""
+
+    kind: QuotaKind
+    tenant: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class QuotaStats:
+    """Where a quota stands: what all its keys used together, and each limit's window."""
+
+    quota: Quota
+    count: int
+    last_used_at: datetime | None
+    totals: dict[str, Amount]
+    limits: list[LimitStatus]
+
+    def shown(self) -> dict[str, Any]:
+        """As JSON shows it, over HTTP and on the command line."""
+        return {
+            "tenant": self.quota.tenant,
+            "kind": self.quota.kind,
+            "name": self.quota.name,
+            "count": self.count,
+            "last_used_at": self.last_used_at,
+            "totals": self.totals,
+            "limits": self.limits,
+        }
+
+
+class Quotas:
+    """The quotas of one store. A caller who is bound to a tenant sees, and sets, only those of its own tenant; the
+    quota of the tenant itself it sees and does not set."""
+
+    def __init__(self, database: Database, ledger: Ledger, clock: Clock) -> None:
+        self._database = database
+        self._ledger = ledger
+        self._clock = clock
+
+    async def put(
+        self,
+        new: NewQuota | None = None,
+        /,
+        *,
+        context: Context | None = None,
+        expected: int | None = None,
+        exists: bool = False,
+        idempotency_key: str | None = None,
+        **fields: Unpack[NewQuotaGiven],
+    ) -> Quota:
+        """Make a quota, or replace the one of this subject: `put(kind="user", tenant="acme", name="u1", limits=[…])`.
+
+        What was counted stays counted where resource, window and scope stay the same. `expected`: the version that
+        is to be replaced (0: there must be none); `exists`: there must be one.
+
+        Raises InvalidInput with every problem, Conflict, Denied.
+        """
+        new = new if new is not None else parse(NewQuota, fields)
+        self._may_set(context, new)
+        quota = Quota(
+            id=new.id,
+            tenant=new.tenant,
+            kind=new.kind,
+            name=new.name,
+            limits=new.limits,
+            description=new.description,
+        )
+        once = once_for(context, idempotency_key, "put quota", new, expected, exists)
+        replayed = await self._database.repeated(acting(context), once)
+        if replayed is not None:
+            return await self.answered_before(replayed, context=context)
+        by = writer(context, new.tenant)
+        await self._begin_refills(await self._database.get_or_none(system_context(), Quota, new.id), new.limits)
+        try:
+            return await self._database.transaction(
+                by, lambda tx: tx.replace(quota, expected=expected, exists=exists), idempotency=once
+            )
+        except Replayed as done:
+            return await self.answered_before(done, context=context)
+
+    async def answered_before(self, replayed: Replayed, *, context: Context | None = None) -> Quota:
+        """The quota that a repeated call was answered with."""
+        return await self._database.answer_of(reader(context), Quota, replayed)
+
+    async def get(self, kind: str, tenant: str, name: str = "", *, context: Context | None = None) -> Quota:
+        """The quota of a subject. NotFound for another tenant's too."""
+        subject = _subject(kind, tenant, name)
+        quota = None
+        if may_see(context, subject.tenant):
+            quota = await self._database.get_or_none(reader(context), Quota, subject.id)
+        if quota is None:
+            raise NotFound(f"there is no quota of {_named(subject)}")
+        return quota
+
+    async def list(
+        self,
+        *,
+        tenant: str | None = None,
+        kind: str | None = None,
+        limit: int = 100,
+        cursor: str | None = None,
+        context: Context | None = None,
+    ) -> Page[Quota]:
+        """One page of quotas, by tenant, kind and name; of one tenant where the caller is bound to one."""
+        if kind is not None and (problem := _kind_problem(kind)):
+            raise InvalidInput([Problem("kind", problem)])
+        own = bound_to(context)
+        if own is not None and tenant is not None and own != tenant:
+            return Page([], None)
+        tenant = own if own is not None else tenant
+        filters: list[Filter] = [] if tenant is None else [Where("tenant", "==", tenant)]
+        if kind is not None:
+            filters.append(Where("kind", "==", kind))
+        order: Sequence[str] = ("tenant", "name") if kind is not None else ("tenant", "kind", "name")
+        if tenant is not None:
+            order = order[1:]
+        query = Query(And(*filters) if filters else None, tuple(order), limit)
+        return await self._database.find(reader(context), Quota, query, cursor, max_bytes=MAX_PAGE_BYTES)
+
+    async def update(
+        self,
+        kind: str,
+        tenant: str,
+        name: str = "",
+        /,
+        changes: QuotaChanges | None = None,
+        *,
+        context: Context | None = None,
+        expected: int | None = None,
+        idempotency_key: str | None = None,
+        **fields: Unpack[QuotaGiven],
+    ) -> Quota:
+        """Change some fields of a quota. What was counted stays counted where resource, window and scope stay the same.
+        Raises NotFound, InvalidInput, Conflict, Denied."""
+        changes = changes if changes is not None else parse(QuotaChanges, fields)
+        once = once_for(context, idempotency_key, "update quota", kind, tenant, name, changes, expected)
+        replayed = await self._database.repeated(acting(context), once)
+        if replayed is not None:
+            return await self.answered_before(replayed, context=context)
+        quota = await self.get(kind, tenant, name, context=context)
+        self._may_set(context, quota)
+        values = {field: getattr(changes, field) for field in changes.model_fields_set}
+        by = writer(context, quota.tenant)
+        await self._begin_refills(quota, values.get("limits", ()))
+        try:
+            return await self._database.transaction(
+                by, lambda tx: tx.update(Quota, quota.id, values, expected=expected), idempotency=once
+            )
+        except Replayed as done:
+            return await self.answered_before(done, context=context)
+
+    async def _begin_refills(self, before: Quota | None, limits: Sequence[Limit]) -> None:
+        """Refills that a change adds give back from now on, whenever they are looked at."""
+        beginning = refills_that_begin(before.limits, limits) if before is not None else ()
+        if before is not None and beginning:
+            await self._ledger.begin_refills(quota_part(before), beginning)
+
+    async def delete(
+        self,
+        kind: str,
+        tenant: str,
+        name: str = "",
+        *,
+        context: Context | None = None,
+        expected: int | None = None,
+        idempotency_key: str | None = None,
+    ) -> None:
+        """Remove a quota and, in the same commit, what was counted against it: one that is made again for this subject
+        begins with nothing. Raises NotFound, Conflict, Denied."""
+        once = once_for(context, idempotency_key, "delete quota", _subject(kind, tenant, name).id, expected)
+        if await self._database.repeated(acting(context), once) is not None:
+            return
+        quota = await self.get(kind, tenant, name, context=context)
+        self._may_set(context, quota)
+
+        by = writer(context, quota.tenant)
+        await self._database.authorize(by, "delete", Quota.__collection__, quota.id)
+
+        async def body(tx: Transaction) -> None:
+            await tx.delete(Quota, quota.id, expected=expected)
+            await tx.drop(KeyUsage, quota.id)
+
+        # The rules that a caller is under say nothing of counters.
+        own = Context(by.tenant, by.actor, system_context().claims, by.request_id)
+        try:
+            await self._database.transaction(own, body, idempotency=once)
+        except Replayed:
+            return
+        self._ledger.removed(quota.id)
+
+    async def stats(self, kind: str, tenant: str, name: str = "", *, context: Context | None = None) -> QuotaStats:
+        """Where a quota stands, as of now. Raises NotFound."""
+        quota = await self.get(kind, tenant, name, context=context)
+        now_us = self._clock.now_us()
+        return quota_stats(quota, await self._ledger.account(quota.id), now_us)
+
+    async def mend_clock(
+        self, kind: str, tenant: str, name: str = "", *, context: Context | None = None
+    ) -> ClockMended | None:
+        """Let what is counted on a quota, and was charged at a time ahead of the store's clock, go on from the clock's
+        time, as `Keys.mend_clock` does it for a key. Raises NotFound, Denied, Unavailable."""
+        quota = await self.get(kind, tenant, name, context=context)
+        self._may_set(context, quota)
+        return await self._ledger.set_back(quota.id)
+
+    @staticmethod
+    def _may_set(context: Context | None, subject: Subject | Quota) -> None:
+        """Raise Denied unless the caller may set the quota of this subject."""
+        own = bound_to(context)
+        if own is None:
+            return
+        if own != subject.tenant:
+            raise Denied(f"the caller belongs to tenant {own!r}, not to {subject.tenant!r}")
+        if subject.kind == "tenant":
+            raise Denied(
+                "a tenant's own quota is set by callers who are bound to no tenant: it is what binds the tenant"
+            )
+
+
+def quota_stats(quota: Quota, account: Account, now_us: int) -> QuotaStats:
+    """Where a quota stands, from the account that its usage is counted on."""
+    statuses = account.statuses(quota_part(quota).allowances, account.moment(now_us))
+    return QuotaStats(
+        quota=quota,
+        count=account.count,
+        last_used_at=utc_from_us(account.last_used_us) if account.last_used_us is not None else None,
+        totals={name: from_units(name, units) for name, units in sorted(account.totals.items())},
+        limits=[limit_status(status) for status in statuses],
+    )
+
+
+def _kind_problem(kind: object) -> str | None:
+    if kind in KINDS:
+        return None
+    found = repr(kind[:64]) if isinstance(kind, str) else kind_of(kind)
+    return f"found {found}, expected tenant, user or group"
+
+
+def _subject(kind: str, tenant: str, name: str) -> Subject:
+    return parse(Subject, {"kind": kind, "tenant": tenant, "name": name})
+
+
+def _named(subject: Subject) -> str:
+    return (
+        f"the tenant {subject.tenant!r}"
+        if subject.kind == "tenant"
+        else (f"the {subject.kind} {subject.name!r} of the tenant {subject.tenant!r}")
+    )
+
+
+__all__ = ["NewQuota", "Quota", "QuotaChanges", "QuotaFields", "QuotaStats", "Quotas", "Subject", "quota_stats"]

@@ -1,0 +1,1 @@
+"""The store on Firestore; `store.open` is its door."""

@@ -1,0 +1,449 @@
+"""The JSON store: everything in memory and in one readable file, for development and tests.
+
+The file is `{"strongroom": 1, "schema": …, "global": {collection: {id: document}}, "tenants": {tenant: {collection:
+{id: document}}}, "journal": […]}`, a document or record a line. Each group of commits writes it anew beside itself and
+renames it into place, so a crash leaves the old or the new file, never a torn one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import stat
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from decimal import Decimal
+from typing import Any, Literal, TypeVar
+
+from ...cooperative import in_slices
+from ...entities import Aggregate, Collection, Document, Filter, Query, aggregate, evaluate
+from ...errors import InvalidInput, Problem, StorageFull, StoreError, Unavailable
+from .. import tagged_json as _values
+from ..port import (
+    MAX_CHANGES_PAGE,
+    MAX_TENANTS_PAGE,
+    Batch,
+    Capabilities,
+    ChangesPage,
+    Committed,
+    Health,
+    Record,
+    SchemaChange,
+    past_the_end,
+)
+from . import memory as _memory
+from .memory import Draft, Section, State, Stored, copied, key_of
+
+FORMAT = 1
+_CURSOR = re.compile(r"[0-9]{1,18}")
+_T = TypeVar("_T")
+
+
+# --- The file -------------------------------------------------------------------------------------------------
+
+
+def _rendered(draft: Draft) -> str:
+    """A draft as the text of its file."""
+    tenants: dict[str, dict[str, str]] = {}
+    shared: dict[str, str] = {}
+    for (tenant, collection), section in draft.sections.items():
+        if section.stored:
+            text = _braced((id, entry.text) for id, entry in section.stored.items())
+            (shared if tenant is None else tenants.setdefault(tenant, {}))[collection] = text
+    journal = ",\n".join([*draft.state.lines, *draft.lines])
+    return (
+        f'{{"strongroom": {FORMAT},\n'
+        f'"schema": {_braced((name, json.dumps(one)) for name, one in draft.schema.items())},\n'
+        f'"deleted_version": {draft.deleted_version},\n'
+        f'"global": {_braced(shared.items())},\n'
+        f'"tenants": {_braced((tenant, _braced(parts.items())) for tenant, parts in tenants.items())},\n'
+        f'"journal": [\n{journal}\n]}}\n'
+    )
+
+
+def _braced(members: Iterable[tuple[str, str]]) -> str:
+    body = ",\n".join(f"{json.dumps(name, ensure_ascii=False)}: {text}" for name, text in members)
+    return f"{{\n{body}\n}}" if body else "{}"
+
+
+def _read(path: str) -> State:
+    """What the file holds; nothing, if there is none. StoreError if it is damaged, foreign or of a later format."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read()
+    except FileNotFoundError:
+        return State()
+    except OSError as error:
+        raise Unavailable(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        data = json.loads(content.decode())
+    except UnicodeDecodeError as error:
+        raise StoreError(f"{path}: damaged at byte {error.start}: not UTF-8; it was left as it is") from None
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno} column {error.colno}"
+        raise StoreError(f"{path}: damaged at {where}: {error.msg}; it was left as it is") from None
+    except (RecursionError, ValueError):
+        raise StoreError(f"{path}: damaged: nested too deeply, or a number too long; it was left as it is") from None
+    if not isinstance(data, dict) or type(data.get("strongroom")) is not int:
+        raise StoreError(f"{path}: is JSON, but not a Strongroom store; it was left as it is")
+    if data["strongroom"] != FORMAT:
+        raise StoreError(f"{path}: has format {data['strongroom']}, this version of Strongroom reads format {FORMAT}")
+    return _Reader(path).state(data)
+
+
+class _Reader:
+    """Reads the parsed file, and remembers where it is, to name the place of a damage."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.at = "the top level"
+
+    def state(self, data: dict[str, Any]) -> State:
+        try:
+            state = State(data["schema"], {}, [], [], int(data["deleted_version"]))
+            self._sections(state, None, data["global"], "global")
+            self.at = "tenants"
+            for tenant, collections in data["tenants"].items():
+                self._sections(state, tenant, collections, f"tenants/{tenant}")
+            for number, line in enumerate(data["journal"], 1):
+                self.at = f"journal record {number}"
+                record = Record(**_values.untag(line))
+                if record.sequence != number:
+                    raise ValueError(f"found sequence {record.sequence}")
+                state.journal.append(record)
+                state.lines.append(_values.dumps(asdict(record)))
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise StoreError(f"{self.path}: damaged at {self.at}: {what}; it was left as it is") from None
+        return state
+
+    def _sections(self, state: State, tenant: str | None, collections: dict[str, Any], at: str) -> None:
+        self.at = at
+        for name, documents in collections.items():
+            self.at = f"{at}/{name}"
+            kinds = {**_SYSTEM_KINDS, **state.schema[name]["fields"]}
+            section = state.sections[tenant, name] = Section()
+            for id, tagged in documents.items():
+                self.at = f"{at}/{name}/{id}"
+                section.stored[id] = Stored.of(_fitting(_values.untag(tagged), id, kinds))
+
+
+# By names as the file has them. People edit these files, and a text among numbers would break each comparison later.
+_SYSTEM_KINDS = {"id": "text", "version": "int", "created_at": "timestamp", "updated_at": "timestamp"}
+_TYPES: dict[str, type] = {
+    "bool": bool,
+    "int": int,
+    "float": float,
+    "decimal": Decimal,
+    "text": str,
+    "bytes": bytes,
+    "timestamp": datetime,
+    "list": list,
+    "map": dict,
+}
+
+
+def _fitting(document: Document, id: str, kinds: Mapping[str, str]) -> Document:
+    """The document, or ValueError if its fields are not those of the schema."""
+    if document.keys() != kinds.keys():
+        raise ValueError(f"its fields differ from the schema's in {', '.join(sorted(document.keys() ^ kinds.keys()))}")
+    for name, kind in kinds.items():
+        value = document[name]
+        if type(value) is not _TYPES[kind] and (value is not None or name in _SYSTEM_KINDS):
+            raise ValueError(f"{name}: found {type(value).__name__}, expected {kind}")
+    if document["id"] != id:
+        raise ValueError("its id is another")
+    return document
+
+
+def _write_new(path: str, text: str) -> tuple[int, int]:
+    """Write the text beside the file, durably, with the file's own permissions; the file itself stays as it is. Returns
+    which file was written: its device and inode."""
+    try:
+        mode = stat.S_IMODE(os.stat(path).st_mode)
+    except FileNotFoundError:
+        mode = 0o600
+    with open(os.open(_new(path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        os.fchmod(file.fileno(), mode)
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+        status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino
+
+
+def _is_in_place(path: str, written: tuple[int, int]) -> bool:
+    """Whether the file that was written is the one at `path` now."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return False
+    return (status.st_dev, status.st_ino) == written
+
+
+def _new(path: str) -> str:
+    return path + ".new"
+
+
+def _sync_folder(path: str) -> None:
+    descriptor = os.open(os.path.dirname(path), os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(path: str) -> int:
+    """A descriptor that holds the lock of the file at `path`. Unavailable if another one holds it."""
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        descriptor = os.open(path + ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise Unavailable(f"{path}: its lock file cannot be opened: {error.strerror}") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise Unavailable(
+            f"{path} is in use: a JSON store serves one process at a time; close the other, or use SQLite or PostgreSQL"
+        ) from None
+    return descriptor
+
+
+# --- The store ------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Job:
+    """What waits for the next write: a step of the state, and who waits for its answer."""
+
+    step: Callable[[Draft], Any]
+    future: asyncio.Future[Any]
+
+
+def _answer(job: _Job, answer: Any) -> None:
+    if job.future.done():  # its caller was cancelled
+        return
+    if isinstance(answer, Exception):
+        job.future.set_exception(answer)
+    else:
+        job.future.set_result(answer)
+
+
+class JsonStore:
+    """The storage port over one JSON file, or with None over memory alone."""
+
+    def __init__(self, path: str | None) -> None:
+        self._path = os.path.realpath(path) if path is not None else None
+        self._state = State()
+        self._declared: Mapping[str, Collection] = {}
+        self._jobs: list[_Job] = []
+        self._writer: asyncio.Task[None] | None = None
+        self._lock: int | None = None
+        self._closed: str | None = "the store is not open"  # why nothing can be done with it, if so
+        self._broken: str | None = None  # why nothing can be written any more, if so
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities("json", multi_process=False, persistent=self._path is not None, embedded=True)
+
+    async def open(self) -> None:
+        if self._closed is None:
+            return
+        state = State()
+        if self._path is not None:
+            self._lock = _lock(self._path)
+            try:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(_new(self._path))  # a process was killed while it wrote this
+                state = await asyncio.to_thread(_read, self._path)
+            except BaseException:
+                self._unlock()
+                raise
+        self._state, self._declared = state, {}
+        self._closed = self._broken = None
+
+    async def close(self) -> None:
+        if self._closed is None:
+            self._closed = "the store is closed"
+        if self._writer is not None:
+            await asyncio.wait([self._writer])
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            fcntl.flock(self._lock, fcntl.LOCK_UN)  # a forked child may still hold a copy of the descriptor
+            os.close(self._lock)
+            self._lock = None
+
+    async def prepare(
+        self,
+        collections: Sequence[Collection],
+        *,
+        mode: Literal["apply", "plan"] = "apply",
+        allow_destructive: bool = False,
+    ) -> tuple[SchemaChange, ...]:
+        changes: tuple[SchemaChange, ...] = await self._do(
+            lambda draft: _memory.prepare(draft, collections, mode == "plan", allow_destructive)
+        )
+        return changes
+
+    async def get(self, collection: str, tenant: str | None, id: str) -> Document | None:
+        entry = self._section(collection, tenant).stored.get(id)
+        return copied(entry.document) if entry else None
+
+    async def find(self, collection: str, tenant: str | None, query: Query) -> list[Document]:
+        return await in_slices(copied, evaluate(query, self._section(collection, tenant).documents()))
+
+    async def tenants(self, after: str | None = None, limit: int = MAX_TENANTS_PAGE) -> list[str]:
+        self._check_open()
+        names = {
+            tenant for tenant, _ in self._state.sections if tenant is not None and (after is None or tenant > after)
+        }
+        return sorted(names)[:limit]  # code points are in the order of their UTF-8 bytes
+
+    async def now_us(self) -> int:
+        return time.time_ns() // 1_000  # a file belongs to one process, and so does its clock
+
+    async def aggregate(
+        self, collection: str, tenant: str | None, aggregates: Sequence[Aggregate], where: Filter | None
+    ) -> dict[str, Any]:
+        section = self._section(collection, tenant)
+        return aggregate(aggregates, where, self._declared[collection], section.documents())
+
+    def commit(self, batch: Batch) -> Awaitable[Committed]:
+        return self._do(lambda draft: _memory.apply(draft, batch))
+
+    async def changes(
+        self, after: str | None, *, tenant: str | None = None, limit: int = MAX_CHANGES_PAGE
+    ) -> ChangesPage:
+        self._check_open()
+        journal = self._state.journal
+        if after == "end":
+            return ChangesPage((), str(len(journal)))
+        if after is not None and not _CURSOR.fullmatch(after):
+            raise InvalidInput([Problem("after", "is not a cursor of this journal")])
+        position = int(after or 0)
+        if position > len(journal):
+            raise past_the_end()
+        found: list[Record] = []
+        while position < len(journal) and len(found) < limit:
+            record = journal[position]
+            position += 1
+            if tenant is None or record.tenant == tenant:
+                found.append(replace(record, before=copied(record.before), after=copied(record.after)))
+        return ChangesPage(tuple(found), str(position))
+
+    def on_change(self, callback: Callable[[], None]) -> None:
+        """There is no other process."""
+
+    async def check(self) -> Health:
+        began = time.perf_counter()
+        documents = sum(len(section.stored) for section in self._state.sections.values())
+        problem = self._closed or self._broken
+        details = {"path": self._path or ":memory:", "documents": documents, "journal": len(self._state.journal)}
+        return Health(
+            problem is None, time.perf_counter() - began, {**details, "problem": problem} if problem else details
+        )
+
+    # --- Reading and writing ---
+
+    def _check_open(self) -> None:
+        if self._closed is not None:
+            raise Unavailable(self._closed)
+
+    def _section(self, collection: str, tenant: str | None) -> Section:
+        self._check_open()
+        return self._state.sections.get(key_of(self._declared, collection, tenant)) or Section()
+
+    def _do(self, step: Callable[[Draft], _T]) -> asyncio.Future[_T]:
+        """Queue a step for the next write; the future has its answer once that is durable."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[_T] = loop.create_future()
+        problem = self._closed or self._broken
+        if problem is not None:
+            future.set_exception(Unavailable(problem))
+            return future
+        self._jobs.append(_Job(step, future))
+        if self._writer is None:
+            self._writer = loop.create_task(self._write_all())
+            self._writer.add_done_callback(self._never_began)
+        return future
+
+    def _never_began(self, writer: asyncio.Task[None]) -> None:
+        """A task that was cancelled before its first step leaves its jobs to nobody."""
+        if self._writer is writer:
+            self._writer, jobs, self._jobs = None, self._jobs, []
+            for job in jobs:
+                _answer(job, Unavailable("writing ended before it began: try again"))
+
+    async def _write_all(self) -> None:
+        """Write group after group until nothing waits. What arrives during a write joins the next one."""
+        group: list[_Job] = []
+        try:
+            while self._jobs:
+                group, self._jobs = self._jobs, []
+                await self._write_group(group)
+                group = []
+        except BaseException as error:
+            # The loop is being torn down, or memory ran out: whether the file was written is not known.
+            self._broken = f"writing ended with {type(error).__name__}; open the store again"
+            for job in group:
+                _answer(job, Unavailable(self._broken, outcome="unknown"))
+            for job in self._jobs:
+                _answer(job, Unavailable(self._broken))
+            raise
+        finally:
+            self._writer = None
+
+    async def _write_group(self, jobs: list[_Job]) -> None:
+        draft = Draft(self._state, self._declared)
+        answers = [draft.attempt(job.step) for job in jobs]
+        try:
+            if draft.changed:
+                await self._write(draft)
+            self._state, self._declared = draft.adopted(), draft.declared
+        except Unavailable as error:
+            # A failed precondition too: it was evaluated against changes that may not be there.
+            answers = [
+                type(error)(error.message, **({} if isinstance(answer, Exception) else error.details))
+                for answer in answers
+            ]
+        for job, answer in zip(jobs, answers, strict=True):
+            _answer(job, answer)
+
+    async def _write(self, draft: Draft) -> None:
+        """Make the draft the file's content, durably. Unavailable or StorageFull if it cannot be."""
+        if self._broken is not None:
+            raise Unavailable(self._broken)
+        if self._path is not None:
+            await asyncio.to_thread(self._write_file, self._path, draft)
+
+    def _write_file(self, path: str, draft: Draft) -> None:
+        try:
+            written = _write_new(path, _rendered(draft))
+            try:
+                os.replace(_new(path), path)
+            except OSError:
+                if not _is_in_place(path, written):
+                    raise
+                # A network's file system may have renamed it and lost the answer.
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.unlink(_new(path))
+            kind = StorageFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else Unavailable
+            raise kind(f"{path}: cannot be written: {error.strerror}; nothing was changed") from None
+        try:
+            _sync_folder(path)
+        except OSError as error:
+            # The new file is in place, but a power loss could bring the old one back, and a second fsync would not
+            # tell: what memory says and what the disk holds may differ until the store is opened again.
+            self._broken = f"{path}: its folder cannot be synced: {error.strerror}; open the store again to write"
+            raise Unavailable(self._broken, outcome="unknown") from None

@@ -1,0 +1,57 @@
+"""The journal in PostgreSQL: appended last in a transaction, so that its order is the order of commits.
+
+The head is one row that every append updates. It is locked from there to the commit, which serialises the appends: a
+record with a lower sequence is never seen after one with a higher. So a reader needs no horizon. Beside it the head
+keeps the floor: the greatest sequence that retention has dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import asyncpg
+
+from ..sql import JOURNAL_COLUMNS, Line, listed, quoted
+from .partitions import journal_time
+
+_TYPES = {"at_us": "bigint", "version": "bigint"}
+
+
+class Journal:
+    """Texts for the journal in `schema`."""
+
+    def __init__(self, schema: str) -> None:
+        name = quoted(schema)
+        self.channel = f"strongroom_{schema}"[:63]  # as long as a name may be; who shares it is only woken in vain
+        self.head = f"SELECT sequence FROM {name}.strongroom_journal_head"
+        journal = f"{name}.strongroom_journal"
+        columns = listed(JOURNAL_COLUMNS)
+        # With each page the head and the floor of the same moment: how far the journal goes, and what it has dropped.
+        page = (
+            f"SELECT head.sequence, head.floor, {', '.join(f'n.{quoted(c)}' for c in JOURNAL_COLUMNS)} "
+            f"FROM {{}}{name}.strongroom_journal_head AS head LEFT JOIN LATERAL (SELECT {columns} FROM {journal} "
+            "WHERE {}sequence > $1 ORDER BY sequence LIMIT $2) AS n ON true"
+        )
+        tenant = "(SELECT set_config('app.current_tenant', $3, true) AS tenant OFFSET 0) AS t CROSS JOIN "
+        self.page = page.format("", "")
+        self.page_of_tenant = page.format(tenant, "tenant_id = t.tenant AND ")
+        self.recorded = f"SELECT 1 FROM {journal} WHERE sequence = $1 AND id = $2"
+        given = JOURNAL_COLUMNS[1:]
+        arrays = ", ".join(f"${n}::{_TYPES.get(column, 'text')}[]" for n, column in enumerate(given, 4))
+        # The tenant is set for each record as it is added, since the policy compares it with the record's.
+        cells = {c: f"u.{quoted(c)}" for c in given}
+        cells["tenant_id"] = "nullif(set_config('app.current_tenant', coalesce(u.tenant_id, ''), true), '')"
+        self._append = (
+            f"WITH head AS (UPDATE {name}.strongroom_journal_head SET sequence = sequence + $1 RETURNING sequence), "
+            f"added AS (INSERT INTO {journal} (at, {listed(JOURNAL_COLUMNS)}) "
+            f"SELECT u.at, head.sequence - $1 + u.number, {', '.join(cells.values())} "
+            f"FROM head, unnest($3::timestamptz[], {arrays}) WITH ORDINALITY AS u(at, {listed(given)}, number)) "
+            "SELECT sequence, pg_current_xact_id()::text, pg_notify($2, '') FROM head"
+        )
+
+    async def append(self, connection: asyncpg.Connection, lines: Sequence[Line]) -> tuple[int, str]:
+        """Append the lines in their order: the last one's sequence, and the transaction's id."""
+        times = [journal_time(line[2]) for line in lines]
+        columns = list(zip(*lines, strict=True))
+        ((sequence, xid, _),) = await connection.fetch(self._append, len(lines), self.channel, times, *columns)
+        return sequence, xid

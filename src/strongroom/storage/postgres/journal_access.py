@@ -1,0 +1,81 @@
+"""Who sees the journal and the list of tenants in PostgreSQL: a tenant its own part; all of it, a role of its own.
+
+The change feed, and whoever lists tenants or asks whether a record is there, reads under the reader role, which it
+takes on for one transaction. Where one role owns and serves (a set-up for development), there is no reader: then the
+owner sees all of it in a transaction that says so (`app.journal`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import asyncpg
+
+from ..sql import quoted
+
+READER = "strongroom_reader"
+TABLES = ("strongroom_journal", "strongroom_tenants")
+"""The store's own tables under row-level security."""
+AS_OWNER = "SET LOCAL app.journal = 'whole'"
+"""What an owner that serves begins a transaction with, to see all of them."""
+WITH_SECRETS = "SET LOCAL app.secrets = 'on'"
+"""What a transaction says that is to use a collection of secrets alone."""
+
+_PRESENT = "nullif(current_setting('app.current_tenant', true), '')"
+READER_POLICY = "reader_select"
+POLICIES = ("owner_select", "tenant_insert", "tenant_select")
+
+
+def policies(schema: str) -> str:
+    """The script that puts the tables under row-level security; repeatable. `reader_policies` come after it.
+
+    A record's tenant is compared for each row, not once a statement: one statement appends the records of many tenants,
+    and sets the tenant for each. A record of no tenant is added where none is set, and seen as a whole only.
+    """
+    name = quoted(schema)
+    parts = []
+    for table in TABLES:
+        whole = (
+            "current_setting('app.journal', true) = 'whole' AND EXISTS (SELECT FROM pg_catalog.pg_class "
+            f"WHERE oid = '{name}.{table}'::regclass AND pg_get_userbyid(relowner) = current_user)"
+        )
+        conditions = {
+            "owner_select": f"FOR SELECT USING ((SELECT {whole}))",
+            "tenant_insert": f"FOR INSERT WITH CHECK (tenant_id IS NOT DISTINCT FROM {_PRESENT})",
+            "tenant_select": f"FOR SELECT USING (tenant_id = (SELECT {_PRESENT}))",
+        }
+        parts.append(f"ALTER TABLE {name}.{table} ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;")
+        for policy in POLICIES:
+            parts.append(f"DROP POLICY IF EXISTS {policy} ON {name}.{table};")
+            parts.append(f"CREATE POLICY {policy} ON {name}.{table} {conditions[policy]};")
+    return "\n".join(parts)
+
+
+def reader_policies(schema: str, readers: Sequence[str]) -> str:
+    """The statements that let the readers, and no other role, see all of the tables."""
+    name = quoted(schema)
+    parts = []
+    for table in TABLES:
+        parts.append(f"DROP POLICY IF EXISTS {READER_POLICY} ON {name}.{table};")
+        if readers:
+            to = ", ".join(map(quoted, readers))
+            parts.append(f"CREATE POLICY {READER_POLICY} ON {name}.{table} FOR SELECT TO {to} USING (true);")
+    return "\n".join(parts)
+
+
+_WHO = """
+SELECT namespace.nspowner = me.oid AS owns,
+    (SELECT min(reader.rolname::text) FROM pg_policy, unnest(polroles) AS role
+        JOIN pg_roles AS reader ON reader.oid = role
+        WHERE polrelid = to_regclass(format('%I.strongroom_journal', $1::text)) AND polname = $2
+        AND pg_has_role(me.oid, reader.oid, 'MEMBER')) AS reader
+FROM pg_roles AS me LEFT JOIN pg_namespace AS namespace ON nspname = $1 WHERE me.rolname = current_user
+"""
+
+
+async def taking_all(connection: asyncpg.Connection, schema: str) -> str | None:
+    """What the connected role begins a transaction with to see all of the tables; None if it may not."""
+    row = await connection.fetchrow(_WHO, schema, READER_POLICY)
+    if row["owns"] is not False:  # or there is no schema yet, which it will own if it makes it
+        return AS_OWNER
+    return f"SET LOCAL ROLE {quoted(row['reader'])}" if row["reader"] is not None else None

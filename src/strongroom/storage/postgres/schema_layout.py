@@ -1,0 +1,271 @@
+"""The tables in PostgreSQL that are the store's own: the script that makes them, and what they say of what is there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import asyncpg
+
+from ...errors import StoreError
+from ..sql import quoted
+from . import partitions as _postgres_partitions
+from .journal_access import POLICIES, READER_POLICY, TABLES, policies
+from .schema_tables import Stored, comment_text, stored
+
+LAYOUT = 2
+"""The version of what is written below, kept in `strongroom_layout`."""
+OLDEST_LAYOUT = 1
+"""The oldest version that this one can use."""
+
+JOURNAL_COLUMNS = (
+    "sequence", "at", "at_us", "id", "tenant_id", "actor", "request_id", "action", "collection", "entity_id", "version",
+    "before", "after",
+)  # fmt: skip
+
+
+def make_layout(schema: str) -> str:
+    """The script that makes the store's own tables, in a schema that is there."""
+    name = quoted(schema)
+    return f"""
+CREATE TABLE {name}.strongroom_layout (version integer NOT NULL, made_at timestamptz NOT NULL DEFAULT now());
+INSERT INTO {name}.strongroom_layout VALUES ({LAYOUT});
+CREATE TABLE {name}.strongroom_schema (
+    collection text COLLATE "C" PRIMARY KEY,
+    declaration jsonb NOT NULL,
+    fingerprint text,
+    applied_at timestamptz NOT NULL DEFAULT now()
+);
+CREATE TABLE {name}.strongroom_tenants (tenant_id text COLLATE "C" PRIMARY KEY);
+CREATE TABLE {name}.strongroom_journal (
+    sequence bigint NOT NULL,
+    at timestamptz NOT NULL,
+    at_us bigint NOT NULL,
+    id text COLLATE "C" NOT NULL,
+    tenant_id text COLLATE "C",
+    actor text COLLATE "C" NOT NULL,
+    request_id text COLLATE "C" NOT NULL,
+    action text COLLATE "C" NOT NULL,
+    collection text COLLATE "C" NOT NULL,
+    entity_id text COLLATE "C" NOT NULL,
+    version bigint,
+    before text COLLATE "C",
+    after text COLLATE "C"
+) PARTITION BY RANGE (at);
+CREATE TABLE {name}.strongroom_journal_default PARTITION OF {name}.strongroom_journal DEFAULT;
+CREATE INDEX "strongroom_journal.index.sequence" ON {name}.strongroom_journal (sequence);
+CREATE INDEX "strongroom_journal.index.tenant_id.sequence" ON {name}.strongroom_journal (tenant_id, sequence);
+-- One row, written by each commit that appends: room beside it keeps its versions on its page.
+CREATE TABLE {name}.strongroom_journal_head (sequence bigint NOT NULL, floor bigint NOT NULL DEFAULT 0)
+WITH (fillfactor = 10);
+CREATE UNIQUE INDEX "strongroom_journal_head.unique" ON {name}.strongroom_journal_head ((true));
+INSERT INTO {name}.strongroom_journal_head VALUES (0);
+DO $body$ BEGIN
+    -- Begins at the present, in microseconds, so that a store made anew never gives an old version again.
+    EXECUTE format('CREATE SEQUENCE {name}.strongroom_version AS bigint CACHE 1 START %s',
+        floor(extract(epoch FROM clock_timestamp()) * 1000000)::bigint);
+END $body$;
+CREATE FUNCTION {name}.strongroom_require(holds boolean) RETURNS boolean
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $body$
+BEGIN
+    IF holds IS NOT TRUE THEN
+        RAISE EXCEPTION 'a precondition does not hold' USING ERRCODE = 'SR001';
+    END IF;
+    RETURN true;
+END
+$body$;
+REVOKE ALL ON FUNCTION {name}.strongroom_require FROM PUBLIC;
+{_postgres_partitions.functions(schema)}
+SELECT {name}.strongroom_make_partitions(now(), {_postgres_partitions.MONTHS_AHEAD});
+{policies(schema)}
+{comments(schema)}
+"""
+
+
+def upgrade_layout(schema: str) -> str:
+    """The script that makes layout 2 of layout 1, or sets up again what was changed by hand: the journal's floor, and
+    row-level security for the journal and the list of tenants."""
+    name = quoted(schema)
+    return f"""
+ALTER TABLE {name}.strongroom_journal NO FORCE ROW LEVEL SECURITY, DISABLE ROW LEVEL SECURITY;
+DO $body$ BEGIN
+    IF NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = '{name}.strongroom_journal_head'::regclass
+            AND attname = 'floor') THEN
+        ALTER TABLE {name}.strongroom_journal_head ADD COLUMN floor bigint NOT NULL DEFAULT 0;
+        UPDATE {name}.strongroom_journal_head
+        SET floor = coalesce((SELECT min(sequence) - 1 FROM {name}.strongroom_journal), sequence);
+    END IF;
+END $body$;
+{_postgres_partitions.functions(schema)}
+{policies(schema)}
+{comments(schema)}
+UPDATE {name}.strongroom_layout SET version = {LAYOUT};
+"""
+
+
+_COMMENTS = {
+    "strongroom_layout": "The version of how Strongroom keeps its own tables in this schema.",
+    "strongroom_schema": "The declarations of the collections as they were last applied.",
+    "strongroom_tenants": "The tenants that have, or once had, documents. Under row-level security.",
+    "strongroom_journal": "Who changed what, when, from what to what, in which request; only ever added to, "
+    "partitioned by month. Under row-level security: a tenant's own records, or all of them for the reader role.",
+    "strongroom_journal_head": "One row: how far the journal goes, and what retention has dropped of it.",
+    "strongroom_journal.sequence": "The place in the journal: records are added in the order of their commits.",
+    "strongroom_journal.at": "When, as far as a calendar has it; at_us is exact.",
+    "strongroom_journal.at_us": "When: microseconds since 1970-01-01T00:00:00Z.",
+    "strongroom_journal.id": "The record's own id.",
+    "strongroom_journal.tenant_id": "The tenant whom the change concerns; null is the platform itself.",
+    "strongroom_journal.actor": "Who made the change: key:ID, or the name that a library call gave.",
+    "strongroom_journal.request_id": "The request that it was made in.",
+    "strongroom_journal.action": "create, update, delete, add (to a counter), expire, or deny (refused by the rules).",
+    "strongroom_journal.collection": "The collection of the document, which is its table's name.",
+    "strongroom_journal.entity_id": "The document's id.",
+    "strongroom_journal.version": "The document's version after the change.",
+    "strongroom_journal.before": "The changed fields before, as JSON, secrets masked.",
+    "strongroom_journal.after": "The changed fields after, as JSON, secrets masked.",
+    "strongroom_journal_head.sequence": "The last record's sequence.",
+    "strongroom_journal_head.floor": "The greatest sequence that retention has dropped; 0 if nothing was.",
+    "strongroom_tenants.tenant_id": "The tenant.",
+    "strongroom_schema.collection": "The collection, which is its table's name.",
+    "strongroom_schema.declaration": "Its fields with type and default, and its indexes.",
+    "strongroom_schema.fingerprint": "What its table looked like after the apply; it tells of changes by hand.",
+    "strongroom_schema.applied_at": "When it was last applied.",
+    "strongroom_layout.version": "The layout's version.",
+    "strongroom_layout.made_at": "When the schema was made.",
+}
+
+
+def comments(schema: str) -> str:
+    """The statements that say in the database what the store's own tables and columns are."""
+    lines = []
+    for what, text in _COMMENTS.items():
+        table, _, column = what.partition(".")
+        kind = "COLUMN" if column else "TABLE"
+        place = f"{quoted(schema)}.{table}" + (f".{column}" if column else "")
+        lines.append(f"COMMENT ON {kind} {place} IS {comment_text(text)};")
+    return "\n".join(lines)
+
+
+_STATE = """
+SELECT namespace.oid IS NOT NULL AS schema_exists,
+    to_regclass(format('%I.strongroom_layout', $1::text)) IS NOT NULL AS made,
+    CASE WHEN namespace.oid IS NULL THEN has_database_privilege(current_database(), 'CREATE')
+        ELSE pg_has_role(namespace.nspowner, 'USAGE') END AS may_change,
+    ARRAY(SELECT relname::text FROM pg_class WHERE relnamespace = namespace.oid AND relkind IN ('r', 'p', 'f')
+        AND relname !~ '^strongroom_') AS tables,
+    (SELECT count(*) FROM pg_class WHERE relnamespace = namespace.oid AND relname = ANY($2::text[])
+        AND relrowsecurity AND relforcerowsecurity
+        AND ARRAY(SELECT polname::text FROM pg_policy WHERE polrelid = pg_class.oid AND polname <> $4 ORDER BY 1)
+            = $3::text[]) AS secured
+FROM (SELECT 1) AS one LEFT JOIN pg_namespace AS namespace ON nspname = $1
+"""
+
+
+_FINGERPRINT = """
+SELECT md5(concat_ws('|', relrowsecurity, relforcerowsecurity,
+    (SELECT string_agg(concat_ws(' ', attname, format_type(atttypid, atttypmod), attnotnull, attcollation), ','
+            ORDER BY attname)
+        FROM pg_attribute WHERE attrelid = pg_class.oid AND attnum > 0 AND NOT attisdropped),
+    (SELECT string_agg(concat_ws(' ', pg_get_indexdef(indexrelid), indisvalid), ',' ORDER BY indexrelid)
+        FROM pg_index WHERE indrelid = pg_class.oid),
+    (SELECT string_agg(concat_ws(' ', polname, polcmd, pg_get_expr(polqual, polrelid),
+            pg_get_expr(polwithcheck, polrelid)), ',' ORDER BY polname)
+        FROM pg_policy WHERE polrelid = pg_class.oid)))
+FROM pg_class WHERE relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = $1::text)
+    AND relname = collection COLLATE "C"
+"""
+"""What a collection's table looks like, as one text that changes when anyone changes the table."""
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What is in the schema now."""
+
+    schema_exists: bool
+    made: bool
+    """The store's own tables are there."""
+    may_change: bool
+    """This role owns the schema or, if there is none, may make one."""
+    applied: Mapping[str, Stored]
+    """The declarations as they were last applied."""
+    drifted: frozenset[str]
+    """Collections whose tables were changed since, by hand or by an apply that did not end."""
+    tables: frozenset[str]
+    """Every table of the schema that is not the store's own."""
+    layout: int = LAYOUT
+    secured: bool = True
+    """The journal and the list of tenants are under row-level security as they were made."""
+
+    @property
+    def outdated(self) -> str | None:
+        """What must be done to the store's own tables, if anything."""
+        if not self.made:
+            return None
+        if self.layout < LAYOUT:
+            return f"layout {self.layout} becomes {LAYOUT}: row-level security for the journal and the list of tenants"
+        return None if self.secured else "row-level security was changed"
+
+
+async def read_state(connection: asyncpg.Connection, schema: str) -> State:
+    """What is there. StoreError for a layout that this version cannot use, and for a schema that is somebody else's."""
+    try:
+        return await _read_state(connection, schema)
+    except asyncpg.InsufficientPrivilegeError:
+        raise StoreError(
+            f"schema {schema}: this role may not read it: as an administrator run what `strongroom schema roles` prints"
+        ) from None
+
+
+async def _read_state(connection: asyncpg.Connection, schema: str) -> State:
+    row = await connection.fetchrow(_STATE, schema, list(TABLES), list(POLICIES), READER_POLICY)
+    tables = frozenset(row["tables"])
+    if not row["made"]:
+        if tables:
+            raise StoreError(f"schema {schema}: holds tables that are not Strongroom's; name another one with ?schema=")
+        return State(row["schema_exists"], False, row["may_change"], {}, frozenset(), tables)
+    version = await check_layout(connection, schema)
+    rows = await connection.fetch(
+        f"SELECT collection, declaration::text, fingerprint = ({_FINGERPRINT}) IS TRUE AS intact "
+        f"FROM {quoted(schema)}.strongroom_schema",
+        schema,
+    )
+    applied = {row["collection"]: stored(json.loads(row["declaration"])) for row in rows}
+    drifted = frozenset(row["collection"] for row in rows if not row["intact"])
+    return State(True, True, row["may_change"], applied, drifted, tables, version, row["secured"] == len(TABLES))
+
+
+async def remember(
+    connection: asyncpg.Connection, schema: str, collection: str, declared: Mapping[str, Any], *, finished: bool
+) -> None:
+    """Keep a declaration as applied. One that is not `finished` counts as drifted, so that the next apply goes on."""
+    fingerprint = f"({_FINGERPRINT})" if finished else "$1"
+    await connection.execute(
+        f"""
+        INSERT INTO {quoted(schema)}.strongroom_schema AS kept (collection, declaration, fingerprint)
+        SELECT collection, $3::jsonb, {fingerprint} FROM (SELECT $2::text AS collection) AS one
+        ON CONFLICT (collection) DO UPDATE
+        SET declaration = excluded.declaration, fingerprint = excluded.fingerprint, applied_at = now()
+        """,
+        schema if finished else None,
+        collection,
+        json.dumps(declared),
+    )
+
+
+async def check_layout(connection: asyncpg.Connection, schema: str) -> int:
+    """The layout of the store's own tables. StoreError for one that this version cannot use."""
+    found: int | None = await connection.fetchval(f"SELECT version FROM {quoted(schema)}.strongroom_layout")
+    if found is None:
+        raise StoreError(f"schema {schema}: strongroom_layout has no row: the schema is damaged, restore a backup")
+    if found > LAYOUT:
+        raise StoreError(
+            f"schema {schema}: found layout {found}, expected at most {LAYOUT}: a later version of Strongroom made it"
+        )
+    if found < OLDEST_LAYOUT:
+        raise StoreError(
+            f"schema {schema}: found layout {found}, expected at least {OLDEST_LAYOUT}: an earlier version of "
+            "Strongroom made it; move the data with `strongroom migrate`"
+        )
+    return found

@@ -1,0 +1,434 @@
+"""The PostgreSQL store: any number of nodes, row-level security in the engine, reads in one round trip, group commit.
+
+Who does what: reads borrow a connection of the pool; two lanes write, each a group of batches at a time on a connection
+of its own, one for batches of tenants and one for those of none, among them the usage ledger's; one more connection
+listens for what other nodes commit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any, Literal, TypeVar
+
+import asyncpg
+
+from ...cooperative import in_slices
+from ...entities import Aggregate, Collection, Document, Filter, Query
+from ...errors import (
+    Gone,
+    InvalidInput,
+    Problem,
+    StoreError,
+    StrongroomError,
+    Unavailable,
+)
+from ..port import (
+    MAX_CHANGES_PAGE,
+    MAX_TENANTS_PAGE,
+    Advice,
+    Batch,
+    Capabilities,
+    ChangesPage,
+    Committed,
+    Health,
+    SchemaChange,
+    past_the_end,
+)
+from ..sql import quoted, record_of
+from . import (
+    index_statistics as _postgres_advice,
+)
+from . import (
+    partitions as _postgres_partitions,
+)
+from . import (
+    schema as _postgres_schema,
+)
+from .commits import Commits
+from .errors import DRIVER_ERRORS, is_connection_lost, is_outdated, translated
+from .group_commit import Lane
+from .journal import Journal
+from .journal_access import taking_all
+from .listener import Listener
+from .pool import Connector, Pool, close_politely
+from .roles import check_role, roles_sql
+from .settings import read_settings
+from .tables import Table
+
+OWN_CONNECTIONS = 3
+"""Of max_connections: one for each lane, one that listens. The others read."""
+
+T = TypeVar("T")
+_CURSOR = re.compile(r"[0-9]{1,18}")
+_END = "end"
+
+
+class PostgresStore:
+    """The storage port over one schema of a PostgreSQL database, 15 or later.
+
+    `url` is `postgresql://user:password@host:port/database?schema=strongroom&…`. Options, with their defaults:
+
+    - `schema` (strongroom): where all tables are. It is the store's alone.
+    - `max_connections` (20): at most so many by this process.
+    - `connect_timeout_s` (5): to connect, or to wait for one of the connections.
+    - `statement_timeout_s` (30), `lock_timeout_s` (5): what runs or waits for longer is ended, and is Unavailable.
+    - `pgbouncer` (0): 1 if a pooler in transaction mode is in between. Then no session is relied on: nothing is
+      prepared, time-outs are set in each transaction, and other nodes' changes are found by polling alone.
+
+    What else the driver knows (`sslmode`, `sslrootcert`, `application_name`, …) is passed on to it.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.settings = read_settings(url)
+        name = quoted(self.settings.schema)
+        self._place = self.settings.place
+        self._connector = Connector(self.settings)
+        self._journal = Journal(self.settings.schema)
+        self._tables: Mapping[str, Table] = {}
+        self._known_tenants: set[str] = set()
+        self._taking_all: str | None = None
+        """What a transaction begins with that is to see the journal as a whole; None: this role may not."""
+        self._pool: Pool | None = None
+        self._platform: Lane | None = None
+        self._tenants: Lane | None = None
+        self._callbacks: list[Callable[[], None]] = []
+        self._listener = Listener(self._connector, self._journal.channel, self._changed)
+        self._tenants_page = (
+            f"SELECT tenant_id FROM {name}.strongroom_tenants WHERE tenant_id > $1 ORDER BY tenant_id LIMIT $2"
+        )
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities("postgresql", multi_process=True, persistent=True)
+
+    # --- Opening and closing ---
+
+    async def open(self) -> None:
+        if self._pool is not None:
+            return
+        pool = Pool(self._connector, self.settings.max_connections - OWN_CONNECTIONS)
+        try:
+            async with pool.connection() as connection:
+                await check_role(connection, self.settings)
+                await self._find_reader(connection)
+        except DRIVER_ERRORS as error:
+            await pool.close()
+            raise translated(error, self._place) from error
+        except BaseException:
+            await pool.close()
+            raise
+        self._pool = pool
+        self._platform = Lane(self._place, Commits(self._connector, self._known_tenants))
+        self._tenants = Lane(self._place, Commits(self._connector, self._known_tenants))
+        for lane in self._lanes():
+            lane.commits.taking_all = self._taking_all
+        if self._callbacks:
+            self._listen()
+
+    async def close(self) -> None:
+        pool, self._pool = self._pool, None
+        if pool is None:
+            return
+        await self._listener.close()
+        for lane in self._lanes():
+            await lane.close()
+        await pool.close()
+        self._tables = {}
+
+    def _lanes(self) -> list[Lane]:
+        return [lane for lane in (self._platform, self._tenants) if lane is not None]
+
+    def _opened(self) -> Pool:
+        if self._pool is None:
+            raise Unavailable(f"{self._place}: the store is not open")
+        return self._pool
+
+    async def prepare(
+        self,
+        collections: Sequence[Collection],
+        *,
+        mode: Literal["apply", "plan"] = "apply",
+        allow_destructive: bool = False,
+    ) -> tuple[SchemaChange, ...]:
+        self._opened()
+        if mode == "plan":
+            return await self._fit(collections, mode, allow_destructive)
+        lanes = self._lanes()
+        async with lanes[0].writing, lanes[1].writing:
+            changes = await self._fit(collections, mode, allow_destructive)
+            self._tables = {c.name: Table(self.settings.schema, c) for c in collections}
+            for lane in lanes:
+                lane.commits.prepare(self._tables)
+        return changes
+
+    async def _fit(
+        self, collections: Sequence[Collection], mode: Literal["apply", "plan"], allow_destructive: bool
+    ) -> tuple[SchemaChange, ...]:
+        """On a connection of its own: what it sets, and how long it takes, are its own affair."""
+        connection = await self._connector.connect()
+        try:
+            changes = await _postgres_schema.prepare(
+                connection, self.settings, collections, mode=mode, allow_destructive=allow_destructive
+            )
+            if mode == "apply":
+                await self._find_reader(connection)
+                if self._taking_all is None:
+                    raise StoreError(
+                        f"{self._place}: this role may not read the journal as a whole, as the change feed does: as an "
+                        "administrator run what `strongroom schema roles` prints"
+                    )
+            return changes
+        except DRIVER_ERRORS as error:
+            raise translated(error, self._place) from error
+        finally:
+            await close_politely(connection)
+
+    async def _find_reader(self, connection: asyncpg.Connection) -> None:
+        self._taking_all = await taking_all(connection, self.settings.schema)
+        for lane in self._lanes():
+            lane.commits.taking_all = self._taking_all
+
+    # --- Reading ---
+
+    def _table(self, collection: str, tenant: str | None) -> Table:
+        table = self._tables.get(collection)
+        if table is None:
+            self._opened()
+            raise InvalidInput(f"{collection}: the store was not prepared for this collection")
+        if tenant is None and table.tenant_scoped:
+            raise InvalidInput([Problem("tenant", f"is needed: {collection} belongs to tenants")])
+        return table
+
+    async def get(self, collection: str, tenant: str | None, id: str) -> Document | None:
+        table = self._tables.get(collection)
+        if table is None or (tenant is None and table.tenant_scoped):
+            table = self._table(collection, tenant)  # raises what is wrong
+        values = (tenant, id) if table.tenant_scoped else (id,)
+        # Point reads are so many that they pay for no call that they can do without: the usual case is all here.
+        pool = self._pool or self._opened()
+        connection = pool.take()
+        statement = pool.prepared(connection, table.by_id) if connection is not None else None
+        if connection is None or statement is None:
+            if connection is not None:
+                pool.give_back(connection)
+            rows = await self._rows(table.by_id, values)
+        else:
+            try:
+                rows = await statement.fetch(*values)
+            except BaseException as error:
+                self._failed(pool, connection, error, last=False)
+                rows = await self._rows(table.by_id, values)
+            else:
+                pool.give_back(connection)
+        return table.decode(rows[0]) if rows else None
+
+    async def find(self, collection: str, tenant: str | None, query: Query) -> list[Document]:
+        table = self._table(collection, tenant)
+        select, values = table.pages.find(query)
+        rows = await self._rows(select.sql, [tenant, *values] if table.tenant_scoped else values)
+        return await in_slices(select.decode, rows)
+
+    async def aggregate(
+        self, collection: str, tenant: str | None, aggregates: Sequence[Aggregate], where: Filter | None
+    ) -> dict[str, Any]:
+        table = self._table(collection, tenant)
+        totals, values = table.pages.aggregate(aggregates, where)
+        return totals.read((await self._rows(totals.sql, [tenant, *values] if table.tenant_scoped else values))[0])
+
+    async def changes(
+        self, after: str | None, *, tenant: str | None = None, limit: int = MAX_CHANGES_PAGE
+    ) -> ChangesPage:
+        if after == _END:
+            return ChangesPage((), str(await self._head()))
+        if after is not None and not _CURSOR.fullmatch(after):
+            raise InvalidInput([Problem("after", "is not a cursor of this journal")])
+        position, limit = int(after or 0), min(limit, MAX_CHANGES_PAGE)
+        if tenant is None:
+            rows = await self._all_rows(self._journal.page, (position, limit))
+        else:
+            rows = await self._rows(self._journal.page_of_tenant, (position, limit, tenant))
+        head, floor = rows[0][:2]
+        if position > head:
+            raise past_the_end()
+        if after is not None and position < floor:
+            raise Gone("the records that come after the cursor are past the journal's retention")
+        records = tuple(await in_slices(record_of, [row[2:] for row in rows if row[2] is not None]))
+        # Where there is nothing more it stands at the head, not at a tenant's last record: a quiet tenant's place
+        # would be past the retention one day.
+        return ChangesPage(records, str(records[-1].sequence if len(records) == limit else head))
+
+    async def _head(self) -> int:
+        """The journal's last sequence."""
+        head: int = (await self._rows(self._journal.head, ()))[0][0]
+        return head
+
+    async def tenants(self, after: str | None = None, limit: int = MAX_TENANTS_PAGE) -> list[str]:
+        rows = await self._all_rows(self._tenants_page, (after or "", min(limit, MAX_TENANTS_PAGE)))
+        return [row[0] for row in rows]
+
+    async def now_us(self) -> int:
+        rows = await self._rows("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint", ())
+        now: int = rows[0][0]
+        return now
+
+    async def _rows(self, sql: str, values: Sequence[Any]) -> Sequence[Any]:
+        """The rows of one read. If its connection is lost, it is tried once more on a new one."""
+        pool = self._pool or self._opened()
+        for last in (False, True):
+            connection = pool.take() or await pool.acquire()
+            try:
+                rows: Sequence[Any]
+                if self.settings.pgbouncer:
+                    # The driver asks for a statement's types first; only in a transaction is it one server throughout.
+                    async with connection.transaction(readonly=True):
+                        rows = await connection.fetch(sql, *values)
+                else:
+                    statement = pool.prepared(connection, sql) or await pool.prepare(connection, sql)
+                    rows = await statement.fetch(*values)
+            except BaseException as error:
+                self._failed(pool, connection, error, last=last)
+            else:
+                pool.give_back(connection)
+                return rows
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _all_rows(self, sql: str, values: Sequence[Any]) -> Sequence[Any]:
+        """The rows of one read of the journal, or the list of tenants, as a whole: for those who act for no tenant."""
+        pool = self._pool or self._opened()
+        if self._taking_all is None:
+            raise StoreError(f"{self._place}: this role may not read the journal as a whole: prepare the store first")
+        for last in (False, True):
+            connection = pool.take() or await pool.acquire()
+            try:
+                await connection.execute(f"BEGIN READ ONLY; {self._taking_all}")
+                rows: Sequence[Any]
+                if self.settings.pgbouncer:
+                    rows = await connection.fetch(sql, *values)
+                else:
+                    statement = pool.prepared(connection, sql) or await pool.prepare(connection, sql)
+                    rows = await statement.fetch(*values)
+                await connection.execute("COMMIT")
+            except BaseException as error:
+                if isinstance(error, asyncpg.PostgresError) and not is_connection_lost(error):
+                    with suppress(*DRIVER_ERRORS):
+                        await connection.execute("ROLLBACK")
+                if connection.is_in_transaction():
+                    connection.terminate()
+                self._failed(pool, connection, error, last=last)
+            else:
+                pool.give_back(connection)
+                return rows
+        raise AssertionError("the last attempt returns or raises")
+
+    def _failed(self, pool: Pool, connection: asyncpg.Connection, error: BaseException, *, last: bool) -> None:
+        """Give back the connection of a read that failed. Raises the reason unless the read should be tried again."""
+        timed_out = isinstance(error, TimeoutError) or pool.expired(connection)
+        pool.failed(connection, error)  # one that was cancelled is dropped: its answer is still to come
+        if not isinstance(error, DRIVER_ERRORS):
+            raise error
+        if timed_out:
+            raise translated(TimeoutError(), self._place) from error
+        if last or not (is_connection_lost(error) or is_outdated(error)):
+            raise translated(error, self._place) from error
+
+    # --- Writing ---
+
+    def commit(self, batch: Batch) -> Awaitable[Committed]:
+        lane = self._platform if batch.tenant is None else self._tenants
+        if self._pool is None or lane is None:
+            future: asyncio.Future[Committed] = asyncio.get_running_loop().create_future()
+            future.set_exception(Unavailable(f"{self._place}: the store is not open"))
+            return future
+        return lane.submit(batch)
+
+    # --- Waking ---
+
+    def on_change(self, callback: Callable[[], None]) -> None:
+        """Call `callback`, on the loop, soon after any process has appended to the journal. It may be called for
+        nothing, and a call may be lost with its connection: who follows the journal polls as well."""
+        self._callbacks.append(callback)
+        if self._pool is not None:
+            self._listen()
+
+    def _listen(self) -> None:
+        if not self.settings.pgbouncer:
+            self._listener.start()
+
+    def _changed(self) -> None:
+        for callback in self._callbacks:
+            callback()
+
+    # --- For operators ---
+
+    async def check(self) -> Health:
+        began = time.perf_counter()
+        pool = self._pool
+        details: dict[str, Any] = {"server": self._place, "schema": self.settings.schema}
+        details["queued"] = sum(lane.waiting for lane in self._lanes())
+        if pool is not None:
+            details["connections_in_use"] = pool.in_use
+        try:
+            ((version, standby, replicas),) = await self._rows(_HEALTH, ())
+        except StrongroomError as error:
+            return Health(False, time.perf_counter() - began, {**details, "problem": error.message})
+        latency_s = time.perf_counter() - began
+        details |= {"postgresql": version, "standby": standby, "replicas": replicas}
+        if standby:
+            details["problem"] = f"{self._place}: this PostgreSQL only reads: name the primary"
+        return Health(not standby, latency_s, details)
+
+    def roles_sql(self, owner: str, application: str, retention: str, reader: str) -> str:
+        """The SQL that makes the roles of these names for this store's schema. ConfigError for what cannot be names."""
+        return roles_sql(self.settings, owner, application, retention, reader)
+
+    async def unchangeable(self) -> str | None:
+        """Why this role may not change the schema, with whom to name instead; None if it may."""
+        return await self._maintain(lambda connection: _postgres_schema.unchangeable(connection, self.settings.schema))
+
+    async def durability(self) -> dict[str, str]:
+        """The server's settings that decide whether what was committed is on its disk."""
+        ((fsync, commit, pages),) = await self._rows(_DURABILITY, ())
+        return {"fsync": fsync, "synchronous_commit": commit, "full_page_writes": pages}
+
+    async def advise(self) -> list[Advice]:
+        """What PostgreSQL's statistics say of the indexes of the prepared collections."""
+        collections = [table.collection for table in self._tables.values()]
+        return await self._maintain(
+            lambda connection: _postgres_advice.advise(connection, self.settings.schema, collections)
+        )
+
+    async def make_journal_partitions(self) -> int:
+        """Make the journal's partitions of this month and the next; how many were missing. Without them nothing is
+        lost, but a partition made late has to take over what came before it."""
+        return await self._maintain(
+            lambda connection: _postgres_partitions.ensure_partitions(connection, self.settings, datetime.now(UTC))
+        )
+
+    async def drop_journal_before(self, at_us: int) -> int:
+        """Drop the journal's partitions all of whose records are older; how many were. Denied for an application
+        role that does not own the schema: retention has a role of its own."""
+        before = _postgres_partitions.journal_time(at_us)
+        return await self._maintain(
+            lambda connection: _postgres_partitions.drop_partitions_before(connection, self.settings, before)
+        )
+
+    async def _maintain(self, work: Callable[[asyncpg.Connection], Awaitable[T]]) -> T:
+        try:
+            async with self._opened().connection() as connection:
+                return await work(connection)
+        except DRIVER_ERRORS as error:
+            raise translated(error, self._place) from error
+
+
+_DURABILITY = (
+    "SELECT current_setting('fsync'), current_setting('synchronous_commit'), current_setting('full_page_writes')"
+)
+_HEALTH = (
+    "SELECT current_setting('server_version'), pg_is_in_recovery(), "
+    "(SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming')"
+)

@@ -1,0 +1,428 @@
+"""The SQLite file: made, recognised, and fitted to the declarations by comparing them with what PRAGMA says is there.
+
+A collection is a table of its name. What is Strongroom's own begins with an underscore, which no collection's name
+does: `_journal`, `_fields` (the declared type of each column, since three types look alike as text) and `_meta`.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Container, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import apsw
+import sqlalchemy as sa
+from sqlalchemy.schema import CreateColumn, CreateIndex, CreateTable
+
+from ...entities import Collection, FieldSpec, FieldType, Index
+from ...errors import SchemaError, StoreError, Unavailable
+from ..port import ChangeKind, SchemaChange
+from ..sql import (
+    describe,
+    describe_field,
+    index_columns,
+    index_name,
+    listed,
+    quoted,
+)
+from .dialect import ENGINE, SqliteDialect, translated
+
+APPLICATION_ID = int.from_bytes(b"SROM", "big")
+LAYOUT = 1
+"""The version of what is written below, kept in PRAGMA user_version."""
+
+MAX_WAL_BYTES = 64_000_000
+"""What the write-ahead log is cut back to once it has been taken over into the database."""
+
+_MAKE = """
+CREATE TABLE _journal (
+    sequence INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL,
+    tenant_id TEXT,
+    at_us INTEGER NOT NULL,
+    at TEXT GENERATED ALWAYS AS (
+        strftime('%Y-%m-%dT%H:%M:%S', at_us / 1000000, 'unixepoch') || printf('.%06dZ', at_us % 1000000)
+    ) VIRTUAL,
+    actor TEXT NOT NULL,
+    request_id TEXT NOT NULL,
+    "action" TEXT NOT NULL,
+    collection TEXT NOT NULL,
+    entity_id TEXT NOT NULL,
+    version INTEGER,
+    "before" TEXT,
+    "after" TEXT
+) STRICT;
+CREATE INDEX "_journal.index.tenant_id" ON _journal (tenant_id);
+CREATE TABLE _fields (
+    collection TEXT NOT NULL,
+    name TEXT NOT NULL,
+    type TEXT NOT NULL,
+    PRIMARY KEY (collection, name)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE _meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT, WITHOUT ROWID;
+INSERT INTO _meta VALUES ('deleted_version', 0);
+"""
+
+_CACHED_STATEMENTS = 300
+_DIALECT = SqliteDialect()
+_REBUILT = "_rebuilt"
+
+
+# --- The file -------------------------------------------------------------------------------------------------
+
+
+def connect(path: str, busy_timeout_s: float) -> apsw.Connection:
+    """A connection, with what every connection needs. Raises apsw.Error."""
+    flags = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE
+    connection = apsw.Connection(path, flags=flags, statementcachesize=_CACHED_STATEMENTS)
+    try:
+        connection.set_busy_timeout(round(busy_timeout_s * 1000))
+        # or SQLite would take "name" for the text 'name' where another process has dropped that column
+        connection.config(apsw.SQLITE_DBCONFIG_DQS_DML, 0)
+        connection.config(apsw.SQLITE_DBCONFIG_DQS_DDL, 0)
+        for pragma, value in (
+            ("synchronous", "FULL"),  # with NORMAL a power loss takes acknowledged commits
+            ("fullfsync", "ON"),  # macOS: its plain fsync does not reach the disk
+            ("trusted_schema", "OFF"),
+            ("cell_size_check", "ON"),
+            ("journal_size_limit", str(MAX_WAL_BYTES)),
+        ):
+            connection.execute(f"PRAGMA {pragma} = {value}").fetchall()
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def make_or_recognise(path: str, busy_timeout_s: float) -> None:
+    """Make the file if there is none. StoreError if it is damaged, foreign or of a later layout; Unavailable if it is
+    locked or cannot be reached."""
+    if os.path.isdir(path):
+        raise StoreError(f"{path}: is a folder, expected a file")
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+    except OSError as error:
+        raise Unavailable(f"{path}: its folder cannot be made: {error.strerror}") from None
+    try:
+        # For its owner alone: it holds hashes of keys, and the pepper where none is configured. SQLite gives the
+        # write-ahead log the same mode.
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise Unavailable(f"{path}: cannot be made: {error.strerror}") from None
+    try:
+        with closing(connect(path, busy_timeout_s)) as connection:
+            # in a transaction, which sees one state: another process may be making the file at this moment
+            connection.execute("BEGIN").fetchall()
+            made = _is_ours(connection, path)
+            connection.execute("COMMIT").fetchall()
+            if not made:
+                _make(connection, path)
+            _use_wal(connection, path, busy_timeout_s)
+    except apsw.Error as error:
+        raise translated(error, path) from error
+
+
+def _one(connection: apsw.Connection, sql: str) -> Any:
+    """The first value of the first row; None if there is no row."""
+    rows = connection.execute(sql).fetchall()
+    return rows[0][0] if rows else None
+
+
+def _is_ours(connection: apsw.Connection, path: str) -> bool:
+    """True if it is a Strongroom file, False if it is empty. StoreError otherwise."""
+    application = _one(connection, "PRAGMA application_id")
+    layout = _one(connection, "PRAGMA user_version")
+    if application == APPLICATION_ID:
+        if layout > LAYOUT:
+            raise StoreError(
+                f"{path}: found layout {layout}, expected at most {LAYOUT}: a later version of Strongroom made it"
+            )
+        return True
+    if application or layout or _one(connection, "SELECT 1 FROM sqlite_schema"):
+        raise StoreError(f"{path}: is a SQLite file, but not Strongroom's; it was left as it is")
+    return False
+
+
+def _make(connection: apsw.Connection, path: str) -> None:
+    connection.execute("BEGIN IMMEDIATE").fetchall()
+    if not _is_ours(connection, path):  # another process may have been faster
+        connection.execute(_MAKE).fetchall()
+        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}").fetchall()
+        connection.execute(f"PRAGMA user_version = {LAYOUT}").fetchall()
+    connection.execute("COMMIT").fetchall()
+
+
+def _use_wal(connection: apsw.Connection, path: str, busy_timeout_s: float) -> None:
+    deadline = time.monotonic() + busy_timeout_s
+    while True:
+        try:
+            mode = _one(connection, "PRAGMA journal_mode = WAL")
+        except apsw.BusyError:
+            # SQLite does not wait here by itself when another process is making the same step.
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+            continue
+        if mode != "wal":
+            raise Unavailable(
+                f"{path}: found journal mode {mode!r}, expected 'wal': its file system cannot share memory"
+            )
+        return
+
+
+def integrity_problems(path: str, busy_timeout_s: float) -> list[str]:
+    """What SQLite finds wrong in the file: at most a hundred sentences."""
+    with closing(connect(path, busy_timeout_s)) as connection:
+        try:
+            found = [str(line) for (line,) in connection.execute("PRAGMA integrity_check").fetchall()]
+        except apsw.CorruptError as error:
+            return [str(error)]  # so damaged that it could not read on
+    return [] if found == ["ok"] else found
+
+
+def write_snapshot(path: str, busy_timeout_s: float, target: str) -> None:
+    """A copy as of one moment. VACUUM INTO, since `backup` in steps begins again with every commit of another."""
+    if os.path.exists(target):
+        raise StoreError(f"{target}: exists already, expected a new file")
+    with closing(connect(path, busy_timeout_s)) as connection:
+        connection.execute("VACUUM INTO ?", (target,)).fetchall()
+
+
+def tenants_of(path: str, busy_timeout_s: float, tables: Sequence[str], after: str, limit: int) -> list[str]:
+    """The tenants in these tables, in order, after `after`. Each step of the recursion is one look into the index."""
+    found: set[str] = set()
+    with closing(connect(path, busy_timeout_s)) as connection:
+        for table in map(quoted, tables):
+            rows = connection.execute(
+                f"WITH RECURSIVE step(tenant) AS (SELECT min(tenant_id) FROM {table} WHERE tenant_id > ?1 "
+                f"UNION ALL SELECT (SELECT min(tenant_id) FROM {table} WHERE tenant_id > step.tenant) FROM step "
+                "WHERE step.tenant IS NOT NULL LIMIT ?2) SELECT tenant FROM step WHERE tenant IS NOT NULL",
+                (after, limit),
+            )
+            found.update(tenant for (tenant,) in rows)
+    return sorted(found)[:limit]  # code points are in the order of their UTF-8 bytes
+
+
+# --- What is there --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Field:
+    """A column as it is: its declared type, unless nobody wrote that down, and whether it may be null."""
+
+    type: str | None
+    nullable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """One collection's table as it is."""
+
+    tenant_scoped: bool
+    fields: Mapping[str, _Field]
+    indexes: frozenset[str]
+    has_documents: bool
+
+
+_OWN_COLUMNS = frozenset({"tenant_id", "id", "version", "created_at", "updated_at"})
+
+
+def _found(connection: apsw.Connection, name: str) -> _Found | None:
+    def rows(sql: str) -> list[tuple[Any, ...]]:
+        return connection.execute(sql, (name,)).fetchall()
+
+    columns = rows('SELECT name, "notnull" FROM pragma_table_info(?)')
+    if not columns:
+        return None
+    kinds = dict(rows("SELECT name, type FROM _fields WHERE collection = ?"))
+    indexes = rows("SELECT name FROM sqlite_schema WHERE type = 'index' AND tbl_name = ? AND sql IS NOT NULL")
+    return _Found(
+        any(column == "tenant_id" for column, _ in columns),
+        {column: _Field(kinds.get(column), not notnull) for column, notnull in columns if column not in _OWN_COLUMNS},
+        frozenset(index for (index,) in indexes),
+        _one(connection, f"SELECT 1 FROM {quoted(name)} LIMIT 1") is not None,
+    )
+
+
+# --- What differs ---------------------------------------------------------------------------------------------
+
+
+def _indexes(collection: Collection) -> dict[str, Index]:
+    """The indexes by name. A list field has none here: SQLite has no index of what is inside JSON."""
+    return {
+        index_name(collection, index): index
+        for index in collection.indexes
+        if all(collection.type_of(name) is not FieldType.LIST for name, _ in index.columns)
+    }
+
+
+def _differences(collection: Collection, found: _Found | None) -> list[SchemaChange]:
+    name = collection.name
+    if found is None:
+        return [SchemaChange(ChangeKind.CREATE_COLLECTION, name)]
+    if found.tenant_scoped != collection.tenant_scoped:
+        scopes = ("tenant", "global") if found.tenant_scoped else ("global", "tenant")
+        detail = f"its scope is {scopes[0]} in the store, {scopes[1]} in the declaration"
+        dropped = SchemaChange(ChangeKind.DROP_COLLECTION, name, destructive=True, detail=detail)
+        return [dropped, SchemaChange(ChangeKind.CREATE_COLLECTION, name)]
+    changes = []
+    for spec in collection.fields.values():
+        column = found.fields.get(spec.name)
+        if column is None:
+            changes.append(_addition(name, spec, found.has_documents))
+        elif column.type != spec.type:
+            detail = f"from {column.type or 'an unknown type'} to {spec.type}"
+            changes.append(SchemaChange(ChangeKind.CHANGE_FIELD, name, spec.name, destructive=True, detail=detail))
+        elif spec.optional and not column.nullable:
+            changes.append(SchemaChange(ChangeKind.CHANGE_FIELD, name, spec.name, detail="it may be null"))
+    for field in found.fields:
+        if field not in collection.fields:
+            changes.append(SchemaChange(ChangeKind.DROP_FIELD, name, field, destructive=True))
+    declared = _indexes(collection)
+    changes += [
+        SchemaChange(ChangeKind.ADD_INDEX, name, index.name)
+        for full_name, index in declared.items()
+        if full_name not in found.indexes
+    ]
+    changes += [
+        SchemaChange(ChangeKind.DROP_INDEX, name, full_name.removeprefix(f"{name}."))
+        for full_name in sorted(found.indexes - declared.keys())
+    ]
+    return changes
+
+
+def _addition(collection: str, spec: FieldSpec, has_documents: bool) -> SchemaChange:
+    if has_documents and not spec.optional and not spec.has_default:
+        detail = "it is required and has no default, and there are documents"
+        return SchemaChange(ChangeKind.ADD_FIELD, collection, spec.name, destructive=True, detail=detail)
+    return SchemaChange(ChangeKind.ADD_FIELD, collection, spec.name)
+
+
+# --- Fitting --------------------------------------------------------------------------------------------------
+
+
+def fit(
+    path: str, collections: Sequence[Collection], *, apply: bool, allow_destructive: bool, busy_timeout_s: float
+) -> tuple[SchemaChange, ...]:
+    """Compare, and unless `apply` is false make the tables fit, in one transaction. Raises as `Store.prepare`."""
+    try:
+        with closing(connect(path, busy_timeout_s)) as connection:
+            connection.execute("BEGIN IMMEDIATE" if apply else "BEGIN").fetchall()
+            try:
+                changes = _fit(connection, collections, apply, allow_destructive)
+            except BaseException:
+                _roll_back(connection)
+                raise
+            connection.execute("COMMIT" if apply else "ROLLBACK").fetchall()
+            return changes
+    except apsw.Error as error:
+        raise translated(error, path) from error
+
+
+def _roll_back(connection: apsw.Connection) -> None:
+    if connection.in_transaction:  # after some errors SQLite has done it already
+        connection.execute("ROLLBACK").fetchall()
+
+
+def _fit(
+    connection: apsw.Connection, collections: Sequence[Collection], apply: bool, allow_destructive: bool
+) -> tuple[SchemaChange, ...]:
+    planned = []
+    for collection in collections:
+        found = _found(connection, collection.name)
+        planned.append((collection, found, _differences(collection, found)))
+    changes = tuple(change for _, _, some in planned for change in some)
+    if not apply:
+        return changes
+    refused = [change for change in changes if change.destructive]
+    if refused and not allow_destructive:
+        raise SchemaError(
+            f"the declarations would lose or misfit what is stored: {'; '.join(map(str, refused))}; "
+            "allow_destructive permits it"
+        )
+    for collection, found, some in planned:
+        if some:
+            _fit_one(connection, collection, found, some)
+    return changes
+
+
+def _fit_one(
+    connection: apsw.Connection, collection: Collection, found: _Found | None, changes: Sequence[SchemaChange]
+) -> None:
+    kinds = {change.kind for change in changes}
+    name = collection.name
+    standing: Container[str] = ()
+    if found is None or ChangeKind.CREATE_COLLECTION in kinds:
+        connection.execute(f"DROP TABLE IF EXISTS {quoted(name)}").fetchall()
+        _create(connection, collection, name)
+    elif ChangeKind.CHANGE_FIELD in kinds or ChangeKind.DROP_FIELD in kinds:
+        _rebuild(connection, collection, found)
+    else:
+        for spec in collection.fields.values():
+            if spec.name not in found.fields:
+                _add_field(connection, name, spec)
+        for index in found.indexes - _indexes(collection).keys():
+            connection.execute(f"DROP INDEX {quoted(index)}").fetchall()
+        standing = found.indexes
+    for full_name, declared in _indexes(collection).items():
+        if full_name not in standing:
+            _add_index(connection, collection, full_name, declared)
+    connection.execute("DELETE FROM _fields WHERE collection = ?", (name,)).fetchall()
+    rows = [(name, spec.name, str(spec.type)) for spec in collection.fields.values()]
+    connection.executemany("INSERT INTO _fields VALUES (?, ?, ?)", rows).fetchall()
+
+
+def _ddl(element: CreateTable | CreateColumn | CreateIndex) -> str:
+    return str(element.compile(dialect=ENGINE)).strip()
+
+
+def _create(connection: apsw.Connection, collection: Collection, table: str, nullable: Container[str] = ()) -> None:
+    described = describe(collection, _DIALECT, sa.MetaData(), table=table, nullable=nullable)
+    connection.execute(_ddl(CreateTable(described))).fetchall()
+
+
+def _add_field(connection: apsw.Connection, table: str, spec: FieldSpec) -> None:
+    # A column that is added must be able to say something for the documents that are there.
+    column = describe_field(spec, _DIALECT, nullable=spec.optional or spec.default is None)
+    connection.execute(f"ALTER TABLE {quoted(table)} ADD COLUMN {_ddl(CreateColumn(column))}").fetchall()
+
+
+def _rebuild(connection: apsw.Connection, collection: Collection, found: _Found) -> None:
+    """Make the table anew and take over what still fits; a changed or new field begins with its default, or null."""
+    values = {}
+    nullable = set()
+    for spec in collection.fields.values():
+        column = found.fields.get(spec.name)
+        if column is not None and column.type == spec.type:
+            values[spec.name] = quoted(spec.name)
+            if column.nullable:
+                nullable.add(spec.name)
+        elif spec.default is not None:
+            values[spec.name] = _DIALECT.literal(spec)
+        else:
+            values[spec.name] = "NULL"
+            nullable.add(spec.name)
+    _create(connection, collection, _REBUILT, nullable)
+    own = [*(["tenant_id"] if collection.tenant_scoped else []), "id", "version", "created_at", "updated_at"]
+    names, taken = listed([*own, *values]), ", ".join([*map(quoted, own), *values.values()])
+    old = quoted(collection.name)
+    connection.execute(f"INSERT INTO {_REBUILT} ({names}) SELECT {taken} FROM {old}").fetchall()
+    connection.execute(f"DROP TABLE {old}").fetchall()
+    connection.execute(f"ALTER TABLE {_REBUILT} RENAME TO {old}").fetchall()
+
+
+def _add_index(connection: apsw.Connection, collection: Collection, full_name: str, index: Index) -> None:
+    table = describe(collection, _DIALECT, sa.MetaData())
+    columns = [table.c[name].desc() if down else table.c[name] for name, down in index_columns(collection, index)]
+    try:
+        connection.execute(_ddl(CreateIndex(sa.Index(full_name, *columns, unique=index.unique)))).fetchall()
+    except apsw.ConstraintError:
+        fields = " and ".join(name for name, _ in index.columns)
+        raise SchemaError(
+            f"add index {collection.name}.{index.name}: two documents have the same {fields}; change one first"
+        ) from None

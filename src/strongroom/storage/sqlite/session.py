@@ -1,0 +1,178 @@
+"""The threads and connections of an open SQLite store: scans beside one another, one writer, point reads at once."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import apsw
+
+from ...entities import Collection
+from ..sql import Codec
+from .dialect import SqliteDialect
+from .isolation import Guarded, Table
+from .writer import OWN_TEXTS, Writer
+
+MAX_READERS = 4
+"""Scans that run at once, each on a thread and a connection of its own; more wait their turn."""
+
+GIVE_WAY_S = 0.000_05
+GIVE_WAY_EVERY_S = 0.001
+
+POINT_TIMEOUT_S = 0.02
+"""How long the loop itself waits when another process has the file to itself; then a thread does."""
+
+_T = TypeVar("_T")
+
+
+class Threads:
+    """The writer's thread and the readers', which work on while the loop does.
+
+    A thread that waits for the interpreter's lock gets it at once from a loop that is idle, and within 5 ms from one
+    that computes; but hardly ever from a loop that is never idle and polls its sockets more often than that, since it
+    takes the lock back before the thread has woken up. Commits waited for seconds. So while a thread has work, the
+    loop sleeps GIVE_WAY_S once in GIVE_WAY_EVERY_S.
+    """
+
+    def __init__(self) -> None:
+        self._writer = ThreadPoolExecutor(1, "strongroom-writer")
+        self._readers = ThreadPoolExecutor(MAX_READERS, "strongroom-reader")
+        self._at_work = 0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def write(self, work: Callable[..., _T], *arguments: Any) -> asyncio.Future[_T]:
+        """Run on the writer's thread, one after the other."""
+        return self._run(self._writer, work, *arguments)
+
+    def read(self, work: Callable[..., _T], *arguments: Any) -> asyncio.Future[_T]:
+        """Run on one of the readers' threads."""
+        return self._run(self._readers, work, *arguments)
+
+    def _run(self, executor: Executor, work: Callable[..., _T], *arguments: Any) -> asyncio.Future[_T]:
+        loop = asyncio.get_running_loop()
+        future = loop.run_in_executor(executor, work, *arguments)
+        future.add_done_callback(self._done)
+        self._at_work += 1
+        if self._timer is None:
+            self._timer = loop.call_later(GIVE_WAY_EVERY_S, self._give_way, loop)
+        return future
+
+    def _done(self, _: asyncio.Future[Any]) -> None:
+        self._at_work -= 1
+
+    def _give_way(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._at_work:
+            time.sleep(GIVE_WAY_S)
+            self._timer = loop.call_later(GIVE_WAY_EVERY_S, self._give_way, loop)
+        else:
+            self._timer = None
+
+    def stop(self) -> None:
+        self._writer.shutdown(wait=False)
+        self._readers.shutdown(wait=False)
+        if self._timer is not None:
+            self._timer.cancel()
+
+
+class Readers:
+    """A few connections for scans, each used by one scan at a time; made when they are first needed."""
+
+    def __init__(self, threads: Threads, connect: Callable[[], Guarded], most: int) -> None:
+        self._threads = threads
+        self._connect = connect
+        self._most = most
+        self._slots = asyncio.Semaphore(most)
+        self._free: list[Guarded] = []
+
+    async def rows(self, sql: str, values: Sequence[Any], tenant: str | None) -> list[tuple[Any, ...]]:
+        """The rows of a text that makes them all in its first step, which a thread does. Raises apsw.Error."""
+        await self._slots.acquire()
+        step = self._threads.read(self._first_step, self._free.pop() if self._free else None, sql, values, tenant)
+        try:
+            guarded = await asyncio.shield(step)
+        except asyncio.CancelledError:
+            step.add_done_callback(self._abandon)  # the thread still uses the connection
+            raise
+        except BaseException:
+            self._slots.release()
+            raise
+        try:
+            rows = guarded.cursor.fetchall()
+        except BaseException:
+            guarded.close()
+            raise
+        else:
+            guarded.set_tenant(None)
+            self._free.append(guarded)
+        finally:
+            self._slots.release()
+        return rows
+
+    def _first_step(self, free: Guarded | None, sql: str, values: Sequence[Any], tenant: str | None) -> Guarded:
+        guarded = free or self._connect()
+        try:
+            guarded.set_tenant(tenant)
+            guarded.execute(sql, values)
+        except BaseException:
+            guarded.close()  # whatever it was, the next scan begins on a new connection
+            raise
+        return guarded
+
+    def _abandon(self, step: asyncio.Future[Guarded]) -> None:
+        self._slots.release()
+        if not step.cancelled() and step.exception() is None:
+            step.result().close()
+
+    async def finish(self) -> None:
+        """Wait for the scans under way, and those that wait for them. Another one would wait for ever."""
+        for _ in range(self._most):
+            await self._slots.acquire()
+
+    def close(self) -> None:
+        for guarded in self._free:
+            guarded.close()
+
+
+class Session:
+    """The connections made for one set of declarations; `prepare` makes a new one."""
+
+    def __init__(self, path: str, collections: Sequence[Collection], busy_timeout_s: float, threads: Threads) -> None:
+        dialect = SqliteDialect()
+        self._path = path
+        self._busy_timeout_s = busy_timeout_s
+        self.tables: Mapping[str, Table] = {c.name: Table(Codec(c, dialect)) for c in collections}
+        self.points = Guarded(path, self.tables.values(), POINT_TIMEOUT_S)
+        self.scans = Readers(threads, lambda: Guarded(path, self.tables.values(), busy_timeout_s), MAX_READERS)
+        self.journal = Readers(threads, lambda: Guarded(path, (), busy_timeout_s, whole_journal=True), 1)
+        self.writer: Writer | None = None
+
+    def open_writer(self) -> Writer:
+        guarded = Guarded(self._path, self.tables.values(), self._busy_timeout_s, writes=True, own_texts=OWN_TEXTS)
+        self.writer = Writer(self._path, guarded, self.tables)
+        return self.writer
+
+    def drop_writer(self) -> None:
+        """Roll back and let go: after an error of the disk nothing that this connection holds can be trusted, and an
+        fsync that failed must not be tried again on it."""
+        writer, self.writer = self.writer, None
+        if writer is not None:
+            with suppress(apsw.Error):  # the error that led here is the one that is reported
+                writer.roll_back()
+            writer.close()
+
+    async def finish(self) -> None:
+        """Wait for the scans under way. Nothing else may be."""
+        await self.scans.finish()
+        await self.journal.finish()
+
+    def close(self) -> None:
+        """Close every connection. The file's last one takes the write-ahead log over into the database."""
+        self.scans.close()
+        self.journal.close()
+        self.points.close()
+        if self.writer is not None:
+            self.writer.close()

@@ -1,0 +1,466 @@
+"""The SQLite store: one file, any number of processes, every commit on the disk before it is acknowledged.
+
+Who does what, and why: the event loop's thread reads single documents and applies batches itself, because each call
+into SQLite gives up the interpreter's lock, and a second thread that wants it back from a busy loop waits for up to
+5 ms each time. What blocks goes to threads: the wait for another process's lock to the one writer thread, scans to a
+few reader threads. A commit with its fsync runs where it costs least: on the loop's thread while the disk is quick,
+on the writer's while it is slow.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import os
+import re
+import time
+from collections import deque
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import suppress
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import apsw
+
+from ...cooperative import in_slices
+from ...entities import Aggregate, And, Collection, Document, Filter, Op, Or, Query, Where
+from ...errors import InvalidInput, Problem, StrongroomError, Unavailable
+from ..port import (
+    MAX_CHANGES_PAGE,
+    MAX_TENANTS_PAGE,
+    Batch,
+    Capabilities,
+    ChangesPage,
+    Committed,
+    Health,
+    Pack,
+    SchemaChange,
+    past_the_end,
+)
+from ..sql import JOURNAL_COLUMNS, listed, record_of
+from .bulk_load import Loader, take_over
+from .bulk_rows import SqlitePacker
+from .dialect import commit_error, translated
+from .isolation import Table
+from .schema import (
+    fit,
+    integrity_problems,
+    make_or_recognise,
+    tenants_of,
+    write_snapshot,
+)
+from .session import Readers, Session, Threads
+from .writer import Torn, Writer
+
+BUSY_TIMEOUT_S = 5.0
+"""How long to wait for the lock of another process before Unavailable."""
+
+QUICK_COMMIT_S = 0.000_5
+"""A commit runs on the loop's thread while most commits take no longer than this: on a quick disk the way to a thread
+and back, past the interpreter's lock, costs more than the fsync that the loop waits for."""
+COMMITS_TIMED = 9
+"""By the median of so many commits a disk is quick or slow. By a mean, one commit that had to move the write-ahead log
+over into the database would send the next hundreds to the thread."""
+PROBE_EVERY = 100
+"""While a thread commits, one of so many is made on the loop's thread, to learn whether the disk has become quick."""
+
+MAX_GROUP = 512
+MAX_APPLY_S = 0.005
+"""A group commit takes this many batches, or as many as are applied in this time: the loop stands still for it."""
+
+_CURSOR = re.compile(r"[0-9]{1,18}")
+_END = "end"
+_T = TypeVar("_T")
+_log = logging.getLogger(__name__)
+
+_HEAD = "SELECT seq FROM main.sqlite_sequence WHERE name = '_journal'"
+_CHANGES = (
+    f"WITH page AS MATERIALIZED (SELECT {listed(JOURNAL_COLUMNS)} FROM _journal WHERE sequence > ?1 "
+    "ORDER BY sequence LIMIT ?2) SELECT * FROM page"
+)
+
+
+class _Job(NamedTuple):
+    batch: Batch
+    future: asyncio.Future[Committed]
+
+
+class SqliteStore:
+    """The storage port over one SQLite file.
+
+    Beyond the port it offers an operator `integrity`, which reads everything, and `snapshot`, a consistent copy.
+    """
+
+    def __init__(self, path: str, *, busy_timeout_s: float = BUSY_TIMEOUT_S) -> None:
+        self.path = os.path.abspath(path)
+        self._busy_timeout_s = busy_timeout_s
+        self._session: Session | None = None
+        self._threads = Threads()
+        self._jobs: deque[_Job] = deque()
+        self._writing = asyncio.Lock()  # held by the group that is being written, and by prepare
+        self._task: asyncio.Task[None] | None = None
+        self._closing = False
+        self._commit_s = deque([0.0] * COMMITS_TIMED, COMMITS_TIMED)
+        self._commits = 0
+        self._taking_over: asyncio.Future[None] | None = None
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities("sqlite", multi_process=True, persistent=True, embedded=True)
+
+    # --- Opening and closing ---
+
+    async def open(self) -> None:
+        if self._session is not None:
+            return
+        self._threads = Threads()
+        try:
+            await self._awaited(self._threads.write(make_or_recognise, self.path, self._busy_timeout_s))
+            self._session = await self._awaited(self._threads.write(self._new_session, ()))
+        except BaseException:
+            self._threads.stop()
+            raise
+        self._closing = False
+
+    async def close(self) -> None:
+        self._closing = True
+        if self._task is not None:
+            await asyncio.wait([self._task])
+        await self._taken_over()
+        async with self._writing:  # a prepare may be under way
+            session, self._session = self._session, None
+            if session is not None:
+                await session.finish()
+                await self._awaited(self._threads.write(session.close))
+            self._threads.stop()
+
+    def _opened(self) -> Session:
+        if self._session is None:
+            raise Unavailable(f"{self.path}: the store is not open")
+        return self._session
+
+    def _new_session(self, collections: Sequence[Collection]) -> Session:
+        return Session(self.path, collections, self._busy_timeout_s, self._threads)
+
+    async def _awaited(self, work: Awaitable[_T]) -> _T:
+        """Its answer. SQLite's errors come back as Strongroom's."""
+        try:
+            return await work
+        except apsw.Error as error:
+            raise translated(error, self.path) from error
+
+    async def prepare(
+        self,
+        collections: Sequence[Collection],
+        *,
+        mode: Literal["apply", "plan"] = "apply",
+        allow_destructive: bool = False,
+    ) -> tuple[SchemaChange, ...]:
+        self._opened()
+        work = functools.partial(
+            fit,
+            self.path,
+            collections,
+            apply=mode == "apply",
+            allow_destructive=allow_destructive,
+            busy_timeout_s=self._busy_timeout_s,
+        )
+        if mode == "plan":
+            return await self._awaited(self._threads.read(work))
+        async with self._writing:
+            before = self._opened()
+            changes = await self._awaited(self._threads.write(work))
+            self._session = await self._awaited(self._threads.write(self._new_session, collections))
+        await before.finish()
+        await self._awaited(self._threads.write(before.close))
+        return changes
+
+    # --- Reading ---
+
+    def _table(self, collection: str, tenant: str | None) -> Table:
+        table = self._opened().tables.get(collection)
+        if table is None:
+            raise InvalidInput(f"{collection}: the store was not prepared for this collection")
+        if tenant is None and table.tenant_scoped:
+            raise InvalidInput([Problem("tenant", f"is needed: {collection} belongs to tenants")])
+        return table
+
+    async def get(self, collection: str, tenant: str | None, id: str) -> Document | None:
+        session = self._session
+        table = session.tables.get(collection) if session is not None else None
+        if session is None or table is None or (tenant is None and table.tenant_scoped):
+            table = self._table(collection, tenant)  # raises what is wrong
+            session = self._opened()
+        points = session.points
+        points.set_tenant(tenant)
+        try:
+            rows = points.execute(table.by_id, (id,)).fetchall()
+        except apsw.Error as error:
+            rows = await self._patiently(error, session, table.by_id, (id,), tenant)
+        return table.decode(rows[0]) if rows else None
+
+    async def find(self, collection: str, tenant: str | None, query: Query) -> list[Document]:
+        table = self._table(collection, tenant)
+        session = self._opened()
+        if _is_point(query.where, table.point_fields):
+            select, values = table.points.find(query)
+            points = session.points
+            points.set_tenant(tenant)
+            try:
+                rows = points.execute(select.sql, values).fetchall()
+            except apsw.Error as error:
+                rows = await self._patiently(error, session, select.sql, values, tenant)
+            return [select.decode(row) for row in rows]
+        select, values = table.pages.find(query)
+        return await in_slices(select.decode, await self._scan(session.scans, select.sql, values, tenant))
+
+    async def tenants(self, after: str | None = None, limit: int = MAX_TENANTS_PAGE) -> list[str]:
+        names = [name for name, table in self._opened().tables.items() if table.tenant_scoped]
+        return await self._awaited(
+            self._threads.read(tenants_of, self.path, self._busy_timeout_s, names, after or "", limit)
+        )
+
+    async def now_us(self) -> int:
+        return time.time_ns() // 1_000  # a file belongs to one machine, and so does its clock
+
+    async def aggregate(
+        self, collection: str, tenant: str | None, aggregates: Sequence[Aggregate], where: Filter | None
+    ) -> dict[str, Any]:
+        totals, values = self._table(collection, tenant).points.aggregate(aggregates, where)
+        return totals.read((await self._scan(self._opened().scans, totals.sql, values, tenant))[0])
+
+    async def changes(
+        self, after: str | None, *, tenant: str | None = None, limit: int = MAX_CHANGES_PAGE
+    ) -> ChangesPage:
+        if after == _END:
+            return ChangesPage((), str(await self._head()))
+        if after is not None and not _CURSOR.fullmatch(after):
+            raise InvalidInput([Problem("after", "is not a cursor of this journal")])
+        position = int(after or 0)
+        session = self._opened()
+        readers = session.journal if tenant is None else session.scans
+        rows = await self._scan(readers, _CHANGES, (position, min(limit, MAX_CHANGES_PAGE)), tenant)
+        if not rows and position > await self._head():
+            raise past_the_end()
+        records = await in_slices(record_of, rows)
+        return ChangesPage(tuple(records), str(records[-1].sequence if records else position))
+
+    async def _head(self) -> int:
+        """The journal's last sequence."""
+        # asked for anew, since a prepare may have put another session in place
+        rows = await self._scan(self._opened().scans, _HEAD, (), None)
+        return rows[0][0] if rows else 0
+
+    async def _scan(
+        self, readers: Readers, sql: str, values: Sequence[Any], tenant: str | None
+    ) -> list[tuple[Any, ...]]:
+        return await self._awaited(readers.rows(sql, values, tenant))
+
+    async def _patiently(
+        self, error: apsw.Error, session: Session, sql: str, values: Sequence[Any], tenant: str | None
+    ) -> list[tuple[Any, ...]]:
+        """The rows after all, if it was only that another process held the file: then a thread waits for it."""
+        if isinstance(error, apsw.BusyError):
+            return await self._scan(session.scans, sql, values, tenant)
+        raise translated(error, self.path) from error
+
+    # --- Writing ---
+
+    def commit(self, batch: Batch) -> Awaitable[Committed]:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Committed] = loop.create_future()
+        if self._closing or self._session is None:
+            future.set_exception(Unavailable(f"{self.path}: the store is not open"))
+            return future
+        self._jobs.append(_Job(batch, future))
+        if self._task is None:
+            self._task = loop.create_task(self._write_all())
+            self._task.add_done_callback(self._never_began)
+        return future
+
+    def _never_began(self, task: asyncio.Task[None]) -> None:
+        """A task that was cancelled before its first step leaves its jobs to nobody."""
+        if self._task is task:
+            self._task, jobs, self._jobs = None, self._jobs, deque()
+            for job in jobs:
+                _answer(job, Unavailable(f"{self.path}: writing ended before it began: try again"))
+
+    async def _write_all(self) -> None:
+        """Write group after group until nothing waits."""
+        group: list[_Job] = []
+        try:
+            while self._jobs:
+                async with self._writing:
+                    while self._jobs and len(group) < MAX_GROUP:
+                        group.append(self._jobs.popleft())
+                    await self._write_group(self._opened(), group)
+                group = []
+                await asyncio.sleep(0)  # who was answered may have more to write, which then joins the next group
+        except BaseException as error:
+            # The loop is being torn down, or memory ran out: what became of the group is not known.
+            self._closing = True
+            ended = f"{self.path}: writing ended with {type(error).__name__}: open the store again"
+            for job in group:
+                _answer(job, Unavailable(ended, outcome="unknown"))
+            for job in self._jobs:
+                _answer(job, Unavailable(ended))
+            raise
+        finally:
+            self._task = None
+
+    async def _write_group(self, session: Session, group: list[_Job]) -> None:
+        """One transaction for as many of the jobs as its time allows; the others stay queued."""
+        answers: list[Committed | Exception] = []
+        committing = False
+        try:
+            writer = await self._begin(session)
+            try:
+                self._apply(writer, group, answers)
+            except Torn as torn:
+                # A part of this one batch is written and cannot be taken back alone: all the others begin again.
+                writer.roll_back()
+                _answer(group.pop(len(answers)), torn.reason)
+                self._jobs.extendleft(reversed(group))
+                return
+            committing = writer.has_changes
+            await self._commit(writer)
+        except apsw.Error as error:
+            # A precondition that failed, too: it was evaluated against changes that may not be there.
+            await self._threads.write(session.drop_writer)
+            if committing:
+                answers = [self._failed_commit(error, answer) for answer in answers]
+            else:
+                answers = [translated(error, self.path) for _ in group]
+        self._jobs.extendleft(reversed(group[len(answers) :]))
+        for job, answer in zip(group, answers, strict=False):
+            _answer(job, answer)
+
+    def _failed_commit(self, error: apsw.Error, answer: Committed | Exception) -> StrongroomError:
+        """What a batch is told whose transaction failed at its COMMIT; `answer` is what it would have been told."""
+        return commit_error(error, self.path) if isinstance(answer, Committed) else translated(error, self.path)
+
+    async def _commit(self, writer: Writer) -> None:
+        """Make it durable: here while the disk is quick, on the writer's thread while it is slow."""
+        if not writer.has_changes:
+            writer.commit()
+            return
+        self._commits += 1
+        if self._commits % PROBE_EVERY and sorted(self._commit_s)[COMMITS_TIMED // 2] > QUICK_COMMIT_S:
+            await self._threads.write(writer.commit)
+            return
+        began = time.perf_counter()
+        writer.commit()
+        self._commit_s.append(time.perf_counter() - began)
+
+    async def _begin(self, session: Session) -> Writer:
+        writer = session.writer
+        if writer is not None:
+            try:
+                writer.begin(0)
+                return writer
+            except apsw.BusyError:
+                pass  # another process is writing: a thread waits for it
+        return await self._threads.write(self._begin_patiently, session)
+
+    def _begin_patiently(self, session: Session) -> Writer:
+        writer = session.writer or session.open_writer()
+        writer.begin(self._busy_timeout_s)
+        return writer
+
+    def _apply(self, writer: Writer, group: Sequence[_Job], answers: list[Committed | Exception]) -> None:
+        until = time.perf_counter() + MAX_APPLY_S
+        for batch, _ in group:
+            try:
+                answers.append(writer.apply(batch))
+            except (apsw.Error, Torn):
+                raise
+            except Exception as error:
+                answers.append(error)
+            if time.perf_counter() > until:
+                return
+
+    # --- Loading ---
+
+    def packer(self) -> SqlitePacker:
+        return SqlitePacker([table.codec.collection for table in self._opened().tables.values()])
+
+    async def load(self, packs: AsyncIterable[Pack], now_us: int, *, rebuild: bool = False) -> float:
+        held = packs if rebuild else _given([pack async for pack in packs])
+        async with self._writing:
+            loader = Loader(self.path, self._opened().tables)
+            try:
+                await self._awaited(self._threads.write(loader.begin, self._busy_timeout_s, now_us, rebuild))
+                began = time.perf_counter()
+                async for pack in held:
+                    await self._awaited(self._threads.write(loader.add, pack))
+                await self._awaited(self._threads.write(loader.build))
+                try:
+                    await self._threads.write(loader.commit)
+                except apsw.Error as error:
+                    raise commit_error(error, self.path) from error
+            finally:
+                await asyncio.shield(self._threads.write(loader.close))  # behind what its thread still does
+        locked_s = time.perf_counter() - began
+        await self._taken_over()
+        self._taking_over = asyncio.ensure_future(self._threads.read(take_over, self.path, self._busy_timeout_s))
+        return locked_s
+
+    async def _taken_over(self) -> None:
+        """Wait for what takes over the log of the last load. What was loaded is on the disk without it."""
+        taking_over, self._taking_over = self._taking_over, None
+        if taking_over is not None:
+            try:
+                await taking_over
+            except apsw.Error as error:
+                _log.warning("%s: the log of an import was not taken over: %s", self.path, error)
+
+    # --- For operators ---
+
+    def on_change(self, callback: Callable[[], None]) -> None:
+        """Nothing tells one process of another's commits to a file."""
+
+    async def check(self) -> Health:
+        began = time.perf_counter()
+        details: dict[str, Any] = {"path": self.path, "sqlite": apsw.sqlite_lib_version(), "queued": len(self._jobs)}
+        try:
+            details["journal"] = await self._head()
+        except StrongroomError as error:
+            return Health(False, time.perf_counter() - began, {**details, "problem": error.message})
+        latency_s = time.perf_counter() - began
+        for name, suffix in (("file_bytes", ""), ("wal_bytes", "-wal")):
+            with suppress(OSError):
+                details[name] = os.stat(self.path + suffix).st_size
+        return Health(True, latency_s, details)
+
+    async def integrity(self) -> list[str]:
+        """What is wrong in the file, a sentence each; nothing if it is sound. Reads all of it, which takes its time."""
+        self._opened()
+        return await self._awaited(self._threads.read(integrity_problems, self.path, self._busy_timeout_s))
+
+    async def snapshot(self, path: str) -> None:
+        """Write a consistent copy of the store, as it is now, to a file that must not exist. Writes go on meanwhile."""
+        self._opened()
+        await self._awaited(self._threads.read(write_snapshot, self.path, self._busy_timeout_s, path))
+
+
+async def _given(packs: Sequence[Pack]) -> AsyncIterator[Pack]:
+    for pack in packs:
+        yield pack
+
+
+def _answer(job: _Job, answer: Committed | Exception) -> None:
+    if job.future.done():  # its caller was cancelled
+        return
+    if isinstance(answer, Exception):
+        job.future.set_exception(answer)
+    else:
+        job.future.set_result(answer)
+
+
+def _is_point(where: Filter | None, point_fields: frozenset[str]) -> bool:
+    """Whether a filter names, at most, the few documents of a key or a unique index."""
+    if isinstance(where, Where):
+        return where.field in point_fields and (where.op is Op.EQ or where.op is Op.IN) and where.value is not None
+    if isinstance(where, Or):  # each part is looked up by its own index
+        return all(_is_point(part, point_fields) for part in where.filters)
+    return isinstance(where, And) and any(_is_point(part, point_fields) for part in where.filters)

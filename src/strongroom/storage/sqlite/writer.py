@@ -1,0 +1,470 @@
+"""One batch into SQLite: each operation in as few statements as can be, and an exact error when it does not apply."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import apsw
+
+from ...context import utc_from_us
+from ...entities import INT64_MAX, INT64_MIN, Document, FieldType
+from ...errors import (
+    AlreadyExists,
+    BoundExceeded,
+    Conflict,
+    InvalidInput,
+    NotFound,
+    Problem,
+    StrongroomError,
+    TooLarge,
+)
+from .. import tagged_json as _values
+from ..port import (
+    MAX_BATCH_BYTES,
+    MAX_DOCUMENT_BYTES,
+    Add,
+    Append,
+    Batch,
+    Check,
+    Committed,
+    Create,
+    Delete,
+    Operation,
+    Patch,
+    Put,
+    check_batch_size,
+    check_operations,
+    document_size,
+)
+from ..sql import JOURNAL_COLUMNS, line, listed, quoted
+from .dialect import translated
+from .isolation import Guarded, Table
+
+_BYTES_PER_CHARACTER = 8
+"""At most what one character of a stored text or JSON counts for in `document_size`: `[1]` is eight bytes there."""
+
+MANY_CHECKS = 8
+"""So many checks of one collection are read by one statement, instead of one each."""
+
+_VARIABLE = frozenset({FieldType.TEXT, FieldType.BYTES, FieldType.LIST, FieldType.MAP})
+_APPEND = (
+    f"INSERT INTO main._journal ({listed(JOURNAL_COLUMNS[1:])}) VALUES ({', '.join('?' for _ in JOURNAL_COLUMNS[1:])})"
+)
+_DELETED = "SELECT value FROM main._meta WHERE name = 'deleted_version'"
+_KEEP_DELETED = "UPDATE main._meta SET value = ? WHERE name = 'deleted_version'"
+OWN_TEXTS = (_APPEND, _DELETED, _KEEP_DELETED)
+"""How the writer uses the store's own tables."""
+
+_OF_ONE_STATEMENT = (apsw.SQLError, apsw.ConstraintError, apsw.MismatchError, apsw.TooBigError, apsw.AuthError)
+"""Errors of what was asked; the others are the file's or the disk's, and end the transaction of all."""
+
+
+class Torn(Exception):
+    """A batch failed when it had written already, and had no savepoint: its group must be begun again without it."""
+
+    def __init__(self, reason: Exception) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+class _Statements:
+    """The texts that write one collection."""
+
+    def __init__(self, table: Table) -> None:
+        name, codec = quoted(table.name), table.codec
+        self.table = table
+        self.encode = codec.encode
+        marks = ", ".join("?" for _ in codec.columns)
+        sets = "".join(f", {quoted(field)} = ?" for field in codec.fields)
+        self.version = f"SELECT version FROM {name} WHERE id = ?"
+        self.versions = f"SELECT id, version FROM {name} WHERE id IN (SELECT value FROM json_each(?))"
+        self.insert = f"INSERT INTO {name} ({listed(codec.columns)}) VALUES ({marks})"
+        self.delete = f"DELETE FROM {name} WHERE id = ? RETURNING version"
+        self.delete_version = f"DELETE FROM {name} WHERE id = ? AND version = ? RETURNING version"
+        self.times = f"UPDATE {name} SET created_at = ifnull(?, created_at), updated_at = ? WHERE id = ?"
+        self.put = self._update(sets, "", "")
+        self.put_version = self._update(sets, " AND version = ?", "")
+        self._patches: dict[tuple[tuple[str, ...], bool], tuple[str, Sequence[Callable[[Any], Any] | None]]] = {}
+        self._adds: dict[str, str] = {}
+        fields = codec.collection.fields.values()
+        self.variable = tuple(i for i, spec in enumerate(fields) if spec.type in _VARIABLE)
+        self.fixed_size = document_size({spec.name: 0 for spec in fields})
+        lengths = [f"ifnull(octet_length({quoted(spec.name)}), 0)" for spec in fields if spec.type in _VARIABLE]
+        self._length = " + ".join(lengths) or "0"
+
+    def _update(self, sets: str, condition: str, returning: str) -> str:
+        name = quoted(self.table.name)
+        return (
+            f"UPDATE {name} SET version = max(?, version + 1), updated_at = ?{sets} WHERE id = ?{condition} "
+            f"RETURNING version{returning}"
+        )
+
+    def patch(self, fields: tuple[str, ...], versioned: bool) -> tuple[str, Sequence[Callable[[Any], Any] | None]]:
+        """The text that sets these fields and answers the version and a measure of the size, and their encoders."""
+        found = self._patches.get((fields, versioned))
+        if found is None:
+            codec = self.table.codec
+            known = codec.collection.fields
+            if unknown := [name for name in fields if name not in known]:
+                raise InvalidInput([Problem(name, "is not a known field") for name in unknown])
+            sets = "".join(f", {quoted(name)} = ?" for name in fields)
+            sql = self._update(sets, " AND version = ?" if versioned else "", f", {self._length}")
+            found = sql, [codec.dialect.encoders.get(known[name].type) for name in fields]
+            self._patches[fields, versioned] = found
+        return found
+
+    def add(self, field: str) -> str:
+        found = self._adds.get(field)
+        if found is None:
+            if field not in self.table.codec.fields:
+                raise InvalidInput([Problem(field, "is not a known field")])
+            column = quoted(field)
+            found = self._update(f", {column} = {column} + ?", f" AND {column} BETWEEN ? AND ?", f", {column}")
+            self._adds[field] = found
+        return found
+
+
+class Writer:
+    """Applies batches on one connection, between its `begin` and its `commit`. Used by one thread at a time."""
+
+    def __init__(self, path: str, guarded: Guarded, tables: Mapping[str, Table]) -> None:
+        self._path = path
+        self._guarded = guarded
+        self._connection = guarded.connection
+        self._execute = guarded.execute
+        self._statements = {name: _Statements(table) for name, table in tables.items()}
+        self._deleted_version = 0  # new documents get a greater version than any deleted one had
+        self._deleted_version_before = 0
+        self._changes_before = 0
+        self._tenant: str | None = None
+        self._now_us = -1
+        self._now_text = ""
+        self._size = 0  # of the present batch, at most
+
+    # --- The transaction ---
+
+    def begin(self, busy_timeout_s: float) -> None:
+        """Take the file's write lock. apsw.BusyError if another process keeps it for longer."""
+        self._connection.set_busy_timeout(round(busy_timeout_s * 1000))
+        self._execute("BEGIN IMMEDIATE").fetchall()
+        found = self._execute(_DELETED).fetchall()
+        self._deleted_version = self._deleted_version_before = found[0][0]
+        self._changes_before = self._connection.total_changes()
+        self._guarded.trust(True)
+
+    @property
+    def has_changes(self) -> bool:
+        return self._connection.total_changes() != self._changes_before
+
+    def commit(self) -> None:
+        """Returns when everything is on the disk. Blocks for an fsync if there are changes."""
+        self._guarded.trust(False)
+        if self._deleted_version != self._deleted_version_before:
+            self._execute(_KEEP_DELETED, (self._deleted_version,))
+        self._execute("COMMIT").fetchall()
+
+    def roll_back(self) -> None:
+        self._guarded.trust(False)
+        if self._connection.in_transaction:  # after some errors SQLite has done it already
+            self._execute("ROLLBACK").fetchall()
+
+    def close(self) -> None:
+        self._guarded.close()
+
+    # --- A batch ---
+
+    def apply(self, batch: Batch) -> Committed:
+        """The batch's outcome, if the transaction commits. Raises what its operations say, with nothing of it applied;
+        Torn if something of it is; apsw.Error if SQLite itself fails."""
+        operations = batch.operations
+        check_operations(batch)
+        self._tenant = batch.tenant
+        self._guarded.set_tenant(batch.tenant)
+        if batch.now_us != self._now_us:
+            self._now_text = _values.time_to_text(utc_from_us(batch.now_us))
+            self._now_us = batch.now_us
+        self._size = 0
+        guarded = _may_fail_late(operations)
+        if guarded:
+            self._execute("SAVEPOINT batch").fetchall()
+        deleted_version, changes = self._deleted_version, self._connection.total_changes()
+        try:
+            committed = self._run(batch)
+        except Exception as error:
+            if isinstance(error, apsw.Error) and not isinstance(error, _OF_ONE_STATEMENT):
+                raise
+            reason = translated(error, self._path) if isinstance(error, apsw.Error) else error
+            self._deleted_version = deleted_version
+            if guarded:
+                self._execute("ROLLBACK TO batch; RELEASE batch").fetchall()
+            elif self._connection.total_changes() != changes:
+                raise Torn(reason) from error
+            raise reason from error
+        if guarded:
+            self._execute("RELEASE batch").fetchall()
+        return committed
+
+    def _run(self, batch: Batch) -> Committed:
+        versions: list[int] = []
+        values: dict[int, int] = {}
+        sequence = None
+        found = self._versions(batch.operations) if len(batch.operations) >= MANY_CHECKS else _NONE_FOUND
+        for number, operation in enumerate(batch.operations):
+            version = 0
+            try:
+                # By how often they come: this is the hottest loop of the store.
+                kind = type(operation)
+                if kind is Append:
+                    sequence = self._append(operation, versions)  # type: ignore[arg-type]  # mypy cannot follow `kind`
+                elif kind is Check:
+                    self._check(operation, found)  # type: ignore[arg-type]
+                elif kind is Put:
+                    version = self._put(operation)  # type: ignore[arg-type]
+                elif kind is Create:
+                    version = self._create(operation)  # type: ignore[arg-type]
+                elif kind is Patch:
+                    version = self._patch(operation)  # type: ignore[arg-type]
+                elif kind is Add:
+                    version, values[number] = self._add(operation)  # type: ignore[arg-type]
+                else:
+                    self._delete(operation)  # type: ignore[arg-type]
+            except StrongroomError as error:
+                error.message = f"operation {number}: {error.message}"
+                error.args = (error.message,)
+                error.details["operation"] = number
+                raise
+            versions.append(version)
+        if self._size > MAX_BATCH_BYTES:
+            check_batch_size(batch)
+        return Committed(tuple(versions), values, sequence)
+
+    def _of(self, collection: str) -> _Statements:
+        statements = self._statements.get(collection)
+        if statements is None:
+            raise InvalidInput(f"{collection}: the store was not prepared for this collection")
+        if self._tenant is None and statements.table.tenant_scoped:
+            raise InvalidInput([Problem("tenant", f"is needed: {collection} belongs to tenants")])
+        return statements
+
+    # --- Operations: each gives the new version ---
+
+    def _check(self, operation: Check, versions: Mapping[str, Mapping[str, int]]) -> None:
+        there = versions.get(operation.collection)
+        if there is not None:
+            found = there.get(operation.id, 0)
+        else:
+            found = self._version(self._of(operation.collection), operation.id)
+        if found != operation.expected:
+            raise _conflict(operation, found)
+
+    def _versions(self, operations: Sequence[Operation]) -> Mapping[str, Mapping[str, int]]:
+        """The versions of what a batch checks, by collection and id, where it checks many documents of a collection and
+        writes none."""
+        checked: dict[str, list[str]] = {}
+        written = set()
+        for operation in operations:
+            kind = type(operation)
+            if kind is Check:
+                checked.setdefault(operation.collection, []).append(operation.id)  # type: ignore[union-attr]
+            elif kind is not Append:
+                written.add(operation.collection)  # type: ignore[union-attr]
+        return {
+            name: dict(self._execute(self._of(name).versions, (_values.dumps(ids),)).fetchall())
+            for name, ids in checked.items()
+            if len(ids) >= MANY_CHECKS and name not in written
+        }
+
+    def _create(self, operation: Create) -> int:
+        statements = self._of(operation.collection)
+        row = self._encoded(statements, operation)
+        try:
+            return self._insert(statements, operation, row)
+        except apsw.ConstraintError:
+            if self._version(statements, operation.id):
+                raise AlreadyExists(f"{_name(operation)}: a document with this id exists already") from None
+            raise self._misfit(statements, operation, operation.document) from None
+
+    def _put(self, operation: Put) -> int:
+        statements = self._of(operation.collection)
+        row = self._encoded(statements, operation)
+        id, expected = operation.id, operation.expected
+        try:
+            if expected:
+                changed = (self._now_us, self._now_text, *row, id, expected)
+                found = self._execute(statements.put_version, changed).fetchall()
+            elif expected is None:
+                found = self._execute(statements.put, (self._now_us, self._now_text, *row, id)).fetchall()
+                if not found:
+                    return self._insert(statements, operation, row)
+            else:
+                return self._insert(statements, operation, row)
+        except apsw.ConstraintError:
+            version = self._version(statements, id)
+            if expected is not None and expected != version:
+                raise _conflict(operation, version) from None
+            raise self._misfit(statements, operation, operation.document) from None
+        if not found:
+            raise _conflict(operation, self._version(statements, id))
+        if operation.created_at is not None or operation.updated_at is not None:
+            times = (self._time(operation.created_at), self._time(operation.updated_at) or self._now_text)
+            self._execute(statements.times, (*times, id)).fetchall()
+        return int(found[0][0])
+
+    def _insert(self, statements: _Statements, operation: Create | Put, row: tuple[Any, ...]) -> int:
+        # versions are times, greater than those of what was deleted: an id that is used again never repeats one
+        version = max(self._now_us, self._deleted_version + 1)
+        created_at = self._time(operation.created_at) or self._now_text
+        updated_at = self._time(operation.updated_at) or self._now_text
+        self._execute(statements.insert, (operation.id, version, created_at, updated_at, *row))
+        return version
+
+    @staticmethod
+    def _time(given: datetime | None) -> str | None:
+        return None if given is None else _values.time_to_text(given)
+
+    def _patch(self, operation: Patch) -> int:
+        statements = self._of(operation.collection)
+        fields, id, expected = operation.fields, operation.id, operation.expected
+        sql, encoders = statements.patch(tuple(fields), expected is not None)
+        values = [
+            value if encode is None or value is None else encode(value)
+            for encode, value in zip(encoders, fields.values(), strict=True)
+        ]
+        which = (id,) if expected is None else (id, expected)
+        try:
+            found = self._execute(sql, (self._now_us, self._now_text, *values, *which)).fetchall()
+        except apsw.ConstraintError:
+            raise self._misfit(statements, operation, fields) from None
+        if not found:
+            raise self._missing_or_conflict(statements, operation)
+        version, length = found[0]
+        size = length * _BYTES_PER_CHARACTER + statements.fixed_size
+        self._size += size  # of the whole document, of which the fields are a part
+        if size > MAX_DOCUMENT_BYTES:
+            _check_size(operation, statements, self._stored(statements, id))
+        return int(version)
+
+    def _add(self, operation: Add) -> tuple[int, int]:
+        statements = self._of(operation.collection)
+        sql = statements.add(operation.field)
+        id, amount = operation.id, operation.amount
+        least = INT64_MIN if operation.at_least is None else operation.at_least
+        most = INT64_MAX if operation.at_most is None else operation.at_most
+        low, high = max(least - amount, INT64_MIN), min(most - amount, INT64_MAX)
+        if low <= high:
+            try:
+                found = self._execute(sql, (self._now_us, self._now_text, amount, id, low, high)).fetchall()
+            except apsw.ConstraintError:
+                stored = self._stored(statements, id)
+                changed = {operation.field: stored[operation.field] + amount}
+                raise self._misfit(statements, operation, changed) from None
+            if found:
+                version, value = found[0]
+                return version, value
+        if not self._version(statements, id):
+            raise NotFound(f"{_name(operation)}: there is no such document")
+        raise BoundExceeded(
+            f"{_name(operation)}: adding {amount} to {operation.field} would leave {least} to {most}; nothing was added"
+        )
+
+    def _delete(self, operation: Delete) -> None:
+        statements = self._of(operation.collection)
+        id, expected = operation.id, operation.expected
+        if expected is None:
+            found = self._execute(statements.delete, (id,)).fetchall()
+        else:
+            found = self._execute(statements.delete_version, (id, expected)).fetchall()
+        if not found:
+            raise self._missing_or_conflict(statements, operation)
+        # A document that is made again under this id must not repeat a version, even if the clock goes back.
+        self._deleted_version = max(self._deleted_version, found[0][0])
+
+    def _append(self, operation: Append, versions: Sequence[int]) -> int:
+        record = operation.record
+        row = line(record, record.version if operation.of is None else versions[operation.of])
+        self._size += (len(row[-2] or "") + len(row[-1] or "")) * _BYTES_PER_CHARACTER
+        self._execute(_APPEND, row)
+        return self._connection.last_insert_rowid()
+
+    # --- Helpers ---
+
+    def _version(self, statements: _Statements, id: str) -> int:
+        found = self._execute(statements.version, (id,)).fetchall()
+        return found[0][0] if found else 0
+
+    def _stored(self, statements: _Statements, id: str) -> Document:
+        return statements.table.decode(self._execute(statements.table.by_id, (id,)).fetchall()[0])
+
+    def _encoded(self, statements: _Statements, operation: Create | Put) -> tuple[Any, ...]:
+        """The row of the operation's document. TooLarge if that is too large."""
+        row = statements.encode(operation.document)
+        length = 0
+        for number in statements.variable:
+            value = row[number]
+            if value:
+                length += len(value)
+        size = length * _BYTES_PER_CHARACTER + statements.fixed_size
+        if size > MAX_DOCUMENT_BYTES:
+            size = _check_size(operation, statements, operation.document)
+        self._size += size
+        return row
+
+    def _missing_or_conflict(self, statements: _Statements, operation: Patch | Delete) -> StrongroomError:
+        found = self._version(statements, operation.id)
+        return _conflict(operation, found) if found else NotFound(f"{_name(operation)}: there is no such document")
+
+    def _misfit(
+        self, statements: _Statements, operation: Create | Put | Patch | Add, given: Document
+    ) -> StrongroomError:
+        """Why SQLite refused a row: which unique index, found by asking for the document that is in the way."""
+        table = statements.table
+        if type(operation) is Patch or type(operation) is Add:
+            given = {**self._stored(statements, operation.id), **given}
+        collection, dialect = table.codec.collection, table.codec.dialect
+        for index in collection.indexes:
+            columns = [name for name, _ in index.columns]
+            if not index.unique or any(given.get(name) is None for name in columns):
+                continue
+            condition = " AND ".join(f"{quoted(name)} = ?" for name in columns)
+            values = [dialect.encode(collection.type_of(name), given[name]) for name in columns]
+            sql = f"SELECT id FROM {quoted(table.name)} WHERE {condition} AND id <> ?"
+            if self._execute(sql, (*values, operation.id)).fetchall():
+                return AlreadyExists(f"{_name(operation)}: another document has this {' and '.join(columns)}")
+        return InvalidInput(
+            f"{_name(operation)}: a value does not fit its field: check the document before it is stored"
+        )
+
+
+_NONE_FOUND: Mapping[str, Mapping[str, int]] = {}
+
+
+def _may_fail_late(operations: Sequence[Operation]) -> bool:
+    """Whether an operation may fail after another has written. If not, the batch needs no savepoint: one statement
+    applies wholly or not at all, and an Append does not fail."""
+    written = False
+    for operation in operations:
+        kind = type(operation)
+        if kind is Append:
+            written = True
+        elif written:
+            return True
+        elif kind is not Check:
+            written = True
+    return False
+
+
+def _name(operation: Create | Put | Patch | Delete | Add | Check) -> str:
+    return f"{operation.collection}/{operation.id}"
+
+
+def _conflict(operation: Put | Patch | Delete | Check, found: int) -> Conflict:
+    return Conflict(f"{_name(operation)}: found version {found}, expected {operation.expected}")
+
+
+def _check_size(operation: Create | Put | Patch, statements: _Statements, document: Document) -> int:
+    size = document_size({name: document[name] for name in statements.table.codec.fields})
+    if size > MAX_DOCUMENT_BYTES:
+        raise TooLarge(f"{_name(operation)}: found {size} bytes in a document, expected at most {MAX_DOCUMENT_BYTES}")
+    return size

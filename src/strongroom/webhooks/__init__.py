@@ -1,0 +1,32 @@
+"""Webhooks: endpoints, signed deliveries with retries, and the guard against requests to inner networks."""
+
+from .deliveries import Deliveries
+from .delivery_attempt import Delivery
+from .endpoints import (
+    DEFAULT_OVERLAP_S,
+    MAX_OVERLAP_S,
+    IssuedWebhook,
+    NewWebhook,
+    Webhook,
+    WebhookChanges,
+    WebhookFields,
+    Webhooks,
+)
+from .http_sender import Sender
+from .signatures import InvalidSignature, verify_signature
+
+__all__ = [
+    "DEFAULT_OVERLAP_S",
+    "MAX_OVERLAP_S",
+    "Deliveries",
+    "Delivery",
+    "InvalidSignature",
+    "IssuedWebhook",
+    "NewWebhook",
+    "Sender",
+    "Webhook",
+    "WebhookChanges",
+    "WebhookFields",
+    "Webhooks",
+    "verify_signature",
+]

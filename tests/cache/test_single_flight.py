@@ -1,0 +1,74 @@
+"""Reads that many ask for at once are one read; what others keep changing is tried again for a time."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from strongroom.cache.single_flight import JoinedReads
+from strongroom.errors import Unavailable
+from strongroom.limits import backoff as patience
+from strongroom.limits.backoff import Patience
+
+
+class Source:
+    """Something to be read: each read waits for `gate`."""
+
+    def __init__(self) -> None:
+        self.reads = 0
+        self.gate = asyncio.Event()
+        self.error: Exception | None = None
+
+    async def read(self) -> int:
+        self.reads += 1
+        number = self.reads
+        await self.gate.wait()
+        if self.error is not None:
+            raise self.error
+        return number
+
+
+async def test_many_callers_read_once() -> None:
+    joined: JoinedReads[int] = JoinedReads()
+    source = Source()
+    calls = [asyncio.create_task(joined.get("k", 1, source.read)) for _ in range(5)]
+    other = asyncio.create_task(joined.get("other", 1, source.read))
+    await asyncio.sleep(0)
+    source.gate.set()
+    assert await asyncio.gather(*calls, other) == [1, 1, 1, 1, 1, 2]
+    assert await joined.get("k", 1, source.read) == 3
+
+
+async def test_who_comes_after_a_change_does_not_join_a_read_from_before_it() -> None:
+    joined: JoinedReads[int] = JoinedReads()
+    source = Source()
+    before = asyncio.create_task(joined.get("k", 1, source.read))
+    await asyncio.sleep(0)
+    after = [asyncio.create_task(joined.get("k", 2, source.read)) for _ in range(2)]
+    await asyncio.sleep(0)
+    source.gate.set()
+    assert [await before, *await asyncio.gather(*after)] == [1, 2, 2]
+
+
+async def test_an_error_is_every_callers_and_a_caller_who_goes_away_is_nobodys() -> None:
+    joined: JoinedReads[int] = JoinedReads()
+    source = Source()
+    calls = [asyncio.create_task(joined.get("k", 1, source.read)) for _ in range(3)]
+    await asyncio.sleep(0)
+    calls[0].cancel()  # it is the one that reads
+    await asyncio.wait([calls[0]])
+    source.gate.set()
+    assert await asyncio.gather(*calls[1:]) == [2, 2]
+    source.error = Unavailable("gone")
+    found = await asyncio.gather(*(joined.get("k", 1, source.read) for _ in range(3)), return_exceptions=True)
+    assert found == [source.error] * 3
+
+
+async def test_what_is_changed_all_the_time_is_tried_again_for_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "PATIENCE_S", 0.05)
+    tries, attempts = Patience("it is being changed too quickly"), 0
+    while await tries.another():
+        attempts += 1
+    assert attempts > patience.AT_ONCE
+    assert str(tries.over()) == "it is being changed too quickly: tried for 0.05 s, try again"

@@ -1,0 +1,69 @@
+"""A node that does background work under a lease: run by test_job_lease.py as a process of its own.
+
+Its work is to append its token to a document, over and over, each step under the lease's guard. `step` lines on its
+standard output say what was committed, `fenced` that a step was refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+from strongroom import Database, Entity, Registry
+from strongroom.app import SYSTEM_ENTITIES
+from strongroom.clock import clock_of
+from strongroom.context import system_context
+from strongroom.database.transaction import Transaction
+from strongroom.errors import Conflict
+from strongroom.jobs import job_lease as leases
+from strongroom.jobs.job_lease import Leases, Turn
+from strongroom.storage import open_store
+from strongroom.storage.port import Check
+
+WORK = "work"
+SYSTEM = system_context()
+
+
+class Trail(Entity, collection="trails", scope="global"):
+    """What the holders have done: the fencing token of each step."""
+
+    tokens: list[int] = []
+
+
+def say(*words: object) -> None:
+    print(*words, flush=True)
+
+
+async def main(url: str, holder: str, lease_s: float) -> None:
+    leases.FIRST_LOOK_S = 0.0
+    leases.RETRY_S = 0.05
+    store = await open_store(url)
+    await store.prepare(Registry((*SYSTEM_ENTITIES, Trail)).collections)
+    database = Database(store, Registry((*SYSTEM_ENTITIES, Trail)))
+    clock = clock_of(store)
+    await clock.start()
+
+    async def work(turn: Turn) -> None:
+        say("holds", turn.token)
+        while True:
+            guard = turn.guard
+            say("ready", turn.token)
+            await asyncio.to_thread(sys.stdin.readline)  # the test says when to go on, and may stop us just here
+
+            async def append(tx: Transaction, guard: Check = guard) -> None:
+                tx.guard = guard
+                await tx.update(Trail, "trail", {"tokens": [*(await tx.get(Trail, "trail")).tokens, turn.token]})
+
+            try:
+                await database.transaction(SYSTEM, append)
+            except Conflict:
+                say("fenced", turn.token)
+                raise
+            say("step", turn.token)
+            await turn.save(None)
+
+    await Leases(database, clock, holder=holder, lease_s=lease_s).repeat(WORK, 60.0, work)
+
+
+if __name__ == "__main__":
+    asyncio.run(main(sys.argv[1], sys.argv[2], float(sys.argv[3])))

@@ -1,0 +1,27 @@
+"""What test_spendlog kills: spends from two slots of a log, and prints each total once it is written.
+
+python spend_worker.py FOLDER LEASE
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from strongroom.limits.lease_log import SpendLog
+
+
+def main(folder: str, lease: str) -> None:
+    log = SpendLog(lease, Path(folder))
+    slots = [log.slot("key_1", "tokens|total"), log.slot("key_2", "tokens|total")]
+    total = 0
+    while True:
+        total += 1
+        log.moment(slots[total % 2], total)
+        log.cells[slots[total % 2]] = total
+        sys.stdout.write(f"{total}\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,351 @@
+"""Leases: one holder at a time, a token that grows, a stale holder that can write nothing; and the work goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from strongroom import Database, Registry
+from strongroom.app import SYSTEM_ENTITIES
+from strongroom.context import system_context
+from strongroom.errors import Conflict, Unavailable
+from strongroom.jobs import job_lease as leases
+from strongroom.jobs.job_lease import Lease, LeaseLost, Leases, Turn
+from strongroom.storage import open_store
+from tests.helpers.lease_worker import WORK, Trail
+from tests.helpers.places import ROOT
+from tests.helpers.support import STORES, Fault, FaultyStore, new_url
+from tests.helpers.waiting import PATIENCE_S
+
+SYSTEM = system_context()
+
+
+class SetClock:
+    """A clock that a test sets."""
+
+    def __init__(self) -> None:
+        self.us = 1_800_000_000_000_000
+
+    def now_us(self) -> int:
+        return self.us
+
+    def shift(self, seconds: float) -> None:
+        self.us += round(seconds * 1_000_000)
+
+
+@dataclass
+class Nodes:
+    store: FaultyStore
+    database: Database
+    clock: SetClock
+
+    def node(self, holder: str, lease_s: float = 10) -> Leases:
+        return Leases(self.database, self.clock, holder=holder, lease_s=lease_s)
+
+    async def lease(self) -> Lease:
+        return await self.database.get(SYSTEM, Lease, WORK)
+
+
+@pytest.fixture(params=STORES)
+async def nodes(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Nodes]:
+    store = FaultyStore(await open_store(new_url(request.param, tmp_path)))
+    registry = Registry((*SYSTEM_ENTITIES, Trail))
+    await store.prepare(registry.collections)
+    yield Nodes(store, Database(store, registry), SetClock())
+    await store.close()
+
+
+async def write(nodes: Nodes, turn: Turn, text: str) -> None:
+    async def body(tx: Any) -> None:
+        tx.guard = turn.guard
+        await tx.create(Trail(id=text))
+
+    await nodes.database.transaction(SYSTEM, body)
+
+
+async def test_one_holds_it_until_it_is_given_back_or_over(nodes: Nodes) -> None:
+    a, b = nodes.node("a"), nodes.node("b")
+    first = await a.acquire(WORK)
+    assert first is not None
+    assert await b.acquire(WORK) is None
+    nodes.clock.shift(9.9)
+    assert await b.acquire(WORK) is None
+    await first.save("half")
+    nodes.clock.shift(9.9)
+    assert await b.acquire(WORK) is None, "it was renewed"
+    await first.give_back(done=False)
+    second = await b.acquire(WORK)
+    assert second is not None
+    assert (second.token, second.position) == (first.token + 1, "half")
+    nodes.clock.shift(10)
+    third = await a.acquire(WORK)
+    assert third is not None
+    assert third.token == second.token + 1
+
+
+async def test_of_many_that_take_it_at_once_one_does(nodes: Nodes) -> None:
+    for round_ in range(10):
+        turns = await asyncio.gather(*(nodes.node(f"n{number}").acquire(WORK) for number in range(8)))
+        (turn,) = [turn for turn in turns if turn is not None]
+        assert turn.token == round_ + 1
+        nodes.clock.shift(11)
+
+
+async def test_a_holder_whose_time_is_over_is_fenced_once_another_has_it(nodes: Nodes) -> None:
+    paused = await nodes.node("a").acquire(WORK)
+    assert paused is not None
+    nodes.clock.shift(11)
+    await write(nodes, paused, "late, but nobody else has it")
+    other = await nodes.node("b").acquire(WORK)
+    assert other is not None
+    with pytest.raises(Conflict):
+        await write(nodes, paused, "fenced")
+    with pytest.raises(LeaseLost):
+        await paused.save("mine")
+    with pytest.raises(LeaseLost):
+        await paused.give_back(done=True)
+    await write(nodes, other, "other")
+    assert await nodes.database.get_or_none(SYSTEM, Trail, "fenced") is None
+    assert (await nodes.lease()).done_at is None
+
+
+async def test_a_lost_answer_does_not_lock_a_node_out_of_its_own_lease(nodes: Nodes) -> None:
+    a = nodes.node("a")
+    first = len(nodes.store.batches)
+    nodes.store.fault = lambda number, batch: Fault("after", Unavailable("lost")) if number == first else None
+    with pytest.raises(Unavailable):
+        await a.acquire(WORK)
+    assert (await nodes.lease()).holder == "a"
+    assert await nodes.node("b").acquire(WORK) is None
+    turn = await a.acquire(WORK)
+    assert turn is not None
+    assert turn.token == 2
+
+
+async def test_work_is_done_once_a_period_however_many_look(nodes: Nodes) -> None:
+    done = []
+
+    async def work(turn: Turn) -> None:
+        done.append(turn.token)
+        await asyncio.sleep(0)
+
+    everyone = [nodes.node(f"n{number}") for number in range(5)]
+    for period in range(1, 6):
+        for _ in range(3):
+            waits = await asyncio.gather(*(node.run_once(WORK, 60, work) for node in everyone))
+            assert all(0 <= wait <= 60 for wait in waits)
+            assert len(done) == period
+        nodes.clock.shift(59)
+        assert [await node.run_once(WORK, 60, work) for node in everyone] == [pytest.approx(1)] * 5
+        assert len(done) == period
+        nodes.clock.shift(1)
+
+
+async def test_work_that_failed_is_due_again_at_once(nodes: Nodes) -> None:
+    async def fail(turn: Turn) -> None:
+        await turn.save("so far")
+        raise RuntimeError("a bug")
+
+    seen = []
+
+    async def work(turn: Turn) -> None:
+        seen.append(turn.position)
+
+    with pytest.raises(RuntimeError):
+        await nodes.node("a").run_once(WORK, 60, fail)
+    await nodes.node("b").run_once(WORK, 60, work)
+    assert seen == ["so far"]
+
+
+async def test_who_finds_it_held_looks_again_when_it_is_over(nodes: Nodes) -> None:
+    assert await nodes.node("a").acquire(WORK) is not None
+    nodes.clock.shift(4)
+
+    async def work(turn: Turn) -> None:
+        raise AssertionError("it is held")
+
+    assert await nodes.node("b").run_once(WORK, 60, work) == pytest.approx(6)
+
+
+async def test_repeating_goes_on_after_any_failure_and_says_what_went_wrong(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "FIRST_LOOK_S", 0)
+    monkeypatch.setattr(leases, "RETRY_S", 0)
+    a = nodes.node("a")
+    failures: list[Exception] = [Unavailable("gone"), RuntimeError("a bug"), Conflict("x")]
+    finished = asyncio.Event()
+
+    async def work(turn: Turn) -> None:
+        if failures:
+            raise failures.pop(0)
+        finished.set()
+        await asyncio.Event().wait()
+
+    task = asyncio.create_task(a.repeat(WORK, 0.01, work))
+    await asyncio.wait_for(finished.wait(), PATIENCE_S)
+    assert a.jobs[WORK].error == "Conflict: x"
+    task.cancel()
+    await asyncio.wait([task])
+    assert (await nodes.lease()).holder == "", "a node that is stopped gives the lease back"
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_whatever_happens_tokens_of_what_was_written_never_go_back(nodes: Nodes, seed: int) -> None:
+    """Nodes that stall at any moment, and write whenever they come to."""
+    chance = random.Random(seed)
+    everyone = [nodes.node(f"n{number}") for number in range(4)]
+    turns: list[Turn] = []
+    written: list[int] = []
+    for number in range(150):
+        nodes.clock.shift(chance.choice([0, 0, 1, 4, 11]))
+        turn = await chance.choice(everyone).acquire(WORK)
+        if turn is not None:
+            turns.append(turn)
+        chosen = chance.choice(turns)
+        try:
+            await write(nodes, chosen, f"d{number}")
+        except Conflict:
+            continue
+        written.append(chosen.token)
+    assert written == sorted(written)
+    assert len(set(written)) > 5
+
+
+# --- Processes ------------------------------------------------------------------------------------------------
+
+LEASE_S = 3.0
+
+
+class Node:
+    """A process that runs lease_worker."""
+
+    def __init__(self, url: str, holder: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.helpers.lease_worker", url, holder, str(LEASE_S)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def go(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+
+    def step(self) -> int:
+        """One step of the work; the token it was done under."""
+        self.go()
+        found = self.line()
+        while not found.startswith(("step", "fenced")):
+            found = self.line()
+        word, _, token = found.partition(" ")
+        assert word == "step"
+        return int(token)
+
+
+@contextmanager
+def node(url: str, holder: str) -> Iterator[Node]:
+    made = Node(url, holder)
+    try:
+        yield made
+    finally:
+        made.process.kill()
+        made.process.communicate()
+
+
+async def _trail(url: str) -> list[int]:
+    store = await open_store(url)
+    try:
+        registry = Registry((*SYSTEM_ENTITIES, Trail))
+        await store.prepare(registry.collections)
+        return (await Database(store, registry).get(SYSTEM, Trail, "trail")).tokens
+    finally:
+        await store.close()
+
+
+@pytest.fixture
+async def url(tmp_path: Path) -> str:
+    url = new_url("sqlite", tmp_path)
+    store = await open_store(url)
+    registry = Registry((*SYSTEM_ENTITIES, Trail))
+    await store.prepare(registry.collections)
+    await Database(store, registry).create(SYSTEM, Trail(id="trail"))
+    await store.close()
+    return url
+
+
+@pytest.mark.server
+async def test_another_node_takes_over_within_the_lease_from_one_that_was_killed(url: str) -> None:
+    with node(url, "a") as a:
+        assert a.line() == "holds 1"
+        assert a.step() == 1
+        with node(url, "b") as b:
+            a.process.kill()
+            killed = time.monotonic()
+            assert b.line() == "holds 2"
+            # It looks again when the lease is over; the rest is for a process to start on a busy machine.
+            assert time.monotonic() - killed < LEASE_S + PATIENCE_S
+            assert b.step() == 2
+    assert await _trail(url) == [1, 2]
+
+
+@pytest.mark.server
+async def test_a_holder_that_was_stopped_past_its_time_is_fenced_when_it_wakes(url: str) -> None:
+    with node(url, "a") as a:
+        assert a.line() == "holds 1"
+        assert a.step() == 1
+        while a.line() != "ready 1":
+            pass
+        os.kill(a.process.pid, signal.SIGSTOP)
+        with node(url, "b") as b:
+            assert b.line() == "holds 2"
+            assert b.step() == 2
+            os.kill(a.process.pid, signal.SIGCONT)
+            a.go()
+            assert a.line() == "fenced 1"
+            assert b.step() == 2
+    assert await _trail(url) == [1, 2, 2]
+
+
+@pytest.mark.server
+async def test_of_two_processes_one_does_the_work(url: str) -> None:
+    with node(url, "a") as a, node(url, "b") as b:
+        # Whoever has it renews it with each step; the other says nothing, as long as that goes on.
+        os.set_blocking(b.process.stdout.fileno(), False)  # type: ignore[union-attr]
+        os.set_blocking(a.process.stdout.fileno(), False)  # type: ignore[union-attr]
+        first = await _first_of(a, b)
+        other = b if first is a else a
+        os.set_blocking(first.process.stdout.fileno(), True)  # type: ignore[union-attr]
+        for _ in range(6):
+            assert first.step() == 1
+            await asyncio.sleep(LEASE_S / 4)
+        assert other.line() == ""
+    assert await _trail(url) == [1] * 6
+
+
+async def _first_of(*nodes: Node) -> Node:
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        for found in nodes:
+            if found.line():
+                return found
+        await asyncio.sleep(0.02)
+    pytest.fail("nobody took the lease")

@@ -1,0 +1,161 @@
+"""Denials in the journal: each kind of them, bounded, counted, and in no tenant that does not exist."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from strongroom import Context, Entity, Strongroom
+from strongroom.context import system_context
+from strongroom.errors import Denied
+from strongroom.journal import denials
+from strongroom.journal.denials import MAX_KINDS_OF_ACTOR, _just_before
+from strongroom.storage.port import Record
+from tests.helpers.serving import serving
+from tests.helpers.support import FaultyStore
+from tests.helpers.waiting import wait_until
+
+PATH = "/v1/tenants/{}/policies"
+
+
+class Note(Entity, collection="notes"):
+    text: str = ""
+
+
+@pytest.fixture
+def entities() -> list[type[Entity]]:
+    return [Note]
+
+
+def stranger(tenant: str, actor: str = "key:k") -> Context:
+    return Context(tenant, actor, {"tenant": "acme"}, "request-1")
+
+
+async def refused(room: Strongroom, context: Context) -> None:
+    with pytest.raises(Denied):
+        await room.database.find(context, Note)
+
+
+async def denied(store: FaultyStore) -> list[Record]:
+    return [record for record in (await store.changes(None)).records if record.action == "deny"]
+
+
+def after(record: Record) -> dict[str, Any]:
+    return dict(record.after or {})
+
+
+async def test_denials_alike_are_one_record_at_once_and_one_with_their_number_a_minute_later(
+    room: Strongroom, store: FaultyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert denials.PERIOD_S == 60
+    await room.tenant("beta").create(Note())
+    monkeypatch.setattr(denials, "PERIOD_S", 1.0)
+    for _ in range(30):
+        await refused(room, stranger("beta"))
+    (first,) = await denied(store)
+    assert (first.tenant, first.actor, first.request_id) == ("beta", "key:k", "request-1")
+    assert "count" not in after(first)
+
+    async def counted() -> bool:
+        return len(await denied(store)) == 2
+
+    await wait_until(counted)
+    assert after((await denied(store))[1]) == {**after(first), "count": 29}
+    await refused(room, stranger("beta"))
+    assert len(await denied(store)) == 3, "a new minute begins with a record of its own"
+
+
+async def test_what_was_counted_is_written_before_the_store_is_closed(url_of_any: str) -> None:
+    async with Strongroom.open(url_of_any, entities=[Note]) as room:
+        for _ in range(3):
+            await refused(room, stranger("beta"))
+        await room.database.denials.close()
+        records = (await room.store.changes(None)).records
+    assert [after(record).get("count", 1) for record in records if record.action == "deny"] == [1, 2]
+
+
+async def test_a_denial_makes_no_tenant_and_is_the_platforms_where_there_is_none(url_of_any: str) -> None:
+    async with Strongroom.open(url_of_any, entities=[Note]) as room:
+        await room.tenant("beta").create(Note())
+        for tenant in ("beta", "ghost"):
+            await refused(room, stranger(tenant))
+        assert await room.store.tenants() == ["beta"]
+
+        async def records() -> list[tuple[str | None, Any]]:
+            page = await room.store.changes(None)
+            return [(record.tenant, after(record).get("tenant")) for record in page.records if record.action == "deny"]
+
+        async def both() -> list[tuple[str | None, Any]]:
+            found = await records()
+            return found if len(found) >= 2 else []
+
+        assert await wait_until(both) == [("beta", None), (None, "ghost")]
+        assert not (await room.store.changes(None, tenant="ghost")).records
+
+
+async def test_one_actor_cannot_fill_the_journal_with_denials_of_many_kinds(
+    room: Strongroom, store: FaultyStore
+) -> None:
+    for number in range(5 * MAX_KINDS_OF_ACTOR):
+        await refused(room, stranger(f"t{number}"))
+    await room.database.denials.close()
+    records = await denied(store)
+    assert len(records) <= MAX_KINDS_OF_ACTOR + 2
+    assert sum(after(record).get("count", 1) for record in records) == 5 * MAX_KINDS_OF_ACTOR
+
+
+async def test_denials_of_many_actors_are_bounded_too(
+    room: Strongroom, store: FaultyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(denials, "MAX_KINDS", 10)
+    for number in range(40):
+        await refused(room, stranger("beta", f"key:{number}"))
+    await room.database.denials.close()
+    records = await denied(store)
+    assert len(records) <= 12
+    assert sum(after(record).get("count", 1) for record in records) == 40
+
+
+async def test_a_read_key_that_asks_for_many_tenants_leaves_none_behind() -> None:
+    async with serving() as served:
+        key = await served.manager("read", "acme")
+        for number in range(40):
+            answer = await served.get(PATH.format(f"ghost-{number}"), key=key)
+            assert answer.status == 403
+        assert await served.room.store.tenants() == []
+        records = (await served.room.store.changes(None)).records
+        assert {record.tenant for record in records if record.action == "deny"} == {None}
+        assert sum(record.action == "deny" for record in records) <= MAX_KINDS_OF_ACTOR + 1
+
+
+async def test_a_denial_that_cannot_be_journalled_is_not_counted_as_written(
+    room: Strongroom, store: FaultyStore
+) -> None:
+    commit = store.store.commit
+
+    def fail(batch: Any) -> Any:
+        raise OSError("gone")
+
+    store.store.commit = fail  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="gone"):
+        await room.database.find(stranger("beta"), Note)
+    store.store.commit = commit  # type: ignore[method-assign]
+    await refused(room, stranger("beta"))
+    assert len(await denied(store)) == 1
+
+
+@given(st.text(st.characters(exclude_characters="\x00", exclude_categories=["Cs"]), min_size=1, max_size=30))
+def test_a_tenant_is_looked_for_behind_a_text_that_is_less(name: str) -> None:
+    before = _just_before(name)
+    assert before.encode() < name.encode()
+
+
+async def test_the_tenants_of_a_store_are_told_from_others(room: Strongroom) -> None:
+    for tenant in ("a", "ab", "b", "\ue000", "é"):
+        await room.database.create(system_context(tenant), Note())
+    found = [tenant for tenant in ("a", "ab", "b", "\ue000", "é", "aa", "c", "\x01", "\ud7ff")
+             if await room.database.denials._is_tenant(tenant)]  # fmt: skip
+    assert found == ["a", "ab", "b", "\ue000", "é"]
