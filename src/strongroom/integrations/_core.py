@@ -10,11 +10,11 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 from ipaddress import ip_network
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypedDict
 from urllib.parse import quote
 
 import msgspec
@@ -25,7 +25,6 @@ from ..errors import InvalidInput, Problem, StrongroomError
 from ..keys import Charged, LimitStatus, Verification, cost_units
 from ..limits import MONEY, Amount
 
-T = TypeVar("T")
 Cost = Mapping[str, Amount]
 
 AUTHORIZATION = "authorization"
@@ -59,29 +58,57 @@ class Asked(TypedDict, total=False):
     route: str | None
 
 
-@dataclass(frozen=True, slots=True)
 class Presented:
     """A key as a request presented it, and what the request asks of it."""
 
-    text: str = field(repr=False)
-    header: str
-    asked: Asked
+    __slots__ = ("asked", "header", "secret")
+
+    def __init__(self, secret: str, header: str, asked: Asked) -> None:
+        self.secret = secret
+        self.header = header
+        self.asked = asked
 
     @classmethod
-    def of(cls, text: str, header: str, **asked: Any) -> Presented:
-        """What is asked, without what is not said."""
+    def of(cls, secret: str, header: str, **asked: Any) -> Presented:
+        """What is asked, without the values that are None."""
         said: Any = {name: value for name, value in asked.items() if value is not None}
-        return cls(text, header, said)
+        return cls(secret, header, said)
 
     def asking(self, **more: Any) -> Presented:
         """The same key, asked for something else as well."""
-        return Presented.of(self.text, self.header, **{**self.asked, **more})
+        return Presented.of(self.secret, self.header, **{**self.asked, **more})
+
+
+class Requirements:
+    """What an integration asks of each request's key: `permission`, `cost`, `model` and the like, each a value or a
+    function of the request. Values are checked and collected once, at the start. Raises InvalidInput for a wrong cost.
+    """
+
+    __slots__ = ("_functions", "_values")
+
+    def __init__(self, **settings: Any) -> None:
+        cost = settings.get("cost")
+        if cost is not None and not callable(cost):
+            cost_units(cost)  # a wrong one stops the start, not each request
+        self._values: dict[str, Any] = {
+            name: value for name, value in settings.items() if value is not None and not callable(value)
+        }
+        self._functions = tuple((name, value) for name, value in settings.items() if callable(value))
+
+    def of(self, request: Any) -> dict[str, Any]:
+        """What this request asks, in a dict of the caller's own."""
+        asked = self._values.copy()
+        for name, function in self._functions:
+            value = function(request)
+            if value is not None:
+                asked[name] = value
+        return asked
 
 
 async def verified(room: Strongroom, presented: Presented) -> Charged:
     """The verification of a key that may be used; `returned` takes it back. Raises KeyRefused."""
     try:
-        charged = await room.keys.verify_charged(presented.text, **presented.asked)
+        charged = await room.keys.verify_charged(presented.secret, **presented.asked)
     except StrongroomError as error:
         raise KeyRefused(refusal_of_error(error)) from error
     if not charged.answer.valid:
@@ -326,17 +353,3 @@ class Paths:
 
     def __contains__(self, path: str) -> bool:
         return path in self._exact or (bool(self._beginnings) and path.startswith(self._beginnings))
-
-
-def checked_cost(cost: Cost | None) -> Cost | None:
-    """A cost that is known beforehand. Raises InvalidInput, so that a wrong one stops the start, not each request."""
-    if cost is not None:
-        cost_units(cost)
-    return cost
-
-
-def constant_or_of(value: T | Callable[[Any], T | None] | None) -> Callable[[Any], T | None]:
-    """A setting that is a value for all requests, or a function of the request."""
-    if callable(value):
-        return value
-    return lambda _: value

@@ -114,7 +114,7 @@ class Hold:
         if self._reservation is not None:
             raise RuntimeError("this was reserved already")
         try:
-            answer = await self._keys.reserve(self._presented.text, ttl_s=self._ttl_s, **self._presented.asked)
+            answer = await self._keys.reserve(self._presented.secret, ttl_s=self._ttl_s, **self._presented.asked)
         except StrongroomError as error:
             raise KeyRefused(refusal_of_error(error)) from error
         if not answer.valid:

@@ -138,11 +138,11 @@ class Desk:
     def presented(self, environ: Mapping[str, Any], route: str, **asked: Any) -> Presented:
         """The key of a request, from its WSGI environment. Raises KeyRefused (401) if there is none."""
         value = environ.get(self.variable)
-        text = credential(self.header, [value.encode("latin-1", "replace")] if value is not None else [])
+        secret = credential(self.header, [value.encode("latin-1", "replace")] if value is not None else [])
         forwarded: str | None = environ.get("HTTP_X_FORWARDED_FOR") if self._trusted else None
         hops = [forwarded.encode("latin-1", "replace")] if forwarded is not None else []
         ip = client_address(environ.get("REMOTE_ADDR") or None, hops, self._trusted)
-        return Presented.of(text, self.header, route=route, ip=ip, **asked)
+        return Presented.of(secret, self.header, route=route, ip=ip, **asked)
 
     def verify(self, presented: Presented) -> Charged:
         """Raises KeyRefused."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field, replace
 from typing import Any, Unpack
 
 from ..app import OpenOptions, Strongroom
@@ -19,9 +18,8 @@ from ._core import (
     Paths,
     Presented,
     Refusal,
-    checked_cost,
+    Requirements,
     checked_header,
-    constant_or_of,
     credential,
     leased,
     networks,
@@ -47,21 +45,27 @@ _GUARDED = "strongroom.guarded"
 _PROXIES = "strongroom.trusted_proxies"
 _SHOWN = "strongroom.limits_shown"
 """Set once the RateLimit headers are on the answer: an application may be inside two of these middlewares."""
+_OWN_STATE = "strongroom.state"
+"""The request's own state, once it has one: the server's may be one dict for all requests."""
 _KINDS = frozenset(("http", "websocket"))
 _ACCEPTED = frozenset(("websocket.accept", "websocket.close", "websocket.http.response.start"))
 POLICY_VIOLATION = 1008
 
 
-@dataclass(frozen=True, slots=True)
 class Guarded:
-    """A request whose key is verified: what another question about the same key needs."""
+    """A request whose key is verified: what another question about the same key needs.
 
-    room: Strongroom
-    presented: Presented
-    holds: list[Hold] = field(default_factory=list)
-    """Reservations made for this request, settled at its end if they are not before."""
-    charges: list[Charged] = field(default_factory=list)
-    """What it was charged already: taken back if it is refused all the same."""
+    `holds`: reservations made for this request, settled at its end if they are not before. `charges`: what it was
+    charged already, taken back if it is refused after all.
+    """
+
+    __slots__ = ("charges", "holds", "presented", "room")
+
+    def __init__(self, room: Strongroom, presented: Presented, *charges: Charged) -> None:
+        self.room = room
+        self.presented = presented
+        self.holds: list[Hold] = []
+        self.charges: list[Charged] = list(charges)
 
 
 class Door:
@@ -74,9 +78,17 @@ class Door:
         self._name = self.header.encode()
 
     def key(self, scope: Scope) -> str:
-        """The key's text. Raises KeyRefused (401)."""
+        """The key's secret. Raises KeyRefused (401)."""
         name = self._name
         return credential(self.header, [value for found, value in scope["headers"] if found == name])
+
+    def presented(self, scope: Scope, asked: Any, trusted: Sequence[Network] | None = None) -> Presented:
+        """The request's key and what it asks: `asked`, from the client's address. Raises KeyRefused (401)."""
+        secret = self.key(scope)
+        ip = address_of(scope, trusted)
+        if ip is not None:
+            asked["ip"] = ip
+        return Presented(secret, self.header, asked)
 
 
 def address_of(scope: Scope, trusted: Sequence[Network] | None = None) -> str | None:
@@ -148,7 +160,7 @@ class RoomMiddleware:
         if kind == "lifespan":
             await self._lifespan(scope, receive, send)
         elif kind in _KINDS:
-            scope["state"] = {**scope.get("state", {}), STATE: self._opened(scope)}
+            scope["state"] = scope[_OWN_STATE] = {**scope.get("state", {}), STATE: self._opened(scope)}
             if self._trusted or _PROXIES not in scope:  # a mounted application's own middleware has none of its own
                 scope[_PROXIES] = self._trusted
             await self._inside(scope, receive, send)
@@ -261,10 +273,7 @@ class StrongroomMiddleware(RoomMiddleware):
             rate_limit_headers=rate_limit_headers,
             **options,
         )
-        self._permission = constant_or_of(permission)
-        self._cost = constant_or_of(cost if callable(cost) else checked_cost(cost))
-        self._model = constant_or_of(model)
-        self._route = constant_or_of(route)
+        self._requirements = Requirements(permission=permission, cost=cost, model=model, route=route)
         self._exempt = Paths(exempt)
         self._door = Door(header)
         self._concurrency = concurrency
@@ -293,16 +302,7 @@ class StrongroomMiddleware(RoomMiddleware):
             await self._inside(scope, receive, send)
 
     def _guarded(self, scope: Scope, room: Strongroom) -> Guarded:
-        presented = Presented.of(
-            self._door.key(scope),
-            self._door.header,
-            cost=self._cost(scope),
-            permission=self._permission(scope),
-            ip=address_of(scope, self._trusted),
-            model=self._model(scope),
-            route=self._route(scope),
-        )
-        return Guarded(room, presented)
+        return Guarded(room, self._door.presented(scope, self._requirements.of(scope), self._trusted))
 
 
 async def _concurrency(guarded: Guarded) -> Hold:
@@ -363,11 +363,14 @@ def remember(scope: Scope, guarded: Guarded, answer: Verification) -> None:
     if before is not None:  # verified by a middleware, and once more by a dependency
         guarded.holds.extend(before.holds)
         before.charges.extend(guarded.charges)  # one list, whichever of them takes the charges back
-        guarded = replace(guarded, charges=before.charges)
+        guarded.charges = before.charges
     scope[KEY] = answer
     scope[_GUARDED] = guarded
-    # A state of its own: not every server copies the lifespan's for each request.
-    scope["state"] = {**scope.get("state", {}), STATE: guarded.room, STATE_KEY: answer}
+    state = scope.get("state", {})
+    if state is not scope.get(_OWN_STATE):  # not every server copies the lifespan's state for each request
+        state = scope["state"] = scope[_OWN_STATE] = dict(state)
+    state[STATE] = guarded.room
+    state[STATE_KEY] = answer
 
 
 async def give_back(scope: Mapping[str, Any]) -> None:

@@ -31,8 +31,7 @@ from ._core import (
     KeyRefused,
     Paths,
     Presented,
-    checked_cost,
-    constant_or_of,
+    Requirements,
     rate_limit_headers,
 )
 from ._hold import TTL_S
@@ -62,18 +61,6 @@ _MARK = "__strongroom_own__"
 _GUARD = "_strongroom"
 
 
-class _Asks:
-    """What a view, or all of them, ask of a key: values, or functions of the request."""
-
-    def __init__(self, permission: Any, cost: Any, model: Any) -> None:
-        self._permission = constant_or_of(permission)
-        self._cost = constant_or_of(cost if callable(cost) else checked_cost(cost))
-        self._model = constant_or_of(model)
-
-    def of(self, request: Request) -> dict[str, Any]:
-        return {"permission": self._permission(request), "cost": self._cost(request), "model": self._model(request)}
-
-
 class _Guard:
     """One request's way to its room, and what was verified and reserved for it."""
 
@@ -84,15 +71,15 @@ class _Guard:
         self.holds: list[BlockingHold] = []
         self.charges: list[Charged] = []
 
-    def verify(self, request: Request, asks: _Asks) -> None:
+    def verify(self, request: Request, asks: Requirements) -> None:
         presented = self._present(request, asks)
         self.let_in(request, presented, self.desk.verify(presented))
 
-    async def averify(self, request: Request, asks: _Asks) -> None:
+    async def averify(self, request: Request, asks: Requirements) -> None:
         presented = self._present(request, asks)
         self.let_in(request, presented, await self.desk.averify(presented))
 
-    def _present(self, request: Request, asks: _Asks) -> Presented:
+    def _present(self, request: Request, asks: Requirements) -> Presented:
         return self.desk.presented(request.META, _route(request), **asks.of(request))
 
     def let_in(self, request: Request, presented: Presented, charged: Charged) -> None:
@@ -137,7 +124,7 @@ class StrongroomMiddleware:
             trusted_proxies=found.get("trusted_proxies", ()),
             options=found.get("options", {}),
         )
-        self._asks = _Asks(found.get("permission"), found.get("cost"), found.get("model"))
+        self._asks = Requirements(permission=found.get("permission"), cost=found.get("cost"), model=found.get("model"))
         self._exempt = Paths(found.get("exempt", ()))
         self._everywhere = bool(found.get("everywhere", True))
         self._with_headers = bool(found.get("rate_limit_headers", True))
@@ -231,7 +218,7 @@ def api_key(
 
     `cost` is one request unless it is given. The middleware must be in MIDDLEWARE; ImproperlyConfigured if it is not.
     """
-    asks = _Asks(permission, cost, model)
+    asks = Requirements(permission=permission, cost=cost, model=model)
 
     def decorate(view: View) -> View:
         wrapper: Any

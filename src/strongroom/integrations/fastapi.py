@@ -27,9 +27,7 @@ from ._core import (
     MEDIA_TYPE,
     Cost,
     KeyRefused,
-    Presented,
-    checked_cost,
-    constant_or_of,
+    Requirements,
     networks,
     verified,
 )
@@ -39,7 +37,6 @@ from .asgi import (
     Guarded,
     Hold,
     RoomMiddleware,
-    address_of,
     remember,
     reserve,
     route_of,
@@ -101,9 +98,7 @@ class ApiKeyAuth(SecurityBase):
         scheme_name: str = "ApiKey",
         description: str | None = None,
     ) -> None:
-        self._permission = constant_or_of(permission)
-        self._cost = constant_or_of(cost if callable(cost) else checked_cost(cost))
-        self._model = constant_or_of(model)
+        self._requirements = Requirements(permission=permission, cost=cost, model=model)
         self._door = Door(header)
         self.scheme_name = scheme_name
         if self._door.header == AUTHORIZATION:
@@ -119,17 +114,11 @@ class ApiKeyAuth(SecurityBase):
             raise ConfigError(
                 "call strongroom.integrations.fastapi.install(app, url=…) first; install(app) for one that is mounted"
             )
-        presented = Presented.of(
-            self._door.key(scope),
-            self._door.header,
-            cost=self._cost(connection),
-            permission=self._permission(connection),
-            ip=address_of(scope),
-            model=self._model(connection),
-            route=route_of(scope),
-        )
+        asked = self._requirements.of(connection)
+        asked["route"] = route_of(scope)
+        presented = self._door.presented(scope, asked)
         charged = await verified(room, presented)
-        remember(scope, Guarded(room, presented, charges=[charged]), charged.answer)
+        remember(scope, Guarded(room, presented, charged), charged.answer)
         return charged.answer
 
 

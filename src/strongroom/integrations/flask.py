@@ -27,8 +27,7 @@ from ._core import (
     KeyRefused,
     Paths,
     Presented,
-    checked_cost,
-    constant_or_of,
+    Requirements,
     rate_limit_headers,
 )
 from ._hold import TTL_S
@@ -163,14 +162,10 @@ class ApiKeys:
         cost: Cost | Callable[[], Cost | None] | None,
         model: str | Callable[[], str | None] | None,
     ) -> Callable[[], None]:
-        permission_of = _called(permission)
-        cost_of = _called(cost if callable(cost) else checked_cost(cost))
-        model_of = _called(model)
+        asks = Requirements(permission=_called(permission), cost=_called(cost), model=_called(model))
 
         def verify() -> None:
-            presented = self._desk.presented(
-                request.environ, _route(), permission=permission_of(None), cost=cost_of(None), model=model_of(None)
-            )
+            presented = self._desk.presented(request.environ, _route(), **asks.of(None))
             charged = self._desk.verify(presented)
             setattr(g, _PRESENTED, presented)
             setattr(g, _ANSWER, charged.answer)
@@ -194,15 +189,9 @@ class ApiKeys:
         return response
 
 
-T = TypeVar("T")
-
-
-def _called(value: T | Callable[[], T | None] | None) -> Callable[[Any], T | None]:
-    """Flask's functions take no argument: the request is in the context."""
-    if callable(value):
-        ask: Callable[[], T | None] = value
-        return lambda _: ask()
-    return constant_or_of(value)
+def _called(value: Any) -> Any:
+    """A setting as Requirements takes it: Flask's functions take no argument, the request is in the context."""
+    return (lambda _: value()) if callable(value) else value
 
 
 def _route() -> str:

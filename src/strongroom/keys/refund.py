@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..limits import Amount, KeyChanged, Metered, Part, Patience
 from .verification import (
@@ -17,8 +17,7 @@ from .verification import (
 from .verifier import Verifier
 
 
-@dataclass(frozen=True, slots=True)
-class Charged:
+class Charged(NamedTuple):
     """The answer to a verification, and what of it can be taken back: how many units, when, and for what."""
 
     answer: Verification

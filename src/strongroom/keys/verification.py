@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
@@ -10,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from ..client_address import MAX_ADDRESS_CHARS
 from ..context import utc_from_us
 from ..entities import RESOURCE_PATTERN
 from ..errors import InvalidInput, Problem
@@ -133,10 +135,19 @@ def cost_units(cost: Mapping[str, Any], *, reserving: bool = False) -> dict[str,
 
 
 def check_address(ip: str) -> None:
+    """Raises InvalidInput for a text that is no address."""
     try:
-        ip_address(ip)
+        if len(ip) > MAX_ADDRESS_CHARS:  # not kept: an IPv6 zone may be as long as a request
+            ip_address(ip)
+        else:
+            _check_address(ip)
     except ValueError:
         raise InvalidInput([Problem("ip", f"found {ip[:64]!r}, expected an IPv4 or IPv6 address")]) from None
+
+
+@functools.lru_cache(maxsize=4_096)
+def _check_address(ip: str) -> None:
+    ip_address(ip)
 
 
 # --- Answers ---------------------------------------------------------------------------------------------------
