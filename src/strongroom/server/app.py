@@ -38,6 +38,7 @@ from .routes import (
     entities,
     health,
     keys,
+    keys_bulk,
     leaks,
     quotas,
     reservations,
@@ -236,7 +237,10 @@ def build(
         generate_unique_id_function=lambda route: route.name,
     )
     _handle_errors(api)
-    for module in (health, stats, usage, reservations, webhooks, leaks, quotas, keys, audit, entities):
+    api.state.services, api.state.room = services, room
+    for module in (health, stats, usage, reservations, leaks, quotas, keys, keys_bulk, audit):
+        api.include_router(module.routes)
+    for module in (webhooks, entities):
         api.include_router(module.router(services))
     openapi.serve(api)
     return Application(services, api)

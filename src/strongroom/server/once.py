@@ -33,7 +33,7 @@ from ..errors import (
     Unavailable,
 )
 from ..storage.port import Delete, Put
-from .wire import exactly
+from .wire import exactly, room_of
 
 T = TypeVar("T")
 _KEPT_HEADERS = ("content-type", "etag")
@@ -75,7 +75,6 @@ async def request_key(request: Request, context: Context) -> RequestKey | None:
 
 async def once(
     request: Request,
-    database: Database,
     context: Context,
     work: Callable[[RequestKey | None], Awaitable[T]],
     again: Callable[[Replayed], Awaitable[T]],
@@ -83,7 +82,7 @@ async def once(
     """What `work` gives, which passes the key on to its transaction; if this request was done before, what `again`
     makes of that. It is asked first of all: what is removed, or changed since, does not stand in a repeat's way."""
     key = await request_key(request, context)
-    replayed = await database.repeated(context, Idempotency.of(key))
+    replayed = await room_of(request).database.repeated(context, Idempotency.of(key))
     if replayed is not None:
         return await again(replayed)
     if key is not None:

@@ -6,10 +6,12 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from fastapi import Request
+
 from ..app import Strongroom
 from ..client_address import Network
 from ..database import Transaction
-from ..errors import StrongroomError, TooManyRequests
+from ..errors import TooManyRequests
 from .auth import Authenticator, Caller
 from .errors import ShuttingDown
 from .metrics import Metrics
@@ -159,9 +161,15 @@ class Services:
         self.closing.set()
 
 
+def services_of(request: Request) -> Services:
+    """What the application that a request came to has at hand: handlers are module-level functions."""
+    services: Services = request.app.state.services
+    return services
+
+
 def _who(caller: Caller) -> str:
     """Whose share a caller takes: its tenant's, whichever of its keys it uses, or of no tenant, the key's."""
     return f"tenant:{caller.tenant}" if caller.tenant is not None else caller.actor
 
 
-__all__ = ["Bounds", "Services", "StrongroomError"]
+__all__ = ["Bounds", "Services", "services_of"]

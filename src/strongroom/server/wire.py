@@ -14,6 +14,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 
+from ..app import Strongroom
 from ..context import Context, kind_of, new_id, repeated_name
 from ..entities import problems_of
 from ..errors import Conflict, InvalidInput, NotFound, Problem
@@ -146,6 +147,12 @@ def request_id_of(headers: Any) -> str:
                 return text
             break
     return new_id()
+
+
+def room_of(request: Request) -> Strongroom:
+    """The opened store of the application that a request came to."""
+    room: Strongroom = request.app.state.room
+    return room
 
 
 def caller_of(request: Request) -> Caller:

@@ -11,10 +11,11 @@ from pydantic import BaseModel, Field
 from ...cooperative import in_slices
 from ...entities import DEFAULT_LIMIT, MAX_LIMIT
 from ..auth import Scope
-from ..services import Services
 from ..shapes import Closed, Moment
-from ..wire import caller_of, context_of
+from ..wire import caller_of, context_of, room_of
 from .entities import Document
+
+routes = APIRouter(tags=["audit"])
 
 PATH = "/v1/audit"
 
@@ -55,19 +56,14 @@ class AuditListQuery(Closed):
     cursor: str | None = Field(None, description="The `next_cursor` of the page before.")
 
 
-def router(services: Services) -> APIRouter:
-    routes = APIRouter(tags=["audit"])
-    audit = services.room.audit
-
-    @routes.get(PATH, response_model=AuditListOut, summary="Who changed what, oldest first")
-    async def list_audit(request: Request, query: Annotated[AuditListQuery, Query()]) -> Response:
-        """For an administrator of all tenants, and of its own tenant for any management key that is bound to one."""
-        caller = caller_of(request)
-        caller.needs(Scope.ADMIN if caller.tenant is None else Scope.READ)
-        page = await audit.list(**query.model_dump(), context=context_of(request))
-        return Document({"items": await in_slices(shown, page.items), "next_cursor": page.next_cursor})
-
-    return routes
+@routes.get(PATH, response_model=AuditListOut, summary="Who changed what, oldest first")
+async def list_audit(request: Request, query: Annotated[AuditListQuery, Query()]) -> Response:
+    """For an administrator of all tenants, and of its own tenant for any management key that is bound to one."""
+    audit = room_of(request).audit
+    caller = caller_of(request)
+    caller.needs(Scope.ADMIN if caller.tenant is None else Scope.READ)
+    page = await audit.list(**query.model_dump(), context=context_of(request))
+    return Document({"items": await in_slices(shown, page.items), "next_cursor": page.next_cursor})
 
 
 def shown(record: Any) -> dict[str, Any]:

@@ -12,43 +12,43 @@ from ...errors import Unauthenticated, Unavailable
 from ...health import Dependency
 from ..auth import Scope, authorization
 from ..metrics import CONTENT_TYPE
-from ..services import Services
+from ..services import services_of
 from ..shapes import AliveOut, ReadyOut
 from ..wire import Json
 
+routes = APIRouter(tags=["health"])
 
-def router(services: Services) -> APIRouter:
-    routes = APIRouter(tags=["health"])
+
+@routes.get("/healthz", response_model=AliveOut, summary="Alive")
+async def healthz() -> Response:
+    """The process answers. It says nothing of what it depends on."""
+    return Json({"status": "ok"})
+
+
+@routes.get("/readyz", response_model=ReadyOut, responses={503: {"model": ReadyOut}}, summary="Ready")
+async def readyz(request: Request) -> Response:
+    """Each dependency, its latency, and whether it is degraded. 503 if requests would fail. The details are for
+    callers with a management key."""
+    services = services_of(request)
     room = services.room
+    found = await health.check(room.store, room.feed, room.clock, room.background, room.cache)
+    try:
+        caller = await services.authenticator.caller(authorization(request.scope["headers"]), request.scope)
+        may_see = caller.scope >= Scope.READ
+    except (Unauthenticated, Unavailable):
+        may_see = False
+    stopping = services.closing.is_set()
+    worst = health.overall(found)
+    status = "stopping" if stopping else "ready" if worst == "ok" else worst
+    ready = not stopping and worst != "unavailable"
+    dependencies = {name: shown(dependency, may_see) for name, dependency in found.items()}
+    return Json({"status": status, "ready": ready, "dependencies": dependencies}, 200 if ready else 503)
 
-    @routes.get("/healthz", response_model=AliveOut, summary="Alive")
-    async def healthz() -> Response:
-        """The process answers. It says nothing of what it depends on."""
-        return Json({"status": "ok"})
 
-    @routes.get("/readyz", response_model=ReadyOut, responses={503: {"model": ReadyOut}}, summary="Ready")
-    async def readyz(request: Request) -> Response:
-        """Each dependency, its latency, and whether it is degraded. 503 if requests would fail. The details are for
-        callers with a management key."""
-        found = await health.check(room.store, room.feed, room.clock, room.background, room.cache)
-        try:
-            caller = await services.authenticator.caller(authorization(request.scope["headers"]), request.scope)
-            may_see = caller.scope >= Scope.READ
-        except (Unauthenticated, Unavailable):
-            may_see = False
-        stopping = services.closing.is_set()
-        worst = health.overall(found)
-        status = "stopping" if stopping else "ready" if worst == "ok" else worst
-        ready = not stopping and worst != "unavailable"
-        dependencies = {name: shown(dependency, may_see) for name, dependency in found.items()}
-        return Json({"status": status, "ready": ready, "dependencies": dependencies}, 200 if ready else 503)
-
-    @routes.get("/metrics", summary="Metrics", response_class=PlainTextResponse)
-    async def metrics() -> Response:
-        """This process's metrics in Prometheus' text format."""
-        return Response(services.metrics.text(), media_type=CONTENT_TYPE)
-
-    return routes
+@routes.get("/metrics", summary="Metrics", response_class=PlainTextResponse)
+async def metrics(request: Request) -> Response:
+    """This process's metrics in Prometheus' text format."""
+    return Response(services_of(request).metrics.text(), media_type=CONTENT_TYPE)
 
 
 def shown(dependency: Dependency, details: bool) -> dict[str, Any]:

@@ -15,11 +15,11 @@ from ...cooperative import in_slices
 from ...database import Replayed, RequestKey
 from ...entities import found_in, size_of
 from ...errors import InvalidInput, Problem
-from ...keys import ApiKey, IssuedKey, KeyChanges, KeyStats, NewKey, is_allowed
+from ...keys import ApiKey, IssuedKey, KeyChanges, Keys, KeyStats, NewKey, is_allowed
 from ..auth import Caller, Scope, is_management
 from ..once import idempotency_key, nothing, once
 from ..openapi import about, body, may_be_unchanged, takes, tells
-from ..services import MAX_BATCH_ITEMS, Services
+from ..services import MAX_BATCH_ITEMS, services_of
 from ..shapes import (
     DeleteQuery,
     IssuedKeyOut,
@@ -42,214 +42,234 @@ from ..wire import (
     etag,
     not_modified,
     read,
+    room_of,
 )
-from . import keys_bulk
 from .keys_fields import K, parsed
 
+routes = APIRouter(prefix="/v1/keys", tags=["keys"])
 
-def router(services: Services) -> APIRouter:
-    routes = APIRouter(prefix="/v1/keys", tags=["keys"])
-    keys, database = services.room.keys, services.room.database
 
-    @routes.post(
-        "",
-        status_code=201,
-        response_model=IssuedKeyOut,
-        openapi_extra=about(body(NewKey), tells("ETag", "Location", status=201)),
-        summary="Make a key",
-    )
-    async def create_key(request: Request) -> Response:
-        """The answer has the key's text (`key`), this once. `tenant` is `default` unless the caller is bound to one.
-        A key with a `strongroom:` permission is a management key: only an administrator makes one."""
-        caller = _writer(request)
-        new = await _parsed(request, NewKey, {"tenant": caller.tenant} if caller.tenant is not None else {})
-        _guard(caller, new.permissions, new.tenant)
-        context = context_of(request)
+@routes.post(
+    "",
+    status_code=201,
+    response_model=IssuedKeyOut,
+    openapi_extra=about(body(NewKey), tells("ETag", "Location", status=201)),
+    summary="Make a key",
+)
+async def create_key(request: Request) -> Response:
+    """The answer has the key's text (`key`), this once. `tenant` is `default` unless the caller is bound to one.
+    A key with a `strongroom:` permission is a management key: only an administrator makes one."""
+    keys = room_of(request).keys
+    caller = _writer(request)
+    new = await _parsed(request, NewKey, {"tenant": caller.tenant} if caller.tenant is not None else {})
+    _guard(caller, new.permissions, new.tenant)
+    context = context_of(request)
 
-        async def work(key: RequestKey | None) -> IssuedKey:
-            return await keys.create(new, context=context, idempotency_key=key)
+    async def work(key: RequestKey | None) -> IssuedKey:
+        return await keys.create(new, context=context, idempotency_key=key)
 
-        issued = await once(request, database, context, work, issued_before(context))
-        return _answer(issued.key, 201, {"location": f"/v1/keys/{quote(issued.key.id, safe='')}"}, key=issued.text)
+    issued = await once(request, context, work, _issued_before(keys, context))
+    return _answer(issued.key, 201, {"location": f"/v1/keys/{quote(issued.key.id, safe='')}"}, key=issued.text)
 
-    @routes.get("", response_model=KeyListOut, summary="List keys, newest first")
-    async def list_keys(request: Request, query: Annotated[KeyListQuery, Query()]) -> Response:
-        caller_of(request).needs(Scope.READ)
-        page = await keys.list(**query.model_dump(), context=context_of(request))
-        return Json({"items": await in_slices(ApiKey.shown, page.items), "next_cursor": page.next_cursor})
 
-    @routes.get("/{id}", response_model=KeyOut, openapi_extra=may_be_unchanged(), summary="One key")
-    async def get_key(request: Request, id: str, query: Annotated[KeyQuery, Query()]) -> Response:
-        caller_of(request).needs(Scope.READ)
-        key = await keys.get(id, deleted=query.deleted, context=context_of(request))
-        if not_modified(request, key.version):
-            return Response(status_code=304, headers={"etag": etag(key.version)})
-        return _answer(key)
+@routes.get("", response_model=KeyListOut, summary="List keys, newest first")
+async def list_keys(request: Request, query: Annotated[KeyListQuery, Query()]) -> Response:
+    keys = room_of(request).keys
+    caller_of(request).needs(Scope.READ)
+    page = await keys.list(**query.model_dump(), context=context_of(request))
+    return Json({"items": await in_slices(ApiKey.shown, page.items), "next_cursor": page.next_cursor})
 
-    @routes.patch(
-        "/{id}",
-        response_model=KeyOut,
-        openapi_extra=about(body(KeyChanges), takes("If-Match"), tells("ETag")),
-        summary="Change some fields of a key",
-    )
-    async def update_key(request: Request, id: str) -> Response:
-        """Fields that are not given stay. Usage stays counted where a limit's resource and window stay the same."""
-        caller = _writer(request)
-        context = context_of(request)
 
-        async def work(key: RequestKey | None) -> ApiKey:
-            changes = await _parsed(request, KeyChanges)
-            before = await _own(request, id)
-            _guard(caller, changes.permissions if "permissions" in changes.model_fields_set else (), before.tenant)
-            if id == caller.key.id:
-                _stay_usable(changes.allowed_ips or (), services.authenticator.address(request.scope))
-            with Preconditions(request) as preconditions:
-                expected = await preconditions.expected(_version_of(before))
-                return await keys.update(id, changes, context=context, expected=expected, idempotency_key=key)
+@routes.get("/{id}", response_model=KeyOut, openapi_extra=may_be_unchanged(), summary="One key")
+async def get_key(request: Request, id: str, query: Annotated[KeyQuery, Query()]) -> Response:
+    keys = room_of(request).keys
+    caller_of(request).needs(Scope.READ)
+    key = await keys.get(id, deleted=query.deleted, context=context_of(request))
+    if not_modified(request, key.version):
+        return Response(status_code=304, headers={"etag": etag(key.version)})
+    return _answer(key)
 
-        return _answer(await once(request, database, context, work, answered_before(context)))
 
-    @routes.delete(
-        "/{id}", status_code=204, response_class=Response, openapi_extra=takes("If-Match"), summary="Delete a key"
-    )
-    async def delete_key(request: Request, id: str, query: Annotated[DeleteQuery, Query()]) -> Response:
-        """Its texts are unknown from now on. For 30 days `restore` takes that back; then it is removed for good, with
-        its usage. `purge` removes it for good now, one that was deleted before too."""
-        _writer(request)
-        context = context_of(request)
+@routes.patch(
+    "/{id}",
+    response_model=KeyOut,
+    openapi_extra=about(body(KeyChanges), takes("If-Match"), tells("ETag")),
+    summary="Change some fields of a key",
+)
+async def update_key(request: Request, id: str) -> Response:
+    """Fields that are not given stay. Usage stays counted where a limit's resource and window stay the same."""
+    services = services_of(request)
+    keys = services.room.keys
+    caller = _writer(request)
+    context = context_of(request)
 
-        async def work(key: RequestKey | None) -> None:
-            before = await _own(request, id, deleted=query.purge)
-            with Preconditions(request) as preconditions:
-                expected = await preconditions.expected(_version_of(before))
-                await keys.delete(id, purge=query.purge, context=context, expected=expected, idempotency_key=key)
+    async def work(key: RequestKey | None) -> ApiKey:
+        changes = await _parsed(request, KeyChanges)
+        before = await _own(request, id)
+        _guard(caller, changes.permissions if "permissions" in changes.model_fields_set else (), before.tenant)
+        if id == caller.key.id:
+            _stay_usable(changes.allowed_ips or (), services.authenticator.address(request.scope))
+        with Preconditions(request) as preconditions:
+            expected = await preconditions.expected(_version_of(before))
+            return await keys.update(id, changes, context=context, expected=expected, idempotency_key=key)
 
-        await once(request, database, context, work, nothing)
-        return Response(status_code=204)
+    return _answer(await once(request, context, work, _answered_before(keys, context)))
 
-    @routes.post(
-        "/{id}/restore", response_model=KeyOut, openapi_extra=tells("ETag"), summary="Take the deletion of a key back"
-    )
-    async def restore_key(request: Request, id: str) -> Response:
-        """Within 30 days; the key is as it was. Of a key that was not deleted it changes nothing."""
-        return _answer(await changed(request, id, keys.restore, deleted=True))
 
-    @routes.post(
-        "/{id}/disable", response_model=KeyOut, openapi_extra=tells("ETag"), summary="Refuse a key from now on"
-    )
-    async def disable_key(request: Request, id: str) -> Response:
-        return _answer(await changed(request, id, keys.disable))
+@routes.delete(
+    "/{id}", status_code=204, response_class=Response, openapi_extra=takes("If-Match"), summary="Delete a key"
+)
+async def delete_key(request: Request, id: str, query: Annotated[DeleteQuery, Query()]) -> Response:
+    """Its texts are unknown from now on. For 30 days `restore` takes that back; then it is removed for good, with
+    its usage. `purge` removes it for good now, one that was deleted before too."""
+    keys = room_of(request).keys
+    _writer(request)
+    context = context_of(request)
 
-    @routes.post("/{id}/enable", response_model=KeyOut, openapi_extra=tells("ETag"), summary="Accept a key again")
-    async def enable_key(request: Request, id: str) -> Response:
-        return _answer(await changed(request, id, keys.enable))
+    async def work(key: RequestKey | None) -> None:
+        before = await _own(request, id, deleted=query.purge)
+        with Preconditions(request) as preconditions:
+            expected = await preconditions.expected(_version_of(before))
+            await keys.delete(id, purge=query.purge, context=context, expected=expected, idempotency_key=key)
 
-    @routes.post(
-        "/{id}/rotate",
-        response_model=IssuedKeyOut,
-        openapi_extra=about(body(RotateIn, required=False), takes("If-Match"), tells("ETag")),
-        summary="New text",
-    )
-    async def rotate_key(request: Request, id: str) -> Response:
-        """The key gets a new text, shown this once; its id, limits and usage stay. The old text works for `overlap_s`
-        seconds more. With `hold` the new text is not shown (`key` is null) but kept, until it is claimed."""
-        _writer(request)
-        context = context_of(request)
+    await once(request, context, work, nothing)
+    return Response(status_code=204)
 
-        async def work(key: RequestKey | None) -> IssuedKey:
-            asked = await read(request, RotateIn) if await request.body() else RotateIn()
-            before = await _own(request, id)
-            with Preconditions(request) as preconditions:
-                expected = await preconditions.expected(_version_of(before))
-                overlap_s, hold = asked.overlap_s, asked.hold
-                return await keys.rotate(
-                    id, overlap_s=overlap_s, hold=hold, context=context, expected=expected, idempotency_key=key
-                )
 
-        issued = await once(request, database, context, work, issued_before(context))
-        return _answer(issued.key, key=issued.text or None)
+@routes.post(
+    "/{id}/restore", response_model=KeyOut, openapi_extra=tells("ETag"), summary="Take the deletion of a key back"
+)
+async def restore_key(request: Request, id: str) -> Response:
+    """Within 30 days; the key is as it was. Of a key that was not deleted it changes nothing."""
+    return _answer(await _changed(request, id, Keys.restore, deleted=True))
 
-    @routes.post(
-        "/{id}/claim",
-        response_model=IssuedKeyOut,
-        openapi_extra=tells("ETag"),
-        summary="The text that a rotation has held",
-    )
-    async def claim_key(request: Request, id: str) -> Response:
-        """The text of a scheduled rotation, or of one with `hold`: shown this once, then forgotten. With an
-        `Idempotency-Key` the same call again shows it again, for a day."""
-        _writer(request)
-        context = context_of(request)
 
-        async def work(key: RequestKey | None) -> IssuedKey:
-            await _own(request, id)
-            return await keys.claim(id, context=context, idempotency_key=key)
+@routes.post("/{id}/disable", response_model=KeyOut, openapi_extra=tells("ETag"), summary="Refuse a key from now on")
+async def disable_key(request: Request, id: str) -> Response:
+    return _answer(await _changed(request, id, Keys.disable))
 
-        issued = await once(request, database, context, work, issued_before(context))
-        return _answer(issued.key, key=issued.text)
 
-    @routes.get("/{id}/stats", response_model=KeyStatsOut, summary="A key's statistics")
-    async def key_stats(request: Request, id: str) -> Response:
-        caller_of(request).needs(Scope.READ)
-        return Json(_stats(await keys.stats(id, context=context_of(request))))
+@routes.post("/{id}/enable", response_model=KeyOut, openapi_extra=tells("ETag"), summary="Accept a key again")
+async def enable_key(request: Request, id: str) -> Response:
+    return _answer(await _changed(request, id, Keys.enable))
 
-    @routes.post(
-        "/verify:batch", response_model=VerifyBatchOut, openapi_extra=body(VerifyBatchIn), summary="Verify several keys"
-    )
-    async def verify_batch(request: Request) -> Response:
-        """Decided in the order given, and answered in it. If the answer is an error, some may have been debited."""
-        caller = _writer(request)
-        items = _items(await body_fields(request, exact=("items",)))
-        named = idempotency_key(request)
 
-        async def work() -> Response:
-            answers = await keys.verify_many(
-                [
-                    {
-                        "text": item["key"],
-                        **{name: item.get(name) for name in ("cost", "permission", "ip", "model", "route")},
-                        "tenant": caller.tenant,
-                        "idempotency_key": None if named is None else _nth(named, number),
-                        "actor": caller.actor,
-                    }
-                    for number, item in enumerate(items)
-                ]
+@routes.post(
+    "/{id}/rotate",
+    response_model=IssuedKeyOut,
+    openapi_extra=about(body(RotateIn, required=False), takes("If-Match"), tells("ETag")),
+    summary="New text",
+)
+async def rotate_key(request: Request, id: str) -> Response:
+    """The key gets a new text, shown this once; its id, limits and usage stay. The old text works for `overlap_s`
+    seconds more. With `hold` the new text is not shown (`key` is null) but kept, until it is claimed."""
+    keys = room_of(request).keys
+    _writer(request)
+    context = context_of(request)
+
+    async def work(key: RequestKey | None) -> IssuedKey:
+        asked = await read(request, RotateIn) if await request.body() else RotateIn()
+        before = await _own(request, id)
+        with Preconditions(request) as preconditions:
+            expected = await preconditions.expected(_version_of(before))
+            overlap_s, hold = asked.overlap_s, asked.hold
+            return await keys.rotate(
+                id, overlap_s=overlap_s, hold=hold, context=context, expected=expected, idempotency_key=key
             )
-            for answer in answers:
-                services.metrics.verified[answer.code] = services.metrics.verified.get(answer.code, 0) + 1
-            return Json({"items": answers})
 
-        return await services.answers.answered(request, context_of(request), work)
+    issued = await once(request, context, work, _issued_before(keys, context))
+    return _answer(issued.key, key=issued.text or None)
 
-    keys_bulk.add(routes, services)
 
-    async def changed(
-        request: Request, id: str, change: Callable[..., Awaitable[ApiKey]], *, deleted: bool = False
-    ) -> ApiKey:
-        """Disable, enable or restore a key."""
-        _writer(request)
-        context = context_of(request)
+@routes.post(
+    "/{id}/claim",
+    response_model=IssuedKeyOut,
+    openapi_extra=tells("ETag"),
+    summary="The text that a rotation has held",
+)
+async def claim_key(request: Request, id: str) -> Response:
+    """The text of a scheduled rotation, or of one with `hold`: shown this once, then forgotten. With an
+    `Idempotency-Key` the same call again shows it again, for a day."""
+    keys = room_of(request).keys
+    _writer(request)
+    context = context_of(request)
 
-        async def work(key: RequestKey | None) -> ApiKey:
-            await _own(request, id, deleted=deleted)
-            return await change(id, context=context, idempotency_key=key)
+    async def work(key: RequestKey | None) -> IssuedKey:
+        await _own(request, id)
+        return await keys.claim(id, context=context, idempotency_key=key)
 
-        return await once(request, database, context, work, answered_before(context))
+    issued = await once(request, context, work, _issued_before(keys, context))
+    return _answer(issued.key, key=issued.text)
 
-    def answered_before(context: Context) -> Callable[[Replayed], Awaitable[ApiKey]]:
-        return lambda replayed: keys.answered_before(replayed, context=context)
 
-    def issued_before(context: Context) -> Callable[[Replayed], Awaitable[IssuedKey]]:
-        return lambda replayed: keys.issued_before(replayed, context=context)
+@routes.get("/{id}/stats", response_model=KeyStatsOut, summary="A key's statistics")
+async def key_stats(request: Request, id: str) -> Response:
+    keys = room_of(request).keys
+    caller_of(request).needs(Scope.READ)
+    return Json(_stats(await keys.stats(id, context=context_of(request))))
 
-    async def _own(request: Request, id: str, *, deleted: bool = False) -> ApiKey:
-        """The key that is to be changed. Raises NotFound, and Denied if it is one that only administrators touch."""
-        caller = _writer(request)
-        key = await keys.get(id, deleted=deleted, context=context_of(request))
-        _guard(caller, key.permissions, key.tenant)
-        return key
 
-    return routes
+@routes.post(
+    "/verify:batch", response_model=VerifyBatchOut, openapi_extra=body(VerifyBatchIn), summary="Verify several keys"
+)
+async def verify_batch(request: Request) -> Response:
+    """Decided in the order given, and answered in it. If the answer is an error, some may have been debited."""
+    services = services_of(request)
+    keys = services.room.keys
+    caller = _writer(request)
+    items = _items(await body_fields(request, exact=("items",)))
+    named = idempotency_key(request)
+
+    async def work() -> Response:
+        answers = await keys.verify_many(
+            [
+                {
+                    "text": item["key"],
+                    **{name: item.get(name) for name in ("cost", "permission", "ip", "model", "route")},
+                    "tenant": caller.tenant,
+                    "idempotency_key": None if named is None else _nth(named, number),
+                    "actor": caller.actor,
+                }
+                for number, item in enumerate(items)
+            ]
+        )
+        for answer in answers:
+            services.metrics.verified[answer.code] = services.metrics.verified.get(answer.code, 0) + 1
+        return Json({"items": answers})
+
+    return await services.answers.answered(request, context_of(request), work)
+
+
+async def _changed(
+    request: Request, id: str, change: Callable[..., Awaitable[ApiKey]], *, deleted: bool = False
+) -> ApiKey:
+    """Disable, enable or restore a key: `change` is the method of Keys that does it."""
+    keys = room_of(request).keys
+    _writer(request)
+    context = context_of(request)
+
+    async def work(key: RequestKey | None) -> ApiKey:
+        await _own(request, id, deleted=deleted)
+        return await change(keys, id, context=context, idempotency_key=key)
+
+    return await once(request, context, work, _answered_before(keys, context))
+
+
+def _answered_before(keys: Keys, context: Context) -> Callable[[Replayed], Awaitable[ApiKey]]:
+    return lambda replayed: keys.answered_before(replayed, context=context)
+
+
+def _issued_before(keys: Keys, context: Context) -> Callable[[Replayed], Awaitable[IssuedKey]]:
+    return lambda replayed: keys.issued_before(replayed, context=context)
+
+
+async def _own(request: Request, id: str, *, deleted: bool = False) -> ApiKey:
+    """The key that is to be changed. Raises NotFound, and Denied if it is one that only administrators touch."""
+    keys = room_of(request).keys
+    caller = _writer(request)
+    key = await keys.get(id, deleted=deleted, context=context_of(request))
+    _guard(caller, key.permissions, key.tenant)
+    return key
 
 
 def _answer(

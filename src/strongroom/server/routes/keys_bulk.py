@@ -19,51 +19,52 @@ from ...errors import (
 from ...keys import ApiKey, Bulk, BulkStep, KeyChanges, KeyFilter
 from ..auth import Caller, Scope, is_management
 from ..openapi import body
-from ..services import Services
+from ..services import services_of
 from ..shapes import BulkIn, BulkOut
-from ..wire import Json, body_fields, caller_of, context_of, read
+from ..wire import Json, body_fields, caller_of, context_of, read, room_of
 from .keys_fields import parsed
 
+routes = APIRouter(prefix="/v1/keys", tags=["keys"])
 
-def add(routes: APIRouter, services: Services) -> None:
-    """Add these routes to those of the keys."""
-    room = services.room
 
-    @routes.post(":bulk", response_model=BulkOut, openapi_extra=body(BulkIn), summary="Change many keys")
-    async def change_keys(request: Request) -> Response:
-        """Of `filter` or of `ids`, at most `limit` keys in one call; `next_cursor` goes on with the same call. Each key
-        is changed whole or not at all; one that cannot be is named in `failed`, and the others are changed. Done again
-        from the start it finds what was done `unchanged`. `restore` is about the deleted keys of a filter."""
-        caller = caller_of(request)
-        caller.needs(Scope.WRITE)
-        asked = await read(request, BulkIn)
-        bulk = await _bulk(request, asked, caller)
-        context = context_of(request)
+@routes.post(":bulk", response_model=BulkOut, openapi_extra=body(BulkIn), summary="Change many keys")
+async def change_keys(request: Request) -> Response:
+    """Of `filter` or of `ids`, at most `limit` keys in one call; `next_cursor` goes on with the same call. Each key
+    is changed whole or not at all; one that cannot be is named in `failed`, and the others are changed. Done again
+    from the start it finds what was done `unchanged`. `restore` is about the deleted keys of a filter."""
+    room = room_of(request)
+    caller = caller_of(request)
+    caller.needs(Scope.WRITE)
+    asked = await read(request, BulkIn)
+    bulk = await _bulk(request, asked, caller)
+    context = context_of(request)
 
-        async def work() -> Response:
-            async with aclosing(room.keys.bulk(bulk, cursor=asked.cursor, limit=asked.limit, context=context)) as steps:
-                step = await anext(steps)
-            return Json(_shown(step, asked.dry_run))
+    async def work() -> Response:
+        async with aclosing(room.keys.bulk(bulk, cursor=asked.cursor, limit=asked.limit, context=context)) as steps:
+            step = await anext(steps)
+        return Json(_shown(step, asked.dry_run))
 
-        return await services.answers.answered(request, context, work)
+    return await services_of(request).answers.answered(request, context, work)
 
-    @routes.post(":rotate-pepper", status_code=204, response_class=Response, summary="A new pepper for new hashes")
-    async def rotate_pepper(request: Request) -> Response:
-        """New hashes are made with a new secret from now on; those that are there work on, each is renewed at its next
-        use. Only for an administrator of all tenants. 409 where the peppers come from the configuration."""
-        caller = caller_of(request)
-        caller.needs(Scope.ADMIN)
-        if caller.tenant is not None:
-            raise Denied("the pepper is that of all tenants: this call needs an administrator of all of them")
 
-        async def work() -> Response:
-            try:
-                await room.rotate_pepper()
-            except ConfigError as error:
-                raise Conflict(str(error)) from None
-            return Response(status_code=204)
+@routes.post(":rotate-pepper", status_code=204, response_class=Response, summary="A new pepper for new hashes")
+async def rotate_pepper(request: Request) -> Response:
+    """New hashes are made with a new secret from now on; those that are there work on, each is renewed at its next
+    use. Only for an administrator of all tenants. 409 where the peppers come from the configuration."""
+    room = room_of(request)
+    caller = caller_of(request)
+    caller.needs(Scope.ADMIN)
+    if caller.tenant is not None:
+        raise Denied("the pepper is that of all tenants: this call needs an administrator of all of them")
 
-        return await services.answers.answered(request, context_of(request), work)
+    async def work() -> Response:
+        try:
+            await room.rotate_pepper()
+        except ConfigError as error:
+            raise Conflict(str(error)) from None
+        return Response(status_code=204)
+
+    return await services_of(request).answers.answered(request, context_of(request), work)
 
 
 async def _bulk(request: Request, asked: BulkIn, caller: Caller) -> Bulk:

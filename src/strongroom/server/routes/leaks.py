@@ -20,11 +20,20 @@ from ...keys.leaks import Action, Done
 from ..auth import Scope, authorization
 from ..once import once
 from ..openapi import about, body, request_body
-from ..services import Services
+from ..services import services_of
 from ..shapes import Closed
 from ..signers import IDENTIFIER, SIGNATURE
-from ..wire import Json, body_fields, caller_of, context_of, parse_json
+from ..wire import (
+    Json,
+    body_fields,
+    caller_of,
+    context_of,
+    parse_json,
+    room_of,
+)
 from .entities import SLASH
+
+routes = APIRouter(tags=["leaks"])
 
 PATH = "/v1/keys/leaked"
 _TEXTS = ("type", "url", "source")
@@ -50,6 +59,9 @@ class SightingIn(BaseModel):
     type: str | None = Field(None, description="What the finder calls this kind of text.")
     url: str | None = Field(None, description="Where it was found.")
     source: str | None = Field(None, description="What kind of place that is: content, commit, …")
+
+
+_REPORT = {"type": "array", "items": SightingIn.model_json_schema(), "maxItems": MAX_SIGHTINGS}
 
 
 class LabelOut(BaseModel):
@@ -103,84 +115,86 @@ def is_report(scope: Mapping[str, Any]) -> bool:
     return (scope["path"], scope["method"]) == (PATH, "POST")
 
 
-def router(services: Services) -> APIRouter:
-    routes = APIRouter(tags=["leaks"])
-    leaks = services.room.leaks
-    sightings = {"type": "array", "items": SightingIn.model_json_schema(), "maxItems": MAX_SIGHTINGS}
+@routes.post(
+    PATH,
+    response_model=list[LabelOut],
+    openapi_extra=about(request_body(_REPORT), {"parameters": _SIGNED}),
+    summary="Report keys that were found in public",
+)
+async def report_leaks(request: Request) -> Response:
+    """For secret scanners: signed as in GitHub's partner programme, or with a management key that may write. Each
+    key is dealt with as the policy of its tenant says; the same text again changes nothing."""
+    leaks = room_of(request).leaks
+    raw, reporter, tenant = await _received(request)
+    reported = _sightings(raw)
+    request_id = request.scope["strongroom.request_id"]
 
-    @routes.post(
-        PATH,
-        response_model=list[LabelOut],
-        openapi_extra=about(request_body(sightings), {"parameters": _SIGNED}),
-        summary="Report keys that were found in public",
-    )
-    async def report_leaks(request: Request) -> Response:
-        """For secret scanners: signed as in GitHub's partner programme, or with a management key that may write. Each
-        key is dealt with as the policy of its tenant says; the same text again changes nothing."""
-        raw, reporter, tenant = await _received(request)
-        reported = _sightings(raw)
-        request_id = request.scope["strongroom.request_id"]
+    async def work() -> Response:
+        found = await leaks.report(reported, reporter=reporter, tenant=tenant, request_id=request_id)
+        return Json([_label(s, f.leak is not None) for s, f in zip(reported, found, strict=True)])
 
-        async def work() -> Response:
-            found = await leaks.report(reported, reporter=reporter, tenant=tenant, request_id=request_id)
-            return Json([_label(s, f.leak is not None) for s, f in zip(reported, found, strict=True)])
+    return await services_of(request).answers.answered(request, Context(tenant, reporter, {}, request_id), work)
 
-        return await services.answers.answered(request, Context(tenant, reporter, {}, request_id), work)
 
-    async def _received(request: Request) -> tuple[bytes, str, str | None]:
-        """The body, who reports, and the tenant whose keys alone it may know of. For whom this refuses nothing was
-        looked up, and the body is not read before it is known who, as they say, sends it."""
-        if IDENTIFIER in request.headers or SIGNATURE in request.headers:
-            if services.signers is None:
-                raise Unauthenticated("signed reports are not taken here: STRONGROOM_LEAK_KEYS is not set")
-            claim = await services.signers.claim(request.headers)
-            raw = await request.body()
-            return raw, f"secret-scanning:{claim.check(raw)}"[:200], None
-        caller = await services.authenticator.caller(authorization(request.scope["headers"]), request.scope)
-        request.scope["strongroom.caller"] = caller
-        caller.needs(Scope.WRITE)
-        return await request.body(), caller.actor, caller.tenant
+async def _received(request: Request) -> tuple[bytes, str, str | None]:
+    """The body, who reports, and the tenant whose keys alone it may know of. For whom this refuses nothing was
+    looked up, and the body is not read before it is known who, as they say, sends it."""
+    services = services_of(request)
+    if IDENTIFIER in request.headers or SIGNATURE in request.headers:
+        if services.signers is None:
+            raise Unauthenticated("signed reports are not taken here: STRONGROOM_LEAK_KEYS is not set")
+        claim = await services.signers.claim(request.headers)
+        raw = await request.body()
+        return raw, f"secret-scanning:{claim.check(raw)}"[:200], None
+    caller = await services.authenticator.caller(authorization(request.scope["headers"]), request.scope)
+    request.scope["strongroom.caller"] = caller
+    caller.needs(Scope.WRITE)
+    return await request.body(), caller.actor, caller.tenant
 
-    @routes.get("/v1/leaks", response_model=LeakListOut, summary="List leaks, newest first")
-    async def list_leaks(request: Request, query: Annotated[LeakListQuery, Query()]) -> Response:
-        caller_of(request).needs(Scope.READ)
-        page = await leaks.list(**query.model_dump(), context=context_of(request))
-        return Json({"items": await in_slices(_shown, page.items), "next_cursor": page.next_cursor})
 
-    @routes.get("/v1/leaks/policy/{tenant}", response_model=PolicyOut, summary="What is done with keys that leak")
-    async def get_leak_policy(request: Request, tenant: str) -> Response:
-        """Where none was set, it is to notify. The tenant `*` is that of the keys that belong to no one tenant."""
-        caller_of(request).needs(Scope.READ)
-        return _policy(await leaks.policy(tenant.replace(SLASH, "/"), context=context_of(request)))
+@routes.get("/v1/leaks", response_model=LeakListOut, summary="List leaks, newest first")
+async def list_leaks(request: Request, query: Annotated[LeakListQuery, Query()]) -> Response:
+    leaks = room_of(request).leaks
+    caller_of(request).needs(Scope.READ)
+    page = await leaks.list(**query.model_dump(), context=context_of(request))
+    return Json({"items": await in_slices(_shown, page.items), "next_cursor": page.next_cursor})
 
-    @routes.put(
-        "/v1/leaks/policy/{tenant}",
-        response_model=PolicyOut,
-        openapi_extra=body(PolicyFields),
-        summary="Set what is done with keys that leak",
-    )
-    async def set_leak_policy(request: Request, tenant: str) -> Response:
-        """`notify`, `disable`, or `rotate`: a new text waits to be claimed, and the leaked one works for `overlap_s`
-        seconds more. Only an administrator may."""
-        caller_of(request).needs(Scope.ADMIN)
-        asked = parse(PolicyFields, await body_fields(request))
-        context = context_of(request)
 
-        async def work(key: RequestKey | None) -> LeakPolicy:
-            return await leaks.set_policy(
-                tenant.replace(SLASH, "/"),
-                context=context,
-                idempotency_key=key,
-                action=asked.action,
-                overlap_s=asked.overlap_s,
-            )
+@routes.get("/v1/leaks/policy/{tenant}", response_model=PolicyOut, summary="What is done with keys that leak")
+async def get_leak_policy(request: Request, tenant: str) -> Response:
+    """Where none was set, it is to notify. The tenant `*` is that of the keys that belong to no one tenant."""
+    leaks = room_of(request).leaks
+    caller_of(request).needs(Scope.READ)
+    return _policy(await leaks.policy(tenant.replace(SLASH, "/"), context=context_of(request)))
 
-        async def again(replayed: Replayed) -> LeakPolicy:
-            return await leaks.policy_set_before(replayed, context=context)
 
-        return _policy(await once(request, services.room.database, context, work, again))
+@routes.put(
+    "/v1/leaks/policy/{tenant}",
+    response_model=PolicyOut,
+    openapi_extra=body(PolicyFields),
+    summary="Set what is done with keys that leak",
+)
+async def set_leak_policy(request: Request, tenant: str) -> Response:
+    """`notify`, `disable`, or `rotate`: a new text waits to be claimed, and the leaked one works for `overlap_s`
+    seconds more. Only an administrator may."""
+    leaks = room_of(request).leaks
+    caller_of(request).needs(Scope.ADMIN)
+    asked = parse(PolicyFields, await body_fields(request))
+    context = context_of(request)
 
-    return routes
+    async def work(key: RequestKey | None) -> LeakPolicy:
+        return await leaks.set_policy(
+            tenant.replace(SLASH, "/"),
+            context=context,
+            idempotency_key=key,
+            action=asked.action,
+            overlap_s=asked.overlap_s,
+        )
+
+    async def again(replayed: Replayed) -> LeakPolicy:
+        return await leaks.policy_set_before(replayed, context=context)
+
+    return _policy(await once(request, context, work, again))
 
 
 def _sightings(raw: bytes) -> list[Sighting]:

@@ -20,7 +20,6 @@ from ...quotas.service import NewQuota, QuotaChanges, QuotaFields
 from ..auth import Scope
 from ..once import nothing, once
 from ..openapi import about, body, may_be_unchanged, may_fail, takes, tells
-from ..services import Services
 from ..shapes import Closed, LimitStatusOut, Number
 from ..wire import (
     Json,
@@ -30,8 +29,11 @@ from ..wire import (
     context_of,
     etag,
     not_modified,
+    room_of,
 )
 from .entities import SLASH
+
+routes = APIRouter(tags=["quotas"])
 
 PATH = "/v1/quotas"
 OF_TENANT = PATH + "/{kind}/{tenant}"
@@ -92,149 +94,166 @@ class QuotaListQuery(Closed):
     cursor: str | None = Field(None, description="The `next_cursor` of the page before.")
 
 
-def router(services: Services) -> APIRouter:
-    routes = APIRouter(tags=["quotas"])
-    quotas, database = services.room.quotas, services.room.database
+@routes.get(PATH, response_model=QuotaListOut, summary="List quotas, by tenant, kind and name")
+async def list_quotas(request: Request, query: Annotated[QuotaListQuery, Query()]) -> Response:
+    quotas = room_of(request).quotas
+    caller_of(request).needs(Scope.READ)
+    page = await quotas.list(**query.model_dump(), context=context_of(request))
+    return Json({"items": await in_slices(Quota.model_dump, page.items), "next_cursor": page.next_cursor})
 
-    @routes.get(PATH, response_model=QuotaListOut, summary="List quotas, by tenant, kind and name")
-    async def list_quotas(request: Request, query: Annotated[QuotaListQuery, Query()]) -> Response:
-        caller_of(request).needs(Scope.READ)
-        page = await quotas.list(**query.model_dump(), context=context_of(request))
-        return Json({"items": await in_slices(Quota.model_dump, page.items), "next_cursor": page.next_cursor})
 
-    # Before the routes with a name, which `stats` would be taken for.
-    @routes.get(
-        PATH + "/tenant/{tenant}/stats",
-        response_model=QuotaStatsOut,
-        openapi_extra=may_fail("not_found"),
-        summary="Where a tenant's quota stands",
-    )
-    async def tenant_quota_stats(request: Request, tenant: str) -> Response:
-        return await stats(request, "tenant", tenant, "")
+# Before the routes with a name, which `stats` would be taken for.
+@routes.get(
+    PATH + "/tenant/{tenant}/stats",
+    response_model=QuotaStatsOut,
+    openapi_extra=may_fail("not_found"),
+    summary="Where a tenant's quota stands",
+)
+async def tenant_quota_stats(request: Request, tenant: str) -> Response:
+    return await _stats(request, "tenant", tenant, "")
 
-    @routes.get(OF_NAME + "/stats", response_model=QuotaStatsOut, summary="Where a user's or a group's quota stands")
-    async def quota_stats(request: Request, kind: Kind, tenant: str, name: str) -> Response:
-        return await stats(request, kind, tenant, name)
 
-    @routes.get(OF_TENANT, response_model=QuotaOut, openapi_extra=may_be_unchanged(), summary="A tenant's quota")
-    async def get_tenant_quota(request: Request, kind: TenantKind, tenant: str) -> Response:
-        return await show(request, kind, tenant, "")
+@routes.get(OF_NAME + "/stats", response_model=QuotaStatsOut, summary="Where a user's or a group's quota stands")
+async def quota_stats(request: Request, kind: Kind, tenant: str, name: str) -> Response:
+    return await _stats(request, kind, tenant, name)
 
-    @routes.get(
-        OF_NAME, response_model=QuotaOut, openapi_extra=may_be_unchanged(), summary="A user's or a group's quota"
-    )
-    async def get_quota(request: Request, kind: Kind, tenant: str, name: str) -> Response:
-        return await show(request, kind, tenant, name)
 
-    @routes.put(OF_TENANT, response_model=QuotaOut, responses=MADE, openapi_extra=PUT, summary="Put a tenant's quota")
-    async def put_tenant_quota(request: Request, kind: TenantKind, tenant: str) -> Response:
-        """201 if it was made, 200 if it replaced one. What was used stays counted where resource, window and scope stay
-        the same. A caller who is bound to a tenant does not set the quota of that tenant itself."""
-        return await put(request, kind, tenant, "")
+@routes.get(OF_TENANT, response_model=QuotaOut, openapi_extra=may_be_unchanged(), summary="A tenant's quota")
+async def get_tenant_quota(request: Request, kind: TenantKind, tenant: str) -> Response:
+    return await _show(request, kind, tenant, "")
 
-    @routes.put(
-        OF_NAME,
-        response_model=QuotaOut,
-        responses=MADE,
-        openapi_extra=PUT,
-        summary="Put a user's or a group's quota",
-    )
-    async def put_quota(request: Request, kind: Kind, tenant: str, name: str) -> Response:
-        """201 if it was made, 200 if it replaced one. What was used stays counted where resource, window and scope stay
-        the same."""
-        return await put(request, kind, tenant, name)
 
-    @routes.patch(OF_TENANT, response_model=QuotaOut, openapi_extra=CHANGE, summary="Change a tenant's quota")
-    async def change_tenant_quota(request: Request, kind: TenantKind, tenant: str) -> Response:
-        """Fields that are not given stay."""
-        return await change(request, kind, tenant, "")
+@routes.get(OF_NAME, response_model=QuotaOut, openapi_extra=may_be_unchanged(), summary="A user's or a group's quota")
+async def get_quota(request: Request, kind: Kind, tenant: str, name: str) -> Response:
+    return await _show(request, kind, tenant, name)
 
-    @routes.patch(OF_NAME, response_model=QuotaOut, openapi_extra=CHANGE, summary="Change a user's or a group's quota")
-    async def change_quota(request: Request, kind: Kind, tenant: str, name: str) -> Response:
-        """Fields that are not given stay."""
-        return await change(request, kind, tenant, name)
 
-    @routes.delete(
-        OF_TENANT,
-        status_code=204,
-        response_class=Response,
-        openapi_extra=takes("If-Match"),
-        summary="Remove a tenant's quota",
-    )
-    async def delete_tenant_quota(request: Request, kind: TenantKind, tenant: str) -> Response:
-        """What was counted against it goes as well."""
-        return await remove(request, kind, tenant, "")
+@routes.put(OF_TENANT, response_model=QuotaOut, responses=MADE, openapi_extra=PUT, summary="Put a tenant's quota")
+async def put_tenant_quota(request: Request, kind: TenantKind, tenant: str) -> Response:
+    """201 if it was made, 200 if it replaced one. What was used stays counted where resource, window and scope stay
+    the same. A caller who is bound to a tenant does not set the quota of that tenant itself."""
+    return await _put(request, kind, tenant, "")
 
-    @routes.delete(
-        OF_NAME,
-        status_code=204,
-        response_class=Response,
-        openapi_extra=takes("If-Match"),
-        summary="Remove a user's or a group's quota",
-    )
-    async def delete_quota(request: Request, kind: Kind, tenant: str, name: str) -> Response:
-        """What was counted against it goes as well."""
-        return await remove(request, kind, tenant, name)
 
-    async def show(request: Request, kind: str, tenant: str, name: str) -> Response:
-        caller_of(request).needs(Scope.READ)
-        quota = await quotas.get(*_subject(kind, tenant, name), context=context_of(request))
-        if not_modified(request, quota.version):
-            return Response(status_code=304, headers={"etag": etag(quota.version)})
-        return _answer(quota)
+@routes.put(
+    OF_NAME,
+    response_model=QuotaOut,
+    responses=MADE,
+    openapi_extra=PUT,
+    summary="Put a user's or a group's quota",
+)
+async def put_quota(request: Request, kind: Kind, tenant: str, name: str) -> Response:
+    """201 if it was made, 200 if it replaced one. What was used stays counted where resource, window and scope stay
+    the same."""
+    return await _put(request, kind, tenant, name)
 
-    async def stats(request: Request, kind: str, tenant: str, name: str) -> Response:
-        caller_of(request).needs(Scope.READ)
-        return Json((await quotas.stats(*_subject(kind, tenant, name), context=context_of(request))).shown())
 
-    async def put(request: Request, kind: str, tenant: str, name: str) -> Response:
-        caller_of(request).needs(Scope.WRITE)
-        context = context_of(request)
+@routes.patch(OF_TENANT, response_model=QuotaOut, openapi_extra=CHANGE, summary="Change a tenant's quota")
+async def change_tenant_quota(request: Request, kind: TenantKind, tenant: str) -> Response:
+    """Fields that are not given stay."""
+    return await _change(request, kind, tenant, "")
 
-        async def work(key: RequestKey | None) -> Quota:
-            new = await _new(request, *_subject(kind, tenant, name))
-            with Preconditions(request) as preconditions:
-                expected = await preconditions.expected(lambda: version(request, kind, tenant, name))
-                exists = preconditions.any
-                return await quotas.put(new, context=context, expected=expected, exists=exists, idempotency_key=key)
 
-        stored = await once(request, database, context, work, again(request))
-        return _answer(stored, 201 if stored.created_at == stored.updated_at else 200)
+@routes.patch(OF_NAME, response_model=QuotaOut, openapi_extra=CHANGE, summary="Change a user's or a group's quota")
+async def change_quota(request: Request, kind: Kind, tenant: str, name: str) -> Response:
+    """Fields that are not given stay."""
+    return await _change(request, kind, tenant, name)
 
-    async def change(request: Request, kind: str, tenant: str, name: str) -> Response:
-        caller_of(request).needs(Scope.WRITE)
-        context, subject = context_of(request), _subject(kind, tenant, name)
 
-        async def work(key: RequestKey | None) -> Quota:
-            changes = parse(QuotaChanges, await body_fields(request, exact=("limits",)))
-            with Preconditions(request) as preconditions:
-                expected = await preconditions.expected(lambda: version(request, kind, tenant, name))
-                return await quotas.update(*subject, changes, context=context, expected=expected, idempotency_key=key)
+@routes.delete(
+    OF_TENANT,
+    status_code=204,
+    response_class=Response,
+    openapi_extra=takes("If-Match"),
+    summary="Remove a tenant's quota",
+)
+async def delete_tenant_quota(request: Request, kind: TenantKind, tenant: str) -> Response:
+    """What was counted against it goes as well."""
+    return await _remove(request, kind, tenant, "")
 
-        return _answer(await once(request, database, context, work, again(request)))
 
-    async def remove(request: Request, kind: str, tenant: str, name: str) -> Response:
-        caller_of(request).needs(Scope.WRITE)
-        context, subject = context_of(request), _subject(kind, tenant, name)
+@routes.delete(
+    OF_NAME,
+    status_code=204,
+    response_class=Response,
+    openapi_extra=takes("If-Match"),
+    summary="Remove a user's or a group's quota",
+)
+async def delete_quota(request: Request, kind: Kind, tenant: str, name: str) -> Response:
+    """What was counted against it goes as well."""
+    return await _remove(request, kind, tenant, name)
 
-        async def work(key: RequestKey | None) -> None:
-            with Preconditions(request) as preconditions:
-                expected = await preconditions.expected(lambda: version(request, kind, tenant, name))
-                await quotas.delete(*subject, context=context, expected=expected, idempotency_key=key)
 
-        await once(request, database, context, work, nothing)
-        return Response(status_code=204)
+async def _show(request: Request, kind: str, tenant: str, name: str) -> Response:
+    quotas = room_of(request).quotas
+    caller_of(request).needs(Scope.READ)
+    quota = await quotas.get(*_subject(kind, tenant, name), context=context_of(request))
+    if not_modified(request, quota.version):
+        return Response(status_code=304, headers={"etag": etag(quota.version)})
+    return _answer(quota)
 
-    def again(request: Request) -> Callable[[Replayed], Awaitable[Quota]]:
-        return lambda replayed: quotas.answered_before(replayed, context=context_of(request))
 
-    async def version(request: Request, kind: str, tenant: str, name: str) -> int | None:
-        try:
-            return (await quotas.get(*_subject(kind, tenant, name), context=context_of(request))).version
-        except NotFound:
-            return None
+async def _stats(request: Request, kind: str, tenant: str, name: str) -> Response:
+    quotas = room_of(request).quotas
+    caller_of(request).needs(Scope.READ)
+    return Json((await quotas.stats(*_subject(kind, tenant, name), context=context_of(request))).shown())
 
-    return routes
+
+async def _put(request: Request, kind: str, tenant: str, name: str) -> Response:
+    quotas = room_of(request).quotas
+    caller_of(request).needs(Scope.WRITE)
+    context = context_of(request)
+
+    async def work(key: RequestKey | None) -> Quota:
+        new = await _new(request, *_subject(kind, tenant, name))
+        with Preconditions(request) as preconditions:
+            expected = await preconditions.expected(lambda: _version(request, kind, tenant, name))
+            exists = preconditions.any
+            return await quotas.put(new, context=context, expected=expected, exists=exists, idempotency_key=key)
+
+    stored = await once(request, context, work, _again(request))
+    return _answer(stored, 201 if stored.created_at == stored.updated_at else 200)
+
+
+async def _change(request: Request, kind: str, tenant: str, name: str) -> Response:
+    quotas = room_of(request).quotas
+    caller_of(request).needs(Scope.WRITE)
+    context, subject = context_of(request), _subject(kind, tenant, name)
+
+    async def work(key: RequestKey | None) -> Quota:
+        changes = parse(QuotaChanges, await body_fields(request, exact=("limits",)))
+        with Preconditions(request) as preconditions:
+            expected = await preconditions.expected(lambda: _version(request, kind, tenant, name))
+            return await quotas.update(*subject, changes, context=context, expected=expected, idempotency_key=key)
+
+    return _answer(await once(request, context, work, _again(request)))
+
+
+async def _remove(request: Request, kind: str, tenant: str, name: str) -> Response:
+    quotas = room_of(request).quotas
+    caller_of(request).needs(Scope.WRITE)
+    context, subject = context_of(request), _subject(kind, tenant, name)
+
+    async def work(key: RequestKey | None) -> None:
+        with Preconditions(request) as preconditions:
+            expected = await preconditions.expected(lambda: _version(request, kind, tenant, name))
+            await quotas.delete(*subject, context=context, expected=expected, idempotency_key=key)
+
+    await once(request, context, work, nothing)
+    return Response(status_code=204)
+
+
+def _again(request: Request) -> Callable[[Replayed], Awaitable[Quota]]:
+    quotas = room_of(request).quotas
+    return lambda replayed: quotas.answered_before(replayed, context=context_of(request))
+
+
+async def _version(request: Request, kind: str, tenant: str, name: str) -> int | None:
+    quotas = room_of(request).quotas
+    try:
+        return (await quotas.get(*_subject(kind, tenant, name), context=context_of(request))).version
+    except NotFound:
+        return None
 
 
 async def _new(request: Request, kind: str, tenant: str, name: str) -> NewQuota:

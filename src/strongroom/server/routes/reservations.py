@@ -13,100 +13,101 @@ from ...keys import DEFAULT_TTL_S, MAX_TTL_S, cost_units
 from ..auth import Scope
 from ..once import idempotency_key
 from ..openapi import body
-from ..services import Services
+from ..services import services_of
 from ..shapes import ExtendIn, ReservationOut, ReserveIn, SettleIn
 from ..verify import item_problems
-from ..wire import Json, body_fields, caller_of, context_of
+from ..wire import Json, body_fields, caller_of, context_of, room_of
+
+routes = APIRouter(prefix="/v1/reservations", tags=["reservations"])
 
 _reserved = functools.partial(cost_units, reserving=True)
 
 
-def router(services: Services) -> APIRouter:
-    routes = APIRouter(prefix="/v1/reservations", tags=["reservations"])
-    keys = services.room.keys
-
-    @routes.post(
-        "", response_model=ReservationOut, openapi_extra=body(ReserveIn), summary="Reserve a part of the limits"
+@routes.post("", response_model=ReservationOut, openapi_extra=body(ReserveIn), summary="Reserve a part of the limits")
+async def reserve(request: Request) -> Response:
+    """Decided as a verification; `cost` is held, and one of `concurrency`, until it is settled or released, or ends
+    by itself after `ttl_s`. Durable: any node can settle it."""
+    keys = room_of(request).keys
+    caller = caller_of(request)
+    caller.needs(Scope.WRITE)
+    fields = await body_fields(request, exact=("cost",))
+    problems = [*item_problems(fields, more=("ttl_s",), costs=_reserved), *_ttl_problems(fields)]
+    if problems:
+        raise InvalidInput(problems)
+    answer = await keys.reserve(
+        fields.pop("key"),
+        **fields,
+        tenant=caller.tenant,
+        idempotency_key=idempotency_key(request),
+        actor=caller.actor,
+        durable=True,
     )
-    async def reserve(request: Request) -> Response:
-        """Decided as a verification; `cost` is held, and one of `concurrency`, until it is settled or released, or ends
-        by itself after `ttl_s`. Durable: any node can settle it."""
-        caller = caller_of(request)
-        caller.needs(Scope.WRITE)
-        fields = await body_fields(request, exact=("cost",))
-        problems = [*item_problems(fields, more=("ttl_s",), costs=_reserved), *_ttl_problems(fields)]
-        if problems:
-            raise InvalidInput(problems)
-        answer = await keys.reserve(
-            fields.pop("key"),
-            **fields,
-            tenant=caller.tenant,
-            idempotency_key=idempotency_key(request),
-            actor=caller.actor,
-            durable=True,
-        )
-        return Json(answer)
+    return Json(answer)
 
-    @routes.post("/{id}/settle", response_model=ReservationOut, openapi_extra=body(SettleIn), summary="Settle it")
-    async def settle(request: Request, id: str) -> Response:
-        """Charges what was used in all, whole, even if it is more than was held; the same again answers the same."""
-        caller_of(request).needs(Scope.WRITE)
-        fields = await body_fields(request, exact=("cost",))
-        problems = _unknown(fields, ("cost",))
-        if not isinstance(fields.get("cost"), dict):
-            problems.append(
-                Problem(
-                    "cost",
-                    f"found {found_in(fields.get('cost'))}, expected an object: what was used in all, by resource",
-                )
+
+@routes.post("/{id}/settle", response_model=ReservationOut, openapi_extra=body(SettleIn), summary="Settle it")
+async def settle(request: Request, id: str) -> Response:
+    """Charges what was used in all, whole, even if it is more than was held; the same again answers the same."""
+    keys = room_of(request).keys
+    caller_of(request).needs(Scope.WRITE)
+    fields = await body_fields(request, exact=("cost",))
+    problems = _unknown(fields, ("cost",))
+    if not isinstance(fields.get("cost"), dict):
+        problems.append(
+            Problem(
+                "cost",
+                f"found {found_in(fields.get('cost'))}, expected an object: what was used in all, by resource",
             )
-        else:
-            problems += _cost_problems(fields["cost"], "cost")
-        if problems:
-            raise InvalidInput(problems)
-        context = context_of(request)
+        )
+    else:
+        problems += _cost_problems(fields["cost"], "cost")
+    if problems:
+        raise InvalidInput(problems)
+    context = context_of(request)
 
-        async def work() -> Response:
-            return Json(await keys.settle(id, fields["cost"], context=context))
+    async def work() -> Response:
+        return Json(await keys.settle(id, fields["cost"], context=context))
 
-        return await services.answers.answered(request, context, work)
+    return await services_of(request).answers.answered(request, context, work)
 
-    @routes.post(
-        "/{id}/extend", response_model=ReservationOut, openapi_extra=body(ExtendIn, required=False), summary="Extend it"
-    )
-    async def extend(request: Request, id: str) -> Response:
-        """Lets it go on for `ttl_s` seconds from now, and hold `cost` in all; `used` is charged now. If the limits have
-        not that much more the answer is not valid, and the reservation is as it was."""
-        caller_of(request).needs(Scope.WRITE)
-        fields = await body_fields(request, exact=("cost", "used")) if await request.body() else {}
-        problems = [*_unknown(fields, ("ttl_s", "cost", "used")), *_ttl_problems(fields)]
-        for name in ("cost", "used"):
-            if fields.get(name) is not None:
-                if not isinstance(fields[name], dict):
-                    problems.append(Problem(name, f"found {found_in(fields[name])}, expected an object"))
-                else:
-                    problems += _cost_problems(fields[name], name, reserving=name == "cost")
-        if problems:
-            raise InvalidInput(problems)
-        context = context_of(request)
 
-        async def work() -> Response:
-            return Json(await keys.extend(id, **fields, context=context))
+@routes.post(
+    "/{id}/extend", response_model=ReservationOut, openapi_extra=body(ExtendIn, required=False), summary="Extend it"
+)
+async def extend(request: Request, id: str) -> Response:
+    """Lets it go on for `ttl_s` seconds from now, and hold `cost` in all; `used` is charged now. If the limits have
+    not that much more the answer is not valid, and the reservation is as it was."""
+    keys = room_of(request).keys
+    caller_of(request).needs(Scope.WRITE)
+    fields = await body_fields(request, exact=("cost", "used")) if await request.body() else {}
+    problems = [*_unknown(fields, ("ttl_s", "cost", "used")), *_ttl_problems(fields)]
+    for name in ("cost", "used"):
+        if fields.get(name) is not None:
+            if not isinstance(fields[name], dict):
+                problems.append(Problem(name, f"found {found_in(fields[name])}, expected an object"))
+            else:
+                problems += _cost_problems(fields[name], name, reserving=name == "cost")
+    if problems:
+        raise InvalidInput(problems)
+    context = context_of(request)
 
-        return await services.answers.answered(request, context, work)
+    async def work() -> Response:
+        return Json(await keys.extend(id, **fields, context=context))
 
-    @routes.post("/{id}/release", response_model=ReservationOut, summary="Release it")
-    async def release(request: Request, id: str) -> Response:
-        """Charges nothing but what was reported as used; the same again answers the same."""
-        caller_of(request).needs(Scope.WRITE)
-        context = context_of(request)
+    return await services_of(request).answers.answered(request, context, work)
 
-        async def work() -> Response:
-            return Json(await keys.release(id, context=context))
 
-        return await services.answers.answered(request, context, work)
+@routes.post("/{id}/release", response_model=ReservationOut, summary="Release it")
+async def release(request: Request, id: str) -> Response:
+    """Charges nothing but what was reported as used; the same again answers the same."""
+    keys = room_of(request).keys
+    caller_of(request).needs(Scope.WRITE)
+    context = context_of(request)
 
-    return routes
+    async def work() -> Response:
+        return Json(await keys.release(id, context=context))
+
+    return await services_of(request).answers.answered(request, context, work)
 
 
 def _unknown(fields: dict[str, Any], known: tuple[str, ...]) -> list[Problem]:

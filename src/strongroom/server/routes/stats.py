@@ -13,27 +13,24 @@ from ...errors import Unauthenticated
 from ...keys import KeyStats
 from ...limits import calendar_span
 from ..auth import authorization, bearer
-from ..services import Services
 from ..shapes import StatsOut
-from ..wire import Json
+from ..wire import Json, room_of
+
+routes = APIRouter(tags=["stats"])
 
 FIVE_HOURS_S = 18_000
 
 
-def router(services: Services) -> APIRouter:
-    routes = APIRouter(tags=["stats"])
-    keys = services.room.keys
-
-    @routes.get("/stats", response_model=StatsOut, summary="Statistics of the key that calls")
-    async def stats(request: Request) -> Response:
-        """The bearer token is the API key itself. Expired keys are answered too (`is_expired`)."""
-        text = bearer(authorization(request.scope["headers"]))
-        known = await keys.identify(text) if text else None
-        if known is None or not known.enabled:
-            raise Unauthenticated("the key is unknown or disabled", token=bool(text))
-        return Json(_as_seed_004(await keys.stats(known.id), utc_from_us(services.room.clock.now_us())))
-
-    return routes
+@routes.get("/stats", response_model=StatsOut, summary="Statistics of the key that calls")
+async def stats(request: Request) -> Response:
+    """The bearer token is the API key itself. Expired keys are answered too (`is_expired`)."""
+    room = room_of(request)
+    keys = room.keys
+    text = bearer(authorization(request.scope["headers"]))
+    known = await keys.identify(text) if text else None
+    if known is None or not known.enabled:
+        raise Unauthenticated("the key is unknown or disabled", token=bool(text))
+    return Json(_as_seed_004(await keys.stats(known.id), utc_from_us(room.clock.now_us())))
 
 
 def _as_seed_004(stats: KeyStats, now: datetime) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from ...keys import Usage, Verification, cost_units
 from ..auth import Scope
 from ..once import idempotency_key
 from ..openapi import about, body, may_fail
-from ..services import MAX_USAGE_ITEMS, Services
+from ..services import MAX_USAGE_ITEMS, services_of
 from ..shapes import UsageBatchIn, UsageBatchOut, UsageIn, UsageOut
 from ..wire import (
     Json,
@@ -25,60 +25,60 @@ from ..wire import (
     context_of,
     expect_object,
     parse_json,
+    room_of,
 )
+
+routes = APIRouter(prefix="/v1/usage", tags=["usage"])
 
 _TEXTS = ("key", "key_id", "idempotency_key", "model", "route")
 
 
-def router(services: Services) -> APIRouter:
-    routes = APIRouter(prefix="/v1/usage", tags=["usage"])
-    keys = services.room.keys
-
-    @routes.post(
-        "", response_model=UsageOut, openapi_extra=about(body(UsageIn), may_fail("not_found")), summary="Record usage"
+@routes.post(
+    "", response_model=UsageOut, openapi_extra=about(body(UsageIn), may_fail("not_found")), summary="Record usage"
+)
+async def record_usage(request: Request) -> Response:
+    """Counts on the key whatever its state, and past its limits: it has happened. Durable once it is answered, and
+    counted once for one idempotency key (within a day)."""
+    keys = room_of(request).keys
+    caller_of(request).needs(Scope.WRITE)
+    fields = await body_fields(request, exact=("cost",))
+    header = idempotency_key(request)
+    problems = _problems(fields, header)
+    if problems:
+        raise InvalidInput(problems)
+    answer = await keys.record(
+        key=fields.get("key"),
+        key_id=fields.get("key_id"),
+        cost=fields["cost"],
+        model=fields.get("model"),
+        route=fields.get("route"),
+        idempotency_key=header if header is not None else fields.get("idempotency_key"),
+        at=_at(fields.get("at")),
+        context=context_of(request),
     )
-    async def record_usage(request: Request) -> Response:
-        """Counts on the key whatever its state, and past its limits: it has happened. Durable once it is answered, and
-        counted once for one idempotency key (within a day)."""
-        caller_of(request).needs(Scope.WRITE)
-        fields = await body_fields(request, exact=("cost",))
-        header = idempotency_key(request)
-        problems = _problems(fields, header)
-        if problems:
-            raise InvalidInput(problems)
-        answer = await keys.record(
-            key=fields.get("key"),
-            key_id=fields.get("key_id"),
-            cost=fields["cost"],
-            model=fields.get("model"),
-            route=fields.get("route"),
-            idempotency_key=header if header is not None else fields.get("idempotency_key"),
-            at=_at(fields.get("at")),
-            context=context_of(request),
-        )
-        return Json(_shown(answer))
+    return Json(_shown(answer))
 
-    @routes.post(
-        ":batch",
-        response_model=UsageBatchOut,
-        openapi_extra=about(body(UsageBatchIn), may_fail("not_found")),
-        summary="Record much usage at once",
-    )
-    async def record_batch(request: Request) -> Response:
-        """As many single records, in one debit for each key. Nothing is counted if anything is wrong with one of them.
-        Where some of them cannot be counted all the same, the error says which were (`counted`) and which were not
-        (`failed`). With an Idempotency-Key the same batch again counts nothing twice."""
-        caller_of(request).needs(Scope.WRITE)
-        items = _items(await request.body())
-        context, named = context_of(request), idempotency_key(request)
 
-        async def work() -> Response:
-            answers = await keys.record_many(items, idempotency_key=named, context=context)
-            return Json({"recorded": len(items), "keys": [_shown(one) for one in answers]})
+@routes.post(
+    ":batch",
+    response_model=UsageBatchOut,
+    openapi_extra=about(body(UsageBatchIn), may_fail("not_found")),
+    summary="Record much usage at once",
+)
+async def record_batch(request: Request) -> Response:
+    """As many single records, in one debit for each key. Nothing is counted if anything is wrong with one of them.
+    Where some of them cannot be counted all the same, the error says which were (`counted`) and which were not
+    (`failed`). With an Idempotency-Key the same batch again counts nothing twice."""
+    keys = room_of(request).keys
+    caller_of(request).needs(Scope.WRITE)
+    items = _items(await request.body())
+    context, named = context_of(request), idempotency_key(request)
 
-        return await services.answers.answered(request, context, work)
+    async def work() -> Response:
+        answers = await keys.record_many(items, idempotency_key=named, context=context)
+        return Json({"recorded": len(items), "keys": [_shown(one) for one in answers]})
 
-    return routes
+    return await services_of(request).answers.answered(request, context, work)
 
 
 def _shown(answer: Verification) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def router(services: Services) -> APIRouter:
 
 
 def _endpoints(routes: APIRouter, services: Services) -> None:
-    webhooks, database = services.room.webhooks, services.room.database
+    webhooks = services.room.webhooks
     path = "/v1/webhooks"
 
     @routes.post(
@@ -151,7 +151,7 @@ def _endpoints(routes: APIRouter, services: Services) -> None:
         async def work(key: RequestKey | None) -> IssuedWebhook:
             return await webhooks.create(new, context=context, idempotency_key=key)
 
-        return _issued(await once(request, database, context, work, issued_before(context)), 201)
+        return _issued(await once(request, context, work, issued_before(context)), 201)
 
     @routes.get(path, response_model=WebhookListOut, summary="List webhooks, newest first")
     async def list_webhooks(request: Request, query: Annotated[WebhookListQuery, Query()]) -> Response:
@@ -187,7 +187,7 @@ def _endpoints(routes: APIRouter, services: Services) -> None:
         async def again(replayed: Replayed) -> Webhook:
             return await webhooks.answered_before(replayed, context=context)
 
-        return _answer(await once(request, database, context, work, again))
+        return _answer(await once(request, context, work, again))
 
     @routes.delete(
         path + "/{id}",
@@ -206,7 +206,7 @@ def _endpoints(routes: APIRouter, services: Services) -> None:
                 expected = await preconditions.expected(_version(request, id))
                 await webhooks.delete(id, context=context, expected=expected, idempotency_key=key)
 
-        await once(request, database, context, work, nothing)
+        await once(request, context, work, nothing)
         return Response(status_code=204)
 
     @routes.post(
@@ -229,7 +229,7 @@ def _endpoints(routes: APIRouter, services: Services) -> None:
                     id, overlap_s=overlap_s, context=context, expected=expected, idempotency_key=key
                 )
 
-        return _issued(await once(request, database, context, work, issued_before(context)), 200)
+        return _issued(await once(request, context, work, issued_before(context)), 200)
 
     def issued_before(context: Context) -> Callable[[Replayed], Awaitable[IssuedWebhook]]:
         return lambda replayed: webhooks.issued_before(replayed, context=context)
