@@ -71,7 +71,7 @@ OPERATIONS: Mapping[str, tuple[str, Load]] = {
     "verify-cold": ("find a key that this node has not in memory", Load(reads=1)),
     "verify": ("decide limits durably: the usage, and that the key is unchanged", Load(writes=2)),
     "verify-unlimited": ("verify a key without limits that is in memory", Load()),
-    "poll": ("ask for changes without a listener: the 16 heads", Load(reads=16)),
+    "poll": ("ask whether anything changed: each node does so four times a second", Load(reads=1)),
 }  # fmt: skip
 """What Strongroom does on Firestore for each operation once it runs: a tenant's first write of each process costs one
 write more, and a process's first record in a shard one read. Verifications of a key that wait together share two."""

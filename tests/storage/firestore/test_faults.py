@@ -30,6 +30,7 @@ from strongroom.storage.firestore.store import FirestoreStore
 from strongroom.storage.port import Add, Append, Create, Delete, Patch
 from strongroom.testing.storage.samples import COLLECTIONS, batch, item, record
 from tests.helpers.servers import answers, firestore, free_port
+from tests.helpers.servers.proxy import Proxy
 from tests.helpers.waiting import wait_until
 
 
@@ -375,6 +376,30 @@ async def test_a_black_hole_is_given_up_in_time(emulator: Emulator) -> None:
 
         await wait_until(answered)
         assert await store.get("items", "acme", "nothing") is None
+
+
+async def test_a_connection_that_falls_silent_is_not_taken_for_a_quiet_journal(new_url: Callable[[], str]) -> None:
+    """Keys are revoked by what the journal says: "nothing new" must never mean "nothing heard"."""
+    url = new_url()
+    port = int(url.rpartition(":")[2])
+    async with Proxy(port) as proxy, opened(url) as first, opened(url.replace(f":{port}", f":{proxy.port}")) as second:
+        second.on_change(lambda: None)
+        await wait_until(lambda: second._listener.is_live)
+        cursor = (await second.changes(None)).cursor
+        proxy.fall_silent()
+        await first.commit(batch("acme", Append(record("1"))))
+        second.wire.timeout_s = 0.5
+        with pytest.raises(Unavailable):
+            await second.changes(cursor)
+        proxy.heal()
+
+        async def arrived() -> bool:
+            try:
+                return [one.entity_id for one in (await second.changes(cursor)).records] == ["1"]
+            except Unavailable:
+                return False
+
+        await wait_until(arrived)
 
 
 async def test_nothing_to_reach_at_the_start_is_unavailable() -> None:

@@ -403,6 +403,45 @@ class TestNodes:
             await wait_until(arrived)
             assert second.wire.requests.get("batch_get", 0) == reads, "the heads come by themselves"
 
+    async def test_a_record_is_found_although_the_listener_does_not_hear_of_it(
+        self, new_url: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        url = new_url()
+        async with opened(url) as first, opened(url) as second:
+            second.on_change(lambda: None)
+            await wait_until(lambda: second._listener.is_live)
+            cursor = (await second.changes(None)).cursor
+            monkeypatch.setattr(second._listener, "_take", lambda answer: None)  # the stream is open, and silent
+            await first.commit(batch("acme", Append(record("1"))))
+            assert [one.entity_id for one in (await second.changes(cursor)).records] == ["1"]
+
+    async def test_a_late_answer_about_the_heads_hides_no_later_record(
+        self, store: FirestoreStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The change feed asks beside every commit: an answer from before the commit may arrive after it."""
+        store.on_change(lambda: None)
+        await wait_until(lambda: store._listener.is_live)
+        await store.commit(batch("acme", Append(record("1"))))
+        asked, answered, committed = store.wire._read, asyncio.Event(), asyncio.Event()
+
+        async def late(what: str, once: Callable[[], Any]) -> Any:
+            answer = await asked(what, once)
+            if not committed.is_set():
+                answered.set()
+                await committed.wait()
+            return answer
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store.wire, "_read", late)
+            reading = asyncio.create_task(store.changes("end"))
+            await answered.wait()
+            patch.undo()
+            await store.commit(batch("acme", Append(record("2"))))
+            await asyncio.sleep(0.2)  # the listener has heard of it
+            committed.set()
+            await reading
+        assert [one.entity_id for one in (await store.changes(None)).records] == ["1", "2"]
+
     async def test_a_tenants_records_are_asked_for_alone_where_queries_do_not_lag(self, store: FirestoreStore) -> None:
         assert shard_of("other") == shard_of(None), "they share a part of the journal"
         for n in range(12):

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from google.cloud.firestore_v1.types import query as _query
 from ...errors import InvalidInput, Problem, Unavailable
 from .. import tagged_json as _values
 from ..port import ChangesPage, Record, past_the_end
-from .client import RunQueryRequest, Wire, pause
+from .client import AggregationRequest, RunQueryRequest, Wire, pause
 from .draft import SHARDS, Line
 from .paths import HEADS, JOURNAL, JOURNAL_PARTS, Paths, last_of
 from .values import COMMIT_FIELD, DocumentPb, micros, put, take, value_of
@@ -120,41 +120,57 @@ class _Found:
 
 
 class Journal:
-    """Reads the journal. `heads` is the last record of each shard that is known of."""
+    """Reads the journal.
+
+    A page is correct only if it knows the last record of every shard as of now: a record that is missed here is a
+    revocation that this node does not hear of. So each call asks Firestore. One sum over the heads costs one read, and
+    confirms all heads that are known already; only after a commit of another node are the heads themselves read. A
+    listener saves that read, but nothing relies on it: its stream may be silent because the connection is gone.
+    """
 
     def __init__(self, wire: Wire, paths: Paths) -> None:
         self._wire = wire
         self._paths = paths
-        self.heads = [0] * SHARDS
-        self.is_followed = False
-        """A listener keeps `heads` fresh, so that they need not be read each time."""
+        self._known = [0] * SHARDS
+        """The last record of each shard that this node has heard of: trusted only when their sum is confirmed."""
+        self._sum_of_heads = AggregationRequest(parent=paths.documents)
+        aggregation = self._sum_of_heads.structured_aggregation_query
+        aggregation.structured_query.from_.add().collection_id = HEADS
+        aggregation.aggregations.add(alias="sum").sum.field.field_path = "last"
 
     def saw_head(self, shard: int, last: int) -> None:
-        self.heads[shard] = max(self.heads[shard], last)
+        self._known[shard] = max(self._known[shard], last)
+
+    def forget_heads(self) -> None:
+        """Read all heads anew. What answers after a connection was lost may be an emulator that restarted empty: two
+        histories can have one sum."""
+        self._known = [0] * SHARDS
 
     def head_name(self, shard: int) -> str:
         return self._paths.internal(HEADS, f"{shard:02}")
 
-    async def read_heads(self, shards: range | list[int]) -> None:
+    async def _heads(self, shards: Sequence[int]) -> list[int]:
+        """The last record of each of these shards as of now, at its place among all shards."""
+        known = list(self._known)  # before the request: what becomes known meanwhile may not be in the sum
+        if len(shards) == SHARDS:
+            answer = await self._wire.aggregate(self._sum_of_heads)
+            if answer["sum"].integer_value == sum(known):
+                return known
         found, _ = await self._wire.batch_get([self.head_name(shard) for shard in shards])
         for name, document in found.items():
-            # What was read is what there is: after an emulator's restart that may be less than before.
-            self.heads[int(last_of(name))] = document.fields["last"].integer_value if document is not None else 0
+            # Also where it is less than what was known: an emulator that restarted, or a restored database, has less.
+            shard, last = int(last_of(name)), 0 if document is None else document.fields["last"].integer_value
+            known[shard] = self._known[shard] = last
+        return known
 
     async def changes(self, after: str | None, tenant: str | None, limit: int) -> ChangesPage:
         position = position_of(None if after == END else after)
-        shards = range(SHARDS) if tenant is None or after == END else [shard_of(tenant)]
-        if not self.is_followed or after == END:
-            await self.read_heads(shards)
+        shards = list(range(SHARDS)) if tenant is None or after == END else [shard_of(tenant)]
+        heads = await self._heads(shards)
         if after == END:
-            return ChangesPage((), cursor_text(list(self.heads)))
-        ahead = [shard for shard in shards if position[shard] > self.heads[shard]]
-        if ahead and self.is_followed:  # another node has given the cursor, and heard of more than this one
-            await self.read_heads(ahead)
-            ahead = [shard for shard in ahead if position[shard] > self.heads[shard]]
-        if ahead:
+            return ChangesPage((), cursor_text(heads))
+        if any(position[shard] > heads[shard] for shard in shards):
             raise past_the_end()
-        heads = list(self.heads)
         behind = [shard for shard in shards if position[shard] < heads[shard]]
         found = await self._merged(behind, position, heads, tenant, limit)
         records = await self._records(found)

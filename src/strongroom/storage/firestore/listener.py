@@ -27,11 +27,8 @@ class Listener:
         self._journal = journal
         self._callbacks: list[Callable[[], None]] = []
         self._task: asyncio.Task[None] | None = None
-
-    @property
-    def is_live(self) -> bool:
-        """Whether every head that is committed anywhere comes in by itself at the moment."""
-        return self._journal.is_followed
+        self.is_live = False
+        """Whether Firestore has sent all heads on the present stream. It says nothing of a stream that went silent."""
 
     def add(self, callback: Callable[[], None]) -> None:
         self._callbacks.append(callback)
@@ -56,9 +53,10 @@ class Listener:
             except StrongroomError as error:
                 _log.info("the listener ended and begins again: %s", error.message)
             except Exception:
-                _log.exception("the listener ended, for a reason that nobody foresaw, and begins again")
+                _log.exception("the listener ended with an unexpected error and begins again")
             finally:
-                self._journal.is_followed = False
+                self.is_live = False
+                self._journal.forget_heads()
             await pause(min(attempt, MAX_PAUSES))
             attempt += 1
 
@@ -78,9 +76,9 @@ class Listener:
         elif kind == "target_change":
             change = answer.target_change
             if change.target_change_type in (_REMOVE, _RESET):
-                self._journal.is_followed = False
+                self.is_live = False
             elif change.target_change_type == _CURRENT:
-                self._journal.is_followed = True
+                self.is_live = True
             if change.target_change_type != _NO_CHANGE or not change.HasField("read_time"):
                 return
             for callback in self._callbacks:
