@@ -118,7 +118,9 @@ class Sets:
                 key, row = _row(table, operation, now)
             except StrongroomError as error:
                 raise numbered(error, number) from None
-            size += sum(len(value) for value in row if type(value) is str or type(value) is bytes)
+            for value in row:
+                if type(value) is str or type(value) is bytes:
+                    size += len(value)
             bucket = None
             if key[0] is INSERT or key[0] is UPSERT:
                 bucket = self._locks.bucket(table, tenant, operation.id)  # type: ignore[union-attr]
@@ -150,7 +152,7 @@ class Sets:
                 arguments.append(sorted(group.buckets))
             if require is not None:
                 arguments.append(len(group.rows))
-                counts.append(f"(SELECT count(*) FROM g{number}) = ${len(arguments)}::bigint")
+                counts.append(_complete(group, number, len(arguments)))
         answers = " UNION ALL ".join(f"SELECT {n} AS g, id, version, value FROM g{n}" for n in range(len(groups)))
         sql = f"WITH {', '.join(parts)} {answers}"
         if require is not None:
@@ -159,6 +161,14 @@ class Sets:
                 f"WHERE (SELECT {require}({' AND '.join(counts)}))"
             )
         return Statement(sql, arguments, groups)
+
+
+def _complete(group: Group, number: int, parameter: int) -> str:
+    """The condition that all rows of a group applied, and that no document may be too large now."""
+    if group.key[0] is not PATCH:
+        return f"(SELECT count(*) FROM g{number}) = ${parameter}::bigint"
+    most = (MAX_DOCUMENT_BYTES - group.table.fixed_size) // BYTES_PER_CHARACTER
+    return f"(SELECT count(*) FILTER (WHERE value <= {most}) FROM g{number}) = ${parameter}::bigint"
 
 
 def take(statement: Statement, rows: Sequence[Any], outcomes: Mapping[int, Outcome]) -> bool:
@@ -222,8 +232,16 @@ def _row(table: Table, operation: Operation, now: datetime) -> tuple[Key, tuple[
     """The set that an operation belongs to, and its row there; the id is the row's first value."""
     name = table.name
     kind = type(operation)
+    # The ledger's operations first: a durable verify is one of each.
     if kind is Check:
         return (CHECK, name), (operation.id, operation.expected)  # type: ignore[union-attr]
+    if kind is Patch:
+        patch: Patch = operation  # type: ignore[assignment]
+        names = tuple(patch.fields)
+        values = encode_fields(table.encoders(names), patch.fields)
+        if patch.expected is None:
+            return (PATCH, name, False, *names), (patch.id, now, *values)
+        return (PATCH, name, True, *names), (patch.id, patch.expected, now, *values)
     if kind is Put or kind is Create:
         given: Create | Put = operation  # type: ignore[assignment]
         row = encoded(table, given)
@@ -236,16 +254,11 @@ def _row(table: Table, operation: Operation, now: datetime) -> tuple[Key, tuple[
         if created_at is None:
             return (UPDATE, name, False), (given.id, expected, updated_at, *row)
         return (UPDATE, name, True), (given.id, expected, updated_at, created_at, *row)
-    if isinstance(operation, Patch):
-        names = tuple(operation.fields)
-        values = encode_fields(table.encoders(names), operation.fields)
-        if operation.expected is None:
-            return (PATCH, name, False, *names), (operation.id, now, *values)
-        return (PATCH, name, True, *names), (operation.id, operation.expected, now, *values)
-    if isinstance(operation, Add):
-        table.encoders((operation.field,))
-        low, high = bounds(operation)
-        return (ADD, name, operation.field), (operation.id, now, operation.amount, low, high)
+    if kind is Add:
+        add: Add = operation  # type: ignore[assignment]
+        table.encoders((add.field,))
+        low, high = bounds(add)
+        return (ADD, name, add.field), (add.id, now, add.amount, low, high)
     if operation.expected is None:  # type: ignore[union-attr]
         return (DELETE, name, False), (operation.id,)  # type: ignore[union-attr]
     return (DELETE, name, True), (operation.id, operation.expected)  # type: ignore[union-attr]

@@ -260,8 +260,6 @@ class Commits:
     async def _run_alone(self, connection: asyncpg.Connection, given: Sets, outcomes: Mapping[int, Outcome]) -> bool:
         """All in one round trip, for batches of no tenant that append nothing. False, and nothing done, if not all of
         their operations apply."""
-        if any(key[0] is sets.PATCH for key in given.groups):
-            return False
         statement = given.statement(None, self._require)
         try:
             rows = await connection.fetch(statement.sql, *statement.arguments)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from ...entities import Collection, FieldType, Index
 from ...errors import InvalidInput, Problem
 from ..port import document_size
-from ..sql import Codec, Compiler, listed, quoted
+from ..sql import MAX_SHAPES, Codec, Compiler, listed, quoted
 from .dialect import PostgresDialect
 from .schema_tables import is_of_secrets, physical_indexes
 
 _DIALECT = PostgresDialect()
+Encoders = tuple[Callable[[Any], Any] | None, ...]
 VARIABLE = frozenset({FieldType.TEXT, FieldType.BYTES, FieldType.LIST, FieldType.MAP})
 _JSON = frozenset({FieldType.LIST, FieldType.MAP})
 
@@ -61,13 +62,20 @@ class Table:
             name for index in collection.indexes if index.unique for name, _ in index.columns
         )
         self.texts: dict[tuple[Any, ...], str] = {}
+        self._encoders: dict[tuple[str, ...], Encoders] = {}
 
-    def encoders(self, fields: Sequence[str]) -> list[Callable[[Any], Any] | None]:
-        """What encodes the values of these fields. InvalidInput if there is no such field."""
-        known = self.collection.fields
-        if unknown := [name for name in fields if name not in known]:
-            raise InvalidInput([Problem(name, "is not a known field") for name in unknown])
-        return [_DIALECT.encoders.get(known[name].type) for name in fields]
+    def encoders(self, fields: tuple[str, ...]) -> Encoders:
+        """The encoders of these fields' values, None for a value that is stored as it is. InvalidInput if there is no
+        such field."""
+        found = self._encoders.get(fields)
+        if found is None:
+            known = self.collection.fields
+            if unknown := [name for name in fields if name not in known]:
+                raise InvalidInput([Problem(name, "is not a known field") for name in unknown])
+            if len(self._encoders) >= MAX_SHAPES:
+                self._encoders.clear()
+            found = self._encoders[fields] = tuple(_DIALECT.encoders.get(known[name].type) for name in fields)
+        return found
 
 
 def _length(name: str, kind: FieldType) -> str:
