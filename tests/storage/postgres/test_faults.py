@@ -13,9 +13,20 @@ import asyncpg
 import pytest
 import pytest_asyncio
 
-from strongroom.errors import AlreadyExists, ConfigError, Conflict, Unavailable
+from strongroom.errors import AlreadyExists, ConfigError, Conflict, TooLarge, Unavailable
 from strongroom.storage import open_store
-from strongroom.storage.port import Add, Append, Check, Create, Operation, Put, Store
+from strongroom.storage.port import (
+    MAX_DOCUMENT_BYTES,
+    Add,
+    Append,
+    Check,
+    Committed,
+    Create,
+    Operation,
+    Patch,
+    Put,
+    Store,
+)
 from strongroom.storage.postgres.store import PostgresStore
 from strongroom.testing.storage.samples import COLLECTIONS, batch, item, record, shared
 from tests.helpers.servers import free_port, postgres
@@ -137,6 +148,42 @@ async def test_a_ledger_commit_whose_answer_is_lost_says_that_it_does_not_know(
         found = await store.get("shared", None, "a")
         assert found is not None
         assert found["used"] == 1
+    finally:
+        await store.close()
+
+
+async def test_the_ledgers_patches_and_checks_commit_in_one_round_trip(server: postgres.Server, proxy: Proxy) -> None:
+    store = await prepared(through(proxy, server, postgres.new_schema()))
+    try:
+        created = await store.commit(batch(None, *(Create("shared", id, shared()) for id in ("a", "b"))))
+        version = created.versions[0]
+        for number in range(2):  # the first one prepares the statement
+            sent: list[bytes] = []
+            proxy.drop_request(lambda chunk, sent=sent: bool(sent.append(chunk)))  # type: ignore[misc]  # drops none
+            check = Check("shared", "b", created.versions[1])
+            committed = await store.commit(batch(None, Patch("shared", "a", {"used": number}, version), check))
+            version = committed.versions[0]
+        assert len(sent) == 1
+        assert (await store.get("shared", None, "a") or {})["used"] == 1
+    finally:
+        await store.close()
+
+
+async def test_a_patch_that_makes_a_document_too_large_is_refused_and_no_other_of_its_commit(
+    server: postgres.Server,
+) -> None:
+    store = await prepared(server.url(postgres.new_schema()))
+    try:
+        text = "x" * (MAX_DOCUMENT_BYTES - 10_000)
+        created = await store.commit(batch(None, Create("shared", "a", shared()), Create("shared", "b", shared())))
+        outcomes = await asyncio.gather(
+            store.commit(batch(None, Patch("shared", "a", {"label": text + "x" * 20_000}, created.versions[0]))),
+            store.commit(batch(None, Patch("shared", "b", {"label": text}, created.versions[1]))),
+            return_exceptions=True,
+        )
+        assert [type(outcome) for outcome in outcomes] == [TooLarge, Committed]
+        assert (await store.get("shared", None, "a") or {})["version"] == created.versions[0]
+        assert (await store.get("shared", None, "b") or {})["label"] == text
     finally:
         await store.close()
 
