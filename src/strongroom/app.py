@@ -181,7 +181,7 @@ class Strongroom:
         sender = Sender()
         self.webhooks = Webhooks(self.database, lambda: self.keys.hasher, self.clock, self.feed, sender)
         self.deliveries = Deliveries(self.database, self.clock, leases, self.webhooks, sender)
-        self.ledger.watcher, self.ledger.on_crossed = self.webhooks, self.deliveries.wake
+        self.ledger.watch(self.webhooks, self.deliveries.wake)
 
     async def _start(self, stack: AsyncExitStack) -> None:
         """Begin what goes on by itself, in an order in which nothing of what others change is missed."""

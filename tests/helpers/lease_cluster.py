@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,7 +106,7 @@ class Cluster:
         store = FaultyStore(self.store, shared=True)
         clock = SkewedClock(self.world, offset_us)
         ledger = Ledger(Database(store, self.registry), store, clock)
-        ledger._shared = True
+        ledger.states.shared = True
 
         async def describe(id: str) -> Part | None:
             return self.parts.get(id)
@@ -176,9 +175,7 @@ class Cluster:
     async def kill(self, node: Node, *, log: bool = True) -> None:
         """As kill -9: nothing is given back, and only the log stays (if even that does)."""
         self.nodes.remove(node)
-        if node.ledger._task is not None:
-            node.ledger._task.cancel()
-            await asyncio.wait([node.ledger._task])
+        await node.ledger.group_commit.stop()
         node.lending.log.abandon()
         if not log:
             for path in self.folder.glob(f"{node.lending.log.lease}.*"):

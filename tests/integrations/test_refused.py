@@ -104,10 +104,10 @@ async def test_what_is_taken_back_of_a_key_without_limits_is_not_counted(room: S
     for written in (False, True):
         charged = await room.keys.verify_charged(issued.text, cost={"tokens": 60})
         if written:
-            room.ledger._flush_tallies()
+            room.ledger.aggregation.flush()
             await room.ledger.settled()
         await room.keys.undo(charged)
-        room.ledger._flush_tallies()
+        room.ledger.aggregation.flush()
         await room.ledger.settled()
         assert await stands(room, issued) == (0, {}, {})
 

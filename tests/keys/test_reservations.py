@@ -25,7 +25,7 @@ from strongroom.entities.query import Query
 from strongroom.errors import Conflict, InvalidInput, NotFound, Unavailable
 from strongroom.keys.durable_reservations import StoredReservation
 from strongroom.keys.verification import Reservation
-from strongroom.limits import ledger as usage
+from strongroom.limits import tuning
 from strongroom.limits.usage_state import allowances
 from strongroom.limits.windows import Total
 from strongroom.storage.port import Create
@@ -1052,8 +1052,8 @@ class Machine(RuleBasedStateMachine):
         self.traveller = time_machine.travel(MOMENT, tick=False)
         self.clock = self.traveller.start()
         self.stack = AsyncExitStack()
-        self.believed = usage.BELIEVED_FOR_S
-        usage.BELIEVED_FOR_S = -1.0  # the machine's time stands still
+        self.believed = tuning.REREAD_AFTER_S
+        tuning.REREAD_AFTER_S = -1.0  # the machine's time stands still
         self.clock_us = 0
         self.at_us = 0
         """When the account was charged last."""
@@ -1074,7 +1074,7 @@ class Machine(RuleBasedStateMachine):
             if not leased:
                 self.nodes.append((await self.stack.enter_async_context(opened("json://:memory:", beside=first[1])))[0])
             for node in self.nodes:
-                node.ledger._shared = True  # as a store is that several processes can open
+                node.ledger.states.shared = True  # as a store is that several processes can open
             self.issued = await self.nodes[0].keys.create(name="k", limits=self.limits())
 
         self.leased = leased
@@ -1194,7 +1194,7 @@ class Machine(RuleBasedStateMachine):
                 assert at_once.used == len(self.open)
 
     def teardown(self) -> None:
-        usage.BELIEVED_FOR_S = self.believed
+        tuning.REREAD_AFTER_S = self.believed
         self.run(self.stack.aclose())
         self.traveller.stop()
         self.loop.close()

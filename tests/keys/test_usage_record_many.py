@@ -16,8 +16,8 @@ from strongroom.context import utc_from_us
 from strongroom.errors import Conflict, InvalidInput, Unavailable
 from strongroom.keys.rotation import IssuedKey
 from strongroom.keys.usage_recorder import Usage
-from strongroom.limits import decision as charges
-from strongroom.storage.port import Patch
+from strongroom.limits import admission
+from strongroom.storage.port import Batch, Patch, Put
 from tests.helpers.support import Fault, FaultyStore, new_url, opened, rolling
 
 KEYS = 12
@@ -40,9 +40,11 @@ async def used(room: Strongroom, made: list[IssuedKey]) -> list[Any]:
 
 def usage_batches(store: FaultyStore) -> int:
     """How many batches wrote usage."""
-    return sum(
-        any(isinstance(one, Patch) and one.collection == "key_usage" for one in b.operations) for b in store.batches
-    )
+    return sum(writes_usage(batch) for batch in store.batches)
+
+
+def writes_usage(batch: Batch) -> bool:
+    return any(isinstance(one, Patch | Put) and one.collection == "key_usage" for one in batch.operations)
 
 
 async def test_records_of_many_keys_share_a_commit(room: Strongroom, store: FaultyStore) -> None:
@@ -134,12 +136,12 @@ async def test_a_store_that_goes_away_in_a_batch_leaves_what_was_counted_told(
 ) -> None:
     """The commits of a batch are several; the repeat counts what is missing, and nothing twice."""
     made = await keys_of(room)
-    monkeypatch.setattr(charges, "MAX_OPERATIONS", 12)
+    monkeypatch.setattr(admission, "MAX_OPERATIONS", 12)
     commits = 0
 
     def after_the_first(number: int, batch: Any) -> Fault | None:
         nonlocal commits
-        commits += any(isinstance(one, Patch) and one.collection == "key_usage" for one in batch.operations)
+        commits += writes_usage(batch)
         return Fault("after", Unavailable("lost", outcome="unknown")) if commits > 1 else None
 
     store.fault = after_the_first

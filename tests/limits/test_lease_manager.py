@@ -20,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from strongroom import Anchored, Calendar, Limit, Refill, Rolling, Total
 from strongroom.errors import Conflict, Unavailable
 from strongroom.limits import lease as shares
-from strongroom.limits import ledger as usage
+from strongroom.limits import tuning
 from strongroom.limits.usage_state import Account
 from tests.helpers.lease_cluster import LEASE_S, SKEW_US, WINDOW_S, Cluster, Node
 from tests.helpers.support import Fault
@@ -77,9 +77,9 @@ class Machine(RuleBasedStateMachine):
         """Nothing happened that makes the store count more than was answered: a log lost, or an answer."""
         self.killed = False
         """The log of a process that was killed tells what it had spent of its limits, not its lifetime totals."""
-        self.believed = usage.BELIEVED_FOR_S
+        self.believed = tuning.REREAD_AFTER_S
         # The machine's time is not the test's: by it leases would have other sizes each time.
-        usage.BELIEVED_FOR_S = 0.0
+        tuning.REREAD_AFTER_S = 0.0
         shares.time = SimpleNamespace(monotonic=lambda: self.cluster.world.now_us / 1_000_000)  # type: ignore[assignment,attr-defined]
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
@@ -337,7 +337,7 @@ class Machine(RuleBasedStateMachine):
                 self.run(self._all_is_counted())
                 self.run(self.cluster.close())
         finally:
-            usage.BELIEVED_FOR_S = self.believed
+            tuning.REREAD_AFTER_S = self.believed
             shares.time = time  # type: ignore[attr-defined]
             shutil.rmtree(self.folder, ignore_errors=True)
             self.loop.close()

@@ -11,7 +11,7 @@ import pytest
 
 from strongroom import Anchored, Calendar, Limit, Refill, Rolling, Total
 from strongroom.errors import Conflict, Unavailable
-from strongroom.limits import ledger as usage
+from strongroom.limits import tuning
 from strongroom.limits.lease import KEPT_AFTER_US, MAX_ENDED
 from strongroom.limits.lease_manager import LEASE_S, LOOK_FOR_DEAD_EVERY, RENEW_EVERY_S
 from tests.helpers.lease_cluster import Cluster, Node
@@ -33,7 +33,7 @@ def tokens(limit: int = 1_000, window: object = None, **more: object) -> Limit:
 @pytest.fixture
 async def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Make]:
     """Makes a cluster of two nodes, whose keys have these limits."""
-    monkeypatch.setattr(usage, "BELIEVED_FOR_S", 0.0)  # the cluster's time is not the machine's
+    monkeypatch.setattr(tuning, "REREAD_AFTER_S", 0.0)  # the cluster's time is not the machine's
     async with AsyncExitStack() as stack:
 
         async def made(*limits: Limit, quota: tuple[Limit, ...] = (), keys: int = 1) -> Cluster:
@@ -244,7 +244,7 @@ async def test_a_renewal_that_a_full_ledger_refuses_is_tried_again(make: Make, m
     await lent(cluster, one)
     cluster.spend(one, ONE, most=5)
     with monkeypatch.context() as full:
-        full.setattr(usage, "MAX_WAITING", 0)
+        full.setattr(tuning, "MAX_WAITING", 0)
         one.lending._look_at_wallets()
         await one.ledger.settled()
     assert not cluster.wallet(one).renewing

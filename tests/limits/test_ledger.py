@@ -16,16 +16,7 @@ from typing import Any, Literal
 import pytest
 import time_machine
 
-from strongroom import (
-    Anchored,
-    ApiKey,
-    Calendar,
-    Database,
-    Limit,
-    Registry,
-    Rolling,
-    Total,
-)
+from strongroom import Anchored, ApiKey, Calendar, Database, Limit, Registry, Rolling, Total
 from strongroom.app import SYSTEM_ENTITIES
 from strongroom.context import new_id, system_context
 from strongroom.entities.entity import Document
@@ -39,6 +30,7 @@ from strongroom.errors import (
 )
 from strongroom.keys.cached_key import metered
 from strongroom.limits import ledger as usage
+from strongroom.limits import tuning
 from strongroom.limits.corrections import MAX_WRITERS, Tally, tally_once
 from strongroom.limits.ledger import KeyChanged, Ledger, Outcome
 from strongroom.storage import open_store
@@ -114,7 +106,7 @@ def admitted(answers: Sequence[Outcome | BaseException]) -> int:
 
 async def memory_is_the_stores(node: Node, id: str) -> None:
     """What the ledger holds of a key is what the store holds, if it holds the version that is there."""
-    account = node.ledger._accounts.get(id)
+    account = node.ledger.states.known.get(id)
     stored = await node.store.store.get("key_usage", None, id)
     if account is None:
         return
@@ -374,8 +366,8 @@ async def test_charges_that_arrive_together_share_a_commit(cluster: Cluster) -> 
 async def test_callers_who_ask_again_a_moment_later_share_a_commit_and_one_who_is_alone_does_not_wait(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(usage, "GATHER_PART", 1e9)
-    monkeypatch.setattr(usage, "MAX_GATHER_S", 2 * PATIENCE_S)  # who waits for others now waits for ever
+    monkeypatch.setattr(tuning, "GATHER_PART", 1e9)
+    monkeypatch.setattr(tuning, "MAX_GATHER_S", 2 * PATIENCE_S)  # who waits for others now waits for ever
     key = await cluster.key(rolling("requests", 1_000))
 
     def charge() -> asyncio.Future[Outcome]:
@@ -443,7 +435,7 @@ async def test_a_conflict_on_the_usage_is_retried(cluster: Cluster, error: Excep
 
 
 async def test_endless_conflicts_end_in_a_refusal(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(usage, "LOST_FOR_S", 0.02)
+    monkeypatch.setattr(tuning, "RETRY_FOR_S", 0.02)
     key = await cluster.key(rolling("tokens", 100))
     before = len(cluster.one.store.batches)
     cluster.one.store.fault = lambda number, batch: Fault("before", Conflict("always", operation=1))
@@ -711,7 +703,7 @@ async def test_usage_that_happened_is_recorded_even_if_its_caller_went_away(clus
 async def test_too_many_waiting_are_refused_and_the_others_are_served(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(usage, "MAX_WAITING", 10)
+    monkeypatch.setattr(tuning, "MAX_WAITING", 10)
     key = await cluster.key(rolling("tokens", 100))
     futures = [cluster.one.ledger.charge(metered(key), {"tokens": 1}) for _ in range(15)]
     answers = await settled(futures)
@@ -721,12 +713,12 @@ async def test_too_many_waiting_are_refused_and_the_others_are_served(
 
 
 async def test_the_memory_for_accounts_is_bounded(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(usage, "MAX_ACCOUNTS", 10)
+    monkeypatch.setattr(tuning, "MAX_USAGE_STATES", 10)
     keys = [await cluster.key(rolling("tokens", 2)) for _ in range(35)]
     for _ in range(3):
         for key in keys:
             await cluster.one.ledger.charge(metered(key), {"tokens": 1})
-            assert len(cluster.one.ledger._accounts) <= 11
+            assert len(cluster.one.ledger.states.known) <= 11
     assert [await cluster.used(key.id) for key in keys] == [{"tokens": 2}] * 35
 
 
@@ -736,7 +728,7 @@ async def test_the_memory_for_accounts_is_bounded(cluster: Cluster, monkeypatch:
 async def test_tallies_are_written_within_their_bound_many_in_one_write(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(usage, "LAZY_FLUSH_S", 0.05)
+    monkeypatch.setattr(tuning, "AGGREGATE_FOR_S", 0.05)
     key = await cluster.key()
     before = len(cluster.one.store.batches)
     for _ in range(1_000):
@@ -757,8 +749,8 @@ async def test_tallies_are_written_within_their_bound_many_in_one_write(
 async def test_statistics_miss_nothing_while_a_tally_is_being_written(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
-    monkeypatch.setattr(usage, "LAZY_FLUSH_S", 0.01)
-    monkeypatch.setattr(usage, "SHOWN_WITHOUT_S", 2 * PATIENCE_S)
+    monkeypatch.setattr(tuning, "AGGREGATE_FOR_S", 0.01)
+    monkeypatch.setattr(tuning, "SHOWN_WITHOUT_S", 2 * PATIENCE_S)
     key, node = await cluster.key(), cluster.one
     node.store.gate = asyncio.Event()
     batches = len(node.store.batches)
@@ -771,7 +763,7 @@ async def test_statistics_miss_nothing_while_a_tally_is_being_written(
         failing_once(node.store, "before", Unavailable("gone"))
     node.store.gate.set()
     assert (await asyncio.wait_for(shown, PATIENCE_S)).totals == {"requests": 5}
-    await wait_until(lambda: not node.ledger._written)
+    await wait_until(lambda: node.ledger.aggregation.settled)
 
 
 async def test_tallies_are_written_on_close(cluster: Cluster) -> None:
@@ -785,7 +777,7 @@ async def test_tallies_are_written_on_close(cluster: Cluster) -> None:
 async def test_a_tally_survives_a_failed_write_and_a_changed_key(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(usage, "LAZY_FLUSH_S", 0.01)
+    monkeypatch.setattr(tuning, "AGGREGATE_FOR_S", 0.01)
     key = await cluster.key()
     await cluster.one.database.update(SYSTEM, ApiKey, key.id, {"name": "another"})
     failing_once(cluster.one.store, "before", Unavailable("gone"))
@@ -800,7 +792,7 @@ async def test_a_tally_survives_a_failed_write_and_a_changed_key(
 
 
 def written(node: Node) -> bool:
-    return not (node.ledger._unsure or node.ledger._tallies or node.ledger._written)
+    return node.ledger.aggregation.settled
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -808,14 +800,14 @@ async def test_a_tally_whose_answer_was_lost_counts_once(cluster: Cluster, when:
     key, node = await cluster.key(), cluster.one
     failing_once(node.store, when, Unavailable("the answer was lost"))
     node.ledger.tally(metered(key), {"requests": 1, "tokens": 7})
-    node.ledger._flush_tallies()
+    node.ledger.aggregation.flush()
     await node.ledger.settled()
-    assert node.ledger._unsure
+    assert not node.ledger.aggregation.idle
     node.ledger.tally(metered(key), {"requests": 1, "tokens": 2})  # another one, meanwhile
     shown = await node.ledger.account(key.id)
     assert (shown.count, shown.totals) == (2, {"requests": 2, "tokens": 9})
     for _ in range(2):  # the first one writes what is unsure, which the other one waits for
-        node.ledger._flush_tallies()
+        node.ledger.aggregation.flush()
         await node.ledger.settled()
     assert written(node)
     account = await stored_usage(node.store, key.id)
@@ -837,7 +829,7 @@ async def test_tallies_whose_answers_are_lost_on_close_are_written_once(
 async def test_tallies_of_several_nodes_through_lost_answers_are_each_counted_once(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(usage, "LAZY_FLUSH_S", 0.005)
+    monkeypatch.setattr(tuning, "AGGREGATE_FOR_S", 0.005)
     async with cluster_of("json-memory", tmp_path, 3) as cluster:
         key, dice = await cluster.key(), random.Random(7)
 
@@ -915,15 +907,15 @@ async def test_a_failed_read_of_a_changed_key_loses_no_tally_and_no_charge(clust
 async def test_closing_ends_although_the_store_fails_and_leaves_no_timer(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(usage, "LAZY_FLUSH_S", 0.01)
+    monkeypatch.setattr(tuning, "AGGREGATE_FOR_S", 0.01)
     key = await cluster.key()
     cluster.one.store.fault = lambda number, batch: Fault("before", Unavailable("gone"))
     cluster.one.ledger.tally(metered(key), {"requests": 1})
     await asyncio.wait_for(cluster.one.ledger.close(), PATIENCE_S)
-    assert cluster.one.ledger._timer is None
+    assert cluster.one.ledger.aggregation._timer is None
     with pytest.raises(Unavailable, match="closed"):
         await cluster.one.ledger.charge(metered(key), {"requests": 1})
-    assert cluster.one.ledger._timer is None
+    assert cluster.one.ledger.aggregation._timer is None
     cluster.one.store.fault = lambda number, batch: None
     await cluster.one.ledger.close()  # nothing was thrown away: a second closing writes it
     assert await cluster.used(key.id) == {"requests": 1}

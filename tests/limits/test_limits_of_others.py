@@ -12,22 +12,13 @@ from typing import Any
 import pytest
 import time_machine
 
-from strongroom import (
-    Anchored,
-    ApiKey,
-    Calendar,
-    Context,
-    Limit,
-    Rolling,
-    Strongroom,
-    Total,
-)
+from strongroom import Anchored, ApiKey, Calendar, Context, Limit, Rolling, Strongroom, Total
 from strongroom.entities.query import MAX_LIMIT
 from strongroom.errors import InvalidInput, StrongroomError, Unavailable
 from strongroom.integrations._core import Presented
 from strongroom.integrations._hold import Hold
 from strongroom.keys.token import generate
-from strongroom.limits import ledger as usage
+from strongroom.limits import tuning
 from strongroom.limits import usage_state as accounts
 from strongroom.storage.port import Put
 from tests.helpers.support import Fault, FaultyStore, new_url, opened, rolling, stored_usage
@@ -226,7 +217,7 @@ async def test_three_five_hour_windows_each_do_what_their_name_says(room: Strong
 async def test_litellm_33872_and_35531_a_buffer_is_emptied_after_the_commit_and_not_before(
     room: Strongroom, store: FaultyStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(usage, "LAZY_FLUSH_S", 0.01)
+    monkeypatch.setattr(tuning, "AGGREGATE_FOR_S", 0.01)
     issued = await room.keys.create(name="without limits")
     failed = 0
 
@@ -354,7 +345,7 @@ async def test_litellm_42689_invalid_keys_write_no_rows_and_fill_no_memory(
     assert len(store.batches) == commits
     assert (await store.store.check()).details.get("documents") == before
     assert len(room.keys.cache._unknown) <= 10_000
-    assert not room.ledger._accounts
+    assert not room.ledger.states.known
 
 
 async def test_litellm_19477_a_list_of_keys_is_read_page_by_page(room: Strongroom, store: FaultyStore) -> None:

@@ -35,7 +35,7 @@ from strongroom.keys.transfer.key_file_chunks import survey
 from strongroom.keys.transfer.key_file_export import Exported, export_rows, file_of
 from strongroom.keys.transfer.key_file_import import KeyImport, Standing
 from strongroom.keys.transfer.key_file_rows import new_usage, usage_document
-from strongroom.limits import ledger as usage
+from strongroom.limits import tuning
 from strongroom.limits.usage_state import Account
 from strongroom.storage.port import Alike, Append, Create, Pack
 from strongroom.storage.sqlite.bulk_rows import SqlitePacker
@@ -183,7 +183,7 @@ async def test_litellm_42689_unknown_keys_write_nothing_and_are_forgotten(
             answers = await asyncio.gather(*(room.keys.verify(generate()) for _ in range(begin, begin + 50)))
             assert {answer.code for answer in answers} == {"NOT_FOUND"}
         assert len(room.keys.cache._unknown) <= 50
-        assert not room.ledger._accounts
+        assert not room.ledger.states.known
         assert not [op for batch in store.batches[commits:] for op in batch.operations if _is_of_a_key(op)]
 
 
@@ -192,14 +192,14 @@ def _is_of_a_key(operation: Any) -> bool:
 
 
 async def test_what_is_kept_of_keys_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in ((keycache, "MAX_CACHED_KEYS"), (usage, "MAX_ACCOUNTS")):
+    for module, name in ((keycache, "MAX_CACHED_KEYS"), (tuning, "MAX_USAGE_STATES")):
         monkeypatch.setattr(module, name, 40)
     async with opened(new_url("sqlite", tmp_path)) as (room, _):
         await imported(room, plain_file(tmp_path, 200))
         for number in [*range(200), *range(200)]:
             assert (await room.keys.verify(text(number), cost={"tokens": 1})).valid
         cache = room.keys.cache
-        assert max(len(cache._known), len(cache._by_id), len(room.ledger._accounts) - 1) <= 40
+        assert max(len(cache._known), len(cache._by_id), len(room.ledger.states.known) - 1) <= 40
         stats = await room.keys.stats(cache._by_id[next(iter(cache._by_id))].id)
         assert stats.count == 2  # what had to go from memory was in the store
 

@@ -388,8 +388,8 @@ async def test_more_crossings_than_a_commit_takes_are_all_told_of(
     """A hundred keys of one quota, or one key with as many limits as there may be, cross all thresholds at once."""
     limits = [rolling("tokens", 10)] if keys > 1 else [rolling("tokens", 10, 100 + number) for number in range(32)]
     async with opened(new_url(kind, tmp_path)) as (room, store):
-        room.ledger.watcher, told = Asking(*thresholds), list[str]()
-        room.ledger.on_crossed = told.extend
+        told = list[str]()
+        room.ledger.watch(Asking(*thresholds), told.extend)
         await room.quotas.put(kind="tenant", tenant="acme", limits=[rolling("tokens", 10 * keys)])
         made = [await room.keys.create(name=f"key {n}", tenant="acme", limits=limits) for n in range(keys)]
         for one in made:
@@ -412,7 +412,7 @@ async def test_crossings_that_are_due_are_told_of_by_the_next_commit_of_whicheve
     limits = [rolling("tokens", 10, 100 + number) for number in range(32)]
     url, thresholds = new_url("sqlite", tmp_path), tuple(range(5, 101, 5))
     async with opened(url) as (room, store):
-        room.ledger.watcher = Asking(*thresholds)
+        room.ledger.watch(Asking(*thresholds), lambda events: None)
         key = await room.keys.create(name="key", tenant="acme", limits=limits)
         fail = Fault("before", Unavailable("the process is gone"))
         commits = 0
@@ -427,7 +427,7 @@ async def test_crossings_that_are_due_are_told_of_by_the_next_commit_of_whicheve
         await room.ledger.settled()
         assert (await stored_usage(store, key.key.id)).due
     async with opened(url) as (room, store):
-        room.ledger.watcher = Asking(*thresholds)
+        room.ledger.watch(Asking(*thresholds), lambda events: None)
         await room.keys.record(key_id=key.key.id, cost={"requests": 1})
         await room.ledger.settled()
         assert not (await stored_usage(store, key.key.id)).due

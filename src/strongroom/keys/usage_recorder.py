@@ -117,7 +117,8 @@ class Recorder(Undoing):
         these, and the error's `details` say which were (`counted`, by their number) and which were not (`failed`). Of
         those that failed as `unavailable` nobody knows: events with idempotency keys can be sent again.
         """
-        sums = await self._sums(events, context)
+        with self._ledger.announced():
+            sums = await self._sums(events, context)
         actor = context.actor if context is not None else "system"
         if idempotency_key is not None:
             await self._claim(idempotency_key, actor, sums)
@@ -132,9 +133,10 @@ class Recorder(Undoing):
             changed = []
             slices = Slices()
             try:
-                for one in sums:
-                    await slices.pause()
-                    charged.append((one, self._charge_sum(one, actor, idempotency_key)))
+                with self._ledger.announced():
+                    for one in sums:
+                        await slices.pause()
+                        charged.append((one, self._charge_sum(one, actor, idempotency_key)))
                 for one, future in charged:
                     try:
                         outcome = future.result() if future.done() else await future

@@ -1,10 +1,10 @@
 """Limits: windows, counters, the ledger that admits uses exactly, and the limit leases of the nodes."""
 
+from .admission import KeyChanged
 from .backoff import Patience
 from .calendar import calendar_span
 from .corrections import refills_that_begin
 from .counters import SATURATED, RollingCounter, counter_for
-from .decision import KeyChanged
 from .idempotent_admission import statuses_kept
 from .lease import Share
 from .lease_log import folder_for

@@ -21,8 +21,8 @@ from ..clock import Clock
 from ..context import new_id
 from ..errors import StrongroomError
 from ..storage.port import Check
+from .admission import Charge, Decided, Group
 from .corrections import Found
-from .decision import Charge, Decided, Group
 from .lease import Share, Wallet
 from .lease_log import DeadLog, SpendLog, dead_logs
 from .usage_state import (
@@ -65,7 +65,9 @@ class Ledger(Protocol):
     """What the leases need of the ledger that they belong to."""
 
     lending: Lending | None
-    unreachable: bool
+
+    @property
+    def unreachable(self) -> bool: ...
 
     def submit(self, charge: Charge) -> None: ...
 
@@ -180,6 +182,11 @@ class Lending:
         self._task: asyncio.Task[None] | None = None
         self._closed = False
         ledger.lending = self
+
+    @property
+    def lease_id(self) -> str:
+        """The name of this process's leases in usage documents."""
+        return self.log.lease
 
     @property
     def leases(self) -> int:
@@ -372,9 +379,12 @@ class Lending:
         for wallet, _ in decided.wallets:
             wallet.renewing = False
 
-    def failed(self, id: str) -> None:
-        """A renewal could not even be decided."""
-        wallet = self._wallets.get(id)
+    def recorded(self, request: Charge) -> None:
+        """A renewal is durable: `committed` was told."""
+
+    def failed(self, request: Charge) -> None:
+        """A renewal could not be decided, or not be committed."""
+        wallet = self._wallets.get(request.metered.id)
         if wallet is not None:
             wallet.renewing = False
 
@@ -382,7 +392,11 @@ class Lending:
         """An account's limits as they are now; None if they are not known here, or it is gone."""
         return None if self._describe is None else await self._describe(id)
 
-    def gone(self, id: str) -> None:
+    def gone(self, request: Charge) -> None:
+        """The key, or the quota, that a renewal was for was removed."""
+        self.drop(request.metered.id)
+
+    def drop(self, id: str) -> None:
         """The key, or the quota, was removed, and what was lent of it with it."""
         wallet = self._wallets.get(id)
         if wallet is not None:
@@ -427,6 +441,7 @@ class Lending:
         part = wallet.part
         charge = Charge(Metered(part.id, part.guard, part.allowances, (), part.tenant), {}, True, None, None)
         charge.lease = "return" if lease == "return" else "renew"
+        charge.owner = self
         self._ledger.submit(charge)
 
     async def _run(self) -> None:

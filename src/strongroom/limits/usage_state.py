@@ -18,6 +18,7 @@ import msgspec
 from ..context import us_from_utc, utc_from_us
 from ..entities import Document, Entity, Index
 from ..storage.port import Check
+from . import tuning
 from .calendar import calendar_span
 from .counters import SATURATED, Counter, TotalCounter, counter_for, stored_counter
 from .reserved_amounts import Place, Reserved, name_of
@@ -30,8 +31,6 @@ MAX_IDLE_COUNTERS = 64
 """Counters kept of limits that a key no longer has, so that one that comes back finds its own."""
 ACTIVE_US = 60_000_000
 """`active_at` is rounded down to this, so that its index changes at most once a minute however often a key is used."""
-
-FIRST_PATIENCE = 16
 
 MAX_AHEAD_US = 86_400_000_000
 """An account whose time is ahead of the store's clock by more than this follows the clock, see `Account.moment`."""
@@ -209,7 +208,6 @@ class Account:
         "last_used_us",
         "leases",
         "months",
-        "patience",
         "read_at",
         "reserved",
         "size",
@@ -217,6 +215,7 @@ class Account:
         "tallied",
         "told",
         "totals",
+        "turn_commits",
         "turns",
         "unknown",
         "version",
@@ -229,8 +228,8 @@ class Account:
         """By time.monotonic: when it was last known to be as the store has it."""
         self.size = 0
         self.turns = 0
-        """Commits since the last pause, and after how many the next one comes: see `usage`."""
-        self.patience = FIRST_PATIENCE
+        """Commits since the last pause; after `turn_commits` the next one comes: see `fairness`."""
+        self.turn_commits = tuning.FIRST_TURN_COMMITS
         self.at_us: int = 0
         self.count: int = 0
         self.last_used_us: int | None = None
