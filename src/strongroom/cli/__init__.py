@@ -29,7 +29,7 @@ from . import (
     serve,
     webhooks,
 )
-from .keychanges import OPTION_OF
+from .keyoptions import FLAGS
 from .session import (
     DEBUG_VARIABLE,
     EXIT_FAILED,
@@ -177,7 +177,7 @@ def _by_options(error: Exception, given: Sequence[str]) -> Exception:
     for problem in error.problems:
         name, _, rest = problem.path.partition(".")
         if name not in options:
-            name = OPTION_OF.get(name, name.removesuffix("s")).replace("-", "_")
+            name = FLAGS.get(name, name.removesuffix("s")).replace("-", "_")
         option = options.get(name) if not rest or rest.isdecimal() else None
         problems.append(Problem(option or problem.path, problem.message))
     return InvalidInput(problems) if problems != list(error.problems) else error

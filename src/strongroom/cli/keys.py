@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from datetime import UTC, datetime
-from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import InvalidInput, Problem
 from . import output, shortforms
+from .keyoptions import FIELDS, FILTER, IdArgument, SameKeyOption, key_fields, key_filter, with_options
 from .keyviews import (
     key_view,
     print_answer,
@@ -23,14 +23,12 @@ from .keyviews import (
 from .limitviews import limit_texts, print_limits, print_mended
 from .options import (
     CursorOption,
-    LimitsOption,
     PageOption,
     YesOption,
     confirm,
     described,
     duration_s,
     is_interactive,
-    metadata,
     must_be_confirmed,
 )
 from .session import EXIT_FAILED, JsonOption, StoreOption, in_store, operator
@@ -38,106 +36,29 @@ from .session import EXIT_FAILED, JsonOption, StoreOption, in_store, operator
 if TYPE_CHECKING:
     from ..app import Strongroom
     from ..database import Page
-    from ..keys import ApiKey, KeyFilter, NewKey
+    from ..keys import ApiKey, KeyFilter
 
 app = typer.Typer(help="Issue, verify and manage API keys.", no_args_is_help=True, rich_markup_mode=None)
 
-IdArgument = Annotated[str, typer.Argument(metavar="ID", help="The key's id, as `keys list` shows it.")]
-OwnerOption = Annotated[str | None, typer.Option("--owner", help="Only this owner's keys.")]
-EnvironmentOption = Annotated[
-    str | None, typer.Option("--environment", metavar="live|test", help="Only keys of this environment.")
-]
-ContainsOption = Annotated[
-    str | None, typer.Option("--name-contains", help="Only keys whose names have this part, in capitals or not.")
-]
-StateOption = Annotated[str | None, typer.Option("--state", help="Only keys that are active, disabled or expired.")]
-GroupFilterOption = Annotated[str | None, typer.Option("--in-group", help="Only keys that share this quota.")]
-PermissionOption = Annotated[
-    str | None, typer.Option("--permission", help="Only keys with exactly this permission among theirs.")
-]
-ExpiresAfterOption = Annotated[
-    str | None,
-    typer.Option(
-        "--expires-after", metavar="TIME", help="Only keys that expire after this time, or this long from now (30d)."
-    ),
-]
-ExpiresBeforeOption = Annotated[
-    str | None,
-    typer.Option(
-        "--expires-before", metavar="TIME", help="Only keys that expire before that; not those that never expire."
-    ),
-]
-UsedAfterOption = Annotated[
-    str | None,
-    typer.Option(
-        "--used-after", metavar="TIME", help="Only keys last used after this time, or since so long ago (7d)."
-    ),
-]
-UsedBeforeOption = Annotated[
-    str | None,
-    typer.Option("--used-before", metavar="TIME", help="Only keys that were not used since then, or never were."),
-]
-PrefixOption = Annotated[str | None, typer.Option("--name-prefix", help="Only keys whose names begin so.")]
-AfterOption = Annotated[
-    str | None,
-    typer.Option("--created-after", metavar="TIME", help="Only keys made after this time, or since so long ago (7d)."),
-]
-BeforeOption = Annotated[
-    str | None,
-    typer.Option("--created-before", metavar="TIME", help="Only keys made before this time, or so long ago (7d)."),
-]
-DeletedOption = Annotated[
-    bool, typer.Option("--deleted", help="The deleted keys that can be restored, instead of the others.")
-]
-
 
 @app.command()
+@with_options(FIELDS, "fields", dict)
 def create(
+    *,
     name: Annotated[str, typer.Option("--name", help="What the key is for.")],
     tenant: Annotated[str, typer.Option("--tenant", help="Whose key it is.")] = "default",
-    user: Annotated[str | None, typer.Option("--user", help="The user it belongs to.")] = None,
-    permission: Annotated[list[str] | None, typer.Option(help="A permission; may be given again.")] = None,
-    limit: LimitsOption = None,
-    expires: Annotated[
-        str | None, typer.Option(metavar="TIME", help="When it ends: 2027-01-01T00:00:00Z, or 30d from now.")
-    ] = None,
-    allow_ip: Annotated[
-        list[str] | None,
-        typer.Option(metavar="RANGE", help="An address or range it may be used from; may be given again."),
-    ] = None,
-    metadata: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="A note on the key; may be given again.")
-    ] = None,
+    fields: dict[str, Any],
     prefix: Annotated[
-        str | None, typer.Option(help="What the text begins with (default: sr, of a test key sr_test).")
+        str | None, typer.Option(help="What the secret begins with (default: sr, of a test key sr_test).")
     ] = None,
-    owner: Annotated[str | None, typer.Option("--owner", help="Who is responsible for it.")] = None,
-    description: Annotated[str | None, typer.Option(help="What else there is to say of it.")] = None,
     environment: Annotated[
         str | None, typer.Option("--environment", metavar="live|test", help="What it is for (default: live).")
     ] = None,
-    group: Annotated[
-        list[str] | None, typer.Option(help="A quota of its tenant that it shares; may be given again.")
-    ] = None,
-    model: Annotated[
-        list[str] | None, typer.Option(help="A model it may be used for, or name*; may be given again.")
-    ] = None,
-    route: Annotated[
-        list[str] | None, typer.Option(help="A route it may be used for, or name*; may be given again.")
-    ] = None,
-    rotate_every: Annotated[
-        str | None, typer.Option(metavar="DURATION", help="Rotate it so often, for example 90d.")
-    ] = None,
-    rotation_overlap: Annotated[
-        str | None, typer.Option(metavar="DURATION", help="How long the old text then works on, for example 7d.")
-    ] = None,
-    idempotency_key: Annotated[
-        str | None, typer.Option(help="The same call again with this text gives the same key (within a day).")
-    ] = None,
+    idempotency_key: SameKeyOption = None,
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Make a key and print its text, once.
+    """Make a key and print its secret, once.
 
     \b
     Example:
@@ -151,25 +72,12 @@ def create(
         cost=25.50/calendar:month@Europe/Berlin   the calendar month there
         requests=1000/total                       for ever
     """
-    new = _new_key(
-        name=name,
-        tenant=tenant,
-        user_id=user,
-        permissions=permission or [],
-        limits=limit or [],
-        expires_at=expires,
-        allowed_ips=allow_ip or [],
-        metadata=metadata or [],
-        prefix=prefix,
-        owner=owner,
-        description=description,
-        environment=environment,
-        groups=group or [],
-        allowed_models=model or [],
-        allowed_routes=route or [],
-        rotate_every_s=rotate_every,
-        rotation_overlap_s=rotation_overlap,
-    )
+    from ..keys import NewKey
+
+    problems: list[Problem] = []
+    given = {"name": name, "tenant": tenant, "prefix": prefix, "environment": environment, **fields}
+    read = key_fields(given, problems)
+    new = described(NewKey, read, read.pop("limits", None), problems)
     issued = in_store(
         store, lambda room: room.keys.create(new, context=operator(), idempotency_key=idempotency_key), absent="made"
     )
@@ -177,24 +85,11 @@ def create(
 
 
 @app.command("list")
+@with_options(FILTER, "where", key_filter)
 def list_keys(
-    tenant: Annotated[str | None, typer.Option("--tenant", help="Only this tenant's keys.")] = None,
-    user: Annotated[str | None, typer.Option("--user", help="Only this user's keys.")] = None,
-    owner: OwnerOption = None,
-    environment: EnvironmentOption = None,
-    name_prefix: PrefixOption = None,
-    created_after: AfterOption = None,
-    created_before: BeforeOption = None,
-    deleted: DeletedOption = False,
+    *,
+    where: KeyFilter,
     every: Annotated[bool, typer.Option("--all", help="All pages, one after the other.")] = False,
-    name_contains: ContainsOption = None,
-    state: StateOption = None,
-    group: GroupFilterOption = None,
-    permission: PermissionOption = None,
-    expires_after: ExpiresAfterOption = None,
-    expires_before: ExpiresBeforeOption = None,
-    used_after: UsedAfterOption = None,
-    used_before: UsedBeforeOption = None,
     limit: PageOption = 100,
     cursor: CursorOption = None,
     store: StoreOption = None,
@@ -206,31 +101,13 @@ def list_keys(
     Example:
       strongroom keys list --tenant acme
     """
-    wanted = key_filter(
-        tenant=tenant,
-        user_id=user,
-        owner=owner,
-        environment=environment,
-        name_prefix=name_prefix,
-        created_after=created_after,
-        created_before=created_before,
-        deleted=deleted,
-        name_contains=name_contains,
-        state=state,
-        group=group,
-        permission=permission,
-        expires_after=expires_after,
-        expires_before=expires_before,
-        used_after=used_after,
-        used_before=used_before,
-    )
 
     async def read(room: Strongroom) -> Page[ApiKey]:
-        page = await room.keys.page(wanted, limit=limit, cursor=cursor)
+        page = await room.keys.page(where, limit=limit, cursor=cursor)
         items = [*page.items]
         # Of some filters a page may be empty, and not the last.
         while page.next_cursor is not None and (every or not items):
-            page = await room.keys.page(wanted, limit=limit, cursor=page.next_cursor)
+            page = await room.keys.page(where, limit=limit, cursor=page.next_cursor)
             items += page.items
         return replace(page, items=items)
 
@@ -324,9 +201,7 @@ def rotate(
     hold: Annotated[
         bool, typer.Option("--hold", help="Do not print the new text: keep it until `keys claim` asks for it.")
     ] = False,
-    idempotency_key: Annotated[
-        str | None, typer.Option(help="The same call again with this text gives the same key (within a day).")
-    ] = None,
+    idempotency_key: SameKeyOption = None,
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -444,45 +319,6 @@ def mend_clock(id: IdArgument, store: StoreOption = None, json: JsonOption = Fal
 
 
 # --- Reading the call -----------------------------------------------------------------------------------------
-
-
-def _new_key(**given: Any) -> NewKey:
-    """The key that the options describe. InvalidInput names everything that is wrong with them at once."""
-    from ..keys import NewKey
-
-    problems: list[Problem] = []
-    fields = {name: value for name, value in given.items() if value is not None}
-    fields["metadata"] = metadata(given["metadata"], problems)
-    if given["expires_at"] is not None:
-        now = datetime.now(UTC)
-        fields["expires_at"] = shortforms.one(
-            "expires_at", given["expires_at"], lambda text: shortforms.moment(text, now), problems
-        )
-    for name in ("rotate_every_s", "rotation_overlap_s"):
-        if given[name] is not None:
-            fields[name] = shortforms.one(name, given[name], shortforms.seconds, problems)
-    return described(NewKey, fields, fields.pop("limits"), problems)
-
-
-def key_filter(**given: Any) -> KeyFilter:
-    """The filter that the options describe. InvalidInput names everything that is wrong with them at once."""
-    from ..keys import KeyFilter, KeyState
-    from ..keys.filter import TIMES
-
-    problems: list[Problem] = []
-    times: dict[str, Any] = {}
-    now = datetime.now(UTC)
-    for name in TIMES:
-        text = given.pop(name, None)
-        read = shortforms.moment if name.startswith("expires") else shortforms.past
-        times[name] = shortforms.one(name, text, partial(read, now=now), problems) if text is not None else None
-    if given.get("state") not in (None, *get_args(KeyState)):
-        problems.append(Problem("state", f"found {given['state'][:64]!r}, expected active, disabled or expired"))
-    if given["environment"] not in (None, "live", "test"):
-        problems.append(Problem("environment", f"found {given['environment']!r}, expected live or test"))
-    if problems:
-        raise InvalidInput(problems)
-    return KeyFilter(**given, **times)
 
 
 def _cost(text: str) -> tuple[str, Any]:

@@ -1,0 +1,187 @@
+"""Options that several commands on keys take: the fields of a key, and the conditions of a filter.
+
+A command takes such a group as one argument: `@with_options(FILTER, "where", key_filter)` gives it the options, and
+what `key_filter` makes of them as `where`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Any, get_args
+
+import typer
+
+from ..errors import InvalidInput, Problem
+from . import shortforms
+from .options import LimitsOption, metadata
+
+if TYPE_CHECKING:
+    from ..keys import KeyFilter
+
+Command = Callable[..., None]
+Options = Mapping[str, Any]
+"""Annotated types by the names that the values are given under."""
+
+IdArgument = Annotated[str, typer.Argument(metavar="ID", help="The key's id, as `keys list` shows it.")]
+SameKeyOption = Annotated[
+    str | None,
+    typer.Option("--idempotency-key", help="The same call again with this text gives the same key (within a day)."),
+]
+
+
+def _option(*names: str, help: str, metavar: str | None = None) -> Any:
+    return Annotated[str | None, typer.Option(*names, metavar=metavar, help=help)]
+
+
+def _list(name: str, *, help: str, metavar: str | None = None) -> Any:
+    return Annotated[list[str] | None, typer.Option(name, metavar=metavar, help=f"{help}; may be given again.")]
+
+
+FIELDS: Options = {
+    "user_id": _option("--user", help="The user it belongs to."),
+    "permissions": _list("--permission", help="A permission"),
+    "limits": LimitsOption,
+    "expires_at": _option(
+        "--expires", metavar="TIME", help="When it ends: 2027-01-01T00:00:00Z, or 30d from now."
+    ),
+    "allowed_ips": _list("--allow-ip", metavar="RANGE", help="An address or range it may be used from"),
+    "metadata": _list("--metadata", metavar="NAME=VALUE", help="A note on the key"),
+    "owner": _option("--owner", help="Who is responsible for it."),
+    "description": _option("--description", help="What else there is to say of it."),
+    "groups": _list("--group", help="A quota of its tenant that it shares"),
+    "allowed_models": _list("--model", help="A model it may be used for, or name*"),
+    "allowed_routes": _list("--route", help="A route it may be used for, or name*"),
+    "rotate_every_s": _option("--rotate-every", metavar="DURATION", help="Rotate it so often, for example 90d."),
+    "rotation_overlap_s": _option(
+        "--rotation-overlap", metavar="DURATION", help="How long the old secret then works on, for example 7d."
+    ),
+}  # fmt: skip
+"""Fields that a key is made with, and that can be changed."""
+FLAGS = {name: option.__metadata__[0].default.removeprefix("--") for name, option in FIELDS.items()}
+"""The option, without its dashes, that sets a field."""
+LISTS = frozenset(("permissions", "allowed_ips", "groups", "allowed_models", "allowed_routes", "limits"))
+
+FILTER: Options = {
+    "tenant": _option("--tenant", help="Only this tenant's keys."),
+    "user_id": _option("--user", help="Only this user's keys."),
+    "owner": _option("--owner", help="Only this owner's keys."),
+    "environment": _option("--environment", metavar="live|test", help="Only keys of this environment."),
+    "name_prefix": _option("--name-prefix", help="Only keys whose names begin so."),
+    "created_after": _option(
+        "--created-after", metavar="TIME", help="Only keys made after this time, or since so long ago (7d)."
+    ),
+    "created_before": _option(
+        "--created-before", metavar="TIME", help="Only keys made before this time, or so long ago (7d)."
+    ),
+    "deleted": Annotated[
+        bool, typer.Option("--deleted", help="The deleted keys that can be restored, instead of the others.")
+    ],
+    "name_contains": _option("--name-contains", help="Only keys whose names have this part, in capitals or not."),
+    "state": _option("--state", help="Only keys that are active, disabled or expired."),
+    "group": _option("--in-group", help="Only keys that share this quota."),
+    "permission": _option("--permission", help="Only keys with exactly this permission among theirs."),
+    "expires_after": _option(
+        "--expires-after", metavar="TIME", help="Only keys that expire after this time, or this long from now (30d)."
+    ),
+    "expires_before": _option(
+        "--expires-before", metavar="TIME", help="Only keys that expire before that; not those that never expire."
+    ),
+    "used_after": _option(
+        "--used-after", metavar="TIME", help="Only keys last used after this time, or since so long ago (7d)."
+    ),
+    "used_before": _option(
+        "--used-before", metavar="TIME", help="Only keys that were not used since then, or never were."
+    ),
+}
+"""Conditions that a key must meet; all of them do."""
+
+
+def with_options(options: Options, name: str, read: Callable[..., Any]) -> Callable[[Command], Command]:
+    """A decorator for a command whose parameter `name` is `read(**values of these options)`. In its help they stand
+    where the parameter does."""
+
+    def decorate(command: Command) -> Command:
+        command.__annotations__.pop(name)  # its type need not be imported before the command runs
+        own = inspect.signature(command, eval_str=True)
+        parameters: list[inspect.Parameter] = []
+        for parameter in own.parameters.values():
+            if parameter.name == name:
+                parameters += [_parameter(option, type) for option, type in options.items()]
+            else:
+                parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            values = {option: given.pop(option) for option in options}
+            command(**given, **{name: read(**values)})
+
+        del run.__wrapped__  # Typer is to see the options, not the command's parameter
+        run.__annotations__ = {}
+        run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+def _parameter(name: str, annotation: Any) -> inspect.Parameter:
+    default = False if get_args(annotation)[0] is bool else None
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+# --- Reading what was given -----------------------------------------------------------------------------------
+
+
+def key_fields(given: Mapping[str, Any], problems: list[Problem]) -> dict[str, Any]:
+    """The fields that options set, but for `limits`, which stay in their short form; what is wrong with them goes to
+    `problems`."""
+    fields = {name: value for name, value in given.items() if value is not None}
+    if "metadata" in fields:
+        fields["metadata"] = metadata(fields["metadata"], problems)
+    if "expires_at" in fields:
+        now = datetime.now(UTC)
+        fields["expires_at"] = shortforms.one(
+            "expires_at", fields["expires_at"], lambda text: shortforms.moment(text, now), problems
+        )
+    for name in ("rotate_every_s", "rotation_overlap_s"):
+        if name in fields:
+            fields[name] = shortforms.one(name, fields[name], shortforms.seconds, problems)
+    return fields
+
+
+def key_filter(**given: Any) -> KeyFilter:
+    """The filter that the options describe. InvalidInput names everything that is wrong with them at once."""
+    from ..keys import KeyFilter, KeyState
+    from ..keys.filter import TIMES
+
+    problems: list[Problem] = []
+    times: dict[str, Any] = {}
+    now = datetime.now(UTC)
+    for name in TIMES:
+        text = given.pop(name)
+        read = shortforms.moment if name.startswith("expires") else shortforms.past
+        times[name] = (
+            shortforms.one(name, text, functools.partial(read, now=now), problems) if text is not None else None
+        )
+    if given["state"] not in (None, *get_args(KeyState)):
+        problems.append(Problem("state", f"found {given['state'][:64]!r}, expected active, disabled or expired"))
+    if given["environment"] not in (None, "live", "test"):
+        problems.append(Problem("environment", f"found {given['environment']!r}, expected live or test"))
+    if problems:
+        raise InvalidInput(problems)
+    return KeyFilter(**given, **times)
+
+
+__all__ = [
+    "FIELDS",
+    "FILTER",
+    "FLAGS",
+    "LISTS",
+    "IdArgument",
+    "SameKeyOption",
+    "key_fields",
+    "key_filter",
+    "with_options",
+]
