@@ -21,12 +21,13 @@ from .entities import MAX_LIMIT, MAX_PAGE_BYTES, Aggregate, Entity, Filter, Quer
 from .errors import AlreadyExists, ConfigError, StrongroomError
 from .events import Event
 from .jobs import Lease, Leases
-from .jobs.maintenance import Background, RollUp, ShapeKeeper, background
+from .jobs.maintenance import Background, ShapeKeeper, background
 from .journal import POLL_S, ChangeFeed
-from .keys import ApiKey, Hasher, Keys, KeySource, Leak, LeakPolicy, Leaks, Pepper, StoredReservation
+from .keys import ApiKey, Hasher, Keys, KeySource, Leak, LeakPolicy, Leaks, StoredReservation
 from .keys.import_source import load as load_sources
-from .keys.jobs import KeyWork
+from .keys.jobs import RollUp, key_jobs
 from .limits import LEASE_S, KeyUsage, Ledger, Lending, folder_for
+from .pepper import Pepper
 from .quotas import Quota
 from .quotas.service import Quotas
 from .retry_log import RetryLog
@@ -154,7 +155,7 @@ class Strongroom:
             keys = Keys(database, ledger, hasher, clock, feed)
             stack.push_async_callback(keys.cache.close)
             lending = _lending(ledger, clock, keys, url, limits, lease_s, lease_folder)
-            jobs = [KeyWork(keys, database, clock).job]
+            jobs = key_jobs(keys, database, clock)
             work = background(database, store, clock, leases, more=jobs, journal_kept_s=journal_kept_s)
             room = cls(store, database, ledger, keys, feed, clock, work)
             room._configured_peppers = tuple(peppers)
@@ -386,7 +387,7 @@ def _lending(
         raise ConfigError(f"lease_s: found {lease_s}, expected {MIN_LEASE_S} to {MAX_LEASE_S} seconds")
     if limits == "durable":
         return None
-    return Lending(ledger, clock, lease_s=lease_s, folder=folder_for(url, folder), describe=keys.part_of)
+    return Lending(ledger, clock, lease_s=lease_s, folder=folder_for(url, folder), describe=keys.cache.part_of)
 
 
 def _configured(peppers: Sequence[str]) -> list[Pepper]:

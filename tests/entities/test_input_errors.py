@@ -15,9 +15,10 @@ from pydantic_core import InitErrorDetails, core_schema
 from strongroom import Entity, Secret
 from strongroom.cli import main
 from strongroom.config import load
+from strongroom.entities import parse
 from strongroom.entities.input_errors import problems_of
 from strongroom.errors import ConfigError, InvalidInput
-from strongroom.keys.model import KeyChanges, NewKey, parse
+from strongroom.keys.model import KeyChanges, NewKey
 from strongroom.quotas.service import QuotaChanges
 from strongroom.webhooks.endpoints import WebhookChanges
 from tests.helpers.serving import serving

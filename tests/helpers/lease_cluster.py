@@ -10,12 +10,12 @@ from strongroom import ApiKey, Database, Limit, Registry
 from strongroom.app import SYSTEM_ENTITIES
 from strongroom.context import new_id, system_context
 from strongroom.errors import Unavailable
-from strongroom.keys.cached_key import metered, quota_part
+from strongroom.keys.cached_key import metered
 from strongroom.limits.lease import Wallet
 from strongroom.limits.lease_manager import Lending
 from strongroom.limits.ledger import Ledger
 from strongroom.limits.usage_state import Account, Metered, Part
-from strongroom.quotas.model import Quota, quota_id
+from strongroom.quotas.model import Quota, quota_id, quota_part
 from strongroom.storage import open_store
 from strongroom.storage.port import Batch, Delete
 from tests.helpers.support import Fault, FaultyStore

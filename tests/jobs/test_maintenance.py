@@ -20,6 +20,7 @@ from strongroom.errors import ConfigError, Unavailable
 from strongroom.jobs import maintenance as lifecycle
 from strongroom.jobs.job_lease import LeaseLost, Turn
 from strongroom.jobs.maintenance import PAGE, Retention, Sweeper
+from strongroom.keys import jobs as keywork
 from strongroom.storage.port import Patch
 from tests.conftest import backend_of
 from tests.helpers.support import STORES, Fault, FaultyStore, new_url, opened, rolling
@@ -193,7 +194,7 @@ async def test_a_key_that_was_not_used_keeps_its_version(both: tuple[Strongroom,
 async def test_a_roll_up_of_many_keys_goes_page_by_page_and_on_where_it_was_broken_off(
     both: tuple[Strongroom, FaultyStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lifecycle, "PAGE", 10)
+    monkeypatch.setattr(keywork, "USAGE_PAGE", 10)
     room, store = both
     keys = [await room.keys.create(name="k", limits=[rolling("requests", 100)]) for _ in range(35)]
     await asyncio.gather(*(room.keys.verify(key.text) for key in keys))

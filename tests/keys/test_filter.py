@@ -11,10 +11,9 @@ import pytest
 from strongroom import Strongroom, system_context
 from strongroom.cli import main
 from strongroom.errors import InvalidInput
-from strongroom.keys import service as keys
+from strongroom.keys import ApiKey, queries
 from strongroom.keys.bulk import Bulk
 from strongroom.keys.filter import KeyFilter
-from strongroom.keys.service import ApiKey
 from tests.helpers.serving import ADMIN, serving
 
 NOW = datetime.now(UTC)
@@ -70,7 +69,7 @@ async def all_pages(room: Strongroom, limit: int, **given: Any) -> list[str]:
 async def test_each_filter_finds_its_keys_page_by_page_and_counts_them(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keys, "LOOK_AT", 4)
+    monkeypatch.setattr(queries, "LOOK_AT", 4)
     async with Strongroom.open(url) as room:
         await filled(room)
         for given, expected in FILTERS:

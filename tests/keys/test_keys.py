@@ -25,6 +25,7 @@ from strongroom import (
     Strongroom,
     Total,
 )
+from strongroom.access import ALL_TENANTS
 from strongroom.context import new_id, system_context
 from strongroom.entities.query import Query
 from strongroom.errors import (
@@ -37,9 +38,10 @@ from strongroom.errors import (
 )
 from strongroom.keys import cache as keycache
 from strongroom.keys.cached_key import KnownKey
-from strongroom.keys.model import ALL_TENANTS, MAX_METADATA_BYTES, RESTORABLE_FOR_S
+from strongroom.keys.model import MAX_METADATA_BYTES, RESTORABLE_FOR_S
 from strongroom.keys.token import generate, imported_sha256
 from strongroom.keys.usage_recorder import Usage
+from strongroom.keys.verification import ONE_REQUEST, KeyUse, Verification, usable
 from strongroom.limits import backoff as patience
 from strongroom.limits import ledger as usage
 from strongroom.storage.port import Record
@@ -197,7 +199,7 @@ async def test_a_key_expires_within_its_millisecond(room: Strongroom) -> None:
 )
 async def test_permissions_and_their_wildcards(held: list[str], asked: str | None, permitted: bool) -> None:
     key = KnownKey(ApiKey(id="k", tenant="t", name="n", hash="h", display="d", permissions=held))
-    assert (key.refusal(0, asked, None) is None) is permitted
+    assert (usable(key, KeyUse(ONE_REQUEST, permission=asked), 0) is key) is permitted
 
 
 @pytest.mark.parametrize(
@@ -241,7 +243,7 @@ async def test_permissions_and_their_wildcards(held: list[str], asked: str | Non
 )
 def test_address_ranges(allowed: list[str], address: str | None, admitted: bool) -> None:
     key = KnownKey(ApiKey(id="k", tenant="t", name="n", hash="h", display="d", allowed_ips=allowed))
-    assert (key.refusal(0, None, address) is None) is admitted
+    assert (usable(key, KeyUse(ONE_REQUEST, address=address), 0) is key) is admitted
 
 
 async def test_an_answer_that_its_caller_changes_changes_no_later_answer(room: Strongroom) -> None:
@@ -1152,12 +1154,11 @@ def test_models_and_routes_and_their_wildcards(
 ) -> None:
     fields: dict[str, Any] = {f"allowed_{what}s": allowed}
     key = KnownKey(ApiKey(id="k", tenant="t", name="n", hash="h", display="d", **fields))
-    refusal = key.refusal(0, None, None, **{what: asked})
-    assert (refusal is None) is admitted
-    if refusal is not None:
-        code, message = refusal
-        assert code == "INSUFFICIENT_PERMISSIONS"
-        assert message == f"the key is for certain {what}s, " + (
+    answer = usable(key, KeyUse(ONE_REQUEST, **{what: asked}), 0)
+    assert (answer is key) is admitted
+    if isinstance(answer, Verification):
+        assert answer.code == "INSUFFICIENT_PERMISSIONS"
+        assert answer.message == f"the key is for certain {what}s, " + (
             "and none was named" if asked is None else f"not for {asked!r}"
         )
 

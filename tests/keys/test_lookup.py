@@ -25,9 +25,10 @@ from strongroom.errors import TooManyRequests, Unavailable
 from strongroom.keys import foreign_hash as keyhash
 from strongroom.keys import slow_hash as slowcheck
 from strongroom.keys.import_source import KeySource
-from strongroom.keys.token import HINT_SLOTS, Hasher, Pepper
+from strongroom.keys.token import HINT_SLOTS, Hasher
 from strongroom.keys.transfer.record_file import KeyRecord, RecordReader
 from strongroom.keys.transfer.record_import import RecordImport
+from strongroom.pepper import Pepper
 from tests.conftest import backend_of
 from tests.helpers.support import Fault, FaultyStore, new_url, opened, rolling
 from tests.helpers.waiting import wait_until

@@ -20,7 +20,6 @@ from strongroom.keys.token import (
     Hasher,
     HintRule,
     Imported,
-    Pepper,
     checksum,
     generate,
     hint_of_imported,
@@ -29,6 +28,7 @@ from strongroom.keys.token import (
     is_possible,
     masked,
 )
+from strongroom.pepper import Pepper
 
 prefixes = st.sampled_from(["sr", "acme", "acme_live", "x_1_2"])
 KEY = "sr_SR10123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefg"

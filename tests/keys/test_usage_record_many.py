@@ -14,7 +14,7 @@ import time_machine
 from strongroom import Anchored, Calendar, Limit, Strongroom, Total
 from strongroom.context import utc_from_us
 from strongroom.errors import Conflict, InvalidInput, Unavailable
-from strongroom.keys.rotation import IssuedKey
+from strongroom.keys.model import IssuedKey
 from strongroom.keys.usage_recorder import Usage
 from strongroom.limits import admission
 from strongroom.storage.port import Batch, Patch, Put

@@ -45,7 +45,7 @@ async def test_a_create_that_is_repeated_after_its_key_has_expired_answers_as_be
     async with Strongroom.open("json://:memory:") as room:
         made = await room.keys.create(name="soon", expires_at=soon, idempotency_key="once")
         now = soon + timedelta(seconds=1)
-        room.keys._now = lambda: now  # type: ignore[method-assign]
+        room.keys.editor._now = lambda: now  # type: ignore[method-assign]
         assert (await room.keys.create(name="soon", expires_at=soon, idempotency_key="once")).text == made.text
         with pytest.raises(InvalidInput, match="expires_at"):
             await room.keys.create(name="soon", expires_at=soon)

@@ -16,8 +16,9 @@ from strongroom import Limit, Strongroom
 from strongroom.context import Context
 from strongroom.errors import Conflict, Denied, InvalidInput, NotFound, StoreError
 from strongroom.events.outbox import Event, event
-from strongroom.keys.token import Hasher, Pepper
+from strongroom.keys.token import Hasher
 from strongroom.limits.windows import Calendar, Total
+from strongroom.pepper import Pepper
 from strongroom.webhooks.endpoints import MAX_PER_TENANT, Webhook, Webhooks
 from strongroom.webhooks.signatures import (
     InvalidSignature,

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, TypedDict, Unpack
 
+from ..access import ALL_TENANTS, bound_to
 from ..context import Context, us_from_utc, utc_from_us
 from ..cooperative import Slices
 from ..database import Database, Page
@@ -20,7 +21,6 @@ from ..entities import DEFAULT_LIMIT, MAX_CURSOR_BYTES, MAX_LIMIT, MAX_PAGE_BYTE
 from ..errors import Denied, Gone, InvalidInput, Problem
 from ..journal import FIRST_PAGE, MASK, next_limit
 from ..journal.feed import PAGE
-from ..keys import ALL_TENANTS, bound_to
 from ..keys.model import NAME as KEYS
 from ..storage.port import Record, Store, document_size
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 from . import output, shortforms
 
 if TYPE_CHECKING:
-    from ..keys import LimitStatus
-    from ..limits import ClockMended, Limit
+    from ..limits import ClockMended, Limit, LimitStatus
 
 _COLUMNS: tuple[tuple[str, Callable[[LimitStatus], str]], ...] = (
     ("RESOURCE", lambda s: s.resource),

@@ -96,7 +96,7 @@ def described(
 ) -> M:
     """What the options describe: `fields`, and `limits` in their short form where they are given at all. InvalidInput
     names everything that is wrong, `problems` that were found before included, at once."""
-    from ..keys import parse
+    from ..entities import parse
 
     found = list(problems)
     positions: list[int] = []

@@ -12,33 +12,29 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import secrets
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
-from cryptography.exceptions import InvalidTag
 
+from ..access import acting
 from ..context import Context, text_problem
 from ..entities import Document, Entity, Index
 from ..errors import Conflict, InvalidInput, Problem
+from ..pepper import Pepper, Peppers
 from ..storage.port import Create, Put, Store
 from .canonical import canonical
 from .transaction import is_expired
-
-if TYPE_CHECKING:
-    from ..keys.token import Hasher
 
 IDEMPOTENCY_TTL = timedelta(days=1)
 MAX_IDEMPOTENCY_KEY_BYTES = 255
 MAX_MEMO_BYTES = 300_000
 """A longer answer (compressed) is not kept: the repeat changes nothing, and is answered from what is stored then."""
 _FORMAT = "2"
-_NONCE_BYTES = 12
 _DECIMAL_CODE = 1
 
 
@@ -96,6 +92,11 @@ class Idempotency:
             return cls(key, key.request, memo, key.scope)
         return cls(key, request, memo, scope)
 
+    @classmethod
+    def by(cls, context: Context | None, key: str | None, *request: object) -> Idempotency | None:
+        """For a call of this caller, whatever tenant it is about: its idempotency keys are the caller's own."""
+        return cls.of(key, *request, scope=acting(context).tenant or "")
+
 
 class Replayed(Exception):
     """This very call was committed before. Carries the ids it wrote, its memo, and the document that it answered with
@@ -126,14 +127,12 @@ class Calls:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        from ..keys.token import Hasher, Pepper
-
         # `Strongroom.open` gives the store's own peppers. A Database that was made without has none to hide secrets by.
-        self._hasher = Hasher([Pepper("unset", b"")])
+        self._peppers = Peppers([Pepper("unset", b"")])
 
-    def use(self, hasher: Hasher) -> None:
+    def use(self, peppers: Peppers) -> None:
         """Make fingerprints under these peppers, and know again what was made under any of them."""
-        self._hasher = hasher
+        self._peppers = peppers
 
     async def before(self, context: Context, idempotency: Idempotency) -> Document | None:
         """What is left of a call with this key, so long ago that it may happen again; None if there was none.
@@ -194,7 +193,7 @@ class Calls:
         return frozenset(self._fingerprints(request))
 
     def _fingerprints(self, request: object) -> list[str]:
-        return [f"{_FORMAT}:{one}" for one in self._hasher.macs(canonical(request), "idempotent request")]
+        return [f"{_FORMAT}:{one}" for one in self._peppers.macs(canonical(request), "idempotent request")]
 
     def compare(self, stored: str, request: object) -> None:
         """Raise Conflict unless a stored fingerprint is this request's."""
@@ -206,7 +205,7 @@ class Calls:
                 "the idempotency key was used under an earlier version of Strongroom, whose record cannot be compared: "
                 "look whether the change is there, and take a new key if it is not"
             )
-        if rest.partition(":")[0] not in self._hasher.pepper_ids:
+        if rest.partition(":")[0] not in self._peppers.pepper_ids:
             raise Conflict(
                 "the idempotency key was used under a pepper that this process does not have (any more): look whether "
                 "the change is there, and take a new key if it is not"
@@ -222,20 +221,16 @@ class Calls:
             return self._sealed(context, key, {**memo, "answer": None}) if "answer" in given else None
         if not given:
             return None
-        nonce = secrets.token_bytes(_NONCE_BYTES)
-        return nonce + self._hasher.memo_boxes(f"{context.actor}\x00{key}")[0].encrypt(nonce, packed, None)
+        return self._peppers.conceal(packed, f"{context.actor}\x00{key}")
 
     def _opened(self, context: Context, key: str, memo: bytes | None) -> dict[str, Any]:
         if memo is None:
             return {}
-        for box in self._hasher.memo_boxes(f"{context.actor}\x00{key}"):
-            try:
-                packed = box.decrypt(memo[:_NONCE_BYTES], memo[_NONCE_BYTES:], None)
-            except InvalidTag:
-                continue  # the pepper was rotated since
-            opened: dict[str, Any] = msgspec.msgpack.decode(zlib.decompress(packed), ext_hook=_unpacked)
-            return opened
-        raise Conflict("this was done before, under a pepper that is not configured any more: its answer is lost")
+        packed = self._peppers.reveal(memo, f"{context.actor}\x00{key}")
+        if packed is None:
+            raise Conflict("this was done before, under a pepper that is not configured any more: its answer is lost")
+        opened: dict[str, Any] = msgspec.msgpack.decode(zlib.decompress(packed), ext_hook=_unpacked)
+        return opened
 
 
 def call_id(scope: tuple[str, ...], key: str) -> str:

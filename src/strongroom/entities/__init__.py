@@ -3,6 +3,7 @@
 from .cache_policy import Cached, CachedList
 from .collection import SYSTEM_FIELDS, Collection, Counter, FieldSpec, FieldType, Index, Indexed, Secret
 from .entity import NO_NUMBER, Entity, Registry, check_id, json_schema, no_number, numbers_for_times
+from .input import TenantName, described, not_given, parse
 from .input_errors import RESOURCE_PATTERN, UNKNOWN_FIELD, found_in, message_of, problems_of, size_of
 from .query import (
     AVERAGE_CONTEXT,
@@ -73,12 +74,14 @@ __all__ = [
     "Query",
     "Registry",
     "Secret",
+    "TenantName",
     "Where",
     "aggregate",
     "behind",
     "check_id",
     "checked_sum",
     "cursor_of",
+    "described",
     "encode_value",
     "evaluate",
     "found_in",
@@ -87,7 +90,9 @@ __all__ = [
     "matches",
     "message_of",
     "no_number",
+    "not_given",
     "numbers_for_times",
+    "parse",
     "problems_of",
     "project",
     "size_of",

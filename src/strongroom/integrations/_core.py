@@ -22,8 +22,8 @@ import msgspec
 from ..app import OpenOptions, Strongroom
 from ..client_address import Network
 from ..errors import InvalidInput, Problem, StrongroomError
-from ..keys import Charged, LimitStatus, Verification, cost_units
-from ..limits import MONEY, Amount
+from ..keys import Charged, Verification, cost_units
+from ..limits import MONEY, Amount, LimitStatus
 
 Cost = Mapping[str, Amount]
 

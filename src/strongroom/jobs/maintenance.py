@@ -1,39 +1,30 @@
-"""Background work, done once for all nodes: expiry, the roll-up of usage into keys, the journal's retention."""
+"""Background work, done once for all nodes: expiry, the journal's retention, and the jobs that packages above add."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ..clock import Clock
-from ..context import Context, system_context, utc_from_us
+from ..context import Context, system_context
 from ..database import Database
 from ..database.index_advice import persist
-from ..entities import MAX_IN, Entity, Query, Where
-from ..errors import ConfigError, Conflict, NotFound, StrongroomError
-from ..keys.model import ApiKey
-from ..limits import ACTIVE_US, KeyUsage
-from ..storage.port import Operation, Patch, Store
+from ..entities import Entity
+from ..errors import ConfigError, StrongroomError
+from ..storage.port import Store
 from .job_lease import Leases, Turn
 
 EXPIRY_EVERY_S = 60.0
 SHAPES_EVERY_S = 60.0
 SHAPES_TIMEOUT_S = 5.0
-ROLL_UP_EVERY_S = 60.0
-MAX_AT_END, AT_END_TIMEOUT_S = 200, 2.0
-"""Keys whose use is copied into them when the process ends that used them: those that it used first the latest."""
 PARTITIONS_EVERY_S = 21_600.0
 RETENTION_EVERY_S = 3_600.0
 PAGE = 200
 TENANTS_PAGE = 100
 MAX_TENANTS_A_RUN = 1_000
 """Tenants looked through in one run of the expiry; the next run goes on after them."""
-OVERLAP_US = 2 * ACTIVE_US
-"""Usage that was decided so long before the last roll-up is looked at again: it may have been committed after it."""
 _log = logging.getLogger(__name__)
 
 
@@ -99,68 +90,6 @@ class Sweeper:
     async def _purge(self, turn: Turn, context: Context, cls: type[Entity]) -> None:
         while await self._database.purge_expired(context.at_now(), cls, PAGE, guard=turn.guard) == PAGE:
             await turn.save(turn.position)
-
-
-# --- Roll-up --------------------------------------------------------------------------------------------------
-
-
-class RollUp:
-    """Copies when and how often a key was used from its usage into the key, where lists of keys show it.
-
-    A copy is made under the key's version, and is no change that the journal tells of. It gives the key a new version,
-    so it is made at most once a period, and only for keys that were used in it.
-    """
-
-    def __init__(self, database: Database, clock: Clock) -> None:
-        self._database = database
-        self._clock = clock
-
-    async def run(self, turn: Turn) -> None:
-        """Copy what was used since the last run; one that was broken off is gone on with."""
-        place: dict[str, Any] = json.loads(turn.position or "{}")
-        since_us, cursor = place.get("since_us", 0), place.get("cursor")
-        next_us = self._clock.now_us() - OVERLAP_US if cursor is None else place["next_us"]
-        query = Query(Where("active_at", ">=", utc_from_us(since_us)), ("active_at",), PAGE)
-        while True:
-            page = await self._database.find(system_context(), KeyUsage, query, cursor)
-            for start in range(0, len(page.items), MAX_IN):
-                await self._copy(turn, {usage.id: usage for usage in page.items[start : start + MAX_IN]})
-            cursor = page.next_cursor
-            if cursor is None:
-                break
-            await turn.save(json.dumps({"since_us": since_us, "cursor": cursor, "next_us": next_us}))
-        await turn.save(json.dumps({"since_us": max(0, next_us - next_us % ACTIVE_US)}))
-
-    async def at_end(self, ids: Callable[[], Sequence[str]]) -> None:
-        """Copy what a process has used that ends: it may be the only one for days, and too short-lived for a run. What
-        cannot be copied now is copied by the next run of any process."""
-        try:
-            async with asyncio.timeout(AT_END_TIMEOUT_S):
-                found = ids()[-MAX_AT_END:]
-                for start in range(0, len(found), MAX_IN):
-                    query = Query(Where("id", "in", found[start : start + MAX_IN]), limit=MAX_IN)
-                    usages = (await self._database.find(system_context(), KeyUsage, query)).items
-                    await self._copy(None, {usage.id: usage for usage in usages})
-        except (StrongroomError, TimeoutError) as error:
-            _log.info("when keys were last used is copied into them by another process: %s", error)
-
-    async def _copy(self, turn: Turn | None, usages: Mapping[str, KeyUsage]) -> None:
-        query = Query(Where("id", "in", list(usages)), limit=MAX_IN)
-        keys = (await self._database.find(system_context(), ApiKey, query)).items
-        now_us = self._clock.now_us()
-        commits = []
-        for key in keys:
-            usage = usages[key.id]
-            if (key.last_used, key.usage_count) != (usage.last_used_at, usage.count):
-                fields = {"last_used": usage.last_used_at, "usage_count": usage.count}
-                patch = Patch(ApiKey.__collection__.name, key.id, fields, key.version)
-                operations: list[Operation] = [patch] if turn is None else [turn.guard, patch]
-                commits.append(self._database.commit_counters(operations, now_us))
-        for result in await asyncio.gather(*commits, return_exceptions=True):
-            # A key that was changed meanwhile is looked at again in the next run; one that was removed is gone. If it
-            # is the lease that is lost, saving the position tells.
-            if isinstance(result, BaseException) and not isinstance(result, Conflict | NotFound):
-                raise result
 
 
 # --- What is asked for ----------------------------------------------------------------------------------------
@@ -245,7 +174,6 @@ def background(
     jobs = [
         *more,
         Job("expiry", EXPIRY_EVERY_S, Sweeper(database, store).run),
-        Job("usage-roll-up", ROLL_UP_EVERY_S, RollUp(database, clock).run),
     ]
     make = getattr(store, "make_journal_partitions", None)
     if make is not None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from datetime import datetime
 
+from ..access import ALL_TENANTS
 from ..context import system_context
 from ..database import Database, Transaction
 from ..entities import MAX_LIMIT, Query, Where
 from ..errors import Conflict
-from .model import ALL_TENANTS, ApiKey
+from .model import ApiKey
 
 ADMINISTRATOR = "strongroom:admin"
 

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 
 from ..context import Context
 from ..database import Page
@@ -19,9 +19,6 @@ from ..errors import (
 )
 from .filter import KeyFilter
 from .model import ApiKey, KeyChanges
-
-if TYPE_CHECKING:
-    from .service import Keys
 
 BulkAction = Literal["disable", "enable", "delete", "purge", "restore", "update"]
 BULK_FIELDS = frozenset(
@@ -110,8 +107,30 @@ class Bulk:
         return self.where
 
 
+class KeyChanger(Protocol):
+    """The calls of the keys service that work on many keys makes."""
+
+    async def get(self, id: str, *, deleted: bool = False, context: Context | None = None) -> ApiKey: ...
+
+    async def page(
+        self, filter: KeyFilter, *, limit: int = 100, cursor: str | None = None, context: Context | None = None
+    ) -> Page[ApiKey]: ...
+
+    async def update(
+        self, id: str, changes: KeyChanges | None = None, /, *, context: Context | None = None
+    ) -> ApiKey: ...
+
+    async def disable(self, id: str, *, context: Context | None = None) -> ApiKey: ...
+
+    async def enable(self, id: str, *, context: Context | None = None) -> ApiKey: ...
+
+    async def restore(self, id: str, *, context: Context | None = None) -> ApiKey: ...
+
+    async def delete(self, id: str, *, purge: bool = False, context: Context | None = None) -> None: ...
+
+
 async def steps(
-    keys: Keys, bulk: Bulk, *, cursor: str | None = None, limit: int = PAGE, context: Context | None = None
+    keys: KeyChanger, bulk: Bulk, *, cursor: str | None = None, limit: int = PAGE, context: Context | None = None
 ) -> AsyncGenerator[BulkStep, None]:
     """Do it, at most `limit` keys a step, from `cursor` on. A key that cannot be changed is told and passed over.
 
@@ -129,7 +148,7 @@ async def steps(
             return
 
 
-async def _step(keys: Keys, bulk: Bulk, cursor: str | None, limit: int, context: Context | None) -> BulkStep:
+async def _step(keys: KeyChanger, bulk: Bulk, cursor: str | None, limit: int, context: Context | None) -> BulkStep:
     failed: list[BulkFailure] = []
     if bulk.filter is not None:
         page = await keys.page(bulk.filter, limit=limit, cursor=cursor, context=context)
@@ -152,7 +171,12 @@ async def _step(keys: Keys, bulk: Bulk, cursor: str | None, limit: int, context:
 
 
 async def _named(
-    keys: Keys, ids: Sequence[str], cursor: str | None, limit: int, context: Context | None, failed: list[BulkFailure]
+    keys: KeyChanger,
+    ids: Sequence[str],
+    cursor: str | None,
+    limit: int,
+    context: Context | None,
+    failed: list[BulkFailure],
 ) -> Page[ApiKey]:
     """The next keys of a list of ids; the cursor is how many were looked at before."""
     start = 0
@@ -176,7 +200,7 @@ async def _named(
     return Page(found, str(end) if end < len(ids) else None)
 
 
-async def _one(keys: Keys, bulk: Bulk, key: ApiKey, context: Context | None) -> bool:
+async def _one(keys: KeyChanger, bulk: Bulk, key: ApiKey, context: Context | None) -> bool:
     """Change one key; False if it was so already."""
     refused = bulk.refuse(key)
     if refused is not None:

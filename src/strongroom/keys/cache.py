@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from hashlib import blake2s
 
 import msgspec
 
@@ -15,8 +15,10 @@ from ..context import system_context, text_problem, us_from_utc
 from ..database import Database
 from ..entities import MAX_ID_BYTES, MAX_IN, Query, Where
 from ..journal import ChangeFeed
+from ..limits import Part
+from ..quotas import Quota, is_quota, quota_part
 from ..quotas.cache import QuotaCache
-from .cached_key import KnownKey
+from .cached_key import KnownKey, metered, quota_ids
 from .lookup import KeyLookup
 from .model import ApiKey
 from .token import Hasher, is_possible
@@ -76,7 +78,7 @@ class KeyCache:
     def peek(self, text: str, now_us: int) -> KnownKey | None:
         """The key behind a text if it is in memory and known to be as the store has it, to within TRUSTED_FOR_S; None
         if it takes more to tell."""
-        found = self._known.get(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
+        found = self._known.get(blake2s(text.encode("utf-8", "surrogatepass")).digest())
         if found is None or found.key.stale or (found.until_us is not None and now_us >= found.until_us):
             return None
         key = found.key
@@ -90,14 +92,14 @@ class KeyCache:
         """The key behind a text as `find` gives it, if that takes no read; None if it does, or there is none."""
         if text is None:
             return None
-        found = self._known.get(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
+        found = self._known.get(_digest(text))
         if found is None or found.key.stale or (found.until_us is not None and now_us >= found.until_us):
             return None
         return found.key
 
     async def find(self, text: str, now_us: int) -> KnownKey | None:
         """The key behind a text, from memory or by one read; None if there is none."""
-        name = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+        name = _digest(text)
         found = self._known.get(name)
         if found is not None and not found.key.stale:
             return found.key if found.until_us is None or now_us < found.until_us else None
@@ -175,8 +177,16 @@ class KeyCache:
 
     def works_until_us(self, text: str) -> int | None:
         """When a text that was just found stops working because it was rotated away; None if it was not."""
-        found = self._known.get(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
+        found = self._known.get(_digest(text))
         return found.until_us if found is not None else None
+
+    async def part_of(self, id: str) -> Part | None:
+        """The limits of an account, by its id: a key's or a quota's; None if it is there no longer."""
+        if is_quota(id):
+            quota = await self._database.get_or_none(system_context(), Quota, id)
+            return None if quota is None else quota_part(quota)
+        key = await self._database.get_or_none(system_context(), ApiKey, id)
+        return None if key is None else metered(key).parts[0]
 
     async def is_current(self, key: KnownKey) -> bool:
         """Whether a key is as the store has it, to within TRUSTED_FOR_S; if not, it is forgotten. Raises Unavailable if
@@ -194,7 +204,8 @@ class KeyCache:
         same = stored is not None and stored.version == key.metered.guard.expected
         if stored is not None and same:
             shared = {part.guard.id: part.guard.expected for part in key.metered.shared}
-            same = shared == {quota.id: quota.version for quota in await self.quotas.of(stored) if quota.limits}
+            quotas = await self.quotas.of(stored.tenant, quota_ids(stored))
+            same = shared == {quota.id: quota.version for quota in quotas if quota.limits}
         if not same:
             if self._by_id.get(key.id) is key:
                 self.forget(key.id)
@@ -216,7 +227,7 @@ class KeyCache:
         if known is not None and not known.stale and known.metered.guard.expected == key.version:
             return known
         changes = self.quotas.changes
-        quotas = await self.quotas.of(key)
+        quotas = await self.quotas.of(key.tenant, quota_ids(key))
         known = self._by_id.pop(key.id, None)
         if known is not None:
             known.stale = True
@@ -260,8 +271,13 @@ class KeyCache:
         """A quota was made, changed or removed, here or on another node: so were the limits of the keys it is for."""
         self._changes += 1
         self.quotas.changed(id)
-        for key in [known.id for known in self._by_id.values() if id in known.subjects]:
+        for key in [known.id for known in self._by_id.values() if id in known.quota_ids]:
             self.forget(key)
+
+    @property
+    def hasher(self) -> Hasher:
+        """Makes the hashes that keys are stored and found by."""
+        return self._lookup.hasher
 
     def use(self, hasher: Hasher) -> None:
         """Make and find hashes with other peppers from now on; what was unknown may be known to them."""
@@ -295,3 +311,9 @@ class KeyCache:
         known = self._by_id.pop(id, None)
         if known is not None:
             known.stale = True
+
+
+def _digest(secret: str) -> bytes:
+    """The name of a secret in this process's memory, which keeps no secret in clear. It is stored nowhere: BLAKE2s is
+    the fastest of the strong hashes on so short a text."""
+    return blake2s(secret.encode("utf-8", "surrogatepass")).digest()

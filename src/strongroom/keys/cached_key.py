@@ -5,28 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
-from typing import Literal
 
-from ..context import us_from_utc, utc_from_us
-from ..limits import Allowance, Limit, Metered, Part, allowances, part
-from ..quotas import Quota, quota_id
-from ..quotas.model import NAME as QUOTAS
+from ..context import us_from_utc
+from ..limits import Allowance, Limit, Metered, allowances
+from ..quotas import Quota, quota_id, quota_part
 from ..storage.port import Check
 from .model import NAME, ApiKey
 
-MAX_SHOWN = 100
-"""Characters shown of a model or route that was asked for."""
 Network = IPv4Network | IPv6Network
-Code = Literal[
-    "VALID",
-    "NOT_FOUND",
-    "DISABLED",
-    "EXPIRED",
-    "INSUFFICIENT_PERMISSIONS",
-    "FORBIDDEN",
-    "RATE_LIMITED",
-    "USAGE_EXCEEDED",
-]
 
 
 class KnownKey:
@@ -44,9 +30,9 @@ class KnownKey:
         "models",
         "networks",
         "permissions",
+        "quota_ids",
         "routes",
         "stale",
-        "subjects",
         "tenant",
         "user_id",
     )
@@ -65,7 +51,7 @@ class KnownKey:
         self.enabled = key.enabled
         self.expires_us = us_from_utc(key.expires_at) if key.expires_at is not None else None
         self.metered = metered(key, quotas)
-        self.subjects = subjects(key)
+        self.quota_ids = quota_ids(key)
         self.stale = False
         self.checked_at = 0.0  # by time.monotonic: when it was last compared with the store, beside the feed of changes
 
@@ -76,31 +62,6 @@ class KnownKey:
     def allows(self, address: str | None) -> bool:
         """Whether the key may be used from an address (None: it is not known)."""
         return not self.networks or _allowed(self.networks, address)
-
-    def refusal(
-        self,
-        now_us: int,
-        permission: str | None,
-        address: str | None,
-        model: str | None = None,
-        route: str | None = None,
-    ) -> tuple[Code, str] | None:
-        """Why the key may not be used at all, before any limit is asked; None if it may."""
-        if self.deleted:
-            return "NOT_FOUND", "there is no such key"
-        if not self.enabled:
-            return "DISABLED", "the key is disabled"
-        if self.expires_us is not None and now_us >= self.expires_us:
-            return "EXPIRED", f"the key expired at {utc_from_us(self.expires_us).isoformat()}"
-        if permission is not None and not self.permits(permission):
-            return "INSUFFICIENT_PERMISSIONS", f"the key lacks the permission {permission!r}"
-        for what, allowed, asked in (("model", self.models, model), ("route", self.routes, route)):
-            if allowed and not names(allowed, asked):
-                found = f"not for {asked[:MAX_SHOWN]!r}" if asked is not None else "and none was named"
-                return "INSUFFICIENT_PERMISSIONS", f"the key is for certain {what}s, {found}"
-        if self.networks and not _allowed(self.networks, address):
-            return "FORBIDDEN", "the key may not be used from this address"
-        return None
 
 
 def names(patterns: Sequence[str], name: str | None) -> bool:
@@ -122,13 +83,8 @@ def _interned(limits: tuple[Limit, ...]) -> tuple[Allowance, ...]:
     return allowances(limits)
 
 
-def quota_part(quota: Quota) -> Part:
-    """A quota as the ledger needs it."""
-    return part(quota.id, Check(QUOTAS, quota.id, quota.version), allowances(quota.limits, quota.subject), quota.tenant)
-
-
-def subjects(key: ApiKey) -> tuple[str, ...]:
-    """The ids of all quotas that a key is counted against, where there are such."""
+def quota_ids(key: ApiKey) -> tuple[str, ...]:
+    """The ids of all quotas that a key is counted against, if they exist: of its groups, its user, its tenant."""
     groups = tuple(quota_id("group", key.tenant, name) for name in key.groups)
     user = () if key.user_id is None else (quota_id("user", key.tenant, key.user_id),)
     return (*groups, *user, quota_id("tenant", key.tenant))

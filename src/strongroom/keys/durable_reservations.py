@@ -1,9 +1,6 @@
-"""Reservations: hold a part of the limits before something is done, settle what it came to.
+"""Durable reservations: each is a document, and its hold stands in the accounts that it concerns.
 
-A reservation that is `durable` is a document, and its hold stands in the accounts that it concerns: any node can settle
-it, and it survives every process. One that this process's leases cover is kept in its memory: it costs no commit, only
-this process can settle it, and it ends with it. Both end by themselves when their time is over, and give back what
-they hold; what was reported as used until then stays charged.
+Any node can settle a durable reservation, and it survives every process.
 """
 
 from __future__ import annotations
@@ -18,59 +15,45 @@ from typing import cast
 
 import msgspec
 
+from ..access import may_see
 from ..clock import Clock
 from ..context import Context, new_id, system_context, us_from_utc, utc_from_us
 from ..database import Database, is_expired
 from ..entities import Document, Entity, Index
 from ..errors import AlreadyExists, Conflict, NotFound, StrongroomError
-from ..journal import ChangeFeed
 from ..limits import (
-    Amount,
     HoldChange,
     HoldEnded,
     KeyChanged,
     Ledger,
+    LimitStatus,
     Metered,
     Outcome,
     Patience,
     Status,
+    limit_status,
     statuses_kept,
 )
-from ..limits.lease_manager import LOCAL
 from ..limits.reserved_amounts import Place
 from ..storage.port import Create, Operation, Put
+from .cache import KeyCache
 from .cached_key import KnownKey
-from .local_reservations import HeldReservations, together
 from .reservation import (
-    DEFAULT_TTL_S,
-    MAX_TTL_S,
     State,
+    Turns,
     amounts,
     as_reservation,
     ended_otherwise,
-    held_answer,
     minus,
     open_answer,
+    parts_of,
     plus,
-    reserved_units,
     same_amounts,
+    together,
     used_since,
     with_changes,
-    with_uncounted,
 )
-from .token import Hasher
-from .verification import (
-    NOT_FOUND,
-    LimitStatus,
-    Reservation,
-    Verification,
-    admitted,
-    cost_units,
-    exceeded,
-    limit_status,
-    refused,
-)
-from .verifier import may_see
+from .verification import KeyUse, Reservation, Verification, admitted, exceeded
 
 NAME = "reservations"
 REMEMBERED_US = 86_400_000_000
@@ -127,93 +110,41 @@ class StoredReservation(
         return us_from_utc(self.expires_at) if self.places is None else None
 
 
-class Reservations(HeldReservations):
-    """Verifies keys, and reserves their limits."""
+class DurableReservations:
+    """The reservations that are stored: any process can change and end them."""
 
-    def __init__(
-        self,
-        database: Database,
-        ledger: Ledger,
-        hasher: Hasher,
-        clock: Clock | None = None,
-        feed: ChangeFeed | None = None,
-    ) -> None:
-        super().__init__(database, ledger, hasher, clock, feed)
+    def __init__(self, database: Database, cache: KeyCache, ledger: Ledger, clock: Clock) -> None:
+        self._database = database
+        self._cache = cache
+        self._ledger = ledger
+        self._clock = clock
+        self._turns = Turns()
         self._releasing: set[asyncio.Task[None]] = set()
 
-    async def reserve(
-        self,
-        text: str,
-        *,
-        cost: Mapping[str, Amount] | None = None,
-        ttl_s: int = DEFAULT_TTL_S,
-        permission: str | None = None,
-        ip: str | None = None,
-        model: str | None = None,
-        route: str | None = None,
-        tenant: str | None = None,
-        idempotency_key: str | None = None,
-        actor: str = "system",
-        durable: bool = False,
-    ) -> Reservation:
-        """Hold `cost` (default: one request) of all the limits of a key, and one of its `concurrency`, for `ttl_s`
-        seconds; decided as `verify` decides. The answer has a `reservation_id` if it is valid.
-
-        `durable`: any process can settle it, whatever becomes of this one; without it, it is kept in memory where this
-        process's leases cover it. The same call with the same idempotency key (within a day) is one reservation, a
-        durable one. Raises InvalidInput with every problem; never for a key.
-        """
-        units = reserved_units(cost, ttl_s, ip)
-        calls = self._database.calls
-        lending = self._ledger.lending
-        in_memory = lending is not None and not durable and idempotency_key is None
-        if lending is not None and in_memory:
-            now_us = self._clock.now_us()
-            known = self.cache.peek(text, now_us)
-            mine = known is not None and (tenant is None or known.tenant == tenant)
-            if known is not None and mine and known.refusal(now_us, permission, ip, model, route) is None:
-                ends_us = now_us + ttl_s * _SECOND
-                held = lending.hold(known.metered, units, now_us, ends_us, known, model, route)
-                if held is not None:
-                    answer = held_answer(known, *held, "open", expires_at=utc_from_us(ends_us))
-                    return with_uncounted(answer, known, cost)
-        patience = Patience("the key is being changed too quickly to reserve its limits")
-        while await patience.another():
-            now_us = self._clock.now_us()
-            key = await self.cache.find(text, now_us)
-            if key is None or (tenant is not None and key.tenant != tenant):
-                return as_reservation(NOT_FOUND)
-            refusal = key.refusal(now_us, permission, ip, model, route)
-            if refusal is not None:
-                return as_reservation(refused(key, *refusal))
-            if not await self.cache.is_current(key):
-                continue
-            if lending is not None and in_memory:
-                ends_us = now_us + ttl_s * _SECOND
-                held = lending.hold(key.metered, units, now_us, ends_us, key, model, route)
-                if held is not None:
-                    answer = held_answer(key, *held, "open", expires_at=utc_from_us(ends_us))
-                    return with_uncounted(answer, key, cost)
-            request = ("reserve", key.id, units, ttl_s, permission, ip, model, route, tenant)
-            ends_at = utc_from_us(now_us + ttl_s * _SECOND)  # until it is decided, by the moments of its accounts
-            stored = StoredReservation(
-                id=new_id("rsv_") if idempotency_key is None else _derived(actor, idempotency_key),
-                key_id=key.id,
-                tenant=key.tenant,
-                request=None if idempotency_key is None else calls.fingerprint(request),
-                asked=units,
-                holds=units,
-                model=model,
-                route=route,
-                expires_at=ends_at,
-                forget_at=ends_at,
-            )
-            async with self._turn(stored.id):
-                once = None if idempotency_key is None else request
-                made = await self._make(key, stored, ttl_s * _SECOND, now_us, once)
-            if made is not None:
-                return with_uncounted(made, key, cost)
-        raise patience.over()
+    async def make(
+        self, key: KnownKey, use: KeyUse, ttl_s: int, now_us: int, idempotency_key: str | None, actor: str
+    ) -> Reservation | None:
+        """A reservation of a key that may be used, or the refusal of its limits; None if the key, or another node's
+        call for the same reservation, was faster."""
+        request = None
+        if idempotency_key is not None:
+            asked = (use.permission, use.address, use.model, use.route, use.tenant)
+            request = ("reserve", key.id, use.units, ttl_s, *asked)
+        ends_at = utc_from_us(now_us + ttl_s * _SECOND)  # until it is decided, by the moments of its accounts
+        stored = StoredReservation(
+            id=new_id("rsv_") if idempotency_key is None else _derived(actor, idempotency_key),
+            key_id=key.id,
+            tenant=key.tenant,
+            request=None if request is None else self._database.calls.fingerprint(request),
+            asked=use.units,
+            holds=use.units,
+            model=use.model,
+            route=use.route,
+            expires_at=ends_at,
+            forget_at=ends_at,
+        )
+        async with self._turns.of(stored.id):
+            return await self._make(key, stored, ttl_s * _SECOND, now_us, request)
 
     async def _make(
         self,
@@ -223,8 +154,8 @@ class Reservations(HeldReservations):
         now_us: int,
         request: tuple[object, ...] | None,
     ) -> Reservation | None:
-        """Commit a durable reservation, or answer what is known of the same one; None if the key, or another node's
-        call for the same one, was faster. `request`: what is asked for, if that is to happen once."""
+        """Commit a reservation, or answer from the reservation that the same call made before. `request`: what is asked
+        for, if the call may be repeated."""
         version: int | None = None
         if request is not None:
             collection = StoredReservation.__collection__
@@ -238,7 +169,7 @@ class Reservations(HeldReservations):
         def write(places: Mapping[str, Place], ends_us: int) -> Operation:
             nonlocal decided_us
             decided_us = ends_us
-            document = stored.until(places, key.subjects, ends_us)
+            document = stored.until(places, key.quota_ids, ends_us)
             return Create(NAME, stored.id, document) if version is None else Put(NAME, stored.id, document, version)
 
         future = self._ledger.charge(
@@ -255,7 +186,7 @@ class Reservations(HeldReservations):
                 future.add_done_callback(functools.partial(self._unheard, stored.id))
             raise
         except KeyChanged:
-            self.cache.outdated(key)
+            self._cache.outdated(key)
             return None
         except (AlreadyExists, Conflict):
             return None  # another node's: it is read at the next attempt
@@ -272,7 +203,7 @@ class Reservations(HeldReservations):
 
     async def _release_unheard(self, id: str) -> None:
         try:
-            await self.release(id)
+            await self.settle(id, None, None)
         except StrongroomError as error:
             _log.info("a reservation whose caller went away could not be released, it ends by itself: %s", error)
 
@@ -297,54 +228,18 @@ class Reservations(HeldReservations):
         answer = open_answer(key, before.id, limits, us_from_utc(before.expires_at))
         return with_changes(answer, state=before.state, charged=amounts(before.used))
 
-    async def settle(
-        self, reservation_id: str, cost: Mapping[str, Amount], *, context: Context | None = None
-    ) -> Reservation:
-        """End a reservation and charge what was used in all, whole, even if that is more than it held. The same again
-        answers the same. Raises InvalidInput, NotFound (unknown, or another tenant's), Conflict (ended, or settled with
-        other amounts: record what was used as usage)."""
-        units = cost_units(cost)
-        if reservation_id.startswith(LOCAL):
-            answer = await self._settle_local(reservation_id, units, context)
-        else:
-            async with self._turn(reservation_id):
-                answer = await self._end(reservation_id, units, "settled", context)
-        return with_uncounted(answer, await self.cache.by_id(answer.key_id or ""), cost)
-
-    async def release(self, reservation_id: str, *, context: Context | None = None) -> Reservation:
-        """End a reservation and charge nothing but what was reported as used. The same again answers the same. Raises
-        NotFound, Conflict (it was settled)."""
-        if reservation_id.startswith(LOCAL):
-            return await self._settle_local(reservation_id, None, context)
-        async with self._turn(reservation_id):
-            return await self._end(reservation_id, None, "released", context)
+    async def settle(self, id: str, units: dict[str, int] | None, context: Context | None) -> Reservation:
+        """End a reservation and charge these units in all; None: release it."""
+        async with self._turns.of(id):
+            return await self._end(id, units, "released" if units is None else "settled", context)
 
     async def extend(
-        self,
-        reservation_id: str,
-        *,
-        ttl_s: int = DEFAULT_TTL_S,
-        cost: Mapping[str, Amount] | None = None,
-        used: Mapping[str, Amount] | None = None,
-        context: Context | None = None,
+        self, id: str, ttl_s: int, units: dict[str, int] | None, used: dict[str, int], context: Context | None
     ) -> Reservation:
-        """Let a reservation go on for `ttl_s` seconds from now, holding `cost` in all (default: as it is). `used` is
-        what was used of it in all so far: it is charged now, and stays charged if the reservation ends by itself.
-
-        The answer is not valid if more is asked than the limits have; the reservation is then as it was. Raises
-        InvalidInput, NotFound, Conflict.
-        """
-        units = None if cost is None else reserved_units(cost, ttl_s, None)
-        if cost is None:
-            reserved_units({}, ttl_s, None)
-        spent = {} if used is None else cost_units(used)
-        async with self._turn(reservation_id):
-            if reservation_id.startswith(LOCAL):
-                answer = await self._extend_local(reservation_id, ttl_s, units, spent, context)
-            else:
-                answer = await self._extend(reservation_id, ttl_s, units, spent, context)
-        asked = {**(cost or {}), **(used or {})}
-        return with_uncounted(answer, await self.cache.by_id(answer.key_id or ""), asked)
+        """Let a reservation go on for `ttl_s` from now, holding these units in all (None: as it is); `used` is what was
+        used of it so far."""
+        async with self._turns.of(id):
+            return await self._extend(id, ttl_s, units, used, context)
 
     async def _extend(
         self,
@@ -359,7 +254,9 @@ class Reservations(HeldReservations):
             stored = await self._stored(reservation_id, context)
             if stored.state != "open":
                 raise Conflict(f"the reservation was {stored.state} before")
-            key = await self._key_of(stored.key_id)
+            key = await self._cache.by_id(stored.key_id)
+            if key is None:
+                raise NotFound("the key of this reservation was removed")
             more = used_since(stored.used, spent, "used")
             wanted = units if units is not None else plus(stored.holds, stored.used)
             after = stored.model_copy(update={"holds": minus(wanted, spent), "used": {**stored.used, **spent}})
@@ -370,11 +267,11 @@ class Reservations(HeldReservations):
             ) -> Operation:
                 nonlocal decided_us
                 decided_us = ends_us
-                return Put(NAME, after.id, after.until(places, key.subjects, ends_us), after.version)
+                return Put(NAME, after.id, after.until(places, key.quota_ids, ends_us), after.version)
 
             # It moves with its key: from now on it is held where the key is counted now.
             (before, missing), now = stored.held_where(), {part.id for part in key.metered.parts}
-            left = await self._parts_of([id for id in before if id not in now], (), None)
+            left = await parts_of(self._cache, [id for id in before if id not in now], (), None)
             entered = frozenset(now.difference(before, missing)) if before else frozenset[str]()
             change = HoldChange(
                 stored.id, ttl_s * _SECOND, after.holds, write, before, frozenset(part.id for part in left), entered,
@@ -394,7 +291,7 @@ class Reservations(HeldReservations):
         patience = Patience("the reservation is being changed too quickly")
         while await patience.another():
             stored = await self._stored(id, context)
-            key = await self.cache.by_id(stored.key_id)
+            key = await self._cache.by_id(stored.key_id)
             if stored.state != "open":
                 reported = stored.reported if stored.reported is not None else stored.used
                 if stored.state == state and (units is None or same_amounts({**reported, **units}, stored.used)):
@@ -414,7 +311,7 @@ class Reservations(HeldReservations):
             if stored.places is None and key is not None:
                 parts = list(key.metered.parts)
             else:
-                parts = await self._parts_of(places, missing, key)
+                parts = await parts_of(self._cache, places, missing, key)
             if not parts:
                 try:
                     await self._database.commit_counters([write({}, 0)], self._clock.now_us())
@@ -451,7 +348,7 @@ class Reservations(HeldReservations):
             )
         except KeyChanged:
             if key is not None:
-                self.cache.outdated(key)
+                self._cache.outdated(key)
         except HoldEnded:  # or another node has extended or ended it
             if (await self._stored(stored.id, None)).version == stored.version:
                 raise
@@ -485,4 +382,4 @@ def _derived(actor: str, idempotency_key: str) -> str:
     return "rsv_" + hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:40]
 
 
-__all__ = ["DEFAULT_TTL_S", "MAX_TTL_S", "Reservations", "StoredReservation"]
+__all__ = ["DurableReservations", "StoredReservation"]

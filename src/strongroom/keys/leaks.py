@@ -17,6 +17,7 @@ from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+from ..access import ALL_TENANTS, bound_to, reader, writer
 from ..clock import Clock
 from ..context import (
     Context,
@@ -27,16 +28,15 @@ from ..context import (
     us_from_utc,
     utc_from_us,
 )
-from ..database import Database, Page, Replayed, Transaction
-from ..entities import MAX_IN, MAX_PAGE_BYTES, And, Entity, Filter, Index, Query, Where
+from ..database import Database, Idempotency, Page, Replayed, Transaction
+from ..entities import MAX_IN, MAX_PAGE_BYTES, And, Entity, Filter, Index, Query, Where, parse
 from ..errors import AlreadyExists, InvalidInput, Problem, TooManyRequests
 from ..events import KEY_LEAKED, Event, event
 from .administrators import ADMINISTRATOR, is_last_administrator
-from .model import ALL_TENANTS, MANAGEMENT, MAX_OVERLAP_S, ApiKey, parse
-from .rotation import new_text, once_for, reader
+from .model import MANAGEMENT, MAX_OVERLAP_S, ApiKey
+from .rotation import new_text
 from .service import Keys
 from .token import masked
-from .verifier import bound_to
 
 Action = Literal["notify", "disable", "rotate"]
 Done = Literal["notified", "disabled", "rotated", "overlap shortened"]
@@ -150,7 +150,7 @@ class Leaks:
     async def policy(self, tenant: str, *, context: Context | None = None) -> LeakPolicy:
         """A tenant's policy; where none was set, it is to notify. Raises InvalidInput, Denied."""
         check_tenant(tenant)
-        found = await self._database.get_or_none(_for(context, tenant), LeakPolicy, tenant)
+        found = await self._database.get_or_none(writer(context, tenant), LeakPolicy, tenant)
         return found if found is not None else LeakPolicy(id=tenant, tenant=tenant)
 
     async def set_policy(
@@ -171,10 +171,10 @@ class Leaks:
         if asked.action == "rotate" and overlap_s is None:
             overlap_s = DEFAULT_OVERLAP_S
         policy = LeakPolicy(id=tenant, tenant=tenant, action=asked.action, overlap_s=overlap_s)
-        once = once_for(context, idempotency_key, "set leak policy", tenant, asked)
+        once = Idempotency.by(context, idempotency_key, "set leak policy", tenant, asked)
         try:
             return await self._database.transaction(
-                _for(context, tenant), lambda tx: tx.replace(policy), idempotency=once
+                writer(context, tenant), lambda tx: tx.replace(policy), idempotency=once
             )
         except Replayed as replayed:
             return await self.policy_set_before(replayed, context=context)
@@ -316,7 +316,7 @@ class Leaks:
             return "notified", old_until, {}
         ends_at = now + timedelta(seconds=policy.overlap_s or 0)
         if old_until is None:
-            rotated = self._keys.replaced(key, new_text(key), policy.overlap_s or 0, True)
+            rotated = self._keys.rotation.replaced(key, new_text(key), policy.overlap_s or 0, True)
             return "rotated", rotated["previous_until"] or now, rotated
         if old_until <= ends_at:
             return "notified", old_until, {}
@@ -336,14 +336,6 @@ _POLICY: Mapping[str, Any] = system_context().claims
 def is_management(key: ApiKey) -> bool:
     """Whether a key may do anything over the management API."""
     return key.tenant == ALL_TENANTS or any(name.startswith(MANAGEMENT) for name in key.permissions)
-
-
-def _for(context: Context | None, tenant: str) -> Context:
-    """The caller's context, on behalf of a tenant: the rules see both, the journal record is that tenant's."""
-    scoped = None if tenant == ALL_TENANTS else tenant
-    if context is None:
-        return system_context(scoped)
-    return Context(scoped, context.actor, context.claims, context.request_id)
 
 
 def _event(key: ApiKey, leak: Leak, now: datetime) -> Event:

@@ -5,70 +5,67 @@ More than this process holds is charged by a commit all the same, whole: it happ
 
 from __future__ import annotations
 
-import asyncio
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
-from weakref import WeakValueDictionary
+from collections.abc import Mapping
 
+from ..access import may_see
 from ..clock import Clock
 from ..context import Context, utc_from_us
 from ..database import Database
 from ..errors import Conflict, NotFound
-from ..journal import ChangeFeed
-from ..limits import KeyChanged, Ledger, Lending, LocalHold, Metered, Part, Patience
+from ..limits import KeyChanged, Ledger, Lending, LimitStatus, LocalHold, Patience
+from .cache import KeyCache
 from .cached_key import KnownKey
 from .reservation import (
     State,
+    Turns,
     amounts,
     as_reservation,
     ended_otherwise,
     held_answer,
     minus,
     not_covered,
+    parts_of,
     plus,
     same_amounts,
+    together,
     used_since,
 )
-from .token import Hasher
-from .usage_recorder import Recorder
-from .verification import LimitStatus, Reservation, Verification, admitted
-from .verifier import may_see
+from .verification import KeyUse, Reservation, Verification, admitted
 
 MAX_SETTLED = 10_000
 """Reservations in memory that are remembered after they were settled."""
 _SECOND = 1_000_000
 
 
-class HeldReservations(Recorder):
-    """Verifies keys, and ends and extends the reservations that this process alone knows."""
+class LocalReservations:
+    """The reservations that this process alone knows."""
 
-    def __init__(
-        self,
-        database: Database,
-        ledger: Ledger,
-        hasher: Hasher,
-        clock: Clock | None = None,
-        feed: ChangeFeed | None = None,
-    ) -> None:
-        super().__init__(database, ledger, hasher, clock, feed)
-        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+    def __init__(self, database: Database, cache: KeyCache, ledger: Ledger, clock: Clock) -> None:
+        self._database = database
+        self._cache = cache
+        self._ledger = ledger
+        self._clock = clock
+        self._turns = Turns()
         self._settled: OrderedDict[str, tuple[dict[str, int], dict[str, int], Reservation]] = OrderedDict()
         """What was reported before the settlement, the totals after it, and its answer."""
 
-    def _turn(self, id: str) -> asyncio.Lock:
-        """Held while a reservation is changed: of two changes that are decided together the second would be decided on
-        what the first has not committed yet. Those of other nodes are set apart by the versions."""
-        lock = self._turns.get(id)
-        if lock is None:
-            lock = self._turns[id] = asyncio.Lock()
-        return lock
+    def make(self, key: KnownKey, use: KeyUse, ttl_s: int, now_us: int) -> Reservation | None:
+        """A reservation of a key that may be used; None if this process's leases do not cover it."""
+        lending = self._ledger.lending
+        if lending is None:
+            return None
+        ends_us = now_us + ttl_s * _SECOND
+        held = lending.hold(key.metered, use.units, now_us, ends_us, key, use.model, use.route)
+        return None if held is None else held_answer(key, *held, "open", expires_at=utc_from_us(ends_us))
 
-    async def _settle_local(self, id: str, units: dict[str, int] | None, context: Context | None) -> Reservation:
+    async def settle(self, id: str, units: dict[str, int] | None, context: Context | None) -> Reservation:
+        """End a reservation and charge these units in all; None: release it."""
         # Mostly nobody is changing it by a commit, and it needs none: then it takes no turn, and waits for nothing.
-        answer = self._settle_at_once(id, units, context) if id not in self._turns else None
+        answer = self._settle_at_once(id, units, context) if not self._turns.taken(id) else None
         if answer is not None:
             return answer
-        async with self._turn(id):
+        async with self._turns.of(id):
             answer = self._settle_at_once(id, units, context)
             if answer is not None:
                 return answer
@@ -146,8 +143,8 @@ class HeldReservations(Recorder):
         meanwhile, or belongs to other groups now, too."""
         patience = Patience("the key is being changed too quickly to settle its reservation")
         while await patience.another():
-            key = await self.cache.by_id(hold.key.id)
-            parts = await self._parts_of([part.id for part in hold.key.metered.parts], hold.key.subjects, key)
+            key = await self._cache.by_id(hold.key.id)
+            parts = await parts_of(self._cache, [part.id for part in hold.key.metered.parts], hold.key.quota_ids, key)
             if not parts:  # all that it was held of was removed
                 return admitted(hold.key, ())
             try:
@@ -155,19 +152,27 @@ class HeldReservations(Recorder):
                     together(parts, key),
                     units,
                     force=True,
-                    once=self._charged_once("usage", hold.key, once, "system", units),
+                    once=self._database.once("usage", "system", once, ("usage", hold.key.id, units)),
                     model=hold.model,
                     route=hold.route,
                     count=count,
                 )
             except KeyChanged:
                 if key is not None:
-                    self.cache.outdated(key)
+                    self._cache.outdated(key)
             else:
                 return admitted(hold.key, outcome.statuses)
         raise patience.over()
 
-    async def _extend_local(
+    async def extend(
+        self, id: str, ttl_s: int, units: dict[str, int] | None, used: dict[str, int], context: Context | None
+    ) -> Reservation:
+        """Let a reservation go on for `ttl_s` from now, holding these units in all (None: as it is); `used` is what was
+        used of it so far."""
+        async with self._turns.of(id):
+            return await self._extend(id, ttl_s, units, used, context)
+
+    async def _extend(
         self, id: str, ttl_s: int, units: dict[str, int] | None, used: dict[str, int], context: Context | None
     ) -> Reservation:
         lending, hold = self._local(id, context)
@@ -198,28 +203,5 @@ class HeldReservations(Recorder):
             raise NotFound(f"there is no reservation {id[:64]!r} in this process, or it has ended")
         return lending, hold
 
-    async def _parts_of(self, held_by: Iterable[str], subjects: Iterable[str], key: KnownKey | None) -> list[Part]:
-        """Where what was used of a reservation counts: on the accounts that it is held by, as they are now, without
-        those that were removed; and on quotas of the same subjects of its key that were made since."""
-        known = {part.id: part for part in key.metered.parts} if key is not None else {}
-        held, wanted = set(held_by), {*held_by, *subjects}
-        found = [part for id, part in known.items() if id in wanted]
-        others = [await self.part_of(id) for id in sorted(held - known.keys())]
-        return [*found, *(part for part in others if part is not None)]
 
-    async def _key_of(self, id: str) -> KnownKey:
-        key = await self.cache.by_id(id)
-        if key is None:
-            raise NotFound("the key of this reservation was removed")
-        return key
-
-
-def together(parts: Sequence[Part], key: KnownKey | None) -> Metered:
-    """These accounts as one charge concerns them: a key's own, if they are all that it is counted on."""
-    if key is not None and list(parts) == list(key.metered.parts):
-        return key.metered
-    first, *others = parts
-    return Metered(first.id, first.guard, first.allowances, tuple(others), first.tenant)
-
-
-__all__ = ["HeldReservations", "together"]
+__all__ = ["LocalReservations"]

@@ -9,12 +9,13 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
+from ..access import ALL_TENANTS
 from ..context import system_context
 from ..cooperative import Slices
 from ..database import Database
 from ..entities import MAX_DISJUNCTIONS, Or, Query, Where
 from ..errors import AlreadyExists, Conflict, NotFound, Unavailable
-from .model import ALL_TENANTS, ApiKey
+from .model import ApiKey
 from .slow_hash import SlowChecks
 from .token import Hasher, hint_of_imported, masked
 

@@ -3,50 +3,36 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from ipaddress import ip_network
-from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Literal, TypedDict, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypedDict
 
 import msgspec
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    ValidationError,
     ValidationInfo,
-    WithJsonSchema,
     field_validator,
     model_validator,
 )
 
+from ..access import DEFAULT_TENANT
 from ..context import MAX_TENANT_BYTES, name_problem, text_problem
-from ..entities import (
-    MAX_ID_BYTES,
-    UNKNOWN_FIELD,
-    Entity,
-    Index,
-    Indexed,
-    Secret,
-    no_number,
-    problems_of,
-)
-from ..errors import InvalidInput, Problem
-from ..limits import MAX_LIMITS, Limit
+from ..entities import MAX_ID_BYTES, Entity, Index, Indexed, Secret, TenantName, described, no_number, not_given
+from ..errors import NotFound, Problem
+from ..limits import MAX_LIMITS, Limit, LimitLike, distinct
 from .token import DEFAULT_PREFIX, MAX_PREFIX_CHARS, PREFIX_PATTERN
 
 NAME = "api_keys"
-ALL_TENANTS = "*"
-"""The tenant of a management key that may act for every tenant."""
-DEFAULT_TENANT = "default"
 MANAGEMENT = "strongroom:"
 MANAGEMENT_PERMISSIONS = tuple(MANAGEMENT + scope for scope in ("read", "write", "admin"))
 """What a management key may do, by the permission that says so. Strongroom keeps the names that begin so for itself."""
 MAX_PERMISSIONS = 100
 MAX_ADDRESSES = 100
 MAX_METADATA_BYTES = 16_384
-_KIND_IN_PATH = re.compile(r"(?<=\.window)\.(?:rolling|anchored|calendar|total)(?=\.|$)")
 _PERMISSION = re.compile(r"^[A-Za-z0-9_.:/*-]{1,128}$")
 MAX_GROUPS = 16
 MAX_GROUP_BYTES = 200
@@ -73,12 +59,6 @@ HIDDEN = frozenset({"hash", "previous_hash", "sealed", "previous_sealed", "verif
 Environment = Literal["live", "test"]
 
 
-def described(most: int, **more: Any) -> WithJsonSchema:
-    """For the description of a text that a validator below looks at."""
-    return WithJsonSchema({"type": "string", "minLength": 1, "maxLength": most, "pattern": "^[^\\u0000]*$", **more})
-
-
-TenantName = Annotated[str, described(MAX_TENANT_BYTES)]
 _Permission = Annotated[str, described(128, pattern=_PERMISSION.pattern)]
 _Group = Annotated[str, described(MAX_GROUP_BYTES)]
 _ScopeName = Annotated[str, described(MAX_NAME_CHARS, pattern="^[^*\\u0000-\\u001f\\u007f]*\\*?$")]
@@ -88,7 +68,6 @@ _Network = Annotated[
 ]
 _UserId = Annotated[str, described(MAX_ID_BYTES)]
 _Owner = Annotated[str, described(MAX_OWNER_BYTES)]
-M = TypeVar("M", bound=BaseModel)
 
 
 class ApiKey(
@@ -190,22 +169,6 @@ def schedule_problem(rotate_every_s: int | None, overlap_s: int | None) -> Probl
     return None
 
 
-def not_given(
-    *,
-    unchangeable: Iterable[str] = (),
-    elsewhere: Mapping[str, str] = MappingProxyType({}),
-    of_the_store: Iterable[str],
-) -> Mapping[str, str]:
-    """What is said of fields that are there, but that a caller cannot give: by their name."""
-    return MappingProxyType(
-        {
-            **dict.fromkeys(of_the_store, "cannot be given: it is set by Strongroom"),
-            **dict.fromkeys(unchangeable, "cannot be changed"),
-            **elsewhere,
-        }
-    )
-
-
 class KeyFields(BaseModel):
     """What a caller may say of a key, when it is made and later."""
 
@@ -301,15 +264,7 @@ class KeyFields(BaseModel):
     @field_validator("limits")
     @classmethod
     def _distinct(cls, value: list[Limit]) -> list[Limit]:
-        seen: set[str] = set()
-        for limit in value:
-            for name in (*limit.models, *limit.routes):
-                if problem := name_problem(name, MAX_ID_BYTES):
-                    raise ValueError(problem)
-            if limit.id in seen:
-                raise ValueError(f"found two limits on {limit.resource} with the same window")
-            seen.add(limit.id)
-        return value
+        return distinct(value)
 
 
 def each_once(values: list[str], problem_of: Callable[[str], str | None]) -> list[str]:
@@ -347,9 +302,6 @@ def _address_problem(text: str) -> str | None:
     except ValueError:
         return f"found {text[:64]!r}, expected an address or a range such as 10.0.0.0/8"
     return None
-
-
-LimitLike = Limit | Mapping[str, Any]
 
 
 class KeyGiven(TypedDict, total=False):
@@ -425,17 +377,14 @@ class KeyChanges(KeyFields):
     name: str = Field(default="", min_length=1, max_length=200)
 
 
-def parse(model: type[M], fields: Mapping[str, Any]) -> M:
-    """Validate a caller's fields; InvalidInput with every problem."""
-    try:
-        return model.model_validate(fields)
-    except ValidationError as error:
-        # Pydantic puts the window's kind into the path, where the caller's input has no such step.
-        known: Mapping[str, str] = getattr(model, "not_given", MappingProxyType({}))
-        found = [
-            Problem(
-                _KIND_IN_PATH.sub("", p.path), known.get(p.path, p.message) if p.message == UNKNOWN_FIELD else p.message
-            )
-            for p in problems_of(error)
-        ]
-        raise InvalidInput(found) from None
+@dataclass(frozen=True, slots=True)
+class IssuedKey:
+    """A key with its secret, `text`. The store keeps a hash of it: this is the one time that it is there. It is empty
+    where a rotation was asked to hold it for `claim`."""
+
+    key: ApiKey
+    text: str = field(repr=False)
+
+
+def no_key(id: str) -> NotFound:
+    return NotFound(f"there is no key {id!r}")

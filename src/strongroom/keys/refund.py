@@ -1,4 +1,4 @@
-"""Verifications that can be taken back: for a request that is charged when it comes in, and refused after all."""
+"""Verifications that can be taken back: for a request that is charged when it arrives, and refused later."""
 
 from __future__ import annotations
 
@@ -6,14 +6,10 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import NamedTuple
 
-from ..limits import Amount, KeyChanged, Metered, Part, Patience
-from .verification import (
-    NOT_FOUND,
-    ONE_REQUEST,
-    Verification,
-    check_address,
-    cost_units,
-)
+from ..clock import Clock
+from ..limits import Amount, KeyChanged, Ledger, Metered, Part, Patience
+from .cache import KeyCache
+from .verification import NOT_FOUND, Verification, key_use
 from .verifier import Verifier
 
 
@@ -27,8 +23,14 @@ class Charged(NamedTuple):
     route: str | None = None
 
 
-class Undoing(Verifier):
-    """Verifies keys, and takes back what was charged for a request that is refused later on."""
+class Refunds:
+    """Verifies keys so that the charge can be taken back, and takes it back."""
+
+    def __init__(self, verifier: Verifier, cache: KeyCache, ledger: Ledger, clock: Clock) -> None:
+        self._verifier = verifier
+        self._cache = cache
+        self._ledger = ledger
+        self._clock = clock
 
     async def verify_charged(
         self,
@@ -41,26 +43,24 @@ class Undoing(Verifier):
         route: str | None = None,
     ) -> Charged:
         """As `verify`; what it gives can be given to `undo`."""
-        units = ONE_REQUEST if cost is None else cost_units(cost)
-        if ip is not None:
-            check_address(ip)
+        use = key_use(cost, permission, ip, model, route)
         patience = Patience("the key is being changed too quickly to verify it")
         while await patience.another():
             now_us = self._clock.now_us()
-            begun = self._begin(text, units, permission, ip, model, route, None)
-            if isinstance(begun, Verification):
-                return Charged(begun, units, now_us, model, route)
-            if begun is None:
-                key = await self.cache.find(text, now_us)
+            started = self._verifier.start_use(text, use)
+            if isinstance(started, Verification):
+                return Charged(started, use.units, now_us, model, route)
+            if started is None:
+                key = await self._cache.find(text, now_us)
                 if key is None:
-                    return Charged(NOT_FOUND, units, now_us)
-                await self.cache.is_current(key)  # now it is in memory, and believed
+                    return Charged(NOT_FOUND, use.units, now_us)
+                await self._cache.is_current(key)  # now it is in memory, and believed
                 continue
             with suppress(KeyChanged):
-                await begun.outcome
-            answer = self.conclude(begun)
+                await started.outcome
+            answer = self._verifier.finish(started)
             if answer is not None:
-                return Charged(answer, units, begun.outcome.result().now_us, model, route)
+                return Charged(answer, use.units, started.outcome.result().now_us, model, route)
         raise patience.over()
 
     async def undo(self, charged: Charged) -> None:
@@ -71,9 +71,9 @@ class Undoing(Verifier):
             return
         patience = Patience("the key is being changed too quickly to take back what it was charged")
         while await patience.another():
-            key = await self.cache.by_id(id)
+            key = await self._cache.by_id(id)
             if key is None:
-                return  # what it was charged is gone with it
+                return  # its usage was removed with it
             asked = {part.id: part.asked(charged.model, charged.route) for part in key.metered.parts}
             limited = [part for part in key.metered.parts if asked[part.id]]
             if limited:
@@ -82,7 +82,7 @@ class Undoing(Verifier):
                         _metered(*limited), charged.units, charged.moment_us, charged.model, charged.route
                     )
                 except KeyChanged:
-                    self.cache.outdated(key)
+                    self._cache.outdated(key)
                     continue
             for part in key.metered.parts:
                 if not asked[part.id]:  # its use is only counted, and perhaps not written yet
@@ -95,4 +95,4 @@ def _metered(first: Part, *others: Part) -> Metered:
     return Metered(first.id, first.guard, first.allowances, others, first.tenant)
 
 
-__all__ = ["Charged", "Undoing"]
+__all__ = ["Charged", "Refunds"]

@@ -1,28 +1,29 @@
-"""What reservations are reckoned and answered with. Pure."""
+"""What local and durable reservations share: the units that they hold, where these count, and the answers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
+from weakref import WeakValueDictionary
 
 import msgspec
 
 from ..context import utc_from_us
 from ..errors import InvalidInput, Problem
-from ..limits import Amount, from_units
+from ..limits import Amount, LimitStatus, Metered, Part, from_units, share_status
 from ..limits.lease_manager import Entries
 from ..limits.usage_state import CONCURRENCY
+from .cache import KeyCache
 from .cached_key import KnownKey
 from .verification import (
     ONE_REQUEST,
-    LimitStatus,
     Reservation,
     Verification,
     admitted,
     check_address,
     cost_units,
     refused,
-    share_status,
     uncounted,
 )
 
@@ -75,6 +76,45 @@ def same_amounts(one: Mapping[str, int], other: Mapping[str, int]) -> bool:
 def ended_otherwise(before: str | None, now: State) -> str:
     """Why a reservation cannot be ended so: it was ended otherwise before."""
     return f"the reservation was {before} before" + (", with other amounts" if before == now == "settled" else "")
+
+
+class Turns:
+    """One change of a reservation at a time: of two changes that are decided together, the second would be decided on
+    values that the first has not committed yet. The versions set apart the changes of other nodes."""
+
+    def __init__(self) -> None:
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    def of(self, id: str) -> asyncio.Lock:
+        """Held while the reservation with this id is changed."""
+        lock = self._locks.get(id)
+        if lock is None:
+            lock = self._locks[id] = asyncio.Lock()
+        return lock
+
+    def taken(self, id: str) -> bool:
+        """Whether a change of it is under way, or waits."""
+        return id in self._locks
+
+
+async def parts_of(
+    cache: KeyCache, held_by: Iterable[str], quota_ids: Iterable[str], key: KnownKey | None
+) -> list[Part]:
+    """Where the use of a reservation counts: on the accounts that hold it, as they are now, without those that were
+    removed; and on quotas of its key (`quota_ids`) that were made since."""
+    known = {part.id: part for part in key.metered.parts} if key is not None else {}
+    held, wanted = set(held_by), {*held_by, *quota_ids}
+    found = [part for id, part in known.items() if id in wanted]
+    others = [await cache.part_of(id) for id in sorted(held - known.keys())]
+    return [*found, *(part for part in others if part is not None)]
+
+
+def together(parts: Sequence[Part], key: KnownKey | None) -> Metered:
+    """These accounts as one charge concerns them: a key's own, if they are all that it is counted on."""
+    if key is not None and list(parts) == list(key.metered.parts):
+        return key.metered
+    first, *others = parts
+    return Metered(first.id, first.guard, first.allowances, tuple(others), first.tenant)
 
 
 def minus(wanted: Mapping[str, int], used: Mapping[str, int]) -> dict[str, int]:

@@ -8,19 +8,26 @@ from __future__ import annotations
 
 import hashlib
 import re
-import secrets
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from cryptography.exceptions import InvalidTag
-
-from ..context import Context, system_context, utc_from_us
-from ..database import Idempotency, Replayed, Transaction
-from ..errors import Conflict, InvalidInput, NotFound, Problem
+from ..access import acting, writer
+from ..clock import Clock
+from ..context import Context, utc_from_us
+from ..database import Database, Idempotency, Replayed, Transaction
+from ..errors import Conflict, InvalidInput, Problem
 from ..storage.port import Check
-from .durable_reservations import Reservations
-from .model import ALL_TENANTS, MAX_OVERLAP_S, TEST_PREFIX, ApiKey, due_at
+from .model import (
+    MAX_OVERLAP_S,
+    TEST_PREFIX,
+    ApiKey,
+    IssuedKey,
+    due_at,
+    no_key,
+)
+from .queries import KeyQueries
 from .token import (
     DEFAULT_PREFIX,
     PREFIX_PATTERN,
@@ -29,35 +36,23 @@ from .token import (
     hint_of_imported,
     masked,
 )
-from .verifier import may_see
 
 MAX_CLAIM_ATTEMPTS = 5
 """A text that another rotation replaces while it is being claimed is looked for again this often."""
-_NONCE_BYTES = 12
-
-
-@dataclass(frozen=True, slots=True)
-class IssuedKey:
-    """A key with its text. The text is not stored: this is the one time it is there. It is empty where a rotation was
-    asked to hold it for `claim`."""
-
-    key: ApiKey
-    text: str = field(repr=False)
 
 
 class _ReplacedError(Conflict):
     """Another rotation has replaced the text since it was read. Never leaves this file."""
 
 
-class Rotation(Reservations):
-    """Verifies keys, and replaces their texts."""
+class Rotation:
+    """Replaces the secrets of keys, and gives out the secrets that are held. `hasher` gives the present hasher."""
 
-    async def get(self, id: str, *, deleted: bool = False, context: Context | None = None) -> ApiKey:
-        """A key by its id; `deleted`: one that was deleted too. NotFound for another tenant's."""
-        key = await self._database.get_or_none(reader(context), ApiKey, id)
-        if key is None or not may_see(context, key.tenant) or (key.deleted_at is not None and not deleted):
-            raise no_key(id)
-        return key
+    def __init__(self, database: Database, queries: KeyQueries, hasher: Callable[[], Hasher], clock: Clock) -> None:
+        self._database = database
+        self._queries = queries
+        self._hasher = hasher
+        self._clock = clock
 
     async def rotate(
         self,
@@ -79,11 +74,11 @@ class Rotation(Reservations):
         """
         if type(overlap_s) is not int or not 0 <= overlap_s <= MAX_OVERLAP_S:
             raise InvalidInput([Problem("overlap_s", f"found {overlap_s!r}, expected 0 to {MAX_OVERLAP_S} seconds")])
-        once = once_for(context, idempotency_key, "rotate key", id, overlap_s, hold, expected)
+        once = Idempotency.by(context, idempotency_key, "rotate key", id, overlap_s, hold, expected)
         replayed = await self._database.repeated(acting(context), once)
         if replayed is not None:
-            return await self.issued_before(replayed, context=context)
-        key = await self.get(id, context=context)
+            return await self._queries.issued_before(replayed, context=context)
+        key = await self._queries.get(id, context=context)
         by = writer(context, key.tenant)
         text = new_text(key)
 
@@ -97,7 +92,7 @@ class Rotation(Reservations):
         try:
             made = await self._database.transaction(by, body, idempotency=telling(once, shown))
         except Replayed as done:
-            return await self.issued_before(done, context=context)
+            return await self._queries.issued_before(done, context=context)
         return IssuedKey(made, shown)
 
     async def rotate_due(self, id: str, guard: Check) -> bool:
@@ -107,7 +102,7 @@ class Rotation(Reservations):
         would be replaced unseen. Its next rotation comes when the period is over again. Raises Conflict if the lease is
         lost, NotFound.
         """
-        key = await self.get(id)
+        key = await self._queries.get(id)
         text = new_text(key)
 
         async def body(tx: Transaction) -> bool:
@@ -138,15 +133,15 @@ class Rotation(Reservations):
         The same call again with the same idempotency key gives the same text (within a day), so that an answer that
         was lost is not a text lost. Raises NotFound, and Conflict if there is nothing to claim.
         """
-        once = once_for(context, idempotency_key, "claim key", id)
+        once = Idempotency.by(context, idempotency_key, "claim key", id)
         replayed = await self._database.repeated(acting(context), once)
         if replayed is not None:
-            return await self.issued_before(replayed, context=context)
+            return await self._queries.issued_before(replayed, context=context)
         for _ in range(MAX_CLAIM_ATTEMPTS):
-            key = await self.get(id, context=context)
+            key = await self._queries.get(id, context=context)
             by = writer(context, key.tenant)
             held = key.unclaimed
-            text = reveal(self.hasher, id, held) if held is not None else ""
+            text = reveal(self._hasher(), id, held) if held is not None else ""
 
             async def body(tx: Transaction, held: bytes | None = held) -> ApiKey:
                 now = await tx.get(ApiKey, id)
@@ -161,7 +156,7 @@ class Rotation(Reservations):
             try:
                 made = await self._database.transaction(by, body, idempotency=telling(once, text))
             except Replayed as done:
-                return await self.issued_before(done, context=context)
+                return await self._queries.issued_before(done, context=context)
             except _ReplacedError:
                 continue
             return IssuedKey(made, text)
@@ -182,33 +177,18 @@ class Rotation(Reservations):
             old = old_sealed = None
         later = moment + timedelta(seconds=now.rotate_every_s) if now.rotate_every_s is not None else None
         return {
-            "hash": self.hasher.hash(text),
-            "sealed": self.hasher.seal(hashlib.sha256(text.encode()).digest()),
+            "hash": self._hasher().hash(text),
+            "sealed": self._hasher().seal(hashlib.sha256(text.encode()).digest()),
             "display": masked(text),
             "previous_hash": old,
             "previous_sealed": old_sealed,
             "previous_until": moment + timedelta(seconds=overlap_s) if old is not None else None,
             # What an old text of another system is compared with, as long as it works.
             "verifier": now.verifier if old is not None and hint_of_imported(old) is not None else None,
-            "unclaimed": conceal(self.hasher, now.id, text) if hold else None,
+            "unclaimed": conceal(self._hasher(), now.id, text) if hold else None,
             "next_rotation_at": later,
             "due_at": due_at(later, now.deleted_at),
         }
-
-    # --- Repeated calls ---------------------------------------------------------------------------------------
-
-    async def answered_before(self, replayed: Replayed, *, context: Context | None = None) -> ApiKey:
-        """The key that a repeated call was answered with."""
-        return await self._database.answer_of(reader(context), ApiKey, replayed)
-
-    async def issued_before(self, replayed: Replayed, *, context: Context | None = None) -> IssuedKey:
-        """The key and the text that a repeated call was answered with."""
-        return IssuedKey(await self.answered_before(replayed, context=context), (replayed.memo or b"").decode())
-
-
-def once_for(context: Context | None, key: str | None, *request: object) -> Idempotency | None:
-    """A call of this caller, about whatever tenant it is: its idempotency keys are the caller's own."""
-    return Idempotency.of(key, *request, scope=acting(context).tenant or "")
 
 
 def telling(once: Idempotency | None, text: str) -> Idempotency | None:
@@ -219,20 +199,17 @@ def telling(once: Idempotency | None, text: str) -> Idempotency | None:
 # --- Texts that are held --------------------------------------------------------------------------------------
 
 
-def conceal(hasher: Hasher, id: str, text: str) -> bytes:
-    """The text of a key to be kept until it is claimed: encrypted under the current pepper, for this key alone."""
-    nonce = secrets.token_bytes(_NONCE_BYTES)
-    return nonce + hasher.memo_boxes(f"\x00unclaimed\x00{id}")[0].encrypt(nonce, text.encode(), None)
+def conceal(hasher: Hasher, id: str, secret: str) -> bytes:
+    """The secret of a key, encrypted for this key until it is claimed."""
+    return hasher.conceal(secret.encode(), f"\x00unclaimed\x00{id}")
 
 
-def reveal(hasher: Hasher, id: str, held: bytes) -> str:
-    """What `conceal` was given. Raises Conflict if the pepper is not there any more."""
-    for box in hasher.memo_boxes(f"\x00unclaimed\x00{id}"):
-        try:
-            return box.decrypt(held[:_NONCE_BYTES], held[_NONCE_BYTES:], None).decode()
-        except InvalidTag:
-            continue  # the pepper was rotated since
-    raise Conflict("the text is held under a pepper that is not configured any more: rotate the key again")
+def reveal(hasher: Hasher, id: str, concealed: bytes) -> str:
+    """The secret that `conceal` encrypted. Raises Conflict if its pepper is not configured any more."""
+    secret = hasher.reveal(concealed, f"\x00unclaimed\x00{id}")
+    if secret is None:
+        raise Conflict("the text is held under a pepper that is not configured any more: rotate the key again")
+    return secret.decode()
 
 
 def new_text(key: ApiKey) -> str:
@@ -241,28 +218,3 @@ def new_text(key: ApiKey) -> str:
     if re.fullmatch(PREFIX_PATTERN, prefix):
         return generate(prefix)
     return generate(TEST_PREFIX if key.environment == "test" else DEFAULT_PREFIX)
-
-
-# --- Who acts -------------------------------------------------------------------------------------------------
-
-
-def no_key(id: str) -> NotFound:
-    return NotFound(f"there is no key {id!r}")
-
-
-def reader(context: Context | None) -> Context:
-    """Keys are found by the system on the caller's behalf; whom the caller may see is checked on what was found."""
-    return system_context() if context is None else system_context(actor=context.actor)
-
-
-def acting(context: Context | None) -> Context:
-    """The caller's own context, before it is known whose key it speaks of."""
-    return context if context is not None else system_context()
-
-
-def writer(context: Context | None, tenant: str) -> Context:
-    """The caller's context, on behalf of the key's tenant: the rules see both, the journal record is that tenant's."""
-    scoped = None if tenant == ALL_TENANTS else tenant
-    if context is None:
-        return system_context(scoped)
-    return Context(scoped, context.actor, context.claims, context.request_id)

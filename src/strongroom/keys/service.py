@@ -1,71 +1,37 @@
-"""API keys: issue, verify, change, rotate, revoke. The text is shown once; the store holds a hash of it."""
+"""The keys of one store: the parts that verify, reserve, record, read, change and rotate keys, under one name."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass
-from datetime import datetime, timedelta
-from typing import Any, Unpack
+from collections.abc import AsyncGenerator
 
-from ..clock import Clock
-from ..context import Context, new_id, system_context, utc_from_us
-from ..database import Database, Idempotency, Page, Replayed, Transaction
-from ..entities import MAX_LIMIT, MAX_PAGE_BYTES, Aggregate
-from ..errors import InvalidInput, Problem
+from ..clock import Clock, MachineClock
+from ..context import Context
+from ..database import Database, Transaction
 from ..journal import ChangeFeed
-from ..limits import Account, Amount, ClockMended, KeyUsage, Ledger, from_units, refills_that_begin
+from ..limits import Ledger, LimitStatus
 from ..quotas.model import NAME as QUOTAS
-from ..storage.port import Check
-from .administrators import keep_one
 from .bulk import PAGE, Bulk, BulkStep, steps
-from .cached_key import KnownKey, metered
-from .filter import KeyFilter, KeyFilterGiven
-from .model import (
-    MAX_OVERLAP_S,
-    NAME,
-    ApiKey,
-    KeyChanges,
-    KeyGiven,
-    NewKey,
-    NewKeyGiven,
-    due_at,
-    parse,
-    schedule_problem,
-)
-from .rotation import (
-    IssuedKey,
-    Rotation,
-    acting,
-    no_key,
-    once_for,
-    reader,
-    telling,
-    writer,
-)
-from .token import Hasher, generate, masked
-from .verification import LimitStatus, Verification, limit_status
-from .verifier import bound_to
-
-LOOK_AT = 2_000
-"""Keys that one page of a filter looks at, where a store cannot judge it whole."""
+from .cache import KeyCache
+from .delegate import Delegate
+from .editor import KeyEditor
+from .filter import KeyFilter
+from .model import NAME, ApiKey, IssuedKey, KeyChanges, NewKey
+from .queries import KeyQueries, KeyStats
+from .refund import Refunds
+from .reservations import Reservations
+from .rotation import Rotation
+from .token import Hasher
+from .usage_recorder import UsageRecorder
+from .verification import Verification
+from .verifier import Verifier
 
 
-@dataclass(frozen=True, slots=True)
-class KeyStats:
-    """A key's statistics: expired or not, usage of each limit's window, lifetime totals, number and time of uses."""
+class Keys:
+    """The keys of one store.
 
-    key: ApiKey
-    expired: bool
-    count: int
-    last_used_at: datetime | None
-    totals: dict[str, Amount]
-    limits: list[LimitStatus]
-    account: Account
-
-
-class Keys(Rotation):
-    """The keys of one store."""
+    Each call is a method of one of the parts, which has its signature and description. Whoever needs more than these
+    calls takes the part.
+    """
 
     def __init__(
         self,
@@ -75,305 +41,51 @@ class Keys(Rotation):
         clock: Clock | None = None,
         feed: ChangeFeed | None = None,
     ) -> None:
-        super().__init__(database, ledger, hasher, clock, feed)
+        self.clock = clock if clock is not None else MachineClock()
+        """The clock that keys expire by."""
+        self.cache = KeyCache(database, hasher, feed)
+        self.verifier = Verifier(database, self.cache, ledger, self.clock)
+        self.refunds = Refunds(self.verifier, self.cache, ledger, self.clock)
+        self.reservations = Reservations(database, self.cache, ledger, self.clock)
+        self.recorder = UsageRecorder(database, self.cache, ledger, self.clock)
+        self.queries = KeyQueries(database, self.cache, ledger, self.clock)
+        self.rotation = Rotation(database, self.queries, lambda: self.hasher, self.clock)
+        self.editor = KeyEditor(database, self.queries, ledger, lambda: self.hasher, self.clock)
+        self._ledger = ledger
         database.after_commit(self._committed)
 
-    # --- Making and changing ----------------------------------------------------------------------------------
+    verify = Delegate("verifier", Verifier.verify)
+    verify_many = Delegate("verifier", Verifier.verify_many)
+    authenticate = Delegate("verifier", Verifier.authenticate)
+    identify = Delegate("verifier", Verifier.identify)
 
-    async def create(
-        self,
-        new: NewKey | None = None,
-        /,
-        *,
-        context: Context | None = None,
-        idempotency_key: str | None = None,
-        **fields: Unpack[NewKeyGiven],
-    ) -> IssuedKey:
-        """Make a key: `create(name="billing worker", limits=[…])`, or from a NewKey.
+    verify_charged = Delegate("refunds", Refunds.verify_charged)
+    undo = Delegate("refunds", Refunds.undo)
 
-        The same call again with the same idempotency key gives back the same key and text (within a day).
-        Raises InvalidInput with every problem.
-        """
-        new = new if new is not None else parse(NewKey, fields)
-        once = once_for(context, idempotency_key, "create key", new)
-        context = writer(context, new.tenant)
-        text = generate(new.text_prefix)
-        following = self._next_rotation(new.rotate_every_s)
-        key = ApiKey(
-            id=new_id("key_"),
-            hash=self.hasher.hash(text),
-            sealed=self.hasher.seal(hashlib.sha256(text.encode()).digest()),
-            display=masked(text),
-            next_rotation_at=following,
-            due_at=due_at(following, None),
-            **new.model_dump(exclude={"prefix"}),
-        )
+    reserve = Delegate("reservations", Reservations.reserve)
+    settle = Delegate("reservations", Reservations.settle)
+    extend = Delegate("reservations", Reservations.extend)
+    release = Delegate("reservations", Reservations.release)
 
-        async def body(transaction: Transaction) -> ApiKey:
-            if key.is_expired(now := self._now()):
-                expected = f"a time after {now:%Y-%m-%dT%H:%M:%SZ}: the key would never be valid"
-                raise InvalidInput(
-                    [Problem("expires_at", f"found {key.expires_at:%Y-%m-%dT%H:%M:%SZ}, expected {expected}")]
-                )
-            return await transaction.create(key)
+    record = Delegate("recorder", UsageRecorder.record)
+    record_many = Delegate("recorder", UsageRecorder.record_many)
 
-        try:
-            made = await self._database.transaction(context, body, idempotency=telling(once, text))
-        except Replayed as done:
-            return await self.issued_before(done, context=context)
-        return IssuedKey(made, text)
+    get = Delegate("queries", KeyQueries.get)
+    list = Delegate("queries", KeyQueries.list)
+    page = Delegate("queries", KeyQueries.page)
+    count = Delegate("queries", KeyQueries.count)
+    stats = Delegate("queries", KeyQueries.stats)
 
-    async def list(
-        self,
-        *,
-        limit: int = 100,
-        cursor: str | None = None,
-        context: Context | None = None,
-        **filters: Unpack[KeyFilterGiven],
-    ) -> Page[ApiKey]:
-        """One page of the keys for which all of `filters` holds (see KeyFilter); of one tenant where the caller is
-        bound to one.
+    create = Delegate("editor", KeyEditor.create)
+    update = Delegate("editor", KeyEditor.update)
+    disable = Delegate("editor", KeyEditor.disable)
+    enable = Delegate("editor", KeyEditor.enable)
+    delete = Delegate("editor", KeyEditor.delete)
+    restore = Delegate("editor", KeyEditor.restore)
+    mend_clock = Delegate("editor", KeyEditor.mend_clock)
 
-        Newest first; by name where `name_prefix` is given; with `deleted`, which shows the deleted keys instead of the
-        others, those deleted longest ago first. Raises InvalidInput.
-        """
-        return await self.page(KeyFilter(**filters), limit=limit, cursor=cursor, context=context)
-
-    async def page(
-        self, filter: KeyFilter, *, limit: int = 100, cursor: str | None = None, context: Context | None = None
-    ) -> Page[ApiKey]:
-        """As `list`, of the keys that a filter means.
-
-        Of a filter that a store cannot judge whole, a page ends after LOOK_AT keys were looked at: it may hold fewer
-        than `limit`, or none, and `next_cursor` goes on.
-        """
-        wanted = filter.within(bound_to(context))
-        if wanted is None:
-            return Page([], None)
-        where, by = reader(context), wanted.keeps(self._now())
-
-        async def find(size: int) -> Page[ApiKey]:
-            return await self._database.find(where, ApiKey, wanted.query(size), cursor, max_bytes=MAX_PAGE_BYTES)
-
-        if by is None or not 1 <= limit <= MAX_LIMIT:
-            return await find(limit)
-        found: list[ApiKey] = []
-        looked_at = 0
-        while True:
-            page = await find(min(max(limit, LOOK_AT // 4), MAX_LIMIT, LOOK_AT - looked_at))
-            places = [place for place, key in enumerate(page.items) if by(key)]
-            most = limit - len(found)
-            if len(places) >= most and places[most - 1] + 1 < len(page.items):
-                # The page ends at its last key that is kept: the same again, cut there, has the cursor of that place.
-                page = await find(places[most - 1] + 1)
-                return Page([*found, *(key for key in page.items if by(key))], page.next_cursor)
-            found += [page.items[place] for place in places]
-            looked_at += len(page.items)
-            cursor = page.next_cursor
-            if cursor is None or len(found) == limit or looked_at >= LOOK_AT:
-                return Page(found, cursor)
-
-    async def count(self, filter: KeyFilter, *, context: Context | None = None) -> int:
-        """How many keys a filter means."""
-        wanted = filter.within(bound_to(context))
-        if wanted is None:
-            return 0
-        if wanted.keeps(self._now()) is not None:
-            number, cursor = 0, None
-            while True:
-                page = await self.page(filter, limit=MAX_LIMIT, cursor=cursor, context=context)
-                number, cursor = number + len(page.items), page.next_cursor
-                if cursor is None:
-                    return number
-        counted = Aggregate("count")
-        found = await self._database.aggregate(reader(context), ApiKey, counted, where=wanted.where)
-        return int(found[counted.name])
-
-    async def update(
-        self,
-        id: str,
-        changes: KeyChanges | None = None,
-        /,
-        *,
-        context: Context | None = None,
-        expected: int | None = None,
-        idempotency_key: str | None = None,
-        **fields: Unpack[KeyGiven],
-    ) -> ApiKey:
-        """Change some fields. Usage already counted stays counted where resource and window stay the same.
-
-        Conflict where a caller (`context`) would leave nobody who can administer the whole store; so for `disable` and
-        `delete`.
-        """
-        changes = changes if changes is not None else parse(KeyChanges, fields)
-        values = {name: getattr(changes, name) for name in changes.model_fields_set}
-        once = once_for(context, idempotency_key, "update key", id, changes, expected)
-        return await self._change(id, values, context, expected, once)
-
-    async def disable(self, id: str, *, context: Context | None = None, idempotency_key: str | None = None) -> ApiKey:
-        """Refuse the key from now on. Idempotent."""
-        once = once_for(context, idempotency_key, "disable key", id)
-        return await self._change(id, {"enabled": False}, context, None, once)
-
-    async def enable(self, id: str, *, context: Context | None = None, idempotency_key: str | None = None) -> ApiKey:
-        """Accept the key again. Idempotent."""
-        once = once_for(context, idempotency_key, "enable key", id)
-        return await self._change(id, {"enabled": True}, context, None, once)
-
-    async def _change(
-        self,
-        id: str,
-        values: Mapping[str, Any],
-        context: Context | None,
-        expected: int | None = None,
-        once: Idempotency | None = None,
-    ) -> ApiKey:
-        replayed = await self._database.repeated(acting(context), once)
-        if replayed is not None:
-            return await self.answered_before(replayed, context=context)
-        key = await self.get(id, context=context)
-        if expected is None and once is None and all(getattr(key, name) == value for name, value in values.items()):
-            return key
-        beginning = refills_that_begin(key.limits, values.get("limits", ()))
-        if beginning:
-            await self._ledger.begin_refills(metered(key).parts[0], beginning)
-
-        async def body(tx: Transaction) -> ApiKey:
-            now = await tx.get(ApiKey, id)
-            if now.deleted_at is not None:
-                raise no_key(id)
-            if expected is None and all(getattr(now, name) == value for name, value in values.items()):
-                return now  # nothing but the call itself is to be remembered
-            if context is not None:
-                await keep_one(self._database, tx, now, now.model_copy(update=dict(values)), self._now())
-            return await tx.update(ApiKey, id, {**values, **self._schedule(now, values)}, expected=expected)
-
-        try:
-            return await self._database.transaction(writer(context, key.tenant), body, idempotency=once)
-        except Replayed as done:
-            return await self.answered_before(done, context=context)
-
-    def _schedule(self, now: ApiKey, values: Mapping[str, Any]) -> dict[str, Any]:
-        """What else changes with the schedule of a key's rotations. Raises InvalidInput if its parts do not fit."""
-        if not {"rotate_every_s", "rotation_overlap_s"} & values.keys():
-            return {}
-        every_s = values.get("rotate_every_s", now.rotate_every_s)
-        overlap_s = values.get("rotation_overlap_s", now.rotation_overlap_s if every_s is not None else None)
-        if problem := schedule_problem(every_s, overlap_s):
-            raise InvalidInput([problem])
-        following = now.next_rotation_at if every_s == now.rotate_every_s else self._next_rotation(every_s)
-        return {
-            "rotation_overlap_s": overlap_s,
-            "next_rotation_at": following,
-            "due_at": due_at(following, now.deleted_at),
-        }
-
-    def _next_rotation(self, every_s: int | None) -> datetime | None:
-        return None if every_s is None else self._now() + timedelta(seconds=every_s)
-
-    # --- Removing ---------------------------------------------------------------------------------------------
-
-    async def delete(
-        self,
-        id: str,
-        *,
-        purge: bool = False,
-        context: Context | None = None,
-        expected: int | None = None,
-        idempotency_key: str | None = None,
-    ) -> None:
-        """Delete a key: its texts are unknown from now on. For RESTORABLE_FOR_S `restore` takes that back; then it is
-        removed for good. `purge`: remove it and its usage for good now, one that was deleted before too.
-
-        Raises NotFound, Conflict. The same call again with the same idempotency key (within a day) does nothing.
-        """
-        once = once_for(context, idempotency_key, "delete key", id, expected, purge)
-        if await self._database.repeated(acting(context), once) is not None:
-            return
-        key = await self.get(id, deleted=purge, context=context)
-        by = writer(context, key.tenant)
-
-        async def mark(tx: Transaction) -> None:
-            now = await tx.get(ApiKey, id)
-            if now.deleted_at is not None:
-                raise no_key(id)
-            moment = self._now()
-            if context is not None:
-                await keep_one(self._database, tx, now, None, moment)
-            fields = {"deleted_at": moment, "due_at": due_at(None, moment)}
-            await tx.update(ApiKey, id, fields, expected=expected)
-
-        try:
-            if not purge:
-                await self._database.transaction(by, mark, idempotency=once)
-                return
-            await self._database.authorize(by, "delete", ApiKey.__collection__, id)
-            if key.deleted_at is None:
-                # First marked, so that nothing is charged to it any more while its counters are removed.
-                await self._database.transaction(by, mark)
-                expected = None
-            await self._remove(id, by, expected, once)
-        except Replayed:
-            return
-
-    async def purge_due(self, id: str, guard: Check) -> bool:
-        """Remove a deleted key for good if it can be restored no longer, under the lease `guard`; whether it was.
-        Raises Conflict if the lease is lost, NotFound."""
-        key = await self.get(id, deleted=True)
-        if key.deleted_at is None or key.due_at is None or key.due_at > self._now():
-            return False
-        await self._remove(id, writer(None, key.tenant), key.version, guard=guard)
-        return True
-
-    async def _remove(
-        self,
-        id: str,
-        by: Context,
-        expected: int | None,
-        once: Idempotency | None = None,
-        guard: Check | None = None,
-    ) -> None:
-        """Remove a key that is marked as deleted, and its usage, in one commit. The caller was asked about before."""
-
-        async def body(tx: Transaction) -> None:
-            tx.guard = guard
-            await tx.delete(ApiKey, id, expected=expected)
-            if await tx.get_or_none(KeyUsage, id) is not None:
-                await tx.delete(KeyUsage, id)
-
-        # The rules that a caller is under say nothing of counters.
-        own = Context(by.tenant, by.actor, system_context().claims, by.request_id)
-        await self._database.transaction(own, body, idempotency=once)
-        self._ledger.removed(id)
-
-    async def restore(self, id: str, *, context: Context | None = None, idempotency_key: str | None = None) -> ApiKey:
-        """Take a deletion back: the key is as it was. Idempotent. NotFound once it is too late."""
-        once = once_for(context, idempotency_key, "restore key", id)
-        replayed = await self._database.repeated(acting(context), once)
-        if replayed is not None:
-            return await self.answered_before(replayed, context=context)
-        key = await self.get(id, deleted=True, context=context)
-        if key.deleted_at is None and once is None:
-            return key
-
-        async def body(tx: Transaction) -> ApiKey:
-            now = await tx.get(ApiKey, id)
-            if now.deleted_at is None:
-                return now
-            if now.due_at is not None and now.due_at <= self._now():
-                raise no_key(id)
-            return await tx.update(ApiKey, id, {"deleted_at": None, "due_at": due_at(now.next_rotation_at, None)})
-
-        try:
-            return await self._database.transaction(writer(context, key.tenant), body, idempotency=once)
-        except Replayed as done:
-            return await self.answered_before(done, context=context)
-
-    async def _known_for(self, text: str | None, id: str | None) -> KnownKey | None:
-        known = await super()._known_for(text, id)
-        return None if known is None or known.deleted else known
-
-    # --- Many at once -----------------------------------------------------------------------------------------
+    rotate = Delegate("rotation", Rotation.rotate)
+    claim = Delegate("rotation", Rotation.claim)
 
     def bulk(
         self, bulk: Bulk, *, cursor: str | None = None, limit: int = PAGE, context: Context | None = None
@@ -385,31 +97,32 @@ class Keys(Rotation):
         """
         return steps(self, bulk, cursor=cursor, limit=limit, context=context)
 
-    # --- Statistics -------------------------------------------------------------------------------------------
+    # --- Forgetting what was changed --------------------------------------------------------------------------
 
-    async def stats(self, id: str, *, context: Context | None = None) -> KeyStats:
-        """A key's statistics, as of now."""
-        key = await self.get(id, context=context)
-        now_us = self._clock.now_us()
-        account = await self._ledger.account(id)
-        statuses = await self._ledger.statuses(metered(key, await self.cache.quotas.of(key)), now_us)
-        return KeyStats(
-            key=key,
-            expired=key.is_expired(utc_from_us(now_us)),
-            count=account.count,
-            last_used_at=utc_from_us(account.last_used_us) if account.last_used_us is not None else None,
-            totals={name: from_units(name, units) for name, units in sorted(account.totals.items())},
-            limits=[limit_status(status) for status in statuses],
-            account=account,
-        )
+    def changed(self, id: str) -> None:
+        """A key was changed, here or on another node: read the key and its usage again at its next use."""
+        self.cache.changed(id)
+        self._ledger.forget(id)
 
-    async def mend_clock(self, id: str, *, context: Context | None = None) -> ClockMended | None:
-        """Let the usage of a key, which was charged at a time ahead of the store's clock, go on from the clock's time.
-        Nothing is freed by it: what was counted at the later time counts as used now. None if it was not ahead.
+    def quota_changed(self, id: str) -> None:
+        """A quota was changed, here or on another node: so were the limits of the keys that share it. Its usage is read
+        again: it may have been removed and made anew, and a denial, which commits nothing, would never notice."""
+        self.cache.quota_changed(id)
+        self._ledger.forget(id)
 
-        Raises NotFound, Unavailable."""
-        await self.get(id, context=context)
-        return await self._ledger.set_back(id)
+    def forget_all(self) -> None:
+        """Changes were missed: read all keys, quotas and usage again at their next use."""
+        self.cache.forget_all()
+        self._ledger.forget_all()
+
+    @property
+    def hasher(self) -> Hasher:
+        """Makes the hashes that keys are stored and found by."""
+        return self.cache.hasher
+
+    def use(self, hasher: Hasher) -> None:
+        """Make and find hashes with other peppers from now on; they may find secrets that were unknown."""
+        self.cache.use(hasher)
 
     def _committed(self, transaction: Transaction) -> None:
         for change in transaction.changes:
@@ -420,6 +133,5 @@ class Keys(Rotation):
 
 
 __all__ = [
-    "MAX_OVERLAP_S", "ApiKey", "IssuedKey", "KeyChanges", "KeyFilter", "KeyStats", "Keys", "LimitStatus", "NewKey",
-    "Verification",
+    "ApiKey", "IssuedKey", "KeyChanges", "KeyFilter", "KeyStats", "Keys", "LimitStatus", "NewKey", "Verification",
 ]  # fmt: skip

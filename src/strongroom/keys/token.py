@@ -17,13 +17,10 @@ import hmac
 import re
 import secrets
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-
-from ..errors import StoreError
+from ..pepper import Pepper, Peppers
 
 ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 MARK = "SR1"
@@ -79,14 +76,6 @@ def masked(text: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Pepper:
-    """A secret that the hashes in the store are made with; the newest comes first, older ones still open old hashes."""
-
-    id: str
-    secret: bytes = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True)
 class HintRule:
     """How the hint of an imported key whose hash has a salt is found in its text: it is what stands before the first
     dot (`chars` None), or so many characters from the beginning."""
@@ -117,7 +106,7 @@ class Imported:
     rules: tuple[HintRule, ...] = ()
 
 
-class Hasher:
+class Hasher(Peppers):
     """Key texts as what the store holds: HMAC-SHA-256 under a pepper, of the text's SHA-256.
 
     Going by way of the SHA-256 lets an imported SHA-256 be brought under the pepper as well. A stored hash is
@@ -125,27 +114,13 @@ class Hasher:
     """
 
     def __init__(self, peppers: Sequence[Pepper], imported: Imported | None = None) -> None:
-        self._peppers = tuple(peppers)
-        self._current = self._peppers[0]
+        super().__init__(peppers)
         self._secret = self._current.secret
         self.imported = imported if imported is not None else Imported()
 
     def with_imported(self, imported: Imported) -> Hasher:
         """The same peppers, and other ways to look up imported keys."""
         return Hasher(self._peppers, imported)
-
-    @property
-    def current_id(self) -> str:
-        return self._current.id
-
-    @property
-    def pepper_ids(self) -> frozenset[str]:
-        return frozenset(pepper.id for pepper in self._peppers)
-
-    def macs(self, content: bytes, purpose: str) -> list[str]:
-        """`pepper id:HMAC` of a content under each pepper, the current one's first, for a purpose of its own."""
-        keys = ((pepper.id, self._box(pepper, purpose)) for pepper in self._peppers)
-        return [f"{id}:{hmac.digest(key, content, 'sha256').hex()}" for id, key in keys]
 
     def digest(self, text: str) -> bytes:
         """The key's HMAC under the current pepper, 32 bytes: the name of the key in caches."""
@@ -186,45 +161,6 @@ class Hasher:
 
     def is_current(self, stored: str) -> bool:
         return stored.startswith(self._current.id + ":")
-
-    def seal(self, content: bytes, purpose: str = "seal") -> bytes:
-        """What is kept secret, encrypted under the current pepper, useless without it: a key's SHA-256 for exports, or
-        something else with a purpose of its own."""
-        nonce = secrets.token_bytes(12)
-        id = self._current.id.encode()
-        return id + b":" + nonce + AESGCM(self._box(self._current, purpose)).encrypt(nonce, content, id)
-
-    def sealer(self) -> Callable[[bytes], bytes]:
-        """`seal`, for many keys: with a cipher that is made once."""
-        id, cipher = self._current.id.encode(), AESGCM(self._box(self._current, "seal"))
-
-        def seal(content: bytes) -> bytes:
-            nonce = secrets.token_bytes(12)
-            return b"%b:%b%b" % (id, nonce, cipher.encrypt(nonce, content, id))
-
-        return seal
-
-    def unseal(self, sealed: bytes, purpose: str = "seal") -> bytes:
-        """What `seal` was given. StoreError if its pepper is not among ours, or it was altered."""
-        id, _, rest = sealed.partition(b":")
-        for pepper in self._peppers:
-            if pepper.id.encode() == id:
-                try:
-                    return AESGCM(self._box(pepper, purpose)).decrypt(rest[:12], rest[12:], id)
-                except (InvalidTag, ValueError):  # ValueError: too short to hold a nonce
-                    break
-        what = "hash" if purpose == "seal" else purpose
-        raise StoreError(f"a sealed {what} cannot be opened: its pepper is missing, or it was altered")
-
-    def memo_boxes(self, context: str) -> list[AESGCM]:
-        """Ciphers for what is given back to one idempotent call, the current pepper's first; `context` includes the
-        caller's idempotency key."""
-        info = b"memo\x00" + context.encode("utf-8", "backslashreplace")
-        return [AESGCM(hmac.digest(pepper.secret, info, "sha256")) for pepper in self._peppers]
-
-    @staticmethod
-    def _box(pepper: Pepper, purpose: str) -> bytes:
-        return hmac.digest(pepper.secret, purpose.encode(), "sha256")
 
 
 def imported_sha256(hex_digest: str) -> str:

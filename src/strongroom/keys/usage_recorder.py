@@ -11,9 +11,11 @@ from typing import Any
 
 import msgspec
 
+from ..access import may_see
+from ..clock import Clock
 from ..context import Context, system_context, us_from_utc, utc_from_us
 from ..cooperative import Slices
-from ..database import IdempotentCall, is_expired
+from ..database import Database, IdempotentCall, Once, is_expired
 from ..database.canonical import canonical
 from ..errors import (
     AlreadyExists,
@@ -25,12 +27,11 @@ from ..errors import (
     TooManyRequests,
     Unavailable,
 )
-from ..limits import Amount, KeyChanged, Outcome, Patience
+from ..limits import Amount, KeyChanged, Ledger, Outcome, Patience
 from ..storage.port import Put
+from .cache import KeyCache
 from .cached_key import KnownKey
-from .refund import Undoing
 from .verification import Verification, admitted, cost_units
-from .verifier import may_see
 
 MAX_AHEAD_US = 60_000_000
 """A use may be told from so far ahead, for clocks that differ; it counts as of now."""
@@ -62,8 +63,14 @@ class Sum:
     at_us: int | None = None
 
 
-class Recorder(Undoing):
-    """Verifies keys, and records what they were used for."""
+class UsageRecorder:
+    """Records what keys were used for."""
+
+    def __init__(self, database: Database, cache: KeyCache, ledger: Ledger, clock: Clock) -> None:
+        self._database = database
+        self._cache = cache
+        self._ledger = ledger
+        self._clock = clock
 
     async def record(
         self,
@@ -89,17 +96,17 @@ class Recorder(Undoing):
         at_us = self._moment_of(at, "at")
         patience = Patience("the key is being changed too quickly to record its usage")
         while await patience.another():
-            known = await self._known_for(key, key_id)
+            known = await self._key(key, key_id)
             if known is None or not may_see(context, known.tenant):
                 raise NotFound("there is no such key")
             actor = context.actor if context is not None else "system"
-            once = self._charged_once("usage", known, idempotency_key, actor, _request(units, model, route, at_us))
+            once = self._once(known, idempotency_key, actor, _request(units, model, route, at_us))
             try:
                 outcome = await self._ledger.charge(
                     known.metered, units, force=True, once=once, model=model, route=route, at_us=at_us
                 )
             except KeyChanged:
-                self.cache.outdated(known)
+                self._cache.outdated(known)
                 continue
             return admitted(known, outcome.statuses, units)
         raise patience.over()
@@ -141,7 +148,7 @@ class Recorder(Undoing):
                     try:
                         outcome = future.result() if future.done() else await future
                     except KeyChanged:
-                        self.cache.outdated(one.key)
+                        self._cache.outdated(one.key)
                         changed.append(one)
                     except StrongroomError as error:
                         failed.append((one, error))
@@ -158,7 +165,7 @@ class Recorder(Undoing):
                 break
             sums = []
             for one in changed:
-                again = await self.cache.by_id(one.key.id)
+                again = await self._cache.by_id(one.key.id)
                 if again is not None:  # else it was removed meanwhile, and its usage with it
                     one.key = again
                     sums.append(one)
@@ -167,6 +174,18 @@ class Recorder(Undoing):
         if failed:
             raise _partly(counted, failed)
         return [answer for answer in answers.values() if answer is not None]
+
+    async def _key(self, text: str | None, id: str | None) -> KnownKey | None:
+        """The key of a text or an id; None for one that was deleted, too."""
+        if text is not None:
+            key = await self._cache.find(text, self._clock.now_us())
+        else:
+            key = await self._cache.by_id(id or "")
+        return None if key is None or key.deleted else key
+
+    def _once(self, key: KnownKey, name: str | None, actor: str, request: object) -> Once | None:
+        """What lets a use be counted once for an actor's idempotency key, whichever key it is of."""
+        return None if name is None else self._database.once("usage", actor, name, ("usage", key.id, request))
 
     async def _claim(self, name: str, actor: str, sums: Sequence[Sum]) -> None:
         """Let an idempotency key be that of these events. Raises Conflict, before anything is counted, if it was that
@@ -214,8 +233,8 @@ class Recorder(Undoing):
         sums: dict[tuple[str, ...], Sum] = {}
         named: dict[str, tuple[Any, ...]] = {}
         now_us = self._clock.now_us()
-        texts = await self.cache.unknown((one.key for one in events if one.key is not None), now_us)
-        ids = await self.cache.unknown_ids(one.key_id for one in events if one.key_id is not None)
+        texts = await self._cache.unknown((one.key for one in events if one.key is not None), now_us)
+        ids = await self._cache.unknown_ids(one.key_id for one in events if one.key_id is not None)
         slices = Slices()
         for number, event in enumerate(events):
             await slices.pause()
@@ -230,9 +249,9 @@ class Recorder(Undoing):
                 continue
             if event.key in texts or event.key_id in ids:
                 known[name] = None
-            key = known[name] if name in known else self.cache.remembered(event.key, now_us)
+            key = known[name] if name in known else self._cache.remembered(event.key, now_us)
             if (key is None or key.deleted) and name not in known:
-                key = await self._known_for(*name)
+                key = await self._key(*name)
             known[name] = key
             if key is None or not may_see(context, key.tenant):
                 missing.append(Problem(f"items.{number}.key", "there is no such key"))
@@ -269,7 +288,7 @@ class Recorder(Undoing):
             said = (batch, key.id, event.model, event.route, *(() if one.at_us is None else (one.at_us,)))
             name = hashlib.sha256(canonical(said)).hexdigest()
         request = _request(one.units, event.model, event.route, one.at_us)
-        once = self._charged_once("usage", key, name, actor, request)
+        once = self._once(key, name, actor, request)
         return self._ledger.charge(
             key.metered,
             one.units,
@@ -335,4 +354,4 @@ def _seen(future: asyncio.Future[Outcome]) -> None:
         future.exception()
 
 
-__all__ = ["Recorder", "Sum", "Usage"]
+__all__ = ["Sum", "Usage", "UsageRecorder"]

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from ipaddress import ip_address
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -18,41 +18,33 @@ from ..errors import InvalidInput, Problem
 from ..limits import (
     MAX_AMOUNT,
     MONEY,
-    Allowance,
     Amount,
+    LimitStatus,
     Outcome,
-    Share,
     Status,
-    Window,
-    from_units,
+    explain_denial,
+    limit_status,
+    share_status,
     to_units,
 )
 from ..limits.lease_manager import Entries
 from ..limits.usage_state import CONCURRENCY
-from .cached_key import Code, KnownKey
+from .cached_key import KnownKey, names
 
 MAX_RESOURCES = 32
+MAX_SHOWN = 100
+"""Characters that a refusal shows of the model or route that was asked for."""
+Code = Literal[
+    "VALID",
+    "NOT_FOUND",
+    "DISABLED",
+    "EXPIRED",
+    "INSUFFICIENT_PERMISSIONS",
+    "FORBIDDEN",
+    "RATE_LIMITED",
+    "USAGE_EXCEEDED",
+]
 _RESOURCE = re.compile(RESOURCE_PATTERN)
-
-
-class LimitStatus(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Where one limit stands. `used` is what was `recorded`, is `reserved` (held by reservations that are open), and is
-    `leased` (lent to other nodes, which have not given it back yet). `resets_at`: when what was recorded next falls.
-    `subject`: whose limit it is, `key` or a quota. `exceeded`: this limit denied the call."""
-
-    resource: str
-    limit: Amount
-    used: Amount
-    remaining: Amount
-    recorded: Amount
-    reserved: Amount
-    leased: Amount
-    window: dict[str, Any]
-    resets_at: datetime | None
-    subject: str = "key"
-    exceeded: bool = False
-    models: tuple[str, ...] = ()
-    routes: tuple[str, ...] = ()
 
 
 class Verification(msgspec.Struct, frozen=True):
@@ -86,7 +78,7 @@ class Reservation(Verification, frozen=True, kw_only=True):
     charged: dict[str, Amount] = {}
 
 
-# --- What callers say ------------------------------------------------------------------------------------------
+# --- Requests ---------------------------------------------------------------------------------------------------
 
 
 ONE_REQUEST: dict[str, int] = {"requests": 1}
@@ -150,67 +142,72 @@ def _check_address(ip: str) -> None:
     ip_address(ip)
 
 
-# --- Answers ---------------------------------------------------------------------------------------------------
+class KeyUse(msgspec.Struct, frozen=True, gc=False):
+    """A use that a caller asks of a key: what it costs, and what the key is to allow. `tenant` restricts the keys to
+    those of one tenant."""
+
+    units: dict[str, int]
+    permission: str | None = None
+    address: str | None = None
+    model: str | None = None
+    route: str | None = None
+    tenant: str | None = None
+
+
+def key_use(
+    cost: Mapping[str, Any] | None,
+    permission: str | None,
+    ip: str | None,
+    model: str | None,
+    route: str | None,
+    tenant: str | None = None,
+) -> KeyUse:
+    """A use as callers give it, for one request where they give no cost. Raises InvalidInput."""
+    units = ONE_REQUEST if cost is None else cost_units(cost)
+    if ip is not None:
+        check_address(ip)
+    return KeyUse(units, permission, ip, model, route, tenant)
+
+
+# --- The decision -----------------------------------------------------------------------------------------------
 
 NOT_FOUND = Verification(False, "NOT_FOUND", message="there is no such key")
 
 
-def limit_status(status: Status) -> LimitStatus:
-    """Where a limit stands, as it is shown."""
-    resets_at = None if status.resets_at_us is None else utc_from_us(status.resets_at_us)
-    return _status(
-        status.allowance, status.recorded, status.reserved, status.leased, resets_at, exceeded=status.exceeded
-    )
+def usable(key: KnownKey | None, use: KeyUse, now_us: int) -> KnownKey | Verification:
+    """The key, if it may be used so and only its limits are left to ask; else the refusal.
+
+    Every decision on a key goes through here: the order of these checks is written once. The limits come last, so that
+    a refused use costs nothing.
+    """
+    if key is None or key.deleted or (use.tenant is not None and key.tenant != use.tenant):
+        return NOT_FOUND
+    if not key.enabled:
+        return refused(key, "DISABLED", "the key is disabled")
+    if key.expires_us is not None and now_us >= key.expires_us:
+        return refused(key, "EXPIRED", f"the key expired at {utc_from_us(key.expires_us).isoformat()}")
+    if use.permission is not None and not key.permits(use.permission):
+        return refused(key, "INSUFFICIENT_PERMISSIONS", f"the key lacks the permission {use.permission!r}")
+    if key.models and not names(key.models, use.model):
+        return _outside(key, "model", use.model)
+    if key.routes and not names(key.routes, use.route):
+        return _outside(key, "route", use.route)
+    if key.networks and not key.allows(use.address):
+        return refused(key, "FORBIDDEN", "the key may not be used from this address")
+    return key
 
 
-def share_status(share: Share) -> LimitStatus:
-    """Where a limit stands that was charged from memory."""
-    recorded, reserved = share.recorded + share.spent, share.reserved + share.held
-    return _status(share.allowance, recorded, reserved, share.leased, share.resets_at)
+def _outside(key: KnownKey, what: str, asked: str | None) -> Verification:
+    found = f"not for {asked[:MAX_SHOWN]!r}" if asked is not None else "and none was named"
+    return refused(key, "INSUFFICIENT_PERMISSIONS", f"the key is for certain {what}s, {found}")
 
 
-def _status(
-    allowance: Allowance,
-    recorded: int,
-    reserved: int,
-    leased: int,
-    resets_at: datetime | None,
-    exceeded: bool = False,
-) -> LimitStatus:
-    limit, most = allowance.limit, allowance.most
-    used = recorded + reserved + leased
-    remaining = most - used if used < most else 0
-    if allowance.resource != MONEY:
-        return LimitStatus(
-            allowance.resource,
-            most,
-            used,
-            remaining,
-            recorded,
-            reserved,
-            leased,
-            allowance.window,
-            resets_at,
-            allowance.subject,
-            exceeded,
-            limit.models,
-            limit.routes,
-        )
-    return LimitStatus(
-        MONEY,
-        from_units(MONEY, most),
-        from_units(MONEY, used),
-        from_units(MONEY, remaining),
-        from_units(MONEY, recorded),
-        from_units(MONEY, reserved),
-        from_units(MONEY, leased),
-        allowance.window,
-        resets_at,
-        allowance.subject,
-        exceeded,
-        limit.models,
-        limit.routes,
-    )
+def decided(key: KnownKey, outcome: Outcome, units: Mapping[str, int] = ONE_REQUEST) -> Verification:
+    """The answer that the limits decided."""
+    return admitted(key, outcome.statuses, units) if outcome.allowed else exceeded(key, outcome, units)
+
+
+# --- Answers ----------------------------------------------------------------------------------------------------
 
 
 def _shown(statuses: Iterable[Status]) -> list[LimitStatus]:
@@ -251,8 +248,7 @@ def _valid(key: KnownKey, limits: list[LimitStatus], cost: Mapping[str, int]) ->
 
 
 def refused(key: KnownKey, code: Code, message: str) -> Verification:
-    if code == "NOT_FOUND":  # it was deleted: nothing is told of it
-        return NOT_FOUND
+    """The answer of a key that may not be used, for another reason than its limits."""
     return Verification(False, code, key.id, key.tenant, key.user_id, key.permissions, key.metadata, [], None, message)
 
 
@@ -264,7 +260,7 @@ def exceeded(key: KnownKey, outcome: Outcome, cost: Mapping[str, int]) -> Verifi
     retry_after_s = None
     if None not in frees:
         retry_after_s = max(0, max(f for f in frees if f is not None) - outcome.now_us) / 1_000_000
-    message = "; ".join(_explained(status, cost) for status in denied)
+    message = "; ".join(explain_denial(status, cost) for status in denied)
     return Verification(
         False,
         code,
@@ -278,34 +274,3 @@ def exceeded(key: KnownKey, outcome: Outcome, cost: Mapping[str, int]) -> Verifi
         message,
         [] if cost is ONE_REQUEST else uncounted(key, cost),
     )
-
-
-def _explained(status: Status, cost: Mapping[str, int]) -> str:
-    allowance = status.allowance
-    resource = allowance.resource
-    used, most = from_units(resource, status.used), from_units(resource, allowance.most)
-    asked = from_units(resource, cost.get(resource, 0))
-    when = (
-        f"frees at {utc_from_us(status.frees_at_us).isoformat()}" if status.frees_at_us else "waiting does not free it"
-    )
-    whose = "" if allowance.subject == "key" else f" of {allowance.subject}"
-    if resource == CONCURRENCY:
-        return f"concurrency{whose}: {used} of {most} in use, {asked} more asked; {when}"
-    parts = f"{used} of {most} used in {describe(allowance.limit.window)}, {asked} more asked; {when}"
-    if status.reserved or status.leased:
-        held = f"{from_units(resource, status.reserved)} reserved, {from_units(resource, status.leased)} leased"
-        parts += f" ({held})"
-    return f"{resource}{whose}: {parts}"
-
-
-def describe(window: Window) -> str:
-    """A window in words."""
-    match window.kind:
-        case "rolling":
-            return f"the last {window.seconds} s (rolling window)"
-        case "anchored":
-            return f"{window.seconds} s from the first use (anchored window)"
-        case "calendar":
-            return f"this calendar {window.unit} ({window.timezone})"
-        case _:
-            return "total (no window)"

@@ -1,7 +1,4 @@
-"""The verification trip: a key's text → who it is → may it be used now → its limits charged → the answer.
-
-What happens to keys otherwise (made, changed, rotated, removed) is in `keys.py`, which extends this.
-"""
+"""The verification trip: a key's secret → the key → may it be used now → its limits charged → the answer."""
 
 from __future__ import annotations
 
@@ -10,32 +7,27 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from ..clock import Clock, MachineClock
-from ..context import Context, system_context
+from ..clock import Clock
 from ..cooperative import Slices
 from ..database import Database, Once
-from ..journal import ChangeFeed
-from ..limits import Amount, KeyChanged, Ledger, Outcome, Part, Patience
-from ..quotas import Quota, is_quota
+from ..limits import Amount, KeyChanged, Ledger, Outcome, Patience
 from .cache import KeyCache
-from .cached_key import KnownKey, metered, quota_part
-from .model import ApiKey
-from .token import Hasher
+from .cached_key import KnownKey
 from .verification import (
     NOT_FOUND,
     ONE_REQUEST,
+    KeyUse,
     Verification,
     admitted,
     admitted_from,
-    check_address,
-    cost_units,
-    exceeded,
-    refused,
+    decided,
+    key_use,
+    usable,
 )
 
 
-class Begun(NamedTuple):
-    """A verification whose charge is being decided."""
+class PendingVerification(NamedTuple):
+    """A verification whose limits are being asked by a commit."""
 
     key: KnownKey
     units: dict[str, int]
@@ -45,24 +37,11 @@ class Begun(NamedTuple):
 class Verifier:
     """Verifies the keys of one store, and charges their limits."""
 
-    def __init__(
-        self,
-        database: Database,
-        ledger: Ledger,
-        hasher: Hasher,
-        clock: Clock | None = None,
-        feed: ChangeFeed | None = None,
-    ) -> None:
+    def __init__(self, database: Database, cache: KeyCache, ledger: Ledger, clock: Clock) -> None:
         self._database = database
+        self._cache = cache
         self._ledger = ledger
-        self.hasher = hasher
-        self._clock = clock if clock is not None else MachineClock()
-        self.cache = KeyCache(database, hasher, feed)
-
-    @property
-    def clock(self) -> Clock:
-        """The clock that keys expire by."""
-        return self._clock
+        self._clock = clock
 
     async def verify(
         self,
@@ -88,89 +67,58 @@ class Verifier:
 
         Raises InvalidInput for a cost or address that is none; never for a key.
         """
-        units = ONE_REQUEST if cost is None else cost_units(cost)
-        if ip is not None:
-            check_address(ip)
+        use = key_use(cost, permission, ip, model, route, tenant)
         if peek:
-            return await self._peek(text, units, permission, ip, model, route, tenant)
+            return await self._preview(text, use)
         if idempotency_key is None:
-            begun = self._begin(text, units, permission, ip, model, route, tenant)
-            if isinstance(begun, Verification):
-                return begun
-            if begun is not None:
-                with suppress(KeyChanged):
-                    await begun.outcome
-                answer = self.conclude(begun)
+            started = self.start_use(text, use)
+            if isinstance(started, Verification):
+                return started
+            if started is not None:
+                answer = await self._finished(started)
                 if answer is not None:
                     return answer
-        now_us = self._clock.now_us()
-        lending = self._ledger.lending
         patience = Patience("the key is being changed too quickly to verify it")
         while await patience.another():
-            key = await self.cache.find(text, now_us)
-            if key is None or (tenant is not None and key.tenant != tenant):
-                return NOT_FOUND
-            refusal = key.refusal(now_us, permission, ip, model, route)
-            if refusal is not None:
-                return refused(key, *refusal)
-            if not key.metered.limited and idempotency_key is None:
-                if await self.cache.is_current(key):
-                    self._ledger.tally(key.metered, units)
-                    return admitted(key, (), units)
-            elif lending is None or await self.cache.is_current(key):
-                if lending is not None and idempotency_key is None:
-                    entries = lending.admit(key.metered, units, now_us, model, route)
-                    if entries is not None:
-                        return admitted_from(key, entries, units)
-                once = None
-                if idempotency_key is not None:
-                    asked = (units, permission, ip, model, route, tenant)
-                    once = self._charged_once("verify", key, idempotency_key, actor, asked)
-                try:
-                    outcome = await self._ledger.charge(key.metered, units, once=once, model=model, route=route)
-                except KeyChanged:
-                    self.cache.outdated(key)
-                else:
-                    return admitted(key, outcome.statuses, units) if outcome.allowed else exceeded(key, outcome, units)
             now_us = self._clock.now_us()
+            key = usable(await self._cache.find(text, now_us), use, now_us)
+            if isinstance(key, Verification):
+                return key
+            # A commit checks that the key is as it is known here. What is decided in memory has no such check.
+            in_memory = self._ledger.lending is not None or (not key.metered.limited and idempotency_key is None)
+            if in_memory and not await self._cache.is_current(key):
+                continue
+            started = self._ask_limits(key, use, now_us, self._once(key, use, idempotency_key, actor))
+            if isinstance(started, Verification):
+                return started
+            answer = await self._finished(started)
+            if answer is not None:
+                return answer
         raise patience.over()
 
-    async def _peek(
-        self,
-        text: str,
-        units: dict[str, int],
-        permission: str | None,
-        ip: str | None,
-        model: str | None,
-        route: str | None,
-        tenant: str | None,
-    ) -> Verification:
-        """The answer that `verify` would give."""
+    async def _preview(self, text: str, use: KeyUse) -> Verification:
+        """The answer that `verify` would give. Nothing is counted."""
         patience = Patience("the key is being changed too quickly to verify it")
         while await patience.another():
             now_us = self._clock.now_us()
-            key = await self.cache.find(text, now_us)
-            if key is None or (tenant is not None and key.tenant != tenant):
-                return NOT_FOUND
-            refusal = key.refusal(now_us, permission, ip, model, route)
-            if refusal is not None:
-                return refused(key, *refusal)
-            if not await self.cache.is_current(key):
+            key = usable(await self._cache.find(text, now_us), use, now_us)
+            if isinstance(key, Verification):
+                return key
+            if not await self._cache.is_current(key):
                 continue
             if not key.metered.limited:
-                return admitted(key, (), units)
-            outcome = await self._ledger.peek(key.metered, units, model, route)
-            return admitted(key, outcome.statuses, units) if outcome.allowed else exceeded(key, outcome, units)
+                return admitted(key, (), use.units)
+            return decided(key, await self._ledger.peek(key.metered, use.units, use.model, use.route), use.units)
         raise patience.over()
 
     async def verify_many(self, asks: Sequence[Mapping[str, Any]]) -> list[Verification]:
         """Decide several verifications in the order given, as one commit where that is possible; each is what `verify`
         takes, its key under `text`. Raises as `verify` does; then some may have been debited."""
-        costs = [ONE_REQUEST if ask.get("cost") is None else cost_units(ask["cost"]) for ask in asks]
-        for ask in asks:
-            if ask.get("ip") is not None:
-                check_address(ask["ip"])
-        unknown = await self.cache.unknown((ask["text"] for ask in asks), self._clock.now_us())
+        uses = [
+            key_use(*(ask.get(name) for name in ("cost", "permission", "ip", "model", "route", "tenant")))
+            for ask in asks
+        ]
+        unknown = await self._cache.unknown((ask["text"] for ask in asks), self._clock.now_us())
         slices = Slices()
         if self._ledger.lending is not None:  # what is not decided from memory must not be overtaken by what is
             answers = []
@@ -182,44 +130,33 @@ class Verifier:
         known: dict[str, KnownKey | None] = {}
         for text in dict.fromkeys(ask["text"] for ask in asks):
             await slices.pause()
-            known[text] = None if text in unknown else await self.cache.find(text, now_us)
+            known[text] = None if text in unknown else await self._cache.find(text, now_us)
         # From here to the last charge nothing is waited for, so that they are decided in this order.
-        decided = [self._decide(known[ask["text"]], units, ask, now_us) for ask, units in zip(asks, costs, strict=True)]
-        futures = [one for one in decided if isinstance(one, asyncio.Future)]
-        await asyncio.gather(*futures, return_exceptions=True)
+        both = zip(asks, uses, strict=True)
+        started = [self._start_in_order(known[ask["text"]], use, ask, now_us) for ask, use in both]
+        pending = [one.outcome for one in started if isinstance(one, PendingVerification)]
+        await asyncio.gather(*pending, return_exceptions=True)
         answers = []
-        for ask, units, one in zip(asks, costs, decided, strict=True):
-            key = known[ask["text"]]
-            if isinstance(one, asyncio.Future) and key is not None:
-                try:
-                    outcome = one.result()
-                except KeyChanged:
-                    self.cache.outdated(key)
-                else:
-                    allowed = outcome.allowed
-                    answers.append(admitted(key, outcome.statuses, units) if allowed else exceeded(key, outcome, units))
-                    continue
-            answers.append(one if isinstance(one, Verification) else await self.verify(**ask))
+        for ask, one in zip(asks, started, strict=True):
+            answer = self.finish(one) if isinstance(one, PendingVerification) else one
+            answers.append(answer if answer is not None else await self.verify(**ask))
         return answers
 
-    def _decide(
-        self, key: KnownKey | None, units: dict[str, int], ask: Mapping[str, Any], now_us: int
-    ) -> Verification | asyncio.Future[Outcome] | None:
-        """The answer, or what it waits for; None where no limit is asked, and so nothing depends on the order."""
-        tenant, once = ask.get("tenant"), ask.get("idempotency_key")
-        if key is None or (tenant is not None and key.tenant != tenant):
-            return NOT_FOUND
-        model, route = ask.get("model"), ask.get("route")
-        refusal = key.refusal(now_us, ask.get("permission"), ask.get("ip"), model, route)
-        if refusal is not None:
-            return refused(key, *refusal)
-        if not key.metered.limited and once is None:
+    def _start_in_order(
+        self, found: KnownKey | None, use: KeyUse, ask: Mapping[str, Any], now_us: int
+    ) -> Verification | PendingVerification | None:
+        """The answer, or the commit that decides it; None where no limit is asked, and so nothing depends on the
+        order."""
+        key = usable(found, use, now_us)
+        if isinstance(key, Verification):
+            return key
+        idempotency_key = ask.get("idempotency_key")
+        if not key.metered.limited and idempotency_key is None:
             return None
-        asked = (units, ask.get("permission"), ask.get("ip"), model, route, tenant)
-        made = self._charged_once("verify", key, once, ask.get("actor", "system"), asked)
-        return self._ledger.charge(key.metered, units, once=made, model=model, route=route)
+        once = self._once(key, use, idempotency_key, ask.get("actor", "system"))
+        return self._ask_limits(key, use, now_us, once)
 
-    def begin(
+    def start(
         self,
         text: str,
         *,
@@ -229,62 +166,63 @@ class Verifier:
         model: str | None = None,
         route: str | None = None,
         tenant: str | None = None,
-    ) -> Verification | Begun | None:
-        """What `verify` does for most calls, without waiting for anything: the answer, or a charge that is under way;
-        None where it takes more, and nothing was done. Raises InvalidInput as `verify` does."""
-        units = ONE_REQUEST if cost is None else cost_units(cost)
-        if ip is not None:
-            check_address(ip)
-        return self._begin(text, units, permission, ip, model, route, tenant)
+    ) -> Verification | PendingVerification | None:
+        """What `verify` does for most calls, without waiting for anything: the answer, or a commit that is under way
+        and that `finish` makes the answer of. None: `verify` has to decide, and nothing was done yet. Raises
+        InvalidInput as `verify` does."""
+        return self.start_use(text, key_use(cost, permission, ip, model, route, tenant))
 
-    def _begin(
-        self,
-        text: str,
-        units: dict[str, int],
-        permission: str | None,
-        ip: str | None,
-        model: str | None,
-        route: str | None,
-        tenant: str | None,
-    ) -> Verification | Begun | None:
+    def start_use(self, text: str, use: KeyUse) -> Verification | PendingVerification | None:
+        """As `start`, of a use that was checked."""
         now_us = self._clock.now_us()
-        key = self.cache.peek(text, now_us)
-        if key is None:
+        found = self._cache.peek(text, now_us)
+        if found is None:
             return None
-        if tenant is not None and key.tenant != tenant:
-            return NOT_FOUND
-        refusal = key.refusal(now_us, permission, ip, model, route)
-        if refusal is not None:
-            return refused(key, *refusal)
-        lending = self._ledger.lending
-        if lending is not None:
-            entries = lending.admit(key.metered, units, now_us, model, route)
-            if entries is not None:
-                return admitted_from(key, entries, units)
-        if not key.metered.limited:
-            self._ledger.tally(key.metered, units)
-            return admitted(key, (), units)
-        return Begun(key, units, self._ledger.charge(key.metered, units, model=model, route=route))
+        key = usable(found, use, now_us)
+        if isinstance(key, Verification):
+            return key
+        return self._ask_limits(key, use, now_us)
 
-    def conclude(self, begun: Begun) -> Verification | None:
-        """The answer to a verification whose charge was decided; None if the key was changed meanwhile, so that nothing
-        was charged and it has to be asked for again. Raises TooManyRequests, Unavailable."""
+    def finish(self, pending: PendingVerification) -> Verification | None:
+        """The answer to a verification whose commit is done. None if the key was changed meanwhile: nothing was
+        charged, and `verify` has to decide again. Raises TooManyRequests, Unavailable."""
         try:
-            outcome = begun.outcome.result()
+            outcome = pending.outcome.result()
         except KeyChanged:
-            self.cache.outdated(begun.key)
+            self._cache.outdated(pending.key)
             return None
-        if outcome.allowed:
-            return admitted(begun.key, outcome.statuses, begun.units)
-        return exceeded(begun.key, outcome, begun.units)
+        return decided(pending.key, outcome, pending.units)
 
-    def _charged_once(
-        self, what: str, key: KnownKey, idempotency_key: str | None, actor: str, request: object
-    ) -> Once | None:
-        """What lets this happen once for an actor's idempotency key, whichever key it is asked for."""
+    async def _finished(self, pending: PendingVerification) -> Verification | None:
+        """As `finish`, once the commit is done."""
+        with suppress(KeyChanged):
+            await pending.outcome
+        return self.finish(pending)
+
+    def _ask_limits(
+        self, key: KnownKey, use: KeyUse, now_us: int, once: Once | None = None
+    ) -> Verification | PendingVerification:
+        """Charge all limits of a key, or none: from this process's leases where they cover it, else by a commit. A key
+        without limits only has its use counted."""
+        units = use.units
+        if once is None:
+            lending = self._ledger.lending
+            if lending is not None:
+                entries = lending.admit(key.metered, units, now_us, use.model, use.route)
+                if entries is not None:
+                    return admitted_from(key, entries, units)
+            if not key.metered.limited:
+                self._ledger.tally(key.metered, units)
+                return admitted(key, (), units)
+        outcome = self._ledger.charge(key.metered, units, once=once, model=use.model, route=use.route)
+        return PendingVerification(key, units, outcome)
+
+    def _once(self, key: KnownKey, use: KeyUse, idempotency_key: str | None, actor: str) -> Once | None:
+        """What lets this use be charged once for an actor's idempotency key, whichever key it is asked for."""
         if idempotency_key is None:
             return None
-        return self._database.once(what, actor, idempotency_key, (what, key.id, request))
+        asked = (use.units, use.permission, use.address, use.model, use.route, use.tenant)
+        return self._database.once("verify", actor, idempotency_key, ("verify", key.id, asked))
 
     async def authenticate(self, text: str, *, any_address: bool = False) -> KnownKey | None:
         """The key that a bearer token is, if it may be used now; nothing is debited. For authenticating a caller.
@@ -293,68 +231,19 @@ class Verifier:
         patience = Patience("the key is being changed too quickly to authenticate with it")
         while await patience.another():
             now_us = self._clock.now_us()
-            key = await self.cache.find(text, now_us)
-            refusal = key.refusal(now_us, None, None) if key is not None else None
-            if key is None or (refusal is not None and not (any_address and refusal[0] == "FORBIDDEN")):
+            key = await self._cache.find(text, now_us)
+            found = usable(key, _ANY_USE, now_us)
+            if key is None or (isinstance(found, Verification) and not (any_address and found.code == "FORBIDDEN")):
                 return None
-            if await self.cache.is_current(key):
+            if await self._cache.is_current(key):
                 return key
         raise patience.over()
 
-    def works_until_us(self, text: str) -> int | None:
-        """When a text that was just authenticated stops working because it was rotated away; None if it was not."""
-        return self.cache.works_until_us(text)
-
     async def identify(self, text: str) -> KnownKey | None:
         """The key that a text is, whether or not it may be used; nothing is debited. None if there is none."""
-        return await self.cache.find(text, self._clock.now_us())
-
-    async def part_of(self, id: str) -> Part | None:
-        """The limits of an account, by its id: a key's or a quota's; None if it is there no longer."""
-        if is_quota(id):
-            quota = await self._database.get_or_none(system_context(), Quota, id)
-            return None if quota is None else quota_part(quota)
-        key = await self._database.get_or_none(system_context(), ApiKey, id)
-        return None if key is None else metered(key).parts[0]
-
-    # --- What is known of keys --------------------------------------------------------------------------------
-
-    async def _known_for(self, text: str | None, id: str | None) -> KnownKey | None:
-        if text is not None:
-            return await self.cache.find(text, self._clock.now_us())
-        return await self.cache.by_id(id or "")
-
-    def changed(self, id: str) -> None:
-        """A key was changed, here or on another node: read it, and what it has used, again at its next use."""
-        self.cache.changed(id)
-        self._ledger.forget(id)
-
-    def quota_changed(self, id: str) -> None:
-        """A quota was changed, here or on another node: so were the limits of the keys that share it. Its usage is read
-        again: it may have been removed and made anew, and a denial, which commits nothing, would never notice."""
-        self.cache.quota_changed(id)
-        self._ledger.forget(id)
-
-    def forget_all(self) -> None:
-        """Nothing that is known of keys, quotas and what they have used can be believed: read it again."""
-        self.cache.forget_all()
-        self._ledger.forget_all()
-
-    def use(self, hasher: Hasher) -> None:
-        """Make and find hashes with other peppers from now on; what was unknown may be known to them."""
-        self.hasher = hasher
-        self.cache.use(hasher)
+        return await self._cache.find(text, self._clock.now_us())
 
 
-def may_see(context: Context | None, tenant: str) -> bool:
-    """Whether a caller sees the keys of a tenant."""
-    own = bound_to(context)
-    return own is None or own == tenant
+_ANY_USE = KeyUse(ONE_REQUEST)
 
-
-def bound_to(context: Context | None) -> str | None:
-    """The tenant whose keys alone a caller sees: the one it belongs to, else the one it acts for; None for all."""
-    if context is None:
-        return None
-    own: str | None = context.claims.get("tenant")
-    return own if own is not None else context.tenant
+__all__ = ["PendingVerification", "Verifier"]

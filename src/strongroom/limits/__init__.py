@@ -6,11 +6,11 @@ from .calendar import calendar_span
 from .corrections import refills_that_begin
 from .counters import SATURATED, RollingCounter, counter_for
 from .idempotent_admission import statuses_kept
-from .lease import Share
 from .lease_log import folder_for
 from .lease_manager import LEASE_S, Lending, LocalHold
 from .ledger import ClockMended, Ledger
 from .reservation_change import HoldChange, HoldEnded
+from .status import LimitStatus, explain_denial, limit_status, share_status
 from .thresholds import DEFAULT_THRESHOLDS, MAX_THRESHOLD, MAX_THRESHOLDS, Crossing
 from .usage_state import ACTIVE_US, Account, Allowance, KeyUsage, Metered, Outcome, Part, Status, allowances, part
 from .usage_views import views_sql
@@ -22,10 +22,12 @@ from .windows import (
     Anchored,
     Calendar,
     Limit,
+    LimitLike,
     Refill,
     Rolling,
     Total,
     Window,
+    distinct,
     from_units,
     to_units,
 )
@@ -54,6 +56,8 @@ __all__ = [
     "Ledger",
     "Lending",
     "Limit",
+    "LimitLike",
+    "LimitStatus",
     "LocalHold",
     "Metered",
     "Outcome",
@@ -62,17 +66,20 @@ __all__ = [
     "Refill",
     "Rolling",
     "RollingCounter",
-    "Share",
     "Status",
     "Total",
     "Window",
     "allowances",
     "calendar_span",
     "counter_for",
+    "distinct",
+    "explain_denial",
     "folder_for",
     "from_units",
+    "limit_status",
     "part",
     "refills_that_begin",
+    "share_status",
     "statuses_kept",
     "to_units",
     "views_sql",

@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Context as DecimalContext
 from decimal import Decimal
 from typing import Annotated, Any, ClassVar, Literal
@@ -41,8 +41,8 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue, SkipJsonSchema
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError
 
-from ..context import kind_of
-from ..entities import RESOURCE_PATTERN
+from ..context import kind_of, name_problem
+from ..entities import MAX_ID_BYTES, RESOURCE_PATTERN
 from .calendar import UNITS, CalendarUnit
 
 MAX_WINDOW_S = 366 * 86_400 * 10
@@ -361,6 +361,24 @@ class Limit(_Model):
             return base
         scope = json.dumps([sorted(self.models), sorted(self.routes)])
         return f"{base}|for|{hashlib.sha256(scope.encode()).hexdigest()[:32]}"  # short: the names may be thousands
+
+
+LimitLike = Limit | Mapping[str, Any]
+"""A limit as callers of the library give it: as an object, or as its fields."""
+
+
+def distinct(limits: list[Limit]) -> list[Limit]:
+    """The limits of one key or quota. ValueError for names that cannot be stored, and for two limits that would share
+    one counter."""
+    seen: set[str] = set()
+    for limit in limits:
+        for name in (*limit.models, *limit.routes):
+            if problem := name_problem(name, MAX_ID_BYTES):
+                raise ValueError(problem)
+        if limit.id in seen:
+            raise ValueError(f"found two limits on {limit.resource} with the same window")
+        seen.add(limit.id)
+    return limits
 
 
 def _named(names: tuple[str, ...], name: str | None) -> bool:

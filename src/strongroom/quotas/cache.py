@@ -10,8 +10,6 @@ from ..context import system_context
 from ..database import Database
 from ..entities import MAX_IN, Query, Where
 from ..journal import ChangeFeed
-from ..keys.cached_key import subjects
-from ..keys.model import ApiKey
 from .model import Quota, tenant_of
 
 MAX_TENANTS = 10_000
@@ -32,17 +30,16 @@ class QuotaCache:
         self.changes = 0
         """How many changes were heard of: what was read while this grew may be of before the change."""
 
-    async def of(self, key: ApiKey) -> tuple[Quota, ...]:
-        """The quotas that a key is counted against: of its groups, its user, its tenant, in this order."""
-        wanted = subjects(key)
+    async def of(self, tenant: str, ids: Sequence[str]) -> tuple[Quota, ...]:
+        """The quotas of a tenant with these ids that exist, in this order."""
         now = time.monotonic()
-        read_at, known = self._tenants.get(key.tenant, (0.0, {}))
+        read_at, known = self._tenants.get(tenant, (0.0, {}))
         heard_at = self._feed.current_at if self._feed is not None else now
         if not read_at or now - max(read_at, heard_at) > TRUSTED_FOR_S:
-            known = await self._reads.get(key.tenant, self.changes, lambda: self._read(key.tenant))
+            known = await self._reads.get(tenant, self.changes, lambda: self._read(tenant))
         if known is None:
-            return await self._some(wanted)
-        return tuple(known[id] for id in wanted if id in known)
+            return await self._some(ids)
+        return tuple(known[id] for id in ids if id in known)
 
     async def _read(self, tenant: str) -> dict[str, Quota] | None:
         changes, began = self.changes, time.monotonic()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 from ..entities import Entity, Index
-from ..limits import Limit
+from ..limits import Limit, Part, allowances, part
+from ..storage.port import Check
 
 NAME = "quotas"
 QuotaKind = Literal["tenant", "user", "group"]
@@ -49,3 +50,8 @@ def tenant_of(id: str) -> str:
 def is_quota(id: str) -> bool:
     """Whether the id of a usage document is a quota's, and not a key's."""
     return id.partition(":")[0] in ("tenant", "user", "group")
+
+
+def quota_part(quota: Quota) -> Part:
+    """A quota as the ledger needs it."""
+    return part(quota.id, Check(NAME, quota.id, quota.version), allowances(quota.limits, quota.subject), quota.tenant)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypedDict, Unpack
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+from ..access import ALL_TENANTS, acting, bound_to, may_see, reader, writer
 from ..clock import Clock
 from ..context import (
     MAX_TENANT_BYTES,
@@ -19,16 +20,25 @@ from ..context import (
     text_problem,
     utc_from_us,
 )
-from ..database import Database, Page, Replayed, Transaction
-from ..entities import MAX_ID_BYTES, MAX_PAGE_BYTES, And, Filter, Query, Where
+from ..database import Database, Idempotency, Page, Replayed, Transaction
+from ..entities import MAX_ID_BYTES, MAX_PAGE_BYTES, And, Filter, Query, Where, not_given, parse
 from ..errors import Denied, InvalidInput, NotFound, Problem
-from ..keys.cached_key import quota_part
-from ..keys.model import ALL_TENANTS, LimitLike, not_given, parse
-from ..keys.rotation import acting, once_for, reader, writer
-from ..keys.verification import LimitStatus, limit_status
-from ..keys.verifier import bound_to, may_see
-from ..limits import MAX_LIMITS, Account, Amount, ClockMended, KeyUsage, Ledger, Limit, from_units, refills_that_begin
-from .model import Quota, QuotaKind, quota_id
+from ..limits import (
+    MAX_LIMITS,
+    Account,
+    Amount,
+    ClockMended,
+    KeyUsage,
+    Ledger,
+    Limit,
+    LimitLike,
+    LimitStatus,
+    distinct,
+    from_units,
+    limit_status,
+    refills_that_begin,
+)
+from .model import Quota, QuotaKind, quota_id, quota_part
 
 MAX_DESCRIPTION_CHARS = 1_000
 KINDS = ("tenant", "user", "group")
@@ -85,15 +95,7 @@ class QuotaFields(BaseModel):
     @field_validator("limits")
     @classmethod
     def _distinct(cls, value: list[Limit]) -> list[Limit]:
-        seen: set[str] = set()
-        for limit in value:
-            for name in (*limit.models, *limit.routes):
-                if problem := name_problem(name, MAX_ID_BYTES):
-                    raise ValueError(problem)
-            if limit.id in seen:
-                raise ValueError(f"found two limits on {limit.resource} with the same window")
-            seen.add(limit.id)
-        return value
+        return distinct(value)
 
     @field_validator("description")
     @classmethod
@@ -199,7 +201,7 @@ class Quotas:
             limits=new.limits,
             description=new.description,
         )
-        once = once_for(context, idempotency_key, "put quota", new, expected, exists)
+        once = Idempotency.by(context, idempotency_key, "put quota", new, expected, exists)
         replayed = await self._database.repeated(acting(context), once)
         if replayed is not None:
             return await self.answered_before(replayed, context=context)
@@ -267,7 +269,7 @@ class Quotas:
         """Change some fields of a quota. What was counted stays counted where resource, window and scope stay the same.
         Raises NotFound, InvalidInput, Conflict, Denied."""
         changes = changes if changes is not None else parse(QuotaChanges, fields)
-        once = once_for(context, idempotency_key, "update quota", kind, tenant, name, changes, expected)
+        once = Idempotency.by(context, idempotency_key, "update quota", kind, tenant, name, changes, expected)
         replayed = await self._database.repeated(acting(context), once)
         if replayed is not None:
             return await self.answered_before(replayed, context=context)
@@ -301,7 +303,7 @@ class Quotas:
     ) -> None:
         """Remove a quota and, in the same commit, what was counted against it: one that is made again for this subject
         begins with nothing. Raises NotFound, Conflict, Denied."""
-        once = once_for(context, idempotency_key, "delete quota", _subject(kind, tenant, name).id, expected)
+        once = Idempotency.by(context, idempotency_key, "delete quota", _subject(kind, tenant, name).id, expected)
         if await self._database.repeated(acting(context), once) is not None:
             return
         quota = await self.get(kind, tenant, name, context=context)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import hmac
 
+from ..access import ALL_TENANTS
 from ..app import Strongroom
 from ..context import system_context
 from ..entities import And, Query, Where
 from ..errors import AlreadyExists, ConfigError, NotFound
-from ..keys import ALL_TENANTS, ApiKey, generate, masked
+from ..keys import ApiKey, generate, masked
 from .auth import Scope
 
 ID = "admin"

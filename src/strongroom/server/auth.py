@@ -8,11 +8,12 @@ from enum import IntEnum
 from types import MappingProxyType
 from typing import Any
 
+from ..access import ALL_TENANTS
 from ..client_address import Network, client_address
 from ..clock import Clock
 from ..context import Context
 from ..errors import Denied, Unauthenticated
-from ..keys import ALL_TENANTS, MANAGEMENT, Keys, KnownKey
+from ..keys import MANAGEMENT, Keys, KnownKey
 from .errors import MalformedRequest
 
 MAX_CALLERS = 10_000
@@ -146,7 +147,7 @@ class Authenticator:
                 self._callers.pop(header, None)
                 self._bound.pop(header, None)
             raise Unauthenticated("the key is unknown, disabled or expired" if text else None, token=bool(text))
-        caller = Caller(key, self._keys.works_until_us(text), self._keys.clock)
+        caller = Caller(key, self._keys.cache.works_until_us(text), self._keys.clock)
         callers, others = (self._bound, self._callers) if key.networks else (self._callers, self._bound)
         others.pop(header, None)
         if len(header) <= MAX_HEADER_BYTES:

@@ -25,7 +25,7 @@ from ..errors import (
     TooLarge,
     TooManyRequests,
 )
-from ..keys import Begun, Keys, Verification, check_address, cost_units
+from ..keys import Keys, PendingVerification, Verification, check_address, cost_units
 from .auth import Authenticator, Scope, single
 from .errors import MalformedRequest, Message, Send, send_problem
 from .metrics import Metrics
@@ -105,7 +105,7 @@ class VerifyRoute:
                 return False
             if body.count(b'"key"') > 1:  # which one is meant is told there, and that they are two
                 return False
-            begun = self._keys.begin(
+            begun = self._keys.verifier.start(
                 ask.key,
                 cost=ask.cost,
                 permission=ask.permission,
@@ -129,10 +129,10 @@ class VerifyRoute:
             begun.outcome.add_done_callback(lambda _: self._conclude(begun, reply, started))
         return True
 
-    def _conclude(self, begun: Begun, reply: Reply, started: float) -> None:
+    def _conclude(self, begun: PendingVerification, reply: Reply, started: float) -> None:
         self._gate.inside -= 1
         try:
-            answer = self._keys.conclude(begun)
+            answer = self._keys.verifier.finish(begun)
             payload = _encode(answer) if answer is not None else b""
         except Exception as error:  # logged and answered by `refuse`
             reply.hand_on(_Failed(self, error, started))

@@ -25,6 +25,7 @@ from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import TypeVar
 
+from ..access import ALL_TENANTS, may_see
 from ..clock import Clock
 from ..context import Context, system_context, us_from_utc, utc_from_us
 from ..database import Database, Page, Transaction
@@ -39,7 +40,6 @@ from ..errors import (
 from ..events import KEPT, TEST, Event, event
 from ..events.outbox import NAME as EVENTS
 from ..jobs import LeaseLost, Leases, Turn
-from ..keys import ALL_TENANTS, may_see
 from ..storage.port import Check, Create, Operation, Patch
 from .delivery_attempt import DEFAULT_TIMING, NAME, Attempts, Delivery, State, Timing
 from .endpoints import MAX_PER_TENANT, Webhook, Webhooks

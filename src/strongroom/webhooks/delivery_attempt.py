@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Literal
 
+from ..access import ALL_TENANTS
 from ..clock import Clock
 from ..context import system_context, utc_from_us
 from ..database import Database
 from ..entities import Entity, Index
 from ..errors import Conflict, NotFound, StrongroomError
 from ..events import TEST, Event
-from ..keys import ALL_TENANTS
 from ..storage.port import Check, Operation, Patch
 from .endpoints import Webhook, Webhooks
 from .http_sender import GONE, Answer, Sender

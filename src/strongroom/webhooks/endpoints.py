@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Annotated, Any, ClassVar, TypedDict, Unpack
 
-from cryptography.exceptions import InvalidTag
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationInfo, WithJsonSchema, field_validator
 
+from ..access import ALL_TENANTS, DEFAULT_TENANT, bound_to, may_see
 from ..clock import Clock
 from ..context import (
     MAX_TENANT_BYTES,
@@ -22,13 +21,13 @@ from ..context import (
     utc_from_us,
 )
 from ..database import Database, Idempotency, Page, Replayed, Transaction
-from ..entities import MAX_LIMIT, MAX_PAGE_BYTES, Entity, Index, Query, Secret, Where
+from ..entities import MAX_LIMIT, MAX_PAGE_BYTES, Entity, Index, Query, Secret, TenantName, Where, not_given, parse
 from ..errors import Denied, InvalidInput, NotFound, Problem, StoreError
 from ..events import EVENT_TYPES, LIMIT_THRESHOLD, Event
 from ..journal import ChangeFeed
-from ..keys import ALL_TENANTS, DEFAULT_TENANT, Hasher, TenantName, bound_to, may_see, not_given, parse
 from ..limits import DEFAULT_THRESHOLDS, MAX_THRESHOLD, MAX_THRESHOLDS, Crossing, Limit
 from ..limits import thresholds as alerts
+from ..pepper import Peppers
 from ..storage.port import Put, Record
 from .http_sender import Sender
 from .signatures import (
@@ -49,7 +48,6 @@ MAX_WEBHOOKS = 100_000
 MAX_DESCRIPTION_CHARS = 1_000
 MAX_OVERLAP_S = 7 * 86_400
 DEFAULT_OVERLAP_S = 86_400
-NONCE_BYTES = 12
 
 
 class Webhook(Entity, collection=NAME, scope="global", indexes=[Index("tenant", "-created_at"), Index("-created_at")]):
@@ -224,13 +222,13 @@ class _Known:
 
 
 class Webhooks:
-    """The endpoints of one store. `hasher` gives the present peppers; `sender` checks where a URL leads."""
+    """The endpoints of one store. `peppers` gives the current peppers; `sender` checks where a URL leads."""
 
     def __init__(
-        self, database: Database, hasher: Callable[[], Hasher], clock: Clock, feed: ChangeFeed, sender: Sender
+        self, database: Database, peppers: Callable[[], Peppers], clock: Clock, feed: ChangeFeed, sender: Sender
     ) -> None:
         self._database = database
-        self._hasher = hasher
+        self._peppers = peppers
         self._clock = clock
         self._sender = sender
         self._known: dict[str, _Known] = {}
@@ -424,16 +422,15 @@ class Webhooks:
         return self._unseal(webhook.id, webhook.secret)
 
     def _seal(self, id: str, key: bytes) -> bytes:
-        nonce = secrets.token_bytes(NONCE_BYTES)
-        return nonce + self._hasher().memo_boxes(f"webhook\x00{id}")[0].encrypt(nonce, key, None)
+        return self._peppers().conceal(key, f"webhook\x00{id}")
 
     def _unseal(self, id: str, sealed: bytes) -> bytes:
-        for box in self._hasher().memo_boxes(f"webhook\x00{id}"):
-            try:
-                return box.decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], None)
-            except InvalidTag:
-                continue  # it was sealed under another of the peppers
-        raise StoreError(f"the secret of the webhook {id} cannot be opened: its pepper is missing; rotate the secret")
+        key = self._peppers().reveal(sealed, f"webhook\x00{id}")
+        if key is None:
+            raise StoreError(
+                f"the secret of the webhook {id} cannot be opened: its pepper is missing; rotate the secret"
+            )
+        return key
 
     # --- What the ledger asks ---------------------------------------------------------------------------------
 

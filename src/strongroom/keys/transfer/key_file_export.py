@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import IO
 
+from ...access import ALL_TENANTS
 from ...context import Context, check_tenant
 from ...database import Database
 from ...entities import MAX_IN, MAX_LIMIT, Document, Query, Where
 from ...errors import InvalidInput, Problem
 from ...limits import KeyUsage
-from ..model import ALL_TENANTS, ApiKey
+from ..model import ApiKey
 from ..token import Hasher, sha256_of_imported
 from .key_file import Shape, render_row
 from .key_file_rows import lost, row_of

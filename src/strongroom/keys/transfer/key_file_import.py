@@ -17,13 +17,14 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, TypeVar
 
+from ...access import ALL_TENANTS
 from ...context import Context, check_tenant_name
 from ...database import Database, Transaction
 from ...entities import MAX_IN, MAX_LIMIT, Document, Query, Where
 from ...errors import AlreadyExists, Conflict, InvalidInput, Problem
 from ...limits import Account, KeyUsage
 from ...storage.port import MAX_OPERATIONS
-from ..model import ALL_TENANTS, ApiKey
+from ..model import ApiKey
 from ..token import Hasher
 from .import_workers import Portion, Task, Workers
 from .key_file import MAX_FINDINGS, KeyRow, Shape

@@ -23,19 +23,14 @@ from typing import Any
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator
 
+from ...access import ALL_TENANTS
 from ...context import MAX_TENANT_BYTES, name_problem, us_from_utc
-from ...entities import MAX_ID_BYTES, no_number
+from ...entities import MAX_ID_BYTES, no_number, parse
 from ...errors import InvalidInput
 from ...limits import MAX_LIMITS, SATURATED, Limit, counter_for
 from ...quotas import QuotaKind, quota_id
 from ..foreign_hash import ForeignHash, understood
-from ..model import (
-    ALL_TENANTS,
-    Environment,
-    KeyFields,
-    parse,
-    schedule_problem,
-)
+from ..model import Environment, KeyFields, schedule_problem
 from ..token import HINT_SLOTS, MAX_HINT_CHARS, HintRule, masked
 from .key_file import Finding, key_problem
 from .record_lines import OF_DJANGO, TIMES, rows_of

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from ...access import ALL_TENANTS
 from ...context import Context, check_tenant, us_from_utc, utc_from_us
 from ...database import Database, Transaction, with_fields
 from ...entities import MAX_IN, MAX_LIMIT, Entity, Query, Where
@@ -33,7 +34,7 @@ from ...limits.usage_state import CONCURRENCY
 from ...quotas import Quota
 from ..foreign_hash import sha256_of
 from ..import_source import add_rule, add_secret, secret_id
-from ..model import ALL_TENANTS, ApiKey, due_at
+from ..model import ApiKey, due_at
 from ..token import (
     Hasher,
     HintRule,

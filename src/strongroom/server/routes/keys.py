@@ -256,11 +256,11 @@ async def _changed(
 
 
 def _answered_before(keys: Keys, context: Context) -> Callable[[Replayed], Awaitable[ApiKey]]:
-    return lambda replayed: keys.answered_before(replayed, context=context)
+    return lambda replayed: keys.queries.answered_before(replayed, context=context)
 
 
 def _issued_before(keys: Keys, context: Context) -> Callable[[Replayed], Awaitable[IssuedKey]]:
-    return lambda replayed: keys.issued_before(replayed, context=context)
+    return lambda replayed: keys.queries.issued_before(replayed, context=context)
 
 
 async def _own(request: Request, id: str, *, deleted: bool = False) -> ApiKey:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from ...keys import KeyFields, parse
+from ...entities import parse
+from ...keys import KeyFields
 
 K = TypeVar("K", bound=KeyFields)
 

@@ -13,9 +13,9 @@ from pydantic import BaseModel, Field
 from ...context import Context, kind_of
 from ...cooperative import in_slices
 from ...database import Replayed, RequestKey
-from ...entities import DEFAULT_LIMIT, MAX_LIMIT, found_in, size_of
+from ...entities import DEFAULT_LIMIT, MAX_LIMIT, found_in, parse, size_of
 from ...errors import InvalidInput, Problem, Unauthenticated
-from ...keys import MAX_SIGHTINGS, Leak, LeakPolicy, PolicyFields, Sighting, parse
+from ...keys import MAX_SIGHTINGS, Leak, LeakPolicy, PolicyFields, Sighting
 from ...keys.leaks import Action, Done
 from ..auth import Scope, authorization
 from ..once import once

@@ -11,9 +11,8 @@ from pydantic import BaseModel, Field
 
 from ...cooperative import in_slices
 from ...database import Replayed, RequestKey
-from ...entities import DEFAULT_LIMIT, MAX_LIMIT
+from ...entities import DEFAULT_LIMIT, MAX_LIMIT, parse
 from ...errors import InvalidInput, NotFound, Problem
-from ...keys import parse
 from ...limits import MAX_LIMITS, Limit
 from ...quotas import Quota, QuotaKind
 from ...quotas.service import NewQuota, QuotaChanges, QuotaFields

@@ -14,9 +14,8 @@ from pydantic import BaseModel, Field
 from ...context import Context
 from ...cooperative import in_slices
 from ...database import Replayed, RequestKey
-from ...entities import DEFAULT_LIMIT, MAX_LIMIT
+from ...entities import DEFAULT_LIMIT, MAX_LIMIT, parse
 from ...errors import NotFound
-from ...keys import parse
 from ...webhooks import (
     DEFAULT_OVERLAP_S,
     MAX_OVERLAP_S,

@@ -1,0 +1,145 @@
+"""Reads keys: one, a page, their number, their statistics, and the answers to calls that are repeated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Unpack
+
+from ..access import bound_to, may_see, reader
+from ..clock import Clock
+from ..context import Context, utc_from_us
+from ..database import Database, Page, Replayed
+from ..entities import MAX_LIMIT, MAX_PAGE_BYTES, Aggregate
+from ..limits import Account, Amount, Ledger, LimitStatus, from_units, limit_status
+from .cache import KeyCache
+from .cached_key import metered, quota_ids
+from .filter import KeyFilter, KeyFilterGiven
+from .model import ApiKey, IssuedKey, no_key
+
+LOOK_AT = 2_000
+"""Keys that one page of a filter looks at, where a store cannot judge the filter whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeyStats:
+    """A key's statistics: expired or not, usage of each limit's window, lifetime totals, number and time of uses."""
+
+    key: ApiKey
+    expired: bool
+    count: int
+    last_used_at: datetime | None
+    totals: dict[str, Amount]
+    limits: list[LimitStatus]
+    account: Account
+
+
+class KeyQueries:
+    """Reads the keys of one store, for callers who may see them."""
+
+    def __init__(self, database: Database, cache: KeyCache, ledger: Ledger, clock: Clock) -> None:
+        self._database = database
+        self._cache = cache
+        self._ledger = ledger
+        self._clock = clock
+
+    async def get(self, id: str, *, deleted: bool = False, context: Context | None = None) -> ApiKey:
+        """A key by its id; `deleted`: one that was deleted too. NotFound for another tenant's."""
+        key = await self._database.get_or_none(reader(context), ApiKey, id)
+        if key is None or not may_see(context, key.tenant) or (key.deleted_at is not None and not deleted):
+            raise no_key(id)
+        return key
+
+    async def list(
+        self,
+        *,
+        limit: int = 100,
+        cursor: str | None = None,
+        context: Context | None = None,
+        **filters: Unpack[KeyFilterGiven],
+    ) -> Page[ApiKey]:
+        """One page of the keys for which all of `filters` holds (see KeyFilter); of one tenant where the caller is
+        bound to one.
+
+        Newest first; by name where `name_prefix` is given; with `deleted`, which shows the deleted keys instead of the
+        others, those deleted longest ago first. Raises InvalidInput.
+        """
+        return await self.page(KeyFilter(**filters), limit=limit, cursor=cursor, context=context)
+
+    async def page(
+        self, filter: KeyFilter, *, limit: int = 100, cursor: str | None = None, context: Context | None = None
+    ) -> Page[ApiKey]:
+        """As `list`, of the keys that a filter means.
+
+        Of a filter that a store cannot judge whole, a page ends after LOOK_AT keys were looked at: it may hold fewer
+        than `limit`, or none, and `next_cursor` goes on.
+        """
+        wanted = filter.within(bound_to(context))
+        if wanted is None:
+            return Page([], None)
+        where, by = reader(context), wanted.keeps(utc_from_us(self._clock.now_us()))
+
+        async def find(size: int) -> Page[ApiKey]:
+            return await self._database.find(where, ApiKey, wanted.query(size), cursor, max_bytes=MAX_PAGE_BYTES)
+
+        if by is None or not 1 <= limit <= MAX_LIMIT:
+            return await find(limit)
+        found: list[ApiKey] = []
+        looked_at = 0
+        while True:
+            page = await find(min(max(limit, LOOK_AT // 4), MAX_LIMIT, LOOK_AT - looked_at))
+            places = [place for place, key in enumerate(page.items) if by(key)]
+            most = limit - len(found)
+            if len(places) >= most and places[most - 1] + 1 < len(page.items):
+                # The page ends at its last key that is kept: the same again, cut there, has the cursor of that place.
+                page = await find(places[most - 1] + 1)
+                return Page([*found, *(key for key in page.items if by(key))], page.next_cursor)
+            found += [page.items[place] for place in places]
+            looked_at += len(page.items)
+            cursor = page.next_cursor
+            if cursor is None or len(found) == limit or looked_at >= LOOK_AT:
+                return Page(found, cursor)
+
+    async def count(self, filter: KeyFilter, *, context: Context | None = None) -> int:
+        """How many keys a filter means."""
+        wanted = filter.within(bound_to(context))
+        if wanted is None:
+            return 0
+        if wanted.keeps(utc_from_us(self._clock.now_us())) is not None:
+            number, cursor = 0, None
+            while True:
+                page = await self.page(filter, limit=MAX_LIMIT, cursor=cursor, context=context)
+                number, cursor = number + len(page.items), page.next_cursor
+                if cursor is None:
+                    return number
+        counted = Aggregate("count")
+        found = await self._database.aggregate(reader(context), ApiKey, counted, where=wanted.where)
+        return int(found[counted.name])
+
+    async def stats(self, id: str, *, context: Context | None = None) -> KeyStats:
+        """A key's statistics, as of now."""
+        key = await self.get(id, context=context)
+        now_us = self._clock.now_us()
+        account = await self._ledger.account(id)
+        quotas = await self._cache.quotas.of(key.tenant, quota_ids(key))
+        statuses = await self._ledger.statuses(metered(key, quotas), now_us)
+        return KeyStats(
+            key=key,
+            expired=key.is_expired(utc_from_us(now_us)),
+            count=account.count,
+            last_used_at=utc_from_us(account.last_used_us) if account.last_used_us is not None else None,
+            totals={name: from_units(name, units) for name, units in sorted(account.totals.items())},
+            limits=[limit_status(status) for status in statuses],
+            account=account,
+        )
+
+    async def answered_before(self, replayed: Replayed, *, context: Context | None = None) -> ApiKey:
+        """The key that a repeated call was answered with."""
+        return await self._database.answer_of(reader(context), ApiKey, replayed)
+
+    async def issued_before(self, replayed: Replayed, *, context: Context | None = None) -> IssuedKey:
+        """The key and the text that a repeated call was answered with."""
+        return IssuedKey(await self.answered_before(replayed, context=context), (replayed.memo or b"").decode())
+
+
+__all__ = ["KeyQueries", "KeyStats"]
