@@ -111,7 +111,7 @@ def test_the_commands_of_a_page_run_in_order_from_an_empty_machine(
     replaced = {
         "localhost:8080": f"localhost:{port}",
         "…the key it printed…": '"$(administrator)"',
-        "…the text…": """'"$(text_of_key $N)"'""",
+        "…the secret…": """'"$(text_of_key $N)"'""",
     }
     binaries = ""
     before = BEFORE.get(page.name, "")
