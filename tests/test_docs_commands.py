@@ -34,6 +34,7 @@ BEFORE: Mapping[str, str] = {
     "import.md": FILLED,
     "keys.md": f"{FILLED}\nexport STRONGROOM_STORE=sqlite:///data/strongroom.db",
     "migrate.md": FILLED + DATABASE,
+    "operations.md": SERVED,
 }
 """What a page takes for granted: it says so in words, and another page has the commands."""
 WITH_COMMANDS = [page for page in PAGES if any(block.reason is None for block in docs_commands.blocks(page))]
