@@ -71,36 +71,37 @@ class Settings(BaseSettings):
     db_password: SecretStr | None = _setting("DB_PASSWORD", None, "PostgreSQL, in parts: the password.")
     db_name: str | None = _setting("DB_NAME", None, "PostgreSQL, in parts: the database (strongroom).")
     db_max_connections: int = _setting(
-        "DB_MAX_CONNECTIONS", 20, "PostgreSQL: connections that one process opens at most.", ge=2, le=1_000
+        "DB_MAX_CONNECTIONS", 20, "PostgreSQL: the most connections of one process.", ge=2, le=1_000
     )
     analytics: str | None = _setting(
-        "STRONGROOM_ANALYTICS", None, "Where cost analytics are kept: this version has none yet, and refuses it."
+        "STRONGROOM_ANALYTICS", None, "The store of cost analytics: refused, because this version has none yet."
     )
-    cache: str | None = _setting("STRONGROOM_CACHE", None, "A Redis that several nodes share: redis://….", repr=False)
+    cache: str | None = _setting(
+        "STRONGROOM_CACHE", None, "The cache: a Redis that all nodes share, redis://….", repr=False
+    )
     redis_url: str | None = _setting("REDIS_URL", None, "Another name for STRONGROOM_CACHE.", repr=False)
 
     journal_days: int | None = _setting(
         "STRONGROOM_JOURNAL_DAYS",
         None,
-        "PostgreSQL: days that the journal is kept; parts that are older are dropped, a month at a time (default: for "
-        "ever).",
+        "PostgreSQL: days that the journal is kept; older months are dropped (default: for ever).",
         ge=1, le=36_500,
     )  # fmt: skip
 
     limits: Literal["durable", "leased"] = _setting(
         "STRONGROOM_LIMITS",
         "durable",
-        "How limits are exact: durable debits each use before it is answered; leased debits shares of the limits, "
-        "which are then spent in memory.",
+        "durable: each call is debited before its answer. leased: limit leases are debited, then spent "
+        "in memory. Both are exact.",
     )
     lease_s: float = _setting(
-        "STRONGROOM_LEASE_S", 5.0, "Seconds that a share of a limit lasts which is not renewed.", ge=0.5, le=60
+        "STRONGROOM_LEASE_S", 5.0, "Seconds that a limit lease lasts without renewal.", ge=0.5, le=60
     )
     lease_dir: str | None = _setting(
         "STRONGROOM_LEASE_DIR",
         None,
-        "A folder where what was spent of shares survives a killed process (default: beside the file of a SQLite or "
-        "JSON store, else among the temporary files).",
+        "The folder of the lease log, which survives a killed process (default: beside the file of a "
+        "SQLite or JSON store, else the temporary folder).",
     )
 
     # The server.
@@ -108,12 +109,12 @@ class Settings(BaseSettings):
     port: int = _setting(
         "STRONGROOM_PORT", 8080, "The port that the server listens on; 0 takes a free one.", ge=0, le=65_535
     )
-    workers: int = _setting("STRONGROOM_WORKERS", 1, "Server processes on one store.", ge=1, le=MAX_WORKERS)
+    workers: int = _setting("STRONGROOM_WORKERS", 1, "Worker processes of the server.", ge=1, le=MAX_WORKERS)
     log_level: Literal["debug", "info", "warning", "error"] = _setting(
-        "STRONGROOM_LOG_LEVEL", "info", "The least level that is logged: debug, info, warning or error."
+        "STRONGROOM_LOG_LEVEL", "info", "The lowest level that is logged: debug, info, warning or error."
     )
     access_log: bool = _setting(
-        "STRONGROOM_ACCESS_LOG", False, "Log every request but verifications and health checks: true or false."
+        "STRONGROOM_ACCESS_LOG", False, "Log every request except verifications and health checks: true or false."
     )
     max_body_bytes: int = _setting(
         "STRONGROOM_MAX_BODY_BYTES", 1_048_576, "The largest request body; larger ones are answered 413.",
@@ -122,36 +123,36 @@ class Settings(BaseSettings):
     max_concurrency: int = _setting(
         "STRONGROOM_MAX_CONCURRENCY",
         1_000,
-        "Requests in work at once, for each worker; more are answered 429. The last quarter of the places is for "
-        "callers that have less than a quarter; verifications have as many places of their own.",
+        "Concurrent requests of each worker; more are answered 429. The last quarter is reserved for "
+        "callers with less than a quarter. Verifications have the same number for themselves.",
         ge=1, le=100_000,
     )  # fmt: skip
     max_connections: int = _setting(
         "STRONGROOM_MAX_CONNECTIONS",
         10_000,
-        "Connections open at once, for each worker; more are answered 503. Fewer where the system allows fewer open "
-        "files (ulimit -n): some are kept for the store.",
+        "Open connections of each worker; more are answered 503. The system's limit of open files "
+        "(ulimit -n) may lower this; some files are reserved for the store.",
         ge=1, le=1_000_000,
     )  # fmt: skip
     max_peer_connections: int = _setting(
         "STRONGROOM_MAX_PEER_CONNECTIONS",
         2_000,
-        "Connections open at once from one address (of IPv6 from one /64), for each worker; more are answered 429. "
-        "Trusted proxies are not bounded so.",
+        "Open connections of each worker from one address (IPv6: one /64); more are answered 429. "
+        "Trusted proxies have no such limit.",
         ge=1, le=1_000_000,
     )  # fmt: skip
     max_watchers: int = _setting(
-        "STRONGROOM_MAX_WATCHERS", 200, "Streams of `:watch` open at once, for each worker; more are answered 429.",
+        "STRONGROOM_MAX_WATCHERS", 200, "Open `:watch` streams of each worker; more are answered 429.",
         ge=0, le=100_000,
     )  # fmt: skip
     trusted_proxies: Annotated[tuple[str, ...], NoDecode] = _setting(
         "STRONGROOM_TRUSTED_PROXIES",
         (),
-        "Addresses and networks of the reverse proxies in front of the server, separated by commas. Their "
-        "X-Forwarded-For says where a request comes from; nobody else's is believed.",
+        "Addresses and networks of the reverse proxies in front of the server, separated by commas. "
+        "Only their X-Forwarded-For headers are used for the client's address.",
     )
     stop_timeout_s: int = _setting(
-        "STRONGROOM_STOP_TIMEOUT_S", 20, "Seconds that requests in flight get to finish when the server is stopped.",
+        "STRONGROOM_STOP_TIMEOUT_S", 20, "Seconds for requests in flight to finish when the server stops.",
         ge=1, le=600,
     )  # fmt: skip
 
@@ -160,32 +161,31 @@ class Settings(BaseSettings):
         "STRONGROOM_ADMIN_KEY",
         None,
         f"The administrator's key, any text of {MIN_ADMIN_KEY_CHARS} characters or more, at least "
-        f"{MIN_ADMIN_KEY_DIFFERENT} of them different. Without it one is made at the "
-        "first start and printed once.",
+        f"{MIN_ADMIN_KEY_DIFFERENT} of them different. Without it the first start creates a key and prints it once.",
     )
     peppers: Annotated[tuple[SecretStr, ...], NoDecode] = _setting(
         "STRONGROOM_PEPPER",
         (),
-        f"Secrets that key hashes are made with, {MIN_PEPPER_CHARS} characters or more each, the current one first, "
-        "separated by commas. Without them one is made and kept in the store.",
+        f"Peppers of the key hashes, {MIN_PEPPER_CHARS} characters or more each, the current one first, "
+        "separated by commas. Without them the store keeps a pepper of its own.",
     )
     rules: str | None = _setting(
-        "STRONGROOM_RULES", None, "A file with access rules: this version has none yet, and refuses it."
+        "STRONGROOM_RULES", None, "A file with access rules: refused, because this version has none yet."
     )
     leak_keys: str | None = _setting(
         "STRONGROOM_LEAK_KEYS",
         None,
-        "Where the public keys are of the secret scanners that may report leaked keys by signature: the https:// URL "
-        "of their list, or a file with the same JSON (default: reports need a management key).",
+        "The public keys of secret scanners that report leaked keys by signature: the https:// URL of "
+        "their list, or a file with the same JSON (default: reports need a management key).",
         repr=False,
     )
     pq_encryption_password: SecretStr | None = _setting(
         "PQ_ENCRYPTION_PASSWORD",
         None,
-        "The password that secret fields are encrypted with: this version does not encrypt them yet, and refuses it.",
+        "The password that encrypts secret fields: refused, because this version does not encrypt them yet.",
     )
     entities: Annotated[tuple[str, ...], NoDecode] = _setting(
-        "STRONGROOM_ENTITIES", (), "Python modules with Entity classes of your own, separated by commas."
+        "STRONGROOM_ENTITIES", (), "Python modules with your own Entity classes, separated by commas."
     )
 
     # Google Cloud.

@@ -28,13 +28,17 @@ def _group() -> None:
 @app.command("list")
 def list_records(
     tenant: Annotated[str | None, typer.Option("--tenant", help="Only this tenant's records.")] = None,
-    actor: Annotated[str | None, typer.Option(help="Only what this actor did, for example key:key_0199….")] = None,
+    actor: Annotated[str | None, typer.Option(help="Only changes by this actor, for example key:key_0199….")] = None,
     action: Annotated[
         str | None, typer.Option(help="Only create, update, add, delete, expire or deny.", metavar="ACTION")
     ] = None,
-    collection: Annotated[str | None, typer.Option(help="Only of this collection, for example api_keys.")] = None,
-    entity_id: Annotated[str | None, typer.Option(metavar="ID", help="Only of the document of this id.")] = None,
-    request_id: Annotated[str | None, typer.Option(metavar="ID", help="Only what this request did.")] = None,
+    collection: Annotated[
+        str | None, typer.Option(help="Only changes of this collection, for example api_keys.")
+    ] = None,
+    entity_id: Annotated[
+        str | None, typer.Option(metavar="ID", help="Only changes of the document with this id.")
+    ] = None,
+    request_id: Annotated[str | None, typer.Option(metavar="ID", help="Only changes by this request.")] = None,
     since: Annotated[
         str | None,
         typer.Option(metavar="TIME", help="Not before this time, or how long ago (2026-11-30T12:00Z, 7d)."),
@@ -45,9 +49,9 @@ def list_records(
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """List what was changed, oldest first: when, by whom, what, in which request.
+    """List changes, oldest first: when, by whom, what, in which request.
 
-    --json has what it was before and after as well.
+    --json also has the values before and after.
 
     \b
     Example:

@@ -32,15 +32,15 @@ class Measured:
 
 
 def bench(
-    seconds: Annotated[float, typer.Option(min=0.1, max=600, help="How long each is measured.")] = 2,
-    callers: Annotated[int, typer.Option(min=1, max=10_000, help="How many call at the same time.")] = 64,
+    seconds: Annotated[float, typer.Option(min=0.1, max=600, help="Seconds for each measurement.")] = 2,
+    callers: Annotated[int, typer.Option(min=1, max=10_000, help="Concurrent callers.")] = 64,
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Measure reads, writes and verifications a second, here and now.
+    """Measure reads, writes and verifications a second on this machine.
 
-    Without --store it measures a new SQLite store in the folder for temporary files. With --store it works on that one:
-    it makes keys of the tenant "strongroom-bench" and removes them again; their journal records stay. `make bench` in
+    Without --store it measures a new SQLite store in the temporary folder. With --store it measures that store: it
+    creates keys of the tenant "strongroom-bench" and removes them; their journal records stay. `make bench` in
     a checkout compares with other software.
 
     \b

@@ -20,29 +20,44 @@ GENERATED = "<!-- Written by `make docs`: change the source, not this page. -->\
 
 CLI_OPENING = """# Command line
 
-After `make serve` or `make test` the command line is `.venv/bin/strongroom`. What it does to a store it does directly,
-with or without a server: several processes may share one SQLite file; a JSON store belongs to one at a time.
+    strongroom keys create --name worker --tenant acme --limit tokens=100000/5h
+    strongroom keys list --tenant acme --json
 
-- `--store` names the store; without it the [settings](configuration.md) do.
-- `--json` prints exactly one JSON document on standard output, for errors too:
-  `{"error": {"code": "…", "message": "…", "errors": [{"path": "…", "message": "…"}]}}`. Notes and progress are on
-  standard error.
-- Exit status: 0 done; 1 the work failed (a key that is not valid, a file with wrong rows, a store that does not
-  answer); 2 the call is wrong; 130 stopped with Ctrl-C, with nothing half done.
-- `--debug` (or `STRONGROOM_DEBUG=1`) shows a traceback where something unforeseen went wrong.
-- `strongroom --install-completion` makes the shell complete commands and options.
+After `make serve` or `make test` the program is `.venv/bin/strongroom`. It opens the store itself and needs no
+server. Several processes may share one SQLite file; a JSON store takes one process at a time.
+
+| option or variable | effect |
+|---|---|
+| `--store URL` | the store; without it the [settings](configuration.md) choose it |
+| `--json` | prints one JSON document on standard output; notes and progress go to standard error |
+| `--debug`, `STRONGROOM_DEBUG=1` | shows the traceback of an unexpected error |
+| `--install-completion` | installs shell completion of commands and options |
+
+| exit status | meaning |
+|---|---|
+| 0 | done |
+| 1 | the work failed: an invalid key, a file with invalid rows, an unreachable store |
+| 2 | the call is wrong |
+| 130 | stopped with Ctrl-C; nothing is half done |
+
+With `--json` an error is `{"error": {"code": "…", "message": "…", "errors": [{"path": "…", "message": "…"}]}}`.
 """
 
 CONFIGURATION_OPENING = """# Configuration
 
-Everything is read from the environment; options of the [command line](cli.md) outrank it. Settings that contradict
-each other stop the start with a sentence that names both, and so does what this version does not have yet: nothing is
-ignored in silence.
+```sh
+export STRONGROOM_STORE=sqlite:///data/strongroom.db
+export STRONGROOM_LIMITS=leased
+strongroom serve
+```
 
-A file `.env` in the current folder is read as well: `NAME=value` a line. What the environment sets already stays, and
-names that are no settings are left alone. `strongroom doctor` says what is wrong with the settings and the store.
+Settings come from the environment. Options of the [command line](cli.md) override them. A file `.env` in the current
+folder is read too: one `NAME=value` a line. It does not override the environment, and other names in it are ignored.
 
-| name | default | what it is |
+Contradicting settings stop the start with a message that names both. A setting for a feature that this version lacks
+stops it too. `strongroom doctor` checks the settings and the store.
+
+| name | default | meaning |
 |---|---|---|
 """
 

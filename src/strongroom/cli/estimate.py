@@ -120,20 +120,24 @@ def command(
     writes: Annotated[float, typer.Option(min=0, help="Documents written in a month.")] = 0,
     deletes: Annotated[float, typer.Option(min=0, help="Documents deleted in a month.")] = 0,
     gb: Annotated[
-        float | None, typer.Option(min=0, help="Gigabytes stored (default: what --store holds, else 0).")
+        float | None, typer.Option(min=0, help="Gigabytes stored (default: the size of --store, else 0).")
     ] = None,
     do: Annotated[
         list[str] | None,
-        typer.Option("--do", metavar="WHAT=COUNT", help="So many of Strongroom's operations; may be given again."),
+        typer.Option(
+            "--do",
+            metavar="WHAT=COUNT",
+            help="The number of an operation, for example verify=1000; may be given again.",
+        ),
     ] = None,
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
     """Estimate what a month's load costs on Cloud Storage, Firestore and Cloud SQL.
 
-    With --store and without --gb it looks how much that store holds, by a sample of each collection of each tenant.
-    Without --do it also lists what each of Strongroom's operations reads and writes on Firestore. Prices are dated:
-    look up today's before you decide.
+    With --store and without --gb it estimates the size of that store from a sample of each collection of each tenant.
+    Without --do it also lists the reads and writes of each operation on Firestore. The prices are dated: check the
+    current ones.
 
     \b
     Example:

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 
 MAX_TOLD = 20
 """Failures that are told one by one where people read; a JSON document has them all."""
-Ids = Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="The keys' ids; without them, a filter.")]
+Ids = Annotated[
+    list[str] | None, typer.Argument(metavar="[ID]...", help="The keys' ids; without ids, the filter applies.")
+]
 
 
 @app.command()
@@ -41,7 +43,7 @@ def claim(
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Print the text that a scheduled rotation, or one with --hold, has kept; it is forgotten with that.
+    """Print the secret of a scheduled rotation, or of one with --hold, once.
 
     \b
     Example:
@@ -54,7 +56,7 @@ def claim(
 
 @app.command()
 def restore(id: IdArgument, store: StoreOption = None, json: JsonOption = False) -> None:
-    """Take the deletion of a key back, within 30 days: it is as it was.
+    """Restore a deleted key, within 30 days.
 
     \b
     Example:
@@ -68,18 +70,18 @@ def restore(id: IdArgument, store: StoreOption = None, json: JsonOption = False)
 def update(
     *,
     id: IdArgument,
-    name: Annotated[str | None, typer.Option("--name", help="What the key is for.")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="The name of the key.")] = None,
     fields: dict[str, Any],
     clear: Annotated[
         list[str] | None,
-        typer.Option(metavar="OPTION", help="An option whose value is to be removed, for example expires."),
+        typer.Option(metavar="OPTION", help="An option whose value is removed, for example expires."),
     ] = None,
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Change a key. What is given replaces what was set, lists as a whole; everything else stays as it is.
+    """Change a key. The given options replace its values, lists as a whole; other values stay.
 
-    What was used stays counted where a limit's resource and window stay the same.
+    The usage of a limit stays if its resource, window, models and routes stay.
 
     \b
     Example:
@@ -113,10 +115,10 @@ def _update(given: dict[str, Any], clear: list[str]) -> KeyChanges:
 
 @app.command("recover-administrator")
 def recover_administrator(yes: YesOption = False, store: StoreOption = None, json: JsonOption = False) -> None:
-    """Give the administrator's key a new text and print it, once: for whoever has lost the old one.
+    """Give the administrator's key a new secret and print it, once, after the old one was lost.
 
-    It needs the store itself and no key. The old text is unknown from now on. A key that is deleted, disabled or
-    without its permission is made whole again.
+    This needs access to the store, and no key. The old secret stops working. A deleted or disabled key, or one without
+    its permission, is repaired.
 
     \b
     Example:
@@ -138,9 +140,9 @@ def recover_administrator(yes: YesOption = False, store: StoreOption = None, jso
 
 @app.command("rotate-pepper")
 def rotate_pepper(store: StoreOption = None, json: JsonOption = False) -> None:
-    """Make new hashes with a new secret from now on. Every key works on; its hash is renewed at its next use.
+    """Make a new pepper for new hashes. Every key keeps working; its hash is renewed at its next use.
 
-    Peppers that the configuration gives (STRONGROOM_PEPPER) are rotated there.
+    Peppers in STRONGROOM_PEPPER are rotated there instead.
 
     \b
     Example:
@@ -165,7 +167,7 @@ def bulk(
     action: Annotated[str, typer.Argument(metavar="ACTION", help="disable, enable, delete, purge, restore or update.")],
     ids: Ids = None,
     where: KeyFilter,
-    every: Annotated[bool, typer.Option("--all", help="All keys: there is no other filter.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="All keys, without another filter.")] = False,
     limits: Annotated[
         list[str] | None,
         typer.Option(
@@ -173,21 +175,21 @@ def bulk(
         ),
     ] = None,
     metadata: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="With update: the new notes; may be given again.")
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="With update: the new metadata; may be given again.")
     ] = None,
     groups: Annotated[
-        list[str] | None, typer.Option("--group", help="With update: the quotas that they share; may be given again.")
+        list[str] | None, typer.Option("--group", help="With update: the new groups; may be given again.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say how many would be changed.")] = False,
-    cursor: Annotated[str | None, typer.Option(help="Where work that was broken off is to go on.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count the keys that would change.")] = False,
+    cursor: Annotated[str | None, typer.Option(help="The cursor at which to continue interrupted work.")] = None,
     yes: YesOption = False,
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Change many keys: those with these ids, or all that a filter means. Exit status 1 if some could not be.
+    """Change many keys, by ids or by a filter. Exit status 1 if some could not be changed.
 
-    Each key is changed whole or not at all. What was broken off goes on by the same call again: what was done is found
-    unchanged. Asks first; without a terminal, --yes is needed.
+    Each key is changed entirely or not at all. After an interruption run the same command again; changed keys are
+    counted as unchanged. Asks first; without a terminal, --yes is needed.
 
     \b
     Example:

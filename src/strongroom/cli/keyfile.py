@@ -35,7 +35,7 @@ MAX_SHOWN = 100
 MAX_WORKERS = 2
 """Processes that read a large file beside the one that writes: no more than it takes to keep SQLite busy."""
 
-TenantOption = Annotated[str, typer.Option("--tenant", help="The tenant whose keys they are.")]
+TenantOption = Annotated[str, typer.Option("--tenant", help="The tenant of the keys.")]
 
 
 # --- Import ---------------------------------------------------------------------------------------------------
@@ -49,33 +49,31 @@ def import_keys(
         ),
     ],
     tenant: TenantOption = "default",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and write nothing.")] = False,
     skip_invalid: Annotated[
-        bool, typer.Option("--skip-invalid", help="Import the rows that are right, although others are wrong.")
+        bool, typer.Option("--skip-invalid", help="Import the valid rows even if others are invalid.")
     ] = False,
     update: Annotated[
-        bool, typer.Option("--update", help="Where file and store differ on a key, take the file's word.")
+        bool, typer.Option("--update", help="Overwrite a key in the store that differs from the file.")
     ] = False,
     hmac_secret_file: Annotated[
         Path | None,
-        typer.Option(
-            "--hmac-secret-file", metavar="FILE", help="The secret of the system whose HMACs a file of records has."
-        ),
+        typer.Option("--hmac-secret-file", metavar="FILE", help="A file with the secret of the HMAC hashes."),
     ] = None,
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
     """Import API keys from a file.
 
-    They keep working with the text their holders have; live usage windows and lifetime totals carry over. It reads
-    {"keys": [{"key", "name", "token_limit_per_5h", "usage_windows", ...}]} and
-    {"keys": {"<SHA-256>": {"name", "user_id", "usage_count", ...}}}, and files of records, JSON Lines or
-    CSV: {"hash", "prefix", "name", "tenant", "limits", ...}, with the hashes that another system keeps (SHA-2, HMAC,
-    bcrypt, Argon2, PBKDF2), or with all that `strongroom export --shape records` has written.
+    The keys keep their secrets, live usage windows and lifetime totals. The file has
+    {"keys": [{"key", "name", "token_limit_per_5h", "usage_windows", ...}]},
+    {"keys": {"<SHA-256>": {"name", "user_id", "usage_count", ...}}}, or records as JSON Lines or CSV:
+    {"hash", "prefix", "name", "tenant", "limits", ...}, with the hashes of another system (SHA-2, HMAC, bcrypt,
+    Argon2, PBKDF2), or the output of `strongroom export --shape records`.
 
-    Every row is judged first: if one is wrong, nothing is imported (unless --skip-invalid). The same file again changes
-    nothing; an import that was stopped is completed by the same command. A key that was removed here since comes back:
-    disable it instead, or take it out of the file.
+    All rows are checked first: if one is invalid, nothing is imported (unless --skip-invalid). A second import changes
+    nothing, and the same command completes an import that was stopped. A key that was deleted since the last import
+    comes back: disable it instead, or remove it from the file.
 
     \b
     Example:
@@ -307,10 +305,11 @@ def export_keys(
 ) -> None:
     """Write a tenant's API keys to a file.
 
-    `strongroom import` reads it, and so do the services that the shape comes from. The text of a key is not stored: the
-    plain shape has "sha256:<hex>" in its place, which import accepts. Disabled keys are left out, since neither shape
-    can say that they are. What else the shape has no place for is told. The shape records is one JSON object a line, a
-    key or a quota, with all its fields and live counters, for another Strongroom store.
+    `strongroom import` reads the file, and so do the services that use this shape. The store has no plaintext secrets:
+    the plain shape has "sha256:<hex>" instead, which import accepts. Disabled keys are not exported to the plain and
+    hashed shapes, which cannot mark them as disabled. The command reports other fields that the shape lacks. The shape
+    records has one JSON object a line, a key or a quota, with all its fields and live counters, for another Strongroom
+    store.
 
     \b
     Example:

@@ -28,7 +28,7 @@ Options = Mapping[str, Any]
 IdArgument = Annotated[str, typer.Argument(metavar="ID", help="The key's id, as `keys list` shows it.")]
 SameKeyOption = Annotated[
     str | None,
-    typer.Option("--idempotency-key", help="The same call again with this text gives the same key (within a day)."),
+    typer.Option("--idempotency-key", help="A retry with this value gets the same key (within a day)."),
 ]
 
 
@@ -41,22 +41,22 @@ def _list(name: str, *, help: str, metavar: str | None = None) -> Any:
 
 
 FIELDS: Options = {
-    "user_id": _option("--user", help="The user it belongs to."),
+    "user_id": _option("--user", help="The user of the key."),
     "permissions": _list("--permission", help="A permission"),
     "limits": LimitsOption,
     "expires_at": _option(
-        "--expires", metavar="TIME", help="When it ends: 2027-01-01T00:00:00Z, or 30d from now."
+        "--expires", metavar="TIME", help="The expiry: 2027-01-01T00:00:00Z, or 30d from now."
     ),
-    "allowed_ips": _list("--allow-ip", metavar="RANGE", help="An address or range it may be used from"),
-    "metadata": _list("--metadata", metavar="NAME=VALUE", help="A note on the key"),
-    "owner": _option("--owner", help="Who is responsible for it."),
-    "description": _option("--description", help="What else there is to say of it."),
-    "groups": _list("--group", help="A quota of its tenant that it shares"),
-    "allowed_models": _list("--model", help="A model it may be used for, or name*"),
-    "allowed_routes": _list("--route", help="A route it may be used for, or name*"),
-    "rotate_every_s": _option("--rotate-every", metavar="DURATION", help="Rotate it so often, for example 90d."),
+    "allowed_ips": _list("--allow-ip", metavar="RANGE", help="An allowed address or range"),
+    "metadata": _list("--metadata", metavar="NAME=VALUE", help="An entry of the key's metadata"),
+    "owner": _option("--owner", help="The person responsible for the key."),
+    "description": _option("--description", help="A description."),
+    "groups": _list("--group", help="A group whose quota the key shares"),
+    "allowed_models": _list("--model", help="An allowed model, or name*"),
+    "allowed_routes": _list("--route", help="An allowed route, or name*"),
+    "rotate_every_s": _option("--rotate-every", metavar="DURATION", help="The period of rotations, for example 90d."),
     "rotation_overlap_s": _option(
-        "--rotation-overlap", metavar="DURATION", help="How long the old secret then works on, for example 7d."
+        "--rotation-overlap", metavar="DURATION", help="How long the old secret then works, for example 7d."
     ),
 }  # fmt: skip
 """Fields that a key is made with, and that can be changed."""
@@ -69,31 +69,33 @@ FILTER: Options = {
     "user_id": _option("--user", help="Only this user's keys."),
     "owner": _option("--owner", help="Only this owner's keys."),
     "environment": _option("--environment", metavar="live|test", help="Only keys of this environment."),
-    "name_prefix": _option("--name-prefix", help="Only keys whose names begin so."),
+    "name_prefix": _option("--name-prefix", help="Only keys whose names begin with this."),
     "created_after": _option(
-        "--created-after", metavar="TIME", help="Only keys made after this time, or since so long ago (7d)."
+        "--created-after", metavar="TIME", help="Only keys created after this time, or within this period (7d)."
     ),
     "created_before": _option(
-        "--created-before", metavar="TIME", help="Only keys made before this time, or so long ago (7d)."
+        "--created-before", metavar="TIME", help="Only keys created before this time, or longer ago than this (7d)."
     ),
-    "deleted": Annotated[
-        bool, typer.Option("--deleted", help="The deleted keys that can be restored, instead of the others.")
-    ],
-    "name_contains": _option("--name-contains", help="Only keys whose names have this part, in capitals or not."),
+    "deleted": Annotated[bool, typer.Option("--deleted", help="Only deleted keys that can be restored.")],
+    "name_contains": _option("--name-contains", help="Only keys whose names contain this, in any case."),
     "state": _option("--state", help="Only keys that are active, disabled or expired."),
-    "group": _option("--in-group", help="Only keys that share this quota."),
-    "permission": _option("--permission", help="Only keys with exactly this permission among theirs."),
+    "group": _option("--in-group", help="Only keys of this group."),
+    "permission": _option("--permission", help="Only keys with exactly this permission."),
     "expires_after": _option(
-        "--expires-after", metavar="TIME", help="Only keys that expire after this time, or this long from now (30d)."
+        "--expires-after",
+        metavar="TIME",
+        help="Only keys that expire after this time, or after this period from now (30d).",
     ),
     "expires_before": _option(
-        "--expires-before", metavar="TIME", help="Only keys that expire before that; not those that never expire."
+        "--expires-before",
+        metavar="TIME",
+        help="Only keys that expire before this time, or within this period from now.",
     ),
     "used_after": _option(
-        "--used-after", metavar="TIME", help="Only keys last used after this time, or since so long ago (7d)."
+        "--used-after", metavar="TIME", help="Only keys last used after this time, or within this period (7d)."
     ),
     "used_before": _option(
-        "--used-before", metavar="TIME", help="Only keys that were not used since then, or never were."
+        "--used-before", metavar="TIME", help="Only keys not used since this time or for this long (7d), or never used."
     ),
 }
 """Conditions that a key must meet; all of them do."""

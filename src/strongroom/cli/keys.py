@@ -45,20 +45,20 @@ app = typer.Typer(help="Issue, verify and manage API keys.", no_args_is_help=Tru
 @with_options(FIELDS, "fields", dict)
 def create(
     *,
-    name: Annotated[str, typer.Option("--name", help="What the key is for.")],
-    tenant: Annotated[str, typer.Option("--tenant", help="Whose key it is.")] = "default",
+    name: Annotated[str, typer.Option("--name", help="The name of the key.")],
+    tenant: Annotated[str, typer.Option("--tenant", help="The tenant of the key.")] = "default",
     fields: dict[str, Any],
     prefix: Annotated[
-        str | None, typer.Option(help="What the secret begins with (default: sr, of a test key sr_test).")
+        str | None, typer.Option(help="The beginning of the secret (default: sr, or sr_test in the environment test).")
     ] = None,
     environment: Annotated[
-        str | None, typer.Option("--environment", metavar="live|test", help="What it is for (default: live).")
+        str | None, typer.Option("--environment", metavar="live|test", help="The environment (default: live).")
     ] = None,
     idempotency_key: SameKeyOption = None,
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Make a key and print its secret, once.
+    """Create a key and print its secret, once.
 
     \b
     Example:
@@ -66,7 +66,7 @@ def create(
           --limit tokens=100000/5h --limit requests=60/60s --expires 90d
 
     \b
-    Limits are RESOURCE=AMOUNT/WINDOW, and all of them hold:
+    Limits are RESOURCE=AMOUNT/WINDOW, and all of them apply:
         tokens=100000/5h                          the last five hours (rolling)
         tokens=100000/anchored:5h                 five hours from the first use
         cost=25.50/calendar:month@Europe/Berlin   the calendar month there
@@ -89,7 +89,7 @@ def create(
 def list_keys(
     *,
     where: KeyFilter,
-    every: Annotated[bool, typer.Option("--all", help="All pages, one after the other.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="All pages.")] = False,
     limit: PageOption = 100,
     cursor: CursorOption = None,
     store: StoreOption = None,
@@ -134,7 +134,7 @@ def list_keys(
 
 @app.command()
 def show(id: IdArgument, store: StoreOption = None, json: JsonOption = False) -> None:
-    """Show a key, a deleted one too.
+    """Show a key, also a deleted one.
 
     \b
     Example:
@@ -146,24 +146,24 @@ def show(id: IdArgument, store: StoreOption = None, json: JsonOption = False) ->
 @app.command()
 def verify(
     key: Annotated[
-        str, typer.Argument(metavar="[KEY]", help="The key's text; - (the default) reads a line of standard input.")
+        str, typer.Argument(metavar="[KEY]", help="The key's secret; - (default) reads a line of standard input.")
     ] = "-",
     cost: Annotated[
         list[str] | None,
-        typer.Option(metavar="RESOURCE=AMOUNT", help="What it is used for (default: requests=1); may be given again."),
+        typer.Option(metavar="RESOURCE=AMOUNT", help="The cost of the call (default: requests=1); may be given again."),
     ] = None,
-    permission: Annotated[str | None, typer.Option(help="A permission it must have.")] = None,
-    ip: Annotated[str | None, typer.Option("--ip", help="The address it is used from.")] = None,
-    model: Annotated[str | None, typer.Option("--model", help="The model it is used for.")] = None,
-    route: Annotated[str | None, typer.Option("--route", help="The route it is used for.")] = None,
-    tenant: Annotated[str | None, typer.Option("--tenant", help="Only a key of this tenant will do.")] = None,
-    peek: Annotated[bool, typer.Option("--peek", help="A dry run: the same answer, and nothing is counted.")] = False,
+    permission: Annotated[str | None, typer.Option(help="A permission that the key must have.")] = None,
+    ip: Annotated[str | None, typer.Option("--ip", help="The caller's address.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="The model of the call.")] = None,
+    route: Annotated[str | None, typer.Option("--route", help="The route of the call.")] = None,
+    tenant: Annotated[str | None, typer.Option("--tenant", help="The key must belong to this tenant.")] = None,
+    peek: Annotated[bool, typer.Option("--peek", help="A dry run: the same answer, without a debit.")] = False,
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Verify a key as a service would, and debit its limits. Exit status 1 if it is not valid.
+    """Verify a key and debit its limits. Exit status 1 if it is not valid.
 
-    What stands on a command line can be seen by every user of the machine: pass the text on standard input.
+    Every user of the machine can see a command line: pass the secret on standard input.
 
     \b
     Example:
@@ -196,16 +196,16 @@ def verify(
 def rotate(
     id: IdArgument,
     overlap: Annotated[
-        str, typer.Option(metavar="DURATION", help="How long the old text works on, for example 1h.")
+        str, typer.Option(metavar="DURATION", help="How long the old secret keeps working, for example 1h.")
     ] = "0s",
     hold: Annotated[
-        bool, typer.Option("--hold", help="Do not print the new text: keep it until `keys claim` asks for it.")
+        bool, typer.Option("--hold", help="Do not print the new secret: keep it for `keys claim`.")
     ] = False,
     idempotency_key: SameKeyOption = None,
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Give a key a new text and print it, once. Id, limits and usage stay.
+    """Give a key a new secret and print it, once. Id, limits and usage stay.
 
     \b
     Example:
@@ -223,7 +223,7 @@ def rotate(
 
 @app.command()
 def disable(id: IdArgument, store: StoreOption = None, json: JsonOption = False) -> None:
-    """Refuse a key from now on; `enable` takes it back.
+    """Disable a key; `enable` reverses this.
 
     \b
     Example:
@@ -234,7 +234,7 @@ def disable(id: IdArgument, store: StoreOption = None, json: JsonOption = False)
 
 @app.command()
 def enable(id: IdArgument, store: StoreOption = None, json: JsonOption = False) -> None:
-    """Accept a disabled key again.
+    """Enable a disabled key.
 
     \b
     Example:
@@ -247,13 +247,13 @@ def enable(id: IdArgument, store: StoreOption = None, json: JsonOption = False) 
 def delete(
     id: IdArgument,
     purge: Annotated[
-        bool, typer.Option("--purge", help="Remove it and its usage for good, one that was deleted before too.")
+        bool, typer.Option("--purge", help="Remove the key and its usage for good, also an already deleted key.")
     ] = False,
     yes: YesOption = False,
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Delete a key: its texts are unknown from now on. `restore` takes that back for 30 days.
+    """Delete a key: its secrets stop working. `restore` reverses this within 30 days.
 
     Asks first; without a terminal, --yes is needed.
 
@@ -281,7 +281,7 @@ def delete(
 
 @app.command()
 def stats(id: IdArgument, store: StoreOption = None, json: JsonOption = False) -> None:
-    """Show what a key has used: each limit's window, and lifetime totals.
+    """Show a key's usage: each limit's window, and lifetime totals.
 
     \b
     Example:
@@ -306,10 +306,10 @@ def stats(id: IdArgument, store: StoreOption = None, json: JsonOption = False) -
 
 @app.command("mend-clock")
 def mend_clock(id: IdArgument, store: StoreOption = None, json: JsonOption = False) -> None:
-    """Let a key that was used while the clock was wrong, and ahead, go on from the present time.
+    """Reset the time of a key that was used while the clock was wrong and ahead.
 
-    Nothing is freed by it: what was counted at the later time counts as used now. A key whose time is more than a day
-    ahead does so by itself.
+    This frees no usage: usage of the later time counts as used now. A key whose time is more than a day ahead is reset
+    automatically.
 
     \b
     Example:

@@ -17,24 +17,26 @@ if TYPE_CHECKING:
     from ..app import Strongroom
     from ..keys import Finding, Leak, LeakPolicy, Sighting
 
-app = typer.Typer(help="Deal with keys that were found in public.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    help="Report and list leaked keys, and set leak policies.", no_args_is_help=True, rich_markup_mode=None
+)
 
 
 @app.command()
 def report(
     file: Annotated[
-        str, typer.Argument(metavar="[FILE]", help="Where the texts are; - (the default) is standard input.")
+        str, typer.Argument(metavar="[FILE]", help="A file with the secrets; - (default) is standard input.")
     ] = "-",
-    url: Annotated[str, typer.Option("--url", help="Where they were found.")] = "",
-    source: Annotated[str, typer.Option("--source", help="What kind of place that is: content, commit, log, …")] = "",
-    type: Annotated[str, typer.Option("--type", help="What the finder calls this kind of text.")] = "",
+    url: Annotated[str, typer.Option("--url", help="The URL where they were found.")] = "",
+    source: Annotated[str, typer.Option("--source", help="The kind of place: content, commit, log, …")] = "",
+    type: Annotated[str, typer.Option("--type", help="The scanner's name for this type of secret.")] = "",
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Report keys that were found in public; each is dealt with as the policy of its tenant says.
+    """Report leaked keys; the tenant's policy is applied to each.
 
-    One text a line, or a JSON array of {"token", "type", "url", "source"}. What was reported before is not dealt with
-    again.
+    The input has one secret a line, or is a JSON array of {"token", "type", "url", "source"}. A secret that was
+    reported before has no further effect.
 
     \b
     Example:
@@ -74,20 +76,18 @@ def list_leaks(
 
 @app.command()
 def policy(
-    tenant: Annotated[
-        str, typer.Argument(metavar="TENANT", help="The tenant; '*' for the keys that belong to no one tenant.")
-    ],
+    tenant: Annotated[str, typer.Argument(metavar="TENANT", help="The tenant; '*' for keys of no single tenant.")],
     action: Annotated[
-        str | None, typer.Option("--set", metavar="ACTION", help="What is to be done: notify, disable or rotate.")
+        str | None, typer.Option("--set", metavar="ACTION", help="The policy: notify, disable or rotate.")
     ] = None,
     overlap: Annotated[
         str | None,
-        typer.Option(metavar="DURATION", help="With rotate: how long a leaked text works on (default 24h)."),
+        typer.Option(metavar="DURATION", help="With rotate: how long a leaked secret keeps working (default 24h)."),
     ] = None,
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Show, or with --set change, what is done with a tenant's keys that leak.
+    """Show, or with --set change, the leak policy of a tenant.
 
     \b
     Example:

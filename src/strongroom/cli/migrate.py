@@ -38,10 +38,10 @@ MAX_SHOWN = 40
 
 
 def migrate(
-    source: Annotated[str, typer.Option("--from", metavar="URL", help="The store to move.")],
-    target: Annotated[str, typer.Option("--to", metavar="URL", help="The store to move it into.")],
+    source: Annotated[str, typer.Option("--from", metavar="URL", help="The store to move from.")],
+    target: Annotated[str, typer.Option("--to", metavar="URL", help="The store to move to.")],
     plan: Annotated[
-        bool, typer.Option("--plan", help="Say what would be done and what is in the way; write nothing.")
+        bool, typer.Option("--plan", help="Show what would be copied and what prevents it; write nothing.")
     ] = False,
     live: Annotated[
         bool, typer.Option("--live", help="The source is in use: follow its journal until the switch-over.")
@@ -49,32 +49,32 @@ def migrate(
     switch: Annotated[
         bool, typer.Option("--switch", help="Switch over without asking, once the target is up to date.")
     ] = False,
-    abort: Annotated[bool, typer.Option("--abort", help="Take a switch-over back that is not complete.")] = False,
+    abort: Annotated[bool, typer.Option("--abort", help="Undo an incomplete switch-over.")] = False,
     rollback: Annotated[
-        bool, typer.Option("--rollback", help="Remove what was written, and put the backup back.")
+        bool, typer.Option("--rollback", help="Remove the migrated data and restore the backup.")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace what the target holds, after a backup of it.")
+        bool, typer.Option("--overwrite", help="Replace the target's data, after a backup of it.")
     ] = False,
     backup: Annotated[
         Path | None,
         typer.Option("--backup", metavar="FILE", help="The backup of the target (default: a new file here)."),
     ] = None,
-    no_journal: Annotated[bool, typer.Option("--no-journal", help="Leave the source's journal behind.")] = False,
+    no_journal: Annotated[bool, typer.Option("--no-journal", help="Do not copy the source's journal.")] = False,
     ignore: Annotated[
         list[str] | None,
-        typer.Option("--ignore", metavar="NAME", help="A collection to leave behind; may be given again."),
+        typer.Option("--ignore", metavar="NAME", help="A collection that is not copied; may be given again."),
     ] = None,
     batch: Annotated[int, typer.Option("--batch", help="Operations in a batch, 3 to 500.")] = 500,
     json: JsonOption = False,
 ) -> None:
-    """Move everything from one store into another.
+    """Move all data from one store to another.
 
-    Documents keep their id, their times and every value; versions are the target's own. The same command goes on where
-    it was stopped, whatever stopped it. The source is only read; with --live, its writes are turned off for the
-    switch-over. Both stores are compared by count and checksum, for each collection and tenant: exit status 1 if they
-    differ. Entities of your own are named by STRONGROOM_ENTITIES. --store is not used here. Into PostgreSQL, --to is
-    the URL of the schema's owner; the nodes get that of the application's role afterwards.
+    Documents keep their id, their times and every value; the target assigns new versions. After an interruption the
+    same command continues. The source is only read; with --live, its writes are turned off for the switch-over. Both
+    stores are compared by count and checksum, for each collection and tenant: exit status 1 if they differ.
+    STRONGROOM_ENTITIES names your own entities. This command ignores --store. For PostgreSQL, --to is the URL of the
+    schema's owner; the nodes later use the application role.
 
     \b
     Example:

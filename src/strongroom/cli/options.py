@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 M = TypeVar("M", bound="BaseModel")
 
 PageOption = Annotated[int, typer.Option("--limit", help="At most this many (1 to 1000).")]
-CursorOption = Annotated[str | None, typer.Option(help="Where the page before ended.")]
+CursorOption = Annotated[str | None, typer.Option(help="The `next_cursor` of the last page.")]
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 LimitsOption = Annotated[
     list[str] | None,

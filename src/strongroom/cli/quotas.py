@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from ..quotas.service import NewQuota
 
 app = typer.Typer(
-    help="Limit what the keys of a tenant, a user or a group use together.", no_args_is_help=True, rich_markup_mode=None
+    help="Limit the shared usage of a tenant's, user's or group's keys.", no_args_is_help=True, rich_markup_mode=None
 )
 
 OfTenant = Annotated[str, typer.Option("--tenant", help="The tenant.")]
-OfUser = Annotated[str | None, typer.Option("--user", help="Of this user of the tenant.")]
-OfGroup = Annotated[str | None, typer.Option("--group", help="Of this group of the tenant's keys.")]
+OfUser = Annotated[str | None, typer.Option("--user", help="The quota of this user of the tenant.")]
+OfGroup = Annotated[str | None, typer.Option("--group", help="The quota of this group of the tenant's keys.")]
 
 
 @app.command("set")
@@ -40,16 +40,16 @@ def set_quota(
     user: OfUser = None,
     group: OfGroup = None,
     limit: LimitsOption = None,
-    description: Annotated[str | None, typer.Option(help="What it is for.")] = None,
+    description: Annotated[str | None, typer.Option(help="A description.")] = None,
     idempotency_key: Annotated[
-        str | None, typer.Option(help="The same call again with this text changes nothing (within a day).")
+        str | None, typer.Option(help="A retry with this value changes nothing (within a day).")
     ] = None,
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Set what all keys of a tenant, of one of its users or of a group may use together; replaces what was set.
+    """Set the limits that the keys of a tenant, a user or a group share; replaces the old ones.
 
-    What was used stays counted where resource, window, models and routes stay the same.
+    The usage of a limit stays if its resource, window, models and routes stay.
 
     \b
     Example:
@@ -117,7 +117,7 @@ def show(
 def stats(
     tenant: OfTenant, user: OfUser = None, group: OfGroup = None, store: StoreOption = None, json: JsonOption = False
 ) -> None:
-    """Show what was used of a quota by all its keys together: each limit's window, and totals.
+    """Show a quota's usage by all its keys: each limit's window, and totals.
 
     \b
     Example:
@@ -148,7 +148,7 @@ def delete(
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Remove a quota, and what was counted against it: from now on it limits nothing.
+    """Delete a quota and its usage.
 
     Asks first; without a terminal, --yes is needed.
 
@@ -176,10 +176,10 @@ def delete(
 def mend_clock(
     tenant: OfTenant, user: OfUser = None, group: OfGroup = None, store: StoreOption = None, json: JsonOption = False
 ) -> None:
-    """Let a quota that was used while the clock was wrong, and ahead, go on from the present time.
+    """Reset the time of a quota that was used while the clock was wrong and ahead.
 
-    Nothing is freed by it: what was counted at the later time counts as used now. A quota whose time is more than a day
-    ahead does so by itself.
+    This frees no usage: usage of the later time counts as used now. A quota whose time is more than a day ahead is
+    reset automatically.
 
     \b
     Example:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 app = typer.Typer(
-    help="Compare the declared entities with the store, and make it fit; roles, indexes, retention.",
+    help="Compare the declared entities with the store and apply the changes; roles, indexes, retention.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -38,11 +38,11 @@ EntitiesOption = Annotated[
     typer.Option(
         "--entities",
         metavar="MODULE",
-        help="A Python module that declares entities, seen from here; may be given again.",
+        help="A Python module that declares entities, importable from this folder; may be given again.",
     ),
 ]
 DestructiveOption = Annotated[
-    bool, typer.Option("--allow-destructive", help="Also what loses data: fields dropped or of another type.")
+    bool, typer.Option("--allow-destructive", help="Include changes that lose data: removed fields, changed types.")
 ]
 
 
@@ -53,7 +53,7 @@ def plan(
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Say how the store differs from the declarations; change nothing.
+    """Show how the store differs from the declarations; change nothing.
 
     \b
     Example:
@@ -69,7 +69,7 @@ def apply(
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Make the store fit the declarations. What loses data is refused without --allow-destructive.
+    """Change the store to match the declarations. A loss of data needs --allow-destructive.
 
     \b
     Example:
@@ -83,10 +83,10 @@ def export(
     entities: EntitiesOption = None,
     format: Annotated[
         Literal["json-schema", "firestore"],
-        typer.Option("--format", help="JSON Schema of every entity, or the files that Firestore's deployment takes."),
+        typer.Option("--format", help="JSON Schema of every entity, or the files for Firestore's deployment."),
     ] = "json-schema",
     directory: Annotated[
-        Path, typer.Option("--directory", metavar="DIR", help="Where the files for Firestore are written.")
+        Path, typer.Option("--directory", metavar="DIR", help="The folder for Firestore's files.")
     ] = Path(),
     store: StoreOption = None,
     json: JsonOption = False,
@@ -129,20 +129,28 @@ def _deployment(registry: Registry, keys_collection: str) -> dict[str, str]:
 
 @app.command()
 def roles(
-    owner: Annotated[str, typer.Option("--owner", help="Who owns the tables and migrates.")] = "strongroom_owner",
+    owner: Annotated[
+        str, typer.Option("--owner", help="The role that owns the tables and migrates.")
+    ] = "strongroom_owner",
     application: Annotated[
-        str, typer.Option("--application", help="Who serves: reads and writes documents, appends to the journal.")
+        str,
+        typer.Option(
+            "--application", help="The role of the nodes: reads and writes documents, appends to the journal."
+        ),
     ] = "strongroom_app",
     retention: Annotated[
-        str, typer.Option("--retention", help="Who drops the journal's old partitions.")
+        str, typer.Option("--retention", help="The role that drops the journal's old partitions.")
     ] = "strongroom_retention",
     reader: Annotated[
-        str, typer.Option("--reader", help="Who sees the journal of all tenants; the application takes it on for that.")
+        str,
+        typer.Option(
+            "--reader", help="The role that reads the journal of all tenants; the application role switches to it."
+        ),
     ] = "strongroom_reader",
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Print the SQL that makes PostgreSQL's roles and grants, for an administrator to run (the store is not opened).
+    """Print the SQL of PostgreSQL's roles and grants, for an administrator to run (the store is not opened).
 
     \b
     Example:
@@ -167,7 +175,7 @@ def views(
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Print the SQL that makes the views over usage, for the tables' owner to run (the store is not opened).
+    """Print the SQL of the views over usage, for the tables' owner to run (the store is not opened).
 
     \b
     Example:
@@ -192,7 +200,7 @@ def advise(
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Say which indexes serve no query, and which queries no index serves, as far as they were counted.
+    """Show indexes that serve no counted query, and counted queries that no index serves.
 
     \b
     Example:
@@ -221,11 +229,11 @@ def advise(
 
 @app.command()
 def retain(
-    days: Annotated[int, typer.Argument(min=1, help="How many days of the journal are kept at least.")],
+    days: Annotated[int, typer.Argument(min=1, help="The least number of days that are kept.")],
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Drop the journal's partitions that are wholly older, and make those of the months to come (PostgreSQL only).
+    """Drop the journal's old partitions and create those of the next months (PostgreSQL only).
 
     \b
     Example:

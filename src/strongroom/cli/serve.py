@@ -14,11 +14,13 @@ from .session import JsonOption, StoreOption
 
 
 def serve(
-    host: Annotated[str | None, typer.Option(metavar="ADDRESS", help="Listen on (default 127.0.0.1).")] = None,
-    port: Annotated[
-        int | None, typer.Option(min=0, max=65_535, help="Listen on (default 8080); 0 takes a free one.")
+    host: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="The address to listen on (default 127.0.0.1).")
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes that serve (default 1).")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65_535, help="The port to listen on (default 8080); 0 takes a free one.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Worker processes (default 1).")] = None,
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:

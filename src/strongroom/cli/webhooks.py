@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..app import Strongroom
     from ..webhooks import Delivery, IssuedWebhook, Webhook
 
-app = typer.Typer(help="Tell other systems of events, by signed webhooks.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="Send events to other systems by signed webhooks.", no_args_is_help=True, rich_markup_mode=None)
 
 IdArgument = Annotated[str, typer.Argument(metavar="ID", help="The webhook's id, as `webhooks list` shows it.")]
 EventOption = Annotated[
@@ -34,34 +34,34 @@ EventOption = Annotated[
 ]
 ThresholdOption = Annotated[
     list[int] | None,
-    typer.Option("--threshold", metavar="PERCENT", help="Of a limit (default: 50, 80 and 100); may be given again."),
+    typer.Option(
+        "--threshold", metavar="PERCENT", help="A percentage of a limit (default: 50, 80 and 100); may be given again."
+    ),
 ]
 MinWindowOption = Annotated[
     str | None,
-    typer.Option(metavar="DURATION", help="Tell only of limits whose window is at least so long, for example 1h."),
+    typer.Option(metavar="DURATION", help="Only limits whose window has at least this length, for example 1h."),
 ]
-DescriptionOption = Annotated[str | None, typer.Option(help="What it is for.")]
+DescriptionOption = Annotated[str | None, typer.Option(help="A description.")]
 ONCE = "Keep this secret now: it cannot be shown again."
 
 
 @app.command()
 def create(
-    url: Annotated[str, typer.Option("--url", help="Where events are sent: https://…")],
-    tenant: Annotated[str, typer.Option("--tenant", help="Whose events; * for every tenant's.")] = "default",
+    url: Annotated[str, typer.Option("--url", help="The receiver: https://…")],
+    tenant: Annotated[str, typer.Option("--tenant", help="The tenant of the events; * for every tenant.")] = "default",
     event: EventOption = None,
     threshold: ThresholdOption = None,
     min_window: MinWindowOption = None,
     description: DescriptionOption = None,
-    allow_private: Annotated[
-        bool, typer.Option("--allow-private", help="It may lead to a private address, and be http.")
-    ] = False,
+    allow_private: Annotated[bool, typer.Option("--allow-private", help="Allow a private address, and http.")] = False,
     idempotency_key: Annotated[
-        str | None, typer.Option(help="The same call again with this text gives the same webhook (within a day).")
+        str | None, typer.Option(help="A retry with this value gets the same webhook (within a day).")
     ] = None,
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Make a webhook and print its signing secret, once.
+    """Create a webhook and print its signing secret, once.
 
     \b
     Example:
@@ -118,16 +118,16 @@ def show(id: IdArgument, store: StoreOption = None, json: JsonOption = False) ->
 @app.command()
 def update(
     id: IdArgument,
-    url: Annotated[str | None, typer.Option("--url", help="Where events are sent from now on.")] = None,
+    url: Annotated[str | None, typer.Option("--url", help="The new receiver: https://…")] = None,
     event: EventOption = None,
     threshold: ThresholdOption = None,
     min_window: MinWindowOption = None,
     description: DescriptionOption = None,
-    enable: Annotated[bool | None, typer.Option("--enable/--disable", help="Whether it is told of anything.")] = None,
+    enable: Annotated[bool | None, typer.Option("--enable/--disable", help="Whether events are sent to it.")] = None,
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Change a webhook; what is not given stays.
+    """Change a webhook; values that are not given stay.
 
     \b
     Example:
@@ -147,11 +147,9 @@ def update(
 @app.command("rotate-secret")
 def rotate_secret(
     id: IdArgument,
-    overlap: Annotated[
-        str, typer.Option(metavar="DURATION", help="How long the old secret signs beside the new one.")
-    ] = "1d",
+    overlap: Annotated[str, typer.Option(metavar="DURATION", help="How long both secrets sign.")] = "1d",
     idempotency_key: Annotated[
-        str | None, typer.Option(help="The same call again with this text gives the same secret (within a day).")
+        str | None, typer.Option(help="A retry with this value gets the same secret (within a day).")
     ] = None,
     store: StoreOption = None,
     json: JsonOption = False,
@@ -179,7 +177,7 @@ def delete(
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Remove a webhook; what was not delivered to it yet is not delivered any more.
+    """Delete a webhook and its waiting deliveries.
 
     Asks first; without a terminal, --yes is needed.
 
@@ -204,7 +202,7 @@ def delete(
 
 @app.command("test")
 def ping(id: IdArgument, store: StoreOption = None, json: JsonOption = False) -> None:
-    """Send a webhook a test event and say what came of it. Exit status 1 if it was not accepted.
+    """Send a test event to a webhook and print the result. Exit status 1 if it was not accepted.
 
     \b
     Example:
@@ -220,14 +218,14 @@ def ping(id: IdArgument, store: StoreOption = None, json: JsonOption = False) ->
 def deliveries(
     id: IdArgument,
     state: Annotated[
-        str | None, typer.Option(metavar="STATE", help="Only those that are pending, delivered or dead.")
+        str | None, typer.Option(metavar="STATE", help="Only deliveries in this state: pending, delivered or dead.")
     ] = None,
     limit: PageOption = 100,
     cursor: CursorOption = None,
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """List what was sent to a webhook, newest first.
+    """List a webhook's deliveries, newest first.
 
     \b
     Example:
@@ -256,7 +254,7 @@ def redrive(
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Send a delivery again from the beginning, under the same event id; a server that runs on the store does it.
+    """Restart a delivery, with the same event id; a server on this store sends it.
 
     \b
     Example:
