@@ -37,3 +37,9 @@ def wait_without_loop(condition: Callable[[], Any], timeout_s: float = PATIENCE_
             pytest.fail(f"after {timeout_s} s it was still {value!r}: {inspect.getsource(condition).strip()}")
         time.sleep(0.005)
     return value
+
+
+def tear_down_the_loop() -> None:
+    """Cancel every task but the test's own, as `asyncio.run` does at its end."""
+    for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        task.cancel()

@@ -30,7 +30,7 @@ from strongroom.errors import (
 from strongroom.storage.jsonfile.store import JsonStore
 from strongroom.storage.port import Append, Check, Create, Delete, Put
 from strongroom.testing.storage.samples import COLLECTIONS, NOW, batch, item, record, sample, shared
-from tests.helpers.waiting import PATIENCE_S, wait_until
+from tests.helpers.waiting import PATIENCE_S, tear_down_the_loop, wait_until
 
 
 @pytest.fixture
@@ -372,8 +372,7 @@ async def test_a_writer_that_is_torn_down_answers_who_waits(path: Path, disk: Di
     pending = [asyncio.ensure_future(store.commit(batch("acme", Create("items", f"{n}", item())))) for n in range(3)]
     await wait_until(disk.waiting.is_set)
     pending.append(asyncio.ensure_future(store.commit(batch("acme", Create("items", "late", item())))))
-    assert store._writer is not None
-    store._writer.cancel()
+    tear_down_the_loop()
     outcomes = await asyncio.gather(*pending, return_exceptions=True)
     disk.gate.set()
     assert all(isinstance(outcome, Unavailable) for outcome in outcomes), outcomes

@@ -32,6 +32,7 @@ from strongroom.errors import (
     StoreError,
     Unavailable,
 )
+from strongroom.storage import _sqlite_threads
 from strongroom.storage.port import (
     Add,
     Append,
@@ -46,12 +47,11 @@ from strongroom.storage.port import (
     Record,
 )
 from strongroom.storage.sqlite import schema as _sqlite_schema
-from strongroom.storage.sqlite import store as sqlite
 from strongroom.storage.sqlite.isolation import Guarded
 from strongroom.storage.sqlite.store import SqliteStore
 from strongroom.storage.sqlite.writer import Writer
 from tests.helpers.places import DATA, ROOT
-from tests.helpers.waiting import PATIENCE_S, wait_until
+from tests.helpers.waiting import PATIENCE_S, tear_down_the_loop, wait_until
 
 SAVED = DATA / "sqlite"
 NOW = 1_750_000_000_000_000
@@ -447,11 +447,11 @@ async def test_only_the_reader_of_all_changes_sees_the_journal_of_all(store: Sql
 async def test_what_cannot_be_stored_fails_alone_even_after_a_part_of_it_was_written(store: SqliteStore) -> None:
     """The record cannot be encoded, which shows only once the document is written: no savepoint was planned for it."""
     good = [store.commit(batch(Create("notes", f"good-{n}", note()))) for n in range(2)]
-    torn = store.commit(batch(Create("notes", "torn", note()), Append(record(after={"bad": object()}))))
+    partial = store.commit(batch(Create("notes", "partial", note()), Append(record(after={"bad": object()}))))
     denied = store.commit(batch(Create("notes", "good-0", note())))
     late = store.commit(batch(Create("notes", "late", note()), Append(record("late"))))
     with pytest.raises(TypeError):
-        await torn
+        await partial
     with pytest.raises(AlreadyExists):
         await denied
     await asyncio.gather(*good, late)
@@ -656,7 +656,7 @@ async def test_a_loop_that_is_torn_down_amid_a_commit_leaves_no_false_answer(
     store: SqliteStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer = await writer_of(store)
-    store._commit_s.extend([1.0] * sqlite.COMMITS_TIMED)  # a slow disk: the writer's thread commits
+    monkeypatch.setattr(_sqlite_threads, "QUICK_COMMIT_S", -1.0)  # each disk is slow: the writer thread commits
     there, go_on = threading.Event(), threading.Event()
 
     def slow(commit: Any = writer.commit) -> None:
@@ -668,8 +668,7 @@ async def test_a_loop_that_is_torn_down_amid_a_commit_leaves_no_false_answer(
     begun = store.commit(batch(Create("notes", "begun", note())))
     await wait_until(there.is_set)
     queued = store.commit(batch(Create("notes", "queued", note())))
-    assert store._task is not None
-    store._task.cancel()
+    tear_down_the_loop()
     answers = await asyncio.gather(begun, queued, return_exceptions=True)
     go_on.set()
     assert [type(answer) for answer in answers] == [Unavailable, Unavailable]
@@ -1134,7 +1133,7 @@ async def test_a_slow_disk_holds_up_a_thread_and_a_quick_one_the_loop(
         commit(self)
 
     monkeypatch.setattr(Writer, "commit", watched)
-    monkeypatch.setattr("strongroom.storage.sqlite.store.QUICK_COMMIT_S", 0.000_5 if slow else 60.0)
+    monkeypatch.setattr(_sqlite_threads, "QUICK_COMMIT_S", 0.000_5 if slow else 60.0)
     async with opened(tmp_path / "store.db") as store:
         for n in range(20):
             await store.commit(batch(Create("notes", f"{n}", note())))
@@ -1158,7 +1157,7 @@ async def test_one_slow_commit_among_quick_ones_sends_no_others_to_a_thread(
         commit(self)
 
     monkeypatch.setattr(Writer, "commit", watched)
-    monkeypatch.setattr("strongroom.storage.sqlite.store.QUICK_COMMIT_S", 0.2)
+    monkeypatch.setattr(_sqlite_threads, "QUICK_COMMIT_S", 0.2)
     async with opened(tmp_path / "store.db") as store:
         for n in range(40):
             await store.commit(batch(Create("notes", f"{n}", note())))

@@ -2,7 +2,7 @@
 
 The file is `{"strongroom": 1, "schema": …, "global": {collection: {id: document}}, "tenants": {tenant: {collection:
 {id: document}}}, "journal": […]}`, a document or record a line. Each group of commits writes it anew beside itself and
-renames it into place, so a crash leaves the old or the new file, never a torn one.
+renames it into place, so a crash leaves the old or the new file, never a part of one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import re
 import stat
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import datetime
 from decimal import Decimal
 from typing import Any, Literal, TypeVar
@@ -26,6 +26,7 @@ from ...cooperative import in_slices
 from ...entities import Aggregate, Collection, Document, Filter, Query, aggregate, evaluate
 from ...errors import InvalidInput, Problem, StorageFull, StoreError, Unavailable
 from .. import tagged_json as _values
+from .._group_commit import GroupCommit, Waiting, up_to
 from ..port import (
     MAX_CHANGES_PAGE,
     MAX_TENANTS_PAGE,
@@ -42,6 +43,8 @@ from . import memory as _memory
 from .memory import Draft, Section, State, Stored, copied, key_of
 
 FORMAT = 1
+MAX_GROUP = 10_000
+"""Batches that share one write of the file, at most. The write takes the whole file's time, however many there are."""
 _CURSOR = re.compile(r"[0-9]{1,18}")
 _T = TypeVar("_T")
 
@@ -220,21 +223,8 @@ def _lock(path: str) -> int:
 # --- The store ------------------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
-class _Job:
-    """What waits for the next write: a step of the state, and who waits for its answer."""
-
-    step: Callable[[Draft], Any]
-    future: asyncio.Future[Any]
-
-
-def _answer(job: _Job, answer: Any) -> None:
-    if job.future.done():  # its caller was cancelled
-        return
-    if isinstance(answer, Exception):
-        job.future.set_exception(answer)
-    else:
-        job.future.set_result(answer)
+_Step = Callable[[Draft], Any]
+_Waiting = Waiting[_Step, Any]
 
 
 class JsonStore:
@@ -244,8 +234,9 @@ class JsonStore:
         self._path = os.path.realpath(path) if path is not None else None
         self._state = State()
         self._declared: Mapping[str, Collection] = {}
-        self._jobs: list[_Job] = []
-        self._writer: asyncio.Task[None] | None = None
+        self._commits: GroupCommit[_Step, Any] = GroupCommit(
+            path or ":memory:", up_to(MAX_GROUP), self._write_group, self._interrupted
+        )
         self._lock: int | None = None
         self._closed: str | None = "the store is not open"  # why nothing can be done with it, if so
         self._broken: str | None = None  # why nothing can be written any more, if so
@@ -273,8 +264,7 @@ class JsonStore:
     async def close(self) -> None:
         if self._closed is None:
             self._closed = "the store is closed"
-        if self._writer is not None:
-            await asyncio.wait([self._writer])
+        await self._commits.drain()
         self._unlock()
 
     def _unlock(self) -> None:
@@ -365,59 +355,33 @@ class JsonStore:
 
     def _do(self, step: Callable[[Draft], _T]) -> asyncio.Future[_T]:
         """Queue a step for the next write; the future has its answer once that is durable."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[_T] = loop.create_future()
         problem = self._closed or self._broken
         if problem is not None:
-            future.set_exception(Unavailable(problem))
-            return future
-        self._jobs.append(_Job(step, future))
-        if self._writer is None:
-            self._writer = loop.create_task(self._write_all())
-            self._writer.add_done_callback(self._never_began)
-        return future
+            refused: asyncio.Future[_T] = asyncio.get_running_loop().create_future()
+            refused.set_exception(Unavailable(problem))
+            return refused
+        return self._commits.submit(step)
 
-    def _never_began(self, writer: asyncio.Task[None]) -> None:
-        """A task that was cancelled before its first step leaves its jobs to nobody."""
-        if self._writer is writer:
-            self._writer, jobs, self._jobs = None, self._jobs, []
-            for job in jobs:
-                _answer(job, Unavailable("writing ended before it began: try again"))
+    def _interrupted(self, error: BaseException) -> str:
+        self._broken = f"writing ended with {type(error).__name__}; open the store again"
+        return self._broken
 
-    async def _write_all(self) -> None:
-        """Write group after group until nothing waits. What arrives during a write joins the next one."""
-        group: list[_Job] = []
-        try:
-            while self._jobs:
-                group, self._jobs = self._jobs, []
-                await self._write_group(group)
-                group = []
-        except BaseException as error:
-            # The loop is being torn down, or memory ran out: whether the file was written is not known.
-            self._broken = f"writing ended with {type(error).__name__}; open the store again"
-            for job in group:
-                _answer(job, Unavailable(self._broken, outcome="unknown"))
-            for job in self._jobs:
-                _answer(job, Unavailable(self._broken))
-            raise
-        finally:
-            self._writer = None
-
-    async def _write_group(self, jobs: list[_Job]) -> None:
+    async def _write_group(self, group: list[_Waiting]) -> list[_Waiting]:
         draft = Draft(self._state, self._declared)
-        answers = [draft.attempt(job.step) for job in jobs]
+        answers = [draft.attempt(waiting.request) for waiting in group]
         try:
             if draft.changed:
                 await self._write(draft)
             self._state, self._declared = draft.adopted(), draft.declared
         except Unavailable as error:
-            # A failed precondition too: it was evaluated against changes that may not be there.
+            # A failed precondition fails, too: it was evaluated against changes that were not committed.
             answers = [
                 type(error)(error.message, **({} if isinstance(answer, Exception) else error.details))
                 for answer in answers
             ]
-        for job, answer in zip(jobs, answers, strict=True):
-            _answer(job, answer)
+        for waiting, answer in zip(group, answers, strict=True):
+            waiting.answer(answer)
+        return []
 
     async def _write(self, draft: Draft) -> None:
         """Make the draft the file's content, durably. Unavailable or StorageFull if it cannot be."""

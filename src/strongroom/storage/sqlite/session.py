@@ -1,81 +1,23 @@
-"""The threads and connections of an open SQLite store: scans beside one another, one writer, point reads at once."""
+"""The connections of an open SQLite store: some for scans, one for writes, one for reads of single documents."""
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any
 
 import apsw
 
 from ...entities import Collection
+from .._sqlite_threads import MAX_READERS, Threads
 from ..sql import Codec
 from .dialect import SqliteDialect
 from .isolation import Guarded, Table
 from .writer import OWN_TEXTS, Writer
 
-MAX_READERS = 4
-"""Scans that run at once, each on a thread and a connection of its own; more wait their turn."""
-
-GIVE_WAY_S = 0.000_05
-GIVE_WAY_EVERY_S = 0.001
-
 POINT_TIMEOUT_S = 0.02
-"""How long the loop itself waits when another process has the file to itself; then a thread does."""
-
-_T = TypeVar("_T")
-
-
-class Threads:
-    """The writer's thread and the readers', which work on while the loop does.
-
-    A thread that waits for the interpreter's lock gets it at once from a loop that is idle, and within 5 ms from one
-    that computes; but hardly ever from a loop that is never idle and polls its sockets more often than that, since it
-    takes the lock back before the thread has woken up. Commits waited for seconds. So while a thread has work, the
-    loop sleeps GIVE_WAY_S once in GIVE_WAY_EVERY_S.
-    """
-
-    def __init__(self) -> None:
-        self._writer = ThreadPoolExecutor(1, "strongroom-writer")
-        self._readers = ThreadPoolExecutor(MAX_READERS, "strongroom-reader")
-        self._at_work = 0
-        self._timer: asyncio.TimerHandle | None = None
-
-    def write(self, work: Callable[..., _T], *arguments: Any) -> asyncio.Future[_T]:
-        """Run on the writer's thread, one after the other."""
-        return self._run(self._writer, work, *arguments)
-
-    def read(self, work: Callable[..., _T], *arguments: Any) -> asyncio.Future[_T]:
-        """Run on one of the readers' threads."""
-        return self._run(self._readers, work, *arguments)
-
-    def _run(self, executor: Executor, work: Callable[..., _T], *arguments: Any) -> asyncio.Future[_T]:
-        loop = asyncio.get_running_loop()
-        future = loop.run_in_executor(executor, work, *arguments)
-        future.add_done_callback(self._done)
-        self._at_work += 1
-        if self._timer is None:
-            self._timer = loop.call_later(GIVE_WAY_EVERY_S, self._give_way, loop)
-        return future
-
-    def _done(self, _: asyncio.Future[Any]) -> None:
-        self._at_work -= 1
-
-    def _give_way(self, loop: asyncio.AbstractEventLoop) -> None:
-        if self._at_work:
-            time.sleep(GIVE_WAY_S)
-            self._timer = loop.call_later(GIVE_WAY_EVERY_S, self._give_way, loop)
-        else:
-            self._timer = None
-
-    def stop(self) -> None:
-        self._writer.shutdown(wait=False)
-        self._readers.shutdown(wait=False)
-        if self._timer is not None:
-            self._timer.cancel()
+"""How long the loop's thread waits for a process that has locked the whole file. After that a reader thread waits."""
 
 
 class Readers:

@@ -1,10 +1,6 @@
 """The SQLite store: one file, any number of processes, every commit on the disk before it is acknowledged.
 
-Who does what, and why: the event loop's thread reads single documents and applies batches itself, because each call
-into SQLite gives up the interpreter's lock, and a second thread that wants it back from a busy loop waits for up to
-5 ms each time. What blocks goes to threads: the wait for another process's lock to the one writer thread, scans to a
-few reader threads. A commit with its fsync runs where it costs least: on the loop's thread while the disk is quick,
-on the writer's while it is slow.
+Which thread does what, and why: `_sqlite_threads`.
 """
 
 from __future__ import annotations
@@ -15,16 +11,17 @@ import logging
 import os
 import re
 import time
-from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import apsw
 
 from ...cooperative import in_slices
 from ...entities import Aggregate, And, Collection, Document, Filter, Op, Or, Query, Where
 from ...errors import InvalidInput, Problem, StrongroomError, Unavailable
+from .._group_commit import GroupCommit, Waiting, up_to
+from .._sqlite_threads import Threads
 from ..port import (
     MAX_CHANGES_PAGE,
     MAX_TENANTS_PAGE,
@@ -49,20 +46,11 @@ from .schema import (
     tenants_of,
     write_snapshot,
 )
-from .session import Readers, Session, Threads
-from .writer import Torn, Writer
+from .session import Readers, Session
+from .writer import PartialWrite, Writer
 
 BUSY_TIMEOUT_S = 5.0
 """How long to wait for the lock of another process before Unavailable."""
-
-QUICK_COMMIT_S = 0.000_5
-"""A commit runs on the loop's thread while most commits take no longer than this: on a quick disk the way to a thread
-and back, past the interpreter's lock, costs more than the fsync that the loop waits for."""
-COMMITS_TIMED = 9
-"""By the median of so many commits a disk is quick or slow. By a mean, one commit that had to move the write-ahead log
-over into the database would send the next hundreds to the thread."""
-PROBE_EVERY = 100
-"""While a thread commits, one of so many is made on the loop's thread, to learn whether the disk has become quick."""
 
 MAX_GROUP = 512
 MAX_APPLY_S = 0.005
@@ -71,6 +59,7 @@ MAX_APPLY_S = 0.005
 _CURSOR = re.compile(r"[0-9]{1,18}")
 _END = "end"
 _T = TypeVar("_T")
+_Waiting = Waiting[Batch, Committed]
 _log = logging.getLogger(__name__)
 
 _HEAD = "SELECT seq FROM main.sqlite_sequence WHERE name = '_journal'"
@@ -78,11 +67,6 @@ _CHANGES = (
     f"WITH page AS MATERIALIZED (SELECT {listed(JOURNAL_COLUMNS)} FROM _journal WHERE sequence > ?1 "
     "ORDER BY sequence LIMIT ?2) SELECT * FROM page"
 )
-
-
-class _Job(NamedTuple):
-    batch: Batch
-    future: asyncio.Future[Committed]
 
 
 class SqliteStore:
@@ -96,12 +80,10 @@ class SqliteStore:
         self._busy_timeout_s = busy_timeout_s
         self._session: Session | None = None
         self._threads = Threads()
-        self._jobs: deque[_Job] = deque()
-        self._writing = asyncio.Lock()  # held by the group that is being written, and by prepare
-        self._task: asyncio.Task[None] | None = None
+        self._commits: GroupCommit[Batch, Committed] = GroupCommit(
+            self.path, up_to(MAX_GROUP), self._write_group, self._interrupted
+        )
         self._closing = False
-        self._commit_s = deque([0.0] * COMMITS_TIMED, COMMITS_TIMED)
-        self._commits = 0
         self._taking_over: asyncio.Future[None] | None = None
 
     @property
@@ -124,10 +106,9 @@ class SqliteStore:
 
     async def close(self) -> None:
         self._closing = True
-        if self._task is not None:
-            await asyncio.wait([self._task])
+        await self._commits.drain()
         await self._taken_over()
-        async with self._writing:  # a prepare may be under way
+        async with self._commits.writing:  # a prepare may be under way
             session, self._session = self._session, None
             if session is not None:
                 await session.finish()
@@ -167,7 +148,7 @@ class SqliteStore:
         )
         if mode == "plan":
             return await self._awaited(self._threads.read(work))
-        async with self._writing:
+        async with self._commits.writing:
             before = self._opened()
             changes = await self._awaited(self._threads.write(work))
             self._session = await self._awaited(self._threads.write(self._new_session, collections))
@@ -267,90 +248,49 @@ class SqliteStore:
     # --- Writing ---
 
     def commit(self, batch: Batch) -> Awaitable[Committed]:
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Committed] = loop.create_future()
         if self._closing or self._session is None:
-            future.set_exception(Unavailable(f"{self.path}: the store is not open"))
-            return future
-        self._jobs.append(_Job(batch, future))
-        if self._task is None:
-            self._task = loop.create_task(self._write_all())
-            self._task.add_done_callback(self._never_began)
-        return future
+            refused: asyncio.Future[Committed] = asyncio.get_running_loop().create_future()
+            refused.set_exception(Unavailable(f"{self.path}: the store is not open"))
+            return refused
+        return self._commits.submit(batch)
 
-    def _never_began(self, task: asyncio.Task[None]) -> None:
-        """A task that was cancelled before its first step leaves its jobs to nobody."""
-        if self._task is task:
-            self._task, jobs, self._jobs = None, self._jobs, deque()
-            for job in jobs:
-                _answer(job, Unavailable(f"{self.path}: writing ended before it began: try again"))
+    def _interrupted(self, error: BaseException) -> str:
+        self._closing = True
+        return f"{self.path}: writing ended with {type(error).__name__}: open the store again"
 
-    async def _write_all(self) -> None:
-        """Write group after group until nothing waits."""
-        group: list[_Job] = []
-        try:
-            while self._jobs:
-                async with self._writing:
-                    while self._jobs and len(group) < MAX_GROUP:
-                        group.append(self._jobs.popleft())
-                    await self._write_group(self._opened(), group)
-                group = []
-                await asyncio.sleep(0)  # who was answered may have more to write, which then joins the next group
-        except BaseException as error:
-            # The loop is being torn down, or memory ran out: what became of the group is not known.
-            self._closing = True
-            ended = f"{self.path}: writing ended with {type(error).__name__}: open the store again"
-            for job in group:
-                _answer(job, Unavailable(ended, outcome="unknown"))
-            for job in self._jobs:
-                _answer(job, Unavailable(ended))
-            raise
-        finally:
-            self._task = None
-
-    async def _write_group(self, session: Session, group: list[_Job]) -> None:
-        """One transaction for as many of the jobs as its time allows; the others stay queued."""
+    async def _write_group(self, group: list[_Waiting]) -> list[_Waiting]:
+        """Write as many of the batches as MAX_APPLY_S allows in one transaction. Returns the others."""
+        session = self._opened()
         answers: list[Committed | Exception] = []
         committing = False
         try:
             writer = await self._begin(session)
             try:
                 self._apply(writer, group, answers)
-            except Torn as torn:
-                # A part of this one batch is written and cannot be taken back alone: all the others begin again.
+            except PartialWrite as partial:
+                # One batch is written in part, and it cannot be taken back alone: all the others begin again.
                 writer.roll_back()
-                _answer(group.pop(len(answers)), torn.reason)
-                self._jobs.extendleft(reversed(group))
-                return
+                group.pop(len(answers)).answer(partial.reason)
+                return group
             committing = writer.has_changes
-            await self._commit(writer)
+            if committing:
+                await self._threads.commit(writer.commit)
+            else:
+                writer.commit()
         except apsw.Error as error:
-            # A precondition that failed, too: it was evaluated against changes that may not be there.
+            # A failed precondition fails, too: it was evaluated against changes that were not committed.
             await self._threads.write(session.drop_writer)
             if committing:
                 answers = [self._failed_commit(error, answer) for answer in answers]
             else:
                 answers = [translated(error, self.path) for _ in group]
-        self._jobs.extendleft(reversed(group[len(answers) :]))
-        for job, answer in zip(group, answers, strict=False):
-            _answer(job, answer)
+        for waiting, answer in zip(group, answers, strict=False):
+            waiting.answer(answer)
+        return group[len(answers) :]
 
     def _failed_commit(self, error: apsw.Error, answer: Committed | Exception) -> StrongroomError:
         """What a batch is told whose transaction failed at its COMMIT; `answer` is what it would have been told."""
         return commit_error(error, self.path) if isinstance(answer, Committed) else translated(error, self.path)
-
-    async def _commit(self, writer: Writer) -> None:
-        """Make it durable: here while the disk is quick, on the writer's thread while it is slow."""
-        if not writer.has_changes:
-            writer.commit()
-            return
-        self._commits += 1
-        if self._commits % PROBE_EVERY and sorted(self._commit_s)[COMMITS_TIMED // 2] > QUICK_COMMIT_S:
-            await self._threads.write(writer.commit)
-            return
-        began = time.perf_counter()
-        writer.commit()
-        self._commit_s.append(time.perf_counter() - began)
 
     async def _begin(self, session: Session) -> Writer:
         writer = session.writer
@@ -367,12 +307,12 @@ class SqliteStore:
         writer.begin(self._busy_timeout_s)
         return writer
 
-    def _apply(self, writer: Writer, group: Sequence[_Job], answers: list[Committed | Exception]) -> None:
+    def _apply(self, writer: Writer, group: Sequence[_Waiting], answers: list[Committed | Exception]) -> None:
         until = time.perf_counter() + MAX_APPLY_S
         for batch, _ in group:
             try:
                 answers.append(writer.apply(batch))
-            except (apsw.Error, Torn):
+            except (apsw.Error, PartialWrite):
                 raise
             except Exception as error:
                 answers.append(error)
@@ -386,7 +326,7 @@ class SqliteStore:
 
     async def load(self, packs: AsyncIterable[Pack], now_us: int, *, rebuild: bool = False) -> float:
         held = packs if rebuild else _given([pack async for pack in packs])
-        async with self._writing:
+        async with self._commits.writing:
             loader = Loader(self.path, self._opened().tables)
             try:
                 await self._awaited(self._threads.write(loader.begin, self._busy_timeout_s, now_us, rebuild))
@@ -421,7 +361,8 @@ class SqliteStore:
 
     async def check(self) -> Health:
         began = time.perf_counter()
-        details: dict[str, Any] = {"path": self.path, "sqlite": apsw.sqlite_lib_version(), "queued": len(self._jobs)}
+        queued = self._commits.queued
+        details: dict[str, Any] = {"path": self.path, "sqlite": apsw.sqlite_lib_version(), "queued": queued}
         try:
             details["journal"] = await self._head()
         except StrongroomError as error:
@@ -446,15 +387,6 @@ class SqliteStore:
 async def _given(packs: Sequence[Pack]) -> AsyncIterator[Pack]:
     for pack in packs:
         yield pack
-
-
-def _answer(job: _Job, answer: Committed | Exception) -> None:
-    if job.future.done():  # its caller was cancelled
-        return
-    if isinstance(answer, Exception):
-        job.future.set_exception(answer)
-    else:
-        job.future.set_result(answer)
 
 
 def _is_point(where: Filter | None, point_fields: frozenset[str]) -> bool:

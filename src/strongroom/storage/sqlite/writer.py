@@ -61,8 +61,8 @@ _OF_ONE_STATEMENT = (apsw.SQLError, apsw.ConstraintError, apsw.MismatchError, ap
 """Errors of what was asked; the others are the file's or the disk's, and end the transaction of all."""
 
 
-class Torn(Exception):
-    """A batch failed when it had written already, and had no savepoint: its group must be begun again without it."""
+class PartialWrite(Exception):
+    """A batch failed after it had written, and it had no savepoint. Its transaction must begin again without it."""
 
     def __init__(self, reason: Exception) -> None:
         super().__init__(str(reason))
@@ -177,7 +177,7 @@ class Writer:
 
     def apply(self, batch: Batch) -> Committed:
         """The batch's outcome, if the transaction commits. Raises what its operations say, with nothing of it applied;
-        Torn if something of it is; apsw.Error if SQLite itself fails."""
+        PartialWrite if something of it is; apsw.Error if SQLite itself fails."""
         operations = batch.operations
         check_operations(batch)
         self._tenant = batch.tenant
@@ -200,7 +200,7 @@ class Writer:
             if guarded:
                 self._execute("ROLLBACK TO batch; RELEASE batch").fetchall()
             elif self._connection.total_changes() != changes:
-                raise Torn(reason) from error
+                raise PartialWrite(reason) from error
             raise reason from error
         if guarded:
             self._execute("RELEASE batch").fetchall()
