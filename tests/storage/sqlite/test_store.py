@@ -862,6 +862,37 @@ async def test_the_lock_of_another_process_is_waited_for_and_then_unavailable(tm
             await waiting
 
 
+COMMITTING_WITHOUT_A_PAUSE = """
+import sys, time
+import apsw
+
+connection = apsw.Connection(sys.argv[1])
+connection.set_busy_timeout(5_000)
+print("begun", flush=True)
+while True:
+    connection.execute("BEGIN IMMEDIATE").fetchall()
+    time.sleep(0.02)
+    connection.execute("COMMIT").fetchall()
+    time.sleep(0.000_5)
+"""
+
+
+async def test_a_process_that_commits_without_a_pause_does_not_starve_the_others(tmp_path: Path) -> None:
+    """The lock is free for half a millisecond in twenty, so it has to be tried often."""
+    async with opened(tmp_path / "store.db", busy_timeout_s=2.0) as store:
+        other = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", COMMITTING_WITHOUT_A_PAUSE, store.path, stdout=asyncio.subprocess.PIPE
+        )
+        try:
+            assert other.stdout is not None
+            assert await asyncio.wait_for(other.stdout.readline(), PATIENCE_S) == b"begun\n"
+            for number in range(12):
+                await store.commit(batch(Create("notes", f"{number}", note())))
+        finally:
+            other.kill()
+            await other.wait()
+
+
 async def test_a_store_that_another_process_has_to_itself_cannot_be_opened(tmp_path: Path) -> None:
     path = tmp_path / "store.db"
     async with opened(path):

@@ -41,6 +41,7 @@ from ..port import (
 from ..sql import JOURNAL_COLUMNS, line, listed, quoted
 from .dialect import translated
 from .isolation import Guarded, Table
+from .schema import LockWait
 
 _BYTES_PER_CHARACTER = 8
 """At most what one character of a stored text or JSON counts for in `document_size`: `[1]` is eight bytes there."""
@@ -133,6 +134,8 @@ class Writer:
         self._path = path
         self._guarded = guarded
         self._connection = guarded.connection
+        self._lock_wait = LockWait(0.0)
+        self._connection.set_busy_handler(self._lock_wait)
         self._execute = guarded.execute
         self._statements = {name: _Statements(table) for name, table in tables.items()}
         self._deleted_version = 0  # new documents get a greater version than any deleted one had
@@ -147,7 +150,7 @@ class Writer:
 
     def begin(self, busy_timeout_s: float) -> None:
         """Take the file's write lock. apsw.BusyError if another process keeps it for longer."""
-        self._connection.set_busy_timeout(round(busy_timeout_s * 1000))
+        self._lock_wait.timeout_s = busy_timeout_s
         self._execute("BEGIN IMMEDIATE").fetchall()
         found = self._execute(_DELETED).fetchall()
         self._deleted_version = self._deleted_version_before = found[0][0]
