@@ -32,7 +32,6 @@ from strongroom.errors import (
     StoreError,
     Unavailable,
 )
-from strongroom.storage import _sqlite_threads
 from strongroom.storage.port import (
     Add,
     Append,
@@ -47,6 +46,7 @@ from strongroom.storage.port import (
     Record,
 )
 from strongroom.storage.sqlite import schema as _sqlite_schema
+from strongroom.storage.sqlite import threads as sqlite_threads
 from strongroom.storage.sqlite.isolation import Guarded
 from strongroom.storage.sqlite.store import SqliteStore
 from strongroom.storage.sqlite.writer import Writer
@@ -656,7 +656,7 @@ async def test_a_loop_that_is_torn_down_amid_a_commit_leaves_no_false_answer(
     store: SqliteStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer = await writer_of(store)
-    monkeypatch.setattr(_sqlite_threads, "QUICK_COMMIT_S", -1.0)  # each disk is slow: the writer thread commits
+    monkeypatch.setattr(sqlite_threads, "QUICK_COMMIT_S", -1.0)  # each disk is slow: the writer thread commits
     there, go_on = threading.Event(), threading.Event()
 
     def slow(commit: Any = writer.commit) -> None:
@@ -1164,7 +1164,7 @@ async def test_a_slow_disk_holds_up_a_thread_and_a_quick_one_the_loop(
         commit(self)
 
     monkeypatch.setattr(Writer, "commit", watched)
-    monkeypatch.setattr(_sqlite_threads, "QUICK_COMMIT_S", 0.000_5 if slow else 60.0)
+    monkeypatch.setattr(sqlite_threads, "QUICK_COMMIT_S", 0.000_5 if slow else 60.0)
     async with opened(tmp_path / "store.db") as store:
         for n in range(20):
             await store.commit(batch(Create("notes", f"{n}", note())))
@@ -1188,7 +1188,7 @@ async def test_one_slow_commit_among_quick_ones_sends_no_others_to_a_thread(
         commit(self)
 
     monkeypatch.setattr(Writer, "commit", watched)
-    monkeypatch.setattr(_sqlite_threads, "QUICK_COMMIT_S", 0.2)
+    monkeypatch.setattr(sqlite_threads, "QUICK_COMMIT_S", 0.2)
     async with opened(tmp_path / "store.db") as store:
         for n in range(40):
             await store.commit(batch(Create("notes", f"{n}", note())))

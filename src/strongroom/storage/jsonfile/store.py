@@ -26,7 +26,7 @@ from ...cooperative import in_slices
 from ...entities import Aggregate, Collection, Document, Filter, Query, aggregate, evaluate
 from ...errors import InvalidInput, Problem, StorageFull, StoreError, Unavailable
 from .. import tagged_json as _values
-from .._group_commit import GroupCommit, Waiting, up_to
+from ..group_commit import GroupCommit, Waiting, up_to
 from ..port import (
     MAX_CHANGES_PAGE,
     MAX_TENANTS_PAGE,

@@ -10,10 +10,10 @@ from typing import Any
 import apsw
 
 from ...entities import Collection
-from .._sqlite_threads import MAX_READERS, Threads
 from ..sql import Codec
 from .dialect import SqliteDialect
 from .isolation import Guarded, Table
+from .threads import MAX_READERS, Threads
 from .writer import OWN_TEXTS, Writer
 
 POINT_TIMEOUT_S = 0.02

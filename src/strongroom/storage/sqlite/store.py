@@ -1,6 +1,6 @@
 """The SQLite store: one file, any number of processes, every commit on the disk before it is acknowledged.
 
-Which thread does what, and why: `_sqlite_threads`.
+Which thread does what, and why: `threads`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ import apsw
 from ...cooperative import in_slices
 from ...entities import Aggregate, And, Collection, Document, Filter, Op, Or, Query, Where
 from ...errors import InvalidInput, Problem, StrongroomError, Unavailable
-from .._group_commit import GroupCommit, Waiting, up_to
-from .._sqlite_threads import Threads
+from ..group_commit import GroupCommit, Waiting, up_to
 from ..port import (
     MAX_CHANGES_PAGE,
     MAX_TENANTS_PAGE,
@@ -47,6 +46,7 @@ from .schema import (
     write_snapshot,
 )
 from .session import Readers, Session
+from .threads import Threads
 from .writer import PartialWrite, Writer
 
 BUSY_TIMEOUT_S = 5.0

@@ -8,7 +8,7 @@ from collections import deque
 import pytest
 
 from strongroom.errors import Unavailable
-from strongroom.storage._group_commit import GroupCommit, Waiting, up_to
+from strongroom.storage.group_commit import GroupCommit, Waiting, up_to
 from tests.helpers.waiting import tear_down_the_loop
 
 One = Waiting[int, int]
