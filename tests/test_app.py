@@ -33,7 +33,7 @@ class Counted(Entity, collection="counted"):
 
 
 @pytest.mark.parametrize("kind", STORES)
-async def test_what_was_waiting_is_written_on_close(kind: str, tmp_path: Path) -> None:
+async def test_closing_writes_pending_usage(kind: str, tmp_path: Path) -> None:
     async with opened(new_url(kind, tmp_path)) as (room, store):
         free = await room.keys.create(name="free")
         limited = await room.keys.create(name="limited", limits=[rolling("requests", 5)])
@@ -86,7 +86,7 @@ async def test_no_task_is_left_after_closing(tmp_path: Path) -> None:
     await wait_until(lambda: asyncio.all_tasks() == before)
 
 
-async def test_a_schema_that_does_not_fit_is_refused_and_the_store_let_go(tmp_path: Path) -> None:
+async def test_a_schema_that_does_not_fit_is_refused_and_the_store_is_released(tmp_path: Path) -> None:
     url = new_url("sqlite", tmp_path)
     async with Strongroom.open(url, entities=[Note]) as room:
         await room.tenant("acme").create(Note(text="x"))
@@ -104,13 +104,13 @@ async def test_two_entities_of_one_name_are_refused() -> None:
 
 
 @pytest.mark.parametrize("url", ["", "sqlite", "mysql://x", "sqlite://", "sqlite:///", "json://x"])
-async def test_a_url_that_is_none_is_refused(url: str) -> None:
+async def test_an_invalid_store_url_is_refused(url: str) -> None:
     with pytest.raises(ConfigError):
         async with Strongroom.open(url):
             pytest.fail("it opened")
 
 
-async def test_a_password_in_a_url_is_in_no_error() -> None:
+async def test_no_error_shows_the_password_of_a_url() -> None:
     with pytest.raises(ConfigError) as caught:
         async with Strongroom.open("mysql://user:hunter2@host/db"):
             pytest.fail("it opened")
@@ -132,14 +132,14 @@ async def test_two_processes_that_start_together_make_one_pepper(tmp_path: Path)
             await room.__aexit__(None, None, None)
 
 
-async def test_a_short_pepper_is_refused_and_not_shown() -> None:
+async def test_a_short_pepper_is_refused_without_showing_it() -> None:
     with pytest.raises(ConfigError, match="32") as caught:
         async with Strongroom.open("json://:memory:", peppers=["hunter2"]):
             pytest.fail("it opened")
     assert "hunter2" not in str(caught.value)
 
 
-async def test_a_configured_pepper_is_not_rotated_here() -> None:
+async def test_a_configured_pepper_cannot_be_rotated_by_a_call() -> None:
     async with Strongroom.open("json://:memory:", peppers=["p" * 32]) as room:
         with pytest.raises(ConfigError, match="configuration"):
             await room.rotate_pepper()
@@ -175,7 +175,7 @@ async def test_a_pepper_rotated_while_a_process_starts_is_known_to_it(tmp_path: 
             await manager.__aexit__(None, None, None)
 
 
-async def test_a_pepper_that_cannot_be_read_is_tried_again(tmp_path: Path) -> None:
+async def test_reading_the_peppers_is_retried_after_a_failure(tmp_path: Path) -> None:
     url = new_url("sqlite", tmp_path)
     async with Strongroom.open(url) as here, opened(url) as (there, store):
         failures = 2
@@ -192,7 +192,7 @@ async def test_a_pepper_that_cannot_be_read_is_tried_again(tmp_path: Path) -> No
         assert not failures
 
 
-async def test_two_rotations_at_once_end_in_one_pepper_more_or_two(tmp_path: Path) -> None:
+async def test_concurrent_pepper_rotations_add_one_or_two_peppers(tmp_path: Path) -> None:
     async with Strongroom.open(new_url("sqlite", tmp_path)) as room:
         issued = await room.keys.create(name="k")
         answers = await asyncio.gather(room.rotate_pepper(), room.rotate_pepper(), return_exceptions=True)
@@ -223,7 +223,7 @@ async def test_a_tenant_handle_does_what_the_database_does(kind: str, tmp_path: 
             await acme.get(Note, "n")
 
 
-async def test_a_handle_keeps_its_actor_and_claims_and_reads_the_clock_anew() -> None:
+async def test_a_tenant_handle_keeps_its_actor_and_claims_and_reads_the_clock_at_each_call() -> None:
     async with Strongroom.open("json://:memory:", entities=[Note]) as room:
         ada = room.tenant("acme", actor="user:ada", claims={"tenant": "acme"})
         first = ada.context
@@ -236,7 +236,7 @@ async def test_a_handle_keeps_its_actor_and_claims_and_reads_the_clock_anew() ->
             await room.tenant("beta", claims={"tenant": "acme"}).find(Note)
 
 
-async def test_a_store_that_fails_is_told_as_unavailable_and_recovers() -> None:
+async def test_a_failing_store_raises_unavailable_and_recovers() -> None:
     async with opened("json://:memory:", entities=[Note]) as (room, store):
         store.fault = lambda number, batch: Fault("before", Unavailable("gone"))
         with pytest.raises(Unavailable):
@@ -246,7 +246,7 @@ async def test_a_store_that_fails_is_told_as_unavailable_and_recovers() -> None:
         assert (await room.keys.verify(generate())).code == "NOT_FOUND"
 
 
-def test_a_room_for_threads_opens_by_its_url_as_one_for_asyncio_does() -> None:
+def test_the_blocking_facade_opens_the_same_urls() -> None:
     with BlockingStrongroom.open("json://:memory:") as room:
         issued = room.call(lambda inner: inner.keys.create(name="a"))
         assert room.verify(issued.text).valid

@@ -62,7 +62,7 @@ def test_a_ratio_is_the_median_of_neighbouring_rounds_and_every_other_round_is_r
     assert group.reached(group.targets[0]) == 0.5
 
 
-def test_a_contender_that_cannot_be_measured_is_reported_and_the_others_are_measured(tmp_path: Path) -> None:
+def test_a_contender_that_fails_is_reported_and_the_others_are_measured(tmp_path: Path) -> None:
     def fail(seconds: float) -> Sample:
         raise BenchmarkError("it broke")
 
@@ -84,7 +84,7 @@ def test_a_contender_that_cannot_be_measured_is_reported_and_the_others_are_meas
     assert document["benchmarks"][0]["groups"][0]["targets"][0]["met"] is False
 
 
-def test_percentiles_are_by_nearest_rank() -> None:
+def test_percentiles_use_the_nearest_rank() -> None:
     assert percentiles_us([n / 1e6 for n in range(101)]) == pytest.approx((50, 99))
     assert percentiles_us([]) == (None, None)
 
@@ -203,7 +203,7 @@ async def _counting(start: int) -> AsyncIterator[Round]:
     yield measure
 
 
-def test_a_worker_measures_what_it_is_asked_and_says_why_it_cannot() -> None:
+def test_a_worker_measures_or_says_why_it_cannot() -> None:
     with Worker(_counting, 10) as worker:
         assert worker(Job("any", 2.0, 5)).rate == 7.5
         with pytest.raises(BenchmarkError, match="ValueError: broken on purpose"):
@@ -214,7 +214,7 @@ def test_a_worker_measures_what_it_is_asked_and_says_why_it_cannot() -> None:
 
 
 @pytest.mark.server
-def test_a_quick_run_says_everything_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_quick_run_reports_every_figure_and_leaves_no_files(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks", "--quick", "--only", "store", "--json", "--dir", str(tmp_path)]
     done = subprocess.run(  # the status is asserted below
         command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=100

@@ -95,7 +95,7 @@ async def test_an_embedded_stores_clock_is_the_machines() -> None:
         assert own.now_us() == round(moment.timestamp() * SECOND) == await store.now_us()
 
 
-async def test_the_stores_clock_is_known_to_within_what_is_said(world: World) -> None:
+async def test_the_estimate_of_the_stores_clock_stays_within_its_error_bound(world: World) -> None:
     chance = random.Random(1)
     for _ in range(50):
         world.store_ahead_us = chance.randint(-(10**12), 10**12)
@@ -109,7 +109,7 @@ async def test_the_stores_clock_is_known_to_within_what_is_said(world: World) ->
         assert kept.times_set == 0, "drift and slow answers are no reason to think that the clock was set"
 
 
-async def test_the_quickest_answer_counts_until_it_is_too_old(world: World) -> None:
+async def test_the_fastest_sample_of_the_clock_is_used_until_it_is_too_old(world: World) -> None:
     kept = StoreClock(world)  # type: ignore[arg-type]
     await kept.sample()
     assert kept.state().uncertainty_us == 100
@@ -122,7 +122,7 @@ async def test_the_quickest_answer_counts_until_it_is_too_old(world: World) -> N
     assert 20_000 <= kept.state().uncertainty_us <= 20_001
 
 
-async def test_a_jump_of_the_nodes_wall_clock_changes_nothing() -> None:
+async def test_a_jump_of_a_nodes_wall_clock_does_not_change_the_stores_time() -> None:
     store = FaultyStore(JsonStore(None))
     kept = StoreClock(store)
     await kept.sample()
@@ -133,7 +133,7 @@ async def test_a_jump_of_the_nodes_wall_clock_changes_nothing() -> None:
     assert abs(kept.now_us() - time.time_ns() // 1_000) < SECOND
 
 
-async def test_it_never_goes_back_for_a_correction(world: World) -> None:
+async def test_a_correction_never_turns_the_clock_back(world: World) -> None:
     kept = StoreClock(world)  # type: ignore[arg-type]
     world.there_us, world.back_us = 100_000, 0
     await kept.sample()  # 50 ms fast
@@ -146,7 +146,7 @@ async def test_it_never_goes_back_for_a_correction(world: World) -> None:
     assert off(world, kept) <= 100
 
 
-async def test_a_store_whose_clock_was_set_is_followed_both_ways(world: World) -> None:
+async def test_the_clock_follows_a_stores_clock_that_was_set_in_either_direction(world: World) -> None:
     kept = StoreClock(world)  # type: ignore[arg-type]
     await kept.sample()
     for number, jump_s in enumerate((3_600, -7_200, 5), 1):
@@ -157,7 +157,7 @@ async def test_a_store_whose_clock_was_set_is_followed_both_ways(world: World) -
         assert kept.times_set == number
 
 
-async def test_a_store_that_cannot_be_asked_leaves_the_clock_running(
+async def test_the_clock_continues_while_the_store_is_unavailable(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(clock, "SAMPLE_EVERY_S", 0.001)
@@ -174,7 +174,7 @@ async def test_a_store_that_cannot_be_asked_leaves_the_clock_running(
     await kept.close()
 
 
-async def test_a_store_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_clock_does_not_wait_for_a_store_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock, "SAMPLE_TIMEOUT_S", 0.01)
     store: Any = FaultyStore(JsonStore(None))
 
@@ -284,7 +284,7 @@ def _anchored(admitted: list[tuple[int, int]], moment: int, length: int) -> list
 
 
 @given(window=st.sampled_from(WINDOWS), steps=st.lists(STEP, min_size=5, max_size=30))
-async def test_nodes_with_any_clocks_admit_no_more_than_the_limit_in_any_window_of_its_moments(
+async def test_nodes_with_any_clocks_never_exceed_a_limit_in_any_window(
     window: Any, steps: list[tuple[int, int, int, int, int]]
 ) -> None:
     limit = Limit(resource="requests", limit=10, window=window)
@@ -307,7 +307,7 @@ async def test_nodes_with_any_clocks_admit_no_more_than_the_limit_in_any_window_
         assert over(limit, admitted) <= 10
 
 
-async def test_a_node_whose_clock_is_behind_does_not_free_what_another_has_used() -> None:
+async def test_a_node_with_a_slow_clock_does_not_free_usage_of_another() -> None:
     cluster = Cluster()
     async with cluster.opened(2) as database:
         key = await database.create(
@@ -328,7 +328,7 @@ async def test_a_node_whose_clock_is_behind_does_not_free_what_another_has_used(
         assert late.now_us == outcome.now_us, "what was decided already is not before now"
 
 
-async def test_an_import_with_a_use_in_the_future_does_not_move_the_keys_time() -> None:
+async def test_an_import_with_usage_in_the_future_does_not_advance_the_keys_clock() -> None:
     cluster = Cluster()
     async with cluster.opened(1) as database:
         key = await database.create(

@@ -22,7 +22,7 @@ def _nothing_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(row.name, raising=False)
 
 
-def test_without_anything_set_the_embedded_default_is_used() -> None:
+def test_without_settings_the_embedded_store_is_used() -> None:
     settings = config.load()
     assert settings.store_url == config.DEFAULT_STORE == DEFAULT_STORE
     assert (settings.host, settings.port, settings.workers) == ("127.0.0.1", 8080, 1)
@@ -45,13 +45,15 @@ def test_without_anything_set_the_embedded_default_is_used() -> None:
         ("STRONGROOM_STORE", "firestore://p/d", "firestore://p/d?collection=api_keys"),
     ],
 )
-def test_each_name_of_the_store_is_understood(name: str, value: str, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_setting_that_names_the_store_is_read(
+    name: str, value: str, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(name, value)
     assert config.load().store_url == url
     assert config.load(store="json://:memory:").store_url == "json://:memory:", "the command line outranks it"
 
 
-def test_the_same_store_under_two_names_is_no_contradiction(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_settings_may_name_the_same_store(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STRONGROOM_STORE", "sqlite:///a.db")
     monkeypatch.setenv("DATABASE_URL", "sqlite:///a.db")
     monkeypatch.setenv("DATABASE_PATH", "a.db")
@@ -77,7 +79,7 @@ def test_the_same_store_under_two_names_is_no_contradiction(monkeypatch: pytest.
         ({"STRONGROOM_WORKERS": "2", "STRONGROOM_STORE": "json:///a"}, ["STRONGROOM_WORKERS", "STRONGROOM_STORE"]),
     ],
 )
-def test_two_that_contradict_each_other_are_both_named(
+def test_two_contradicting_settings_are_both_named(
     environment: dict[str, str], names: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in environment.items():
@@ -106,7 +108,7 @@ def test_two_that_contradict_each_other_are_both_named(
         ("STRONGROOM_TRUSTED_PROXIES", "10.0.0.1, proxy.internal"), ("STRONGROOM_TRUSTED_PROXIES", "10.0.0.1/8"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_refused_with_its_name_and_without_its_secret(
+def test_an_invalid_setting_is_refused_by_name_without_its_secret(
     name: str, value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, value)
@@ -117,7 +119,7 @@ def test_what_cannot_be_is_refused_with_its_name_and_without_its_secret(
     assert "\n" not in caught.value.message
 
 
-def test_an_administrators_key_has_ten_different_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_administrators_key_needs_ten_different_characters(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STRONGROOM_ADMIN_KEY", "a" * 32)
     with pytest.raises(ConfigError, match="found 1 different characters, expected 10 or more"):
         config.load()
@@ -125,13 +127,13 @@ def test_an_administrators_key_has_ten_different_characters(monkeypatch: pytest.
     assert config.load().admin_key is not None
 
 
-def test_a_pepper_of_few_different_characters_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pepper_of_few_different_characters_gives_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STRONGROOM_PEPPER", f"{SECRET},{'a' * 32}")
     (warning,) = [text for text in config.warnings(config.load()) if "PEPPER" in text]
     assert "number 2" in warning
 
 
-def test_everything_that_is_wrong_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_problem_is_reported_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STRONGROOM_RULES", "r")
     monkeypatch.setenv("STRONGROOM_ADMIN_KEY", "short")
     monkeypatch.setenv("REDIS_URL", "h")
@@ -151,7 +153,7 @@ def test_other_settings_become_options_of_the_url(monkeypatch: pytest.MonkeyPatc
     assert "hunter2" not in repr(settings)
 
 
-def test_an_empty_value_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_setting_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     for row in config.settings_table():
         monkeypatch.setenv(row.name, "")
     assert config.load() == config.Settings()
@@ -174,7 +176,7 @@ def test_secrets_are_not_shown_and_settings_can_be_handed_to_a_worker(monkeypatc
     assert pickle.loads(pickle.dumps(settings)) == settings  # noqa: S301
 
 
-def test_what_has_no_effect_is_warned_of() -> None:
+def test_a_setting_without_effect_gives_a_warning() -> None:
     environment = {"STRONGROOM_PROT": "1", "STRONGROOM_REQUIRE": "all", "FIRESTORE_EMULATOR_HOST": "h", "PATH": "/"}
     first, second = config.warnings(config.load(), environment)
     assert "FIRESTORE_EMULATOR_HOST" in second
@@ -183,7 +185,7 @@ def test_what_has_no_effect_is_warned_of() -> None:
 
 
 @pytest.mark.parametrize("name", ["STRONGROOM_ANALYTICS", "STRONGROOM_RULES", "PQ_ENCRYPTION_PASSWORD"])
-def test_a_setting_of_what_there_is_not_yet_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_setting_of_a_missing_feature_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "duckdb:///data/analytics")
     with pytest.raises(ConfigError, match=rf"^{name}: this version .* yet; leave it out$"):
         config.load()

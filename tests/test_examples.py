@@ -88,7 +88,7 @@ def _answers(http: httpx.Client) -> bool:
 
 @pytest.mark.server
 @pytest.mark.parametrize("name", sorted(CALLS))
-def test_an_example_lets_good_keys_in_and_no_others(name: str, tmp_path: Path) -> None:
+def test_an_example_admits_valid_keys_and_no_others(name: str, tmp_path: Path) -> None:
     method, path, expected = CALLS[name]
     with running(name, tmp_path) as (key, http):
         check_refusal(http.request(method, path), 401, "unauthenticated")

@@ -33,7 +33,7 @@ async def found_of(room: Strongroom) -> dict[str, health.Dependency]:
     return await health.check(room.store, room.feed, room.clock, room.background, room.cache)
 
 
-async def test_all_is_well_at_first() -> None:
+async def test_a_healthy_store_reports_ok() -> None:
     async with Strongroom.open("json://:memory:", cache="memory://") as room:
         found = await found_of(room)
         assert {name: d.status for name, d in found.items()} == dict.fromkeys(
@@ -55,7 +55,7 @@ async def test_a_feed_that_cannot_be_read_is_degraded(monkeypatch: pytest.Monkey
         assert found["feed"].latency_s > health.FEED_LATE_S
 
 
-async def test_a_clock_that_could_not_be_asked_for_long_is_degraded(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_clock_that_was_not_synchronised_for_long_is_degraded(monkeypatch: pytest.MonkeyPatch) -> None:
     async with opened("json://:memory:") as (_, store):
         clock = StoreClock(store)
         await clock.sample()
@@ -65,7 +65,7 @@ async def test_a_clock_that_could_not_be_asked_for_long_is_degraded(monkeypatch:
         assert (told.status, told.details["offset_ms"], told.details["uncertainty_ms"]) == ("degraded", 5.0, 0.2)
 
 
-async def test_background_work_that_fails_or_is_late_is_degraded() -> None:
+async def test_a_background_job_that_fails_or_is_late_is_degraded() -> None:
     async with Strongroom.open("json://:memory:") as room:
         (job, *_) = room.background.jobs
         leases = room.background.leases
@@ -83,7 +83,7 @@ async def test_background_work_that_fails_or_is_late_is_degraded() -> None:
         assert health.of_background(room.background, now_us).status == "degraded"
 
 
-async def test_redis_that_is_out_of_reach_degrades_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_unreachable_redis_is_degraded_and_not_down(monkeypatch: pytest.MonkeyPatch) -> None:
     async with Strongroom.open("json://:memory:", cache="memory://") as room:
         monkeypatch.setattr(Cache, "redis_state", property(lambda self: "open"))
         found = await found_of(room)
@@ -201,7 +201,7 @@ async def started() -> AsyncIterator[tuple[asyncio.Task[None], httpx.AsyncClient
 
 
 @pytest.mark.server
-async def test_a_server_without_its_database_lives_says_so_and_recovers_by_itself(database: Database) -> None:
+async def test_a_server_without_its_database_stays_up_reports_it_and_recovers(database: Database) -> None:
     async with started() as (task, client):
         assert (await client.get("/healthz")).json() == {"status": "ok"}
         ready = await client.get("/readyz")
@@ -230,7 +230,7 @@ async def test_a_server_without_its_database_lives_says_so_and_recovers_by_itsel
 
 
 @pytest.mark.server
-async def test_a_server_that_never_had_its_database_stops_when_it_is_told_to(database: Database) -> None:
+async def test_a_server_that_waits_for_its_database_can_be_stopped(database: Database) -> None:
     async with started() as (task, client):
         assert (await client.get("/healthz")).status_code == 200
     task.result()
@@ -239,9 +239,7 @@ async def test_a_server_that_never_had_its_database_stops_when_it_is_told_to(dat
 
 @pytest.mark.server
 @pytest.mark.parametrize("error", [ConfigError("the password is wrong"), StoreError("the role is unsafe")])
-async def test_what_is_wrong_with_the_configuration_ends_the_start_at_once_or_as_soon_as_it_is_known(
-    error: Exception, database: Database
-) -> None:
+async def test_a_configuration_error_ends_the_start(error: Exception, database: Database) -> None:
     async with started() as (task, client):
         assert (await client.get("/healthz")).status_code == 200
         database.error = error
@@ -266,7 +264,7 @@ async def fails(call: Callable[[], Awaitable[Any]]) -> bool:
 
 
 @pytest.mark.parametrize("limited", [True, False])
-async def test_while_the_store_is_gone_a_key_is_answered_only_where_that_is_safe(
+async def test_without_the_store_a_key_is_answered_from_memory_only_where_that_is_safe(
     limited: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(changes, "POLL_S", 0.02)
@@ -298,7 +296,7 @@ def gone(store: FaultyStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "changes", refuse)
 
 
-async def test_a_store_that_is_gone_is_answered_503_with_retry_after() -> None:
+async def test_an_unavailable_store_is_answered_503_with_retry_after() -> None:
     async with serving() as served:
         made = await served.make_key(limits=[{"resource": "requests", "limit": 5, "window": {"kind": "total"}}])
 

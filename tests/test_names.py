@@ -30,7 +30,7 @@ def entities() -> list[type[Entity]]:
     return [Page]
 
 
-def test_a_name_is_composed_and_has_no_spaces_around_it() -> None:
+def test_a_name_must_be_in_nfc_without_surrounding_spaces() -> None:
     for right in (COMPOSED, "a b", "ü/€", "日本", "x" * 20):
         assert name_problem(unicodedata.normalize("NFC", right), 128) is None
     for wrong in WRONG:
@@ -41,7 +41,7 @@ def test_a_name_is_composed_and_has_no_spaces_around_it() -> None:
 
 
 @pytest.mark.parametrize("name", WRONG)
-async def test_every_place_where_a_name_comes_in_refuses_it(name: str) -> None:
+async def test_every_input_refuses_an_ambiguous_name(name: str) -> None:
     async with serving() as served:
         limit = {**TOKENS, "models": [name]}
         fields: list[tuple[str, dict[str, Any]]] = [
@@ -75,7 +75,7 @@ async def test_every_place_where_a_name_comes_in_refuses_it(name: str) -> None:
         assert (await served.post("/v1/keys", {"name": name, "metadata": {"a": name}})).status == 201, "is only shown"
 
 
-async def test_what_an_earlier_version_stored_under_such_a_name_can_be_read_changed_and_removed(
+async def test_documents_under_an_ambiguous_name_of_an_earlier_version_stay_usable(
     room: Strongroom,
 ) -> None:
     if room.store.capabilities.name != "json":
@@ -91,7 +91,7 @@ async def test_what_an_earlier_version_stored_under_such_a_name_can_be_read_chan
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_an_import_refuses_a_user_whose_name_could_be_two(name: str) -> None:
+def test_an_import_refuses_an_ambiguous_user_name(name: str) -> None:
     now_us = 1_800_000_000_000_000
     row = {"name": "k", "user_id": name, "created_at": "2026-01-01T00:00:00Z", "expires_at": None, "last_used": None}
     read = parse(json.dumps({"keys": {"a" * 64: row, "b" * 64: {**row, "user_id": COMPOSED}}}).encode(), now_us)

@@ -9,7 +9,7 @@ import pytest
 from strongroom.retry_log import LONGEST_S, RetryLog
 
 
-def test_an_hour_of_failures_is_a_line_a_minute_and_its_end_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_hour_of_failures_logs_a_line_a_minute_and_its_end(caplog: pytest.LogCaptureFixture) -> None:
     now = 0.0
     caplog.set_level(logging.INFO)
     told = RetryLog(logging.getLogger("test"), "the journal cannot be read", lambda: now)

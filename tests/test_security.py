@@ -42,7 +42,7 @@ def test_each_line_of_the_threat_model_names_tests_that_are_there(row: list[str]
         assert name in names_in(path), f"{path} has no {name}"
 
 
-def test_it_promises_nothing_of_what_is_planned() -> None:
+def test_security_md_promises_nothing_that_is_only_planned() -> None:
     table = " ".join(cell for row in promises() for cell in row[:2])
     for word in ("envelope", "ML-KEM", "checkpoint", "quantum", "tamper"):
         assert word not in table

@@ -85,7 +85,7 @@ async def store_whose_clock_is(off: timedelta) -> AsyncIterator[tuple[Database, 
 # --- Which clock ----------------------------------------------------------------------------------------------
 
 
-async def test_a_node_that_is_two_hours_ahead_removes_nothing_that_has_an_hour_to_live() -> None:
+async def test_a_node_two_hours_ahead_removes_no_unexpired_document() -> None:
     async with store_whose_clock_is(-2 * HOUR) as (database, store):
         now = utc_from_us(await store.now_us())
         await database.create(Context("acme"), Ticket(id="lives", until=now + HOUR))
@@ -97,7 +97,7 @@ async def test_a_node_that_is_two_hours_ahead_removes_nothing_that_has_an_hour_t
         assert [one["id"] for one in await store.find("tickets", "acme", Query())] == ["lives"]
 
 
-async def test_times_of_creation_and_of_the_journal_are_the_stores() -> None:
+async def test_creation_times_and_journal_times_come_from_the_stores_clock() -> None:
     async with store_whose_clock_is(-2 * HOUR) as (database, store):
         made = await database.create(Context("acme"), Ticket())
         now = utc_from_us(await store.now_us())
@@ -109,14 +109,14 @@ async def test_times_of_creation_and_of_the_journal_are_the_stores() -> None:
         assert utc_from_us(record.at_us) == made.created_at
 
 
-async def test_a_moment_that_was_chosen_is_kept() -> None:
+async def test_a_context_with_an_explicit_time_keeps_it() -> None:
     async with store_whose_clock_is(-2 * HOUR) as (database, _):
         moment = datetime.fromisoformat("2020-02-02T02:02:02+00:00")
         context = Context("acme", now_us=int(moment.timestamp()) * 1_000_000)
         assert (await database.create(context, Ticket())).created_at == moment
 
 
-async def test_a_call_of_a_machine_that_is_25_hours_slow_is_remembered_for_a_day() -> None:
+async def test_an_idempotency_record_lasts_a_day_by_the_stores_clock() -> None:
     async with store_whose_clock_is(25 * HOUR) as (database, store):
         await database.create(Context("acme"), Ticket(id="t"))
         for _ in range(2):
@@ -129,7 +129,7 @@ async def test_a_call_of_a_machine_that_is_25_hours_slow_is_remembered_for_a_day
         assert IdempotentCall.__collection__.ttl == "expires_at"
 
 
-async def test_on_an_embedded_store_the_machines_clock_is_the_stores(room: Strongroom) -> None:
+async def test_an_embedded_store_uses_the_machines_clock(room: Strongroom) -> None:
     with time_machine.travel("2026-05-05T12:00:00Z", tick=False) as clock:
         made = await room.tenant("acme").create(Ticket())
         clock.shift(5)
@@ -139,7 +139,7 @@ async def test_on_an_embedded_store_the_machines_clock_is_the_stores(room: Stron
     assert isinstance(room.ledger, Ledger)
 
 
-async def test_a_context_that_lives_long_is_at_the_moment_of_each_call(room: Strongroom) -> None:
+async def test_a_long_lived_context_uses_the_time_of_each_call(room: Strongroom) -> None:
     acme = Context("acme", "user:ada")
     with time_machine.travel("2036-05-05T12:00:00Z", tick=False) as clock:
         made = await room.database.create(acme, Ticket(id="t", until=datetime(2036, 5, 5, 13, tzinfo=UTC)))
@@ -159,7 +159,9 @@ LONG_AGO = datetime.fromisoformat("2020-05-05T12:00:00+00:00")
 
 @pytest.mark.parametrize("chosen", [None, LONG_AGO])
 @pytest.mark.parametrize("how", ["create", "replace"])
-async def test_what_is_made_over_something_expired_is_new(room: Strongroom, how: str, chosen: datetime | None) -> None:
+async def test_a_document_created_over_an_expired_one_is_new(
+    room: Strongroom, how: str, chosen: datetime | None
+) -> None:
     acme = room.tenant("acme")
     with time_machine.travel(MOMENT, tick=False) as clock:
         await acme.create(Ticket(id="t", until=MOMENT + timedelta(seconds=1)))
@@ -173,7 +175,7 @@ async def test_what_is_made_over_something_expired_is_new(room: Strongroom, how:
 @pytest.mark.parametrize("first", [None, LONG_AGO])
 @pytest.mark.parametrize("then", [None, LONG_AGO])
 @pytest.mark.parametrize("how", ["delete, replace", "delete, create", "create, replace"])
-async def test_created_at_is_answered_as_it_is_stored(
+async def test_created_at_is_returned_as_stored(
     room: Strongroom, how: str, first: datetime | None, then: datetime | None
 ) -> None:
     acme = room.tenant("acme")
@@ -201,7 +203,7 @@ class Level(StrEnum):
     HIGH = "high"
 
 
-async def test_values_are_answered_as_they_are_stored(room: Strongroom) -> None:
+async def test_values_are_returned_as_stored(room: Strongroom) -> None:
     acme, id = room.tenant("acme"), uuid.UUID(int=7)
     given = {
         "a": id,
@@ -232,7 +234,7 @@ async def test_values_are_answered_as_they_are_stored(room: Strongroom) -> None:
 
 
 @pytest.mark.parametrize("how", ["create", "replace", "update"])
-async def test_an_expired_document_holds_no_unique_value(room: Strongroom, store: FaultyStore, how: str) -> None:
+async def test_an_expired_document_reserves_no_unique_value(room: Strongroom, store: FaultyStore, how: str) -> None:
     acme = room.tenant("acme", actor="user:ada")
     with time_machine.travel(MOMENT, tick=False) as clock:
         await acme.create(Ticket(id="old", code="x", until=MOMENT + timedelta(seconds=1)))
@@ -255,7 +257,7 @@ async def test_an_expired_document_holds_no_unique_value(room: Strongroom, store
             await acme.create(Ticket(code="x"))
 
 
-async def test_an_expired_document_holds_no_unique_value_on_any_backend(url: str) -> None:
+async def test_an_expired_document_reserves_no_unique_value_on_any_backend(url: str) -> None:
     async with Strongroom.open(url, entities=[Ticket]) as room:
         acme = room.tenant("acme")
         await acme.create(Ticket(id="old", code="x", until=LONG_AGO))
@@ -269,7 +271,7 @@ async def test_an_expired_document_holds_no_unique_value_on_any_backend(url: str
             await acme.create(Ticket(code="y"))
 
 
-async def test_an_expired_document_that_is_renewed_in_this_moment_keeps_its_value(
+async def test_an_expired_document_that_is_just_renewed_keeps_its_unique_value(
     room: Strongroom, store: FaultyStore
 ) -> None:
     acme = room.tenant("acme")
@@ -288,7 +290,7 @@ async def test_an_expired_document_that_is_renewed_in_this_moment_keeps_its_valu
         assert (await acme.get(Ticket, "old")).until is None
 
 
-async def test_of_many_that_want_the_value_of_something_expired_one_gets_it(room: Strongroom) -> None:
+async def test_of_concurrent_creates_with_an_expired_unique_value_one_succeeds(room: Strongroom) -> None:
     acme = room.tenant("acme")
     with time_machine.travel(MOMENT, tick=False) as clock:
         await acme.create(Ticket(id="old", code="x", until=MOMENT + timedelta(seconds=1)))

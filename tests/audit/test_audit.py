@@ -64,7 +64,7 @@ async def fill(room: Strongroom) -> None:
         await room.database.find(Context("beta", "user:ada", {"tenant": "acme"}, "r3"), Note)
 
 
-async def test_it_says_who_changed_what_from_what_to_what(url: str) -> None:
+async def test_an_audit_record_has_the_actor_the_change_before_and_after(url: str) -> None:
     async with Strongroom.open(url, entities=[Note]) as room:
         await fill(room)
         created, updated, deleted = await everything(room, tenant="acme")
@@ -93,7 +93,7 @@ async def test_it_says_who_changed_what_from_what_to_what(url: str) -> None:
         ({"since": datetime(2000, 1, 1, tzinfo=UTC), "action": "deny"}, [" deny"]),
     ],
 )
-async def test_each_filter_finds_what_it_says(wanted: dict[str, Any], expected: list[str], room: Strongroom) -> None:
+async def test_each_filter_finds_its_records(wanted: dict[str, Any], expected: list[str], room: Strongroom) -> None:
     await fill(room)
     given = {"collection": "notes", **wanted}
     for limit in (1, 2, 100):
@@ -109,7 +109,7 @@ async def write(room: Strongroom, tenant: str, count: int, prefix: str = "n") ->
     await room.database.transaction(system_context(tenant), body)
 
 
-async def test_pages_of_any_length_give_each_record_once(room: Strongroom) -> None:
+async def test_pages_of_any_size_give_each_record_once(room: Strongroom) -> None:
     for number in range(3):
         await write(room, ("acme", "beta")[number % 2], 60, f"{number}-")
     whole = [one.sequence for one in await everything(room, 1_000)]
@@ -120,7 +120,7 @@ async def test_pages_of_any_length_give_each_record_once(room: Strongroom) -> No
         assert ours == [f"0-{n}" for n in range(60)] + [f"2-{n}" for n in range(60)]
 
 
-async def test_a_filter_that_few_records_meet_costs_a_bounded_look_and_goes_on(
+async def test_a_rare_filter_reads_a_bounded_part_of_the_journal_and_continues(
     room: Strongroom, store: FaultyStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(audit, "MAX_LOOKED_AT", 250)
@@ -135,7 +135,7 @@ async def test_a_filter_that_few_records_meet_costs_a_bounded_look_and_goes_on(
     assert rare.entity_id == "rare"
 
 
-async def test_a_page_ends_at_a_number_of_bytes(room: Strongroom, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_page_is_bounded_in_bytes(room: Strongroom, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(audit, "MAX_PAGE_BYTES", 3_000)
     acme = room.tenant("acme")
     for number in range(6):
@@ -146,7 +146,7 @@ async def test_a_page_ends_at_a_number_of_bytes(room: Strongroom, monkeypatch: p
 
 
 @pytest.mark.parametrize("scheme", STORES)
-async def test_a_time_to_begin_at_is_found_by_few_reads(scheme: str, tmp_path: Any) -> None:
+async def test_the_start_of_a_time_range_is_found_with_few_reads(scheme: str, tmp_path: Any) -> None:
     async with opened(new_url(scheme, tmp_path), entities=[Note]) as (room, store):
         with time_machine.travel(NOON - timedelta(days=10), tick=False) as clock:
             for number in range(8):
@@ -166,7 +166,7 @@ async def test_a_time_to_begin_at_is_found_by_few_reads(scheme: str, tmp_path: A
         assert len(days) == MAX_OPERATIONS // 3
 
 
-async def test_who_is_bound_to_a_tenant_reads_its_own_records_only(room: Strongroom) -> None:
+async def test_a_caller_bound_to_a_tenant_reads_only_its_records(room: Strongroom) -> None:
     await fill(room)
     bound = caller("acme", "user:ada")
     page = await room.audit.list(context=bound)
@@ -177,7 +177,7 @@ async def test_who_is_bound_to_a_tenant_reads_its_own_records_only(room: Strongr
     assert (denied.tenant, denied.action, denied.actor) == ("beta", "deny", "user:ada")
 
 
-async def test_a_cursor_leads_through_its_own_query_only(room: Strongroom) -> None:
+async def test_a_cursor_is_valid_for_its_own_query_only(room: Strongroom) -> None:
     await fill(room)
     cursor = (await room.audit.list(limit=1)).next_cursor
     assert cursor is not None
@@ -203,7 +203,7 @@ async def test_a_cursor_leads_through_its_own_query_only(room: Strongroom) -> No
         assert [problem.path for problem in caught.value.problems] == [path]
 
 
-async def test_hashes_of_keys_are_not_shown(room: Strongroom) -> None:
+async def test_audit_records_mask_key_hashes(room: Strongroom) -> None:
     """An imported hash has no pepper: whoever may read the trail could guess a weak text from it."""
     digest = hashlib.sha256(b"hunter2hunter2").hexdigest()
     known = await room.keys.create(name="k", tenant="acme")
@@ -222,7 +222,7 @@ async def test_hashes_of_keys_are_not_shown(room: Strongroom) -> None:
     assert found[2].before == found[2].after == {"hash": "***"}
 
 
-async def test_over_http_it_is_for_administrators_and_for_a_tenants_own_keys() -> None:
+async def test_over_http_only_administrators_and_the_tenants_own_keys_read_the_audit_trail() -> None:
     async with serving() as served:
         await served.post("/v1/tenants/acme/accounts", {"owner": "o", "token": "hunter2"}, X_Request_Id="r1")
         await served.post("/v1/tenants/beta/accounts", {"owner": "o"}, X_Request_Id="r2")
@@ -245,7 +245,7 @@ async def test_over_http_it_is_for_administrators_and_for_a_tenants_own_keys() -
         assert first["items"][0]["sequence"] < second["items"][0]["sequence"]
 
 
-def test_the_command_line_lists_it(
+def test_the_command_line_lists_audit_records(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("STRONGROOM_STORE", new_url("sqlite", tmp_path))

@@ -39,7 +39,7 @@ names = st.sampled_from(["policy", "signal", "actions", "a"])
 
 
 @given(st.tuples(st.none() | parts, names, parts), st.tuples(st.none() | parts, names, parts))
-def test_two_different_documents_never_have_one_key(
+def test_two_documents_never_share_a_cache_key(
     one: tuple[str | None, str, str], other: tuple[str | None, str, str]
 ) -> None:
     assume(one != other)
@@ -75,7 +75,7 @@ def test_what_can_be_stored_comes_back_equal_and_of_the_same_types(value: Any) -
     assert decode_body(encode_body([document, document], collection)) == [document, document]
 
 
-def test_an_absence_is_told_apart_from_everything_else() -> None:
+def test_a_cached_absence_differs_from_every_document() -> None:
     collection = Anything.__collection__
     assert encode_body(None, collection) == ABSENT
     assert encode_body([], collection) != ABSENT
@@ -91,13 +91,13 @@ def test_decimals_and_times_keep_every_digit() -> None:
 
 
 @given(st.binary(max_size=60), st.integers(0, 2**63 - 1), st.integers(0, 2**53))
-def test_an_envelope_gives_back_what_was_sealed_in_it(body: bytes, version: int, ticket: int) -> None:
+def test_an_envelope_returns_its_content(body: bytes, version: int, ticket: int) -> None:
     entry = Entry(body or ABSENT, version, ticket)
     assert unseal("a:b:c", 7, seal("a:b:c", 7, entry)) == entry
 
 
 @given(st.binary(min_size=1, max_size=60), st.data())
-def test_a_damaged_moved_or_foreign_envelope_is_not_believed(body: bytes, data: st.DataObject) -> None:
+def test_a_damaged_moved_or_foreign_envelope_is_rejected(body: bytes, data: st.DataObject) -> None:
     envelope = seal("a:b:c", 7, Entry(body, 3, 9))
     assert unseal("a:b:d", 7, envelope) is None
     assert unseal("a:b:c", 8, envelope) is None
@@ -108,14 +108,14 @@ def test_a_damaged_moved_or_foreign_envelope_is_not_believed(body: bytes, data: 
 
 
 @given(st.binary(max_size=80))
-def test_any_bytes_are_refused_or_read_but_never_fail(found: bytes) -> None:
+def test_decoding_an_envelope_of_any_bytes_never_raises(found: bytes) -> None:
     assert unseal("k", 1, found) is None or found.startswith(b"E1")
     with suppress(ValueError):
         decode_body(found)
 
 
 @pytest.mark.parametrize("field", ["other", "text"])
-def test_another_declaration_has_another_shape(field: str) -> None:
+def test_a_changed_declaration_has_another_shape(field: str) -> None:
     class One(Entity, collection="ones", cache=Cached(seconds=60)):
         text: str
 

@@ -82,7 +82,7 @@ async def test_entities_without_a_declaration_are_read_from_the_store(room: Stro
     assert reads(store, "notes") - before == 3
 
 
-async def test_a_stampede_is_one_read(room: Strongroom, store: FaultyStore) -> None:
+async def test_concurrent_reads_of_one_document_are_one_read_of_the_store(room: Strongroom, store: FaultyStore) -> None:
     acme = room.tenant("acme")
     await acme.create(policy())
     await quiet(room)
@@ -101,9 +101,7 @@ async def test_a_stampede_is_one_read(room: Strongroom, store: FaultyStore) -> N
     assert reads(store) - before == 1
 
 
-async def test_the_first_who_waits_may_go_away_without_ending_it_for_the_others(
-    room: Strongroom, store: FaultyStore
-) -> None:
+async def test_a_cancelled_reader_does_not_cancel_the_shared_read(room: Strongroom, store: FaultyStore) -> None:
     acme = room.tenant("acme")
     await acme.create(policy())
     await quiet(room)
@@ -126,7 +124,9 @@ async def test_the_first_who_waits_may_go_away_without_ending_it_for_the_others(
     assert reads(store) - before == 1
 
 
-async def test_a_failure_is_told_to_all_who_wait_and_not_remembered(room: Strongroom, store: FaultyStore) -> None:
+async def test_a_failed_shared_read_raises_for_every_caller_and_is_not_cached(
+    room: Strongroom, store: FaultyStore
+) -> None:
     acme = room.tenant("acme")
     await acme.create(policy())
     await quiet(room)
@@ -141,7 +141,7 @@ async def test_a_failure_is_told_to_all_who_wait_and_not_remembered(room: Strong
     assert (await acme.get(Policy, "p")).policy_name == "n"
 
 
-async def test_that_there_is_nothing_is_remembered_too_until_there_is(room: Strongroom, store: FaultyStore) -> None:
+async def test_the_absence_of_a_document_is_cached_until_it_is_created(room: Strongroom, store: FaultyStore) -> None:
     acme = room.tenant("acme")
     before = reads(store)
     for _ in range(4):
@@ -153,7 +153,7 @@ async def test_that_there_is_nothing_is_remembered_too_until_there_is(room: Stro
     assert (await acme.get(Policy, "p")).policy_name == "n"
 
 
-async def test_what_a_caller_does_to_what_it_got_is_its_own(room: Strongroom) -> None:
+async def test_a_caller_that_mutates_a_cached_document_changes_no_other_read(room: Strongroom) -> None:
     acme = room.tenant("acme")
     await acme.create(policy())
     await quiet(room)
@@ -166,7 +166,7 @@ async def test_what_a_caller_does_to_what_it_got_is_its_own(room: Strongroom) ->
 # --- Never old ------------------------------------------------------------------------------------------------
 
 
-async def test_one_reads_ones_own_writes(room: Strongroom) -> None:
+async def test_a_node_reads_its_own_writes(room: Strongroom) -> None:
     acme = room.tenant("acme")
     await acme.create(policy())
     for number in range(100):
@@ -179,7 +179,7 @@ async def test_one_reads_ones_own_writes(room: Strongroom) -> None:
     assert (await acme.get(Policy, "p")).policy_name == "again"
 
 
-async def test_a_slow_reader_does_not_put_back_what_was_overwritten(room: Strongroom, store: FaultyStore) -> None:
+async def test_a_slow_read_does_not_cache_an_overwritten_document(room: Strongroom, store: FaultyStore) -> None:
     acme = room.tenant("acme")
     await acme.create(policy(policy_name="old"))
     await quiet(room)
@@ -216,7 +216,7 @@ async def test_a_change_by_another_process_is_seen(tmp_path: Path) -> None:
         await wait_until(seen)
 
 
-async def test_a_journal_that_cannot_be_read_makes_reads_go_to_the_store(
+async def test_while_the_journal_cannot_be_read_reads_go_to_the_store(
     room: Strongroom, store: FaultyStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     acme = room.tenant("acme")
@@ -242,7 +242,7 @@ async def _unavailable(*_: Any, **__: Any) -> None:
     raise Unavailable("gone")
 
 
-async def test_a_record_that_is_not_understood_empties_the_cache(
+async def test_an_unknown_journal_record_clears_the_cache(
     room: Strongroom, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     acme = room.tenant("acme")
@@ -275,7 +275,7 @@ async def test_transactions_never_read_the_cache(room: Strongroom, store: Faulty
     assert (reads(store), reads(store, "actions")) == (before[0] + 1, before[1] + 1)
 
 
-async def test_the_repeat_of_a_call_is_answered_from_the_store(room: Strongroom, store: FaultyStore) -> None:
+async def test_an_idempotent_retry_is_answered_from_the_store(room: Strongroom, store: FaultyStore) -> None:
     acme = room.tenant("acme")
     made = await acme.create(policy(), idempotency_key="k")
     await quiet(room)
@@ -307,7 +307,7 @@ async def test_rules_decide_on_every_read(tmp_path: Path) -> None:
     assert [document["policy_name"] for document in asked] == ["n"] * len(asked)
 
 
-async def test_a_document_that_expires_while_it_is_cached_is_gone(room: Strongroom) -> None:
+async def test_a_cached_document_is_gone_once_it_expires(room: Strongroom) -> None:
     acme = room.tenant("acme")
     now = acme.context.now
     await acme.create(Signal(id="s", signal_type="t", timestamp_ns=1, expires_at=now + timedelta(seconds=30)))
@@ -317,7 +317,7 @@ async def test_a_document_that_expires_while_it_is_cached_is_gone(room: Strongro
 
 
 @pytest.mark.parametrize("other", ["acme:policy", "acme%3Apolicy", "ACME", "acme:policy:p", "a"])
-async def test_no_tenant_reads_anothers_entry(room: Strongroom, other: str) -> None:
+async def test_no_tenant_reads_the_cache_entry_of_another(room: Strongroom, other: str) -> None:
     await room.tenant("acme").create(policy())
     await quiet(room)
     await room.tenant("acme").get(Policy, "p")
@@ -325,7 +325,7 @@ async def test_no_tenant_reads_anothers_entry(room: Strongroom, other: str) -> N
         assert await room.tenant(other).get_or_none(Policy, id) is None
 
 
-async def test_memory_is_bounded(room: Strongroom, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_memory_of_the_cache_is_bounded(room: Strongroom, monkeypatch: pytest.MonkeyPatch) -> None:
     assert room.cache is not None
     room.cache.local_entries = 10
     acme = room.tenant("acme")
@@ -339,7 +339,7 @@ async def test_memory_is_bounded(room: Strongroom, monkeypatch: pytest.MonkeyPat
     assert room.cache._local_bytes == sum(len(key) + len(kept.body) for key, kept in room.cache._local.items())
 
 
-async def test_an_entry_ends_with_its_life(room: Strongroom, store: FaultyStore) -> None:
+async def test_an_entry_ends_with_its_time_to_live(room: Strongroom, store: FaultyStore) -> None:
     acme = room.tenant("acme")
     await acme.get_or_none(Policy, "p")
     assert room.cache is not None
@@ -380,7 +380,7 @@ async def test_a_declared_list_is_cached_and_follows_every_change(room: Strongro
     assert not (await room.tenant("beta").find(Action, PENDING)).items
 
 
-async def test_another_processs_change_of_a_list_is_seen_though_it_does_not_touch_the_lists_field(
+async def test_a_cached_list_follows_a_change_that_does_not_touch_its_filter_field(
     tmp_path: Path,
 ) -> None:
     url = new_url("sqlite", tmp_path)
@@ -432,7 +432,7 @@ async def test_any_other_query_goes_to_the_store(room: Strongroom, store: Faulty
 # --- Declaring ------------------------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_cached_is_refused_with_a_sentence() -> None:
+def test_a_cache_declaration_that_cannot_work_is_refused_with_a_reason() -> None:
     with pytest.raises(SchemaError, match="not journalled"):
 
         class One(Entity, collection="ones", journalled=False, cache=Cached(seconds=60)):
@@ -476,11 +476,11 @@ async def test_two_entities_cannot_share_a_name_in_the_cache(tmp_path: Path) -> 
             pytest.fail("it opened")
 
 
-async def test_an_id_that_cannot_be_one_is_refused_before_the_cache(room: Strongroom) -> None:
+async def test_an_invalid_id_is_refused_before_the_cache(room: Strongroom) -> None:
     with pytest.raises(InvalidInput):
         await room.tenant("acme").get(Policy, "x" * 600)
 
 
-def test_the_seeds_list_is_the_pending_actions_of_a_service() -> None:
+def test_the_list_of_seed_002_has_the_pending_actions_of_a_service() -> None:
     assert PENDING_ACTIONS.name == "actions"
     assert dict(PENDING_ACTIONS.where) == {"status": "pending"}

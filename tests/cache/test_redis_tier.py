@@ -68,7 +68,7 @@ async def told(*rooms: Strongroom) -> None:
 # --- Shared ---------------------------------------------------------------------------------------------------
 
 
-async def test_what_one_node_read_the_other_need_not(redis_url: str, tmp_path: Path) -> None:
+async def test_a_document_that_one_node_cached_is_not_read_by_another(redis_url: str, tmp_path: Path) -> None:
     async with nodes(tmp_path, redis_url, 2) as [(here, here_store), (there, there_store)]:
         made = await here.tenant("acme").create(policy())
         await told(here, there)
@@ -85,7 +85,7 @@ async def test_what_one_node_read_the_other_need_not(redis_url: str, tmp_path: P
         assert reads(here_store) == 1
 
 
-async def test_a_stampede_on_four_nodes_is_one_read(redis_url: str, tmp_path: Path) -> None:
+async def test_concurrent_reads_on_four_nodes_are_one_read_of_the_store(redis_url: str, tmp_path: Path) -> None:
     async with nodes(tmp_path, redis_url, 4) as four:
         rooms = [room for room, _ in four]
         await rooms[0].tenant("acme").create(policy())
@@ -96,7 +96,7 @@ async def test_a_stampede_on_four_nodes_is_one_read(redis_url: str, tmp_path: Pa
         assert sum(reads(store) for _, store in four) - before == 1
 
 
-async def test_a_node_whose_fill_does_not_come_holds_others_up_only_shortly(redis_url: str, tmp_path: Path) -> None:
+async def test_a_fill_that_does_not_finish_delays_other_nodes_only_briefly(redis_url: str, tmp_path: Path) -> None:
     async with nodes(tmp_path, redis_url, 2) as [(here, here_store), (there, _)]:
         await here.tenant("acme").create(policy())
         await told(here, there)
@@ -121,7 +121,9 @@ async def test_a_node_whose_fill_does_not_come_holds_others_up_only_shortly(redi
         await wait_until(lambda: refused.fills_refused == 1)
 
 
-async def test_absences_are_shared_and_end_with_a_creation_elsewhere(redis_url: str, tmp_path: Path) -> None:
+async def test_cached_absences_are_shared_and_end_when_another_node_creates_the_document(
+    redis_url: str, tmp_path: Path
+) -> None:
     async with nodes(tmp_path, redis_url, 2) as [(here, _), (there, there_store)]:
         assert await here.tenant("acme").get_or_none(Policy, "p") is None
         assert here.cache is not None
@@ -196,7 +198,7 @@ async def test_a_write_is_seen_by_the_other_node_within_a_second_and_never_goes_
         assert max(late) < 1.0
 
 
-async def test_what_redis_is_told_by_others_does_not_wait_for_the_journal(
+async def test_an_invalidation_through_redis_does_not_wait_for_the_journal(
     redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Redis pushes to a node what another removed of that which it has read."""
@@ -218,7 +220,7 @@ async def test_what_redis_is_told_by_others_does_not_wait_for_the_journal(
 
 
 @pytest.mark.parametrize("step", ["get", "claim"])
-async def test_an_entry_that_a_change_overtakes_on_its_way_from_redis_is_not_kept(
+async def test_an_entry_that_changes_on_its_way_from_redis_is_not_cached(
     redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     async with nodes(tmp_path, redis_url, 1) as [(room, _)]:
@@ -250,7 +252,7 @@ async def test_an_entry_that_a_change_overtakes_on_its_way_from_redis_is_not_kep
         assert (await acme.get(Policy, "p")).policy_name == "new"
 
 
-async def test_a_node_at_rest_takes_thousands_of_pushes_one_after_the_other(redis_url: str, tmp_path: Path) -> None:
+async def test_an_idle_node_processes_thousands_of_invalidations(redis_url: str, tmp_path: Path) -> None:
     async with nodes(tmp_path, redis_url, 1) as [(room, _)], connect(redis_url) as client:
         assert room.cache is not None
         assert room.cache._redis is not None
@@ -287,7 +289,7 @@ async def test_a_crash_between_a_commit_and_its_invalidation_leaves_nothing_old(
         assert room.cache.counters.unusable == 1
 
 
-async def test_invalidations_that_one_node_cannot_deliver_reach_the_others_all_the_same(
+async def test_an_invalidation_that_one_node_cannot_send_still_reaches_the_others(
     redis_server: RedisServer, tmp_path: Path
 ) -> None:
     """The writer is cut off from Redis, the reader is not."""
@@ -320,9 +322,7 @@ async def test_invalidations_that_one_node_cannot_deliver_reach_the_others_all_t
             assert (await writer.tenant("acme").get(Policy, "p")).policy_name == "new"
 
 
-async def test_a_redis_that_comes_back_from_an_old_snapshot_is_not_believed(
-    redis_server: RedisServer, tmp_path: Path
-) -> None:
+async def test_a_redis_restored_from_an_old_snapshot_is_not_trusted(redis_server: RedisServer, tmp_path: Path) -> None:
     async with nodes(tmp_path, redis_server.url, 1) as [(room, _)]:
         acme = room.tenant("acme")
         await acme.create(policy(policy_name="old"))
@@ -359,7 +359,7 @@ async def answers_while(room: Strongroom, writes: int = 20) -> None:
         assert [one.rules["n"] for one in found] == [number] * 5
 
 
-async def test_redis_killed_and_back(redis_server: RedisServer, tmp_path: Path) -> None:
+async def test_a_killed_redis_that_returns_is_used_again(redis_server: RedisServer, tmp_path: Path) -> None:
     async with nodes(tmp_path, redis_server.url, 2) as [(here, _), (there, _)]:
         await answers_while(here)
         redis_server.kill()
@@ -373,7 +373,7 @@ async def test_redis_killed_and_back(redis_server: RedisServer, tmp_path: Path) 
         assert here.cache.counters.connections == 2
 
 
-async def test_redis_that_is_not_there_at_the_start_does_not_hold_it_up(tmp_path: Path) -> None:
+async def test_a_missing_redis_does_not_delay_the_start(tmp_path: Path) -> None:
     folder = tmp_path / "redis"
     folder.mkdir()
     server = RedisServer(folder)
@@ -387,7 +387,7 @@ async def test_redis_that_is_not_there_at_the_start_does_not_hold_it_up(tmp_path
             server.kill()
 
 
-async def test_redis_flushed_under_load(redis_server: RedisServer, tmp_path: Path) -> None:
+async def test_a_flush_of_redis_under_load_returns_nothing_stale(redis_server: RedisServer, tmp_path: Path) -> None:
     async with (
         nodes(tmp_path, redis_server.url, 1) as [(room, _)],
         connect(redis_server.url) as client,
@@ -407,7 +407,9 @@ async def test_redis_flushed_under_load(redis_server: RedisServer, tmp_path: Pat
         assert counters.redis_hits == hits + 1
 
 
-async def test_a_black_hole_costs_a_reader_one_short_wait(redis_server: RedisServer, tmp_path: Path) -> None:
+async def test_a_redis_that_does_not_answer_costs_a_reader_one_short_wait(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
     async with proxy_before(redis_server.port) as proxy, node_behind(proxy, tmp_path) as (room, store):
         assert room.cache is not None
         room.cache.local_entries = 0
@@ -446,7 +448,7 @@ async def test_a_slow_redis_is_waited_for_within_the_bound_and_keeps_its_connect
         assert room.cache.counters.connections == 1
 
 
-async def test_a_full_redis_is_a_cache_that_keeps_nothing(redis_server: RedisServer, tmp_path: Path) -> None:
+async def test_a_full_redis_only_loses_cache_entries(redis_server: RedisServer, tmp_path: Path) -> None:
     async with (
         nodes(tmp_path, redis_server.url, 1) as [(room, _)],
         connect(redis_server.url) as client,
@@ -463,7 +465,7 @@ async def test_a_full_redis_is_a_cache_that_keeps_nothing(redis_server: RedisSer
 
 
 @pytest.mark.parametrize("found", ["garbage", "empty", "list", "other key", "old format", "truncated"])
-async def test_what_is_not_an_entry_is_replaced(redis_url: str, tmp_path: Path, found: str) -> None:
+async def test_a_value_in_redis_that_is_no_entry_is_replaced(redis_url: str, tmp_path: Path, found: str) -> None:
     async with nodes(tmp_path, redis_url, 1) as [(room, _)], connect(redis_url) as client:
         assert room.cache is not None
         assert room.cache._redis is not None
@@ -496,7 +498,7 @@ async def test_what_is_not_an_entry_is_replaced(redis_url: str, tmp_path: Path, 
         assert (await client.get(key))[22:] == good[22:]
 
 
-async def test_scripts_that_were_flushed_are_loaded_again(redis_server: RedisServer, tmp_path: Path) -> None:
+async def test_flushed_redis_scripts_are_loaded_again(redis_server: RedisServer, tmp_path: Path) -> None:
     async with (
         nodes(tmp_path, redis_server.url, 1) as [(room, _)],
         connect(redis_server.url) as client,
@@ -515,7 +517,7 @@ async def test_scripts_that_were_flushed_are_loaded_again(redis_server: RedisSer
 HOSTILE = ["acme", "acme:policy", "acme:policy:p", ":", "acme%3Apolicy", "*", "acme\nx", "policy", "é", "p"]
 
 
-async def test_no_tenant_ever_reads_anothers_document_through_redis(redis_url: str, tmp_path: Path) -> None:
+async def test_no_tenant_reads_the_document_of_another_through_redis(redis_url: str, tmp_path: Path) -> None:
     async with nodes(tmp_path, redis_url, 1) as [(room, _)]:
         assert room.cache is not None
         room.cache.local_entries = 0
@@ -533,7 +535,7 @@ async def test_no_tenant_ever_reads_anothers_document_through_redis(redis_url: s
         await wait_until(all_are_their_own)  # on a busy machine some answers of Redis come too late
 
 
-async def test_two_stores_on_one_redis_do_not_meet(redis_url: str, tmp_path: Path) -> None:
+async def test_two_stores_on_one_redis_share_no_entries(redis_url: str, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     async with (
@@ -546,7 +548,7 @@ async def test_two_stores_on_one_redis_do_not_meet(redis_url: str, tmp_path: Pat
         assert await there.tenant("acme").get_or_none(Policy, "p") is None
 
 
-async def test_a_copy_of_a_store_is_another_store(redis_url: str, tmp_path: Path) -> None:
+async def test_a_copy_of_a_store_shares_no_entries_with_it(redis_url: str, tmp_path: Path) -> None:
     async with nodes(tmp_path, redis_url, 1) as [(room, _)]:
         await room.tenant("acme").create(policy())
         assert room.cache is not None
@@ -564,7 +566,7 @@ async def test_a_copy_of_a_store_is_another_store(redis_url: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("url", ["http://localhost", "redis://localhost:nonsense/0", "localhost:6379", ""])
-async def test_a_url_that_is_none_is_refused_without_its_password(tmp_path: Path, url: str) -> None:
+async def test_an_invalid_redis_url_is_refused_without_its_password(tmp_path: Path, url: str) -> None:
     with pytest.raises(ConfigError, match="cache: expected redis://"):
         async with Strongroom.open(new_url("json-memory", tmp_path), cache=url):
             pytest.fail("it opened")

@@ -29,7 +29,7 @@ class Source:
         return number
 
 
-async def test_many_callers_read_once() -> None:
+async def test_concurrent_callers_share_one_read() -> None:
     joined: JoinedReads[int] = JoinedReads()
     source = Source()
     calls = [asyncio.create_task(joined.get("k", 1, source.read)) for _ in range(5)]
@@ -40,7 +40,7 @@ async def test_many_callers_read_once() -> None:
     assert await joined.get("k", 1, source.read) == 3
 
 
-async def test_who_comes_after_a_change_does_not_join_a_read_from_before_it() -> None:
+async def test_a_caller_after_a_change_does_not_join_an_earlier_read() -> None:
     joined: JoinedReads[int] = JoinedReads()
     source = Source()
     before = asyncio.create_task(joined.get("k", 1, source.read))
@@ -51,7 +51,7 @@ async def test_who_comes_after_a_change_does_not_join_a_read_from_before_it() ->
     assert [await before, *await asyncio.gather(*after)] == [1, 2, 2]
 
 
-async def test_an_error_is_every_callers_and_a_caller_who_goes_away_is_nobodys() -> None:
+async def test_an_error_reaches_every_caller_and_a_cancellation_only_its_own() -> None:
     joined: JoinedReads[int] = JoinedReads()
     source = Source()
     calls = [asyncio.create_task(joined.get("k", 1, source.read)) for _ in range(3)]
@@ -65,7 +65,7 @@ async def test_an_error_is_every_callers_and_a_caller_who_goes_away_is_nobodys()
     assert found == [source.error] * 3
 
 
-async def test_what_is_changed_all_the_time_is_tried_again_for_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_read_that_keeps_changing_is_retried_for_a_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patience, "PATIENCE_S", 0.05)
     tries, attempts = Patience("it is being changed too quickly"), 0
     while await tries.another():

@@ -369,7 +369,7 @@ def quick_takeover(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_no_read_is_older_than_what_its_node_knows(
+def test_no_read_is_older_than_what_its_node_has_seen(
     redis_server: RedisServer, quick_takeover: None, tmp_path: Path
 ) -> None:
     class Machine(Nodes):

@@ -107,7 +107,7 @@ def below(command: Any, name: str = "") -> Iterator[str]:
         yield from below(inner, f"{name} {part}".strip())
 
 
-def test_these_are_the_commands() -> None:
+def test_the_commands_are_exactly_these() -> None:
     assert sorted(below(typer.main.get_command(app))) == sorted(COMMANDS)
 
 
@@ -121,7 +121,7 @@ def test_every_command_has_an_example_and_the_common_options(run: Run, command: 
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["keys", "--help"], ["import", "--help"]])
-def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+def test_help_imports_no_heavy_module(arguments: list[str]) -> None:
     heavy = "strongroom.app pydantic_settings sqlalchemy fastapi uvicorn rich cryptography msgspec apsw asyncio"
     if arguments == ["--help"]:
         heavy += " pydantic"  # which Typer itself imports to read an option
@@ -134,7 +134,7 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     assert ran.stdout
 
 
-def test_the_version(run: Run) -> None:
+def test_version_prints_the_version(run: Run) -> None:
     assert run("--version").out == f"strongroom {__version__}\n"
 
 
@@ -187,7 +187,7 @@ def test_the_reference_says_every_command_and_setting() -> None:
         (["import", "no-such-file.json"], 1, "key_file", "no such file"),
     ],
 )  # fmt: skip
-def test_a_failure_is_a_status_and_a_sentence_or_a_document(
+def test_a_failure_sets_the_status_and_prints_a_sentence_or_a_json_document(
     run: Run, arguments: list[str], status: int, code: str, words: str
 ) -> None:
     ran = run(*arguments)
@@ -224,7 +224,7 @@ def test_each_error_has_its_status_and_no_traceback(
     assert run("keys", "list", "--json").json["error"]["message"]
 
 
-def test_a_traceback_is_shown_when_it_is_asked_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_traceback_is_shown_on_request_only(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> Any:
         raise RuntimeError("boom")
 
@@ -236,7 +236,7 @@ def test_a_traceback_is_shown_when_it_is_asked_for(run: Run, monkeypatch: pytest
     assert ran.json["error"]["code"] == "internal"
 
 
-def test_statuses_reach_the_shell(tmp_path: Path) -> None:
+def test_exit_statuses_reach_the_shell(tmp_path: Path) -> None:
     store = f"sqlite:///{tmp_path}/store.db"
     (tmp_path / "store.db").touch()
     assert process("--version").status == 0
@@ -244,7 +244,7 @@ def test_statuses_reach_the_shell(tmp_path: Path) -> None:
     assert process("keys", "show", "--store", store).status == 2
 
 
-def test_a_reader_that_leaves_is_no_error_worth_a_word(tmp_path: Path) -> None:
+def test_a_closed_pipe_prints_no_error(tmp_path: Path) -> None:
     command = f"{sys.executable} -m strongroom.cli schema export | head -1"
     ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert (ran.stdout, ran.stderr) == ("{\n", "")
@@ -269,7 +269,7 @@ def test_a_json_store_that_another_process_uses_is_refused_with_a_sentence(run: 
 # --- Keys -------------------------------------------------------------------------------------------------------
 
 
-def test_a_key_from_its_making_to_its_end(run: Run) -> None:
+def test_a_key_is_created_changed_and_deleted_by_commands(run: Run) -> None:
     ran = run(
         "keys", "create", "--name", "billing worker", "--tenant", "acme", "--user", "u1", "--permission", "chat:write",
         "--limit", "tokens=1000/5h", "--limit", "cost=2.50/calendar:day@Europe/Berlin", "--expires", "90d",
@@ -306,7 +306,7 @@ def test_a_key_from_its_making_to_its_end(run: Run) -> None:
     assert run("keys", "list", "--json").json == {"items": [], "next_cursor": None}
 
 
-def test_everything_that_is_wrong_with_a_call_is_told_at_once(run: Run) -> None:
+def test_every_problem_of_a_call_is_reported_at_once(run: Run) -> None:
     ran = run(
         "keys", "create", "--name", "", "--limit", "nonsense", "--limit", "tokens=1/5h", "--limit",
         "tokens=1/calendar:eon", "--limit", "tokens=x/5h", "--expires", "soon", "--allow-ip", "nowhere",
@@ -320,7 +320,7 @@ def test_everything_that_is_wrong_with_a_call_is_told_at_once(run: Run) -> None:
     assert ran.err.splitlines()[0] == "strongroom: 2 things are wrong:"
 
 
-def test_the_text_is_shown_once_with_a_notice(run: Run) -> None:
+def test_the_secret_is_shown_once_with_a_notice(run: Run) -> None:
     ran = run("keys", "create", "--name", "worker")
     (text,) = re.findall(r"sr_SR1\w{49}", ran.out)
     assert ran.out == f"{text}\n"  # a pipe gets nothing else
@@ -361,7 +361,7 @@ def test_a_plain_table_is_aligned_and_shows_no_control_characters(run: Run) -> N
     assert "李娜 \ufffd[31m[red]" in lines[1]
 
 
-def test_a_terminal_gets_a_table_with_names_as_they_are(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_shows_a_table_with_names_unescaped(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     created(run, "--name", "[red]danger[/red] \x1b[31m")
     monkeypatch.setattr(output, "_is_terminal", lambda stream: True)
     monkeypatch.setenv("COLUMNS", "200")
@@ -369,7 +369,7 @@ def test_a_terminal_gets_a_table_with_names_as_they_are(run: Run, monkeypatch: p
     assert "[red]danger[/red] \ufffd[31m" in ran.out
 
 
-def test_delete_asks_at_a_terminal(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_delete_asks_for_confirmation_at_a_terminal(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     key = created(run)
     monkeypatch.setattr("strongroom.cli.options.is_interactive", lambda: True)
     ran = run("keys", "delete", key["id"], stdin="n\n")
@@ -394,7 +394,7 @@ def test_changes_are_in_the_journal_under_the_operators_name(run: Run, tmp_path:
     assert actor.startswith("cli:")
 
 
-def test_a_store_on_the_command_line_outranks_the_environment(run: Run, tmp_path: Path) -> None:
+def test_the_store_option_overrides_the_environment(run: Run, tmp_path: Path) -> None:
     created(run, "--store", f"sqlite:///{tmp_path}/other.db")
     assert run("keys", "list", "--json").json["items"] == []
 
@@ -457,7 +457,7 @@ def test_limits_of_some_models_and_on_concurrency_have_a_short_form() -> None:
 
 
 @given(st.text(max_size=30) | st.from_regex(r"[a-z]{1,5}=[0-9.]{0,6}/[a-z0-9:@+/ =]{0,12}", fullmatch=True))
-def test_a_short_form_is_read_or_refused(text: str) -> None:
+def test_a_short_form_of_a_limit_is_read_or_refused(text: str) -> None:
     for read in (
         shortforms.limit,
         shortforms.seconds,
@@ -473,7 +473,7 @@ def test_a_short_form_is_read_or_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["2027-01-01T00:00:00", "soon", "5", "h", "-5h", "999999999999w", ""])
-def test_times_that_are_none_are_refused(text: str) -> None:
+def test_invalid_times_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="found"):
         shortforms.moment(text, datetime.now(UTC))
 
@@ -532,7 +532,7 @@ def test_serve_runs_until_it_is_stopped_and_keeps_standard_output_clean(tmp_path
     assert f"(strongroom {__version__}, store sqlite:///{tmp_path}/store.db, limits durable)" in lines[-1]
 
 
-def test_serve_says_what_is_wrong_with_its_settings(run: Run) -> None:
+def test_serve_reports_wrong_settings(run: Run) -> None:
     ran = run("serve", "--workers", "2", "--store", "json:///x.json")
     assert (ran.status, ran.out) == (2, "")
     assert ran.err.startswith("strongroom: --workers=2 and a json: store")

@@ -29,7 +29,7 @@ def looked(run: Run, *options: str) -> tuple[int, dict[str, tuple[str, str, str]
     return ran.status, checks
 
 
-def test_a_healthy_store_is_ok_in_each_respect(run: Run, tmp_path: Path) -> None:
+def test_doctor_passes_every_check_on_a_healthy_store(run: Run, tmp_path: Path) -> None:
     assert run("keys", "create", "--name", "a", "--tenant", "*", "--permission", "strongroom:admin").status == 0
     status, checks = looked(run)
     assert (status, set(checks)) == (
@@ -41,7 +41,7 @@ def test_a_healthy_store_is_ok_in_each_respect(run: Run, tmp_path: Path) -> None
     assert lines[0].split()[:2] == ["ok", "settings"]
 
 
-def test_what_is_wrong_is_named_with_a_remedy(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_names_each_problem_with_a_remedy(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     created(run)
     status, checks = looked(run)
     assert (status, checks["administrator"][0]) == (0, "warn")
@@ -64,7 +64,7 @@ def test_what_is_wrong_is_named_with_a_remedy(run: Run, tmp_path: Path, monkeypa
     assert (tmp_path / "empty.json").read_bytes() == before
 
 
-def test_a_store_that_was_moved_says_where_its_data_is(run: Run, tmp_path: Path) -> None:
+def test_doctor_names_the_store_to_which_the_data_moved(run: Run, tmp_path: Path) -> None:
     created(run)
     both = ("--from", f"sqlite:///{tmp_path}/store.db", "--to", f"json:///{tmp_path}/there.json")
     assert run("migrate", *both, "--live").status == 0
@@ -73,14 +73,14 @@ def test_a_store_that_was_moved_says_where_its_data_is(run: Run, tmp_path: Path)
     assert f"sqlite:///{tmp_path}/store.db" in checks["writes"][1]
 
 
-def test_an_unreachable_store_is_a_failed_check(run: Run) -> None:
+def test_doctor_fails_the_check_of_an_unreachable_store(run: Run) -> None:
     status, checks = looked(run, "--store", f"postgresql://app:secret@127.0.0.1:{free_port()}/x")
     assert (status, checks["store"][0]) == (1, "fail")
     assert "secret" not in checks["store"][1]
     assert "reach it" in checks["store"][2]
 
 
-def test_postgresql_is_asked_for_its_roles_clock_and_durability(
+def test_doctor_checks_postgresqls_roles_clock_and_durability(
     run: Run, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = postgres.start(request, "postgres-18", postgres.bundled())
@@ -117,7 +117,7 @@ def test_postgresql_is_asked_for_its_roles_clock_and_durability(
     assert "synchronous_commit is off" in checks["disk sync"][1]
 
 
-def test_a_store_that_does_not_answer_is_a_failed_check(
+def test_doctor_fails_the_check_of_a_store_that_does_not_answer(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def away(self: Any) -> Any:
@@ -134,7 +134,9 @@ def test_a_store_that_does_not_answer_is_a_failed_check(
 # --- The administrator's key ------------------------------------------------------------------------------------
 
 
-def test_a_lost_administrators_key_is_replaced_without_any_key(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_administrators_key_is_replaced_with_access_to_the_store_alone(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = run("keys", "recover-administrator", "--yes").out.strip()
     assert run("keys", "verify", first, "--permission", "strongroom:admin").status == 0
     administrator = ("--tenant", "*", "--permission", "strongroom:admin")

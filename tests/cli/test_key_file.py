@@ -86,7 +86,7 @@ def test_the_broken_file_imports_nothing_and_all_nine_rows_are_named(run: Run) -
     assert (ran.json["rows"], ran.json["refused"], ran.json["written"]) == (12, 8, 0)
 
 
-def test_the_right_rows_of_the_broken_file_are_imported_on_request(run: Run) -> None:
+def test_valid_rows_of_the_broken_file_are_imported_on_request(run: Run) -> None:
     with time_machine.travel(NOW, tick=False):
         ran = run("import", BROKEN, "--skip-invalid", "--json")
         assert (ran.status, ran.json["new"], ran.json["refused"], ran.json["written"]) == (0, 4, 8, 4)
@@ -99,7 +99,7 @@ def test_the_right_rows_of_the_broken_file_are_imported_on_request(run: Run) -> 
     assert codes["Asha Rao 7"] == "NOT_FOUND"
 
 
-def test_a_dry_run_says_what_it_would_do_and_writes_nothing(run: Run) -> None:
+def test_a_dry_run_reports_its_effect_and_writes_nothing(run: Run) -> None:
     ran = run("import", PLAIN, "--dry-run", "--json")
     assert (ran.status, ran.json["new"], ran.json["written"], ran.json["dry_run"]) == (0, 40, 0, True)
     assert ran.json["checksums"] is None
@@ -108,7 +108,7 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(run: Run) -> None:
     assert run("import", BROKEN, "--dry-run").status == 1
 
 
-def test_counts_and_checksums_are_told_and_twice_is_once(run: Run, tmp_path: Path) -> None:
+def test_an_import_reports_counts_and_checksums_and_can_be_repeated(run: Run, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/store.db"
     for file, count in ((PLAIN, 40), (HASHED, 25)):
         first = run("import", file, "--tenant", "acme", "--json").json
@@ -124,7 +124,7 @@ def test_counts_and_checksums_are_told_and_twice_is_once(run: Run, tmp_path: Pat
     assert "(40 keys)" in said
 
 
-def test_differences_are_told_and_taken_on_request(run: Run, tmp_path: Path) -> None:
+def test_differences_are_reported_and_applied_on_request(run: Run, tmp_path: Path) -> None:
     run("import", PLAIN)
     rows = json.loads(Path(PLAIN).read_text())
     rows["keys"][0]["name"] = "renamed"
@@ -171,7 +171,7 @@ def test_an_import_whose_checksums_differ_fails(run: Run, monkeypatch: pytest.Mo
         ('{"users": []}', 'has no "keys"'),
     ],
 )
-def test_a_file_that_cannot_be_read_is_one_sentence(
+def test_an_unreadable_file_is_reported_in_one_sentence(
     run: Run, tmp_path: Path, content: str | None, sentence: str
 ) -> None:
     file = tmp_path / "keys.json"
@@ -182,7 +182,7 @@ def test_a_file_that_cannot_be_read_is_one_sentence(
     assert ran.err.startswith(f"strongroom: {file}: {sentence}")
 
 
-def test_a_folder_a_forbidden_and_a_huge_file_are_one_sentence(
+def test_a_folder_a_forbidden_file_and_a_huge_file_are_reported_in_one_sentence(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run("import", str(tmp_path)).err == f"strongroom: {tmp_path}: is a directory\n"
@@ -238,7 +238,7 @@ def test_an_export_that_fails_leaves_the_old_file_and_no_other(
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_an_export_never_overwrites_a_file_that_came_meanwhile(
+def test_an_export_never_overwrites_a_file_that_appeared_meanwhile(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
 ) -> None:
     def none(*_: Any) -> None:
@@ -254,7 +254,7 @@ def test_an_export_never_overwrites_a_file_that_came_meanwhile(
     assert file.read_text() == "theirs"
 
 
-def test_a_round_trip_between_stores(run: Run, tmp_path: Path) -> None:
+def test_an_export_imported_into_another_store_exports_the_same(run: Run, tmp_path: Path) -> None:
     with time_machine.travel(NOW, tick=False):
         for shape, file in (("plain", PLAIN), ("hashed", HASHED)):
             one, two = tmp_path / f"{shape}-1.json", tmp_path / f"{shape}-2.json"
@@ -266,7 +266,7 @@ def test_a_round_trip_between_stores(run: Run, tmp_path: Path) -> None:
             assert one.read_bytes() == two.read_bytes()
 
 
-def test_what_a_shape_cannot_say_is_told(run: Run, tmp_path: Path) -> None:
+def test_an_export_reports_what_its_format_cannot_hold(run: Run, tmp_path: Path) -> None:
     id = json.loads(run("keys", "create", "--name", "off", "--json").out)["id"]
     run("keys", "disable", id)
     run("keys", "create", "--name", "on", "--permission", "chat:write")
@@ -303,7 +303,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_an_import_that_is_stopped_is_completed_by_the_same_command(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_stopped_import_is_completed_by_the_same_command(tmp_path: Path, number: signal.Signals) -> None:
     count = 3_000
     file, url = generated(tmp_path / "keys.json", count), f"sqlite:///{tmp_path}/store.db"
     command = [sys.executable, "-c", STOPPING_IN_ITS_SECOND_TRANSACTION, "import", str(file), "--store", url]
@@ -354,7 +354,7 @@ def test_progress_is_on_standard_error_only_when_that_is_a_terminal(tmp_path: Pa
     assert process("import", str(file), "--store", url, "--json").err == ""
 
 
-def test_an_unknown_shape_is_told_in_words(run: Run) -> None:
+def test_an_unknown_format_is_refused_with_a_sentence(run: Run) -> None:
     ran = run("export", "keys.json", "--shape", "xml")
     assert ran.status == 2
     assert ran.err.startswith("strongroom: --shape: found 'xml', expected one of 'plain', 'hashed', 'records'")

@@ -61,7 +61,7 @@ def code(run: Run, text: str) -> str:
     return str(run("verify", "--json", stdin=text + "\n").json["code"])
 
 
-def test_a_key_is_made_with_what_there_is_to_say_of_it(run: Run) -> None:
+def test_a_key_is_created_with_every_field(run: Run) -> None:
     key = created(
         run, "--owner", "ops", "--description", "nightly", "--environment", "test", "--group", "trial", "--model",
         "small", "--route", "GET /*", "--rotate-every", "90d", "--rotation-overlap", "7d",
@@ -78,7 +78,7 @@ def test_a_key_is_made_with_what_there_is_to_say_of_it(run: Run) -> None:
     assert ran.status == 2
 
 
-def test_a_held_text_is_claimed(run: Run) -> None:
+def test_a_held_secret_is_claimed(run: Run) -> None:
     key = created(run)
     ran = run("rotate", key["id"], "--hold", "--overlap", "1h")
     assert "strongroom keys claim" in ran.err
@@ -108,7 +108,7 @@ def test_a_deleted_key_is_restored_or_purged(run: Run) -> None:
     assert run("show", key["id"]).status == 1
 
 
-def test_lists_are_filtered(run: Run) -> None:
+def test_keys_list_filters(run: Run) -> None:
     live, test = created(run, "--owner", "ops"), created(run, "--environment", "test")
     for options, expected in (
         (["--owner", "ops"], [live]),
@@ -124,7 +124,7 @@ def test_lists_are_filtered(run: Run) -> None:
     assert [p["path"] for p in ran.json["error"]["errors"]] == ["created_after", "created_before", "environment"]
 
 
-def test_many_keys_are_changed_at_once(run: Run) -> None:
+def test_keys_are_changed_in_bulk(run: Run) -> None:
     keys = [created(run, "--tenant", tenant) for tenant in ("acme", "acme", "beta")]
     ran = run("bulk", "disable", "--tenant", "acme", "--dry-run")
     assert ran.out == "2 would be changed, 0 were so already, 0 failed\n"
@@ -159,13 +159,13 @@ def test_many_keys_are_changed_at_once(run: Run) -> None:
         (["disable", "--all", "--cursor", "x", "--yes"], "cursor"),
     ],
 )
-def test_wrong_work_on_many_keys_is_a_wrong_call(run: Run, arguments: list[str], said: str) -> None:
+def test_an_invalid_bulk_change_has_status_2(run: Run, arguments: list[str], said: str) -> None:
     ran = run("bulk", *arguments)
     assert ran.status == 2
     assert said in ran.err
 
 
-def test_whoever_says_no_changes_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answering_no_changes_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     key = created(run)
     monkeypatch.setattr("strongroom.cli.options.is_interactive", lambda: True)
     ran = run("bulk", "delete", "--all", stdin="n\n")
@@ -190,7 +190,7 @@ LIMITS = [
 ]
 
 
-def test_everything_of_a_limit_is_shown_as_it_can_be_given(run: Run) -> None:
+def test_a_limit_is_shown_in_the_form_in_which_it_is_given(run: Run) -> None:
     key = created(run, *(option for limit in LIMITS for option in ("--limit", limit)))
     lines = run("show", key["id"]).out.splitlines()
     first = next(number for number, line in enumerate(lines) if line.startswith("limits "))
@@ -202,7 +202,7 @@ def test_everything_of_a_limit_is_shown_as_it_can_be_given(run: Run) -> None:
     assert again["limits"] == key["limits"]
 
 
-def test_everything_of_where_a_limit_stands_is_shown(run: Run, tmp_path: Path) -> None:
+def test_the_status_of_a_limit_is_shown_completely(run: Run, tmp_path: Path) -> None:
     key = created(
         run, "--tenant", "acme", "--limit", "tokens=100/1h models=gpt-*", "--limit", "cost=9/total+1/day", "--limit",
         "concurrency=2",
@@ -247,7 +247,7 @@ def table(out: str) -> list[dict[str, str]]:
     ]
 
 
-def test_what_is_deleted_for_good_is_said_to_be_and_nothing_else(run: Run) -> None:
+def test_only_a_purge_is_reported_as_permanent(run: Run) -> None:
     key = created(run)
     assert "cannot be undone" not in run("delete", key["id"]).err
     assert "cannot be undone" in run("delete", key["id"], "--purge").err
@@ -257,7 +257,7 @@ def test_what_is_deleted_for_good_is_said_to_be_and_nothing_else(run: Run) -> No
 # --- Changing one key, and listing all ----------------------------------------------------------------------------
 
 
-def test_a_key_is_updated_field_by_field_and_the_rest_stays(run: Run) -> None:
+def test_an_update_sets_the_given_fields_and_keeps_the_others(run: Run) -> None:
     key = created(run, "--user", "u1", "--limit", "tokens=100/5h", "--metadata", "plan=free", "--expires", "30d")
     changed = run("update", key["id"], "--name", "renamed", "--limit", "tokens=200/5h", "--group", "trial", "--json")
     assert changed.status == 0
@@ -272,7 +272,7 @@ def test_a_key_is_updated_field_by_field_and_the_rest_stays(run: Run) -> None:
     assert run("update", key["id"], "--clear", "metadata", "--json").json["metadata"] == {}
 
 
-def test_everything_wrong_with_an_update_is_told_at_once(run: Run) -> None:
+def test_every_problem_of_an_update_is_reported_at_once(run: Run) -> None:
     key = created(run)
     wrong = ("--limit", "tokens", "--expires", "soon", "--clear", "tenant", "--clear", "expires", "--metadata", "x")
     told = run("update", key["id"], *wrong, "--json").json["error"]["errors"]

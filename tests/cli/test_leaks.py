@@ -32,7 +32,7 @@ def test_a_policy_is_shown_and_set(run: Run) -> None:
     assert run("leaks", "policy", "acme", "--set", "disable", "--json").json["overlap_s"] is None
 
 
-def test_texts_are_reported_a_line_each_and_never_printed(run: Run, tmp_path: Path) -> None:
+def test_leaked_secrets_are_reported_one_a_line_and_never_printed(run: Run, tmp_path: Path) -> None:
     run("leaks", "policy", "acme", "--set", "disable")
     made, unknown = make(run), generate()
     ran = run("leaks", "report", "--url", "https://x.example/1", "--json", stdin=f"\n{made['key']}\n {unknown} \n")
@@ -72,7 +72,7 @@ def test_texts_are_reported_a_line_each_and_never_printed(run: Run, tmp_path: Pa
         (["policy", ""], "", "tenant"),
     ],
 )
-def test_a_wrong_call_is_a_sentence(run: Run, arguments: list[str], stdin: str, words: str) -> None:
+def test_a_wrong_call_is_refused_with_a_sentence(run: Run, arguments: list[str], stdin: str, words: str) -> None:
     ran = run("leaks", *arguments, stdin=stdin)
     assert (ran.status, ran.out) == (2, "")
     assert words in ran.err

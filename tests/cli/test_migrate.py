@@ -41,7 +41,7 @@ def rows(file: Path, table: str = "api_keys") -> list[Any]:
         return connection.execute(f"SELECT id, name, hash, created_at FROM {table} ORDER BY id").fetchall()
 
 
-def test_a_store_is_planned_moved_and_told_of(run: Run, source: str, tmp_path: Path) -> None:
+def test_migrate_plans_moves_and_reports(run: Run, source: str, tmp_path: Path) -> None:
     target = f"sqlite:///{tmp_path}/target.db"
     plan = run("migrate", "--from", source, "--to", target, "--plan")
     assert (plan.status, plan.err) == (0, "")
@@ -64,7 +64,7 @@ def test_a_store_is_planned_moved_and_told_of(run: Run, source: str, tmp_path: P
     assert len(run("keys", "list", "--store", target, "--json").json["items"]) == 3
 
 
-def test_everything_wrong_with_a_call_is_told_at_once_and_nothing_is_made(run: Run, tmp_path: Path) -> None:
+def test_every_problem_of_a_call_is_reported_at_once_and_no_store_is_created(run: Run, tmp_path: Path) -> None:
     missing = f"sqlite:///{tmp_path}/nothing/here.db"
     ran = run("migrate", "--from", missing, "--to", "nonsense://user:secret@host/x", "--abort", "--rollback", "--json")
     assert ran.status == 2
@@ -79,7 +79,7 @@ def test_everything_wrong_with_a_call_is_told_at_once_and_nothing_is_made(run: R
     assert run("migrate", "--to", missing).status == 2
 
 
-def test_the_same_file_by_another_name_is_the_same_store(run: Run, source: str, tmp_path: Path) -> None:
+def test_source_and_target_may_not_be_one_file_under_two_names(run: Run, source: str, tmp_path: Path) -> None:
     (tmp_path / "link.db").symlink_to(tmp_path / "store.db")
     ran = run("migrate", "--from", source, "--to", f"sqlite:///{tmp_path}/link.db", "--overwrite")
     assert (ran.status, "names the same store" in ran.err) == (2, True)
@@ -122,7 +122,7 @@ def test_a_target_in_use_is_refused_then_replaced_and_restored(run: Run, source:
     assert run("migrate", "--from", source, "--to", f"sqlite:///{tmp_path}/new.db", "--rollback").status == 1
 
 
-def test_what_differs_is_named_and_the_status_says_so(
+def test_differences_are_named_and_set_the_exit_status(
     run: Run, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from strongroom.storage.port import Create
@@ -168,7 +168,7 @@ def test_live_stops_before_the_switch_over_and_asks_at_a_terminal(
     assert (aborted.status, "done" in aborted.err) == (1, True)
 
 
-def test_a_moved_source_answers_reads_and_only_operators_are_told_where_it_went(
+def test_a_moved_source_answers_reads_and_names_the_target_to_operators_only(
     run: Run, source: str, tmp_path: Path
 ) -> None:
     target = f"json:///{tmp_path}/target.json"
@@ -232,7 +232,7 @@ def test_a_plan_with_the_applications_role_says_whose_url_is_needed(
     assert len(run("keys", "list", "--store", app, "--json").json["items"]) == 3
 
 
-def test_ctrl_c_says_how_to_go_on_and_it_does(run: Run, tmp_path: Path) -> None:
+def test_ctrl_c_says_how_to_resume_and_resuming_works(run: Run, tmp_path: Path) -> None:
     """The command is stopped while a terminal shows its progress."""
     asyncio.run(fill(f"sqlite:///{tmp_path}/large.db", 3_000))
     both = ["migrate", "--from", f"sqlite:///{tmp_path}/large.db", "--to", f"sqlite:///{tmp_path}/moved.db"]

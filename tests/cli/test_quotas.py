@@ -88,14 +88,14 @@ def test_statistics_show_what_all_keys_used(run: Run) -> None:
         (("--description", "x" * 1_001), "description", "found 1001 characters, expected at most 1000"),
     ],
 )
-def test_a_wrong_call_is_told_what_is_wrong(run: Run, options: tuple[str, ...], path: str, message: str) -> None:
+def test_a_wrong_call_names_its_problem(run: Run, options: tuple[str, ...], path: str, message: str) -> None:
     ran = run("quotas", "set", "--tenant", "acme", *options, "--json")
     assert ran.status == 2
     problems = {problem["path"]: problem["message"] for problem in ran.json["error"]["errors"]}
     assert problems[path].startswith(message)
 
 
-def test_an_unknown_kind_is_told(run: Run) -> None:
+def test_an_unknown_kind_of_quota_is_refused(run: Run) -> None:
     ran = run("quotas", "list", "--kind", "team", "--json")
     assert (ran.status, ran.json["error"]["errors"]) == (
         2, [{"path": "kind", "message": "found 'team', expected tenant, user or group"}]

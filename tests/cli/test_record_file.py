@@ -44,7 +44,7 @@ def test_another_systems_keys_are_imported_and_work(run: Run, tmp_path: Path) ->
     assert (verified["valid"], verified["tenant"]) == (True, "acme")
 
 
-def test_one_wrong_row_imports_nothing_unless_it_is_skipped(run: Run, tmp_path: Path) -> None:
+def test_one_invalid_row_imports_nothing_unless_it_is_skipped(run: Run, tmp_path: Path) -> None:
     file = file_of(tmp_path, {"hash": SHA256}, {"hash": "md5$salt$x", "name": ""}, {"hash": "$2b$10$x"})
     ran = run("import", file)
     assert ran.status == 1
@@ -76,7 +76,7 @@ def test_hmacs_need_the_other_systems_secret_in_a_file(run: Run, tmp_path: Path)
     assert (ran.status, "no such file" in ran.err) == (1, True)
 
 
-def test_a_secret_for_a_file_of_another_shape_is_refused(run: Run, tmp_path: Path) -> None:
+def test_an_hmac_secret_for_a_file_of_another_format_is_refused(run: Run, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_bytes(b"x")
     plain = DATA / "keys" / "plain.json"
@@ -106,7 +106,7 @@ def test_everything_is_exported_and_arrives_in_another_store(run: Run, tmp_path:
     assert (ran.status, "use records" in ran.err) == (2, True)
 
 
-def test_keys_that_no_other_shape_can_say_are_told_of(run: Run, tmp_path: Path) -> None:
+def test_an_export_reports_keys_that_its_format_cannot_hold(run: Run, tmp_path: Path) -> None:
     file = file_of(tmp_path, {"hash": hashlib.sha512(b"another").hexdigest()}, {"hash": SHA256})
     run("import", file)
     ran = run("export", str(tmp_path / "plain.json"), "--json")
@@ -115,7 +115,7 @@ def test_keys_that_no_other_shape_can_say_are_told_of(run: Run, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("content", ['{"name": "k"', 'name,hash\n"k'])
-def test_a_broken_file_is_told_with_its_name(run: Run, tmp_path: Path, content: str) -> None:
+def test_a_broken_file_is_reported_with_its_name(run: Run, tmp_path: Path, content: str) -> None:
     file = tmp_path / "broken"
     file.write_text(content)
     ran = run("import", str(file))

@@ -93,7 +93,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_steps_of_long_work_are_told_on_a_terminal_alone(
+def test_progress_is_shown_at_a_terminal_only(
     run: Run, server: postgres.Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     store = ("--store", server.url(postgres.new_schema()))
@@ -147,7 +147,7 @@ def test_advice_names_unused_and_missing_indexes(run: Run, store_url: str) -> No
     }
 
 
-async def test_postgresql_tells_which_index_it_never_used_and_which_table_it_reads_whole(
+async def test_advice_names_postgresqls_unused_indexes_and_sequential_scans(
     server: postgres.Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for limit in ("LEAST_READS", "LEAST_WHOLE_READS", "LARGE_ROWS"):
@@ -185,7 +185,7 @@ async def _equals(told: Callable[[], Awaitable[object]], expected: object) -> bo
     return bool(await told() == expected)
 
 
-def test_what_firestore_deploys_is_written_from_the_declarations(run: Run, tmp_path: Path) -> None:
+def test_the_files_for_firestores_tools_are_generated_from_the_declarations(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "deploy"
     arguments = ("schema", "export", "--format", "firestore", "--entities", "strongroom.state")
     status, out, err = run(*arguments, "--directory", str(folder))

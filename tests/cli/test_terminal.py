@@ -28,7 +28,7 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize("arguments", [[], ["keys"], ["schema"]])
-def test_without_arguments_the_help_is_printed_as_help(run: Run, arguments: list[str]) -> None:
+def test_without_arguments_the_help_is_printed(run: Run, arguments: list[str]) -> None:
     ran = run(*arguments)
     assert (ran.status, ran.out) == (2, "")
     assert ran.err.startswith(f"Usage: {' '.join(['strongroom', *arguments])} ")
@@ -82,7 +82,7 @@ def test_a_list_of_keys_is_readable_in_80_columns(run: Run, monkeypatch: pytest.
     assert terminal.getvalue().splitlines()[-1].split() == ["a", "b"]
 
 
-def test_a_terminal_shows_a_new_key_with_its_text_at_the_end(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_shows_the_secret_of_a_new_key_last(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
     assert run("keys", "create", "--name", "worker").status == 0
@@ -108,7 +108,7 @@ def at_a_terminal(folder: Path, *arguments: str, until: bytes) -> tuple[int, byt
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), seen
 
 
-def test_ctrl_c_at_a_question_ends_the_command_at_once(run: Run, tmp_path: Path) -> None:
+def test_ctrl_c_at_a_confirmation_ends_the_command_at_once(run: Run, tmp_path: Path) -> None:
     key = created(run)
     status, said = at_a_terminal(tmp_path, "keys", "delete", key["id"], until=b"[y/N]")
     assert status == 130

@@ -64,7 +64,7 @@ def answering() -> Iterator[tuple[str, list[int]]]:
         thread.join()
 
 
-def test_a_webhook_is_made_shown_listed_changed_and_removed(run: Run) -> None:
+def test_a_webhook_is_created_shown_listed_changed_and_deleted(run: Run) -> None:
     made = created(
         run, "--tenant", "acme", "--event", "limit.threshold", "--threshold", "80", "--min-window", "1h",
         "--description", "on call",
@@ -81,7 +81,7 @@ def test_a_webhook_is_made_shown_listed_changed_and_removed(run: Run) -> None:
     assert (status, err) == (1, f"strongroom: there is no webhook {made['id']!r}\n")
 
 
-def test_people_are_shown_the_secret_once(run: Run) -> None:
+def test_a_terminal_shows_the_secret_once(run: Run) -> None:
     status, out, err = run("create", "--url", URL)
     assert status == 0
     assert (out.startswith("whsec_"), out.count("\n")) == (True, 1)  # a pipe gets nothing else
@@ -98,13 +98,13 @@ def test_people_are_shown_the_secret_once(run: Run) -> None:
     assert "old secret until" in rotated[2]
 
 
-def test_lists_that_are_empty_say_so(run: Run) -> None:
+def test_an_empty_list_says_so(run: Run) -> None:
     assert run("list") == (0, "", "there are no webhooks\n")
     made = created(run)
     assert run("deliveries", made["id"]) == (0, "", "there are no deliveries\n")
 
 
-def test_everything_wrong_with_a_call_is_told_at_once(run: Run) -> None:
+def test_every_problem_of_a_call_is_reported_at_once(run: Run) -> None:
     wrong = ("--threshold", "0", "--event", "x", "--min-window", "soon")
     for arguments in (("create", "--url", "nonsense", *wrong), ("update", "whk_1", "--url", "nonsense", *wrong)):
         status, out, _ = run(*arguments, "--json")
@@ -125,7 +125,7 @@ def test_everything_wrong_with_a_call_is_told_at_once(run: Run) -> None:
         (("deliveries", "whk_1", "--state", "lost"), "state: found 'lost'"),
     ],
 )
-def test_a_wrong_call_is_told_with_status_2(run: Run, arguments: tuple[str, ...], said: str) -> None:
+def test_a_wrong_call_has_status_2(run: Run, arguments: tuple[str, ...], said: str) -> None:
     status, out, err = run(*arguments)
     assert (status, out) == (2, "")
     assert said in err

@@ -81,7 +81,7 @@ async def all_of(items: Any) -> list[Any]:
 # --- Keys -------------------------------------------------------------------------------------------------------
 
 
-async def test_a_key_lives_its_whole_life(client: Any, tenant: str) -> None:
+async def test_a_key_is_created_changed_and_deleted(client: Any, tenant: str) -> None:
     expires = datetime(2040, 1, 1, tzinfo=UTC)
     limits = [Limit("tokens", 1_000, Window.rolling(3_600)), Limit("cost", Decimal("0.25"), Window.calendar("day"))]
     issued = await client.keys.create(
@@ -140,7 +140,7 @@ async def test_a_held_rotation_is_claimed_once(client: Any) -> None:
         await client.keys.claim(issued.key.id)
 
 
-async def test_lists_go_on_from_page_to_page(client: Any, tenant: str) -> None:
+async def test_lists_continue_from_page_to_page(client: Any, tenant: str) -> None:
     made = [(await client.keys.create(f"k{n}", tenant=tenant)).key.id for n in range(7)]
     listed = [key.id async for key in client.keys.list(tenant=tenant, page_size=3)]
     assert listed == made[::-1]
@@ -161,7 +161,7 @@ async def test_money_is_exact(client: Any) -> None:
     assert usage.limits[0].used == Decimal("999999.423456789")
 
 
-async def test_a_refusal_says_which_limit_denied_and_when_to_come_back(client: Any) -> None:
+async def test_a_denial_names_its_limit_and_when_to_retry(client: Any) -> None:
     text = (await client.keys.create("limited", limits=[Limit("requests", 1, Window.rolling(60))])).text
     assert (await client.keys.verify(text)).valid
     denied = await client.keys.verify(text)
@@ -171,7 +171,7 @@ async def test_a_refusal_says_which_limit_denied_and_when_to_come_back(client: A
     assert denied.limits[0].resets_at > datetime.now(UTC)
 
 
-async def test_a_batch_is_answered_in_its_order(client: Any) -> None:
+async def test_a_batch_is_answered_in_order(client: Any) -> None:
     text = (await client.keys.create("batch", limits=[Limit("tokens", 10, Window.total())])).text
     asks = [Ask(key=text, cost={"tokens": 6}), {"key": text, "cost": {"tokens": 11}}, Ask(key="unknown")]
     answers = await client.keys.verify_batch(asks)
@@ -189,7 +189,7 @@ async def test_usage_is_recorded_past_a_limit_and_once_for_one_idempotency_key(c
         await client.usage.record(key_id=issued.key.id, cost={"tokens": 26}, idempotency_key=f"op {issued.key.id}")
 
 
-async def test_much_usage_is_recorded_at_once_or_not_at_all(client: Any) -> None:
+async def test_a_batch_of_usage_is_recorded_whole_or_not_at_all(client: Any) -> None:
     ids = [(await client.keys.create(f"k{n}", limits=[Limit("tokens", 10, Window.total())])).key.id for n in range(2)]
     items = [Used(key_id=ids[n % 2], cost={"tokens": n}) for n in range(10)]
     for _ in range(2):
@@ -204,7 +204,7 @@ async def test_much_usage_is_recorded_at_once_or_not_at_all(client: Any) -> None
     assert (await client.keys.stats(ids[0])).limits[0].used == 20
 
 
-async def test_a_key_asks_for_its_own_statistics(client: Any, connect: Connector, url: str) -> None:
+async def test_a_key_reads_its_own_statistics(client: Any, connect: Connector, url: str) -> None:
     issued = await client.keys.create("own", limits=[Limit("tokens", 100, Window.rolling(18_000))])
     await client.keys.verify(issued.text, cost={"tokens": 7})
     for stats in (await client.stats(issued.text), await connect(url, issued.text).stats()):
@@ -212,7 +212,7 @@ async def test_a_key_asks_for_its_own_statistics(client: Any, connect: Connector
         assert stats.current_usage.remaining_tokens == 93
 
 
-async def test_health_and_description(client: Any, connect: Connector, url: str) -> None:
+async def test_health_and_openapi_are_readable(client: Any, connect: Connector, url: str) -> None:
     assert await connect(url).alive()
     ready = await client.ready()
     assert (ready.ready, ready.status, ready.dependencies["store"].status) == (True, "ready", "ok")
@@ -220,7 +220,7 @@ async def test_health_and_description(client: Any, connect: Connector, url: str)
     assert "/v1/keys" in (await client.openapi())["paths"]
 
 
-async def test_many_keys_are_changed_a_part_at_a_time(client: Any, tenant: str) -> None:
+async def test_a_bulk_change_proceeds_in_steps(client: Any, tenant: str) -> None:
     ids = [(await client.keys.create(f"k{n}", tenant=tenant)).key.id for n in range(5)]
     dry = await all_of(client.keys.bulk("disable", where={"tenant": tenant}, dry_run=True))
     assert (sum(step.changed for step in dry), dry[0].dry_run) == (5, True)
@@ -256,7 +256,7 @@ async def test_a_quota_is_shared(client: Any, tenant: str) -> None:
         await client.quotas.get("group", tenant, "batch/a")
 
 
-async def test_a_leaked_key_is_dealt_with_as_its_tenant_wants(client: Any, tenant: str) -> None:
+async def test_a_leaked_key_is_handled_by_its_tenants_policy(client: Any, tenant: str) -> None:
     issued = await client.keys.create("leaky", tenant=tenant)
     assert (await client.leaks.policy(tenant)).action == "notify"
     policy = await client.leaks.set_policy(tenant, "disable")
@@ -270,7 +270,7 @@ async def test_a_leaked_key_is_dealt_with_as_its_tenant_wants(client: Any, tenan
     assert issued.text not in repr(found) + repr(leaks)
 
 
-async def test_the_audit_trail_tells_what_was_changed(client: Any, tenant: str) -> None:
+async def test_the_audit_trail_shows_changes(client: Any, tenant: str) -> None:
     issued = await client.keys.create("k", tenant=tenant)
     await client.keys.disable(issued.key.id)
     records = await all_of(client.audit.list(tenant=tenant, entity_id=issued.key.id, page_size=1))
@@ -283,7 +283,7 @@ async def test_the_audit_trail_tells_what_was_changed(client: Any, tenant: str) 
     assert [one.action for one in await all_of(client.audit.list(tenant=tenant, since=since))] == ["update"]
 
 
-async def test_a_webhook_lives_its_whole_life(client: Any, tenant: str) -> None:
+async def test_a_webhook_is_created_changed_and_deleted(client: Any, tenant: str) -> None:
     async with scripted(Told(500, {}), Told(200, {})) as receiver:
         made = await client.webhooks.create(
             receiver.url, tenant=tenant, events=["key.leaked"], thresholds=[50, 90], allow_private=True
@@ -318,7 +318,7 @@ async def test_a_webhook_lives_its_whole_life(client: Any, tenant: str) -> None:
 # --- Errors -----------------------------------------------------------------------------------------------------
 
 
-async def test_what_is_wrong_with_the_input_is_told_all_at_once(client: Any) -> None:
+async def test_every_problem_of_the_input_is_reported_at_once(client: Any) -> None:
     limits = [{"resource": "tokens", "limit": -1, "window": {"kind": "rolling", "seconds": 0}}]
     with pytest.raises(InvalidInput) as caught:
         await client.keys.create("", limits=limits)
@@ -328,7 +328,9 @@ async def test_what_is_wrong_with_the_input_is_told_all_at_once(client: Any) -> 
     assert (error.code, error.details["status"], bool(error.request_id)) == ("invalid_input", 422, True)
 
 
-async def test_a_wrong_key_and_a_weak_one_are_told_apart(connect: Connector, url: str, client: Any) -> None:
+async def test_an_invalid_key_and_a_missing_permission_are_distinct_errors(
+    connect: Connector, url: str, client: Any
+) -> None:
     with pytest.raises(Unauthenticated) as caught:
         await connect(url, "sr_wrong").keys.get("key_x")
     assert "sr_wrong" not in f"{caught.value!r} {caught.value} {caught.value.details}"
@@ -369,7 +371,7 @@ class Modelled(pydantic.BaseModel):
 
 
 @pytest.mark.parametrize("type_", [Stored, Dated, Modelled])
-async def test_documents_have_the_callers_type_and_lose_nothing(client: Any, type_: Any, tenant: str) -> None:
+async def test_documents_keep_the_callers_type_and_every_value(client: Any, type_: Any, tenant: str) -> None:
     orders = client.tenant(tenant).collection("orders", type_)
     due = datetime(2030, 5, 6, 7, 8, 9, 123456, tzinfo=UTC)
     price = Decimal("12345678901234567890.123456789")
@@ -408,7 +410,7 @@ async def test_documents_are_dicts_without_a_type(client: Any, tenant: str) -> N
 
 
 @pytest.mark.parametrize("id", ["a/b", "..", ".", "a b?c#d%2Fe", "ü€𝄞", "%00x", "a+b&c=d", "x:watch"])
-async def test_every_id_reaches_its_document(client: Any, id: str) -> None:
+async def test_any_id_reaches_its_document(client: Any, id: str) -> None:
     orders = client.tenant("ac/me ..").collection("orders")
     await orders.put(id, {"owner": id})
     assert (await orders.get(id))["owner"] == id
@@ -417,7 +419,7 @@ async def test_every_id_reaches_its_document(client: Any, id: str) -> None:
     assert [one async for one in orders.find(owner=id)] == []
 
 
-async def test_finding(client: Any, tenant: str) -> None:
+async def test_find_filters_orders_and_pages(client: Any, tenant: str) -> None:
     orders = client.tenant(tenant).collection("orders")
     for number in range(7):
         await orders.put(f"o{number}", {"owner": "ab"[number % 2], "seats": number, "limit": number, "tags": ["even"][: number % 2 == 0]})  # fmt: skip # noqa: E501
@@ -449,7 +451,7 @@ async def watched(watch: Any, count: int) -> list[Any]:
         return [await anext(watch) for _ in range(count)]
 
 
-async def test_changes_come_in_order_with_what_they_changed(client: Any, tenant: str) -> None:
+async def test_a_watch_delivers_changes_in_order_with_their_documents(client: Any, tenant: str) -> None:
     orders = client.tenant(tenant).collection("orders")
     async with orders.watch() as watch:
         made = await orders.create({"id": "w", "owner": "o", "token": "hunter2"})
@@ -462,7 +464,7 @@ async def test_changes_come_in_order_with_what_they_changed(client: Any, tenant:
     assert created.at.utcoffset() == timedelta(0)
 
 
-async def test_a_watch_misses_nothing_and_repeats_nothing_while_its_connection_is_cut(
+async def test_a_watch_misses_and_repeats_nothing_when_its_connection_is_cut(
     client: Any, connect: Connector, proxy: Proxy, tenant: str
 ) -> None:
     orders = client.tenant(tenant).collection("orders")
@@ -480,7 +482,7 @@ async def test_a_watch_misses_nothing_and_repeats_nothing_while_its_connection_i
     assert proxy.accepted >= 3
 
 
-async def test_a_watch_goes_on_from_its_cursor_in_another_client(client: Any, tenant: str) -> None:
+async def test_a_watch_resumes_from_its_cursor_in_another_client(client: Any, tenant: str) -> None:
     orders = client.tenant(tenant).collection("orders")
     async with orders.watch() as watch:
         await orders.create({"owner": "first"})
@@ -491,7 +493,7 @@ async def test_a_watch_goes_on_from_its_cursor_in_another_client(client: Any, te
         assert [change.after["owner"] for change in await watched(watch, 1)] == ["second"]
 
 
-async def test_a_watch_ends_when_the_server_says_no(client: Any, connect: Connector, url: str, tenant: str) -> None:
+async def test_a_watch_ends_when_the_server_refuses_it(client: Any, connect: Connector, url: str, tenant: str) -> None:
     issued = await client.keys.create("watcher", tenant=tenant, permissions=["strongroom:read"])
     orders = client.tenant(tenant).collection("orders")
     async with connect(url, issued.text).tenant(tenant).collection("orders").watch() as watch:
@@ -509,7 +511,7 @@ async def test_a_watch_ends_when_the_server_says_no(client: Any, connect: Connec
             await watched(wrong.watch(), 1)
 
 
-async def test_a_watch_gives_up_after_its_time(connect: Connector, proxy: Proxy) -> None:
+async def test_a_watch_gives_up_after_its_timeout(connect: Connector, proxy: Proxy) -> None:
     proxy.refuse()
     orders = connect(f"http://127.0.0.1:{proxy.port}", ADMIN).tenant("t").collection("orders")
     with pytest.raises(NoAnswer):

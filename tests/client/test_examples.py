@@ -28,7 +28,7 @@ SAID = {
 
 @pytest.mark.server
 @pytest.mark.parametrize("name", SAID)
-def test_an_example_says_what_it_promises(name: str, tmp_path: Path) -> None:
+def test_an_example_prints_what_it_promises(name: str, tmp_path: Path) -> None:
     with running(tmp_path) as server:
         environment = {"STRONGROOM_URL": f"http://127.0.0.1:{server.port}", "STRONGROOM_KEY": ADMIN}
         run = subprocess.run(

@@ -78,7 +78,9 @@ def tenant(request: pytest.FixtureRequest) -> str:
 # --- The network ------------------------------------------------------------------------------------------------
 
 
-async def test_a_key_whose_answer_was_lost_is_made_once(client: Any, through: Any, proxy: Proxy, tenant: str) -> None:
+async def test_a_create_whose_answer_was_lost_creates_one_key(
+    client: Any, through: Any, proxy: Proxy, tenant: str
+) -> None:
     proxy.drop_answer_to(request_to("POST /v1/keys "))
     issued = await through.keys.create("once", tenant=tenant)
     assert proxy.dropped.is_set()
@@ -101,7 +103,7 @@ async def test_usage_whose_answer_was_lost_is_counted_once(client: Any, through:
     assert (await client.keys.stats(issued.key.id)).totals == {"tokens": 5}
 
 
-async def test_a_document_whose_answer_was_lost_is_added_once(
+async def test_a_create_whose_answer_was_lost_adds_one_document(
     client: Any, through: Any, proxy: Proxy, tenant: str
 ) -> None:
     proxy.drop_answer_to(request_to("POST /v1/tenants/"))
@@ -110,7 +112,9 @@ async def test_a_document_whose_answer_was_lost_is_added_once(
     assert [one["id"] async for one in client.tenant(tenant).collection("orders").find()] == [made["id"]]
 
 
-async def test_a_verification_whose_answer_was_lost_is_not_repeated(client: Any, through: Any, proxy: Proxy) -> None:
+async def test_a_verification_without_an_idempotency_key_is_not_retried(
+    client: Any, through: Any, proxy: Proxy
+) -> None:
     issued = await client.keys.create("once", limits=[Limit("tokens", 100, Window.total())])
     proxy.drop_answer_to(request_to("POST /v1/keys/verify "))
     with pytest.raises(NoAnswer) as caught:
@@ -120,7 +124,7 @@ async def test_a_verification_whose_answer_was_lost_is_not_repeated(client: Any,
     assert (await client.keys.stats(issued.key.id)).limits[0].used == 5
 
 
-async def test_a_verification_with_an_idempotency_key_is_repeated_and_debits_once(
+async def test_a_verification_with_an_idempotency_key_is_retried_and_debits_once(
     client: Any, through: Any, proxy: Proxy
 ) -> None:
     issued = await client.keys.create("once", limits=[Limit("tokens", 100, Window.total())])
@@ -131,7 +135,7 @@ async def test_a_verification_with_an_idempotency_key_is_repeated_and_debits_onc
     assert (await client.keys.stats(issued.key.id)).limits[0].used == 5
 
 
-async def test_a_server_that_comes_back_is_found_again(connect: Connector, proxy: Proxy) -> None:
+async def test_the_client_reconnects_to_a_server_that_returns(connect: Connector, proxy: Proxy) -> None:
     through = connect(f"http://127.0.0.1:{proxy.port}", ADMIN, retries=Retries(times=20, base_s=0.05, most_s=0.1))
     proxy.refuse()
     asked = asyncio.ensure_future(through.keys.page(limit=1))
@@ -140,7 +144,7 @@ async def test_a_server_that_comes_back_is_found_again(connect: Connector, proxy
     assert (await asked).items
 
 
-async def test_where_nothing_listens_even_a_verification_is_tried_again(connect: Connector) -> None:
+async def test_a_refused_connection_is_retried_even_for_a_verification(connect: Connector) -> None:
     async with scripted(Told(200, VALID)) as server:
         port = server.port
     client = connect(f"http://127.0.0.1:{port}", ADMIN)
@@ -150,7 +154,7 @@ async def test_where_nothing_listens_even_a_verification_is_tried_again(connect:
     assert isinstance(caught.value.__cause__, httpx.ConnectError)
 
 
-async def test_a_silent_server_is_not_waited_for(connect: Connector) -> None:
+async def test_a_server_that_does_not_answer_times_out(connect: Connector) -> None:
     async with scripted(Told(hangs=True)) as server:
         client = connect(server.url, ADMIN, timeout_s=0.2, retries=Retries(times=1, base_s=0.01))
         started = time.monotonic()
@@ -160,7 +164,7 @@ async def test_a_silent_server_is_not_waited_for(connect: Connector) -> None:
         assert len(server.asked) == 2
 
 
-async def test_every_connection_in_use_is_told_as_such(connect: Connector) -> None:
+async def test_an_exhausted_connection_pool_has_its_own_error(connect: Connector) -> None:
     async with scripted(Told(hangs=True)) as server:
         make = httpx.AsyncClient if connect.kind == "async" else httpx.Client
         http: Any = make(limits=httpx.Limits(max_connections=1))
@@ -182,7 +186,7 @@ async def test_every_connection_in_use_is_told_as_such(connect: Connector) -> No
 # --- Retries ----------------------------------------------------------------------------------------------------
 
 
-async def test_a_write_is_sent_again_with_the_same_idempotency_key(connect: Connector) -> None:
+async def test_a_write_is_retried_with_the_same_idempotency_key(connect: Connector) -> None:
     answers = [
         problem(503, "unavailable"),
         Told(0),
@@ -198,7 +202,7 @@ async def test_a_write_is_sent_again_with_the_same_idempotency_key(connect: Conn
     assert keys[4] != keys[0]
 
 
-async def test_a_verification_is_not_sent_again_after_503_but_is_after_429(connect: Connector) -> None:
+async def test_a_verification_is_retried_after_429_but_not_after_503(connect: Connector) -> None:
     for status, code, calls in ((503, "unavailable", 1), (429, "too_many_requests", 2)):
         async with scripted(problem(status, code), Told(200, VALID)) as server:
             client = connect(server.url, ADMIN)
@@ -211,7 +215,7 @@ async def test_a_verification_is_not_sent_again_after_503_but_is_after_429(conne
             assert "idempotency-key" not in server.asked[0].headers
 
 
-async def test_retry_after_is_waited_for(connect: Connector) -> None:
+async def test_the_client_waits_for_retry_after(connect: Connector) -> None:
     async with scripted(
         problem(429, "too_many_requests", headers={"retry-after": "1"}), Told(200, {"status": "ok"})
     ) as server:
@@ -241,7 +245,7 @@ async def test_retries_are_bounded(connect: Connector) -> None:
 @pytest.mark.parametrize(
     ("status", "code"), [(401, "unauthenticated"), (404, "not_found"), (500, "internal"), (409, "conflict")]
 )
-async def test_what_cannot_become_better_is_not_tried_again(connect: Connector, status: int, code: str) -> None:
+async def test_a_permanent_error_is_not_retried(connect: Connector, status: int, code: str) -> None:
     async with scripted(problem(status, code)) as server:
         with pytest.raises(StrongroomError):
             await connect(server.url, ADMIN).keys.get("key_1")
@@ -255,14 +259,14 @@ def test_each_code_of_the_server_is_an_error_of_the_client() -> None:
     assert {code: BY_CODE[code].code for code in STATUS} == {code: code for code in STATUS}
 
 
-async def test_the_code_of_a_newer_server_is_kept(connect: Connector) -> None:
+async def test_an_unknown_error_code_is_preserved(connect: Connector) -> None:
     async with scripted(problem(409, "brand_new")) as server:
         with pytest.raises(Conflict) as caught:
             await connect(server.url, ADMIN).keys.get("key_1")
         assert (caught.value.code, caught.value.message, caught.value.request_id) == ("brand_new", "Detail", "r1")
 
 
-async def test_problems_are_told_as_the_server_told_them(connect: Connector) -> None:
+async def test_the_servers_problems_reach_the_caller_unchanged(connect: Connector) -> None:
     told = problem(422, "invalid_input", errors=[{"path": "name", "message": "is required"}], unknown={"a": 1})
     async with scripted(told) as server:
         with pytest.raises(InvalidInput) as caught:
@@ -271,7 +275,7 @@ async def test_problems_are_told_as_the_server_told_them(connect: Connector) -> 
         assert (caught.value.message, caught.value.request_id) == ("Detail", "r1")
 
 
-async def test_an_answer_that_is_not_strongrooms_is_told_as_such(connect: Connector) -> None:
+async def test_an_answer_that_is_not_strongrooms_has_its_own_error(connect: Connector) -> None:
     html = {"content-type": "text/html"}
     for told, error in (
         (Told(404, b"<html>nothing here</html>", html), NotFound),
@@ -287,7 +291,7 @@ async def test_an_answer_that_is_not_strongrooms_is_told_as_such(connect: Connec
             assert len(server.asked) == 1  # a redirect is not followed: the key would go along
 
 
-async def test_what_a_newer_server_adds_is_ignored(connect: Connector) -> None:
+async def test_unknown_fields_of_a_newer_server_are_ignored(connect: Connector) -> None:
     limit = {
         "resource": "tokens", "limit": 1, "used": 0, "remaining": 1, "resets_at": None, "colour": "red",
         "window": {"kind": "lunar", "phase": "full"},
@@ -317,20 +321,20 @@ async def test_what_a_newer_server_adds_is_ignored(connect: Connector) -> None:
     ],
 )
 @pytest.mark.parametrize("make", [AsyncClient, Client])
-def test_a_client_that_cannot_work_is_refused(make: Any, url: str, options: dict[str, Any], path: str) -> None:
+def test_an_invalid_client_configuration_is_refused(make: Any, url: str, options: dict[str, Any], path: str) -> None:
     with pytest.raises(InvalidInput) as caught:
         make(url, **options)
     assert [p.path for p in caught.value.problems] == [path]
     assert "hunter2" not in str(caught.value)
 
 
-def test_retries_that_cannot_work_are_refused() -> None:
+def test_an_invalid_retry_configuration_is_refused() -> None:
     with pytest.raises(InvalidInput) as caught:
         Retries(times=-1, base_s=-1, budget_s=float("nan"))
     assert {p.path for p in caught.value.problems} == {"times", "base_s", "budget_s"}
 
 
-async def test_a_call_that_cannot_be_sent_is_refused_before_it_is(connect: Connector) -> None:
+async def test_an_invalid_call_is_refused_before_it_is_sent(connect: Connector) -> None:
     async with scripted(Told(200, VALID)) as server:
         client = connect(server.url, ADMIN)
         call: Any
@@ -349,14 +353,14 @@ async def test_a_call_that_cannot_be_sent_is_refused_before_it_is(connect: Conne
         assert server.asked == []
 
 
-async def test_no_key_is_shown(connect: Connector, client: Any) -> None:
+async def test_no_error_or_log_shows_a_key(connect: Connector, client: Any) -> None:
     issued = await client.keys.create("secret")
     assert issued.text not in f"{issued!r} {issued}"
     assert ADMIN not in repr(client)
     assert ADMIN not in repr(vars(getattr(client, "_target", client)))
 
 
-async def test_one_client_serves_many_at_once(connect: Connector, client: Any) -> None:
+async def test_one_client_serves_concurrent_calls(connect: Connector, client: Any) -> None:
     issued = await client.keys.create("busy", limits=[Limit("tokens", 1_000, Window.total())])
     answers = await asyncio.gather(*(client.keys.verify(issued.text, cost={"tokens": 7}) for _ in range(150)))
     assert sum(answer.valid for answer in answers) == 1_000 // 7

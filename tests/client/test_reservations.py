@@ -57,7 +57,7 @@ async def proxy(server: Running) -> AsyncIterator[Proxy]:
 # --- On a real server -------------------------------------------------------------------------------------------
 
 
-async def test_the_single_steps(client: Any) -> None:
+async def test_a_reservation_is_created_extended_settled_and_released(client: Any) -> None:
     issued = await client.keys.create("steps", limits=[Limit("tokens", 100, Window.total())])
     reservation = await client.reservations.reserve(issued.text, cost={"tokens": 60}, ttl_s=30)
     assert (reservation.valid, reservation.state, reservation.limits[0].reserved) == (True, "open", 60)
@@ -81,7 +81,7 @@ async def test_the_single_steps(client: Any) -> None:
         await client.reservations.settle("rsv_unknown", {"tokens": 1})
 
 
-async def test_what_was_used_is_settled_and_the_rest_given_back(client: Any) -> None:
+async def test_used_amounts_are_settled_and_the_rest_is_released(client: Any) -> None:
     limits = [
         Limit("tokens", 1_000, Window.total()),
         Limit("cost", 1, Window.total()),
@@ -97,7 +97,7 @@ async def test_what_was_used_is_settled_and_the_rest_given_back(client: Any) -> 
     assert [one.used for one in stats.limits] == [70, Decimal("0.1"), 1]
 
 
-async def test_more_than_was_held_is_charged_whole(client: Any) -> None:
+async def test_usage_above_the_hold_is_charged_in_full(client: Any) -> None:
     issued = await client.keys.create("more", limits=[Limit("tokens", 100, Window.total())])
     async with client.reservations.hold(issued.text, cost={"tokens": 50}) as hold:
         hold.use({"tokens": 170})
@@ -120,7 +120,7 @@ async def test_a_hold_whose_answers_were_lost_is_settled_once(client: Any, conne
     assert (limit.used, limit.reserved) == (20, 0)
 
 
-async def test_a_hold_outlives_its_time_while_its_stream_goes_on(client: Any) -> None:
+async def test_a_hold_is_extended_while_its_stream_continues(client: Any) -> None:
     issued = await client.keys.create("long", limits=[Limit("tokens", 100, Window.total())])
     async with client.reservations.hold(issued.text, cost={"tokens": 50}, ttl_s=3) as hold:
         hold.use(tokens=3)
@@ -138,7 +138,7 @@ async def test_a_hold_outlives_its_time_while_its_stream_goes_on(client: Any) ->
     assert (limit.used, limit.reserved) == (7, 0)
 
 
-async def test_at_most_so_many_holds_are_open_at_once(client: Any) -> None:
+async def test_the_number_of_open_holds_is_bounded(client: Any) -> None:
     issued = await client.keys.create("concurrent", limits=[Limit("concurrency", 2, Window.total())])
     holds = client.reservations
     async with holds.hold(issued.text), holds.hold(issued.text):
@@ -192,7 +192,7 @@ async def test_a_hold_is_settled_when_its_task_is_cancelled_twice() -> None:
 
 
 @pytest.mark.parametrize(("status", "code"), [(404, "not_found"), (409, "conflict")])
-async def test_what_is_more_than_was_reported_is_recorded_if_the_hold_has_ended(
+async def test_usage_beyond_the_reported_amount_is_recorded_after_the_hold_has_expired(
     connect: Connector, status: int, code: str
 ) -> None:
     async with scripted(OPEN, OPEN, problem(status, code), RECORDED) as server:
@@ -208,7 +208,7 @@ async def test_what_is_more_than_was_reported_is_recorded_if_the_hold_has_ended(
     assert recorded.headers["idempotency-key"] == "hold-rsv_1"
 
 
-async def test_a_hold_that_could_not_be_extended_says_so_and_goes_on(connect: Connector) -> None:
+async def test_a_hold_that_could_not_be_extended_reports_it_and_continues(connect: Connector) -> None:
     no_more = Told(200, {"valid": False, "code": "USAGE_EXCEEDED", "message": "no more"})
     async with scripted(OPEN, problem(503, "unavailable"), no_more, OPEN, SETTLED) as server:
         client = connect(server.url, ADMIN)
@@ -230,7 +230,7 @@ async def test_a_key_that_is_refused_opens_nothing(connect: Connector) -> None:
         assert len(server.asked) == 1
 
 
-async def test_what_is_no_amount_is_refused_and_changes_nothing(connect: Connector) -> None:
+async def test_an_invalid_amount_is_refused_and_changes_nothing(connect: Connector) -> None:
     async with scripted(OPEN, SETTLED) as server:
         client = connect(server.url, ADMIN)
         async with client.reservations.hold("sr_x", cost={"tokens": 9}) as hold:

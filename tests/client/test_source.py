@@ -45,11 +45,11 @@ ROOT = Path(package.__file__).parent
 # --- One source -------------------------------------------------------------------------------------------------
 
 
-def test_the_synchronous_client_is_what_the_generator_gives() -> None:
+def test_the_synchronous_client_is_up_to_date_with_its_generator() -> None:
     assert [path.name for path in stale()] == [], "run `python src/strongroom/client/_unasync.py`"
 
 
-def test_the_generator_changes_names_and_leaves_texts_alone() -> None:
+def test_the_generator_renames_identifiers_and_keeps_strings() -> None:
     source = '''async def f(a: AsyncThing) -> str:
     """await AsyncThing, async with __aenter__"""
     async with a.aclose() as b:  # await nothing
@@ -92,7 +92,7 @@ def test_both_clients_have_the_same_methods_with_the_same_documentation() -> Non
             assert inspect.getdoc(value) == inspect.getdoc(synchronous[member])
 
 
-def test_the_page_names_every_method() -> None:
+def test_the_documentation_names_every_client_method() -> None:
     page = (DOCS / "client.md").read_text()
     with Client("http://127.0.0.1") as client:
         nouns = [type(value) for name, value in vars(client).items() if not name.startswith("_")]
@@ -102,7 +102,7 @@ def test_the_page_names_every_method() -> None:
             assert f"`{name}`" in page or f".{name}" in page, f"{cls.__name__}.{name}"
 
 
-def test_no_text_of_the_source_speaks_of_asyncio() -> None:
+def test_the_shared_source_does_not_mention_asyncio() -> None:
     for source in SOURCE.glob("*.py"):
         for node in ast.walk(ast.parse(source.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -250,7 +250,7 @@ words = st.text("abc :é", max_size=12)
 
 
 @given(texts)
-def test_a_segment_comes_back_as_it_was_and_is_one_segment(value: str) -> None:
+def test_a_path_segment_is_encoded_as_one_segment_and_decodes_unchanged(value: str) -> None:
     encoded = path("/v1/keys/{id}/stats", {"id": value})
     assert encoded.count("/") == 4
     segment = encoded.split("/")[3]
@@ -259,7 +259,9 @@ def test_a_segment_comes_back_as_it_was_and_is_one_segment(value: str) -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from(["create", "ready"]), words, st.none() | words.map(str.strip))), st.data())
-def test_events_are_the_same_however_the_stream_is_cut(events: list[tuple[str, str, str | None]], data: Any) -> None:
+def test_events_parse_the_same_however_the_stream_is_split(
+    events: list[tuple[str, str, str | None]], data: Any
+) -> None:
     end = data.draw(st.sampled_from(["\n", "\r\n"]))
     blocks = []
     for name, text, id in events:
@@ -283,7 +285,7 @@ def test_an_id_without_data_moves_the_cursor_and_a_retry_is_remembered() -> None
     assert parser.retry_ms == 1500
 
 
-def test_an_event_without_an_end_is_given_up() -> None:
+def test_an_endless_event_is_refused() -> None:
     parser = Parser()
     for _ in range(16):
         assert parser.feed(b"x" * (MAX_EVENT_BYTES // 16)) == []
@@ -292,7 +294,7 @@ def test_an_event_without_an_end_is_given_up() -> None:
 
 
 @given(st.lists(st.integers(1, 4), max_size=8), st.data())
-def test_a_watch_gives_each_change_once_wherever_its_connection_broke(pages: list[int], data: Any) -> None:
+def test_a_watch_gives_each_change_once_wherever_its_connection_breaks(pages: list[int], data: Any) -> None:
     """A page of the server has its cursor on the last event; after a break it begins with the page after the cursor."""
     numbers = iter(range(100))
     written = [[next(numbers) for _ in range(size)] for size in pages]
@@ -337,7 +339,7 @@ def test_sums_of_amounts_are_exact(parts: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("amount", [-1, float("nan"), float("inf"), True, "5", None, Decimal("-0.1")])
-def test_what_is_no_amount_is_refused(amount: Any) -> None:
+def test_an_invalid_amount_is_refused(amount: Any) -> None:
     with pytest.raises(InvalidInput, match=r"cost\.tokens"):
         added({}, {"tokens": amount})
 
@@ -382,11 +384,11 @@ def test_retry_after_may_be_a_date() -> None:
 
 
 @given(st.integers(300, 599), st.binary(max_size=60))
-def test_no_answer_whatever_breaks_the_error_map(status: int, body: bytes) -> None:
+def test_no_response_breaks_the_error_map(status: int, body: bytes) -> None:
     assert isinstance(error_of(status, {}, body), StrongroomError)
 
 
-def test_names_that_are_exported_exist() -> None:
+def test_every_exported_name_exists() -> None:
     assert sorted(package.__all__) == sorted(set(package.__all__))
     assert all(hasattr(package, name) for name in package.__all__)
     assert Client.__module__.startswith("strongroom.client._sync")

@@ -131,7 +131,7 @@ def failing_once(store: FaultyStore, when: Any, error: Exception) -> None:
 # --- One change -----------------------------------------------------------------------------------------------
 
 
-async def test_create_get_update_replace_delete(database: Database) -> None:
+async def test_a_document_is_created_read_updated_replaced_and_deleted(database: Database) -> None:
     made = await database.create(ACME, Account(owner="ada", balance=5))
     assert made.id
     assert made.version > 0
@@ -152,7 +152,7 @@ async def test_create_get_update_replace_delete(database: Database) -> None:
         await database.get(ACME, Account, made.id)
 
 
-async def test_every_validation_error_is_told_at_once_and_nothing_is_written(
+async def test_every_validation_error_is_reported_at_once_and_nothing_is_written(
     database: Database, store: FaultyStore
 ) -> None:
     with pytest.raises(InvalidInput) as caught:
@@ -200,7 +200,7 @@ async def test_a_taken_id_and_a_taken_unique_value_are_refused(database: Databas
         await database.update(ACME, Account, (await database.create(ACME, Account(owner="y"))).id, {"code": "c"})
 
 
-async def test_expected_versions_are_held_to(database: Database) -> None:
+async def test_a_write_with_an_outdated_expected_version_is_refused(database: Database) -> None:
     made = await database.create(ACME, Account(id="a", owner="ada"))
     newer = await database.update(ACME, Account, "a", {"balance": 1}, expected=made.version)
     for call in (
@@ -217,7 +217,7 @@ async def test_expected_versions_are_held_to(database: Database) -> None:
     await database.delete(ACME, Account, "a", expected=newer.version)
 
 
-async def test_an_expected_version_overtaken_at_the_commit_is_the_callers_conflict(
+async def test_an_expected_version_that_changes_before_the_commit_raises_conflict(
     database: Database, store: FaultyStore
 ) -> None:
     made = await database.create(ACME, Account(id="a", owner="ada"))
@@ -232,7 +232,7 @@ async def test_an_expected_version_overtaken_at_the_commit_is_the_callers_confli
     assert (await database.get(ACME, Account, "a")).balance == 7
 
 
-async def test_without_an_expected_version_the_update_is_made_on_what_is_there(
+async def test_without_an_expected_version_an_update_applies_to_the_current_document(
     database: Database, store: FaultyStore
 ) -> None:
     await database.create(ACME, Account(id="a", owner="ada"))
@@ -246,7 +246,7 @@ async def test_without_an_expected_version_the_update_is_made_on_what_is_there(
     assert (updated.owner, updated.balance) == ("bob", 1)
 
 
-async def test_parallel_updates_lose_none(database: Database) -> None:
+async def test_parallel_updates_lose_no_update(database: Database) -> None:
     await database.create(ACME, Account(id="a", owner="ada"))
 
     async def increment(tx: Transaction) -> None:
@@ -257,7 +257,7 @@ async def test_parallel_updates_lose_none(database: Database) -> None:
     assert (await database.get(ACME, Account, "a")).balance == 8
 
 
-async def test_a_conflict_that_never_ends_is_raised(database: Database, store: FaultyStore) -> None:
+async def test_a_conflict_that_persists_is_raised(database: Database, store: FaultyStore) -> None:
     await database.create(ACME, Account(id="a", owner="ada"))
     before = len(store.batches)
     store.fault = lambda number, batch: Fault("before", Conflict("always", operation=0))
@@ -288,7 +288,7 @@ async def test_counters_are_added_without_reading_and_within_bounds(database: Da
             await database.add(ACME, Account, "a", field_name, amount)  # type: ignore[arg-type]
 
 
-async def test_a_counter_that_was_read_is_guarded_when_it_is_added_to(database: Database, store: FaultyStore) -> None:
+async def test_a_counter_that_was_read_is_checked_when_it_is_added_to(database: Database, store: FaultyStore) -> None:
     await database.create(ACME, Account(id="a", owner="ada", balance=10))
     runs = 0
 
@@ -345,7 +345,7 @@ async def test_a_transaction_reads_its_own_writes(database: Database) -> None:
     assert await database.get_or_none(ACME, Account, "old") is None
 
 
-async def test_a_document_deleted_and_made_again_in_one_transaction_has_a_newer_version(database: Database) -> None:
+async def test_a_document_deleted_and_created_in_one_transaction_has_a_newer_version(database: Database) -> None:
     first = await database.create(ACME, Account(id="a", owner="ada"))
 
     async def body(tx: Transaction) -> Account:
@@ -395,7 +395,7 @@ async def test_too_many_changes_are_refused_and_nothing_is_written(database: Dat
     assert (await database.aggregate(ACME, Account, Aggregate("count")))["count"] == 0
 
 
-async def test_what_was_only_read_is_guarded_so_that_write_skew_cannot_happen(database: Database) -> None:
+async def test_documents_that_were_only_read_are_checked_so_write_skew_cannot_happen(database: Database) -> None:
     """Two doctors on call, each may leave if the other stays."""
     for id in ("ada", "bob"):
         await database.create(ACME, Account(id=id, owner=id, balance=1))
@@ -413,7 +413,7 @@ async def test_what_was_only_read_is_guarded_so_that_write_skew_cannot_happen(da
     assert sorted(await asyncio.gather(leave("ada", "bob"), leave("bob", "ada"))) == [False, True]
 
 
-async def test_what_find_returned_is_guarded(database: Database) -> None:
+async def test_documents_that_find_returned_are_checked_at_the_commit(database: Database) -> None:
     for id in ("ada", "bob"):
         await database.create(ACME, Account(id=id, owner="team", balance=1))
 
@@ -430,7 +430,9 @@ async def test_what_find_returned_is_guarded(database: Database) -> None:
     assert sorted(await asyncio.gather(leave("ada"), leave("bob"))) == [False, True]
 
 
-async def test_what_was_read_as_missing_must_still_be_missing(database: Database, store: FaultyStore) -> None:
+async def test_a_document_that_was_read_as_missing_must_still_be_missing_at_the_commit(
+    database: Database, store: FaultyStore
+) -> None:
     async def body(tx: Transaction) -> str:
         if await tx.get_or_none(Account, "flag") is not None:
             return "found"
@@ -445,7 +447,7 @@ async def test_what_was_read_as_missing_must_still_be_missing(database: Database
     assert await database.get_or_none(ACME, Account, "other") is None
 
 
-async def test_get_or_create_from_many_callers_makes_one(database: Database) -> None:
+async def test_concurrent_get_or_create_creates_one_document(database: Database) -> None:
     async def body(tx: Transaction) -> str:
         found = await tx.get_or_none(Account, "one")
         if found is None:
@@ -455,9 +457,7 @@ async def test_get_or_create_from_many_callers_makes_one(database: Database) -> 
     assert await asyncio.gather(*(database.transaction(ACME, body) for _ in range(10))) == ["one"] * 10
 
 
-async def test_a_taken_unique_value_is_told_at_once_also_where_the_id_was_read_as_missing(
-    database: Database, store: FaultyStore
-) -> None:
+async def test_a_taken_unique_value_is_reported_without_retries(database: Database, store: FaultyStore) -> None:
     await database.create(ACME, Account(id="a", owner="ada", code="c"))
     runs = 0
 
@@ -472,7 +472,7 @@ async def test_a_taken_unique_value_is_told_at_once_also_where_the_id_was_read_a
     assert runs == 1
 
 
-async def test_a_transaction_that_only_read_fails_or_repeats_if_what_it_read_was_changed(database: Database) -> None:
+async def test_a_read_only_transaction_retries_when_its_reads_changed(database: Database) -> None:
     await database.create(ACME, Account(id="a", owner="x", balance=1))
     await database.create(ACME, Account(id="b", owner="x", balance=1))
     runs = 0
@@ -554,7 +554,7 @@ async def test_transactions_are_serializable_by_list_append(kind: str, seed: int
 # --- Idempotency ----------------------------------------------------------------------------------------------
 
 
-async def test_a_repeated_create_makes_one_and_answers_the_same(database: Database, store: FaultyStore) -> None:
+async def test_an_idempotent_retry_of_a_create_returns_the_first_answer(database: Database, store: FaultyStore) -> None:
     first = await database.create(ACME, Account(owner="ada"), idempotency_key="i")
     again = await database.create(ACME, Account(owner="ada"), idempotency_key="i")
     assert again == first
@@ -566,7 +566,7 @@ async def test_a_repeated_create_makes_one_and_answers_the_same(database: Databa
         assert (await database.create(context, Account(owner="ada"), idempotency_key="i")).id != first.id
 
 
-async def test_concurrent_repeats_make_one(database: Database) -> None:
+async def test_concurrent_idempotent_retries_create_one_document(database: Database) -> None:
     made = await asyncio.gather(*(database.create(ACME, Account(owner="ada"), idempotency_key="i") for _ in range(10)))
     assert len({account.id for account in made}) == 1
     made = await asyncio.gather(
@@ -576,7 +576,9 @@ async def test_concurrent_repeats_make_one(database: Database) -> None:
     assert (await database.aggregate(ACME, Account, Aggregate("count")))["count"] == 2
 
 
-async def test_a_repeat_after_a_lost_answer_has_no_second_effect(database: Database, store: FaultyStore) -> None:
+async def test_an_idempotent_retry_after_a_lost_answer_has_no_second_effect(
+    database: Database, store: FaultyStore
+) -> None:
     await database.create(ACME, Account(id="a", owner="ada"))
     failing_once(store, "after", Unavailable("the answer was lost"))
     with pytest.raises(Unavailable):
@@ -585,7 +587,7 @@ async def test_a_repeat_after_a_lost_answer_has_no_second_effect(database: Datab
     assert (await database.get(ACME, Account, "a")).used == 5
 
 
-async def test_every_repeat_answers_as_the_first_call_did(database: Database) -> None:
+async def test_every_idempotent_retry_answers_as_the_first_call_did(database: Database) -> None:
     made = await database.create(ACME, Account(id="a", owner="ada"))
 
     async def update() -> Account:
@@ -635,7 +637,7 @@ async def test_an_impossible_idempotency_key_is_refused(database: Database, key:
     assert caught.value.problems[0].path == "idempotency_key"
 
 
-async def test_a_replay_carries_the_ids_and_the_memo(database: Database) -> None:
+async def test_a_replayed_call_carries_its_ids_and_memo(database: Database) -> None:
     async def body(tx: Transaction) -> None:
         await tx.create(Account(id="a", owner="x"))
         await tx.create(Account(id="b", owner="x"))
@@ -650,7 +652,7 @@ async def test_a_replay_carries_the_ids_and_the_memo(database: Database) -> None
 # --- Time to live ---------------------------------------------------------------------------------------------
 
 
-async def test_an_expired_document_is_gone_for_everyone_and_then_purged(database: Database, store: FaultyStore) -> None:
+async def test_an_expired_document_is_hidden_at_once_and_purged_later(database: Database, store: FaultyStore) -> None:
     with time_machine.travel(MOMENT, tick=False) as clock:
         context = Context("acme")
         end = MOMENT + timedelta(seconds=10)
@@ -695,7 +697,7 @@ async def test_an_expired_id_can_be_taken_again(database: Database, store: Fault
         assert [r.action for r in await journal(store)] == ["create", "create"]
 
 
-async def test_a_session_renewed_meanwhile_is_not_purged(database: Database, store: FaultyStore) -> None:
+async def test_a_document_renewed_meanwhile_is_not_purged(database: Database, store: FaultyStore) -> None:
     with time_machine.travel(MOMENT, tick=False) as clock:
         await database.create(Context("acme"), Session(id="s", user="u", until=MOMENT + timedelta(seconds=1)))
         clock.shift(2)
@@ -780,7 +782,7 @@ async def test_a_tenants_journal_is_its_own(database: Database, store: FaultySto
     assert [r.actor for r in await journal(store, "beta")] == ["user:bob"]
 
 
-async def test_listeners_are_told_after_the_commit_and_only_then(database: Database, store: FaultyStore) -> None:
+async def test_listeners_run_only_after_the_commit(database: Database, store: FaultyStore) -> None:
     told: list[list[str]] = []
     database.after_commit(lambda tx: told.append([change.operation.id for change in tx.changes]))
     failing_once(store, "before", Unavailable("gone"))
@@ -794,7 +796,7 @@ async def test_listeners_are_told_after_the_commit_and_only_then(database: Datab
 # --- Who may ----------------------------------------------------------------------------------------------------
 
 
-async def test_no_tenant_sees_or_changes_anothers_documents(database: Database) -> None:
+async def test_no_tenant_sees_or_changes_the_documents_of_another(database: Database) -> None:
     await database.create(ACME, Account(id="a", owner="ada", code="c"))
     assert await database.get_or_none(BETA, Account, "a") is None
     assert (await database.find(BETA, Account)).items == []
@@ -852,7 +854,7 @@ async def test_one_denied_change_denies_the_whole_transaction(tmp_path: Path) ->
         assert (await database.find(ACME, Account)).items == []
 
 
-async def test_the_policy_sees_what_was_and_what_will_be(tmp_path: Path) -> None:
+async def test_the_policy_sees_the_document_before_and_after_the_change(tmp_path: Path) -> None:
     asked: list[tuple[str, Any, Any]] = []
 
     def policy(request: Request) -> Decision:
@@ -894,7 +896,7 @@ async def test_global_collections_are_for_administrators(database: Database) -> 
 # --- Lists ------------------------------------------------------------------------------------------------------
 
 
-async def test_pages_give_everything_once_while_others_write(database: Database) -> None:
+async def test_pages_give_every_document_once_while_others_write(database: Database) -> None:
     for number in range(23):
         await database.create(ACME, Account(id=f"a{number:02}", owner="x", balance=number % 3))
     seen: list[str] = []
@@ -948,7 +950,7 @@ async def test_a_projection_gives_its_fields_and_pages_by_others(database: Datab
         await database.find(ACME, Account, query)
 
 
-async def test_a_secret_is_given_to_its_reader_and_to_no_filter(database: Database) -> None:
+async def test_a_secret_field_is_readable_but_cannot_be_filtered(database: Database) -> None:
     await database.create(ACME, Account(id="a", owner="x", token="hunter2"))
     assert (await database.get(ACME, Account, "a")).token == "hunter2"
     with pytest.raises(InvalidInput, match="secret"):

@@ -49,7 +49,7 @@ async def room(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[
 # --- What a request is ----------------------------------------------------------------------------------------
 
 
-def test_the_same_request_in_other_words_is_the_same() -> None:
+def test_equivalent_requests_have_the_same_canonical_bytes() -> None:
     noon = datetime(2026, 5, 5, 12, tzinfo=UTC)
     later = noon.astimezone(datetime.strptime("+0200", "%z").tzinfo)
     assert canonical({"a": 1, "b": [1.50, noon]}) == canonical({"b": [Decimal("1.5"), later], "a": Decimal("1.0")})
@@ -59,7 +59,7 @@ def test_the_same_request_in_other_words_is_the_same() -> None:
     assert canonical(Paper(parts=[Part(label="x")])) == canonical(Paper(parts=[Part(label="x")]))
 
 
-def test_another_request_has_other_bytes() -> None:
+def test_different_requests_have_different_canonical_bytes() -> None:
     values: list[object] = [
         None, True, False, 0, 1, "1", b"1", "", [], {}, [""], ["", ""], [[]], {"": ""}, ["a", "b"], ["ab"],
         [["a"], "b"], {"a": None}, {"a": "b"}, ["a", "b", "c"], Decimal("1E+30"), Decimal("1.00000000000000000001"),
@@ -84,7 +84,7 @@ async def test_a_second_replace_with_another_secret_is_another_request(room: Str
     assert (await database.get(ACME, Paper, "p")).secret == "two"
 
 
-async def test_the_same_request_in_other_words_is_a_repeat(room: Strongroom) -> None:
+async def test_an_equivalent_request_is_an_idempotent_retry(room: Strongroom) -> None:
     database = room.database
     first = await database.create(ACME, Paper(title="t", more={"a": 1, "b": {"c": 2, "d": 3}}), idempotency_key="i")
     again = await database.create(ACME, Paper(title="t", more={"b": {"d": 3, "c": 2}, "a": 1}), idempotency_key="i")
@@ -92,7 +92,7 @@ async def test_the_same_request_in_other_words_is_a_repeat(room: Strongroom) -> 
     assert again.code == first.code
 
 
-async def test_the_answer_of_a_repeat_is_the_first_answer_whatever_came_after(room: Strongroom) -> None:
+async def test_a_retry_returns_the_first_answer_whatever_changed_since(room: Strongroom) -> None:
     acme, new = room.tenant("acme"), Paper(id="p", title="one", price=Decimal("1.5"))
     made = await acme.create(new, idempotency_key="i")
     updated = await acme.update(Paper, "p", {"title": "two"}, idempotency_key="j")
@@ -105,7 +105,7 @@ async def test_the_answer_of_a_repeat_is_the_first_answer_whatever_came_after(ro
     assert await acme.get_or_none(Paper, "p") is None
 
 
-async def test_a_record_tells_nothing_of_a_secret_without_the_pepper(room: Strongroom) -> None:
+async def test_an_idempotency_record_reveals_no_secret_without_the_pepper(room: Strongroom) -> None:
     await room.database.create(ACME, Paper(secret="hunter2"), idempotency_key="i")
     issued = await room.keys.create(name="k", idempotency_key="j")
     assert (await room.keys.create(name="k", idempotency_key="j")).text == issued.text
@@ -118,7 +118,7 @@ async def test_a_record_tells_nothing_of_a_secret_without_the_pepper(room: Stron
         assert call["fingerprint"].split(":")[1] == "000001", "the pepper that it is under"
 
 
-async def test_a_repeat_is_known_after_the_pepper_was_rotated(room: Strongroom) -> None:
+async def test_a_retry_is_recognised_after_a_pepper_rotation(room: Strongroom) -> None:
     first = await room.keys.create(name="k", idempotency_key="i")
     await room.rotate_pepper()
     again = await room.keys.create(name="k", idempotency_key="i")
@@ -127,7 +127,7 @@ async def test_a_repeat_is_known_after_the_pepper_was_rotated(room: Strongroom) 
         await room.keys.create(name="other", idempotency_key="i")
 
 
-async def test_a_record_of_an_earlier_version_is_neither_repeated_nor_taken_for_another_request(
+async def test_an_idempotency_record_of_an_earlier_version_is_neither_replayed_nor_a_conflict(
     room: Strongroom,
 ) -> None:
     call = IdempotentCall(fingerprint="0" * 64, written=["x"], expires_at=datetime.now(UTC) + timedelta(hours=1))
@@ -144,7 +144,7 @@ async def test_a_record_of_an_earlier_version_is_neither_repeated_nor_taken_for_
         await room.database.create(ACME, Paper(title="t"), idempotency_key="i")
 
 
-async def test_a_long_answer_is_not_kept_and_the_repeat_still_changes_nothing(room: Strongroom) -> None:
+async def test_a_long_answer_is_not_stored_and_its_retry_still_changes_nothing(room: Strongroom) -> None:
     import random
 
     noise = "".join(chr(random.Random(number).randrange(32, 0xD7FF)) for number in range(250_000))
@@ -304,7 +304,7 @@ async def test_every_write_over_http_honours_its_idempotency_key() -> None:
     assert not problems, "\n".join(problems)
 
 
-async def test_two_of_one_request_at_once_are_one() -> None:
+async def test_two_concurrent_equal_requests_happen_once() -> None:
     async with serving() as served:
         made = await served.make_key(limits=[LIMIT])
         body = {"items": [{"key": made["key"], "cost": {"tokens": 1}}]}

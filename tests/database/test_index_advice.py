@@ -69,9 +69,7 @@ KIND = Where("kind", "==", "x")
     ],
     ids=lambda value: ",".join(value) if isinstance(value, tuple) else None,
 )
-def test_a_query_without_an_index_asks_for_the_one_that_serves_it_and_then_is_content(
-    query: Query, index: tuple[str, ...]
-) -> None:
+def test_advice_for_a_query_without_an_index_names_one_that_serves_it(query: Query, index: tuple[str, ...]) -> None:
     assert told(things(), query) == [("missing index", index)]
     assert told(things(Index(*index)), query) == []
 
@@ -83,7 +81,7 @@ def test_the_primary_key_needs_no_index_beside_it(query: Query) -> None:
     assert told(things(), query) == []
 
 
-def test_an_index_serves_from_its_left_alone_and_in_both_directions() -> None:
+def test_an_index_serves_only_a_left_prefix_of_its_fields_in_either_direction() -> None:
     index = Index("status", "-due")
     assert told(things(index), Query(order_by=("-due",))) == [
         ("unused index", ("status", "-due")),
@@ -95,27 +93,27 @@ def test_an_index_serves_from_its_left_alone_and_in_both_directions() -> None:
     ]
 
 
-def test_each_way_of_an_or_wants_an_index_of_its_own() -> None:
+def test_each_branch_of_an_or_needs_its_own_index() -> None:
     assert told(things(Index("status")), Query(Or(STATUS, KIND))) == [("missing index", ("kind",))]
 
 
-def test_what_no_index_can_hold_is_not_asked_for() -> None:
+def test_no_index_is_advised_on_fields_that_cannot_be_indexed() -> None:
     assert told(things(), Query(Where("tags", "array-contains", "a"))) == []
     assert told(things(Index("tags")), Query(Where("tags", "array-contains", "a"))) == []
     assert told(things(Index("status")), Query(And(STATUS, Where("tags", "array-contains", "a")))) == []
 
 
-def test_unique_indexes_and_that_of_expiry_are_never_called_unused() -> None:
+def test_unique_and_expiry_indexes_are_never_reported_as_unused() -> None:
     collection = things(Index("owner", unique=True), Index("due"), Index("kind"), ttl="due")
     assert told(collection, Query()) == [("unused index", ("kind",))]
 
 
-def test_little_was_seen_so_little_is_said() -> None:
+def test_no_index_is_reported_as_unused_before_enough_queries_were_seen() -> None:
     assert told(things(Index("kind")), Query(STATUS), times=9) == []
     assert told(things(Index("kind")), Query(STATUS), times=99) == [("missing index", ("status",))]
 
 
-def test_the_reason_says_how_often_and_since_when_and_the_fix_can_be_pasted() -> None:
+def test_advice_says_how_often_and_since_when_and_its_fix_can_be_pasted() -> None:
     seen = [Seen("things", (Shape(frozenset({"status"}), frozenset(), (("due", True), ("id", True))),), 123)]
     since = datetime(2026, 11, 1, 8, 30, tzinfo=UTC)
     (item,) = compare([things()], seen, since)
@@ -147,12 +145,12 @@ def columns_of(fields: tuple[str, ...]) -> tuple[tuple[str, bool], ...]:
 
 
 @given(shapes())
-def test_the_index_that_a_shape_asks_for_serves_it(shape: Shape) -> None:
+def test_the_advised_index_of_a_query_shape_serves_it(shape: Shape) -> None:
     assert serves(columns_of(shape.sought), shape)
 
 
 @given(shapes(), st.lists(st.sampled_from(NAMES), min_size=1, max_size=3, unique=True))
-def test_what_serves_helps_and_an_index_turned_round_serves_the_same(shape: Shape, names: list[str]) -> None:
+def test_a_reversed_index_serves_the_same_queries(shape: Shape, names: list[str]) -> None:
     for downs in (0, 1, 2, 5):
         columns = tuple((name, bool(downs >> place & 1)) for place, name in enumerate(names))
         turned = tuple((name, not down) for name, down in columns)
@@ -162,7 +160,7 @@ def test_what_serves_helps_and_an_index_turned_round_serves_the_same(shape: Shap
 
 
 @given(st.lists(shapes(), min_size=1, max_size=5), st.integers(10, 1_000))
-def test_declaring_what_is_missing_leaves_nothing_missing(asked: list[Shape], count: int) -> None:
+def test_declaring_the_advised_indexes_leaves_no_advice(asked: list[Shape], count: int) -> None:
     seen = [Seen("things", tuple(asked), count)]
     missing = [item.fields for item in compare([things()], seen)]
     better = things(*(Index(*fields) for fields in missing))
@@ -172,7 +170,7 @@ def test_declaring_what_is_missing_leaves_nothing_missing(asked: list[Shape], co
 # --- Counting -------------------------------------------------------------------------------------------------
 
 
-def test_queries_of_one_shape_are_one_count_whatever_their_values() -> None:
+def test_queries_of_one_shape_share_a_count_whatever_their_values() -> None:
     shapes, collection = Shapes(), things()
     for value in ("a", "b", "c"):
         shapes.seen(collection, Query(Where("status", "==", value), limit=len(value)))
@@ -180,7 +178,7 @@ def test_queries_of_one_shape_are_one_count_whatever_their_values() -> None:
     assert (seen.count, seen.ways) == (3, (Shape(frozenset({"status"}), frozenset(), (("id", False),)),))
 
 
-def test_counting_keeps_only_so_many_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_counted_query_shapes_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(advice, "MAX_SHAPES", 2)
     shapes, collection = Shapes(), things()
     for name in ("status", "kind", "owner", "owner", "status"):
@@ -219,7 +217,7 @@ async def test_the_counts_of_all_processes_add_up_and_outlive_them(backend: Back
     await store.close()
 
 
-async def test_counts_that_could_not_be_kept_are_kept_the_next_time(tmp_path: Any) -> None:
+async def test_counts_that_could_not_be_stored_are_stored_the_next_time(tmp_path: Any) -> None:
     store = await _opened(tmp_path)
     shapes = Shapes()
     for name in ("status", "kind", "owner"):

@@ -112,7 +112,7 @@ def test_a_python_type_becomes_a_column_type(annotation: Any, kind: FieldType, o
     assert (spec.type, spec.optional, spec.has_default) == (kind, optional, False)
 
 
-def test_a_declaration_says_everything_a_backend_needs() -> None:
+def test_a_declaration_has_everything_a_backend_needs() -> None:
     collection = Note.__collection__
     assert (collection.name, collection.tenant_scoped, collection.ttl, collection.journalled) == (
         "notes", True, "expires_at", True
@@ -133,7 +133,7 @@ def test_a_declaration_says_everything_a_backend_needs() -> None:
         collection.fields["more"] = collection.fields["title"]  # type: ignore[index]  # that it cannot be changed
 
 
-def test_a_default_is_what_older_documents_get_as_a_port_value() -> None:
+def test_older_documents_get_the_default_of_a_new_field() -> None:
     class Made(Entity, collection="made"):
         required: str
         nothing: str | None = None
@@ -160,7 +160,7 @@ def test_a_default_is_what_older_documents_get_as_a_port_value() -> None:
     ), found
 
 
-def test_an_abstract_base_shares_its_fields_and_is_no_entity_itself() -> None:
+def test_an_abstract_base_shares_its_fields_without_being_an_entity() -> None:
     class Owned(Entity):
         owner: Annotated[str, Indexed()] = "nobody"
 
@@ -178,7 +178,7 @@ def test_an_abstract_base_shares_its_fields_and_is_no_entity_itself() -> None:
         Registry((Owned,))
 
 
-def test_an_index_is_known_by_its_fields_and_directions() -> None:
+def test_an_index_is_identified_by_its_fields_and_directions() -> None:
     assert Index("a", "-b").columns == (("a", False), ("b", True))
     assert Index("a", "-b") == Index("a", "-b")
     assert len({Index("a").name, Index("-a").name, Index("a", unique=True).name}) == 3
@@ -239,9 +239,7 @@ def declare(fields: dict[str, Any] | None = None, **options: Any) -> type[Entity
         ({f"f{n}": (Annotated[int, Indexed()], 0) for n in range(MAX_INDEXES + 1)}, {}, f"{MAX_INDEXES} indexes"),
     ],
 )  # fmt: skip
-def test_a_declaration_that_cannot_be_kept_is_refused(
-    fields: dict[str, Any], options: dict[str, Any], says: str
-) -> None:
+def test_an_impossible_declaration_is_refused(fields: dict[str, Any], options: dict[str, Any], says: str) -> None:
     with pytest.raises(SchemaError, match=f"Made: .*{says}"):
         declare(fields, **options)
 
@@ -260,7 +258,7 @@ def test_an_unknown_class_argument_is_refused() -> None:
         declare(tll="x")
 
 
-def test_a_registry_has_one_class_a_name() -> None:
+def test_a_registry_has_one_class_for_each_name() -> None:
     first, second = declare(), declare()
     assert Registry((first, first)).collections == (first.__collection__,)
     with pytest.raises(SchemaError, match="both declare the collection 'made'"):
@@ -333,7 +331,7 @@ def test_a_secret_is_in_no_representation_and_no_error(secret: Any) -> None:
     ],
     ids=str,
 )
-def test_a_field_is_secret_wherever_the_mark_stands(annotation: Any) -> None:
+def test_a_field_is_secret_wherever_its_annotation_has_the_mark(annotation: Any) -> None:
     made = declare(
         {"s": (annotation, None), "c": (Annotated[int, Counter], 0), "i": (Annotated[int, Indexed] | None, 0)}
     )
@@ -362,7 +360,7 @@ def test_a_secret_inside_a_field_is_refused_unless_the_field_is_secret(annotatio
 
 
 @given(documents)
-def test_an_entity_comes_back_from_its_document(document: Document) -> None:
+def test_an_entity_decodes_to_what_was_encoded(document: Document) -> None:
     entity = Sample.__codec__.decode(stored("a", document, version=NOW))
     assert (entity.id, entity.version) == ("a", NOW)
     assert identical(Sample.__codec__.encode(entity), document)
@@ -382,7 +380,7 @@ def test_a_document_that_no_longer_fits_is_named_and_not_quoted() -> None:
     assert "hunter2" not in str(caught.value)
 
 
-def test_an_entity_may_be_made_by_hand_and_changed() -> None:
+def test_an_entity_can_be_constructed_and_changed() -> None:
     note = Note(title="a")
     assert (note.id, note.version, note.created_at) == ("", 0, None)
     note.status = "done"
@@ -393,17 +391,17 @@ def test_an_entity_may_be_made_by_hand_and_changed() -> None:
 
 
 @pytest.mark.parametrize("id", ["", "a\x00", "\ud800", "x" * 513, "é" * 257, 1, None, b"a"])
-def test_what_cannot_be_an_id_is_refused(id: object) -> None:
+def test_an_invalid_id_is_refused(id: object) -> None:
     with pytest.raises(InvalidInput, match="id: "):
         check_id(id)
 
 
 @pytest.mark.parametrize("id", ["a", " ", "/", "..", "__x__", "x" * 512, "é" * 256, "\n", "\U0010ffff"])
-def test_any_other_text_can_be_an_id(id: str) -> None:
+def test_any_valid_text_can_be_an_id(id: str) -> None:
     check_id(id)
 
 
-def test_the_json_schema_says_what_was_declared() -> None:
+def test_the_json_schema_matches_the_declaration() -> None:
     schema = json_schema(Note)
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     assert schema["description"] == "A note that somebody wrote."
@@ -425,7 +423,7 @@ def test_the_json_schema_says_what_was_declared() -> None:
     assert Registry((Note, Sample)).json_schema().keys() == {"notes", "samples"}
 
 
-def test_texts_of_an_index_are_only_so_long_together() -> None:
+def test_the_total_length_of_an_indexs_texts_is_bounded() -> None:
     class Place(Entity, collection="places", indexes=[Index("street", "town", "-number"), Index("code", unique=True)]):
         street: str
         town: str | None = None

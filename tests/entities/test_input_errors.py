@@ -109,7 +109,7 @@ class Sample(BaseModel, extra="forbid"):
         ("more", 1, "more", "is not a known field"),
     ],
 )
-def test_messages_of_fields(field: str, value: Any, path: str, message: str) -> None:
+def test_field_messages_name_the_found_and_the_expected_value(field: str, value: Any, path: str, message: str) -> None:
     with pytest.raises(ValidationError) as caught:
         Sample.model_validate({field: value})
     (problem,) = problems_of(caught.value)
@@ -130,7 +130,7 @@ def test_the_value_of_a_secret_is_never_shown() -> None:
     }
 
 
-def test_every_wrong_value_of_a_list_is_told() -> None:
+def test_every_invalid_item_of_a_list_is_reported() -> None:
     with pytest.raises(InvalidInput) as caught:
         parse(
             NewKey,
@@ -176,7 +176,7 @@ def test_every_wrong_value_of_a_list_is_told() -> None:
         (WebhookChanges, "secret", "is changed by its own call: rotate the secret"),
     ],
 )
-def test_a_field_that_cannot_be_changed_is_called_so_and_not_unknown(
+def test_an_unchangeable_field_is_reported_as_such_and_not_as_unknown(
     model: type[BaseModel], field: str, message: str
 ) -> None:
     given: Mapping[str, Any] = {"name": "a", field: "x"} if model is NewKey else {field: "x"}
@@ -185,7 +185,7 @@ def test_a_field_that_cannot_be_changed_is_called_so_and_not_unknown(
     assert [(p.path, p.message) for p in caught.value.problems] == [(field, message)]
 
 
-async def test_http_speaks_with_the_same_voice() -> None:
+async def test_http_errors_use_the_same_messages() -> None:
     async with serving() as served:
         key = await served.make_key()
         changed = await served.call("PATCH", f"/v1/keys/{key['id']}", {"tenant": "other", "rotate_every_s": 1})
@@ -208,7 +208,7 @@ async def test_http_speaks_with_the_same_voice() -> None:
         ("--tennant", "found --tennant, which is no option here; did you mean --tenant? (see"),
     ],
 )
-def test_an_option_is_suggested_only_if_it_is_like_the_one_that_was_given(
+def test_an_option_is_suggested_only_if_it_resembles_the_given_one(
     option: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["keys", "list", option]) == 2
@@ -235,14 +235,14 @@ def test_an_option_is_suggested_only_if_it_is_like_the_one_that_was_given(
         (("keys", "rotate", "a", "--overlap", "x"), "--overlap: found the duration 'x', expected a number and s, m"),
     ],
 )
-def test_a_wrong_value_is_told_by_the_option_that_gave_it(
+def test_an_invalid_value_is_reported_with_its_option(
     arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_setting_is_blamed_by_the_name_that_it_was_given_by() -> None:
+def test_an_invalid_setting_is_reported_under_the_name_that_was_used() -> None:
     with pytest.raises(ConfigError, match=r"^--store: found"):
         load(store="nope://x")
     with pytest.raises(ConfigError, match=r"^--workers: found 0, expected"):

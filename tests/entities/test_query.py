@@ -111,7 +111,7 @@ def problems(query: Query) -> list[tuple[str, str]]:
     ],
     ids=repr,
 )
-def test_a_filter_that_means_nothing_is_refused(where: Any, path: str, says: str) -> None:
+def test_a_meaningless_filter_is_refused(where: Any, path: str, says: str) -> None:
     assert [(p, says in m) for p, m in problems(Query(where))] == [(path, True)], problems(Query(where))
 
 
@@ -139,7 +139,7 @@ def test_a_limit_is_a_number_from_1_to_the_largest_page(limit: Any) -> None:
     Query(limit=MAX_LIMIT).check(SAMPLES)
 
 
-def test_too_many_filters_ways_or_orders_are_refused() -> None:
+def test_too_many_filters_branches_or_orders_are_refused() -> None:
     leaf = Where("rank", "==", 1)
     Query(And(*[leaf] * MAX_FILTERS)).check(SAMPLES)
     assert problems(Query(And(*[leaf] * (MAX_FILTERS + 1))))
@@ -172,7 +172,7 @@ def test_not_in_stands_apart_from_what_firestore_refuses_beside_it(other: Where)
     assert problems(Query(Or(not_in, Where("rank", "==", 1))))
 
 
-def test_each_way_has_at_most_one_array_contains() -> None:
+def test_each_branch_has_at_most_one_array_contains() -> None:
     contains = Where("tags", "array-contains", "a")
     any_of = Where("tags", "array-contains-any", ["a", "b"])
     Query(Or(contains, any_of)).check(SAMPLES)
@@ -180,7 +180,7 @@ def test_each_way_has_at_most_one_array_contains() -> None:
     assert problems(Query(And(contains, Or(Where("rank", "==", 1), any_of))))
 
 
-def test_a_secret_is_not_found_by_its_value_in_any_way() -> None:
+def test_a_secret_cannot_be_filtered_by_any_operator() -> None:
     """Not by a filter, an order or a sum: each would tell something of it."""
     collection = Vault.__collection__
     for query in (
@@ -199,7 +199,7 @@ def test_a_secret_is_not_found_by_its_value_in_any_way() -> None:
 
 
 @given(queries_of_samples)
-def test_checking_twice_is_checking_once(query: Query) -> None:
+def test_checking_a_query_is_idempotent(query: Query) -> None:
     assert query.check(SAMPLES) == query
 
 
@@ -211,7 +211,7 @@ def test_values_are_encoded_as_documents_are() -> None:
 
 
 @given(queries_of_samples)
-def test_disjunctions_are_counted_as_an_or_of_ands_would_have_them(query: Query) -> None:
+def test_disjunctions_are_counted_in_disjunctive_normal_form(query: Query) -> None:
     def ways(where: Filter) -> list[list[Where]]:
         if isinstance(where, Where):
             many = len(where.value) if where.op in (Op.IN, Op.CONTAINS_ANY) else 1
@@ -232,7 +232,7 @@ def test_disjunctions_are_counted_as_an_or_of_ands_would_have_them(query: Query)
 
 
 @given(pairs)
-def test_comparisons_of_values_that_are_there_agree_with_each_other(pair: tuple[str, Any, Any]) -> None:
+def test_comparisons_of_non_null_values_are_consistent(pair: tuple[str, Any, Any]) -> None:
     field, value, operand = pair
     document = stored("d", sample(**{field: value}))
 
@@ -251,7 +251,7 @@ def test_comparisons_of_values_that_are_there_agree_with_each_other(pair: tuple[
 
 
 @given(pairs, st.sampled_from(Op))
-def test_null_is_found_by_nothing_but_equals_null(pair: tuple[str, Any, Any], op: Op) -> None:
+def test_only_equals_null_finds_null(pair: tuple[str, Any, Any], op: Op) -> None:
     field, operand, _ = pair
     document = stored("d", sample())
     value = (operand,) if op in (Op.IN, Op.NOT_IN, Op.CONTAINS_ANY) else operand
@@ -261,7 +261,7 @@ def test_null_is_found_by_nothing_but_equals_null(pair: tuple[str, Any, Any], op
 
 
 @given(held, queries_of_samples, queries_of_samples)
-def test_and_or_and_lists_are_what_logic_says(documents: list[Document], a: Query, b: Query) -> None:
+def test_and_or_and_in_follow_logic(documents: list[Document], a: Query, b: Query) -> None:
     assume(a.where is not None and b.where is not None)
     assert a.where is not None
     assert b.where is not None
@@ -296,7 +296,7 @@ def test_a_page_is_the_start_of_the_matches_in_their_total_order(documents: list
         assert not {d["id"] for d in rest} & {d["id"] for d in page}
 
 
-def test_the_id_goes_the_way_of_the_last_field() -> None:
+def test_the_id_is_ordered_in_the_direction_of_the_last_field() -> None:
     assert Query().order == (("id", False),)
     assert Query(order_by=("-rank",)).order == (("rank", True), ("id", True))
     assert Query(order_by=("-rank", "name")).order == (("rank", True), ("name", False), ("id", False))
@@ -310,7 +310,7 @@ def test_text_is_ordered_by_its_utf8_bytes() -> None:
     assert [d["name"] for d in evaluate(Query(order_by=("name",)), documents)] == texts
 
 
-def test_null_comes_before_everything() -> None:
+def test_null_sorts_first() -> None:
     values = [None, -1, 0]
     documents = [stored(f"{n}", sample(rank=rank, flag=None)) for n, rank in enumerate(reversed(values))]
     assert [d["rank"] for d in evaluate(Query(order_by=("rank",)), documents)] == values
@@ -332,13 +332,13 @@ def test_null_comes_before_everything() -> None:
     ],
     ids=repr,
 )
-def test_an_element_is_looked_for_by_value_and_kind(wanted: Any, found_in: list[Any]) -> None:
+def test_array_contains_compares_value_and_type(wanted: Any, found_in: list[Any]) -> None:
     elements = [True, False, 1, 1.0, 0, Decimal(1), "1", b"1", None, {"1": 1}]
     found = [e for e in elements if matches(Where("tags", "array-contains", wanted), sample(tags=["x", e]))]
     assert identical(found, found_in)
 
 
-def test_a_projection_keeps_the_id_and_only_what_is_asked_for() -> None:
+def test_a_projection_keeps_the_id_and_the_requested_fields_only() -> None:
     document = stored("d", sample(rank=1))
     assert project(None, document) == document
     assert project(("rank",), document) == {"id": "d", "rank": 1}
@@ -346,7 +346,7 @@ def test_a_projection_keeps_the_id_and_only_what_is_asked_for() -> None:
 
 
 @given(held)
-def test_sums_and_averages_leave_nulls_out(documents: list[Document]) -> None:
+def test_sums_and_averages_ignore_nulls(documents: list[Document]) -> None:
     asked = [Aggregate("count"), Aggregate("sum", "price"), Aggregate("average", "ratio")]
     found = aggregate(asked, None, SAMPLES, documents)
     prices = [d["price"] for d in documents if d["price"] is not None]
@@ -365,7 +365,7 @@ def test_sums_are_exact_and_averages_have_38_digits() -> None:
     assert found["average_price"] == Decimal("333333333333333333333333333333.43333333")
 
 
-def test_a_sum_of_ints_that_leaves_int64_is_refused() -> None:
+def test_an_integer_sum_beyond_int64_is_refused() -> None:
     documents = [stored(f"{n}", sample(rank=INT64_MAX)) for n in range(2)]
     with pytest.raises(InvalidInput, match="int64"):
         aggregate([Aggregate("sum", "rank")], None, SAMPLES, documents)
@@ -386,7 +386,7 @@ def test_a_sum_of_ints_that_leaves_int64_is_refused() -> None:
     ],
     ids=lambda a: a.name,
 )
-def test_an_aggregate_that_means_nothing_is_refused(wrong: Aggregate) -> None:
+def test_a_meaningless_aggregate_is_refused(wrong: Aggregate) -> None:
     with pytest.raises(InvalidInput):
         wrong.check(SAMPLES)
     for right in (Aggregate("count"), Aggregate("sum", "price"), Aggregate("average", "rank")):
@@ -399,7 +399,7 @@ SCOPE = "acme/samples"
 
 
 @given(held, queries_of_samples)
-def test_a_cursor_gives_back_the_position_exactly(documents: list[Document], query: Query) -> None:
+def test_a_cursor_decodes_to_its_exact_position(documents: list[Document], query: Query) -> None:
     for document in documents:
         cursor = cursor_of(query, SCOPE, document)
         position = with_cursor(query, SAMPLES, SCOPE, cursor).start_after
@@ -408,7 +408,7 @@ def test_a_cursor_gives_back_the_position_exactly(documents: list[Document], que
 
 
 @pytest.mark.parametrize("field", SCALARS)
-def test_a_cursor_can_stand_on_every_edge_value(field: str) -> None:
+def test_a_cursor_can_hold_every_edge_value(field: str) -> None:
     query = Query(order_by=(field,))
     for value in (None, *EDGES[field]):
         document = stored("é'\"\\", sample(**{field: value}))
@@ -459,12 +459,12 @@ def test_a_forged_cursor_is_refused_and_never_reaches_an_engine(position: Any) -
 
 
 @given(st.text(max_size=60) | st.binary(max_size=60).map(lambda b: base64.urlsafe_b64encode(b).decode()))
-def test_whatever_text_comes_as_a_cursor_the_answer_is_invalid_input(text: str) -> None:
+def test_any_invalid_cursor_text_raises_invalid_input(text: str) -> None:
     with pytest.raises(InvalidInput):
         with_cursor(Query(), SAMPLES, SCOPE, text)
 
 
-def test_a_cursor_has_a_largest_size_both_ways() -> None:
+def test_the_size_of_a_cursor_is_bounded_when_made_and_when_read() -> None:
     query = Query(order_by=("name",))
     with pytest.raises(InvalidInput):
         with_cursor(query, SAMPLES, SCOPE, "A" * (MAX_CURSOR_BYTES + 1))

@@ -69,7 +69,7 @@ def test_decimal_text_is_exact(value: Decimal) -> None:
 
 
 @given(decimals, st.integers(0, 5))
-def test_decimal_text_does_not_depend_on_how_the_number_is_written(value: Decimal, zeros: int) -> None:
+def test_decimal_text_is_the_same_for_equal_numbers(value: Decimal, zeros: int) -> None:
     sign, digits, exponent = value.as_tuple()
     assert isinstance(exponent, int)
     padded = Decimal((sign, digits + (0,) * zeros, exponent - zeros))
@@ -95,7 +95,7 @@ def test_time_text_is_exact(value: datetime) -> None:
 
 
 @given(maps | lists | documents)
-def test_json_gives_back_equal_values_of_the_same_types(value: Any) -> None:
+def test_json_round_trips_values_and_types(value: Any) -> None:
     text = _values.dumps(value)
     assert identical(_values.loads(text), value)
     assert identical(_values.loads(text.encode()), value)
@@ -103,7 +103,7 @@ def test_json_gives_back_equal_values_of_the_same_types(value: Any) -> None:
 
 
 @pytest.mark.parametrize("field", EDGES)
-def test_json_gives_back_every_edge_value(field: str) -> None:
+def test_json_round_trips_every_edge_value(field: str) -> None:
     for value in EDGES[field]:
         assert identical(_values.loads(_values.dumps({"a": value, "$a": [value]})), {"a": value, "$a": [value]})
 
@@ -138,7 +138,7 @@ class Inner(BaseModel):
 
 
 @given(maps | lists | texts | ints | floats | decimals | moments)
-def test_what_is_encoded_is_encoded_already(value: Any) -> None:
+def test_encoding_is_idempotent(value: Any) -> None:
     assert identical(encode_value(value), value)
 
 
@@ -155,7 +155,7 @@ def test_a_decimal_keeps_its_number_or_is_refused(value: Decimal) -> None:
 
 
 @given(st.datetimes(timezones=st.just(UTC)), st.integers(-23 * 60, 23 * 60))
-def test_a_time_keeps_its_moment_and_is_in_utc(moment: datetime, minutes: int) -> None:
+def test_a_time_keeps_its_instant_in_utc(moment: datetime, minutes: int) -> None:
     assume(2 <= moment.year <= 9998)
     value = moment.replace(tzinfo=timezone(timedelta(minutes=minutes)))
     encoded = encode_value(value)
@@ -233,14 +233,14 @@ def nested(levels: int) -> Any:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_cannot_be_stored_is_refused_with_its_path(value: Any, path: str, says: str) -> None:
+def test_a_value_that_cannot_be_stored_is_refused_with_its_path(value: Any, path: str, says: str) -> None:
     with pytest.raises(NotStorable) as caught:
         encode_value(value, "x")
     assert caught.value.problem.path == path
     assert says in caught.value.problem.message
 
 
-def test_the_limits_themselves_can_be_stored() -> None:
+def test_values_at_the_limits_can_be_stored() -> None:
     for value in (INT64_MAX, INT64_MIN, "x" * MAX_TEXT_BYTES, "é" * (MAX_TEXT_BYTES // 2), bytes(MAX_TEXT_BYTES)):
         assert encode_value(value) == value
     assert encode_value(nested(MAX_DEPTH)) == nested(MAX_DEPTH)

@@ -50,7 +50,7 @@ async def room() -> AsyncIterator[Strongroom]:
 # --- Who is let in ----------------------------------------------------------------------------------------------
 
 
-async def test_a_good_key_is_let_in_and_the_application_knows_whose_it_is(room: Strongroom) -> None:
+async def test_a_valid_key_is_admitted_and_identifies_its_holder_to_the_application(room: Strongroom) -> None:
     issued = await room.keys.create(name="k", user_id="u1", limits=[REQUESTS])
     seen: list[Scope] = []
 
@@ -80,7 +80,7 @@ async def test_a_good_key_is_let_in_and_the_application_knows_whose_it_is(room: 
     ],
     ids=["none", "another scheme", "empty", "two", "not text"],
 )
-async def test_a_request_without_one_readable_key_is_told_how_to_send_it(
+async def test_a_request_without_a_readable_key_is_401_with_instructions(
     room: Strongroom, headers: Any, why: str
 ) -> None:
     async with client(StrongroomMiddleware(echo, room=room)) as http:
@@ -107,7 +107,7 @@ async def test_an_unknown_key_is_a_401_that_does_not_repeat_it(room: Strongroom)
         ({"allowed_ips": ["10.0.0.0/8"]}, {}, "forbidden"),
     ],
 )
-async def test_a_key_that_may_not_do_this_is_a_403_that_says_why(
+async def test_a_key_without_permission_is_a_403_with_the_reason(
     room: Strongroom, fields: Any, asked: Any, code: str
 ) -> None:
     issued = await room.keys.create(name="k")
@@ -124,7 +124,7 @@ async def test_a_key_that_is_disabled_is_refused_from_the_next_request_on(room: 
         check_refusal(await http.get("/", headers=bearer(issued.text)), 403, "disabled")
 
 
-async def test_the_whole_limit_is_let_through_and_then_nothing(room: Strongroom) -> None:
+async def test_exactly_the_limit_is_admitted(room: Strongroom) -> None:
     tokens = {"resource": "tokens", "limit": 1_000, "window": {"kind": "calendar", "unit": "hour"}}
     money = {"resource": "cost", "limit": 5, "window": {"kind": "total"}}
     issued = await room.keys.create(name="k", limits=[REQUESTS, tokens, money])
@@ -152,7 +152,7 @@ async def test_the_whole_limit_is_let_through_and_then_nothing(room: Strongroom)
     assert stats.totals == {"requests": 2, "tokens": 20}  # what is refused is not charged
 
 
-async def test_a_limit_that_waiting_does_not_free_promises_nothing(room: Strongroom) -> None:
+async def test_a_limit_without_a_window_sends_no_retry_after(room: Strongroom) -> None:
     issued = await room.keys.create(
         name="k", limits=[{"resource": "requests", "limit": 0, "window": {"kind": "total"}}]
     )
@@ -162,7 +162,7 @@ async def test_a_limit_that_waiting_does_not_free_promises_nothing(room: Strongr
     assert "retry-after" not in answer.headers
 
 
-async def test_a_store_that_cannot_be_asked_lets_nobody_in() -> None:
+async def test_an_unavailable_store_admits_no_request() -> None:
     async with opened("json://:memory:") as (room, store):
         issued = await room.keys.create(name="k", limits=[REQUESTS])
         _broken(store)
@@ -179,7 +179,7 @@ def _broken(store: FaultyStore) -> None:
 # --- Settings ---------------------------------------------------------------------------------------------------
 
 
-async def test_settings_may_be_functions_of_the_request(room: Strongroom) -> None:
+async def test_options_may_be_functions_of_the_request(room: Strongroom) -> None:
     tokens = {"resource": "tokens", "limit": 100, "window": {"kind": "total"}}
     issued = await room.keys.create(name="k", permissions=["read"], limits=[tokens])
     app = StrongroomMiddleware(
@@ -194,7 +194,7 @@ async def test_settings_may_be_functions_of_the_request(room: Strongroom) -> Non
     assert (await room.keys.stats(issued.key.id)).totals == {"tokens": 9}
 
 
-async def test_a_key_may_come_in_a_header_of_ones_own(room: Strongroom) -> None:
+async def test_the_key_header_is_configurable(room: Strongroom) -> None:
     issued = await room.keys.create(name="k")
     async with client(StrongroomMiddleware(echo, room=room, header="X-API-Key")) as http:
         assert (await http.get("/", headers={"x-api-key": issued.text})).status_code == 200
@@ -209,7 +209,7 @@ async def test_exempt_paths_need_no_key_and_others_do(room: Strongroom) -> None:
     assert found == {"/healthz": 200, "/docs/a": 200, "/healthz/": 401, "/docs": 401}
 
 
-async def test_the_route_is_what_the_framework_found_or_the_path(room: Strongroom) -> None:
+async def test_the_route_is_the_frameworks_template_or_the_path(room: Strongroom) -> None:
     class Route:
         path = "/items/{id}"
 
@@ -232,13 +232,13 @@ async def test_the_route_is_what_the_framework_found_or_the_path(room: Strongroo
         ({"cost": {"tokens": -1}}, "cost.tokens"),
     ],
 )
-def test_a_setting_that_cannot_be_stops_the_start(room: Strongroom, settings: Any, path: str) -> None:
+def test_an_invalid_option_stops_the_start(room: Strongroom, settings: Any, path: str) -> None:
     with pytest.raises(InvalidInput) as caught:
         StrongroomMiddleware(echo, room=room, **settings)
     assert [problem.path for problem in caught.value.problems] == [path]
 
 
-def test_settings_that_contradict_each_other_stop_the_start(room: Strongroom) -> None:
+def test_contradicting_options_stop_the_start(room: Strongroom) -> None:
     with pytest.raises(ConfigError, match="both a room and a url"):
         StrongroomMiddleware(echo, room=room, url="json://:memory:")
     with pytest.raises(ConfigError, match="cache"):
@@ -248,7 +248,7 @@ def test_settings_that_contradict_each_other_stop_the_start(room: Strongroom) ->
 # --- The caller's address ---------------------------------------------------------------------------------------
 
 
-async def test_a_forwarded_address_is_believed_from_listed_networks_alone(room: Strongroom) -> None:
+async def test_a_forwarded_address_is_trusted_from_listed_proxies_only(room: Strongroom) -> None:
     issued = await room.keys.create(name="k", allowed_ips=["203.0.113.0/24"])
     app = StrongroomMiddleware(echo, room=room, trusted_proxies=["10.0.0.0/8"])
     headers = {**bearer(issued.text), "x-forwarded-for": "203.0.113.9"}
@@ -263,7 +263,7 @@ async def test_a_forwarded_address_is_believed_from_listed_networks_alone(room: 
         check_refusal(await http.get("/", headers=headers), 403, "forbidden")
 
 
-async def test_a_peer_without_an_address_is_none_of_the_allowed(room: Strongroom) -> None:
+async def test_a_peer_without_an_address_is_not_an_allowed_address(room: Strongroom) -> None:
     issued = await room.keys.create(name="k", allowed_ips=["0.0.0.0/0"])
     free = await room.keys.create(name="free")
     async with client(StrongroomMiddleware(echo, room=room), "a-unix-socket") as http:
@@ -282,7 +282,7 @@ _anything = st.one_of(_proxy, _caller, st.text("0123456789abcdef:., []x", max_si
 
 
 @given(st.lists(_anything, max_size=4), _caller, st.lists(_proxy, max_size=3), _proxy)
-def test_what_a_caller_writes_into_the_header_never_counts(
+def test_a_client_cannot_forge_its_forwarded_address(
     written: list[str], caller: str, proxies: list[str], peer: str
 ) -> None:
     """The proxies append: the caller's own address stands right of everything that it wrote itself."""
@@ -291,12 +291,12 @@ def test_what_a_caller_writes_into_the_header_never_counts(
 
 
 @given(st.lists(_anything, max_size=4), _caller)
-def test_a_peer_that_is_no_proxy_is_the_caller(written: list[str], peer: str) -> None:
+def test_a_peer_that_is_not_a_proxy_is_the_client(written: list[str], peer: str) -> None:
     assert addresses.client_address(peer, [",".join(written).encode()], _PROXIES) == peer
 
 
 @given(_caller, st.integers(1, 65_535))
-def test_a_port_beside_an_address_is_not_part_of_it(caller: str, port: int) -> None:
+def test_a_port_in_a_forwarded_address_is_ignored(caller: str, port: int) -> None:
     assert addresses.address(f"{caller}:{port}") == caller
     assert addresses.address(f"[::1]:{port}") == "::1"
 
@@ -328,7 +328,7 @@ async def test_a_websocket_is_refused_with_a_status_where_the_server_can(room: S
 # --- Lifespan ---------------------------------------------------------------------------------------------------
 
 
-async def test_a_url_is_opened_at_the_start_and_closed_at_the_end(tmp_path: Path) -> None:
+async def test_a_store_url_is_opened_at_startup_and_closed_at_shutdown(tmp_path: Path) -> None:
     events: list[str] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -358,7 +358,7 @@ async def _with_lifespan(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 @pytest.mark.parametrize("application", [_with_lifespan, echo], ids=["with a lifespan", "without"])
-async def test_the_server_is_told_that_all_has_ended_when_it_has(application: Any) -> None:
+async def test_the_server_learns_of_the_shutdown_when_it_is_complete(application: Any) -> None:
     """A server may stop its event loop then, in the middle of what is still to be written."""
     state: dict[str, Any] = {}
     incoming: list[Message] = [{"type": "lifespan.shutdown"}, {"type": "lifespan.startup"}]
@@ -389,14 +389,14 @@ async def _silent(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 @pytest.mark.parametrize("app", [_http_alone, _silent, echo], ids=["raises", "returns", "answers as to HTTP"])
-async def test_an_application_without_a_lifespan_has_its_room_too(app: Any) -> None:
+async def test_an_application_without_a_lifespan_still_gets_an_open_store(app: Any) -> None:
     middleware = StrongroomMiddleware(app, url="json://:memory:")
     async with lifespan(middleware) as state, client(middleware) as http:
         issued = await state["strongroom"].keys.create(name="k")
         assert (await http.get("/", headers=bearer(issued.text))).status_code == 200
 
 
-async def test_a_room_of_the_applications_own_is_found_in_the_lifespans_state(room: Strongroom) -> None:
+async def test_a_store_that_the_application_opened_is_found_in_the_lifespan_state(room: Strongroom) -> None:
     issued = await room.keys.create(name="k")
     middleware = StrongroomMiddleware(echo)
 
@@ -415,13 +415,13 @@ async def test_a_store_that_cannot_be_opened_stops_the_server_and_keeps_its_pass
     assert "hunter2" not in str(caught.value)
 
 
-async def test_without_lifespan_events_a_url_is_never_opened_and_that_is_said() -> None:
+async def test_without_lifespan_events_a_store_url_is_not_opened_and_an_error_says_so() -> None:
     async with client(StrongroomMiddleware(echo, url="json://:memory:")) as http:
         with pytest.raises(ConfigError, match="lifespan"):
             await http.get("/", headers=bearer("x"))
 
 
-def test_no_framework_is_imported_unless_its_module_is() -> None:
+def test_no_framework_is_imported_before_its_integration() -> None:
     script = (
         "import sys, strongroom.integrations.asgi, strongroom.blocking; "
         "print(sorted({'fastapi', 'starlette', 'flask', 'django', 'uvicorn'} & set(sys.modules)))"
@@ -430,7 +430,7 @@ def test_no_framework_is_imported_unless_its_module_is() -> None:
     assert run.stdout.strip() == "[]"
 
 
-async def test_an_application_whose_start_fails_is_not_taken_in_silence_for_one_without_a_start(
+async def test_a_failing_startup_is_not_mistaken_for_a_missing_lifespan(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async def broken(scope: Scope, receive: Receive, send: Send) -> None:

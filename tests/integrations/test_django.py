@@ -115,7 +115,7 @@ def check_refusal(answer: Any, status: int, code: str) -> None:
 
 
 @pytest.mark.parametrize("view", ["chat", "later"])
-async def test_a_decorated_view_is_called_with_a_good_key_alone(room: BlockingStrongroom, get: Get, view: str) -> None:
+async def test_a_decorated_view_is_called_only_with_a_valid_key(room: BlockingStrongroom, get: Get, view: str) -> None:
     good = await make(room, user_id="u1", permissions=["chat:write"], limits=[REQUESTS])
     reader = await make(room, permissions=["chat:read"])
     with using(room):
@@ -134,7 +134,7 @@ async def test_a_decorated_view_is_called_with_a_good_key_alone(room: BlockingSt
 
 
 @pytest.mark.parametrize("view", ["holding", "holding_later"])
-async def test_a_reservation_that_is_refused_gives_back_what_the_request_was_charged(
+async def test_a_denied_reservation_refunds_the_charge_of_the_request(
     room: BlockingStrongroom, get: Get, view: str
 ) -> None:
     tokens = {"resource": "tokens", "limit": 100, "window": {"kind": "total"}}
@@ -145,7 +145,7 @@ async def test_a_reservation_that_is_refused_gives_back_what_the_request_was_cha
     assert (stats.count, [int(limit.used) for limit in stats.limits]) == (0, [0, 0])
 
 
-async def test_every_view_needs_a_key_but_public_ones_and_exempt_paths(room: BlockingStrongroom, get: Get) -> None:
+async def test_every_view_needs_a_key_except_public_views_and_exempt_paths(room: BlockingStrongroom, get: Get) -> None:
     issued = await make(room, user_id="u1")
     with using(room, exempt=["/healthz"]):
         check_refusal(await get("/any/"), 401, "unauthenticated")
@@ -163,7 +163,7 @@ async def test_only_decorated_views_need_a_key_where_that_is_set(room: BlockingS
         check_refusal(await get("/chat/3/"), 401, "unauthenticated")
 
 
-async def test_the_middlewares_own_questions_are_asked_of_every_view(room: BlockingStrongroom, get: Get) -> None:
+async def test_the_middlewares_own_requirements_apply_to_every_view(room: BlockingStrongroom, get: Get) -> None:
     issued = await make(room, permissions=["read"], limits=[{**REQUESTS, "resource": "tokens"}])
     with using(room, permission="read", cost={"tokens": 2}, header="X-API-Key"):
         assert (await get("/any/", {"x-api-key": issued.text})).status_code == 200
@@ -180,7 +180,7 @@ async def test_a_route_is_named_by_its_pattern(room: BlockingStrongroom, get: Ge
         check_refusal(await get("/any/", bearer(issued.text)), 403, "insufficient_permissions")
 
 
-async def test_a_forwarded_address_is_believed_from_listed_networks_alone(room: BlockingStrongroom, get: Get) -> None:
+async def test_a_forwarded_address_is_trusted_from_listed_proxies_only(room: BlockingStrongroom, get: Get) -> None:
     issued = await make(room, allowed_ips=["203.0.113.0/24"])
     headers = {**bearer(issued.text), "x-forwarded-for": "198.51.100.1, 203.0.113.9"}
     with using(room, trusted_proxies=["127.0.0.0/8"]):
@@ -189,7 +189,7 @@ async def test_a_forwarded_address_is_believed_from_listed_networks_alone(room: 
         check_refusal(await get("/any/", headers), 403, "forbidden")
 
 
-async def test_what_is_wrong_with_the_settings_is_told_at_the_start(room: BlockingStrongroom, get: Get) -> None:
+async def test_invalid_settings_stop_the_start(room: BlockingStrongroom, get: Get) -> None:
     with using(room, permision="read"), pytest.raises(ImproperlyConfigured, match="permision"):
         await get("/any/")
     with using(room, cost={"tokens": -1}), pytest.raises(InvalidInput, match="tokens"):
@@ -198,7 +198,7 @@ async def test_what_is_wrong_with_the_settings_is_told_at_the_start(room: Blocki
         await get("/any/")
 
 
-async def test_a_decorator_without_the_middleware_lets_nobody_in(room: BlockingStrongroom, get: Get) -> None:
+async def test_a_decorator_without_the_middleware_admits_no_request(room: BlockingStrongroom, get: Get) -> None:
     issued = await make(room, permissions=["chat:write"])
     with using(room), override_settings(MIDDLEWARE=[]), pytest.raises(ImproperlyConfigured, match="MIDDLEWARE"):
         await get("/chat/3/", bearer(issued.text))

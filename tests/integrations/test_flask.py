@@ -80,7 +80,7 @@ def flask(**settings: Any) -> tuple[FlaskClient, ApiKeys]:
 # --- Flask ------------------------------------------------------------------------------------------------------
 
 
-def test_a_view_is_called_with_a_good_key_alone(room: BlockingStrongroom) -> None:
+def test_a_view_is_called_only_with_a_valid_key(room: BlockingStrongroom) -> None:
     good = make(room, user_id="u1", permissions=["chat:write"], limits=[REQUESTS])
     reader = make(room, permissions=["chat:read"])
     http, _ = flask(room=room)
@@ -95,7 +95,7 @@ def test_a_view_is_called_with_a_good_key_alone(room: BlockingStrongroom) -> Non
     assert stats.totals == {"requests": 2, "tokens": 14}
 
 
-def test_an_async_view_and_a_view_without_a_key(room: BlockingStrongroom) -> None:
+def test_async_views_are_protected_and_public_views_need_no_key(room: BlockingStrongroom) -> None:
     issued = make(room, user_id="u1")
     http, keys = flask(room=room)
     assert http.get("/later", headers=bearer(issued.text)).json == {"user": "u1"}
@@ -105,7 +105,7 @@ def test_an_async_view_and_a_view_without_a_key(room: BlockingStrongroom) -> Non
         keys.verification  # noqa: B018 - asking is what raises
 
 
-def test_a_blueprint_is_protected_but_for_what_is_exempt_and_charged_once(room: BlockingStrongroom) -> None:
+def test_a_blueprint_is_protected_except_exempt_paths_and_charges_once(room: BlockingStrongroom) -> None:
     issued = make(room, permissions=["chat:write"])
     http, _ = flask(room=room)
     check_refusal(http.get("/below/any"), 401, "unauthenticated")
@@ -123,7 +123,7 @@ def test_a_route_is_named_by_its_rule(room: BlockingStrongroom) -> None:
     check_refusal(http.get("/later", headers=bearer(chat.text)), 403, "insufficient_permissions")
 
 
-def test_a_forwarded_address_is_believed_from_listed_networks_alone(room: BlockingStrongroom) -> None:
+def test_a_forwarded_address_is_trusted_from_listed_proxies_only(room: BlockingStrongroom) -> None:
     issued = make(room, allowed_ips=["203.0.113.0/24"])
     headers = {**bearer(issued.text), "x-forwarded-for": "198.51.100.1, 203.0.113.9"}
     trusting, _ = flask(room=room, trusted_proxies=["127.0.0.0/8"])
@@ -132,7 +132,7 @@ def test_a_forwarded_address_is_believed_from_listed_networks_alone(room: Blocki
     check_refusal(careful.get("/later", headers=headers), 403, "forbidden")
 
 
-def test_what_is_wrong_is_told_when_it_is_written(room: BlockingStrongroom) -> None:
+def test_an_invalid_option_is_refused_where_it_is_declared(room: BlockingStrongroom) -> None:
     with pytest.raises(ConfigError, match="neither"):
         ApiKeys()
     with pytest.raises(ConfigError, match="cache"):
@@ -153,7 +153,7 @@ def test_threads_share_one_exact_limit(room: BlockingStrongroom) -> None:
     assert sum(answers) == 50
 
 
-def test_many_threads_open_one_room_once(tmp_path: Path) -> None:
+def test_concurrent_threads_open_the_store_once(tmp_path: Path) -> None:
     room = BlockingStrongroom(f"sqlite:///{tmp_path}/a.db")
     try:
         with ThreadPoolExecutor(8) as pool:
@@ -164,7 +164,7 @@ def test_many_threads_open_one_room_once(tmp_path: Path) -> None:
         room.close()
 
 
-def test_errors_come_through_as_they_are(room: BlockingStrongroom, tmp_path: Path) -> None:
+def test_errors_reach_the_thread_unchanged(room: BlockingStrongroom, tmp_path: Path) -> None:
     with pytest.raises(NotFound):
         room.call(lambda inner: inner.keys.get("key_nothing"))
     with pytest.raises(ConfigError):
@@ -184,7 +184,7 @@ async def _timing_out() -> None:
     raise TimeoutError("its own")
 
 
-def test_a_room_is_closed_after_the_calls_under_way_and_opens_again(room: BlockingStrongroom) -> None:
+def test_closing_waits_for_running_calls_and_the_store_can_reopen(room: BlockingStrongroom) -> None:
     issued = make(room, limits=[REQUESTS])
     entered, go = threading.Event(), threading.Event()
 
@@ -204,13 +204,13 @@ def test_a_room_is_closed_after_the_calls_under_way_and_opens_again(room: Blocki
     assert room.verify(issued.text).valid
 
 
-async def test_another_event_loop_may_await_it(room: BlockingStrongroom) -> None:
+async def test_the_facade_can_be_awaited_from_another_event_loop(room: BlockingStrongroom) -> None:
     issued = await room.acall(lambda inner: inner.keys.create(name="k", limits=[{**REQUESTS, "limit": 10}]))
     answers = await asyncio.gather(*(room.acall(lambda inner: inner.keys.verify(issued.text)) for _ in range(25)))
     assert sum(answer.valid for answer in answers) == 10
 
 
-def test_a_forked_process_does_not_use_its_parents_room(room: BlockingStrongroom) -> None:
+def test_a_forked_process_does_not_use_its_parents_store(room: BlockingStrongroom) -> None:
     issued = make(room)
     read, write = os.pipe()
     child = os.fork()

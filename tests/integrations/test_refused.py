@@ -83,7 +83,7 @@ async def nothing_was_charged(room: Strongroom, issued: IssuedKey) -> None:
 
 
 @pytest.mark.parametrize("window", WINDOWS, ids=lambda one: f"{one.kind}{'-refill' * bool(one.refill)}")
-async def test_what_is_taken_back_leaves_everything_as_it_was(room: Strongroom, window: Any) -> None:
+async def test_a_refund_restores_the_usage_exactly(room: Strongroom, window: Any) -> None:
     limit = Limit(resource="tokens", limit=100, window=window)
     issued = await room.keys.create(name="k", limits=[limit])
     for before in (0, 30):  # the first use of its windows, and a later one
@@ -99,7 +99,7 @@ async def test_what_is_taken_back_leaves_everything_as_it_was(room: Strongroom, 
     assert (await stands(room, issued))[2] == {"tokens": 60}
 
 
-async def test_what_is_taken_back_of_a_key_without_limits_is_not_counted(room: Strongroom) -> None:
+async def test_a_refund_of_a_key_without_limits_is_not_counted(room: Strongroom) -> None:
     issued = await room.keys.create(name="k")
     for written in (False, True):
         charged = await room.keys.verify_charged(issued.text, cost={"tokens": 60})
@@ -112,7 +112,7 @@ async def test_what_is_taken_back_of_a_key_without_limits_is_not_counted(room: S
         assert await stands(room, issued) == (0, {}, {})
 
 
-async def test_nothing_is_taken_back_from_a_window_that_began_after_the_charge(tmp_path: Path) -> None:
+async def test_a_refund_does_not_reduce_a_window_that_began_after_the_charge(tmp_path: Path) -> None:
     with time_machine.travel(NOON, tick=False) as clock:
         async with opened(new_url("sqlite", tmp_path)) as (room, _):
             windows: list[Any] = [Rolling(seconds=60), Anchored(seconds=60), Calendar(unit="minute")]
@@ -129,7 +129,7 @@ async def test_nothing_is_taken_back_from_a_window_that_began_after_the_charge(t
 # --- The integrations ------------------------------------------------------------------------------------------
 
 
-async def test_a_reservation_that_is_refused_gives_back_what_fastapi_charged(room: Strongroom) -> None:
+async def test_a_denied_reservation_refunds_fastapis_charge(room: Strongroom) -> None:
     app = FastAPI()
     install(app, room=room)
 
@@ -144,7 +144,7 @@ async def test_a_reservation_that_is_refused_gives_back_what_fastapi_charged(roo
     await nothing_was_charged(room, issued)
 
 
-async def test_a_second_dependency_that_refuses_gives_back_what_the_first_charged(room: Strongroom) -> None:
+async def test_a_denial_by_a_second_dependency_refunds_the_first(room: Strongroom) -> None:
     app = FastAPI(dependencies=[Depends(ApiKeyAuth())])
     install(app, room=room)
 
@@ -160,7 +160,7 @@ async def test_a_second_dependency_that_refuses_gives_back_what_the_first_charge
 
 @pytest.mark.parametrize("handler", [False, True])
 @pytest.mark.parametrize("concurrency", [False, True])
-async def test_a_reservation_that_is_refused_gives_back_what_the_middleware_charged(
+async def test_a_denied_reservation_refunds_the_middlewares_charge(
     room: Strongroom, concurrency: bool, handler: bool
 ) -> None:
     async def view(request: Request) -> PlainTextResponse:
@@ -182,7 +182,7 @@ async def test_a_reservation_that_is_refused_gives_back_what_the_middleware_char
     assert limits == {"tokens": 3, "requests": 1}
 
 
-async def test_a_request_that_is_let_in_after_a_refused_reservation_is_charged(room: Strongroom) -> None:
+async def test_a_request_that_succeeds_despite_a_denied_reservation_is_charged(room: Strongroom) -> None:
     async def view(request: Request) -> PlainTextResponse:
         with pytest.raises(KeyRefused):
             async with reserve(request, cost={"tokens": 500}):
@@ -196,7 +196,7 @@ async def test_a_request_that_is_let_in_after_a_refused_reservation_is_charged(r
     assert (await stands(room, issued))[0] == 2
 
 
-def test_a_reservation_that_is_refused_gives_back_what_flask_charged(tmp_path: Path) -> None:
+def test_a_denied_reservation_refunds_flasks_charge(tmp_path: Path) -> None:
     with BlockingStrongroom(new_url("sqlite", tmp_path)) as room:
         app = Flask("refused")
         keys = ApiKeys(app, room=room)

@@ -94,7 +94,7 @@ def starlette(room: Strongroom, **settings: Any) -> Starlette:
     )
 
 
-async def test_starlettes_user_is_the_key_and_its_permissions_are_what_requires_asks_for(room: Strongroom) -> None:
+async def test_starlettes_user_is_the_key_and_requires_checks_its_permissions(room: Strongroom) -> None:
     all_chat = await room.keys.create(name="k", tenant="acme", user_id="u1", permissions=["chat:*"])
     reader = await room.keys.create(name="r", permissions=["chat:read"])
     async with client(starlette(room)) as http:
@@ -106,7 +106,7 @@ async def test_starlettes_user_is_the_key_and_its_permissions_are_what_requires_
         check_refusal(await http.post("/write/1"), 401, "unauthenticated")
 
 
-async def test_middleware_before_the_router_names_a_request_by_its_template(
+async def test_middleware_before_the_router_sees_the_route_template(
     room: Strongroom, routes_of: Callable[[Strongroom], list[str | None]]
 ) -> None:
     issued = await room.keys.create(name="k", permissions=["chat:write"])
@@ -121,7 +121,7 @@ async def test_a_backend_without_the_middleware_authenticates_nobody() -> None:
     assert await ApiKeyBackend().authenticate(HTTPConnection({"type": "http", "headers": []})) is None
 
 
-async def test_a_refusal_inside_is_answered_by_a_handler_where_the_middleware_stands_outside(room: Strongroom) -> None:
+async def test_an_exception_handler_answers_denials_inside_the_middleware(room: Strongroom) -> None:
     async def view(request: Request) -> JSONResponse:
         from strongroom.integrations import _core
 
@@ -178,7 +178,7 @@ def fastapi(**settings: Any) -> FastAPI:
     return app
 
 
-async def test_a_dependency_gives_the_verification_and_is_charged_once_in_a_request(room: Strongroom) -> None:
+async def test_a_dependency_returns_the_verification_and_charges_once_a_request(room: Strongroom) -> None:
     issued = await room.keys.create(name="k", user_id="u1", permissions=["chat:write"], limits=[REQUESTS])
     async with client(fastapi(room=room)) as http:
         answers = [await http.post("/chat/3", headers=bearer(issued.text)) for _ in range(3)]
@@ -191,7 +191,7 @@ async def test_a_dependency_gives_the_verification_and_is_charged_once_in_a_requ
     assert (await room.keys.stats(issued.key.id)).totals == {"requests": 2, "tokens": 10}
 
 
-async def test_a_dependency_refuses_with_problem_documents(room: Strongroom) -> None:
+async def test_a_dependency_denies_with_problem_documents(room: Strongroom) -> None:
     reader = await room.keys.create(name="k", permissions=["chat:read"])
     async with client(fastapi(room=room)) as http:
         check_refusal(await http.post("/chat/3"), 401, "unauthenticated")
@@ -253,14 +253,14 @@ async def test_openapi_shows_the_key_as_a_security_scheme(room: Strongroom) -> N
     assert "security" not in schema["paths"]["/open"]["get"]
 
 
-async def test_fastapis_own_lifespan_runs_in_an_open_room(tmp_path: Any) -> None:
+async def test_fastapis_own_lifespan_runs_with_an_open_store(tmp_path: Any) -> None:
     app = fastapi(url=f"sqlite:///{tmp_path}/a.db")
     async with lifespan(app) as state, client(app) as http:
         issued = await state["strongroom"].keys.create(name="k", permissions=["chat:write"])
         assert (await http.post("/chat/3", headers=bearer(issued.text))).status_code == 200
 
 
-async def test_what_is_wrong_is_told_when_it_is_written(room: Strongroom) -> None:
+async def test_an_invalid_option_is_refused_where_it_is_declared(room: Strongroom) -> None:
     with pytest.raises(InvalidInput, match=r"cost\.tokens"):
         ApiKeyAuth(cost={"tokens": -1})
     with pytest.raises(InvalidInput, match="trusted_proxies"):
@@ -277,6 +277,6 @@ async def test_what_is_wrong_is_told_when_it_is_written(room: Strongroom) -> Non
             await http.get("/", headers=bearer("x"))
 
 
-def test_the_module_hands_out_what_an_application_needs() -> None:
+def test_the_module_exports_what_an_application_needs() -> None:
     assert set(ours.__all__) >= {"ApiKeyAuth", "Verification", "install", "reserve", "KeyRefused"}
     assert ApiKeyUser(Verification(True, "VALID", "k1")).identity == "k1"

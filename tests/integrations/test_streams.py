@@ -113,7 +113,7 @@ async def test_a_stream_is_charged_what_it_used_even_above_its_reservation(room:
     assert await tokens(room, issued) == (300, 0)
 
 
-async def test_a_client_that_goes_away_is_charged_what_it_got(room: Strongroom) -> None:
+async def test_a_disconnected_client_is_charged_what_it_received(room: Strongroom) -> None:
     issued = await room.keys.create(name="k", limits=[TOKENS])
     one = Client(streaming(room, go=asyncio.Event()), issued.text)
     await wait_until(lambda: len(one.sent) == 4)  # the start and three parts
@@ -133,7 +133,7 @@ async def test_a_request_that_is_cancelled_is_charged_what_it_used(room: Strongr
     assert await tokens(room, issued) == (90, 0)
 
 
-async def test_a_stream_that_fails_is_charged_what_it_used_and_one_that_never_began_nothing(room: Strongroom) -> None:
+async def test_a_failed_stream_is_charged_its_usage_and_an_unstarted_stream_nothing(room: Strongroom) -> None:
     issued = await room.keys.create(name="k", limits=[TOKENS])
 
     async def fail(scope: Scope, receive: Receive, send: Send) -> None:
@@ -148,7 +148,7 @@ async def test_a_stream_that_fails_is_charged_what_it_used_and_one_that_never_be
     assert await tokens(room, issued) == (3, 0)
 
 
-async def test_a_reservation_that_the_limit_does_not_allow_is_a_429_before_anything_is_sent(room: Strongroom) -> None:
+async def test_a_denied_reservation_is_a_429_before_the_response_starts(room: Strongroom) -> None:
     issued = await room.keys.create(name="k", limits=[TOKENS])
     async with client(streaming(room, reserved=1_001)) as http:
         document = check_refusal(await http.get("/", headers=bearer(issued.text)), 429, "usage_exceeded")
@@ -156,7 +156,7 @@ async def test_a_reservation_that_the_limit_does_not_allow_is_a_429_before_anyth
     assert await tokens(room, issued) == (0, 0)
 
 
-async def test_an_answer_that_has_begun_is_not_begun_again_by_a_refusal(room: Strongroom) -> None:
+async def test_a_started_response_is_not_started_again_by_a_denial(room: Strongroom) -> None:
     issued = await room.keys.create(name="k", limits=[TOKENS])
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -207,7 +207,7 @@ async def test_with_concurrency_a_request_counts_until_it_is_answered(room: Stro
     assert (await room.keys.stats(issued.key.id)).totals["requests"] == 2
 
 
-async def test_what_was_not_verified_has_nothing_to_reserve(room: Strongroom) -> None:
+async def test_an_unverified_request_cannot_reserve(room: Strongroom) -> None:
     with pytest.raises(LookupError, match="not verified"):
         _ = reserve({"type": "http"}, cost={"tokens": 1})
 
@@ -219,7 +219,7 @@ def presented(issued: IssuedKey, cost: Mapping[str, int | Decimal]) -> Presented
     return Presented.of(issued.text, "authorization", cost=cost)
 
 
-async def test_long_work_keeps_its_hold_and_tells_what_it_used(room: Strongroom) -> None:
+async def test_long_work_extends_its_hold_and_reports_usage(room: Strongroom) -> None:
     issued = await room.keys.create(name="k", limits=[TOKENS])
     hold = await Hold(room, presented(issued, {"tokens": 400}), ttl_s=3)
     hold.use(tokens=7)
@@ -239,9 +239,7 @@ async def test_long_work_keeps_its_hold_and_tells_what_it_used(room: Strongroom)
     assert await tokens(room, issued) == (10, 0)
 
 
-async def test_what_ended_before_it_was_settled_is_recorded_all_the_same(
-    room: Strongroom, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_usage_of_an_expired_hold_is_recorded(room: Strongroom, monkeypatch: pytest.MonkeyPatch) -> None:
     issued = await room.keys.create(name="k", limits=[TOKENS])
     hold = await Hold(room, presented(issued, {"tokens": 400}))
     hold.use(tokens=7)
@@ -251,7 +249,7 @@ async def test_what_ended_before_it_was_settled_is_recorded_all_the_same(
     assert await tokens(room, issued) == (7, 0)
 
 
-async def test_floats_are_charged_as_they_are_written_however_often_they_are_added(room: Strongroom) -> None:
+async def test_float_amounts_are_charged_as_written_however_often_they_are_added(room: Strongroom) -> None:
     budget = {"resource": "cost", "limit": 10, "window": {"kind": "total"}}
     issued = await room.keys.create(name="k", limits=[budget])
     hold = await Hold(room, presented(issued, {"cost": Decimal("0.7")}))
@@ -266,7 +264,7 @@ async def test_floats_are_charged_as_they_are_written_however_often_they_are_add
     assert (status.recorded, status.reserved) == (Decimal("0.300000001"), 0)
 
 
-async def test_a_float_of_a_hold_that_has_ended_is_recorded_as_it_is_written(room: Strongroom) -> None:
+async def test_a_float_amount_of_an_expired_hold_is_recorded_as_written(room: Strongroom) -> None:
     issued = await room.keys.create(name="k", limits=[{"resource": "cost", "limit": 10, "window": {"kind": "total"}}])
     hold = await Hold(room, presented(issued, {"cost": Decimal("0.7")}))
     for _ in range(3):
@@ -277,7 +275,7 @@ async def test_a_float_of_a_hold_that_has_ended_is_recorded_as_it_is_written(roo
     assert (await room.keys.stats(issued.key.id)).totals["cost"] == Decimal("0.3")
 
 
-async def test_what_could_not_be_charged_in_the_end_is_refused_when_it_is_said(room: Strongroom) -> None:
+async def test_an_amount_that_cannot_be_settled_is_refused_when_it_is_reported(room: Strongroom) -> None:
     issued = await room.keys.create(name="k", limits=[TOKENS])
     hold = await Hold(room, presented(issued, {"tokens": 400}))
     hold.use(tokens=7)
@@ -296,7 +294,7 @@ async def test_what_could_not_be_charged_in_the_end_is_refused_when_it_is_said(r
     assert await tokens(room, issued) == (7, 0)
 
 
-async def test_a_settlement_that_the_store_refuses_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_settlement_that_the_store_refuses_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_hold, "RETRY_S", 0.01)
     monkeypatch.setattr(_hold, "SETTLE_WAIT_S", 0.05)
     async with opened("json://:memory:") as (room, store):

@@ -25,7 +25,7 @@ START_TIMEOUT_S = 60.0
 
 @pytest.mark.server
 @pytest.mark.parametrize("limits", ["durable", "leased"])
-async def test_four_workers_let_a_limit_through_once(limits: str, tmp_path: Path) -> None:
+async def test_four_worker_processes_admit_exactly_the_limit(limits: str, tmp_path: Path) -> None:
     """Together they let in what the limit allows and not one more; durable debits deny nobody early."""
     store = f"sqlite:///{tmp_path}/a.db"
     async with Strongroom.open(store) as room:

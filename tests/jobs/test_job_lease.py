@@ -75,7 +75,7 @@ async def write(nodes: Nodes, turn: Turn, text: str) -> None:
     await nodes.database.transaction(SYSTEM, body)
 
 
-async def test_one_holds_it_until_it_is_given_back_or_over(nodes: Nodes) -> None:
+async def test_one_node_has_the_lease_until_it_is_released_or_expires(nodes: Nodes) -> None:
     a, b = nodes.node("a"), nodes.node("b")
     first = await a.acquire(WORK)
     assert first is not None
@@ -95,7 +95,7 @@ async def test_one_holds_it_until_it_is_given_back_or_over(nodes: Nodes) -> None
     assert third.token == second.token + 1
 
 
-async def test_of_many_that_take_it_at_once_one_does(nodes: Nodes) -> None:
+async def test_of_many_concurrent_acquires_one_succeeds(nodes: Nodes) -> None:
     for round_ in range(10):
         turns = await asyncio.gather(*(nodes.node(f"n{number}").acquire(WORK) for number in range(8)))
         (turn,) = [turn for turn in turns if turn is not None]
@@ -103,7 +103,7 @@ async def test_of_many_that_take_it_at_once_one_does(nodes: Nodes) -> None:
         nodes.clock.shift(11)
 
 
-async def test_a_holder_whose_time_is_over_is_fenced_once_another_has_it(nodes: Nodes) -> None:
+async def test_an_expired_holder_is_fenced_once_another_acquired_the_lease(nodes: Nodes) -> None:
     paused = await nodes.node("a").acquire(WORK)
     assert paused is not None
     nodes.clock.shift(11)
@@ -121,7 +121,7 @@ async def test_a_holder_whose_time_is_over_is_fenced_once_another_has_it(nodes: 
     assert (await nodes.lease()).done_at is None
 
 
-async def test_a_lost_answer_does_not_lock_a_node_out_of_its_own_lease(nodes: Nodes) -> None:
+async def test_a_node_reacquires_its_own_lease_after_a_lost_answer(nodes: Nodes) -> None:
     a = nodes.node("a")
     first = len(nodes.store.batches)
     nodes.store.fault = lambda number, batch: Fault("after", Unavailable("lost")) if number == first else None
@@ -134,7 +134,7 @@ async def test_a_lost_answer_does_not_lock_a_node_out_of_its_own_lease(nodes: No
     assert turn.token == 2
 
 
-async def test_work_is_done_once_a_period_however_many_look(nodes: Nodes) -> None:
+async def test_a_job_runs_once_a_period_however_many_nodes_look(nodes: Nodes) -> None:
     done = []
 
     async def work(turn: Turn) -> None:
@@ -153,7 +153,7 @@ async def test_work_is_done_once_a_period_however_many_look(nodes: Nodes) -> Non
         nodes.clock.shift(1)
 
 
-async def test_work_that_failed_is_due_again_at_once(nodes: Nodes) -> None:
+async def test_a_failed_job_is_due_again_at_once(nodes: Nodes) -> None:
     async def fail(turn: Turn) -> None:
         await turn.save("so far")
         raise RuntimeError("a bug")
@@ -169,7 +169,7 @@ async def test_work_that_failed_is_due_again_at_once(nodes: Nodes) -> None:
     assert seen == ["so far"]
 
 
-async def test_who_finds_it_held_looks_again_when_it_is_over(nodes: Nodes) -> None:
+async def test_a_node_that_finds_the_lease_taken_looks_again_at_its_expiry(nodes: Nodes) -> None:
     assert await nodes.node("a").acquire(WORK) is not None
     nodes.clock.shift(4)
 
@@ -179,7 +179,7 @@ async def test_who_finds_it_held_looks_again_when_it_is_over(nodes: Nodes) -> No
     assert await nodes.node("b").run_once(WORK, 60, work) == pytest.approx(6)
 
 
-async def test_repeating_goes_on_after_any_failure_and_says_what_went_wrong(
+async def test_a_repeated_job_continues_after_any_failure_and_reports_it(
     nodes: Nodes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(leases, "FIRST_LOOK_S", 0)
@@ -203,7 +203,7 @@ async def test_repeating_goes_on_after_any_failure_and_says_what_went_wrong(
 
 
 @pytest.mark.parametrize("seed", range(5))
-async def test_whatever_happens_tokens_of_what_was_written_never_go_back(nodes: Nodes, seed: int) -> None:
+async def test_the_fencing_tokens_of_successful_writes_never_decrease(nodes: Nodes, seed: int) -> None:
     """Nodes that stall at any moment, and write whenever they come to."""
     chance = random.Random(seed)
     everyone = [nodes.node(f"n{number}") for number in range(4)]
@@ -293,7 +293,7 @@ async def url(tmp_path: Path) -> str:
 
 
 @pytest.mark.server
-async def test_another_node_takes_over_within_the_lease_from_one_that_was_killed(url: str) -> None:
+async def test_another_node_takes_over_from_a_killed_node_within_the_lease(url: str) -> None:
     with node(url, "a") as a:
         assert a.line() == "holds 1"
         assert a.step() == 1
@@ -308,7 +308,7 @@ async def test_another_node_takes_over_within_the_lease_from_one_that_was_killed
 
 
 @pytest.mark.server
-async def test_a_holder_that_was_stopped_past_its_time_is_fenced_when_it_wakes(url: str) -> None:
+async def test_a_holder_that_was_stopped_past_its_expiry_is_fenced_when_it_resumes(url: str) -> None:
     with node(url, "a") as a:
         assert a.line() == "holds 1"
         assert a.step() == 1
@@ -326,7 +326,7 @@ async def test_a_holder_that_was_stopped_past_its_time_is_fenced_when_it_wakes(u
 
 
 @pytest.mark.server
-async def test_of_two_processes_one_does_the_work(url: str) -> None:
+async def test_of_two_processes_one_runs_the_job(url: str) -> None:
     with node(url, "a") as a, node(url, "b") as b:
         # Whoever has it renews it with each step; the other says nothing, as long as that goes on.
         os.set_blocking(b.process.stdout.fileno(), False)  # type: ignore[union-attr]

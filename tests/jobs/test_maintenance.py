@@ -75,7 +75,7 @@ async def stored(room: Strongroom, name: str, tenant: str | None) -> int:
 # --- Expiry ---------------------------------------------------------------------------------------------------
 
 
-async def test_what_has_expired_is_removed_for_each_tenant_and_the_rest_stays(room: Strongroom) -> None:
+async def test_expired_documents_are_removed_for_each_tenant_and_others_stay(room: Strongroom) -> None:
     with time_machine.travel(START, tick=False) as clock:
         for tenant in ("acme", "globex"):
             handle = room.tenant(tenant)
@@ -99,7 +99,7 @@ async def test_what_has_expired_is_removed_for_each_tenant_and_the_rest_stays(ro
         assert actions == ["expire"] * 4  # idempotency keys are not journalled
 
 
-async def test_more_than_a_page_is_removed_in_one_run(room: Strongroom) -> None:
+async def test_one_run_removes_more_than_a_page(room: Strongroom) -> None:
     with time_machine.travel(START, tick=False) as clock:
         acme = room.tenant("acme")
         for n in range(PAGE + 5):
@@ -109,7 +109,7 @@ async def test_more_than_a_page_is_removed_in_one_run(room: Strongroom) -> None:
         assert await stored(room, IDEMPOTENT, None) == 0
 
 
-async def test_a_run_is_bounded_and_the_next_goes_on_where_it_ended(
+async def test_a_run_is_bounded_and_the_next_continues_at_its_position(
     room: Strongroom, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lifecycle, "TENANTS_PAGE", 2)
@@ -130,7 +130,7 @@ async def test_a_run_is_bounded_and_the_next_goes_on_where_it_ended(
         assert await stored(room, "passes", "t0") == 0
 
 
-async def test_a_sweeper_whose_lease_was_taken_over_removes_nothing(room: Strongroom) -> None:
+async def test_an_expiry_job_that_lost_its_lease_removes_nothing(room: Strongroom) -> None:
     with time_machine.travel(START, tick=False) as clock:
         await room.tenant("acme").create(Pass(until=START + timedelta(hours=1)))
         await room.tenant("acme").create(Stay(), idempotency_key="once")
@@ -152,7 +152,7 @@ async def used(room: Strongroom, id: str) -> tuple[datetime | None, int]:
     return key.last_used, key.usage_count
 
 
-async def test_lists_of_keys_show_when_and_how_often_a_key_was_used(room: Strongroom) -> None:
+async def test_lists_of_keys_show_the_last_use_and_the_use_count(room: Strongroom) -> None:
     with time_machine.travel(START, tick=False) as clock:
         keys = [await room.keys.create(name="k", limits=[rolling("requests", 100)]) for _ in range(3)]
         for _ in range(5):
@@ -191,7 +191,7 @@ async def test_a_key_that_was_not_used_keeps_its_version(both: tuple[Strongroom,
         assert ("find", "api_keys") not in store.reads, "what was not used since is not even looked at"
 
 
-async def test_a_roll_up_of_many_keys_goes_page_by_page_and_on_where_it_was_broken_off(
+async def test_an_interrupted_roll_up_of_many_keys_continues_at_its_page(
     both: tuple[Strongroom, FaultyStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(keywork, "USAGE_PAGE", 10)
@@ -224,7 +224,7 @@ async def test_a_roll_up_of_many_keys_goes_page_by_page_and_on_where_it_was_brok
     assert [key.usage_count for key in (await room.keys.list()).items] == [1] * 35
 
 
-async def test_a_key_changed_by_its_owner_meanwhile_keeps_the_change(both: tuple[Strongroom, FaultyStore]) -> None:
+async def test_a_roll_up_does_not_overwrite_a_concurrent_change_of_a_key(both: tuple[Strongroom, FaultyStore]) -> None:
     room, store = both
     issued = await room.keys.create(name="k", limits=[rolling("requests", 100)])
     await room.keys.verify(issued.text)
@@ -248,7 +248,7 @@ async def test_a_key_changed_by_its_owner_meanwhile_keeps_the_change(both: tuple
 # --- Retention ------------------------------------------------------------------------------------------------
 
 
-async def test_the_journal_is_dropped_before_the_time_it_is_kept(room: Strongroom) -> None:
+async def test_retention_drops_the_journal_before_the_kept_period(room: Strongroom) -> None:
     asked = []
 
     async def drop(at_us: int) -> int:
@@ -280,14 +280,14 @@ async def test_on_postgresql_every_job_does_its_work(postgres_url: str) -> None:
         assert (await used(room, issued.key.id))[1] == 1
 
 
-async def test_a_store_that_cannot_drop_its_journal_says_so_at_the_start() -> None:
+async def test_retention_on_a_store_without_partitions_is_a_configuration_error() -> None:
     with pytest.raises(ConfigError, match="json store cannot drop"):
         async with Strongroom.open("json://:memory:", journal_kept_s=86_400):
             pass
 
 
 @pytest.mark.parametrize("limits", ["durable", "leased"])
-async def test_a_key_that_a_short_process_used_shows_it_after_its_end(limits: str, tmp_path: Path) -> None:
+async def test_a_short_process_rolls_up_its_usage_when_it_ends(limits: str, tmp_path: Path) -> None:
     """A program that verifies and ends, a command line: no server runs, and no minute passes."""
     url = new_url("sqlite", tmp_path)
     async with opened(url, limits=limits) as (room, _):
@@ -306,7 +306,7 @@ async def test_a_key_that_a_short_process_used_shows_it_after_its_end(limits: st
     assert plain.key.id != limited.key.id
 
 
-async def test_an_end_without_the_store_is_no_error(tmp_path: Path) -> None:
+async def test_closing_without_the_store_is_no_error(tmp_path: Path) -> None:
     async with opened(new_url("sqlite", tmp_path)) as (room, store):
         issued = await room.keys.create(name="k", limits=[rolling("requests", 9)])
         assert (await room.keys.verify(issued.text)).valid

@@ -47,7 +47,7 @@ def after(record: Record) -> dict[str, Any]:
     return dict(record.after or {})
 
 
-async def test_denials_alike_are_one_record_at_once_and_one_with_their_number_a_minute_later(
+async def test_equal_denials_give_one_record_at_once_and_one_with_their_count_a_minute_later(
     room: Strongroom, store: FaultyStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert denials.PERIOD_S == 60
@@ -68,7 +68,7 @@ async def test_denials_alike_are_one_record_at_once_and_one_with_their_number_a_
     assert len(await denied(store)) == 3, "a new minute begins with a record of its own"
 
 
-async def test_what_was_counted_is_written_before_the_store_is_closed(url_of_any: str) -> None:
+async def test_counted_denials_are_written_before_the_store_closes(url_of_any: str) -> None:
     async with Strongroom.open(url_of_any, entities=[Note]) as room:
         for _ in range(3):
             await refused(room, stranger("beta"))
@@ -77,7 +77,7 @@ async def test_what_was_counted_is_written_before_the_store_is_closed(url_of_any
     assert [after(record).get("count", 1) for record in records if record.action == "deny"] == [1, 2]
 
 
-async def test_a_denial_makes_no_tenant_and_is_the_platforms_where_there_is_none(url: str) -> None:
+async def test_a_denial_in_an_unknown_tenant_creates_none_and_is_the_platforms(url: str) -> None:
     async with Strongroom.open(url, entities=[Note]) as room:
         await room.tenant("beta").create(Note())
         for tenant in ("beta", "ghost"):
@@ -88,9 +88,7 @@ async def test_a_denial_makes_no_tenant_and_is_the_platforms_where_there_is_none
         assert not (await room.store.changes(None, tenant="ghost")).records
 
 
-async def test_one_actor_cannot_fill_the_journal_with_denials_of_many_kinds(
-    room: Strongroom, store: FaultyStore
-) -> None:
+async def test_one_actor_cannot_fill_the_journal_with_varied_denials(room: Strongroom, store: FaultyStore) -> None:
     for number in range(5 * MAX_KINDS_OF_ACTOR):
         await refused(room, stranger(f"t{number}"))
     await room.database.denials.close()
@@ -99,7 +97,7 @@ async def test_one_actor_cannot_fill_the_journal_with_denials_of_many_kinds(
     assert sum(after(record).get("count", 1) for record in records) == 5 * MAX_KINDS_OF_ACTOR
 
 
-async def test_denials_of_many_actors_are_bounded_too(
+async def test_denials_of_many_actors_are_bounded(
     room: Strongroom, store: FaultyStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(denials, "MAX_KINDS", 10)
@@ -111,7 +109,7 @@ async def test_denials_of_many_actors_are_bounded_too(
     assert sum(after(record).get("count", 1) for record in records) == 40
 
 
-async def test_a_read_key_that_asks_for_many_tenants_leaves_none_behind() -> None:
+async def test_a_denied_read_of_many_tenants_creates_none() -> None:
     async with serving() as served:
         key = await served.manager("read", "acme")
         for number in range(40):
@@ -140,12 +138,12 @@ async def test_a_denial_that_cannot_be_journalled_is_not_counted_as_written(
 
 
 @given(st.text(st.characters(exclude_characters="\x00", exclude_categories=["Cs"]), min_size=1, max_size=30))
-def test_a_tenant_is_looked_for_behind_a_text_that_is_less(name: str) -> None:
+def test_the_lookup_of_a_tenant_starts_just_before_its_name(name: str) -> None:
     before = _just_before(name)
     assert before.encode() < name.encode()
 
 
-async def test_the_tenants_of_a_store_are_told_from_others(room: Strongroom) -> None:
+async def test_existing_tenants_are_distinguished_from_others(room: Strongroom) -> None:
     for tenant in ("a", "ab", "b", "\ue000", "é"):
         await room.database.create(system_context(tenant), Note())
     found = [tenant for tenant in ("a", "ab", "b", "\ue000", "é", "aa", "c", "\x01", "\ud7ff")

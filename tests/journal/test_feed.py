@@ -37,7 +37,7 @@ async def collect(pages: AsyncIterator[ChangesPage], count: int) -> list[Record]
     return found
 
 
-async def test_every_record_is_told_once_and_in_order(room: Strongroom) -> None:
+async def test_the_feed_delivers_every_record_once_and_in_order(room: Strongroom) -> None:
     told: list[Record] = []
     room.feed.on_record(told.append)
     acme = room.tenant("acme")
@@ -50,7 +50,7 @@ async def test_every_record_is_told_once_and_in_order(room: Strongroom) -> None:
     assert len(told) == 300
 
 
-async def test_a_change_made_here_is_seen_at_once(room: Strongroom, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_change_of_this_process_is_delivered_at_once(room: Strongroom, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(changes, "POLL_S", 600)
     told: list[Record] = []
     room.feed.on_record(told.append)
@@ -60,7 +60,7 @@ async def test_a_change_made_here_is_seen_at_once(room: Strongroom, monkeypatch:
         await wait_until(lambda number=number: len(told) == number)  # type: ignore[misc]
 
 
-async def test_a_change_made_while_the_journal_is_read_is_not_slept_over(
+async def test_a_change_during_a_read_of_the_journal_is_delivered_without_waiting_for_the_poll(
     store: FaultyStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The wake-up comes after the page was read and before the feed goes to sleep."""
@@ -84,7 +84,7 @@ async def test_a_change_made_while_the_journal_is_read_is_not_slept_over(
     await feed.close()
 
 
-async def test_a_change_of_another_process_is_seen_within_the_poll(tmp_path: Path) -> None:
+async def test_a_change_of_another_process_is_delivered_within_the_poll_interval(tmp_path: Path) -> None:
     url = new_url("sqlite", tmp_path)
     async with Strongroom.open(url, entities=[Note]) as here, Strongroom.open(url, entities=[Note]) as there:
         told: list[Record] = []
@@ -95,7 +95,7 @@ async def test_a_change_of_another_process_is_seen_within_the_poll(tmp_path: Pat
         await wait_until(lambda: [record.entity_id for record in told] == ["n"])
 
 
-async def test_the_feed_goes_on_after_the_store_failed(
+async def test_the_feed_continues_after_a_store_failure(
     room: Strongroom, store: FaultyStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(changes, "POLL_S", 0.01)
@@ -118,7 +118,7 @@ async def test_the_feed_goes_on_after_the_store_failed(
     await wait_until(lambda: len(told) == 2)
 
 
-async def test_the_feed_goes_on_after_an_error_that_nobody_foresaw(
+async def test_the_feed_continues_after_an_unexpected_error(
     room: Strongroom, store: FaultyStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(changes, "POLL_S", 0.001)
@@ -137,7 +137,7 @@ async def test_the_feed_goes_on_after_an_error_that_nobody_foresaw(
     assert "the journal cannot be followed" in caplog.text
 
 
-async def test_an_older_copy_that_is_put_back_is_noticed_and_everything_kept_is_dropped(tmp_path: Path) -> None:
+async def test_restoring_an_older_copy_of_the_store_resets_the_feed_and_every_cache(tmp_path: Path) -> None:
     url, older = new_url("sqlite", tmp_path), new_url("sqlite", tmp_path, "older")
     async with opened(url, entities=[Note]) as (room, store):
         made = await room.keys.create(name="k", tenant="acme")
@@ -181,7 +181,7 @@ async def test_a_callback_that_raises_does_not_stop_the_feed_or_the_other_callba
         await wait_until(lambda number=number: len(told) == number)  # type: ignore[misc]
 
 
-async def test_closing_twice_and_without_a_start_is_nothing(store: FaultyStore) -> None:
+async def test_the_feed_can_be_closed_twice_and_without_a_start(store: FaultyStore) -> None:
     feed = ChangeFeed(store)
     await feed.close()
     await feed.start()
@@ -192,7 +192,7 @@ async def test_closing_twice_and_without_a_start_is_nothing(store: FaultyStore) 
 # --- Following one tenant -------------------------------------------------------------------------------------
 
 
-async def test_a_follower_gets_its_tenants_records_from_where_it_stands(room: Strongroom) -> None:
+async def test_a_follower_gets_its_tenants_records_after_its_cursor(room: Strongroom) -> None:
     acme, beta = room.tenant("acme"), room.tenant("beta")
     await acme.create(Note(id="before", text="x"))
     async with aclosing(room.feed.follow("acme")) as pages:
@@ -205,7 +205,7 @@ async def test_a_follower_gets_its_tenants_records_from_where_it_stands(room: St
         assert [record.entity_id for record in await collect(pages, 3)] == ["before", "one", "two"]
 
 
-async def test_a_follower_that_reconnects_goes_on_where_it_was(room: Strongroom) -> None:
+async def test_a_follower_that_reconnects_continues_at_its_cursor(room: Strongroom) -> None:
     acme = room.tenant("acme")
     async with aclosing(room.feed.follow("acme")) as pages:
         cursor = (await anext(pages)).cursor
@@ -220,7 +220,7 @@ async def test_a_follower_that_reconnects_goes_on_where_it_was(room: Strongroom)
     assert seen == [f"n{number}" for number in range(5)]
 
 
-async def test_a_slow_follower_loses_nothing_and_holds_nobody_up(
+async def test_a_slow_follower_loses_no_record_and_delays_no_other(
     room: Strongroom, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(changes, "PAGE", 7)
@@ -235,7 +235,7 @@ async def test_a_slow_follower_loses_nothing_and_holds_nobody_up(
         assert [r.id for r in await collect(slow, 100)] == [r.id for r in seen]
 
 
-async def test_a_heartbeat_comes_when_nothing_else_does(room: Strongroom) -> None:
+async def test_a_quiet_feed_sends_heartbeats(room: Strongroom) -> None:
     async with aclosing(room.feed.follow("acme", heartbeat_s=0.02)) as pages, asyncio.timeout(PATIENCE_S):
         first = await anext(pages)
         second = await anext(pages)
@@ -246,12 +246,12 @@ async def test_a_heartbeat_comes_when_nothing_else_does(room: Strongroom) -> Non
         assert [record.entity_id for record in await collect(pages, 1)] == ["mine"]
 
 
-async def test_a_place_past_the_end_is_gone(room: Strongroom) -> None:
+async def test_a_cursor_past_the_end_raises_gone(room: Strongroom) -> None:
     with pytest.raises(Gone):
         await anext(room.feed.follow("acme", "99999999999"))
 
 
 @pytest.mark.parametrize("cursor", ["nonsense", "-1"])
-async def test_what_is_no_cursor_is_refused(room: Strongroom, cursor: str) -> None:
+async def test_an_invalid_cursor_is_refused(room: Strongroom, cursor: str) -> None:
     with pytest.raises(InvalidInput):
         await anext(room.feed.follow("acme", cursor))

@@ -58,7 +58,7 @@ async def total(room: Strongroom, bulk: Bulk, **options: Any) -> tuple[int, int,
 # --- Which keys -----------------------------------------------------------------------------------------------
 
 
-async def test_a_list_is_of_the_keys_for_which_all_of_its_filters_hold(room: Strongroom) -> None:
+async def test_a_list_has_the_keys_that_match_all_filters(room: Strongroom) -> None:
     made = await fill(room)
     at = [key.created_at for key in made]
     filters: list[tuple[dict[str, Any], set[int]]] = [
@@ -89,7 +89,9 @@ async def test_a_list_is_of_the_keys_for_which_all_of_its_filters_hold(room: Str
 
 
 @pytest.mark.parametrize("fields", [{"tenant": "acme"}, {"name_prefix": "a"}, {"deleted": True}, {"owner": "team0"}])
-async def test_a_page_leads_to_the_next_whatever_the_list_is_of(room: Strongroom, fields: dict[str, Any]) -> None:
+async def test_pages_of_every_filtered_list_continue_with_their_cursor(
+    room: Strongroom, fields: dict[str, Any]
+) -> None:
     made = await fill(room)
     if "deleted" in fields:
         for key in made:
@@ -111,7 +113,7 @@ NAMES = st.text(st.sampled_from("ab\x7f\u0080é\ud7ff\ue000\uffff\U00010000\U001
 
 
 @given(names=st.lists(NAMES, min_size=1, max_size=6), prefix=NAMES)
-async def test_a_prefix_finds_the_names_that_begin_with_it(names: list[str], prefix: str) -> None:
+async def test_a_name_prefix_finds_the_names_that_start_with_it(names: list[str], prefix: str) -> None:
     async with Strongroom.open("json://:memory:") as room:
         for name in names:
             await room.keys.create(name=name)
@@ -120,7 +122,7 @@ async def test_a_prefix_finds_the_names_that_begin_with_it(names: list[str], pre
 
 
 @given(prefix=NAMES)
-def test_what_comes_after_a_prefix_is_text(prefix: str) -> None:
+def test_the_upper_bound_of_a_prefix_is_valid_text(prefix: str) -> None:
     end = after_prefix(prefix)
     assert end is None or end.encode() > prefix.encode()
     assert (end is None) == (set(prefix) == {"\U0010ffff"})
@@ -146,9 +148,7 @@ PLANS: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(
     ("fields", "index"), PLANS, ids=lambda value: "+".join(value) if isinstance(value, dict) else ""
 )
-async def test_every_list_is_one_search_of_an_index_in_its_order(
-    fields: dict[str, Any], index: str, tmp_path: Path
-) -> None:
+async def test_every_list_is_one_index_search_in_order(fields: dict[str, Any], index: str, tmp_path: Path) -> None:
     """Neither table nor index is walked, and nothing is sorted: so a page costs the same among 1,000,000 keys."""
     async with opened(new_url("sqlite", tmp_path)) as (room, store):
         await fill(room)
@@ -176,7 +176,7 @@ async def test_every_list_is_one_search_of_an_index_in_its_order(
 # --- What becomes of them -------------------------------------------------------------------------------------
 
 
-async def test_keys_of_a_filter_are_disabled_and_enabled_and_told(room: Strongroom) -> None:
+async def test_a_bulk_change_disables_and_enables_filtered_keys_and_reports_them(room: Strongroom) -> None:
     made = await fill(room)
     await room.keys.disable(made[0].id)
     mine = Bulk("disable", KeyFilter(tenant="acme"))
@@ -224,7 +224,9 @@ async def test_a_dry_run_counts_and_changes_nothing(room: Strongroom, store: Fau
     assert len(store.batches) == batches
 
 
-async def test_a_key_that_cannot_be_changed_is_told_and_the_others_are(room: Strongroom, store: FaultyStore) -> None:
+async def test_a_bulk_change_reports_a_key_that_fails_and_changes_the_others(
+    room: Strongroom, store: FaultyStore
+) -> None:
     made = await fill(room, 6)
     await room.keys.delete(made[3].id)
     theirs = made[1].id
@@ -249,14 +251,14 @@ async def test_a_key_that_cannot_be_changed_is_told_and_the_others_are(room: Str
     assert (await store.changes(None)).records[-1].actor == "key:acme"
 
 
-async def test_a_caller_bound_to_a_tenant_changes_its_keys_alone(room: Strongroom) -> None:
+async def test_a_caller_bound_to_a_tenant_changes_only_its_keys(room: Strongroom) -> None:
     await fill(room)
     assert (await total(room, Bulk("disable", KeyFilter()), context=ACME))[:2] == (6, 6)
     assert await total(room, Bulk("disable", KeyFilter(tenant="beta")), context=ACME) == (0, 0, 0, [])
     assert {key.tenant for key in (await room.keys.list()).items if not key.enabled} == {"acme"}
 
 
-async def test_work_that_was_broken_off_goes_on_after_its_last_step(room: Strongroom, store: FaultyStore) -> None:
+async def test_an_interrupted_bulk_change_continues_after_its_last_step(room: Strongroom, store: FaultyStore) -> None:
     await fill(room)
     broken = len(store.batches) + 5
     store.fault = lambda n, batch: Fault("before", Unavailable("gone")) if n == broken else None
@@ -275,7 +277,7 @@ async def test_work_that_was_broken_off_goes_on_after_its_last_step(room: Strong
     assert rest[1] >= 7  # of the 9 others at most two were deleted before the store was gone
 
 
-async def test_work_that_was_cancelled_and_is_done_again_from_the_start_ends_the_same(room: Strongroom) -> None:
+async def test_a_cancelled_bulk_change_can_be_repeated_from_the_start(room: Strongroom) -> None:
     await fill(room)
 
     async def some() -> None:
@@ -304,7 +306,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("fields", "path"), WRONG, ids=lambda value: value if isinstance(value, str) else "")
-async def test_work_that_cannot_be_is_refused_before_anything_is_done(fields: dict[str, Any], path: str) -> None:
+async def test_an_invalid_bulk_change_is_refused_before_any_key_changes(fields: dict[str, Any], path: str) -> None:
     async with Strongroom.open("json://:memory:") as room:
         with pytest.raises(InvalidInput) as caught:
             await total(room, Bulk(**{"action": "disable", **fields}))
@@ -312,7 +314,7 @@ async def test_work_that_cannot_be_is_refused_before_anything_is_done(fields: di
 
 
 @pytest.mark.parametrize("options", [{"limit": 0}, {"limit": 501}, {"cursor": "x"}, {"cursor": "9"}, {"cursor": "٣"}])
-async def test_a_page_or_cursor_that_is_none_is_refused(options: dict[str, Any]) -> None:
+async def test_an_invalid_page_size_or_cursor_is_refused(options: dict[str, Any]) -> None:
     async with Strongroom.open("json://:memory:") as room:
         with pytest.raises(InvalidInput):
             await total(room, Bulk("disable", ids=["a", "b"]), **options)
@@ -320,7 +322,7 @@ async def test_a_page_or_cursor_that_is_none_is_refused(options: dict[str, Any])
             await total(room, Bulk("disable", KeyFilter()), **{"cursor": "x", **options})
 
 
-async def test_the_life_of_keys_is_the_same_on_every_backend(url: str) -> None:
+async def test_a_key_has_the_same_life_cycle_on_every_backend(url: str) -> None:
     async with Strongroom.open(url) as room:
         made = [
             await room.keys.create(

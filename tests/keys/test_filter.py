@@ -79,7 +79,7 @@ async def test_each_filter_finds_its_keys_page_by_page_and_counts_them(
             assert await room.keys.count(KeyFilter(**given)) == len(expected), given
 
 
-async def test_many_are_changed_by_the_same_filters() -> None:
+async def test_bulk_changes_use_the_same_filters() -> None:
     async with Strongroom.open("json://:memory:") as room:
         await filled(room)
         work = Bulk("disable", KeyFilter(name_contains="WORKER", state="active"))
@@ -88,14 +88,14 @@ async def test_many_are_changed_by_the_same_filters() -> None:
         assert set(await all_pages(room, 10, state="disabled")) == {"Billing Worker", "billing nightly", "worker"}
 
 
-async def test_what_is_wrong_with_a_filter_is_told() -> None:
+async def test_an_invalid_filter_is_refused_with_its_problem() -> None:
     async with Strongroom.open("json://:memory:") as room:
         with pytest.raises(InvalidInput) as caught:
             await room.keys.list(state="asleep", used_before=datetime(2027, 1, 1))  # type: ignore[arg-type]  # noqa: DTZ001
         assert {problem.path for problem in caught.value.problems} == {"state", "used_before"}
 
 
-async def test_the_filters_over_http() -> None:
+async def test_the_filters_work_over_http() -> None:
     async with serving() as served:
         await filled(served.room)
         for given, expected in FILTERS:
@@ -110,7 +110,7 @@ async def test_the_filters_over_http() -> None:
         assert bulk.json["changed"] == 2
 
 
-def test_the_filters_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_filters_work_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = f"sqlite:///{tmp_path}/store.db"
     for name in ("Billing Worker", "other"):
         assert main(["keys", "create", "--name", name, "--group", name.lower().split()[0], "--store", store]) == 0

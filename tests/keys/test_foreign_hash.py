@@ -69,7 +69,7 @@ def test_sha512_is_read_in_hex_and_base64(form: str) -> None:
     assert (found.kind, found.text, sha256_of(found)) == ("sha512", "sha512:" + SHA512.hex(), None)
 
 
-def test_what_djangorestframework_api_key_3_writes_is_the_sha512_of_the_text() -> None:
+def test_djangorestframework_api_key_3_hashes_are_the_sha512_of_the_secret() -> None:
     text, prefix, hashed = KeyGenerator().generate()
     found = understood(hashed)
     assert found.text == "sha512:" + hashlib.sha512(text.encode()).hexdigest()
@@ -88,7 +88,7 @@ def test_an_hmac_is_read_in_hex_and_base64(scheme: str, encode: object) -> None:
 
 
 @given(texts, salts.filter(lambda salt: "$" not in salt))
-def test_djangos_pbkdf2_hashes_match_their_text_and_no_other(text: str, salt: str) -> None:
+def test_djangos_pbkdf2_hashes_match_only_their_secret(text: str, salt: str) -> None:
     for hasher in (PBKDF2PasswordHasher(), PBKDF2SHA1PasswordHasher()):
         encoded = hasher.encode(text, salt, iterations=3)
         verifier = understood(encoded)
@@ -99,7 +99,7 @@ def test_djangos_pbkdf2_hashes_match_their_text_and_no_other(text: str, salt: st
 
 
 @given(st.text(st.characters(exclude_categories=["C"]), min_size=1, max_size=18))
-def test_djangos_bcrypt_hashes_match_their_text_and_no_other(text: str) -> None:
+def test_djangos_bcrypt_hashes_match_only_their_secret(text: str) -> None:
     for hasher in (BCryptSHA256PasswordHasher(), BCryptPasswordHasher()):
         encoded = hasher.encode(text, BCRYPT_SALT)
         verifier = understood(encoded).text
@@ -109,14 +109,14 @@ def test_djangos_bcrypt_hashes_match_their_text_and_no_other(text: str) -> None:
 
 
 @pytest.mark.parametrize("variant", ["a", "b", "y"])
-def test_bcrypt_of_every_sound_variant_is_compared(variant: str) -> None:
+def test_every_sound_bcrypt_variant_is_supported(variant: str) -> None:
     made = bcrypt.hashpw(TEXT.encode(), BCRYPT_SALT).decode()
     verifier = understood(made.replace("$2b$", f"$2{variant}$")).text
     assert matches(verifier, TEXT)
     assert not matches(verifier, TEXT + "x")
 
 
-def test_bcrypt_sees_the_first_72_bytes_as_the_system_that_made_it_did() -> None:
+def test_bcrypt_compares_the_first_72_bytes_as_the_original_system_did() -> None:
     text = "k" * 90
     verifier = understood(bcrypt.hashpw(text.encode()[:72], BCRYPT_SALT).decode()).text
     assert matches(verifier, text)
@@ -152,7 +152,7 @@ def test_argon2s_published_vectors_match(published: str) -> None:
 
 @pytest.mark.parametrize("variant", [Argon2i, Argon2d, Argon2id])
 @given(text=texts)
-def test_argon2_of_every_variant_matches_its_text_and_no_other(
+def test_every_argon2_variant_matches_only_its_secret(
     variant: type[Argon2i] | type[Argon2d] | type[Argon2id], text: str
 ) -> None:
     made = variant(salt=b"12345678", length=16, iterations=1, lanes=2, memory_cost=16)
@@ -162,7 +162,7 @@ def test_argon2_of_every_variant_matches_its_text_and_no_other(
 
 
 @given(texts, salts)
-def test_salted_sha256_is_of_salt_and_text_or_of_text_and_salt(text: str, salt: str) -> None:
+def test_salted_sha256_accepts_the_salt_before_or_after_the_secret(text: str, salt: str) -> None:
     before = hashlib.sha256((salt + text).encode())
     after = hashlib.sha256((text + salt).encode())
     for form in (before.hexdigest(), base64.b64encode(before.digest()).decode()):
@@ -175,7 +175,7 @@ def test_salted_sha256_is_of_salt_and_text_or_of_text_and_salt(text: str, salt: 
     assert not matches(suffixed, text + "x")
 
 
-def test_only_what_takes_microseconds_is_called_fast() -> None:
+def test_only_microsecond_hashes_count_as_fast() -> None:
     slow = [
         PBKDF2PasswordHasher().encode(TEXT, "salt", 1_000),
         bcrypt.hashpw(TEXT.encode(), BCRYPT_SALT).decode(),
@@ -253,9 +253,7 @@ def _of_each_kind() -> list[str]:
 
 
 @given(st.sampled_from(_of_each_kind()), st.integers(0, 200), st.text(max_size=2))
-def test_whatever_is_done_to_a_hash_it_is_understood_or_refused_and_then_compared_without_an_error(
-    form: str, position: int, put: str
-) -> None:
+def test_a_mutated_hash_is_refused_or_compared_without_an_error(form: str, position: int, put: str) -> None:
     position %= len(form)
     altered = form[:position] + put + form[position + 1 :]
     found = None
@@ -268,7 +266,7 @@ def test_whatever_is_done_to_a_hash_it_is_understood_or_refused_and_then_compare
 
 
 @given(st.text(max_size=80))
-def test_any_text_is_understood_or_refused_without_showing_it(form: str) -> None:
+def test_any_text_is_parsed_or_refused_without_showing_it(form: str) -> None:
     said = ""
     try:
         understood(form)

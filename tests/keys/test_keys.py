@@ -68,7 +68,7 @@ async def imported(room: Strongroom, text: str, **fields: Any) -> ApiKey:
 # --- Codes and their precedence -------------------------------------------------------------------------------
 
 
-async def test_a_valid_key_is_answered_with_all_that_is_known_of_it(room: Strongroom) -> None:
+async def test_the_verification_of_a_valid_key_has_every_field(room: Strongroom) -> None:
     issued = await room.keys.create(
         name="worker",
         tenant="acme",
@@ -89,7 +89,7 @@ async def test_a_valid_key_is_answered_with_all_that_is_known_of_it(room: Strong
     assert cost.resets_at is None
 
 
-async def test_the_first_reason_to_refuse_is_told_and_nothing_is_debited(room: Strongroom, store: FaultyStore) -> None:
+async def test_a_refusal_gives_the_first_reason_and_debits_nothing(room: Strongroom, store: FaultyStore) -> None:
     """DISABLED before EXPIRED before permission before address before limits; each once those before it are met."""
     end = datetime.now(UTC) + timedelta(hours=1)
     issued = await room.keys.create(
@@ -118,7 +118,7 @@ async def test_the_first_reason_to_refuse_is_told_and_nothing_is_debited(room: S
 @pytest.mark.parametrize(
     ("resource", "code"), [("requests", "RATE_LIMITED"), ("tokens", "USAGE_EXCEEDED"), ("cost", "USAGE_EXCEEDED")]
 )
-async def test_a_limit_that_denies_says_which_and_when(room: Strongroom, resource: str, code: str) -> None:
+async def test_a_denial_names_the_limit_and_its_reset(room: Strongroom, resource: str, code: str) -> None:
     other = Limit(resource="other", limit=10**6, window=Total())
     with time_machine.travel(MOMENT, tick=False) as clock:
         issued = await room.keys.create(
@@ -143,7 +143,7 @@ async def test_a_limit_that_denies_says_which_and_when(room: Strongroom, resourc
 
 
 @given(cost=st.integers(1, 12), used=st.integers(0, 12))
-async def test_retrying_after_the_stated_time_is_admitted_and_just_before_is_not(cost: int, used: int) -> None:
+async def test_a_retry_is_admitted_after_retry_after_and_not_just_before(cost: int, used: int) -> None:
     limits = [
         rolling("tokens", 10, 60),
         Limit(resource="tokens", limit=11, window=Anchored(seconds=90)),
@@ -197,7 +197,7 @@ async def test_a_key_expires_within_its_millisecond(room: Strongroom) -> None:
         ([], None, True),
     ],
 )
-async def test_permissions_and_their_wildcards(held: list[str], asked: str | None, permitted: bool) -> None:
+async def test_permissions_match_with_wildcards(held: list[str], asked: str | None, permitted: bool) -> None:
     key = KnownKey(ApiKey(id="k", tenant="t", name="n", hash="h", display="d", permissions=held))
     assert (usable(key, KeyUse(ONE_REQUEST, permission=asked), 0) is key) is permitted
 
@@ -246,7 +246,7 @@ def test_address_ranges(allowed: list[str], address: str | None, admitted: bool)
     assert (usable(key, KeyUse(ONE_REQUEST, address=address), 0) is key) is admitted
 
 
-async def test_an_answer_that_its_caller_changes_changes_no_later_answer(room: Strongroom) -> None:
+async def test_a_caller_that_mutates_an_answer_changes_no_later_answer(room: Strongroom) -> None:
     issued = await room.keys.create(name="k", permissions=["a"])
     answer = await room.keys.verify(issued.text)
     answer.permissions.append("admin")
@@ -273,7 +273,7 @@ async def test_an_answer_that_its_caller_changes_changes_no_later_answer(room: S
         {f"r{n}": 1 for n in range(33)},
     ],
 )
-async def test_a_cost_that_is_none_is_refused_and_nothing_is_debited(cost: dict[str, Any]) -> None:
+async def test_an_invalid_cost_is_refused_and_debits_nothing(cost: dict[str, Any]) -> None:
     async with Strongroom.open("json://:memory:") as room:
         issued = await room.keys.create(name="k", limits=[rolling("requests", 5)])
         for call in (
@@ -287,21 +287,21 @@ async def test_a_cost_that_is_none_is_refused_and_nothing_is_debited(cost: dict[
         assert (await room.keys.stats(issued.key.id)).totals == {}
 
 
-async def test_every_wrong_amount_is_told_at_once(room: Strongroom) -> None:
+async def test_every_invalid_amount_is_reported_at_once(room: Strongroom) -> None:
     with pytest.raises(InvalidInput) as caught:
         await room.keys.verify("k", cost={"requests": -1, "Tokens": 1, "fine": 1, "cost": "x"})  # type: ignore[dict-item]
     assert [problem.path for problem in caught.value.problems] == ["cost.requests", "cost.Tokens", "cost.cost"]
 
 
 @pytest.mark.parametrize("ip", ["", "10.0.0", "10.0.0.1/8", "x" * 1000, "10.0.0.1\n"])
-async def test_an_address_that_is_none_is_refused(room: Strongroom, ip: str) -> None:
+async def test_an_invalid_address_is_refused(room: Strongroom, ip: str) -> None:
     with pytest.raises(InvalidInput) as caught:
         await room.keys.verify("k", ip=ip)
     assert caught.value.problems[0].path == "ip"
     assert len(str(caught.value)) < 200
 
 
-async def test_without_a_cost_it_is_one_request_and_an_empty_cost_is_none(room: Strongroom, store: FaultyStore) -> None:
+async def test_the_default_cost_is_one_request_and_an_empty_cost_is_zero(room: Strongroom, store: FaultyStore) -> None:
     issued = await room.keys.create(name="k", limits=[rolling("requests", 5)])
     await room.keys.verify(issued.text)
     await room.keys.verify(issued.text, cost={})
@@ -357,7 +357,7 @@ WRONG_FIELDS: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize(("name", "value"), WRONG_FIELDS, ids=lambda value: str(value)[:20].encode("ascii", "replace"))
-async def test_a_wrong_field_of_a_key_is_named(name: str, value: Any) -> None:
+async def test_an_invalid_field_of_a_key_is_named(name: str, value: Any) -> None:
     async with Strongroom.open("json://:memory:") as room:
         with pytest.raises(InvalidInput) as caught:
             await room.keys.create(**{"name": "k", name: value})
@@ -365,7 +365,7 @@ async def test_a_wrong_field_of_a_key_is_named(name: str, value: Any) -> None:
         assert (await room.keys.list()).items == []
 
 
-async def test_all_wrong_fields_are_told_at_once() -> None:
+async def test_every_invalid_field_is_reported_at_once() -> None:
     async with Strongroom.open("json://:memory:") as room:
         wrong: dict[str, Any] = {
             "name": "",
@@ -383,7 +383,7 @@ async def test_all_wrong_fields_are_told_at_once() -> None:
 # --- Rotation -------------------------------------------------------------------------------------------------
 
 
-async def test_both_texts_share_limits_during_the_overlap_which_ends_on_time(room: Strongroom) -> None:
+async def test_both_secrets_share_limits_during_the_overlap_which_ends_on_time(room: Strongroom) -> None:
     with time_machine.travel(MOMENT, tick=False) as clock:
         first = await room.keys.create(name="k", prefix="acme_live", limits=[rolling("tokens", 100, 18_000)])
         await room.keys.verify(first.text, cost={"tokens": 60})
@@ -401,7 +401,7 @@ async def test_both_texts_share_limits_during_the_overlap_which_ends_on_time(roo
         assert (await room.keys.verify(second.text, cost={"tokens": 0})).valid
 
 
-async def test_a_rotation_without_overlap_ends_the_old_text_at_once(room: Strongroom) -> None:
+async def test_a_rotation_without_overlap_ends_the_old_secret_at_once(room: Strongroom) -> None:
     first = await room.keys.create(name="k")
     assert (await room.keys.verify(first.text)).valid
     second = await room.keys.rotate(first.key.id)
@@ -427,7 +427,7 @@ async def test_an_overlap_is_found_by_a_node_that_starts_in_it(tmp_path: Path) -
             assert (await room.keys.verify(first.text)).code == "NOT_FOUND"
 
 
-async def test_rotations_at_once_leave_one_current_text(room: Strongroom) -> None:
+async def test_concurrent_rotations_leave_one_current_secret(room: Strongroom) -> None:
     first = await room.keys.create(name="k")
     rotated = await asyncio.gather(*(room.keys.rotate(first.key.id) for _ in range(5)))
     codes = [(await room.keys.verify(issued.text)).code for issued in rotated]
@@ -444,7 +444,7 @@ async def test_an_impossible_overlap_is_refused(room: Strongroom, overlap: Any) 
 # --- Idempotency ----------------------------------------------------------------------------------------------
 
 
-async def test_the_repeat_of_a_create_or_rotate_gives_the_same_text(room: Strongroom) -> None:
+async def test_a_retried_create_or_rotate_returns_the_same_secret(room: Strongroom) -> None:
     first = await room.keys.create(name="k", context=ADMIN, idempotency_key="i")
     made = await asyncio.gather(*(room.keys.create(name="k", context=ADMIN, idempotency_key="i") for _ in range(5)))
     assert {(issued.key.id, issued.text) for issued in made} == {(first.key.id, first.text)}
@@ -458,7 +458,7 @@ async def test_the_repeat_of_a_create_or_rotate_gives_the_same_text(room: Strong
     assert len((await room.keys.list()).items) == 1
 
 
-async def test_an_idempotency_key_is_one_callers_and_one_requests(room: Strongroom) -> None:
+async def test_an_idempotency_key_belongs_to_one_caller_and_one_request(room: Strongroom) -> None:
     first = await room.keys.create(name="k", tenant="acme", context=ADMIN, idempotency_key="i")
     with pytest.raises(Conflict, match="different request"):
         await room.keys.create(name="other", tenant="acme", context=ADMIN, idempotency_key="i")
@@ -468,13 +468,13 @@ async def test_an_idempotency_key_is_one_callers_and_one_requests(room: Strongro
     assert other.text != first.text
 
 
-async def test_a_repeat_gives_the_same_text_after_the_pepper_was_rotated(room: Strongroom) -> None:
+async def test_a_retry_returns_the_same_secret_after_a_pepper_rotation(room: Strongroom) -> None:
     first = await room.keys.create(name="k", context=ADMIN, idempotency_key="i")
     await room.rotate_pepper()
     assert (await room.keys.create(name="k", context=ADMIN, idempotency_key="i")).text == first.text
 
 
-async def test_an_answer_lost_is_repeated_and_makes_no_second_key(room: Strongroom, store: FaultyStore) -> None:
+async def test_a_retry_after_a_lost_answer_creates_no_second_key(room: Strongroom, store: FaultyStore) -> None:
     number = len(store.batches)
     store.fault = lambda n, batch: Fault("after", Unavailable("lost")) if n == number else None
     with pytest.raises(Unavailable):
@@ -504,7 +504,9 @@ async def test_usage_is_recorded_once_for_one_idempotency_key(room: Strongroom, 
     assert await used(store, other.key.id) == {}
 
 
-async def test_recording_knows_disabled_and_expired_keys_and_no_others(room: Strongroom, store: FaultyStore) -> None:
+async def test_usage_is_recorded_on_disabled_and_expired_keys_but_not_on_unknown_keys(
+    room: Strongroom, store: FaultyStore
+) -> None:
     issued = await room.keys.create(name="k", tenant="acme")
     await room.keys.update(issued.key.id, expires_at=datetime.now(UTC) - timedelta(days=1))
     await room.keys.disable(issued.key.id)
@@ -528,9 +530,7 @@ async def test_recording_knows_disabled_and_expired_keys_and_no_others(room: Str
 # --- Imported hashes and peppers ------------------------------------------------------------------------------
 
 
-async def test_an_imported_sha256_is_brought_under_the_pepper_at_its_first_use(
-    room: Strongroom, store: FaultyStore
-) -> None:
+async def test_an_imported_sha256_is_upgraded_at_its_first_use(room: Strongroom, store: FaultyStore) -> None:
     key = await imported(room, "sk-imported-1234567890", limits=[rolling("tokens", 100)])
     assert (await room.keys.verify("sk-imported-1234567890", cost={"tokens": 5})).valid
     stored = await room.keys.get(key.id)
@@ -551,9 +551,7 @@ async def test_an_imported_key_works_although_its_hash_cannot_be_renewed(room: S
     store.fault = lambda number, batch: None
 
 
-async def test_an_imported_key_of_all_tenants_is_renewed_in_no_tenants_name(
-    room: Strongroom, store: FaultyStore
-) -> None:
+async def test_the_hash_upgrade_of_a_key_of_all_tenants_is_the_platforms(room: Strongroom, store: FaultyStore) -> None:
     await imported(room, "sk-imported", tenant=ALL_TENANTS)
     assert (await room.keys.verify("sk-imported")).valid
     assert [r.tenant for r in (await store.changes(None)).records if r.collection == "api_keys"] == [None, None]
@@ -615,7 +613,7 @@ async def test_an_unknown_key_writes_nothing_and_is_not_read_again(room: Strongr
     assert (await store.store.check()).details.get("documents") == documents
 
 
-async def test_a_mistyped_or_truncated_key_is_refused_without_a_read(room: Strongroom, store: FaultyStore) -> None:
+async def test_a_key_with_a_wrong_checksum_is_refused_without_a_read(room: Strongroom, store: FaultyStore) -> None:
     text = (await room.keys.create(name="k")).text
     reads = len(store.reads)
     wrong = [
@@ -639,7 +637,7 @@ async def test_the_memory_for_unknown_keys_is_bounded(
         assert len(room.keys.cache._unknown) <= 50
 
 
-async def test_the_memory_for_known_keys_is_bounded(room: Strongroom, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_memory_for_cached_keys_is_bounded(room: Strongroom, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keycache, "MAX_CACHED_KEYS", 10)
     issued = [await room.keys.create(name="k") for _ in range(25)]
     for _ in range(2):
@@ -664,7 +662,7 @@ async def test_a_cold_key_costs_one_point_read_and_a_warm_one_none(tmp_path: Pat
         assert len(store.reads) == 3
 
 
-async def test_a_key_made_while_its_text_was_looked_for_is_found_at_once(room: Strongroom, store: FaultyStore) -> None:
+async def test_a_key_created_during_its_lookup_is_found_at_once(room: Strongroom, store: FaultyStore) -> None:
     async def overtake(method: str, collection: str) -> None:
         if store.reads[-1] == ("find", "api_keys"):
             store.after_read = None
@@ -675,9 +673,7 @@ async def test_a_key_made_while_its_text_was_looked_for_is_found_at_once(room: S
     assert (await room.keys.verify("sk-imported")).valid
 
 
-async def test_a_key_changed_while_it_was_read_is_not_remembered_as_it_was(
-    room: Strongroom, store: FaultyStore
-) -> None:
+async def test_a_key_changed_during_its_read_is_not_cached(room: Strongroom, store: FaultyStore) -> None:
     issued = await room.keys.create(name="k")
     seen: list[Record] = []
     room.feed.on_record(seen.append)
@@ -754,7 +750,7 @@ async def test_a_lowered_limit_holds_elsewhere_at_once(tmp_path: Path) -> None:
         assert (await there.keys.verify(issued.text, cost={"tokens": 20})).code == "USAGE_EXCEEDED"
 
 
-async def test_a_pepper_rotated_elsewhere_is_learned(tmp_path: Path) -> None:
+async def test_a_pepper_rotated_on_another_node_is_used_here(tmp_path: Path) -> None:
     url = new_url("sqlite", tmp_path)
     async with Strongroom.open(url) as here, Strongroom.open(url) as there:
         await here.rotate_pepper()
@@ -767,7 +763,7 @@ async def test_a_pepper_rotated_elsewhere_is_learned(tmp_path: Path) -> None:
 # --- Tenants --------------------------------------------------------------------------------------------------
 
 
-async def test_a_caller_bound_to_a_tenant_sees_and_touches_no_others_keys(room: Strongroom, store: FaultyStore) -> None:
+async def test_a_caller_bound_to_a_tenant_sees_and_changes_only_its_keys(room: Strongroom, store: FaultyStore) -> None:
     mine = await room.keys.create(name="mine", tenant="acme")
     other = await room.keys.create(name="other", tenant="beta")
     root = await room.keys.create(name="root", tenant=ALL_TENANTS)
@@ -800,7 +796,7 @@ async def test_a_caller_bound_to_a_tenant_sees_and_touches_no_others_keys(room: 
     assert (await room.keys.list(tenant="beta")).items[0].id == other.key.id
 
 
-async def test_a_tenants_user_who_is_no_administrator_cannot_make_or_change_keys(room: Strongroom) -> None:
+async def test_a_user_who_is_not_an_administrator_cannot_create_or_change_keys(room: Strongroom) -> None:
     user = Context("acme", "user:ada", {"tenant": "acme"})
     issued = await room.keys.create(name="k", tenant="acme")
     for call in (
@@ -835,7 +831,7 @@ async def test_keys_are_listed_newest_first_by_tenant_and_user_in_pages(room: St
 # --- Changing -------------------------------------------------------------------------------------------------
 
 
-async def test_changing_a_limit_keeps_what_was_used(room: Strongroom) -> None:
+async def test_changing_a_limit_keeps_its_usage(room: Strongroom) -> None:
     issued = await room.keys.create(name="k", limits=[rolling("tokens", 100)])
     await room.keys.verify(issued.text, cost={"tokens": 60})
     await room.keys.update(issued.key.id, limits=[rolling("tokens", 70), rolling("requests", 5)])
@@ -874,7 +870,9 @@ async def test_a_deleted_key_leaves_nothing(room: Strongroom, store: FaultyStore
             await room.keys.delete(one.key.id, purge=True)
 
 
-async def test_a_key_changed_at_every_attempt_is_told(room: Strongroom, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_key_that_changes_at_every_attempt_raises_conflict(
+    room: Strongroom, monkeypatch: pytest.MonkeyPatch
+) -> None:
     issued = await room.keys.create(name="k", limits=[rolling("requests", 5)])
 
     def charge(*args: Any, **options: Any) -> asyncio.Future[Any]:
@@ -890,7 +888,7 @@ async def test_a_key_changed_at_every_attempt_is_told(room: Strongroom, monkeypa
         await room.keys.record(key=issued.text, cost={"requests": 1})
 
 
-async def test_statistics(room: Strongroom) -> None:
+async def test_statistics_show_the_usage_of_every_limit(room: Strongroom) -> None:
     with time_machine.travel(MOMENT, tick=False) as clock:
         issued = await room.keys.create(
             name="k", limits=[rolling("tokens", 100), Limit(resource="cost", limit=5, window=Total())]
@@ -912,7 +910,7 @@ async def test_statistics(room: Strongroom) -> None:
 # --- Secrets --------------------------------------------------------------------------------------------------
 
 
-async def test_a_text_is_in_no_journal_log_error_or_representation(
+async def test_no_journal_log_error_or_repr_shows_a_secret(
     room: Strongroom, store: FaultyStore, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -954,7 +952,7 @@ async def _everything(store: FaultyStore) -> list[dict[str, Any]]:
     return [d for name in ("api_keys", "idempotent_calls", "key_usage") for d in await _documents(store, name)]
 
 
-async def test_an_issued_keys_own_representation_hides_its_text(room: Strongroom) -> None:
+async def test_the_repr_of_an_issued_key_hides_its_secret(room: Strongroom) -> None:
     issued = await room.keys.create(name="k")
     assert issued.text not in repr(issued)
     assert issued.text not in str(issued)
@@ -1012,7 +1010,7 @@ async def test_a_deleted_key_is_unknown_at_once_and_comes_back_as_it_was(room: S
     assert (await room.keys.stats(id)).totals == {"tokens": 80}
 
 
-async def test_nothing_is_told_of_a_deleted_key(room: Strongroom) -> None:
+async def test_a_deleted_key_answers_like_an_unknown_key(room: Strongroom) -> None:
     issued = await room.keys.create(name="k", tenant="acme", user_id="u1", permissions=["a"], metadata={"secret": 1})
     await room.keys.delete(issued.key.id)
     unknown = await room.keys.verify("sk-nobody-has-this-one")
@@ -1055,7 +1053,7 @@ async def test_a_restored_key_that_was_due_to_be_rotated_is_rotated(room: Strong
         assert (await room.keys.verify(issued.text)).valid
 
 
-async def test_the_text_of_a_deleted_key_is_no_others_until_it_is_purged(room: Strongroom) -> None:
+async def test_the_secret_of_a_deleted_key_stays_taken_until_its_purge(room: Strongroom) -> None:
     key = await imported(room, "sk-imported")
     await room.keys.delete(key.id)
     with pytest.raises(AlreadyExists):
@@ -1069,7 +1067,7 @@ def _killed_at(number: int, n: int, batch: Any) -> Fault | None:
     return Fault("before", Unavailable("killed")) if n == number else None
 
 
-async def test_a_purge_that_was_broken_off_is_done_by_the_same_call_again(room: Strongroom, store: FaultyStore) -> None:
+async def test_an_interrupted_purge_is_completed_by_the_same_call(room: Strongroom, store: FaultyStore) -> None:
     """It is two commits: the key is marked, then removed with its usage. Between them it is a deleted key."""
     issued = await room.keys.create(name="k", limits=[rolling("tokens", 100)])
     await room.keys.verify(issued.text, cost={"tokens": 1})
@@ -1111,7 +1109,7 @@ async def test_a_purge_under_load_leaves_nothing(room: Strongroom, store: Faulty
     await wait_until(nothing_is_left)
 
 
-async def test_who_may_not_delete_purges_nothing(room: Strongroom, store: FaultyStore) -> None:
+async def test_a_caller_who_may_not_delete_purges_nothing(room: Strongroom, store: FaultyStore) -> None:
     user = Context("acme", "user:ada", {"tenant": "acme"})
     issued = await room.keys.create(name="k", tenant="acme", limits=[rolling("tokens", 100)])
     await room.keys.verify(issued.text, cost={"tokens": 1})
@@ -1149,7 +1147,7 @@ async def test_who_may_not_delete_purges_nothing(room: Strongroom, store: Faulty
     ],
 )
 @pytest.mark.parametrize("what", ["model", "route"])
-def test_models_and_routes_and_their_wildcards(
+def test_models_and_routes_match_with_wildcards(
     what: str, allowed: list[str], asked: str | None, admitted: bool
 ) -> None:
     fields: dict[str, Any] = {f"allowed_{what}s": allowed}
@@ -1188,7 +1186,7 @@ async def test_a_key_for_certain_models_is_refused_for_others_and_nothing_is_deb
     assert (await room.keys.verify(issued.text)).valid
 
 
-async def test_a_text_shows_its_environment(room: Strongroom) -> None:
+async def test_a_secret_shows_its_environment(room: Strongroom) -> None:
     live, test, own = [
         await room.keys.create(name="k", **fields)
         for fields in list[dict[str, Any]](({}, {"environment": "test"}, {"environment": "test", "prefix": "acme"}))
@@ -1211,7 +1209,7 @@ async def test_a_text_shows_its_environment(room: Strongroom) -> None:
 
 
 @pytest.mark.parametrize("limits", ["durable", "leased"])
-async def test_a_cost_that_no_limit_counts_is_told_and_the_implied_request_is_not(limits: str) -> None:
+async def test_an_uncounted_cost_is_reported_except_the_implied_request(limits: str) -> None:
     async with opened("json://:memory:", limits=limits) as (room, _):
         await room.quotas.put(kind="tenant", tenant="acme", limits=[rolling("credits", 100)])
         for_some = Limit(resource="images", limit=9, window=Total(), models=("m-*",))

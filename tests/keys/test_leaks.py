@@ -66,7 +66,7 @@ async def journal(room: Strongroom, *collections: str) -> Sequence[Record]:
 # --- What is done ---------------------------------------------------------------------------------------------
 
 
-async def test_without_a_policy_a_leak_is_recorded_and_told_and_the_key_works_on(room: Strongroom) -> None:
+async def test_without_a_policy_a_leak_is_recorded_and_announced_and_the_key_stays_valid(room: Strongroom) -> None:
     issued = await make(room)
     leak = await leaked(room, issued.text)
     assert (leak.done, leak.ends_at, leak.last_administrator) == ("notified", None, False)
@@ -79,7 +79,7 @@ async def test_without_a_policy_a_leak_is_recorded_and_told_and_the_key_works_on
     assert (await room.leaks.list()).items == [leak]
 
 
-async def test_a_leak_is_in_the_tenants_journal_with_its_place_and_without_its_text(room: Strongroom) -> None:
+async def test_a_leak_is_journalled_with_its_location_and_without_the_secret(room: Strongroom) -> None:
     issued = await make(room)
     await leaked(room, issued.text)
     change, record = [r for r in await journal(room, "api_keys", "leaks") if r.actor == "scanner"]
@@ -92,7 +92,7 @@ async def test_a_leak_is_in_the_tenants_journal_with_its_place_and_without_its_t
     assert issued.text not in repr(await journal(room, "api_keys", "leaks"))
 
 
-async def test_webhooks_are_told_in_the_commit_of_the_leak(room: Strongroom, store: FaultyStore) -> None:
+async def test_the_event_of_a_leak_is_committed_with_the_leak(room: Strongroom, store: FaultyStore) -> None:
     issued = await make(room, owner="team")
     leak = await leaked(room, issued.text)
     (told,) = (await room.database.find(system_context(), Event)).items
@@ -116,7 +116,9 @@ async def test_a_policy_to_disable_refuses_the_key_at_once(room: Strongroom) -> 
     assert [await code(room, issued.text) for issued in (ours, theirs)] == ["DISABLED", "VALID"]
 
 
-async def test_a_policy_to_rotate_holds_a_new_text_and_leaves_the_leaked_one_its_overlap(room: Strongroom) -> None:
+async def test_a_policy_to_rotate_creates_a_secret_to_claim_and_keeps_the_leaked_one_for_its_overlap(
+    room: Strongroom,
+) -> None:
     await room.leaks.set_policy("acme", action="rotate", overlap_s=3_600)
     issued = await make(room)
     leak = await leaked(room, issued.text)
@@ -131,7 +133,7 @@ async def test_a_policy_to_rotate_holds_a_new_text_and_leaves_the_leaked_one_its
     assert [await code(room, text) for text in (issued.text, claimed.text)] == ["VALID", "VALID"]
 
 
-async def test_a_rotation_without_overlap_ends_the_leaked_text_at_once(room: Strongroom) -> None:
+async def test_a_rotation_without_overlap_ends_the_leaked_secret_at_once(room: Strongroom) -> None:
     await room.leaks.set_policy("acme", action="rotate", overlap_s=0)
     issued = await make(room)
     leak = await leaked(room, issued.text)
@@ -153,7 +155,7 @@ async def test_a_rotation_without_overlap_ends_the_leaked_text_at_once(room: Str
         ({"action": "rotate", "overlap_s": 86_400}, "notified", ["VALID", "VALID"]),
     ],
 )
-async def test_an_old_text_in_its_overlap_is_the_key_too_and_its_present_text_is_not_replaced(
+async def test_a_leaked_previous_secret_does_not_replace_the_current_one(
     room: Strongroom, policy: dict[str, Any], done: str, works: list[str]
 ) -> None:
     await room.leaks.set_policy("acme", **policy)
@@ -170,7 +172,7 @@ async def test_an_old_text_in_its_overlap_is_the_key_too_and_its_present_text_is
         assert leak.ends_at == key.leaked_at + timedelta(seconds=60)
 
 
-async def test_a_text_whose_overlap_has_ended_is_nobodys(room: Strongroom) -> None:
+async def test_a_secret_after_its_overlap_belongs_to_no_key(room: Strongroom) -> None:
     issued = await make(room)
     await room.keys.rotate(issued.key.id)
     assert await reported(room, issued.text) == [Finding(None)]
@@ -178,7 +180,7 @@ async def test_a_text_whose_overlap_has_ended_is_nobodys(room: Strongroom) -> No
 
 
 @pytest.mark.parametrize("how", ["replaced", "its overlap ended"])
-async def test_a_text_that_stops_working_while_it_is_reported_harms_the_key_no_more(
+async def test_a_secret_that_expires_during_the_report_does_not_affect_the_key(
     room: Strongroom, store: FaultyStore, how: str
 ) -> None:
     await room.leaks.set_policy("acme", action="disable")
@@ -205,7 +207,7 @@ async def test_a_text_that_stops_working_while_it_is_reported_harms_the_key_no_m
     assert (await room.leaks.list()).items == []
 
 
-async def test_a_deleted_key_is_dealt_with_before_anyone_restores_it(room: Strongroom) -> None:
+async def test_a_leaked_deleted_key_is_handled_before_it_is_restored(room: Strongroom) -> None:
     await room.leaks.set_policy("acme", action="disable")
     issued = await make(room)
     await room.keys.delete(issued.key.id)
@@ -214,7 +216,7 @@ async def test_a_deleted_key_is_dealt_with_before_anyone_restores_it(room: Stron
     assert await code(room, issued.text) == "DISABLED"
 
 
-async def test_two_texts_of_one_key_are_two_leaks_also_in_one_report(room: Strongroom) -> None:
+async def test_two_secrets_of_one_key_are_two_leaks_even_in_one_report(room: Strongroom) -> None:
     issued = await make(room)
     present = await room.keys.rotate(issued.key.id, overlap_s=3_600)
     found = await reported(room, issued.text, present.text)
@@ -226,7 +228,7 @@ async def test_two_texts_of_one_key_are_two_leaks_also_in_one_report(room: Stron
 
 
 @pytest.mark.parametrize("action", ["notify", "disable", "rotate"])
-async def test_the_same_text_again_does_nothing_again(room: Strongroom, action: str) -> None:
+async def test_reporting_the_same_secret_again_changes_nothing(room: Strongroom, action: str) -> None:
     await room.leaks.set_policy("acme", action=action)  # type: ignore[arg-type]
     issued = await make(room)
     first = await leaked(room, issued.text)
@@ -237,7 +239,7 @@ async def test_the_same_text_again_does_nothing_again(room: Strongroom, action: 
     assert (await room.leaks.list()).items == [first]
 
 
-async def test_a_key_that_was_enabled_again_stays_so_when_its_leak_is_told_again(room: Strongroom) -> None:
+async def test_a_reenabled_key_stays_enabled_when_its_leak_is_reported_again(room: Strongroom) -> None:
     await room.leaks.set_policy("acme", action="disable")
     issued = await make(room)
     await leaked(room, issued.text)
@@ -247,7 +249,7 @@ async def test_a_key_that_was_enabled_again_stays_so_when_its_leak_is_told_again
     assert await code(room, issued.text) == "VALID"
 
 
-async def test_a_leak_is_known_again_after_the_pepper_was_rotated(room: Strongroom) -> None:
+async def test_a_known_leak_is_recognised_after_a_pepper_rotation(room: Strongroom) -> None:
     issued = await make(room)
     leak = await leaked(room, issued.text)
     await room.rotate_pepper()
@@ -255,7 +257,7 @@ async def test_a_leak_is_known_again_after_the_pepper_was_rotated(room: Strongro
     assert await reported(room, issued.text) == [Finding(leak)]
 
 
-async def test_nodes_that_are_told_at_once_rotate_once(tmp_path: Path) -> None:
+async def test_concurrent_reports_on_two_nodes_rotate_once(tmp_path: Path) -> None:
     url = new_url("sqlite", tmp_path)
     async with opened(url) as (here, _), opened(url) as (there, _):
         await here.leaks.set_policy("acme", action="rotate")
@@ -279,7 +281,7 @@ async def test_nodes_that_are_told_at_once_rotate_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("action", ["notify", "disable", "rotate"])
-async def test_a_commit_that_fails_leaves_nothing_half_done_and_the_report_can_be_repeated(
+async def test_a_failed_commit_leaves_no_partial_handling_and_the_report_can_be_retried(
     room: Strongroom, store: FaultyStore, when: Any, action: str
 ) -> None:
     await room.leaks.set_policy("acme", action=action)  # type: ignore[arg-type]
@@ -316,9 +318,7 @@ async def administrator(room: Strongroom, **fields: Any) -> IssuedKey:
 
 
 @pytest.mark.parametrize("action", ["disable", "rotate"])
-async def test_a_management_key_is_disabled_where_others_are_rotated_since_its_old_text_could_claim_the_new_one(
-    room: Strongroom, action: str
-) -> None:
+async def test_a_leaked_management_key_is_disabled_instead_of_rotated(room: Strongroom, action: str) -> None:
     for tenant in ("acme", "*"):
         await room.leaks.set_policy(tenant, action=action)  # type: ignore[arg-type]
         await administrator(room)
@@ -330,7 +330,7 @@ async def test_a_management_key_is_disabled_where_others_are_rotated_since_its_o
             assert (await room.keys.get(issued.key.id)).unclaimed is None
 
 
-async def test_the_last_administrator_is_locked_out_only_with_a_word_on_how_to_get_back_in(
+async def test_disabling_the_last_administrators_key_logs_how_to_regain_access(
     room: Strongroom, caplog: pytest.LogCaptureFixture
 ) -> None:
     await room.leaks.set_policy("*", action="disable")
@@ -349,7 +349,7 @@ async def test_the_last_administrator_is_locked_out_only_with_a_word_on_how_to_g
     assert other.text not in caplog.text
 
 
-async def test_of_two_administrators_that_leak_at_once_one_is_known_to_be_the_last(room: Strongroom) -> None:
+async def test_of_two_administrators_that_leak_at_once_one_counts_as_the_last(room: Strongroom) -> None:
     await room.leaks.set_policy("*", action="disable")
     issued = [await administrator(room) for _ in range(2)]
     found = await reported(room, *(each.text for each in issued))
@@ -359,7 +359,7 @@ async def test_of_two_administrators_that_leak_at_once_one_is_known_to_be_the_la
 # --- Who may know ---------------------------------------------------------------------------------------------
 
 
-async def test_who_is_bound_to_a_tenant_learns_nothing_of_anothers_keys(room: Strongroom) -> None:
+async def test_a_caller_bound_to_a_tenant_learns_nothing_of_other_tenants_keys(room: Strongroom) -> None:
     await room.leaks.set_policy("other", action="disable")
     ours, theirs = await make(room), await make(room, tenant="other")
     found = await reported(room, ours.text, theirs.text, tenant="acme")
@@ -372,7 +372,7 @@ async def test_who_is_bound_to_a_tenant_learns_nothing_of_anothers_keys(room: St
     assert [leak.tenant for leak in (await room.leaks.list()).items] == ["other", "acme"]
 
 
-async def test_a_policy_is_its_own_tenants_and_is_journalled(room: Strongroom) -> None:
+async def test_a_leak_policy_belongs_to_its_tenant_and_is_journalled(room: Strongroom) -> None:
     bound = Context("acme", "key:x", {"admin": True, "tenant": "acme"})
     assert (await room.leaks.policy("acme", context=bound)).action == "notify"
     await room.leaks.set_policy("acme", action="rotate", context=bound)
@@ -404,9 +404,7 @@ async def test_a_policy_is_its_own_tenants_and_is_journalled(room: Strongroom) -
         ({"action": "disable", "overlap_s": 60}, "overlap_s"),
     ],
 )
-async def test_a_wrong_policy_is_refused_by_the_name_of_what_is_wrong(
-    room: Strongroom, fields: dict[str, Any], path: str
-) -> None:
+async def test_an_invalid_policy_is_refused_by_field(room: Strongroom, fields: dict[str, Any], path: str) -> None:
     with pytest.raises(InvalidInput) as wrong:
         await room.leaks.set_policy("acme", **fields)
     assert [problem.path for problem in wrong.value.problems] == [path]
@@ -418,7 +416,7 @@ async def test_a_wrong_policy_is_refused_by_the_name_of_what_is_wrong(
 # --- Bounds ---------------------------------------------------------------------------------------------------
 
 
-async def test_texts_that_are_no_keys_change_nothing_and_cost_at_most_one_lookup_each(
+async def test_unknown_secrets_change_nothing_and_cost_at_most_one_lookup_each(
     room: Strongroom, store: FaultyStore
 ) -> None:
     unknown = [generate() for _ in range(50)]
@@ -435,12 +433,12 @@ async def test_texts_that_are_no_keys_change_nothing_and_cost_at_most_one_lookup
     assert asked.count("api_keys") <= 2 * 49  # by its hash, and by that before a rotation
 
 
-async def test_a_report_has_a_bound(room: Strongroom) -> None:
+async def test_a_report_has_a_maximum_size(room: Strongroom) -> None:
     with pytest.raises(InvalidInput, match=str(MAX_SIGHTINGS)):
         await reported(room, *["x"] * (MAX_SIGHTINGS + 1))
 
 
-async def test_what_a_stranger_wrote_is_kept_without_the_text_and_without_what_a_terminal_obeys(
+async def test_a_reports_source_is_stored_without_the_secret_and_without_control_characters(
     room: Strongroom,
 ) -> None:
     issued = await make(room)
@@ -463,7 +461,7 @@ async def test_what_a_stranger_wrote_is_kept_without_the_text_and_without_what_a
 PAGE = (DOCS / "leaks.md").read_text()
 
 
-def test_the_documented_pattern_is_the_one_that_keys_are_made_to() -> None:
+def test_the_documented_pattern_matches_generated_keys() -> None:
     assert SCAN_PATTERN in PAGE
     (rule,) = tomllib.loads(re.findall(r"^```toml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)[0])["rules"]
     assert rule["regex"] == SCAN_PATTERN
@@ -476,12 +474,12 @@ def test_the_documented_pattern_is_the_one_that_keys_are_made_to() -> None:
     st.sampled_from(["", " ", '"', "'", "key=", "Bearer ", "(", "\n", "https://u:"]),
     st.sampled_from(["", " ", '"', "'", ",", ")", "\n", "@host", ";"]),
 )
-def test_the_pattern_finds_every_key_wherever_it_stands(prefix: str, before: str, after: str) -> None:
+def test_the_documented_pattern_finds_a_key_in_any_context(prefix: str, before: str, after: str) -> None:
     text = generate(prefix)
     assert re.findall(SCAN_PATTERN, before + text + after) == [text]
 
 
-def test_entities_are_global_and_journalled() -> None:
+def test_leaks_and_policies_are_global_and_journalled() -> None:
     for cls in (Leak, LeakPolicy):
         assert not cls.__collection__.tenant_scoped
         assert cls.__collection__.journalled

@@ -24,7 +24,9 @@ async def reported(room: Strongroom, *texts: str) -> list[Finding]:
 
 
 @pytest.mark.parametrize("kind", HASHES)
-async def test_it_is_known_by_every_kind_of_hash_and_dealt_with_once(room: Strongroom, kind: str) -> None:
+async def test_a_leaked_imported_key_is_recognised_by_every_kind_of_hash_and_handled_once(
+    room: Strongroom, kind: str
+) -> None:
     await room.leaks.set_policy("acme", action="disable")
     (record,) = await imported(room, {**HASHES[kind], "tenant": "acme"}, secret=SECRET)
     wrong, found = await reported(room, TEXT + "x", TEXT)
@@ -36,7 +38,7 @@ async def test_it_is_known_by_every_kind_of_hash_and_dealt_with_once(room: Stron
 
 
 @pytest.mark.parametrize("kind", HASHES)
-async def test_a_deleted_one_is_dealt_with_before_anyone_restores_it(room: Strongroom, kind: str) -> None:
+async def test_a_leaked_deleted_imported_key_is_handled_before_it_is_restored(room: Strongroom, kind: str) -> None:
     await room.leaks.set_policy("acme", action="disable")
     (record,) = await imported(room, {**HASHES[kind], "tenant": "acme"}, secret=SECRET)
     await room.keys.delete(record.id)
@@ -48,7 +50,7 @@ async def test_a_deleted_one_is_dealt_with_before_anyone_restores_it(room: Stron
     assert await reported(room, TEXT) == [Finding(found.leak)]
 
 
-async def test_what_cannot_be_compared_yet_does_not_keep_the_rest_of_a_report_waiting(
+async def test_a_secret_that_cannot_be_compared_yet_does_not_delay_the_rest_of_a_report(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Texts that are no keys use up the guesses of a hint; whoever reports again is heard out in the end."""

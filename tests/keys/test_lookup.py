@@ -77,7 +77,7 @@ HASHES = {
 
 
 @pytest.mark.parametrize("kind", HASHES)
-async def test_each_kind_of_hash_is_found_by_one_trip_and_is_ours_after_the_first_use(
+async def test_each_kind_of_hash_is_found_by_one_read_and_upgraded_at_the_first_use(
     room: Strongroom, store: FaultyStore, kind: str, url_of_any: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     embedded = not url_of_any.startswith("postgresql")
@@ -173,7 +173,7 @@ async def test_many_first_uses_of_one_key_at_once_are_one_hash(compared: list[st
         assert compared == [TEXT]
 
 
-async def test_a_caller_that_goes_away_takes_nothing_from_the_others(compared: list[str], url: str) -> None:
+async def test_a_cancelled_caller_does_not_cancel_a_shared_comparison(compared: list[str], url: str) -> None:
     async with Strongroom.open(url) as room:
         await imported(room, {"hash": PBKDF2PasswordHasher().encode(TEXT, "salt", 300_000), "prefix": "abcdefgh"})
         gone, stays = (asyncio.create_task(room.keys.verify(TEXT)) for _ in range(2))
@@ -183,7 +183,7 @@ async def test_a_caller_that_goes_away_takes_nothing_from_the_others(compared: l
         assert compared == [TEXT]
 
 
-async def test_someone_who_guesses_with_a_known_hint_cannot_use_up_the_machine(
+async def test_guessing_with_a_known_hint_cannot_exhaust_the_cpu(
     compared: list[str], url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(slowcheck, "GUESSES_PER_S", 0.0)
@@ -217,7 +217,7 @@ async def _is_valid(room: Strongroom, text: str) -> bool:
     return (await room.keys.verify(text)).valid
 
 
-async def test_what_waits_for_a_hash_is_bounded_and_the_rest_is_told_to_try_again(
+async def test_the_queue_for_slow_hashes_is_bounded_and_the_rest_is_told_to_retry(
     compared: list[str], url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(slowcheck, "MAX_WAITING", 3)
@@ -239,7 +239,7 @@ async def test_what_waits_for_a_hash_is_bounded_and_the_rest_is_told_to_try_agai
             assert (await room.keys.verify(text)).valid
 
 
-async def test_the_event_loop_goes_on_while_hashes_are_compared(url: str) -> None:
+async def test_the_event_loop_continues_while_slow_hashes_are_compared(url: str) -> None:
     async with Strongroom.open(url) as room:
         issued = await room.keys.create(name="ours")
         await imported(room, {"hash": PBKDF2PasswordHasher().encode(TEXT, "salt", 2_000_000), "prefix": "abcdefgh"})
@@ -254,7 +254,7 @@ async def test_the_event_loop_goes_on_while_hashes_are_compared(url: str) -> Non
         assert count > 100
 
 
-async def test_several_keys_with_one_hint_are_told_apart_up_to_a_number(compared: list[str], url: str) -> None:
+async def test_a_bounded_number_of_keys_may_share_a_hint(compared: list[str], url: str) -> None:
     texts = [f"abcdefgh.{number}{TEXT}" for number in range(HINT_SLOTS)]
     rows = [{"hash": PBKDF2PasswordHasher().encode(text, "salt", 20), "prefix": "abcdefgh"} for text in texts]
     async with Strongroom.open(url) as room:
@@ -267,7 +267,7 @@ async def test_several_keys_with_one_hint_are_told_apart_up_to_a_number(compared
         assert (await room.keys.verify("abcdefgh.x")).key_id == late.id
 
 
-async def test_a_text_that_was_rotated_away_before_its_first_use_works_through_the_overlap(
+async def test_a_secret_rotated_before_its_first_use_works_through_the_overlap(
     compared: list[str], room: Strongroom
 ) -> None:
     (record,) = await imported(room, {**HASHES["argon2, without any hint"]})
@@ -283,7 +283,7 @@ async def test_a_text_that_was_rotated_away_before_its_first_use_works_through_t
     assert (await room.keys.verify(TEXT)).code == "NOT_FOUND"
 
 
-async def test_a_key_that_is_rotated_while_its_hash_is_compared_keeps_its_new_text(
+async def test_a_key_that_is_rotated_while_its_hash_is_compared_keeps_its_new_secret(
     room: Strongroom, store: FaultyStore
 ) -> None:
     """A write-back must not bring an old text back."""
@@ -301,7 +301,7 @@ async def test_a_key_that_is_rotated_while_its_hash_is_compared_keeps_its_new_te
     assert (await room.keys.verify(TEXT)).code == "NOT_FOUND"
 
 
-async def test_a_disabled_or_deleted_key_is_what_it_is_before_its_first_use(
+async def test_an_imported_key_disabled_or_deleted_before_its_first_use_is_refused(
     compared: list[str], room: Strongroom
 ) -> None:
     (record,) = await imported(room, {**HASHES["bcrypt"], "enabled": False})
@@ -310,7 +310,7 @@ async def test_a_disabled_or_deleted_key_is_what_it_is_before_its_first_use(
     assert (await room.keys.verify(TEXT)).code == "NOT_FOUND"
 
 
-async def test_an_upgrade_that_cannot_be_written_is_tried_again_and_the_key_works(
+async def test_a_hash_upgrade_that_cannot_be_written_is_retried_and_the_key_works(
     compared: list[str], room: Strongroom, store: FaultyStore
 ) -> None:
     (record,) = await imported(room, {**HASHES["bcrypt"]})
@@ -340,13 +340,13 @@ def _all_of(folder: Path) -> bytes:
     return b"".join(path.read_bytes() for path in folder.iterdir())
 
 
-async def test_a_store_without_imports_asks_for_no_hints() -> None:
+async def test_a_store_without_imports_looks_up_no_hints() -> None:
     hasher = Hasher([Pepper("000001", b"o" * 32)])
     assert hasher.hints(TEXT) == []
     assert len(hasher.candidates(TEXT)) == 3
 
 
-async def test_an_unknown_text_is_looked_for_by_indexes_without_a_trip(tmp_path: Path) -> None:
+async def test_an_unknown_secret_is_looked_up_by_index_on_the_calling_thread(tmp_path: Path) -> None:
     url = new_url("sqlite", tmp_path)
     async with opened(url) as (room, store):
         await imported(room, {**HASHES["hmac"]}, {**HASHES["bcrypt"]}, {**HASHES["salted sha256"]}, secret=SECRET)
@@ -371,7 +371,7 @@ async def test_an_unknown_text_is_looked_for_by_indexes_without_a_trip(tmp_path:
     connection.close()
 
 
-async def test_a_key_is_in_no_answer_with_its_hash(room: Strongroom) -> None:
+async def test_no_answer_contains_a_keys_hash(room: Strongroom) -> None:
     (record,) = await imported(room, {**HASHES["bcrypt"]})
     key = await room.keys.get(record.id)
     verifier = key.verifier or "?"
@@ -385,7 +385,7 @@ async def test_a_key_is_in_no_answer_with_its_hash(room: Strongroom) -> None:
     assert isinstance(key, ApiKey)
 
 
-async def test_a_stored_hash_is_compared_in_constant_time_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_stored_hashes_are_compared_in_constant_time_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """What `hmac.compare_digest` says decides, whatever the store has found."""
     async with Strongroom.open("json://:memory:") as room:
         issued = await room.keys.create(name="k")

@@ -277,7 +277,7 @@ async def _lives_without_its_database(fleet: Fleet, node: Node) -> bool:
 
 
 @pytest.mark.server
-async def test_four_nodes_on_one_postgresql_lose_nothing_and_admit_no_more_though_all_are_killed_in_turn(
+async def test_four_killed_nodes_on_one_postgresql_lose_nothing_and_never_exceed_a_limit(
     own_postgres: postgres.OwnServer, tmp_path: Path
 ) -> None:
     async with fleet_on(own_postgres.server.url("nodes", connect_timeout_s=2), tmp_path) as fleet:
@@ -285,7 +285,7 @@ async def test_four_nodes_on_one_postgresql_lose_nothing_and_admit_no_more_thoug
 
 
 @pytest.mark.server
-async def test_several_workers_start_without_their_database_and_make_the_first_key_when_it_comes(
+async def test_workers_that_start_without_their_database_create_the_first_key_when_it_comes(
     own_postgres: postgres.OwnServer, tmp_path: Path
 ) -> None:
     own_postgres.kill()
@@ -326,13 +326,15 @@ async def test_several_workers_start_without_their_database_and_make_the_first_k
 
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(3))
-async def test_four_nodes_on_postgresql_for_long(own_postgres: postgres.OwnServer, tmp_path: Path, seed: int) -> None:
+async def test_four_killed_nodes_on_postgresql_for_minutes_lose_nothing(
+    own_postgres: postgres.OwnServer, tmp_path: Path, seed: int
+) -> None:
     async with fleet_on(own_postgres.server.url("nodes", connect_timeout_s=2), tmp_path) as fleet:
         await scenario(fleet, own_postgres, rounds=8, seed=seed)
 
 
 @pytest.mark.soak
-async def test_four_nodes_on_one_sqlite_file_for_long(tmp_path: Path) -> None:
+async def test_four_killed_nodes_on_one_sqlite_file_for_minutes_lose_nothing(tmp_path: Path) -> None:
     async with fleet_on(new_url("sqlite", tmp_path), tmp_path) as fleet:
         await scenario(fleet, None, rounds=8, seed=7)
 
@@ -340,7 +342,7 @@ async def test_four_nodes_on_one_sqlite_file_for_long(tmp_path: Path) -> None:
 # --- A node whose feed of changes is broken -------------------------------------------------------------------
 
 
-async def test_a_revocation_is_seen_within_a_second_by_a_node_whose_feed_is_broken(
+async def test_a_node_with_a_broken_feed_sees_a_revocation_within_a_second(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert TRUSTED_FOR_S + CALLER_TRUSTED_FOR_S <= REVOKED_WITHIN_S
@@ -372,7 +374,7 @@ async def test_a_revocation_is_seen_within_a_second_by_a_node_whose_feed_is_brok
         assert here.feed.behind_s > 0
 
 
-async def test_a_node_whose_feed_is_broken_still_answers_for_keys_that_were_not_changed(
+async def test_a_node_with_a_broken_feed_still_answers_for_unchanged_keys(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with opened(new_url("sqlite", tmp_path)) as (room, store):

@@ -111,7 +111,7 @@ async def bench(place: tuple[str, str], tmp_path: Path) -> AsyncIterator[Bench]:
 # --- What is held -------------------------------------------------------------------------------------------------
 
 
-async def test_what_is_reserved_counts_until_it_is_settled(bench: Bench) -> None:
+async def test_a_hold_counts_until_it_is_settled(bench: Bench) -> None:
     issued = await bench.key(rolling("tokens", 1_000))
     held = await bench.reserve(issued, 200)
     assert (held.valid, held.state, held.expires_at) == (True, "open", bench.now(60))
@@ -132,7 +132,7 @@ async def test_what_is_reserved_counts_until_it_is_settled(bench: Bench) -> None
     assert (await bench.room.keys.stats(issued.key.id)).totals == {"tokens": 1_000}
 
 
-async def test_what_is_released_charges_nothing(bench: Bench) -> None:
+async def test_a_released_reservation_charges_nothing(bench: Bench) -> None:
     issued = await bench.key(rolling("tokens", 1_000))
     held = await bench.reserve(issued, 200)
     released = await bench.room.keys.release(held.reservation_id or "")
@@ -141,7 +141,7 @@ async def test_what_is_released_charges_nothing(bench: Bench) -> None:
     assert (await bench.room.keys.verify(issued.text, cost={"tokens": 1_000})).valid
 
 
-async def test_it_ends_by_itself_exactly_at_its_end(bench: Bench) -> None:
+async def test_a_reservation_expires_exactly_at_its_end(bench: Bench) -> None:
     issued = await bench.key(Limit(resource="tokens", limit=100, window=Total()))
     held = await bench.reserve(issued, 20, ttl_s=30)
     await bench.later(29.999)
@@ -153,7 +153,7 @@ async def test_it_ends_by_itself_exactly_at_its_end(bench: Bench) -> None:
     assert await bench.used(issued) == (100, 0)
 
 
-async def test_its_end_needs_nobody_who_looks_at_it(bench: Bench) -> None:
+async def test_a_reservation_expires_without_a_background_job(bench: Bench) -> None:
     """What is over is free for the next call, even if no renewal and no settlement has come by."""
     issued = await bench.key(Limit(resource="tokens", limit=100, window=Total()))
     await bench.reserve(issued, 20, ttl_s=2)
@@ -161,7 +161,7 @@ async def test_its_end_needs_nobody_who_looks_at_it(bench: Bench) -> None:
     assert (await bench.room.keys.verify(issued.text, cost={"tokens": 100})).valid
 
 
-async def test_a_denied_call_says_when_what_is_reserved_comes_back(bench: Bench) -> None:
+async def test_a_denial_caused_by_holds_says_when_they_expire(bench: Bench) -> None:
     issued = await bench.key(Limit(resource="tokens", limit=100, window=Total()))
     await bench.reserve(issued, 20, ttl_s=40)
     await bench.later(10)
@@ -171,7 +171,7 @@ async def test_a_denied_call_says_when_what_is_reserved_comes_back(bench: Bench)
         assert denied.retry_after_s == 30
 
 
-async def test_settled_above_its_hold_it_is_recorded_whole_and_the_next_call_is_denied(bench: Bench) -> None:
+async def test_a_settlement_above_the_hold_is_charged_in_full_and_the_next_call_is_denied(bench: Bench) -> None:
     issued = await bench.key(rolling("tokens", 1_000))
     held = await bench.reserve(issued, 10)
     settled = await bench.room.keys.settle(held.reservation_id or "", {"tokens": 1_700})
@@ -180,7 +180,7 @@ async def test_settled_above_its_hold_it_is_recorded_whole_and_the_next_call_is_
     assert (await bench.room.keys.verify(issued.text, cost={"tokens": 1})).code == "USAGE_EXCEEDED"
 
 
-async def test_what_was_not_reserved_can_be_settled(bench: Bench) -> None:
+async def test_a_resource_that_was_not_reserved_can_be_settled(bench: Bench) -> None:
     issued = await bench.key(rolling("tokens", 1_000))
     held = await bench.reserve(issued, 10)
     settled = await bench.room.keys.settle(held.reservation_id or "", {"pages": 3})
@@ -213,7 +213,7 @@ async def test_a_refused_key_reserves_nothing(bench: Bench) -> None:
     assert await bench.used(issued) == (0, 0)
 
 
-async def test_limits_for_some_models_are_held_by_calls_for_these(bench: Bench) -> None:
+async def test_a_scoped_limit_is_held_only_by_calls_in_its_scope(bench: Bench) -> None:
     scoped = Limit.model_validate({**rolling("tokens", 400).model_dump(), "models": ("big-*",)})
     issued = await bench.key(scoped, rolling("tokens", 4_000, 60))
     big = await bench.reserve(issued, 50, model="big-1")
@@ -228,7 +228,7 @@ async def test_limits_for_some_models_are_held_by_calls_for_these(bench: Bench) 
 # --- The same again -----------------------------------------------------------------------------------------------
 
 
-async def test_settled_again_answers_the_same_and_charges_once(bench: Bench) -> None:
+async def test_settling_again_answers_the_same_and_charges_once(bench: Bench) -> None:
     issued = await bench.key(rolling("tokens", 1_000))
     held = await bench.reserve(issued, 20)
     id = held.reservation_id or ""
@@ -244,7 +244,7 @@ async def test_settled_again_answers_the_same_and_charges_once(bench: Bench) -> 
     assert (await bench.room.keys.stats(issued.key.id)).totals["tokens"] == 5
 
 
-async def test_settled_again_with_other_amounts_is_a_conflict(bench: Bench) -> None:
+async def test_settling_again_with_other_amounts_is_a_conflict(bench: Bench) -> None:
     """Other ones are also fewer: what the first settlement named and the second does not."""
     issued = await bench.key(rolling("tokens", 1_000))
     for reported in ({}, {"tokens": 2, "pages": 1}):
@@ -265,7 +265,7 @@ async def test_settled_again_with_other_amounts_is_a_conflict(bench: Bench) -> N
     assert await bench.used(issued) == (15, 0)
 
 
-async def test_a_report_of_use_and_a_settlement_at_once_are_charged_once(bench: Bench) -> None:
+async def test_a_concurrent_usage_report_and_settlement_are_charged_once(bench: Bench) -> None:
     """Where the lease has lapsed both are commits: the settlement must not be decided before the report is charged."""
     issued = await bench.key(rolling("tokens", 1_000))
     id = (await bench.reserve(issued, 30)).reservation_id or ""
@@ -283,7 +283,7 @@ async def test_a_report_of_use_and_a_settlement_at_once_are_charged_once(bench: 
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("then", ["report", "settle", "release"])
-async def test_a_report_of_use_whose_answer_was_lost_is_charged_once(bench: Bench, when: Any, then: str) -> None:
+async def test_a_usage_report_whose_answer_was_lost_is_charged_once(bench: Bench, when: Any, then: str) -> None:
     """Whatever is done to the reservation next."""
     issued = await bench.key(rolling("tokens", 1_000))
     id = (await bench.reserve(issued, 30)).reservation_id or ""
@@ -306,7 +306,7 @@ async def test_a_report_of_use_whose_answer_was_lost_is_charged_once(bench: Benc
     assert await bench.used(issued) == used
 
 
-async def test_released_again_answers_the_same_and_is_not_settled_any_more(bench: Bench) -> None:
+async def test_releasing_again_answers_the_same_and_prevents_settling(bench: Bench) -> None:
     issued = await bench.key(rolling("tokens", 1_000))
     held = await bench.reserve(issued, 20)
     id = held.reservation_id or ""
@@ -316,7 +316,7 @@ async def test_released_again_answers_the_same_and_is_not_settled_any_more(bench
     assert await bench.used(issued) == (0, 0)
 
 
-async def test_of_a_settlement_and_a_release_at_once_one_is_done(bench: Bench) -> None:
+async def test_of_a_concurrent_settlement_and_release_one_applies(bench: Bench) -> None:
     issued = await bench.key(rolling("tokens", 100_000))
     for _ in range(10):
         id = (await bench.reserve(issued, 5)).reservation_id or ""
@@ -329,7 +329,7 @@ async def test_of_a_settlement_and_a_release_at_once_one_is_done(bench: Bench) -
     assert reserved == 0
 
 
-async def test_one_idempotency_key_is_one_reservation(bench: Bench) -> None:
+async def test_one_idempotency_key_creates_one_reservation(bench: Bench) -> None:
     issued = await bench.key(rolling("tokens", 1_000))
     answers = await asyncio.gather(*(bench.reserve(issued, 200, idempotency_key="i") for _ in range(20)))
     assert {answer.valid for answer in answers} == {True}
@@ -352,7 +352,7 @@ async def test_one_idempotency_key_is_one_reservation(bench: Bench) -> None:
         await bench.reserve(issued, 201, idempotency_key="i")
 
 
-async def test_the_same_call_again_is_answered_as_the_first_while_the_reservation_is_open(bench: Bench) -> None:
+async def test_a_retry_is_answered_as_the_first_call_while_the_reservation_is_open(bench: Bench) -> None:
     await bench.room.quotas.put(kind="user", tenant="default", name="u", limits=[rolling("tokens", 2_000)])
     issued = await bench.key(rolling("tokens", 1_000), user_id="u")
     asked: dict[str, Any] = {"cost": {"tokens": 200, "words": 1}, "idempotency_key": "i"}
@@ -364,7 +364,7 @@ async def test_the_same_call_again_is_answered_as_the_first_while_the_reservatio
     assert [limit.subject for limit in (await bench.room.keys.reserve(issued.text, **asked)).limits] == ["user:u"]
 
 
-async def test_an_idempotency_key_knows_its_request_after_an_extension(bench: Bench) -> None:
+async def test_an_idempotency_key_matches_its_request_after_an_extension(bench: Bench) -> None:
     issued = await bench.key(rolling("tokens", 1_000))
     first = await bench.reserve(issued, 200, idempotency_key="i")
     await bench.room.keys.extend(first.reservation_id or "", cost={"tokens": 300}, used={"tokens": 10})
@@ -373,7 +373,7 @@ async def test_an_idempotency_key_knows_its_request_after_an_extension(bench: Be
     assert await bench.used(issued) == (10, 290)
 
 
-async def test_an_idempotency_key_whose_reservation_has_ended_holds_nothing_and_says_so(bench: Bench) -> None:
+async def test_a_retry_after_the_reservation_ended_holds_nothing_and_says_so(bench: Bench) -> None:
     issued = await bench.key(rolling("tokens", 1_000))
     await bench.reserve(issued, 200, ttl_s=10, idempotency_key="i")
     await bench.later(10)
@@ -385,7 +385,7 @@ async def test_an_idempotency_key_whose_reservation_has_ended_holds_nothing_and_
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-async def test_a_reservation_whose_answer_was_lost_is_made_once(bench: Bench, when: Any) -> None:
+async def test_a_reservation_whose_answer_was_lost_is_created_once(bench: Bench, when: Any) -> None:
     issued = await bench.key(rolling("tokens", 1_000))
     number = len(bench.store.batches)
     bench.store.fault = lambda n, batch: Fault(when, Unavailable("lost")) if n == number else None
@@ -415,7 +415,7 @@ async def test_a_settlement_whose_answer_was_lost_is_charged_once(bench: Bench, 
 
 
 @pytest.mark.parametrize("once", [None, "i"])
-async def test_who_goes_away_while_it_is_made_leaves_nothing_held_unless_it_can_ask_again(
+async def test_a_caller_cancelled_during_a_reservation_leaves_no_hold_unless_it_can_retry(
     bench: Bench, once: str | None
 ) -> None:
     issued = await bench.key(rolling("tokens", 1_000))
@@ -440,7 +440,7 @@ async def test_who_goes_away_while_it_is_made_leaves_nothing_held_unless_it_can_
 # --- Longer, and more ---------------------------------------------------------------------------------------------
 
 
-async def test_an_extension_lets_it_go_on_and_hold_more(bench: Bench) -> None:
+async def test_an_extension_prolongs_a_reservation_and_can_add_to_its_hold(bench: Bench) -> None:
     issued = await bench.key(rolling("tokens", 1_000))
     id = (await bench.reserve(issued, 20, ttl_s=10)).reservation_id or ""
     await bench.later(9)
@@ -457,7 +457,7 @@ async def test_an_extension_lets_it_go_on_and_hold_more(bench: Bench) -> None:
     assert await bench.used(issued) == (0, 0)
 
 
-async def test_what_was_reported_as_used_stays_charged_when_it_ends_by_itself(bench: Bench) -> None:
+async def test_reported_usage_stays_charged_when_a_reservation_expires(bench: Bench) -> None:
     issued = await bench.key(rolling("tokens", 1_000))
     id = (await bench.reserve(issued, 100, ttl_s=10)).reservation_id or ""
     extended = await bench.room.keys.extend(id, ttl_s=10, used={"tokens": 30})
@@ -477,7 +477,7 @@ async def test_what_was_reported_as_used_stays_charged_when_it_ends_by_itself(be
     assert await bench.used(issued) == (45, 0)
 
 
-async def test_a_settlement_is_for_what_was_used_in_all(bench: Bench) -> None:
+async def test_a_settlement_states_the_total_usage(bench: Bench) -> None:
     issued = await bench.key(rolling("tokens", 1_000))
     id = (await bench.reserve(issued, 100)).reservation_id or ""
     await bench.room.keys.extend(id, used={"tokens": 30})
@@ -491,7 +491,7 @@ async def test_a_settlement_is_for_what_was_used_in_all(bench: Bench) -> None:
     assert await bench.used(issued) == (110, 0)
 
 
-async def test_a_top_up_that_is_denied_leaves_it_as_it_was(bench: Bench) -> None:
+async def test_a_denied_extension_leaves_the_reservation_unchanged(bench: Bench) -> None:
     issued = await bench.key(rolling("tokens", 1_000))
     id = (await bench.reserve(issued, 100, ttl_s=10)).reservation_id or ""
     await bench.later(5)
@@ -506,7 +506,7 @@ async def test_a_top_up_that_is_denied_leaves_it_as_it_was(bench: Bench) -> None
 # --- What cannot be -----------------------------------------------------------------------------------------------
 
 
-async def test_another_tenants_reservation_is_as_unknown_as_one_that_never_was(bench: Bench) -> None:
+async def test_another_tenants_reservation_answers_like_a_missing_one(bench: Bench) -> None:
     issued = await bench.key(rolling("tokens", 1_000), tenant="acme")
     id = (await bench.reserve(issued, 10)).reservation_id or ""
     stranger = Context("globex", "key:g", {"tenant": "globex", "admin": True})
@@ -531,7 +531,7 @@ async def test_another_tenants_reservation_is_as_unknown_as_one_that_never_was(b
 
 
 @pytest.mark.parametrize("ttl_s", [0, -1, 86_401, 1.5, True, "60"])
-async def test_a_time_that_is_none_is_refused(bench: Bench, ttl_s: Any) -> None:
+async def test_an_invalid_time_is_refused(bench: Bench, ttl_s: Any) -> None:
     issued = await bench.key(rolling("tokens", 1_000))
     with pytest.raises(InvalidInput) as caught:
         await bench.reserve(issued, -5, ttl_s=ttl_s, ip="nowhere")
@@ -546,7 +546,7 @@ async def test_a_time_that_is_none_is_refused(bench: Bench, ttl_s: Any) -> None:
 
 
 @pytest.mark.parametrize("how", ["disable", "delete", "rotate", "rename", "expire"])
-async def test_a_key_that_was_changed_is_still_charged_for_what_was_reserved(bench: Bench, how: str) -> None:
+async def test_a_changed_key_is_still_charged_for_its_reservation(bench: Bench, how: str) -> None:
     issued = await bench.key(rolling("tokens", 1_000))
     ids = [(await bench.reserve(issued, 100)).reservation_id or "" for _ in range(3)]
     keys = bench.room.keys
@@ -571,7 +571,7 @@ async def test_a_key_that_was_changed_is_still_charged_for_what_was_reserved(ben
     assert await bench.used(issued) == (1_260, 0)
 
 
-async def test_a_key_that_was_removed_for_good_is_settled_on_its_quotas(bench: Bench) -> None:
+async def test_a_reservation_of_a_purged_key_is_settled_on_its_quotas(bench: Bench) -> None:
     """Its own usage is gone with it; what its quotas hold for it is given back, and what was used is charged there."""
     await bench.room.quotas.put(kind="tenant", tenant="acme", limits=[rolling("tokens", 2_000)])
     issued = await bench.key(rolling("tokens", 1_000), tenant="acme")
@@ -590,7 +590,7 @@ async def test_a_key_that_was_removed_for_good_is_settled_on_its_quotas(bench: B
 
 
 @pytest.mark.parametrize("moves", ["group", "user"])
-async def test_a_reservation_is_charged_where_it_is_held_when_its_key_moves(bench: Bench, moves: str) -> None:
+async def test_a_reservation_is_charged_to_its_original_quotas_when_its_key_moves(bench: Bench, moves: str) -> None:
     """The group that it was made in has it, the one that the key is in now is never over its limit by it."""
     for name in ("old", "new"):
         await bench.room.quotas.put(kind=moves, tenant="acme", name=name, limits=[rolling("tokens", 6_000)])  # type: ignore[arg-type]
@@ -613,7 +613,7 @@ async def test_a_reservation_is_charged_where_it_is_held_when_its_key_moves(benc
     assert await bench.used(issued) == (6_850, 0)
 
 
-async def test_an_extension_moves_a_reservation_to_where_its_key_is_now(tmp_path: Path) -> None:
+async def test_an_extension_moves_a_reservation_to_the_keys_current_quotas(tmp_path: Path) -> None:
     async with Strongroom.open("json://:memory:") as room:
         for name, most in (("old", 100), ("new", 100), ("small", 10)):
             await room.quotas.put(kind="group", tenant="acme", name=name, limits=[rolling("tokens", most)])
@@ -636,7 +636,7 @@ async def test_an_extension_moves_a_reservation_to_where_its_key_is_now(tmp_path
 
 
 @pytest.mark.parametrize("whose", ["key", "quota"])
-async def test_what_is_held_counts_in_a_limit_whose_window_is_changed(bench: Bench, whose: str) -> None:
+async def test_a_hold_counts_in_a_limit_whose_window_changed(bench: Bench, whose: str) -> None:
     async def limit(seconds: int) -> None:
         limits = [rolling("tokens", 6_000, seconds)]
         if whose == "key":
@@ -665,7 +665,7 @@ async def test_what_is_held_counts_in_a_limit_whose_window_is_changed(bench: Ben
     assert await standing() == (6_000, 0)
 
 
-async def test_what_is_held_counts_in_a_limit_that_is_added(bench: Bench) -> None:
+async def test_a_hold_counts_in_an_added_limit(bench: Bench) -> None:
     issued = await bench.key(rolling("tokens", 6_000))
     held = await bench.reserve(issued, 90)
     limits = [rolling("tokens", 6_000), rolling("tokens", 100, 60)]
@@ -677,7 +677,7 @@ async def test_what_is_held_counts_in_a_limit_that_is_added(bench: Bench) -> Non
     assert [(one.recorded, one.reserved) for one in stats] == [(70, 10), (70, 10)]
 
 
-async def test_a_quota_that_is_made_anew_knows_nothing_of_what_the_one_before_held(bench: Bench) -> None:
+async def test_a_recreated_quota_has_no_hold_of_the_previous_one(bench: Bench) -> None:
     issued = await bench.key(tenant="acme")
 
     async def put() -> None:
@@ -696,7 +696,7 @@ async def test_a_quota_that_is_made_anew_knows_nothing_of_what_the_one_before_he
     assert (status.recorded, status.reserved) == (80, 0)
 
 
-async def test_limits_that_were_changed_hold_for_what_is_settled(bench: Bench) -> None:
+async def test_a_settlement_is_charged_to_the_changed_limits(bench: Bench) -> None:
     issued = await bench.key(rolling("tokens", 1_000))
     ids = [(await bench.reserve(issued, 100)).reservation_id or "" for _ in range(2)]
     await bench.room.keys.update(issued.key.id, limits=[rolling("tokens", 150)])
@@ -713,7 +713,7 @@ async def test_limits_that_were_changed_hold_for_what_is_settled(bench: Bench) -
     ]  # fmt: skip
 
 
-async def test_a_quota_made_while_it_is_open_is_charged_when_it_is_settled(bench: Bench) -> None:
+async def test_a_quota_created_during_a_reservation_is_charged_at_the_settlement(bench: Bench) -> None:
     issued = await bench.key(rolling("tokens", 1_000), tenant="acme")
     id = (await bench.reserve(issued, 100)).reservation_id or ""
     await bench.room.quotas.put(kind="tenant", tenant="acme", limits=[rolling("tokens", 500)])
@@ -724,7 +724,7 @@ async def test_a_quota_made_while_it_is_open_is_charged_when_it_is_settled(bench
 # --- Concurrency --------------------------------------------------------------------------------------------------
 
 
-async def test_concurrency_is_how_many_are_open(bench: Bench) -> None:
+async def test_concurrency_counts_open_reservations(bench: Bench) -> None:
     issued = await bench.key(Limit.model_validate(CONCURRENCY), rolling("tokens", 100_000))
     answers = await asyncio.gather(*(bench.reserve(issued, 1, ttl_s=20) for _ in range(30)))
     ids = [answer.reservation_id or "" for answer in answers if answer.valid]
@@ -743,7 +743,7 @@ async def test_concurrency_is_how_many_are_open(bench: Bench) -> None:
         await bench.room.keys.verify(issued.text, cost={"concurrency": 1})
 
 
-async def test_one_that_holds_several_or_none_of_concurrency(bench: Bench) -> None:
+async def test_a_reservation_can_hold_several_or_no_units_of_concurrency(bench: Bench) -> None:
     issued = await bench.key(Limit.model_validate(CONCURRENCY))
     two = await bench.room.keys.reserve(issued.text, cost={"concurrency": 2})
     assert not (await bench.room.keys.reserve(issued.text, cost={"concurrency": 2})).valid
@@ -795,7 +795,7 @@ async def test_concurrency_is_exact_for_many_callers_of_several_nodes(shared_pla
 # --- Memory and the store together --------------------------------------------------------------------------------
 
 
-async def test_in_memory_and_durable_ones_together_hold_no_more_than_the_limit(bench: Bench) -> None:
+async def test_local_and_durable_reservations_together_never_exceed_the_limit(bench: Bench) -> None:
     issued = await bench.key(rolling("tokens", 1_000), Limit.model_validate({"resource": "concurrency", "limit": 60}))
     held = 0
     for number in range(150):
@@ -812,7 +812,7 @@ async def test_in_memory_and_durable_ones_together_hold_no_more_than_the_limit(b
     assert await bench.used(issued) == (400, 600)
 
 
-async def test_what_is_reserved_in_memory_is_not_given_back_by_an_idle_node(tmp_path: Path) -> None:
+async def test_an_idle_node_keeps_the_lease_of_its_local_reservations(tmp_path: Path) -> None:
     url = new_url("sqlite", tmp_path)
     async with Strongroom.open(url, limits="leased") as here, Strongroom.open(url) as there:
         issued = await here.keys.create(name="k", limits=[rolling("tokens", 100)])
@@ -858,7 +858,7 @@ asyncio.run(main())
 """
 
 
-async def test_a_process_that_is_killed_gives_back_what_it_had_reserved_in_memory(tmp_path: Path) -> None:
+async def test_the_local_reservations_of_a_killed_process_are_released(tmp_path: Path) -> None:
     url = new_url("sqlite", tmp_path)
     limits = [rolling("tokens", 100), Limit.model_validate({"resource": "concurrency", "limit": 30})]
     async with Strongroom.open(url, limits="leased", lease_folder=str(tmp_path)) as room:
@@ -882,7 +882,7 @@ async def test_a_process_that_is_killed_gives_back_what_it_had_reserved_in_memor
 # --- Bounds -------------------------------------------------------------------------------------------------------
 
 
-async def test_a_reservation_costs_no_more_where_many_are_open(tmp_path: Path) -> None:
+async def test_the_cost_of_a_reservation_does_not_grow_with_open_ones(tmp_path: Path) -> None:
     """What is written for one does not grow with the number of those that are open, whenever they end."""
     async with opened("json://:memory:") as (room, store):
         limits = [rolling("tokens", 10**9, seconds) for seconds in range(60, 70)]
@@ -899,7 +899,7 @@ async def test_a_reservation_costs_no_more_where_many_are_open(tmp_path: Path) -
         assert account.reserved.ends < 100
 
 
-async def test_a_thousand_reservations_at_once_are_made_and_settled(bench: Bench) -> None:
+async def test_a_thousand_concurrent_reservations_are_created_and_settled(bench: Bench) -> None:
     limits = [rolling("tokens", 10**9, seconds) for seconds in range(60, 70)]
     issued = await bench.key(*limits)
     made = await asyncio.gather(*(bench.reserve(issued, 1, durable=True) for _ in range(1_000)))
@@ -912,7 +912,7 @@ async def test_a_thousand_reservations_at_once_are_made_and_settled(bench: Bench
     assert await bench.used(issued) == (1_001, 0)
 
 
-async def test_many_reservations_at_once_are_made_where_the_feed_of_changes_is_late(
+async def test_concurrent_reservations_succeed_with_a_late_change_feed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a slow machine, whose reads take their time: a busy process is slow, it does not refuse."""
@@ -940,7 +940,7 @@ async def test_many_reservations_at_once_are_made_where_the_feed_of_changes_is_l
 
 
 @pytest.mark.parametrize("how", ["settle", "extend", "release", "end"])
-async def test_a_reservation_that_the_first_release_made_goes_on(bench: Bench, how: str) -> None:
+async def test_a_reservation_of_the_first_release_stays_valid(bench: Bench, how: str) -> None:
     """Its document does not say what it holds where: its account has it by its id."""
     scoped = Limit.model_validate({**rolling("tokens", 900).model_dump(), "models": ("big-*",)})
     limits = [rolling("tokens", 1_000), scoped]
@@ -988,7 +988,7 @@ async def test_a_reservation_that_the_first_release_made_goes_on(bench: Bench, h
 # --- Clocks -------------------------------------------------------------------------------------------------------
 
 
-async def test_after_the_clock_went_back_reservations_hold_and_are_settled(bench: Bench) -> None:
+async def test_reservations_survive_a_clock_that_was_set_back(bench: Bench) -> None:
     """Their end is decided by the account's time, which stands still until the clock has reached it."""
     issued = await bench.room.keys.create(name="k", limits=[Limit(resource="tokens", limit=100, window=Total())])
     await bench.room.keys.verify(issued.text, cost={"tokens": 0})

@@ -77,7 +77,7 @@ async def test_a_key_revoked_on_another_node_is_refused_within_a_second(
 
 
 @pytest.mark.server
-async def test_a_key_revoked_here_is_refused_by_a_server_process_within_a_second(url: str, tmp_path: Path) -> None:
+async def test_a_key_revoked_in_this_process_is_refused_by_a_server_within_a_second(url: str, tmp_path: Path) -> None:
     with running(tmp_path, STRONGROOM_STORE=url) as server, server.client() as client:
         async with Strongroom.open(url) as room:
             issued = [await room.keys.create(name="k") for _ in range(3)]

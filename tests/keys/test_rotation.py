@@ -65,7 +65,7 @@ async def run(room: Strongroom) -> None:
 # --- Held texts -----------------------------------------------------------------------------------------------
 
 
-async def test_a_held_text_is_claimed_once_and_then_forgotten(room: Strongroom) -> None:
+async def test_a_held_secret_is_claimed_once_and_then_forgotten(room: Strongroom) -> None:
     first = await room.keys.create(name="k", limits=[rolling("tokens", 100)])
     held = await room.keys.rotate(first.key.id, overlap_s=60, hold=True)
     assert held.text == ""
@@ -85,7 +85,7 @@ async def test_a_held_text_is_claimed_once_and_then_forgotten(room: Strongroom) 
         await room.keys.claim("key_none")
 
 
-async def test_a_text_that_nobody_claimed_is_replaced_as_if_it_had_not_been(room: Strongroom) -> None:
+async def test_an_unclaimed_secret_is_replaced_by_the_next_rotation(room: Strongroom) -> None:
     """The holder has the text before it: that is the one whose overlap a further rotation states."""
     with time_machine.travel(MOMENT, tick=False) as clock:
         first = await room.keys.create(name="k")
@@ -99,7 +99,7 @@ async def test_a_text_that_nobody_claimed_is_replaced_as_if_it_had_not_been(room
         assert await codes(room, first.text, second.text) == ["NOT_FOUND", "VALID"]
 
 
-async def test_no_rotation_brings_back_a_text_whose_overlap_is_over(room: Strongroom) -> None:
+async def test_no_rotation_restores_a_secret_whose_overlap_ended(room: Strongroom) -> None:
     with time_machine.travel(MOMENT, tick=False) as clock:
         first = await room.keys.create(name="k")
         await room.keys.rotate(first.key.id, overlap_s=60, hold=True)
@@ -109,14 +109,14 @@ async def test_no_rotation_brings_back_a_text_whose_overlap_is_over(room: Strong
         assert (second.key.previous_hash, second.key.previous_until) == (None, None)
 
 
-async def test_a_held_text_without_overlap_ends_the_old_one_at_once(room: Strongroom) -> None:
+async def test_a_held_secret_without_overlap_ends_the_old_one_at_once(room: Strongroom) -> None:
     first = await room.keys.create(name="k")
     await room.keys.rotate(first.key.id, hold=True)
     assert await code(room, first.text) == "NOT_FOUND"
     assert await code(room, (await room.keys.claim(first.key.id)).text) == "VALID"
 
 
-async def test_a_held_text_is_nowhere_in_clear_and_belongs_to_its_key(room: Strongroom, store: FaultyStore) -> None:
+async def test_a_held_secret_is_stored_encrypted_and_bound_to_its_key(room: Strongroom, store: FaultyStore) -> None:
     one, other = await room.keys.create(name="one"), await room.keys.create(name="other")
     for issued in (one, other):
         await room.keys.rotate(issued.key.id, hold=True, context=ADMIN, idempotency_key=issued.key.id)
@@ -134,7 +134,7 @@ async def test_a_held_text_is_nowhere_in_clear_and_belongs_to_its_key(room: Stro
     assert repr(stolen)[2:-1] not in said[1]
 
 
-async def test_the_repeat_of_a_claim_gives_the_same_text(room: Strongroom, store: FaultyStore) -> None:
+async def test_a_retried_claim_returns_the_same_secret(room: Strongroom, store: FaultyStore) -> None:
     first = await room.keys.create(name="k")
     id = first.key.id
     await room.keys.rotate(id, overlap_s=60, hold=True)
@@ -151,7 +151,7 @@ async def test_the_repeat_of_a_claim_gives_the_same_text(room: Strongroom, store
         await room.keys.rotate(id, context=ADMIN, idempotency_key="c")
 
 
-async def test_of_claims_at_once_one_is_given_the_text(room: Strongroom) -> None:
+async def test_of_concurrent_claims_one_gets_the_secret(room: Strongroom) -> None:
     issued = await room.keys.create(name="k")
     await room.keys.rotate(issued.key.id, hold=True)
     claims = await asyncio.gather(*(room.keys.claim(issued.key.id) for _ in range(5)), return_exceptions=True)
@@ -159,7 +159,7 @@ async def test_of_claims_at_once_one_is_given_the_text(room: Strongroom) -> None
     assert len([claim for claim in claims if isinstance(claim, Conflict)]) == 4
 
 
-async def test_a_text_replaced_while_it_is_claimed_is_not_given(room: Strongroom, store: FaultyStore) -> None:
+async def test_a_secret_replaced_during_its_claim_is_not_returned(room: Strongroom, store: FaultyStore) -> None:
     issued = await room.keys.create(name="k")
     await room.keys.rotate(issued.key.id, hold=True)
 
@@ -189,7 +189,7 @@ async def test_a_rotation_repeated_on_two_nodes_at_once_happens_once(url_of_any:
 
 
 @pytest.mark.parametrize("hold", [False, True])
-async def test_a_rotation_whose_answer_was_lost_is_repeated_and_not_done_twice(
+async def test_a_retried_rotation_after_a_lost_answer_rotates_once(
     room: Strongroom, store: FaultyStore, hold: bool
 ) -> None:
     first = await room.keys.create(name="k")
@@ -204,7 +204,7 @@ async def test_a_rotation_whose_answer_was_lost_is_repeated_and_not_done_twice(
     assert await codes(room, first.text, text) == ["VALID", "VALID"]  # twice, and the first would have ended
 
 
-async def test_a_second_rotation_in_an_overlap_ends_the_oldest_text(room: Strongroom) -> None:
+async def test_a_second_rotation_in_an_overlap_ends_the_oldest_secret(room: Strongroom) -> None:
     texts = [(issued := await room.keys.create(name="k")).text]
     for _ in range(2):
         texts.append((await room.keys.rotate(issued.key.id, overlap_s=HOUR)).text)
@@ -214,7 +214,7 @@ async def test_a_second_rotation_in_an_overlap_ends_the_oldest_text(room: Strong
 # --- Schedules ------------------------------------------------------------------------------------------------
 
 
-async def test_a_key_is_rotated_when_it_is_due_and_its_holder_is_not_stranded(room: Strongroom) -> None:
+async def test_a_scheduled_rotation_leaves_its_holder_a_working_secret(room: Strongroom) -> None:
     with time_machine.travel(MOMENT, tick=False) as clock:
         first = await room.keys.create(
             name="k", limits=[rolling("tokens", 100, 30 * DAY)], rotate_every_s=DAY, rotation_overlap_s=HOUR
@@ -243,7 +243,7 @@ async def test_a_key_is_rotated_when_it_is_due_and_its_holder_is_not_stranded(ro
         assert (await room.keys.claim(id)).text != claimed.text
 
 
-async def test_a_text_that_nobody_claims_stays_to_be_claimed_and_is_not_replaced(room: Strongroom) -> None:
+async def test_a_scheduled_rotation_does_not_replace_an_unclaimed_secret(room: Strongroom) -> None:
     with time_machine.travel(MOMENT, tick=False) as clock:
         first = await room.keys.create(name="k", rotate_every_s=DAY, rotation_overlap_s=HOUR)
         clock.shift(DAY)
@@ -259,7 +259,7 @@ async def test_a_text_that_nobody_claims_stays_to_be_claimed_and_is_not_replaced
         assert await code(room, (await room.keys.claim(first.key.id)).text) == "VALID"
 
 
-async def test_a_disabled_or_expired_key_keeps_its_text(room: Strongroom) -> None:
+async def test_a_disabled_or_expired_key_is_not_rotated(room: Strongroom) -> None:
     with time_machine.travel(MOMENT, tick=False) as clock:
         schedule: dict[str, Any] = {"name": "k", "rotate_every_s": DAY}
         expired = await room.keys.create(**schedule, expires_at=MOMENT + timedelta(hours=1))
@@ -310,7 +310,7 @@ async def test_a_schedule_is_changed_and_ended(room: Strongroom) -> None:
         ({"rotation_overlap_s": HOUR}, "rotation_overlap_s"),
     ],
 )
-async def test_a_schedule_that_cannot_be_is_refused(fields: dict[str, Any], path: str) -> None:
+async def test_an_invalid_schedule_is_refused(fields: dict[str, Any], path: str) -> None:
     async with Strongroom.open("json://:memory:") as room:
         with pytest.raises(InvalidInput) as caught:
             await room.keys.create(name="k", **fields)
@@ -322,7 +322,7 @@ async def test_a_schedule_that_cannot_be_is_refused(fields: dict[str, Any], path
         assert await room.keys.get(issued.key.id) == issued.key
 
 
-async def test_the_parts_of_a_schedule_are_checked_against_what_is_stored() -> None:
+async def test_a_partial_schedule_change_is_checked_against_the_stored_schedule() -> None:
     async with Strongroom.open("json://:memory:") as room:
         issued = await room.keys.create(name="k", rotate_every_s=30 * DAY, rotation_overlap_s=2 * DAY)
         with pytest.raises(InvalidInput, match="rotation_overlap_s: found 172800, expected less than"):
@@ -348,9 +348,7 @@ async def test_a_node_that_lost_the_lease_rotates_nothing(tmp_path: Path) -> Non
             assert (await here.keys.get(issued.key.id)).unclaimed
 
 
-async def test_a_run_that_was_broken_off_is_gone_on_with_and_no_key_is_rotated_twice(
-    room: Strongroom, store: FaultyStore
-) -> None:
+async def test_an_interrupted_run_continues_and_rotates_no_key_twice(room: Strongroom, store: FaultyStore) -> None:
     with time_machine.travel(MOMENT, tick=False) as clock:
         made = [await room.keys.create(name=f"k{n}", rotate_every_s=DAY) for n in range(45)]
         clock.shift(DAY)
@@ -381,7 +379,7 @@ async def _all(room: Strongroom) -> list[ApiKey]:
 # --- Peppers --------------------------------------------------------------------------------------------------
 
 
-async def test_what_was_kept_under_an_old_pepper_stays_open_on_every_node(url_of_any: str) -> None:
+async def test_secrets_sealed_under_an_old_pepper_stay_readable_on_every_node(url_of_any: str) -> None:
     """The text that is held, the repeat of a rotation, the hash sealed for exports, both texts in the overlap."""
     async with opened(url_of_any) as (here, store), opened(url_of_any, beside=store) as (there, _):
         first = await here.keys.create(name="k")
@@ -451,7 +449,7 @@ STEPS = st.lists(
 
 
 @given(steps=STEPS)
-async def test_exactly_the_stated_texts_are_valid(steps: list[tuple[str, int, bool]]) -> None:
+async def test_exactly_the_documented_secrets_are_valid(steps: list[tuple[str, int, bool]]) -> None:
     """A model in five lines: the text that was handed out last, the one before it until its overlap ends, no other."""
     with time_machine.travel(MOMENT, tick=False) as clock:
         async with Strongroom.open("json://:memory:") as room:
@@ -478,7 +476,7 @@ async def test_exactly_the_stated_texts_are_valid(steps: list[tuple[str, int, bo
                 assert {text for text in texts if await code(room, text) == "VALID"} == valid
 
 
-def test_a_key_is_due_to_be_removed_before_anything_else() -> None:
+def test_the_removal_of_a_deleted_key_is_due_before_its_rotation() -> None:
     soon, gone = MOMENT, MOMENT + timedelta(days=9)
     assert due_at(soon, None) == soon
     assert due_at(soon, gone) == gone + timedelta(seconds=RESTORABLE_FOR_S)

@@ -37,7 +37,7 @@ SHA256 = bytes(range(32))
 
 
 @given(prefixes)
-def test_a_generated_key_is_possible_and_scanners_find_it(prefix: str) -> None:
+def test_a_generated_key_is_valid_and_found_by_scanners(prefix: str) -> None:
     text = generate(prefix)
     assert re.fullmatch(PREFIX_PATTERN, prefix)
     assert is_possible(text)
@@ -57,7 +57,7 @@ def test_the_checksum_never_changes() -> None:
 
 
 @given(prefixes, st.integers(0, 200), st.sampled_from([*ALPHABET, "-", "_", " ", "\n", ".", "é"]))
-def test_one_mistyped_character_is_noticed(prefix: str, position: int, char: str) -> None:
+def test_the_checksum_detects_one_mistyped_character(prefix: str, position: int, char: str) -> None:
     text = generate(prefix)
     position = len(prefix) + 4 + position % 49  # behind the mark
     wrong = text[:position] + char + text[position + 1 :]
@@ -65,14 +65,14 @@ def test_one_mistyped_character_is_noticed(prefix: str, position: int, char: str
 
 
 @given(st.integers(1, 48), st.sampled_from(["\n", " ", "x", "é", "\r\n"]))
-def test_a_truncated_or_extended_key_is_noticed(removed: int, added: str) -> None:
+def test_the_checksum_detects_a_truncated_or_extended_key(removed: int, added: str) -> None:
     text = generate()
     assert not is_possible(text[:-removed])
     assert not is_possible(text + added)
     assert not is_possible(text + text)
 
 
-def test_swapped_neighbours_are_noticed() -> None:
+def test_the_checksum_detects_swapped_neighbours() -> None:
     text = generate()
     for position in range(6, len(text) - 1):
         swapped = text[:position] + text[position + 1] + text[position] + text[position + 2 :]
@@ -92,12 +92,12 @@ def test_swapped_neighbours_are_noticed() -> None:
         ("\ud800", False),
     ],
 )
-def test_what_may_have_been_imported(text: str, possible: bool) -> None:
+def test_texts_without_our_format_may_be_imported_keys(text: str, possible: bool) -> None:
     assert is_possible(text) is possible
 
 
 @given(st.one_of(st.builds(generate, prefixes), st.text(max_size=100)))
-def test_a_mask_shows_little(text: str) -> None:
+def test_a_masked_key_shows_only_its_beginning_and_end(text: str) -> None:
     mask = masked(text)
     assert "…" in mask
     if is_possible(text) and re.fullmatch(SCAN_PATTERN, text):
@@ -111,7 +111,7 @@ def test_a_mask_shows_little(text: str) -> None:
 # --- Hashes ---------------------------------------------------------------------------------------------------
 
 
-def test_hashes_depend_on_the_text_and_on_the_pepper_and_show_neither() -> None:
+def test_a_hash_depends_on_secret_and_pepper_and_shows_neither() -> None:
     text = generate()
     hash = Hasher([OLD]).hash(text)
     assert re.fullmatch(r"000001:[0-9a-f]{64}", hash)
@@ -136,11 +136,11 @@ def test_an_imported_sha256_is_a_candidate_in_any_case() -> None:
     assert hasher.hash_of(bytes.fromhex(digest)) == hasher.hash("hello")
 
 
-def test_a_pepper_whose_name_begins_like_another_is_not_it() -> None:
+def test_peppers_with_a_common_name_prefix_are_distinguished() -> None:
     assert not Hasher([Pepper("1", b"x" * 32)]).is_current("12:00")
 
 
-def test_sealing_opens_with_its_pepper_only() -> None:
+def test_a_sealed_text_opens_only_under_its_pepper() -> None:
     sealed = Hasher([OLD]).seal(SHA256)
     assert SHA256 not in sealed
     assert Hasher([NEW, OLD]).unseal(sealed) == SHA256
@@ -157,7 +157,7 @@ def test_garbage_does_not_unseal(garbage: bytes) -> None:
 
 
 @given(st.integers(0, 10_000), st.integers(1, 255))
-def test_an_altered_seal_does_not_open(position: int, flip: int) -> None:
+def test_an_altered_sealed_text_does_not_open(position: int, flip: int) -> None:
     sealed = bytearray(Hasher([OLD]).seal(SHA256))
     sealed[position % len(sealed)] ^= flip
     with pytest.raises(StoreError):
@@ -167,7 +167,7 @@ def test_an_altered_seal_does_not_open(position: int, flip: int) -> None:
 # --- Hashes of other systems ------------------------------------------------------------------------------------
 
 
-def test_a_text_is_looked_up_under_every_kind_of_hash_that_needs_no_salt() -> None:
+def test_a_secret_is_looked_up_under_every_unsalted_hash() -> None:
     secrets = {"1": b"their secret"}
     candidates = Hasher([NEW, OLD], Imported(secrets)).candidates("hello")
     assert candidates[2:] == [
@@ -179,7 +179,7 @@ def test_a_text_is_looked_up_under_every_kind_of_hash_that_needs_no_salt() -> No
 
 
 @given(st.text(max_size=20), st.integers(0, 12))
-def test_a_hint_is_found_in_every_text_that_begins_with_it(text: str, chars: int) -> None:
+def test_a_hint_matches_every_secret_that_starts_with_it(text: str, chars: int) -> None:
     rules = (HintRule(), HintRule(chars))
     hints = Hasher([NEW], Imported(rules=rules)).hints(text)
     assert len(set(hints)) == len(hints) == HINT_SLOTS * (("." in text) + (len(text) >= chars))
@@ -191,7 +191,7 @@ def test_a_hint_is_found_in_every_text_that_begins_with_it(text: str, chars: int
     assert not set(hints) & set(Hasher([NEW]).candidates(text))
 
 
-def test_what_is_sealed_for_one_purpose_does_not_open_for_another() -> None:
+def test_a_text_sealed_for_one_purpose_does_not_open_for_another() -> None:
     hasher = Hasher([OLD])
     sealed = hasher.seal(b"their secret", "imported secret")
     assert hasher.unseal(sealed, "imported secret") == b"their secret"

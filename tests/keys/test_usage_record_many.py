@@ -55,7 +55,7 @@ async def test_records_of_many_keys_share_a_commit(room: Strongroom, store: Faul
     assert usage_batches(store) == 1
 
 
-async def test_keys_that_were_changed_unheard_are_counted_once_and_cost_later_commits_nothing(
+async def test_keys_changed_on_another_node_are_counted_once_without_cost_for_later_commits(
     room: Strongroom, store: FaultyStore
 ) -> None:
     """As the background does it, which copies the usage of a key into it, once a minute."""
@@ -73,7 +73,7 @@ async def test_keys_that_were_changed_unheard_are_counted_once_and_cost_later_co
     assert await used(room, made) == [20] * KEYS
 
 
-async def test_a_key_that_is_remembered_as_deleted_is_no_key(room: Strongroom) -> None:
+async def test_a_key_cached_as_deleted_is_unknown(room: Strongroom) -> None:
     made = await keys_of(room)
     await room.keys.delete(made[4].key.id)
     assert (await room.keys.verify(made[4].text)).code == "NOT_FOUND"
@@ -83,7 +83,7 @@ async def test_a_key_that_is_remembered_as_deleted_is_no_key(room: Strongroom) -
     assert await used(room, made[:4]) == [5] * 4
 
 
-async def test_a_store_out_of_reach_is_one_error_and_leaves_none_unseen(room: Strongroom, store: FaultyStore) -> None:
+async def test_an_unreachable_store_is_one_error_for_the_whole_batch(room: Strongroom, store: FaultyStore) -> None:
     made = await keys_of(room)
     unseen: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: unseen.append(context))
@@ -101,7 +101,7 @@ async def test_a_store_out_of_reach_is_one_error_and_leaves_none_unseen(room: St
 # --- What a batch says that could not be counted whole ----------------------------------------------------------
 
 
-async def test_a_batch_of_which_some_cannot_be_counted_says_which_were(room: Strongroom) -> None:
+async def test_a_partly_counted_batch_reports_the_counted_records(room: Strongroom) -> None:
     one, two = [await room.keys.create(name="n", limits=[rolling("tokens", 1_000)]) for _ in range(2)]
     await room.keys.record(key_id=one.key.id, cost=COST, idempotency_key="taken")
     events = [
@@ -131,7 +131,7 @@ async def test_a_batch_under_an_idempotency_key_of_other_events_counts_nothing(r
     assert (await room.keys.stats(made[2].key.id)).totals == {}
 
 
-async def test_a_store_that_goes_away_in_a_batch_leaves_what_was_counted_told(
+async def test_a_store_failure_within_a_batch_reports_the_counted_records(
     room: Strongroom, store: FaultyStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The commits of a batch are several; the repeat counts what is missing, and nothing twice."""
@@ -171,7 +171,7 @@ async def counted(room: Strongroom, id: str) -> list[int]:
     return [int(status.used) for status in (await room.keys.stats(id)).limits]
 
 
-async def test_usage_of_before_counts_in_the_windows_that_still_count_it(tmp_path: Path) -> None:
+async def test_past_usage_counts_in_the_windows_that_include_it(tmp_path: Path) -> None:
     limits = [
         rolling("tokens", 1_000, 60),
         rolling("tokens", 1_000, 7_200),
@@ -193,7 +193,7 @@ async def test_usage_of_before_counts_in_the_windows_that_still_count_it(tmp_pat
 
 
 @pytest.mark.parametrize("limits", ["durable", "leased"])
-async def test_usage_that_no_window_counts_any_more_is_refused_and_counts_nothing(limits: str, tmp_path: Path) -> None:
+async def test_usage_before_every_window_is_refused_and_counts_nothing(limits: str, tmp_path: Path) -> None:
     with time_machine.travel(NOON, tick=False):
         async with opened(new_url("sqlite", tmp_path), limits=limits) as (room, _):
             issued = await room.keys.create(name="n", limits=[rolling("tokens", 9, 60)])
@@ -212,7 +212,7 @@ async def test_usage_that_no_window_counts_any_more_is_refused_and_counts_nothin
             assert (await room.keys.stats(id)).totals == {"tokens": 1, "requests": 1}
 
 
-async def test_usage_ahead_of_now_or_without_a_time_zone_is_refused_before_any_is_counted(
+async def test_future_usage_and_naive_times_are_refused_before_anything_is_counted(
     room: Strongroom,
 ) -> None:
     id = (await room.keys.create(name="n", limits=[rolling("tokens", 9)])).key.id
@@ -228,7 +228,7 @@ async def test_usage_ahead_of_now_or_without_a_time_zone_is_refused_before_any_i
     assert (await room.keys.stats(id)).totals == COST
 
 
-async def test_the_moment_is_of_the_request_that_an_idempotency_key_names(tmp_path: Path) -> None:
+async def test_the_time_of_usage_belongs_to_the_request_of_an_idempotency_key(tmp_path: Path) -> None:
     with time_machine.travel(NOON, tick=False):
         async with opened(new_url("sqlite", tmp_path)) as (room, _):
             id = (await room.keys.create(name="n", limits=[rolling("tokens", 99)])).key.id

@@ -173,9 +173,7 @@ def test_minutes_and_hours_are_real_ones_on_the_local_clock(place: tuple[str, in
 
 
 @given(places, units_of_time, st.integers(1, 10**6))
-def test_a_beginning_far_away_is_found_at_once_and_counts_as_many(
-    place: tuple[str, int], unit: str, count: int
-) -> None:
+def test_distant_calendar_units_are_found_without_walking(place: tuple[str, int], unit: str, count: int) -> None:
     name, now = place
     zone = ZoneInfo(name)
     moment = beginning(unit, zone, now, count)
@@ -186,7 +184,7 @@ def test_a_beginning_far_away_is_found_at_once_and_counts_as_many(
     assert begun(unit, zone, now, moment - 1) == count - 1
 
 
-def test_a_century_of_minutes_is_counted_without_walking_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_century_of_minutes_is_counted_without_walking(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = 0
 
     def counted(us: int) -> datetime:
@@ -203,12 +201,12 @@ def test_a_century_of_minutes_is_counted_without_walking_it(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("unit", UNITS)
-def test_what_lies_past_the_last_year_never_comes(unit: str) -> None:
+def test_a_unit_beyond_the_last_year_never_ends(unit: str) -> None:
     assert beginning(unit, ZoneInfo("Asia/Tokyo"), us("2026-01-01T00:00+00:00"), 10**15) is None
     assert beginning(unit, ZoneInfo("Asia/Tokyo"), LAST_US, 60 * 24 * 400) is None
 
 
-def test_a_day_that_was_left_out_is_not_counted() -> None:
+def test_a_skipped_date_is_not_counted() -> None:
     apia = ZoneInfo("Pacific/Apia")
     before, after = us("2011-12-29T12:00-10:00"), us("2011-12-31T12:00+14:00")
     assert begun("day", apia, before, after) == 1
@@ -253,5 +251,5 @@ def test_a_day_that_was_left_out_is_not_counted() -> None:
         ("minute", "UTC", "2026-01-01T00:00:59+00:00", "2026-01-01T00:00+00:00", "2026-01-01T00:01+00:00"),
     ],
 )  # fmt: skip
-def test_calendar_spans_known_by_hand(unit: str, zone: str, now: str, start: str, end: str) -> None:
+def test_calendar_units_match_known_dates(unit: str, zone: str, now: str, start: str, end: str) -> None:
     assert calendar_span(unit, ZoneInfo(zone), us(now)) == (us(start), us(end))

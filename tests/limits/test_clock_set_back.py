@@ -41,7 +41,7 @@ def mode(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.mark.parametrize("ahead", [timedelta(hours=10), timedelta(days=3_650)], ids=["hours", "years"])
-async def test_a_call_at_a_wrong_time_stops_no_key_that_was_not_used_then(
+async def test_a_call_at_a_wrong_time_affects_only_the_keys_used_then(
     mode: Any, ahead: timedelta, tmp_path: Path
 ) -> None:
     """Nor, if that time was years ahead, the quota that both share; if it was hours, for those hours."""
@@ -69,7 +69,7 @@ async def test_a_call_at_a_wrong_time_stops_no_key_that_was_not_used_then(
             assert await admitted(one) + await admitted(two) == 6
 
 
-async def test_a_clock_set_back_by_less_than_a_day_frees_nothing_until_it_is_mended(tmp_path: Path) -> None:
+async def test_a_clock_set_back_by_less_than_a_day_frees_no_usage_until_it_is_corrected(tmp_path: Path) -> None:
     with time_machine.travel(MOMENT, tick=False) as clock:
         async with Strongroom.open("json://:memory:") as room:
             await room.quotas.put(kind="group", tenant="default", name="g", limits=[rolling("requests", 5, 60)])
@@ -96,7 +96,7 @@ async def test_a_clock_set_back_by_less_than_a_day_frees_nothing_until_it_is_men
             assert await room.quotas.mend_clock("group", "default", "g") is None
 
 
-async def test_a_clock_that_was_not_set_yet_sets_nothing_back(tmp_path: Path) -> None:
+async def test_a_clock_that_was_never_set_resets_no_usage(tmp_path: Path) -> None:
     """1970, as on a machine without a battery: what was used stays where it was."""
     with time_machine.travel(MOMENT, tick=False) as clock:
         async with Strongroom.open("json://:memory:") as room:
@@ -133,7 +133,7 @@ async def test_reservations_of_an_account_that_is_set_back_are_held_and_settled(
 # --- The command --------------------------------------------------------------------------------------------------
 
 
-def test_the_command_mends_a_key_and_a_quota(run: Run) -> None:
+def test_the_command_repairs_the_usage_of_a_key_and_of_a_quota(run: Run) -> None:
     with time_machine.travel(MOMENT, tick=False) as clock:
         run("quotas", "set", "--tenant", "acme", "--limit", "requests=5/1h")
         made = run("keys", "create", "--name", "k", "--tenant", "acme", "--limit", "requests=4/1h", "--json").json
@@ -152,7 +152,7 @@ def test_the_command_mends_a_key_and_a_quota(run: Run) -> None:
 @pytest.mark.parametrize("window", WINDOWS, ids=lambda window: window.kind)
 @given(uses=st.lists(st.tuples(st.integers(0, 20_000), st.integers(1, 50)), max_size=8), back_s=st.integers(1, 10**8))
 @settings(max_examples=40)
-def test_no_counter_frees_anything_when_it_is_set_back(
+def test_setting_a_counter_back_in_time_frees_no_usage(
     window: Window, uses: list[tuple[int, int]], back_s: int
 ) -> None:
     counter = counter_for(window)
@@ -193,7 +193,7 @@ def test_an_account_follows_the_clock_only_where_it_is_more_than_a_day_ahead() -
     )
 )
 @settings(max_examples=60)
-def test_sums_are_what_is_held_and_come_back_late_at_most(steps: list[tuple[str, int, int]]) -> None:
+def test_held_amounts_add_up_and_are_released_no_earlier_than_due(steps: list[tuple[str, int, int]]) -> None:
     """Never less than what the open reservations hold; never more than what those hold whose rounded end is to come."""
     limits = allowances([rolling("tokens", 10**6)])
     where = part("key_1", Check("api_keys", "key_1", 1), limits)

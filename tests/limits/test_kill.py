@@ -191,7 +191,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.mark.server
 @pytest.mark.parametrize("url", ["sqlite", "postgres"], indirect=True)
-async def test_killed_processes_admit_all_of_a_leased_limit_and_no_more(url: str, tmp_path: Path) -> None:
+async def test_killed_processes_admit_exactly_a_leased_limit(url: str, tmp_path: Path) -> None:
     await use_up(url, "leased", tmp_path, kills=2, seed=1)
 
 
@@ -200,7 +200,7 @@ async def test_killed_processes_admit_all_of_a_leased_limit_and_no_more(url: str
 @pytest.mark.parametrize("url", ["sqlite", "postgres"], indirect=True)
 @pytest.mark.parametrize("mode", ["leased", "durable"])
 @pytest.mark.parametrize("seed", range(2, 12))
-async def test_killed_many_times_they_admit_all_of_a_limit_and_no_more(
+async def test_processes_killed_many_times_admit_exactly_the_limit(
     url: str, mode: Mode, seed: int, tmp_path: Path
 ) -> None:
     await use_up(url, mode, tmp_path, kills=6, seed=seed)
@@ -262,7 +262,7 @@ async def use_on(url: str, mode: Mode, folder: Path, *, kills: int, seed: int) -
         assert least >= USABLE * LIMIT, "a part of the limit is held by processes that are dead"
 
 
-def test_a_timeline_adds_up_what_lies_within() -> None:
+def test_the_timeline_sums_usage_within_a_window() -> None:
     chance = random.Random(0)
     for _ in range(200):
         asked = [chance.randrange(100) for _ in range(20)]
@@ -279,7 +279,7 @@ def test_a_timeline_adds_up_what_lies_within() -> None:
 @pytest.mark.parametrize("url", ["sqlite", "postgres"], indirect=True)
 @pytest.mark.parametrize("mode", ["leased", "durable"])
 @pytest.mark.parametrize("seed", range(3))
-async def test_killed_processes_admit_no_more_than_a_limit_in_any_window(
+async def test_killed_processes_never_exceed_a_limit_in_any_window(
     url: str, mode: Mode, seed: int, tmp_path: Path
 ) -> None:
     await use_on(url, mode, tmp_path, kills=6, seed=seed)

@@ -34,7 +34,7 @@ def dead(folder: Path) -> DeadLog:
 
 
 @pytest.mark.parametrize("lines", [1, 50, 2_000])
-def test_a_killed_process_had_spent_what_it_said_or_one_more(tmp_path: Path, lines: int) -> None:
+def test_the_lease_log_of_a_killed_process_is_exact_within_one_call(tmp_path: Path, lines: int) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, str(WORKER), str(tmp_path), "lse_1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
@@ -53,7 +53,7 @@ def test_a_killed_process_had_spent_what_it_said_or_one_more(tmp_path: Path, lin
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_log_of_a_process_that_lives_is_nobody_elses(tmp_path: Path) -> None:
+def test_the_lease_log_of_a_live_process_is_left_alone(tmp_path: Path) -> None:
     log = SpendLog("lse_1", tmp_path)
     log.cells[log.slot("a", "l")] = 5
     assert found_in(tmp_path) == {}
@@ -61,7 +61,7 @@ def test_a_log_of_a_process_that_lives_is_nobody_elses(tmp_path: Path) -> None:
     assert found_in(tmp_path) == {"a": {"l": (5, 0)}}
 
 
-def test_a_dead_log_is_one_finders_alone(tmp_path: Path) -> None:
+def test_a_dead_processs_lease_log_is_claimed_by_one_node(tmp_path: Path) -> None:
     SpendLog("lse_1", tmp_path).abandon()
     first = dead(tmp_path)
     assert list(dead_logs(tmp_path)) == []
@@ -71,7 +71,7 @@ def test_a_dead_log_is_one_finders_alone(tmp_path: Path) -> None:
     assert list(dead_logs(tmp_path)) == []
 
 
-def test_a_slot_that_is_used_again_begins_at_nothing(tmp_path: Path) -> None:
+def test_a_reused_slot_starts_at_zero(tmp_path: Path) -> None:
     log = SpendLog("lse_1", tmp_path)
     slot = log.slot("a", "l")
     log.moment(slot, 9)
@@ -82,7 +82,7 @@ def test_a_slot_that_is_used_again_begins_at_nothing(tmp_path: Path) -> None:
     assert found_in(tmp_path)["b"] == {"l": (0, 0)}
 
 
-def test_of_an_account_that_was_lent_to_twice_the_last_lease_counts(tmp_path: Path) -> None:
+def test_of_two_leases_of_one_subject_the_last_counts(tmp_path: Path) -> None:
     log = SpendLog("lse_1", tmp_path)
     first = log.slot("a", "l")
     log.cells[first] = 3
@@ -94,7 +94,7 @@ def test_of_an_account_that_was_lent_to_twice_the_last_lease_counts(tmp_path: Pa
     assert found_in(tmp_path) == {"a": {"l": (4, 0)}, "b": {"l": (8, 0)}}
 
 
-def test_a_log_of_another_boot_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lease_log_of_another_boot_is_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was not on the disk when the machine went down is lost; its leases count as spent."""
     log = SpendLog("lse_1", tmp_path)
     log.cells[log.slot("a", "l")] = 5
@@ -104,7 +104,7 @@ def test_a_log_of_another_boot_is_not_believed(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("torn", [b'["b", "l', b"[", b'["b", "l", "x"]', b"\xff", b"7"])
-def test_a_line_that_was_not_written_whole_hides_no_other(tmp_path: Path, torn: bytes) -> None:
+def test_a_partial_write_hides_no_other_line(tmp_path: Path, torn: bytes) -> None:
     log = SpendLog("lse_1", tmp_path)
     log.cells[log.slot("a", "l")] = 5
     log.abandon()
@@ -114,7 +114,7 @@ def test_a_line_that_was_not_written_whole_hides_no_other(tmp_path: Path, torn: 
 
 
 @pytest.mark.parametrize("damage", ["empty names", "no cells", "short cells", "other cells", "index"])
-def test_a_damaged_log_says_nothing_and_stops_nobody(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_lease_log_is_ignored(tmp_path: Path, damage: str) -> None:
     log = SpendLog("lse_1", tmp_path)
     log.cells[log.slot("a", "l")] = 5
     log.abandon()
@@ -133,7 +133,7 @@ def test_a_damaged_log_says_nothing_and_stops_nobody(tmp_path: Path, damage: str
     assert found_in(tmp_path) == {}
 
 
-def test_a_log_grows_and_keeps_what_was_spent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_growing_lease_log_keeps_every_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spendlog, "FIRST_SLOTS", 2)
     for folder in (tmp_path, None):
         log = SpendLog("lse_1", folder)
@@ -162,7 +162,7 @@ def test_leases_that_come_and_go_do_not_fill_the_disk(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_who_opened_the_file_before_it_was_written_anew_does_not_take_its_process_for_dead(
+def test_a_reader_of_a_replaced_lease_log_does_not_take_its_process_for_dead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = SpendLog("lse_1", tmp_path)
@@ -179,21 +179,21 @@ def test_who_opened_the_file_before_it_was_written_anew_does_not_take_its_proces
     log.close()
 
 
-def test_a_stop_that_gave_everything_back_leaves_no_file(tmp_path: Path) -> None:
+def test_a_graceful_stop_leaves_no_lease_log(tmp_path: Path) -> None:
     log = SpendLog("lse_1", tmp_path / "new")
     log.slot("a", "l")
     log.close()
     assert list((tmp_path / "new").iterdir()) == []
 
 
-def test_files_are_for_their_user_alone(tmp_path: Path) -> None:
+def test_lease_logs_are_private_to_their_user(tmp_path: Path) -> None:
     log = SpendLog("lse_1", tmp_path / "new")
     assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "new").iterdir()} == {0o600}
     log.close()
 
 
-def test_a_folder_that_cannot_be_written_is_told_of_and_does_without(
+def test_an_unwritable_folder_is_logged_and_leases_work_without_a_log(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("no folder")
@@ -209,11 +209,11 @@ def test_a_folder_that_cannot_be_written_is_told_of_and_does_without(
     ("url", "expected"),
     [("sqlite:///data/s.db", "data/s.db.leases"), ("json:////abs/a%20b.json", "/abs/a b.json.leases")],
 )
-def test_the_log_of_an_embedded_store_is_beside_its_file(url: str, expected: str) -> None:
+def test_the_lease_log_of_an_embedded_store_is_beside_its_file(url: str, expected: str) -> None:
     assert folder_for(url) == Path(expected)
 
 
-def test_the_log_of_a_server_says_nothing_of_its_password() -> None:
+def test_the_lease_log_of_a_server_store_does_not_contain_its_password() -> None:
     here = folder_for("postgresql://u:one@h/db")
     assert here == folder_for("postgresql://u:two@h/db") != folder_for("postgresql://u:one@h/other")
     assert "one" not in str(here).split("/")[-1]
@@ -222,7 +222,7 @@ def test_the_log_of_a_server_says_nothing_of_its_password() -> None:
 
 
 @pytest.mark.parametrize("what", ["names", "cells"])
-def test_a_log_that_cannot_be_written_any_more_is_not_found_with_less_than_was_spent(
+def test_a_lease_log_that_can_no_longer_be_written_never_understates_usage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     log = spendlog.SpendLog("lse_full", tmp_path)
@@ -250,7 +250,7 @@ def killed(folder: Path) -> None:
     log.abandon()
 
 
-def test_a_folder_of_ones_own_is_believed(tmp_path: Path) -> None:
+def test_a_folder_of_the_own_user_is_trusted(tmp_path: Path) -> None:
     shared = tmp_path / "shared"
     shared.mkdir()
     shared.chmod(0o1777)  # as /tmp is
@@ -261,7 +261,7 @@ def test_a_folder_of_ones_own_is_believed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", [0o777, 0o757])
 @pytest.mark.parametrize("which", ["", "a", "a/b"])
-def test_a_folder_is_not_believed_if_others_may_write_anywhere_on_its_path(
+def test_a_folder_is_not_trusted_if_others_can_write_on_its_path(
     mode: int, which: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     top = tmp_path / "top"
@@ -275,7 +275,7 @@ def test_a_folder_is_not_believed_if_others_may_write_anywhere_on_its_path(
     log.close()
 
 
-def test_a_folder_is_not_believed_if_it_is_another_users(
+def test_a_folder_of_another_user_is_not_trusted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "folder"
@@ -289,7 +289,7 @@ def test_a_folder_is_not_believed_if_it_is_another_users(
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
 @pytest.mark.parametrize("which", ["top", "top/link", "top/link/a"])
-def test_a_folder_is_not_believed_if_its_path_leads_through_another_users(which: str, tmp_path: Path) -> None:
+def test_a_folder_below_another_users_folder_is_not_trusted(which: str, tmp_path: Path) -> None:
     top = tmp_path / "top"
     killed(top / "real" / "a" / "b")
     (top / "link").symlink_to(top / "real")

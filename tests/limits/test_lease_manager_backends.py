@@ -38,7 +38,7 @@ async def use(room: Strongroom, text: str, most: int) -> int:
     return admitted
 
 
-async def test_two_rooms_at_full_speed_admit_the_limit_and_record_it_exactly(url: str) -> None:
+async def test_two_nodes_at_full_speed_admit_the_limit_and_record_it_exactly(url: str) -> None:
     async with Strongroom.open(url) as judge:
         limits = [Limit(resource="tokens", limit=3_000, window=window) for window in WINDOWS]
         keys = [await judge.keys.create(name="k", limits=[limit]) for limit in limits]
@@ -61,7 +61,7 @@ async def test_two_rooms_at_full_speed_admit_the_limit_and_record_it_exactly(url
             assert (await judge.keys.verify(key.text, cost={"tokens": rest})).valid
 
 
-async def test_a_key_that_is_changed_while_leased_is_changed_in_every_room(url: str) -> None:
+async def test_a_change_of_a_leased_key_applies_on_every_node(url: str) -> None:
     async with Strongroom.open(url) as judge, Strongroom.open(url, limits="leased") as room:
         limit = Limit(resource="tokens", limit=1_000, window=Total())
         key = await judge.keys.create(name="k", limits=[limit])

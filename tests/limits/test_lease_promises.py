@@ -79,7 +79,7 @@ async def test_a_crash_without_a_log_admits_no_more_than_the_limit(make: Make) -
     assert spent == 1_000  # all of it was spent, and what of it was lent counts
 
 
-async def test_an_expired_lease_counts_for_as_long_as_the_window_is_and_not_longer(make: Make) -> None:
+async def test_an_expired_lease_counts_as_used_for_one_window(make: Make) -> None:
     cluster = await make()
     one, two = cluster.nodes
     await lent(cluster, one)
@@ -93,7 +93,7 @@ async def test_an_expired_lease_counts_for_as_long_as_the_window_is_and_not_long
     assert (await ledger.charge(cluster.metered[0], {"tokens": 999})).allowed
 
 
-async def test_through_a_crash_with_a_log_everything_unspent_returns(make: Make) -> None:
+async def test_after_a_crash_the_lease_log_returns_every_unspent_unit(make: Make) -> None:
     cluster = await make(tokens(window=Total()))
     one, two = cluster.nodes
     await lent(cluster, one)
@@ -107,7 +107,7 @@ async def test_through_a_crash_with_a_log_everything_unspent_returns(make: Make)
     assert [path.name for path in cluster.folder.iterdir() if one.lending.log.lease in path.name] == []
 
 
-async def test_what_a_dead_process_recorded_and_then_spent_is_counted_once(make: Make) -> None:
+async def test_usage_of_a_dead_process_is_counted_once(make: Make) -> None:
     cluster = await make(tokens(window=Total()))
     one, two = cluster.nodes
     await lent(cluster, one)
@@ -122,7 +122,7 @@ async def test_what_a_dead_process_recorded_and_then_spent_is_counted_once(make:
 
 
 @pytest.mark.parametrize("lands", [True, False])
-async def test_a_process_killed_while_a_renewal_is_on_its_way_is_set_right(make: Make, lands: bool) -> None:
+async def test_a_process_killed_during_a_renewal_is_reconciled(make: Make, lands: bool) -> None:
     cluster = await make(tokens(window=Total()))
     one, two = cluster.nodes
     await lent(cluster, one)
@@ -135,7 +135,7 @@ async def test_a_process_killed_while_a_renewal_is_on_its_way_is_set_right(make:
     assert await standing(cluster) == (spent, 0, 0)
 
 
-async def test_a_log_found_by_two_is_set_right_once(make: Make) -> None:
+async def test_a_lease_log_found_by_two_nodes_is_reconciled_once(make: Make) -> None:
     cluster = await make(tokens(window=Total()))
     one, two = cluster.nodes
     three = cluster.add()
@@ -146,7 +146,7 @@ async def test_a_log_found_by_two_is_set_right_once(make: Make) -> None:
     assert await standing(cluster) == (spent, 0, 0)
 
 
-async def test_a_log_that_cannot_be_set_right_yet_is_kept(make: Make) -> None:
+async def test_a_lease_log_that_cannot_be_reconciled_yet_is_kept(make: Make) -> None:
     cluster = await make(tokens(window=Total()))
     one, two = cluster.nodes
     await lent(cluster, one)
@@ -159,7 +159,7 @@ async def test_a_log_that_cannot_be_set_right_yet_is_kept(make: Make) -> None:
     assert await standing(cluster) == (spent, 0, 0)
 
 
-async def test_a_graceful_stop_returns_at_once(make: Make) -> None:
+async def test_a_graceful_stop_returns_its_leases_at_once(make: Make) -> None:
     cluster = await make(tokens(window=Total()))
     one, two = cluster.nodes
     await lent(cluster, one)
@@ -176,7 +176,9 @@ async def test_a_graceful_stop_returns_at_once(make: Make) -> None:
 
 @pytest.mark.parametrize(("when", "error"), [("before", LOST), ("before", Conflict("faster")), ("after", LOST)])
 @pytest.mark.parametrize("times", [1, 3])
-async def test_a_lost_answer_neither_doubles_nor_loses(make: Make, when: str, times: int, error: Exception) -> None:
+async def test_a_lost_answer_neither_doubles_nor_loses_usage(
+    make: Make, when: str, times: int, error: Exception
+) -> None:
     cluster = await make(tokens(window=Total()))
     one, _ = cluster.nodes
     await lent(cluster, one)
@@ -192,7 +194,7 @@ async def test_a_lost_answer_neither_doubles_nor_loses(make: Make, when: str, ti
     assert (account.count, account.totals) == (uses, {"tokens": spent})
 
 
-async def test_a_lost_answer_to_the_last_commit_of_a_stop_neither_doubles_nor_loses(make: Make) -> None:
+async def test_a_lost_answer_to_the_last_commit_of_a_stop_neither_doubles_nor_loses_usage(make: Make) -> None:
     cluster = await make(tokens(window=Total()))
     one, _ = cluster.nodes
     await lent(cluster, one)
@@ -206,7 +208,7 @@ async def test_a_lost_answer_to_the_last_commit_of_a_stop_neither_doubles_nor_lo
     assert (account.count, account.totals, account.leases) == (12, {"tokens": spent}, {})
 
 
-async def test_a_renewal_on_its_way_lets_no_more_be_spent_than_either_lease_allows(make: Make) -> None:
+async def test_during_a_renewal_no_more_is_spent_than_either_lease_allows(make: Make) -> None:
     cluster = await make(tokens(window=Total()))
     one, two = cluster.nodes
     await lent(cluster, one)
@@ -226,7 +228,7 @@ async def test_a_renewal_on_its_way_lets_no_more_be_spent_than_either_lease_allo
 
 
 @pytest.mark.parametrize("error", [LOST, Conflict("faster"), RuntimeError("unforeseen")])
-async def test_a_renewal_that_fails_is_tried_again(make: Make, error: Exception) -> None:
+async def test_a_failed_renewal_is_retried(make: Make, error: Exception) -> None:
     cluster = await make()
     one, _ = cluster.nodes
     await lent(cluster, one)
@@ -238,7 +240,7 @@ async def test_a_renewal_that_fails_is_tried_again(make: Make, error: Exception)
     assert (await standing(cluster))[0] == 15
 
 
-async def test_a_renewal_that_a_full_ledger_refuses_is_tried_again(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_renewal_refused_by_a_full_ledger_is_retried(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     cluster = await make()
     one, _ = cluster.nodes
     await lent(cluster, one)
@@ -252,7 +254,7 @@ async def test_a_renewal_that_a_full_ledger_refuses_is_tried_again(make: Make, m
     assert (await standing(cluster))[0] == 15
 
 
-async def test_a_renewal_whose_account_cannot_be_read_is_tried_again(make: Make) -> None:
+async def test_a_renewal_whose_usage_cannot_be_read_is_retried(make: Make) -> None:
     cluster = await make()
     one, _ = cluster.nodes
     await lent(cluster, one)
@@ -273,7 +275,7 @@ async def test_a_renewal_whose_account_cannot_be_read_is_tried_again(make: Make)
 # --- How much is lent, and how long ------------------------------------------------------------------------------
 
 
-async def test_shares_shrink_near_the_limit(make: Make) -> None:
+async def test_leases_shrink_near_the_limit(make: Make) -> None:
     cluster = await make(tokens(window=Total()))
     one, two = cluster.nodes
     shares = []
@@ -288,7 +290,7 @@ async def test_shares_shrink_near_the_limit(make: Make) -> None:
     assert await standing(cluster) == (1_000, 0, 0)
 
 
-async def test_where_one_limit_has_nothing_to_lend_the_others_lend_nothing(make: Make) -> None:
+async def test_when_one_limit_has_nothing_to_lease_no_limit_is_leased(make: Make) -> None:
     cluster = await make(tokens(), Limit(resource="requests", limit=3, window=Total()))
     one, _ = cluster.nodes
     assert await cluster.verify(one, 0, {"tokens": 10, "requests": 1})
@@ -296,7 +298,7 @@ async def test_where_one_limit_has_nothing_to_lend_the_others_lend_nothing(make:
     assert (await standing(cluster, number=1))[2] == 0
 
 
-async def test_an_idle_lease_goes_back_after_two_looks(make: Make) -> None:
+async def test_an_idle_lease_is_returned_after_two_checks(make: Make) -> None:
     cluster = await make()
     one, two = cluster.nodes
     await lent(cluster, one)
@@ -309,7 +311,7 @@ async def test_an_idle_lease_goes_back_after_two_looks(make: Make) -> None:
     assert (await two.ledger.charge(cluster.metered[0], {"tokens": 990})).allowed
 
 
-async def test_a_node_that_is_cut_off_spends_what_it_has_until_its_lease_ends(make: Make) -> None:
+async def test_a_disconnected_node_spends_its_lease_until_it_expires(make: Make) -> None:
     cluster = await make(tokens(window=Total()))
     one, two = cluster.nodes
     await lent(cluster, one)
@@ -331,7 +333,7 @@ async def test_a_node_that_is_cut_off_spends_what_it_has_until_its_lease_ends(ma
 
 
 @pytest.mark.parametrize("cut_s", [LEASE_S + 1, LEASE_S + WINDOW_S + 2])
-async def test_the_statistics_of_a_node_that_was_cut_off_are_exact(make: Make, cut_s: float) -> None:
+async def test_statistics_are_exact_after_a_node_was_disconnected(make: Make, cut_s: float) -> None:
     """Longer than its lease counts, too: others have forgotten it by then, but for what it counts its uses by."""
     cluster = await make()
     one, two = cluster.nodes
@@ -347,7 +349,7 @@ async def test_the_statistics_of_a_node_that_was_cut_off_are_exact(make: Make, c
     assert (account.count, account.totals["tokens"]) == (32, spent + 1)
 
 
-async def test_ended_leases_do_not_pile_up(make: Make) -> None:
+async def test_expired_leases_do_not_accumulate(make: Make) -> None:
     cluster = await make(tokens(limit=100_000))
     two = cluster.nodes[1]
     for _ in range(MAX_ENDED + 8):
@@ -366,7 +368,7 @@ async def test_ended_leases_do_not_pile_up(make: Make) -> None:
 
 
 @pytest.mark.parametrize("window", [Anchored(seconds=WINDOW_S), Calendar(unit="minute")])
-async def test_a_window_that_ends_takes_its_leases_with_it(make: Make, window: object) -> None:
+async def test_leases_end_with_their_window(make: Make, window: object) -> None:
     cluster = await make(tokens(window=window))
     one, two = cluster.nodes
     stays(cluster, 60 - cluster.world.now_us / SECOND % 60)  # a minute begins
@@ -388,7 +390,7 @@ async def test_a_window_that_ends_takes_its_leases_with_it(make: Make, window: o
     assert (await cluster.account(cluster.metered[0].id)).totals["tokens"] == spent + 1_000
 
 
-async def test_what_was_spent_leaves_a_rolling_window_when_it_was_spent_and_not_when_it_was_recorded(
+async def test_leased_usage_leaves_a_rolling_window_by_its_time_of_use(
     make: Make,
 ) -> None:
     cluster = await make()
@@ -406,7 +408,7 @@ async def test_what_was_spent_leaves_a_rolling_window_when_it_was_spent_and_not_
     assert (await two.ledger.charge(cluster.metered[0], {"tokens": 1_000})).allowed
 
 
-async def test_a_total_with_a_refill_is_lent_and_comes_back(make: Make) -> None:
+async def test_a_total_with_a_refill_is_leased_and_returned(make: Make) -> None:
     cluster = await make(tokens(limit=100, window=Total(refill=Refill(amount=40, seconds=60))))
     one, two = cluster.nodes
     stays(cluster, 60 - cluster.world.now_us / SECOND % 60)
@@ -416,7 +418,7 @@ async def test_a_total_with_a_refill_is_lent_and_comes_back(make: Make) -> None:
     assert await cluster.fill(one, ONE) + await cluster.fill(two, ONE) == 40
 
 
-async def test_clocks_that_differ_admit_no_more_in_any_window(make: Make) -> None:
+async def test_nodes_with_different_clocks_never_exceed_a_leased_limit(make: Make) -> None:
     cluster = await make()
     ahead, behind = cluster.nodes
     ahead.clock.offset_us, behind.clock.offset_us = 400_000, -400_000
@@ -432,7 +434,7 @@ async def test_clocks_that_differ_admit_no_more_in_any_window(make: Make) -> Non
     assert sum(units for _, units in admitted) > 1_000
 
 
-async def test_a_clock_behind_the_lease_spends_at_the_moment_of_the_grant(make: Make) -> None:
+async def test_a_clock_behind_the_lease_spends_at_the_time_of_the_grant(make: Make) -> None:
     """A moment before the grant could be in a window that others have counted already."""
     cluster = await make()
     one, two = cluster.nodes
@@ -448,7 +450,7 @@ async def test_a_clock_behind_the_lease_spends_at_the_moment_of_the_grant(make: 
 # --- Answers and statistics ---------------------------------------------------------------------------------------
 
 
-async def test_a_denial_by_what_others_have_leased_says_so_and_when_to_try_again(make: Make) -> None:
+async def test_a_denial_caused_by_leases_of_other_nodes_says_so_and_when_to_retry(make: Make) -> None:
     cluster = await make(tokens(window=Total()))
     one, two = cluster.nodes
     await lent(cluster, one)
@@ -461,7 +463,7 @@ async def test_a_denial_by_what_others_have_leased_says_so_and_when_to_try_again
     assert status.frees_at_us == cluster.world.now_us + round(LEASE_S * SECOND)
 
 
-async def test_a_denial_by_a_lease_that_ended_says_when_it_counts_no_longer(make: Make) -> None:
+async def test_a_denial_caused_by_an_expired_lease_says_when_it_stops_counting(make: Make) -> None:
     cluster = await make()
     one, two = cluster.nodes
     await lent(cluster, one)
@@ -475,7 +477,7 @@ async def test_a_denial_by_a_lease_that_ended_says_when_it_counts_no_longer(make
     assert (await two.ledger.charge(cluster.metered[0], {"tokens": 1_000})).allowed
 
 
-async def test_statistics_add_up_while_much_is_unrecorded(make: Make) -> None:
+async def test_statistics_include_unrecorded_leased_usage(make: Make) -> None:
     cluster = await make(tokens(), Limit(resource="requests", limit=500, window=Total()))
     one, two = cluster.nodes
     metered = cluster.metered[0]
@@ -494,7 +496,7 @@ async def test_statistics_add_up_while_much_is_unrecorded(make: Make) -> None:
     assert [status.leased for status in mine] == [0, 0]
 
 
-async def test_statistics_count_nothing_twice_while_a_renewals_answer_is_on_its_way(make: Make) -> None:
+async def test_statistics_count_nothing_twice_during_a_renewal(make: Make) -> None:
     cluster = await make(tokens(window=Total()))
     one, _ = cluster.nodes
     metered = cluster.metered[0]
@@ -508,7 +510,7 @@ async def test_statistics_count_nothing_twice_while_a_renewals_answer_is_on_its_
     assert (await one.ledger.statuses(metered, cluster.world.now_us))[0].recorded == 19
 
 
-async def test_uses_of_a_key_without_limits_of_its_own_count_once_on_its_quota(make: Make) -> None:
+async def test_usage_of_a_key_without_limits_counts_once_on_its_quota(make: Make) -> None:
     cluster = await make(tokens(), quota=(tokens(),))
     await cluster.change(0, limits=[])
     one, _ = cluster.nodes
@@ -520,7 +522,7 @@ async def test_uses_of_a_key_without_limits_of_its_own_count_once_on_its_quota(m
         assert (account.count, account.totals) == (21, {"tokens": spent})
 
 
-async def test_a_quota_is_charged_from_memory_with_its_keys(make: Make) -> None:
+async def test_a_quota_is_leased_together_with_its_keys(make: Make) -> None:
     cluster = await make(tokens(), quota=(tokens(limit=1_200),), keys=2)
     one, two = cluster.nodes
     admitted = [0, 0]
@@ -540,7 +542,7 @@ async def test_a_quota_is_charged_from_memory_with_its_keys(make: Make) -> None:
 # --- Scopes -----------------------------------------------------------------------------------------------------
 
 
-async def test_limits_for_some_models_are_spent_by_calls_for_them_only(make: Make) -> None:
+async def test_a_leased_scoped_limit_is_spent_only_by_calls_in_its_scope(make: Make) -> None:
     cluster = await make(tokens(models=("small",)), tokens(limit=500, models=("large*",)))
     one, _ = cluster.nodes
     metered = cluster.metered[0]
@@ -555,7 +557,7 @@ async def test_limits_for_some_models_are_spent_by_calls_for_them_only(make: Mak
     assert (await standing(cluster, number=1))[0] == 2
 
 
-async def test_uses_that_no_limit_is_for_are_counted_though_nothing_is_lent(make: Make) -> None:
+async def test_usage_that_no_limit_covers_is_counted_without_a_lease(make: Make) -> None:
     """They need no lease; but a use that no lease stands for must not be forgotten with it."""
     cluster = await make(tokens(limit=10, models=("small",)), quota=(tokens(),))
     one, _ = cluster.nodes
@@ -578,7 +580,7 @@ async def test_uses_that_no_limit_is_for_are_counted_though_nothing_is_lent(make
 # --- Reservations in memory -------------------------------------------------------------------------------------
 
 
-async def test_what_is_reserved_in_memory_cannot_be_spent_and_comes_back(make: Make) -> None:
+async def test_a_local_reservation_cannot_be_spent_and_is_released(make: Make) -> None:
     cluster = await make(tokens(window=Total()))
     one, two = cluster.nodes
     await lent(cluster, one)
@@ -595,7 +597,7 @@ async def test_what_is_reserved_in_memory_cannot_be_spent_and_comes_back(make: M
     assert await cluster.fill(one, ONE) + await cluster.fill(two, ONE) == 0
 
 
-async def test_a_reservation_in_memory_ends_and_gives_back_what_it_holds(make: Make) -> None:
+async def test_a_local_reservation_expires_and_releases_its_hold(make: Make) -> None:
     cluster = await make(tokens(window=Total()))
     one, two = cluster.nodes
     await lent(cluster, one)
@@ -612,7 +614,7 @@ async def test_a_reservation_in_memory_ends_and_gives_back_what_it_holds(make: M
     assert (await two.ledger.charge(cluster.metered[0], {"tokens": 983})).allowed
 
 
-async def test_concurrency_is_held_from_a_share_and_given_back(make: Make) -> None:
+async def test_concurrency_is_taken_from_a_lease_and_returned(make: Make) -> None:
     cluster = await make(Limit(resource="concurrency", limit=40))
     one, two = cluster.nodes
     metered = cluster.metered[0]
@@ -652,7 +654,7 @@ async def test_a_limit_that_is_lowered_while_leased_holds_from_the_next_commit_o
     assert one.lending.admit(old, ONE, one.clock.now_us()) is None
 
 
-async def test_what_is_reserved_while_a_limit_is_lowered_lends_nothing_by_the_old_one(make: Make) -> None:
+async def test_a_hold_during_a_lowering_leases_nothing_by_the_old_limit(make: Make) -> None:
     cluster = await make(tokens(window=Total()))
     one, two = cluster.nodes
     await lent(cluster, one)
@@ -668,7 +670,7 @@ async def test_what_is_reserved_while_a_limit_is_lowered_lends_nothing_by_the_ol
     assert spent == 100
 
 
-async def test_a_limit_that_is_removed_while_leased_returns_what_was_lent(make: Make) -> None:
+async def test_removing_a_leased_limit_returns_its_lease(make: Make) -> None:
     requests = Limit(resource="requests", limit=500, window=Total())
     cluster = await make(tokens(window=Total()), requests)
     one, _ = cluster.nodes
@@ -682,7 +684,7 @@ async def test_a_limit_that_is_removed_while_leased_returns_what_was_lent(make: 
     assert await standing(cluster) == (spent, 0, 0)
 
 
-async def test_a_key_that_is_removed_while_leased_leaves_nothing_behind(make: Make) -> None:
+async def test_removing_a_leased_key_leaves_no_lease(make: Make) -> None:
     cluster = await make()
     one, _ = cluster.nodes
     await lent(cluster, one)
@@ -704,7 +706,7 @@ async def test_a_quota_that_is_lowered_while_leased_holds_from_the_next_commit_o
     assert await cluster.fill(one, ONE) + await cluster.fill(two, ONE) == 40
 
 
-async def test_a_quota_that_is_made_while_leased_counts_from_then_on(make: Make) -> None:
+async def test_a_quota_created_during_a_lease_counts_from_then_on(make: Make) -> None:
     cluster = await make(tokens())
     one, two = cluster.nodes
     await lent(cluster, one)
@@ -717,7 +719,7 @@ async def test_a_quota_that_is_made_while_leased_counts_from_then_on(make: Make)
 # --- Ends and bounds ----------------------------------------------------------------------------------------------
 
 
-async def test_a_stop_without_the_store_ends_in_time_and_leaves_the_log(make: Make) -> None:
+async def test_a_stop_without_the_store_ends_in_time_and_keeps_the_lease_log(make: Make) -> None:
     cluster = await make(tokens(window=Total()))
     one, two = cluster.nodes
     await lent(cluster, one)
@@ -762,5 +764,5 @@ async def test_scopes_that_are_remembered_of_one_key_are_bounded(make: Make, mon
     assert (await standing(cluster))[0] == 21
 
 
-def test_a_dead_process_is_looked_for_within_the_time_of_a_lease() -> None:
+def test_a_dead_process_is_reconciled_within_the_duration_of_a_lease() -> None:
     assert LOOK_FOR_DEAD_EVERY * min(RENEW_EVERY_S, LEASE_S / 4) < LEASE_S

@@ -243,7 +243,7 @@ async def test_failed_commits_and_lost_answers_never_admit_too_much(
         await check_books(cluster, calls, exact=False)
 
 
-async def test_of_two_nodes_that_would_spend_the_same_rest_one_does(tmp_path: Path) -> None:
+async def test_of_two_nodes_that_claim_the_same_remainder_one_succeeds(tmp_path: Path) -> None:
     async with cluster_of("sqlite", tmp_path, 2) as cluster:
         for _ in range(20):
             key = await cluster.key(rolling("tokens", 100))
@@ -278,7 +278,7 @@ class DistantStore(FaultyStore):
 
 
 @pytest.mark.parametrize("nodes", [2, 4])
-async def test_nodes_that_hammer_one_key_spend_it_exactly_and_each_has_its_turn(nodes: int, tmp_path: Path) -> None:
+async def test_contending_nodes_spend_one_key_exactly_and_none_starves(nodes: int, tmp_path: Path) -> None:
     async with cluster_of("json-memory", tmp_path, 1) as cluster:
         inner, registry = cluster.one.store.store, Registry(SYSTEM_ENTITIES)
         key = await cluster.key(rolling("requests", 600))
@@ -299,7 +299,7 @@ async def test_nodes_that_hammer_one_key_spend_it_exactly_and_each_has_its_turn(
             await ledger.close()
 
 
-async def test_a_contended_key_holds_up_no_other(cluster: Cluster) -> None:
+async def test_a_contended_key_does_not_delay_others(cluster: Cluster) -> None:
     contended, quiet = await cluster.key(rolling("requests", 100)), await cluster.key(rolling("requests", 100))
     node = cluster.one
     lost = 0
@@ -322,7 +322,7 @@ async def test_a_contended_key_holds_up_no_other(cluster: Cluster) -> None:
     assert await cluster.used(contended.id) == {"requests": 1}
 
 
-async def test_the_more_wait_the_more_share_a_commit_that_takes_its_time(tmp_path: Path) -> None:
+async def test_more_waiting_admissions_share_a_slow_commit(tmp_path: Path) -> None:
     async with cluster_of("json-memory", tmp_path, 1) as cluster:
         keys = [await cluster.key(rolling("requests", 10**9)) for _ in range(50)]
         store = DistantStore(cluster.one.store.store, shared=True)
@@ -355,7 +355,7 @@ async def test_a_denial_by_one_limit_debits_no_other(cluster: Cluster) -> None:
     assert (await cluster.one.ledger.charge(metered(key), {"requests": 1, "tokens": 10})).allowed
 
 
-async def test_charges_that_arrive_together_share_a_commit(cluster: Cluster) -> None:
+async def test_admissions_that_arrive_together_share_a_commit(cluster: Cluster) -> None:
     key = await cluster.key(rolling("requests", 1_000))
     before = len(cluster.one.store.batches)
     await settled([cluster.one.ledger.charge(metered(key), {"requests": 1}) for _ in range(500)])
@@ -363,7 +363,7 @@ async def test_charges_that_arrive_together_share_a_commit(cluster: Cluster) -> 
     assert await cluster.used(key.id) == {"requests": 500}
 
 
-async def test_callers_who_ask_again_a_moment_later_share_a_commit_and_one_who_is_alone_does_not_wait(
+async def test_returning_callers_share_a_group_commit_and_a_single_caller_does_not_wait(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tuning, "GATHER_PART", 1e9)
@@ -387,7 +387,7 @@ async def test_callers_who_ask_again_a_moment_later_share_a_commit_and_one_who_i
     assert await cluster.used(key.id) == {"requests": 45}
 
 
-async def test_no_charge_is_answered_before_it_is_durable(cluster: Cluster) -> None:
+async def test_no_admission_is_answered_before_it_is_durable(cluster: Cluster) -> None:
     key = await cluster.key(rolling("requests", 10))
     cluster.one.store.gate = asyncio.Event()
     future = cluster.one.ledger.charge(metered(key), {"requests": 1})
@@ -409,7 +409,9 @@ def failing_once(store: FaultyStore, when: Any, error: Exception) -> None:
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("error", [Unavailable("gone"), StorageFull()], ids=["unavailable", "full"])
-async def test_a_failed_commit_is_told_and_memory_is_read_again(cluster: Cluster, when: str, error: Exception) -> None:
+async def test_a_failed_commit_is_reported_and_the_usage_is_read_again(
+    cluster: Cluster, when: str, error: Exception
+) -> None:
     node = cluster.one
     key = await cluster.key(rolling("tokens", 100))
     await node.ledger.charge(metered(key), {"tokens": 10})
@@ -434,7 +436,7 @@ async def test_a_conflict_on_the_usage_is_retried(cluster: Cluster, error: Excep
     assert await cluster.used(key.id) == {"tokens": 40}
 
 
-async def test_endless_conflicts_end_in_a_refusal(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_endless_conflicts_end_in_an_error(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "RETRY_FOR_S", 0.02)
     key = await cluster.key(rolling("tokens", 100))
     before = len(cluster.one.store.batches)
@@ -446,7 +448,7 @@ async def test_endless_conflicts_end_in_a_refusal(cluster: Cluster, monkeypatch:
     assert (await cluster.one.ledger.charge(metered(key), {"tokens": 100})).allowed
 
 
-async def test_one_keys_failure_is_not_anothers(cluster: Cluster) -> None:
+async def test_the_failure_of_one_key_does_not_affect_others(cluster: Cluster) -> None:
     good, bad = await cluster.key(rolling("tokens", 100)), await cluster.key(rolling("tokens", 100))
 
     def fault(number: int, batch: Batch) -> Fault | None:
@@ -460,7 +462,7 @@ async def test_one_keys_failure_is_not_anothers(cluster: Cluster) -> None:
     assert await cluster.used(good.id) == {"tokens": 40}
 
 
-async def test_keys_charged_together_share_commits_within_what_a_batch_takes(cluster: Cluster) -> None:
+async def test_keys_admitted_together_share_commits_within_the_batch_limits(cluster: Cluster) -> None:
     keys = [await cluster.key(rolling("tokens", 100)) for _ in range(600)]
     for expected in (1, 2):
         before = len(cluster.one.store.batches)
@@ -472,7 +474,7 @@ async def test_keys_charged_together_share_commits_within_what_a_batch_takes(clu
             await memory_is_the_stores(cluster.one, key.id)
 
 
-async def test_keys_recorded_together_are_remembered_at_the_version_they_have(cluster: Cluster) -> None:
+async def test_usage_recorded_together_is_cached_at_its_committed_version(cluster: Cluster) -> None:
     keys = [await cluster.key(rolling("tokens", 100)) for _ in range(5)]
     await settled([recording(cluster.one, key, f"i{n}", {"tokens": 10}) for key in keys for n in range(3)])
     before = len(cluster.one.store.batches)
@@ -481,7 +483,7 @@ async def test_keys_recorded_together_are_remembered_at_the_version_they_have(cl
     assert [await cluster.used(key.id) for key in keys] == [{"tokens": 40}] * 5
 
 
-async def test_an_answer_lost_for_several_keys_is_told_to_all_and_committed_once(cluster: Cluster) -> None:
+async def test_a_lost_answer_for_several_keys_is_reported_to_all_and_committed_once(cluster: Cluster) -> None:
     keys = [await cluster.key(rolling("tokens", 100)) for _ in range(3)]
     failing_once(cluster.one.store, "after", Unavailable("lost"))
     answers = await settled([cluster.one.ledger.charge(metered(key), {"tokens": 40}) for key in keys])
@@ -489,7 +491,7 @@ async def test_an_answer_lost_for_several_keys_is_told_to_all_and_committed_once
     assert [await cluster.used(key.id) for key in keys] == [{"tokens": 40}] * 3
 
 
-async def test_a_read_that_fails_is_told_and_the_next_charge_reads_again(cluster: Cluster) -> None:
+async def test_a_failed_read_is_reported_and_the_next_admission_reads_again(cluster: Cluster) -> None:
     key = await cluster.key(rolling("tokens", 100))
 
     async def fail(method: str, collection: str) -> None:
@@ -502,7 +504,7 @@ async def test_a_read_that_fails_is_told_and_the_next_charge_reads_again(cluster
     assert (await cluster.one.ledger.charge(metered(key), {"tokens": 40})).allowed
 
 
-async def test_what_nobody_foresaw_leaves_nobody_waiting_and_no_false_memory(
+async def test_an_unexpected_error_leaves_no_caller_waiting_and_no_stale_usage(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     node = cluster.one
@@ -540,7 +542,7 @@ async def change(cluster: Cluster, key: ApiKey, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["disabled", "limit lowered", "deleted"])
-async def test_a_charge_on_a_key_that_was_changed_is_refused_and_debits_nothing(cluster: Cluster, how: str) -> None:
+async def test_an_admission_of_a_changed_key_is_refused_and_debits_nothing(cluster: Cluster, how: str) -> None:
     key = await cluster.key(rolling("tokens", 100))
     old = metered(key)
     await cluster.one.ledger.charge(old, {"tokens": 10})
@@ -552,7 +554,7 @@ async def test_a_charge_on_a_key_that_was_changed_is_refused_and_debits_nothing(
 
 
 @pytest.mark.parametrize("how", ["disabled", "limit lowered", "deleted"])
-async def test_a_key_changed_while_its_charge_commits_is_not_charged(cluster: Cluster, how: str) -> None:
+async def test_a_key_changed_during_its_commit_is_not_charged(cluster: Cluster, how: str) -> None:
     key = await cluster.key(rolling("tokens", 100))
     gate = cluster.one.store.gate = asyncio.Event()
     before = len(cluster.one.store.batches)
@@ -567,7 +569,7 @@ async def test_a_key_changed_while_its_charge_commits_is_not_charged(cluster: Cl
     assert await cluster.used(key.id) == {}
 
 
-async def test_charges_of_an_older_and_a_newer_key_in_one_group(cluster: Cluster) -> None:
+async def test_admissions_of_an_older_and_a_newer_key_version_share_a_group(cluster: Cluster) -> None:
     key = await cluster.key(rolling("tokens", 100))
     newer = await cluster.one.database.update(SYSTEM, ApiKey, key.id, {"limits": [rolling("tokens", 50)]})
     answers = await settled(
@@ -578,7 +580,7 @@ async def test_charges_of_an_older_and_a_newer_key_in_one_group(cluster: Cluster
     assert await cluster.used(key.id) == {"tokens": 30}
 
 
-async def test_usage_stays_where_a_limit_is_changed(cluster: Cluster) -> None:
+async def test_usage_is_kept_when_a_limit_changes(cluster: Cluster) -> None:
     key = await cluster.key(rolling("tokens", 100))
     await cluster.one.ledger.charge(metered(key), {"tokens": 60})
     for limit, allowed in ((50, False), (65, True), (64, False)):
@@ -596,7 +598,7 @@ def recording(node: Node, key: ApiKey, idempotency_key: str, cost: dict[str, int
 
 
 @pytest.mark.parametrize("kind", STORES)
-async def test_the_same_recording_counts_once_however_often_and_wherever(kind: str, tmp_path: Path) -> None:
+async def test_a_usage_record_counts_once_however_often_and_on_any_node(kind: str, tmp_path: Path) -> None:
     async with cluster_of(kind, tmp_path, 2) as cluster:
         key = await cluster.key(rolling("tokens", 100))
         made = [recording(node, key, f"i{n % 5}", {"tokens": 10}) for n in range(20) for node in cluster.nodes]
@@ -609,7 +611,7 @@ async def test_the_same_recording_counts_once_however_often_and_wherever(kind: s
         assert await cluster.used(key.id) == {"tokens": 50}
 
 
-async def test_more_recordings_at_once_than_a_batch_takes_are_all_counted_once(cluster: Cluster) -> None:
+async def test_more_usage_records_than_a_batch_holds_are_all_counted_once(cluster: Cluster) -> None:
     key = await cluster.key(rolling("tokens", 10_000))
     made = [recording(cluster.one, key, f"i{number % 1_200}", {"tokens": 1}) for number in range(1_300)]
     outcomes = await asyncio.gather(*made)
@@ -617,7 +619,7 @@ async def test_more_recordings_at_once_than_a_batch_takes_are_all_counted_once(c
     assert await cluster.used(key.id) == {"tokens": 1_200}
 
 
-async def test_a_recording_whose_answer_was_lost_is_repeated_without_effect(cluster: Cluster) -> None:
+async def test_a_usage_record_whose_answer_was_lost_is_retried_without_effect(cluster: Cluster) -> None:
     key = await cluster.key(rolling("tokens", 100))
     failing_once(cluster.one.store, "after", Unavailable("lost"))
     with pytest.raises(Unavailable):
@@ -639,7 +641,7 @@ async def test_an_idempotency_key_is_forgotten_after_a_day_whether_or_not_it_was
     assert await cluster.used(key.id) == {"tokens": 20}
 
 
-async def test_a_recording_that_failed_counts_when_it_is_repeated(cluster: Cluster) -> None:
+async def test_a_failed_usage_record_counts_when_it_is_retried(cluster: Cluster) -> None:
     key = await cluster.key(rolling("tokens", 100))
     failing_once(cluster.one.store, "before", Unavailable("gone"))
     answers = await settled([recording(cluster.one, key, "i", {"tokens": 10}) for _ in range(3)])
@@ -648,7 +650,7 @@ async def test_a_recording_that_failed_counts_when_it_is_repeated(cluster: Clust
     assert await cluster.used(key.id) == {"tokens": 10}
 
 
-async def test_a_recording_goes_over_the_limit_in_full_and_the_next_call_is_denied(cluster: Cluster) -> None:
+async def test_usage_is_recorded_in_full_over_a_limit_and_the_next_call_is_denied(cluster: Cluster) -> None:
     key = await cluster.key(rolling("tokens", 100))
     outcome = await cluster.one.ledger.charge(metered(key), {"tokens": 250}, force=True)
     assert outcome.statuses[0].used == 250
@@ -669,7 +671,7 @@ async def test_no_amount_recorded_makes_a_key_unusable(cluster: Cluster, window:
 # --- Callers that go away, and too many of them ---------------------------------------------------------------
 
 
-async def test_a_caller_that_went_away_before_the_decision_is_not_charged(cluster: Cluster) -> None:
+async def test_a_caller_cancelled_before_the_decision_is_not_charged(cluster: Cluster) -> None:
     key = await cluster.key(rolling("tokens", 100))
     waiting = [asyncio.ensure_future(cluster.one.ledger.charge(metered(key), {"tokens": 10})) for _ in range(4)]
     waiting[0].cancel()
@@ -679,7 +681,7 @@ async def test_a_caller_that_went_away_before_the_decision_is_not_charged(cluste
     assert await cluster.used(key.id) == {"tokens": 20}
 
 
-async def test_a_caller_that_goes_away_during_the_commit_holds_nobody_up(cluster: Cluster) -> None:
+async def test_a_caller_cancelled_during_the_commit_delays_no_other(cluster: Cluster) -> None:
     key = await cluster.key(rolling("tokens", 100))
     gate = cluster.one.store.gate = asyncio.Event()
     before = len(cluster.one.store.batches)
@@ -692,7 +694,7 @@ async def test_a_caller_that_goes_away_during_the_commit_holds_nobody_up(cluster
     assert await cluster.used(key.id) == {"tokens": 20}
 
 
-async def test_usage_that_happened_is_recorded_even_if_its_caller_went_away(cluster: Cluster) -> None:
+async def test_usage_is_recorded_even_if_its_caller_is_cancelled(cluster: Cluster) -> None:
     key = await cluster.key(rolling("tokens", 100))
     recording(cluster.one, key, "i", {"tokens": 10}).cancel()
     cluster.one.ledger.charge(metered(key), {"tokens": 5}, force=True).cancel()
@@ -700,7 +702,7 @@ async def test_usage_that_happened_is_recorded_even_if_its_caller_went_away(clus
     assert await cluster.used(key.id) == {"tokens": 15}
 
 
-async def test_too_many_waiting_are_refused_and_the_others_are_served(
+async def test_admissions_over_the_queue_bound_are_refused_and_the_others_served(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tuning, "MAX_WAITING", 10)
@@ -712,7 +714,7 @@ async def test_too_many_waiting_are_refused_and_the_others_are_served(
     assert await cluster.used(key.id) == {"tokens": 11}
 
 
-async def test_the_memory_for_accounts_is_bounded(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_memory_for_usage_states_is_bounded(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "MAX_USAGE_STATES", 10)
     keys = [await cluster.key(rolling("tokens", 2)) for _ in range(35)]
     for _ in range(3):
@@ -725,7 +727,7 @@ async def test_the_memory_for_accounts_is_bounded(cluster: Cluster, monkeypatch:
 # --- Tallies: keys without limits -----------------------------------------------------------------------------
 
 
-async def test_tallies_are_written_within_their_bound_many_in_one_write(
+async def test_aggregated_usage_is_written_within_its_bound_many_keys_at_once(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tuning, "AGGREGATE_FOR_S", 0.05)
@@ -746,7 +748,7 @@ async def test_tallies_are_written_within_their_bound_many_in_one_write(
 
 
 @pytest.mark.parametrize("fails", [False, True])
-async def test_statistics_miss_nothing_while_a_tally_is_being_written(
+async def test_statistics_include_aggregated_usage_during_its_write(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
     monkeypatch.setattr(tuning, "AGGREGATE_FOR_S", 0.01)
@@ -766,7 +768,7 @@ async def test_statistics_miss_nothing_while_a_tally_is_being_written(
     await wait_until(lambda: node.ledger.aggregation.settled)
 
 
-async def test_tallies_are_written_on_close(cluster: Cluster) -> None:
+async def test_aggregated_usage_is_written_on_close(cluster: Cluster) -> None:
     keys = [await cluster.key() for _ in range(20)]
     for key in keys:
         cluster.one.ledger.tally(metered(key), {"requests": 1})
@@ -774,7 +776,7 @@ async def test_tallies_are_written_on_close(cluster: Cluster) -> None:
     assert [await cluster.used(key.id) for key in keys] == [{"requests": 1}] * 20
 
 
-async def test_a_tally_survives_a_failed_write_and_a_changed_key(
+async def test_aggregated_usage_survives_a_failed_write_and_a_changed_key(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tuning, "AGGREGATE_FOR_S", 0.01)
@@ -796,7 +798,7 @@ def written(node: Node) -> bool:
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-async def test_a_tally_whose_answer_was_lost_counts_once(cluster: Cluster, when: str) -> None:
+async def test_aggregated_usage_whose_answer_was_lost_counts_once(cluster: Cluster, when: str) -> None:
     key, node = await cluster.key(), cluster.one
     failing_once(node.store, when, Unavailable("the answer was lost"))
     node.ledger.tally(metered(key), {"requests": 1, "tokens": 7})
@@ -815,7 +817,7 @@ async def test_a_tally_whose_answer_was_lost_counts_once(cluster: Cluster, when:
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-async def test_tallies_whose_answers_are_lost_on_close_are_written_once(
+async def test_aggregated_usage_whose_answer_is_lost_on_close_is_written_once(
     when: Literal["before", "after"], tmp_path: Path
 ) -> None:
     async with cluster_of("sqlite", tmp_path, 1) as cluster:
@@ -826,7 +828,7 @@ async def test_tallies_whose_answers_are_lost_on_close_are_written_once(
         assert (await stored_usage(node.store, key.id)).count == 1
 
 
-async def test_tallies_of_several_nodes_through_lost_answers_are_each_counted_once(
+async def test_aggregated_usage_of_several_nodes_counts_once_through_lost_answers(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(tuning, "AGGREGATE_FOR_S", 0.005)
@@ -850,7 +852,7 @@ async def test_tallies_of_several_nodes_through_lost_answers_are_each_counted_on
         assert len(account.tallied) == 3
 
 
-async def test_an_account_remembers_the_tallies_of_a_bounded_number_of_processes() -> None:
+async def test_a_usage_state_remembers_a_bounded_number_of_aggregating_processes() -> None:
     account = usage.Account()
     for number in range(200):
         assert tally_once(account, Tally(f"writer {number}", 1), {}, 1, 1)
@@ -858,7 +860,7 @@ async def test_an_account_remembers_the_tallies_of_a_bounded_number_of_processes
     assert (account.count, len(account.tallied)) == (200, MAX_WRITERS)
 
 
-async def test_a_tally_of_a_deleted_key_goes_with_it(cluster: Cluster) -> None:
+async def test_aggregated_usage_of_a_deleted_key_is_dropped(cluster: Cluster) -> None:
     key = await cluster.key()
     cluster.one.ledger.tally(metered(key), {"requests": 3})
     await cluster.one.database.delete(SYSTEM, ApiKey, key.id)
@@ -866,7 +868,7 @@ async def test_a_tally_of_a_deleted_key_goes_with_it(cluster: Cluster) -> None:
     assert await cluster.used(key.id) == {}
 
 
-async def test_tallies_and_charges_of_one_key_are_all_counted(cluster: Cluster) -> None:
+async def test_aggregated_usage_and_admissions_of_one_key_are_all_counted(cluster: Cluster) -> None:
     key = await cluster.key()
     limited = await cluster.one.database.update(SYSTEM, ApiKey, key.id, {"limits": [rolling("requests", 5)]})
     for _ in range(7):
@@ -877,7 +879,7 @@ async def test_tallies_and_charges_of_one_key_are_all_counted(cluster: Cluster) 
     assert await cluster.used(key.id) == {"requests": 12}
 
 
-async def test_a_failed_read_of_a_changed_key_loses_no_tally_and_no_charge(cluster: Cluster) -> None:
+async def test_a_failed_read_of_a_changed_key_loses_no_usage(cluster: Cluster) -> None:
     node = cluster.one
     tallied, charged = await cluster.key(), await cluster.key(rolling("tokens", 100))
     await node.ledger.charge(metered(charged), {"tokens": 1})
@@ -904,9 +906,7 @@ async def test_a_failed_read_of_a_changed_key_loses_no_tally_and_no_charge(clust
     assert await cluster.used(tallied.id) == {"requests": 3}
 
 
-async def test_closing_ends_although_the_store_fails_and_leaves_no_timer(
-    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_closing_ends_even_if_the_store_fails(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "AGGREGATE_FOR_S", 0.01)
     key = await cluster.key()
     cluster.one.store.fault = lambda number, batch: Fault("before", Unavailable("gone"))
@@ -924,7 +924,7 @@ async def test_closing_ends_although_the_store_fails_and_leaves_no_timer(
 # --- Accounts that are forgotten while a round is decided -------------------------------------------------------
 
 
-async def test_an_account_that_is_forgotten_while_another_is_read_fails_no_charge(cluster: Cluster) -> None:
+async def test_evicting_a_usage_state_during_a_read_fails_no_admission(cluster: Cluster) -> None:
     node = cluster.one
     known, unknown = await cluster.key(rolling("tokens", 100)), await cluster.key(rolling("tokens", 100))
     assert (await node.ledger.charge(metered(known), {"tokens": 10})).allowed
@@ -944,7 +944,7 @@ async def test_an_account_that_is_forgotten_while_another_is_read_fails_no_charg
     assert [await cluster.used(key.id) for key in (known, unknown)] == [{"tokens": 30}, {"tokens": 20}]
 
 
-async def test_what_was_read_before_an_account_was_forgotten_decides_nothing(cluster: Cluster) -> None:
+async def test_a_read_from_before_an_eviction_decides_nothing(cluster: Cluster) -> None:
     node = cluster.one
     key = await cluster.key(rolling("tokens", 100))
     assert (await node.ledger.charge(metered(key), {"tokens": 100})).allowed

@@ -65,7 +65,7 @@ async def test_kong_5790_parallel_hits_are_all_counted(room: Strongroom, store: 
     assert (await room.keys.stats(free.key.id)).totals == {"requests": 1_000}
 
 
-async def test_apisix_13574_looking_and_counting_are_one_step(tmp_path: Path) -> None:
+async def test_apisix_13574_checking_and_counting_are_atomic(tmp_path: Path) -> None:
     """There, all who looked before the first had counted were admitted. Here every look is held up until all looked."""
     async with opened(new_url("sqlite", tmp_path)) as (room, store):
         issued = await room.keys.create(name="k", limits=[rolling("requests", 1)])
@@ -96,7 +96,7 @@ async def test_tyk_40_parallel_debits_lose_none(tmp_path: Path) -> None:
         assert (status.used, status.remaining) == (300, 700)
 
 
-async def test_no_double_burst_at_a_windows_edge(room: Strongroom) -> None:
+async def test_a_window_boundary_allows_no_double_burst(room: Strongroom) -> None:
     """A fixed window admits twice its limit within seconds, around its edge; a rolling one does not."""
     with time_machine.travel(MOMENT, tick=False) as clock:
         issued = await room.keys.create(name="k", limits=[rolling("requests", 10, 60)])
@@ -112,7 +112,7 @@ async def test_no_double_burst_at_a_windows_edge(room: Strongroom) -> None:
 # --- Too much is denied -----------------------------------------------------------------------------------------
 
 
-async def test_litellm_27639_and_36926_what_was_cancelled_holds_nothing(room: Strongroom, store: FaultyStore) -> None:
+async def test_litellm_27639_and_36926_a_cancelled_call_keeps_no_hold(room: Strongroom, store: FaultyStore) -> None:
     """There, reservations leaked when a client went away, until 429 at near-zero spend."""
     issued = await room.keys.create(name="k", limits=[rolling("tokens", 100)])
     assert (await room.keys.verify(issued.text, cost={"tokens": 1})).valid
@@ -147,7 +147,7 @@ async def test_eliza_11085_a_lost_write_never_makes_a_window_endless(
 
 
 @pytest.mark.parametrize("window", [Rolling(seconds=60), Anchored(seconds=60), Calendar(unit="minute")])
-async def test_shenyu_6649_a_hit_does_not_put_off_the_reset(room: Strongroom, window: Any) -> None:
+async def test_shenyu_6649_a_denied_call_does_not_delay_the_reset(room: Strongroom, window: Any) -> None:
     """There, each hit set the expiry anew, and under steady traffic the window never ended."""
     with time_machine.travel(MOMENT, tick=False) as clock:
         issued = await room.keys.create(name="k", limits=[Limit(resource="requests", limit=5, window=window)])
@@ -176,7 +176,7 @@ async def test_kong_14995_seconds_are_seconds(room: Strongroom) -> None:
         assert (await room.keys.verify(issued.text)).valid
 
 
-async def test_unkeys_verifier_a_denial_by_one_limit_burns_no_other(room: Strongroom, store: FaultyStore) -> None:
+async def test_unkeys_verifier_a_denial_by_one_limit_debits_no_other(room: Strongroom, store: FaultyStore) -> None:
     for order in (1, -1):
         limits = [rolling("requests", 100), rolling("tokens", 10)][::order]
         issued = await room.keys.create(name="k", limits=limits)
@@ -257,7 +257,7 @@ async def test_litellm_14457_a_client_that_goes_away_while_streaming_is_still_ch
     await wait_until(written)
 
 
-async def test_what_happened_is_recorded_in_full_over_the_limit_and_the_next_is_denied(room: Strongroom) -> None:
+async def test_usage_is_recorded_in_full_over_the_limit_and_the_next_call_is_denied(room: Strongroom) -> None:
     issued = await room.keys.create(name="k", limits=[rolling("tokens", 100)])
     answer = await room.keys.record(key=issued.text, cost={"tokens": 250})
     assert (answer.limits[0].used, answer.limits[0].remaining) == (250, 0)
@@ -272,7 +272,7 @@ def but_use(key: ApiKey) -> dict[str, Any]:
     return key.model_dump(exclude={"last_used", "usage_count", "version", "updated_at"})
 
 
-async def test_litellm_25553_writing_usage_resurrects_no_old_key(tmp_path: Path) -> None:
+async def test_litellm_25553_writing_usage_does_not_restore_an_old_key(tmp_path: Path) -> None:
     """There, spend was written back with the key as it had been read, and undid what was changed meanwhile."""
     url = new_url("sqlite", tmp_path)
     async with Strongroom.open(url) as here, Strongroom.open(url) as there:
@@ -369,7 +369,7 @@ async def test_litellm_19477_a_list_of_keys_is_read_page_by_page(room: Strongroo
     assert len((await room.keys.list()).items) == 100
 
 
-async def test_litellm_38121_started_without_its_database_it_says_so_and_recovers(tmp_path: Path) -> None:
+async def test_litellm_38121_a_start_without_its_database_is_reported_and_recovers(tmp_path: Path) -> None:
     blocked = tmp_path / "data"
     blocked.write_text("a file where the folder should be")
     url = f"sqlite:///{blocked}/store.db"
@@ -464,7 +464,7 @@ async def test_litellm_38647_worst_case_estimates_do_not_fill_the_budget(either:
     assert await held_by(room, issued.key.id) == (200, 0)
 
 
-async def test_eliza_11085_a_reservation_whose_holder_died_ends_by_itself(either: Any) -> None:
+async def test_eliza_11085_a_reservation_of_a_dead_holder_expires(either: Any) -> None:
     """There, an expiry was lost, and 429 was for ever."""
     room, _ = either
     with time_machine.travel(MOMENT, tick=False) as clock:
@@ -478,7 +478,7 @@ async def test_eliza_11085_a_reservation_whose_holder_died_ends_by_itself(either
         assert (await room.keys.reserve(issued.text, cost={"tokens": 100})).valid
 
 
-async def test_shenyu_6649_denied_reservations_put_off_no_end(either: Any) -> None:
+async def test_shenyu_6649_denied_reservations_do_not_delay_expiry(either: Any) -> None:
     room, _ = either
     with time_machine.travel(MOMENT, tick=False) as clock:
         issued = await room.keys.create(name="k", limits=[Limit(resource="tokens", limit=10, window=Total())])
@@ -516,7 +516,7 @@ async def test_bifrost_3547_replicas_share_one_cap_of_what_is_leased(tmp_path: P
         assert (await room.keys.stats(issued.key.id)).limits[0].used == admitted
 
 
-async def test_litellm_33872_and_35531_what_was_spent_from_a_lease_is_kept_until_it_is_recorded(either: Any) -> None:
+async def test_litellm_33872_and_35531_leased_usage_is_kept_until_it_is_recorded(either: Any) -> None:
     """There, a buffer was emptied before its commit, which then failed."""
     room, store = either
     issued = await room.keys.create(name="k", limits=[rolling("tokens", 10_000)])
@@ -539,7 +539,7 @@ async def test_litellm_33872_and_35531_what_was_spent_from_a_lease_is_kept_until
     assert recorded <= 3 * 30
 
 
-async def test_litellm_25553_leases_that_are_given_back_resurrect_no_old_key(tmp_path: Path) -> None:
+async def test_litellm_25553_returned_leases_do_not_restore_an_old_key(tmp_path: Path) -> None:
     """There, spend was written back with the key as it had been read."""
     url = new_url("sqlite", tmp_path)
     async with Strongroom.open(url) as here:
@@ -557,7 +557,7 @@ async def test_litellm_25553_leases_that_are_given_back_resurrect_no_old_key(tmp
         assert (await here.keys.stats(kept.key.id)).limits[0].used == 5
 
 
-async def test_litellm_18730_what_a_stream_is_about_to_use_counts_before_it_is_used(either: Any) -> None:
+async def test_litellm_18730_a_streams_reservation_counts_before_its_usage(either: Any) -> None:
     """There, streams that began together all passed a limit that one of them filled."""
     room, _ = either
     issued = await room.keys.create(name="k", limits=[rolling("tokens", 100)])

@@ -47,7 +47,7 @@ async def change(room: Strongroom, of: str, id: str, limits: list[Limit]) -> Non
 
 @pytest.mark.parametrize("of", ["key", "quota", "quota put"])
 @pytest.mark.parametrize("limits", ["durable", "leased"])
-async def test_a_refill_that_is_added_begins_with_the_change_through_restarts(
+async def test_an_added_refill_begins_with_the_change_even_across_restarts(
     of: str, limits: str, tmp_path: Path
 ) -> None:
     url = new_url("sqlite", tmp_path)
@@ -65,7 +65,7 @@ async def test_a_refill_that_is_added_begins_with_the_change_through_restarts(
             assert (await room.keys.verify(text, cost={"tokens": 1})).code == "USAGE_EXCEEDED"
 
 
-async def test_no_crash_around_the_change_lets_a_refill_begin_later_or_earlier(tmp_path: Path) -> None:
+async def test_a_crash_around_the_change_does_not_move_the_start_of_a_refill(tmp_path: Path) -> None:
     url = new_url("sqlite", tmp_path)
     with time_machine.travel(NOON, tick=False) as clock:
         async with opened(url) as (room, store):
@@ -87,7 +87,7 @@ async def test_no_crash_around_the_change_lets_a_refill_begin_later_or_earlier(t
             assert (await room.keys.verify(text, cost={"tokens": 4})).valid
 
 
-async def test_a_denial_that_finds_a_refill_lets_it_begin_durably_and_commits_once(tmp_path: Path) -> None:
+async def test_the_first_denial_after_a_refill_was_added_starts_it_durably_with_one_commit(tmp_path: Path) -> None:
     """However the refill came to the key: by an import, or by a version that told nobody."""
     url = new_url("sqlite", tmp_path)
     with time_machine.travel(NOON, tick=False) as clock:
@@ -104,7 +104,7 @@ async def test_a_denial_that_finds_a_refill_lets_it_begin_durably_and_commits_on
 
 
 @pytest.mark.parametrize("between", [[], [budget()], [rolling("requests", 1)]], ids=["none", "without", "another"])
-async def test_a_refill_that_is_taken_away_and_comes_back_gives_nothing_back_for_the_time_between(
+async def test_a_refill_that_was_removed_and_added_again_refills_nothing_for_the_gap(
     between: list[Limit], tmp_path: Path
 ) -> None:
     url = new_url("sqlite", tmp_path)
@@ -121,7 +121,7 @@ async def test_a_refill_that_is_taken_away_and_comes_back_gives_nothing_back_for
             assert (await room.keys.verify(text, cost={"tokens": 4})).valid
 
 
-async def test_another_refill_goes_on_from_where_the_one_before_was(tmp_path: Path) -> None:
+async def test_a_changed_refill_continues_from_the_previous_one(tmp_path: Path) -> None:
     with time_machine.travel(NOON, tick=False) as clock:
         async with opened(new_url("sqlite", tmp_path)) as (room, _):
             text, id = await exhausted(room, "key", budget(refill=1))
@@ -132,7 +132,7 @@ async def test_another_refill_goes_on_from_where_the_one_before_was(tmp_path: Pa
 
 
 @pytest.mark.parametrize("usable", [True, False])
-async def test_a_limit_that_was_never_used_needs_nothing_prepared(usable: bool, tmp_path: Path) -> None:
+async def test_an_unused_limit_needs_no_preparation_for_a_refill(usable: bool, tmp_path: Path) -> None:
     async with opened(new_url("json-memory", tmp_path)) as (room, store):
         made = await room.keys.create(name="a key", tenant="acme", limits=[budget()])
         if usable:
@@ -147,7 +147,7 @@ async def usage_of(store: FaultyStore, id: str) -> Callable[[str], int]:
     return lambda resource: totals.get(resource, 0)
 
 
-def test_which_refills_begin_with_a_change() -> None:
+def test_only_added_refills_begin_with_a_change() -> None:
     plain, refilled, other = budget(), budget(refill=4), rolling("tokens", 5)
     assert refills_that_begin([plain], [refilled]) == (refilled.id,)
     assert refills_that_begin([], [other, refilled]) == (refilled.id,)

@@ -191,7 +191,7 @@ def _is_of_a_key(operation: Any) -> bool:
     return getattr(operation, "collection", "") in ("api_keys", "key_usage")
 
 
-async def test_what_is_kept_of_keys_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_memory_for_keys_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in ((keycache, "MAX_CACHED_KEYS"), (tuning, "MAX_USAGE_STATES")):
         monkeypatch.setattr(module, name, 40)
     async with opened(new_url("sqlite", tmp_path)) as (room, _):
@@ -229,7 +229,7 @@ async def test_keys_with_the_same_limits_share_them_in_memory(tmp_path: Path) ->
         assert one is two
 
 
-async def test_opening_a_store_reads_no_key(tmp_path: Path) -> None:
+async def test_opening_a_store_reads_no_keys(tmp_path: Path) -> None:
     """What is read at the start is the same for one key as for many."""
     url, reads = new_url("sqlite", tmp_path), []
     for keys in (1, 300):
@@ -251,7 +251,7 @@ def peak(file: Path) -> int:
         tracemalloc.stop()
 
 
-def test_reading_a_file_takes_the_memory_of_a_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_a_file_needs_the_memory_of_one_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keypieces, "PIECE_BYTES", 64 * 1024)
     small, large = (plain_file(tmp_path, keys, f"{keys}.json") for keys in (500, 5_000))
     assert peak(large) < 1.5 * peak(small) + 5_000 * 64
@@ -274,7 +274,7 @@ _plain_rows = st.lists(
 @example(rows=[row(1), row(2), row(1, plan="gold")], indent=None, size=300)
 @example(rows=[row(1, name=None), row(1), row(1)], indent=None, size=10_000)
 @given(rows=_plain_rows, indent=st.sampled_from([None, 1]), size=st.integers(200, 3_000))
-def test_a_file_read_in_pieces_is_what_it_is_as_a_whole(
+def test_a_file_read_in_chunks_equals_the_whole_file(
     tmp_path: Path, rows: list[dict[str, Any]], indent: int | None, size: int
 ) -> None:
     same(tmp_path, json.dumps({"keys": rows}, indent=indent).encode(), size)
@@ -293,9 +293,7 @@ def test_a_file_read_in_pieces_is_what_it_is_as_a_whole(
     ),
     size=st.integers(200, 2_000),
 )  # fmt: skip
-def test_a_file_of_hashes_read_in_pieces_is_what_it_is_as_a_whole(
-    tmp_path: Path, rows: dict[str, Any], size: int
-) -> None:
+def test_a_file_of_hashes_read_in_chunks_equals_the_whole_file(tmp_path: Path, rows: dict[str, Any], size: int) -> None:
     same(tmp_path, json.dumps({"keys": rows}).encode(), size)
 
 
@@ -345,7 +343,7 @@ async def stored(room: Strongroom) -> tuple[list[Any], list[Any], list[Any]]:
     return sorted(keys.items()), sorted(usages.items()), sorted(records, key=lambda r: r[0])
 
 
-async def test_what_is_loaded_is_what_is_written_key_by_key(tmp_path: Path) -> None:
+async def test_bulk_loaded_keys_equal_keys_written_one_by_one(tmp_path: Path) -> None:
     file = plain_file(tmp_path, 30)
     async with Strongroom.open(new_url("sqlite", tmp_path, "loaded")) as one:
         assert one.database.loading is not None
@@ -375,7 +373,7 @@ _VARYING = tuple(_fields)
 
 
 @given(documents=st.lists(st.fixed_dictionaries(_fields), max_size=5), tenant=_texts, created=st.none() | _moments)
-def test_documents_that_are_alike_become_the_rows_and_records_that_they_are_alone(
+def test_documents_packed_together_give_the_same_rows_and_records_as_alone(
     documents: list[dict[str, Any]], tenant: str, created: datetime | None
 ) -> None:
     collection, context = ApiKey.__collection__, Context("t", "a'c", {}, "r")
@@ -410,7 +408,7 @@ def rows_of(pack: Pack) -> list[dict[str, Any]]:
 
 
 @given(st.data())
-def test_a_new_key_has_the_usage_that_a_new_account_makes_of_its_row(data: st.DataObject) -> None:
+def test_an_imported_key_has_the_usage_of_its_row(data: st.DataObject) -> None:
     amounts, moments = st.integers(0, 2**40), st.integers(NOW_US - 8 * 3_600_000_000, NOW_US)
     windows = data.draw(st.lists(st.tuples(moments, amounts), max_size=4))
     used = data.draw(st.none() | moments)
@@ -421,7 +419,7 @@ def test_a_new_key_has_the_usage_that_a_new_account_makes_of_its_row(data: st.Da
         assert made["active_at"] is None
 
 
-async def test_others_may_write_while_an_import_prepares_its_keys(tmp_path: Path) -> None:
+async def test_other_writers_continue_while_an_import_prepares_its_keys(tmp_path: Path) -> None:
     """The store is locked when all of a transaction's keys are there, not while they are awaited."""
     async with Strongroom.open(new_url("sqlite", tmp_path)) as room:
         await imported(room, plain_file(tmp_path, 3))
@@ -436,7 +434,7 @@ async def test_others_may_write_while_an_import_prepares_its_keys(tmp_path: Path
         assert len((await room.keys.list()).items) == 4
 
 
-async def test_a_load_leaves_the_indexes_as_they_were(tmp_path: Path) -> None:
+async def test_a_bulk_load_leaves_the_indexes_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "store.db"
 
     def indexes() -> list[Any]:
@@ -452,7 +450,7 @@ async def test_a_load_leaves_the_indexes_as_they_were(tmp_path: Path) -> None:
             await room.database.create(SYSTEM, ApiKey(tenant="t", name="n", hash=key.hash, display="d"))
 
 
-async def test_a_key_that_came_meanwhile_is_not_lost_and_not_written_twice(tmp_path: Path) -> None:
+async def test_a_key_created_during_an_import_is_neither_lost_nor_written_twice(tmp_path: Path) -> None:
     """The load of its transaction is taken back whole; its keys are then written one by one."""
     async with Strongroom.open(new_url("sqlite", tmp_path)) as room:
         source = survey(plain_file(tmp_path, 50), NOW_US)
@@ -470,7 +468,7 @@ async def test_a_key_that_came_meanwhile_is_not_lost_and_not_written_twice(tmp_p
         assert len(records) == len(set(records)) == 50
 
 
-async def test_rules_of_ones_own_are_asked_for_every_key(tmp_path: Path) -> None:
+async def test_an_applications_own_rules_are_evaluated_for_every_key(tmp_path: Path) -> None:
     from strongroom.rules import default_policy
 
     asked = []
@@ -490,7 +488,7 @@ async def test_rules_of_ones_own_are_asked_for_every_key(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("held", [3, 1_000])
-async def test_keys_of_one_moment_are_in_the_order_of_their_hashes_however_many(
+async def test_keys_of_one_timestamp_are_exported_in_the_order_of_their_hashes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: int
 ) -> None:
     monkeypatch.setattr(keyexport, "MAX_HELD", held)
@@ -509,7 +507,7 @@ async def test_keys_of_one_moment_are_in_the_order_of_their_hashes_however_many(
     assert found.count == 40
 
 
-async def test_an_export_of_nothing_is_a_file(tmp_path: Path) -> None:
+async def test_an_export_without_keys_writes_a_file(tmp_path: Path) -> None:
     async def nothing() -> Any:
         for part in list[bytes]():
             yield part

@@ -43,7 +43,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, str]:
 
 @pytest.mark.parametrize("subject", SUBJECTS)
 @pytest.mark.parametrize("limits", ["durable", "leased"])
-async def test_the_one_that_denies_is_named_and_the_others_are_debited_nothing(limits: Any, subject: str) -> None:
+async def test_the_denying_limit_is_named_and_no_other_limit_is_debited(limits: Any, subject: str) -> None:
     """In Unkey's verifier a denial by one limit had already burned another."""
     async with Strongroom.open("json://:memory:", limits=limits) as room:
         heights = {one: 10 if one == subject else 1_000 for one in SUBJECTS}
@@ -73,7 +73,7 @@ CALLS = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 25), st.sampled_fro
 
 @settings(max_examples=40)
 @given(heights=HEIGHTS, calls=CALLS, leased=st.booleans(), at_once=st.booleans())
-async def test_whatever_is_asked_all_limits_count_it_or_none(
+async def test_every_call_is_counted_by_all_limits_or_by_none(
     heights: dict[str, int], calls: list[tuple[int, int, str]], leased: bool, at_once: bool
 ) -> None:
     """Three keys that share some of their limits, against a model that knows nothing but sums."""
@@ -117,7 +117,7 @@ async def test_whatever_is_asked_all_limits_count_it_or_none(
             assert status.recorded == sums[subject, 0], subject
 
 
-async def test_many_keys_of_nodes_share_limits_exactly_and_none_waits_for_ever(place: tuple[Any, str]) -> None:
+async def test_keys_on_several_nodes_share_limits_exactly_and_none_starves(place: tuple[Any, str]) -> None:
     """Keys of two tenants and some groups, verified, recorded and reserved by two nodes at once."""
     mode, url = place
     async with AsyncExitStack() as stack:
@@ -157,7 +157,7 @@ async def test_many_keys_of_nodes_share_limits_exactly_and_none_waits_for_ever(p
             assert sum(one.recorded for one in groups) == 2 * tokens
 
 
-async def test_hundreds_of_keys_of_one_tenant_in_one_round(place: tuple[Any, str]) -> None:
+async def test_hundreds_of_keys_of_one_tenant_are_admitted_concurrently(place: tuple[Any, str]) -> None:
     """More accounts and guards than one batch takes: they are decided in several, the shared limit exactly."""
     mode, url = place
     async with Strongroom.open(url, limits=mode) as room:
@@ -172,7 +172,7 @@ async def test_hundreds_of_keys_of_one_tenant_in_one_round(place: tuple[Any, str
         assert status.recorded == 600 - len(denied)
 
 
-async def test_usage_that_is_recorded_counts_on_all(place: tuple[Any, str]) -> None:
+async def test_recorded_usage_counts_on_every_limit(place: tuple[Any, str]) -> None:
     mode, url = place
     async with Strongroom.open(url, limits=mode) as room:
         for subject in SUBJECTS[1:]:

@@ -93,7 +93,7 @@ class Watch:
         (2, 3, 3, [80, 100]),
     ],
 )
-def test_a_threshold_is_crossed_when_usage_comes_to_it_from_below(
+def test_a_threshold_is_crossed_when_usage_reaches_it_from_below(
     before: int, after: int, most: int, expected: list[int]
 ) -> None:
     assert crossed(before, after, most, (100, 50, 80)) == expected
@@ -117,7 +117,7 @@ def test_however_usage_grows_in_steps_the_same_thresholds_are_crossed_once(
 # --- Once a window --------------------------------------------------------------------------------------------
 
 
-def test_in_a_window_with_an_end_each_threshold_is_told_once_until_then() -> None:
+def test_each_threshold_fires_once_in_each_calendar_or_anchored_window() -> None:
     for limit in (ANCHORED, CALENDAR):
         watch = Watch(limit)
         end = T0 + 100 * SECOND
@@ -130,14 +130,14 @@ def test_in_a_window_with_an_end_each_threshold_is_told_once_until_then() -> Non
         assert watch.use(1_000, end + 1, end + 100 * SECOND) == [50, 80, 100]
 
 
-def test_a_total_is_told_of_once() -> None:
+def test_a_threshold_of_a_total_limit_fires_once() -> None:
     watch = Watch(TOTAL)
     assert watch.use(1_000, T0) == [50, 80, 100]
     watch.use(0, T0 + 1)
     assert watch.use(1_000, T0 + 10**15) == []
 
 
-def test_a_total_with_refills_is_told_of_once_in_each_period_between_two() -> None:
+def test_a_threshold_of_a_total_with_refills_fires_once_in_each_refill_period() -> None:
     window = Total(refill=Refill(amount=500, seconds=100))
     watch, counter = Watch(Limit(resource="tokens", limit=1_000, window=window)), TotalCounter(window)
     for period in range(3):
@@ -151,7 +151,7 @@ def test_a_total_with_refills_is_told_of_once_in_each_period_between_two() -> No
     ]  # fmt: skip
 
 
-def test_the_events_of_two_periods_of_a_refill_are_two() -> None:
+def test_two_refill_periods_give_two_events() -> None:
     limit = Limit(resource="tokens", limit=1_000, window=Total(refill=Refill(amount=500, unit="day")))
     ids = {event_of(crossing(limit=limit, window_ends_us=T0 + day * 86_400 * SECOND)).id for day in (1, 2)}
     assert len(ids) == 2
@@ -167,12 +167,12 @@ def test_the_events_of_two_periods_of_a_refill_are_two() -> None:
         (Anchored(seconds=7), 7),
     ],
 )
-def test_how_long_a_window_is_at_least(window: Any, expected: float) -> None:
+def test_min_window_s_compares_with_the_shortest_length_of_a_window(window: Any, expected: float) -> None:
     """An endpoint's `min_window_s` is what keeps a refill each second from telling each second."""
     assert length_s(window.model_dump()) == expected
 
 
-def test_a_rolling_window_whose_use_goes_up_and_down_across_a_threshold_does_not_flood() -> None:
+def test_a_rolling_window_that_oscillates_around_a_threshold_does_not_flood() -> None:
     watch = Watch(ROLLING)
     for second in range(1_000):
         watch.use(510 if second % 2 == 0 else 490, T0 + second * SECOND)
@@ -183,7 +183,7 @@ def test_a_rolling_window_whose_use_goes_up_and_down_across_a_threshold_does_not
     st.lists(st.tuples(st.integers(0, 1_500), st.integers(0, 60)), max_size=60),
     st.sampled_from([ROLLING, ANCHORED, TOTAL]),
 )
-def test_whatever_happens_a_threshold_is_told_of_once_a_window_and_never_missed_in_a_new_one(
+def test_a_threshold_fires_once_a_window_and_is_never_missed_in_a_new_one(
     steps: list[tuple[int, int]], limit: Limit
 ) -> None:
     watch = Watch(limit)
@@ -209,7 +209,7 @@ def test_whatever_happens_a_threshold_is_told_of_once_a_window_and_never_missed_
         assert new == expected
 
 
-def test_a_limit_that_was_changed_begins_anew() -> None:
+def test_thresholds_of_a_changed_limit_fire_again() -> None:
     watch = Watch(ANCHORED)
     end = T0 + 100 * SECOND
     assert watch.use(900, T0, end) == [50, 80]
@@ -217,7 +217,7 @@ def test_a_limit_that_was_changed_begins_anew() -> None:
     assert watch.use(1_100, T0 + 1, end) == [50]
 
 
-def test_what_is_remembered_is_small() -> None:
+def test_the_stored_state_of_thresholds_is_small() -> None:
     watch = Watch(ROLLING, thresholds=range(1, 101, 5))
     watch.use(1_000, T0)
     assert len(json.dumps(watch.told)) < 700
@@ -240,7 +240,7 @@ def event_of(one: Crossing) -> Put:
     return operation
 
 
-def test_the_event_says_whose_limit_was_used_how_far() -> None:
+def test_a_threshold_event_names_the_subject_the_limit_and_the_usage() -> None:
     made = event_of(crossing(window_ends_us=T0 + SECOND, limit=ANCHORED))
     assert made.collection == EVENTS
     assert json.loads(made.document["body"]) == {
@@ -260,19 +260,19 @@ def test_the_event_says_whose_limit_was_used_how_far() -> None:
     }
 
 
-def test_money_is_told_exactly() -> None:
+def test_money_in_a_threshold_event_is_exact() -> None:
     money = Limit(resource="cost", limit=Decimal("0.3"), window=Total())
     body = event_of(crossing(limit=money, most=300_000_000, used=240_000_001)).document["body"]
     assert '"limit":0.3,"used":0.240000001,' in body
 
 
-def test_a_limit_for_some_models_says_for_which() -> None:
+def test_a_threshold_event_of_a_scoped_limit_names_its_models() -> None:
     limit = ROLLING.model_copy(update={"models": ("m-*",), "routes": ("/chat",)})
     data = json.loads(event_of(crossing(limit=limit)).document["body"])["data"]
     assert (data["models"], data["routes"]) == (["m-*"], ["/chat"])
 
 
-def test_the_same_crossing_is_the_same_event_and_another_is_another() -> None:
+def test_the_event_id_identifies_the_crossing() -> None:
     again = event_of(crossing(now_us=T0 + SECOND, used=900))  # another node, a moment later, in the same window
     assert again.id == event_of(crossing()).id
     others = [
@@ -288,7 +288,7 @@ def test_the_same_crossing_is_the_same_event_and_another_is_another() -> None:
 
 @pytest.mark.parametrize("tenant", ["acme", "a/b", "1:2", "tenant:4:x"])
 @pytest.mark.parametrize("name", ["u1", "a/b:c", "12:x"])
-def test_the_subject_of_a_shared_limit_is_told(tenant: str, name: str) -> None:
+def test_a_threshold_event_of_a_quota_names_its_subject(tenant: str, name: str) -> None:
     assert subject_of(quota_id("user", tenant, name)) == {"kind": "user", "id": name}
     assert subject_of(quota_id("group", tenant, name)) == {"kind": "group", "id": name}
     assert subject_of(quota_id("tenant", tenant)) == {"kind": "tenant", "id": tenant}
@@ -335,7 +335,7 @@ def percents(receiver: Receiver) -> list[tuple[str, int, int]]:
 
 
 @pytest.mark.parametrize("limits", ["durable", "leased"])
-async def test_a_verification_that_crosses_a_threshold_is_told_of(url_of_any: str, limits: str) -> None:
+async def test_a_verification_that_crosses_a_threshold_sends_an_event(url_of_any: str, limits: str) -> None:
     async with receiving() as receiver, delivering(url_of_any, timing=FAST, limits=limits) as (room, _):
         await room.webhooks.create(url=receiver.url, tenant="acme", allow_private=True)
         key = await room.keys.create(name="worker", tenant="acme", limits=[rolling("tokens", 100)])
@@ -356,7 +356,7 @@ async def test_a_verification_that_crosses_a_threshold_is_told_of(url_of_any: st
             assert data["used"] >= data["threshold"]
 
 
-async def test_what_is_recorded_after_the_fact_is_told_of_too_and_money_exactly(tmp_path: Path) -> None:
+async def test_recorded_usage_that_crosses_a_threshold_sends_an_event_with_exact_money(tmp_path: Path) -> None:
     async with receiving() as receiver, delivering(new_url("sqlite", tmp_path), timing=FAST) as (room, _):
         await room.webhooks.create(url=receiver.url, tenant="acme", allow_private=True, thresholds=[90, 150])
         budget = Limit(resource="cost", limit=Decimal("1.5"), window=Calendar(unit="month"))
@@ -382,7 +382,7 @@ class Asking:
 
 @pytest.mark.parametrize("kind", STORES)
 @pytest.mark.parametrize(("keys", "thresholds"), [(100, (50, 80, 100)), (1, tuple(range(5, 101, 5)))])
-async def test_more_crossings_than_a_commit_takes_are_all_told_of(
+async def test_more_crossings_than_one_commit_holds_all_send_events(
     kind: str, keys: int, thresholds: tuple[int, ...], tmp_path: Path
 ) -> None:
     """A hundred keys of one quota, or one key with as many limits as there may be, cross all thresholds at once."""
@@ -407,7 +407,7 @@ async def test_more_crossings_than_a_commit_takes_are_all_told_of(
         assert not any(usage.due for usage in usages)
 
 
-async def test_crossings_that_are_due_are_told_of_by_the_next_commit_of_whichever_process(tmp_path: Path) -> None:
+async def test_deferred_crossings_are_sent_with_the_next_commit_of_any_process(tmp_path: Path) -> None:
     """The process is gone after the commit that could not take them all."""
     limits = [rolling("tokens", 10, 100 + number) for number in range(32)]
     url, thresholds = new_url("sqlite", tmp_path), tuple(range(5, 101, 5))

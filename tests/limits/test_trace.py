@@ -161,7 +161,7 @@ def _check_retry(answer: dict[str, Any], now: int, used: Used, asked: int) -> No
         assert used.bucketed(frees - 1) + asked > used.limit
 
 
-async def test_every_decision_along_a_real_trace_is_that_of_a_brute_force(tmp_path: Path) -> None:
+async def test_every_decision_along_a_real_trace_equals_a_brute_force_model(tmp_path: Path) -> None:
     requests = trace(EXCERPT, 120)
     assert requests[-1].at - requests[0].at > timedelta(hours=20)
     counts = await replay(new_url("sqlite", tmp_path), requests)
@@ -171,7 +171,7 @@ async def test_every_decision_along_a_real_trace_is_that_of_a_brute_force(tmp_pa
 
 
 @pytest.mark.soak
-async def test_the_same_along_a_whole_trace(tmp_path: Path) -> None:
+async def test_every_decision_along_the_whole_trace_equals_a_brute_force_model(tmp_path: Path) -> None:
     path = os.environ.get("STRONGROOM_TRACE")
     requests = trace(Path(path) if path else EXCERPT, 30)
     await replay(new_url("sqlite", tmp_path), requests)

@@ -86,7 +86,7 @@ def test_an_engine_without_sql_has_no_views() -> None:
         views_sql("firestore")
 
 
-def test_an_account_keeps_the_totals_of_its_last_two_months() -> None:
+def test_a_usage_state_keeps_the_totals_of_its_last_two_months() -> None:
     account = Account()
     for month, day in ((9, 30), (10, 1), (10, 31), (11, 2), (11, 3)):
         account.tally({"tokens": day}, 1, us_from_utc(datetime(2026, month, day, 12, tzinfo=UTC)))

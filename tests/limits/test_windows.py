@@ -103,7 +103,7 @@ seconds = st.sampled_from([1, 2, 7, 60, 3600, 18_000, 86_400])
 
 
 @given(steps, seconds, st.integers(1, 120))
-def test_rolling_never_over_admits_and_denies_at_most_one_bucket_early(
+def test_a_rolling_window_never_over_admits_and_denies_at_most_one_bucket_early(
     steps: list[tuple[int, int]], seconds: int, limit: int
 ) -> None:
     counter, admitted, now = counter_for(Rolling(seconds=seconds)), Events(), START
@@ -123,7 +123,7 @@ def test_rolling_never_over_admits_and_denies_at_most_one_bucket_early(
 
 
 @given(steps, seconds, st.integers(-1, 300))
-def test_rolling_is_exact_by_its_buckets(steps: list[tuple[int, int]], seconds: int, most: int) -> None:
+def test_a_rolling_window_is_exact_by_its_buckets(steps: list[tuple[int, int]], seconds: int, most: int) -> None:
     counter, events, now = counter_for(Rolling(seconds=seconds)), Events(), START
     bucket = bucket_of(seconds)
     for step, units in steps:
@@ -199,7 +199,7 @@ def test_add_at_after_add_counts_both_and_past_usage_leaves_first() -> None:
 
 
 @given(steps, seconds, st.integers(-1, 300))
-def test_anchored_is_exact(steps: list[tuple[int, int]], seconds: int, most: int) -> None:
+def test_an_anchored_window_is_exact(steps: list[tuple[int, int]], seconds: int, most: int) -> None:
     counter, events, now = counter_for(Anchored(seconds=seconds)), Events(), START
     for step, units in steps:
         now += step
@@ -224,7 +224,7 @@ def test_anchored_is_exact(steps: list[tuple[int, int]], seconds: int, most: int
 
 
 @given(places, units_of_time, steps, st.integers(-1, 300))
-def test_calendar_is_exact_across_daylight_saving(
+def test_a_calendar_window_is_exact_across_daylight_saving(
     place: tuple[str, int], unit: str, steps: list[tuple[int, int]], most: int
 ) -> None:
     name, now = place
@@ -249,7 +249,7 @@ def test_calendar_is_exact_across_daylight_saving(
 
 
 @given(steps, st.integers(-1, 300))
-def test_a_total_never_falls(steps: list[tuple[int, int]], most: int) -> None:
+def test_a_total_never_decreases(steps: list[tuple[int, int]], most: int) -> None:
     counter, now, used = counter_for(Total()), START, 0
     for step, units in steps:
         now += step
@@ -277,9 +277,7 @@ REFILLED: list[Window] = [
 
 
 @given(st.sampled_from([*WINDOWS, *REFILLED]), steps, st.data())
-def test_a_counter_goes_on_from_its_dump_at_any_moment(
-    window: Window, steps: list[tuple[int, int]], data: st.DataObject
-) -> None:
+def test_a_counter_continues_from_its_dump(window: Window, steps: list[tuple[int, int]], data: st.DataObject) -> None:
     counter = other = counter_for(window)
     now = START
     for step, units in steps:
@@ -294,7 +292,7 @@ def test_a_counter_goes_on_from_its_dump_at_any_moment(
 
 
 @given(st.sampled_from([*WINDOWS, *REFILLED]), steps, st.integers(0, 10**12))
-def test_a_clock_that_goes_back_frees_nothing(window: Window, steps: list[tuple[int, int]], back: int) -> None:
+def test_a_clock_set_back_frees_nothing(window: Window, steps: list[tuple[int, int]], back: int) -> None:
     counter, now = counter_for(window), START
     for step, units in steps:
         now += step
@@ -332,9 +330,7 @@ def test_counters_stop_at_int64_and_still_deny(window: Window) -> None:
 
 
 @given(st.sampled_from([*WINDOWS, *REFILLED]), steps)
-def test_what_was_used_at_a_past_moment_counts_as_if_it_had_been_counted_then(
-    window: Window, steps: list[tuple[int, int]]
-) -> None:
+def test_past_usage_counts_as_if_recorded_then(window: Window, steps: list[tuple[int, int]]) -> None:
     live, later, now = counter_for(window), counter_for(window), START
     for step, units in steps:
         now += step
@@ -347,7 +343,7 @@ def test_what_was_used_at_a_past_moment_counts_as_if_it_had_been_counted_then(
 
 
 @given(st.sampled_from(WINDOWS), steps, st.integers(0, 10**11), st.integers(1, 40))
-def test_what_was_used_before_the_present_window_does_not_count(
+def test_usage_before_the_current_window_does_not_count(
     window: Window, steps: list[tuple[int, int]], back: int, units: int
 ) -> None:
     counter, now = counter_for(window), START
@@ -374,7 +370,7 @@ def test_what_was_used_before_the_present_window_does_not_count(
         assert counter.ends_us(now) == end
 
 
-def test_an_anchored_window_begins_at_the_past_moment_if_there_is_none() -> None:
+def test_past_usage_starts_an_anchored_window() -> None:
     counter = counter_for(Anchored(seconds=100))
     counter.add_at(START - 30 * SECOND, 4)
     assert counter.used(START) == 4
@@ -386,7 +382,7 @@ def test_an_anchored_window_begins_at_the_past_moment_if_there_is_none() -> None
 
 
 @given(st.sampled_from([*WINDOWS, *REFILLED]), steps)
-def test_a_span_ends_when_it_says(window: Window, steps: list[tuple[int, int]]) -> None:
+def test_a_window_ends_at_its_stated_end(window: Window, steps: list[tuple[int, int]]) -> None:
     counter, now = counter_for(window), START
     for step, units in steps:
         now += step
@@ -401,7 +397,7 @@ def test_a_span_ends_when_it_says(window: Window, steps: list[tuple[int, int]]) 
             assert again.used(end) == 0
 
 
-def test_what_saturates_one_rolling_bucket_does_not_hide_the_next() -> None:
+def test_a_saturated_rolling_bucket_does_not_hide_the_next() -> None:
     counter = RollingCounter(Rolling(seconds=60))
     counter.add(START, SATURATED)
     counter.add(START + 30 * SECOND, 500)
@@ -451,7 +447,7 @@ refills = st.one_of(
 
 
 @given(refills, st.data(), steps, st.integers(-1, 300))
-def test_a_refill_gives_back_as_much_as_began_and_never_more_than_was_used(
+def test_a_refill_returns_its_amount_each_period_and_never_more_than_was_used(
     refill: Refill, data: st.DataObject, steps: list[tuple[int, int]], most: int
 ) -> None:
     near = transitions(refill.timezone) if refill.timezone is not None else ()
@@ -498,7 +494,7 @@ def test_a_budget_of_money_is_exact_through_use_and_refills(amount: Decimal, ste
         assert counter.frees_at_us(now, 0) == (frees if frees <= LAST_US else None)
 
 
-def test_a_whole_amount_of_money_is_not_taken_for_billionths() -> None:
+def test_a_whole_amount_of_money_is_not_read_as_billionths() -> None:
     limit = Limit.model_validate(
         {"resource": "cost", "limit": 9, "window": {"kind": "total", "refill": {"amount": 2, "seconds": 60}}}
     )
@@ -509,14 +505,14 @@ def test_a_whole_amount_of_money_is_not_taken_for_billionths() -> None:
         assert from_units("cost", counter.used(START + 60 * SECOND)) == 3
 
 
-def test_a_century_of_minutes_is_given_back_at_once() -> None:
+def test_a_century_of_minute_refills_is_applied_at_once() -> None:
     counter = counter_for(Total(refill=Refill(amount=1, unit="minute", timezone="Europe/Berlin")))
     counter.add(START, 10**15)
     century = 100 * 365 * 86_400
     assert counter.used(START + century * SECOND) == 10**15 - century // 60
 
 
-def test_what_was_counted_before_there_was_a_refill_comes_back_from_then_on() -> None:
+def test_usage_from_before_a_refill_is_refilled_from_its_start_on() -> None:
     counter = counter_for(Total(refill=Refill(amount=10, unit="day")), [25])
     assert counter.dump() == [25]
     assert counter.used(START + 3600 * SECOND) == 25
@@ -524,7 +520,7 @@ def test_what_was_counted_before_there_was_a_refill_comes_back_from_then_on() ->
     assert counter.dump() == [15, START + 86_400 * SECOND]
 
 
-def test_a_refill_that_is_changed_or_taken_away_neither_gives_nor_takes_for_the_past() -> None:
+def test_changing_or_removing_a_refill_does_not_affect_the_past() -> None:
     daily = counter_for(Total(refill=Refill(amount=10, unit="day")))
     daily.add(START + 3 * 3600 * SECOND, 100)
     hourly = counter_for(Total(refill=Refill(amount=1, unit="hour")), daily.dump())
@@ -534,7 +530,7 @@ def test_a_refill_that_is_changed_or_taken_away_neither_gives_nor_takes_for_the_
     assert fixed.dump() == [98]
 
 
-def test_a_clock_that_went_back_makes_no_refill_come_twice() -> None:
+def test_a_clock_set_back_applies_no_refill_twice() -> None:
     counter = counter_for(Total(refill=Refill(amount=10, unit="day")))
     day = 86_400 * SECOND
     counter.add(START + 3 * day, 100)
@@ -544,7 +540,7 @@ def test_a_clock_that_went_back_makes_no_refill_come_twice() -> None:
     assert counter.used(START + 4 * day) == 90
 
 
-def test_what_never_comes_back_in_time_frees_never() -> None:
+def test_a_limit_that_never_resets_in_time_gives_no_retry_time() -> None:
     counter = counter_for(Total(refill=Refill(amount=1, unit="month")))
     counter.add(START, MAX_AMOUNT)
     assert counter.frees_at_us(START, 0) is None
@@ -566,7 +562,7 @@ def test_money_is_exact_to_nine_decimals(units: int) -> None:
 
 
 @given(st.decimals(0, 10**6, places=9))
-def test_money_comes_back_as_it_was_whatever_the_callers_decimal_context(amount: Decimal) -> None:
+def test_money_is_exact_in_any_decimal_context(amount: Decimal) -> None:
     with decimal.localcontext() as context:
         context.prec = 5
         units = to_units("cost", amount)
@@ -596,7 +592,7 @@ def test_money_comes_back_as_it_was_whatever_the_callers_decimal_context(amount:
         ("tokens", None),
     ],
 )
-def test_an_amount_that_is_not_exact_or_not_possible_is_refused(resource: str, amount: object) -> None:
+def test_an_inexact_or_impossible_amount_is_refused(resource: str, amount: object) -> None:
     with pytest.raises(ValueError, match=r"found .*, expected"):
         to_units(resource, amount)
 
@@ -613,14 +609,14 @@ def test_an_amount_that_is_not_exact_or_not_possible_is_refused(resource: str, a
         ("tokens", Decimal("7.000"), 7),
     ],
 )
-def test_amounts_as_units(resource: str, amount: Any, units: int) -> None:
+def test_amounts_convert_to_units_exactly(resource: str, amount: Any, units: int) -> None:
     assert to_units(resource, amount) == units
 
 
 # --- Declaring limits -----------------------------------------------------------------------------------------
 
 
-def test_a_limit_is_the_same_counter_whatever_its_height() -> None:
+def test_a_limit_keeps_its_counter_when_its_maximum_changes() -> None:
     window = Rolling(seconds=60)
     assert Limit(resource="tokens", limit=1, window=window).id == Limit(resource="tokens", limit=9, window=window).id
     limits = [Limit(resource="tokens", limit=1, window=w) for w in [*WINDOWS, Calendar(unit="day")]]
@@ -629,7 +625,7 @@ def test_a_limit_is_the_same_counter_whatever_its_height() -> None:
     assert refilled.id == Limit(resource="tokens", limit=1, window=Total()).id == "tokens|total"
 
 
-def test_limits_of_other_models_or_routes_are_other_counters_whatever_the_order_of_their_names() -> None:
+def test_scoped_limits_have_their_own_counter_whatever_the_order_of_names() -> None:
     def id(**scope: tuple[str, ...]) -> str:
         return Limit(resource="tokens", limit=1, window=Rolling(seconds=60), **scope).id
 
@@ -651,7 +647,7 @@ def test_a_limit_on_concurrency_needs_no_window() -> None:
 
 
 @pytest.mark.parametrize("window", WINDOWS + REFILLED, ids=lambda window: window.kind)
-def test_a_limit_is_read_back_as_it_was(window: Window) -> None:
+def test_a_limit_is_read_back_unchanged(window: Window) -> None:
     limit = Limit(resource="tokens", limit=5, window=window, models=("gpt-*",), routes=("/v1/chat",))
     assert Limit.model_validate(limit.model_dump()) == limit
     assert Limit.model_validate_json(limit.model_dump_json()) == limit
@@ -735,7 +731,7 @@ MESSAGES = [
 
 
 @pytest.mark.parametrize(("wrong", "path", "message"), MESSAGES)
-def test_a_wrong_limit_is_told_where_and_what_was_expected(wrong: dict[str, Any], path: str, message: str) -> None:
+def test_an_invalid_limit_names_the_field_and_the_expectation(wrong: dict[str, Any], path: str, message: str) -> None:
     fields = {"resource": "tokens", "limit": 5, "window": {"kind": "total"}, **wrong}
     if "refill" in fields:
         fields["window"] = {"kind": "total", "refill": fields.pop("refill")}
@@ -749,7 +745,7 @@ def test_a_wrong_limit_is_told_where_and_what_was_expected(wrong: dict[str, Any]
     assert found[0][1].startswith(message)
 
 
-def test_everything_that_is_wrong_with_a_refill_is_told_at_once() -> None:
+def test_every_problem_of_a_refill_is_reported_at_once() -> None:
     refill = {"amount": 0, "unit": "year", "timezone": "Mars", "seconds": 0, "more": 1}
     with pytest.raises(ValidationError) as caught:
         Limit.model_validate({"resource": "T", "limit": -1, "window": {"kind": "total", "refill": refill}})
@@ -782,6 +778,6 @@ def test_everything_that_is_wrong_with_a_refill_is_told_at_once() -> None:
         {"resource": "cost", "limit": Decimal("0.0000000001")},
     ],
 )
-def test_a_wrong_limit_is_refused(wrong: dict[str, Any]) -> None:
+def test_an_invalid_limit_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         Limit.model_validate({"resource": "tokens", "limit": 5, "window": {"kind": "total"}, **wrong})

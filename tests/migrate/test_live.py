@@ -166,7 +166,7 @@ async def check_told(url: str, id: str, text: str, told: Told) -> None:
         pytest.param("postgres", "postgres", marks=pytest.mark.soak),
     ],
 )
-async def test_a_store_in_use_is_moved_and_nothing_acknowledged_is_missing(
+async def test_a_live_migration_moves_every_acknowledged_write(
     urls: Callable[[str], str], source: str, target: str
 ) -> None:
     one, other = urls(source), urls(target)
@@ -193,7 +193,7 @@ async def test_a_store_in_use_is_moved_and_nothing_acknowledged_is_missing(
     await check_told(other, id, text, told)
 
 
-async def test_an_aborted_switch_over_lets_the_source_go_on(
+async def test_an_aborted_switch_over_lets_the_source_take_writes_again(
     urls: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, other = urls("sqlite"), urls("sqlite")
@@ -255,7 +255,7 @@ async def test_the_target_takes_no_writes_until_it_is_whole(urls: Callable[[str]
 
 
 @pytest.mark.usefixtures("briefly")
-async def test_what_changes_behind_the_copy_is_followed_deleted_and_swapped(urls: Callable[[str], str]) -> None:
+async def test_changes_behind_the_copy_are_followed_including_deletions_and_swaps(urls: Callable[[str], str]) -> None:
     """Unique values change hands while the copy stands: the target must let go in the same order, or make way."""
     async with stores(urls("sqlite"), urls("sqlite")) as (one, other):
         await filled(one, 6)
@@ -271,7 +271,7 @@ async def test_what_changes_behind_the_copy_is_followed_deleted_and_swapped(urls
 
 
 @pytest.mark.usefixtures("briefly")
-async def test_usage_that_is_rolled_up_into_keys_behind_the_copy_comes_along(urls: Callable[[str], str]) -> None:
+async def test_usage_rolled_up_into_keys_behind_the_copy_is_moved(urls: Callable[[str], str]) -> None:
     one, other = urls("sqlite"), urls("sqlite")
     await key_in(one)
     async with stores(one, other) as (a, b):
@@ -285,7 +285,7 @@ async def test_usage_that_is_rolled_up_into_keys_behind_the_copy_comes_along(url
 
 
 @pytest.mark.usefixtures("briefly")
-async def test_records_too_large_for_one_batch_are_followed_in_several(urls: Callable[[str], str]) -> None:
+async def test_records_too_large_for_one_batch_are_followed_in_several_batches(urls: Callable[[str], str]) -> None:
     async with stores(urls("sqlite"), urls("sqlite")) as (one, other):
         await filled(one, 2)
         await one.prepare([*COLLECTIONS, *(c for c in ALL if c.name == "store_state")])
@@ -298,7 +298,7 @@ async def test_records_too_large_for_one_batch_are_followed_in_several(urls: Cal
 
 
 @pytest.mark.usefixtures("briefly")
-async def test_a_unique_value_that_moves_ahead_of_the_copy_finds_its_place_taken_and_free_again(
+async def test_a_unique_value_that_moves_during_the_copy_is_moved_without_a_conflict(
     urls: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The copy has read the old holder, and comes to the new one: the old one makes way, and is followed back."""
@@ -357,7 +357,7 @@ class Busy(FaultyStore):
 
 
 @pytest.mark.usefixtures("briefly")
-async def test_a_copy_of_what_never_holds_still_comes_out_equal(urls: Callable[[str], str]) -> None:
+async def test_a_copy_of_a_constantly_changing_store_ends_equal(urls: Callable[[str], str]) -> None:
     async with stores(urls("sqlite"), urls("sqlite")) as (one, other):
         await filled(one, 12)
         await one.prepare([*COLLECTIONS, *(c for c in ALL if c.name == "store_state")])
@@ -370,7 +370,7 @@ async def test_a_copy_of_what_never_holds_still_comes_out_equal(urls: Callable[[
 
 
 @pytest.mark.usefixtures("briefly")
-async def test_a_process_that_does_not_see_the_fence_is_told_of_and_copied(
+async def test_late_writes_of_a_process_that_missed_the_fence_are_reported_and_copied(
     urls: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with stores(urls("sqlite"), urls("sqlite")) as (one, other):
@@ -390,7 +390,7 @@ async def test_a_process_that_does_not_see_the_fence_is_told_of_and_copied(
 
 
 @pytest.mark.usefixtures("briefly")
-async def test_a_source_that_stays_busy_is_given_up_with_a_sentence(
+async def test_a_source_that_keeps_taking_writes_fails_the_switch_over_with_a_reason(
     urls: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_module, "MAX_NOTICE_S", 0.1)
@@ -412,7 +412,7 @@ async def test_a_source_that_stays_busy_is_given_up_with_a_sentence(
 
 
 @pytest.mark.usefixtures("briefly")
-async def test_a_source_of_an_older_version_or_with_writes_off_is_refused(urls: Callable[[str], str]) -> None:
+async def test_a_live_source_of_an_older_version_or_with_writes_off_is_refused(urls: Callable[[str], str]) -> None:
     async with stores(urls("sqlite"), urls("sqlite")) as (one, other):
         await filled(one, 3)
         with pytest.raises(InvalidInput, match="never opened by a version that knows"):
@@ -466,18 +466,20 @@ async def killed_until_done(urls: Callable[[str], str], chance: random.Random, *
 
 
 @pytest.mark.parametrize(("seed", "undo"), [(1, False), (2, True)])
-async def test_killed_at_random_it_goes_on_or_is_undone(urls: Callable[[str], str], seed: int, undo: bool) -> None:
+async def test_a_migration_killed_at_random_resumes_or_is_rolled_back(
+    urls: Callable[[str], str], seed: int, undo: bool
+) -> None:
     await killed_until_done(urls, random.Random(seed), undo=undo)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(3, 43))
-async def test_killed_at_random_many_times(urls: Callable[[str], str], seed: int) -> None:
+async def test_a_migration_killed_many_times_resumes_or_is_rolled_back(urls: Callable[[str], str], seed: int) -> None:
     await killed_until_done(urls, random.Random(seed), undo=seed % 2 == 0)
 
 
 @pytest.mark.usefixtures("briefly")
-async def test_killed_with_the_fence_up_it_is_aborted_or_goes_on(urls: Callable[[str], str]) -> None:
+async def test_a_migration_killed_with_the_fence_up_is_aborted_or_resumes(urls: Callable[[str], str]) -> None:
     """The switch-over is killed behind the write that turns the source's writes off."""
     for way in ("abort", "resume"):
         one, other = urls("sqlite"), urls("sqlite")

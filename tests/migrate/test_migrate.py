@@ -185,7 +185,9 @@ async def put_whole(store: Store, whole: list[tuple[str, dict[str, tuple[Documen
     [pytest.param(pair, marks=() if pair in EACH_ONCE else pytest.mark.soak) for pair in EVERY_PAIR],
     indirect=True,
 )
-async def test_random_stores_arrive_equal_on_every_pair(pair: tuple[Backend, Backend]) -> None:
+async def test_a_migration_between_any_two_engines_moves_every_document_and_record(
+    pair: tuple[Backend, Backend],
+) -> None:
     source, target = pair
     runs = itertools.count()
 
@@ -209,7 +211,9 @@ async def test_random_stores_arrive_equal_on_every_pair(pair: tuple[Backend, Bac
     assert next(runs) >= 3
 
 
-async def test_times_and_types_are_exact_and_the_source_is_only_read(pair: tuple[Backend, Backend]) -> None:
+async def test_a_migration_keeps_times_and_types_exactly_and_only_reads_the_source(
+    pair: tuple[Backend, Backend],
+) -> None:
     source, target = pair
     url = source.new_url()
     async with opened((source, url), (target, target.new_url())) as (one, other):
@@ -226,7 +230,7 @@ async def test_times_and_types_are_exact_and_the_source_is_only_read(pair: tuple
         assert (await held(one), await journal(one), (await one.changes("end")).cursor) == (before, log, end)
 
 
-async def test_a_second_call_changes_nothing_and_versions_are_the_targets_own(simple: tuple[Backend, Backend]) -> None:
+async def test_a_second_call_changes_nothing_and_versions_belong_to_the_target(simple: tuple[Backend, Backend]) -> None:
     async with opened(*((b, b.new_url()) for b in simple)) as (one, other):
         await filled(one)
         await library.migrate(one, other, COLLECTIONS, SMALL)
@@ -335,7 +339,7 @@ EVERY = pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.s
 
 
 @EVERY
-async def test_stopped_at_any_write_it_goes_on_and_everything_is_there_once(
+async def test_a_migration_stopped_at_any_write_resumes_and_moves_everything_once(
     simple: tuple[Backend, Backend], every: int
 ) -> None:
     async def begin(one: Store, other: Store) -> None:
@@ -352,7 +356,7 @@ async def test_stopped_at_any_write_it_goes_on_and_everything_is_there_once(
 
 
 @EVERY
-async def test_a_rollback_stopped_at_any_write_ends_with_the_target_as_it_was(
+async def test_a_rollback_stopped_at_any_write_resumes_and_restores_the_target(
     simple: tuple[Backend, Backend], tmp_path: Path, every: int
 ) -> None:
     numbers = itertools.count()
@@ -376,7 +380,7 @@ async def test_a_rollback_stopped_at_any_write_ends_with_the_target_as_it_was(
 
 
 @EVERY
-async def test_stopped_at_any_write_it_can_be_rolled_back_and_then_done_again(
+async def test_a_migration_stopped_at_any_write_can_be_rolled_back_and_repeated(
     simple: tuple[Backend, Backend], tmp_path: Path, every: int
 ) -> None:
     numbers = itertools.count()
@@ -411,7 +415,9 @@ async def test_stopped_at_any_write_it_can_be_rolled_back_and_then_done_again(
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-async def test_commits_that_fail_or_lose_their_answer_are_made_once(simple: tuple[Backend, Backend], when: Any) -> None:
+async def test_commits_that_fail_or_lose_their_answer_are_applied_once(
+    simple: tuple[Backend, Backend], when: Any
+) -> None:
     async with opened(*((b, b.new_url()) for b in simple)) as (one, other):
         await filled(one, 9)
         faulty = FaultyStore(other)
@@ -460,7 +466,7 @@ def at_i3(change: Callable[[Create], Operation | None]) -> Callable[[Operation],
     ],
     ids=["lost", "renamed", "changed", "time"],
 )
-async def test_what_the_target_holds_otherwise_is_found_and_named(
+async def test_a_target_document_that_differs_is_found_and_named(
     simple: tuple[Backend, Backend], change: Any, kind: str
 ) -> None:
     async with opened(*((b, b.new_url()) for b in simple)) as (one, other):
@@ -474,7 +480,7 @@ async def test_what_the_target_holds_otherwise_is_found_and_named(
         assert {one.id for one in wrong.differences} <= {"i3", "i3x"}
 
 
-async def test_a_record_that_is_not_as_it_was_is_found(simple: tuple[Backend, Backend]) -> None:
+async def test_a_journal_record_that_differs_is_found(simple: tuple[Backend, Backend]) -> None:
     def change(operation: Operation) -> Operation:
         if isinstance(operation, Append) and operation.record.id == "acme-2":
             return Append(replace(operation.record, actor="user:eve"))
@@ -488,7 +494,7 @@ async def test_a_record_that_is_not_as_it_was_is_found(simple: tuple[Backend, Ba
 
 
 @given(documents, documents, st.lists(st.integers(0, 2**256 - 1), max_size=8))
-def test_sums_tell_documents_apart_and_do_not_know_an_order(one: Any, other: Any, digests: list[int]) -> None:
+def test_checksums_distinguish_documents_and_ignore_their_order(one: Any, other: Any, digests: list[int]) -> None:
     canonical = Canonical(SAMPLES)
     system = {"id": "a", "version": 1, "created_at": moment(), "updated_at": moment()}
     equal = identical(one, other)
@@ -513,7 +519,7 @@ def moment() -> datetime:
     ("one", "other"),
     [(1, 1.0), (1, True), ("1", 1), (b"1", "1"), ({"a": {}}, {"a": []}), ({"a": None}, {}), ("1.5", "decimal")],
 )
-def test_values_of_two_types_have_two_sums(one: Any, other: Any) -> None:
+def test_equal_values_of_different_types_have_different_checksums(one: Any, other: Any) -> None:
     from decimal import Decimal
 
     other = Decimal("1.5") if other == "decimal" else other
@@ -553,7 +559,7 @@ async def refused(one: Store, other: Store, options: Options = SMALL) -> list[tu
     return [(p.path, p.message) for p in caught.value.problems]
 
 
-async def test_a_target_that_is_not_empty_is_refused_and_not_touched(pair: tuple[Backend, Backend]) -> None:
+async def test_a_target_that_is_not_empty_is_refused_and_left_unchanged(pair: tuple[Backend, Backend]) -> None:
     source, target = pair
     async with opened((source, source.new_url()), (target, target.new_url())) as (one, other):
         await filled(one)
@@ -568,7 +574,7 @@ async def test_a_target_that_is_not_empty_is_refused_and_not_touched(pair: tuple
         assert identical(await held(other), before)
 
 
-async def test_a_journal_of_the_targets_own_is_refused(simple: tuple[Backend, Backend]) -> None:
+async def test_a_target_with_journal_records_of_its_own_is_refused(simple: tuple[Backend, Backend]) -> None:
     async with opened(*((b, b.new_url()) for b in simple)) as (one, other):
         await filled(one)
         await other.prepare(COLLECTIONS)
@@ -577,7 +583,7 @@ async def test_a_journal_of_the_targets_own_is_refused(simple: tuple[Backend, Ba
         assert (path, "journal" in message) == ("--to", True)
 
 
-async def test_a_source_of_another_schema_is_refused_and_stays_so(simple: tuple[Backend, Backend]) -> None:
+async def test_a_source_with_another_schema_is_refused_and_left_unchanged(simple: tuple[Backend, Backend]) -> None:
     older = replace(ITEMS, fields={n: f for n, f in ITEMS.fields.items() if n != "place"}, indexes=())
     source, target = ((backend, backend.new_url()) for backend in simple)
     async with opened(source) as (one,):
@@ -590,7 +596,7 @@ async def test_a_source_of_another_schema_is_refused_and_stays_so(simple: tuple[
         assert [c.collection for c in await one.prepare([older, SHARED], mode="plan")] == []
 
 
-async def test_documents_that_nobody_declared_are_refused_unless_left_behind(simple: tuple[Backend, Backend]) -> None:
+async def test_undeclared_collections_are_refused_unless_ignored(simple: tuple[Backend, Backend]) -> None:
     async with opened(*((b, b.new_url()) for b in simple)) as (one, other):
         await filled(one)
         declared = [SHARED]
@@ -603,9 +609,7 @@ async def test_documents_that_nobody_declared_are_refused_unless_left_behind(sim
         assert of_tenants(await journal(other)) == of_tenants(await journal(one)), "what happened stays in the journal"
 
 
-async def test_the_same_store_under_another_name_is_found_out(
-    backends: Callable[[str], Backend], tmp_path: Path
-) -> None:
+async def test_the_same_store_under_another_name_is_refused(backends: Callable[[str], Backend], tmp_path: Path) -> None:
     backend = backends("sqlite")
     url = backend.new_url()
     async with opened((backend, url), (backend, url)) as (one, other):
@@ -630,7 +634,7 @@ async def test_an_unfinished_migration_from_elsewhere_is_refused(simple: tuple[B
         assert "a migration from one into it is" in problems[0][1]
 
 
-async def test_every_wrong_option_is_named_at_once(simple: tuple[Backend, Backend]) -> None:
+async def test_every_invalid_option_is_named_at_once(simple: tuple[Backend, Backend]) -> None:
     async with opened(*((b, b.new_url()) for b in simple)) as (one, _):
         with pytest.raises(InvalidInput) as caught:
             await library.migrate(one, one, COLLECTIONS, Options(batch=1, switch=True, backup=Path("x")))
@@ -706,7 +710,9 @@ async def test_a_target_that_was_written_to_is_not_rolled_back(simple: tuple[Bac
             await library.roll_back(one, other, COLLECTIONS, replace(SMALL, source="elsewhere"))
 
 
-async def test_there_and_back_again_is_where_it_began(simple: tuple[Backend, Backend], tmp_path: Path) -> None:
+async def test_migrating_there_and_back_gives_the_original_store(
+    simple: tuple[Backend, Backend], tmp_path: Path
+) -> None:
     async with opened(*((b, b.new_url()) for b in simple)) as (one, other):
         await filled(one)
         before = await held(one)
@@ -718,7 +724,7 @@ async def test_there_and_back_again_is_where_it_began(simple: tuple[Backend, Bac
         assert identical(await held(one), before)
 
 
-def test_parts_of_any_two_tenants_are_apart() -> None:
+def test_parts_of_two_tenants_have_different_ids() -> None:
     parts = [
         *(Part(ITEMS, tenant) for tenant in {*HOSTILE_NAMES, "", "None", "True"}),
         Part(ITEMS, None),

@@ -58,7 +58,7 @@ async def test_a_quota_is_put_replaced_changed_and_removed(room: Strongroom) -> 
         await room.quotas.update("user", "acme", "u1", description="gone")
 
 
-async def test_every_window_is_stored_and_read_back_as_it_was(room: Strongroom) -> None:
+async def test_every_window_is_stored_and_read_back_unchanged(room: Strongroom) -> None:
     limits = [
         Limit(resource="cost", limit=Decimal("99.000000001"), window=Total(refill=Refill(amount=2, unit="month"))),
         Limit(resource="tokens", limit=5, window=Total(refill=Refill(amount=3, seconds=60)), models=("gpt-*", "o1")),
@@ -94,7 +94,7 @@ async def test_all_keys_of_a_subject_share_its_quota(room: Strongroom) -> None:
     assert [(s.used, s.remaining) for s in tenant.limits] == [(5, 0)]
 
 
-async def test_a_change_of_the_height_keeps_what_was_used_and_holds_at_once(room: Strongroom) -> None:
+async def test_changing_the_maximum_keeps_the_usage_and_applies_at_once(room: Strongroom) -> None:
     await put(room, "tenant", "acme", "", rolling("requests", 2))
     key = await room.keys.create(name="a key", tenant="acme")
     assert [(await room.keys.verify(key.text)).valid for _ in range(3)] == [True, True, False]
@@ -106,7 +106,7 @@ async def test_a_change_of_the_height_keeps_what_was_used_and_holds_at_once(room
     assert [(await room.keys.verify(key.text)).valid for _ in range(2)] == [True, False]
 
 
-async def test_what_was_counted_leaves_with_the_quota(room: Strongroom) -> None:
+async def test_removing_a_quota_removes_its_usage(room: Strongroom) -> None:
     await put(room, "tenant", "acme", "", rolling("requests", 9))
     key = await room.keys.create(name="a key", tenant="acme")
     await room.keys.verify(key.text)
@@ -119,9 +119,7 @@ async def test_what_was_counted_leaves_with_the_quota(room: Strongroom) -> None:
     assert (stats.count, stats.totals, stats.limits[0].used) == (0, {}, 0)
 
 
-async def test_a_quota_and_what_was_counted_against_it_leave_in_one_commit(
-    room: Strongroom, store: FaultyStore
-) -> None:
+async def test_a_quota_and_its_usage_are_removed_in_one_commit(room: Strongroom, store: FaultyStore) -> None:
     """Whatever becomes of the process, no quota that is made again inherits what was counted against the one before."""
     await put(room, "tenant", "acme", "", rolling("requests", 9))
     key = await room.keys.create(name="a key", tenant="acme")
@@ -143,7 +141,7 @@ async def test_a_quota_and_what_was_counted_against_it_leave_in_one_commit(
     assert (await room.quotas.stats("tenant", "acme")).limits[0].used == 0
 
 
-async def test_a_quota_is_removed_while_its_keys_are_used(room: Strongroom) -> None:
+async def test_a_quota_can_be_removed_while_its_keys_are_used(room: Strongroom) -> None:
     await put(room, "tenant", "acme", "", rolling("requests", 1_000_000))
     keys = [await room.keys.create(name=f"key {number}", tenant="acme") for number in range(4)]
     stop = False
@@ -164,7 +162,7 @@ async def test_a_quota_is_removed_while_its_keys_are_used(room: Strongroom) -> N
 
 
 @pytest.mark.parametrize("limits", ["durable", "leased"])
-async def test_a_quota_that_is_made_again_begins_with_nothing_on_every_node(limits: str) -> None:
+async def test_a_recreated_quota_starts_empty_on_every_node(limits: str) -> None:
     async with (
         opened("json://:memory:", limits=limits) as (one, store),
         opened("json://:memory:", beside=store, limits=limits) as (two, _),
@@ -188,7 +186,7 @@ async def test_a_quota_that_is_made_again_begins_with_nothing_on_every_node(limi
         assert (await one.quotas.stats("tenant", "acme")).limits[0].used <= 2
 
 
-async def test_a_refill_of_a_shared_budget_changes_without_losing_what_was_used(room: Strongroom) -> None:
+async def test_changing_the_refill_of_a_quota_keeps_its_usage(room: Strongroom) -> None:
     def budget(amount: int) -> Limit:
         return Limit(resource="cost", limit=10, window=Total(refill=Refill(amount=amount, unit="month")))
 
@@ -228,7 +226,7 @@ async def test_quotas_are_listed_by_tenant_kind_and_name_in_pages(room: Strongro
     assert cursor is None
 
 
-async def test_who_is_bound_to_a_tenant_sees_and_sets_only_its_own(room: Strongroom) -> None:
+async def test_a_caller_bound_to_a_tenant_sees_and_sets_only_its_quotas(room: Strongroom) -> None:
     await put(room, "user", "acme", "u1", rolling("tokens", 1))
     await put(room, "user", "globex", "u1", rolling("tokens", 1))
     acme = bound("acme")
@@ -263,7 +261,7 @@ async def test_a_caller_without_an_administrators_claim_sets_nothing(room: Stron
     assert await listed(room) == []
 
 
-async def test_names_that_look_alike_are_other_quotas(room: Strongroom) -> None:
+async def test_similar_names_are_different_quotas(room: Strongroom) -> None:
     await put(room, "user", "a/b", "c", description="one")
     await put(room, "user", "a", "b/c", description="another")
     await put(room, "group", "a", "b/c", description="a third")
@@ -272,7 +270,7 @@ async def test_names_that_look_alike_are_other_quotas(room: Strongroom) -> None:
     assert (await room.quotas.get("group", "a", "b/c")).description == "a third"
 
 
-async def test_a_version_that_is_expected_must_be_there(room: Strongroom) -> None:
+async def test_an_outdated_expected_version_is_refused(room: Strongroom) -> None:
     made = await put(room, "user", "acme", "u1", expected=0)
     with pytest.raises(Conflict):
         await put(room, "user", "acme", "u1", expected=0)
@@ -287,7 +285,7 @@ async def test_a_version_that_is_expected_must_be_there(room: Strongroom) -> Non
     await room.quotas.delete("user", "acme", "u1", expected=changed.version)
 
 
-async def test_a_repeat_with_one_idempotency_key_changes_nothing(room: Strongroom) -> None:
+async def test_an_idempotent_retry_changes_nothing(room: Strongroom) -> None:
     made = await put(room, "user", "acme", "u1", rolling("tokens", 1), idempotency_key="k1")
     again = await put(room, "user", "acme", "u1", rolling("tokens", 1), idempotency_key="k1")
     assert again.version == made.version
@@ -299,7 +297,7 @@ async def test_a_repeat_with_one_idempotency_key_changes_nothing(room: Strongroo
         await room.quotas.delete("user", "acme", "u1", idempotency_key="k3")
 
 
-async def test_changes_are_in_the_journal_of_the_tenant_with_who_made_them(room: Strongroom) -> None:
+async def test_changes_are_journalled_in_the_tenant_with_their_actor(room: Strongroom) -> None:
     await put(room, "user", "acme", "u1", context=bound("acme"))
     await room.quotas.update("user", "acme", "u1", description="x", context=bound("acme"))
     await room.quotas.delete("user", "acme", "u1", context=bound("acme"))
@@ -310,7 +308,7 @@ async def test_changes_are_in_the_journal_of_the_tenant_with_who_made_them(room:
     ]  # fmt: skip
 
 
-async def test_many_who_put_one_quota_at_once_leave_one(room: Strongroom) -> None:
+async def test_concurrent_puts_of_one_quota_leave_one(room: Strongroom) -> None:
     results = await asyncio.gather(
         *(put(room, "user", "acme", "u1", rolling("tokens", n), expected=0) for n in range(1, 9)),
         return_exceptions=True,
@@ -341,7 +339,7 @@ async def test_many_who_put_one_quota_at_once_leave_one(room: Strongroom) -> Non
         ({"more": 1}, "more", "is not a known field"),
     ],
 )  # fmt: skip
-async def test_a_wrong_quota_is_told_where_and_what_was_expected(
+async def test_an_invalid_quota_names_the_field_and_the_expectation(
     wrong: dict[str, Any], path: str, message: str
 ) -> None:
     async with Strongroom.open("json://:memory:") as room:
@@ -352,7 +350,7 @@ async def test_a_wrong_quota_is_told_where_and_what_was_expected(
     assert problem.message.startswith(message)
 
 
-async def test_everything_that_is_wrong_with_a_quota_is_told_at_once() -> None:
+async def test_every_problem_of_a_quota_is_reported_at_once() -> None:
     window = {"kind": "rolling", "seconds": 0, "refill": {"amount": 1}}
     async with Strongroom.open("json://:memory:") as room:
         with pytest.raises(InvalidInput) as caught:

@@ -46,7 +46,7 @@ ADMIN = {"admin": True}
         (Shared, None, {"admin": False}, False, "only administrators"),
     ],
 )
-def test_who_may(
+def test_the_default_policy_allows_exactly_these_calls(
     operation: Any, entity: type[Entity], tenant: str | None, claims: dict[str, Any], allowed: bool, reason: str
 ) -> None:
     context = Context(tenant, "user:ada", claims)

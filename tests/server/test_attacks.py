@@ -62,7 +62,7 @@ async def listening(app: Any, connections: Connections | None = None) -> AsyncIt
     ],
     ids=["trailers", "trailer", "name", "extension"],
 )
-async def test_what_a_body_has_beside_its_content_has_an_end(
+async def test_the_overhead_of_a_chunked_body_is_bounded(
     begin: bytes, more: Callable[[int], bytes], answered: bool
 ) -> None:
     app = App(reads=not answered)
@@ -81,7 +81,7 @@ async def test_what_a_body_has_beside_its_content_has_an_end(
     connection.close()
 
 
-async def test_trailers_are_dropped_and_belong_to_no_request() -> None:
+async def test_trailers_are_dropped() -> None:
     app = App()
     connection = Connection(app)
     connection.send(CHUNKED + ONE_CHUNK + b"0\r\nX-Last: 1\r\nCookie: 2\r\n\r\n" + GET % 2)
@@ -124,9 +124,7 @@ def _connections_of_every_kind() -> dict[str, bytes]:
 @pytest.mark.parametrize("in_work", [False, True])
 @pytest.mark.parametrize("kind", _connections_of_every_kind())
 @pytest.mark.parametrize("error", [None, ConnectionResetError()], ids=["closed", "reset"])
-async def test_a_connection_that_is_gone_leaves_nothing_to_the_collector(
-    kind: str, in_work: bool, error: Exception | None
-) -> None:
+async def test_a_closed_connection_leaves_no_garbage(kind: str, in_work: bool, error: Exception | None) -> None:
     app = App()
     if in_work:
         app.may_answer.clear()
@@ -153,7 +151,7 @@ async def test_a_connection_that_is_gone_leaves_nothing_to_the_collector(
 # --- Clients that send ahead, and that do not read ---------------------------------------------------------------
 
 
-async def test_what_is_sent_ahead_is_bounded_and_answered_in_order() -> None:
+async def test_pipelined_requests_are_bounded_and_answered_in_order() -> None:
     app = App()
     app.may_answer.clear()
     connection = Connection(app)
@@ -169,7 +167,7 @@ async def test_what_is_sent_ahead_is_bounded_and_answered_in_order() -> None:
     connection.close()
 
 
-async def test_reading_stays_paused_while_a_request_waits_whoever_receives() -> None:
+async def test_reading_stays_paused_while_a_request_waits() -> None:
     """uvicorn reads on as soon as any application wants more of its own request."""
     app = App()
     app.may_answer.clear()
@@ -180,7 +178,9 @@ async def test_reading_stays_paused_while_a_request_waits_whoever_receives() -> 
     connection.close()
 
 
-async def test_who_does_not_read_is_given_no_place_and_then_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_client_that_does_not_read_gets_no_request_slot_and_is_disconnected(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(outgoing, "WRITE_TIMEOUT_S", 0.05)
     app = App()
     connection = Connection(app)
@@ -206,7 +206,7 @@ async def test_who_does_not_read_is_given_no_place_and_then_cut_off(monkeypatch:
     other.close()
 
 
-async def test_a_connection_whose_last_answer_is_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_connection_whose_last_answer_is_not_read_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outgoing, "WRITE_TIMEOUT_S", 0.02)
     connection = Connection(App())
     connection.wire.unread = 10_000
@@ -215,7 +215,7 @@ async def test_a_connection_whose_last_answer_is_not_read_is_cut_off(monkeypatch
     connection.close()
 
 
-async def test_many_that_do_not_read_leave_the_places_to_others() -> None:
+async def test_clients_that_do_not_read_leave_request_slots_to_others() -> None:
     bounds = Bounds(max_concurrency=3)
     async with serving(bounds=bounds) as served, listening(served.app) as port, AsyncExitStack() as idle:
         await served.get("/docs")  # made now: while it is made, what is sent ahead would be answered with 429
@@ -242,7 +242,7 @@ async def test_many_that_do_not_read_leave_the_places_to_others() -> None:
         await wait_until(lambda: services.gate.inside == 0, outgoing.WRITE_TIMEOUT_S / 2)
 
 
-async def test_verifications_and_health_have_places_of_their_own() -> None:
+async def test_verifications_and_health_have_their_own_request_slots() -> None:
     async with connected(bounds=Bounds(max_concurrency=1)) as (served, connection):
         data = await warm(served)
         served.app.services.gate.inside = 1
@@ -257,7 +257,7 @@ async def test_verifications_and_health_have_places_of_their_own() -> None:
 # --- How many connections ---------------------------------------------------------------------------------------
 
 
-def test_connections_are_counted_by_peer_and_in_all() -> None:
+def test_connections_are_bounded_by_peer_and_in_total() -> None:
     connections = Connections(5, 2, [ip_network("10.0.0.0/8"), ip_network("fd00::/8")])
     for one, same, other in (
         ("192.0.2.1", "::ffff:192.0.2.1", "192.0.2.2"),
@@ -282,7 +282,7 @@ def test_connections_are_counted_by_peer_and_in_all() -> None:
     assert connections.refused == {"peer": 2, "all": 1}
 
 
-async def test_what_the_protocol_refuses_is_counted_among_the_requests() -> None:
+async def test_requests_refused_by_the_protocol_are_counted_in_the_metrics() -> None:
     metrics, connections = Metrics(), Connections(1, 1)
     connections.measured(metrics)
     made = [
@@ -299,7 +299,7 @@ async def test_what_the_protocol_refuses_is_counted_among_the_requests() -> None
         one.connection_lost(None)
 
 
-async def test_of_those_turned_away_only_some_are_kept_to_read_why(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_only_a_bounded_number_of_refused_connections_stays_open(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocol, "MAX_TURNED_AWAY", 2)
     connections, config, loop = Connections(0, 1), configured(App()), asyncio.get_running_loop()
     made = [Protocol(config, ServerState(), {}, loop, connections=connections) for _ in range(3)]
@@ -331,7 +331,7 @@ async def test_large_answers_are_not_copied_for_each_client() -> None:
     made.connection_lost(None)
 
 
-def test_connections_leave_the_store_its_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connections_leave_file_descriptors_for_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
     allowed: list[int] = []
     monkeypatch.setattr("strongroom.server.run.descriptors", lambda wanted: min(wanted, *allowed))
     cases: tuple[tuple[int, dict[str, Any], int, int], ...] = (
@@ -361,7 +361,7 @@ def test_the_limit_of_open_files_is_raised_as_far_as_the_system_lets() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
-async def test_one_connection_too_many_is_told_so_and_closed() -> None:
+async def test_a_connection_over_the_bound_gets_429_and_is_closed() -> None:
     connections = Connections(10, 1)
     async with listening(App(), connections) as port:
         first, keep = await asyncio.open_connection("127.0.0.1", port)
@@ -421,7 +421,7 @@ async def test_a_refused_connection_is_dropped_once_it_is_silent_or_has_sent_too
 # --- What is kept -----------------------------------------------------------------------------------------------
 
 
-async def test_a_connection_that_waits_keeps_nothing_of_its_last_request() -> None:
+async def test_an_idle_connection_keeps_nothing_of_its_last_request() -> None:
     async with connected() as (served, connection):
         data = await warm(served)
         marked = "X-Mark: " + "m" * 20_000
@@ -452,7 +452,7 @@ def _reachable(start: Any, besides: tuple[Any, ...]) -> list[Any]:
     return found
 
 
-async def test_long_texts_are_kept_in_no_cache() -> None:
+async def test_long_texts_are_not_cached() -> None:
     from strongroom import client_address as addresses
     from strongroom.keys.verification import _counted, cost_units
 

@@ -44,7 +44,7 @@ async def test_without_a_known_key_every_path_of_v1_answers_401(header: str) -> 
             assert answer.headers["www-authenticate"].startswith('Bearer realm="strongroom"')
 
 
-async def test_an_ordinary_key_manages_nothing_and_a_wildcard_is_no_management_key() -> None:
+async def test_an_ordinary_key_manages_nothing_even_with_a_wildcard_permission() -> None:
     async with serving() as served:
         for permissions in ([], ["chat:write"], ["*"], ["strong*"], ["s*"]):
             text = (await served.make_key(permissions=permissions))["key"]
@@ -53,7 +53,7 @@ async def test_an_ordinary_key_manages_nothing_and_a_wildcard_is_no_management_k
     assert scope_of(["*", "strongroom:*", "strongroom"]) is Scope.NONE
 
 
-async def test_each_scope_includes_those_before_it_and_no_more() -> None:
+async def test_each_scope_includes_the_lower_scopes_and_no_more() -> None:
     async with serving() as served:
         subject = await served.make_key()
         reads = [("GET", "/v1/keys"), ("GET", f"/v1/keys/{subject['id']}"), ("GET", f"/v1/keys/{subject['id']}/stats"),
@@ -77,7 +77,7 @@ async def test_each_scope_includes_those_before_it_and_no_more() -> None:
                 assert (answer.status == 403) == (scope == "read"), (scope, method, path, answer)
 
 
-async def test_nobody_grants_more_than_they_have() -> None:
+async def test_a_caller_cannot_grant_more_than_it_has() -> None:
     async with serving() as served:
         writer, admin = await served.manager("write"), await served.manager("admin")
         plain = (await served.make_key())["id"]
@@ -104,7 +104,7 @@ async def test_nobody_grants_more_than_they_have() -> None:
         assert (await served.get("/v1/keys", key=reader["key"])).status == 200, "it was touched"
 
 
-async def test_a_bound_manager_is_kept_to_its_tenant_by_every_route() -> None:
+async def test_every_route_keeps_a_tenants_management_key_in_its_tenant() -> None:
     async with serving() as served:
         theirs = await served.make_key(tenant="theirs", limits=[TOKENS])
         await served.call("PUT", "/v1/tenants/theirs/policies/p", {"policy_type": "t", "policy_name": "n"})
@@ -154,7 +154,7 @@ async def test_a_denial_of_another_tenant_is_journalled_with_its_actor_and_reque
 
 
 @pytest.mark.parametrize("path", ["/v1/keys", "/v1/tenants/acme/policies", "/v1/keys/verify", "/v1/keys/leaked"])
-async def test_a_management_key_with_allowed_addresses_works_from_these_alone(path: str) -> None:
+async def test_a_management_key_with_allowed_addresses_works_only_from_these(path: str) -> None:
     async with serving(proxies=[ip_network("10.0.0.0/8")]) as served:
         made = await served.make_key(allowed_ips=["192.0.2.0/24"], permissions=["strongroom:write"], tenant="*")
 
@@ -178,7 +178,7 @@ async def test_a_management_key_with_allowed_addresses_works_from_these_alone(pa
             assert await status("198.51.100.1", "192.0.2.7") == 403, "believed a header that anyone can send"
 
 
-async def test_a_key_cannot_shut_itself_out_by_the_addresses_it_may_be_used_from() -> None:
+async def test_a_key_cannot_lock_itself_out_with_its_allowed_addresses() -> None:
     async with serving() as served:
         for outside in (["192.0.2.1"], ["192.0.2.0/24", "::1"]):
             refused = await served.call("PATCH", "/v1/keys/admin", {"allowed_ips": outside})
@@ -189,7 +189,7 @@ async def test_a_key_cannot_shut_itself_out_by_the_addresses_it_may_be_used_from
         assert (await served.get("/v1/keys")).status == 200
 
 
-async def test_a_key_that_is_bound_to_addresses_later_is_refused_elsewhere_at_once() -> None:
+async def test_new_allowed_addresses_of_a_key_apply_at_once() -> None:
     async with serving() as served:
         made = await served.make_key(tenant="*", permissions=["strongroom:read"])
         assert (await served.get("/v1/keys", key=made["key"])).status == 200
@@ -202,7 +202,7 @@ async def test_a_key_that_is_bound_to_addresses_later_is_refused_elsewhere_at_on
 
 
 @pytest.mark.parametrize("kind", STORES)
-async def test_the_last_administrator_cannot_be_removed_by_anyone_who_calls(kind: str, tmp_path: Path) -> None:
+async def test_the_last_administrators_key_cannot_be_removed_over_http(kind: str, tmp_path: Path) -> None:
     async with serving(new_url(kind, tmp_path)) as served:
         other = await served.make_key(tenant="acme", permissions=["strongroom:admin"])  # of one tenant only
         disabled = await served.make_key(tenant="*", permissions=["strongroom:admin"])
@@ -272,7 +272,7 @@ async def test_a_management_key_expires_to_the_microsecond_although_it_is_cached
             assert (await served.verify("x", key=made["key"])).status == 200
 
 
-async def test_the_text_before_a_rotation_manages_until_its_overlap_ends() -> None:
+async def test_the_previous_secret_of_a_management_key_works_until_its_overlap_ends() -> None:
     moment = datetime(2030, 1, 1, tzinfo=UTC)
     with time_machine.travel(moment, tick=False) as clock:
         async with serving() as served:
@@ -283,7 +283,7 @@ async def test_the_text_before_a_rotation_manages_until_its_overlap_ends() -> No
             assert (await served.verify("x", key=made["key"])).status == 401
 
 
-async def test_unknown_bearers_leave_nothing_behind() -> None:
+async def test_unknown_bearer_tokens_leave_nothing_in_memory() -> None:
     async with serving() as served:
         before = await served.room.store.changes("end")
         callers = served.app.services.authenticator._callers

@@ -24,5 +24,5 @@ assert runs != []  # garbage is collected all the same
 """
 
 
-def test_what_is_loaded_is_looked_through_no_more_and_a_page_is_made_without_a_collection() -> None:
+def test_garbage_collection_skips_loaded_modules_and_does_not_run_within_a_page() -> None:
     subprocess.run([sys.executable, "-c", PROGRAM], check=True, timeout=120)

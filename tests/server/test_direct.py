@@ -116,7 +116,7 @@ def by_asgi(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize("limits", ["durable", "leased"])
-async def test_a_known_keys_verification_goes_directly_and_is_answered_as_by_asgi(
+async def test_the_direct_path_answers_a_cached_keys_verification_exactly_like_asgi(
     limits: str, by_asgi: list[str]
 ) -> None:
     async with connected(limits=limits) as (served, connection):
@@ -140,7 +140,7 @@ async def test_a_known_keys_verification_goes_directly_and_is_answered_as_by_asg
         assert await used(served, key) == 10
 
 
-async def test_what_is_not_like_most_goes_by_asgi(by_asgi: list[str]) -> None:
+async def test_unusual_requests_take_the_asgi_path(by_asgi: list[str]) -> None:
     async with connected() as (served, connection):
         key = await served.make_key(limits=[LIMIT])
         ask = {"key": key["key"]}
@@ -177,7 +177,7 @@ async def test_what_is_not_like_most_goes_by_asgi(by_asgi: list[str]) -> None:
         assert [error["path"] for error in json.loads(body)["errors"]] == ["more", "key"]
 
 
-async def test_the_head_and_each_piece_of_a_body_may_come_alone() -> None:
+async def test_head_and_body_may_arrive_in_any_chunks() -> None:
     async with connected() as (served, connection):
         key = await served.make_key(limits=[LIMIT])
         data = request({"key": key["key"], "cost": {"tokens": 1}})
@@ -194,7 +194,7 @@ async def test_the_head_and_each_piece_of_a_body_may_come_alone() -> None:
 
 @given(data=st.data())
 @settings(max_examples=25, suppress_health_check=list(HealthCheck), deadline=None)
-async def test_answers_come_in_the_order_of_the_requests_however_these_are_cut(data: st.DataObject) -> None:
+async def test_answers_come_in_request_order_however_requests_are_split(data: st.DataObject) -> None:
     async with connected(limits=data.draw(st.sampled_from(["durable", "leased"]))) as (served, connection):
         key = await served.make_key(limits=[LIMIT])
         off = await disabled(served)
@@ -262,7 +262,7 @@ async def warm(served: Served) -> bytes:
     return request({"key": key["key"], "cost": {"tokens": 1}}, "X-Request-Id: mine")
 
 
-async def test_an_error_of_the_charge_is_a_problem_document_of_this_request(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_error_of_the_ledger_is_a_problem_document_of_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
     async with connected() as (served, connection):
         data = await warm(served)
 
@@ -291,7 +291,7 @@ async def test_an_error_of_the_charge_is_a_problem_document_of_this_request(monk
         assert served.app.services.verify_gate.inside == 0
 
 
-async def test_what_nobody_foresaw_is_no_malformed_request(
+async def test_an_unexpected_error_is_a_500_and_not_a_400(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The parser, in whose call a request is begun, takes any exception for one of the request's."""
@@ -327,7 +327,7 @@ def changed(monkeypatch: pytest.MonkeyPatch) -> list[asyncio.Future[Any]]:
     return first
 
 
-async def test_a_key_that_was_changed_during_the_charge_is_asked_for_again(
+async def test_a_key_changed_during_its_verification_is_verified_again(
     changed: list[asyncio.Future[Any]], by_asgi: list[str]
 ) -> None:
     async with connected() as (served, connection):
@@ -347,7 +347,7 @@ async def test_a_key_that_was_changed_during_the_charge_is_asked_for_again(
 
 
 @pytest.mark.parametrize("gone", [True, False])
-async def test_a_connection_that_ends_during_the_charge_of_a_changed_key_ends(
+async def test_a_connection_that_closes_during_the_verification_of_a_changed_key_ends_cleanly(
     changed: list[asyncio.Future[Any]], gone: bool
 ) -> None:
     async with connected() as (served, _):
@@ -371,7 +371,7 @@ async def test_a_connection_that_ends_during_the_charge_of_a_changed_key_ends(
             assert other.answers()[0][1]["connection"] == "close"
 
 
-async def test_who_goes_away_is_charged_and_leaves_nothing_behind() -> None:
+async def test_a_disconnected_client_is_charged_and_leaves_nothing_behind() -> None:
     async with connected() as (served, connection):
         data = await warm(served)
         other = Connection(served.app)
@@ -384,7 +384,7 @@ async def test_who_goes_away_is_charged_and_leaves_nothing_behind() -> None:
         assert json.loads(body)["limits"][0]["used"] == 2
 
 
-async def test_a_server_that_stops_answers_what_is_under_way_and_then_closes() -> None:
+async def test_a_stopping_server_answers_running_requests_and_then_closes() -> None:
     async with connected() as (served, connection):
         data = await warm(served)
         connection.send(data)
@@ -399,7 +399,7 @@ async def test_a_server_that_stops_answers_what_is_under_way_and_then_closes() -
         assert idle.wire.closed
 
 
-async def test_more_at_once_than_the_bound_are_told_to_come_back() -> None:
+async def test_concurrent_verifications_over_the_bound_get_429() -> None:
     async with connected(bounds=Bounds(max_concurrency=2)) as (served, _):
         data = await warm(served)
         several = [Connection(served.app) for _ in range(5)]
@@ -412,7 +412,7 @@ async def test_more_at_once_than_the_bound_are_told_to_come_back() -> None:
         assert served.app.services.verify_gate.inside == 0
 
 
-async def test_a_connection_may_verify_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_connection_may_verify_any_number_of_times(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the bounds count of a connection begins anew with each request, answered at once or later."""
     monkeypatch.setattr("strongroom.server.protocol.MAX_HEAD_BYTES", 1_000)
     monkeypatch.setattr("strongroom.server.protocol.MAX_DISCARDED_BYTES", 1_000)
@@ -428,7 +428,7 @@ async def test_a_connection_may_verify_for_ever(monkeypatch: pytest.MonkeyPatch)
         assert not connection.wire.closed
 
 
-async def test_a_body_may_be_as_long_as_the_bound_and_no_longer() -> None:
+async def test_a_body_is_accepted_up_to_the_bound() -> None:
     async with connected(bounds=Bounds(max_body_bytes=300_000)) as (served, connection):
         body = (await warm(served)).partition(b"\r\n\r\n")[2]
         for size, expected in ((200_000, 200), (300_000, 200), (300_001, 413)):

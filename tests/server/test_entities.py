@@ -19,7 +19,7 @@ PATH = "/v1/tenants/acme/policies"
 ACCOUNTS = "/v1/tenants/acme/accounts"
 
 
-async def test_create_read_replace_change_remove() -> None:
+async def test_a_document_is_created_read_replaced_changed_and_removed() -> None:
     async with serving() as served:
         made = await served.post(PATH, POLICY)
         assert made.status == 201
@@ -89,7 +89,7 @@ async def test_if_match_star_demands_a_document_and_if_none_match_star_none() ->
             assert (await served.call("PUT", path, POLICY, **headers)).status == 422, headers
 
 
-async def test_if_match_star_makes_nothing_of_a_document_that_goes_in_this_moment(
+async def test_if_match_star_does_not_create_a_document_that_was_just_removed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with serving() as served:
@@ -112,21 +112,21 @@ async def test_if_match_star_makes_nothing_of_a_document_that_goes_in_this_momen
             assert (await served.get(f"{PATH}/p")).status == 404, method
 
 
-async def test_if_match_star_takes_whichever_version_there_is() -> None:
+async def test_if_match_star_accepts_any_version() -> None:
     async with serving() as served:
         await served.call("PUT", f"{PATH}/p", POLICY)
         puts = [served.call("PUT", f"{PATH}/p", {**POLICY, "rules": {"n": n}}, If_Match="*") for n in range(5)]
         assert {answer.status for answer in await asyncio.gather(*puts)} == {200}
 
 
-async def test_a_document_with_a_taken_id_is_not_made_again() -> None:
+async def test_a_taken_id_is_refused_with_409() -> None:
     async with serving() as served:
         assert (await served.post(PATH, {**POLICY, "id": "p"})).status == 201
         answer = await served.post(PATH, {**POLICY, "id": "p"})
         assert (answer.status, answer.code) == (409, "already_exists")
 
 
-async def test_everything_that_is_wrong_with_a_document_is_told_at_once() -> None:
+async def test_every_problem_of_a_document_is_reported_at_once() -> None:
     wrong = {"id": "other", "version": 1, "created_at": "2030-01-01T00:00:00Z", "owner": 5, "seats": "3", "rate": "x",
              "tags": "a", "address": {"street": "s", "number": "5", "zip": 1}, "photo": "???", "until": "2030-01-01",
              "x": 1,
@@ -150,7 +150,7 @@ async def test_everything_that_is_wrong_with_a_document_is_told_at_once() -> Non
         assert naive.paths == ["until"], "a time without a zone"
 
 
-async def test_values_come_back_as_they_were_sent() -> None:
+async def test_values_are_returned_as_they_were_sent() -> None:
     async with serving() as served:
         body = (
             b'{"owner": "o", "balance": 12345678901234567890.123456789, "photo": "_-8=", "seats": 9007199254740993,'
@@ -187,14 +187,14 @@ async def test_a_secret_is_never_answered_in_clear_and_its_mask_is_not_stored() 
             assert (await served.get(f"{ACCOUNTS}?{query}")).status == 422, "found by its secret"
 
 
-async def test_a_document_whose_time_is_over_is_gone() -> None:
+async def test_an_expired_document_is_not_found() -> None:
     async with serving() as served:
         await served.call("PUT", f"{ACCOUNTS}/a", {"owner": "o", "until": "2020-01-01T00:00:00Z"})
         assert (await served.get(f"{ACCOUNTS}/a")).status == 404
         assert (await served.get(ACCOUNTS)).json["items"] == []
 
 
-async def test_the_same_write_again_with_its_idempotency_key_happens_once() -> None:
+async def test_a_retried_write_with_its_idempotency_key_happens_once() -> None:
     async with serving() as served:
         made = [await served.post(PATH, POLICY, Idempotency_Key="1") for _ in range(2)]
         assert made[0].json == made[1].json
@@ -241,7 +241,7 @@ def _everything() -> Any:
         ("/v1/tenants/acme/policies/", 404), ("/v1/tenants/" + "x" * 129 + "/policies", 422), ("/v1/tenants/acme", 404),
     ],
 )  # fmt: skip
-async def test_what_is_not_there_is_not_found(path: str, status: int) -> None:
+async def test_missing_documents_and_collections_are_404(path: str, status: int) -> None:
     async with serving() as served:
         assert (await served.get(path)).status == status
 
@@ -288,7 +288,7 @@ LISTS: list[tuple[dict[str, Any] | list[tuple[str, str]], list[int]]] = [
 ]  # fmt: skip
 
 
-async def test_filters_mean_what_they_say() -> None:
+async def test_filters_select_the_documented_documents() -> None:
     async with serving() as served:
         await _fill(served)
         for parameters, numbers in LISTS:
@@ -297,7 +297,7 @@ async def test_filters_mean_what_they_say() -> None:
             assert [item["id"] for item in answer.json["items"]] == [f"a{n}" for n in numbers], parameters
 
 
-async def test_a_cursor_leads_through_every_page_and_only_its_own_list() -> None:
+async def test_a_cursor_continues_its_own_list_only() -> None:
     async with serving() as served:
         await _fill(served)
         path, found, cursor = f"{ACCOUNTS}?owner__ne=x&order_by=-owner&limit=2", [], ""
@@ -312,7 +312,7 @@ async def test_a_cursor_leads_through_every_page_and_only_its_own_list() -> None
             assert (await served.get(other)).paths == ["cursor"]
 
 
-async def test_everything_that_is_wrong_with_a_list_is_told_at_once() -> None:
+async def test_every_problem_of_a_list_request_is_reported_at_once() -> None:
     wrong = [
         ("colour", "red"), ("seats", "many"), ("balance__gt", "x"), ("until__ge", "2030-01-01T00:00:00"),
         ("rate", "nan"),
@@ -343,7 +343,7 @@ WRONG_WHERES: list[tuple[str, str]] = [
     ]  # fmt: skip
 
 
-async def test_a_wrong_where_is_refused() -> None:
+async def test_an_invalid_where_is_refused() -> None:
     async with serving() as served:
         for where, path in WRONG_WHERES:
             answer = await served.get(f"{ACCOUNTS}?{urlencode({'where': where})}")

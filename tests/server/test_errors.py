@@ -56,7 +56,7 @@ def test_each_code_has_its_status_and_nothing_else_has() -> None:
         (RuntimeError("secret text"), 500), (KeyError("secret text"), 500), (OSError("secret text"), 500),
     ],
 )  # fmt: skip
-async def test_a_store_that_fails_is_told_alike_everywhere(error: Exception, status: int) -> None:
+async def test_a_store_failure_has_the_same_answer_on_every_path(error: Exception, status: int) -> None:
     async with serving() as served:
         await served.get("/v1/keys")  # the caller is known
 
@@ -74,7 +74,7 @@ async def test_a_store_that_fails_is_told_alike_everywhere(error: Exception, sta
             assert "secret text" not in answer.answer.text
 
 
-async def test_a_write_whose_outcome_is_unknown_says_so_to_who_sent_it() -> None:
+async def test_a_write_with_an_unknown_outcome_says_so() -> None:
     async with serving() as served:
 
         async def lost(*_: Any, **__: Any) -> Any:
@@ -101,7 +101,7 @@ async def test_a_write_whose_outcome_is_unknown_says_so_to_who_sent_it() -> None
         (Unavailable("too many nodes at once: try again"), "too many nodes at once: try again"),
     ],
 )
-async def test_where_the_store_is_is_not_told_to_callers(error: StrongroomError, detail: str) -> None:
+async def test_callers_do_not_learn_where_the_store_is(error: StrongroomError, detail: str) -> None:
     async with serving() as served:
 
         async def fail(*_: Any, **__: Any) -> Any:
@@ -112,7 +112,7 @@ async def test_where_the_store_is_is_not_told_to_callers(error: StrongroomError,
         assert (await served.post("/v1/keys", {"name": "k"})).json["detail"] == detail
 
 
-async def test_what_is_not_there_and_what_is_not_for_a_path() -> None:
+async def test_unknown_paths_and_methods_have_the_error_shape() -> None:
     async with serving() as served:
         for path in ("/nothing", "/v1/nothing", "/v2/keys", "/v1/keys/", "//v1/keys", "/v1/keys/x/y/z", "/V1/KEYS"):
             assert (await served.get(path)).status == 404, path
@@ -152,7 +152,7 @@ async def test_a_body_over_the_bound_is_not_read_to_its_end() -> None:
             assert taken < 20, path
 
 
-async def test_more_requests_at_once_than_the_bound_are_told_to_come_back() -> None:
+async def test_concurrent_requests_over_the_bound_get_429() -> None:
     async with serving(bounds=Bounds(max_concurrency=1)) as served:
         services = served.app.services
         services.gate.inside = services.verify_gate.inside = 1
@@ -165,7 +165,7 @@ async def test_more_requests_at_once_than_the_bound_are_told_to_come_back() -> N
 
 
 @pytest.mark.parametrize("name", ["", "a" * 129, "ü", "a b", "a\tb", '"><script>'])
-async def test_a_request_id_that_is_not_sane_is_replaced(name: str) -> None:
+async def test_an_invalid_request_id_is_replaced(name: str) -> None:
     async with serving() as served:
         answer = await served.get("/v1/nothing", X_Request_Id=name.encode())
         assert answer.json["request_id"] not in (name, "")
@@ -210,7 +210,7 @@ NUMBERS = ["1700000000", "1700000000.5", "-5", "+1", "1700000000000", 1_700_000_
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-async def test_a_number_is_no_time_wherever_one_is_read(number: Any) -> None:
+async def test_a_number_is_refused_where_a_time_is_expected(number: Any) -> None:
     async with serving() as served:
         made = await served.make_key()
         for method, path, body in (
@@ -239,7 +239,7 @@ async def test_a_number_is_no_time_wherever_one_is_read(number: Any) -> None:
             Account.parse_json(json.dumps({"owner": "o", "until": number}))
 
 
-async def test_a_time_is_still_a_time() -> None:
+async def test_a_time_is_accepted_where_a_time_is_expected() -> None:
     async with serving() as served:
         for moment in ("2027-01-01T00:00:00Z", "2027-01-01T01:00:00+01:00"):
             assert await served.make_key(expires_at=moment)

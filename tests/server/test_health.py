@@ -22,7 +22,7 @@ BODILESS = (
 """Calls that say all by their path."""
 
 
-async def test_alive_and_ready_need_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_healthz_and_readyz_need_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health, "DEGRADED_S", PATIENCE_S)  # a busy machine is slow: that is told, and no matter here
     monkeypatch.setattr(health, "FEED_LATE_S", PATIENCE_S)
     async with serving() as served:
@@ -40,7 +40,7 @@ async def test_alive_and_ready_need_no_key(monkeypatch: pytest.MonkeyPatch) -> N
     ("found", "status", "word"),
     [(Health(False, 0.1), 503, "unavailable"), (Health(True, 2.0), 200, "degraded"), (None, 503, "unavailable")],
 )
-async def test_a_dependency_that_fails_or_is_slow_is_told(
+async def test_readyz_names_a_dependency_that_fails_or_is_slow(
     found: Health | None, status: int, word: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(health, "CHECK_TIMEOUT_S", 0.05)
@@ -92,7 +92,7 @@ async def test_metrics_count_requests_by_route_verifications_by_code_and_writes(
         assert not any("acme" in part or made["id"] in part for name in found for part in name)
 
 
-async def test_one_caller_whose_bodies_never_arrive_leaves_places_to_others() -> None:
+async def test_a_caller_that_never_sends_its_bodies_leaves_request_slots_to_others() -> None:
     async with serving(bounds=Bounds(max_concurrency=8)) as served:
         slow, other = await served.manager("write", tenant="acme"), await served.manager("write", tenant="other")
         closed = asyncio.Event()
@@ -121,7 +121,7 @@ async def test_one_caller_whose_bodies_never_arrive_leaves_places_to_others() ->
 
 
 @pytest.mark.parametrize("path", ["/v1/keys", "/v1/tenants/acme/policies", "/v1/usage:batch"])
-async def test_a_client_that_goes_away_amid_its_body_is_no_failure_of_the_server(path: str) -> None:
+async def test_a_client_that_disconnects_within_its_body_is_no_server_error(path: str) -> None:
     async with serving() as served:
         scope = {
             "type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"",
@@ -159,7 +159,7 @@ async def test_head_is_answered_wherever_get_is() -> None:
         assert (await _metrics(served))["strongroom_requests_total", "HEAD", "/healthz", "200"] == 1
 
 
-async def test_series_are_bounded_whatever_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_number_of_metric_series_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("strongroom.server.metrics.MAX_SERIES", 20)
     async with serving() as served:
         for number in range(100):
@@ -203,7 +203,7 @@ async def test_openapi_has_every_route_with_its_schemas() -> None:
                     assert operation["requestBody"]["content"]["application/json"]["schema"], (method, path)
 
 
-async def test_every_reference_of_the_openapi_document_leads_somewhere() -> None:
+async def test_every_reference_of_the_openapi_document_resolves() -> None:
     async with serving() as served:
         spec = await _spec(served)
         names = set(re.findall(r'"#/components/schemas/([^"]+)"', repr(spec).replace("'", '"')))
@@ -212,14 +212,14 @@ async def test_every_reference_of_the_openapi_document_leads_somewhere() -> None
         assert "$defs" not in repr(spec)
 
 
-async def test_a_secret_field_is_never_promised() -> None:
+async def test_the_openapi_document_shows_no_secret_field() -> None:
     async with serving() as served:
         schemas = (await _spec(served))["components"]["schemas"]
         assert schemas["accounts.document"]["properties"]["token"]["enum"] == ["***", None]
         assert not {"hash", "sealed", "previous_hash"} & set(schemas["KeyOut"]["properties"])
 
 
-async def test_the_page_needs_no_other_host_and_explains_every_error() -> None:
+async def test_the_docs_page_loads_from_this_host_only_and_explains_every_error() -> None:
     async with serving() as served:
         page = await served.get("/docs", key=None)
         assert page.headers["content-type"].startswith("text/html")

@@ -58,7 +58,7 @@ def ended(connection: Connection) -> Callable[[], bool]:
     return lambda: connection.wire.ended
 
 
-async def test_the_body_of_an_upgrade_is_never_a_request() -> None:
+async def test_the_body_of_an_upgrade_is_not_parsed_as_a_request() -> None:
     app = App()
     for more in (b"Content-Length: %d\r\n\r\n" % len(GET % 9), b"Transfer-Encoding: chunked\r\n\r\n"):
         connection = Connection(app)
@@ -72,7 +72,7 @@ async def test_the_body_of_an_upgrade_is_never_a_request() -> None:
     assert not app.asked
 
 
-async def test_after_an_upgrade_that_is_not_taken_up_the_connection_ends() -> None:
+async def test_a_refused_upgrade_closes_the_connection() -> None:
     app = App()
     connection = Connection(app)
     head = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
@@ -84,7 +84,7 @@ async def test_after_an_upgrade_that_is_not_taken_up_the_connection_ends() -> No
     connection.close()
 
 
-async def test_nothing_after_a_request_that_closes_is_a_request() -> None:
+async def test_no_request_is_read_after_connection_close() -> None:
     app = App()
     connection = Connection(app)
     connection.send(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n" + GET % 9)
@@ -130,7 +130,7 @@ async def test_nothing_after_a_request_that_closes_is_a_request() -> None:
         CHUNKED + ONE_CHUNK + b"0\r\nTransfer-Encoding: chunked\r\n\r\n",
     ],
 )
-async def test_what_is_no_request_is_refused_and_nothing_after_it_is_one(sent: bytes) -> None:
+async def test_a_malformed_request_is_refused_and_closes_the_connection(sent: bytes) -> None:
     app = App()
     connection = Connection(app)
     connection.send(sent + GET % 9)
@@ -168,7 +168,7 @@ async def test_an_error_waits_until_the_requests_before_it_are_answered() -> Non
     assert {scope["path"] for scope in app.asked} == {"/1", "/2"}
 
 
-async def test_an_error_beside_a_verification_in_flight_comes_after_its_answer() -> None:
+async def test_an_error_waits_for_the_answer_of_an_earlier_verification() -> None:
     async with connected() as (served, _):
         data = await warm(served)
         other = Connection(served.app)
@@ -179,7 +179,7 @@ async def test_an_error_beside_a_verification_in_flight_comes_after_its_answer()
         other.close()
 
 
-async def test_who_waits_for_a_word_before_sending_a_body_that_is_refused_is_not_misread() -> None:
+async def test_a_body_after_a_refused_expect_continue_is_not_parsed_as_a_request() -> None:
     """Whether such a client sends its body after the refusal cannot be known: what follows might be anything."""
     app = App(reads=False)
     connection = Connection(app)
@@ -199,7 +199,7 @@ async def test_who_waits_for_a_word_before_sending_a_body_that_is_refused_is_not
 
 
 @pytest.mark.parametrize("name", ["Authorization", "Idempotency-Key"])
-async def test_of_two_headers_none_is_chosen(name: str) -> None:
+async def test_duplicate_critical_headers_are_refused(name: str) -> None:
     async with connected() as (served, connection):
         key = await served.make_key()
         await in_memory(served, key["key"])

@@ -31,7 +31,7 @@ FULL: dict[str, Any] = {
 }
 
 
-async def test_a_key_is_made_with_every_field_and_its_text_is_shown_once() -> None:
+async def test_a_key_is_created_with_every_field_and_its_secret_is_shown_once() -> None:
     async with serving() as served:
         made = await served.post("/v1/keys", FULL)
         assert made.status == 201
@@ -59,7 +59,7 @@ async def test_money_keeps_all_its_digits() -> None:
         assert answer.json["limits"][0]["remaining"] == Decimal("123456789.123456788")
 
 
-async def test_everything_that_is_wrong_with_a_new_key_is_told_at_once() -> None:
+async def test_every_problem_of_a_new_key_is_reported_at_once() -> None:
     wrong = {
         "name": "", "tenant": 5, "user_id": 7, "permissions": ["white space"], "expires_at": 1893456000,
         "metadata": [], "allowed_ips": ["10.0.0.0/99"], "colour": "red",
@@ -90,7 +90,7 @@ async def test_everything_that_is_wrong_with_a_new_key_is_told_at_once() -> None
         ({"hash": "x"}, "hash"),
     ],
 )
-async def test_a_wrong_field_is_named(fields: dict[str, Any], path: str) -> None:
+async def test_an_invalid_field_is_named(fields: dict[str, Any], path: str) -> None:
     async with serving() as served:
         answer = await served.post("/v1/keys", {"name": "n", **fields})
         assert answer.status == 422, answer
@@ -100,7 +100,7 @@ async def test_a_wrong_field_is_named(fields: dict[str, Any], path: str) -> None
         assert changed.status == 422, changed
 
 
-async def test_a_change_keeps_what_is_not_given_and_needs_the_version_that_if_match_names() -> None:
+async def test_a_change_keeps_other_fields_and_checks_if_match() -> None:
     async with serving() as served:
         made = await served.make_key(**FULL)
         path = f"/v1/keys/{made['id']}"
@@ -124,7 +124,7 @@ async def test_a_change_keeps_what_is_not_given_and_needs_the_version_that_if_ma
         assert (await served.get(path)).json["name"] == "fourth"
 
 
-async def test_an_unchanged_key_is_not_sent_again() -> None:
+async def test_an_unchanged_key_is_answered_304() -> None:
     async with serving() as served:
         made = await served.make_key()
         path = f"/v1/keys/{made['id']}"
@@ -151,13 +151,13 @@ async def test_a_page_leads_to_the_next_and_newest_come_first() -> None:
     ("query", "paths"),
     [("limit=0", ["limit"]), ("limit=1001&cursor=x&colour=red", ["colour", "limit"]), ("cursor=x", ["cursor"])],
 )
-async def test_a_wrong_list_is_refused(query: str, paths: list[str]) -> None:
+async def test_an_invalid_list_request_is_refused(query: str, paths: list[str]) -> None:
     async with serving() as served:
         answer = await served.get(f"/v1/keys?{query}")
         assert (answer.status, answer.paths) == (422, paths)
 
 
-async def test_rotate_disable_enable_delete() -> None:
+async def test_a_key_is_rotated_disabled_enabled_and_deleted() -> None:
     async with serving() as served:
         made = await served.make_key(limits=[TOKENS])
         path, old = f"/v1/keys/{made['id']}", made["key"]
@@ -188,7 +188,7 @@ async def test_rotate_disable_enable_delete() -> None:
             assert (await served.post("/v1/keys/admin/rotate", body)).status == 422, body
 
 
-async def test_the_same_write_again_with_its_idempotency_key_happens_once() -> None:
+async def test_a_retried_write_with_its_idempotency_key_happens_once() -> None:
     async with serving() as served:
         first, again = [await served.post("/v1/keys", FULL, Idempotency_Key="k1") for _ in range(2)]
         assert (first.status, again.status) == (201, 201)
@@ -210,7 +210,7 @@ async def test_the_same_write_again_with_its_idempotency_key_happens_once() -> N
             assert (await served.post("/v1/keys", FULL, Idempotency_Key=wrong)).status == 422
 
 
-async def test_statistics_say_what_was_used() -> None:
+async def test_statistics_show_the_usage() -> None:
     async with serving() as served:
         made = await served.make_key(limits=[TOKENS], tenant="acme")
         await served.verify(made["key"], cost={"tokens": 300, "images": 2})
@@ -223,7 +223,7 @@ async def test_statistics_say_what_was_used() -> None:
         assert (limit["used"], limit["remaining"], limit["window"]) == (400, 600, TOKENS["window"])
 
 
-async def test_a_batch_is_answered_in_order_and_a_wrong_item_debits_nothing() -> None:
+async def test_a_batch_is_answered_in_order_and_an_invalid_item_debits_nothing() -> None:
     async with serving() as served:
         made = await served.make_key(limits=[TOKENS])
         ask = {"key": made["key"], "cost": {"tokens": 400}}
@@ -299,7 +299,7 @@ async def test_a_key_has_an_owner_an_environment_and_what_it_is_for() -> None:
         ({"deleted_at": None}, "deleted_at"),
     ],
 )
-async def test_a_wrong_field_of_its_life_is_named(fields: dict[str, Any], path: str) -> None:
+async def test_an_invalid_life_cycle_field_is_named(fields: dict[str, Any], path: str) -> None:
     async with serving() as served:
         answer = await served.post("/v1/keys", {"name": "n", **fields})
         assert (answer.status, answer.paths) == (422, [path]), answer
@@ -316,7 +316,7 @@ async def test_an_overlap_over_the_maximum_is_a_problem_document() -> None:
         assert (await served.verify(made["key"])).json["valid"]
 
 
-async def test_a_held_text_is_claimed_once_or_again_with_its_idempotency_key() -> None:
+async def test_a_held_secret_is_claimed_once_or_again_with_its_idempotency_key() -> None:
     async with serving() as served:
         made = await served.make_key(limits=[TOKENS])
         path = f"/v1/keys/{made['id']}"
@@ -359,7 +359,7 @@ async def test_a_deleted_key_is_hidden_can_be_restored_and_is_purged() -> None:
         assert (await served.call("DELETE", path + "?purge=perhaps")).paths == ["purge"]
 
 
-async def test_many_keys_are_changed_a_part_at_a_time() -> None:
+async def test_a_bulk_change_proceeds_in_steps() -> None:
     async with serving() as served:
         made = [await served.make_key(tenant="acme", owner="ops") for _ in range(5)]
         work = {"action": "disable", "filter": {"tenant": "acme"}, "limit": 2}
@@ -422,13 +422,13 @@ async def test_only_administrators_change_management_keys_in_bulk() -> None:
         ({"action": "update", "filter": {}, "changes": {"limits": 5}}, ["changes.limits", "filter"]),
     ],
 )  # fmt: skip
-async def test_wrong_work_on_many_keys_is_refused(body: dict[str, Any], paths: list[str]) -> None:
+async def test_an_invalid_bulk_change_is_refused(body: dict[str, Any], paths: list[str]) -> None:
     async with serving() as served:
         answer = await served.post("/v1/keys:bulk", body)
         assert (answer.status, answer.paths) == (422, paths), answer
 
 
-async def test_the_pepper_is_rotated_by_an_administrator_of_all_tenants_alone() -> None:
+async def test_only_an_administrator_of_all_tenants_rotates_the_pepper() -> None:
     async with serving() as served:
         made = await served.make_key()
         for scope, tenant in (("write", "*"), ("admin", "acme")):

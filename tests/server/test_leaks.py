@@ -80,7 +80,7 @@ async def serving_with(leak_keys: str | None, **more: Any) -> AsyncIterator[Serv
 # --- A report of the programme --------------------------------------------------------------------------------
 
 
-async def test_a_signed_report_is_dealt_with_and_answered_with_a_label_for_each_text(served: Served) -> None:
+async def test_a_signed_report_is_handled_and_answered_with_a_label_for_each_secret(served: Served) -> None:
     await served.call("PUT", "/v1/leaks/policy/acme", {"action": "disable"})
     made = await served.make_key(tenant="acme")
     unknown = generate()
@@ -105,7 +105,7 @@ async def test_a_signed_report_is_dealt_with_and_answered_with_a_label_for_each_
     assert (await served.get("/v1/leaks")).json["items"] == [leak]
 
 
-async def test_fields_that_the_programme_may_add_or_leave_out_do_not_matter(served: Served) -> None:
+async def test_unknown_and_optional_fields_of_a_report_are_ignored(served: Served) -> None:
     made = await served.make_key()
     body = json.dumps([{"token": made["key"], "url": None, "since": "then"}]).encode()
     answer = await send(served, body, **signed(body))
@@ -137,9 +137,7 @@ NOT_SIGNED = {
 
 
 @pytest.mark.parametrize("headers", NOT_SIGNED.values(), ids=list(NOT_SIGNED))
-async def test_a_wrong_signature_is_refused_does_nothing_and_tells_nothing(
-    served: Served, headers: dict[str, str]
-) -> None:
+async def test_a_wrong_signature_is_refused_without_effect_or_hint(served: Served, headers: dict[str, str]) -> None:
     made = await served.make_key()
     real = {name: value.replace("sr_x", made["key"]) for name, value in headers.items()}
     refusals = []
@@ -152,7 +150,7 @@ async def test_a_wrong_signature_is_refused_does_nothing_and_tells_nothing(
     assert (await served.get(f"/v1/keys/{made['id']}")).json["leaked_at"] is None
 
 
-async def test_without_a_list_of_keys_no_signature_counts() -> None:
+async def test_without_public_keys_no_signature_is_accepted() -> None:
     async with serving_with(None) as served:
         assert (await send(served, BODY, **GOOD)).status == 401
 
@@ -166,7 +164,7 @@ async def test_other_methods_of_its_path_need_a_management_key(served: Served, m
 # --- Other scanners -------------------------------------------------------------------------------------------
 
 
-async def test_a_management_key_that_may_write_reports_too_and_of_its_own_tenant_alone(served: Served) -> None:
+async def test_a_management_key_with_write_scope_reports_leaks_of_its_tenant_only(served: Served) -> None:
     ours, theirs = await served.make_key(tenant="acme"), await served.make_key(tenant="other")
     body = report(ours["key"], theirs["key"])
     for scope, status in (("read", 403), ("write", 200)):
@@ -205,7 +203,7 @@ async def test_what_is_not_a_report_is_refused_whole(
 
 
 @pytest.mark.parametrize("configured", [True, False])
-async def test_no_body_is_read_of_whom_it_cannot_be(configured: bool, key_file: Path) -> None:
+async def test_no_body_is_read_from_a_caller_without_credentials(configured: bool, key_file: Path) -> None:
     async with serving_with(str(key_file) if configured else None) as served:
         body, read = report(generate()), []
 
@@ -275,7 +273,7 @@ async def test_a_policy_is_read_by_readers_and_set_by_administrators_of_the_tena
         ({"action": "notify", "tenant": "x", "context": 1, "self": 2}, ["context", "self", "tenant"]),
     ],
 )
-async def test_a_wrong_policy_is_told_by_the_name_of_what_is_wrong(
+async def test_an_invalid_policy_is_refused_with_its_field(
     served: Served, body: dict[str, Any], paths: list[str]
 ) -> None:
     answer = await served.call("PUT", "/v1/leaks/policy/acme", body)
@@ -336,7 +334,7 @@ async def publisher(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[Publ
         yield publisher, f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/keys"
 
 
-async def test_the_list_is_fetched_when_it_is_needed_and_kept(publisher: tuple[Publisher, str], clock: Clock) -> None:
+async def test_the_public_keys_are_fetched_on_demand_and_cached(publisher: tuple[Publisher, str], clock: Clock) -> None:
     told, url = publisher
     async with serving_with(url) as served:
         assert told.asked == 0
@@ -348,7 +346,7 @@ async def test_the_list_is_fetched_when_it_is_needed_and_kept(publisher: tuple[P
         assert told.asked == 2
 
 
-async def test_identifiers_that_are_unknown_cause_one_fetch_a_minute_at_most(
+async def test_unknown_key_identifiers_cause_at_most_one_fetch_a_minute(
     publisher: tuple[Publisher, str], clock: Clock
 ) -> None:
     told, url = publisher
@@ -381,7 +379,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("broken", BROKEN.values(), ids=list(BROKEN))
-async def test_while_the_list_cannot_be_had_reports_are_put_off_and_what_it_said_is_believed_for_a_day(
+async def test_without_the_key_list_reports_get_503_and_cached_keys_stay_valid_for_a_day(
     publisher: tuple[Publisher, str], clock: Clock, broken: tuple[bytes, str, str]
 ) -> None:
     told, url = publisher
@@ -404,7 +402,7 @@ async def test_while_the_list_cannot_be_had_reports_are_put_off_and_what_it_said
         assert (await send(served, BODY, **GOOD)).status == 503
 
 
-async def test_a_list_that_never_comes_is_given_up(
+async def test_a_fetch_of_the_key_list_times_out(
     publisher: tuple[Publisher, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told, url = publisher
@@ -424,7 +422,7 @@ async def test_a_list_that_never_comes_is_given_up(
     ],
     ids=["P-384", "secp256k1", "RSA"],
 )
-async def test_keys_of_another_kind_are_left_out(tmp_path: Path, other: Any) -> None:
+async def test_public_keys_of_another_kind_are_ignored(tmp_path: Path, other: Any) -> None:
     file = tmp_path / "keys.json"
     file.write_text(json.dumps(listed(**{ID: KEY, "1" * 64: other})))
     async with serving_with(str(file)) as served:
@@ -437,7 +435,7 @@ async def test_keys_of_another_kind_are_left_out(tmp_path: Path, other: Any) -> 
 
 
 @pytest.mark.parametrize("content", [None, "", "{}", '{"public_keys": [{"key": "x", "key_identifier": "y"}]}'])
-def test_a_file_that_cannot_be_used_stops_the_start(tmp_path: Path, content: str | None) -> None:
+def test_an_unusable_file_of_public_keys_stops_the_start(tmp_path: Path, content: str | None) -> None:
     file = tmp_path / "keys.json"
     if content is not None:
         file.write_text(content)
@@ -460,9 +458,7 @@ def test_a_file_that_cannot_be_used_stops_the_start(tmp_path: Path, content: str
         ("https://", False),
     ],
 )
-def test_a_list_is_not_read_over_a_network_that_anyone_can_alter(
-    monkeypatch: pytest.MonkeyPatch, place: str, right: bool
-) -> None:
+def test_the_key_list_must_use_https(monkeypatch: pytest.MonkeyPatch, place: str, right: bool) -> None:
     monkeypatch.setenv("STRONGROOM_LEAK_KEYS", place)
     if right:
         assert config.load().leak_keys == place

@@ -105,7 +105,7 @@ async def test_limits_and_their_windows_are_described_by_their_kind(served: Serv
         ("post /v1/keys/verify", {"Idempotency-Key"}, {}),
     ],
 )
-async def test_headers_are_described(
+async def test_every_header_is_described(
     operation: str, request_headers: set[str], answer_headers: dict[str, set[str]], served: Served
 ) -> None:
     method, path = operation.split()
@@ -117,7 +117,7 @@ async def test_headers_are_described(
         assert "412" in described["responses"]
 
 
-async def test_each_status_has_the_codes_that_it_may_carry(served: Served) -> None:
+async def test_each_status_lists_its_error_codes(served: Served) -> None:
     document = served.contract.document
     seen = set()
     for item in document["paths"].values():
@@ -135,7 +135,7 @@ async def test_each_status_has_the_codes_that_it_may_carry(served: Served) -> No
     )
 
 
-async def test_an_answer_that_is_not_as_described_fails_the_test_that_sees_it(served: Served) -> None:
+async def test_a_response_that_contradicts_the_document_fails_its_test(served: Served) -> None:
     made = await served.make_key(limits=[TOKENS])
     answer = (await served.get(f"/v1/keys/{made['id']}")).answer
     good = dict(answer.headers), answer.json()

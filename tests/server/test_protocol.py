@@ -79,9 +79,7 @@ def connected(app: Any) -> tuple[Protocol, Wire]:
 
 
 @pytest.mark.parametrize("sent", [b"", b"POST / HT", HEAD, HEAD + b"\r\n", HEAD + b"\r\n12"])
-async def test_a_request_that_does_not_arrive_is_given_up_however_it_trickles(
-    sent: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_slow_request_times_out_however_it_trickles(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocol, "ARRIVAL_TIMEOUT_S", 0.1)
     began = time.monotonic()
     connection, wire = connected(_waiting)
@@ -96,7 +94,7 @@ async def test_a_request_that_does_not_arrive_is_given_up_however_it_trickles(
     connection.connection_lost(None)
 
 
-async def test_a_request_in_work_is_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_running_request_does_not_time_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocol, "ARRIVAL_TIMEOUT_S", 0.02)
     connection, wire = connected(_waiting)
     connection.data_received(HEAD + b"\r\n1234567890")
@@ -120,7 +118,7 @@ async def test_a_head_without_end_is_refused_once_and_then_nothing_more_is_read(
     connection.connection_lost(None)
 
 
-async def test_a_body_that_was_refused_is_dropped_and_its_sender_not_listened_to_for_ever() -> None:
+async def test_a_refused_body_is_discarded_for_a_bounded_time() -> None:
     connection, wire = connected(_refusing)
     connection.data_received(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
     await wait_until(lambda: wire.sent)
@@ -134,7 +132,7 @@ async def test_a_body_that_was_refused_is_dropped_and_its_sender_not_listened_to
     connection.connection_lost(None)
 
 
-async def test_an_answer_is_one_call_to_the_system() -> None:
+async def test_an_answer_is_one_write() -> None:
     connection, wire = connected(_refusing)
     connection.data_received(HEAD + b"\r\n1234567890")
     await wait_until(lambda: wire.sent)

@@ -57,7 +57,7 @@ async def test_a_quota_is_put_shown_changed_listed_and_removed(served: Served) -
     assert (await served.get(USER + "/stats")).status == 404
 
 
-async def test_every_window_goes_in_and_out_as_it_is(served: Served) -> None:
+async def test_every_window_is_accepted_and_returned_unchanged(served: Served) -> None:
     limits = [
         tokens(models=["gpt-*"], routes=["/chat"]),
         {"resource": "concurrency", "limit": 3, "window": {"kind": "total"}},
@@ -109,7 +109,7 @@ async def test_names_with_slashes_are_sent_encoded(served: Served) -> None:
     assert (await served.call("DELETE", "/v1/quotas/user/a%2Fb/c%2Fd", if_match="*")).status == 204
 
 
-async def test_preconditions_hold(served: Served) -> None:
+async def test_preconditions_are_enforced(served: Served) -> None:
     made = await served.call("PUT", USER, {"limits": []}, if_none_match="*")
     assert made.status == 201
     assert (await served.call("PUT", USER, {"limits": []}, if_none_match="*")).status == 412
@@ -121,7 +121,7 @@ async def test_preconditions_hold(served: Served) -> None:
     assert (await served.call("DELETE", USER, if_match=changed.headers["etag"])).status == 204
 
 
-async def test_repeats_with_one_idempotency_key_change_nothing(served: Served) -> None:
+async def test_idempotent_retries_change_nothing(served: Served) -> None:
     first = await served.call("PUT", USER, {"limits": [tokens()]}, idempotency_key="k1")
     again = await served.call("PUT", USER, {"limits": [tokens()]}, idempotency_key="k1")
     assert first.json == again.json
@@ -132,7 +132,7 @@ async def test_repeats_with_one_idempotency_key_change_nothing(served: Served) -
         assert (await served.call("DELETE", USER, idempotency_key="k3")).status == 204
 
 
-async def test_everything_that_is_wrong_is_told_at_once(served: Served) -> None:
+async def test_every_problem_is_reported_at_once(served: Served) -> None:
     body = {
         "tenant": "other",
         "more": 1,
@@ -163,19 +163,19 @@ async def test_everything_that_is_wrong_is_told_at_once(served: Served) -> None:
         (f"/v1/quotas/user/acme/{'x' * 600}", "name"),
     ],
 )
-async def test_a_path_that_names_no_subject_is_told(served: Served, path: str, wrong: str) -> None:
+async def test_a_path_without_a_valid_subject_is_refused(served: Served, path: str, wrong: str) -> None:
     for method, body in (("GET", None), ("PUT", {"limits": []}), ("PATCH", {"description": "x"}), ("DELETE", None)):
         answer = await served.call(method, path, body)
         assert (answer.status, answer.paths) == (422, [wrong])
     assert (await served.call("POST", path)).status == 405
 
 
-async def test_a_list_names_what_it_does_not_know(served: Served) -> None:
+async def test_a_list_names_unknown_parameters(served: Served) -> None:
     answer = await served.get("/v1/quotas?kind=team&limit=0&more=1")
     assert (answer.status, answer.paths) == (422, ["kind", "limit", "more"])
 
 
-async def test_who_is_bound_to_a_tenant_sees_and_sets_only_its_own(served: Served) -> None:
+async def test_a_caller_bound_to_a_tenant_sees_and_sets_only_its_quotas(served: Served) -> None:
     await served.call("PUT", TENANT, {"limits": [tokens(5)]})
     await served.call("PUT", "/v1/quotas/user/globex/u1", {"limits": []})
     key = await served.manager("write", "acme")

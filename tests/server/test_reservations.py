@@ -35,7 +35,7 @@ async def test_a_reservation_is_made_extended_and_settled() -> None:
         assert (denied.status, denied.json["code"], denied.json["reservation_id"]) == (200, "USAGE_EXCEEDED", None)
 
 
-async def test_the_same_reservation_again_is_one() -> None:
+async def test_a_retried_reservation_is_created_once() -> None:
     async with serving() as served:
         made = await served.make_key(limits=[TOKENS])
         body = {"key": made["key"], "cost": {"tokens": 100}}
@@ -73,7 +73,7 @@ async def test_money_is_settled_to_its_last_digit() -> None:
         ({"key": "a", "ttl_s": "60", "cost": []}, ["cost", "ttl_s"]),
     ],
 )
-async def test_everything_that_is_wrong_with_one_is_told_at_once(body: dict[str, Any], paths: list[str]) -> None:
+async def test_every_problem_of_a_reservation_is_reported_at_once(body: dict[str, Any], paths: list[str]) -> None:
     async with serving() as served:
         answer = await served.post("/v1/reservations", body)
         assert (answer.status, answer.paths) == (422, paths), answer
@@ -89,7 +89,7 @@ async def test_everything_that_is_wrong_with_one_is_told_at_once(body: dict[str,
         ("extend", {"used": {"concurrency": 1}}, ["used.concurrency"]),
     ],
 )  # fmt: skip
-async def test_everything_that_is_wrong_with_a_change_is_told_at_once(
+async def test_every_problem_of_an_extension_or_settlement_is_reported_at_once(
     action: str, body: dict[str, Any], paths: list[str]
 ) -> None:
     async with serving() as served:
@@ -100,14 +100,14 @@ async def test_everything_that_is_wrong_with_a_change_is_told_at_once(
 
 
 @pytest.mark.parametrize("id", ["rsv_nothing", "rsl_nothing", "x", "%00", "a%2Fb", "x" * 2_000, "%F0%9F%94%91"])
-async def test_an_unknown_one_is_a_problem_that_tells_nothing(id: str) -> None:
+async def test_an_unknown_reservation_is_404(id: str) -> None:
     async with serving() as served:
         for action, body in (("settle", {"cost": {"tokens": 1}}), ("extend", {}), ("release", None)):
             answer = await served.post(f"/v1/reservations/{id}/{action}", body)
             assert answer.status in (404, 422), answer
 
 
-async def test_another_tenants_is_as_unknown_and_a_reader_may_not() -> None:
+async def test_another_tenants_reservation_is_404_and_a_reader_is_denied() -> None:
     async with serving() as served:
         made = await served.make_key(tenant="acme", limits=[TOKENS])
         globex, reader = await served.manager("write", "globex"), await served.manager("read")
@@ -150,7 +150,7 @@ async def test_a_batch_of_keys_that_share_a_limit_is_decided_in_the_order_given(
         assert room.ledger.retries == commits
 
 
-async def test_a_batch_that_meets_a_changed_key_decides_it_by_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_batch_decides_a_changed_key_by_its_current_state(monkeypatch: pytest.MonkeyPatch) -> None:
     async with Strongroom.open("json://:memory:") as room:
         made = [await room.keys.create(name="k", limits=[rolling("tokens", 10)]) for _ in range(2)]
         free = await room.keys.create(name="without limits")
@@ -165,7 +165,7 @@ async def test_a_batch_that_meets_a_changed_key_decides_it_by_what_it_is(monkeyp
         monkeypatch.setattr(room.keys.cache, "changed", changed)
 
 
-async def test_a_batch_asks_for_models_and_routes() -> None:
+async def test_a_batch_checks_models_and_routes() -> None:
     async with serving() as served:
         made = await served.make_key(allowed_models=["big-*"], limits=[{**TOKENS, "models": ["big-1"], "limit": 5}])
         items = [{"key": made["key"], "cost": {"tokens": 4}, "model": model} for model in ("big-1", "big-1", "big-2")]

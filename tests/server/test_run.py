@@ -67,7 +67,7 @@ def test_the_first_start_prints_an_administrators_key_once(tmp_path: Path) -> No
     assert (tmp_path / "data" / "strongroom.db").exists()
 
 
-def test_a_busy_port_is_one_sentence_and_a_status(tmp_path: Path) -> None:
+def test_a_busy_port_prints_one_sentence_and_has_a_status(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         process = start(tmp_path, STRONGROOM_PORT=str(port))
@@ -89,7 +89,7 @@ STARTS = [
 
 
 @pytest.mark.parametrize(("given", "wanted", "words"), STARTS)
-def test_what_stops_a_start_is_one_sentence_and_a_status(
+def test_a_failed_start_prints_one_sentence_and_has_a_status(
     given: dict[str, Any],
     wanted: int,
     words: str,
@@ -112,14 +112,14 @@ def test_what_stops_a_start_is_one_sentence_and_a_status(
     assert words in _sentence(err)
 
 
-def test_a_wrong_environment_is_one_sentence_and_a_status(tmp_path: Path) -> None:
+def test_an_invalid_environment_prints_one_sentence_and_has_a_status(tmp_path: Path) -> None:
     process = start(tmp_path, STRONGROOM_ADMIN_KEY="short", DATABASE_URL="sqlite:///a", DATABASE_PATH="b")
     _, err = process.communicate(timeout=2 * PATIENCE_S)
     assert process.returncode == 2
     assert all(name in _sentence(err) for name in ("STRONGROOM_ADMIN_KEY", "DATABASE_URL", "DATABASE_PATH"))
 
 
-def test_entities_of_ones_own_have_routes(tmp_path: Path) -> None:
+def test_an_applications_own_entities_have_routes(tmp_path: Path) -> None:
     (tmp_path / "shop.py").write_text(
         "from strongroom import Entity\nclass Order(Entity, collection='orders'):\n    total: int\n"
     )
@@ -133,9 +133,7 @@ def test_entities_of_ones_own_have_routes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_loses_nothing_that_was_acknowledged_and_a_second_start_works_at_once(
-    number: int, tmp_path: Path
-) -> None:
+def test_a_stop_loses_no_acknowledged_write_and_a_restart_works_at_once(number: int, tmp_path: Path) -> None:
     acknowledged = {"limited": 0, "free": 0}
     with running(tmp_path) as server:
         with server.client() as admin:
@@ -233,7 +231,7 @@ def _peak_kb(pid: int) -> int:
 
 
 @on_the_one_process
-def test_what_is_not_http_or_has_too_large_a_head_has_the_error_shape_too(server: Running) -> None:
+def test_malformed_http_and_too_large_heads_have_the_error_shape(server: Running) -> None:
     bad = [
         (b"nonsense\r\n\r\n", b"400"),
         (b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n", b"400"),
@@ -266,7 +264,7 @@ def test_a_client_that_goes_away_in_its_body_is_no_error(tmp_path: Path) -> None
 
 
 @on_the_one_process
-def test_slashes_and_strange_names_arrive_through_the_socket(server: Running) -> None:
+def test_encoded_names_arrive_unchanged_through_the_socket(server: Running) -> None:
     with server.client() as admin:
         body = {"policy_type": "t", "policy_name": "n"}
         made = admin.put("/v1/tenants/a%2Fb/policies/%E2%82%AC%2F1", json=body)
@@ -277,7 +275,7 @@ def test_slashes_and_strange_names_arrive_through_the_socket(server: Running) ->
 # --- Workers --------------------------------------------------------------------------------------------------
 
 
-def test_several_workers_share_one_store_exactly_and_one_that_dies_is_replaced(tmp_path: Path) -> None:
+def test_workers_share_one_store_exactly_and_a_dead_worker_is_replaced(tmp_path: Path) -> None:
     with running(tmp_path, STRONGROOM_WORKERS="2") as server:
         with server.client() as admin:
             made = admin.post("/v1/keys", json={"name": "n", "limits": [{**TOKENS, "limit": 60}]}).json()

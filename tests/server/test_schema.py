@@ -76,7 +76,7 @@ def loop() -> Iterator[Loop]:
 
 
 @pytest.mark.parametrize("mode", list(GenerationMode))
-def test_every_operation_answers_as_it_promises(mode: GenerationMode, loop: Loop) -> None:
+def test_every_operation_answers_as_the_openapi_document_says(mode: GenerationMode, loop: Loop) -> None:
     schema = schemathesis.openapi.from_dict(loop.spec)
     seen: dict[str, set[int]] = {}
     for result in schema.get_all_operations():

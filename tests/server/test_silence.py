@@ -31,7 +31,7 @@ async def served() -> AsyncIterator[Served]:
 # --- Keys and quotas --------------------------------------------------------------------------------------------
 
 
-async def test_a_key_is_not_born_expired_but_may_be_ended_later(served: Served) -> None:
+async def test_a_key_cannot_be_created_expired_but_can_be_ended_later(served: Served) -> None:
     refused = await served.post("/v1/keys", {"name": "late", "expires_at": PAST})
     assert (refused.status, refused.paths) == (422, ["expires_at"])
     assert "found 2020-01-01T00:00:00Z, expected a time after" in refused.json["errors"][0]["message"]
@@ -40,7 +40,7 @@ async def test_a_key_is_not_born_expired_but_may_be_ended_later(served: Served) 
     assert (ended.status, (await served.verify(key["key"])).json["code"]) == (200, "EXPIRED")
 
 
-async def test_a_create_that_is_repeated_after_its_key_has_expired_answers_as_before(tmp_path: Path) -> None:
+async def test_a_retried_create_after_the_expiry_of_its_key_answers_as_before(tmp_path: Path) -> None:
     soon = datetime.now(UTC) + timedelta(seconds=0.2)
     async with Strongroom.open("json://:memory:") as room:
         made = await room.keys.create(name="soon", expires_at=soon, idempotency_key="once")
@@ -68,14 +68,14 @@ def test_a_file_with_expired_keys_is_imported_with_a_note_of_each(run: Run, tmp_
     assert [(finding.refused, "has passed" in finding.message) for finding in findings] == [(False, True)]
 
 
-def test_a_quota_set_without_limits_is_refused_instead_of_wiped(run: Run) -> None:
+def test_a_quota_put_without_limits_is_refused(run: Run) -> None:
     assert run("quotas", "set", "--tenant", "acme", "--limit", "tokens=5/1h").status == 0
     ran = run("quotas", "set", "--tenant", "acme", "--description", "forgotten")
     assert (ran.status, "quotas delete" in ran.err) == (2, True)
     assert len(run("quotas", "show", "--tenant", "acme", "--json").json["limits"]) == 1
 
 
-async def test_there_is_no_quota_of_the_tenant_of_management_keys(served: Served) -> None:
+async def test_a_quota_of_the_tenant_of_management_keys_is_refused(served: Served) -> None:
     limits = {"limits": [{"resource": "tokens", "limit": 1, "window": {"kind": "total"}}]}
     for path in ("/v1/quotas/tenant/*", "/v1/quotas/user/*/u1"):
         refused = await served.call("PUT", path, limits)
@@ -86,7 +86,7 @@ async def test_there_is_no_quota_of_the_tenant_of_management_keys(served: Served
 
 
 @pytest.mark.parametrize("permission", ["strongroom:adm", "strongroom:", "strongroom:*", "strongroom:Admin"])
-async def test_a_permission_of_strongrooms_own_that_does_not_exist_is_refused(served: Served, permission: str) -> None:
+async def test_an_unknown_strongroom_permission_is_refused(served: Served, permission: str) -> None:
     refused = await served.post("/v1/keys", {"name": "mistyped", "permissions": [permission]})
     assert (refused.status, refused.paths) == (422, ["permissions"])
     assert "expected strongroom:read, strongroom:write, strongroom:admin" in refused.json["errors"][0]["message"]
@@ -108,13 +108,13 @@ async def test_a_permission_of_strongrooms_own_that_does_not_exist_is_refused(se
         ("/v1/tenants/acme/policies", b'{"policy_type": "a", "policy_name": "b", "rules": {"a": [{"b": 1, "b": 1}]}}'),
     ],
 )  # fmt: skip
-async def test_a_body_with_a_name_twice_is_refused(served: Served, path: str, body: bytes) -> None:
+async def test_a_json_body_with_a_duplicate_name_is_refused(served: Served, path: str, body: bytes) -> None:
     refused = await served.post(path, body)
     assert refused.status == 422, refused
     assert "more than once in one object" in refused.json["errors"][0]["message"]
 
 
-async def test_texts_that_look_like_names_are_no_names(served: Served) -> None:
+async def test_duplicate_names_inside_strings_are_accepted(served: Served) -> None:
     odd = {"name": '"name": 1, "name": 2', "metadata": {"a\\": {'b"': '\\": "x" :', "c": ":"}}}
     made = await served.post("/v1/keys", odd)
     assert made.status == 201, made
@@ -134,7 +134,7 @@ def twice(rows: int, row: str) -> bytes:
     "row", [', "name": "m"', ', "model": "a", "model": "b"', ', "usage_windows": [{"tokens_used": 1, "tokens_used": 2, '
             '"window_start": "2019-01-01T00:00:00Z"}]', ', "n\\u0061me": "m"']
 )  # fmt: skip
-def test_a_row_of_a_file_with_a_name_twice_is_refused(row: str, tmp_path: Path) -> None:
+def test_a_row_with_a_duplicate_name_is_refused(row: str, tmp_path: Path) -> None:
     file = tmp_path / "keys.json"
     file.write_bytes(twice(3, row))
     for found in (survey(file, NOW_US).file, parse(file.read_bytes(), NOW_US)):
@@ -156,7 +156,7 @@ READS: list[tuple[str, ...]] = [
 
 @pytest.mark.parametrize("scheme", ["sqlite", "json"])
 @pytest.mark.parametrize("arguments", READS, ids=" ".join)
-def test_a_mistyped_store_is_not_made_for_a_read(
+def test_a_read_does_not_create_a_missing_store(
     run: Run, tmp_path: Path, scheme: str, arguments: tuple[str, ...]
 ) -> None:
     before = sorted(tmp_path.iterdir())
@@ -175,7 +175,7 @@ def test_the_setting_that_names_a_missing_store_is_named(run: Run, monkeypatch: 
     assert run("keys", "list").err.startswith("strongroom: STRONGROOM_STORE (the default): found ")
 
 
-def test_a_new_store_that_a_write_makes_is_told(run: Run, tmp_path: Path) -> None:
+def test_a_write_that_creates_a_store_says_so(run: Run, tmp_path: Path) -> None:
     ran = run("keys", "create", "--name", "first", "--store", f"sqlite:///{tmp_path}/new/store.db")
     assert ran.status == 0
     assert f"making a new store: {tmp_path}/new/store.db\n" in ran.err

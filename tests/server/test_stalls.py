@@ -72,7 +72,7 @@ async def turns_of(work: Awaitable[Any], turns: list[int]) -> int:
 # --- Pages ----------------------------------------------------------------------------------------------------
 
 
-async def test_a_page_ends_at_a_number_of_bytes_and_says_so_by_its_cursor(url: str) -> None:
+async def test_a_page_is_bounded_in_bytes_and_its_cursor_continues(url: str) -> None:
     async with Strongroom.open(url, entities=[Paper]) as room:
         papers = [Paper(id=f"{n:03}", shelf=n % 3, text="x" * (100 * (n % 7))) for n in range(24)]
         papers[11].text = "x" * 5_000
@@ -102,7 +102,7 @@ def query_of(query: Query, limit: int) -> Query:
     return Query(query.where, query.order_by, limit)
 
 
-async def test_a_page_of_small_documents_is_as_long_as_was_asked_for(room: Strongroom) -> None:
+async def test_a_page_of_small_documents_has_the_requested_length(room: Strongroom) -> None:
     async def write(tx: Any) -> None:
         for number in range(MAX_ROWS + 20):
             await tx.create(Paper(id=f"{number:04}"))
@@ -115,7 +115,7 @@ async def test_a_page_of_small_documents_is_as_long_as_was_asked_for(room: Stron
         assert (page.next_cursor is None) == (expected == MAX_ROWS + 20)
 
 
-async def test_no_more_documents_are_read_than_are_likely_to_fit(room: Strongroom, store: FaultyStore) -> None:
+async def test_a_page_reads_about_as_many_documents_as_fit(room: Strongroom, store: FaultyStore) -> None:
     acme = room.tenant("acme")
     for number in range(14):
         await acme.create(Paper(id=f"{number:02}", text="x" * 900_000))
@@ -134,7 +134,7 @@ async def test_no_more_documents_are_read_than_are_likely_to_fit(room: Strongroo
     assert sum(limits) <= 6
 
 
-async def test_a_page_of_http_is_about_four_megabytes_at_most() -> None:
+async def test_a_page_over_http_is_at_most_about_four_megabytes() -> None:
     async with serving() as served:
         path = "/v1/tenants/acme/policies"
         for number in range(7):
@@ -157,7 +157,7 @@ async def limited(request: pytest.FixtureRequest, tmp_path: Any) -> AsyncIterato
         yield both
 
 
-async def test_many_unknown_keys_are_looked_up_together_and_in_turns(
+async def test_many_unknown_keys_are_looked_up_together_without_blocking_the_loop(
     limited: tuple[Strongroom, FaultyStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     room, store = limited
@@ -202,7 +202,7 @@ async def test_unknown_keys_of_a_batch_are_named_and_known_ones_found(
     assert [problem.path for problem in caught.value.problems] == ["items.3.key", "items.4.key"]
 
 
-async def test_verifications_of_unknown_keys_are_checked_as_others_are(
+async def test_verifications_of_unknown_keys_are_validated_like_others(
     limited: tuple[Strongroom, FaultyStore],
 ) -> None:
     room, _ = limited
@@ -212,7 +212,7 @@ async def test_verifications_of_unknown_keys_are_checked_as_others_are(
             await room.keys.verify_many([*asks, {"text": "another", **wrong}])
 
 
-async def test_a_page_and_a_stream_give_others_their_turns(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+async def test_a_large_page_and_a_stream_do_not_block_the_loop(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     path = "/v1/tenants/acme/policies"
     async with serving(new_url("sqlite", tmp_path)) as served:
         async with Stream(served.app, f"{path}:watch") as stream:

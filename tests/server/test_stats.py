@@ -62,7 +62,7 @@ async def test_the_fields_are_seed_004s() -> None:
         ([{**TOKENS, "window": {"kind": "total"}}], 1000, None),
     ],
 )
-async def test_which_limit_is_meant(limits: list[Any], limit: int | None, ends: str | None) -> None:
+async def test_stats_show_the_limit_that_seed_004_means(limits: list[Any], limit: int | None, ends: str | None) -> None:
     with time_machine.travel(NOW, tick=False):
         async with serving() as served:
             made = await served.make_key(limits=limits)
@@ -71,7 +71,7 @@ async def test_which_limit_is_meant(limits: list[Any], limit: int | None, ends: 
             assert body["current_usage"]["window_ends_at"] == ends
 
 
-async def test_an_expired_key_may_see_that_it_is_and_others_may_not() -> None:
+async def test_an_expired_key_reads_its_stats_and_a_disabled_key_does_not() -> None:
     async with serving() as served:
         expired = await served.make_key()
         await served.call("PATCH", f"/v1/keys/{expired['id']}", {"expires_at": "2020-01-01T00:00:00Z"})

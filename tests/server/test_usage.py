@@ -22,7 +22,7 @@ async def test_usage_is_recorded_over_a_limit_and_on_a_disabled_key() -> None:
 
 
 @pytest.mark.parametrize("header", [True, False])
-async def test_the_same_usage_again_counts_once(header: bool) -> None:
+async def test_a_retried_usage_record_counts_once(header: bool) -> None:
     async with serving() as served:
         made = await served.make_key()
         body: dict[str, Any] = {"key_id": made["id"], "cost": {"tokens": 5}}
@@ -47,7 +47,7 @@ async def test_the_same_usage_again_counts_once(header: bool) -> None:
         ({"key_id": "a", "cost": {"tokens": 1}, "at": "2026-05-05T12:00:00"}, ["at"]),
     ],
 )
-async def test_everything_that_is_wrong_is_told_at_once(body: dict[str, Any], paths: list[str]) -> None:
+async def test_every_problem_is_reported_at_once(body: dict[str, Any], paths: list[str]) -> None:
     async with serving() as served:
         answer = await served.post("/v1/usage", body)
         assert (answer.status, answer.paths) == (422, paths), answer
@@ -94,7 +94,7 @@ async def test_ten_thousand_records_are_a_batch_and_one_more_is_not() -> None:
         assert (await served.verify(made["key"], cost={"tokens": 1})).json["code"] == "USAGE_EXCEEDED"
 
 
-async def test_the_same_batch_again_counts_nothing_twice() -> None:
+async def test_a_retried_batch_counts_nothing_twice() -> None:
     async with serving() as served:
         made = [await served.make_key(limits=[TOKENS]) for _ in range(2)]
         items = [{"key_id": one["id"], "cost": {"tokens": 2}, "model": model} for one in made for model in ("a", "b")]
@@ -123,7 +123,7 @@ async def test_each_record_may_have_an_idempotency_key_of_its_own() -> None:
         assert (await served.post("/v1/usage:batch", {"items": twice})).paths == ["items.1.idempotency_key"]
 
 
-async def test_everything_that_is_wrong_with_a_batch_is_told_and_nothing_is_counted() -> None:
+async def test_every_problem_of_a_batch_is_reported_and_nothing_is_counted() -> None:
     async with serving() as served:
         made = await served.make_key(tenant="acme", limits=[TOKENS])
         globex = await served.manager("write", "globex")
@@ -159,7 +159,7 @@ async def test_one_idempotency_key_for_two_amounts_in_a_batch_is_refused_before_
         assert stats.json["count"] == 0
 
 
-async def test_a_batch_that_is_counted_in_part_says_which_records_were() -> None:
+async def test_a_partly_counted_batch_names_the_counted_records() -> None:
     async with serving() as served:
         made = await served.make_key(limits=[TOKENS])
         await served.post("/v1/usage", {"key_id": made["id"], "cost": {"tokens": 1}, "idempotency_key": "u"})
@@ -169,7 +169,7 @@ async def test_a_batch_that_is_counted_in_part_says_which_records_were() -> None
         assert [(one["code"], one["items"]) for one in answer.json["failed"]] == [("conflict", [0])]
 
 
-async def test_usage_of_before_is_counted_where_it_still_counts_and_else_refused() -> None:
+async def test_past_usage_is_counted_in_open_windows_and_refused_otherwise() -> None:
     async with serving() as served:
         made = await served.make_key(limits=[{**TOKENS, "window": {"kind": "rolling", "seconds": 3600}}])
         now = datetime.now(UTC)

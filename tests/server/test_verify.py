@@ -19,7 +19,7 @@ CONTRACT = {
 }  # fmt: skip
 
 
-async def test_the_answer_is_the_contracts() -> None:
+async def test_the_answer_has_exactly_the_contracts_fields() -> None:
     async with serving() as served:
         made = await served.make_key(tenant="acme", user_id="u1", permissions=["chat:write"], limits=[TOKENS])
         answer = await served.verify(made["key"], cost={"requests": 1, "tokens": 250}, permission="chat:write")
@@ -103,7 +103,7 @@ WRONG: list[tuple[bytes, list[str]]] = [
 ]
 
 
-async def test_everything_that_is_wrong_is_told_at_once() -> None:
+async def test_every_problem_is_reported_at_once() -> None:
     async with serving() as served:
         for body, paths in WRONG:
             answer = await served.post("/v1/keys/verify", body)
@@ -114,13 +114,13 @@ async def test_everything_that_is_wrong_is_told_at_once() -> None:
 @pytest.mark.parametrize(
     "body", [b"", b"{", b"{'key': 1}", b'{"key": "k"} x', b"\xff\xfe", b'{"key": "\xff"}', b"[" * 100_000]
 )
-async def test_what_is_not_json_is_malformed(body: bytes) -> None:
+async def test_a_body_that_is_not_json_is_malformed(body: bytes) -> None:
     async with serving() as served:
         answer = await served.post("/v1/keys/verify", body)
         assert (answer.status, answer.code) == (400, "malformed_request"), answer
 
 
-async def test_a_body_in_pieces_is_put_together_and_one_that_is_too_large_is_not_read_to_its_end() -> None:
+async def test_a_chunked_body_is_assembled_and_a_too_large_body_is_not_read_to_its_end() -> None:
     async with serving(bounds=Bounds(max_body_bytes=2_000)) as served:
         made = await served.make_key()
         whole = b'{"key": "' + made["key"].encode() + b'"}'
@@ -145,7 +145,7 @@ async def test_a_body_in_pieces_is_put_together_and_one_that_is_too_large_is_not
         assert (await served.post("/v1/keys/verify", b" " * 2_001)).status == 413
 
 
-async def test_the_same_verification_again_with_its_idempotency_key_is_debited_once() -> None:
+async def test_a_retried_verification_with_its_idempotency_key_debits_once() -> None:
     async with serving() as served:
         for limits in ([TOKENS], []):
             made = await served.make_key(limits=limits)
@@ -166,7 +166,7 @@ async def test_the_same_verification_again_with_its_idempotency_key_is_debited_o
         assert wrong.paths == ["idempotency_key"]
 
 
-async def test_a_denial_is_not_remembered_as_done_and_another_cost_with_the_same_idempotency_key_is_refused() -> None:
+async def test_a_denial_is_not_replayed_and_another_cost_under_the_same_idempotency_key_is_refused() -> None:
     async with serving() as served:
         made = await served.make_key(limits=[TOKENS])
 
@@ -182,7 +182,7 @@ async def test_a_denial_is_not_remembered_as_done_and_another_cost_with_the_same
         assert (await served.get(f"/v1/keys/{made['id']}/stats")).json["totals"] == {"tokens": 900}
 
 
-async def test_more_requests_at_once_than_the_bound_are_told_to_come_back() -> None:
+async def test_concurrent_requests_over_the_bound_get_429() -> None:
     async with serving(bounds=Bounds(max_concurrency=3)) as served:
         made = await served.make_key(limits=[TOKENS])
         answers = await asyncio.gather(*(served.verify(made["key"], cost={"tokens": 1}) for _ in range(10)))
@@ -200,7 +200,7 @@ async def test_a_limit_is_never_over_admitted_through_http() -> None:
         assert sum(a.json["valid"] for a in answers) == 50
 
 
-async def test_guessed_keys_at_full_speed_write_nothing_and_fill_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_guessed_keys_write_nothing_and_use_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("strongroom.keys.cache.MAX_UNKNOWN", 300)
     async with serving() as served:
         await served.verify("warm up")
@@ -241,7 +241,7 @@ async def test_expiry_is_exact_and_a_clock_set_back_does_not_free_a_limit() -> N
             assert await code(0) == "EXPIRED"
 
 
-async def test_a_revocation_by_another_process_is_heard_of() -> None:
+async def test_a_revocation_by_another_process_takes_effect() -> None:
     """Two processes on one store are two rooms here; the bound is the journal's poll."""
     async with serving() as served:
         made = await served.make_key()
@@ -264,7 +264,7 @@ async def _revoke_behind_its_back(served: Served, id: str) -> None:
     await other.update(system_context(), ApiKey, id, {"enabled": False})
 
 
-async def test_a_dry_run_counts_nothing_and_is_refused_where_it_is_none() -> None:
+async def test_a_dry_run_counts_nothing_and_its_flag_must_be_a_boolean() -> None:
     async with serving() as served:
         made = await served.make_key(limits=[TOKENS])
         for _ in range(3):

@@ -24,7 +24,7 @@ PATH = "/v1/tenants/acme/policies"
 POLICY = {"policy_type": "t", "policy_name": "n"}
 
 
-async def test_each_change_is_delivered_in_order_with_what_changed() -> None:
+async def test_each_change_is_delivered_in_order_with_its_fields() -> None:
     async with serving() as served, Stream(served.app, f"{PATH}:watch") as stream:
         ready = await stream.event()
         assert ready is not None
@@ -48,7 +48,7 @@ async def test_each_change_is_delivered_in_order_with_what_changed() -> None:
         assert (seen[1]["before"], seen[1]["after"]) == ({"enabled": True}, {"enabled": False})
 
 
-async def test_a_stream_goes_on_where_the_last_one_ended() -> None:
+async def test_a_stream_resumes_where_the_last_one_ended() -> None:
     async with serving() as served:
         async with Stream(served.app, f"{PATH}:watch") as stream:
             ready = await stream.event()
@@ -73,7 +73,7 @@ async def test_a_secret_is_masked_in_a_stream() -> None:
         assert json.loads(event["data"])["after"]["token"] == "***"
 
 
-async def test_a_caller_that_may_no_longer_read_gets_nothing_more() -> None:
+async def test_a_caller_that_loses_access_gets_nothing_more() -> None:
     for act in ("disable", "demote", "delete"):
         async with serving() as served:
             made = await served.make_key(tenant="acme", permissions=["strongroom:read"])
@@ -143,7 +143,7 @@ HEARD = [
 
 @pytest.mark.parametrize("later", [False, True])
 @pytest.mark.parametrize("end", [None, "deleted", "secret"])
-async def test_no_text_is_told_of_a_document_while_the_rules_hide_it(end: str | None, later: bool) -> None:
+async def test_a_stream_sends_nothing_of_a_document_that_the_rules_hide(end: str | None, later: bool) -> None:
     """As it happens, and to a reader that comes back later, when the document says something else."""
     async with ruled(is_secret) as (acme, app), AsyncExitStack() as stack:
         stream = Stream(app, f"{PATH}:watch")
@@ -178,7 +178,7 @@ async def test_no_text_is_told_of_a_document_while_the_rules_hide_it(end: str | 
             assert heard == HEARD
 
 
-async def test_what_the_rules_look_at_need_not_be_what_was_changed() -> None:
+async def test_rules_may_depend_on_unchanged_fields() -> None:
     async with ruled(lambda document: not document["enabled"]) as (acme, app):
         async with Stream(app, f"{PATH}:watch") as early:
             cursor = (await early.event() or {})["id"]
@@ -192,9 +192,7 @@ async def test_what_the_rules_look_at_need_not_be_what_was_changed() -> None:
 
 
 @pytest.mark.parametrize("pages", [1, 100])
-async def test_a_stream_too_far_behind_for_rules_that_look_at_documents_begins_anew(
-    monkeypatch: pytest.MonkeyPatch, pages: int
-) -> None:
+async def test_a_stream_too_far_behind_to_evaluate_rules_restarts(monkeypatch: pytest.MonkeyPatch, pages: int) -> None:
     monkeypatch.setattr(changes, "FIRST_PAGE", 3)
     monkeypatch.setattr(changes, "PAGE", 3)
     monkeypatch.setattr(visible, "LOOK_AHEAD_PAGES", pages)
@@ -214,7 +212,7 @@ async def test_a_stream_too_far_behind_for_rules_that_look_at_documents_begins_a
                 assert json.loads((await stream.event() or {})["data"])["after"]["policy_name"] == "after"
 
 
-async def test_a_place_that_is_gone_is_told_before_a_stream_begins_and_within_one() -> None:
+async def test_a_lost_cursor_is_reported_before_and_within_a_stream() -> None:
     async with serving() as served:
         gone = await served.get(f"{PATH}:watch?cursor=99999999")
         assert (gone.status, gone.code) == (410, "gone")
@@ -240,7 +238,7 @@ async def test_a_place_that_is_gone_is_told_before_a_stream_begins_and_within_on
             assert json.loads((await stream.event() or {})["data"])["id"] == "q"
 
 
-async def test_what_is_wrong_with_a_stream_is_answered_before_it_begins() -> None:
+async def test_an_invalid_stream_request_is_refused_before_the_stream_starts() -> None:
     async with serving() as served:
         assert (await served.get(f"{PATH}:watch", Last_Event_ID="nonsense")).paths == ["cursor"]
         assert (await served.get(f"{PATH}:watch?colour=red")).paths == ["colour"]
@@ -249,7 +247,7 @@ async def test_what_is_wrong_with_a_stream_is_answered_before_it_begins() -> Non
         assert served.app.services.watchers == 0
 
 
-async def test_more_streams_than_the_bound_are_told_to_come_back_and_closed_ones_make_room() -> None:
+async def test_streams_over_the_bound_get_429_and_closed_streams_free_their_slots() -> None:
     async with serving(bounds=Bounds(max_watchers=2)) as served:
         async with Stream(served.app, f"{PATH}:watch") as one, Stream(served.app, f"{PATH}:watch") as two:
             assert (one.status, two.status) == (200, 200)
@@ -260,7 +258,7 @@ async def test_more_streams_than_the_bound_are_told_to_come_back_and_closed_ones
             assert again.status == 200
 
 
-async def test_one_caller_cannot_take_all_the_places_of_streams() -> None:
+async def test_one_caller_cannot_take_every_stream_slot() -> None:
     async with serving(bounds=Bounds(max_watchers=8)) as served, AsyncExitStack() as stack:
         keys = [await served.manager("read", "acme") for _ in range(2)]
         other = await served.manager("read", "other")
@@ -298,7 +296,7 @@ async def test_a_quiet_stream_has_a_heartbeat(monkeypatch: pytest.MonkeyPatch) -
             assert "data" not in beat
 
 
-async def test_a_reader_that_takes_nothing_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_stream_whose_client_does_not_read_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "SEND_TIMEOUT_S", 0.05)
     async with serving() as served:
         stream = Stream(served.app, f"{PATH}:watch")

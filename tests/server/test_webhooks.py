@@ -57,7 +57,7 @@ async def made(served: Served, **fields: Any) -> dict[str, Any]:
     return dict(answer.json)
 
 
-async def test_a_webhook_is_made_with_every_field_and_its_secret_is_shown_once(served: Served) -> None:
+async def test_a_webhook_is_created_with_every_field_and_its_secret_is_shown_once(served: Served) -> None:
     answer = await served.post("/v1/webhooks", FULL)
     assert answer.status == 201
     body = answer.json
@@ -76,7 +76,7 @@ async def test_a_webhook_is_made_with_every_field_and_its_secret_is_shown_once(s
     assert same.status == 304
 
 
-async def test_a_webhook_is_changed_and_removed_under_its_version(served: Served) -> None:
+async def test_a_webhook_is_changed_and_deleted_under_if_match(served: Served) -> None:
     webhook = await made(served)
     path = f"/v1/webhooks/{webhook['id']}"
     old = f'"{webhook["version"]}"'
@@ -111,7 +111,7 @@ async def test_a_webhook_is_changed_and_removed_under_its_version(served: Served
         ({"id": "whk_mine"}, "id"),
     ],
 )
-async def test_what_is_wrong_is_a_problem_document_that_names_the_field(
+async def test_invalid_input_is_a_problem_document_that_names_the_field(
     served: Served, fields: dict[str, Any], path: str
 ) -> None:
     answer = await served.post("/v1/webhooks", {"url": URL, **fields})
@@ -124,7 +124,7 @@ async def test_what_is_wrong_is_a_problem_document_that_names_the_field(
         assert (changed.status, changed.paths) == (422, [path])
 
 
-async def test_who_may_do_what(served: Served) -> None:
+async def test_scopes_and_tenants_decide_who_may_manage_webhooks(served: Served) -> None:
     reader = await key_of(served, "acme", "read")
     writer = await key_of(served, "acme", "write")
     local = await key_of(served, "acme", "admin")
@@ -157,7 +157,7 @@ async def test_who_may_do_what(served: Served) -> None:
     assert (await served.post("/v1/webhooks", {"url": URL, "tenant": "globex"}, key=writer)).status == 403
 
 
-async def test_the_same_call_again_makes_no_second_webhook(served: Served) -> None:
+async def test_a_retried_create_makes_no_second_webhook(served: Served) -> None:
     first = await served.post("/v1/webhooks", FULL, Idempotency_Key="i")
     again = await served.post("/v1/webhooks", FULL, Idempotency_Key="i")
     assert (again.status, again.json["id"], again.json["secret"]) == (201, first.json["id"], first.json["secret"])
@@ -229,7 +229,7 @@ async def test_a_delivery_of_another_tenants_event_is_seen_by_the_endpoints_owne
     assert (await served.post(f"{path}/redrive", key=acme)).status == 404
 
 
-async def test_metrics_count_attempts_by_what_came_of_them_and_what_waits(receiver: Receiver) -> None:
+async def test_metrics_count_attempts_by_result_and_pending_deliveries(receiver: Receiver) -> None:
     timing = replace(FAST, backoff_s=3_600.0, count_every_s=0.0)
     with patch.object(strongroom.app, "Deliveries", partial(Deliveries, timing=timing)):
         async with serving() as served:
@@ -272,7 +272,7 @@ async def attempts_are(served: Served, **expected: int) -> bool:
     return {name: count for name, count in (await attempts(served)).items() if count} == expected
 
 
-async def test_a_url_is_told_with_everything_else_that_is_wrong(served: Served) -> None:
+async def test_an_invalid_url_is_reported_with_every_other_problem(served: Served) -> None:
     wrong = {"thresholds": [0], "events": ["x"]}
     for url in ("https://10.0.0.1/x", "nonsense", "http://example.com/x"):
         answer = await served.post("/v1/webhooks", {"url": url, **wrong})

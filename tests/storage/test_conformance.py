@@ -17,7 +17,7 @@ from tests.conftest import missing
 globals().update({suite.__name__: suite for suite in SUITE})
 
 
-def test_the_suite_leaves_out_no_class_of_its_modules() -> None:
+def test_the_storage_suite_includes_every_test_class() -> None:
     package = strongroom.testing.storage
     modules = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
     written = {
@@ -58,7 +58,7 @@ def backend(tmp_path):
 """
 
 
-def test_a_third_party_runs_the_suite_by_giving_one_fixture_and_it_finds_a_fault(tmp_path: Path) -> None:
+def test_a_third_party_backend_runs_the_suite_with_one_fixture_and_it_finds_a_fault(tmp_path: Path) -> None:
     (tmp_path / "test_their_store.py").write_text(THIRD_PARTY_TESTS)
     (tmp_path / "pytest.ini").write_text("[pytest]\nasyncio_mode = auto\npythonpath = .\n")
 
@@ -77,7 +77,7 @@ def test_a_third_party_runs_the_suite_by_giving_one_fixture_and_it_finds_a_fault
     assert "test_each_change_gives_a_greater_version" in broken.stdout
 
 
-def test_what_is_missing_is_skipped_here_and_fails_where_everything_is_required(
+def test_a_missing_server_skips_here_and_fails_where_everything_is_required(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("STRONGROOM_REQUIRE", raising=False)

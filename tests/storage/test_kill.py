@@ -127,13 +127,13 @@ async def rounds(folder: Path, seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", [0])
-async def test_killed_processes_lose_nothing_and_admit_no_more(seed: int, tmp_path: Path) -> None:
+async def test_killed_processes_lose_nothing_and_never_exceed_a_limit(seed: int, tmp_path: Path) -> None:
     await rounds(tmp_path, seed)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(1, 101))
-async def test_killed_a_hundred_times_they_lose_nothing(seed: int, tmp_path: Path) -> None:
+async def test_processes_killed_a_hundred_times_lose_nothing(seed: int, tmp_path: Path) -> None:
     await rounds(tmp_path, seed)
 
 
@@ -213,7 +213,7 @@ async def server_round(folder: Path, seed: int) -> None:
 
 @pytest.mark.server
 @pytest.mark.parametrize("seed", [0])
-async def test_killed_servers_lose_nothing_and_admit_no_more(seed: int, tmp_path: Path) -> None:
+async def test_killed_servers_lose_nothing_and_never_exceed_a_limit(seed: int, tmp_path: Path) -> None:
     await server_round(tmp_path, seed)
 
 

@@ -175,7 +175,7 @@ async def test_postgresql_serves_the_journal_and_the_tenants_by_an_index(
     assert await wasteful(connection, store._tenants_page, ("a", 100), store._taking_all) is None
 
 
-async def test_a_page_of_many_keys_reads_that_page_alone(
+async def test_a_page_of_many_keys_reads_only_that_page(
     postgres_store: tuple[PostgresStore, asyncpg.Connection],
 ) -> None:
     """With statistics, and with what the planner chooses by itself."""

@@ -93,7 +93,7 @@ async def ended(room: Strongroom, made: IssuedWebhook) -> Delivery:
 # --- The plain way --------------------------------------------------------------------------------------------
 
 
-async def test_an_event_arrives_signed_at_once_at_each_endpoint_that_wants_it(
+async def test_an_event_is_delivered_signed_at_once_to_each_subscribed_endpoint(
     url_of_any: str, receiver: Receiver
 ) -> None:
     async with delivering(url_of_any, timing=replace(FAST, poll_s=60, first_look_s=60)) as (room, _):
@@ -112,7 +112,9 @@ async def test_an_event_arrives_signed_at_once_at_each_endpoint_that_wants_it(
             assert (await only(room, made)).state == "delivered"
 
 
-async def test_what_was_not_committed_is_not_told_of(room: Strongroom, store: FaultyStore, receiver: Receiver) -> None:
+async def test_an_event_that_was_not_committed_is_not_delivered(
+    room: Strongroom, store: FaultyStore, receiver: Receiver
+) -> None:
     await endpoint(room, receiver)
     store.fault = lambda number, batch: Fault("before", Unavailable("the store is away"))
     with pytest.raises(Unavailable):
@@ -123,7 +125,7 @@ async def test_what_was_not_committed_is_not_told_of(room: Strongroom, store: Fa
     assert receiver.ids == [id]
 
 
-async def test_an_event_whose_commit_was_answered_by_nobody_is_found(
+async def test_an_event_whose_commit_answer_was_lost_is_delivered(
     room: Strongroom, store: FaultyStore, receiver: Receiver
 ) -> None:
     await endpoint(room, receiver)
@@ -136,7 +138,7 @@ async def test_an_event_whose_commit_was_answered_by_nobody_is_found(
     assert len(receiver.arrived) == 1
 
 
-async def test_an_endpoint_hears_of_nothing_that_happened_long_before_it_was_made(
+async def test_an_endpoint_receives_no_event_from_long_before_its_creation(
     room: Strongroom, receiver: Receiver
 ) -> None:
     old = event("key.leaked", "acme", {})
@@ -153,7 +155,7 @@ async def taken_up(room: Strongroom, event_id: str) -> bool:
     return (await room.database.get(system_context(), Event, event_id)).due_at is None
 
 
-async def test_an_event_in_a_batch_of_ones_own_is_delivered(room: Strongroom, receiver: Receiver) -> None:
+async def test_an_event_put_into_a_batch_is_delivered(room: Strongroom, receiver: Receiver) -> None:
     await endpoint(room, receiver)
     made = event("key.leaked", "acme", {})
     await room.database.commit_counters([put(made)], room.clock.now_us())
@@ -189,7 +191,7 @@ async def close(writer: asyncio.StreamWriter) -> None:
         (slow, "no answer within 0.5 s", None),
     ],
 )
-async def test_what_a_receiver_does_wrong_is_kept_and_the_event_sent_again_under_one_id(
+async def test_a_failed_attempt_is_stored_and_retried_under_the_same_event_id(
     room: Strongroom, receiver: Receiver, answer: Any, said: str, code: int | None
 ) -> None:
     made = await endpoint(room, receiver)
@@ -222,7 +224,7 @@ async def test_what_a_receiver_does_wrong_is_kept_and_the_event_sent_again_under
     await wait_until(healed)
 
 
-async def test_a_huge_answer_is_accepted_and_not_read_to_its_end(room: Strongroom, receiver: Receiver) -> None:
+async def test_a_huge_response_is_accepted_and_not_read_to_its_end(room: Strongroom, receiver: Receiver) -> None:
     written = 0
     cut = asyncio.Event()
 
@@ -245,7 +247,7 @@ async def test_a_huge_answer_is_accepted_and_not_read_to_its_end(room: Strongroo
     assert written < 100 * MAX_ANSWER_BYTES
 
 
-async def test_a_receiver_may_ask_to_be_left_alone_for_a_while(room: Strongroom, receiver: Receiver) -> None:
+async def test_a_retry_waits_for_the_receivers_retry_after(room: Strongroom, receiver: Receiver) -> None:
     receiver.answer = status(429, "retry-after: 3600")
     made = await endpoint(room, receiver)
     await emit(room)
@@ -256,7 +258,7 @@ async def test_a_receiver_may_ask_to_be_left_alone_for_a_while(room: Strongroom,
     assert delivery.due_at - delivery.last_attempt_at == timedelta(seconds=3_600)
 
 
-def test_attempts_go_on_for_about_a_day() -> None:
+def test_retries_continue_for_about_a_day() -> None:
     waits = [backoff_s(attempts) for attempts in range(1, MAX_ATTEMPTS)]
     assert waits[:4] == [5, 20, 80, 320]
     assert waits == sorted(waits)
@@ -285,7 +287,7 @@ async def test_after_the_last_attempt_a_delivery_is_a_dead_letter_and_can_be_red
     assert receiver.ids == [id] * 4
 
 
-async def test_a_receiver_that_is_down_gets_what_happened_meanwhile(room: Strongroom, receiver: Receiver) -> None:
+async def test_a_receiver_that_was_down_gets_the_events_it_missed(room: Strongroom, receiver: Receiver) -> None:
     async with Proxy(receiver.port) as proxy:
         made = await endpoint(room, receiver, url=f"http://127.0.0.1:{proxy.port}/")
         proxy.refuse()
@@ -298,7 +300,7 @@ async def test_a_receiver_that_is_down_gets_what_happened_meanwhile(room: Strong
     assert (await room.webhooks.get(made.webhook.id)).enabled
 
 
-async def test_nothing_can_be_redriven_that_is_not_there(room: Strongroom, receiver: Receiver) -> None:
+async def test_a_missing_delivery_event_or_endpoint_cannot_be_redriven(room: Strongroom, receiver: Receiver) -> None:
     with pytest.raises(NotFound):
         await room.deliveries.redrive("dlv_none")
     made = await endpoint(room, receiver)
@@ -319,7 +321,7 @@ def _removal(event_id: str) -> Any:
     return Batch(None, (Delete(EVENTS, event_id),), 1)
 
 
-async def test_what_waits_for_an_endpoint_that_was_disabled_or_removed_is_dead(
+async def test_pending_deliveries_of_a_disabled_or_removed_endpoint_become_dead_letters(
     room: Strongroom, receiver: Receiver
 ) -> None:
     room.deliveries.attempts.timing = replace(FAST, backoff_s=0.3)
@@ -354,7 +356,7 @@ async def test_an_endpoint_that_fails_for_days_is_disabled_and_the_journal_says_
     assert (enabled.failing_since, enabled.disabled_reason) == (None, None)
 
 
-async def test_an_endpoint_that_says_it_is_gone_is_disabled_at_once(room: Strongroom, receiver: Receiver) -> None:
+async def test_an_endpoint_that_answers_410_is_disabled_at_once(room: Strongroom, receiver: Receiver) -> None:
     receiver.answer = status(410)
     made = await endpoint(room, receiver)
     await emit(room)
@@ -370,7 +372,7 @@ async def test_an_endpoint_that_says_it_is_gone_is_disabled_at_once(room: Strong
 # --- Tests ----------------------------------------------------------------------------------------------------
 
 
-async def test_a_test_is_one_attempt_at_this_endpoint_and_says_what_came_of_it(
+async def test_a_test_event_is_one_attempt_at_the_endpoint_and_returns_its_result(
     room: Strongroom, receiver: Receiver
 ) -> None:
     made = await endpoint(room, receiver, events=["key.leaked"], enabled=False)
@@ -400,7 +402,7 @@ def resolving(*answers: Sequence[str]) -> Callable[[str, int], Any]:
     return resolver
 
 
-async def test_a_name_that_turns_private_after_it_was_checked_is_not_reached(
+async def test_a_name_that_resolves_to_a_private_address_later_is_not_reached(
     tmp_path: Path, receiver: Receiver
 ) -> None:
     resolver = resolving(["8.8.8.8"], ["127.0.0.1"])
@@ -430,7 +432,7 @@ async def test_the_connection_goes_to_the_checked_address_and_the_name_stays_in_
 
 
 @pytest.mark.parametrize("trusted", [True, False])
-async def test_a_certificate_that_is_wrong_is_a_failed_attempt(tmp_path: Path, trusted: bool) -> None:
+async def test_an_invalid_certificate_fails_the_attempt(tmp_path: Path, trusted: bool) -> None:
     server, client = certificate(tmp_path, "other.example")
     sender = partial(Sender, resolver=resolving(["127.0.0.1"]), tls=client if trusted else None)
     async with (
@@ -444,7 +446,7 @@ async def test_a_certificate_that_is_wrong_is_a_failed_attempt(tmp_path: Path, t
         assert receiver.arrived == []
 
 
-async def test_an_address_that_nobody_answers_at_is_followed_by_the_next(tmp_path: Path, receiver: Receiver) -> None:
+async def test_the_next_address_is_tried_when_one_does_not_answer(tmp_path: Path, receiver: Receiver) -> None:
     sender = partial(Sender, resolver=resolving(["127.0.0.2", "127.0.0.1"]))
     async with delivering(new_url("json-memory", tmp_path), sender=sender) as (room, _):
         made = await endpoint(room, receiver, url=f"http://hooks.example:{receiver.port}/")
@@ -452,7 +454,7 @@ async def test_an_address_that_nobody_answers_at_is_followed_by_the_next(tmp_pat
         assert (await ended(room, made)).attempts == 1
 
 
-async def test_no_proxy_of_the_environment_is_used(
+async def test_a_proxy_of_the_environment_is_ignored(
     room: Strongroom, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "HTTPS_PROXY"):
@@ -465,9 +467,7 @@ async def test_no_proxy_of_the_environment_is_used(
 # --- Many at once ---------------------------------------------------------------------------------------------
 
 
-async def test_an_endpoint_that_hangs_leaves_room_for_others_and_has_few_requests_at_once(
-    room: Strongroom, receiver: Receiver
-) -> None:
+async def test_an_endpoint_that_hangs_does_not_block_others(room: Strongroom, receiver: Receiver) -> None:
     receiver.answer = hang
     async with receiving() as good:
         await endpoint(room, receiver)
@@ -498,7 +498,7 @@ async def test_many_events_are_each_delivered_once(tmp_path: Path, receiver: Rec
     )
 
 
-async def test_what_waits_for_a_busy_endpoint_is_sent_as_soon_as_that_has_room(
+async def test_queued_deliveries_of_a_busy_endpoint_are_sent_once_it_has_room(
     tmp_path: Path, receiver: Receiver
 ) -> None:
     room_again = asyncio.Event()
@@ -535,7 +535,7 @@ def shared_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return backend_of(request.param, tmp_path, request).new_url()
 
 
-async def test_of_two_nodes_one_delivers(shared_url: str, receiver: Receiver) -> None:
+async def test_of_two_nodes_one_delivers_each_event(shared_url: str, receiver: Receiver) -> None:
     async with delivering(shared_url) as (one, store), delivering(shared_url, beside=store) as (two, _):
         await endpoint(one, receiver)
         ids = [await emit(node) for node in (one, two) * 5]
@@ -545,7 +545,7 @@ async def test_of_two_nodes_one_delivers(shared_url: str, receiver: Receiver) ->
         assert sorted(receiver.ids) == sorted(ids)
 
 
-async def test_what_a_failed_attempt_left_for_later_any_node_does(shared_url: str, receiver: Receiver) -> None:
+async def test_any_node_retries_a_failed_attempt(shared_url: str, receiver: Receiver) -> None:
     receiver.answers = [status(500)]
     async with delivering(shared_url, timing=replace(FAST, backoff_s=1.0)) as (one, store):
         made = await endpoint(one, receiver)
@@ -582,7 +582,7 @@ async def test_a_process_killed_between_commit_and_delivery_leaves_the_event_to_
         assert receiver.ids == [done.event_id] == [*ids]
 
 
-async def test_a_node_that_stops_gives_back_what_it_did_not_end(tmp_path: Path, receiver: Receiver) -> None:
+async def test_a_node_that_stops_releases_its_unfinished_deliveries(tmp_path: Path, receiver: Receiver) -> None:
     url = new_url("sqlite", tmp_path)
     receiver.answers = [hang]
     with patch.object(deliveries, "CLOSE_TIMEOUT_S", 0.05):
@@ -595,7 +595,7 @@ async def test_a_node_that_stops_gives_back_what_it_did_not_end(tmp_path: Path, 
     assert len(set(receiver.ids)) == 1
 
 
-async def test_an_attempt_that_outlived_its_claim_does_not_overwrite_its_successors_result(
+async def test_an_attempt_that_outlived_its_claim_does_not_overwrite_a_later_result(
     room: Strongroom, receiver: Receiver
 ) -> None:
     made = await endpoint(room, receiver)
@@ -608,7 +608,7 @@ async def test_an_attempt_that_outlived_its_claim_does_not_overwrite_its_success
     assert await only(room, made) == done
 
 
-async def test_a_store_that_is_away_for_a_while_costs_nothing(
+async def test_deliveries_continue_after_the_store_was_unavailable(
     room: Strongroom, store: FaultyStore, receiver: Receiver
 ) -> None:
     made = await endpoint(room, receiver)

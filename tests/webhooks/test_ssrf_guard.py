@@ -40,25 +40,25 @@ PUBLIC = ["1.1.1.1", "8.8.8.8", "100.63.255.255", "100.128.0.1", "2606:4700::111
 
 
 @pytest.mark.parametrize("text", PRIVATE)
-def test_a_private_address_may_be_reached_only_where_that_is_allowed(text: str) -> None:
+def test_a_private_address_is_allowed_only_with_allow_private(text: str) -> None:
     assert text[:4] in str(address_problem(ip_address(text)))
     assert address_problem(ip_address(text), allow_private=True) is None
 
 
 @pytest.mark.parametrize("text", NEVER)
-def test_link_local_multicast_and_unspecified_addresses_may_never_be_reached(text: str) -> None:
+def test_link_local_multicast_and_unspecified_addresses_are_never_allowed(text: str) -> None:
     assert address_problem(ip_address(text)) is not None
     assert address_problem(ip_address(text), allow_private=True) is not None
 
 
 @pytest.mark.parametrize("text", METADATA)
-def test_where_clouds_keep_credentials_may_never_be_reached_in_any_form(text: str) -> None:
+def test_cloud_metadata_services_are_never_allowed_in_any_form(text: str) -> None:
     for allow_private in (False, True):
         assert str(ip_address(text)) in str(address_problem(ip_address(text), allow_private))
 
 
 @given(st.integers(0, 2**32 - 1))
-def test_an_address_inside_another_may_not_be_reached_where_it_may_not_itself(number: int) -> None:
+def test_an_embedded_address_is_refused_where_the_address_itself_is(number: int) -> None:
     """6to4, NAT64, Teredo and ISATAP, also of addresses that are drawn."""
     for v4 in (number, 0xA9FE << 16 | number & 0xFFFF):
         if v4 >> 24 and address_problem(IPv4Address(v4), allow_private=True) is not None:
@@ -74,19 +74,19 @@ def test_an_address_inside_another_may_not_be_reached_where_it_may_not_itself(nu
 
 
 @pytest.mark.parametrize("text", PUBLIC)
-def test_a_public_address_may_be_reached(text: str) -> None:
+def test_a_public_address_is_allowed(text: str) -> None:
     assert address_problem(ip_address(text)) is None
 
 
 @given(st.integers(0, 2**32 - 1), st.booleans())
-def test_an_address_of_ipv4_is_judged_alike_in_every_form_that_reaches_it(number: int, allow_private: bool) -> None:
+def test_every_ipv6_form_of_an_ipv4_address_has_the_same_verdict(number: int, allow_private: bool) -> None:
     plain = address_problem(IPv4Address(number), allow_private) is None
     for prefix in (0xFFFF << 32, 0x64FF9B << 96):
         assert (address_problem(IPv6Address(prefix | number), allow_private) is None) == plain
 
 
 @given(st.integers(0, 2**128 - 1).map(IPv6Address))
-def test_nothing_outside_global_unicast_may_be_reached(address: IPv6Address) -> None:
+def test_addresses_outside_global_unicast_are_refused(address: IPv6Address) -> None:
     is_translated = address in (IPv6Address(0xFFFF << 32 | int(address) & 0xFFFFFFFF),)
     if int(address) >> 125 != 1 and not is_translated:
         assert address_problem(address) is not None
@@ -111,7 +111,7 @@ def problem(url: str, **more: bool) -> str:
      "LOCALHOST", "localhost.", "a.localhost", "①②⑦.0.0.1", "127。0。0。1", "", ".", "a..b", "-a.example", "a b",
      "a\\b", "exa_mple\x00.com", "169.254.169.254", "10.0.0.1", "[fd00::1]"],
 )  # fmt: skip
-def test_no_spelling_of_a_private_host_passes(host: str) -> None:
+def test_every_spelling_of_a_private_host_is_refused(host: str) -> None:
     assert problem(f"https://{host}/hook")
 
 
@@ -139,13 +139,13 @@ def test_no_spelling_of_a_private_host_passes(host: str) -> None:
         ("https:///path", "found no host, expected the name of one"),
     ],
 )
-def test_a_url_that_may_not_be_says_what_was_found_and_expected(url: str, said: str) -> None:
+def test_a_refused_url_says_what_was_found_and_expected(url: str, said: str) -> None:
     message = problem(url)
     assert said in message
     assert "secret-of-mine" not in message
 
 
-def test_a_url_is_taken_apart() -> None:
+def test_a_url_is_parsed_into_scheme_host_port_and_path() -> None:
     target = parse_url("https://Hooks.Example.com:8443/a%2Fb?x=%20")
     assert (target.scheme, target.host, target.port, target.path) == (
         "https",
@@ -159,7 +159,7 @@ def test_a_url_is_taken_apart() -> None:
     assert parse_url("https://[2606:4700::1111]/").authority == "[2606:4700::1111]"
 
 
-def test_with_private_addresses_allowed_plain_http_and_every_port_will_do() -> None:
+def test_allow_private_allows_plain_http_and_every_port() -> None:
     assert parse_url("http://127.0.0.1/", allow_private=True).port == 80
     assert parse_url("http://localhost:25/", allow_private=True).host == "localhost"
     assert "link-local" in problem("http://169.254.169.254/latest/meta-data", allow_private=True)
@@ -170,7 +170,7 @@ def test_with_private_addresses_allowed_plain_http_and_every_port_will_do() -> N
 
 
 @pytest.mark.parametrize("found", [["10.0.0.1"], ["8.8.8.8", "10.0.0.1"], ["8.8.8.8", "::1"], ["fe80::1%eth0"]])
-async def test_a_name_any_of_whose_addresses_is_private_is_refused(found: list[str]) -> None:
+async def test_a_name_with_one_private_address_is_refused(found: list[str]) -> None:
     async def resolver(host: str, port: int) -> Sequence[str]:
         assert (host, port) == ("hooks.example", 443)
         return found
@@ -179,7 +179,7 @@ async def test_a_name_any_of_whose_addresses_is_private_is_refused(found: list[s
         await addresses_of(parse_url("https://hooks.example/"), allow_private=False, resolver=resolver)
 
 
-async def test_a_name_without_addresses_is_an_error_of_the_resolver() -> None:
+async def test_a_name_without_addresses_raises_the_resolvers_error() -> None:
     async def resolver(host: str, port: int) -> Sequence[str]:
         return []
 

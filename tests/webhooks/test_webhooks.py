@@ -48,14 +48,14 @@ VECTORS = [
 
 
 @pytest.mark.parametrize(("id", "timestamp", "body", "expected"), VECTORS)
-def test_a_signature_is_the_one_of_the_specification(id: str, timestamp: int, body: bytes, expected: str) -> None:
+def test_a_signature_equals_the_specifications_example(id: str, timestamp: int, body: bytes, expected: str) -> None:
     headers = sign([secret_bytes(SECRET)], id, timestamp, body)
     assert headers == {"webhook-id": id, "webhook-timestamp": str(timestamp), "webhook-signature": expected}
     assert verify_signature(SECRET, headers, body, now_s=timestamp) == id
 
 
 @given(st.binary(max_size=200), st.integers(0, 10**11), st.binary(min_size=24, max_size=64))
-def test_what_was_signed_is_verified_and_nothing_else(body: bytes, timestamp: int, key: bytes) -> None:
+def test_only_the_signed_content_verifies(body: bytes, timestamp: int, key: bytes) -> None:
     secret = "whsec_" + base64.b64encode(key).decode()
     headers = sign([key], "evt_x", timestamp, body)
     assert verify_signature(secret, headers, body, now_s=timestamp) == "evt_x"
@@ -73,7 +73,7 @@ def test_what_was_signed_is_verified_and_nothing_else(body: bytes, timestamp: in
 
 
 @pytest.mark.parametrize("name", ["webhook-id", "webhook-timestamp", "webhook-signature"])
-def test_a_header_that_is_missing_is_named(name: str) -> None:
+def test_a_missing_header_is_named(name: str) -> None:
     headers = sign([secret_bytes(SECRET)], "evt_1", 5, b"")
     del headers[name]
     with pytest.raises(InvalidSignature, match=name):
@@ -81,13 +81,13 @@ def test_a_header_that_is_missing_is_named(name: str) -> None:
 
 
 @pytest.mark.parametrize("timestamp", ["", "x", "-5", "1.5", "٣", "9" * 13])
-def test_a_timestamp_that_is_none_is_refused(timestamp: str) -> None:
+def test_an_invalid_timestamp_is_refused(timestamp: str) -> None:
     headers = {**sign([secret_bytes(SECRET)], "evt_1", 5, b""), "webhook-timestamp": timestamp}
     with pytest.raises(InvalidSignature, match="webhook-timestamp"):
         verify_signature(SECRET, headers, b"", now_s=5)
 
 
-def test_a_webhook_is_refused_once_it_is_older_than_the_tolerance() -> None:
+def test_a_webhook_older_than_the_tolerance_is_refused() -> None:
     headers = sign([secret_bytes(SECRET)], "evt_1", 1_000, b"x")
     named = {name.title(): value for name, value in headers.items()}  # header names in any case
     assert verify_signature(SECRET, named, "x", now_s=1_300) == "evt_1"
@@ -99,7 +99,7 @@ def test_a_webhook_is_refused_once_it_is_older_than_the_tolerance() -> None:
 
 
 @pytest.mark.parametrize("secret", ["", "whsec_", "AAAA", "whsec_AAAA", "whsec_" + "A" * 100, "whsec_" + "*" * 44])
-def test_a_secret_that_is_none_is_refused_without_showing_it(secret: str) -> None:
+def test_an_invalid_secret_is_refused_without_showing_it(secret: str) -> None:
     with pytest.raises(ValueError, match="24 to 64 random bytes") as caught:
         verify_signature(secret, {}, b"")
     assert len(secret) < 10 or secret not in str(caught.value)
@@ -108,7 +108,7 @@ def test_a_secret_that_is_none_is_refused_without_showing_it(secret: str) -> Non
 # --- Endpoints ------------------------------------------------------------------------------------------------
 
 
-async def test_an_endpoint_is_made_shown_listed_changed_and_removed(room: Strongroom) -> None:
+async def test_an_endpoint_is_created_read_listed_changed_and_deleted(room: Strongroom) -> None:
     made = await room.webhooks.create(url=URL, tenant="acme", events=["limit.threshold"], description="ops")
     webhook = made.webhook
     assert made.secret.startswith("whsec_")
@@ -126,7 +126,7 @@ async def test_an_endpoint_is_made_shown_listed_changed_and_removed(room: Strong
         await room.webhooks.get(webhook.id)
 
 
-async def test_everything_that_is_wrong_with_an_endpoint_is_told_at_once(room: Strongroom) -> None:
+async def test_every_problem_of_an_endpoint_is_reported_at_once(room: Strongroom) -> None:
     with pytest.raises(InvalidInput) as caught:
         await room.webhooks.create(  # type: ignore[call-arg]
             url=5, tenant="", events=["key.exploded"], thresholds=[0, "x", 1_001], min_window_s=-1, enabled="yes",  # type: ignore[arg-type, list-item]
@@ -140,7 +140,7 @@ async def test_everything_that_is_wrong_with_an_endpoint_is_told_at_once(room: S
 
 
 @pytest.mark.parametrize("url", ["https://10.0.0.1/", "https://169.254.169.254/", "https://localhost/", "http://a.b/"])
-async def test_a_private_address_is_refused_by_name_of_the_field(room: Strongroom, url: str) -> None:
+async def test_a_private_address_is_refused_with_the_field_url(room: Strongroom, url: str) -> None:
     made = await room.webhooks.create(url=URL)
     for call in (room.webhooks.create(url=url), room.webhooks.update(made.webhook.id, url=url)):
         with pytest.raises(InvalidInput) as caught:
@@ -163,7 +163,7 @@ async def test_only_an_administrator_bound_to_no_tenant_allows_private_addresses
     assert not freed.allow_private
 
 
-async def test_a_tenant_sees_and_touches_its_own_endpoints_only(room: Strongroom) -> None:
+async def test_a_tenant_sees_and_changes_only_its_endpoints(room: Strongroom) -> None:
     other = (await room.webhooks.create(url=URL, tenant="globex")).webhook
     everyone = (await room.webhooks.create(url=URL, tenant="*")).webhook
     mine = (await room.webhooks.create(url=URL, tenant="acme", context=ACME)).webhook
@@ -184,7 +184,7 @@ async def test_a_tenant_sees_and_touches_its_own_endpoints_only(room: Strongroom
         await room.webhooks.create(url=URL, tenant="globex", context=ACME)
 
 
-async def test_a_tenant_has_at_most_so_many_endpoints(room: Strongroom) -> None:
+async def test_the_number_of_endpoints_of_a_tenant_is_bounded(room: Strongroom) -> None:
     for _ in range(MAX_PER_TENANT):
         await room.webhooks.create(url=URL, tenant="acme")
     with pytest.raises(InvalidInput, match="as many as there may be"):
@@ -212,13 +212,13 @@ async def test_a_secret_is_shown_once_and_stored_only_encrypted(room: Strongroom
     ]
 
 
-async def test_a_secret_of_the_callers_own_is_taken(room: Strongroom) -> None:
+async def test_a_caller_may_choose_the_secret(room: Strongroom) -> None:
     made = await room.webhooks.create(url=URL, secret=SECRET)
     assert made.secret == SECRET
     assert room.webhooks.keys_of(made.webhook) == [secret_bytes(SECRET)]
 
 
-async def test_while_a_secret_is_rotated_both_sign(room: Strongroom) -> None:
+async def test_both_secrets_sign_during_the_overlap_of_a_rotation(room: Strongroom) -> None:
     made = await room.webhooks.create(url=URL)
     second = await room.webhooks.rotate_secret(made.webhook.id, overlap_s=60)
     headers = sign(room.webhooks.keys_of(second.webhook), "evt_1", 5, b"x")
@@ -231,7 +231,7 @@ async def test_while_a_secret_is_rotated_both_sign(room: Strongroom) -> None:
             await room.webhooks.rotate_secret(made.webhook.id, overlap_s=overlap_s)  # type: ignore[arg-type]
 
 
-async def test_secrets_outlive_a_new_pepper_and_one_whose_pepper_is_gone_says_so(room: Strongroom) -> None:
+async def test_secrets_survive_a_pepper_rotation_and_a_missing_pepper_is_reported(room: Strongroom) -> None:
     made = await room.webhooks.create(url=URL)
     await room.rotate_pepper()
     assert room.webhooks.keys_of(made.webhook) == [secret_bytes(made.secret)]
@@ -246,7 +246,7 @@ async def test_secrets_outlive_a_new_pepper_and_one_whose_pepper_is_gone_says_so
         stranger.keys_of(made.webhook)
 
 
-async def test_the_same_call_again_gives_the_same_endpoint_and_secret(room: Strongroom) -> None:
+async def test_a_retried_create_returns_the_same_endpoint_and_secret(room: Strongroom) -> None:
     first = await room.webhooks.create(url=URL, tenant="acme", idempotency_key="i")
     again = await room.webhooks.create(url=URL, tenant="acme", idempotency_key="i")
     assert (again.webhook.id, again.secret) == (first.webhook.id, first.secret)
@@ -266,7 +266,7 @@ async def test_the_same_call_again_gives_the_same_endpoint_and_secret(room: Stro
 TOKENS = rolling("tokens", 1_000, 3_600)
 
 
-async def test_the_ledger_is_told_at_once_who_wants_which_thresholds(room: Strongroom) -> None:
+async def test_the_ledger_sees_changed_thresholds_at_once(room: Strongroom) -> None:
     def asked(tenant: str = "acme") -> object:
         return room.webhooks.thresholds(tenant, TOKENS)
 
@@ -294,7 +294,7 @@ async def test_the_ledger_is_told_at_once_who_wants_which_thresholds(room: Stron
         (Limit(resource="tokens", limit=5, window=Total()), True),
     ],
 )
-async def test_an_endpoint_may_want_only_limits_with_long_windows(tmp_path: Path, limit: Limit, told: bool) -> None:
+async def test_min_window_s_excludes_limits_with_shorter_windows(tmp_path: Path, limit: Limit, told: bool) -> None:
     async with opened(new_url("json-memory", tmp_path)) as (room, _):
         made = await room.webhooks.create(url=URL, tenant="acme", min_window_s=3_600)
         assert bool(room.webhooks.thresholds("acme", limit)) is told
@@ -302,7 +302,7 @@ async def test_an_endpoint_may_want_only_limits_with_long_windows(tmp_path: Path
         assert made.webhook.wants(event("limit.threshold", "acme", data)) is told
 
 
-async def test_other_nodes_learn_of_endpoints_and_a_new_one_reads_them(
+async def test_other_nodes_follow_endpoints_and_a_new_node_reads_them(
     room: Strongroom, store: FaultyStore, url_of_any: str
 ) -> None:
     async with opened(url_of_any, beside=store) as (other, _):
@@ -326,14 +326,14 @@ async def test_other_nodes_learn_of_endpoints_and_a_new_one_reads_them(
         (["*"], "webhook.test", "whk_2", False),
     ],
 )
-def test_an_endpoint_hears_of_what_it_subscribed_to(
+def test_an_endpoint_receives_the_events_it_subscribed_to(
     events: list[str], type: str, only: str | None, wanted: bool
 ) -> None:
     webhook = Webhook(id="whk_1", tenant="acme", url=URL, events=events, secret=b"")
     assert webhook.wants(event(type, "acme", {}, only=only)) is wanted
 
 
-def test_an_event_says_what_where_and_when_in_json() -> None:
+def test_an_events_body_has_type_timestamp_tenant_and_data() -> None:
     made = event("key.leaked", "acme", {"cost": Decimal("0.10"), "n": 1}, now_us=1_700_000_000_123_456)
     assert made.body == (
         '{"type":"key.leaked","timestamp":"2023-11-14T22:13:20.123456Z","tenant":"acme","data":{"cost":0.10,"n":1}}'

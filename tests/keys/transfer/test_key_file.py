@@ -93,7 +93,7 @@ def only_problem(row: dict[str, Any]) -> str:
 # --- Reading ----------------------------------------------------------------------------------------------------
 
 
-def test_every_unusual_row_of_the_broken_file_is_named_with_what_is_the_matter() -> None:
+def test_every_invalid_row_of_the_broken_file_is_named_with_its_problem() -> None:
     file = parsed(BROKEN)
     assert [(p.path, p.message.split(",")[0]) for p in file.problems] == [
         ("keys.1.token_limit_per_5h", "found -5"),
@@ -151,11 +151,11 @@ def test_a_report_never_shows_a_key() -> None:
     ],
     ids=lambda value: json.dumps(value, default=str)[:50] if isinstance(value, dict) else "",
 )
-def test_what_is_wrong_with_a_row_is_told(fields: dict[str, Any], problem: str) -> None:
+def test_the_problem_of_a_row_is_reported(fields: dict[str, Any], problem: str) -> None:
     assert problem in only_problem(plain_row(**fields))
 
 
-def test_everything_that_is_wrong_with_a_row_is_told_at_once() -> None:
+def test_every_problem_of_a_row_is_reported_at_once() -> None:
     file = parsed(plain_file(plain_row(key=..., name="", expiry_date="soon", token_limit_per_5h="9")))
     assert [p.path.removeprefix("keys.0.") for p in file.problems] == [
         "key", "name", "expiry_date", "token_limit_per_5h",
@@ -163,7 +163,7 @@ def test_everything_that_is_wrong_with_a_row_is_told_at_once() -> None:
 
 
 @pytest.mark.parametrize("row", [None, 3, "text", [], [{}]])
-def test_a_row_that_is_no_object_is_refused_and_the_others_are_read(row: Any) -> None:
+def test_a_row_that_is_not_an_object_is_refused_and_the_others_are_read(row: Any) -> None:
     file = parsed(json.dumps({"keys": [row, plain_row()]}).encode())
     assert (file.refused, [r.path for r in file.rows]) == (1, ["keys.1"])
     assert "expected an object" in file.problems[0].message
@@ -182,13 +182,13 @@ def test_a_hashed_row_stands_under_64_hexadecimal_digits_once() -> None:
     ]
 
 
-def test_a_hash_that_the_file_has_twice_is_not_lost_without_a_word() -> None:
+def test_a_duplicate_hash_in_a_file_is_reported() -> None:
     name, row = "ab" * 32, json.dumps(hashed_row())
     file = parsed(f'{{"keys": {{"{name}": {row}, "{name}": {row}}}}}'.encode())
     assert [p.message for p in file.problems] == ["stands in the file more than once"]
 
 
-def test_numbers_and_times_of_json_are_read_as_they_are_meant() -> None:
+def test_numbers_and_times_of_json_are_read_exactly() -> None:
     row = plain_row(token_limit_per_5h=1e5, expiry_date=None, created_at="2026-01-01T00:00:00.123Z", usage_windows=None)
     (found,) = parsed(plain_file(row)).rows
     assert (found.token_limit, found.expires_us, found.created_us % 1_000_000) == (100_000, None, 123_000)
@@ -220,7 +220,7 @@ def test_unknown_fields_and_guessable_keys_are_noted() -> None:
         ('{"keys": []}'.encode("utf-16"), "is not"),
     ],
 )  # fmt: skip
-def test_a_file_that_is_no_key_file_is_one_sentence(data: bytes, sentence: str) -> None:
+def test_a_file_that_is_not_a_key_file_is_refused_in_one_sentence(data: bytes, sentence: str) -> None:
     with pytest.raises(KeyFileError) as raised:
         parsed(data)
     assert raised.value.message.startswith(sentence)
@@ -241,16 +241,14 @@ json_values = st.recursive(
     st.dictionaries(st.sampled_from(sorted(plain_row())), json_values),
     st.dictionaries(st.text(max_size=9), json_values),
 )
-def test_whatever_stands_in_a_row_it_is_judged_and_never_an_exception(
-    known: dict[str, Any], unknown: dict[str, Any]
-) -> None:
+def test_no_content_of_a_row_raises_an_unexpected_error(known: dict[str, Any], unknown: dict[str, Any]) -> None:
     file = parsed(plain_file({**plain_row(), **unknown, **known}))
     assert file.count == 1
     assert (file.refused == 1) == bool(file.problems)
 
 
 @given(st.binary(max_size=60) | st.text(max_size=60).map(str.encode))
-def test_whatever_a_file_holds_it_is_read_or_refused_with_a_sentence(data: bytes) -> None:
+def test_a_file_of_any_content_is_read_or_refused_with_a_sentence(data: bytes) -> None:
     sentence = "read"
     try:
         parsed(data)
@@ -306,7 +304,7 @@ def live_tokens(row: dict[str, Any], now: datetime = NOW) -> int:
     return sum(tokens for start, tokens in windows if start >= now - timedelta(hours=5))
 
 
-async def test_holders_of_plain_keys_keep_their_text_limits_windows_and_totals(room: Strongroom) -> None:
+async def test_imported_plain_keys_keep_their_secret_limits_windows_and_totals(room: Strongroom) -> None:
     with time_machine.travel(NOW, tick=False):
         _, sums = await put(room, PLAIN, tenant="acme")
         assert sums.equal
@@ -338,7 +336,7 @@ async def test_live_windows_end_when_they_would_have_ended(room: Strongroom) -> 
         assert (await room.keys.verify(row["key"], cost={"tokens": 101})).valid
 
 
-async def test_holders_of_hashed_keys_keep_their_text_and_the_hash_is_brought_under_the_pepper(
+async def test_imported_hashed_keys_keep_their_secret_and_their_hash_moves_under_the_pepper(
     room: Strongroom,
 ) -> None:
     with time_machine.travel(NOW, tick=False):
@@ -357,7 +355,7 @@ async def test_holders_of_hashed_keys_keep_their_text_and_the_hash_is_brought_un
 
 
 @pytest.mark.parametrize("data", [PLAIN, HASHED])
-async def test_the_same_file_again_changes_nothing(room: Strongroom, data: bytes) -> None:
+async def test_importing_the_same_file_again_changes_nothing(room: Strongroom, data: bytes) -> None:
     first, sums = await put(room, data)
     assert standings(first) == {"new"}
     length = await journal_length(room)
@@ -368,9 +366,7 @@ async def test_the_same_file_again_changes_nothing(room: Strongroom, data: bytes
     assert sums.equal
 
 
-async def test_used_and_upgraded_keys_are_found_again_and_what_was_counted_here_stays(
-    room: Strongroom, store: FaultyStore
-) -> None:
+async def test_reimporting_used_keys_finds_them_and_keeps_their_usage(room: Strongroom, store: FaultyStore) -> None:
     with time_machine.travel(NOW, tick=False):
         await put(room, HASHED)
         await put(room, PLAIN)
@@ -396,7 +392,7 @@ async def test_used_and_upgraded_keys_are_found_again_and_what_was_counted_here_
         assert (await room.keys.verify(plain["key"], cost={"tokens": 0})).limits[0].used == 45_300
 
 
-async def test_a_row_that_changed_is_told_and_applied_only_on_request(room: Strongroom) -> None:
+async def test_a_changed_row_is_reported_and_applied_only_on_request(room: Strongroom) -> None:
     with time_machine.travel(NOW, tick=False):
         row = plain_row()
         await put(room, plain_file(row))
@@ -430,7 +426,7 @@ async def test_a_row_that_changed_is_told_and_applied_only_on_request(room: Stro
         assert await journal_length(room) == length
 
 
-async def test_an_update_never_takes_back_usage_that_was_counted_here(room: Strongroom) -> None:
+async def test_an_import_update_never_reduces_usage_counted_here(room: Strongroom) -> None:
     with time_machine.travel(NOW, tick=False):
         row = plain_row()
         await put(room, plain_file(row))
@@ -445,7 +441,7 @@ async def test_an_update_never_takes_back_usage_that_was_counted_here(room: Stro
         assert (stats.totals["tokens"], stats.limits[0].used) == (5_050, 250)
 
 
-async def test_a_use_between_plan_and_update_is_not_taken_back(room: Strongroom) -> None:
+async def test_usage_between_plan_and_update_is_kept(room: Strongroom) -> None:
     with time_machine.travel(NOW, tick=False):
         row = plain_row()
         await put(room, plain_file(row))
@@ -458,7 +454,7 @@ async def test_a_use_between_plan_and_update_is_not_taken_back(room: Strongroom)
         assert (stats.totals["tokens"], stats.limits[0].used) == (5_050, 250)
 
 
-async def test_a_text_that_was_rotated_away_does_not_come_back(room: Strongroom) -> None:
+async def test_a_rotated_secret_is_not_restored_by_an_import(room: Strongroom) -> None:
     row = plain_row()
     ((planned,), _) = await put(room, plain_file(row))
     issued = await room.keys.rotate(planned.id)
@@ -470,7 +466,7 @@ async def test_a_text_that_was_rotated_away_does_not_come_back(room: Strongroom)
     assert (await room.keys.get(planned.id)).name == "worker"
 
 
-async def test_a_disabled_key_stays_disabled(room: Strongroom) -> None:
+async def test_an_import_does_not_enable_a_disabled_key(room: Strongroom) -> None:
     row = plain_row()
     ((planned,), _) = await put(room, plain_file(row))
     await room.keys.disable(planned.id)
@@ -479,7 +475,7 @@ async def test_a_disabled_key_stays_disabled(room: Strongroom) -> None:
     assert (await room.keys.verify(row["key"])).code == "DISABLED"
 
 
-async def test_a_key_of_another_tenant_is_left_alone(room: Strongroom) -> None:
+async def test_an_import_leaves_keys_of_other_tenants_alone(room: Strongroom) -> None:
     await put(room, PLAIN, tenant="acme")
     length = await journal_length(room)
     planned, _ = await put(room, PLAIN, tenant="globex", update=True)
@@ -503,7 +499,7 @@ async def test_management_keys_are_neither_imported_nor_exported(room: Strongroo
         await got(room, "plain", "*")
 
 
-async def test_usage_that_a_removed_key_left_behind_does_not_stop_an_import(room: Strongroom) -> None:
+async def test_leftover_usage_of_a_removed_key_does_not_stop_an_import(room: Strongroom) -> None:
     row = plain_row()
     await put(room, plain_file(row))
     id = id_of(hashlib.sha256(row["key"].encode()).digest())
@@ -534,7 +530,7 @@ async def test_two_imports_at_once_write_each_key_once(room: Strongroom) -> None
     assert await journal_length(room) == 300 + 1
 
 
-async def test_checksums_notice_what_is_not_as_in_the_file(room: Strongroom) -> None:
+async def test_checksums_detect_a_stored_key_that_differs_from_the_file(room: Strongroom) -> None:
     with time_machine.travel(NOW, tick=False):
         planned, sums = await put(room, PLAIN)
     assert sums.equal
@@ -551,7 +547,7 @@ async def test_checksums_notice_what_is_not_as_in_the_file(room: Strongroom) -> 
 
 
 @pytest.mark.parametrize("data", [PLAIN, HASHED])
-async def test_import_export_import_into_another_store_exports_the_same(room: Strongroom, data: bytes) -> None:
+async def test_a_round_trip_through_another_store_exports_the_same_file(room: Strongroom, data: bytes) -> None:
     with time_machine.travel(NOW, tick=False):
         shape = parsed(data).shape
         await put(room, data)
@@ -568,7 +564,7 @@ async def test_import_export_import_into_another_store_exports_the_same(room: St
                 assert (one.code, one.limits) == (two.code, two.limits)
 
 
-async def test_an_export_says_what_the_file_said(room: Strongroom) -> None:
+async def test_an_export_equals_the_imported_file(room: Strongroom) -> None:
     with time_machine.travel(NOW, tick=False):
         await put(room, PLAIN)
         exported = {row["key"]: row for row in json.loads(as_file("plain", await got(room, "plain")))["keys"]}
@@ -582,7 +578,7 @@ async def test_an_export_says_what_the_file_said(room: Strongroom) -> None:
         }
 
 
-async def test_an_export_never_makes_a_disabled_key_work_elsewhere_and_tells_what_it_cannot_say(
+async def test_an_export_never_enables_a_disabled_key_and_reports_what_it_cannot_hold(
     room: Strongroom,
 ) -> None:
     await room.keys.create(name="a", permissions=["chat:write"], allowed_ips=["10.0.0.0/8"], user_id="u")
@@ -603,7 +599,7 @@ async def test_keys_sealed_under_an_older_pepper_are_exported_and_found(room: St
     assert len((await got(room, "plain")).rows) == 40
 
 
-def test_ids_do_not_show_the_hash_that_files_show() -> None:
+def test_ids_do_not_reveal_the_hash() -> None:
     sha256 = hashlib.sha256(b"key").digest()
     assert id_of(sha256) == id_of(sha256) != id_of(hashlib.sha256(b"other").digest())
     assert not any(sha256.hex()[start : start + 8] in id_of(sha256) for start in range(0, 56))

@@ -144,14 +144,14 @@ def csv_of(*rows: dict[str, str], delimiter: str = ",") -> list[bytes]:
     ],
     ids=lambda value: json.dumps(value)[:60] if isinstance(value, dict) else "",
 )  # fmt: skip
-def test_what_is_wrong_with_a_line_is_told(fields: dict[str, Any], problem: str) -> None:
+def test_the_problem_of_a_line_is_reported(fields: dict[str, Any], problem: str) -> None:
     row = {name: value for name, value in {"hash": SHA256, "name": "worker", **fields}.items() if value is not None}
     records, findings = read([json.dumps(row).encode()])
     assert records == []
     assert any(f"{f.path}: {f.message}".find(problem) >= 0 for f in findings if f.refused), findings
 
 
-def test_everything_that_is_wrong_with_a_line_is_told_at_once_and_the_others_are_read() -> None:
+def test_every_problem_of_a_line_is_reported_at_once_and_the_others_are_read() -> None:
     records, findings = read(lines_of({"hash": "x", "name": "", "enabled": 3}, {"expires_at": "soon"}, {"name": "ok"}))
     assert [record.path for record in records] == ["line 3"]
     assert [f.path for f in findings] == ["line 1, hash", "line 1, name", "line 1, enabled", "line 2, expires_at"]
@@ -168,7 +168,7 @@ def test_everything_that_is_wrong_with_a_line_is_told_at_once_and_the_others_are
         (b'{"name": "' + b"x" * MAX_LINE_BYTES + b'"}', "expected at most"),
     ],
 )
-def test_a_line_that_is_no_object_is_refused_and_the_others_are_read(line: bytes, problem: str) -> None:
+def test_a_line_that_is_not_an_object_is_refused_and_the_others_are_read(line: bytes, problem: str) -> None:
     records, findings = read([*lines_of({}), b"\n", line])
     assert len(records) == 1
     assert problem in findings[0].message
@@ -186,7 +186,7 @@ def test_a_line_that_is_no_object_is_refused_and_the_others_are_read(line: bytes
         ([b"name,hash\n", b"\xff,b\n"], "line 2: is not UTF-8"),
     ],
 )
-def test_a_file_that_is_none_of_records_is_one_sentence(lines: list[bytes], sentence: str) -> None:
+def test_a_file_that_is_not_a_record_file_is_refused_in_one_sentence(lines: list[bytes], sentence: str) -> None:
     with pytest.raises(KeyFileError) as raised:
         read(lines)
     assert raised.value.message.startswith(sentence)
@@ -210,11 +210,11 @@ def test_a_file_that_is_none_of_records_is_one_sentence(lines: list[bytes], sent
         (b"a,b,c\n", True),  # what is no JSON can only be CSV, and is told there which columns are missing
     ],
 )
-def test_a_file_of_records_is_told_from_the_other_shapes(content: bytes, expected: bool) -> None:
+def test_a_record_file_is_distinguished_from_the_other_formats(content: bytes, expected: bool) -> None:
     assert is_records(content) is expected
 
 
-def test_two_lines_about_one_key_are_told_and_so_are_more_keys_with_one_hint_than_a_store_takes() -> None:
+def test_duplicate_lines_and_too_many_keys_with_one_hint_are_reported() -> None:
     _, findings = read(lines_of({"name": "a"}, {"name": "b"}, {"hash": SHA256.upper(), "id": "key_x"}))
     assert [(f.path, f.message) for f in findings] == [
         ("line 2", "is the same key as line 1"),
@@ -240,13 +240,13 @@ def test_a_report_shows_neither_keys_nor_hashes() -> None:
         assert hidden not in said
 
 
-def test_fields_that_have_no_place_are_noted() -> None:
+def test_unsupported_fields_are_reported_as_notes() -> None:
     records, findings = read(lines_of({"plan": "gold", "password": "x"}))
     assert len(records) == 1
     assert [(f.path, f.refused) for f in findings] == [("line 1, password", False), ("line 1, plan", False)]
 
 
-def test_csv_says_what_json_says() -> None:
+def test_csv_and_json_records_are_equivalent() -> None:
     limits = [rolling("cost", 5).model_dump(), {"resource": "tokens", "limit": 7, "window": {"kind": "total"}}]
     cells = {
         "hash": BCRYPT,
@@ -284,7 +284,7 @@ def test_csv_says_what_json_says() -> None:
     assert "limits: expected JSON" in findings[0].message
 
 
-def test_a_row_with_too_few_cells_is_told() -> None:
+def test_a_row_with_too_few_cells_is_reported() -> None:
     _, findings = read([b"name,hash,tenant\n", b"k,x\n"])
     assert [(f.path, f.message) for f in findings] == [("line 2", "found 2 columns, expected 3")]
 
@@ -313,13 +313,13 @@ json_values = st.recursive(
         json_values,
     )
 )  # fmt: skip
-def test_whatever_stands_in_a_line_it_is_judged_and_never_an_exception(row: dict[str, Any]) -> None:
+def test_no_content_of_a_line_raises_an_unexpected_error(row: dict[str, Any]) -> None:
     records, findings = read(lines_of(row))
     assert (len(records) == 0) == any(finding.refused for finding in findings)
 
 
 @given(st.binary(max_size=60) | st.text(max_size=60).map(str.encode))
-def test_whatever_a_file_holds_it_is_read_or_refused_with_a_sentence(data: bytes) -> None:
+def test_a_file_of_any_content_is_read_or_refused_with_a_sentence(data: bytes) -> None:
     sentence = "read"
     for lines in (io.BytesIO(data), io.BytesIO(b"name,hash\n" + data)):
         try:
@@ -362,7 +362,7 @@ def standings(planned: list[PlannedRecord]) -> list[str]:
     return [p.standing.value for p in planned]
 
 
-async def test_the_same_file_again_changes_nothing(room: Strongroom) -> None:
+async def test_importing_the_same_file_again_changes_nothing(room: Strongroom) -> None:
     rows = lines_of(
         {"limits": [rolling("tokens", 9).model_dump()], "usage_count": 3, "last_used": "2026-01-01T00:00:00Z"},
         {"hash": BCRYPT, "prefix": "abcdefgh", "tenant": "acme", "rotate_every_s": 86_400},
@@ -380,12 +380,12 @@ async def test_the_same_file_again_changes_nothing(room: Strongroom) -> None:
     assert len((await room.database.find(SYSTEM, KeySource)).items) == 2
 
 
-async def test_a_key_that_another_shape_has_imported_is_the_same_key(room: Strongroom) -> None:
+async def test_a_key_imported_in_another_format_is_the_same_key(room: Strongroom) -> None:
     (planned,) = await put(room, lines_of({}))
     assert planned.id == id_of(bytes.fromhex(SHA256))
 
 
-async def test_what_differs_is_told_and_changed_only_if_asked(room: Strongroom) -> None:
+async def test_differences_are_reported_and_changed_only_on_request(room: Strongroom) -> None:
     await put(room, lines_of({"user_id": "u1", "groups": ["a"], "usage_count": 1}))
     changed = lines_of({"user_id": "u2", "groups": ["a"], "usage_count": 5})
     (planned,) = await put(room, changed)
@@ -397,7 +397,7 @@ async def test_what_differs_is_told_and_changed_only_if_asked(room: Strongroom) 
     assert standings(await put(room, changed)) == ["unchanged"]
 
 
-async def test_the_usage_of_a_key_that_was_used_here_since_is_left_alone(room: Strongroom) -> None:
+async def test_an_import_keeps_the_usage_of_a_key_used_here_since(room: Strongroom) -> None:
     limits = [rolling("requests", 9).model_dump()]
     await put(room, lines_of({"limits": limits, "usage_count": 3}))
     assert (await room.keys.verify(TEXT)).valid
@@ -407,7 +407,7 @@ async def test_the_usage_of_a_key_that_was_used_here_since_is_left_alone(room: S
     assert (await stored_usage(room.store, planned.id)).count == 4
 
 
-async def test_a_key_of_another_tenant_or_with_another_text_since_is_left_alone(room: Strongroom) -> None:
+async def test_an_import_leaves_a_moved_or_rotated_key_alone(room: Strongroom) -> None:
     (planned,) = await put(room, lines_of({"tenant": "acme"}))
     (other,) = await put(room, lines_of({"tenant": "globex"}), update=True)
     assert (other.standing, other.problem) == (
@@ -504,7 +504,7 @@ async def whole(room: Strongroom) -> tuple[list[Any], list[Any]]:
     return keys, sorted(records, key=str)
 
 
-async def test_records_that_are_loaded_are_what_is_written_key_by_key(
+async def test_bulk_loaded_records_equal_records_written_one_by_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = lines_of(*many(150))
@@ -518,7 +518,7 @@ async def test_records_that_are_loaded_are_what_is_written_key_by_key(
             assert len((await whole(one))[1]) == 150
 
 
-async def test_records_that_another_import_has_written_meanwhile_are_left_out_and_the_others_arrive(
+async def test_records_written_by_a_concurrent_import_are_skipped_and_the_others_imported(
     tmp_path: Path,
 ) -> None:
     rows = many(150)
@@ -533,7 +533,7 @@ async def test_records_that_another_import_has_written_meanwhile_are_left_out_an
         assert len({record[0] for record in records}) == len(records) == 150
 
 
-async def test_rules_of_ones_own_are_asked_for_every_record(tmp_path: Path) -> None:
+async def test_an_applications_own_rules_are_evaluated_for_every_record(tmp_path: Path) -> None:
     asked = set()
 
     def policy(request: Any) -> Any:
@@ -721,7 +721,7 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path) -> list[Backend]:
 
 @settings(max_examples=6)
 @given(made=st.lists(rows, min_size=1, max_size=5), uses=st.lists(st.integers(0, 10**5), max_size=3))
-def test_every_key_arrives_whole_in_another_store_with_its_counters(
+def test_every_key_is_transferred_whole_with_its_counters(
     pair: list[Backend], made: list[dict[str, Any]], uses: list[int]
 ) -> None:
     async def check() -> None:
@@ -749,7 +749,7 @@ def test_every_key_arrives_whole_in_another_store_with_its_counters(
     asyncio.run(check())
 
 
-async def test_a_hint_and_its_hash_go_on_to_the_next_store(tmp_path: Path) -> None:
+async def test_a_hint_and_its_hash_are_transferred_to_the_next_store(tmp_path: Path) -> None:
     async with Strongroom.open(new_url("sqlite", tmp_path)) as here, Strongroom.open("json://:memory:") as there:
         (planned,) = await put(here, lines_of({"hash": BCRYPT, "prefix": "abcdefgh"}))
         await here.keys.rotate(planned.id, overlap_s=3_600)  # before its first use: the hash is the old text's
@@ -760,7 +760,7 @@ async def test_a_hint_and_its_hash_go_on_to_the_next_store(tmp_path: Path) -> No
         assert (await here.keys.verify(TEXT)).key_id == planned.id
 
 
-async def test_what_a_record_cannot_say_is_told(room: Strongroom) -> None:
+async def test_an_export_reports_what_a_record_cannot_hold(room: Strongroom) -> None:
     issued = await room.keys.create(name="k")
     await room.keys.rotate(issued.key.id, overlap_s=60, hold=True)
     await put(room, lines_of({"hash": "hmac-sha256:" + SHA256}), secret=b"s")
@@ -770,7 +770,7 @@ async def test_what_a_record_cannot_say_is_told(room: Strongroom) -> None:
     assert any("secret again" in what for what in told.lost)
 
 
-async def test_management_keys_stay_where_they_are(room: Strongroom) -> None:
+async def test_management_keys_are_not_exported(room: Strongroom) -> None:
     await room.keys.create(name="admin", tenant="*", permissions=["strongroom:admin"])
     await room.keys.create(name="k", tenant="acme")
     written, told = await got(room)
@@ -781,7 +781,7 @@ async def test_management_keys_stay_where_they_are(room: Strongroom) -> None:
         await got(room, "*")
 
 
-async def test_limits_go_on_where_they_stood(room: Strongroom) -> None:
+async def test_imported_limits_continue_with_their_usage(room: Strongroom) -> None:
     limits = [
         Limit(resource="tokens", limit=100, window=Rolling(seconds=3600)),
         Limit(resource="tokens", limit=100, window=Anchored(seconds=3600)),
@@ -799,7 +799,7 @@ async def test_limits_go_on_where_they_stood(room: Strongroom) -> None:
         assert (await there.keys.verify(issued.text, cost={"tokens": 40})).valid
 
 
-async def test_what_is_reserved_or_lent_here_counts_there_as_used(tmp_path: Path) -> None:
+async def test_reserved_and_leased_amounts_are_exported_as_used(tmp_path: Path) -> None:
     limits = [
         Limit(resource="tokens", limit=100, window=Rolling(seconds=3600)),
         Limit(resource="concurrency", limit=2, window=Total()),

@@ -48,14 +48,14 @@ PLAIN = f"Name,Hash\r\nbilling,{SHA256}\r\n"
     ],
 )
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be-bom"])
-def test_what_a_spreadsheet_writes_is_read(text: str, encoding: str) -> None:
+def test_csv_of_spreadsheets_is_read(text: str, encoding: str) -> None:
     if encoding == "utf-16-be-bom":
         assert names(codecs.BOM_UTF16_BE + text.encode("utf-16-be")) == ["billing"]
     else:
         assert names(text.encode(encoding)) == ["billing"]
 
 
-def test_separators_and_quotes_inside_a_quoted_name_are_a_part_of_it() -> None:
+def test_separators_and_quotes_inside_quotes_belong_to_the_name() -> None:
     data = f'Name;"Hash";"Note; with ""quotes"", and commas"\nbilling;{SHA256};x\n'.encode()
     records, findings = read(data)
     assert isinstance(records[0], KeyRecord)
@@ -76,19 +76,19 @@ def test_separators_and_quotes_inside_a_quoted_name_are_a_part_of_it() -> None:
         (b"nonsense", "is neither JSON nor CSV"),
     ],
 )
-def test_what_cannot_be_read_is_refused_with_its_reason(data: bytes, reason: str) -> None:
+def test_unreadable_csv_is_refused_with_its_reason(data: bytes, reason: str) -> None:
     with pytest.raises(KeyFileError, match=reason):
         read(data)
 
 
-def test_a_cell_below_no_name_is_refused() -> None:
+def test_a_cell_without_a_column_name_is_refused() -> None:
     records, findings = read(f"Name,Hash,\nbilling,{SHA256},stray\n".encode())
     assert records == [None]
     assert findings[0].message == "found 'stray' in a column without a name, expected nothing there"
 
 
 @given(st.text(max_size=40), st.sampled_from(["utf-8", "utf-16", "utf-16-le", "utf-32"]))
-def test_no_text_is_an_unforeseen_error(text: str, encoding: str) -> None:
+def test_no_csv_text_raises_an_unexpected_error(text: str, encoding: str) -> None:
     data = text.encode(encoding, "surrogatepass")
     if is_records(data):
         with suppress(KeyFileError):

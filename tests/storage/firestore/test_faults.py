@@ -88,7 +88,7 @@ def failing(code: Any, text: str = "no") -> Callable[..., Any]:
     ],
     ids=lambda value: getattr(value, "name", None),
 )
-async def test_each_status_is_an_error_of_strongrooms(
+async def test_each_grpc_status_maps_to_a_strongroom_error(
     store: FirestoreStore, code: Any, error: type[StrongroomError], says: str
 ) -> None:
     store._writer.timeout_s = 0.5
@@ -117,7 +117,7 @@ async def test_each_status_is_an_error_of_strongrooms(
          ["label ASCENDING", "used ASCENDING", "code ASCENDING"]),
     ],
 )  # fmt: skip
-async def test_a_missing_index_is_named_as_it_is_to_be_added(
+async def test_a_missing_index_is_named_with_its_definition(
     store: FirestoreStore, query: Query, fields: list[str]
 ) -> None:
     store.wire._calls["query"] = failing(Code.FAILED_PRECONDITION, "The query requires an index.")
@@ -138,7 +138,7 @@ async def test_a_missing_index_of_a_sum_is_named_too(store: FirestoreStore) -> N
 
 
 class TestAborted:
-    async def test_a_commit_that_is_aborted_is_tried_again(self, store: FirestoreStore) -> None:
+    async def test_an_aborted_commit_is_retried(self, store: FirestoreStore) -> None:
         commit, times = store.wire.commit, 0
 
         async def aborting(writes: Any) -> Any:
@@ -153,7 +153,7 @@ class TestAborted:
         assert times == 7
         assert (await store.get("items", "acme", "x") or {})["version"] == committed.versions[0]
 
-    async def test_a_storm_without_an_end_is_given_up_in_time(self, store: FirestoreStore) -> None:
+    async def test_endless_contention_is_given_up_in_time(self, store: FirestoreStore) -> None:
         async def aborting(writes: Any) -> Any:
             raise Rejected(Code.ABORTED, "too much contention on these documents")
 
@@ -202,7 +202,7 @@ class Losing:
 
 
 class TestLostAnswers:
-    async def test_a_commit_whose_answer_is_lost_is_found_and_not_repeated(self, store: FirestoreStore) -> None:
+    async def test_a_commit_whose_answer_is_lost_is_found_and_not_applied_again(self, store: FirestoreStore) -> None:
         losing = Losing(store, "after", "after", "after")
         created = await store.commit(batch("acme", Create("items", "x", item(code="c")), Append(record("x"), 0)))
         patched = await store.commit(batch("acme", Patch("items", "x", {"label": "b"}), Append(record("x"), 0)))
@@ -239,7 +239,7 @@ class TestLostAnswers:
         records = (await store.changes(None)).records
         assert [one.entity_id for one in records] == ["x", "y"]
 
-    async def test_where_nobody_can_tell_the_error_says_so(self, store: FirestoreStore) -> None:
+    async def test_an_unknown_outcome_is_reported_as_unknown(self, store: FirestoreStore) -> None:
         await store.commit(batch("acme", Create("items", "x", item())))
         Losing(store, "after")
         with pytest.raises(Unavailable, match="not known") as caught:
@@ -355,7 +355,7 @@ async def test_an_emulator_killed_under_load_gives_typed_errors_in_time_and_is_f
         await wait_until(lambda: store._listener.is_live)
 
 
-async def test_a_black_hole_is_given_up_in_time(emulator: Emulator) -> None:
+async def test_a_server_that_does_not_answer_is_given_up_in_time(emulator: Emulator) -> None:
     async with opened(f"firestore://p?emulator=127.0.0.1:{emulator.port}") as store:
         store.wire.timeout_s = 0.5
         store._writer.timeout_s = 1
@@ -402,14 +402,14 @@ async def test_a_connection_that_falls_silent_is_not_taken_for_a_quiet_journal(n
         await wait_until(arrived)
 
 
-async def test_nothing_to_reach_at_the_start_is_unavailable() -> None:
+async def test_an_unreachable_store_at_the_start_raises_unavailable() -> None:
     store = FirestoreStore("p", emulator=f"127.0.0.1:{free_port()}")
     with pytest.raises(Unavailable):
         await store.open()
     await store.close()
 
 
-async def test_no_credentials_are_a_configuration_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+async def test_missing_credentials_are_a_configuration_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("FIRESTORE_EMULATOR_HOST", raising=False)
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "nowhere.json"))
     store = FirestoreStore("p")

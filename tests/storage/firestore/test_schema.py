@@ -68,7 +68,7 @@ async def test_documents_from_before_a_field_are_found_and_ordered_by_its_defaul
     assert await ids(Query(order_by=("rank",))) == ["low", "high", "old"]
 
 
-async def test_what_is_dropped_is_gone_from_the_documents(store: FirestoreStore) -> None:
+async def test_a_dropped_field_is_removed_from_the_documents(store: FirestoreStore) -> None:
     secret = FieldSpec("secret", FieldType.TEXT, optional=True)
     await store.prepare([declare(secret)])
     await store.commit(batch("acme", Create("things", "a", {"name": "a", "secret": "s"})))
@@ -138,7 +138,7 @@ class TestDeployment:
         exempt = {(o["collectionGroup"], o["fieldPath"]) for o in self.indexes["fieldOverrides"] if not o["indexes"]}
         assert {("api_keys", "sealed"), ("api_keys", "metadata"), ("_strongroom_journal", "after")} <= exempt
 
-    def test_it_is_json_and_names_each_index_once(self) -> None:
+    def test_the_index_file_is_json_and_names_each_index_once(self) -> None:
         entries = [json.dumps(entry) for entry in self.indexes["indexes"]]
         assert len(entries) == len(set(entries))
         overrides = [(o["collectionGroup"], o["fieldPath"]) for o in self.indexes["fieldOverrides"]]
@@ -174,7 +174,7 @@ class TestCosts:
             await self.measured(store, lambda: store.find("items", "acme", Query(limit=20))) == OPERATIONS["list-20"][1]
         )
 
-    async def test_strongroom_on_it_costs_what_the_table_says(self, new_url: Callable[[], str]) -> None:
+    async def test_each_operation_of_strongroom_costs_what_the_table_says(self, new_url: Callable[[], str]) -> None:
         context = Context("acme", claims={"admin": True})
         limit = Limit(resource="requests", limit=1_000, window=Rolling(seconds=3600))
         async with Strongroom.open(new_url()) as room:

@@ -112,7 +112,7 @@ _names = (
 class TestNames:
     @settings(max_examples=300)
     @given(_names)
-    def test_a_name_can_be_read_back_and_is_one_that_firestore_takes(self, text: str) -> None:
+    def test_an_encoded_name_decodes_and_is_valid_in_firestore(self, text: str) -> None:
         name = encoded(text)
         assert decoded(name) == text
         assert "/" not in name
@@ -128,7 +128,7 @@ class TestNames:
     def test_plain_ids_stay_themselves(self, text: str) -> None:
         assert encoded(text) == text
 
-    def test_what_no_name_can_hold_is_refused(self) -> None:
+    def test_a_name_that_firestore_cannot_hold_is_refused(self) -> None:
         assert len(encoded("/" * 190).encode()) <= MAX_SEGMENT_BYTES
         with pytest.raises(InvalidInput, match="fewer slashes"):
             encoded("/" * 512)
@@ -151,7 +151,7 @@ class TestNames:
 
 
 class TestUrl:
-    def test_it_names_project_database_and_options(self) -> None:
+    def test_the_url_names_project_database_and_options(self) -> None:
         store = store_for("firestore://my-project/other?collection=my_keys&emulator=127.0.0.1:1")
         assert isinstance(store, FirestoreStore)
         assert (store.paths.project, store.paths.database) == ("my-project", "other")
@@ -166,7 +166,7 @@ class TestUrl:
         ["firestore://", "firestore:///x", "firestore://p/d/e", "firestore://p/d?port=1", "firestore://p?collection=_a",
          "firestore://p?collection=tenants", "firestore://p?collection=a/b"],
     )  # fmt: skip
-    def test_what_it_does_not_understand_is_refused(self, url: str) -> None:
+    def test_an_unknown_url_option_is_refused(self, url: str) -> None:
         with pytest.raises(ConfigError, match="store"):
             store_for(url)
 
@@ -180,7 +180,9 @@ def key(hash: str, **more: Any) -> Document:
 
 
 class TestKeys:
-    async def test_a_key_stands_at_its_hash_with_the_names_that_others_read(self, store: FirestoreStore) -> None:
+    async def test_an_api_key_document_is_named_by_its_hash_with_seed_002s_field_names(
+        self, store: FirestoreStore
+    ) -> None:
         limits = [{"resource": "tokens", "limit": 9}, {"resource": "requests", "limit": 60}]
         document = key("h1", user_id="u1", limits=limits, permissions=["read"])
         await store.commit(batch("acme", Create("api_keys", "k1", document)))
@@ -194,7 +196,7 @@ class TestKeys:
         await store.commit(batch("acme", Patch("api_keys", "k1", {"enabled": False})))
         assert ((await raw(store, "api_keys/h1")) or {})["is_active"] is False
 
-    async def test_another_collection_can_hold_them(self, new_url: Callable[[], str]) -> None:
+    async def test_the_collection_of_api_keys_is_configurable(self, new_url: Callable[[], str]) -> None:
         async with opened(new_url() + "&collection=customer_keys", KEYS) as store:
             await store.commit(batch(None, Create("api_keys", "k1", key("h1"))))
             assert await raw(store, "customer_keys/h1") is not None
@@ -210,7 +212,7 @@ class TestKeys:
         assert store.wire.requests["batch_get"] - before.get("batch_get", 0) == 2
         assert store.wire.requests.get("query", 0) == before.get("query", 0)
 
-    async def test_a_new_hash_moves_the_key(self, store: FirestoreStore) -> None:
+    async def test_a_new_hash_moves_the_keys_document(self, store: FirestoreStore) -> None:
         await store.commit(batch("acme", Create("api_keys", "k1", key("h1"))))
         (old,) = [d["version"] for d in await store.find("api_keys", None, Query())]
         await store.commit(
@@ -229,7 +231,7 @@ class TestKeys:
         assert await raw(store, "api_keys/h2") is None
         await store.commit(batch("acme", Create("api_keys", "k1", key("h2", previous_hash="h1"))))
 
-    async def test_a_node_that_knows_the_old_place_finds_the_new_one(self, new_url: Callable[[], str]) -> None:
+    async def test_a_node_that_knows_the_old_document_path_finds_the_new_one(self, new_url: Callable[[], str]) -> None:
         url = new_url()
         async with opened(url, KEYS) as first, opened(url, KEYS) as second:
             await first.commit(batch(None, Create("api_keys", "k1", key("h1"))))
@@ -322,7 +324,7 @@ class TestNodes:
         assert store.wire.requests["commit"] - before["commit"] == 1
         assert store.wire.requests.get("batch_get") == before.get("batch_get")
 
-    async def test_a_storm_of_commits_to_one_document_ends(self, new_url: Callable[[], str]) -> None:
+    async def test_contending_commits_to_one_document_all_end(self, new_url: Callable[[], str]) -> None:
         """Two nodes, each with 40 batches that want the same document and the same unique value."""
         url = new_url()
         async with opened(url) as first, opened(url) as second:
@@ -442,7 +444,7 @@ class TestNodes:
             await reading
         assert [one.entity_id for one in (await store.changes(None)).records] == ["1", "2"]
 
-    async def test_a_tenants_records_are_asked_for_alone_where_queries_do_not_lag(self, store: FirestoreStore) -> None:
+    async def test_a_tenants_records_are_queried_alone_where_queries_do_not_lag(self, store: FirestoreStore) -> None:
         assert shard_of("other") == shard_of(None), "they share a part of the journal"
         for n in range(12):
             await store.commit(batch(None, *(Append(record(f"{n}", name)) for name in ("other", None, None))))
@@ -455,7 +457,7 @@ class TestNodes:
         assert asked.records == checked.records == tuple(expected[:5])
         assert (await store.changes(asked.cursor, tenant="other")).records == tuple(expected[5:])
 
-    async def test_a_hole_in_the_journal_is_an_error_and_not_passed_over(self, store: FirestoreStore) -> None:
+    async def test_a_gap_in_the_journal_is_an_error(self, store: FirestoreStore) -> None:
         for n in range(5):
             await store.commit(batch("acme", Append(record(f"{n}", "acme"))))
         name = store.paths.internal(JOURNAL, record_name(shard_of("acme"), 3))
@@ -467,7 +469,7 @@ class TestNodes:
         await store.wire.commit([Write(update=document)])
         assert len((await store.changes(None)).records) == 5
 
-    async def test_an_answer_of_the_emulator_that_lags_behind_a_commit_is_asked_for_again(
+    async def test_a_stale_query_answer_of_the_emulator_is_queried_again(
         self, store: FirestoreStore, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Seen beside writers, about once in a thousand queries: one document of a commit as new, another as old."""
@@ -508,7 +510,7 @@ class TestLimits:
             await store.commit(batch("acme", Create("samples", "x", sample(tags=NUMBERS))))
         assert await store.get("samples", "acme", "x") is None
 
-    async def test_a_batch_that_firestore_refuses_takes_no_other_down(self, store: FirestoreStore) -> None:
+    async def test_a_batch_that_firestore_refuses_fails_no_other(self, store: FirestoreStore) -> None:
         outcomes = await asyncio.gather(
             store.commit(batch("acme", Create("items", "a", item()))),
             store.commit(batch("other", Create("samples", "x", sample(tags=NUMBERS)))),

@@ -94,7 +94,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
 # --- The file -------------------------------------------------------------------------------------------------
 
 
-async def test_the_file_is_for_people_too(path: Path, store: JsonStore) -> None:
+async def test_the_file_is_readable_by_people(path: Path, store: JsonStore) -> None:
     """JSON with a section a tenant and a line a document, so that a difference shows what changed."""
     await store.commit(batch("acme", Create("items", "a", item("é", code="$x")), Append(record("a"), 0)))
     await store.commit(batch("other", Create("samples", "b", sample(blob=b"hi", extra={"$k": 1}))))
@@ -116,7 +116,7 @@ async def test_the_file_is_for_people_too(path: Path, store: JsonStore) -> None:
     assert len(added) <= 2, "the new document's line, and the one before it that got a comma"
 
 
-async def test_the_file_is_its_owners_alone_and_keeps_the_mode_it_was_given(path: Path, store: JsonStore) -> None:
+async def test_the_file_is_private_to_its_owner_and_keeps_its_mode(path: Path, store: JsonStore) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     path.chmod(0o640)
     await store.commit(batch("acme", Create("items", "a", item())))
@@ -140,7 +140,7 @@ async def test_a_new_store_makes_its_folder(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "folder" / "store.json").exists()
 
 
-async def test_a_place_where_no_file_can_be_is_unavailable(tmp_path: Path) -> None:
+async def test_an_impossible_path_raises_unavailable(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file" / "store.json", tmp_path):
         with pytest.raises(StrongroomError) as caught:
@@ -187,13 +187,13 @@ async def test_damaged_json_is_refused_with_its_line_and_column(path: Path) -> N
     assert "damaged at line 4 column 20" in (await refused(path, b"\n".join(lines))).message
 
 
-async def test_what_is_not_text_is_refused_with_its_byte(path: Path) -> None:
+async def test_invalid_utf8_is_refused_with_its_byte(path: Path) -> None:
     content = await whole(path)
     place = content.index("é".encode())
     assert f"at byte {place}" in (await refused(path, content.replace("é".encode(), b"\xff"))).message
 
 
-async def test_json_that_is_not_ours_is_refused(path: Path) -> None:
+async def test_foreign_json_is_refused(path: Path) -> None:
     for content in (b"{}", b"[]", b"1", b"null", b'"strongroom"', b'{"strongroom": "1"}', b'{"strongroom": true}'):
         assert "not a Strongroom store" in (await refused(path, content)).message
     assert "nested too deeply" in (await refused(path, b'{"strongroom": ' + b"[" * 100_000)).message
@@ -227,7 +227,7 @@ async def test_a_later_format_is_refused(path: Path) -> None:
         (lambda data: data["journal"][0].update(sequence=2), "journal record 1"),
     ],
 )
-async def test_a_part_that_does_not_fit_is_refused_with_its_place(
+async def test_a_malformed_part_is_refused_with_its_position(
     path: Path, change: Callable[[dict[str, Any]], object], place: str
 ) -> None:
     data = json.loads(await whole(path))
@@ -272,7 +272,7 @@ async def test_a_crash_at_any_step_leaves_the_old_or_the_new_file(
     ("code", "kind"), [(errno.ENOSPC, StorageFull), (errno.EDQUOT, StorageFull), (errno.EIO, Unavailable)]
 )
 @pytest.mark.parametrize("step", ["fsync file", "rename"])
-async def test_a_write_that_fails_changes_nothing_and_the_next_one_is_tried(
+async def test_a_failed_write_changes_nothing_and_the_next_one_is_tried(
     path: Path, store: JsonStore, disk: Disk, step: str, code: int, kind: type[StrongroomError]
 ) -> None:
     await store.commit(batch("acme", Create("items", "a", item("old", code="c")), Append(record("1"))))
@@ -340,9 +340,7 @@ async def test_after_a_folder_that_cannot_be_synced_nothing_is_written_until_the
     await store.commit(batch("acme", Create("items", "b", item())))
 
 
-async def test_what_waits_shares_one_write_and_nothing_is_seen_before_it_is_durable(
-    store: JsonStore, disk: Disk
-) -> None:
+async def test_waiting_commits_share_one_write_and_become_visible_once_durable(store: JsonStore, disk: Disk) -> None:
     disk.gate = threading.Event()
     first = asyncio.ensure_future(store.commit(batch("acme", Create("items", "first", item("first")))))
     await wait_until(disk.waiting.is_set)
@@ -366,7 +364,7 @@ async def test_a_batch_that_changes_nothing_writes_nothing(store: JsonStore, dis
     assert disk.steps == []
 
 
-async def test_a_writer_that_is_torn_down_answers_who_waits(path: Path, disk: Disk) -> None:
+async def test_a_cancelled_writer_answers_every_waiting_caller(path: Path, disk: Disk) -> None:
     store = await opened(path)
     disk.gate = threading.Event()
     pending = [asyncio.ensure_future(store.commit(batch("acme", Create("items", f"{n}", item())))) for n in range(3)]
@@ -398,7 +396,7 @@ async def test_a_rename_whose_answer_was_lost_is_found_to_be_done(
 # --- One process ----------------------------------------------------------------------------------------------
 
 
-async def test_a_second_opening_is_refused_with_one_sentence_that_names_the_file(path: Path, store: JsonStore) -> None:
+async def test_a_second_open_is_refused_with_one_sentence_that_names_the_file(path: Path, store: JsonStore) -> None:
     with pytest.raises(Unavailable) as caught:
         await JsonStore(str(path)).open()
     assert caught.value.message.startswith(f"{path} is in use")
@@ -422,7 +420,7 @@ async def test_a_store_that_could_not_be_opened_does_not_keep_the_lock(path: Pat
     await (await opened(path)).close()
 
 
-async def test_memory_alone_writes_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk: Disk) -> None:
+async def test_a_store_in_memory_writes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk: Disk) -> None:
     monkeypatch.chdir(tmp_path)
     store = JsonStore(None)
     await store.open()
@@ -444,7 +442,7 @@ async def test_a_tenants_collection_cannot_be_reached_without_a_tenant(store: Js
     assert await store.get("shared", "other", "a") is not None
 
 
-async def test_a_cursor_from_behind_the_end_is_refused(store: JsonStore) -> None:
+async def test_a_cursor_beyond_the_end_is_refused(store: JsonStore) -> None:
     """It is from a longer journal: an older copy of the file was put back, and what it would skip is not known."""
     await store.commit(batch("acme", Append(record("1"))))
     with pytest.raises(Gone):

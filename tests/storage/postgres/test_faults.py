@@ -64,7 +64,7 @@ def is_commit(chunk: bytes) -> bool:
 
 
 @pytest.mark.parametrize("journalled", [True, False], ids=["with a record", "without"])
-async def test_a_commit_whose_answer_is_lost_is_found_done_and_happens_once(
+async def test_a_commit_whose_answer_is_lost_is_found_and_applied_once(
     server: postgres.Server, proxy: Proxy, journalled: bool
 ) -> None:
     store = await prepared(through(proxy, server, postgres.new_schema()))
@@ -87,9 +87,7 @@ async def test_a_commit_whose_answer_is_lost_is_found_done_and_happens_once(
 
 
 @pytest.mark.parametrize("journalled", [True, False], ids=["with a record", "without"])
-async def test_a_commit_that_never_arrived_is_done_again(
-    server: postgres.Server, proxy: Proxy, journalled: bool
-) -> None:
+async def test_a_commit_that_never_arrived_is_retried(server: postgres.Server, proxy: Proxy, journalled: bool) -> None:
     store = await prepared(through(proxy, server, postgres.new_schema()))
     try:
         await store.commit(batch("acme", Create("items", "a", item())))
@@ -105,7 +103,7 @@ async def test_a_commit_that_never_arrived_is_done_again(
         await store.close()
 
 
-async def test_a_commit_that_never_arrived_at_a_server_that_stays_away_is_never_told_as_done(
+async def test_a_commit_that_never_arrived_is_not_acknowledged_while_the_server_is_away(
     server: postgres.Server, proxy: Proxy
 ) -> None:
     store = await prepared(through(proxy, server, postgres.new_schema(), connect_timeout_s=1))
@@ -135,7 +133,7 @@ async def test_a_commit_that_never_arrived_at_a_server_that_stays_away_is_never_
         await store.close()
 
 
-async def test_a_ledger_commit_whose_answer_is_lost_says_that_it_does_not_know(
+async def test_a_ledger_commit_whose_answer_is_lost_reports_an_unknown_outcome(
     server: postgres.Server, proxy: Proxy
 ) -> None:
     store = await prepared(through(proxy, server, postgres.new_schema()))
@@ -191,7 +189,7 @@ async def test_a_patch_that_makes_a_document_too_large_is_refused_and_no_other_o
 # --- Backends and servers that end ------------------------------------------------------------------------------
 
 
-async def test_a_transaction_whose_backend_is_terminated_is_begun_again(server: postgres.Server) -> None:
+async def test_a_transaction_whose_backend_is_terminated_is_retried(server: postgres.Server) -> None:
     schema = postgres.new_schema()
     store = await prepared(server.url(schema))
     admin = await asyncpg.connect(server.admin)
@@ -279,7 +277,7 @@ async def test_kill_9_under_load_loses_nothing_that_was_acknowledged(own_server:
         await store.close()
 
 
-async def test_a_server_that_is_gone_fails_fast_and_is_found_again(server: postgres.Server, proxy: Proxy) -> None:
+async def test_an_unreachable_server_fails_fast_and_is_reconnected(server: postgres.Server, proxy: Proxy) -> None:
     store = await prepared(through(proxy, server, postgres.new_schema(), connect_timeout_s=5))
     try:
         await store.commit(batch("acme", Create("items", "a", item())))
@@ -313,7 +311,7 @@ async def test_a_server_that_is_gone_fails_fast_and_is_found_again(server: postg
         await store.close()
 
 
-async def test_a_black_hole_is_given_up_in_time(server: postgres.Server, proxy: Proxy) -> None:
+async def test_a_server_that_does_not_answer_is_given_up_in_time(server: postgres.Server, proxy: Proxy) -> None:
     options = {"connect_timeout_s": 0.5, "statement_timeout_s": 0.3}
     store = await prepared(through(proxy, server, postgres.new_schema(), **options))
     try:
@@ -345,7 +343,7 @@ async def test_a_black_hole_is_given_up_in_time(server: postgres.Server, proxy: 
 # --- Opening ----------------------------------------------------------------------------------------------------
 
 
-async def test_a_server_that_is_not_there_is_unavailable() -> None:
+async def test_a_missing_server_raises_unavailable() -> None:
     with pytest.raises(Unavailable, match="cannot be reached"):
         await open_store(f"postgresql://app:app@127.0.0.1:{free_port()}/postgres")
 
@@ -377,7 +375,7 @@ def own_password_server(tmp_path: Path) -> Iterator[postgres.OwnServer]:
     own.remove()
 
 
-async def test_a_database_that_is_not_there_is_named(server: postgres.Server) -> None:
+async def test_a_missing_database_is_named(server: postgres.Server) -> None:
     with pytest.raises(ConfigError, match="there is no such database: run createdb"):
         await open_store(server.url("s").replace("/postgres?", "/nowhere?"))
 
@@ -409,7 +407,7 @@ async def test_commits_of_the_same_documents_in_opposite_orders_all_end(server: 
             await store.close()
 
 
-async def test_a_deadlock_is_begun_again(server: postgres.Server) -> None:
+async def test_a_deadlocked_transaction_is_retried(server: postgres.Server) -> None:
     schema = postgres.new_schema()
     store = await prepared(server.url(schema))
     other = await asyncpg.connect(server.admin)
@@ -439,7 +437,7 @@ async def _is_waiting(connection: asyncpg.Connection, schema: str) -> bool:
     return bool(await connection.fetch(sql, f"%{schema}%"))
 
 
-async def test_a_lock_held_for_long_is_unavailable_and_nothing_is_applied(server: postgres.Server) -> None:
+async def test_a_lock_that_is_not_released_raises_unavailable_and_applies_nothing(server: postgres.Server) -> None:
     schema = postgres.new_schema()
     store = await prepared(server.url(schema, lock_timeout_s=0.2))
     other = await asyncpg.connect(server.admin)
@@ -455,7 +453,7 @@ async def test_a_lock_held_for_long_is_unavailable_and_nothing_is_applied(server
         await store.close()
 
 
-async def test_an_absence_that_was_checked_holds_until_the_commit(server: postgres.Server) -> None:
+async def test_a_checked_absence_still_holds_at_the_commit(server: postgres.Server) -> None:
     """Of two that each make one document if the other's is absent, one may succeed: a tenant's documents, and those
     that two tenants share."""
     url = server.url(postgres.new_schema())
@@ -484,7 +482,7 @@ async def test_an_absence_that_was_checked_holds_until_the_commit(server: postgr
 # --- Being told -------------------------------------------------------------------------------------------------
 
 
-async def test_another_nodes_commit_wakes_at_once_also_after_the_listening_connection_was_lost(
+async def test_a_lost_listening_connection_is_reopened_and_still_wakes_at_once(
     server: postgres.Server,
 ) -> None:
     url = server.url(postgres.new_schema())

@@ -211,7 +211,7 @@ REQUIRED = FieldSpec("must", FieldType.TEXT)
 
 
 @on_each_version
-async def test_every_tenant_table_is_under_forced_policies_one_a_command_and_led_by_the_tenant(
+async def test_every_tenant_table_has_forced_policies_and_indexes_led_by_the_tenant(
     connection: asyncpg.Connection, place: Place
 ) -> None:
     collections = [cls.__collection__ for cls in SYSTEM_ENTITIES] + list(COLLECTIONS)
@@ -232,7 +232,7 @@ async def test_every_tenant_table_is_under_forced_policies_one_a_command_and_led
         assert all(wanted in (using or check) for _, _, using, check in policies)
 
 
-async def test_two_collections_with_one_long_beginning_keep_their_indexes_apart(
+async def test_collections_with_a_long_common_prefix_have_distinct_index_names(
     connection: asyncpg.Connection, place: Place
 ) -> None:
     long = "c" * 58
@@ -249,17 +249,17 @@ async def test_two_collections_with_one_long_beginning_keep_their_indexes_apart(
 
 
 @given(st.text("abc.-_", max_size=200), st.text("abc.-_", max_size=200))
-def test_a_shortened_name_fits_and_is_no_other_names(one: str, other: str) -> None:
+def test_a_shortened_name_fits_and_is_unique(one: str, other: str) -> None:
     assert len(identifier(one)) <= 63
     assert (identifier(one) == identifier(other)) == (one == other)
 
 
-async def test_a_collection_of_the_stores_own_names_is_refused(connection: asyncpg.Connection, place: Place) -> None:
+async def test_a_collection_with_a_reserved_name_is_refused(connection: asyncpg.Connection, place: Place) -> None:
     with pytest.raises(SchemaError, match="strongroom_journal"):
         await prepare(connection, place.settings, [declare(name="strongroom_journal")])
 
 
-async def test_versions_go_on_growing_when_the_store_is_made_anew(connection: asyncpg.Connection, place: Place) -> None:
+async def test_versions_keep_growing_when_the_store_is_recreated(connection: asyncpg.Connection, place: Place) -> None:
     async def version() -> int:
         await prepare(connection, place.settings, [declare()])
         given: int = await connection.fetchval(f"SELECT nextval('{place.schema}.strongroom_version')")
@@ -271,7 +271,7 @@ async def test_versions_go_on_growing_when_the_store_is_made_anew(connection: as
     assert await version() > first
 
 
-async def test_every_table_and_column_says_what_it_is(connection: asyncpg.Connection, place: Place) -> None:
+async def test_every_table_and_column_has_a_comment(connection: asyncpg.Connection, place: Place) -> None:
     class Told(Entity, collection="told", ttl="until"):
         """What the owner's people read.
 
@@ -356,7 +356,7 @@ BY_HAND = {
 
 @on_each_version
 @pytest.mark.parametrize("statement", BY_HAND)
-async def test_what_was_changed_by_hand_is_shown_by_a_plan_and_undone_by_an_apply(
+async def test_manual_schema_changes_are_shown_by_plan_and_undone_by_apply(
     connection: asyncpg.Connection, place: Place, statement: str
 ) -> None:
     maybe = FieldSpec("maybe", FieldType.INT, optional=True)
@@ -374,7 +374,7 @@ async def test_what_was_changed_by_hand_is_shown_by_a_plan_and_undone_by_an_appl
     assert after == made
 
 
-async def test_the_stores_own_columns_are_never_repaired_by_guessing(
+async def test_changed_system_columns_are_refused_instead_of_repaired(
     connection: asyncpg.Connection, place: Place
 ) -> None:
     await prepare(connection, place.settings, [declare()])
@@ -383,16 +383,14 @@ async def test_the_stores_own_columns_are_never_repaired_by_guessing(
         await prepare(connection, place.settings, [declare()], allow_destructive=True)
 
 
-async def test_a_list_that_becomes_a_map_is_a_change_of_type_though_the_columns_are_alike(
-    connection: asyncpg.Connection, place: Place
-) -> None:
+async def test_changing_a_list_into_a_map_is_a_change_of_type(connection: asyncpg.Connection, place: Place) -> None:
     await prepare(connection, place.settings, [declare(FieldSpec("more", FieldType.LIST, optional=True))])
     changed = declare(FieldSpec("more", FieldType.MAP, optional=True))
     (change,) = await prepare(connection, place.settings, [changed], mode="plan")
     assert (str(change), change.destructive) == ("change field things.more: from list to map", True)
 
 
-async def test_a_changed_default_is_a_change_that_loses_nothing(connection: asyncpg.Connection, place: Place) -> None:
+async def test_a_changed_default_is_a_change_without_loss(connection: asyncpg.Connection, place: Place) -> None:
     await prepare(connection, place.settings, [declare(RANK)])
     other = declare(replace(RANK, default=8))
     assert told(await prepare(connection, place.settings, [other])) == ["change field things.rank: its default"]
@@ -451,7 +449,7 @@ def relaxed(old: Collection, new: Collection) -> Collection:
 
 @examples(0.6)
 @given(old=declarations(), new=declarations(), filled=st.booleans())
-async def test_an_old_schema_migrated_is_the_new_schema(
+async def test_a_migrated_old_schema_equals_the_new_schema(
     connection: asyncpg.Connection, place: Place, old: Collection, new: Collection, filled: bool
 ) -> None:
     await connection.execute(f"DROP SCHEMA IF EXISTS {place.schema} CASCADE")
@@ -470,7 +468,7 @@ async def test_an_old_schema_migrated_is_the_new_schema(
     assert migrated == await catalog(connection, place.schema, "things")
 
 
-async def test_a_field_that_must_be_there_is_added_as_one_that_may_be_null_for_those_who_still_write_without_it(
+async def test_a_new_required_field_is_nullable_for_processes_that_write_without_it(
     connection: asyncpg.Connection, place: Place
 ) -> None:
     await prepare(connection, place.settings, [declare()])
@@ -516,7 +514,7 @@ async def old_writers(place: Place, most_s: float) -> AsyncIterator[list[float]]
     assert max(waits) < most_s, max(waits)
 
 
-async def test_old_code_goes_on_writing_while_and_after_the_new_schema_is_applied(
+async def test_old_code_keeps_writing_during_and_after_a_schema_change(
     connection: asyncpg.Connection, place: Place
 ) -> None:
     await prepare(connection, place.settings, [declare()])
@@ -533,7 +531,7 @@ async def test_old_code_goes_on_writing_while_and_after_the_new_schema_is_applie
     assert {(row["rank"], row["tags"], row["maybe"]) for row in rows} == {(7, "[]", None)}
 
 
-async def test_an_alteration_never_keeps_writers_waiting_behind_a_transaction_left_open(
+async def test_a_schema_change_does_not_queue_writers_behind_an_open_transaction(
     connection: asyncpg.Connection, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await prepare(connection, place.settings, [declare()])
@@ -554,7 +552,7 @@ async def test_an_alteration_never_keeps_writers_waiting_behind_a_transaction_le
         await reader.close()
 
 
-async def test_writers_go_on_while_the_build_of_an_index_waits_for_an_older_transaction(
+async def test_writers_continue_while_an_index_build_waits_for_an_older_transaction(
     connection: asyncpg.Connection, place: Place
 ) -> None:
     await prepare(connection, place.settings, [declare()])
@@ -581,7 +579,7 @@ async def _value(connection: asyncpg.Connection, sql: str, *arguments: Any) -> A
     return await connection.fetchval(sql, *arguments)
 
 
-async def test_a_table_that_is_never_free_is_given_up_with_nothing_changed(
+async def test_a_schema_change_of_a_locked_table_gives_up_and_changes_nothing(
     connection: asyncpg.Connection, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await prepare(connection, place.settings, [declare()])
@@ -647,9 +645,7 @@ async def test_an_apply_that_is_killed_at_any_step_is_finished_by_the_next(
     await mortal.close()
 
 
-async def test_the_ruin_of_an_index_that_could_not_be_built_is_replaced(
-    connection: asyncpg.Connection, place: Place
-) -> None:
+async def test_an_invalid_index_of_a_failed_build_is_replaced(connection: asyncpg.Connection, place: Place) -> None:
     await prepare(connection, place.settings, [declare()])
     await insert(connection, place, "acme", "a", "same")
     await insert(connection, place, "acme", "b", "same")
@@ -687,7 +683,7 @@ async def test_a_unique_index_that_documents_break_is_refused_by_their_ids_and_c
     await prepare(connection, place.settings, [declare(optional, indexes=(Index("rank", "name", unique=True),))])
 
 
-async def test_a_document_that_breaks_a_unique_index_while_it_is_built_stops_the_build_and_leaves_no_ruin(
+async def test_a_duplicate_during_the_build_of_a_unique_index_stops_it_and_leaves_no_invalid_index(
     connection: asyncpg.Connection, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await prepare(connection, place.settings, [declare()])
@@ -704,7 +700,7 @@ async def test_a_document_that_breaks_a_unique_index_while_it_is_built_stops_the
     assert await catalog(connection, place.schema, "things") == before
 
 
-async def test_two_who_apply_at_once_do_not_collide(place: Place) -> None:
+async def test_concurrent_applies_do_not_collide(place: Place) -> None:
     grown = [declare(RANK, indexes=(Index("rank"), Index("name"))), declare(name="also")]
 
     async def apply(collections: list[Collection]) -> tuple[SchemaChange, ...]:
@@ -719,7 +715,7 @@ async def test_two_who_apply_at_once_do_not_collide(place: Place) -> None:
         assert len([changes for changes in answers if changes]) == 1, answers
 
 
-async def test_whoever_waits_too_long_for_another_apply_is_told(
+async def test_an_apply_that_waits_too_long_for_another_raises(
     connection: asyncpg.Connection, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(schema_module, "LOCK_WAIT_S", 0.2)
@@ -734,7 +730,7 @@ async def test_whoever_waits_too_long_for_another_apply_is_told(
 _OWN_ADVISORY_LOCKS = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()"
 
 
-async def test_an_apply_leaves_its_connection_as_it_was(connection: asyncpg.Connection, place: Place) -> None:
+async def test_an_apply_restores_the_settings_of_its_connection(connection: asyncpg.Connection, place: Place) -> None:
     await connection.execute("SET statement_timeout = 0")
     settings = ("statement_timeout", "lock_timeout", "app.current_tenant")
 
@@ -749,7 +745,7 @@ async def test_an_apply_leaves_its_connection_as_it_was(connection: asyncpg.Conn
     assert await connection.fetchval(_OWN_ADVISORY_LOCKS) == 0
 
 
-async def test_through_pgbouncer_new_tables_are_made_and_tables_in_use_are_left_alone(
+async def test_through_pgbouncer_new_tables_are_created_and_tables_in_use_are_not_altered(
     connection: asyncpg.Connection, place: Place
 ) -> None:
     settings = replace(place.settings, pgbouncer=True)
@@ -784,7 +780,7 @@ async def test_a_schema_without_its_layout_is_damaged(connection: asyncpg.Connec
         await prepare(connection, place.settings, [declare()])
 
 
-async def test_somebody_elses_schema_is_left_alone(connection: asyncpg.Connection, place: Place) -> None:
+async def test_a_foreign_schema_is_left_unchanged(connection: asyncpg.Connection, place: Place) -> None:
     await connection.execute(f"CREATE SCHEMA {place.schema}; CREATE TABLE {place.table('theirs')} (id int)")
     with pytest.raises(StoreError, match=r"holds tables that are not Strongroom's"):
         await prepare(connection, place.settings, [declare()])
@@ -839,7 +835,7 @@ def test_the_calendars_time_of_a_record_keeps_the_order(one: int, other: int) ->
 
 
 @on_each_version
-async def test_partitions_are_made_ahead_once_and_take_what_came_before_them(
+async def test_partitions_are_created_ahead_once_and_take_over_earlier_records(
     connection: asyncpg.Connection, place: Place
 ) -> None:
     await prepare(connection, place.settings, [])
@@ -869,7 +865,7 @@ async def test_partitions_are_made_ahead_once_and_take_what_came_before_them(
 
 
 @on_each_version
-async def test_retention_drops_whole_past_partitions_and_never_the_present_one(
+async def test_retention_drops_whole_past_partitions_and_never_the_current_one(
     connection: asyncpg.Connection, place: Place
 ) -> None:
     await prepare(connection, place.settings, [])
@@ -893,7 +889,7 @@ async def test_retention_drops_whole_past_partitions_and_never_the_present_one(
     assert await held() == [9]
 
 
-async def test_each_start_makes_the_partitions_to_come_and_none_is_kept_from_starting_by_it(
+async def test_each_start_creates_upcoming_partitions_and_never_fails_for_it(
     roles: tuple[Place, Roles], caplog: pytest.LogCaptureFixture
 ) -> None:
     place, who = roles
@@ -920,7 +916,7 @@ async def test_each_start_makes_the_partitions_to_come_and_none_is_kept_from_sta
     await owner.close()
 
 
-async def test_a_journal_in_use_is_left_as_it_is(
+async def test_partitioning_leaves_a_journal_in_use_unchanged(
     connection: asyncpg.Connection, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await prepare(connection, place.settings, [])
@@ -989,7 +985,7 @@ async def roles(request: pytest.FixtureRequest, admin: asyncpg.Connection, place
 
 
 @on_each_version
-async def test_the_application_reads_and_writes_documents_and_appends_to_the_journal_and_nothing_more(
+async def test_the_application_role_only_reads_and_writes_documents_and_appends_to_the_journal(
     roles: tuple[Place, Roles],
 ) -> None:
     place, who = roles
@@ -1053,7 +1049,7 @@ async def test_the_application_reads_and_writes_documents_and_appends_to_the_jou
 
 
 @on_each_version
-async def test_the_application_sees_and_adds_records_of_its_tenant_only_and_the_reader_all(
+async def test_the_application_role_sees_records_of_its_tenant_only_and_the_reader_role_all(
     roles: tuple[Place, Roles],
 ) -> None:
     place, who = roles
@@ -1103,7 +1099,9 @@ class Vault(Entity, collection="vault", scope="global"):
     secret: Annotated[bytes, Secret()]
 
 
-async def test_a_collection_of_secrets_alone_is_seen_by_statements_that_say_so(roles: tuple[Place, Roles]) -> None:
+async def test_a_collection_of_secrets_is_visible_only_to_statements_that_declare_it(
+    roles: tuple[Place, Roles],
+) -> None:
     """As the peppers are: whoever reads another table by a mistake, or a stray SELECT, finds nothing."""
     place, who = roles
     owner, vault = await place.connect(), place.table("vault")
@@ -1188,7 +1186,7 @@ async def test_a_store_of_layout_1_is_upgraded_by_its_owner_and_only_then_served
     await owner.close()
 
 
-async def test_a_role_that_has_the_readers_rights_in_every_statement_is_refused(
+async def test_a_role_with_permanent_reader_rights_is_refused(
     admin: asyncpg.Connection, roles: tuple[Place, Roles]
 ) -> None:
     place, who = roles
@@ -1201,9 +1199,7 @@ async def test_a_role_that_has_the_readers_rights_in_every_statement_is_refused(
     await app.close()
 
 
-async def test_a_place_from_before_what_retention_has_dropped_is_gone(
-    connection: asyncpg.Connection, place: Place
-) -> None:
+async def test_a_cursor_before_dropped_records_raises_gone(connection: asyncpg.Connection, place: Place) -> None:
     store = PostgresStore(place.url(place.owner))
     await store.open()
     await store.prepare(COLLECTIONS)
@@ -1230,7 +1226,7 @@ async def test_a_place_from_before_what_retention_has_dropped_is_gone(
 
 
 @on_each_version
-async def test_what_is_applied_later_is_the_applications_without_another_step(roles: tuple[Place, Roles]) -> None:
+async def test_tables_added_later_are_granted_to_the_application_role(roles: tuple[Place, Roles]) -> None:
     place, who = roles
     owner, app = await place.connect(), await place.connect(who.application)
     grown = [declare(RANK), declare(name="also"), *COLLECTIONS]
@@ -1270,7 +1266,7 @@ async def test_a_hand_made_index_does_not_keep_the_application_from_starting(rol
 
 
 @on_each_version
-async def test_before_anything_is_made_the_application_is_told_what_to_run(
+async def test_without_a_schema_the_application_role_is_told_the_command_to_run(
     admin: asyncpg.Connection, place: Place
 ) -> None:
     await admin.execute(roles_sql(place.settings, *(f"{place.owner}_{end}" for end in "oarw")))
@@ -1281,7 +1277,7 @@ async def test_before_anything_is_made_the_application_is_told_what_to_run(
     await app.close()
 
 
-async def test_a_role_that_may_not_even_look_is_told_what_to_run(
+async def test_a_role_without_access_is_told_the_command_to_run(
     admin: asyncpg.Connection, connection: asyncpg.Connection, place: Place
 ) -> None:
     await prepare(connection, place.settings, [declare()])
@@ -1343,7 +1339,7 @@ async def test_a_role_that_owns_one_table_is_refused(
     await opened.close()
 
 
-async def test_an_owner_may_serve_in_a_set_up_of_one_role_and_is_warned(
+async def test_an_owner_may_serve_in_a_single_role_set_up_with_a_warning(
     connection: asyncpg.Connection, place: Place, caplog: pytest.LogCaptureFixture
 ) -> None:
     await check_role(connection, place.settings)
@@ -1373,5 +1369,5 @@ async def test_an_existing_superuser_is_never_made_the_application(admin: asyncp
     await admin.execute("ROLLBACK")
 
 
-def test_the_oldest_layout_is_one_that_this_version_made() -> None:
+def test_the_oldest_supported_layout_is_not_newer_than_the_current_one() -> None:
     assert 1 <= layout.OLDEST_LAYOUT <= layout.LAYOUT

@@ -100,7 +100,7 @@ async def prepared(url: str) -> PostgresStore:
 # --- Isolation in the engine ------------------------------------------------------------------------------------
 
 
-async def test_without_a_tenant_the_engine_shows_and_changes_nothing(
+async def test_without_a_tenant_postgresql_shows_and_changes_no_row(
     store: PostgresStore, schema: str, app: asyncpg.Connection
 ) -> None:
     for tenant in ("acme", "umbrella"):
@@ -119,7 +119,7 @@ async def test_without_a_tenant_the_engine_shows_and_changes_nothing(
     assert await app.fetch(f"SELECT * FROM {items}") == []
 
 
-async def test_were_the_policies_gone_the_store_would_still_filter_by_tenant(
+async def test_without_row_level_security_statements_still_filter_by_tenant(
     store: PostgresStore, admin: asyncpg.Connection
 ) -> None:
     for tenant in ("acme", "umbrella"):
@@ -133,7 +133,7 @@ async def test_were_the_policies_gone_the_store_would_still_filter_by_tenant(
     assert [row["count"] for row in await admin.fetch(totals.sql, "acme")] == [1]
 
 
-async def test_a_tenant_ends_with_its_statement_also_when_that_fails(store: PostgresStore, schema: str) -> None:
+async def test_the_tenant_setting_ends_with_its_statement_even_on_failure(store: PostgresStore, schema: str) -> None:
     """On one connection, as the pool lends it: after a read, a failed read, a failed commit, no row is seen."""
     await store.commit(batch("acme", Create("items", "a", item())))
     assert await store.get("items", "acme", "a") is not None
@@ -163,7 +163,7 @@ async def test_a_tenant_ends_with_its_statement_also_when_that_fails(store: Post
     assert await writer.commits._connection.fetch(every) == []
 
 
-async def test_a_read_is_by_the_primary_key_and_a_page_in_an_indexs_order(
+async def test_a_read_uses_the_primary_key_and_a_page_an_index(
     store: PostgresStore, server: postgres.Server, schema: str, app: asyncpg.Connection
 ) -> None:
     for begin in range(0, 2000, 400):
@@ -235,7 +235,7 @@ async def test_tenants_stay_apart_through_pgbouncer_in_transaction_mode(
 # --- Group commit -----------------------------------------------------------------------------------------------
 
 
-async def test_many_batches_share_few_transactions(
+async def test_concurrent_batches_share_few_transactions(
     store: PostgresStore, schema: str, admin: asyncpg.Connection
 ) -> None:
     commits = (
@@ -282,9 +282,7 @@ _some_tenants = tenants("sets")
 
 @examples(4)
 @given(st.lists(st.lists(_operations(), min_size=1, max_size=3), min_size=1, max_size=6))
-async def test_batches_given_at_once_end_as_they_would_one_after_the_other(
-    store: PostgresStore, batches: list[list[Operation]]
-) -> None:
+async def test_concurrent_batches_end_as_if_serial(store: PostgresStore, batches: list[list[Operation]]) -> None:
     """As sets, in groups, or a step at a time alone: the same successes, the same errors, the same documents."""
     together, alone = next(_some_tenants), next(_some_tenants)
     grouped = await asyncio.gather(
@@ -310,7 +308,7 @@ def _shape(answer: object) -> object:
     return type(answer), answer.details.get("operation")
 
 
-async def test_values_of_a_unique_index_change_hands_in_the_order_given(store: PostgresStore) -> None:
+async def test_unique_values_can_be_swapped_between_documents_in_batch_order(store: PostgresStore) -> None:
     await store.commit(batch("acme", Create("items", "a", item(code="k1")), Create("items", "b", item(code="k2"))))
     # One statement, in the order of ids, would let both through.
     taken, freed = await asyncio.gather(
@@ -418,7 +416,7 @@ async def test_a_superuser_is_refused_with_what_to_run(server: postgres.Server) 
         ("postgresql://u:hunter2@h/db?pgbouncer=yes", "pgbouncer: found 'yes', expected 0 or 1"),
     ],
 )
-def test_a_url_that_says_something_wrong_is_refused_by_name_and_keeps_its_password(url: str, problem: str) -> None:
+def test_an_invalid_url_option_is_refused_by_name_without_the_password(url: str, problem: str) -> None:
     with pytest.raises(ConfigError) as caught:
         read_settings(url)
     assert problem in caught.value.message
@@ -447,7 +445,7 @@ def test_a_urls_options_are_read_and_the_drivers_are_passed_on() -> None:
     assert "p%40ss" not in repr(settings)
 
 
-async def test_no_more_connections_than_allowed_are_used_and_who_waits_too_long_is_told(
+async def test_the_pool_is_bounded_and_a_caller_that_waits_too_long_gets_an_error(
     server: postgres.Server, schema: str, admin: asyncpg.Connection
 ) -> None:
     url = server.url(schema, max_connections=5, connect_timeout_s=0.3, application_name=f"test-{schema}")
@@ -491,7 +489,7 @@ async def test_a_cancelled_read_leaves_the_pool_whole(
     assert all(document is not None for document in found)
 
 
-async def test_health_says_what_an_operator_wants_to_know(store: PostgresStore) -> None:
+async def test_health_reports_version_role_queue_and_connections(store: PostgresStore) -> None:
     health = await store.check()
     assert health.ok
     assert 0 < health.latency_s < 5
@@ -502,7 +500,7 @@ async def test_health_says_what_an_operator_wants_to_know(store: PostgresStore) 
     assert not (await store.check()).ok
 
 
-async def test_a_role_that_owns_its_tables_is_warned_of(
+async def test_a_role_that_owns_its_tables_gives_a_warning(
     server: postgres.Server, schema: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     await (await prepared(server.url(schema))).close()

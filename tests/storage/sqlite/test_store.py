@@ -120,7 +120,7 @@ async def writer_of(store: SqliteStore) -> Any:
 # --- A schema to be proud of ----------------------------------------------------------------------------------
 
 
-async def test_the_file_reads_well_without_strongroom(store: SqliteStore) -> None:
+async def test_the_file_is_readable_with_plain_sqlite(store: SqliteStore) -> None:
     await store.commit(batch(Create("notes", "a", note("hello"), None), Append(record(after={"text": "hello"}), of=0)))
     with closing(raw(store)) as connection:
         (sql,) = connection.execute("SELECT sql FROM sqlite_schema WHERE name = 'notes'").fetchall()
@@ -314,7 +314,7 @@ def attacks(guards: Sequence[str]) -> Iterator[str]:
     yield from ("SELECT * FROM dbstat", "SELECT * FROM sqlite_dbpage", "CREATE VIRTUAL TABLE v USING fts5(a)")
 
 
-async def test_no_raw_statement_reads_or_changes_what_is_another_tenants(store: SqliteStore) -> None:
+async def test_no_raw_statement_reads_or_changes_another_tenants_rows(store: SqliteStore) -> None:
     """On each kind of connection, by one who knows the random token: EXPLAIN shows it to anyone."""
     writer = await writer_of(store)
     operations = (Create("notes", "theirs", note("SECRET")), Append(record("SECRET", "other")))
@@ -379,7 +379,7 @@ WHOLE = (
 )
 
 
-async def test_the_journal_is_added_to_and_nothing_of_it_is_replaced(store: SqliteStore) -> None:
+async def test_the_journal_is_append_only(store: SqliteStore) -> None:
     writer = await writer_of(store)
     await store.commit(batch(Append(record("kept", "acme"))))
     for sql in attacks([]):
@@ -390,7 +390,7 @@ async def test_the_journal_is_added_to_and_nothing_of_it_is_replaced(store: Sqli
     assert [r.entity_id for r in (await store.changes(None)).records] == ["kept"]
 
 
-async def test_a_collection_may_be_called_almost_like_the_journal(tmp_path: Path) -> None:
+async def test_a_collection_may_have_a_name_similar_to_the_journals(tmp_path: Path) -> None:
     class Journal(Entity, collection="audit_journal"):
         text: str = ""
 
@@ -402,7 +402,7 @@ async def test_a_collection_may_be_called_almost_like_the_journal(tmp_path: Path
     await store.close()
 
 
-async def test_a_connection_of_no_tenant_sees_and_changes_nothing(store: SqliteStore) -> None:
+async def test_a_connection_without_a_tenant_sees_and_changes_nothing(store: SqliteStore) -> None:
     writer = await writer_of(store)
     guarded = writer._guarded
     guarded.set_tenant(None)
@@ -416,7 +416,7 @@ async def test_a_connection_of_no_tenant_sees_and_changes_nothing(store: SqliteS
         )
 
 
-async def test_a_reader_that_is_used_again_after_an_error_remembers_no_tenant(store: SqliteStore) -> None:
+async def test_a_reader_keeps_no_tenant_after_an_error(store: SqliteStore) -> None:
     await store.commit(batch(Create("notes", "a", note())))
     assert store._session is not None
     scans = store._session.scans
@@ -429,7 +429,7 @@ async def test_a_reader_that_is_used_again_after_an_error_remembers_no_tenant(st
     assert idle.execute("SELECT id FROM notes").fetchall() == []
 
 
-async def test_only_the_reader_of_all_changes_sees_the_journal_of_all(store: SqliteStore) -> None:
+async def test_only_the_reader_of_all_changes_sees_every_tenants_journal(store: SqliteStore) -> None:
     await store.commit(batch(Append(record("a", "acme")), Append(record("b", "other")), Append(record("c", None))))
     assert [r.entity_id for r in (await store.changes(None)).records] == ["a", "b", "c"]
     assert [r.entity_id for r in (await store.changes(None, tenant="acme")).records] == ["a"]
@@ -444,7 +444,7 @@ async def test_only_the_reader_of_all_changes_sees_the_journal_of_all(store: Sql
 # --- Group commit ---------------------------------------------------------------------------------------------
 
 
-async def test_what_cannot_be_stored_fails_alone_even_after_a_part_of_it_was_written(store: SqliteStore) -> None:
+async def test_a_batch_that_fails_halfway_fails_alone(store: SqliteStore) -> None:
     """The record cannot be encoded, which shows only once the document is written: no savepoint was planned for it."""
     good = [store.commit(batch(Create("notes", f"good-{n}", note()))) for n in range(2)]
     partial = store.commit(batch(Create("notes", "partial", note()), Append(record(after={"bad": object()}))))
@@ -460,7 +460,7 @@ async def test_what_cannot_be_stored_fails_alone_even_after_a_part_of_it_was_wri
     assert [r.entity_id for r in (await store.changes(None)).records] == ["late"]
 
 
-async def test_batches_given_together_share_their_fsyncs(store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_concurrent_batches_share_an_fsync(store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = await writer_of(store)
     commits = 0
 
@@ -474,13 +474,13 @@ async def test_batches_given_together_share_their_fsyncs(store: SqliteStore, mon
     assert commits < 20
 
 
-async def test_a_commit_whose_caller_gave_up_is_applied_all_the_same(store: SqliteStore) -> None:
+async def test_a_commit_whose_caller_was_cancelled_is_applied(store: SqliteStore) -> None:
     given_up = asyncio.ensure_future(store.commit(batch(Create("notes", "a", note()))))
     given_up.cancel()
     await store.commit(batch(Check("notes", "a", NOW)))
 
 
-async def test_a_scan_whose_caller_gave_up_keeps_its_connection_until_it_ends(store: SqliteStore) -> None:
+async def test_a_cancelled_scan_keeps_its_connection_until_it_ends(store: SqliteStore) -> None:
     await store.commit(batch(Append(record("a", "acme")), Append(record("b", "other"))))
     assert store._session is not None
     readers = store._session.journal  # it has one connection only, so the next scan would meet it
@@ -502,7 +502,7 @@ class UnindexedNote(Entity, collection="notes"):
     token: Annotated[str | None, Secret()] = None
 
 
-async def test_work_goes_on_while_the_store_is_prepared_again_and_again(store: SqliteStore) -> None:
+async def test_reads_and_writes_continue_during_prepare(store: SqliteStore) -> None:
     done = asyncio.Event()
 
     async def write(worker: int) -> int:
@@ -543,7 +543,7 @@ def limit_pages(writer: Any, spare: int | None) -> None:
     connection.authorizer = authorizer
 
 
-async def test_a_full_disk_refuses_the_whole_group_and_reads_go_on(store: SqliteStore) -> None:
+async def test_a_full_disk_fails_the_whole_group_and_reads_continue(store: SqliteStore) -> None:
     writer = await writer_of(store)
     limit_pages(writer, 2)
     given = [store.commit(batch(Create("notes", str(n), note("x" * 5_000)))) for n in range(20)]
@@ -607,7 +607,7 @@ def disk() -> Iterator[Disk]:
     made.unregister()
 
 
-async def test_a_failed_fsync_is_an_error_and_never_tried_again_on_its_handle(disk: Disk, tmp_path: Path) -> None:
+async def test_a_failed_fsync_is_an_error_and_never_retried_on_its_handle(disk: Disk, tmp_path: Path) -> None:
     async with opened(tmp_path / "store.db") as store:
         await writer_of(store)
         disk.fail_sync_of, disk.syncs = "-wal", []
@@ -641,7 +641,7 @@ async def test_a_commit_whose_fsync_failed_may_be_there_after_a_crash(disk: Disk
         assert await survivor.get("notes", "acme", "lost") is not None
 
 
-async def test_a_commit_that_never_reached_the_disk_is_known_not_to_be_done(disk: Disk, tmp_path: Path) -> None:
+async def test_a_commit_that_never_reached_the_disk_is_reported_as_not_applied(disk: Disk, tmp_path: Path) -> None:
     async with opened(tmp_path / "store.db") as store:
         await writer_of(store)
         disk.full = True
@@ -652,7 +652,7 @@ async def test_a_commit_that_never_reached_the_disk_is_known_not_to_be_done(disk
         await store.commit(batch(Create("notes", "kept", note())))
 
 
-async def test_a_loop_that_is_torn_down_amid_a_commit_leaves_no_false_answer(
+async def test_a_loop_that_ends_during_a_commit_gives_no_false_answer(
     store: SqliteStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer = await writer_of(store)
@@ -675,7 +675,7 @@ async def test_a_loop_that_is_torn_down_amid_a_commit_leaves_no_false_answer(
     assert [answer.details.get("outcome") for answer in answers if isinstance(answer, Unavailable)] == ["unknown", None]
 
 
-async def test_a_load_whose_fsync_failed_says_that_its_outcome_is_unknown(disk: Disk, tmp_path: Path) -> None:
+async def test_a_bulk_load_whose_fsync_failed_has_an_unknown_outcome(disk: Disk, tmp_path: Path) -> None:
     async with opened(tmp_path / "store.db") as store:
         await writer_of(store)
         pack = store.packer().pack([Create("api_keys", "k", {"hash": "h", "owner": ""})])
@@ -714,7 +714,7 @@ def after_power_loss(log: Sequence[tuple[Any, ...]], folder: Path, randoms: rand
             (folder / name).write_bytes(content)
 
 
-async def test_a_power_loss_takes_nothing_acknowledged_and_leaves_no_half_batch(disk: Disk, tmp_path: Path) -> None:
+async def test_a_power_loss_loses_nothing_acknowledged_and_leaves_no_partial_batch(disk: Disk, tmp_path: Path) -> None:
     async def work(store: SqliteStore, worker: int) -> None:
         for n in range(25):
             name = f"{worker}-{n}"
@@ -763,7 +763,7 @@ async def refusal(path: Path | str, **given: Any) -> Exception:
     return caught.value
 
 
-async def test_a_file_of_anything_else_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+async def test_a_file_that_is_not_a_database_is_refused_and_left_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "store.db"
     content = random.Random(1).randbytes(20_000)
     path.write_bytes(content)
@@ -771,7 +771,7 @@ async def test_a_file_of_anything_else_is_refused_and_left_as_it_is(tmp_path: Pa
     assert path.read_bytes() == content
 
 
-async def test_another_programs_database_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+async def test_another_programs_database_is_refused_and_left_unchanged(tmp_path: Path) -> None:
     for number, statement in enumerate(
         ("CREATE TABLE t (a)", "PRAGMA application_id = 7", "PRAGMA user_version = 3", "CREATE VIEW v AS SELECT 1")
     ):
@@ -816,7 +816,7 @@ async def test_an_empty_file_and_a_missing_folder_become_a_store(tmp_path: Path)
             assert (await store.check()).ok
 
 
-async def test_a_new_file_is_its_owners_alone(tmp_path: Path) -> None:
+async def test_a_new_file_is_private_to_its_owner(tmp_path: Path) -> None:
     path = tmp_path / "store.db"
     async with opened(path) as store:
         await store.commit(batch(Create("notes", "a", note())))
@@ -846,7 +846,7 @@ async def test_a_damaged_page_is_an_error_that_names_the_file_and_integrity_find
         assert await store.integrity() != []
 
 
-async def test_the_lock_of_another_process_is_waited_for_and_then_unavailable(tmp_path: Path) -> None:
+async def test_a_lock_of_another_process_is_awaited_and_then_raises_unavailable(tmp_path: Path) -> None:
     async with opened(tmp_path / "store.db", busy_timeout_s=0.2) as store:
         await store.commit(batch(Create("notes", "a", note())))
         with closing(raw(store)) as other:
@@ -893,7 +893,7 @@ async def test_a_process_that_commits_without_a_pause_does_not_starve_the_others
             await other.wait()
 
 
-async def test_a_store_that_another_process_has_to_itself_cannot_be_opened(tmp_path: Path) -> None:
+async def test_a_store_locked_by_another_process_cannot_be_opened(tmp_path: Path) -> None:
     path = tmp_path / "store.db"
     async with opened(path):
         pass
@@ -904,7 +904,7 @@ async def test_a_store_that_another_process_has_to_itself_cannot_be_opened(tmp_p
             await store.open()
 
 
-async def test_a_snapshot_is_a_store_of_one_moment(store: SqliteStore, tmp_path: Path) -> None:
+async def test_a_snapshot_is_consistent(store: SqliteStore, tmp_path: Path) -> None:
     await store.commit(batch(Create("notes", "a", note()), Append(record("a"))))
     copy = tmp_path / "copy.db"
     given = [store.commit(batch(Create("notes", f"n{n}", note()), Append(record(f"n{n}")))) for n in range(50)]
@@ -918,7 +918,7 @@ async def test_a_snapshot_is_a_store_of_one_moment(store: SqliteStore, tmp_path:
         assert "a" in documents
 
 
-async def test_a_cursor_from_before_an_old_copy_was_put_back_is_refused(tmp_path: Path) -> None:
+async def test_a_cursor_from_before_an_older_copy_was_restored_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "store.db"
     async with opened(path) as store:
         await store.commit(batch(Append(record("a"))))
@@ -945,7 +945,7 @@ asyncio.run(main())
 """
 
 
-async def test_processes_that_make_one_store_at_once_do_not_collide(tmp_path: Path) -> None:
+async def test_processes_that_create_one_store_at_once_do_not_collide(tmp_path: Path) -> None:
     path = tmp_path / "store.db"
     processes = [
         await asyncio.create_subprocess_exec(
@@ -961,7 +961,7 @@ async def test_processes_that_make_one_store_at_once_do_not_collide(tmp_path: Pa
         assert await store.prepare(COLLECTIONS, mode="plan") == ()
 
 
-async def test_the_step_to_write_ahead_logging_waits_where_sqlite_does_not() -> None:
+async def test_the_switch_to_write_ahead_logging_waits_for_locks() -> None:
     """Of processes that take this step at once, SQLite refuses one in a few hundred without waiting."""
 
     class Refusing:
@@ -990,7 +990,7 @@ class NoteWithMood(Entity, collection="notes", indexes=[Index("status", "-stars"
     mood: str = "calm"
 
 
-async def test_a_process_with_older_declarations_goes_on_while_a_newer_one_adds_a_field(store: SqliteStore) -> None:
+async def test_a_process_with_older_declarations_continues_while_a_newer_one_adds_a_field(store: SqliteStore) -> None:
     await store.commit(batch(Create("notes", "before", note())))
     async with opened(store.path, (NoteWithMood.__collection__,)) as newer:
         await store.commit(batch(Create("notes", "by-the-older", note("x")), Add("notes", "before", "stars", 2)))
@@ -1012,7 +1012,7 @@ class ShortNote(Entity, collection="notes"):
     text: str = ""
 
 
-async def test_a_field_that_another_process_dropped_is_a_sentence_and_spoils_nobody_elses_commit(
+async def test_writing_a_field_that_another_process_dropped_fails_alone_with_a_sentence(
     store: SqliteStore,
 ) -> None:
     await store.commit(batch(Create("notes", "a", note())))
@@ -1041,7 +1041,7 @@ class OptionalNote(Entity, collection="notes", indexes=[Index("status", "-stars"
     token: Annotated[str | None, Secret()] = None
 
 
-async def test_a_field_becomes_optional_without_loss_and_stays_so(store: SqliteStore) -> None:
+async def test_a_field_becomes_optional_without_loss(store: SqliteStore) -> None:
     await store.commit(batch(Create("notes", "a", note("kept", slug="s"))))
     (change,) = await store.prepare((OptionalNote.__collection__,))
     assert (change.kind, change.name, change.destructive) == (ChangeKind.CHANGE_FIELD, "text", False)
@@ -1054,13 +1054,13 @@ async def test_a_field_becomes_optional_without_loss_and_stays_so(store: SqliteS
     assert [d["text"] for d in await store.find("notes", "acme", Query())] == ["kept", None]
 
 
-async def test_an_index_dropped_by_hand_is_made_again(store: SqliteStore) -> None:
+async def test_an_index_dropped_by_hand_is_created_again(store: SqliteStore) -> None:
     with closing(raw(store)) as connection:
         connection.execute('DROP INDEX "notes.unique.slug"').fetchall()
     assert [str(change) for change in await store.prepare(COLLECTIONS)] == ["add index notes.slug_unique"]
 
 
-async def test_indexes_of_one_name_are_two(tmp_path: Path) -> None:
+async def test_equally_named_indexes_of_two_collections_are_distinct(tmp_path: Path) -> None:
     class Pair(Entity, collection="pairs", indexes=[Index("a_b"), Index("a", "b")]):
         a: str = ""
         b: str = ""
@@ -1072,7 +1072,7 @@ async def test_indexes_of_one_name_are_two(tmp_path: Path) -> None:
     assert {"pairs.index.a_b", "pairs.index.a.b"} <= names
 
 
-async def test_names_that_are_words_of_sql_are_fine(tmp_path: Path) -> None:
+async def test_sql_keywords_are_valid_names(tmp_path: Path) -> None:
     class Order(Entity, collection="order", indexes=[Index("group", "-select")]):
         group: str = ""
         select: int = 0
@@ -1088,7 +1088,7 @@ async def test_names_that_are_words_of_sql_are_fine(tmp_path: Path) -> None:
         await store.commit(batch(Delete("order", "b")))
 
 
-async def test_an_old_file_is_read_and_fitted(tmp_path: Path) -> None:
+async def test_a_file_of_an_older_layout_is_read_and_upgraded(tmp_path: Path) -> None:
     """`layout-1.db` is a store as the first release wrote it; see the README beside it."""
     path = tmp_path / "store.db"
     shutil.copy(SAVED / "layout-1.db", path)
@@ -1116,7 +1116,7 @@ async def test_an_old_file_is_read_and_fitted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", [None, 0, 7, 19])
-async def test_many_checks_in_a_batch_are_as_exact_as_one(store: SqliteStore, wrong: int | None) -> None:
+async def test_many_checks_in_one_batch_are_exact(store: SqliteStore, wrong: int | None) -> None:
     keys = {"hash": "", "owner": "o"}
     made = [Create("api_keys", f"k{n}", {**keys, "hash": f"h{n}"}) for n in range(19)]
     versions = (await store.commit(batch(*made))).versions
@@ -1151,7 +1151,7 @@ async def test_checks_behind_a_write_of_the_same_batch_see_it(store: SqliteStore
 
 
 @pytest.mark.parametrize("slow", [False, True])
-async def test_a_slow_disk_holds_up_a_thread_and_a_quick_one_the_loop(
+async def test_a_slow_disk_commits_on_a_thread_and_a_fast_one_on_the_loop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: bool
 ) -> None:
     threads: list[str] = []
@@ -1174,7 +1174,7 @@ async def test_a_slow_disk_holds_up_a_thread_and_a_quick_one_the_loop(
     assert loop not in late if slow else late == {loop}
 
 
-async def test_one_slow_commit_among_quick_ones_sends_no_others_to_a_thread(
+async def test_one_slow_commit_does_not_move_fast_commits_to_the_thread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each commit that moves the log over into the database is one."""

@@ -130,7 +130,7 @@ class TestAtomicBatches(StorageSuite):
         assert await store.get("items", "acme", "y") is not None
         assert await store.get("shared", None, "x") is not None
 
-    async def test_what_the_batch_made_of_a_document_is_what_its_operations_expect(self, store: Store) -> None:
+    async def test_expectations_in_a_batch_see_the_batchs_earlier_operations(self, store: Store) -> None:
         (old,) = (await store.commit(batch("acme", Create("items", "old", item())))).versions
         change = Patch("items", "old", {"label": "b"})
         for late in (
@@ -152,7 +152,7 @@ class TestAtomicBatches(StorageSuite):
 
 
 class TestLimits(StorageSuite):
-    async def test_a_batch_may_have_so_many_operations_and_no_more(self, store: Store) -> None:
+    async def test_the_number_of_operations_in_a_batch_is_bounded(self, store: Store) -> None:
         operations = [Create("items", f"{n}", item()) for n in range(MAX_OPERATIONS)]
         with pytest.raises(TooLarge):
             await store.commit(batch("acme", *operations, Check("items", "other", 0)))
@@ -162,7 +162,7 @@ class TestLimits(StorageSuite):
         assert min(committed.versions) > 0
 
     @pytest.mark.parametrize("how", ["create", "put", "patch"])
-    async def test_a_document_may_be_so_large_and_no_larger(self, store: Store, how: str) -> None:
+    async def test_the_size_of_a_document_is_bounded(self, store: Store, how: str) -> None:
         def document(size: int) -> Document:
             small = sample(note="x" * 400_000, blob=b"")
             return {**small, "blob": bytes(size - document_size(small))}
@@ -196,7 +196,7 @@ class TestLimits(StorageSuite):
         ],
         ids=["create-ints", "create-bools", "create-text", "create-maps", "put-bools", "patch-ints"],
     )
-    async def test_size_is_what_document_size_says_not_what_the_engine_takes(
+    async def test_the_size_of_a_document_is_document_size_on_every_engine(
         self, store: Store, how: str, content: list[Any]
     ) -> None:
         each = document_size(sample(tags=content)) - document_size(sample(tags=[]))
@@ -216,7 +216,7 @@ class TestLimits(StorageSuite):
                 with pytest.raises(error):
                     await store.commit(batch("acme", operation))
 
-    async def test_a_batch_may_be_so_large_and_no_larger(self, store: Store) -> None:
+    async def test_the_size_of_a_batch_is_bounded(self, store: Store) -> None:
         each = sample(note="x" * 800_000)
         fits = MAX_BATCH_BYTES // document_size(each)
         operations = [Create("samples", f"{n}", each) for n in range(fits + 1)]
@@ -228,7 +228,7 @@ class TestLimits(StorageSuite):
 
 
 class TestGroupCommit(StorageSuite):
-    async def test_batches_given_at_once_succeed_and_fail_each_by_itself(self, store: Store) -> None:
+    async def test_concurrent_batches_succeed_and_fail_independently(self, store: Store) -> None:
         await store.commit(batch("acme", Create("items", "taken", item())))
         pending = []
         for n in range(150):
@@ -266,7 +266,7 @@ class TestGroupCommit(StorageSuite):
         assert identical(await store.get("items", "acme", "x"), stored("x", item("59"), version=versions[-1]))
         assert [r.entity_id for r in (await store.changes(None)).records] == [f"{n}" for n in range(60)]
 
-    async def test_a_batch_sees_those_given_before_it_and_not_what_failed(self, store: Store) -> None:
+    async def test_a_batch_sees_earlier_batches_except_failed_ones(self, store: Store) -> None:
         outcomes = await asyncio.gather(
             store.commit(batch("acme", Create("items", "x", item(code="c")))),
             store.commit(batch("acme", Create("items", "y", item(code="d")), Create("items", "x", item()))),
@@ -283,7 +283,7 @@ class TestGroupCommit(StorageSuite):
             "Committed",
         ]
 
-    async def test_a_reader_never_sees_half_a_batch(self, store: Store) -> None:
+    async def test_a_reader_never_sees_a_partial_batch(self, store: Store) -> None:
         await store.commit(batch("acme", Create("items", "a", item("0")), Create("items", "b", item("0"))))
         written = asyncio.Event()
 
@@ -304,7 +304,7 @@ class TestGroupCommit(StorageSuite):
             for _ in range(3):
                 tasks.create_task(read())
 
-    async def test_a_caller_that_gives_up_harms_nobody_else(self, store: Store) -> None:
+    async def test_a_cancelled_caller_does_not_affect_other_batches(self, store: Store) -> None:
         async def create(id: str) -> None:
             await store.commit(batch("acme", Create("items", id, item())))
 

@@ -33,7 +33,7 @@ _names = st.sampled_from(HOSTILE_NAMES) | st.text(
 
 
 class TestIsolation(StorageSuite):
-    async def test_tenants_of_any_name_are_strangers(self, store: Store) -> None:
+    async def test_tenants_of_any_name_are_isolated(self, store: Store) -> None:
         """The same id and the same unique value in each of them."""
         names = dict.fromkeys(HOSTILE_NAMES)
         assert not any(text_problem(name, MAX_TENANT_BYTES) for name in names)
@@ -74,7 +74,7 @@ class TestIsolation(StorageSuite):
 
     @examples(2)
     @given(first=_names, second=_names, id=_names)
-    async def test_any_two_tenants_are_strangers(self, store: Store, first: str, second: str, id: str) -> None:
+    async def test_any_two_tenants_are_isolated(self, store: Store, first: str, second: str, id: str) -> None:
         assume(first != second)
         before = {t: await store.find("samples", t, Query(limit=1000)) for t in (first, second)}
         await store.commit(batch(first, Put("samples", id, sample(name=first))))
@@ -139,7 +139,7 @@ class TestIsolation(StorageSuite):
             assert [d["label"] for d in await store.find("items", tenant, Query())] == [tenant]
         assert await store.aggregate("shared", None, COUNT, None) == {"count": 1, "sum_used": 4}
 
-    async def test_those_who_run_the_store_can_ask_for_its_tenants(self, store: Store) -> None:
+    async def test_the_tenants_of_a_store_can_be_listed(self, store: Store) -> None:
         assert await store.tenants() == []
         names = sorted(dict.fromkeys(HOSTILE_NAMES), key=str.encode)
         for name in names:

@@ -60,7 +60,7 @@ async def tail(
 
 
 class TestJournal(StorageSuite):
-    async def test_a_record_comes_back_as_it_was_given_with_its_sequence(self, store: Store) -> None:
+    async def test_a_record_is_returned_unchanged_with_its_sequence(self, store: Store) -> None:
         given = [
             record("full", before={"a": 1, "$": [b"x", None]}, after={"a": 1.0, "b": {"$bytes": "x"}}, version=7),
             record("bare", None),
@@ -139,7 +139,7 @@ class TestJournal(StorageSuite):
         for _ in range(2):  # a cursor can be used again
             assert (await store.changes(page.cursor, limit=5)).records == tuple(everything[7:12])
 
-    async def test_end_is_the_present_end(self, store: Store) -> None:
+    async def test_the_cursor_end_is_the_current_end(self, store: Store) -> None:
         empty = await store.changes("end")
         assert empty.records == ()
         await store.commit(batch("acme", Append(record("1"))))
@@ -151,7 +151,7 @@ class TestJournal(StorageSuite):
         found, _ = await tail(store, 1, after=end.cursor)
         assert [one.entity_id for one in found] == ["2"]
 
-    async def test_the_beginning_of_an_empty_journal_is_a_cursor_too(self, store: Store) -> None:
+    async def test_the_start_of_an_empty_journal_is_a_valid_cursor(self, store: Store) -> None:
         page = await store.changes(None)
         assert page.records == ()
         await store.commit(batch("acme", Append(record("1"))))
@@ -161,7 +161,7 @@ class TestJournal(StorageSuite):
     @pytest.mark.parametrize(
         "cursor", ["", " ", "nonsense", "-1", "1.5", "None", "END", "' OR 1=1 --", "é", "9" * 100, "\x00"]
     )
-    async def test_what_is_not_a_cursor_is_refused(self, store: Store, cursor: str) -> None:
+    async def test_an_invalid_journal_cursor_is_refused(self, store: Store, cursor: str) -> None:
         with pytest.raises(InvalidInput):
             await store.changes(cursor)
 
@@ -183,7 +183,7 @@ class TestJournal(StorageSuite):
                 await store.changes(end, tenant=tenant)
         assert (await store.changes("end")).records == ()
 
-    async def test_each_tenant_has_its_part_of_it(self, store: Store) -> None:
+    async def test_each_tenant_reads_its_own_part_of_the_journal(self, store: Store) -> None:
         names = ["acme", "other", None]
         for n in range(30):
             name = names[n % 3]
@@ -264,7 +264,7 @@ class TestJournal(StorageSuite):
             for one in seen:
                 assert sequences.get(one.entity_id, one.sequence) == one.sequence
 
-    async def test_deleting_what_a_record_tells_of_leaves_the_record(self, store: Store) -> None:
+    async def test_deleting_a_document_keeps_its_journal_records(self, store: Store) -> None:
         await store.commit(batch("acme", Create("items", "x", item()), Append(record("x"), 0)))
         await store.commit(batch("acme", Delete("items", "x"), Append(record("x", action="delete"), 0)))
         found, _ = await tail(store, 2)

@@ -84,7 +84,7 @@ async def refused(store: Store, error: type[StrongroomError], *operations: Opera
 
 class TestPreconditions(StorageSuite):
     @pytest.mark.parametrize(("operation", "error"), MISSING, ids=_label)
-    async def test_of_a_missing_document(
+    async def test_each_operation_on_a_missing_document_behaves_as_specified(
         self, store: Store, operation: Operation, error: type[StrongroomError] | None
     ) -> None:
         if error is not None:
@@ -99,7 +99,7 @@ class TestPreconditions(StorageSuite):
             assert identical(await store.get("items", "acme", "x"), stored("x", item("new"), version=version))
 
     @pytest.mark.parametrize(("operation", "error"), PRESENT, ids=_label)
-    async def test_of_a_present_document(
+    async def test_each_operation_on_a_present_document_behaves_as_specified(
         self, store: Store, operation: Operation, error: type[StrongroomError] | None
     ) -> None:
         before = item("old", code="c", used=3)
@@ -223,7 +223,7 @@ class TestVersions(StorageSuite):
         await refused(store, Conflict, Delete("items", "x", expected=old))
         await refused(store, Conflict, Check("items", "x", old))
 
-    async def test_a_migration_keeps_both_times(self, store: Store) -> None:
+    async def test_a_create_can_set_both_times(self, store: Store) -> None:
         created, updated = datetime(2001, 2, 3, 4, 5, 6, 789, tzinfo=UTC), datetime(2002, 2, 3, tzinfo=UTC)
         times: dict[str, Any] = {"created_at": created, "updated_at": updated}
         await store.commit(
@@ -249,7 +249,7 @@ class TestVersions(StorageSuite):
             ("created", "expected", "new", "put", "replaced"), (created, updated)
         )
 
-    async def test_an_import_keeps_its_creation_time(self, store: Store) -> None:
+    async def test_a_create_can_set_its_creation_time(self, store: Store) -> None:
         long_ago = datetime(2001, 2, 3, 4, 5, 6, 789, tzinfo=UTC)
         await store.commit(batch("acme", Create("items", "x", item(), created_at=long_ago)))
         document = await store.get("items", "acme", "x")

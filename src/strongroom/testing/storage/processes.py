@@ -50,7 +50,9 @@ async def all_items(store: Store, *, prefix: str) -> dict[str, str]:
 
 
 class TestProcesses:
-    async def test_a_kill_loses_nothing_acknowledged_and_leaves_no_half_batch(self, backend: Backend) -> None:
+    async def test_a_killed_process_loses_nothing_acknowledged_and_leaves_no_partial_batch(
+        self, backend: Backend
+    ) -> None:
         """Three lives of one store, each ended by SIGKILL after a random number of commits, with others in flight."""
         url = backend.new_url()
         randoms = random.Random(20_250_615)

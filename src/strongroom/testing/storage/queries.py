@@ -167,7 +167,7 @@ def close(found: Any, expected: Any, scale: float) -> bool:
 class TestQueries(StorageSuite):
     @examples(3)
     @given(documents=document_lists, queries=st.lists(queries_of_samples, min_size=1, max_size=6))
-    async def test_find_gives_what_the_evaluator_gives(
+    async def test_find_returns_what_the_evaluator_returns(
         self, store: Store, documents: list[Document], queries: list[Query]
     ) -> None:
         tenant = next(_tenant)
@@ -229,7 +229,7 @@ class TestQueries(StorageSuite):
         ),
         where=st.none() | st.just(Where("flag", "==", True)) | filters,
     )
-    async def test_aggregates_are_what_the_evaluator_says(
+    async def test_aggregates_equal_the_evaluators(
         self, store: Store, documents: list[Document], where: Filter | None
     ) -> None:
         where = checked(Query(where)).where
@@ -256,14 +256,16 @@ class TestQueries(StorageSuite):
                 )
 
     @pytest.mark.parametrize("op", ["<", "<=", ">", ">="])
-    async def test_what_a_range_of_ids_comes_to(self, store: Store, op: str) -> None:
+    async def test_aggregates_over_a_range_of_ids_are_exact(self, store: Store, op: str) -> None:
         """Ids are the names of documents in some stores, which have indexes of their own."""
         held = await fill(store, "acme", [sample(rank=number, ratio=number / 2) for number in range(5)])
         where = checked(Query(Where("id", op, "d2"))).where
         asked = [Aggregate("count"), *(Aggregate(kind, "rank") for kind in ("sum", "average"))]
         assert await store.aggregate("samples", "acme", asked, where) == aggregate(asked, where, SAMPLES, held)
 
-    async def test_the_sum_of_nothing_is_0_of_the_fields_type_and_its_average_none(self, store: Store) -> None:
+    async def test_the_sum_of_no_documents_is_zero_of_the_fields_type_and_the_average_is_none(
+        self, store: Store
+    ) -> None:
         asked = [Aggregate(kind, name) for kind in ("sum", "average") for name in ("rank", "ratio", "price")]
         expected = {
             "sum_rank": 0, "sum_ratio": 0.0, "sum_price": Decimal(0),
@@ -299,7 +301,7 @@ class TestQueries(StorageSuite):
             assert [d[field] for d in equal] == [value], repr(value)
 
     @pytest.mark.parametrize("op", [*_COMPARISONS, Op.IN, Op.NOT_IN])
-    async def test_each_comparison_of_each_type(self, store: Store, op: Op) -> None:
+    async def test_each_operator_compares_each_type(self, store: Store, op: Op) -> None:
         """Every pair of a stored value, null among them, and a value that is asked for."""
         rows = [sample(**{field: value}) for field, values in _VALUES.items() for value in (None, *values[:9])]
         held = await fill(store, "acme", rows)
@@ -345,7 +347,7 @@ class TestQueries(StorageSuite):
         assert [d["id"] for d in await store.find("samples", "acme", Query(limit=1_000))] == ids[:1_000]
         assert await store.aggregate("samples", "acme", [Aggregate("count")], None) == {"count": 1_100}
 
-    async def test_a_query_sees_what_was_last_committed(self, store: Store) -> None:
+    async def test_a_query_sees_the_last_commit(self, store: Store) -> None:
         for rank in range(20):
             await store.commit(batch("acme", Create("samples", f"{rank:02}", sample(rank=rank))))
             (last,) = await store.find("samples", "acme", Query(order_by=("-rank",), limit=1))

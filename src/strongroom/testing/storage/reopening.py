@@ -36,7 +36,7 @@ async def prepared(backend: Backend, url: str) -> Store:
 
 
 class TestReopening:
-    async def test_what_was_committed_is_there_again(self, backend: Backend) -> None:
+    async def test_committed_documents_survive_reopening(self, backend: Backend) -> None:
         url = backend.new_url()
         store = await prepared(backend, url)
         persistent = store.capabilities.persistent
@@ -76,7 +76,7 @@ class TestReopening:
         finally:
             await store.close()
 
-    async def test_sequences_versions_and_cursors_go_on(self, backend: Backend) -> None:
+    async def test_sequences_versions_and_cursors_continue_after_reopening(self, backend: Backend) -> None:
         url = backend.new_url()
         versions: list[int] = []
         sequences: list[int] = []
@@ -102,7 +102,7 @@ class TestReopening:
         assert versions == sorted(set(versions))
         assert sequences == sorted(set(sequences))
 
-    async def test_closing_commits_what_is_in_flight(self, backend: Backend) -> None:
+    async def test_closing_commits_pending_batches(self, backend: Backend) -> None:
         url = backend.new_url()
         store = await prepared(backend, url)
         persistent = store.capabilities.persistent
@@ -116,7 +116,7 @@ class TestReopening:
         committed = await asyncio.gather(*pending)
         assert all(len(one.versions) == 1 and one.versions[0] > 0 for one in committed)
 
-    async def test_closing_twice_is_fine_and_a_closed_store_says_so(self, backend: Backend) -> None:
+    async def test_closing_twice_is_allowed_and_a_closed_store_raises(self, backend: Backend) -> None:
         store = await prepared(backend, backend.new_url())
         assert (await store.check()).ok
         await store.close()
@@ -129,7 +129,7 @@ class TestReopening:
             await store.changes(None)
         assert not (await store.check()).ok
 
-    async def test_a_store_that_is_not_prepared_says_so(self, backend: Backend) -> None:
+    async def test_a_store_that_is_not_prepared_raises(self, backend: Backend) -> None:
         store = await backend.open(backend.new_url())
         with pytest.raises(StrongroomError):  # opened, but not prepared
             await store.get("items", "acme", "x")

@@ -77,7 +77,7 @@ class TestRoundTrips(StorageSuite):
         assert identical(found, {"id": "a", "rank": 1, "version": ANY_VERSION, "extra": {"b": 1}})
         assert await store.find("samples", "acme", Query(fields=())) == [{"id": "a"}]
 
-    async def test_what_callers_do_to_a_document_does_not_reach_the_store(self, store: Store) -> None:
+    async def test_mutating_a_returned_document_does_not_change_the_store(self, store: Store) -> None:
         given = sample(tags=["a"], extra={"deep": {"list": [1]}})
         await store.commit(batch("acme", Create("samples", "a", given)))
         given["tags"].append("b")
@@ -91,7 +91,7 @@ class TestRoundTrips(StorageSuite):
         expected = stored("a", sample(tags=["a"], extra={"deep": {"list": [1]}}))
         assert identical(await store.get("samples", "acme", "a"), expected)
 
-    async def test_there_is_none_where_nothing_was_stored(self, store: Store) -> None:
+    async def test_a_missing_document_is_none(self, store: Store) -> None:
         assert await store.get("samples", "acme", "nothing") is None
         assert await store.find("samples", "acme", Query()) == []
         assert await store.get("shared", None, "nothing") is None

@@ -53,7 +53,7 @@ class TestSchema(StorageSuite):
         assert await store.prepare(declared) == ()
         assert identical(await store.find("things", "acme", Query()), held)
 
-    async def test_documents_from_before_get_a_new_fields_default(self, store: Store) -> None:
+    async def test_existing_documents_get_the_default_of_a_new_field(self, store: Store) -> None:
         await store.prepare([declare()])
         await fill(store)
         defaults: dict[str, tuple[FieldType, Any]] = {
@@ -98,7 +98,7 @@ class TestSchema(StorageSuite):
         assert got is not None
         assert (got["rank"], got["null_text"]) == (8, "x")
 
-    async def test_one_documents_default_is_not_anothers(self, store: Store) -> None:
+    async def test_documents_do_not_share_a_mutable_default(self, store: Store) -> None:
         await store.prepare([declare()])
         await fill(store)
         await store.prepare([declare(FieldSpec("tags", FieldType.LIST, has_default=True, default=["a"]))])
