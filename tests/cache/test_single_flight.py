@@ -6,10 +6,10 @@ import asyncio
 
 import pytest
 
-from strongroom.cache.single_flight import JoinedReads
+from strongroom.cache.single_flight import SingleFlight
 from strongroom.errors import Unavailable
-from strongroom.limits import backoff as patience
-from strongroom.limits.backoff import Patience
+from strongroom.limits import backoff
+from strongroom.limits.backoff import Backoff
 
 
 class Source:
@@ -30,45 +30,45 @@ class Source:
 
 
 async def test_concurrent_callers_share_one_read() -> None:
-    joined: JoinedReads[int] = JoinedReads()
+    flight: SingleFlight[int] = SingleFlight()
     source = Source()
-    calls = [asyncio.create_task(joined.get("k", 1, source.read)) for _ in range(5)]
-    other = asyncio.create_task(joined.get("other", 1, source.read))
+    calls = [asyncio.create_task(flight.get("k", 1, source.read)) for _ in range(5)]
+    other = asyncio.create_task(flight.get("other", 1, source.read))
     await asyncio.sleep(0)
     source.gate.set()
     assert await asyncio.gather(*calls, other) == [1, 1, 1, 1, 1, 2]
-    assert await joined.get("k", 1, source.read) == 3
+    assert await flight.get("k", 1, source.read) == 3
 
 
 async def test_a_caller_after_a_change_does_not_join_an_earlier_read() -> None:
-    joined: JoinedReads[int] = JoinedReads()
+    flight: SingleFlight[int] = SingleFlight()
     source = Source()
-    before = asyncio.create_task(joined.get("k", 1, source.read))
+    before = asyncio.create_task(flight.get("k", 1, source.read))
     await asyncio.sleep(0)
-    after = [asyncio.create_task(joined.get("k", 2, source.read)) for _ in range(2)]
+    after = [asyncio.create_task(flight.get("k", 2, source.read)) for _ in range(2)]
     await asyncio.sleep(0)
     source.gate.set()
     assert [await before, *await asyncio.gather(*after)] == [1, 2, 2]
 
 
 async def test_an_error_reaches_every_caller_and_a_cancellation_only_its_own() -> None:
-    joined: JoinedReads[int] = JoinedReads()
+    flight: SingleFlight[int] = SingleFlight()
     source = Source()
-    calls = [asyncio.create_task(joined.get("k", 1, source.read)) for _ in range(3)]
+    calls = [asyncio.create_task(flight.get("k", 1, source.read)) for _ in range(3)]
     await asyncio.sleep(0)
     calls[0].cancel()  # it is the one that reads
     await asyncio.wait([calls[0]])
     source.gate.set()
     assert await asyncio.gather(*calls[1:]) == [2, 2]
     source.error = Unavailable("gone")
-    found = await asyncio.gather(*(joined.get("k", 1, source.read) for _ in range(3)), return_exceptions=True)
+    found = await asyncio.gather(*(flight.get("k", 1, source.read) for _ in range(3)), return_exceptions=True)
     assert found == [source.error] * 3
 
 
 async def test_a_read_that_keeps_changing_is_retried_for_a_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "PATIENCE_S", 0.05)
-    tries, attempts = Patience("it is being changed too quickly"), 0
-    while await tries.another():
+    monkeypatch.setattr(backoff, "RETRY_FOR_S", 0.05)
+    tries, attempts = Backoff("it is being changed too quickly"), 0
+    while await tries.attempt():
         attempts += 1
-    assert attempts > patience.AT_ONCE
-    assert str(tries.over()) == "it is being changed too quickly: tried for 0.05 s, try again"
+    assert attempts > backoff.AT_ONCE
+    assert str(tries.exhausted()) == "it is being changed too quickly: tried for 0.05 s, try again"

@@ -37,12 +37,12 @@ from strongroom.errors import (
     Unavailable,
 )
 from strongroom.keys import cache as keycache
-from strongroom.keys.cached_key import KnownKey
+from strongroom.keys.cached_key import CachedKey
 from strongroom.keys.model import MAX_METADATA_BYTES, RESTORABLE_FOR_S
 from strongroom.keys.token import generate, imported_sha256
 from strongroom.keys.usage_recorder import Usage
 from strongroom.keys.verification import ONE_REQUEST, KeyUse, Verification, usable
-from strongroom.limits import backoff as patience
+from strongroom.limits import backoff
 from strongroom.limits import ledger as usage
 from strongroom.storage.port import Record
 from tests.helpers.support import Fault, FaultyStore, new_url, opened, rolling, stored_usage
@@ -198,7 +198,7 @@ async def test_a_key_expires_within_its_millisecond(room: Strongroom) -> None:
     ],
 )
 async def test_permissions_match_with_wildcards(held: list[str], asked: str | None, permitted: bool) -> None:
-    key = KnownKey(ApiKey(id="k", tenant="t", name="n", hash="h", display="d", permissions=held))
+    key = CachedKey(ApiKey(id="k", tenant="t", name="n", hash="h", display="d", permissions=held))
     assert (usable(key, KeyUse(ONE_REQUEST, permission=asked), 0) is key) is permitted
 
 
@@ -242,7 +242,7 @@ async def test_permissions_match_with_wildcards(held: list[str], asked: str | No
     ],
 )
 def test_address_ranges(allowed: list[str], address: str | None, admitted: bool) -> None:
-    key = KnownKey(ApiKey(id="k", tenant="t", name="n", hash="h", display="d", allowed_ips=allowed))
+    key = CachedKey(ApiKey(id="k", tenant="t", name="n", hash="h", display="d", allowed_ips=allowed))
     assert (usable(key, KeyUse(ONE_REQUEST, address=address), 0) is key) is admitted
 
 
@@ -881,7 +881,7 @@ async def test_a_key_that_changes_at_every_attempt_raises_conflict(
         return future
 
     monkeypatch.setattr(room.ledger, "charge", charge)
-    monkeypatch.setattr(patience, "PATIENCE_S", 0.02)
+    monkeypatch.setattr(backoff, "RETRY_FOR_S", 0.02)
     with pytest.raises(Unavailable, match="changed too quickly"):
         await room.keys.verify(issued.text)
     with pytest.raises(Unavailable, match="changed too quickly"):
@@ -1151,7 +1151,7 @@ def test_models_and_routes_match_with_wildcards(
     what: str, allowed: list[str], asked: str | None, admitted: bool
 ) -> None:
     fields: dict[str, Any] = {f"allowed_{what}s": allowed}
-    key = KnownKey(ApiKey(id="k", tenant="t", name="n", hash="h", display="d", **fields))
+    key = CachedKey(ApiKey(id="k", tenant="t", name="n", hash="h", display="d", **fields))
     answer = usable(key, KeyUse(ONE_REQUEST, **{what: asked}), 0)
     assert (answer is key) is admitted
     if isinstance(answer, Verification):

@@ -128,7 +128,7 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         compared.append(text)
         return matches(verifier, text)
 
-    monkeypatch.setattr(slowcheck.SlowChecks.__init__, "__defaults__", (counted,))
+    monkeypatch.setattr(slowcheck.SlowHashPool.__init__, "__defaults__", (counted,))
     return compared
 
 

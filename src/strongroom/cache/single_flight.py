@@ -1,4 +1,4 @@
-"""Reads that many callers ask for at once: one reads, the others wait for it."""
+"""Single flight: of several callers that want the same read, one reads and the others wait for it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ T = TypeVar("T")
 _AGAIN: Any = object()
 
 
-class JoinedReads(Generic[T]):
-    """The reads that are under way. A caller joins a read only if nothing was changed since it began (`mark` is still
-    the same): what it is told is then true of a moment at which nobody had been told of anything later."""
+class SingleFlight(Generic[T]):
+    """The reads that are under way. A caller joins a read only if nothing was changed since the read began (`mark` is
+    the same): it never gets an answer that is older than a change which it could know of."""
 
     __slots__ = ("_under_way",)
 
@@ -20,7 +20,7 @@ class JoinedReads(Generic[T]):
         self._under_way: dict[Hashable, tuple[int, asyncio.Future[T]]] = {}
 
     async def get(self, name: Hashable, mark: int, read: Callable[[], Awaitable[T]]) -> T:
-        """What `read` gives, by this caller's read or by one that is under way. Raises what the read raises."""
+        """The result of `read`, called here or already under way. Raises what the read raises."""
         while (there := self._under_way.get(name)) is not None and there[0] == mark:
             found = await asyncio.shield(there[1])
             if found is not _AGAIN:
@@ -33,7 +33,7 @@ class JoinedReads(Generic[T]):
             future.set_exception(error)
             future.exception()  # nobody may have joined
             raise
-        except BaseException:  # this caller has gone away, the others have not
+        except BaseException:  # this caller was cancelled, the others were not
             future.set_result(_AGAIN)
             raise
         else:
@@ -44,4 +44,4 @@ class JoinedReads(Generic[T]):
                 del self._under_way[name]
 
 
-__all__ = ["JoinedReads"]
+__all__ = ["SingleFlight"]

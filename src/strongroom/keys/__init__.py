@@ -1,7 +1,7 @@
 """API keys: issue, look up, verify, rotate, revoke; reservations and usage; leaks."""
 
 from .bulk import BULK_FIELDS, MAX_IDS, Bulk, BulkAction, BulkFailure, BulkStep
-from .cached_key import KnownKey, is_allowed
+from .cached_key import CachedKey, is_allowed
 from .durable_reservations import StoredReservation
 from .filter import KeyFilter, KeyState
 from .import_source import KeySource
@@ -32,6 +32,7 @@ __all__ = [
     "BulkAction",
     "BulkFailure",
     "BulkStep",
+    "CachedKey",
     "Charged",
     "Environment",
     "Finding",
@@ -44,7 +45,6 @@ __all__ = [
     "KeyState",
     "KeyStats",
     "Keys",
-    "KnownKey",
     "Leak",
     "LeakPolicy",
     "Leaks",

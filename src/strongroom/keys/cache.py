@@ -10,7 +10,7 @@ from hashlib import blake2s
 
 import msgspec
 
-from ..cache import JoinedReads
+from ..cache import SingleFlight
 from ..context import system_context, text_problem, us_from_utc
 from ..database import Database
 from ..entities import MAX_ID_BYTES, MAX_IN, Query, Where
@@ -18,7 +18,7 @@ from ..journal import ChangeFeed
 from ..limits import Part
 from ..quotas import Quota, is_quota, quota_part
 from ..quotas.cache import QuotaCache
-from .cached_key import KnownKey, metered, quota_ids
+from .cached_key import CachedKey, metered, quota_ids
 from .lookup import KeyLookup
 from .model import ApiKey
 from .token import Hasher, is_possible
@@ -48,7 +48,7 @@ _EVERY = ""
 class _Found:
     """What a text was found to be, and until when (a text that was rotated away works until its overlap ends)."""
 
-    key: KnownKey
+    key: CachedKey
     until_us: int | None
 
 
@@ -62,20 +62,20 @@ class KeyCache:
         self._feed = feed
         self.quotas = QuotaCache(database, feed)
         self._known: dict[bytes, _Found] = {}
-        self._by_id: dict[str, KnownKey] = {}
+        self._by_id: dict[str, CachedKey] = {}
         self._large: dict[str, int] = {}
         """The size of the metadata of keys that have much of it, by id, oldest first."""
         self._large_bytes = 0
         self._unknown: dict[bytes, float] = {}
-        self._finds: JoinedReads[KnownKey | None] = JoinedReads()
-        self._ids: JoinedReads[KnownKey | None] = JoinedReads()
-        self._compares: JoinedReads[bool] = JoinedReads()
+        self._finds: SingleFlight[CachedKey | None] = SingleFlight()
+        self._ids: SingleFlight[CachedKey | None] = SingleFlight()
+        self._compares: SingleFlight[bool] = SingleFlight()
         self._changes = 0
         """How many changes were heard of."""
         self._reading: dict[object, set[str]] = {}
         """For each read that is under way, the keys that were changed since it began."""
 
-    def peek(self, text: str, now_us: int) -> KnownKey | None:
+    def peek(self, text: str, now_us: int) -> CachedKey | None:
         """The key behind a text if it is in memory and known to be as the store has it, to within TRUSTED_FOR_S; None
         if it takes more to tell."""
         found = self._known.get(blake2s(text.encode("utf-8", "surrogatepass")).digest())
@@ -88,7 +88,7 @@ class KeyCache:
                 return None
         return key
 
-    def remembered(self, text: str | None, now_us: int) -> KnownKey | None:
+    def remembered(self, text: str | None, now_us: int) -> CachedKey | None:
         """The key behind a text as `find` gives it, if that takes no read; None if it does, or there is none."""
         if text is None:
             return None
@@ -97,7 +97,7 @@ class KeyCache:
             return None
         return found.key
 
-    async def find(self, text: str, now_us: int) -> KnownKey | None:
+    async def find(self, text: str, now_us: int) -> CachedKey | None:
         """The key behind a text, from memory or by one read; None if there is none."""
         name = _digest(text)
         found = self._known.get(name)
@@ -110,7 +110,7 @@ class KeyCache:
             return None
         return await self._finds.get(name, self._changes, lambda: self._find(text, name, now_us))
 
-    async def _find(self, text: str, name: bytes, now_us: int) -> KnownKey | None:
+    async def _find(self, text: str, name: bytes, now_us: int) -> CachedKey | None:
         changed: set[str] = set()
         ticket = object()
         self._reading[ticket] = changed
@@ -164,14 +164,14 @@ class KeyCache:
         """Wait for the hashes that are being compared; keys that need that are not found any more."""
         await self._lookup.slow.close()
 
-    async def by_id(self, id: str) -> KnownKey | None:
+    async def by_id(self, id: str) -> CachedKey | None:
         """The key of an id, from memory or by one read; None if there is none."""
         known = self._by_id.get(id)
         if known is None or known.stale:
             return await self._ids.get(id, self._changes, lambda: self._by_its_id(id))
         return known
 
-    async def _by_its_id(self, id: str) -> KnownKey | None:
+    async def _by_its_id(self, id: str) -> CachedKey | None:
         key = await self._database.get_or_none(system_context(), ApiKey, id)
         return await self._remember(key) if key is not None else None
 
@@ -188,7 +188,7 @@ class KeyCache:
         key = await self._database.get_or_none(system_context(), ApiKey, id)
         return None if key is None else metered(key).parts[0]
 
-    async def is_current(self, key: KnownKey) -> bool:
+    async def is_current(self, key: CachedKey) -> bool:
         """Whether a key is as the store has it, to within TRUSTED_FOR_S; if not, it is forgotten. Raises Unavailable if
         that can not be told."""
         now = time.monotonic()
@@ -197,7 +197,7 @@ class KeyCache:
             return True
         return await self._compares.get(key, 0, lambda: self._compare(key, now))
 
-    async def _compare(self, key: KnownKey, now: float) -> bool:
+    async def _compare(self, key: CachedKey, now: float) -> bool:
         """Whether the store has a key, and its quotas, as it is known here; if not, it is forgotten. What was found is
         true of the moment of the read, whatever has been heard since: a charge is checked again when it commits."""
         stored = await self._database.get_or_none(system_context(), ApiKey, key.id)
@@ -222,7 +222,7 @@ class KeyCache:
         key, until = found
         return _Found(await self._remember(key), None if until is None else us_from_utc(until))
 
-    async def _remember(self, key: ApiKey) -> KnownKey:
+    async def _remember(self, key: ApiKey) -> CachedKey:
         known = self._by_id.get(key.id)
         if known is not None and not known.stale and known.metered.guard.expected == key.version:
             return known
@@ -232,13 +232,13 @@ class KeyCache:
         if known is not None:
             known.stale = True
         if changes != self.quotas.changes:  # true of the moment it was read, not to be remembered
-            known = KnownKey(key, quotas)
+            known = CachedKey(key, quotas)
             known.stale = True
             return known
         if len(self._by_id) >= MAX_CACHED_KEYS:
             for oldest in list(self._by_id)[: MAX_CACHED_KEYS // 10]:
                 self._by_id.pop(oldest).stale = True
-        known = self._by_id[key.id] = KnownKey(key, quotas)
+        known = self._by_id[key.id] = CachedKey(key, quotas)
         if key.metadata and (size := len(msgspec.json.encode(key.metadata))) > LARGE_BYTES:
             self._make_room_for(key.id, size)
         return known
@@ -285,7 +285,7 @@ class KeyCache:
         self._lookup.hasher = hasher
         self._unknown.clear()
 
-    def outdated(self, key: KnownKey) -> None:
+    def outdated(self, key: CachedKey) -> None:
         """The store has the key, or a quota of it, otherwise than it is known here, where nobody has heard of it yet:
         read all of it again."""
         if self._by_id.get(key.id) is key:  # else it was read again already

@@ -1,4 +1,4 @@
-"""A key in memory, as a verification needs it: who it is, what it may do, and what its limits are. Pure."""
+"""A key in memory, with what a verification needs: its identity, what it may do, and its limits. Pure."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .model import NAME, ApiKey
 Network = IPv4Network | IPv6Network
 
 
-class KnownKey:
-    """A key as verification needs it, kept in memory until it is changed (`stale`)."""
+class CachedKey:
+    """A key in memory. `stale`: the key was changed since, so this object must not decide anything any more."""
 
     __slots__ = (
         "checked_at",
@@ -42,7 +42,9 @@ class KnownKey:
         self.tenant = key.tenant
         self.user_id = key.user_id
         self.permissions = key.permissions
-        self.held = tuple(key.permissions)  # answers hand `permissions` out; what a caller does to it grants nothing
+        self.held = tuple(
+            key.permissions
+        )  # answers contain `permissions`, and a caller that changes that list must gain nothing
         self.metadata = key.metadata
         self.networks: list[Network] = [_network(item) for item in key.allowed_ips]
         self.models = tuple(key.allowed_models)
@@ -53,7 +55,7 @@ class KnownKey:
         self.metered = metered(key, quotas)
         self.quota_ids = quota_ids(key)
         self.stale = False
-        self.checked_at = 0.0  # by time.monotonic: when it was last compared with the store, beside the feed of changes
+        self.checked_at = 0.0  # by time.monotonic, the last comparison with the store
 
     def permits(self, permission: str) -> bool:
         """Whether the key has a permission: by name, or by one that ends in `*`."""
@@ -72,14 +74,14 @@ def names(patterns: Sequence[str], name: str | None) -> bool:
 
 
 def metered(key: ApiKey, quotas: Sequence[Quota] = ()) -> Metered:
-    """A key as the ledger needs it, with the quotas that it shares with others."""
+    """A key as the ledger needs it, with the quotas that it shares with other keys."""
     shared = tuple(quota_part(quota) for quota in quotas if quota.limits)
     return Metered(key.id, Check(NAME, key.id, key.version), _interned(tuple(key.limits)), shared, key.tenant)
 
 
 @functools.lru_cache(maxsize=4_096)
 def _interned(limits: tuple[Limit, ...]) -> tuple[Allowance, ...]:
-    """Their allowances, the same objects for every key with the same limits: these are most of what a cached key is."""
+    """The compiled limits, the same objects for all keys with equal limits: they take most of a cached key's memory."""
     return allowances(limits)
 
 
@@ -91,7 +93,7 @@ def quota_ids(key: ApiKey) -> tuple[str, ...]:
 
 
 def _network(text: str) -> Network:
-    """A range; an IPv4 range written as IPv6 (::ffff:10.0.0.0/104) as what it is, since addresses are compared so."""
+    """A range of addresses. An IPv4 range written as IPv6 (::ffff:10.0.0.0/104) becomes IPv4, as addresses do."""
     network = ip_network(text, strict=False)
     if isinstance(network, IPv6Network) and network.prefixlen >= 96:
         mapped = network.network_address.ipv4_mapped

@@ -22,6 +22,7 @@ from ..database import Database, is_expired
 from ..entities import Document, Entity, Index
 from ..errors import AlreadyExists, Conflict, NotFound, StrongroomError
 from ..limits import (
+    Backoff,
     HoldChange,
     HoldEnded,
     KeyChanged,
@@ -29,7 +30,6 @@ from ..limits import (
     LimitStatus,
     Metered,
     Outcome,
-    Patience,
     Status,
     limit_status,
     statuses_kept,
@@ -37,7 +37,7 @@ from ..limits import (
 from ..limits.reserved_amounts import Place
 from ..storage.port import Create, Operation, Put
 from .cache import KeyCache
-from .cached_key import KnownKey
+from .cached_key import CachedKey
 from .reservation import (
     State,
     Turns,
@@ -122,7 +122,7 @@ class DurableReservations:
         self._releasing: set[asyncio.Task[None]] = set()
 
     async def make(
-        self, key: KnownKey, use: KeyUse, ttl_s: int, now_us: int, idempotency_key: str | None, actor: str
+        self, key: CachedKey, use: KeyUse, ttl_s: int, now_us: int, idempotency_key: str | None, actor: str
     ) -> Reservation | None:
         """A reservation of a key that may be used, or the refusal of its limits; None if the key, or another node's
         call for the same reservation, was faster."""
@@ -148,7 +148,7 @@ class DurableReservations:
 
     async def _make(
         self,
-        key: KnownKey,
+        key: CachedKey,
         stored: StoredReservation,
         ttl_us: int,
         now_us: int,
@@ -208,7 +208,7 @@ class DurableReservations:
             _log.info("a reservation whose caller went away could not be released, it ends by itself: %s", error)
 
     async def _again(
-        self, key: KnownKey, before: StoredReservation, asked: StoredReservation, now_us: int, request: object
+        self, key: CachedKey, before: StoredReservation, asked: StoredReservation, now_us: int, request: object
     ) -> Reservation:
         """The answer to a call that made this reservation before: the first answer, but with the state of the
         reservation now, since one that has ended holds nothing any more."""
@@ -249,8 +249,8 @@ class DurableReservations:
         spent: dict[str, int],
         context: Context | None,
     ) -> Reservation:
-        patience = Patience("the reservation is being changed too quickly")
-        while await patience.another():
+        backoff = Backoff("the reservation is being changed too quickly")
+        while await backoff.attempt():
             stored = await self._stored(reservation_id, context)
             if stored.state != "open":
                 raise Conflict(f"the reservation was {stored.state} before")
@@ -263,7 +263,7 @@ class DurableReservations:
             decided_us = 0
 
             def write(
-                places: Mapping[str, Place], ends_us: int, after: StoredReservation = after, key: KnownKey = key
+                places: Mapping[str, Place], ends_us: int, after: StoredReservation = after, key: CachedKey = key
             ) -> Operation:
                 nonlocal decided_us
                 decided_us = ends_us
@@ -285,11 +285,11 @@ class DurableReservations:
                 return as_reservation(denied, reservation_id, "open", charged=amounts(stored.used))
             answer = open_answer(key, reservation_id, admitted(key, outcome.statuses).limits, decided_us)
             return with_changes(answer, charged=amounts(after.used))
-        raise patience.over()
+        raise backoff.exhausted()
 
     async def _end(self, id: str, units: dict[str, int] | None, state: State, context: Context | None) -> Reservation:
-        patience = Patience("the reservation is being changed too quickly")
-        while await patience.another():
+        backoff = Backoff("the reservation is being changed too quickly")
+        while await backoff.attempt():
             stored = await self._stored(id, context)
             key = await self._cache.by_id(stored.key_id)
             if stored.state != "open":
@@ -323,12 +323,12 @@ class DurableReservations:
             outcome = await self._change_hold(stored, key, together(parts, key), change, more, settled)
             if outcome is not None:
                 return self._ended(after, key, outcome.statuses)
-        raise patience.over()
+        raise backoff.exhausted()
 
     async def _change_hold(
         self,
         stored: StoredReservation,
-        key: KnownKey | None,
+        key: CachedKey | None,
         metered: Metered,
         hold: HoldChange,
         more: dict[str, int],
@@ -363,7 +363,7 @@ class DurableReservations:
         return stored
 
     @staticmethod
-    def _ended(stored: StoredReservation, key: KnownKey | None, statuses: Sequence[Status]) -> Reservation:
+    def _ended(stored: StoredReservation, key: CachedKey | None, statuses: Sequence[Status]) -> Reservation:
         if key is not None:
             answer = admitted(key, statuses)
         else:  # it was removed for good

@@ -13,9 +13,9 @@ from ..clock import Clock
 from ..context import Context, utc_from_us
 from ..database import Database
 from ..errors import Conflict, NotFound
-from ..limits import KeyChanged, Ledger, Lending, LimitStatus, LocalHold, Patience
+from ..limits import Backoff, KeyChanged, Ledger, Lending, LimitStatus, LocalHold
 from .cache import KeyCache
-from .cached_key import KnownKey
+from .cached_key import CachedKey
 from .reservation import (
     State,
     Turns,
@@ -50,7 +50,7 @@ class LocalReservations:
         self._settled: OrderedDict[str, tuple[dict[str, int], dict[str, int], Reservation]] = OrderedDict()
         """What was reported before the settlement, the totals after it, and its answer."""
 
-    def make(self, key: KnownKey, use: KeyUse, ttl_s: int, now_us: int) -> Reservation | None:
+    def make(self, key: CachedKey, use: KeyUse, ttl_s: int, now_us: int) -> Reservation | None:
         """A reservation of a key that may be used; None if this process's leases do not cover it."""
         lending = self._ledger.lending
         if lending is None:
@@ -141,8 +141,8 @@ class LocalReservations:
     async def _record_hold(self, hold: LocalHold, units: dict[str, int], once: str, count: int) -> Verification:
         """Charge what was used of a reservation in memory by a commit, where it was held: of a key that was removed
         meanwhile, or belongs to other groups now, too."""
-        patience = Patience("the key is being changed too quickly to settle its reservation")
-        while await patience.another():
+        backoff = Backoff("the key is being changed too quickly to settle its reservation")
+        while await backoff.attempt():
             key = await self._cache.by_id(hold.key.id)
             parts = await parts_of(self._cache, [part.id for part in hold.key.metered.parts], hold.key.quota_ids, key)
             if not parts:  # all that it was held of was removed
@@ -162,7 +162,7 @@ class LocalReservations:
                     self._cache.outdated(key)
             else:
                 return admitted(hold.key, outcome.statuses)
-        raise patience.over()
+        raise backoff.exhausted()
 
     async def extend(
         self, id: str, ttl_s: int, units: dict[str, int] | None, used: dict[str, int], context: Context | None

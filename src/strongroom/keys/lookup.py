@@ -16,7 +16,7 @@ from ..database import Database
 from ..entities import MAX_DISJUNCTIONS, Or, Query, Where
 from ..errors import AlreadyExists, Conflict, NotFound, Unavailable
 from .model import ApiKey
-from .slow_hash import SlowChecks
+from .slow_hash import SlowHashPool
 from .token import Hasher, hint_of_imported, masked
 
 NAMES_A_READ = MAX_DISJUNCTIONS // 2
@@ -31,7 +31,7 @@ class KeyLookup:
     def __init__(self, database: Database, hasher: Hasher) -> None:
         self._database = database
         self.hasher = hasher
-        self.slow = SlowChecks()
+        self.slow = SlowHashPool()
 
     async def find(self, text: str, changed: set[str]) -> tuple[ApiKey, datetime | None] | None:
         """The key of a text, a deleted one too, and until when the text is the key's if it was rotated away; None if

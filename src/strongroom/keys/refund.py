@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from ..clock import Clock
-from ..limits import Amount, KeyChanged, Ledger, Metered, Part, Patience
+from ..limits import Amount, Backoff, KeyChanged, Ledger, Metered, Part
 from .cache import KeyCache
 from .verification import NOT_FOUND, Verification, key_use
 from .verifier import Verifier
@@ -44,8 +44,8 @@ class Refunds:
     ) -> Charged:
         """As `verify`; what it gives can be given to `undo`."""
         use = key_use(cost, permission, ip, model, route)
-        patience = Patience("the key is being changed too quickly to verify it")
-        while await patience.another():
+        backoff = Backoff("the key is being changed too quickly to verify it")
+        while await backoff.attempt():
             now_us = self._clock.now_us()
             started = self._verifier.start_use(text, use)
             if isinstance(started, Verification):
@@ -61,7 +61,7 @@ class Refunds:
             answer = self._verifier.finish(started)
             if answer is not None:
                 return Charged(answer, use.units, started.outcome.result().now_us, model, route)
-        raise patience.over()
+        raise backoff.exhausted()
 
     async def undo(self, charged: Charged) -> None:
         """Take back a verification: its use, and what it cost, as far as the windows still count it. To be called once,
@@ -69,8 +69,8 @@ class Refunds:
         id = charged.answer.key_id
         if id is None or not charged.answer.valid:
             return
-        patience = Patience("the key is being changed too quickly to take back what it was charged")
-        while await patience.another():
+        backoff = Backoff("the key is being changed too quickly to take back what it was charged")
+        while await backoff.attempt():
             key = await self._cache.by_id(id)
             if key is None:
                 return  # its usage was removed with it
@@ -88,7 +88,7 @@ class Refunds:
                 if not asked[part.id]:  # its use is only counted, and perhaps not written yet
                     self._ledger.tally(_metered(part), {name: -units for name, units in charged.units.items()}, -1)
             return
-        raise patience.over()
+        raise backoff.exhausted()
 
 
 def _metered(first: Part, *others: Part) -> Metered:

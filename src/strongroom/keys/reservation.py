@@ -15,7 +15,7 @@ from ..limits import Amount, LimitStatus, Metered, Part, from_units, share_statu
 from ..limits.lease_manager import Entries
 from ..limits.usage_state import CONCURRENCY
 from .cache import KeyCache
-from .cached_key import KnownKey
+from .cached_key import CachedKey
 from .verification import (
     ONE_REQUEST,
     Reservation,
@@ -98,7 +98,7 @@ class Turns:
 
 
 async def parts_of(
-    cache: KeyCache, held_by: Iterable[str], quota_ids: Iterable[str], key: KnownKey | None
+    cache: KeyCache, held_by: Iterable[str], quota_ids: Iterable[str], key: CachedKey | None
 ) -> list[Part]:
     """Where the use of a reservation counts: on the accounts that hold it, as they are now, without those that were
     removed; and on quotas of its key (`quota_ids`) that were made since."""
@@ -109,7 +109,7 @@ async def parts_of(
     return [*found, *(part for part in others if part is not None)]
 
 
-def together(parts: Sequence[Part], key: KnownKey | None) -> Metered:
+def together(parts: Sequence[Part], key: CachedKey | None) -> Metered:
     """These accounts as one charge concerns them: a key's own, if they are all that it is counted on."""
     if key is not None and list(parts) == list(key.metered.parts):
         return key.metered
@@ -145,20 +145,20 @@ def with_changes(answer: Reservation, **changes: Any) -> Reservation:
     return msgspec.structs.replace(answer, **changes)
 
 
-def with_uncounted(answer: Reservation, key: KnownKey | None, cost: Mapping[str, Amount] | None) -> Reservation:
+def with_uncounted(answer: Reservation, key: CachedKey | None, cost: Mapping[str, Amount] | None) -> Reservation:
     """An answer that tells which resources of the caller's cost no limit of the key counts."""
     found = uncounted(key, cost) if key is not None and cost is not None else []
     return with_changes(answer, uncounted=found) if found != answer.uncounted else answer
 
 
-def open_answer(key: KnownKey, id: str, limits: list[LimitStatus], ends_us: int) -> Reservation:
+def open_answer(key: CachedKey, id: str, limits: list[LimitStatus], ends_us: int) -> Reservation:
     """The answer for a reservation that is open."""
     answer = as_reservation(admitted(key, ()), id, "open", expires_at=utc_from_us(ends_us))
     return with_changes(answer, limits=limits)
 
 
 def held_answer(
-    key: KnownKey, id: str, entries: Entries, state: State, *, limits: list[LimitStatus] | None = None, **more: Any
+    key: CachedKey, id: str, entries: Entries, state: State, *, limits: list[LimitStatus] | None = None, **more: Any
 ) -> Reservation:
     """The answer to what was done with a reservation in memory."""
     shown = [share_status(share) for share, _ in entries] if limits is None else limits
@@ -177,7 +177,7 @@ def held_answer(
     )
 
 
-def not_covered(key: KnownKey, entries: Entries, wanted: Mapping[str, int]) -> Verification:
+def not_covered(key: CachedKey, entries: Entries, wanted: Mapping[str, int]) -> Verification:
     """The refusal of an extension for which this process's shares do not suffice."""
     limits = [share_status(share) for share, _ in entries]
     denied = [

@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from ..clock import Clock
 from ..context import Context
 from ..database import Database
-from ..limits import Amount, Ledger, Patience
+from ..limits import Amount, Backoff, Ledger
 from ..limits.lease_manager import LOCAL
 from .cache import KeyCache
-from .cached_key import KnownKey
+from .cached_key import CachedKey
 from .durable_reservations import DurableReservations
 from .local_reservations import LocalReservations
 from .reservation import DEFAULT_TTL_S, as_reservation, reserved_units, with_uncounted
@@ -60,10 +60,10 @@ class Reservations:
             now_us = self._clock.now_us()
             known = usable(self._cache.peek(text, now_us), use, now_us)
             made = None if isinstance(known, Verification) else self._local.make(known, use, ttl_s, now_us)
-            if made is not None and isinstance(known, KnownKey):
+            if made is not None and isinstance(known, CachedKey):
                 return with_uncounted(made, known, cost)
-        patience = Patience("the key is being changed too quickly to reserve its limits")
-        while await patience.another():
+        backoff = Backoff("the key is being changed too quickly to reserve its limits")
+        while await backoff.attempt():
             now_us = self._clock.now_us()
             key = usable(await self._cache.find(text, now_us), use, now_us)
             if isinstance(key, Verification):
@@ -75,7 +75,7 @@ class Reservations:
                 made = await self._durable.make(key, use, ttl_s, now_us, idempotency_key, actor)
             if made is not None:
                 return with_uncounted(made, key, cost)
-        raise patience.over()
+        raise backoff.exhausted()
 
     async def settle(
         self, reservation_id: str, cost: Mapping[str, Amount], *, context: Context | None = None

@@ -29,7 +29,7 @@ GUESSES_PER_S = 0.5
 """… and how many more a second."""
 
 
-class SlowChecks:
+class SlowHashPool:
     """Comparisons with verifiers. It belongs to the event loop it is used on; `close` ends its threads."""
 
     def __init__(self, compare: Callable[[str, str], bool] = matches) -> None:

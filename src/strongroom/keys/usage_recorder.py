@@ -27,10 +27,10 @@ from ..errors import (
     TooManyRequests,
     Unavailable,
 )
-from ..limits import Amount, KeyChanged, Ledger, Outcome, Patience
+from ..limits import Amount, Backoff, KeyChanged, Ledger, Outcome
 from ..storage.port import Put
 from .cache import KeyCache
-from .cached_key import KnownKey
+from .cached_key import CachedKey
 from .verification import Verification, admitted, cost_units
 
 MAX_AHEAD_US = 60_000_000
@@ -55,7 +55,7 @@ class Usage:
 class Sum:
     """What several events of one key come to; `event` is the first of them, `items` are their numbers."""
 
-    key: KnownKey
+    key: CachedKey
     units: dict[str, int]
     count: int
     event: Usage
@@ -94,8 +94,8 @@ class UsageRecorder:
             raise InvalidInput([Problem("key", "expected exactly one of key and key_id")])
         units = cost_units(cost)
         at_us = self._moment_of(at, "at")
-        patience = Patience("the key is being changed too quickly to record its usage")
-        while await patience.another():
+        backoff = Backoff("the key is being changed too quickly to record its usage")
+        while await backoff.attempt():
             known = await self._key(key, key_id)
             if known is None or not may_see(context, known.tenant):
                 raise NotFound("there is no such key")
@@ -109,7 +109,7 @@ class UsageRecorder:
                 self._cache.outdated(known)
                 continue
             return admitted(known, outcome.statuses, units)
-        raise patience.over()
+        raise backoff.exhausted()
 
     async def record_many(
         self, events: Sequence[Usage], *, idempotency_key: str | None = None, context: Context | None = None
@@ -133,8 +133,8 @@ class UsageRecorder:
         counted: list[int] = []
         failed: list[tuple[Sum, StrongroomError]] = []
         sums.sort(key=lambda one: NOW if one.at_us is None else one.at_us)  # anchored windows begin with the first
-        patience = Patience("the keys are being changed too quickly to record their usage")
-        while await patience.another():
+        backoff = Backoff("the keys are being changed too quickly to record their usage")
+        while await backoff.attempt():
             # All are charged before any is waited for, without a task for each: so they share a commit.
             charged: list[tuple[Sum, asyncio.Future[Outcome]]] = []
             changed = []
@@ -170,12 +170,12 @@ class UsageRecorder:
                     one.key = again
                     sums.append(one)
         else:
-            failed += [(one, patience.over()) for one in sums]
+            failed += [(one, backoff.exhausted()) for one in sums]
         if failed:
             raise _partly(counted, failed)
         return [answer for answer in answers.values() if answer is not None]
 
-    async def _key(self, text: str | None, id: str | None) -> KnownKey | None:
+    async def _key(self, text: str | None, id: str | None) -> CachedKey | None:
         """The key of a text or an id; None for one that was deleted, too."""
         if text is not None:
             key = await self._cache.find(text, self._clock.now_us())
@@ -183,7 +183,7 @@ class UsageRecorder:
             key = await self._cache.by_id(id or "")
         return None if key is None or key.deleted else key
 
-    def _once(self, key: KnownKey, name: str | None, actor: str, request: object) -> Once | None:
+    def _once(self, key: CachedKey, name: str | None, actor: str, request: object) -> Once | None:
         """What lets a use be counted once for an actor's idempotency key, whichever key it is of."""
         return None if name is None else self._database.once("usage", actor, name, ("usage", key.id, request))
 
@@ -192,8 +192,8 @@ class UsageRecorder:
         of others; whether those were counted or not."""
         said = sorted((one.key.id, sorted(one.units.items()), *_place(one.event), one.count) for one in sums)
         collection = IdempotentCall.__collection__
-        patience = Patience("the idempotency key is being used too often at once")
-        while await patience.another():
+        backoff = Backoff("the idempotency key is being used too often at once")
+        while await backoff.attempt():
             now_us = self._clock.now_us()
             once = self._database.once("usage:batch", actor, name, ("usage:batch", said))
             operation = once.operation
@@ -209,7 +209,7 @@ class UsageRecorder:
             except (AlreadyExists, Conflict):
                 continue  # the same batch was sent twice at once: see what the other one was
             return
-        raise patience.over()
+        raise backoff.exhausted()
 
     def _moment_of(self, at: datetime | None, path: str) -> int | None:
         """When something was used, in microseconds. Raises InvalidInput."""
@@ -229,7 +229,7 @@ class UsageRecorder:
         """The events added up by key, model and route; those that may be counted only once stay apart."""
         problems: list[Problem] = []
         missing: list[Problem] = []
-        known: dict[tuple[str | None, str | None], KnownKey | None] = {}
+        known: dict[tuple[str | None, str | None], CachedKey | None] = {}
         sums: dict[tuple[str, ...], Sum] = {}
         named: dict[str, tuple[Any, ...]] = {}
         now_us = self._clock.now_us()

@@ -29,7 +29,7 @@ from ..limits import (
 )
 from ..limits.lease_manager import Entries
 from ..limits.usage_state import CONCURRENCY
-from .cached_key import KnownKey, names
+from .cached_key import CachedKey, names
 
 MAX_RESOURCES = 32
 MAX_SHOWN = 100
@@ -174,7 +174,7 @@ def key_use(
 NOT_FOUND = Verification(False, "NOT_FOUND", message="there is no such key")
 
 
-def usable(key: KnownKey | None, use: KeyUse, now_us: int) -> KnownKey | Verification:
+def usable(key: CachedKey | None, use: KeyUse, now_us: int) -> CachedKey | Verification:
     """The key, if it may be used so and only its limits are left to ask; else the refusal.
 
     Every decision on a key goes through here: the order of these checks is written once. The limits come last, so that
@@ -197,12 +197,12 @@ def usable(key: KnownKey | None, use: KeyUse, now_us: int) -> KnownKey | Verific
     return key
 
 
-def _outside(key: KnownKey, what: str, asked: str | None) -> Verification:
+def _outside(key: CachedKey, what: str, asked: str | None) -> Verification:
     found = f"not for {asked[:MAX_SHOWN]!r}" if asked is not None else "and none was named"
     return refused(key, "INSUFFICIENT_PERMISSIONS", f"the key is for certain {what}s, {found}")
 
 
-def decided(key: KnownKey, outcome: Outcome, units: Mapping[str, int] = ONE_REQUEST) -> Verification:
+def decided(key: CachedKey, outcome: Outcome, units: Mapping[str, int] = ONE_REQUEST) -> Verification:
     """The answer that the limits decided."""
     return admitted(key, outcome.statuses, units) if outcome.allowed else exceeded(key, outcome, units)
 
@@ -214,22 +214,22 @@ def _shown(statuses: Iterable[Status]) -> list[LimitStatus]:
     return [limit_status(status) for status in statuses]
 
 
-def uncounted(key: KnownKey, cost: Iterable[str]) -> list[str]:
+def uncounted(key: CachedKey, cost: Iterable[str]) -> list[str]:
     """The resources of a cost that no limit of a key counts."""
     counted = key.metered.counted
     return [name for name in cost if name not in counted]
 
 
-def admitted(key: KnownKey, statuses: Sequence[Status], cost: Mapping[str, int] = ONE_REQUEST) -> Verification:
+def admitted(key: CachedKey, statuses: Sequence[Status], cost: Mapping[str, int] = ONE_REQUEST) -> Verification:
     return _valid(key, _shown(statuses), cost)
 
 
-def admitted_from(key: KnownKey, entries: Entries, cost: Mapping[str, int] = ONE_REQUEST) -> Verification:
+def admitted_from(key: CachedKey, entries: Entries, cost: Mapping[str, int] = ONE_REQUEST) -> Verification:
     """VALID, charged from memory."""
     return _valid(key, [share_status(share) for share, _ in entries], cost)
 
 
-def _valid(key: KnownKey, limits: list[LimitStatus], cost: Mapping[str, int]) -> Verification:
+def _valid(key: CachedKey, limits: list[LimitStatus], cost: Mapping[str, int]) -> Verification:
     if cost is ONE_REQUEST or key.metered.counted.issuperset(cost):
         return Verification(True, "VALID", key.id, key.tenant, key.user_id, key.permissions, key.metadata, limits)
     return Verification(
@@ -247,12 +247,12 @@ def _valid(key: KnownKey, limits: list[LimitStatus], cost: Mapping[str, int]) ->
     )
 
 
-def refused(key: KnownKey, code: Code, message: str) -> Verification:
+def refused(key: CachedKey, code: Code, message: str) -> Verification:
     """The answer of a key that may not be used, for another reason than its limits."""
     return Verification(False, code, key.id, key.tenant, key.user_id, key.permissions, key.metadata, [], None, message)
 
 
-def exceeded(key: KnownKey, outcome: Outcome, cost: Mapping[str, int]) -> Verification:
+def exceeded(key: CachedKey, outcome: Outcome, cost: Mapping[str, int]) -> Verification:
     denied = [status for status in outcome.statuses if status.exceeded]
     first = denied[0].allowance.resource
     code: Code = "RATE_LIMITED" if first in ("requests", "concurrency") else "USAGE_EXCEEDED"

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 from ..clock import Clock
 from ..cooperative import Slices
 from ..database import Database, Once
-from ..limits import Amount, KeyChanged, Ledger, Outcome, Patience
+from ..limits import Amount, Backoff, KeyChanged, Ledger, Outcome
 from .cache import KeyCache
-from .cached_key import KnownKey
+from .cached_key import CachedKey
 from .verification import (
     NOT_FOUND,
     ONE_REQUEST,
@@ -29,7 +29,7 @@ from .verification import (
 class PendingVerification(NamedTuple):
     """A verification whose limits are being asked by a commit."""
 
-    key: KnownKey
+    key: CachedKey
     units: dict[str, int]
     outcome: asyncio.Future[Outcome]
 
@@ -78,8 +78,8 @@ class Verifier:
                 answer = await self._finished(started)
                 if answer is not None:
                     return answer
-        patience = Patience("the key is being changed too quickly to verify it")
-        while await patience.another():
+        backoff = Backoff("the key is being changed too quickly to verify it")
+        while await backoff.attempt():
             now_us = self._clock.now_us()
             key = usable(await self._cache.find(text, now_us), use, now_us)
             if isinstance(key, Verification):
@@ -94,12 +94,12 @@ class Verifier:
             answer = await self._finished(started)
             if answer is not None:
                 return answer
-        raise patience.over()
+        raise backoff.exhausted()
 
     async def _preview(self, text: str, use: KeyUse) -> Verification:
         """The answer that `verify` would give. Nothing is counted."""
-        patience = Patience("the key is being changed too quickly to verify it")
-        while await patience.another():
+        backoff = Backoff("the key is being changed too quickly to verify it")
+        while await backoff.attempt():
             now_us = self._clock.now_us()
             key = usable(await self._cache.find(text, now_us), use, now_us)
             if isinstance(key, Verification):
@@ -109,7 +109,7 @@ class Verifier:
             if not key.metered.limited:
                 return admitted(key, (), use.units)
             return decided(key, await self._ledger.peek(key.metered, use.units, use.model, use.route), use.units)
-        raise patience.over()
+        raise backoff.exhausted()
 
     async def verify_many(self, asks: Sequence[Mapping[str, Any]]) -> list[Verification]:
         """Decide several verifications in the order given, as one commit where that is possible; each is what `verify`
@@ -127,7 +127,7 @@ class Verifier:
                 answers.append(NOT_FOUND if ask["text"] in unknown else await self.verify(**ask))
             return answers
         now_us = self._clock.now_us()
-        known: dict[str, KnownKey | None] = {}
+        known: dict[str, CachedKey | None] = {}
         for text in dict.fromkeys(ask["text"] for ask in asks):
             await slices.pause()
             known[text] = None if text in unknown else await self._cache.find(text, now_us)
@@ -143,7 +143,7 @@ class Verifier:
         return answers
 
     def _start_in_order(
-        self, found: KnownKey | None, use: KeyUse, ask: Mapping[str, Any], now_us: int
+        self, found: CachedKey | None, use: KeyUse, ask: Mapping[str, Any], now_us: int
     ) -> Verification | PendingVerification | None:
         """The answer, or the commit that decides it; None where no limit is asked, and so nothing depends on the
         order."""
@@ -200,7 +200,7 @@ class Verifier:
         return self.finish(pending)
 
     def _ask_limits(
-        self, key: KnownKey, use: KeyUse, now_us: int, once: Once | None = None
+        self, key: CachedKey, use: KeyUse, now_us: int, once: Once | None = None
     ) -> Verification | PendingVerification:
         """Charge all limits of a key, or none: from this process's leases where they cover it, else by a commit. A key
         without limits only has its use counted."""
@@ -217,19 +217,19 @@ class Verifier:
         outcome = self._ledger.charge(key.metered, units, once=once, model=use.model, route=use.route)
         return PendingVerification(key, units, outcome)
 
-    def _once(self, key: KnownKey, use: KeyUse, idempotency_key: str | None, actor: str) -> Once | None:
+    def _once(self, key: CachedKey, use: KeyUse, idempotency_key: str | None, actor: str) -> Once | None:
         """What lets this use be charged once for an actor's idempotency key, whichever key it is asked for."""
         if idempotency_key is None:
             return None
         asked = (use.units, use.permission, use.address, use.model, use.route, use.tenant)
         return self._database.once("verify", actor, idempotency_key, ("verify", key.id, asked))
 
-    async def authenticate(self, text: str, *, any_address: bool = False) -> KnownKey | None:
+    async def authenticate(self, text: str, *, any_address: bool = False) -> CachedKey | None:
         """The key that a bearer token is, if it may be used now; nothing is debited. For authenticating a caller.
-        `any_address`: a key that may be used from some addresses only is found too, and `KnownKey.allows` tells which.
+        `any_address`: a key that may be used from some addresses only is found too, and `CachedKey.allows` tells which.
         """
-        patience = Patience("the key is being changed too quickly to authenticate with it")
-        while await patience.another():
+        backoff = Backoff("the key is being changed too quickly to authenticate with it")
+        while await backoff.attempt():
             now_us = self._clock.now_us()
             key = await self._cache.find(text, now_us)
             found = usable(key, _ANY_USE, now_us)
@@ -237,9 +237,9 @@ class Verifier:
                 return None
             if await self._cache.is_current(key):
                 return key
-        raise patience.over()
+        raise backoff.exhausted()
 
-    async def identify(self, text: str) -> KnownKey | None:
+    async def identify(self, text: str) -> CachedKey | None:
         """The key that a text is, whether or not it may be used; nothing is debited. None if there is none."""
         return await self._cache.find(text, self._clock.now_us())
 

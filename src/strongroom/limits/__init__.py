@@ -1,7 +1,7 @@
 """Limits: windows, counters, the ledger that admits uses exactly, and the limit leases of the nodes."""
 
 from .admission import KeyChanged
-from .backoff import Patience
+from .backoff import Backoff
 from .calendar import calendar_span
 from .corrections import refills_that_begin
 from .counters import SATURATED, RollingCounter, counter_for
@@ -46,6 +46,7 @@ __all__ = [
     "Allowance",
     "Amount",
     "Anchored",
+    "Backoff",
     "Calendar",
     "ClockMended",
     "Crossing",
@@ -62,7 +63,6 @@ __all__ = [
     "Metered",
     "Outcome",
     "Part",
-    "Patience",
     "Refill",
     "Rolling",
     "RollingCounter",

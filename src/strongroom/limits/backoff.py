@@ -1,4 +1,4 @@
-"""How long something is tried again that others keep changing: a time, not a count, since a process may be slow."""
+"""Retries of work that others keep changing, for a time and not for a number of attempts: a process may be slow."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import time
 
 from ..errors import Unavailable
 
-PATIENCE_S = 10.0
-"""So long it is tried again."""
+RETRY_FOR_S = 10.0
+"""Retries end after this time."""
 AT_ONCE = 4
-"""So many attempts are made without a pause: mostly the first one after a change succeeds."""
+"""Attempts without a pause. Most work succeeds at the first attempt after a change."""
 MAX_PAUSE_S = 0.1
 
 
-class Patience:
-    """`while await patience.another(): …; raise patience.over()`. `message` says what was in the way."""
+class Backoff:
+    """`while await backoff.attempt(): …; raise backoff.exhausted()`. `message` says what prevented it."""
 
     __slots__ = ("_attempts", "_message", "_until")
 
@@ -25,15 +25,15 @@ class Patience:
         self._attempts = 0
         self._until = 0.0
 
-    async def another(self) -> bool:
-        """Whether to try (again): at once at first, then after a pause in which others get done what they are doing."""
+    async def attempt(self) -> bool:
+        """Whether to try: True at once at first, then after a pause in which others can finish."""
         attempts = self._attempts
         self._attempts += 1
         if attempts == 0:
             return True
         now = time.monotonic()
         if attempts == 1:
-            self._until = now + PATIENCE_S
+            self._until = now + RETRY_FOR_S
         elif now > self._until:
             return False
         if attempts >= AT_ONCE:
@@ -41,9 +41,9 @@ class Patience:
             await asyncio.sleep(pause_s * random.uniform(0.5, 1))  # noqa: S311 - jitter, not a secret
         return True
 
-    def over(self) -> Unavailable:
-        """The error, once there is no other attempt."""
-        return Unavailable(f"{self._message}: tried for {PATIENCE_S:g} s, try again")
+    def exhausted(self) -> Unavailable:
+        """The error to raise after the last attempt."""
+        return Unavailable(f"{self._message}: tried for {RETRY_FOR_S:g} s, try again")
 
 
-__all__ = ["Patience"]
+__all__ = ["Backoff"]

@@ -32,7 +32,7 @@ from ..storage.port import Check, Store
 from . import tuning
 from .admission import Charge, KeyChanged
 from .aggregation import UsageAggregation
-from .backoff import Patience
+from .backoff import Backoff
 from .corrections import Backdate, Begin, TakeBack
 from .decision import Watcher, usage_operation
 from .group_commit import GroupCommit
@@ -155,8 +155,8 @@ class Ledger:
     async def set_back(self, id: str) -> ClockMended | None:
         """Let an account's time, which ran ahead of the store's clock, be the clock's. None if it is not ahead. Raises
         Unavailable."""
-        patience = Patience("this account's usage is being changed too quickly")
-        while await patience.another():
+        backoff = Backoff("this account's usage is being changed too quickly")
+        while await backoff.attempt():
             account, now_us = await self.states.read(id), self._clock.now_us()
             before_us = account.at_us
             if before_us <= now_us:
@@ -169,7 +169,7 @@ class Ledger:
                 continue
             self.forget(id)
             return ClockMended(utc_from_us(before_us), utc_from_us(now_us))
-        raise patience.over()
+        raise backoff.exhausted()
 
     async def statuses(self, metered: Metered, now_us: int) -> tuple[Status, ...]:
         """Where all limits of a key stand, as the store has it now: its own, then those that it shares."""

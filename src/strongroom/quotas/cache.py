@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from ..cache import JoinedReads
+from ..cache import SingleFlight
 from ..context import system_context
 from ..database import Database
 from ..entities import MAX_IN, Query, Where
@@ -26,7 +26,7 @@ class QuotaCache:
         self._database = database
         self._feed = feed
         self._tenants: dict[str, tuple[float, dict[str, Quota] | None]] = {}
-        self._reads: JoinedReads[dict[str, Quota] | None] = JoinedReads()
+        self._reads: SingleFlight[dict[str, Quota] | None] = SingleFlight()
         self.changes = 0
         """How many changes were heard of: what was read while this grew may be of before the change."""
 

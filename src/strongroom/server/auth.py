@@ -13,7 +13,7 @@ from ..client_address import Network, client_address
 from ..clock import Clock
 from ..context import Context
 from ..errors import Denied, Unauthenticated
-from ..keys import MANAGEMENT, Keys, KnownKey
+from ..keys import MANAGEMENT, CachedKey, Keys
 from .errors import MalformedRequest
 
 MAX_CALLERS = 10_000
@@ -68,7 +68,7 @@ class Caller:
 
     __slots__ = ("_clock", "actor", "claims", "ends_us", "key", "scope", "tenant", "trusted_until")
 
-    def __init__(self, key: KnownKey, until_us: int | None, clock: Clock) -> None:
+    def __init__(self, key: CachedKey, until_us: int | None, clock: Clock) -> None:
         self.key = key
         self._clock = clock
         ends = [moment for moment in (key.expires_us, until_us) if moment is not None]
