@@ -20,8 +20,8 @@ WORDS = ["an", "answer", "comes", "one", "word", "at", "a", "time"]
 
 
 async def app(scope: Scope, receive: Receive, send: Send) -> None:
-    """Streams words. A client that goes away is charged for the words it got."""
-    if scope["type"] != "http":  # the server's start and stop, at which there is nothing to do here
+    """Streams words. A client that disconnects is charged for the words that it received."""
+    if scope["type"] != "http":  # lifespan events: nothing to do
         return
     hold = await reserve(scope, cost={"tokens": 100})
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/plain")]})

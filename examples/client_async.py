@@ -16,19 +16,19 @@ KEY = os.environ["STRONGROOM_KEY"]
 
 
 async def keys(client: AsyncClient) -> None:
-    """A limit is exact, however many ask at once."""
+    """A limit is exact under concurrent verifications."""
     issued = await client.keys.create("async example", tenant="acme", limits=[Limit("tokens", 50, Window.total())])
     asked = (client.keys.verify(issued.text, cost={"tokens": 5}) for _ in range(25))
     answers = await asyncio.gather(*asked)
     print(f"{sum(answer.valid for answer in answers)} of {len(answers)} were admitted")
     async with client.reservations.hold(issued.text, cost={"concurrency": 1}) as hold:
-        hold.use(tokens=2)  # past the limit: it has happened, and counts
+        hold.use(tokens=2)  # over the limit: usage that happened is counted
     print("tokens used:", (await client.keys.stats(issued.key.id)).totals["tokens"])
     await client.keys.delete(issued.key.id, purge=True)
 
 
 async def changes(client: AsyncClient) -> None:
-    """A watch misses nothing and repeats nothing, even if its connection breaks meanwhile."""
+    """A watch gives each change once, even if its connection breaks."""
     signals = client.tenant("acme").collection("signals")
     async with signals.watch() as watch:
         for number in range(3):

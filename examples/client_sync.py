@@ -1,4 +1,4 @@
-"""Makes a key over HTTP, uses it up, reserves for a stream, and keeps documents, with the synchronous client.
+"""Creates a key over HTTP, uses up its limit, reserves for a stream, and stores documents; synchronous client.
 
 make serve, then in another terminal, with the administrator's key that it prints:
 STRONGROOM_KEY=... python examples/client_sync.py
@@ -26,7 +26,7 @@ class Signal:
 
 
 def words(client: Client, key: str) -> Generator[str]:
-    """A stream that is charged for the words it gave, however it ends."""
+    """A stream is charged for the words that it sent, also if it is closed early."""
     with client.reservations.hold(key, cost={"requests": 1, "tokens": 500}) as hold:
         for word in ("an", "answer", "comes", "one", "word", "at", "a", "time"):
             hold.use(tokens=1)
@@ -42,7 +42,7 @@ def keys(client: Client) -> None:
         print(f"{answer.code}: {answer.limits[0].remaining} tokens remain")
     stream = words(client, issued.text)
     print("streamed:", next(stream), next(stream))
-    stream.close()  # as if whoever read it had gone away
+    stream.close()  # as if the reader had disconnected
     print("tokens used:", client.keys.stats(issued.key.id).totals["tokens"])
     denied = client.keys.verify(issued.text)
     print(f"{denied.code}: {denied.message}")

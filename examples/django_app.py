@@ -34,7 +34,7 @@ django.setup()
 
 
 def me(request: Any) -> Any:
-    """No decorator: any valid key will do."""
+    """No decorator: any valid key is admitted."""
     answer = verification_of(request)
     return JsonResponse({"key": answer.key_id, "user": answer.user_id})
 

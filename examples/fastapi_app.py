@@ -35,7 +35,7 @@ async def me(key: Reader) -> dict[str, str | None]:
 
 @app.post("/chat")
 async def chat(prompt: str, key: Writer, request: Request) -> StreamingResponse:
-    """Streams an answer, and charges the tokens that were sent."""
+    """Streams an answer, and charges the sent tokens."""
     hold = await reserve(request, cost={"tokens": 100})
 
     async def words() -> AsyncIterator[str]:

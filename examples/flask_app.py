@@ -31,7 +31,7 @@ def me() -> dict[str, Any]:
 @app.get("/words")
 @keys.required(permission="chat:read")
 def words() -> Response:
-    """Streams words, and charges those that were sent."""
+    """Streams words, and charges the sent words."""
     count = request.args.get("n", 3, int)
     hold = keys.reserve(cost={"tokens": 100}).open()
 

@@ -37,7 +37,7 @@ async def healthz(request: Request) -> JSONResponse:
 
 @asynccontextmanager
 async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Strongroom]]:
-    """The application opens its room itself, and hands it to the middleware by its state."""
+    """The application opens the room, and passes it to the middleware in its state."""
     async with Strongroom.open(STORE) as room:
         issued = await room.keys.create(
             name="demo",

@@ -24,7 +24,7 @@ def serve(
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Run the HTTP server until it is told to stop.
+    """Run the HTTP server until it is stopped.
 
     All settings can come from the environment: docs/configuration.md has the table. With --json, standard output has
     one document once the server has stopped.
