@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .app import Strongroom, Tenant
     from .context import Context, system_context
-    from .database import Database, Page, Transaction
+    from .database import Database, Transaction
     from .entities import (
         Aggregate,
         And,
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         Index,
         Indexed,
         Or,
+        Page,
         Query,
         Registry,
         Secret,
@@ -41,10 +42,10 @@ __all__ = [
 _HOMES = {
     "app": ("Strongroom", "Tenant"),
     "context": ("Context", "system_context"),
-    "database": ("Database", "Page", "Transaction"),
+    "database": ("Database", "Transaction"),
     "entities": (
-        "Aggregate", "And", "Cached", "CachedList", "Counter", "Entity", "Index", "Indexed", "Or", "Query", "Registry",
-        "Secret", "Where",
+        "Aggregate", "And", "Cached", "CachedList", "Counter", "Entity", "Index", "Indexed", "Or", "Page", "Query",
+        "Registry", "Secret", "Where",
     ),
     "errors": ("StrongroomError",),
     "keys": ("ApiKey", "IssuedKey", "Keys", "Verification"),

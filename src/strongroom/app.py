@@ -16,8 +16,8 @@ from .audit import Audit
 from .cache import Cache
 from .clock import MachineClock, StoreClock, clock_of
 from .context import Context, system_context
-from .database import Database, IdempotentCall, Page, QueryShape, StoreState
-from .entities import MAX_LIMIT, MAX_PAGE_BYTES, Aggregate, Entity, Filter, Query, Registry, Secret
+from .database import Database, IdempotentCall, QueryShape, StoreState
+from .entities import MAX_LIMIT, MAX_PAGE_BYTES, Aggregate, Entity, Filter, Page, Query, Registry, Secret
 from .errors import AlreadyExists, ConfigError, StrongroomError
 from .events import Event
 from .jobs import Lease, Leases
@@ -33,7 +33,7 @@ from .quotas.service import Quotas
 from .retry_log import RetryLog
 from .rules import Policy, default_policy
 from .storage import open_store
-from .storage.instrumented import ObservedStore
+from .storage.instrumented import InstrumentedStore
 from .storage.port import Record
 from .webhooks import Deliveries, Delivery, Sender, Webhook, Webhooks
 
@@ -96,7 +96,7 @@ class Strongroom:
 
     def __init__(
         self,
-        store: ObservedStore,
+        store: InstrumentedStore,
         database: Database,
         ledger: Ledger,
         keys: Keys,
@@ -359,9 +359,9 @@ class Tenant:
 
 async def _opened(
     stack: AsyncExitStack, url: str, registry: Registry, policy: Policy
-) -> tuple[ObservedStore, Database, MachineClock | StoreClock]:
+) -> tuple[InstrumentedStore, Database, MachineClock | StoreClock]:
     """The store, with the schema that the declarations ask for, the database over it, and its clock."""
-    store = ObservedStore(await open_store(url))
+    store = InstrumentedStore(await open_store(url))
     stack.push_async_callback(store.close)
     await store.prepare(registry.collections)
     clock = clock_of(store)

@@ -251,7 +251,7 @@ async def test_an_unknown_journal_record_clears_the_cache(
     await acme.get(Policy, "p")
     assert room.cache is not None
     monkeypatch.setattr(room.cache, "changed", None)
-    monkeypatch.setattr(room.database, "_cache", None)
+    monkeypatch.setattr(room.database.reads, "cache", None)
     await acme.create(policy(id="q"))
     await wait_until(lambda: "does not understand" in caplog.text)
     assert room.cache is not None

@@ -37,8 +37,9 @@ from strongroom.keys.transfer.key_file_import import KeyImport, Standing
 from strongroom.keys.transfer.key_file_rows import new_usage, usage_document
 from strongroom.limits import tuning
 from strongroom.limits.usage_state import Account
-from strongroom.storage.port import Alike, Append, Create, Pack
+from strongroom.storage.port import Alike, Append, Create, Pack, unwrapped
 from strongroom.storage.sqlite.bulk_rows import SqlitePacker
+from strongroom.storage.sqlite.store import SqliteStore
 from tests.helpers.support import new_url, opened
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -114,7 +115,8 @@ async def test_a_page_costs_the_same_wherever_it_lies_in_the_list(tmp_path: Path
                 f"UPDATE api_keys SET user_id = 'u', owner = 'o', deleted_at = {deleted if filter.deleted else 'NULL'}"
             )
             query = filter.query(20).check(ApiKey.__collection__)
-            store = room.store._store if hasattr(room.store, "_store") else room.store
+            store = unwrapped(room.store)
+            assert isinstance(store, SqliteStore)
             pages = store._table("api_keys", None).pages
             costs = []
             for depth in (0, keys - 200):

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from strongroom import migrate as library
 from strongroom.entities.entity import Collection, Document
@@ -124,7 +125,7 @@ async def journal(store: Store) -> list[Record]:
     cursor, records = None, []
     while (page := await store.changes(cursor)).records:
         cursor = page.cursor
-        records += [replace(one, sequence=0) for one in page.records if one.collection not in NOT_MOVED]
+        records += [structs.replace(one, sequence=0) for one in page.records if one.collection not in NOT_MOVED]
     return records
 
 
@@ -445,7 +446,7 @@ class Tampering(FaultyStore):
 
     def commit(self, batch: Batch) -> Awaitable[Committed]:
         operations = (self._change(operation) for operation in batch.operations)
-        return self.store.commit(replace(batch, operations=tuple(o for o in operations if o is not None)))
+        return self.store.commit(structs.replace(batch, operations=tuple(o for o in operations if o is not None)))
 
 
 def at_i3(change: Callable[[Create], Operation | None]) -> Callable[[Operation], Operation | None]:
@@ -460,9 +461,9 @@ def at_i3(change: Callable[[Create], Operation | None]) -> Callable[[Operation],
     ("change", "kind"),
     [
         (lambda create: None, "missing in the target"),
-        (lambda create: replace(create, id="i3x"), "only in the target"),
-        (lambda create: replace(create, document={**create.document, "used": 4}), "different"),
-        (lambda create: replace(create, created_at=create.updated_at.replace(year=2000)), "different"),
+        (lambda create: structs.replace(create, id="i3x"), "only in the target"),
+        (lambda create: structs.replace(create, document={**create.document, "used": 4}), "different"),
+        (lambda create: structs.replace(create, created_at=create.updated_at.replace(year=2000)), "different"),
     ],
     ids=["lost", "renamed", "changed", "time"],
 )
@@ -483,7 +484,7 @@ async def test_a_target_document_that_differs_is_found_and_named(
 async def test_a_journal_record_that_differs_is_found(simple: tuple[Backend, Backend]) -> None:
     def change(operation: Operation) -> Operation:
         if isinstance(operation, Append) and operation.record.id == "acme-2":
-            return Append(replace(operation.record, actor="user:eve"))
+            return Append(structs.replace(operation.record, actor="user:eve"))
         return operation
 
     async with opened(*((b, b.new_url()) for b in simple)) as (one, other):

@@ -16,8 +16,8 @@ from typing import Any, TypedDict, Unpack
 from ..access import ALL_TENANTS, bound_to
 from ..context import Context, us_from_utc, utc_from_us
 from ..cooperative import Slices
-from ..database import Database, Page
-from ..entities import DEFAULT_LIMIT, MAX_CURSOR_BYTES, MAX_LIMIT, MAX_PAGE_BYTES
+from ..database import Database
+from ..entities import DEFAULT_LIMIT, MAX_CURSOR_BYTES, MAX_LIMIT, MAX_PAGE_BYTES, Page
 from ..errors import Denied, Gone, InvalidInput, Problem
 from ..journal import FIRST_PAGE, MASK, next_limit
 from ..journal.feed import PAGE

@@ -15,7 +15,7 @@ from .session import JsonOption, StoreOption, in_store
 if TYPE_CHECKING:
     from ..app import Strongroom
     from ..audit import AuditRecord
-    from ..database import Page
+    from ..entities import Page
 
 app = typer.Typer(help="Read the journal: who changed what, when.", no_args_is_help=True, rich_markup_mode=None)
 

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import typer
 
@@ -142,10 +142,12 @@ async def _reached(store: Store, shown: str) -> Check:
 
 
 async def _roles(store: Store) -> list[Check]:
-    ask: Any = getattr(store, "unchangeable", None)
-    if ask is None:
+    from ..storage.port import SchemaRights, unwrapped
+
+    backend = unwrapped(store)
+    if not isinstance(backend, SchemaRights):
         return []
-    reason = await ask()
+    reason = await backend.unchangeable()
     if reason is not None:  # opening it has proved that it cannot get round the policies
         return [Check("roles", "ok", "the role can neither alter tables nor get round row-level security")]
     return [
@@ -159,10 +161,12 @@ async def _roles(store: Store) -> list[Check]:
 
 
 async def _durability(store: Store) -> list[Check]:
-    ask: Any = getattr(store, "durability", None)
-    if ask is None:
+    from ..storage.port import Durability, unwrapped
+
+    backend = unwrapped(store)
+    if not isinstance(backend, Durability):
         return []
-    off = [f"{name} is {value}" for name, value in (await ask()).items() if value == "off"]
+    off = [f"{name} is {value}" for name, value in (await backend.durability()).items() if value == "off"]
     if off:
         what = f"{', '.join(off)}: what was answered may be lost when the server's machine fails"
         return [Check("disk sync", "fail", what, "turn it on in postgresql.conf, or for this role")]
@@ -206,7 +210,7 @@ def _disk(folder: str) -> Check:
 
 async def _schema(store: Store, collections: tuple[Collection, ...]) -> list[Check]:
     """Whether the tables fit what a server declares, whether writes are on, and whether somebody can administer it."""
-    from ..storage.port import ChangeKind
+    from ..storage.port import ChangeKind, SchemaRights, unwrapped
 
     changes = await store.prepare(collections, mode="plan")
     absent = {change.collection for change in changes if change.kind is ChangeKind.CREATE_COLLECTION}
@@ -215,8 +219,8 @@ async def _schema(store: Store, collections: tuple[Collection, ...]) -> list[Che
         checks = [Check("schema", "ok", f"{len(collections)} collections fit")]
     else:
         what = "; ".join(map(str, changes[:3])) + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
-        ask: Any = getattr(store, "unchangeable", None)
-        alone = ask is None or await ask() is None
+        backend = unwrapped(store)
+        alone = not isinstance(backend, SchemaRights) or await backend.unchangeable() is None
         lossy = any(change.destructive for change in changes)
         remedy = "run `strongroom schema apply`" + (" with the owner's URL" if not alone else "")
         checks = [Check("schema", "warn" if alone and not lossy else "fail", f"differs: {what}", remedy)]

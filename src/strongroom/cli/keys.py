@@ -35,7 +35,7 @@ from .session import EXIT_FAILED, JsonOption, StoreOption, in_store, operator
 
 if TYPE_CHECKING:
     from ..app import Strongroom
-    from ..database import Page
+    from ..entities import Page
     from ..keys import ApiKey, KeyFilter
 
 app = typer.Typer(help="Issue, verify and manage API keys.", no_args_is_help=True, rich_markup_mode=None)

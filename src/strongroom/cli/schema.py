@@ -241,12 +241,13 @@ def retain(
     """
 
     async def work(opened: Store) -> tuple[int, int]:
-        drop = getattr(opened, "drop_journal_before", None)
-        make = getattr(opened, "make_journal_partitions", None)
-        if drop is None or make is None:
+        from ..storage.port import JournalPartitions, unwrapped
+
+        journal = unwrapped(opened)
+        if not isinstance(journal, JournalPartitions):
             raise ConfigError(f"a {opened.capabilities.name} store has no partitions of its journal to drop")
-        made = await make()
-        return made, await drop(await opened.now_us() - days * 86_400_000_000)
+        made = await journal.make_journal_partitions()
+        return made, await journal.drop_journal_before(await opened.now_us() - days * 86_400_000_000)
 
     made, dropped = _opened(store, work)
     if json:

@@ -1,7 +1,7 @@
-"""The write trip and the reads: context → validate → rules → batch (change + journal record) → commit → notify.
+"""The write trip: context → validate → rules → batch (change + journal record) → commit → notify; and the reads.
 
-Nothing reaches a backend by another way. `Database.transaction` is the trip; create, replace, update, delete and add
-are transactions of one change.
+Nothing reaches a backend by another way. `Database.transaction` is the write trip; create, replace, update, delete and
+add are transactions of one change. `Reads` has the reads.
 """
 
 from __future__ import annotations
@@ -10,43 +10,22 @@ import asyncio
 import logging
 import random
 from collections.abc import AsyncIterable, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from ..cache import Cache
 from ..clock import Clock, MachineClock
 from ..context import Context, next_id
-from ..cooperative import in_slices
-from ..entities import (
-    Aggregate,
-    And,
-    Collection,
-    Document,
-    Entity,
-    Filter,
-    Or,
-    Query,
-    Registry,
-    Where,
-    check_id,
-    cursor_of,
-    project,
-    with_cursor,
-)
+from ..entities import Document, Entity, Registry
 from ..errors import (
     AlreadyExists,
     Conflict,
-    Denied,
-    InvalidInput,
     NotFound,
-    Problem,
     StrongroomError,
     Unavailable,
 )
 from ..journal import Denials
-from ..rules import Decision, Policy, Request, default_policy
-from ..rules import Operation as RuleOperation
+from ..rules import Policy, default_policy
 from ..storage.port import (
     Add,
     Batch,
@@ -61,18 +40,13 @@ from ..storage.port import (
     Patch,
     Put,
     Store,
+    unwrapped,
 )
+from .authorization import Authorization
+from .change import RULE_OF, Found, answer_to_keep, stamp
 from .idempotency import Calls, Idempotency, Once, Replayed, RequestKey
-from .index_advice import Shapes
-from .pages import PageSizes, read_page
-from .transaction import (
-    Transaction,
-    answer_to_keep,
-    expired_in_the_way,
-    is_expired,
-    stamp,
-    with_fields,
-)
+from .reads import Reads, scope_of
+from .transaction import Transaction
 from .write_state import WriteState
 
 MAX_ATTEMPTS = 12
@@ -84,14 +58,6 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Page(Generic[T]):
-    """One page of a list, and the cursor of the next (None: this was the last)."""
-
-    items: list[T]
-    next_cursor: str | None
-
-
 class Database:
     """One store with its entities and rules. Every method takes the caller's Context first."""
 
@@ -101,28 +67,29 @@ class Database:
         self._store = store
         self._clock = clock if clock is not None else MachineClock()
         self.calls = Calls(store)
-        """What is remembered of calls with an idempotency key."""
+        """The calls that had an idempotency key."""
         self.registry = registry
-        self._policy = policy
         self._listeners: list[Callable[[Transaction], None]] = []
-        self.shapes = Shapes()
-        """What this process has asked for, for advice on indexes."""
         self.retries: dict[str, int] = {}
-        """Transactions that ran again because something they read had changed, by the collection of what had."""
-        self._page_sizes = PageSizes()
-        self.denials = Denials(store, self._commit)
-        self._cache: Cache | None = None
+        """How often a transaction ran again because a document that it had read was changed, by that collection."""
         self.writes = WriteState(store)
         """Whether the store takes writes."""
+        self.denials = Denials(store, self._commit)
+        self.rules = rules = Authorization(policy, self.denials, self._clock)
+        self.decide, self.authorize = rules.decide, rules.authorize
+        self.reads = reads = Reads(store, rules, self._clock)
+        self.load, self.get, self.get_or_none = reads.load, reads.get, reads.get_or_none
+        self.find, self.select, self.aggregate = reads.find, reads.select, reads.aggregate
+        self.shapes = reads.shapes
 
     @property
     def embedded(self) -> bool:
-        """Whether the store is in this very process: a read more costs no trip."""
+        """Whether the store runs in this process, so that a read costs no round trip."""
         return self._store.capabilities.embedded
 
     def use(self, cache: Cache) -> None:
         """Read through this cache from now on, for the entities that declare it."""
-        self._cache = cache
+        self.reads.cache = cache
 
     # --- Committing -------------------------------------------------------------------------------------------
 
@@ -164,9 +131,9 @@ class Database:
         context = self.at_now(context)
         if not context.request_id:
             context = Context(context.tenant, context.actor, context.claims, next_id(), context.now_us)
-        expired: list[tuple[Collection, Document]] = []
+        expired: list[Found] = []
         for attempt in range(MAX_ATTEMPTS):
-            transaction = Transaction(self, context)
+            transaction = Transaction(self.reads, self.rules, context)
             transaction.expired = expired
             try:
                 result = await body(transaction)
@@ -176,28 +143,30 @@ class Database:
                 raise
             for change in transaction.changes:
                 after = None if change.action == "add" else change.after
-                rule = _RULE_OF[change.action]
-                await self.authorize(context, rule, change.collection, change.operation.id, change.before, after)
+                asked = RULE_OF[change.action], change.collection, change.operation.id
+                decision = self.decide(context, *asked, change.before, after)
+                if not decision.allowed:
+                    await self.rules.refuse(context, *asked, decision)
             if transaction.is_empty and idempotency is None:
                 return result
-            once = None
+            record = None
             if idempotency is not None:
-                before = await self.calls.before(context, idempotency)
+                former = await self.calls.before(context, idempotency)
                 written = [change.operation.id for change in transaction.changes]
                 if not written and isinstance(result, Entity):
                     written = [result.id]
-                once = self.calls.operation(context, idempotency, written, answer_to_keep(result, transaction), before)
-            operations = transaction.operations(once)
-            batch = Batch(context.tenant, tuple(operations), context.now_us)
+                answer = answer_to_keep(result, transaction.changes, context.now)
+                record = self.calls.operation(context, idempotency, written, answer, former)
+            batch = Batch(context.tenant, transaction.operations(record), context.now_us)
             try:
                 committed = await self._commit(batch)
             except (Conflict, AlreadyExists, NotFound) as error:
                 failed = _operation_of(error, batch)
-                retry = idempotency is not None and failed is batch.operations[0]
+                retry = record is not None and failed is record
                 if isinstance(failed, Delete) and any(failed.id == document["id"] for _, document in expired):
-                    expired, retry = [], True  # what was expired is gone, or was renewed
+                    expired, retry = [], True  # the expired document was removed, or renewed
                 elif isinstance(error, AlreadyExists) and not retry and attempt + 1 < MAX_ATTEMPTS:
-                    found = await expired_in_the_way(self._store, transaction, failed)
+                    found = await self._expired_in_the_way(transaction, failed)
                     expired, retry = expired + found, bool(found)
                 again = retry or (not isinstance(error, NotFound) and transaction.may_retry(failed))
                 if attempt + 1 == MAX_ATTEMPTS or not again:
@@ -207,12 +176,32 @@ class Database:
                 await asyncio.sleep(_backoff_s(attempt))
                 context = self.at_now(context.at_now())
                 continue
-            stamp(transaction, batch, committed)
+            stamp(transaction.changes, committed, batch.now_us)
             self._forget_cached(transaction)
             for listener in self._listeners:
                 listener(transaction)
             return result
         raise AssertionError("the last attempt returns or raises")
+
+    async def _expired_in_the_way(self, transaction: Transaction, failed: Operation | None) -> list[Found]:
+        """The expired documents that hold a unique value of the change that failed, and that are not removed yet."""
+        change = next((change for change in transaction.changes if change.operation is failed), None)
+        if change is None or change.after is None:
+            return []
+        collection, id = change.collection, change.operation.id
+        holders = await self.reads.expired_holders(transaction.context, collection, id, change.after)
+        removed = {document["id"] for _, document in transaction.expired}
+        return [(collection, document) for document in holders if document["id"] not in removed]
+
+    def _forget_cached(self, transaction: Transaction) -> None:
+        """Forget, before the next read here, what the changes make untrue: the journal tells every process later."""
+        cache = self.reads.cache
+        if cache is None:
+            return
+        for change in transaction.changes:
+            tenant = scope_of(transaction.context, change.collection)
+            version = change.entity.version if change.entity is not None else 0
+            cache.changed(change.collection.name, tenant, change.operation.id, version, change.before, change.after)
 
     async def repeated(self, context: Context, idempotency: Idempotency | None) -> Replayed | None:
         """What this very call came to if it was committed before: to be asked where a call begins by reading what it
@@ -249,38 +238,10 @@ class Database:
         operation = self.calls.operation(context, call, [], None, kept_until=kept_until)
         return Once(operation.id, operation, self.calls.alike(request))
 
-    async def authorize(
-        self,
-        context: Context,
-        operation: RuleOperation,
-        collection: Collection,
-        id: str | None = None,
-        before: Document | None = None,
-        after: Document | None = None,
-    ) -> None:
-        """Ask the rules. A denial is journalled first, then raised; of many alike, the first and how many followed."""
-        decision = self.decide(context, operation, collection, id, before, after)
-        if decision.allowed:
-            return
-        await self.denials.note(self.at_now(context), operation, collection.name, id or "", decision.reason)
-        raise Denied(f"{operation} {collection.name}: {decision.reason}", reason=decision.reason)
-
-    def decide(
-        self,
-        context: Context,
-        operation: RuleOperation,
-        collection: Collection,
-        id: str | None = None,
-        before: Document | None = None,
-        after: Document | None = None,
-    ) -> Decision:
-        """What the rules say, journalling nothing: for each delivery of a stream, whose journal it would feed."""
-        return self._policy(Request(context, operation, collection, id, before, after))
-
     @property
     def rules_read_documents(self) -> bool:
-        """Whether the rules may look at what a document says. The default ones ask who the caller is only."""
-        return self._policy is not default_policy
+        """Whether the rules may depend on a document's fields."""
+        return self.rules.reads_documents
 
     async def changes(self, after: str, tenant: str | None, limit: int) -> ChangesPage:
         """A tenant's journal records, unauthorised: for a stream that asks the rules itself. As `Store.changes`."""
@@ -288,23 +249,25 @@ class Database:
 
     @property
     def loading(self) -> Loading | None:
-        """The store, if it can load and `load_packs` may be used: the rules are the default ones, which ask who the
-        caller is and never what the document says, so that one answer holds for all that is loaded."""
-        return self._store if isinstance(self._store, Loading) and not self.rules_read_documents else None
+        """The store, if it can load and `load_packs` may be used: with the default rules, which depend on the caller
+        alone, one decision holds for everything that is loaded."""
+        backend = unwrapped(self._store)
+        return backend if isinstance(backend, Loading) and not self.rules_read_documents else None
 
     async def load_packs(
         self, context: Context, cls: type[Entity], packs: AsyncIterable[Pack], *, rebuild: bool = False
     ) -> float:
         """The trip for a great many new documents of one global entity, with the journal records and what belongs to
         them. As `Loading.load`; Denied, Unavailable while the store takes no writes."""
-        if self.loading is None:
+        loading = self.loading
+        if loading is None:
             raise TypeError("this database cannot load")
         await self.authorize(context, "create", cls.__collection__)
         if self.writes.refusal is not None:
             raise Unavailable(self.writes.refusal)
-        locked_s = await self.loading.load(packs, self.at_now(context).now_us, rebuild=rebuild)
+        locked_s = await loading.load(packs, self.at_now(context).now_us, rebuild=rebuild)
         for listener in self._listeners:
-            listener(Transaction(self, context))  # of no change: the journal tells what was loaded
+            listener(Transaction(self.reads, self.rules, context))  # of no change: the journal tells what was loaded
         return locked_s
 
     def commit_counters(self, operations: Sequence[Operation], now_us: int) -> Awaitable[Committed]:
@@ -407,123 +370,13 @@ class Database:
         except Replayed:
             return
 
-    # --- Reading ----------------------------------------------------------------------------------------------
-
-    async def load(self, context: Context, collection: Collection, id: str) -> Document | None:
-        """A document as stored, expired or not, unauthorised: for the trip itself."""
-        check_id(id)
-        return await self._store.get(collection.name, _scope(context, collection), id)
-
-    async def get(self, context: Context, cls: type[E], id: str, *, fresh: bool = False) -> E:
-        """A document. `fresh`: from the store, not from a cache. Raises NotFound, Denied."""
-        found = await self.get_or_none(context, cls, id, fresh=fresh)
-        if found is None:
-            raise NotFound(f"{cls.__collection__.name}/{id}: there is no such document")
-        return found
-
-    async def get_or_none(self, context: Context, cls: type[E], id: str, *, fresh: bool = False) -> E | None:
-        """A document, or None. `fresh`: from the store, not from a cache. Raises Denied."""
-        collection = cls.__collection__
-        if id:
-            check_id(id)
-        reader = self._reader(collection, fresh)
-        document = await reader.get(collection.name, _scope(context, collection), id) if id else None
-        if collection.ttl is not None and is_expired(collection, document, self.at_now(context).now):
-            document = None
-        decision = self._policy(Request(context, "get", collection, id, document))
-        if not decision.allowed:
-            await self.authorize(context, "get", collection, id, document)
-        return cast(E, cls.__codec__.decode(document)) if document is not None else None
-
-    async def find(
-        self,
-        context: Context,
-        cls: type[E],
-        query: Query = Query(),
-        cursor: str | None = None,
-        *,
-        fresh: bool = False,
-        max_bytes: int | None = None,
-    ) -> Page[E]:
-        """One page of the documents that match. `query.fields` is for `select`. `fresh`: from the store, not from a
-        cache. `max_bytes`: the page ends there too, and its cursor goes on. Raises InvalidInput, Denied."""
-        if query.fields is not None:
-            raise InvalidInput([Problem("fields", "a projection gives dicts: use select")])
-        page = await self.select(context, cls, query, cursor, fresh=fresh, max_bytes=max_bytes)
-        return Page(cast(list[E], await in_slices(cls.__codec__.decode, page.items)), page.next_cursor)
-
-    async def select(
-        self,
-        context: Context,
-        cls: type[Entity],
-        query: Query,
-        cursor: str | None = None,
-        *,
-        fresh: bool = False,
-        max_bytes: int | None = None,
-    ) -> Page[Document]:
-        """One page of documents as dicts, with only `query.fields` (and the id) where that is given. `fresh` and
-        `max_bytes`: as `find`."""
-        collection = cls.__collection__
-        await self.authorize(context, "list", collection)
-        tenant = _scope(context, collection)
-        query = query.check(collection)
-        self.shapes.seen(collection, query)
-        scope = f"{tenant}/{collection.name}"
-        kind = scope if query.fields is None else f"{scope}/{','.join(query.fields)}"
-        if cursor is not None:
-            query = with_cursor(query, collection, scope, cursor)
-        visible = _unexpired(collection, query.where, self.at_now(context).now)
-        wider = replace(query, where=visible, fields=_with_order(query))
-        reader = self._reader(collection, fresh)
-        if max_bytes is None:
-            documents = await reader.find(collection.name, tenant, replace(wider, limit=query.limit + 1))
-            page, more = documents[: query.limit], len(documents) > query.limit
-        else:
-            if self._page_sizes.are_large(kind, max_bytes):
-                reader = self._store  # the cache would read a whole list of them at once
-            page, more = await read_page(reader, collection.name, tenant, wider, self._page_sizes, kind, max_bytes)
-        next_cursor = cursor_of(query, scope, page[-1]) if more else None
-        return Page([project(query.fields, document) for document in page], next_cursor)
-
-    def _reader(self, collection: Collection, fresh: bool) -> Store | Cache:
-        return self._store if self._cache is None or collection.cached is None or fresh else self._cache
-
-    def _forget_cached(self, transaction: Transaction) -> None:
-        """Before the next read here: the journal tells the other processes, and this one again."""
-        if self._cache is None:
-            return
-        for change in transaction.changes:
-            tenant = _scope(transaction.context, change.collection)
-            version = change.entity.version if change.entity is not None else 0
-            id = change.operation.id
-            self._cache.changed(change.collection.name, tenant, id, version, change.before, change.after)
-
-    async def aggregate(
-        self, context: Context, cls: type[Entity], *aggregates: Aggregate, where: Filter | None = None
-    ) -> dict[str, Any]:
-        """count, sum and average over the documents that match, by Aggregate.name. Raises InvalidInput, Denied."""
-        collection = cls.__collection__
-        await self.authorize(context, "list", collection)
-        for item in aggregates:
-            item.check(collection)
-        query = Query(where).check(collection)
-        self.shapes.seen(collection, query)
-        where = query.where
-        visible = _unexpired(collection, where, self.at_now(context).now)
-        return await self._store.aggregate(collection.name, _scope(context, collection), aggregates, visible)
-
     async def purge_expired(
         self, context: Context, cls: type[Entity], limit: int = 200, *, guard: Check | None = None
     ) -> int:
         """Remove at most `limit` documents whose time to live is over (invisible already); returns how many. Nothing is
         removed any more once `guard`, the lease of whoever does this, is not true."""
-        collection = cls.__collection__
-        if collection.ttl is None:
-            return 0
         context = self.at_now(context)
-        query = Query(Where(collection.ttl, "<=", context.now), (collection.ttl,), limit).check(collection)
-        found = await self._store.find(collection.name, _scope(context, collection), query)
+        found = await self.reads.expired(context, cls, limit)
         removals = [self.transaction(context, _removal(cls, document, guard)) for document in found]
         results = await asyncio.gather(*removals, return_exceptions=True)
         for result in results:
@@ -536,42 +389,12 @@ class Database:
 # --- Helpers --------------------------------------------------------------------------------------------------
 
 
-_RULE_OF: dict[str, RuleOperation] = {
-    "create": "create",
-    "update": "update",
-    "add": "update",
-    "delete": "delete",
-    "expire": "delete",
-}
-
-
 def _removal(cls: type[Entity], document: Document, guard: Check | None) -> Callable[[Transaction], Awaitable[None]]:
     async def body(transaction: Transaction) -> None:
         transaction.guard = guard
         await transaction.remove_expired(cls, document)
 
     return body
-
-
-def _scope(context: Context, collection: Collection) -> str | None:
-    return context.tenant if collection.tenant_scoped else None
-
-
-def _unexpired(collection: Collection, where: Filter | None, now: datetime) -> Filter | None:
-    ttl = collection.ttl
-    if ttl is None:
-        return where
-    alive: Filter = Where(ttl, ">", now)
-    if collection.fields[ttl].optional:
-        alive = Or(Where(ttl, "==", None), alive)
-    return alive if where is None else And(where, alive)
-
-
-def _with_order(query: Query) -> tuple[str, ...] | None:
-    """The projection, widened by the fields that the next cursor is made of."""
-    if query.fields is None:
-        return None
-    return tuple(dict.fromkeys((*query.fields, *(name for name, _ in query.order))))
 
 
 def _operation_of(error: StrongroomError, batch: Batch) -> Operation | None:
@@ -583,4 +406,4 @@ def _backoff_s(attempt: int) -> float:
     return random.uniform(0, min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2**attempt))  # noqa: S311 - jitter, not a secret
 
 
-__all__ = ["Database", "Page", "Transaction", "with_fields"]
+__all__ = ["Database", "Transaction"]

@@ -23,12 +23,11 @@ import msgspec
 
 from ..access import acting
 from ..context import Context, text_problem
-from ..entities import Document, Entity, Index
+from ..entities import Document, Entity, Index, is_expired
 from ..errors import Conflict, InvalidInput, Problem
 from ..pepper import Pepper, Peppers
 from ..storage.port import Create, Put, Store
 from .canonical import canonical
-from .transaction import is_expired
 
 IDEMPOTENCY_TTL = timedelta(days=1)
 MAX_IDEMPOTENCY_KEY_BYTES = 255

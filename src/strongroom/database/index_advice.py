@@ -41,6 +41,7 @@ from ..storage.port import (
     Delete,
     Operation,
     Store,
+    unwrapped,
 )
 
 MAX_SHAPES = 1_000
@@ -357,6 +358,7 @@ async def advise(store: Store, collections: Sequence[Collection]) -> list[Advice
     seen, since = await counted(store)
     found = compare((c for c in collections if c.name != NAME), seen, since)
     told = {(item.collection, item.kind, item.fields) for item in found}
-    if isinstance(store, Advising):
-        found += [item for item in await store.advise() if (item.collection, item.kind, item.fields) not in told]
+    backend = unwrapped(store)
+    if isinstance(backend, Advising):
+        found += [item for item in await backend.advise() if (item.collection, item.kind, item.fields) not in told]
     return found

@@ -1,10 +1,11 @@
 """Entities: one class declares a collection, its fields, scope, indexes, time-to-live and cache policy."""
 
 from .cache_policy import Cached, CachedList
-from .collection import SYSTEM_FIELDS, Collection, Counter, FieldSpec, FieldType, Index, Indexed, Secret
-from .entity import NO_NUMBER, Entity, Registry, check_id, json_schema, no_number, numbers_for_times
+from .collection import SYSTEM_FIELDS, Collection, Counter, FieldSpec, FieldType, Index, Indexed, Secret, is_expired
+from .entity import NO_NUMBER, Entity, Registry, check_id, json_schema, no_number, numbers_for_times, with_fields
 from .input import TenantName, described, not_given, parse
 from .input_errors import RESOURCE_PATTERN, UNKNOWN_FIELD, found_in, message_of, problems_of, size_of
+from .page import Page
 from .query import (
     AVERAGE_CONTEXT,
     DEFAULT_LIMIT,
@@ -71,6 +72,7 @@ __all__ = [
     "NotStorable",
     "Op",
     "Or",
+    "Page",
     "Query",
     "Registry",
     "Secret",
@@ -85,6 +87,7 @@ __all__ = [
     "encode_value",
     "evaluate",
     "found_in",
+    "is_expired",
     "json_schema",
     "leaves",
     "matches",
@@ -99,4 +102,5 @@ __all__ = [
     "sort_key",
     "total",
     "with_cursor",
+    "with_fields",
 ]

@@ -20,7 +20,7 @@ from pydantic_core import PydanticUndefined
 
 from ..errors import SchemaError
 from .cache_policy import Cached, problems_of_cache
-from .values import NotStorable, encoder_for
+from .values import Document, NotStorable, encoder_for
 
 MAX_INDEXES = 40
 MAX_FIELDS = 200
@@ -121,6 +121,14 @@ class Collection:
         if name in self.fields:
             return self.fields[name].type
         return _SYSTEM_TYPES.get(name)
+
+
+def is_expired(collection: Collection, document: Document | None, now: datetime) -> bool:
+    """Whether a document's time to live is over. It then counts as deleted, even before it is removed."""
+    if document is None or collection.ttl is None:
+        return False
+    end: datetime | None = document[collection.ttl]
+    return end is not None and end <= now
 
 
 _SYSTEM_TYPES = {

@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import re
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import date, datetime
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -42,6 +42,8 @@ from .values import (
     encode_value,
     encoder_for,
 )
+
+E = TypeVar("E", bound="Entity")
 
 
 class Entity(BaseModel):
@@ -125,6 +127,16 @@ class Entity(BaseModel):
         return entity
 
 
+def with_fields(entity: E, **fields: Any) -> E:
+    """A shallow copy with some fields set, without validating again."""
+    copy = entity.__class__.__new__(entity.__class__)
+    object.__setattr__(copy, "__dict__", {**entity.__dict__, **fields})
+    object.__setattr__(copy, "__pydantic_fields_set__", entity.__pydantic_fields_set__)
+    object.__setattr__(copy, "__pydantic_extra__", entity.__pydantic_extra__)
+    object.__setattr__(copy, "__pydantic_private__", entity.__pydantic_private__)
+    return copy
+
+
 def no_number(value: Any) -> Any:
     """For a time that comes from outside, before Pydantic reads it: a number, or its text, would be taken for seconds
     since 1970 or for milliseconds, by its size."""
@@ -165,14 +177,15 @@ _BYTES_PER_CHARACTER = 4
 class _Codec:
     """Between one entity class and its documents."""
 
-    __slots__ = ("_encoders", "_indexed", "_validate", "cls", "collection")
+    __slots__ = ("_encode", "_encoders", "_indexed", "_validate", "cls", "collection")
 
     def __init__(self, cls: type[Entity], collection: Collection) -> None:
         self.cls = cls
         self.collection = collection
-        self._encoders = tuple(
-            (name, encoder_for(unwrapped(cls.model_fields[name].annotation)[0])) for name in collection.fields
-        )
+        self._encoders = {
+            name: encoder_for(unwrapped(cls.model_fields[name].annotation)[0]) for name in collection.fields
+        }
+        self._encode = _compiled(self._encoders)
         self._validate = cls.__pydantic_validator__.validate_python
         texts = (
             tuple(name for name, _ in index.columns if _is_text(collection.fields.get(name)))
@@ -182,18 +195,11 @@ class _Codec:
 
     def encode(self, entity: Entity) -> Document:
         """The declared fields as a document; raises InvalidInput with every field that cannot be stored."""
-        document: Document = {}
         problems: list[Problem] = []
-        values = entity.__dict__
-        for name, encoder in self._encoders:
-            value = values[name]
-            if value is None:
-                document[name] = None
-                continue
-            try:
-                document[name] = encoder(value, name)
-            except NotStorable as bad:
-                problems.append(bad.problem)
+        try:
+            document = self._encode(entity.__dict__)
+        except NotStorable:
+            document = self._encode_each(entity, problems)
         for names in self._indexed:
             size = 0
             for name in names:
@@ -202,6 +208,17 @@ class _Codec:
                 problems += _too_long_for_an_index(names, document)
         if problems:
             raise InvalidInput(problems)
+        return document
+
+    def _encode_each(self, entity: Entity, problems: list[Problem]) -> Document:
+        """The fields that can be stored; the problems of the others are added to `problems`."""
+        document: Document = {}
+        for name, encode in self._encoders.items():
+            value = entity.__dict__[name]
+            try:
+                document[name] = None if value is None else encode(value, name)
+            except NotStorable as bad:
+                problems.append(bad.problem)
         return document
 
     def decode(self, document: Document) -> Entity:
@@ -214,6 +231,18 @@ class _Codec:
             raise SchemaError(
                 f"{name}/{document.get('id')}: the stored document does not fit {self.cls.__name__}: {what}"
             ) from None
+
+
+def _compiled(encoders: Mapping[str, Callable[[Any, str], Any]]) -> Callable[[Mapping[str, Any]], Document]:
+    """A function that encodes all the fields: written out, it takes two thirds of the time of a loop over them."""
+    scope: dict[str, Any] = {}
+    members = []
+    for number, (name, encode) in enumerate(encoders.items()):
+        scope[f"encode{number}"] = encode
+        members.append(f"{name!r}: None if (value := values[{name!r}]) is None else encode{number}(value, {name!r})")
+    exec(f"def encode(values):\n    return {{{', '.join(members)}}}\n", scope)  # noqa: S102  # checked field names
+    made: Callable[[Mapping[str, Any]], Document] = scope["encode"]
+    return made
 
 
 def _is_text(spec: FieldSpec | None) -> bool:
@@ -285,5 +314,5 @@ def json_schema(cls: type[Entity]) -> dict[str, Any]:
 __all__ = [
     "INT64_MAX", "INT64_MIN", "MAX_ID_BYTES", "NO_NUMBER", "SYSTEM_FIELDS", "Collection", "Counter", "Document",
     "Entity", "Field", "FieldSpec", "FieldType", "Index", "Indexed", "Registry", "Secret", "Value", "check_id",
-    "encode_value", "json_schema", "no_number", "numbers_for_times", "problems_of",
+    "encode_value", "json_schema", "no_number", "numbers_for_times", "problems_of", "with_fields",
 ]  # fmt: skip

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from decimal import Context as DecimalContext
 from decimal import Decimal, Inexact
-from typing import Any, Union
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -142,7 +142,14 @@ def _encode_map(value: Mapping[Any, Any], path: str, depth: int) -> dict[str, An
 
 def encoder_for(annotation: Any) -> Callable[[Any, str], Any]:
     """The cheapest encoder that is right for a field of this type."""
-    return _PLAIN_ENCODERS.get(annotation, encode_value)
+    if get_origin(annotation) is Literal:
+        kinds = {type(value) for value in get_args(annotation)}
+        if kinds == {str}:
+            return _encode_text
+    try:
+        return _PLAIN_ENCODERS.get(annotation, encode_value)
+    except TypeError:  # an annotation that cannot be hashed
+        return encode_value
 
 
 def _encode_bool(value: bool, path: str) -> bool:

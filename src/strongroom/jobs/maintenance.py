@@ -13,7 +13,7 @@ from ..database import Database
 from ..database.index_advice import persist
 from ..entities import Entity
 from ..errors import ConfigError, StrongroomError
-from ..storage.port import Store
+from ..storage.port import JournalPartitions, Store, unwrapped
 from .job_lease import Leases, Turn
 
 EXPIRY_EVERY_S = 60.0
@@ -175,12 +175,13 @@ def background(
         *more,
         Job("expiry", EXPIRY_EVERY_S, Sweeper(database, store).run),
     ]
-    make = getattr(store, "make_journal_partitions", None)
-    if make is not None:
-        jobs.append(Job("journal-partitions", PARTITIONS_EVERY_S, Partitions(make).run))
+    backend = unwrapped(store)
+    journal = backend if isinstance(backend, JournalPartitions) else None
+    if journal is not None:
+        jobs.append(Job("journal-partitions", PARTITIONS_EVERY_S, Partitions(journal.make_journal_partitions).run))
     if journal_kept_s is not None:
-        drop_before = getattr(store, "drop_journal_before", None)
-        if drop_before is None:
+        if journal is None:
             raise ConfigError(f"a {store.capabilities.name} store cannot drop old parts of its journal")
-        jobs.append(Job("journal-retention", RETENTION_EVERY_S, Retention(drop_before, clock, journal_kept_s).run))
+        retention = Retention(journal.drop_journal_before, clock, journal_kept_s)
+        jobs.append(Job("journal-retention", RETENTION_EVERY_S, retention.run))
     return Background(leases, jobs)

@@ -172,6 +172,8 @@ def next_limit(limit: int, page: ChangesPage) -> int:
     """How many records to read at once after this page, so that a page has about MAX_PAGE_BYTES at most."""
     if 2 * len(page.records) < limit:
         return limit
-    size = sum(document_size(part) for one in page.records for part in (one.before, one.after) if part is not None)
+    size = page.size
+    if size is None:
+        size = sum(document_size(part) for one in page.records for part in (one.before, one.after) if part is not None)
     fitting = MAX_PAGE_BYTES * len(page.records) // max(size, 1)
     return max(1, min(2 * limit, fitting, PAGE))

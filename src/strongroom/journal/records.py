@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ..context import Context, next_id
 from ..entities import Collection, Document
 from ..storage.port import Record
@@ -19,24 +17,32 @@ def change_record(
     before: Document | None,
     after: Document | None,
 ) -> Record:
-    """The record of one change. Create and delete carry the whole document, an update what it changed, and the fields
-    by which cached lists are found: a node that hears of it must know which lists to forget."""
-    if before is not None and after is not None:
+    """The record of one change; `after` has declared fields only.
+
+    Create and delete record the whole document. An update records the changed fields, and the fields by which cached
+    lists are found, because a node that reads the record must know which lists to forget.
+    """
+    secrets = collection.secrets
+    if before is None:
+        pass
+    elif after is None:
+        before = masked(collection, before)
+    else:
         lists = {listed.by for listed in collection.cached.lists} if collection.cached is not None else ()
         changed = [name for name in after if name in lists or name not in before or before[name] != after[name]]
-        before = {name: before.get(name) for name in changed}
+        before = _hidden(secrets, {name: before.get(name) for name in changed})
         after = {name: after[name] for name in changed}
     return Record(
-        id=next_id(),
-        tenant=context.tenant,
-        at_us=context.now_us,
-        actor=context.actor,
-        request_id=context.request_id,
-        action=action,
-        collection=collection.name,
-        entity_id=entity_id,
-        before=masked(collection, before),
-        after=masked(collection, after),
+        next_id(),
+        context.tenant,
+        context.now_us,
+        context.actor,
+        context.request_id,
+        action,
+        collection.name,
+        entity_id,
+        before,
+        None if after is None else _hidden(secrets, after),
     )
 
 
@@ -74,13 +80,12 @@ def masked(collection: Collection, document: Document | None) -> Document | None
     """The declared fields of a document, with `***` for every secret that is set."""
     if document is None:
         return None
-    secrets = collection.secrets
-    return {
-        name: _mask(value) if name in secrets else value
-        for name, value in document.items()
-        if name in collection.fields
-    }
+    fields = collection.fields
+    return _hidden(collection.secrets, {name: value for name, value in document.items() if name in fields})
 
 
-def _mask(value: Any) -> Any:
-    return None if value is None else MASK
+def _hidden(secrets: frozenset[str], fields: Document) -> Document:
+    """The fields, with `***` for every secret that is set."""
+    if not secrets:
+        return fields
+    return {name: MASK if name in secrets and value is not None else value for name, value in fields.items()}

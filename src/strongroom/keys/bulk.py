@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Literal, Protocol
 
 from ..context import Context
-from ..database import Page
+from ..entities import Page
 from ..errors import (
     InvalidInput,
     NotFound,

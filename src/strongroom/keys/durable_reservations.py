@@ -18,8 +18,8 @@ import msgspec
 from ..access import may_see
 from ..clock import Clock
 from ..context import Context, new_id, system_context, us_from_utc, utc_from_us
-from ..database import Database, is_expired
-from ..entities import Document, Entity, Index
+from ..database import Database
+from ..entities import Document, Entity, Index, is_expired
 from ..errors import AlreadyExists, Conflict, NotFound, StrongroomError
 from ..limits import (
     Backoff,

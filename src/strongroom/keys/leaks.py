@@ -28,8 +28,8 @@ from ..context import (
     us_from_utc,
     utc_from_us,
 )
-from ..database import Database, Idempotency, Page, Replayed, Transaction
-from ..entities import MAX_IN, MAX_PAGE_BYTES, And, Entity, Filter, Index, Query, Where, parse
+from ..database import Database, Idempotency, Replayed, Transaction
+from ..entities import MAX_IN, MAX_PAGE_BYTES, And, Entity, Filter, Index, Page, Query, Where, parse
 from ..errors import AlreadyExists, InvalidInput, Problem, TooManyRequests
 from ..events import KEY_LEAKED, Event, event
 from .administrators import ADMINISTRATOR, is_last_administrator

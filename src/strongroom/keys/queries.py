@@ -9,8 +9,8 @@ from typing import Unpack
 from ..access import bound_to, may_see, reader
 from ..clock import Clock
 from ..context import Context, utc_from_us
-from ..database import Database, Page, Replayed
-from ..entities import MAX_LIMIT, MAX_PAGE_BYTES, Aggregate
+from ..database import Database, Replayed
+from ..entities import MAX_LIMIT, MAX_PAGE_BYTES, Aggregate, Page
 from ..limits import Account, Amount, Ledger, LimitStatus, from_units, limit_status
 from .cache import KeyCache
 from .cached_key import metered, quota_ids

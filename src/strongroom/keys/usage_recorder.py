@@ -15,8 +15,9 @@ from ..access import may_see
 from ..clock import Clock
 from ..context import Context, system_context, us_from_utc, utc_from_us
 from ..cooperative import Slices
-from ..database import Database, IdempotentCall, Once, is_expired
+from ..database import Database, IdempotentCall, Once
 from ..database.canonical import canonical
+from ..entities import is_expired
 from ..errors import (
     AlreadyExists,
     Conflict,

@@ -14,7 +14,8 @@ from typing import Protocol
 
 from ..clock import Clock
 from ..context import utc_from_us
-from ..database import Database, IdempotentCall, Once, is_expired
+from ..database import Database, IdempotentCall, Once
+from ..entities import is_expired
 from ..errors import (
     AlreadyExists,
     Conflict,

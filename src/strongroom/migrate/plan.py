@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ..database.write_state import WRITES
 from ..entities import Aggregate
 from ..errors import InvalidInput, Problem
-from ..storage.port import ChangeKind, SchemaChange, Store
+from ..storage.port import ChangeKind, SchemaChange, SchemaRights, Store, unwrapped
 from .copy import taken_over
 from .state import (
     CURRENT,
@@ -210,9 +210,8 @@ async def open_target(run: Run) -> list[Problem]:
 async def _unchangeable(store: Store) -> str | None:
     """Why collections cannot be made in the target as the one who opened it; None if they can. Only stores whose users
     differ in that have something to say."""
-    ask = getattr(store, "unchangeable", None)
-    reason: str | None = await ask() if ask is not None else None
-    return reason
+    backend = unwrapped(store)
+    return await backend.unchangeable() if isinstance(backend, SchemaRights) else None
 
 
 async def _held_by(run: Run, absent: set[str]) -> dict[str, int]:

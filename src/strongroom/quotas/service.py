@@ -20,8 +20,8 @@ from ..context import (
     text_problem,
     utc_from_us,
 )
-from ..database import Database, Idempotency, Page, Replayed, Transaction
-from ..entities import MAX_ID_BYTES, MAX_PAGE_BYTES, And, Filter, Query, Where, not_given, parse
+from ..database import Database, Idempotency, Replayed, Transaction
+from ..entities import MAX_ID_BYTES, MAX_PAGE_BYTES, And, Filter, Page, Query, Where, not_given, parse
 from ..errors import Denied, InvalidInput, NotFound, Problem
 from ..limits import (
     MAX_LIMITS,

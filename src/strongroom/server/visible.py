@@ -13,8 +13,8 @@ from typing import Any
 
 from ..context import Context, utc_from_us
 from ..cooperative import in_slices
-from ..database import Database, is_expired
-from ..entities import Collection, Document
+from ..database import Database
+from ..entities import Collection, Document, is_expired
 from ..errors import Gone
 from ..journal import masked
 from ..storage.port import ChangesPage, Record

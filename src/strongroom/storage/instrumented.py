@@ -1,7 +1,7 @@
-"""A store that counts: what is asked of it, how long it takes, what conflicts and fails; as plain numbers, cheaply.
+"""A store that counts its calls, their latency, their conflicts and their errors, as plain numbers.
 
-Every store is used through this. What is counted costs a tenth of a microsecond or two for a point read, of which one
-in SAMPLE_EVERY is timed; everything else is timed each time.
+Every store is used through this one. Counting adds 0.1 to 0.2 µs to a point read. One point read in SAMPLE_EVERY is
+timed; every other call is timed.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 import functools
 import time
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -37,12 +38,12 @@ from .port import (
 SAMPLE_EVERY = 16
 BOUNDS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 JOURNAL = "journal"
-"""The label of what concerns the journal and no collection; no collection is called so."""
+"""The label of calls that concern the journal and no collection. No collection has this name."""
 T = TypeVar("T")
 
 
 class Histogram:
-    """How often something took how long."""
+    """Durations, counted by the bucket that they fall into."""
 
     __slots__ = ("counts", "sum_s")
 
@@ -69,7 +70,7 @@ class Histogram:
 
 
 class Series:
-    """One operation on one collection: how often, how long, what went wrong (by the error's code)."""
+    """One kind of call on one collection: its count, its latencies, and its errors by their code."""
 
     __slots__ = ("count", "errors", "latency")
 
@@ -84,18 +85,38 @@ class Series:
 
 
 class StoreMetrics:
-    """What was asked of a store since the process began. Collections are those of the declarations: a bounded number.
+    """The calls of a store since the process began, by collection. Only declared collections occur: a bounded number.
 
     `calls`: by (collection, call), where a call is get, find, aggregate, commit or changes; a commit counts for the
-    collection of its first change. `operations`: by (collection, kind of operation) within committed batches.
-    `conflicts`: commits that were refused because something had changed or was there already, by collection.
+    collection of its first change. `conflicts`: commits that were refused because a document had changed or existed
+    already, by collection.
     """
 
     def __init__(self, backend: str) -> None:
         self.backend = backend
         self.calls: dict[tuple[str, str], Series] = {}
-        self.operations: dict[tuple[str, str], int] = {}
         self.conflicts: dict[str, int] = {}
+        self._operations = {kind: defaultdict[str, int](int) for kind in (Create, Put, Patch, Delete, Add, Check)}
+        self._appends = 0
+
+    @property
+    def operations(self) -> dict[tuple[str, str], int]:
+        """The operations of committed batches, by (collection, kind of operation)."""
+        found = {
+            (collection, kind.__name__.lower()): count
+            for kind, counts in self._operations.items()
+            for collection, count in counts.items()
+        }
+        return {**found, (JOURNAL, "append"): self._appends} if self._appends else found
+
+    def committed(self, batch: Batch) -> None:
+        """Count the operations of a batch that was committed."""
+        kinds = self._operations
+        for operation in batch.operations:
+            if type(operation) is Append:
+                self._appends += 1
+            else:
+                kinds[type(operation)][operation.collection] += 1  # type: ignore[index, union-attr]  # no Append
 
     def series(self, collection: str, call: str) -> Series:
         found = self.calls.get((collection, call))
@@ -104,17 +125,13 @@ class StoreMetrics:
         return found
 
 
-class ObservedStore:
-    """A store, with its metrics. It adds nothing else; what the port does not name is the store's own."""
+class InstrumentedStore:
+    """A store with its metrics. `unwrapped` gives the store behind it."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
         self.metrics = StoreMetrics(store.capabilities.name)
         self.get = _counting(store, self.metrics)
-
-    def __getattr__(self, name: str) -> Any:
-        """What only some stores have (`drop_journal_before`, `advise`)."""
-        return getattr(self.store, name)
 
     @property
     def capabilities(self) -> Capabilities:
@@ -182,13 +199,7 @@ class ObservedStore:
             return
         error = answer.exception()
         if error is None:
-            operations = metrics.operations
-            for operation in batch.operations:
-                if isinstance(operation, Append):
-                    key = JOURNAL, "append"
-                else:
-                    key = operation.collection, _KINDS[type(operation)]
-                operations[key] = operations.get(key, 0) + 1
+            metrics.committed(batch)
         elif isinstance(error, Conflict | AlreadyExists | BoundExceeded):
             metrics.conflicts[collection] = metrics.conflicts.get(collection, 0) + 1
         else:
@@ -204,8 +215,7 @@ class ObservedStore:
 def _counting(
     store: Store, metrics: StoreMetrics
 ) -> Callable[[str, str | None, str], Coroutine[Any, Any, Document | None]]:
-    """`store.get`, counted. The hottest read of all: a closure, since each attribute that it looked up would be seen in
-    the figures, and the clock only now and then."""
+    """`store.get`, counted. A closure, because attribute lookups would show in the figures of the hottest read."""
     all_series: dict[str, Series] = {}
     perf_counter = time.perf_counter
 
@@ -233,14 +243,12 @@ def _counting(
     return get
 
 
-_KINDS = {kind: kind.__name__.lower() for kind in (Create, Put, Patch, Delete, Add, Check)}
-
-
 def _collection_of(batch: Batch) -> str:
     for operation in batch.operations:
-        if not isinstance(operation, Check | Append):
-            return operation.collection
+        kind = type(operation)
+        if kind is not Check and kind is not Append:
+            return operation.collection  # type: ignore[union-attr]  # no Append
     return JOURNAL
 
 
-__all__ = ["BOUNDS_S", "JOURNAL", "Histogram", "ObservedStore", "Series", "StoreMetrics"]
+__all__ = ["BOUNDS_S", "JOURNAL", "Histogram", "InstrumentedStore", "Series", "StoreMetrics"]

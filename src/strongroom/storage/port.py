@@ -24,6 +24,9 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import msgspec
+from msgspec import Struct
+
 from ..entities import Aggregate, Collection, Document, Filter, Query
 from ..errors import Gone, TooLarge
 
@@ -38,8 +41,7 @@ MAX_TENANTS_PAGE = 1_000
 # --- What a commit is made of ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Create:
+class Create(Struct, frozen=True):
     """Add a document. AlreadyExists if the id, or a value of a unique index, is taken.
 
     `document` has the declared fields; `created_at` and `updated_at` override the batch's time (imports, migrations).
@@ -52,8 +54,7 @@ class Create:
     updated_at: datetime | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Put:
+class Put(Struct, frozen=True):
     """Replace a document's declared fields, or add it. `expected` is the version it must have; None: any, 0: none.
 
     `created_at`, for a document that is there already too, and `updated_at` override what the store would set.
@@ -67,8 +68,7 @@ class Put:
     updated_at: datetime | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Patch:
+class Patch(Struct, frozen=True):
     """Set some fields. NotFound if there is no document, Conflict if it has another version than `expected`."""
 
     collection: str
@@ -77,8 +77,7 @@ class Patch:
     expected: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Delete:
+class Delete(Struct, frozen=True):
     """Remove a document. NotFound if there is none; Conflict if it has another version than `expected`."""
 
     collection: str
@@ -86,8 +85,7 @@ class Delete:
     expected: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Add:
+class Add(Struct, frozen=True):
     """Add `amount` to an int field without reading it. NotFound if there is no document.
 
     BoundExceeded if the result would be above `at_most` or below `at_least`, or leave int64.
@@ -101,8 +99,7 @@ class Add:
     at_least: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
+class Check(Struct, frozen=True):
     """The document must have this version when the batch commits (0: must not exist). Conflict otherwise."""
 
     collection: str
@@ -110,8 +107,7 @@ class Check:
     expected: int
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(Struct, frozen=True):
     """One line of the journal. `sequence` and `version` are the store's; the rest is the caller's.
 
     No two records have one sequence, and of one tenant's records (or of those of none) a later one has a greater one.
@@ -134,8 +130,7 @@ class Record:
     sequence: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Append:
+class Append(Struct, frozen=True):
     """Append a record to the journal. `of` is the index, in the same batch, of the operation whose version it takes
     (0 if that is a Delete)."""
 
@@ -146,8 +141,7 @@ class Append:
 Operation = Create | Put | Patch | Delete | Add | Check | Append
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
+class Batch(Struct, frozen=True):
     """Operations that commit together or not at all. At most MAX_OPERATIONS; an operation sees those before it.
 
     Operations on tenant collections concern `tenant`; those on global collections may stand beside them.
@@ -159,8 +153,7 @@ class Batch:
     now_us: int
 
 
-@dataclass(frozen=True, slots=True)
-class Committed:
+class Committed(Struct, frozen=True):
     """What a durable commit gave: the new version of each operation's document (0 for delete, check, append), the new
     value of each Add by its index, and the sequence of the batch's last journal record (None if it appended nothing).
 
@@ -168,7 +161,7 @@ class Committed:
     are no greater."""
 
     versions: tuple[int, ...]
-    values: Mapping[int, int] = field(default_factory=dict)
+    values: Mapping[int, int] = msgspec.field(default_factory=dict)
     sequence: int | None = None
 
 
@@ -294,6 +287,40 @@ class Loading(Protocol):
         ...
 
 
+# --- Operating ------------------------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class JournalPartitions(Protocol):
+    """A store that keeps its journal in parts, and can drop the old ones."""
+
+    async def make_journal_partitions(self) -> int:
+        """Make the parts that will be needed soon; gives how many were missing."""
+        ...
+
+    async def drop_journal_before(self, at_us: int) -> int:
+        """Drop the parts all of whose records are older; gives how many."""
+        ...
+
+
+@runtime_checkable
+class SchemaRights(Protocol):
+    """A store whose users differ in whether they may change its schema."""
+
+    async def unchangeable(self) -> str | None:
+        """Why this user may not change the schema, and which user may; None if this one may."""
+        ...
+
+
+@runtime_checkable
+class Durability(Protocol):
+    """A store whose server can be set up to lose what it has acknowledged."""
+
+    async def durability(self) -> dict[str, str]:
+        """The server's settings that decide whether a commit is on its disk."""
+        ...
+
+
 # --- The port -------------------------------------------------------------------------------------------------
 
 
@@ -310,12 +337,15 @@ class Capabilities:
     """The engine runs in this process: its clock is this machine's, and no server may be gone for a while."""
 
 
-@dataclass(frozen=True, slots=True)
-class ChangesPage:
-    """Journal records in commit order, and the opaque cursor after the last of them."""
+class ChangesPage(Struct, frozen=True):
+    """Journal records in commit order, and the opaque cursor after the last of them.
+
+    `size` is about how many bytes their `before` and `after` have, from a store that knows it without counting.
+    """
 
     records: tuple[Record, ...]
     cursor: str
+    size: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -419,6 +449,21 @@ class Store(Protocol):
     async def check(self) -> Health:
         """Whether the store answers now. Never raises; `ok` is False instead."""
         ...
+
+
+@runtime_checkable
+class Wrapping(Protocol):
+    """A store that adds something to another store."""
+
+    @property
+    def store(self) -> Store: ...
+
+
+def unwrapped(store: Store) -> Store:
+    """The backend itself: it is the one that may be `Advising`, `Loading` and the like."""
+    while isinstance(store, Wrapping):
+        store = store.store
+    return store
 
 
 def past_the_end() -> Gone:

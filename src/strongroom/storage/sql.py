@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-import msgspec
 import sqlalchemy as sa
 
 from ..entities import (
@@ -182,11 +181,6 @@ def json_text(value: Any) -> str:
     return text if text.count('"$') == tags else _values.dumps(value)
 
 
-def json_value(text: str) -> Any:
-    """As `_values.loads`, in a fourth of its time where nothing is tagged."""
-    return _values.loads(text) if '"$' in text else msgspec.json.decode(text)
-
-
 class Codec:
     """Between documents of one collection and rows in the order of `columns`."""
 
@@ -263,8 +257,8 @@ def line(record: Record, version: int | None) -> Line:
         record.collection,
         record.entity_id,
         version,
-        None if record.before is None else json_text(record.before),
-        None if record.after is None else json_text(record.after),
+        None if record.before is None else _values.quick_dumps(record.before),
+        None if record.after is None else _values.quick_dumps(record.after),
     )
 
 
@@ -280,11 +274,16 @@ def record_of(row: Sequence[Any]) -> Record:
         action=action,
         collection=collection,
         entity_id=entity_id,
-        before=None if before is None else json_value(before),
-        after=None if after is None else json_value(after),
+        before=None if before is None else _values.loads(before),
+        after=None if after is None else _values.loads(after),
         version=version,
         sequence=sequence,
     )
+
+
+def content_size(rows: Sequence[Sequence[Any]]) -> int:
+    """About how many bytes `before` and `after` have in rows of JOURNAL_COLUMNS."""
+    return sum(len(row[-2] or "") + len(row[-1] or "") for row in rows)
 
 
 # --- Queries --------------------------------------------------------------------------------------------------

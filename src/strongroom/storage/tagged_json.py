@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Callable
 from datetime import UTC, datetime
 from decimal import Decimal
 from functools import partial
 from typing import Any
+
+import msgspec
 
 # --- Nested values as JSON ------------------------------------------------------------------------------------
 #
@@ -17,23 +20,42 @@ from typing import Any
 
 
 def dumps(value: Any) -> str:
-    """A port value as JSON text."""
+    """A port value as JSON text. Equal values of the same types have the same text, in every version of Strongroom:
+    stored texts are compared with it."""
     return json.dumps(tag(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
+def quick_dumps(value: Any) -> str:
+    """As `dumps`, in a tenth of the time, for texts that are only read back: some numbers are written differently."""
+    return _encode(tag(value)).decode()
+
+
 def loads(text: str | bytes) -> Any:
-    """The port value behind `dumps`' text, equal and of the same types."""
-    return untag(json.loads(text))
+    """The port value behind the text, equal and of the same types."""
+    value = _decode(text)
+    return untag(value) if (b'"$' if isinstance(text, bytes) else '"$') in text else value  # type: ignore[operator]
 
 
 def tag(value: Any) -> Any:
     """A port value as what JSON can hold."""
-    if value is None or isinstance(value, str | bool | int | float):
+    kind = type(value)
+    if kind in _PLAIN:
+        return value
+    if kind is dict:
+        return {
+            ("$" + name if name[:1] == "$" else name): (inner if type(inner) in _PLAIN else tag(inner))
+            for name, inner in value.items()
+        }
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{value} is not a port value")
+        return value
+    if isinstance(value, str | int):
         return value
     if isinstance(value, dict):
-        return {("$" + k if k.startswith("$") else k): tag(v) for k, v in value.items()}
+        return tag(dict(value))
     if isinstance(value, list):
-        return [tag(v) for v in value]
+        return [inner if type(inner) in _PLAIN else tag(inner) for inner in value]
     if isinstance(value, bytes):
         return {"$bytes": base64.b64encode(value).decode("ascii")}
     if isinstance(value, Decimal):
@@ -41,6 +63,12 @@ def tag(value: Any) -> Any:
     if isinstance(value, datetime):
         return {"$time": time_to_text(value)}
     raise TypeError(f"{type(value).__name__} is not a port value")
+
+
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder().decode
+_PLAIN = frozenset({str, int, bool, type(None)})
+"""The types of most values, which JSON holds as they are. Not float: JSON has no infinity."""
 
 
 def text_to_time(text: str) -> datetime:
@@ -54,16 +82,24 @@ _UNTAG: dict[str, Callable[[str], Any]] = {
 }
 
 
+_NESTED = frozenset({dict, list})
+
+
 def untag(value: Any) -> Any:
     """The port value behind what `tag` gave."""
-    if isinstance(value, list):
-        return [untag(v) for v in value]
-    if isinstance(value, dict):
+    kind = type(value)
+    if kind is dict:
         if len(value) == 1:
-            (key, inner), *_ = value.items()
-            if key in _UNTAG:
-                return _UNTAG[key](inner)
-        return {(k[1:] if k.startswith("$") else k): untag(v) for k, v in value.items()}
+            (name,) = value
+            restore = _UNTAG.get(name)
+            if restore is not None:
+                return restore(value[name])
+        return {
+            (name[1:] if name[:1] == "$" else name): (untag(inner) if type(inner) in _NESTED else inner)
+            for name, inner in value.items()
+        }
+    if kind is list:
+        return [untag(inner) if type(inner) in _NESTED else inner for inner in value]
     return value
 
 
@@ -72,7 +108,11 @@ def untag(value: Any) -> Any:
 
 def time_to_text(value: datetime) -> str:
     """An aware UTC time as ISO 8601 text of fixed width, so that text order is time order."""
-    return value.isoformat(timespec="microseconds")[:-6] + "Z"
+    quoted = _encode(value)  # without the microseconds where they are zero; a tenth of the time of `isoformat`
+    return quoted[1:-1].decode() if len(quoted) == _TIME_WIDTH else f"{quoted[1:20].decode()}.000000Z"
+
+
+_TIME_WIDTH = len('"2027-01-01T00:00:00.000001Z"')
 
 
 # --- Decimals -------------------------------------------------------------------------------------------------

@@ -28,8 +28,8 @@ from typing import TypeVar
 from ..access import ALL_TENANTS, may_see
 from ..clock import Clock
 from ..context import Context, system_context, us_from_utc, utc_from_us
-from ..database import Database, Page, Transaction
-from ..entities import MAX_PAGE_BYTES, Aggregate, And, Entity, Filter, Query, Where
+from ..database import Database, Transaction
+from ..entities import MAX_PAGE_BYTES, Aggregate, And, Entity, Filter, Page, Query, Where
 from ..errors import (
     AlreadyExists,
     ConfigError,

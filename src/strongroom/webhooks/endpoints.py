@@ -20,8 +20,20 @@ from ..context import (
     system_context,
     utc_from_us,
 )
-from ..database import Database, Idempotency, Page, Replayed, Transaction
-from ..entities import MAX_LIMIT, MAX_PAGE_BYTES, Entity, Index, Query, Secret, TenantName, Where, not_given, parse
+from ..database import Database, Idempotency, Replayed, Transaction
+from ..entities import (
+    MAX_LIMIT,
+    MAX_PAGE_BYTES,
+    Entity,
+    Index,
+    Page,
+    Query,
+    Secret,
+    TenantName,
+    Where,
+    not_given,
+    parse,
+)
 from ..errors import Denied, InvalidInput, NotFound, Problem, StoreError
 from ..events import EVENT_TYPES, LIMIT_THRESHOLD, Event
 from ..journal import ChangeFeed

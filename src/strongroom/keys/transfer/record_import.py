@@ -18,8 +18,8 @@ import msgspec
 
 from ...access import ALL_TENANTS
 from ...context import Context, check_tenant, us_from_utc, utc_from_us
-from ...database import Database, Transaction, with_fields
-from ...entities import MAX_IN, MAX_LIMIT, Entity, Query, Where
+from ...database import Database, Transaction
+from ...entities import MAX_IN, MAX_LIMIT, Entity, Query, Where, with_fields
 from ...errors import (
     AlreadyExists,
     Conflict,

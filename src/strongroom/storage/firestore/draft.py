@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
+from msgspec import structs
+
 from ...context import utc_from_us
 from ...entities import (
     INT64_MAX,
@@ -475,9 +477,9 @@ class Draft:
         last = (head.content or {}).get("last", 0) + 1
         self._put_inner(head, {"last": last})
         of = operation.of
-        record = replace(record, before=copied(record.before), after=copied(record.after), sequence=0)
+        record = structs.replace(record, before=copied(record.before), after=copied(record.after), sequence=0)
         if of is not None:
-            record = replace(record, version=0 if outcome.made[of] is None else None)
+            record = structs.replace(record, version=0 if outcome.made[of] is None else None)
         outcome.lines.append(Line(record, shard, last, None if record.version == 0 else of, self._number))
 
 

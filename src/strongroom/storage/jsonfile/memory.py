@@ -6,8 +6,10 @@ Nothing here waits or touches a disk: `jsonfile` decides when a draft becomes wh
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
+
+from msgspec import structs
 
 from ...context import utc_from_us
 from ...entities import (
@@ -197,11 +199,11 @@ class Draft:
     def append(self, record: Record, version: int | None) -> int:
         """Put a record at the journal's end; gives its sequence."""
         sequence = len(self.state.journal) + len(self.records) + 1
-        record = replace(
+        record = structs.replace(
             record, before=copied(record.before), after=copied(record.after), version=version, sequence=sequence
         )
         self.records.append(record)
-        self.lines.append(_values.dumps(asdict(record)))
+        self.lines.append(_values.dumps(structs.asdict(record)))
         self.changed = True
         return sequence
 

@@ -17,10 +17,11 @@ import re
 import stat
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
 from datetime import datetime
 from decimal import Decimal
 from typing import Any, Literal, TypeVar
+
+from msgspec import structs
 
 from ...cooperative import in_slices
 from ...entities import Aggregate, Collection, Document, Filter, Query, aggregate, evaluate
@@ -121,7 +122,7 @@ class _Reader:
                 if record.sequence != number:
                     raise ValueError(f"found sequence {record.sequence}")
                 state.journal.append(record)
-                state.lines.append(_values.dumps(asdict(record)))
+                state.lines.append(_values.dumps(structs.asdict(record)))
         except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             what = f"{type(error).__name__}: {error}"
             raise StoreError(f"{self.path}: damaged at {self.at}: {what}; it was left as it is") from None
@@ -328,7 +329,7 @@ class JsonStore:
             record = journal[position]
             position += 1
             if tenant is None or record.tenant == tenant:
-                found.append(replace(record, before=copied(record.before), after=copied(record.after)))
+                found.append(structs.replace(record, before=copied(record.before), after=copied(record.after)))
         return ChangesPage(tuple(found), str(position))
 
     def on_change(self, callback: Callable[[], None]) -> None:

@@ -12,7 +12,7 @@ from sqlalchemy.dialects import postgresql
 
 from ...entities import SUM_CONTEXT, SYSTEM_FIELDS, FieldSpec, FieldType
 from .. import tagged_json as _values
-from ..sql import Convert, Dialect, Total, json_text, json_value
+from ..sql import Convert, Dialect, Total, json_text
 
 ENGINE = postgresql.dialect(paramstyle="named")  # type: ignore[no-untyped-call]  # SQLAlchemy leaves it untyped
 """SQLAlchemy's, which writes the DDL; with its own parameter style it would double each % in a default."""
@@ -71,8 +71,8 @@ class PostgresDialect(Dialect):
     decoders: Mapping[FieldType, Convert] = {
         FieldType.DECIMAL: _normalised,
         FieldType.TIMESTAMP: _time,
-        FieldType.LIST: json_value,
-        FieldType.MAP: json_value,
+        FieldType.LIST: _values.loads,
+        FieldType.MAP: _values.loads,
     }
 
     def order(self, column: str, name: str, descending: bool) -> str:

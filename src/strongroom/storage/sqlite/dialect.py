@@ -21,7 +21,7 @@ from ...errors import (
     Unavailable,
 )
 from .. import tagged_json as _values
-from ..sql import Convert, Dialect, Total, json_text, json_value, quoted
+from ..sql import Convert, Dialect, Total, json_text, quoted
 
 ENGINE = sqlite.dialect()
 """SQLAlchemy's, which writes the DDL."""
@@ -47,8 +47,8 @@ class SqliteDialect(Dialect):
         FieldType.BOOL: bool,
         FieldType.DECIMAL: _values.text_to_decimal,
         FieldType.TIMESTAMP: datetime.fromisoformat,  # the text ends in Z, so the time is aware
-        FieldType.LIST: json_value,
-        FieldType.MAP: json_value,
+        FieldType.LIST: _values.loads,
+        FieldType.MAP: _values.loads,
     }
 
     def placeholder(self, number: int) -> str:

@@ -33,7 +33,7 @@ from ..port import (
     SchemaChange,
     past_the_end,
 )
-from ..sql import JOURNAL_COLUMNS, listed, record_of
+from ..sql import JOURNAL_COLUMNS, content_size, listed, record_of
 from .bulk_load import Loader, take_over
 from .bulk_rows import SqlitePacker
 from .dialect import commit_error, translated
@@ -224,7 +224,7 @@ class SqliteStore:
         if not rows and position > await self._head():
             raise past_the_end()
         records = await in_slices(record_of, rows)
-        return ChangesPage(tuple(records), str(records[-1].sequence if records else position))
+        return ChangesPage(tuple(records), str(records[-1].sequence if records else position), content_size(rows))
 
     async def _head(self) -> int:
         """The journal's last sequence."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from ...entities import Document, Query, Where
 from ...errors import (
@@ -136,7 +136,7 @@ class TestAtomicBatches(StorageSuite):
         for late in (
             Check("items", "old", old),
             Put("items", "old", item(), expected=old),
-            replace(change, expected=old),
+            structs.replace(change, expected=old),
         ):
             await refused(store, Conflict, change, late, at=1)
         await refused(store, Conflict, Delete("items", "old", expected=old), Check("items", "old", old), at=1)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import defaultdict
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from ...entities import INT64_MAX, Document
 from ...errors import AlreadyExists, Conflict, Gone, InvalidInput
@@ -80,7 +80,7 @@ class TestJournal(StorageSuite):
         )
         for expected in given:
             one = of[expected.id]
-            assert replace(one, sequence=0) == expected
+            assert structs.replace(one, sequence=0) == expected
             assert identical([one.before, one.after], [expected.before, expected.after])
 
     @examples(2)

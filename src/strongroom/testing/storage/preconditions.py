@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from ...context import utc_from_us
 from ...entities import INT64_MAX, INT64_MIN, Query
@@ -66,7 +66,7 @@ def _expecting(operation: Operation, current: int) -> Operation:
     expected = getattr(operation, "expected", None)
     if expected not in (CURRENT, OLDER, NEWER):
         return operation
-    return replace(operation, expected=current + {CURRENT: 0, OLDER: -1, NEWER: 1}[expected])  # type: ignore[arg-type]
+    return structs.replace(operation, expected=current + {CURRENT: 0, OLDER: -1, NEWER: 1}[expected])
 
 
 def _label(value: object) -> str:

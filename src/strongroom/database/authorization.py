@@ -1,0 +1,61 @@
+"""Asks the rules about a call, and journals what they refuse."""
+
+from __future__ import annotations
+
+from ..clock import Clock
+from ..context import Context
+from ..entities import Collection, Document
+from ..errors import Denied
+from ..journal import Denials
+from ..rules import Decision, Policy, Request, default_policy
+from ..rules import Operation as RuleOperation
+
+
+class Authorization:
+    """The rules of one database. Every method takes the caller's Context first."""
+
+    def __init__(self, policy: Policy, denials: Denials, clock: Clock) -> None:
+        self._policy = policy
+        self._denials = denials
+        self._clock = clock
+
+    @property
+    def reads_documents(self) -> bool:
+        """Whether the rules may depend on a document's fields. The default rules depend on the caller alone."""
+        return self._policy is not default_policy
+
+    def decide(
+        self,
+        context: Context,
+        operation: RuleOperation,
+        collection: Collection,
+        id: str | None = None,
+        before: Document | None = None,
+        after: Document | None = None,
+    ) -> Decision:
+        """What the rules say. Nothing is journalled."""
+        return self._policy(Request(context, operation, collection, id, before, after))
+
+    async def authorize(
+        self,
+        context: Context,
+        operation: RuleOperation,
+        collection: Collection,
+        id: str | None = None,
+        before: Document | None = None,
+        after: Document | None = None,
+    ) -> None:
+        """Ask the rules. A denial is journalled first, then raised; of equal denials the first one and a count."""
+        decision = self._policy(Request(context, operation, collection, id, before, after))
+        if not decision.allowed:
+            await self.refuse(context, operation, collection, id, decision)
+
+    async def refuse(
+        self, context: Context, operation: RuleOperation, collection: Collection, id: str | None, decision: Decision
+    ) -> None:
+        """Journal a denial, then raise it."""
+        await self._denials.note(context.by(self._clock), operation, collection.name, id or "", decision.reason)
+        raise Denied(f"{operation} {collection.name}: {decision.reason}", reason=decision.reason)
+
+
+__all__ = ["Authorization"]
