@@ -50,7 +50,7 @@ async def of_store(store: Store) -> Dependency:
 def of_cache(cache: Cache) -> Dependency:
     """Whether Redis is in use, and what the cache has spared. Without it reads are slower, never wrong."""
     state = cache.redis_state
-    details = {"redis": state, **asdict(cache.counters)}
+    details = {"redis": state, **asdict(cache.stats)}
     kind = "memory" if state == "none" else "redis"
     return Dependency("ok" if state in ("none", "closed") else "degraded", kind, 0.0, details)
 

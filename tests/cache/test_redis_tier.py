@@ -75,13 +75,13 @@ async def test_a_document_that_one_node_cached_is_not_read_by_another(redis_url:
         assert await here.tenant("acme").get(Policy, "p") == made
         assert here.cache is not None
         assert there.cache is not None
-        counters = here.cache.counters
+        counters = here.cache.stats
         await wait_until(lambda: counters.fills)
         before = reads(there_store)
         assert await there.tenant("acme").get(Policy, "p") == made
         assert await there.tenant("acme").get(Policy, "p") == made
         assert reads(there_store) == before
-        assert (there.cache.counters.redis_hits, there.cache.counters.local_hits) == (1, 1)
+        assert (there.cache.stats.redis_hits, there.cache.stats.local_hits) == (1, 1)
         assert reads(here_store) == 1
 
 
@@ -112,12 +112,12 @@ async def test_a_fill_that_does_not_finish_delays_other_nodes_only_briefly(redis
         async with asyncio.timeout(_cache_redis.LEASE_S):
             assert (await there.tenant("acme").get(Policy, "p")).policy_name == "n"
         assert there.cache is not None
-        counters = there.cache.counters
+        counters = there.cache.stats
         await wait_until(lambda: counters.fills == 1)
         held.set()
         assert (await slow).policy_name == "n"
         assert here.cache is not None
-        refused = here.cache.counters
+        refused = here.cache.stats
         await wait_until(lambda: refused.fills_refused == 1)
 
 
@@ -127,7 +127,7 @@ async def test_cached_absences_are_shared_and_end_when_another_node_creates_the_
     async with nodes(tmp_path, redis_url, 2) as [(here, _), (there, there_store)]:
         assert await here.tenant("acme").get_or_none(Policy, "p") is None
         assert here.cache is not None
-        counters = here.cache.counters
+        counters = here.cache.stats
         await wait_until(lambda: counters.fills)
         assert await there.tenant("acme").get_or_none(Policy, "p") is None
         assert reads(there_store) == 0
@@ -145,7 +145,7 @@ async def test_keys_and_lifetimes_in_redis_are_those_of_seed_002(redis_url: str,
         await acme.get(Policy, "p")
         await acme.find(Action, PENDING)
         assert room.cache is not None
-        counters = room.cache.counters
+        counters = room.cache.stats
         await wait_until(lambda: counters.fills == 2)
         assert room.cache._redis is not None
         prefix = room.cache._redis._prefix
@@ -208,7 +208,7 @@ async def test_an_invalidation_through_redis_does_not_wait_for_the_journal(
         await told(here, there)
         await there.tenant("acme").get(Policy, "p")
         assert there.cache is not None
-        counters = there.cache.counters
+        counters = there.cache.stats
         await wait_until(lambda: counters.fills)
         await there.feed.close()  # it will not hear of anything any more
         await here.tenant("acme").update(Policy, "p", {"policy_name": "new"})
@@ -230,7 +230,7 @@ async def test_an_entry_that_changes_on_its_way_from_redis_is_not_cached(
         await acme.get(Policy, "p")
         assert room.cache is not None
         assert room.cache._redis is not None
-        counters = room.cache.counters
+        counters = room.cache.stats
         await wait_until(lambda: counters.fills)
         room.cache._local.clear()
         original = getattr(room.cache._redis, step)
@@ -258,7 +258,7 @@ async def test_an_idle_node_processes_thousands_of_invalidations(redis_url: str,
         assert room.cache._redis is not None
         acme, prefix = room.tenant("acme"), room.cache._redis._prefix
         ids = [f"p{number}" for number in range(3_000)]
-        counters = room.cache.counters
+        counters = room.cache.stats
         for begin in range(0, len(ids), 50):
             await asyncio.gather(*(acme.get_or_none(Policy, id) for id in ids[begin : begin + 50]))
         await wait_until(lambda: counters.fills > len(ids) - 500)  # on a busy machine some answers come too late
@@ -278,7 +278,7 @@ async def test_a_crash_between_a_commit_and_its_invalidation_leaves_nothing_old(
         await told(room)
         await room.tenant("acme").get(Policy, "p")
         assert room.cache is not None
-        counters = room.cache.counters
+        counters = room.cache.stats
         await wait_until(lambda: counters.fills)
         await room.cache.close()
         await room.feed.close()
@@ -286,7 +286,7 @@ async def test_a_crash_between_a_commit_and_its_invalidation_leaves_nothing_old(
     async with nodes(tmp_path, redis_url, 1) as [(room, _)]:
         assert (await room.tenant("acme").get(Policy, "p")).policy_name == "new"
         assert room.cache is not None
-        assert room.cache.counters.unusable == 1
+        assert room.cache.stats.unusable == 1
 
 
 async def test_an_invalidation_that_one_node_cannot_send_still_reaches_the_others(
@@ -306,7 +306,7 @@ async def test_an_invalidation_that_one_node_cannot_send_still_reaches_the_other
             await told(writer, reader)
             await reader.tenant("acme").get(Policy, "p")
             assert reader.cache is not None
-            counters = reader.cache.counters
+            counters = reader.cache.stats
             await wait_until(lambda: counters.fills)
             proxy.silent = True
             await writer.tenant("acme").update(Policy, "p", {"policy_name": "new"})
@@ -329,7 +329,7 @@ async def test_a_redis_restored_from_an_old_snapshot_is_not_trusted(redis_server
         await told(room)
         await acme.get(Policy, "p")
         assert room.cache is not None
-        counters = room.cache.counters
+        counters = room.cache.stats
         await wait_until(lambda: counters.fills)
         async with connect(redis_server.url) as client:
             await client.save()
@@ -370,7 +370,7 @@ async def test_a_killed_redis_that_returns_is_used_again(redis_server: RedisServ
         await wait_until(lambda: connected(here) and connected(there))
         await answers_while(there)
         assert here.cache is not None
-        assert here.cache.counters.connections == 2
+        assert here.cache.stats.connections == 2
 
 
 async def test_a_missing_redis_does_not_delay_the_start(tmp_path: Path) -> None:
@@ -397,7 +397,7 @@ async def test_a_flush_of_redis_under_load_returns_nothing_stale(redis_server: R
         for _ in range(10):
             await answers_while(room, 3)
             await client.flushall()
-        counters = room.cache.counters
+        counters = room.cache.stats
         fills = counters.fills
         await told(room)
         await room.tenant("acme").get(Policy, "p")
@@ -421,9 +421,9 @@ async def test_a_redis_that_does_not_answer_costs_a_reader_one_short_wait(
             assert (await room.tenant("acme").get(Policy, "p")).rules == {"n": 2}
         assert time.monotonic() - began >= 0.05
         assert room.cache.redis_state in ("stalled", "open")
-        errors = room.cache.counters.redis_errors
+        errors = room.cache.stats.redis_errors
         await asyncio.gather(*(room.tenant("acme").get(Policy, "p") for _ in range(100)))
-        assert room.cache.counters.redis_errors == errors, "others waited for it as well"
+        assert room.cache.stats.redis_errors == errors, "others waited for it as well"
         assert reads(store) > before
         await answers_while(room)
         await wait_until(lambda: room.cache is not None and room.cache.redis_state == "open")
@@ -445,7 +445,7 @@ async def test_a_slow_redis_is_waited_for_within_the_bound_and_keeps_its_connect
         proxy.delay_s = 0.0
         await wait_until(lambda: connected(room))
         await answers_while(room, 3)
-        assert room.cache.counters.connections == 1
+        assert room.cache.stats.connections == 1
 
 
 async def test_a_full_redis_only_loses_cache_entries(redis_server: RedisServer, tmp_path: Path) -> None:
@@ -459,7 +459,7 @@ async def test_a_full_redis_only_loses_cache_entries(redis_server: RedisServer, 
         await client.config_set("maxmemory-policy", "noeviction")
         await client.config_set("maxmemory", "1")
         await answers_while(room)
-        assert room.cache.counters.redis_errors > 0
+        assert room.cache.stats.redis_errors > 0
         await client.config_set("maxmemory", "0")
         await answers_while(room, 3)
 
@@ -470,7 +470,7 @@ async def test_a_value_in_redis_that_is_no_entry_is_replaced(redis_url: str, tmp
         assert room.cache is not None
         assert room.cache._redis is not None
         room.cache.local_entries = 0
-        acme, counters = room.tenant("acme"), room.cache.counters
+        acme, counters = room.tenant("acme"), room.cache.stats
         prefix = room.cache._redis._prefix
         await acme.create(policy())
         await acme.create(policy(id="q", policy_name="other"))
@@ -507,7 +507,7 @@ async def test_flushed_redis_scripts_are_loaded_again(redis_server: RedisServer,
         await client.script_flush()
         await answers_while(room)
         assert room.cache is not None
-        counters = room.cache.counters
+        counters = room.cache.stats
         await wait_until(lambda: counters.connections == 2 and connected(room))
         await answers_while(room, 3)
 
@@ -530,7 +530,7 @@ async def test_no_tenant_reads_the_document_of_another_through_redis(redis_url: 
             for tenant in HOSTILE:
                 for id in HOSTILE:
                     assert (await room.tenant(tenant).get(Policy, id)).rules == {"of": tenant, "id": id}
-            return room.cache is not None and room.cache.counters.redis_hits >= len(HOSTILE) ** 2
+            return room.cache is not None and room.cache.stats.redis_hits >= len(HOSTILE) ** 2
 
         await wait_until(all_are_their_own)  # on a busy machine some answers of Redis come too late
 

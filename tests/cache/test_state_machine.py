@@ -345,7 +345,7 @@ class Nodes(RuleBasedStateMachine):
 
     @staticmethod
     def _session(node: Node) -> int:
-        return node.cache.counters.connections
+        return node.cache.stats.connections
 
     def _check(self, reading: Reading) -> None:
         """The answer was true at some moment between what the node knew when the read began, and now."""

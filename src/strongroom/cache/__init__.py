@@ -2,5 +2,6 @@
 
 from .read_through import Cache
 from .single_flight import SingleFlight
+from .stats import CacheStats
 
-__all__ = ["Cache", "SingleFlight"]
+__all__ = ["Cache", "CacheStats", "SingleFlight"]

@@ -1,8 +1,9 @@
-"""What a cache holds under which key: keys that no tenant can leave, documents as bytes, an envelope for Redis. Pure.
+"""Keys that separate tenants, documents as bytes, and the envelope of an entry in Redis. Pure functions.
 
-An envelope is `E1`, the ticket of its lease (8 bytes, big-endian), the document's version (8 bytes; 0 for a list or an
-absence), a checksum of key, shape and body (4 bytes), the body. The checksum finds what was damaged, moved to another
-key, or written by a release with another declaration of the entity; it is no defence against who can write to Redis.
+An envelope is `E1`, the ticket of its fill lease (8 bytes, big-endian), the document's version (8 bytes; 0 for a list
+or an absent document), a checksum of key, shape and body (4 bytes), the body. The checksum detects an entry that is
+damaged, stands under another key, or was written by a release with another declaration of the entity. It is no defence
+against a client that can write to Redis.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import msgspec
 from ..entities import Collection, FieldType
 
 MAX_ENTRY_BYTES = 262_144
-"""Larger documents and lists are not kept: they would hold up the reads behind them."""
+"""Larger documents and lists are not kept: they would delay the reads behind them."""
 ENTRY, LEASE = b"E1", b"L1"
 _HEAD = struct.Struct(">2sQQI")
 _U64 = struct.Struct(">Q")
@@ -30,8 +31,8 @@ _NESTED = (FieldType.MAP, FieldType.LIST, FieldType.DECIMAL)
 def key_of(tenant: str | None, name: str, id: str) -> str:
     """The key of one document or list, below the store's prefix: `{tenant}:{name}:{id}`.
 
-    Tenant and id are percent-encoded, so that a `:` in one of them is no separator: two different triples never have
-    one key. The platform's own documents (no tenant) have an empty first part, which no tenant can have.
+    Tenant and id are percent-encoded, so that a `:` in them is no separator: two different triples never have the same
+    key. The platform's own documents (no tenant) have an empty first part, which no tenant can have.
     """
     return f"{_part(tenant) if tenant is not None else ''}:{name}:{_part(id)}"
 
@@ -41,7 +42,7 @@ def _part(text: str) -> str:
 
 
 def shape_of(collection: Collection) -> int:
-    """A number that tells apart declarations whose documents look different."""
+    """A number that differs between declarations whose documents look different."""
     text = ";".join(f"{f.name}:{f.type}:{f.optional}" for f in sorted(collection.fields.values(), key=lambda f: f.name))
     return zlib.crc32(text.encode())
 
@@ -77,7 +78,7 @@ def encode_body(value: Any, collection: Collection) -> bytes:
 
 
 def decode_body(body: bytes) -> Any:
-    """What `encode_body` was given, new objects each time. Raises ValueError if it is not such a thing."""
+    """The value that `encode_body` encoded, as new objects each time. Raises ValueError for any other bytes."""
     try:
         return _decode(body)
     except (msgspec.MsgspecError, ArithmeticError, UnicodeDecodeError) as error:
@@ -89,7 +90,7 @@ def decode_body(body: bytes) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What a cache holds for a key: the encoded document (or list, or absence), its version, its lease's ticket."""
+    """The cached value of a key: the encoded document (or list, or absence), its version, its fill lease's ticket."""
 
     body: bytes
     version: int
@@ -106,7 +107,7 @@ def seal(key: str, shape: int, entry: Entry) -> bytes:
 
 
 def unseal(key: str, shape: int, found: bytes) -> Entry | None:
-    """The entry in an envelope, or None if it is anything else: a lease, damaged, foreign, of another shape."""
+    """The entry in an envelope. None for anything else: a lease, or a damaged, foreign or differently shaped entry."""
     if len(found) <= _HEAD.size or not found.startswith(ENTRY):
         return None
     _, ticket, version, checksum = _HEAD.unpack_from(found)
@@ -117,10 +118,10 @@ def unseal(key: str, shape: int, found: bytes) -> Entry | None:
 
 
 def is_lease(found: bytes) -> bool:
-    """Whether somebody is filling this key now."""
+    """Whether these bytes are a fill lease: a node is filling the key now."""
     return found.startswith(LEASE)
 
 
 def version_bytes(version: int) -> bytes:
-    """A version as it stands in an envelope; nothing for one that no envelope is kept for."""
+    """A version as an envelope has it; empty for 0, which matches no envelope."""
     return _U64.pack(version) if version else b""

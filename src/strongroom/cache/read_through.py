@@ -1,13 +1,15 @@
-"""Two cache tiers in front of the store, for the entities that declare one: this process's memory, then Redis.
+"""The read-through cache: this process's memory first, then Redis, then the store, for entities that declare it.
 
-Only `Database.get`, `get_or_none` and the declared lists of `find` read through it; what happens inside a transaction
-never does. The rules decide, and a document's own expiry counts, on what the cache gives as on what the store gives.
+Only `Database.get`, `get_or_none` and the declared lists of `find` read through it; reads inside a transaction never
+do. The access rules and a document's own expiry apply to what the cache answers as to what the store answers.
 
-A read through the cache gives what was true at some moment not longer ago than MAX_BEHIND_S: the change feed tells of
-every commit, and both tiers forget what it names. Where the feed is further behind, the cache is passed by. The local
-tier cannot keep what was forgotten while it was being read: a read of the store (a flight) that an invalidation
-overtakes is delivered to those who wait for it already, is not kept, and nobody joins it any more. Why the same holds
-for Redis, without relying on other nodes, is said in `_cache_redis`. Lifetimes only bound what is kept for nothing.
+A read through the cache returns a state that was true at most MAX_BEHIND_S ago. The change feed reports every commit,
+and both tiers remove what the commit changed. While the feed is further behind, reads go to the store.
+
+The local tier never keeps a value that was invalidated while it was being read. An invalidation that overtakes a read
+of the store (a flight) detaches it: its present callers get the value, it is not kept, and no later caller joins it.
+`redis_tier` proves the same for Redis, without relying on other nodes. Lifetimes only bound how long unused entries
+take up memory.
 """
 
 from __future__ import annotations
@@ -24,21 +26,14 @@ from ..entities import DEFAULT_LIMIT, And, CachedList, Collection, Document, Fil
 from ..errors import ConfigError, SchemaError
 from ..journal import ChangeFeed
 from ..storage.port import Record, Store
-from .entry import (
-    ABSENT,
-    MAX_ENTRY_BYTES,
-    Entry,
-    decode_body,
-    encode_body,
-    key_of,
-    shape_of,
-)
+from .entry import ABSENT, MAX_ENTRY_BYTES, Entry, decode_body, encode_body, key_of, shape_of
+from .stats import CacheStats
 
 if TYPE_CHECKING:
     from .redis_tier import RedisTier
 
 MAX_BEHIND_S = 1.0
-"""How far the change feed may be behind before reads go to the store. When well it is POLL_S behind at most."""
+"""How far the change feed may be behind before reads go to the store. Normally it is at most POLL_S behind."""
 MAX_LOCAL_ENTRIES = 10_000
 MAX_LOCAL_BYTES = 67_108_864
 MAX_LISTED = DEFAULT_LIMIT
@@ -46,34 +41,9 @@ MEMORY_URL = "memory://"
 _log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
-class Counters:
-    """What the cache did since the process began, for health and metrics."""
-
-    local_hits: int = 0
-    redis_hits: int = 0
-    absent_hits: int = 0
-    """Of both kinds of hits, those that said that there is no such document."""
-    misses: int = 0
-    """Reads of the store that the cache could not spare; those who waited for the same read count as hits."""
-    shared: int = 0
-    """Reads that were answered by another caller's read of the store."""
-    bypassed: int = 0
-    """Reads that went straight to the store because the journal was not followed closely enough."""
-    fills: int = 0
-    fills_refused: int = 0
-    """Fills of Redis that came after an invalidation, or too late."""
-    unusable: int = 0
-    """Entries in Redis found damaged, foreign, or older than this node's connection."""
-    redis_errors: int = 0
-    """Answers of Redis that were errors, came too late, or not at all."""
-    connections: int = 0
-    invalidations: int = 0
-
-
 @dataclass(frozen=True, slots=True)
 class _Target:
-    """Where one read goes: its key, for how long it is kept, and the documents' shape."""
+    """What one read looks for: its key, how long to keep the value, and the documents' shape."""
 
     key: str
     collection: Collection
@@ -90,7 +60,7 @@ class _Local:
 
 
 class Cache:
-    """The two tiers. Made before the change feed starts, `start` after that; `close` before the feed's."""
+    """The two tiers. Create it before the change feed starts, `start` it after that, and `close` it before the feed."""
 
     def __init__(
         self,
@@ -102,13 +72,13 @@ class Cache:
         *,
         local_entries: int = MAX_LOCAL_ENTRIES,
     ) -> None:
-        """`url`: `redis://…`, `rediss://…`, `unix://…`, or `memory://` for the local tier alone. `namespace` tells
-        this store apart from others on the same Redis. Raises ConfigError, SchemaError."""
-        self.counters = Counters()
+        """`url`: `redis://…`, `rediss://…`, `unix://…`, or `memory://` for the local tier alone. `namespace` separates
+        this store from others on the same Redis. Raises ConfigError, SchemaError."""
+        self.stats = CacheStats()
         self._store = store
         self._feed = feed
         self.local_entries = local_entries
-        """How many documents and lists this process keeps; 0: none, so that every read asks Redis."""
+        """How many documents and lists this process keeps. With 0 every read asks Redis."""
         self._local: OrderedDict[str, _Local] = OrderedDict()
         self._local_bytes = 0
         self._heard = 0
@@ -118,7 +88,7 @@ class Cache:
         _check_names(spec for _, spec, _ in self._cached.values())
         self._redis = self._open(url, namespace)
         feed.on_record(self._seen)
-        feed.on_reset(lambda: self._distrust("the journal was lost from sight"))
+        feed.on_reset(lambda: self._distrust("the change feed may have missed records"))
 
     def _open(self, url: str, namespace: str) -> RedisTier | None:
         if url == MEMORY_URL:
@@ -127,15 +97,15 @@ class Cache:
             from .redis_tier import RedisTier
         except ImportError:
             raise ConfigError("cache: Redis needs its client: pip install 'strongroom[redis]'") from None
-        return RedisTier(url, namespace, self.counters, self._forget_local)
+        return RedisTier(url, namespace, self.stats, self._forget_local)
 
     def start(self) -> None:
-        """Begin to connect to Redis, in the background: a start never waits for it. The change feed must run by now."""
+        """Begin to connect to Redis in the background: a start never waits for it. The change feed must run by now."""
         if self._redis is not None:
             self._redis.start()
 
     async def close(self) -> None:
-        """End what is in flight and hang up. Idempotent."""
+        """Cancel the reads in flight and disconnect. Idempotent."""
         for flight in self._landing:
             flight.cancel()
         await asyncio.gather(*self._landing, return_exceptions=True)
@@ -150,7 +120,7 @@ class Cache:
     # --- Reading ----------------------------------------------------------------------------------------------
 
     async def get(self, collection: str, tenant: str | None, id: str) -> Document | None:
-        """As Store.get, from the nearest tier that knows. Every call gets objects of its own."""
+        """As Store.get, from the nearest tier that has the document. Every call gets objects of its own."""
         if collection not in self._cached:
             return await self._store.get(collection, tenant, id)
         declared, spec, shape = self._cached[collection]
@@ -159,7 +129,7 @@ class Cache:
         return document
 
     async def find(self, collection: str, tenant: str | None, query: Query) -> list[Document]:
-        """As Store.find; the first page of a declared list, up to MAX_LISTED (and one more), from the nearest tier."""
+        """As Store.find. The first page of a declared list (MAX_LISTED and one more) comes from the nearest tier."""
         found = self._list_of(collection, query)
         if found is None:
             return await self._store.find(collection, tenant, query)
@@ -189,17 +159,17 @@ class Cache:
 
     async def _read(self, target: _Target, load: Callable[[], Awaitable[Any]]) -> Any:
         if self._feed.behind_s > MAX_BEHIND_S:
-            self.counters.bypassed += 1
+            self.stats.bypassed += 1
             return await load()
         body = self._local_body(target.key)
         if body is None:
             body = await self._beyond_local(target, load)
         elif body == ABSENT:
-            self.counters.absent_hits += 1
+            self.stats.absent_hits += 1
         try:
             return decode_body(body)
-        except ValueError:  # whole, and yet not readable: written by another release
-            self.counters.unusable += 1
+        except ValueError:  # the checksum is right, so another release wrote it
+            self.stats.unusable += 1
             self._forget(target.key, 0)
             return await load()
 
@@ -210,12 +180,12 @@ class Cache:
             heard = self._heard
             found = await self._redis.get(key, target.shape)
             if isinstance(found, Entry):
-                if heard == self._heard:  # else it may be what was just forgotten
+                if heard == self._heard:  # else it may be the value that was just invalidated
                     self._keep_found(target, found, self._redis.age_s(found))
                 self._count_redis_hit(found)
                 return found.body
             unusable = found or b""
-            body = self._local_body(key)  # another caller's flight may have landed while Redis was asked
+            body = self._local_body(key)  # another caller's flight may have ended while Redis was asked
             if body is not None:
                 return body
         flight = self._flights.get(key)
@@ -225,16 +195,16 @@ class Cache:
             self._landing.add(flight)
             flight.add_done_callback(self._landed)
         else:
-            self.counters.shared += 1
-        return await asyncio.shield(flight)  # it is everybody's: one who goes away does not end it
+            self.stats.shared += 1
+        return await asyncio.shield(flight)  # other callers wait for it too: a cancelled caller must not end it
 
     def _landed(self, flight: asyncio.Task[bytes]) -> None:
         self._landing.discard(flight)
         if not flight.cancelled():
-            flight.exception()  # told to those who wait; there may be none left
+            flight.exception()  # its callers were told; all of them may have gone
 
     async def _fly(self, target: _Target, load: Callable[[], Awaitable[Any]], unusable: bytes) -> bytes:
-        """One read of the store for all who want this key now, or another node's fill."""
+        """One read of the store for all present callers of this key, or another node's fill."""
         key = target.key
         redis = self._redis if self._redis is not None and self._redis.usable else None
         try:
@@ -247,7 +217,7 @@ class Cache:
                     self._count_redis_hit(claimed)
                     return claimed.body
                 lease = claimed
-            self.counters.misses += 1
+            self.stats.misses += 1
             try:
                 value = await load()
             except BaseException:
@@ -267,12 +237,12 @@ class Cache:
                 del self._flights[key]
 
     def _is_current(self, key: str) -> bool:
-        """Whether nothing was heard of this key since the present task took off for it."""
+        """Whether this key was not invalidated since the present task began to read it."""
         return self._flights.get(key) is asyncio.current_task()
 
     def _count_redis_hit(self, entry: Entry) -> None:
-        self.counters.redis_hits += 1
-        self.counters.absent_hits += entry.body == ABSENT
+        self.stats.redis_hits += 1
+        self.stats.absent_hits += entry.body == ABSENT
 
     # --- The local tier ---------------------------------------------------------------------------------------
 
@@ -284,11 +254,11 @@ class Cache:
             self._forget_local(key)
             return None
         self._local.move_to_end(key)
-        self.counters.local_hits += 1
+        self.stats.local_hits += 1
         return found.body
 
     def _keep_found(self, target: _Target, entry: Entry, age_s: float) -> None:
-        """Keep an entry of Redis for the rest of its life."""
+        """Keep an entry of Redis for the rest of its lifetime."""
         seconds = target.absent_s if entry.body == ABSENT else target.seconds
         self._keep(target.key, entry, seconds - age_s)
 
@@ -317,20 +287,20 @@ class Cache:
         before: Mapping[str, Any] | None,
         after: Mapping[str, Any] | None,
     ) -> None:
-        """A commit changed a document: forget what that makes untrue, in both tiers, before the next read here.
+        """A commit changed a document: remove the entries that it outdates from both tiers, before the next read here.
 
-        `version`: the document's new one, an entry of which may stay; 0 if that is not known or it was deleted.
-        `before`, `after`: fields of the document, among them those that its lists are found by.
+        `version`: the document's new version, whose entry may stay; 0 if it is unknown or the document was deleted.
+        `before`, `after`: fields of the document, among them the fields that its lists are keyed by.
         """
         if collection not in self._cached:
             return
-        self.counters.invalidations += 1
+        self.stats.invalidations += 1
         self._heard += 1
         spec = self._cached[collection][1]
         self._forget(key_of(tenant, spec.name, id), version)
         for listed in spec.lists:
             values = {part.get(listed.by, _UNKNOWN) for part in (before, after) if part is not None}
-            if _UNKNOWN in values or not values:  # a record of an older release: any list may be concerned
+            if _UNKNOWN in values or not values:  # a record of an older release: any list may be outdated
                 self._distrust(f"a change of {collection} does not name its list {listed.name}")
             for value in values - {None, _UNKNOWN}:
                 self._forget(_list_key(tenant, listed, value), 0)
@@ -359,9 +329,9 @@ class Cache:
         tenant = record.tenant if collection.tenant_scoped else None
         try:
             self.changed(record.collection, tenant, record.entity_id, record.version or 0, record.before, record.after)
-        except Exception:  # a record that cannot be understood may have changed anything
-            _log.exception("the cache does not understand journal record %s and begins anew", record.id)
-            self._distrust("a journal record was not understood")
+        except Exception:  # a record that cannot be decoded may have changed anything
+            _log.exception("journal record %s cannot be decoded: the cache drops all entries", record.id)
+            self._distrust("a journal record cannot be decoded")
 
 
 _UNKNOWN = object()

@@ -1,29 +1,28 @@
-"""The Redis tier: entries that every node may read, and why none of them is ever older than its reader knows.
+"""The Redis tier: entries that every node may read, and why none of them is older than what its reader knows.
 
-What a node is sure of. Let F be the node's change feed and C a commit that F has told it of. Whatever the node then
-reads from Redis for a key that C changed was read from the store after C. This is so because
+What a node relies on. Let F be the node's change feed and C a commit that F has reported to it. Whatever the node then
+reads from Redis for a key that C changed was read from the store after C. Four rules ensure this:
 
-1. *A lease comes before each read of the store.* Who misses takes a lease on the key (a random token as its value)
-   and only then reads the store; the fill is refused unless the very lease is still there. So an entry's content is
-   not older than its lease.
-2. *Each node removes what it hears of, itself.* For every journal record, and for its own commits at once, it sends
+1. *A fill lease comes before each read of the store.* A node that misses takes a lease on the key (a random token as
+   its value), and only then reads the store. The fill is refused unless the same lease is still there. So an entry's
+   content is not older than its lease.
+2. *Each node removes what its own feed reports.* For every journal record, and for its own commits at once, it sends
    `forget`, which removes the entry or the lease. Its own reads follow on the same connection, and Redis executes the
-   commands of a connection in order: what it reads afterwards was leased after the `forget`, so after C, or carries
-   C's own version (which `forget` leaves in place: no id ever has one version twice).
+   commands of a connection in order. So an entry that it reads afterwards was leased after the `forget`, hence after
+   C, or has C's own version. `forget` leaves that version in place: no id ever has one version twice.
 3. *A connection begins with a ticket.* Each lease and each new connection draws a greater number from one counter in
-   Redis, and an entry carries its lease's. A node uses only entries with a greater ticket than its connection's, so
-   those leased after it connected, which was after F had told it of everything up to then. Whatever happened to
-   Redis or to the node before (commands that were lost, a restart from an old snapshot, a crash between a commit and
-   its `forget`, a store restored from a backup) does not matter. The counter is never less than Redis' clock in
-   microseconds, so that it grows past what was flushed.
-4. *A refused `forget` ends the connection*, and so does an answer that does not come (rule 3 then applies).
+   Redis, and an entry carries the ticket of its lease. A node uses only entries whose ticket is greater than its
+   connection's. They were leased after it connected, and by then F had reported everything to it. So it does not
+   matter what happened before: lost commands, a restart from an old snapshot, a crash between a commit and its
+   `forget`, a store restored from a backup. The counter is never less than Redis' clock in microseconds, so that it
+   grows past what was flushed.
+4. *A refused `forget` ends the connection*, and so does an answer that does not come. Rule 3 then applies.
 
-It needs no other node to do its part, and no clock. Late commands of a connection that was given up do no harm: a
-`forget` removes, a fill finds its lease gone or still sound (and has its ticket), and a lease that nobody fills ends
-by itself.
+The rules need no other node to do its part, and no clock. Late commands of an abandoned connection do no harm: a
+`forget` removes, a fill finds its lease gone or still valid (and has its ticket), and an unfilled lease expires.
 
-It rests on one Redis server for the whole connection: a proxy that changes the server behind an open connection to a
-replica that lags could give back what was removed, until its lifetime is over. Redis Cluster is not supported.
+The rules rest on one Redis server for the whole connection. A proxy that switches an open connection to a replica that
+lags could bring removed entries back, until their lifetime ends. Redis Cluster is not supported.
 """
 
 from __future__ import annotations
@@ -35,26 +34,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha1
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from redis.exceptions import ResponseError
 
-from .entry import (
-    LEASE,
-    MAX_ENTRY_BYTES,
-    Entry,
-    is_lease,
-    seal,
-    unseal,
-    version_bytes,
-)
-from .redis_connection import ANSWER_TIMEOUT_S, Link, RedisGone
-
-if TYPE_CHECKING:
-    from .read_through import Counters
+from .entry import LEASE, MAX_ENTRY_BYTES, Entry, is_lease, seal, unseal, version_bytes
+from .redis_connection import ANSWER_TIMEOUT_S, RedisConnection, RedisGone
+from .stats import CacheStats
 
 LEASE_S = 2.0
-"""How long a key is kept for one that reads it from the store; a fill after that is refused."""
+"""How long a fill lease lasts: its holder reads the store meanwhile. A fill after that is refused."""
 OTHERS_FILL_S = 0.1
 """How long a reader waits for another node's fill before it takes the lease over."""
 OTHERS_POLL_S = 0.005
@@ -103,8 +92,8 @@ SCRIPTS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Lease:
-    """The right to fill a key, void after an invalidation and after LEASE_S."""
+class FillLease:
+    """The right to fill a key. It ends with an invalidation, and after LEASE_S."""
 
     key: str
     token: bytes
@@ -112,49 +101,49 @@ class Lease:
 
 
 class RedisTier:
-    """Entries in Redis, below `strongroom:{namespace}:`. What Redis does not answer in time counts as
-    not there, and nothing that goes wrong with it is raised."""
+    """Entries in Redis, below `strongroom:{namespace}:`. An entry that Redis does not return in time counts as
+    absent, and no error of Redis is raised."""
 
     def __init__(
         self,
         url: str,
         namespace: str,
-        counters: Counters,
+        stats: CacheStats,
         changed: Callable[[str], None],
         *,
         answer_timeout_s: float = ANSWER_TIMEOUT_S,
     ) -> None:
-        """`changed` is told the keys that other nodes fill or remove, of those that this one has read."""
+        """`changed` is called with each key that this node has read and another node fills or removes."""
         self._prefix = f"strongroom:{namespace}:"
         self._counter = f"strongroom:{namespace}"
-        self._counters = counters
+        self._stats = stats
         self._changed = changed
         self._floor = 0
         self._joined_at = 0.0
-        self._link = Link(url, self._join, self._pushed, answer_timeout_s=answer_timeout_s)
+        self._connection = RedisConnection(url, self._join, self._pushed, answer_timeout_s=answer_timeout_s)
 
     def start(self) -> None:
         """Begin to connect, in the background. The change feed must have begun before."""
-        self._link.start()
+        self._connection.start()
 
     async def close(self) -> None:
-        await self._link.close()
+        await self._connection.close()
 
     @property
     def usable(self) -> bool:
-        return self._link.ready and not self._link.stalled
+        return self._connection.ready and not self._connection.stalled
 
     @property
     def state(self) -> str:
-        """`closed`: in use; `stalled`: an answer is overdue; `open`: there is no connection, one is tried for."""
-        return ("stalled" if self._link.stalled else "closed") if self._link.ready else "open"
+        """`closed`: in use; `stalled`: an answer is overdue; `open`: no connection, the next attempt is under way."""
+        return ("stalled" if self._connection.stalled else "closed") if self._connection.ready else "open"
 
     # --- Reading and filling ----------------------------------------------------------------------------------
 
     async def get(self, key: str, shape: int) -> Entry | bytes | None:
-        """The entry of a key, or what is there instead of a usable one (b"": nothing); None if Redis does not say."""
+        """The entry of a key, or the bytes there that are no usable entry (b"": nothing); None without an answer."""
         try:
-            found: bytes | None = await self._link.get(self._prefix + key)
+            found: bytes | None = await self._connection.get(self._prefix + key)
         except (RedisGone, ResponseError) as error:
             self._failed(error)
             return None
@@ -167,14 +156,14 @@ class RedisTier:
         if entry is not None and entry.ticket > self._floor:
             return entry
         if not is_lease(found):
-            self._counters.unusable += 1
+            self._stats.unusable += 1
         return None
 
-    async def claim(self, key: str, shape: int, instead_of: bytes) -> Lease | Entry | None:
-        """The lease to fill a key, or what another node has filled it with meanwhile.
+    async def claim(self, key: str, shape: int, instead_of: bytes) -> FillLease | Entry | None:
+        """The lease to fill a key, or the entry that another node has filled it with meanwhile.
 
-        `instead_of`: what `get` found there and cannot be used. While another holds the lease, its fill is waited for,
-        OTHERS_FILL_S at most. None: it is somebody's again after that, or Redis does not say.
+        `instead_of`: the unusable bytes that `get` found there. While another node holds the lease, this waits for its
+        fill, at most OTHERS_FILL_S. None: another node has taken the lease again by then, or Redis does not answer.
         """
         give_up = time.monotonic() + OTHERS_FILL_S
         if is_lease(instead_of):
@@ -190,7 +179,7 @@ class RedisTier:
                 self._failed(error)
                 return None
             if isinstance(found, int):
-                return Lease(key, token, found)
+                return FillLease(key, token, found)
             entry = self._usable(key, shape, found)
             if entry is not None or late:
                 return entry
@@ -199,10 +188,10 @@ class RedisTier:
                 continue
             await asyncio.sleep(OTHERS_POLL_S)
             if time.monotonic() >= give_up:
-                instead_of = found  # its holder is slow or dead: one more try, to take it over
+                instead_of = found  # its holder is slow or dead: try once to take it over
 
-    def fill(self, lease: Lease, shape: int, entry: Entry, seconds: float) -> None:
-        """Put an entry where the lease is, if it still is, without waiting for it."""
+    def fill(self, lease: FillLease, shape: int, entry: Entry, seconds: float) -> None:
+        """Replace the lease by an entry, if the lease is still there. Does not wait for the answer."""
         if len(entry.body) > MAX_ENTRY_BYTES or seconds <= 0:
             self.give_back(lease)
             return
@@ -211,8 +200,8 @@ class RedisTier:
         answer = self._call("fill", 1, self._prefix + lease.key, lease.token, envelope, milliseconds)
         answer.add_done_callback(self._filled)
 
-    def give_back(self, lease: Lease) -> None:
-        """Let others take the lease at once."""
+    def give_back(self, lease: FillLease) -> None:
+        """End the lease, so that others can take it at once."""
         answer = self._call("fill", 1, self._prefix + lease.key, lease.token, b"", 1)
         answer.add_done_callback(_seen)
 
@@ -221,19 +210,19 @@ class RedisTier:
             return
         error = answer.exception()
         if error is not None:
-            self._counters.redis_errors += 1
+            self._stats.redis_errors += 1
         elif answer.result() == 1:
-            self._counters.fills += 1
+            self._stats.fills += 1
         else:
-            self._counters.fills_refused += 1
+            self._stats.fills_refused += 1
 
     def forget(self, key: str, version: int) -> None:
-        """Remove an entry or a lease, in any case before this node's next read; one of this very version may stay."""
-        self._link.tell("EVALSHA", SCRIPTS["forget"], 1, self._prefix + key, version_bytes(version))
+        """Remove an entry or a lease before this node's next read. An entry of this version may stay."""
+        self._connection.tell("EVALSHA", SCRIPTS["forget"], 1, self._prefix + key, version_bytes(version))
 
     def distrust(self, reason: str) -> None:
-        """Use nothing any more that is there now."""
-        self._link.drop(reason)
+        """Use none of the entries that are there now."""
+        self._connection.drop(reason)
 
     def age_s(self, entry: Entry) -> float:
         """How long ago, by Redis' clock, the entry's lease was taken."""
@@ -243,29 +232,29 @@ class RedisTier:
     # --- The connection ---------------------------------------------------------------------------------------
 
     def _call(self, script: str, *arguments: Any) -> asyncio.Future[Any]:
-        return self._link.call("EVALSHA", SCRIPTS[script], *arguments)
+        return self._connection.call("EVALSHA", SCRIPTS[script], *arguments)
 
     def _failed(self, error: Exception) -> None:
-        self._counters.redis_errors += 1
+        self._stats.redis_errors += 1
         if isinstance(error, ResponseError):
             _log.debug("Redis refused a command of the cache: %s", error)
             if str(error).startswith("NOSCRIPT"):
-                self._link.drop("its scripts were flushed")
+                self._connection.drop("its scripts were flushed")
 
     async def _join(self) -> None:
-        call = self._link.call
+        call = self._connection.call
         for text in (JOIN, CLAIM, FILL, FORGET):
             await call("SCRIPT", "LOAD", text)
         await call("CLIENT", "TRACKING", "ON", "NOLOOP")
         self._floor = await self._call("join", 1, self._counter)
         self._joined_at = time.monotonic()
-        self._counters.connections += 1
+        self._stats.connections += 1
 
     def _pushed(self, keys: list[bytes] | None) -> None:
-        for key in keys or ():  # None: Redis was flushed, which says nothing of the store
+        for key in keys or ():  # None: Redis was flushed, which says nothing about the store
             self._changed(key.decode("utf-8", "replace").removeprefix(self._prefix))
 
 
 def _seen(answer: asyncio.Future[Any]) -> None:
     if not answer.cancelled():
-        answer.exception()  # a lease that could not be given back ends by itself
+        answer.exception()  # a lease that could not be ended expires
