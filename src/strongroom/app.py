@@ -20,7 +20,7 @@ from .database import Database, IdempotentCall, QueryShape, StoreState
 from .entities import MAX_LIMIT, MAX_PAGE_BYTES, Aggregate, Entity, Filter, Page, Query, Registry, Secret
 from .errors import AlreadyExists, ConfigError, StrongroomError
 from .events import Event
-from .jobs import Lease, Leases
+from .jobs import JobLease, JobLeases
 from .jobs.maintenance import Background, ShapeKeeper, background
 from .journal import POLL_S, ChangeFeed
 from .keys import ApiKey, Hasher, Keys, KeySource, Leak, LeakPolicy, Leaks, StoredReservation
@@ -35,7 +35,7 @@ from .rules import Policy, default_policy
 from .storage import open_store
 from .storage.instrumented import InstrumentedStore
 from .storage.port import Record
-from .webhooks import Deliveries, Delivery, Sender, Webhook, Webhooks
+from .webhooks import Deliveries, Delivery, HttpSender, Webhook, Webhooks
 
 DEFAULT_STORE = "sqlite:///data/strongroom.db"
 MIN_PEPPER_CHARS = 32
@@ -61,7 +61,7 @@ SYSTEM_ENTITIES: tuple[type[Entity], ...] = (
     StoredPepper,
     KeySource,
     StoreState,
-    Lease,
+    JobLease,
     LeakPolicy,
     Leak,
     QueryShape,
@@ -151,7 +151,7 @@ class Strongroom:
             stack.push_async_callback(RollUp(database, clock).at_end, ledger.used)  # once all is written
             stack.push_async_callback(ledger.close)
             feed = ChangeFeed(store)
-            leases = Leases(database, clock)
+            leases = JobLeases(database, clock)
             keys = Keys(database, ledger, hasher, clock, feed)
             stack.push_async_callback(keys.cache.close)
             lending = _lending(ledger, clock, keys, url, limits, lease_s, lease_folder)
@@ -177,12 +177,12 @@ class Strongroom:
         self.feed.on_reset(self._forget_all)
         stack.push_async_callback(self._stop_reloading)
 
-    def _tell_webhooks(self, leases: Leases) -> None:
+    def _tell_webhooks(self, leases: JobLeases) -> None:
         """Thresholds that are crossed become events, and events are delivered, once that is started."""
-        sender = Sender()
+        sender = HttpSender()
         self.webhooks = Webhooks(self.database, lambda: self.keys.hasher, self.clock, self.feed, sender)
         self.deliveries = Deliveries(self.database, self.clock, leases, self.webhooks, sender)
-        self.ledger.watch(self.webhooks, self.deliveries.wake)
+        self.ledger.watch(self.webhooks.subscriptions, self.deliveries.wake)
 
     async def _start(self, stack: AsyncExitStack) -> None:
         """Begin what goes on by itself, in an order in which nothing of what others change is missed."""
@@ -193,7 +193,7 @@ class Strongroom:
             stack.push_async_callback(self.cache.close)
         await self.database.writes.load()
         await self._reload_peppers()  # one may have been made after they were read and before the feed began
-        await self.webhooks.load()
+        await self.webhooks.subscriptions.load()
         self.background.start()
         stack.push_async_callback(self.background.close)
         self.deliveries.start()
@@ -259,7 +259,7 @@ class Strongroom:
                 await self._reload_peppers()
                 if whole:
                     await self.database.writes.reload()
-                    await self.webhooks.reload()
+                    await self.webhooks.subscriptions.reload()
             except Exception as error:
                 # Whatever it is: without the peppers the keys that were made with them are not found.
                 told.failed(error)

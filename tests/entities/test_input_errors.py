@@ -20,7 +20,7 @@ from strongroom.entities.input_errors import problems_of
 from strongroom.errors import ConfigError, InvalidInput
 from strongroom.keys.model import KeyChanges, NewKey
 from strongroom.quotas.service import QuotaChanges
-from strongroom.webhooks.endpoints import WebhookChanges
+from strongroom.webhooks.model import WebhookChanges
 from tests.helpers.serving import serving
 
 CONTEXTS: dict[str, Any] = {

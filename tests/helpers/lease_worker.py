@@ -16,7 +16,7 @@ from strongroom.context import system_context
 from strongroom.database.transaction import Transaction
 from strongroom.errors import Conflict
 from strongroom.jobs import job_lease as leases
-from strongroom.jobs.job_lease import Leases, Turn
+from strongroom.jobs.job_lease import AcquiredLease, JobLeases
 from strongroom.storage import open_store
 from strongroom.storage.port import Check
 
@@ -43,26 +43,26 @@ async def main(url: str, holder: str, lease_s: float) -> None:
     clock = clock_of(store)
     await clock.start()
 
-    async def work(turn: Turn) -> None:
-        say("holds", turn.token)
+    async def work(lease: AcquiredLease) -> None:
+        say("holds", lease.token)
         while True:
-            guard = turn.guard
-            say("ready", turn.token)
+            guard = lease.guard
+            say("ready", lease.token)
             await asyncio.to_thread(sys.stdin.readline)  # the test says when to go on, and may stop us just here
 
             async def append(tx: Transaction, guard: Check = guard) -> None:
                 tx.guard = guard
-                await tx.update(Trail, "trail", {"tokens": [*(await tx.get(Trail, "trail")).tokens, turn.token]})
+                await tx.update(Trail, "trail", {"tokens": [*(await tx.get(Trail, "trail")).tokens, lease.token]})
 
             try:
                 await database.transaction(SYSTEM, append)
             except Conflict:
-                say("fenced", turn.token)
+                say("fenced", lease.token)
                 raise
-            say("step", turn.token)
-            await turn.save(None)
+            say("step", lease.token)
+            await lease.save(None)
 
-    await Leases(database, clock, holder=holder, lease_s=lease_s).repeat(WORK, 60.0, work)
+    await JobLeases(database, clock, holder=holder, lease_s=lease_s).repeat(WORK, 60.0, work)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from cryptography.x509.oid import NameOID
 import strongroom.app
 from strongroom import Strongroom
 from strongroom.webhooks.deliveries import Deliveries, Timing
-from strongroom.webhooks.http_sender import Sender
+from strongroom.webhooks.http_sender import HttpSender
 from tests.helpers.support import FaultyStore, opened
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
@@ -182,14 +182,14 @@ async def delivering(
     url: str,
     *,
     timing: Timing = FAST,
-    sender: Callable[[], Sender] = Sender,
+    sender: Callable[[], HttpSender] = HttpSender,
     beside: FaultyStore | None = None,
     **options: Any,
 ) -> AsyncIterator[tuple[Strongroom, FaultyStore]]:
     """A Strongroom whose deliveries have this timing, and are sent by this."""
     with (
         patch.object(strongroom.app, "Deliveries", partial(Deliveries, timing=timing)),
-        patch.object(strongroom.app, "Sender", sender),
+        patch.object(strongroom.app, "HttpSender", sender),
     ):
         manager = opened(url, beside=beside, **options)
         both = await manager.__aenter__()

@@ -9,14 +9,14 @@ from functools import partial
 
 from strongroom.context import system_context
 from strongroom.events.outbox import event
-from strongroom.webhooks.http_sender import Answer, Sender
+from strongroom.webhooks.http_sender import HttpSender, SendResult
 from tests.helpers.receiver import delivering
 
 
-class Stuck(Sender):
+class Stuck(HttpSender):
     """Says that an attempt has begun, and never ends it."""
 
-    async def send(self, url: str, headers: Mapping[str, str], body: bytes, *, allow_private: bool) -> Answer:
+    async def send(self, url: str, headers: Mapping[str, str], body: bytes, *, allow_private: bool) -> SendResult:
         print("sending", headers["webhook-id"], flush=True)
         await asyncio.Event().wait()
         raise AssertionError

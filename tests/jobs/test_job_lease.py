@@ -22,7 +22,7 @@ from strongroom.app import SYSTEM_ENTITIES
 from strongroom.context import system_context
 from strongroom.errors import Conflict, Unavailable
 from strongroom.jobs import job_lease as leases
-from strongroom.jobs.job_lease import Lease, LeaseLost, Leases, Turn
+from strongroom.jobs.job_lease import AcquiredLease, JobLease, JobLeaseLost, JobLeases
 from strongroom.storage import open_store
 from tests.helpers.lease_worker import WORK, Trail
 from tests.helpers.places import ROOT
@@ -51,11 +51,11 @@ class Nodes:
     database: Database
     clock: SetClock
 
-    def node(self, holder: str, lease_s: float = 10) -> Leases:
-        return Leases(self.database, self.clock, holder=holder, lease_s=lease_s)
+    def node(self, holder: str, lease_s: float = 10) -> JobLeases:
+        return JobLeases(self.database, self.clock, holder=holder, lease_s=lease_s)
 
-    async def lease(self) -> Lease:
-        return await self.database.get(SYSTEM, Lease, WORK)
+    async def lease(self) -> JobLease:
+        return await self.database.get(SYSTEM, JobLease, WORK)
 
 
 @pytest.fixture(params=STORES)
@@ -67,9 +67,9 @@ async def nodes(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
     await store.close()
 
 
-async def write(nodes: Nodes, turn: Turn, text: str) -> None:
+async def write(nodes: Nodes, lease: AcquiredLease, text: str) -> None:
     async def body(tx: Any) -> None:
-        tx.guard = turn.guard
+        tx.guard = lease.guard
         await tx.create(Trail(id=text))
 
     await nodes.database.transaction(SYSTEM, body)
@@ -85,7 +85,7 @@ async def test_one_node_has_the_lease_until_it_is_released_or_expires(nodes: Nod
     await first.save("half")
     nodes.clock.shift(9.9)
     assert await b.acquire(WORK) is None, "it was renewed"
-    await first.give_back(done=False)
+    await first.release(done=False)
     second = await b.acquire(WORK)
     assert second is not None
     assert (second.token, second.position) == (first.token + 1, "half")
@@ -97,9 +97,9 @@ async def test_one_node_has_the_lease_until_it_is_released_or_expires(nodes: Nod
 
 async def test_of_many_concurrent_acquires_one_succeeds(nodes: Nodes) -> None:
     for round_ in range(10):
-        turns = await asyncio.gather(*(nodes.node(f"n{number}").acquire(WORK) for number in range(8)))
-        (turn,) = [turn for turn in turns if turn is not None]
-        assert turn.token == round_ + 1
+        acquired = await asyncio.gather(*(nodes.node(f"n{number}").acquire(WORK) for number in range(8)))
+        (lease,) = [lease for lease in acquired if lease is not None]
+        assert lease.token == round_ + 1
         nodes.clock.shift(11)
 
 
@@ -112,10 +112,10 @@ async def test_an_expired_holder_is_fenced_once_another_acquired_the_lease(nodes
     assert other is not None
     with pytest.raises(Conflict):
         await write(nodes, paused, "fenced")
-    with pytest.raises(LeaseLost):
+    with pytest.raises(JobLeaseLost):
         await paused.save("mine")
-    with pytest.raises(LeaseLost):
-        await paused.give_back(done=True)
+    with pytest.raises(JobLeaseLost):
+        await paused.release(done=True)
     await write(nodes, other, "other")
     assert await nodes.database.get_or_none(SYSTEM, Trail, "fenced") is None
     assert (await nodes.lease()).done_at is None
@@ -129,16 +129,16 @@ async def test_a_node_reacquires_its_own_lease_after_a_lost_answer(nodes: Nodes)
         await a.acquire(WORK)
     assert (await nodes.lease()).holder == "a"
     assert await nodes.node("b").acquire(WORK) is None
-    turn = await a.acquire(WORK)
-    assert turn is not None
-    assert turn.token == 2
+    lease = await a.acquire(WORK)
+    assert lease is not None
+    assert lease.token == 2
 
 
 async def test_a_job_runs_once_a_period_however_many_nodes_look(nodes: Nodes) -> None:
     done = []
 
-    async def work(turn: Turn) -> None:
-        done.append(turn.token)
+    async def work(lease: AcquiredLease) -> None:
+        done.append(lease.token)
         await asyncio.sleep(0)
 
     everyone = [nodes.node(f"n{number}") for number in range(5)]
@@ -154,14 +154,14 @@ async def test_a_job_runs_once_a_period_however_many_nodes_look(nodes: Nodes) ->
 
 
 async def test_a_failed_job_is_due_again_at_once(nodes: Nodes) -> None:
-    async def fail(turn: Turn) -> None:
-        await turn.save("so far")
+    async def fail(lease: AcquiredLease) -> None:
+        await lease.save("so far")
         raise RuntimeError("a bug")
 
     seen = []
 
-    async def work(turn: Turn) -> None:
-        seen.append(turn.position)
+    async def work(lease: AcquiredLease) -> None:
+        seen.append(lease.position)
 
     with pytest.raises(RuntimeError):
         await nodes.node("a").run_once(WORK, 60, fail)
@@ -173,7 +173,7 @@ async def test_a_node_that_finds_the_lease_taken_looks_again_at_its_expiry(nodes
     assert await nodes.node("a").acquire(WORK) is not None
     nodes.clock.shift(4)
 
-    async def work(turn: Turn) -> None:
+    async def work(lease: AcquiredLease) -> None:
         raise AssertionError("it is held")
 
     assert await nodes.node("b").run_once(WORK, 60, work) == pytest.approx(6)
@@ -188,7 +188,7 @@ async def test_a_repeated_job_continues_after_any_failure_and_reports_it(
     failures: list[Exception] = [Unavailable("gone"), RuntimeError("a bug"), Conflict("x")]
     finished = asyncio.Event()
 
-    async def work(turn: Turn) -> None:
+    async def work(lease: AcquiredLease) -> None:
         if failures:
             raise failures.pop(0)
         finished.set()
@@ -207,14 +207,14 @@ async def test_the_fencing_tokens_of_successful_writes_never_decrease(nodes: Nod
     """Nodes that stall at any moment, and write whenever they come to."""
     chance = random.Random(seed)
     everyone = [nodes.node(f"n{number}") for number in range(4)]
-    turns: list[Turn] = []
+    acquired: list[AcquiredLease] = []
     written: list[int] = []
     for number in range(150):
         nodes.clock.shift(chance.choice([0, 0, 1, 4, 11]))
-        turn = await chance.choice(everyone).acquire(WORK)
-        if turn is not None:
-            turns.append(turn)
-        chosen = chance.choice(turns)
+        lease = await chance.choice(everyone).acquire(WORK)
+        if lease is not None:
+            acquired.append(lease)
+        chosen = chance.choice(acquired)
         try:
             await write(nodes, chosen, f"d{number}")
         except Conflict:

@@ -18,7 +18,7 @@ from strongroom.context import system_context
 from strongroom.database.idempotency import IdempotentCall
 from strongroom.errors import ConfigError, Unavailable
 from strongroom.jobs import maintenance as lifecycle
-from strongroom.jobs.job_lease import LeaseLost, Turn
+from strongroom.jobs.job_lease import AcquiredLease, JobLeaseLost
 from strongroom.jobs.maintenance import PAGE, Retention, Sweeper
 from strongroom.keys import jobs as keywork
 from strongroom.storage.port import Patch
@@ -54,18 +54,18 @@ def room(both: tuple[Strongroom, FaultyStore]) -> Strongroom:
 
 
 @asynccontextmanager
-async def turn_of(room: Strongroom, name: str) -> AsyncIterator[tuple[Any, Turn]]:
+async def acquired(room: Strongroom, name: str) -> AsyncIterator[tuple[Any, AcquiredLease]]:
     """A job, and its lease."""
-    turn = await room.background.leases.acquire(name)
-    assert turn is not None
+    lease = await room.background.leases.acquire(name)
+    assert lease is not None
     (job,) = [job for job in room.background.jobs if job.name == name]
-    yield job, turn
-    await turn.give_back(done=True)
+    yield job, lease
+    await lease.release(done=True)
 
 
 async def run(room: Strongroom, name: str) -> None:
-    async with turn_of(room, name) as (job, turn):
-        await job.run(turn)
+    async with acquired(room, name) as (job, lease):
+        await job.run(lease)
 
 
 async def stored(room: Strongroom, name: str, tenant: str | None) -> int:
@@ -137,9 +137,9 @@ async def test_an_expiry_job_that_lost_its_lease_removes_nothing(room: Strongroo
         clock.shift(timedelta(days=2))
         paused = await room.background.leases.acquire("expiry")
         clock.shift(timedelta(minutes=1))
-        async with turn_of(room, "expiry"):
+        async with acquired(room, "expiry"):
             assert paused is not None
-            with pytest.raises(LeaseLost):
+            with pytest.raises(JobLeaseLost):
                 await Sweeper(room.database, room.store).run(paused)
             assert (await stored(room, "passes", "acme"), await stored(room, IDEMPOTENT, None)) == (1, 1)
 
@@ -209,15 +209,15 @@ async def test_an_interrupted_roll_up_of_many_keys_continues_at_its_page(
             raise RuntimeError("the process dies here")
 
     store.before_read = fail
-    turn = await room.background.leases.acquire("usage-roll-up")
-    assert turn is not None
+    lease = await room.background.leases.acquire("usage-roll-up")
+    assert lease is not None
     (job,) = [job for job in room.background.jobs if job.name == "usage-roll-up"]
     with pytest.raises(RuntimeError):
-        await job.run(turn)
-    await turn.give_back(done=False)
+        await job.run(lease)
+    await lease.release(done=False)
     done = [key.usage_count for key in (await room.keys.list()).items]
     assert sum(done) == 20
-    assert json.loads(turn.position or "{}")["cursor"]
+    assert json.loads(lease.position or "{}")["cursor"]
     pages = 10
     await run(room, "usage-roll-up")
     assert pages == 12, "two pages were left"
@@ -256,9 +256,9 @@ async def test_retention_drops_the_journal_before_the_kept_period(room: Strongro
         return 1
 
     with time_machine.travel(START, tick=False):
-        turn = await room.background.leases.acquire("journal-retention")
-        assert turn is not None
-        await Retention(drop, room.clock, 86_400).run(turn)
+        lease = await room.background.leases.acquire("journal-retention")
+        assert lease is not None
+        await Retention(drop, room.clock, 86_400).run(lease)
     assert asked == [round((START - timedelta(days=1)).timestamp() * 1_000_000)]
 
 

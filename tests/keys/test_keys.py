@@ -968,7 +968,7 @@ async def run_key_work(room: Strongroom) -> None:
     turn = await room.background.leases.acquire("keys")
     assert turn is not None
     await job.run(turn)
-    await turn.give_back(done=True)
+    await turn.release(done=True)
 
 
 async def test_a_deleted_key_is_unknown_at_once_and_comes_back_as_it_was(room: Strongroom, store: FaultyStore) -> None:

@@ -18,7 +18,7 @@ from strongroom import ApiKey, Context, IssuedKey, Strongroom
 from strongroom.context import system_context
 from strongroom.entities.query import Query
 from strongroom.errors import Conflict, InvalidInput, NotFound, Unavailable
-from strongroom.jobs.job_lease import LeaseLost, Turn
+from strongroom.jobs.job_lease import AcquiredLease, JobLeaseLost
 from strongroom.keys.model import (
     DEFAULT_SCHEDULED_OVERLAP_S,
     MAX_OVERLAP_S,
@@ -43,23 +43,23 @@ async def codes(room: Strongroom, *texts: str) -> list[str]:
 
 
 @asynccontextmanager
-async def turn_of(room: Strongroom) -> AsyncIterator[Turn]:
+async def acquired(room: Strongroom) -> AsyncIterator[AcquiredLease]:
     """The lease of the work on keys."""
-    turn = await room.background.leases.acquire("keys")
-    assert turn is not None
-    yield turn
-    await turn.give_back(done=True)
+    lease = await room.background.leases.acquire("keys")
+    assert lease is not None
+    yield lease
+    await lease.release(done=True)
 
 
-async def work(room: Strongroom, turn: Turn) -> None:
+async def work(room: Strongroom, lease: AcquiredLease) -> None:
     (job,) = [job for job in room.background.jobs if job.name == "keys"]
-    await job.run(turn)
+    await job.run(lease)
 
 
 async def run(room: Strongroom) -> None:
     """What the background does to keys, now."""
-    async with turn_of(room) as turn:
-        await work(room, turn)
+    async with acquired(room) as lease:
+        await work(room, lease)
 
 
 # --- Held texts -----------------------------------------------------------------------------------------------
@@ -340,11 +340,11 @@ async def test_a_node_that_lost_the_lease_rotates_nothing(tmp_path: Path) -> Non
             paused = await here.background.leases.acquire("keys")
             assert paused is not None
             clock.shift(HOUR)  # it was stopped for longer than its lease lasts
-            async with turn_of(there) as turn:
-                with pytest.raises(LeaseLost):
+            async with acquired(there) as lease:
+                with pytest.raises(JobLeaseLost):
                     await work(here, paused)
                 assert (await here.keys.get(issued.key.id)).unclaimed is None
-                await work(there, turn)
+                await work(there, lease)
             assert (await here.keys.get(issued.key.id)).unclaimed
 
 
@@ -358,9 +358,9 @@ async def test_an_interrupted_run_continues_and_rotates_no_key_twice(room: Stron
             return Fault("after" if n % 2 else "before", Unavailable("gone")) if n >= broken else None
 
         store.fault = fault
-        async with turn_of(room) as turn:
+        async with acquired(room) as lease:
             with pytest.raises(Unavailable):
-                await work(room, turn)
+                await work(room, lease)
             store.fault = lambda n, batch: None
             rotated = {key.id: key.hash for key in await _all(room) if key.unclaimed}
             assert 0 < len(rotated) < len(made)

@@ -26,8 +26,8 @@ from strongroom.webhooks import deliveries
 from strongroom.webhooks import delivery_attempt as attempts
 from strongroom.webhooks.deliveries import MAX_SENDING_EACH
 from strongroom.webhooks.delivery_attempt import MAX_ATTEMPTS, Delivery, backoff_s
-from strongroom.webhooks.endpoints import IssuedWebhook
-from strongroom.webhooks.http_sender import MAX_ANSWER_BYTES, Answer, Sender
+from strongroom.webhooks.http_sender import MAX_RESPONSE_BYTES, HttpSender, SendResult
+from strongroom.webhooks.model import IssuedWebhook
 from strongroom.webhooks.signatures import verify_signature
 from tests.conftest import backend_of
 from tests.helpers.places import ROOT
@@ -45,7 +45,7 @@ from tests.helpers.servers.proxy import Proxy
 from tests.helpers.support import Fault, FaultyStore, new_url
 from tests.helpers.waiting import PATIENCE_S, wait_until
 
-IMPATIENT = partial(Sender, connect_timeout_s=0.5, total_timeout_s=0.5)
+IMPATIENT = partial(HttpSender, connect_timeout_s=0.5, total_timeout_s=0.5)
 PATIENT = replace(FAST, backoff_s=3_600.0)
 """Nothing is tried a second time while a test runs."""
 
@@ -244,7 +244,7 @@ async def test_a_huge_response_is_accepted_and_not_read_to_its_end(room: Strongr
     await emit(room)
     assert (await ended(room, made)).last_status == 200
     await asyncio.wait_for(cut.wait(), PATIENCE_S)
-    assert written < 100 * MAX_ANSWER_BYTES
+    assert written < 100 * MAX_RESPONSE_BYTES
 
 
 async def test_a_retry_waits_for_the_receivers_retry_after(room: Strongroom, receiver: Receiver) -> None:
@@ -406,7 +406,7 @@ async def test_a_name_that_resolves_to_a_private_address_later_is_not_reached(
     tmp_path: Path, receiver: Receiver
 ) -> None:
     resolver = resolving(["8.8.8.8"], ["127.0.0.1"])
-    sender = partial(Sender, resolver=resolver)
+    sender = partial(HttpSender, resolver=resolver)
     async with delivering(new_url("json-memory", tmp_path), timing=PATIENT, sender=sender) as (room, _):
         made = await room.webhooks.create(url=f"https://hooks.example:{receiver.port}/", tenant="acme")
         await emit(room)
@@ -420,7 +420,7 @@ async def test_the_connection_goes_to_the_checked_address_and_the_name_stays_in_
     server, client = certificate(tmp_path, "hooks.example")
     resolver = resolving(["127.0.0.1"], ["127.0.0.1"], ["10.255.255.1"])
     async with receiving(server, host="hooks.example") as receiver:
-        sender = partial(Sender, resolver=resolver, tls=client)
+        sender = partial(HttpSender, resolver=resolver, tls=client)
         async with delivering(new_url("json-memory", tmp_path), timing=PATIENT, sender=sender) as (room, _):
             made = await endpoint(room, receiver)
             id = await emit(room)
@@ -434,7 +434,7 @@ async def test_the_connection_goes_to_the_checked_address_and_the_name_stays_in_
 @pytest.mark.parametrize("trusted", [True, False])
 async def test_an_invalid_certificate_fails_the_attempt(tmp_path: Path, trusted: bool) -> None:
     server, client = certificate(tmp_path, "other.example")
-    sender = partial(Sender, resolver=resolving(["127.0.0.1"]), tls=client if trusted else None)
+    sender = partial(HttpSender, resolver=resolving(["127.0.0.1"]), tls=client if trusted else None)
     async with (
         receiving(server, host="hooks.example") as receiver,
         delivering(new_url("json-memory", tmp_path), timing=PATIENT, sender=sender) as (room, _),
@@ -447,7 +447,7 @@ async def test_an_invalid_certificate_fails_the_attempt(tmp_path: Path, trusted:
 
 
 async def test_the_next_address_is_tried_when_one_does_not_answer(tmp_path: Path, receiver: Receiver) -> None:
-    sender = partial(Sender, resolver=resolving(["127.0.0.2", "127.0.0.1"]))
+    sender = partial(HttpSender, resolver=resolving(["127.0.0.2", "127.0.0.1"]))
     async with delivering(new_url("json-memory", tmp_path), sender=sender) as (room, _):
         made = await endpoint(room, receiver, url=f"http://hooks.example:{receiver.port}/")
         await emit(room)
@@ -510,7 +510,7 @@ async def test_queued_deliveries_of_a_busy_endpoint_are_sent_once_it_has_room(
 
     receiver.answer = answer_later
     # A search that finds an endpoint busy puts its deliveries off for about the time that one attempt may take.
-    patient = partial(Sender, total_timeout_s=3_600.0)
+    patient = partial(HttpSender, total_timeout_s=3_600.0)
     async with delivering(new_url("sqlite", tmp_path), sender=patient) as (room, _):
         made = await endpoint(room, receiver)
         ids = [await emit(room, number=number) for number in range(3 * MAX_SENDING_EACH)]
@@ -604,7 +604,7 @@ async def test_an_attempt_that_outlived_its_claim_does_not_overwrite_a_later_res
     late = await only(room, made)
     await room.deliveries.redrive(late.id)
     done = await ended(room, made)
-    await room.deliveries.attempts.keep(late, None, Answer(None, "too late"))
+    await room.deliveries.attempts.record(late, None, SendResult(None, "too late"))
     assert await only(room, made) == done
 
 

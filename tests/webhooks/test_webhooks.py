@@ -19,7 +19,8 @@ from strongroom.events.outbox import Event, event
 from strongroom.keys.token import Hasher
 from strongroom.limits.windows import Calendar, Total
 from strongroom.pepper import Pepper
-from strongroom.webhooks.endpoints import MAX_PER_TENANT, Webhook, Webhooks
+from strongroom.webhooks.endpoints import MAX_PER_TENANT, Webhooks
+from strongroom.webhooks.model import Webhook
 from strongroom.webhooks.signatures import (
     InvalidSignature,
     new_secret,
@@ -215,17 +216,17 @@ async def test_a_secret_is_shown_once_and_stored_only_encrypted(room: Strongroom
 async def test_a_caller_may_choose_the_secret(room: Strongroom) -> None:
     made = await room.webhooks.create(url=URL, secret=SECRET)
     assert made.secret == SECRET
-    assert room.webhooks.keys_of(made.webhook) == [secret_bytes(SECRET)]
+    assert room.webhooks.secrets.signing(made.webhook) == [secret_bytes(SECRET)]
 
 
 async def test_both_secrets_sign_during_the_overlap_of_a_rotation(room: Strongroom) -> None:
     made = await room.webhooks.create(url=URL)
     second = await room.webhooks.rotate_secret(made.webhook.id, overlap_s=60)
-    headers = sign(room.webhooks.keys_of(second.webhook), "evt_1", 5, b"x")
+    headers = sign(room.webhooks.secrets.signing(second.webhook), "evt_1", 5, b"x")
     for secret in (made.secret, second.secret, [new_secret(), made.secret]):
         assert verify_signature(secret, headers, b"x", now_s=5) == "evt_1"
     third = await room.webhooks.rotate_secret(made.webhook.id, overlap_s=0)
-    assert room.webhooks.keys_of(third.webhook) == [secret_bytes(third.secret)]
+    assert room.webhooks.secrets.signing(third.webhook) == [secret_bytes(third.secret)]
     for overlap_s in (-1, 7 * 86_400 + 1, 1.5, True):
         with pytest.raises(InvalidInput, match="overlap_s"):
             await room.webhooks.rotate_secret(made.webhook.id, overlap_s=overlap_s)  # type: ignore[arg-type]
@@ -234,7 +235,7 @@ async def test_both_secrets_sign_during_the_overlap_of_a_rotation(room: Strongro
 async def test_secrets_survive_a_pepper_rotation_and_a_missing_pepper_is_reported(room: Strongroom) -> None:
     made = await room.webhooks.create(url=URL)
     await room.rotate_pepper()
-    assert room.webhooks.keys_of(made.webhook) == [secret_bytes(made.secret)]
+    assert room.webhooks.secrets.signing(made.webhook) == [secret_bytes(made.secret)]
     stranger = Webhooks(
         room.database,
         lambda: Hasher([Pepper("x", b"y" * 32)]),
@@ -243,7 +244,7 @@ async def test_secrets_survive_a_pepper_rotation_and_a_missing_pepper_is_reporte
         None,  # type: ignore[arg-type]
     )
     with pytest.raises(StoreError, match="rotate the secret"):
-        stranger.keys_of(made.webhook)
+        stranger.secrets.signing(made.webhook)
 
 
 async def test_a_retried_create_returns_the_same_endpoint_and_secret(room: Strongroom) -> None:
@@ -268,7 +269,7 @@ TOKENS = rolling("tokens", 1_000, 3_600)
 
 async def test_the_ledger_sees_changed_thresholds_at_once(room: Strongroom) -> None:
     def asked(tenant: str = "acme") -> object:
-        return room.webhooks.thresholds(tenant, TOKENS)
+        return room.webhooks.subscriptions.thresholds(tenant, TOKENS)
 
     assert asked() == ()
     first = (await room.webhooks.create(url=URL, tenant="acme", thresholds=[80])).webhook
@@ -297,7 +298,7 @@ async def test_the_ledger_sees_changed_thresholds_at_once(room: Strongroom) -> N
 async def test_min_window_s_excludes_limits_with_shorter_windows(tmp_path: Path, limit: Limit, told: bool) -> None:
     async with opened(new_url("json-memory", tmp_path)) as (room, _):
         made = await room.webhooks.create(url=URL, tenant="acme", min_window_s=3_600)
-        assert bool(room.webhooks.thresholds("acme", limit)) is told
+        assert bool(room.webhooks.subscriptions.thresholds("acme", limit)) is told
         data = {"threshold": 50, "window": limit.window.model_dump(mode="json")}
         assert made.webhook.wants(event("limit.threshold", "acme", data)) is told
 
@@ -307,13 +308,13 @@ async def test_other_nodes_follow_endpoints_and_a_new_node_reads_them(
 ) -> None:
     async with opened(url_of_any, beside=store) as (other, _):
         made = (await room.webhooks.create(url=URL, tenant="acme", thresholds=[70])).webhook
-        await wait_until(lambda: other.webhooks.thresholds("acme", TOKENS) == (70,))
+        await wait_until(lambda: other.webhooks.subscriptions.thresholds("acme", TOKENS) == (70,))
         await room.webhooks.update(made.id, thresholds=[60])
-        await wait_until(lambda: other.webhooks.thresholds("acme", TOKENS) == (60,))
+        await wait_until(lambda: other.webhooks.subscriptions.thresholds("acme", TOKENS) == (60,))
         async with opened(url_of_any, beside=store) as (third, _):
-            assert third.webhooks.thresholds("acme", TOKENS) == (60,)
+            assert third.webhooks.subscriptions.thresholds("acme", TOKENS) == (60,)
         await room.webhooks.delete(made.id)
-        await wait_until(lambda: other.webhooks.thresholds("acme", TOKENS) == ())
+        await wait_until(lambda: other.webhooks.subscriptions.thresholds("acme", TOKENS) == ())
 
 
 @pytest.mark.parametrize(

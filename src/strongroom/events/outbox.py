@@ -1,9 +1,9 @@
-"""Events that webhooks tell of: what is put into the outbox, in the same commit as what it tells of.
+"""The outbox: events for webhooks, committed in the same batch as their cause.
 
     await tx.create(event("key.leaked", tenant, {"key_id": key.id}))      # in a transaction
-    await database.commit_counters([..., put(event(...))], now_us)         # in a batch of one's own
+    await database.commit_counters([..., put(event(...))], now_us)         # in a batch
 
-An event is committed with its cause or not at all; `deliveries.py` sends it afterwards, from whichever node.
+An event is committed with its cause or not at all. Any node sends it afterwards (`webhooks/deliveries.py`).
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ PREFIX = "evt_"
 LIMIT_THRESHOLD = "limit.threshold"
 KEY_LEAKED = "key.leaked"
 TEST = "webhook.test"
-"""Sent when someone asks to have an endpoint tested; nobody subscribes to it."""
+"""Sent when a caller tests an endpoint. It cannot be subscribed to."""
 EVENT_TYPES = (KEY_LEAKED, LIMIT_THRESHOLD)
-"""What can be subscribed to."""
+"""The types that endpoints subscribe to."""
 KEPT = timedelta(days=30)
-"""How long events and their deliveries are kept, whatever became of them."""
+"""How long events and their deliveries are kept, delivered or not."""
 MAX_BODY_BYTES = 65_536
 GRACE_S = 2.0
-"""The node that commits an event sends it at once; others leave it alone for so long."""
+"""The node that commits an event dispatches it at once. Other nodes wait this long first."""
 _encode = msgspec.json.Encoder(decimal_format="number").encode
 
 
 class Event(Entity, collection=NAME, scope="global", journalled=False, ttl="expires_at", indexes=[Index("due_at")]):
-    """Something that happened to a tenant; the id is the `webhook-id` of each of its deliveries.
+    """An event of a tenant. The id is the `webhook-id` of each of its deliveries.
 
-    `body` is what is sent, byte for byte the same in every repeat. `due_at` is when another node takes up an event
-    that was not yet given to its endpoints; None once it was. `only`: the one endpoint that it is for.
+    `body` is the request's body, the same bytes in every retry. `due_at`: when another node dispatches an event that
+    its own node has not; None once it is dispatched. `only`: the id of the one endpoint that receives it.
     """
 
     tenant: str
@@ -60,8 +60,9 @@ def event(
     id: str | None = None,
     only: str | None = None,
 ) -> Event:
-    """An event of `tenant`. `data` is JSON: plain values, aware times, exact decimals; no secrets. `now_us`: when it
-    happened (now). `id`: one made of what happened, where the same thing may be told twice. Raises InvalidInput."""
+    """An event of `tenant`. `data` is JSON: plain values, aware times, exact decimals; no secrets. `now_us`: the time
+    of the event (default: now). `id`: derive it from the cause where the same event may be committed twice. Raises
+    InvalidInput."""
     now_us = time.time_ns() // 1_000 if now_us is None else now_us
     moment = utc_from_us(now_us)
     body = _encode({"type": type, "timestamp": moment, "tenant": tenant, "data": dict(data)})
@@ -79,6 +80,6 @@ def event(
 
 
 def put(event: Event) -> Put:
-    """The event as an operation. Not a Create: one that is there already must not make its batch fail. What is sent of
-    it then was sent before, and is not sent again, since a delivery's id is made of the event's and the endpoint's."""
+    """The operation that adds the event to a batch: a Put, because an event that exists already must not fail the
+    batch. It is not sent again then, because the id of a delivery derives from the ids of event and endpoint."""
     return Put(NAME, event.id, Event.__codec__.encode(event))

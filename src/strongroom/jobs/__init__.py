@@ -1,5 +1,5 @@
 """Background jobs: the lease that lets one node do a job, and the maintenance that runs under it."""
 
-from .job_lease import Lease, LeaseLost, Leases, Turn
+from .job_lease import AcquiredLease, JobLease, JobLeaseLost, JobLeases
 
-__all__ = ["Lease", "LeaseLost", "Leases", "Turn"]
+__all__ = ["AcquiredLease", "JobLease", "JobLeaseLost", "JobLeases"]

@@ -1,11 +1,13 @@
-"""Leases with fencing: background work that one node at a time does, each time it is due, however many there are.
+"""Job leases with fencing: of all nodes one at a time runs a background job, each time the job is due.
 
-A lease is one document: who holds it, until when by the store's clock, and a fencing token that grows each time it
-changes hands. It is taken, renewed and given back by conditional commits, so of two that take it one does. A lease
-alone cannot keep a holder that was paused past its end from writing when it wakes up; so each batch of the work
-carries a check of the lease document's version, and the store refuses it once the lease has changed hands.
+A job lease is one document: its holder, its expiry by the store's clock, and a fencing token that grows with each new
+holder. Nodes acquire, renew and release it by conditional commits, so of two nodes that acquire it at once one
+succeeds. The expiry alone does not stop a holder that was paused past it and then writes. So each batch of the job
+carries a check of the lease document's version, and the store refuses the batch once another node acquired the lease.
 
-The document also says when the work was done last and how far it has come: whoever is next goes on from there.
+The document also stores when the job finished last, and its position: the next holder continues from there.
+
+(A *limit lease* is something else: a node's share of a usage limit.)
 """
 
 from __future__ import annotations
@@ -28,18 +30,18 @@ from ..storage.port import Check, Put
 
 NAME = "leases"
 LEASE_S = 15.0
-"""How long a lease lasts unless it is renewed: so much later another node takes over from one that died."""
+"""How long a lease lasts unless it is renewed. After a crash another node takes over after this time."""
 FIRST_LOOK_S = 5.0
-"""A node that has just started looks for work after this long: a process that lives shorter takes none up."""
+"""A node looks for due jobs this long after its start: a process that ends before runs none."""
 RETRY_S = 5.0
-"""Work that failed, or a store that cannot be asked, is tried again after this long."""
-GIVE_BACK_TIMEOUT_S = 1.0
+"""The wait before the next try after a job failed, or the store did not answer."""
+RELEASE_TIMEOUT_S = 1.0
 _SECOND = 1_000_000
 _log = logging.getLogger(__name__)
 
 
-class Lease(Entity, collection=NAME, scope="global", journalled=False):
-    """The right to do one piece of background work; the id is its name. `holder` is empty while nobody has it."""
+class JobLease(Entity, collection=NAME, scope="global", journalled=False):
+    """The right to run one background job; the id is the job's name. `holder` is empty while no node has the lease."""
 
     holder: str = ""
     token: int = 0
@@ -48,28 +50,28 @@ class Lease(Entity, collection=NAME, scope="global", journalled=False):
     position: str | None = None
 
 
-class LeaseLost(StrongroomError):
-    """The lease was taken over by another node: this one was too slow, and may write nothing more under it."""
+class JobLeaseLost(StrongroomError):
+    """Another node acquired the lease: this node was too slow, and must not write under it any more."""
 
     code = "unavailable"
 
 
 @dataclass(slots=True)
 class JobState:
-    """What this node knows of a piece of work: who had the lease when it looked last, and when it was done last."""
+    """What this node knows of a job: the lease's holder at its last look, and when the job finished last."""
 
     holder: str = ""
     token: int = 0
     done_us: int | None = None
     error: str | None = None
-    """Why it failed here at the last attempt; None if it did not."""
+    """The error of the last run on this node; None if that run succeeded."""
 
 
-class Turn:
-    """A lease that is held, and the work's position. Handed to the work, which must put `guard` into each batch, and
-    `save` at least each few seconds."""
+class AcquiredLease:
+    """A job lease that this node has acquired, and the job's position. A job puts `guard` into each of its batches,
+    and calls `save` at least every few seconds."""
 
-    def __init__(self, leases: Leases, name: str, lease: Lease, version: int) -> None:
+    def __init__(self, leases: JobLeases, name: str, lease: JobLease, version: int) -> None:
         self._leases = leases
         self._lease = lease
         self._version = version
@@ -77,25 +79,25 @@ class Turn:
 
     @property
     def token(self) -> int:
-        """The fencing token: greater than that of every holder before."""
+        """The fencing token: greater than the token of every earlier holder."""
         return self._lease.token
 
     @property
     def position(self) -> str | None:
-        """How far the work has come, as it was saved last, by this holder or one before; None: from the beginning."""
+        """The position that this or an earlier holder saved last; None: start from the beginning."""
         return self._lease.position
 
     @property
     def guard(self) -> Check:
-        """Fails with Conflict, and its batch with it, once the lease has changed hands. It changes with `save`."""
+        """A check that fails its batch with Conflict once another node acquired the lease. It changes with `save`."""
         return Check(NAME, self.name, self._version)
 
     async def save(self, position: str | None) -> None:
-        """Keep the position and the lease. Raises LeaseLost."""
+        """Store the position, and renew the lease. Raises JobLeaseLost."""
         await self._write(position=position, expires_at=self._leases.end())
 
-    async def give_back(self, *, done: bool) -> None:
-        """Let the next one have it. `done`: the work is not due again before its period is over. Raises LeaseLost."""
+    async def release(self, *, done: bool) -> None:
+        """Release the lease. `done`: the job is next due after its period; else it is due now. Raises JobLeaseLost."""
         fields = {"done_at": utc_from_us(self._leases.now_us())} if done else {}
         await self._write(holder="", expires_at=None, **fields)
 
@@ -105,15 +107,15 @@ class Turn:
         self._lease = lease
 
 
-class Leases:
-    """The leases of one store, as one node takes them. `holder` names the node for people."""
+class JobLeases:
+    """The job leases of one store, as one node acquires them. `holder` names the node, for operators."""
 
     def __init__(
         self, database: Database, clock: Clock, *, holder: str | None = None, lease_s: float = LEASE_S
     ) -> None:
         self._database = database
         self._clock = clock
-        # The name of a machine and a process may come again, after a restart: the random part does not.
+        # After a restart the name of the machine and the process id may be the same: the random part is not.
         self.holder = holder if holder is not None else f"{socket.gethostname()[:64]}:{os.getpid()}:{new_id()[-8:]}"
         self._lease_us = round(lease_s * _SECOND)
         self.jobs: dict[str, JobState] = {}
@@ -122,49 +124,49 @@ class Leases:
         return self._clock.now_us()
 
     def end(self) -> datetime:
-        """When a lease ends that is taken or renewed now."""
+        """The expiry of a lease that is acquired or renewed now."""
         return utc_from_us(self._clock.now_us() + self._lease_us)
 
-    async def put(self, name: str, lease: Lease, expected: int) -> int:
-        """Write a lease under the version it had; returns the new one. Raises LeaseLost if it was changed."""
-        document = Lease.__codec__.encode(lease)
+    async def put(self, name: str, lease: JobLease, expected: int) -> int:
+        """Write a lease if it still has the expected version; returns the new version. Raises JobLeaseLost."""
+        document = JobLease.__codec__.encode(lease)
         try:
             committed = await self._database.commit_counters([Put(NAME, name, document, expected)], self.now_us())
         except (Conflict, AlreadyExists):
-            raise LeaseLost(f"the lease of {name!r} was taken over by another node") from None
+            raise JobLeaseLost(f"another node acquired the lease of the job {name!r}") from None
         return committed.versions[0]
 
-    async def acquire(self, name: str) -> Turn | None:
-        """Take a lease that nobody holds, or whose time is over; None if someone does, or was faster."""
-        return await self._take(name, await self._read(name))
+    async def acquire(self, name: str) -> AcquiredLease | None:
+        """Acquire a lease that is free or has expired; None if another node has it, or was faster."""
+        return await self._acquire(name, await self._read(name))
 
-    async def _take(self, name: str, found: Lease | None) -> Turn | None:
-        lease = found if found is not None else Lease(id=name)
-        # One that bears this node's own name is of a commit whose answer was lost: there is nobody behind it.
+    async def _acquire(self, name: str, found: JobLease | None) -> AcquiredLease | None:
+        lease = found if found is not None else JobLease(id=name)
+        # A lease with this node's own name comes from a commit whose answer was lost: no job runs under it.
         if self._ends_us(lease) > self.now_us() and lease.holder != self.holder:
             return None
-        taken = lease.model_copy(
+        acquired = lease.model_copy(
             update={"holder": self.holder, "token": lease.token + 1, "expires_at": self.end()},
         )
         try:
-            version = await self.put(name, taken, lease.version or 0)
-        except LeaseLost:
+            version = await self.put(name, acquired, lease.version or 0)
+        except JobLeaseLost:
             return None
-        return Turn(self, name, taken, version)
+        return AcquiredLease(self, name, acquired, version)
 
-    async def _read(self, name: str) -> Lease | None:
-        return await self._database.get_or_none(system_context(), Lease, name)
+    async def _read(self, name: str) -> JobLease | None:
+        return await self._database.get_or_none(system_context(), JobLease, name)
 
     @staticmethod
-    def _ends_us(lease: Lease) -> int:
+    def _ends_us(lease: JobLease) -> int:
         return us_from_utc(lease.expires_at) if lease.holder and lease.expires_at is not None else 0
 
-    # --- Work that comes again --------------------------------------------------------------------------------
+    # --- Periodic jobs ----------------------------------------------------------------------------------------
 
-    async def run_once(self, name: str, every_s: float, work: Callable[[Turn], Awaitable[None]]) -> float:
-        """Do the work if it is due and nobody else does it; returns in how many seconds to look again.
+    async def run_once(self, name: str, every_s: float, job: Callable[[AcquiredLease], Awaitable[None]]) -> float:
+        """Run the job if it is due and no other node runs it; returns in how many seconds to look again.
 
-        Due is what was not done, by any node, for `every_s`. Work that raises is due again at once, for whoever comes.
+        A job is due when no node has finished it for `every_s`. A job that raises is due again at once, on any node.
         """
         state = self.jobs.setdefault(name, JobState())
         lease = await self._read(name)
@@ -176,37 +178,37 @@ class Leases:
                 return min(every_s, (due_us - now_us) / _SECOND)
             if lease.holder != self.holder and (ends_us := self._ends_us(lease)) > now_us:
                 return (ends_us - now_us) / _SECOND
-        turn = await self._take(name, lease)
-        if turn is None:
+        acquired = await self._acquire(name, lease)
+        if acquired is None:
             return 0.0
-        state.holder, state.token = self.holder, turn.token
+        state.holder, state.token = self.holder, acquired.token
         try:
-            await work(turn)
+            await job(acquired)
         except BaseException:
-            await self._abandon(turn)
+            await self._release_undone(acquired)
             raise
-        await turn.give_back(done=True)
+        await acquired.release(done=True)
         state.holder, state.done_us, state.error = "", self.now_us(), None
         return every_s
 
-    async def _abandon(self, turn: Turn) -> None:
-        """Give the lease back undone; if that is not possible it ends by itself."""
+    async def _release_undone(self, acquired: AcquiredLease) -> None:
+        """Release the lease of a job that did not finish. If the store does not answer, the lease expires."""
         try:
-            async with asyncio.timeout(GIVE_BACK_TIMEOUT_S):
-                await turn.give_back(done=False)
+            async with asyncio.timeout(RELEASE_TIMEOUT_S):
+                await acquired.release(done=False)
         except (StrongroomError, TimeoutError) as error:
-            _log.info("the lease of %r could not be given back, it ends by itself: %s", turn.name, error)
+            _log.info("the lease of the job %r could not be released and will expire: %s", acquired.name, error)
 
-    async def repeat(self, name: str, every_s: float, work: Callable[[Turn], Awaitable[None]]) -> None:
-        """Do the work whenever it is due, without end; what goes wrong is logged, and tried again."""
+    async def repeat(self, name: str, every_s: float, job: Callable[[AcquiredLease], Awaitable[None]]) -> None:
+        """Run the job whenever it is due, for ever. A failure is logged, and the job is tried again."""
         wait_s = FIRST_LOOK_S
         while True:
-            # The jitter keeps nodes that wait for the same moment from all trying at it.
+            # Jitter: nodes that wait for the same moment would all try at once.
             await asyncio.sleep(wait_s + random.uniform(0.0, min(1.0, every_s / 10)))  # noqa: S311
             try:
-                wait_s = await self.run_once(name, every_s, work)
+                wait_s = await self.run_once(name, every_s, job)
             except Exception as error:
-                # Whatever it is: work that is given up for a bug would be missed silently from then on.
+                # Any error: a job that stopped for a bug would be missed silently from then on.
                 self.jobs.setdefault(name, JobState()).error = f"{type(error).__name__}: {error}"
                 if isinstance(error, StrongroomError):
                     _log.warning("%s failed, trying again: %s", name, error)
@@ -215,4 +217,4 @@ class Leases:
                 wait_s = min(RETRY_S, every_s)
 
 
-__all__ = ["Lease", "LeaseLost", "Leases", "Turn"]
+__all__ = ["AcquiredLease", "JobLease", "JobLeaseLost", "JobLeases"]

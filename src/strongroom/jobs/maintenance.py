@@ -14,7 +14,7 @@ from ..database.index_advice import persist
 from ..entities import Entity
 from ..errors import ConfigError, StrongroomError
 from ..storage.port import JournalPartitions, Store, unwrapped
-from .job_lease import Leases, Turn
+from .job_lease import AcquiredLease, JobLeases
 
 EXPIRY_EVERY_S = 60.0
 SHAPES_EVERY_S = 60.0
@@ -24,23 +24,23 @@ RETENTION_EVERY_S = 3_600.0
 PAGE = 200
 TENANTS_PAGE = 100
 MAX_TENANTS_A_RUN = 1_000
-"""Tenants looked through in one run of the expiry; the next run goes on after them."""
+"""Tenants that one run of the expiry visits; the next run continues after them."""
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One piece of work, by name, and how often it is due."""
+    """A periodic job: its name, and how often it is due."""
 
     name: str
     every_s: float
-    run: Callable[[Turn], Awaitable[None]]
+    run: Callable[[AcquiredLease], Awaitable[None]]
 
 
 class Background:
-    """The jobs of one node. `start` after everything else is there; `close` before anything is taken away."""
+    """The jobs of one node. `start` it last, `close` it first."""
 
-    def __init__(self, leases: Leases, jobs: Sequence[Job]) -> None:
+    def __init__(self, leases: JobLeases, jobs: Sequence[Job]) -> None:
         self.leases = leases
         self.jobs = tuple(jobs)
         self._tasks: list[asyncio.Task[None]] = []
@@ -50,7 +50,7 @@ class Background:
         self._tasks = [loop.create_task(self.leases.repeat(job.name, job.every_s, job.run)) for job in self.jobs]
 
     async def close(self) -> None:
-        """Stop. What is half done is given back, for another node to go on with."""
+        """Stop. The leases of unfinished jobs are released, so that other nodes continue them."""
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -62,7 +62,7 @@ class Background:
 
 
 class Sweeper:
-    """Removes documents whose time to live has come, which no read shows any more, of every tenant."""
+    """Removes expired documents of every tenant. Reads already hide them."""
 
     def __init__(self, database: Database, store: Store) -> None:
         self._database = database
@@ -71,32 +71,32 @@ class Sweeper:
         self._global = [cls for cls in mortal if not cls.__collection__.tenant_scoped]
         self._scoped = [cls for cls in mortal if cls.__collection__.tenant_scoped]
 
-    async def run(self, turn: Turn) -> None:
-        """Sweep the global collections, then at most MAX_TENANTS_A_RUN tenants, from where the last run ended."""
+    async def run(self, lease: AcquiredLease) -> None:
+        """Sweep the global collections, then at most MAX_TENANTS_A_RUN tenants, from the position of the last run."""
         for cls in self._global:
-            await self._purge(turn, system_context(), cls)
+            await self._purge(lease, system_context(), cls)
         if not self._scoped:
             return
         for _ in range(0, MAX_TENANTS_A_RUN, TENANTS_PAGE):
-            tenants = await self._store.tenants(turn.position, TENANTS_PAGE)
+            tenants = await self._store.tenants(lease.position, TENANTS_PAGE)
             for tenant in tenants:
                 for cls in self._scoped:
-                    await self._purge(turn, system_context(tenant), cls)
+                    await self._purge(lease, system_context(tenant), cls)
             if len(tenants) < TENANTS_PAGE:
-                await turn.save(None)  # that were all: the next run begins again
+                await lease.save(None)  # the last tenant: the next run starts from the beginning
                 return
-            await turn.save(tenants[-1])
+            await lease.save(tenants[-1])
 
-    async def _purge(self, turn: Turn, context: Context, cls: type[Entity]) -> None:
-        while await self._database.purge_expired(context.at_now(), cls, PAGE, guard=turn.guard) == PAGE:
-            await turn.save(turn.position)
+    async def _purge(self, lease: AcquiredLease, context: Context, cls: type[Entity]) -> None:
+        while await self._database.purge_expired(context.at_now(), cls, PAGE, guard=lease.guard) == PAGE:
+            await lease.save(lease.position)
 
 
-# --- What is asked for ----------------------------------------------------------------------------------------
+# --- Shapes of queries ----------------------------------------------------------------------------------------
 
 
 class ShapeKeeper:
-    """Adds the shapes of queries that this process has seen to those of all processes, each minute and at the end."""
+    """Adds the query shapes of this process to the shapes of all processes, every minute and at the end."""
 
     def __init__(self, database: Database, clock: Clock) -> None:
         self._database = database
@@ -110,67 +110,66 @@ class ShapeKeeper:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
-            await self.keep()
+            await self.persist()
 
     async def _run(self) -> None:
         while True:
             await asyncio.sleep(SHAPES_EVERY_S)
-            await self.keep()
+            await self.persist()
 
-    async def keep(self) -> None:
-        """Write the counts. Advice is not worth a failure: what could not be written waits for the next time."""
+    async def persist(self) -> None:
+        """Write the counts. A failure is only logged, because advice is not worth one; the next call writes them."""
         try:
             async with asyncio.timeout(SHAPES_TIMEOUT_S):
                 await persist(self._database.commit_counters, self._clock.now_us(), self._database.shapes)
         except (StrongroomError, TimeoutError) as error:
-            _log.info("the shapes of queries could not be kept, trying again: %s", error)
-        except Exception:  # whatever it is: it may neither end the task nor keep the store from being closed
-            _log.exception("the shapes of queries could not be kept")
+            _log.info("query shapes could not be stored, trying again: %s", error)
+        except Exception:  # any error: it must not end the task, nor keep the store from closing
+            _log.exception("query shapes could not be stored")
 
 
 # --- The journal's partitions ---------------------------------------------------------------------------------
 
 
 class Partitions:
-    """Makes the journal's parts for the time to come, where the store keeps it in parts (PostgreSQL)."""
+    """Creates the journal's partitions ahead of time, where the store has partitions (PostgreSQL)."""
 
     def __init__(self, make: Callable[[], Awaitable[int]]) -> None:
         self._make = make
 
-    async def run(self, turn: Turn) -> None:
-        """Make those that are missing. To make one twice is to make it once, so this needs no guard."""
+    async def run(self, lease: AcquiredLease) -> None:
+        """Create missing partitions. That is idempotent, so it needs no guard."""
         made = await self._make()
         if made:
-            _log.info("made %d new parts of the journal", made)
+            _log.info("created %d new partitions of the journal", made)
 
 
 class Retention:
-    """Drops the journal's old parts, where the store can (PostgreSQL: whole partitions)."""
+    """Drops the journal's old partitions, where the store can (PostgreSQL)."""
 
     def __init__(self, drop_before: Callable[[int], Awaitable[int]], clock: Clock, keep_s: float) -> None:
         self._drop_before = drop_before
         self._clock = clock
         self._keep_us = round(keep_s * 1_000_000)
 
-    async def run(self, turn: Turn) -> None:
-        """Drop what is wholly older than the time that the journal is kept. To drop a part twice is to drop it once,
-        so this needs no guard."""
+    async def run(self, lease: AcquiredLease) -> None:
+        """Drop partitions that are wholly older than the retention. That is idempotent, so it needs no guard."""
         dropped = await self._drop_before(self._clock.now_us() - self._keep_us)
         if dropped:
-            _log.info("dropped %d old parts of the journal", dropped)
+            _log.info("dropped %d old partitions of the journal", dropped)
 
 
 def background(
     database: Database,
     store: Store,
     clock: Clock,
-    leases: Leases,
+    leases: JobLeases,
     *,
     more: Sequence[Job] = (),
     journal_kept_s: float | None = None,
 ) -> Background:
-    """All the jobs that a node takes its share of, and `more` of those who stand above. `journal_kept_s`: how long the
-    journal is kept; None: for ever. Raises ConfigError if the store cannot drop what is older."""
+    """The jobs of a node: those of this module, and `more` of packages above. `journal_kept_s`: the journal's
+    retention; None: for ever. Raises ConfigError if the store cannot drop old partitions."""
     jobs = [
         *more,
         Job("expiry", EXPIRY_EVERY_S, Sweeper(database, store).run),

@@ -13,7 +13,7 @@ from ..context import system_context, utc_from_us
 from ..database import Database
 from ..entities import MAX_IN, Query, Where
 from ..errors import Conflict, NotFound, StrongroomError
-from ..jobs import Turn
+from ..jobs import AcquiredLease
 from ..jobs.maintenance import Job
 from ..limits import ACTIVE_US, KeyUsage
 from ..storage.port import Operation, Patch
@@ -50,7 +50,7 @@ class DueKeys:
         self._database = database
         self._clock = clock
 
-    async def run(self, turn: Turn) -> None:
+    async def run(self, lease: AcquiredLease) -> None:
         """Do all that is due now. Work that is done is not due any more, so a run that was broken off needs no
         position."""
         due = Query(Where("due_at", "<=", utc_from_us(self._clock.now_us())), ("due_at",), PAGE)
@@ -60,7 +60,7 @@ class DueKeys:
             page = await self._database.find(system_context(), ApiKey, due, cursor)
             for start in range(0, len(page.items), AT_ONCE):
                 keys = page.items[start : start + AT_ONCE]
-                results = await asyncio.gather(*(self._do(key, turn) for key in keys), return_exceptions=True)
+                results = await asyncio.gather(*(self._do(key, lease) for key in keys), return_exceptions=True)
                 for key, result in zip(keys, results, strict=True):
                     # The next run looks again at a key that was changed meanwhile, and a removed key needs no work. If
                     # the job lease is lost, saving the position raises.
@@ -71,17 +71,17 @@ class DueKeys:
                         rotated += 1
                     elif result:
                         removed += 1
-                await turn.save(None)
+                await lease.save(None)
             cursor = page.next_cursor
             if cursor is None:
                 break
         if rotated or removed:
             _log.info("rotated %d keys, whose secrets wait to be claimed, and removed %d for good", rotated, removed)
 
-    async def _do(self, key: ApiKey, turn: Turn) -> bool:
+    async def _do(self, key: ApiKey, lease: AcquiredLease) -> bool:
         if key.deleted_at is not None:
-            return await self._keys.editor.purge_due(key.id, turn.guard)
-        return await self._keys.rotation.rotate_due(key.id, turn.guard)
+            return await self._keys.editor.purge_due(key.id, lease.guard)
+        return await self._keys.rotation.rotate_due(key.id, lease.guard)
 
 
 class RollUp:
@@ -95,21 +95,21 @@ class RollUp:
         self._database = database
         self._clock = clock
 
-    async def run(self, turn: Turn) -> None:
+    async def run(self, lease: AcquiredLease) -> None:
         """Copy the use since the last run. A run that was broken off continues."""
-        place: dict[str, Any] = json.loads(turn.position or "{}")
+        place: dict[str, Any] = json.loads(lease.position or "{}")
         since_us, cursor = place.get("since_us", 0), place.get("cursor")
         next_us = self._clock.now_us() - OVERLAP_US if cursor is None else place["next_us"]
         query = Query(Where("active_at", ">=", utc_from_us(since_us)), ("active_at",), USAGE_PAGE)
         while True:
             page = await self._database.find(system_context(), KeyUsage, query, cursor)
             for start in range(0, len(page.items), MAX_IN):
-                await self._copy(turn, {usage.id: usage for usage in page.items[start : start + MAX_IN]})
+                await self._copy(lease, {usage.id: usage for usage in page.items[start : start + MAX_IN]})
             cursor = page.next_cursor
             if cursor is None:
                 break
-            await turn.save(json.dumps({"since_us": since_us, "cursor": cursor, "next_us": next_us}))
-        await turn.save(json.dumps({"since_us": max(0, next_us - next_us % ACTIVE_US)}))
+            await lease.save(json.dumps({"since_us": since_us, "cursor": cursor, "next_us": next_us}))
+        await lease.save(json.dumps({"since_us": max(0, next_us - next_us % ACTIVE_US)}))
 
     async def at_end(self, ids: Callable[[], Sequence[str]]) -> None:
         """Copy the use of a process that ends: it may be the only process for days, and too short-lived for a run. The
@@ -124,7 +124,7 @@ class RollUp:
         except (StrongroomError, TimeoutError) as error:
             _log.info("when keys were last used is copied into them by another process: %s", error)
 
-    async def _copy(self, turn: Turn | None, usages: Mapping[str, KeyUsage]) -> None:
+    async def _copy(self, lease: AcquiredLease | None, usages: Mapping[str, KeyUsage]) -> None:
         query = Query(Where("id", "in", list(usages)), limit=MAX_IN)
         keys = (await self._database.find(system_context(), ApiKey, query)).items
         now_us = self._clock.now_us()
@@ -134,7 +134,7 @@ class RollUp:
             if (key.last_used, key.usage_count) != (usage.last_used_at, usage.count):
                 fields = {"last_used": usage.last_used_at, "usage_count": usage.count}
                 patch = Patch(ApiKey.__collection__.name, key.id, fields, key.version)
-                operations: list[Operation] = [patch] if turn is None else [turn.guard, patch]
+                operations: list[Operation] = [patch] if lease is None else [lease.guard, patch]
                 commits.append(self._database.commit_counters(operations, now_us))
         for result in await asyncio.gather(*commits, return_exceptions=True):
             # The next run copies into a key that was changed meanwhile, and a removed key needs no copy. If the job

@@ -15,7 +15,7 @@ from ..context import next_id
 from ..database import QueryShape, StoreState
 from ..database.write_state import WRITES
 from ..entities import Collection, Document, Entity, Index, Query, Where
-from ..jobs import Lease
+from ..jobs import JobLease
 from ..storage.port import (
     MAX_BATCH_BYTES,
     MAX_OPERATIONS,
@@ -98,7 +98,7 @@ class MigrationPart(Entity, collection="migration_parts", scope="global", journa
 
 MIGRATIONS, PARTS, STORE_STATE = (c.__collection__ for c in (Migration, MigrationPart, StoreState))
 OWN = (MIGRATIONS, PARTS, STORE_STATE)
-NOT_MOVED = frozenset(c.name for c in (*OWN, Lease.__collection__, QueryShape.__collection__))
+NOT_MOVED = frozenset(c.name for c in (*OWN, JobLease.__collection__, QueryShape.__collection__))
 """What a store says of itself stays where it is: its nodes' leases, whose positions mean its own journal, and which
 queries it was asked."""
 

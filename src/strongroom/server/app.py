@@ -238,10 +238,9 @@ def build(
     )
     _handle_errors(api)
     api.state.services, api.state.room = services, room
-    for module in (health, stats, usage, reservations, leaks, quotas, keys, keys_bulk, audit):
+    for module in (health, stats, usage, reservations, leaks, quotas, keys, keys_bulk, audit, webhooks):
         api.include_router(module.routes)
-    for module in (webhooks, entities):
-        api.include_router(module.router(services))
+    api.include_router(entities.router(services))
     openapi.serve(api)
     return Application(services, api)
 

@@ -2,17 +2,9 @@
 
 from .deliveries import Deliveries
 from .delivery_attempt import Delivery
-from .endpoints import (
-    DEFAULT_OVERLAP_S,
-    MAX_OVERLAP_S,
-    IssuedWebhook,
-    NewWebhook,
-    Webhook,
-    WebhookChanges,
-    WebhookFields,
-    Webhooks,
-)
-from .http_sender import Sender
+from .endpoints import DEFAULT_OVERLAP_S, MAX_OVERLAP_S, Webhooks
+from .http_sender import HttpSender
+from .model import IssuedWebhook, NewWebhook, Webhook, WebhookChanges, WebhookFields
 from .signatures import InvalidSignature, verify_signature
 
 __all__ = [
@@ -20,10 +12,10 @@ __all__ = [
     "MAX_OVERLAP_S",
     "Deliveries",
     "Delivery",
+    "HttpSender",
     "InvalidSignature",
     "IssuedWebhook",
     "NewWebhook",
-    "Sender",
     "Webhook",
     "WebhookChanges",
     "WebhookFields",

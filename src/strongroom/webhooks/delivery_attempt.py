@@ -1,6 +1,6 @@
-"""One attempt to deliver an event to an endpoint: sent once, signed; what came of it is kept, and judged.
+"""One attempt to deliver an event to an endpoint: send it signed, store the result, disable an endpoint that fails.
 
-The result is written under the version of the claim, so it is refused once someone else has claimed the delivery.
+The result is written under the version of the claim, so the store refuses it once another node claimed the delivery.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from ..entities import Entity, Index
 from ..errors import Conflict, NotFound, StrongroomError
 from ..events import TEST, Event
 from ..storage.port import Check, Operation, Patch
-from .endpoints import Webhook, Webhooks
-from .http_sender import GONE, Answer, Sender
+from .http_sender import GONE, HttpSender, SendResult
+from .model import Webhook
+from .secrets import WebhookSecrets
 from .signatures import sign
 
 NAME = "webhook_deliveries"
@@ -32,9 +33,9 @@ MAX_BACKOFF_S = 21_600.0
 """The waits between attempts: 5 s, 20 s, 80 s, 5 min, 21 min, 85 min, 5.7 h, then 6 h each; 25.6 h in all."""
 JITTER = 0.1
 DISABLE_AFTER = timedelta(days=5)
-"""An endpoint none of whose attempts succeeded for so long is disabled."""
+"""An endpoint whose attempts all failed for this long is disabled."""
 CLAIM_MARGIN_S = 20.0
-"""A claim is longer than an attempt by so much, for the commits before and after it."""
+"""A claim outlasts the longest attempt by this, for the commits before and after it."""
 MAX_ERROR_CHARS = 300
 State = Literal["pending", "delivered", "dead"]
 _log = logging.getLogger(__name__)
@@ -48,9 +49,9 @@ class Delivery(
     ttl="expires_at",
     indexes=[Index("due_at"), Index("webhook_id", "-created_at"), Index("webhook_id", "state", "-created_at")],
 ):
-    """One event on its way to one endpoint. `due_at`: when it is attempted next, or, during an attempt, when that
-    attempt is given up for lost; None once it is `delivered` or `dead`. `attempts` counts those since it was made or
-    redriven."""
+    """The delivery of one event to one endpoint. `due_at`: when it is attempted next, or, during an attempt, when the
+    claim of that attempt lapses; None once it is `delivered` or `dead`. `attempts` counts attempts since the creation
+    or the last redrive."""
 
     webhook_id: str
     tenant: str
@@ -68,15 +69,15 @@ class Delivery(
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """How often what is due is looked for, and how long a claim holds beyond an attempt. Tests shorten them."""
+    """How often the outbox is polled, and how long claims and backoffs last. Tests shorten these times."""
 
     poll_s: float = 5.0
     first_look_s: float = 5.0
-    """A process that lives shorter takes up only what it committed itself."""
+    """A process that ends before this delivers only the events that it committed itself."""
     claim_margin_s: float = CLAIM_MARGIN_S
     backoff_s: float = FIRST_BACKOFF_S
     count_every_s: float = 15.0
-    """What waits is counted so often, for the metrics."""
+    """How often waiting deliveries are counted, for the metrics."""
     disable_after: timedelta = DISABLE_AFTER
 
 
@@ -84,80 +85,86 @@ DEFAULT_TIMING = Timing()
 
 
 def backoff_s(attempts: int, first_s: float = FIRST_BACKOFF_S) -> float:
-    """How long to wait after so many attempts, without jitter."""
+    """The wait after this many attempts, without jitter."""
     return min(MAX_BACKOFF_S, first_s * BACKOFF_FACTOR ** (attempts - 1))
 
 
-class Attempts:
-    """What one node attempts at the endpoints of a store."""
+class DeliveryAttempts:
+    """The attempts of one node."""
 
     def __init__(
-        self, database: Database, clock: Clock, webhooks: Webhooks, sender: Sender, timing: Timing = DEFAULT_TIMING
+        self,
+        database: Database,
+        clock: Clock,
+        secrets: WebhookSecrets,
+        sender: HttpSender,
+        timing: Timing = DEFAULT_TIMING,
     ) -> None:
         self._database = database
         self._clock = clock
-        self._webhooks = webhooks
+        self._secrets = secrets
         self._sender = sender
         self.timing = timing
         self.counts: Counter[str] = Counter({"delivered": 0, "failed": 0, "dead": 0})
-        """Attempts of this process by what came of them; `failed` ones are made again, `dead` letters are not."""
+        """Attempts of this process by result. `failed` attempts are retried, `dead` letters are not."""
 
-    async def make(self, delivery: Delivery) -> None:
-        """Send once, and keep what came of it."""
+    async def run(self, delivery: Delivery) -> None:
+        """Send a claimed delivery once, and store the result."""
         try:
             webhook = await self._database.get_or_none(system_context(), Webhook, delivery.webhook_id, fresh=True)
-            cause = await self._database.get_or_none(system_context(), Event, delivery.event_id, fresh=True)
-            if webhook is None or cause is None or not (webhook.enabled or cause.type == TEST):
-                gone = "the event is not kept any more" if cause is None else "the webhook is disabled"
-                await self.keep(delivery, None, Answer(None, "the webhook was removed" if webhook is None else gone))
+            event = await self._database.get_or_none(system_context(), Event, delivery.event_id, fresh=True)
+            if webhook is None or event is None or not (webhook.enabled or event.type == TEST):
+                error = "the event is not kept any more" if event is None else "the webhook is disabled"
+                error = "the webhook was removed" if webhook is None else error
+                await self.record(delivery, None, SendResult(None, error))
                 return
-            await self.keep(delivery, webhook, await self._send(webhook, cause))
-        except StrongroomError as error:
-            # The store is away. The claim lapses, and the attempt is made again.
-            _log.warning("the attempt at %s could not be kept: %s", delivery.id, error)
+            await self.record(delivery, webhook, await self._send(webhook, event))
+        except StrongroomError as failure:
+            # The store is unavailable. The claim lapses, and another attempt follows.
+            _log.warning("the result of the attempt at %s could not be stored: %s", delivery.id, failure)
 
-    async def _send(self, webhook: Webhook, cause: Event) -> Answer:
-        body = cause.body.encode()
+    async def _send(self, webhook: Webhook, event: Event) -> SendResult:
+        body = event.body.encode()
         try:
-            keys = self._webhooks.keys_of(webhook)
+            keys = self._secrets.signing(webhook)
         except StrongroomError as error:
-            return Answer(None, error.message)
+            return SendResult(None, error.message)
         headers = {
-            **sign(keys, cause.id, self._clock.now_us() // 1_000_000, body),
+            **sign(keys, event.id, self._clock.now_us() // 1_000_000, body),
             "content-type": "application/json",
             "user-agent": "Strongroom-Webhooks/1",
         }
         return await self._sender.send(webhook.url, headers, body, allow_private=webhook.allow_private)
 
-    async def keep(self, delivery: Delivery, webhook: Webhook | None, answer: Answer) -> None:
-        """Write what came of an attempt: delivered, to be tried again, or dead."""
+    async def record(self, delivery: Delivery, webhook: Webhook | None, result: SendResult) -> None:
+        """Store the result of an attempt: the delivery is now delivered, to be retried, or dead."""
         now = utc_from_us(self._clock.now_us())
         attempts = delivery.attempts + 1
-        error = None if answer.accepted else _why(answer)[:MAX_ERROR_CHARS]
-        last = webhook is None or attempts >= MAX_ATTEMPTS or delivery.event_type == TEST or answer.status == GONE
-        state: State = "delivered" if answer.accepted else "dead" if last else "pending"
+        error = None if result.accepted else _error_of(result)[:MAX_ERROR_CHARS]
+        last = webhook is None or attempts >= MAX_ATTEMPTS or delivery.event_type == TEST or result.status == GONE
+        state: State = "delivered" if result.accepted else "dead" if last else "pending"
         saved = await self.save(
             delivery,
             state=state,
             attempts=attempts,
-            due_at=now + timedelta(seconds=self._wait_s(attempts, answer)) if state == "pending" else None,
+            due_at=now + timedelta(seconds=self._wait_s(attempts, result)) if state == "pending" else None,
             last_attempt_at=now,
-            last_status=answer.status,
+            last_status=result.status,
             last_error=error,
-            delivered_at=now if answer.accepted else None,
+            delivered_at=now if result.accepted else None,
         )
         if not saved:
-            return  # the attempt took longer than its claim, and another node has made one of its own
+            return  # the claim lapsed during the attempt, and another node claimed the delivery
         self.counts["failed" if state == "pending" else state] += 1
         if webhook is not None:
-            await self._judge(webhook, delivery, answer, now)
+            await self._update_health(webhook, delivery, result, now)
 
-    def _wait_s(self, attempts: int, answer: Answer) -> float:
+    def _wait_s(self, attempts: int, result: SendResult) -> float:
         wait_s = backoff_s(attempts, self.timing.backoff_s) * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311
-        return min(MAX_BACKOFF_S, max(wait_s, answer.retry_after_s or 0.0))
+        return min(MAX_BACKOFF_S, max(wait_s, result.retry_after_s or 0.0))
 
     async def save(self, delivery: Delivery, *, guard: Check | None = None, **fields: object) -> bool:
-        """Write fields under the version that was claimed; False if another node has claimed it since."""
+        """Write fields under the version of the claim; False if another node claimed the delivery since."""
         operations: list[Operation] = [] if guard is None else [guard]
         operations.append(Patch(NAME, delivery.id, dict(fields), delivery.version))
         try:
@@ -169,24 +176,24 @@ class Attempts:
 
     # --- Endpoints that fail ----------------------------------------------------------------------------------
 
-    async def _judge(self, webhook: Webhook, delivery: Delivery, answer: Answer, now: datetime) -> None:
-        """Remember since when an endpoint fails, and disable one that has failed for too long or says it is gone."""
-        if answer.accepted:
+    async def _update_health(self, webhook: Webhook, delivery: Delivery, result: SendResult, now: datetime) -> None:
+        """Store since when an endpoint fails. Disable it if it failed for `disable_after`, or answered 410 Gone."""
+        if result.accepted:
             if webhook.failing_since is not None:
-                await self._mark(webhook, None)
-        elif answer.status == GONE and delivery.event_type != TEST:
+                await self._set_failing_since(webhook, None)
+        elif result.status == GONE and delivery.event_type != TEST:
             await self._disable(webhook, "it answered 410: gone")
         elif webhook.failing_since is None:
-            await self._mark(webhook, now)
+            await self._set_failing_since(webhook, now)
         elif now - webhook.failing_since >= self.timing.disable_after:
             await self._disable(webhook, f"every attempt failed since {webhook.failing_since.isoformat()}")
 
-    async def _mark(self, webhook: Webhook, failing_since: datetime | None) -> None:
+    async def _set_failing_since(self, webhook: Webhook, failing_since: datetime | None) -> None:
         patch = Patch(Webhook.__collection__.name, webhook.id, {"failing_since": failing_since}, webhook.version)
         try:
             await self._database.commit_counters([patch], self._clock.now_us())
         except (Conflict, NotFound):
-            return  # it was changed or removed meanwhile: the next attempt says it again
+            return  # the endpoint was changed or removed meanwhile: the next attempt decides again
 
     async def _disable(self, webhook: Webhook, reason: str) -> None:
         tenant = None if webhook.tenant == ALL_TENANTS else webhook.tenant
@@ -195,16 +202,16 @@ class Attempts:
         try:
             await self._database.update(context, Webhook, webhook.id, fields, expected=webhook.version)
         except (Conflict, NotFound):
-            return  # it was changed meanwhile, perhaps so that it works: the next attempt says
+            return  # the endpoint was changed meanwhile and may work now: the next attempt decides again
         _log.warning("the webhook %s was disabled: %s", webhook.id, reason)
 
 
-def _why(answer: Answer) -> str:
-    if answer.error is not None:
-        return answer.error.replace("\x00", "")
-    if answer.status is not None and 300 <= answer.status < 400:
-        return f"answered {answer.status}: redirects are not followed"
-    return f"answered {answer.status}"
+def _error_of(result: SendResult) -> str:
+    if result.error is not None:
+        return result.error.replace("\x00", "")
+    if result.status is not None and 300 <= result.status < 400:
+        return f"answered {result.status}: redirects are not followed"
+    return f"answered {result.status}"
 
 
-__all__ = ["Attempts", "Delivery", "State", "Timing", "backoff_s"]
+__all__ = ["Delivery", "DeliveryAttempts", "State", "Timing", "backoff_s"]

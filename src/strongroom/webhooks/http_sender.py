@@ -1,8 +1,8 @@
-"""Sends one webhook over HTTP: to a checked address, within a time, reading little of the answer.
+"""Sends one webhook over HTTP: to a checked address, within a timeout, with a bound on the response that is read.
 
-No proxy, no redirect, no cookie, no connection kept: each attempt resolves the name, checks every address and connects
-to one of those, while TLS and the Host header keep the name. So the name cannot lead elsewhere between the check and
-the connection, and a certificate is checked against the name as ever.
+The sender uses no proxy, follows no redirect, and keeps no cookie and no connection. Each attempt resolves the name,
+checks every address and connects to a checked address; TLS and the Host header still name the host. So the name cannot
+resolve to another address between check and connection (DNS rebinding), and the certificate is verified as usual.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 CONNECT_TIMEOUT_S = 5.0
 TOTAL_TIMEOUT_S = 10.0
-MAX_ANSWER_BYTES = 65_536
+MAX_RESPONSE_BYTES = 65_536
 MAX_TRIED_ADDRESSES = 4
 MAX_ERROR_CHARS = 300
 GONE = 410
@@ -34,9 +34,9 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """What came of an attempt: the status if there was one, and otherwise why there was none. `retry_after_s`: how long
-    the receiver asked to be left alone."""
+class SendResult:
+    """The result of one attempt: the HTTP status, or the `error` that prevented one. `retry_after_s`: the seconds of
+    the receiver's Retry-After header."""
 
     status: int | None
     error: str | None = None
@@ -47,10 +47,10 @@ class Answer:
         return self.status is not None and 200 <= self.status < 300
 
 
-class Sender:
-    """Sends webhooks. Opened lazily, because httpx is; `close` after use.
+class HttpSender:
+    """Sends webhooks. It opens at the first use, because httpx is an optional dependency; `close` it after use.
 
-    `resolver`: how names are resolved. `tls`: whom to trust (by default what httpx does, SSL_CERT_FILE included).
+    `resolver` resolves host names. `tls` names the trusted authorities (default: httpx's own, and SSL_CERT_FILE).
     """
 
     def __init__(
@@ -70,12 +70,12 @@ class Sender:
 
     @property
     def total_timeout_s(self) -> float:
-        """The longest that an attempt takes."""
+        """The maximum duration of one attempt."""
         return self._total_timeout_s
 
     async def check(self, url: str, *, allow_private: bool) -> None:
-        """Whether a URL may be sent to, as far as can be told now: a name that cannot be resolved at the moment may,
-        since each attempt looks again. Raises InvalidInput, which names the field `url`."""
+        """Check that webhooks may be sent to a URL. A name that does not resolve now passes, because every attempt
+        checks again. Raises InvalidInput, which names the field `url`."""
         target = parse_url(url, allow_private=allow_private)
         try:
             async with asyncio.timeout(self._connect_timeout_s):
@@ -85,8 +85,8 @@ class Sender:
         except (OSError, UnicodeError) as error:  # TimeoutError is an OSError
             _log.info("the webhook's host %s cannot be resolved at the moment: %s", target.host, error)
 
-    async def send(self, url: str, headers: Mapping[str, str], body: bytes, *, allow_private: bool) -> Answer:
-        """One attempt; whatever the receiver and the network do is an answer. Raises ConfigError without httpx."""
+    async def send(self, url: str, headers: Mapping[str, str], body: bytes, *, allow_private: bool) -> SendResult:
+        """Send once. Failures of the receiver and the network become a result. Raises ConfigError without httpx."""
         transport = await self._opened()
         try:
             async with asyncio.timeout(self._total_timeout_s):
@@ -94,11 +94,11 @@ class Sender:
                 found = await addresses_of(target, allow_private=allow_private, resolver=self._resolver)
                 return await self._to_any(transport, target, found[:MAX_TRIED_ADDRESSES], headers, body)
         except TimeoutError:
-            return Answer(None, f"no answer within {self._total_timeout_s:g} s")
+            return SendResult(None, f"no answer within {self._total_timeout_s:g} s")
         except (Refused, InvalidInput) as refused:
-            return Answer(None, str(refused)[:MAX_ERROR_CHARS])
+            return SendResult(None, str(refused)[:MAX_ERROR_CHARS])
         except (OSError, UnicodeError) as error:
-            return Answer(None, f"the host cannot be resolved: {error}"[:MAX_ERROR_CHARS])
+            return SendResult(None, f"the host cannot be resolved: {error}"[:MAX_ERROR_CHARS])
 
     async def close(self) -> None:
         if self._transport is not None:
@@ -108,7 +108,7 @@ class Sender:
     async def _opened(self) -> httpx.AsyncHTTPTransport:
         async with self._opening:
             if self._transport is None:
-                # To import it and to read the certificates takes a tenth of a second.
+                # The import and the certificates take a tenth of a second: off the loop.
                 self._transport = await asyncio.to_thread(_transport, self._tls)
             return self._transport
 
@@ -119,21 +119,21 @@ class Sender:
         addresses: list[str],
         headers: Mapping[str, str],
         body: bytes,
-    ) -> Answer:
-        """Try the addresses in turn until one can be connected to."""
+    ) -> SendResult:
+        """Try the addresses in turn until a connection succeeds."""
         import httpx
 
-        answer = Answer(None, "no address")
+        result = SendResult(None, "no address")
         for address in addresses:
             try:
                 return await self._to(transport, target, address, headers, body)
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-                answer = Answer(None, f"cannot connect: {_said(error)}")
+                result = SendResult(None, f"cannot connect: {_message(error)}")
             except httpx.HTTPError as error:
-                return Answer(None, f"no whole answer: {_said(error)}")
+                return SendResult(None, f"no whole answer: {_message(error)}")
             except httpx.InvalidURL as error:
-                return Answer(None, f"is not a URL: {_said(error)}")
-        return answer
+                return SendResult(None, f"is not a URL: {_message(error)}")
+        return result
 
     async def _to(
         self,
@@ -142,7 +142,7 @@ class Sender:
         address: str,
         headers: Mapping[str, str],
         body: bytes,
-    ) -> Answer:
+    ) -> SendResult:
         import httpx
 
         url = httpx.URL(scheme=target.scheme, host=address, port=target.port, raw_path=target.path.encode())
@@ -152,44 +152,44 @@ class Sender:
         request = httpx.Request("POST", url, headers={**named, **headers}, content=body, extensions=extensions)
         response = await transport.handle_async_request(request)
         try:
-            # What it says does not matter, and is neither kept nor shown; but a receiver may be confused by a
-            # connection that is closed before it has said it.
+            # The body is neither stored nor shown. It is read because some receivers fail when the connection closes
+            # before they have sent it.
             size = 0
             async for chunk in response.aiter_raw():
                 size += len(chunk)
-                if size >= MAX_ANSWER_BYTES:
+                if size >= MAX_RESPONSE_BYTES:
                     break
-            return Answer(response.status_code, None, _retry_after_s(response.headers.get("retry-after")))
+            return SendResult(response.status_code, None, _retry_after_s(response.headers.get("retry-after")))
         finally:
             await response.aclose()
 
 
 def _transport(tls: ssl.SSLContext | None) -> httpx.AsyncHTTPTransport:
-    """httpx without its client: no redirects, no cookies, no proxy of the environment, and no log of URLs, which may be
-    secrets."""
+    """httpx's transport without its client: no redirects, no cookies, no proxy from the environment, no log of URLs
+    (a URL may contain a secret)."""
     require_httpx()
     import httpx
 
     return httpx.AsyncHTTPTransport(
         verify=tls if tls is not None else httpx.create_ssl_context(),
-        # A kept connection is found by its address, and would be one to another name there.
+        # httpx finds a kept connection by its address, so it could serve another host name.
         limits=httpx.Limits(max_keepalive_connections=0),
         trust_env=False,
     )
 
 
 def require_httpx() -> None:
-    """Raises ConfigError, which says how to get it, if httpx is not installed. It is only looked for, not imported."""
+    """Raise ConfigError, with the command that installs httpx, if it is missing. Does not import it."""
     if importlib.util.find_spec("httpx") is None:
         raise ConfigError("webhooks are delivered with httpx: pip install 'strongroom[client]'")
 
 
-def _said(error: Exception) -> str:
+def _message(error: Exception) -> str:
     return (str(error) or type(error).__name__)[:MAX_ERROR_CHARS]
 
 
 def _retry_after_s(value: str | None) -> float | None:
-    """The header Retry-After, in seconds from now, whichever of its two forms it has; None for what is neither."""
+    """The Retry-After header in seconds from now, from either of its two forms (RFC 9110); None if it has neither."""
     if value is None:
         return None
     try:

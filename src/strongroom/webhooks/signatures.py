@@ -1,8 +1,8 @@
-"""Signatures of webhooks, as the Standard Webhooks specification (1.0) has them: made, and verified by receivers. Pure.
+"""Signatures of webhooks after the Standard Webhooks specification (1.0): created here, verified by receivers. Pure.
 
-Three headers go with a body: `webhook-id` (one for an event, the same in every repeat), `webhook-timestamp` (seconds
-since the epoch, when this attempt was made) and `webhook-signature`: one or more of `v1,` and the base64 of
-HMAC-SHA-256 over `id.timestamp.body`, with a space between them while a secret is being rotated.
+A request has three headers. `webhook-id` identifies the event and is the same in every retry. `webhook-timestamp` is
+the time of the attempt in seconds since the epoch. `webhook-signature` is `v1,` and the base64 of HMAC-SHA-256 over
+`id.timestamp.body`; during a rotation it has one signature for each secret, separated by spaces.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from collections.abc import Mapping, Sequence
 
 from ..errors import StrongroomError
 
-SECRET_PREFIX = "whsec_"  # noqa: S105 - what secrets begin with
+SECRET_PREFIX = "whsec_"  # noqa: S105 - the public prefix of every secret
 SECRET_BYTES = 32
 MIN_SECRET_BYTES, MAX_SECRET_BYTES = 24, 64
 TOLERANCE_S = 300
 MAX_SIGNATURES = 32
-"""Of the signatures in one header, so many are looked at."""
+"""Signatures of one header that are compared; further ones are ignored."""
 ID, TIMESTAMP, SIGNATURE = "webhook-id", "webhook-timestamp", "webhook-signature"
 _VERSION = "v1,"
 
@@ -42,7 +42,7 @@ def secret_text(key: bytes) -> str:
 
 
 def secret_bytes(text: str) -> bytes:
-    """The key in a secret's text. ValueError, which does not show it, if it is none."""
+    """The bytes of a secret. Raises ValueError, which does not contain the secret, if the text is not a secret."""
     try:
         key = base64.b64decode(text.removeprefix(SECRET_PREFIX), validate=True)
     except (binascii.Error, ValueError):
@@ -55,7 +55,7 @@ def secret_bytes(text: str) -> bytes:
 
 
 def sign(keys: Sequence[bytes], id: str, timestamp: int, body: bytes) -> dict[str, str]:
-    """The three headers of one attempt; a signature for each key, the current one's first."""
+    """The three headers of one attempt, with a signature by each key; the current key comes first."""
     content = f"{id}.{timestamp}.".encode() + body
     signatures = " ".join(_VERSION + _mac(key, content) for key in keys)
     return {ID: id, TIMESTAMP: str(timestamp), SIGNATURE: signatures}
@@ -69,12 +69,12 @@ def verify_signature(
     tolerance_s: int = TOLERANCE_S,
     now_s: float | None = None,
 ) -> str:
-    """For receivers: whether a webhook was sent by who has the secret, and lately. Returns its id.
+    """For receivers: verify that a webhook was signed with the secret, and recently. Returns the webhook's id.
 
-    `body` is the request's body as it arrived, not parsed. `secret`: the endpoint's, or several of which any will do.
-    `tolerance_s`: how far the time in the headers may be from now, which keeps an old request from being repeated; a
-    repeat within it has the same id, so a receiver that must act once remembers ids. Raises InvalidSignature;
-    ValueError if the secret itself is none.
+    `body`: the request's body as it arrived, not parsed. `secret`: the endpoint's secret, or several, of which one must
+    match. `tolerance_s`: the maximum difference between `webhook-timestamp` and now; it rejects old requests that are
+    replayed. A retry has the same id, so a receiver that must act once remembers ids. Raises InvalidSignature, and
+    ValueError if `secret` is not a webhook secret.
     """
     texts = [secret] if isinstance(secret, str) else list(secret)
     keys = [secret_bytes(text) for text in texts]
@@ -93,7 +93,7 @@ def verify_signature(
     content = f"{named[ID]}.{timestamp}.".encode("utf-8", "surrogatepass") + raw
     given = [text.removeprefix(_VERSION) for text in named[SIGNATURE].split()[:MAX_SIGNATURES] if text[:3] == _VERSION]
     expected = [_mac(key, content) for key in keys]
-    # Every pair is compared, each in constant time.
+    # Compare every pair, each in constant time, so that the time tells nothing of the secret.
     matches = [
         hmac.compare_digest(one.encode("utf-8", "replace"), other.encode()) for one in given for other in expected
     ]

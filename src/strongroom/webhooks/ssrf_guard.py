@@ -1,8 +1,8 @@
-"""Which addresses a webhook may be sent to: what its URL may say, and which addresses its name may lead to.
+"""The guard against server-side request forgery: which URLs and which addresses a webhook may be sent to.
 
-A URL that a tenant chose is fetched from inside the operator's network, so it must not reach what only that network
-does (server-side request forgery). A name says nothing of where it leads, and may lead elsewhere a moment later: so it
-is resolved here, every address is checked, and the connection is made to a checked address (`http_sender.py`).
+The server sends a request to a URL that a tenant chose, from inside the operator's network. That request must not reach
+services that only this network reaches. A host name can resolve to another address at any moment. So the guard
+resolves the name, checks every address, and the HTTP sender connects to a checked address.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from ..errors import InvalidInput, Problem
 MAX_URL_CHARS = 2_048
 MAX_HOST_CHARS = 253
 MAX_ADDRESSES = 16
-"""Of the addresses of one name, so many are looked at, and all of these must be allowed."""
+"""Addresses of one name that are checked and used; every checked address must be allowed."""
 FIRST_FREE_PORT = 1_024
-"""Below it, only 443: a webhook must not speak to mail servers and their like."""
+"""Lower ports are refused, except 443: a webhook must not reach mail servers and other system services."""
 Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
-"""Host and port to addresses as text. Raises OSError if there are none."""
+"""From host and port to addresses as text. Raises OSError if there are none."""
 
 _LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
 _NUMBER = re.compile(r"[0-9]+|0[xX][0-9A-Fa-f]*")
@@ -45,31 +45,31 @@ _BLOCKED_V6 = tuple(
     )
 )
 _BLOCKED_V4 = tuple(map(IPv4Network, ("192.0.0.0/24", "192.88.99.0/24")))
-"""What `ipaddress` calls global and is not for the likes of us: protocol assignments, relays of 6to4."""
+"""Networks that `ipaddress` calls global but that are no public hosts: protocol assignments, relays of 6to4."""
 _NEVER_V4 = tuple(
     map(
         IPv4Network,
         (
             "0.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "255.255.255.255/32",
-            # Where clouds keep a machine's credentials beside link-local: Alibaba, Azure, Oracle.
+            # Metadata services outside link-local: Alibaba, Azure, Oracle.
             "100.100.100.200/32", "168.63.129.16/32", "192.0.0.192/32",
         ),
     )
 )  # fmt: skip
 _NEVER_V6 = tuple(
-    # The last two: the metadata of Amazon, Google.
+    # The last two are the metadata services of Amazon and Google.
     map(IPv6Network, ("::/128", "fe80::/10", "ff00::/8", "fd00:ec2::/32", "fd20:ce::/32"))
 )
 
 
 class Refused(Exception):
-    """The address may not be reached. Never leaves the library: it becomes a problem, or a failed attempt."""
+    """The address is not allowed. Callers turn it into a Problem, or into a failed attempt."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A URL that may be sent to, taken apart. `host` is lower case and without brackets, `path` begins with `/` and
-    includes the query."""
+    """The parts of an allowed URL. `host` is lower case without brackets; `path` begins with `/` and includes the
+    query."""
 
     scheme: str
     host: str
@@ -87,9 +87,9 @@ class Target:
 
 
 def parse_url(url: str, *, allow_private: bool = False) -> Target:
-    """Take a webhook's URL apart; no name is resolved. Raises InvalidInput, which names the field `url`.
+    """Parse a webhook's URL without resolving its name. Raises InvalidInput, which names the field `url`.
 
-    `allow_private`: http and every port will do as well, and private addresses.
+    `allow_private` allows http, every port, and private addresses.
     """
     problem = url_problem(url, allow_private=allow_private)
     if problem is not None:
@@ -101,7 +101,7 @@ def parse_url(url: str, *, allow_private: bool = False) -> Target:
 
 
 def url_problem(url: str, *, allow_private: bool) -> str | None:
-    """What `parse_url` would say of a URL; None if nothing."""
+    """The problem for which `parse_url` refuses a URL; None if it accepts the URL."""
     if not 1 <= len(url) <= MAX_URL_CHARS:
         return f"found {len(url)} characters, expected 1 to {MAX_URL_CHARS}"
     if not url.isascii() or any(c <= " " or c in '\\"<>^`{|}\x7f' for c in url):
@@ -131,7 +131,7 @@ def _host_problem(netloc: str, host: str, allow_private: bool) -> str | None:
     if netloc.startswith("["):
         return _literal_problem(host, allow_private)
     labels = host.split(".")
-    # What ends in a number is an address to some resolvers and a name to others: 2130706433, 0x7f.1, 0177.0.0.1.
+    # Some resolvers read a host whose last label is a number as an address: 2130706433, 0x7f.1, 0177.0.0.1.
     if _NUMBER.fullmatch(labels[-1]):
         return _literal_problem(host, allow_private)
     if not all(_LABEL.fullmatch(label) for label in labels):
@@ -155,10 +155,10 @@ def _literal_problem(host: str, allow_private: bool) -> str | None:
 
 
 def address_problem(address: IPv4Address | IPv6Address, allow_private: bool = False) -> str | None:
-    """Why an address may not be reached; None if it may.
+    """Why an address is refused; None if it is allowed.
 
-    With `allow_private` loopback and private addresses may; never may those where clouds keep a machine's credentials
-    (link-local and others), multicast and the unspecified address, in whatever form of IPv6 they are written.
+    `allow_private` allows loopback and private addresses. Always refused, in every IPv6 form: the addresses of cloud
+    metadata services (link-local and others), multicast and the unspecified address.
     """
     inner = _inner(address)
     hidden = _embedded(address) if isinstance(address, IPv6Address) else ()
@@ -166,7 +166,7 @@ def address_problem(address: IPv4Address | IPv6Address, allow_private: bool = Fa
         forbidden = _is_in(inner, _NEVER_V4) or not (allow_private or _is_public_v4(inner))
     else:
         forbidden = _is_in(inner, _NEVER_V6) or not (allow_private or _is_public_v6(inner))
-    # No tunnel leads to 0.0.0.0/8, and ::1 is no form of 0.0.0.1.
+    # No tunnel leads to 0.0.0.0/8, and ::1 is not a form of 0.0.0.1.
     if not forbidden and not any(_is_in(one, _NEVER_V4[1:]) for one in hidden):
         return None
     expected = "one that is not link-local or multicast" if allow_private else "a public address"
@@ -174,14 +174,14 @@ def address_problem(address: IPv4Address | IPv6Address, allow_private: bool = Fa
 
 
 def _inner(address: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
-    """The IPv4 address that a mapped or translated (NAT64) IPv6 address stands for."""
+    """The IPv4 address inside a mapped or translated (NAT64) IPv6 address; any other address itself."""
     if isinstance(address, IPv6Address) and (address in _MAPPED or address in _NAT64):
         return IPv4Address(int(address) & 0xFFFF_FFFF)
     return address
 
 
 def _embedded(address: IPv6Address) -> tuple[IPv4Address, ...]:
-    """Every IPv4 address that a router, a tunnel or a translator may take an IPv6 address for."""
+    """Every IPv4 address to which a router, a tunnel or a translator may forward an IPv6 address."""
     bits = int(address)
     low = bits & 0xFFFF_FFFF
     found = []
@@ -191,9 +191,9 @@ def _embedded(address: IPv6Address) -> tuple[IPv4Address, ...]:
         found.append(low)
     if address in _TO4:
         found.append((bits >> 80) & 0xFFFF_FFFF)
-    if address in _TEREDO:  # its server, and its client with all bits turned over
+    if address in _TEREDO:  # the address of the server, and that of the client with all bits inverted
         found += [(bits >> 64) & 0xFFFF_FFFF, low ^ 0xFFFF_FFFF]
-    if address in _LOCAL_NAT64:  # RFC 6052: behind 48, 56, 64 or 96 bits, around the eight bits that stay zero
+    if address in _LOCAL_NAT64:  # RFC 6052: after 48, 56, 64 or 96 bits, around the eight bits that are zero
         high, rest = bits >> 64, bits & 0xFFFF_FFFF_FFFF_FFFF
         found += [
             low,
@@ -217,16 +217,16 @@ def _is_public_v6(address: IPv6Address) -> bool:
 
 
 async def resolve(host: str, port: int) -> Sequence[str]:
-    """The addresses of a host, as the machine's resolver knows them. Raises OSError."""
+    """The addresses of a host, from the machine's resolver. Raises OSError."""
     loop = asyncio.get_running_loop()
     found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 
 
 async def addresses_of(target: Target, *, allow_private: bool, resolver: Resolver = resolve) -> list[str]:
-    """The addresses of a target, each of which may be reached.
+    """The addresses of a target, all of them allowed.
 
-    Raises Refused if any may not be, for then the name is not what it seems; OSError if there are none.
+    Raises Refused if one is not allowed, because such a name is an attack or misconfigured; OSError if there are none.
     """
     try:
         found: Sequence[str] = [str(ip_address(target.host))]

@@ -1,4 +1,4 @@
-"""Webhooks: endpoints made, shown, listed, changed, tested, their secrets rotated; deliveries listed and redriven."""
+"""The routes of webhooks: endpoints, the rotation of their secrets, test events, deliveries and their redrive."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from urllib.parse import quote
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, Field
 
-from ...context import Context
 from ...cooperative import in_slices
 from ...database import Replayed, RequestKey
 from ...entities import DEFAULT_LIMIT, MAX_LIMIT, parse
@@ -29,7 +28,7 @@ from ...webhooks import (
 from ..auth import Caller, Scope
 from ..once import nothing, once
 from ..openapi import about, body, may_be_unchanged, takes, tells
-from ..services import Services
+from ..services import services_of
 from ..shapes import Closed
 from ..wire import (
     Json,
@@ -40,15 +39,18 @@ from ..wire import (
     etag,
     not_modified,
     read,
+    room_of,
 )
 
 HIDDEN = frozenset({"secret", "previous_secret"})
-"""Fields of an endpoint that nobody is shown."""
+"""Fields of an endpoint that no answer contains."""
 F = TypeVar("F", bound=WebhookFields)
+PATH = "/v1/webhooks"
+routes = APIRouter(tags=["webhooks"])
 
 
 class WebhookOut(BaseModel):
-    """An endpoint. `failing_since` is set while every attempt fails; `disabled_reason` if it was disabled for that."""
+    """An endpoint. `failing_since` is set while every attempt fails; `disabled_reason` says why it was disabled."""
 
     id: str
     tenant: str
@@ -68,7 +70,7 @@ class WebhookOut(BaseModel):
 
 
 class IssuedWebhookOut(WebhookOut):
-    """An endpoint with its secret, which is shown this once."""
+    """An endpoint with its secret, which only this answer contains."""
 
     secret: str
 
@@ -85,7 +87,7 @@ class RotateSecretIn(Closed):
 
 
 class DeliveryOut(BaseModel):
-    """One event on its way to one endpoint. `due_at`: when it is attempted next."""
+    """The delivery of one event to one endpoint. `due_at`: when it is attempted next."""
 
     id: str
     webhook_id: str
@@ -122,172 +124,175 @@ class DeliveryListQuery(Closed):
     cursor: str | None = Field(None, description="The `next_cursor` of the page before.")
 
 
-def router(services: Services) -> APIRouter:
-    routes = APIRouter(tags=["webhooks"])
-    _endpoints(routes, services)
-    _deliveries(routes, services)
-    return routes
+@routes.post(
+    PATH,
+    status_code=201,
+    response_model=IssuedWebhookOut,
+    openapi_extra=about(body(NewWebhook), tells("ETag", "Location", status=201)),
+    summary="Make a webhook",
+)
+async def create_webhook(request: Request) -> Response:
+    """Only this answer contains the endpoint's secret. `tenant` defaults to the caller's tenant, else to `default`. An
+    endpoint of `*` receives the events of every tenant. Only an administrator who is bound to no tenant sets
+    `allow_private`, or the tenant `*`."""
+    caller = _writer(request)
+    new = await _parsed(request, NewWebhook, {"tenant": caller.tenant} if caller.tenant is not None else {})
+    context = context_of(request)
+
+    async def work(key: RequestKey | None) -> IssuedWebhook:
+        return await room_of(request).webhooks.create(new, context=context, idempotency_key=key)
+
+    return _issued(await once(request, context, work, _issued_before(request)), 201)
 
 
-def _endpoints(routes: APIRouter, services: Services) -> None:
-    webhooks = services.room.webhooks
-    path = "/v1/webhooks"
-
-    @routes.post(
-        path,
-        status_code=201,
-        response_model=IssuedWebhookOut,
-        openapi_extra=about(body(NewWebhook), tells("ETag", "Location", status=201)),
-        summary="Make a webhook",
-    )
-    async def create_webhook(request: Request) -> Response:
-        """The answer has the endpoint's secret, this once. `tenant` is `default` unless the caller is bound to one; `*`
-        hears of every tenant. Only an administrator who is bound to no tenant sets `allow_private`, or `*`."""
-        caller = _writer(request)
-        new = await _parsed(request, NewWebhook, {"tenant": caller.tenant} if caller.tenant is not None else {})
-        context = context_of(request)
-
-        async def work(key: RequestKey | None) -> IssuedWebhook:
-            return await webhooks.create(new, context=context, idempotency_key=key)
-
-        return _issued(await once(request, context, work, issued_before(context)), 201)
-
-    @routes.get(path, response_model=WebhookListOut, summary="List webhooks, newest first")
-    async def list_webhooks(request: Request, query: Annotated[WebhookListQuery, Query()]) -> Response:
-        caller_of(request).needs(Scope.READ)
-        page = await webhooks.list(**query.model_dump(), context=context_of(request))
-        return Json({"items": await in_slices(shown, page.items), "next_cursor": page.next_cursor})
-
-    @routes.get(path + "/{id}", response_model=WebhookOut, openapi_extra=may_be_unchanged(), summary="One webhook")
-    async def get_webhook(request: Request, id: str) -> Response:
-        caller_of(request).needs(Scope.READ)
-        webhook = await webhooks.get(id, context=context_of(request))
-        if not_modified(request, webhook.version):
-            return Response(status_code=304, headers={"etag": etag(webhook.version)})
-        return _answer(webhook)
-
-    @routes.patch(
-        path + "/{id}",
-        response_model=WebhookOut,
-        openapi_extra=about(body(WebhookChanges), takes("If-Match"), tells("ETag")),
-        summary="Change some fields of a webhook",
-    )
-    async def update_webhook(request: Request, id: str) -> Response:
-        """Fields that are not given stay. One that is enabled again begins without failures."""
-        _writer(request)
-        context = context_of(request)
-
-        async def work(key: RequestKey | None) -> Webhook:
-            changes = await _parsed(request, WebhookChanges)
-            with Preconditions(request) as preconditions:
-                expected = await preconditions.expected(_version(request, id))
-                return await webhooks.update(id, changes, context=context, expected=expected, idempotency_key=key)
-
-        async def again(replayed: Replayed) -> Webhook:
-            return await webhooks.answered_before(replayed, context=context)
-
-        return _answer(await once(request, context, work, again))
-
-    @routes.delete(
-        path + "/{id}",
-        status_code=204,
-        response_class=Response,
-        openapi_extra=takes("If-Match"),
-        summary="Remove a webhook",
-    )
-    async def delete_webhook(request: Request, id: str) -> Response:
-        """What was not delivered to it yet is not delivered any more."""
-        _writer(request)
-        context = context_of(request)
-
-        async def work(key: RequestKey | None) -> None:
-            with Preconditions(request) as preconditions:
-                expected = await preconditions.expected(_version(request, id))
-                await webhooks.delete(id, context=context, expected=expected, idempotency_key=key)
-
-        await once(request, context, work, nothing)
-        return Response(status_code=204)
-
-    @routes.post(
-        path + "/{id}/rotate-secret",
-        response_model=IssuedWebhookOut,
-        openapi_extra=about(body(RotateSecretIn, required=False), takes("If-Match"), tells("ETag")),
-        summary="New secret",
-    )
-    async def rotate_webhook_secret(request: Request, id: str) -> Response:
-        """The endpoint gets a new secret, shown this once. The one before signs beside it for `overlap_s` seconds."""
-        _writer(request)
-        context = context_of(request)
-
-        async def work(key: RequestKey | None) -> IssuedWebhook:
-            asked = await read(request, RotateSecretIn) if await request.body() else RotateSecretIn()
-            with Preconditions(request) as preconditions:
-                expected = await preconditions.expected(_version(request, id))
-                overlap_s = asked.overlap_s
-                return await webhooks.rotate_secret(
-                    id, overlap_s=overlap_s, context=context, expected=expected, idempotency_key=key
-                )
-
-        return _issued(await once(request, context, work, issued_before(context)), 200)
-
-    def issued_before(context: Context) -> Callable[[Replayed], Awaitable[IssuedWebhook]]:
-        return lambda replayed: webhooks.issued_before(replayed, context=context)
-
-    def _version(request: Request, id: str) -> Callable[[], Awaitable[int | None]]:
-        async def version() -> int | None:
-            try:
-                return (await webhooks.get(id, context=context_of(request))).version
-            except NotFound:
-                return None
-
-        return version
+@routes.get(PATH, response_model=WebhookListOut, summary="List webhooks, newest first")
+async def list_webhooks(request: Request, query: Annotated[WebhookListQuery, Query()]) -> Response:
+    caller_of(request).needs(Scope.READ)
+    page = await room_of(request).webhooks.list(**query.model_dump(), context=context_of(request))
+    return Json({"items": await in_slices(shown, page.items), "next_cursor": page.next_cursor})
 
 
-def _deliveries(routes: APIRouter, services: Services) -> None:
-    deliveries = services.room.deliveries
+@routes.get(PATH + "/{id}", response_model=WebhookOut, openapi_extra=may_be_unchanged(), summary="One webhook")
+async def get_webhook(request: Request, id: str) -> Response:
+    caller_of(request).needs(Scope.READ)
+    webhook = await room_of(request).webhooks.get(id, context=context_of(request))
+    if not_modified(request, webhook.version):
+        return Response(status_code=304, headers={"etag": etag(webhook.version)})
+    return _answer(webhook)
 
-    @routes.post("/v1/webhooks/{id}/test", response_model=DeliveryOut, summary="Send a webhook a test event")
-    async def test_webhook(request: Request, id: str) -> Response:
-        """One attempt, and what came of it: `delivered` or `dead`. A disabled endpoint can be tested too."""
-        _writer(request)
-        context = context_of(request)
 
-        async def work() -> Response:
-            return Json(seen(await deliveries.test(id, context=context)))
+@routes.patch(
+    PATH + "/{id}",
+    response_model=WebhookOut,
+    openapi_extra=about(body(WebhookChanges), takes("If-Match"), tells("ETag")),
+    summary="Change some fields of a webhook",
+)
+async def update_webhook(request: Request, id: str) -> Response:
+    """Other fields keep their value. To enable an endpoint clears its failures."""
+    _writer(request)
+    context = context_of(request)
 
-        return await services.answers.answered(request, context, work)
+    async def work(key: RequestKey | None) -> Webhook:
+        changes = await _parsed(request, WebhookChanges)
+        with Preconditions(request) as preconditions:
+            expected = await preconditions.expected(lambda: _version(request, id))
+            return await room_of(request).webhooks.update(
+                id, changes, context=context, expected=expected, idempotency_key=key
+            )
 
-    @routes.get("/v1/webhooks/{id}/deliveries", response_model=DeliveryListOut, summary="A webhook's deliveries")
-    async def list_deliveries(request: Request, id: str, query: Annotated[DeliveryListQuery, Query()]) -> Response:
-        """Newest first. They are kept for 30 days."""
-        caller_of(request).needs(Scope.READ)
-        page = await deliveries.list(id, **query.model_dump(), context=context_of(request))
-        return Json({"items": await in_slices(seen, page.items), "next_cursor": page.next_cursor})
+    async def again(replayed: Replayed) -> Webhook:
+        return await room_of(request).webhooks.answered_before(replayed, context=context)
 
-    @routes.get("/v1/deliveries/{id}", response_model=DeliveryOut, summary="One delivery")
-    async def get_delivery(request: Request, id: str) -> Response:
-        caller_of(request).needs(Scope.READ)
-        return Json(seen(await deliveries.get(id, context=context_of(request))))
+    return _answer(await once(request, context, work, again))
 
-    @routes.post("/v1/deliveries/{id}/redrive", response_model=DeliveryOut, summary="Send a delivery again")
-    async def redrive_delivery(request: Request, id: str) -> Response:
-        """From the beginning, under the same event id; one that waits for its next attempt is attempted now."""
-        _writer(request)
-        context = context_of(request)
 
-        async def work() -> Response:
-            return Json(seen(await deliveries.redrive(id, context=context)))
+@routes.delete(
+    PATH + "/{id}",
+    status_code=204,
+    response_class=Response,
+    openapi_extra=takes("If-Match"),
+    summary="Remove a webhook",
+)
+async def delete_webhook(request: Request, id: str) -> Response:
+    """Its pending deliveries are not sent any more."""
+    _writer(request)
+    context = context_of(request)
 
-        return await services.answers.answered(request, context, work)
+    async def work(key: RequestKey | None) -> None:
+        with Preconditions(request) as preconditions:
+            expected = await preconditions.expected(lambda: _version(request, id))
+            await room_of(request).webhooks.delete(id, context=context, expected=expected, idempotency_key=key)
+
+    await once(request, context, work, nothing)
+    return Response(status_code=204)
+
+
+@routes.post(
+    PATH + "/{id}/rotate-secret",
+    response_model=IssuedWebhookOut,
+    openapi_extra=about(body(RotateSecretIn, required=False), takes("If-Match"), tells("ETag")),
+    summary="New secret",
+)
+async def rotate_webhook_secret(request: Request, id: str) -> Response:
+    """Only this answer contains the new secret. The previous secret signs beside it for `overlap_s` seconds."""
+    _writer(request)
+    context = context_of(request)
+
+    async def work(key: RequestKey | None) -> IssuedWebhook:
+        asked = await read(request, RotateSecretIn) if await request.body() else RotateSecretIn()
+        with Preconditions(request) as preconditions:
+            expected = await preconditions.expected(lambda: _version(request, id))
+            overlap_s = asked.overlap_s
+            return await room_of(request).webhooks.rotate_secret(
+                id, overlap_s=overlap_s, context=context, expected=expected, idempotency_key=key
+            )
+
+    return _issued(await once(request, context, work, _issued_before(request)), 200)
+
+
+# --- Deliveries -----------------------------------------------------------------------------------------------
+
+
+@routes.post(PATH + "/{id}/test", response_model=DeliveryOut, summary="Send a webhook a test event")
+async def test_webhook(request: Request, id: str) -> Response:
+    """Makes one attempt and returns its result: `delivered` or `dead`. A disabled endpoint can be tested too."""
+    _writer(request)
+    context = context_of(request)
+
+    async def work() -> Response:
+        return Json(seen(await room_of(request).deliveries.test(id, context=context)))
+
+    return await services_of(request).answers.answered(request, context, work)
+
+
+@routes.get(PATH + "/{id}/deliveries", response_model=DeliveryListOut, summary="A webhook's deliveries")
+async def list_deliveries(request: Request, id: str, query: Annotated[DeliveryListQuery, Query()]) -> Response:
+    """Newest first. Deliveries are kept for 30 days."""
+    caller_of(request).needs(Scope.READ)
+    page = await room_of(request).deliveries.list(id, **query.model_dump(), context=context_of(request))
+    return Json({"items": await in_slices(seen, page.items), "next_cursor": page.next_cursor})
+
+
+@routes.get("/v1/deliveries/{id}", response_model=DeliveryOut, summary="One delivery")
+async def get_delivery(request: Request, id: str) -> Response:
+    caller_of(request).needs(Scope.READ)
+    return Json(seen(await room_of(request).deliveries.get(id, context=context_of(request))))
+
+
+@routes.post("/v1/deliveries/{id}/redrive", response_model=DeliveryOut, summary="Send a delivery again")
+async def redrive_delivery(request: Request, id: str) -> Response:
+    """Starts the delivery again with all its retries, under the same event id. A pending delivery is attempted now."""
+    _writer(request)
+    context = context_of(request)
+
+    async def work() -> Response:
+        return Json(seen(await room_of(request).deliveries.redrive(id, context=context)))
+
+    return await services_of(request).answers.answered(request, context, work)
+
+
+# --- Helpers --------------------------------------------------------------------------------------------------
+
+
+def _issued_before(request: Request) -> Callable[[Replayed], Awaitable[IssuedWebhook]]:
+    return lambda replayed: room_of(request).webhooks.issued_before(replayed, context=context_of(request))
+
+
+async def _version(request: Request, id: str) -> int | None:
+    """The endpoint's version; None if there is no such endpoint."""
+    try:
+        return (await room_of(request).webhooks.get(id, context=context_of(request))).version
+    except NotFound:
+        return None
 
 
 def shown(webhook: Webhook) -> dict[str, Any]:
-    """What callers see of an endpoint."""
+    """The fields of an endpoint that callers see."""
     return {name: value for name, value in webhook.model_dump().items() if name not in HIDDEN}
 
 
 def seen(delivery: Delivery) -> dict[str, Any]:
-    """What callers see of a delivery."""
+    """The fields of a delivery that callers see."""
     return delivery.model_dump()
 
 
@@ -309,5 +314,5 @@ def _writer(request: Request) -> Caller:
 
 
 async def _parsed(request: Request, model: type[F], defaults: Mapping[str, Any] = MappingProxyType({})) -> F:
-    """The body as an endpoint's fields. Raises InvalidInput with every problem."""
+    """The fields in the body. Raises InvalidInput with every problem."""
     return parse(model, {**defaults, **await body_fields(request)})
