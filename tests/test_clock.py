@@ -31,7 +31,7 @@ from strongroom.app import SYSTEM_ENTITIES
 from strongroom.clock import DRIFT_PPM, MAX_HOLD_US, MachineClock, StoreClock, clock_of
 from strongroom.context import system_context
 from strongroom.errors import Unavailable
-from strongroom.keys.cached_key import metered
+from strongroom.keys.cached_key import subjects_of
 from strongroom.limits.counters import BUCKETS_PER_WINDOW
 from strongroom.limits.ledger import KeyUsage, Ledger
 from strongroom.storage.jsonfile.store import JsonStore
@@ -296,8 +296,8 @@ async def test_nodes_with_any_clocks_never_exceed_a_limit_in_any_window(
             cluster.true_us += passes
             cluster.clocks[node].ahead_us = ahead_us
             others = cluster.ledgers[(node + 1) % 3]
-            charges = [cluster.ledgers[node].charge(metered(key), {"requests": units}) for _ in range(count)]
-            charges.append(others.charge(metered(key), {"requests": 1}))
+            charges = [cluster.ledgers[node].admit(subjects_of(key), {"requests": units}) for _ in range(count)]
+            charges.append(others.admit(subjects_of(key), {"requests": 1}))
             outcomes = await asyncio.gather(*charges)
             costs = [*[units] * count, 1]
             done = sorted((o.now_us, n) for n, o in enumerate(outcomes) if o.allowed)
@@ -316,14 +316,14 @@ async def test_a_node_with_a_slow_clock_does_not_free_usage_of_another() -> None
         )
         ahead, behind = cluster.ledgers
         for _ in range(5):
-            assert (await ahead.charge(metered(key), {"requests": 1})).allowed
+            assert (await ahead.admit(subjects_of(key), {"requests": 1})).allowed
         cluster.clocks[1].ahead_us = -50 * SECOND
-        assert not (await behind.charge(metered(key), {"requests": 1})).allowed
+        assert not (await behind.admit(subjects_of(key), {"requests": 1})).allowed
         cluster.true_us += 61 * SECOND
-        assert not (await behind.charge(metered(key), {"requests": 1})).allowed, "by its own clock it is too early"
-        outcome = await ahead.charge(metered(key), {"requests": 1})
+        assert not (await behind.admit(subjects_of(key), {"requests": 1})).allowed, "by its own clock it is too early"
+        outcome = await ahead.admit(subjects_of(key), {"requests": 1})
         assert outcome.allowed
-        late = await behind.charge(metered(key), {"requests": 1}, force=True)
+        late = await behind.admit(subjects_of(key), {"requests": 1}, force=True)
         assert late.statuses[0].used == 2
         assert late.now_us == outcome.now_us, "what was decided already is not before now"
 
@@ -335,6 +335,6 @@ async def test_an_import_with_usage_in_the_future_does_not_advance_the_keys_cloc
             SYSTEM, ApiKey(id="k", tenant="t", name="n", hash="h", display="d", limits=[rolling("requests", 1, 60)])
         )
         await database.create(SYSTEM, KeyUsage(id="k", last_used_at=datetime(2199, 1, 1, tzinfo=UTC)))
-        assert (await cluster.ledgers[0].charge(metered(key), {"requests": 1})).allowed
+        assert (await cluster.ledgers[0].admit(subjects_of(key), {"requests": 1})).allowed
         cluster.true_us += 60 * SECOND + 60 * SECOND // BUCKETS_PER_WINDOW
-        assert (await cluster.ledgers[0].charge(metered(key), {"requests": 1})).allowed
+        assert (await cluster.ledgers[0].admit(subjects_of(key), {"requests": 1})).allowed

@@ -26,7 +26,7 @@ from .journal import POLL_S, ChangeFeed
 from .keys import ApiKey, Hasher, Keys, KeySource, Leak, LeakPolicy, Leaks, StoredReservation
 from .keys.import_source import load as load_sources
 from .keys.jobs import RollUp, key_jobs
-from .limits import LEASE_S, KeyUsage, Ledger, Lending, folder_for
+from .limits import LEASE_S, KeyUsage, LeaseManager, Ledger, folder_for
 from .pepper import Pepper
 from .quotas import Quota
 from .quotas.service import Quotas
@@ -154,7 +154,7 @@ class Strongroom:
             leases = JobLeases(database, clock)
             keys = Keys(database, ledger, hasher, clock, feed)
             stack.push_async_callback(keys.cache.close)
-            lending = _lending(ledger, clock, keys, url, limits, lease_s, lease_folder)
+            lease_manager = _lease_manager(ledger, clock, keys, url, limits, lease_s, lease_folder)
             jobs = key_jobs(keys, database, clock)
             work = background(database, store, clock, leases, more=jobs, journal_kept_s=journal_kept_s)
             room = cls(store, database, ledger, keys, feed, clock, work)
@@ -165,8 +165,8 @@ class Strongroom:
             room._listen(stack)
             room._tell_webhooks(leases)
             await room._start(stack)
-            if lending is not None:
-                lending.start()
+            if lease_manager is not None:
+                lease_manager.start()
             yield room
 
     def _listen(self, stack: AsyncExitStack) -> None:
@@ -372,7 +372,7 @@ async def _opened(
     return store, database, clock
 
 
-def _lending(
+def _lease_manager(
     ledger: Ledger,
     clock: MachineClock | StoreClock,
     keys: Keys,
@@ -380,14 +380,14 @@ def _lending(
     limits: LimitMode,
     lease_s: float,
     folder: str | None,
-) -> Lending | None:
+) -> LeaseManager | None:
     if limits not in get_args(LimitMode):
         raise ConfigError(f"limits: found {limits!r}, expected durable or leased")
     if not MIN_LEASE_S <= lease_s <= MAX_LEASE_S:
         raise ConfigError(f"lease_s: found {lease_s}, expected {MIN_LEASE_S} to {MAX_LEASE_S} seconds")
     if limits == "durable":
         return None
-    return Lending(ledger, clock, lease_s=lease_s, folder=folder_for(url, folder), describe=keys.cache.part_of)
+    return LeaseManager(ledger, clock, lease_s=lease_s, folder=folder_for(url, folder), describe=keys.cache.subject_of)
 
 
 def _configured(peppers: Sequence[str]) -> list[Pepper]:

@@ -10,12 +10,12 @@ from strongroom import ApiKey, Database, Limit, Registry
 from strongroom.app import SYSTEM_ENTITIES
 from strongroom.context import new_id, system_context
 from strongroom.errors import Unavailable
-from strongroom.keys.cached_key import metered
-from strongroom.limits.lease import Wallet
-from strongroom.limits.lease_manager import Lending
+from strongroom.keys.cached_key import subjects_of
+from strongroom.limits.lease import UsageLease
+from strongroom.limits.lease_manager import LeaseManager
 from strongroom.limits.ledger import Ledger
-from strongroom.limits.usage_state import Account, Metered, Part
-from strongroom.quotas.model import Quota, quota_id, quota_part
+from strongroom.limits.usage_state import Subject, Subjects, UsageState
+from strongroom.quotas.model import Quota, quota_id, quota_subject
 from strongroom.storage import open_store
 from strongroom.storage.port import Batch, Delete
 from tests.helpers.support import Fault, FaultyStore
@@ -59,7 +59,7 @@ class Admitted:
 class Node:
     store: FaultyStore
     ledger: Ledger
-    lending: Lending
+    lease_manager: LeaseManager
     clock: SkewedClock
     holds: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Reservations in its memory: (key, tokens)."""
@@ -83,8 +83,8 @@ class Cluster:
         self.quota = list(quota)
         self.count = keys
         self.nodes: list[Node] = []
-        self.metered: list[Metered] = []
-        self.parts: dict[str, Part] = {}
+        self.subjects: list[Subjects] = []
+        self.by_id: dict[str, Subject] = {}
         self.quotas: list[Quota] = []
 
     async def open(self) -> None:
@@ -95,12 +95,12 @@ class Cluster:
         if self.quota:
             made = Quota(id=quota_id("tenant", "acme"), tenant="acme", kind="tenant", limits=self.quota)
             self.quotas.append(await database.create(SYSTEM, made))
-            self.parts[made.id or ""] = quota_part(self.quotas[0])
+            self.by_id[made.id or ""] = quota_subject(self.quotas[0])
         for _ in range(self.count):
             id = new_id("key_")
             key = ApiKey(id=id, tenant="acme", name="n", hash=f"h:{id}", display="sr_…", limits=self.limits)
-            self.metered.append(metered(await database.create(SYSTEM, key), self.quotas))
-            self.parts[id] = self.metered[-1].parts[0]
+            self.subjects.append(subjects_of(await database.create(SYSTEM, key), self.quotas))
+            self.by_id[id] = self.subjects[-1].all[0]
 
     def add(self, offset_us: int = 0) -> Node:
         store = FaultyStore(self.store, shared=True)
@@ -108,34 +108,34 @@ class Cluster:
         ledger = Ledger(Database(store, self.registry), store, clock)
         ledger.states.shared = True
 
-        async def describe(id: str) -> Part | None:
-            return self.parts.get(id)
+        async def describe(id: str) -> Subject | None:
+            return self.by_id.get(id)
 
-        lending = Lending(ledger, clock, lease_s=LEASE_S, folder=self.folder, describe=describe)
-        node = Node(store, ledger, lending, clock)
+        lease_manager = LeaseManager(ledger, clock, lease_s=LEASE_S, folder=self.folder, describe=describe)
+        node = Node(store, ledger, lease_manager, clock)
         self.nodes.append(node)
         return node
 
     async def verify(self, node: Node, key: int, cost: Mapping[str, int]) -> bool:
         """As the verifier does it: from memory, else by the ledger."""
-        if node.lending.admit(self.metered[key], cost, node.clock.now_us()) is not None:
+        if node.lease_manager.admit(self.subjects[key], cost, node.clock.now_us()) is not None:
             return True
         try:
-            return (await node.ledger.charge(self.metered[key], cost)).allowed
+            return (await node.ledger.admit(self.subjects[key], cost)).allowed
         except Unavailable:
             return False  # nobody was told that it was admitted
 
     async def tick(self, node: Node) -> None:
-        node.lending._look_at_wallets()
+        node.lease_manager._look_at_leases()
         await node.ledger.settled()
 
     async def change(self, key: int, *, limits: Sequence[Limit]) -> None:
         """Other limits for a key, as an administrator gives them: known to all nodes at once, as after the feed."""
         database = Database(self.store, self.registry)
-        before = self.metered[key]
+        before = self.subjects[key]
         changed = await database.update(SYSTEM, ApiKey, before.id, {"limits": list(limits)})
-        self.metered[key] = metered(changed, self.quotas)
-        self.parts[before.id] = self.metered[key].parts[0]
+        self.subjects[key] = subjects_of(changed, self.quotas)
+        self.by_id[before.id] = self.subjects[key].all[0]
 
     async def change_quota(self, *, limits: Sequence[Limit]) -> None:
         """Other limits for the tenant; a quota that is not there is made. Known to all nodes at once."""
@@ -146,22 +146,22 @@ class Cluster:
         else:
             changed = await database.create(SYSTEM, Quota(id=id, tenant="acme", kind="tenant", limits=list(limits)))
         self.quotas = [changed]
-        self.parts[id] = quota_part(changed)
-        for number, known in enumerate(self.metered):
-            self.metered[number] = metered(await database.get(SYSTEM, ApiKey, known.id), self.quotas)
+        self.by_id[id] = quota_subject(changed)
+        for number, known in enumerate(self.subjects):
+            self.subjects[number] = subjects_of(await database.get(SYSTEM, ApiKey, known.id), self.quotas)
 
     async def remove(self, collection: str, id: str) -> None:
-        self.parts.pop(id, None)
+        self.by_id.pop(id, None)
         await self.store.commit(Batch(None, (Delete(collection, id),), self.world.now_us))
 
-    def wallet(self, node: Node, key: int = 0) -> Wallet:
+    def usage_lease(self, node: Node, key: int = 0) -> UsageLease:
         """What a node holds of a key's limits."""
-        return node.lending._wallets[self.metered[key].id]
+        return node.lease_manager._usage_leases[self.subjects[key].id]
 
     def spend(self, node: Node, cost: Mapping[str, int], *, key: int = 0, most: int = 10_000) -> int:
         """How many calls are admitted from memory, without a commit, until one is not."""
         count = 0
-        while count < most and node.lending.admit(self.metered[key], cost, node.clock.now_us()) is not None:
+        while count < most and node.lease_manager.admit(self.subjects[key], cost, node.clock.now_us()) is not None:
             count += 1
         return count
 
@@ -176,17 +176,17 @@ class Cluster:
         """As kill -9: nothing is given back, and only the log stays (if even that does)."""
         self.nodes.remove(node)
         await node.ledger.group_commit.stop()
-        node.lending.log.abandon()
+        node.lease_manager.log.abandon()
         if not log:
-            for path in self.folder.glob(f"{node.lending.log.lease}.*"):
+            for path in self.folder.glob(f"{node.lease_manager.log.lease}.*"):
                 path.unlink()
 
     async def stop(self, node: Node) -> None:
         self.nodes.remove(node)
         await node.ledger.close()
 
-    async def account(self, id: str) -> Account:
-        return Account(await self.store.get("key_usage", None, id))
+    async def usage_state(self, id: str) -> UsageState:
+        return UsageState(await self.store.get("key_usage", None, id))
 
     async def close(self) -> None:
         for node in list(self.nodes):

@@ -8,11 +8,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from strongroom.limits.lease_log import SpendLog
+from strongroom.limits.lease_log import LeaseLog
 
 
 def main(folder: str, lease: str) -> None:
-    log = SpendLog(lease, Path(folder))
+    log = LeaseLog(lease, Path(folder))
     slots = [log.slot("key_1", "tokens|total"), log.slot("key_2", "tokens|total")]
     total = 0
     while True:

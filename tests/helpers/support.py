@@ -19,7 +19,7 @@ from strongroom import Limit, Rolling, Strongroom
 from strongroom.clock import MachineClock
 from strongroom.entities.entity import Collection, Document, Registry
 from strongroom.entities.query import Aggregate, Filter, Query
-from strongroom.limits.ledger import Account
+from strongroom.limits.ledger import UsageState
 from strongroom.storage import open_store
 from strongroom.storage.port import (
     Batch,
@@ -189,6 +189,6 @@ def rolling(resource: str, limit: int, seconds: int = 3600) -> Limit:
     return Limit(resource=resource, limit=limit, window=Rolling(seconds=seconds))
 
 
-async def stored_usage(store: Store, id: str) -> Account:
+async def stored_usage(store: Store, id: str) -> UsageState:
     """A key's usage as the store has it."""
-    return Account(await store.get("key_usage", None, id))
+    return UsageState(await store.get("key_usage", None, id))

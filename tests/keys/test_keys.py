@@ -880,7 +880,7 @@ async def test_a_key_that_changes_at_every_attempt_raises_conflict(
         future.set_exception(usage.KeyChanged())
         return future
 
-    monkeypatch.setattr(room.ledger, "charge", charge)
+    monkeypatch.setattr(room.ledger, "admit", charge)
     monkeypatch.setattr(backoff, "RETRY_FOR_S", 0.02)
     with pytest.raises(Unavailable, match="changed too quickly"):
         await room.keys.verify(issued.text)

@@ -26,7 +26,7 @@ from strongroom.errors import Conflict, InvalidInput, NotFound, Unavailable
 from strongroom.keys.durable_reservations import StoredReservation
 from strongroom.keys.verification import Reservation
 from strongroom.limits import tuning
-from strongroom.limits.usage_state import allowances
+from strongroom.limits.usage_state import compile_limits
 from strongroom.limits.windows import Total
 from strongroom.storage.port import Create
 from tests.conftest import backend_of
@@ -86,8 +86,8 @@ class Bench:
                 await self.renew()
 
     async def renew(self) -> None:
-        if self.room.ledger.lending is not None:
-            self.room.ledger.lending._look_at_wallets()
+        if self.room.ledger.lease_manager is not None:
+            self.room.ledger.lease_manager._look_at_leases()
             await self.room.ledger.settled()
 
 
@@ -824,11 +824,11 @@ async def test_an_idle_node_keeps_the_lease_of_its_local_reservations(tmp_path: 
             await here.keys.release(id)
             await here.keys.verify(issued.text, cost={"tokens": 1})
         recorded = 100 - 9 - held.limits[0].remaining
-        lending = here.ledger.lending
-        assert lending is not None
+        lease_manager = here.ledger.lease_manager
+        assert lease_manager is not None
         for lease in ("return", "return", "renew"):
-            for wallet in list(lending._wallets.values()):
-                lending._renew(wallet, lease)
+            for usage_lease in list(lease_manager._usage_leases.values()):
+                lease_manager._renew(usage_lease, lease)
             await here.ledger.settled()
             assert not (await there.keys.verify(issued.text, cost={"tokens": 92 - recorded})).valid
         settled = await here.keys.settle(id, {"tokens": 9})
@@ -893,10 +893,10 @@ async def test_the_cost_of_a_reservation_does_not_grow_with_open_ones(tmp_path: 
             await room.keys.reserve(issued.text, cost={"tokens": 1}, ttl_s=60 + number % 40, durable=True)
             written.append(sum(len(repr(batch.operations)) for batch in store.batches[before:]))
         assert max(written[200:]) < 1.1 * max(written[60:100])
-        account = await stored_usage(store.store, issued.key.id)
-        assert account.standing(allowances([limits[0]])[0], account.at_us)[1] == 260
-        assert account.reserved is not None
-        assert account.reserved.ends < 100
+        state = await stored_usage(store.store, issued.key.id)
+        assert state.standing(compile_limits([limits[0]])[0], state.at_us)[1] == 260
+        assert state.reserved is not None
+        assert state.reserved.ends < 100
 
 
 async def test_a_thousand_concurrent_reservations_are_created_and_settled(bench: Bench) -> None:
@@ -904,9 +904,9 @@ async def test_a_thousand_concurrent_reservations_are_created_and_settled(bench:
     issued = await bench.key(*limits)
     made = await asyncio.gather(*(bench.reserve(issued, 1, durable=True) for _ in range(1_000)))
     assert all(one.valid for one in made)
-    account = await stored_usage(bench.store.store, issued.key.id)
-    assert account.size < 5_000
-    assert account.standing(allowances(limits)[0], account.at_us)[1] == 1_000
+    state = await stored_usage(bench.store.store, issued.key.id)
+    assert state.size < 5_000
+    assert state.standing(compile_limits(limits)[0], state.at_us)[1] == 1_000
     assert (await bench.room.keys.verify(issued.text, cost={"tokens": 1})).valid
     await asyncio.gather(*(bench.room.keys.settle(one.reservation_id or "", {"tokens": 1}) for one in made))
     assert await bench.used(issued) == (1_001, 0)
@@ -1166,9 +1166,9 @@ class Machine(RuleBasedStateMachine):
     def later(self, ms: int) -> None:
         self.clock.shift(timedelta(milliseconds=ms))
         self.clock_us += ms * 1_000
-        lending = self.nodes[0].ledger.lending
-        if lending is not None:
-            self.run(self.renew(lending))
+        lease_manager = self.nodes[0].ledger.lease_manager
+        if lease_manager is not None:
+            self.run(self.renew(lease_manager))
 
     @precondition(lambda self: not self.leased)
     @rule(ms=st.sampled_from([1, 700, 2_500, 60_000]))
@@ -1181,8 +1181,8 @@ class Machine(RuleBasedStateMachine):
         self.window = window
         self.run(self.nodes[0].keys.update(self.issued.key.id, limits=self.limits()))
 
-    async def renew(self, lending: Any) -> None:
-        lending._look_at_wallets()
+    async def renew(self, lease_manager: Any) -> None:
+        lease_manager._look_at_leases()
         await self.nodes[0].ledger.settled()
 
     @invariant()

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from strongroom import Limit, Strongroom
 from strongroom.context import us_from_utc
 from strongroom.limits.counters import counter_for, stored_counter
-from strongroom.limits.reserved_amounts import EXACT_ENDS, GRID, Place, Reserved
-from strongroom.limits.usage_state import MAX_AHEAD_US, Account, allowances, part
+from strongroom.limits.reserved_amounts import EXACT_ENDS, GRID, ReservedAmounts, ReservedPlace
+from strongroom.limits.usage_state import MAX_AHEAD_US, UsageState, compile_limits, subject_for
 from strongroom.limits.windows import Anchored, Calendar, Refill, Rolling, Total, Window
 from strongroom.storage.port import Check
 from tests.cli.test_cli import Run, run
@@ -175,12 +175,12 @@ def test_setting_a_counter_back_in_time_frees_no_usage(
 
 
 def test_an_account_follows_the_clock_only_where_it_is_more_than_a_day_ahead() -> None:
-    account = Account()
-    account.at_us = START
-    assert account.moment(START - MAX_AHEAD_US) == START
-    assert account.moment(START - MAX_AHEAD_US - 1) == account.at_us == START - MAX_AHEAD_US - 1
-    account.at_us = START
-    assert account.moment(0) == START
+    state = UsageState()
+    state.at_us = START
+    assert state.moment(START - MAX_AHEAD_US) == START
+    assert state.moment(START - MAX_AHEAD_US - 1) == state.at_us == START - MAX_AHEAD_US - 1
+    state.at_us = START
+    assert state.moment(0) == START
 
 
 # --- What is held -------------------------------------------------------------------------------------------------
@@ -195,13 +195,13 @@ def test_an_account_follows_the_clock_only_where_it_is_more_than_a_day_ahead() -
 @settings(max_examples=60)
 def test_held_amounts_add_up_and_are_released_no_earlier_than_due(steps: list[tuple[str, int, int]]) -> None:
     """Never less than what the open reservations hold; never more than what those hold whose rounded end is to come."""
-    limits = allowances([rolling("tokens", 10**6)])
-    where = part("key_1", Check("api_keys", "key_1", 1), limits)
-    account, now = Account(), START
-    open_: dict[int, tuple[Place, int]] = {}
+    limits = compile_limits([rolling("tokens", 10**6)])
+    where = subject_for("key_1", Check("api_keys", "key_1", 1), limits)
+    state, now = UsageState(), START
+    open_: dict[int, tuple[ReservedPlace, int]] = {}
     for number, (what, which, amount) in enumerate(steps):
         if what == "hold":
-            place = account.hold(where, limits, {"tokens": which}, now, amount * SECOND)
+            place = state.hold(where, limits, {"tokens": which}, now, amount * SECOND)
             assert place.ends_us == now + amount * SECOND
             assert 0 <= place.until_us - place.ends_us <= amount * SECOND // GRID
             if len(open_) < EXACT_ENDS:
@@ -209,18 +209,18 @@ def test_held_amounts_add_up_and_are_released_no_earlier_than_due(steps: list[tu
             open_[number] = place, which
         elif what == "give back" and open_:
             place, _ = open_.pop(list(open_)[which % len(open_)])
-            account.give_back(Place(*place), now)
-            account.give_back(Place(*place), now) if not which else None
+            state.give_back(ReservedPlace(*place), now)
+            state.give_back(ReservedPlace(*place), now) if not which else None
         elif what == "later":
             now += amount * SECOND // 4
         elif what == "store":
-            account = Account({**account.document(), "version": 1})
+            state = UsageState({**state.document(), "version": 1})
         open_ = {id: one for id, one in open_.items() if now < one[0].until_us}
-        assert account.standing(limits[0], now)[1] == sum(units for _, units in open_.values())
+        assert state.standing(limits[0], now)[1] == sum(units for _, units in open_.values())
 
 
 def test_an_account_has_a_bounded_number_of_ends() -> None:
-    reserved, now = Reserved(), START
+    reserved, now = ReservedAmounts(), START
     for number in range(30_000):
         now += 37_000
         reserved.add({"tokens": 1}, ["tokens"], now, (1 + number * number % 86_400) * SECOND)

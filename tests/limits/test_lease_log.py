@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from strongroom.limits import lease_log as spendlog
-from strongroom.limits.lease_log import MIN_COMPACTED, DeadLog, SpendLog, dead_logs, folder_for
+from strongroom.limits.lease_log import MIN_COMPACTED, DeadLeaseLog, LeaseLog, dead_logs, folder_for
 from tests.helpers.places import HELPERS
 
 WORKER = HELPERS / "spend_worker.py"
@@ -28,7 +28,7 @@ def found_in(folder: Path) -> dict[str, dict[str, tuple[int, int]]]:
     return found
 
 
-def dead(folder: Path) -> DeadLog:
+def dead(folder: Path) -> DeadLeaseLog:
     (only,) = list(dead_logs(folder))
     return only
 
@@ -54,7 +54,7 @@ def test_the_lease_log_of_a_killed_process_is_exact_within_one_call(tmp_path: Pa
 
 
 def test_the_lease_log_of_a_live_process_is_left_alone(tmp_path: Path) -> None:
-    log = SpendLog("lse_1", tmp_path)
+    log = LeaseLog("lse_1", tmp_path)
     log.cells[log.slot("a", "l")] = 5
     assert found_in(tmp_path) == {}
     log.abandon()
@@ -62,7 +62,7 @@ def test_the_lease_log_of_a_live_process_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_dead_processs_lease_log_is_claimed_by_one_node(tmp_path: Path) -> None:
-    SpendLog("lse_1", tmp_path).abandon()
+    LeaseLog("lse_1", tmp_path).abandon()
     first = dead(tmp_path)
     assert list(dead_logs(tmp_path)) == []
     first.leave()
@@ -72,7 +72,7 @@ def test_a_dead_processs_lease_log_is_claimed_by_one_node(tmp_path: Path) -> Non
 
 
 def test_a_reused_slot_starts_at_zero(tmp_path: Path) -> None:
-    log = SpendLog("lse_1", tmp_path)
+    log = LeaseLog("lse_1", tmp_path)
     slot = log.slot("a", "l")
     log.moment(slot, 9)
     log.cells[slot] = 700
@@ -83,7 +83,7 @@ def test_a_reused_slot_starts_at_zero(tmp_path: Path) -> None:
 
 
 def test_of_two_leases_of_one_subject_the_last_counts(tmp_path: Path) -> None:
-    log = SpendLog("lse_1", tmp_path)
+    log = LeaseLog("lse_1", tmp_path)
     first = log.slot("a", "l")
     log.cells[first] = 3
     log.free(first)
@@ -96,7 +96,7 @@ def test_of_two_leases_of_one_subject_the_last_counts(tmp_path: Path) -> None:
 
 def test_a_lease_log_of_another_boot_is_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was not on the disk when the machine went down is lost; its leases count as spent."""
-    log = SpendLog("lse_1", tmp_path)
+    log = LeaseLog("lse_1", tmp_path)
     log.cells[log.slot("a", "l")] = 5
     log.abandon()
     monkeypatch.setattr(spendlog, "boot_id", lambda: "another")
@@ -105,7 +105,7 @@ def test_a_lease_log_of_another_boot_is_not_trusted(tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize("torn", [b'["b", "l', b"[", b'["b", "l", "x"]', b"\xff", b"7"])
 def test_a_partial_write_hides_no_other_line(tmp_path: Path, torn: bytes) -> None:
-    log = SpendLog("lse_1", tmp_path)
+    log = LeaseLog("lse_1", tmp_path)
     log.cells[log.slot("a", "l")] = 5
     log.abandon()
     with (tmp_path / "lse_1.names").open("ab") as names:
@@ -115,7 +115,7 @@ def test_a_partial_write_hides_no_other_line(tmp_path: Path, torn: bytes) -> Non
 
 @pytest.mark.parametrize("damage", ["empty names", "no cells", "short cells", "other cells", "index"])
 def test_a_damaged_lease_log_is_ignored(tmp_path: Path, damage: str) -> None:
-    log = SpendLog("lse_1", tmp_path)
+    log = LeaseLog("lse_1", tmp_path)
     log.cells[log.slot("a", "l")] = 5
     log.abandon()
     names, spent = tmp_path / "lse_1.names", tmp_path / "lse_1.spent"
@@ -136,7 +136,7 @@ def test_a_damaged_lease_log_is_ignored(tmp_path: Path, damage: str) -> None:
 def test_a_growing_lease_log_keeps_every_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spendlog, "FIRST_SLOTS", 2)
     for folder in (tmp_path, None):
-        log = SpendLog("lse_1", folder)
+        log = LeaseLog("lse_1", folder)
         slots = {}
         for number in range(40):
             slots[number] = log.slot(f"a{number}", "l")
@@ -147,7 +147,7 @@ def test_a_growing_lease_log_keeps_every_entry(tmp_path: Path, monkeypatch: pyte
 
 
 def test_leases_that_come_and_go_do_not_fill_the_disk(tmp_path: Path) -> None:
-    log = SpendLog("lse_1", tmp_path)
+    log = LeaseLog("lse_1", tmp_path)
     kept = log.slot("kept", "l")
     log.cells[kept] = 17
     line = len(json.dumps(["account-00000", "l", 10_000])) + 1
@@ -165,7 +165,7 @@ def test_leases_that_come_and_go_do_not_fill_the_disk(tmp_path: Path) -> None:
 def test_a_reader_of_a_replaced_lease_log_does_not_take_its_process_for_dead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log = SpendLog("lse_1", tmp_path)
+    log = LeaseLog("lse_1", tmp_path)
     opened = os.open
 
     def then_compacted(path: Path, flags: int, *more: int) -> int:
@@ -180,14 +180,14 @@ def test_a_reader_of_a_replaced_lease_log_does_not_take_its_process_for_dead(
 
 
 def test_a_graceful_stop_leaves_no_lease_log(tmp_path: Path) -> None:
-    log = SpendLog("lse_1", tmp_path / "new")
+    log = LeaseLog("lse_1", tmp_path / "new")
     log.slot("a", "l")
     log.close()
     assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_lease_logs_are_private_to_their_user(tmp_path: Path) -> None:
-    log = SpendLog("lse_1", tmp_path / "new")
+    log = LeaseLog("lse_1", tmp_path / "new")
     assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "new").iterdir()} == {0o600}
     log.close()
@@ -197,7 +197,7 @@ def test_an_unwritable_folder_is_logged_and_leases_work_without_a_log(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("no folder")
-    log = SpendLog("lse_1", tmp_path / "file" / "leases")
+    log = LeaseLog("lse_1", tmp_path / "file" / "leases")
     assert "comes back late" in caplog.text
     slot = log.slot("a", "l")
     log.cells[slot] = 3
@@ -225,7 +225,7 @@ def test_the_lease_log_of_a_server_store_does_not_contain_its_password() -> None
 def test_a_lease_log_that_can_no_longer_be_written_never_understates_usage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    log = spendlog.SpendLog("lse_full", tmp_path)
+    log = spendlog.LeaseLog("lse_full", tmp_path)
     first = log.slot("key_1", "tokens|total")
     log.cells[first] = 70
 
@@ -245,7 +245,7 @@ def test_a_lease_log_that_can_no_longer_be_written_never_understates_usage(
 
 def killed(folder: Path) -> None:
     """Leave the log of a process that is dead."""
-    log = SpendLog("lse_1", folder)
+    log = LeaseLog("lse_1", folder)
     log.cells[log.slot("key_a", "tokens")] = 7
     log.abandon()
 
@@ -269,7 +269,7 @@ def test_a_folder_is_not_trusted_if_others_can_write_on_its_path(
     killed(folder)
     (top / which).chmod(mode)
     assert found_in(folder) == {}
-    log = SpendLog("lse_2", folder)
+    log = LeaseLog("lse_2", folder)
     assert "others may write" in caplog.text
     log.cells[log.slot("key_b", "tokens")] = 1  # it does without
     log.close()
@@ -283,7 +283,7 @@ def test_a_folder_of_another_user_is_not_trusted(
     uid = os.getuid()
     monkeypatch.setattr(os, "getuid", lambda: uid + 1)
     assert found_in(folder) == {}
-    SpendLog("lse_2", folder).close()
+    LeaseLog("lse_2", folder).close()
     assert "another user" in caplog.text
 
 

@@ -19,9 +19,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from strongroom import Anchored, Calendar, Limit, Refill, Rolling, Total
 from strongroom.errors import Conflict, Unavailable
-from strongroom.limits import lease as shares
+from strongroom.limits import lease as leased_limits
 from strongroom.limits import tuning
-from strongroom.limits.usage_state import Account
+from strongroom.limits.usage_state import UsageState
 from tests.helpers.lease_cluster import LEASE_S, SKEW_US, WINDOW_S, Cluster, Node
 from tests.helpers.support import Fault
 from tests.helpers.waiting import PATIENCE_S
@@ -80,7 +80,7 @@ class Machine(RuleBasedStateMachine):
         self.believed = tuning.REREAD_AFTER_S
         # The machine's time is not the test's: by it leases would have other sizes each time.
         tuning.REREAD_AFTER_S = 0.0
-        shares.time = SimpleNamespace(monotonic=lambda: self.cluster.world.now_us / 1_000_000)  # type: ignore[assignment,attr-defined]
+        leased_limits.time = SimpleNamespace(monotonic=lambda: self.cluster.world.now_us / 1_000_000)  # type: ignore[assignment,attr-defined]
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return self.loop.run_until_complete(asyncio.wait_for(coroutine, 2 * PATIENCE_S))
@@ -171,8 +171,8 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.cluster.nodes)
     def reserve(self, number: int, key: int, tokens: int, seconds: int) -> None:
         node, now_us = self.node(number), self.node(number).clock.now_us()
-        held = node.lending.hold(
-            self.cluster.metered[key], {"tokens": tokens}, now_us, now_us + seconds * SECOND, "acme", None, None
+        held = node.lease_manager.hold(
+            self.cluster.subjects[key], {"tokens": tokens}, now_us, now_us + seconds * SECOND, "acme", None, None
         )
         if held is not None:
             node.holds[held[0]] = (key, tokens)
@@ -183,16 +183,16 @@ class Machine(RuleBasedStateMachine):
         node = next(node for node in self.cluster.nodes if node.holds)
         id, (key, tokens) = node.holds.popitem()
         cost = {"tokens": max(0, tokens - less)}
-        if node.lending.held(id, node.clock.now_us()) is None:
+        if node.lease_manager.held(id, node.clock.now_us()) is None:
             return  # it has ended by itself
 
         async def settled() -> bool:
-            return node.lending.settle(id, cost, node.clock.now_us())
+            return node.lease_manager.settle(id, cost, node.clock.now_us())
 
         if self.run(settled()):
             self.admitted[key].add(self.now_us, cost)
         else:  # as the verifier does it then: what has happened is recorded
-            node.lending.end(id)
+            node.lease_manager.end(id)
             try:
                 self.run(self._record(node, key, cost))
             except Unavailable:
@@ -201,7 +201,7 @@ class Machine(RuleBasedStateMachine):
                 self.admitted[key].add(self.now_us, cost, forced=True)
 
     async def _record(self, node: Node, key: int, cost: dict[str, int]) -> None:
-        await node.ledger.charge(self.cluster.metered[key], cost, force=True)
+        await node.ledger.admit(self.cluster.subjects[key], cost, force=True)
 
     # --- What goes wrong --------------------------------------------------------------------------------------
 
@@ -229,13 +229,13 @@ class Machine(RuleBasedStateMachine):
             self._fill(other, key)
 
         async def spend() -> int:
-            lending, store = node.lending, node.store
+            lease_manager, store = node.lease_manager, node.store
             await node.ledger.settled()
             store.gate = asyncio.Event()
             if end in ("before", "after"):
                 node.lose_next(Fault(end, Unavailable("lost", outcome="unknown")))
             batches = len(store.batches)
-            lending._look_at_wallets()
+            lease_manager._look_at_leases()
             for _ in range(50):
                 if len(store.batches) > batches:
                     break
@@ -252,7 +252,7 @@ class Machine(RuleBasedStateMachine):
         self.killed = self.killed or end == "killed"
         self.admitted[key].add(self.now_us, SMALL, self.run(spend()))
         if end == "killed":
-            self.run(other.lending._look_for_dead())
+            self.run(other.lease_manager._look_for_dead())
         self._fill(other, key)
 
     @rule(number=NODES, key=KEYS, log=st.booleans(), seconds=st.sampled_from([0, 1, 6, 14]))
@@ -267,7 +267,7 @@ class Machine(RuleBasedStateMachine):
         self.cluster.world.now_us += seconds * SECOND
         other.fault_free()
         if log:
-            self.run(other.lending._look_for_dead())
+            self.run(other.lease_manager._look_for_dead())
         self._fill(other, key)
 
     @rule(number=NODES, key=KEYS, ms=st.sampled_from([500, 5_500, 16_000, 61_000]))
@@ -296,7 +296,7 @@ class Machine(RuleBasedStateMachine):
         async def killed() -> None:
             node = self.node(number)
             if working:  # in the midst of a renewal, which may or may not commit
-                node.lending._look_at_wallets()
+                node.lease_manager._look_at_leases()
                 await asyncio.sleep(0)
             await self.cluster.kill(node, log=log)
 
@@ -307,7 +307,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.cluster.nodes)
     def find_the_dead(self, number: int) -> None:
         self.node(number).fault_free()
-        self.run(self.node(number).lending._look_for_dead())
+        self.run(self.node(number).lease_manager._look_for_dead())
 
     @rule(number=NODES)
     @precondition(lambda self: self.cluster.nodes)
@@ -338,7 +338,7 @@ class Machine(RuleBasedStateMachine):
                 self.run(self.cluster.close())
         finally:
             tuning.REREAD_AFTER_S = self.believed
-            shares.time = time  # type: ignore[attr-defined]
+            leased_limits.time = time  # type: ignore[attr-defined]
             shutil.rmtree(self.folder, ignore_errors=True)
             self.loop.close()
 
@@ -346,30 +346,30 @@ class Machine(RuleBasedStateMachine):
         """At the end every admitted use is recorded, or in a lease that nobody could set right; nothing is lent that
         somebody could; and when the windows are over, all of each limit can be used again."""
         last = self.cluster.add()
-        await last.lending._look_for_dead()
+        await last.lease_manager._look_for_dead()
         for node in list(self.cluster.nodes):
             node.fault_free()
             await self.cluster.stop(node)
         for key, admitted in self.admitted.items():
-            self._key_is_counted(await self.cluster.account(self.cluster.metered[key].id), key, admitted)
+            self._key_is_counted(await self.cluster.usage_state(self.cluster.subjects[key].id), key, admitted)
         if self.cluster.quota:
-            account = await self.cluster.account(self.cluster.metered[0].shared[0].id)
-            self._totals_are_exact(account, list(self.admitted.values()))
+            state = await self.cluster.usage_state(self.cluster.subjects[0].shared[0].id)
+            self._totals_are_exact(state, list(self.admitted.values()))
         if not isinstance(self.limit.window, Total):
             self.cluster.world.now_us += 62 * SECOND + round(LEASE_S * SECOND)
             node = self.cluster.add()
             for key in (0, 1):
-                metered = self.cluster.metered[key]
-                outcome = await node.ledger.charge(metered, {"tokens": int(self.limit.limit)})
+                subjects = self.cluster.subjects[key]
+                outcome = await node.ledger.admit(subjects, {"tokens": int(self.limit.limit)})
                 assert outcome.allowed or (key and self.cluster.quota), f"something of a past window counts: {outcome}"
 
-    def _key_is_counted(self, account: Account, key: int, admitted: Admitted) -> None:
-        allowance = self.cluster.metered[key].allowances[0]
-        recorded, reserved, leased = account.standing(allowance, self.now_us)
+    def _key_is_counted(self, state: UsageState, key: int, admitted: Admitted) -> None:
+        compiled_limit = self.cluster.subjects[key].compiled_limits[0]
+        recorded, reserved, leased = state.standing(compiled_limit, self.now_us)
         assert reserved == 0
         if self.certain:
             assert leased == 0, "lent, and nobody gave it back"
-        self._totals_are_exact(account, [admitted])
+        self._totals_are_exact(state, [admitted])
         match self.limit.window:
             case Total(refill=None):
                 assert recorded + leased >= admitted.recorded, "admitted, and not counted"
@@ -384,9 +384,9 @@ class Machine(RuleBasedStateMachine):
                     possibly = sum(units for at, units in admitted.tokens.items() if at >= start - bucket_us - SKEW_US)
                     assert recorded <= possibly, "counted, and not admitted"
 
-    def _totals_are_exact(self, account: Account, admitted: list[Admitted]) -> None:
+    def _totals_are_exact(self, state: UsageState, admitted: list[Admitted]) -> None:
         tokens, count = sum(one.recorded for one in admitted), sum(one.count for one in admitted)
-        found = account.totals.get("tokens", 0), account.count
+        found = state.totals.get("tokens", 0), state.count
         if self.killed:  # a log tells what was used of limits, as long as it counts
             return
         assert found[0] >= tokens, "used, and not in the totals"

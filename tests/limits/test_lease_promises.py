@@ -50,12 +50,15 @@ async def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
 async def lent(cluster: Cluster, node: Node, cost: dict[str, int] | None = None, key: int = 0) -> None:
     """Have a share lent, with one call."""
     assert await cluster.verify(node, key, cost if cost is not None else TEN)
-    assert all(share.cap > share.spent for share, _ in node.lending._tickets[cluster.metered[key].id].plain.entries)
+    assert all(
+        leased_limit.cap > leased_limit.spent
+        for leased_limit, _ in node.lease_manager._tickets[cluster.subjects[key].id].plain.entries
+    )
 
 
 async def standing(cluster: Cluster, key: int = 0, number: int = 0) -> tuple[int, int, int]:
-    account = await cluster.account(cluster.metered[key].id)
-    return account.standing(cluster.metered[key].allowances[number], cluster.world.now_us)
+    state = await cluster.usage_state(cluster.subjects[key].id)
+    return state.standing(cluster.subjects[key].compiled_limits[number], cluster.world.now_us)
 
 
 def stays(cluster: Cluster, seconds: float) -> None:
@@ -90,7 +93,7 @@ async def test_an_expired_lease_counts_as_used_for_one_window(make: Make) -> Non
     assert (await standing(cluster))[2] >= leased
     stays(cluster, 2 * WINDOW_S / 300 + 0.002)
     ledger = two.ledger
-    assert (await ledger.charge(cluster.metered[0], {"tokens": 999})).allowed
+    assert (await ledger.admit(cluster.subjects[0], {"tokens": 999})).allowed
 
 
 async def test_after_a_crash_the_lease_log_returns_every_unspent_unit(make: Make) -> None:
@@ -99,12 +102,12 @@ async def test_after_a_crash_the_lease_log_returns_every_unspent_unit(make: Make
     await lent(cluster, one)
     spent = 10 + cluster.spend(one, ONE, most=37)
     await cluster.kill(one)
-    await two.lending._look_for_dead()
+    await two.lease_manager._look_for_dead()
     assert await standing(cluster) == (spent, 0, 0)
-    account = await cluster.account(cluster.metered[0].id)
-    assert account.totals == {"tokens": spent}
-    assert (await two.ledger.charge(cluster.metered[0], {"tokens": 1_000 - spent})).allowed
-    assert [path.name for path in cluster.folder.iterdir() if one.lending.log.lease in path.name] == []
+    state = await cluster.usage_state(cluster.subjects[0].id)
+    assert state.totals == {"tokens": spent}
+    assert (await two.ledger.admit(cluster.subjects[0], {"tokens": 1_000 - spent})).allowed
+    assert [path.name for path in cluster.folder.iterdir() if one.lease_manager.log.lease in path.name] == []
 
 
 async def test_usage_of_a_dead_process_is_counted_once(make: Make) -> None:
@@ -117,7 +120,7 @@ async def test_usage_of_a_dead_process_is_counted_once(make: Make) -> None:
         await cluster.tick(one)
     spent += cluster.spend(one, ONE, most=5)
     await cluster.kill(one)
-    await two.lending._look_for_dead()
+    await two.lease_manager._look_for_dead()
     assert await standing(cluster) == (spent, 0, 0)
 
 
@@ -131,7 +134,7 @@ async def test_a_process_killed_during_a_renewal_is_reconciled(make: Make, lands
     await cluster.tick(one)
     spent += cluster.spend(one, ONE, most=30)
     await cluster.kill(one)
-    await two.lending._look_for_dead()
+    await two.lease_manager._look_for_dead()
     assert await standing(cluster) == (spent, 0, 0)
 
 
@@ -142,7 +145,7 @@ async def test_a_lease_log_found_by_two_nodes_is_reconciled_once(make: Make) -> 
     await lent(cluster, one)
     spent = 10 + cluster.spend(one, ONE, most=30)
     await cluster.kill(one)
-    await asyncio.gather(two.lending._look_for_dead(), three.lending._look_for_dead())
+    await asyncio.gather(two.lease_manager._look_for_dead(), three.lease_manager._look_for_dead())
     assert await standing(cluster) == (spent, 0, 0)
 
 
@@ -153,9 +156,9 @@ async def test_a_lease_log_that_cannot_be_reconciled_yet_is_kept(make: Make) -> 
     spent = 10 + cluster.spend(one, ONE, most=30)
     await cluster.kill(one)
     two.lose_next(Fault("before", LOST))
-    await two.lending._look_for_dead()
+    await two.lease_manager._look_for_dead()
     assert (await standing(cluster))[2] > 0
-    await two.lending._look_for_dead()
+    await two.lease_manager._look_for_dead()
     assert await standing(cluster) == (spent, 0, 0)
 
 
@@ -166,9 +169,9 @@ async def test_a_graceful_stop_returns_its_leases_at_once(make: Make) -> None:
     spent = 10 + cluster.spend(one, ONE, most=37)
     await cluster.stop(one)
     assert await standing(cluster) == (spent, 0, 0)
-    assert (await two.ledger.charge(cluster.metered[0], {"tokens": 1_000 - spent})).allowed
-    account = await cluster.account(cluster.metered[0].id)
-    assert (account.count, account.totals["tokens"]) == (39, 1_000)
+    assert (await two.ledger.admit(cluster.subjects[0], {"tokens": 1_000 - spent})).allowed
+    state = await cluster.usage_state(cluster.subjects[0].id)
+    assert (state.count, state.totals["tokens"]) == (39, 1_000)
 
 
 # --- Commits ----------------------------------------------------------------------------------------------------
@@ -190,8 +193,8 @@ async def test_a_lost_answer_neither_doubles_nor_loses_usage(
         await cluster.tick(one)
     await cluster.stop(one)
     assert await standing(cluster) == (spent, 0, 0)
-    account = await cluster.account(cluster.metered[0].id)
-    assert (account.count, account.totals) == (uses, {"tokens": spent})
+    state = await cluster.usage_state(cluster.subjects[0].id)
+    assert (state.count, state.totals) == (uses, {"tokens": spent})
 
 
 async def test_a_lost_answer_to_the_last_commit_of_a_stop_neither_doubles_nor_loses_usage(make: Make) -> None:
@@ -200,12 +203,12 @@ async def test_a_lost_answer_to_the_last_commit_of_a_stop_neither_doubles_nor_lo
     await lent(cluster, one)
     spent = 10 + cluster.spend(one, ONE, most=11)
     one.lose_next(Fault("after", LOST))
-    one.lending._closed = True
-    one.lending._renew(cluster.wallet(one), "return")
+    one.lease_manager._closed = True
+    one.lease_manager._renew(cluster.usage_lease(one), "return")
     await one.ledger.settled()
     await cluster.stop(one)
-    account = await cluster.account(cluster.metered[0].id)
-    assert (account.count, account.totals, account.leases) == (12, {"tokens": spent}, {})
+    state = await cluster.usage_state(cluster.subjects[0].id)
+    assert (state.count, state.totals, state.leases) == (12, {"tokens": spent}, {})
 
 
 async def test_during_a_renewal_no_more_is_spent_than_either_lease_allows(make: Make) -> None:
@@ -215,7 +218,7 @@ async def test_during_a_renewal_no_more_is_spent_than_either_lease_allows(make: 
     spent = 10 + cluster.spend(one, ONE, most=10)
     spent += await cluster.fill(two, ONE)  # all that is not lent: so the renewal lends nothing any more
     one.store.gate = asyncio.Event()
-    one.lending._look_at_wallets()
+    one.lease_manager._look_at_leases()
     batches = len(one.store.batches)
     await wait_until(lambda: len(one.store.batches) > batches)
     spent += cluster.spend(one, ONE)
@@ -235,7 +238,7 @@ async def test_a_failed_renewal_is_retried(make: Make, error: Exception) -> None
     cluster.spend(one, ONE, most=5)
     one.lose_next(Fault("before", error))
     await cluster.tick(one)
-    assert not cluster.wallet(one).renewing
+    assert not cluster.usage_lease(one).renewing
     await cluster.tick(one)
     assert (await standing(cluster))[0] == 15
 
@@ -247,9 +250,9 @@ async def test_a_renewal_refused_by_a_full_ledger_is_retried(make: Make, monkeyp
     cluster.spend(one, ONE, most=5)
     with monkeypatch.context() as full:
         full.setattr(tuning, "MAX_WAITING", 0)
-        one.lending._look_at_wallets()
+        one.lease_manager._look_at_leases()
         await one.ledger.settled()
-    assert not cluster.wallet(one).renewing
+    assert not cluster.usage_lease(one).renewing
     await cluster.tick(one)
     assert (await standing(cluster))[0] == 15
 
@@ -259,14 +262,14 @@ async def test_a_renewal_whose_usage_cannot_be_read_is_retried(make: Make) -> No
     one, _ = cluster.nodes
     await lent(cluster, one)
     cluster.spend(one, ONE, most=5)
-    one.ledger.forget(cluster.metered[0].id)
+    one.ledger.forget(cluster.subjects[0].id)
 
     async def gone(method: str, collection: str) -> None:
         raise Unavailable("gone")
 
     one.store.before_read = gone
     await cluster.tick(one)
-    assert not cluster.wallet(one).renewing
+    assert not cluster.usage_lease(one).renewing
     one.store.before_read = None
     await cluster.tick(one)
     assert (await standing(cluster))[0] == 15
@@ -278,14 +281,14 @@ async def test_a_renewal_whose_usage_cannot_be_read_is_retried(make: Make) -> No
 async def test_leases_shrink_near_the_limit(make: Make) -> None:
     cluster = await make(tokens(window=Total()))
     one, two = cluster.nodes
-    shares = []
+    leased_limits = []
     while await cluster.verify(one, 0, ONE):
-        wallet = cluster.wallet(one)
-        (share,) = wallet.shares.values()
-        shares.append(share.cap - share.spent)
+        usage_lease = cluster.usage_lease(one)
+        (leased_limit,) = usage_lease.leased_limits.values()
+        leased_limits.append(leased_limit.cap - leased_limit.spent)
         recorded, _, leased = await standing(cluster)
         assert leased <= max(1_000 - recorded, 0) // 4 + 1  # a quarter of what was free
-    assert shares[-1] == 0
+    assert leased_limits[-1] == 0
     assert await cluster.fill(two, ONE) == 0
     assert await standing(cluster) == (1_000, 0, 0)
 
@@ -306,9 +309,9 @@ async def test_an_idle_lease_is_returned_after_two_checks(make: Make) -> None:
     await cluster.tick(one)  # it was used since the last look
     await cluster.tick(one)
     assert await standing(cluster) == (10, 0, 0)
-    assert not one.lending._wallets
-    assert not one.lending._tickets
-    assert (await two.ledger.charge(cluster.metered[0], {"tokens": 990})).allowed
+    assert not one.lease_manager._usage_leases
+    assert not one.lease_manager._tickets
+    assert (await two.ledger.admit(cluster.subjects[0], {"tokens": 990})).allowed
 
 
 async def test_a_disconnected_node_spends_its_lease_until_it_expires(make: Make) -> None:
@@ -345,8 +348,8 @@ async def test_statistics_are_exact_after_a_node_was_disconnected(make: Make, cu
     assert await cluster.verify(two, 0, ONE)
     one.fault_free()
     await cluster.tick(one)
-    account = await cluster.account(cluster.metered[0].id)
-    assert (account.count, account.totals["tokens"]) == (32, spent + 1)
+    state = await cluster.usage_state(cluster.subjects[0].id)
+    assert (state.count, state.totals["tokens"]) == (32, spent + 1)
 
 
 async def test_expired_leases_do_not_accumulate(make: Make) -> None:
@@ -358,10 +361,10 @@ async def test_expired_leases_do_not_accumulate(make: Make) -> None:
         await cluster.kill(node, log=False)
     stays(cluster, LEASE_S + WINDOW_S + 1)
     await cluster.verify(two, 0, ONE)
-    assert len((await cluster.account(cluster.metered[0].id)).leases) <= MAX_ENDED + 1
+    assert len((await cluster.usage_state(cluster.subjects[0].id)).leases) <= MAX_ENDED + 1
     stays(cluster, KEPT_AFTER_US / SECOND)
     await cluster.verify(two, 0, ONE)
-    assert len((await cluster.account(cluster.metered[0].id)).leases) <= 1
+    assert len((await cluster.usage_state(cluster.subjects[0].id)).leases) <= 1
 
 
 # --- Clocks and windows -------------------------------------------------------------------------------------------
@@ -384,10 +387,10 @@ async def test_leases_end_with_their_window(make: Make, window: object) -> None:
     stays(cluster, 0.001)
     assert cluster.spend(one, ONE) == 0, "spent from a lease of the last window"
     assert await standing(cluster) == (0, 0, 0)
-    assert (await two.ledger.charge(cluster.metered[0], {"tokens": 1_000})).allowed
+    assert (await two.ledger.admit(cluster.subjects[0], {"tokens": 1_000})).allowed
     await cluster.tick(one)
     assert (await standing(cluster))[0] == 1_000  # what was spent in the last window is none of this one's
-    assert (await cluster.account(cluster.metered[0].id)).totals["tokens"] == spent + 1_000
+    assert (await cluster.usage_state(cluster.subjects[0].id)).totals["tokens"] == spent + 1_000
 
 
 async def test_leased_usage_leaves_a_rolling_window_by_its_time_of_use(
@@ -405,7 +408,7 @@ async def test_leased_usage_leaves_a_rolling_window_by_its_time_of_use(
     assert (await standing(cluster))[0] == spent
     stays(cluster, WINDOW_S / 300 + 0.001)
     assert await standing(cluster) == (0, 0, 0)
-    assert (await two.ledger.charge(cluster.metered[0], {"tokens": 1_000})).allowed
+    assert (await two.ledger.admit(cluster.subjects[0], {"tokens": 1_000})).allowed
 
 
 async def test_a_total_with_a_refill_is_leased_and_returned(make: Make) -> None:
@@ -454,7 +457,7 @@ async def test_a_denial_caused_by_leases_of_other_nodes_says_so_and_when_to_retr
     cluster = await make(tokens(window=Total()))
     one, two = cluster.nodes
     await lent(cluster, one)
-    denied = await two.ledger.charge(cluster.metered[0], {"tokens": 990})
+    denied = await two.ledger.admit(cluster.subjects[0], {"tokens": 990})
     (status,) = denied.statuses
     assert not denied.allowed
     assert status.exceeded
@@ -469,29 +472,29 @@ async def test_a_denial_caused_by_an_expired_lease_says_when_it_stops_counting(m
     await lent(cluster, one)
     await cluster.kill(one, log=False)
     stays(cluster, LEASE_S + 1)
-    denied = await two.ledger.charge(cluster.metered[0], {"tokens": 1_000})
+    denied = await two.ledger.admit(cluster.subjects[0], {"tokens": 1_000})
     (status,) = denied.statuses
     assert status.frees_at_us is not None
     assert status.frees_at_us > cluster.world.now_us + (WINDOW_S - 2) * SECOND
     cluster.world.now_us = status.frees_at_us
-    assert (await two.ledger.charge(cluster.metered[0], {"tokens": 1_000})).allowed
+    assert (await two.ledger.admit(cluster.subjects[0], {"tokens": 1_000})).allowed
 
 
 async def test_statistics_include_unrecorded_leased_usage(make: Make) -> None:
     cluster = await make(tokens(), Limit(resource="requests", limit=500, window=Total()))
     one, two = cluster.nodes
-    metered = cluster.metered[0]
+    subjects = cluster.subjects[0]
     both = {"tokens": 3, "requests": 1}
     assert await cluster.verify(one, 0, both)
     stays(cluster, 1)
     spent = 1 + cluster.spend(one, both, most=7)
-    account = await one.ledger.account(metered.id)
-    assert (account.count, account.totals) == (spent, {"tokens": 3 * spent, "requests": spent})
-    assert account.last_used_us == cluster.world.now_us
+    state = await one.ledger.usage_state(subjects.id)
+    assert (state.count, state.totals) == (spent, {"tokens": 3 * spent, "requests": spent})
+    assert state.last_used_us == cluster.world.now_us
     for node in (one, two):
-        for status in await node.ledger.statuses(metered, cluster.world.now_us):
+        for status in await node.ledger.statuses(subjects, cluster.world.now_us):
             assert status.used == status.recorded + status.reserved + status.leased
-    mine = await one.ledger.statuses(metered, cluster.world.now_us)
+    mine = await one.ledger.statuses(subjects, cluster.world.now_us)
     assert [status.recorded for status in mine] == [3 * spent, spent]
     assert [status.leased for status in mine] == [0, 0]
 
@@ -499,15 +502,15 @@ async def test_statistics_include_unrecorded_leased_usage(make: Make) -> None:
 async def test_statistics_count_nothing_twice_during_a_renewal(make: Make) -> None:
     cluster = await make(tokens(window=Total()))
     one, _ = cluster.nodes
-    metered = cluster.metered[0]
+    subjects = cluster.subjects[0]
     await lent(cluster, one)
     cluster.spend(one, ONE, most=7)
     one.lose_next(Fault("after", LOST))
     await cluster.tick(one)
     cluster.spend(one, ONE, most=2)
-    account = await one.ledger.account(metered.id)
-    assert (account.count, account.totals) == (10, {"tokens": 19})
-    assert (await one.ledger.statuses(metered, cluster.world.now_us))[0].recorded == 19
+    state = await one.ledger.usage_state(subjects.id)
+    assert (state.count, state.totals) == (10, {"tokens": 19})
+    assert (await one.ledger.statuses(subjects, cluster.world.now_us))[0].recorded == 19
 
 
 async def test_usage_of_a_key_without_limits_counts_once_on_its_quota(make: Make) -> None:
@@ -517,9 +520,9 @@ async def test_usage_of_a_key_without_limits_counts_once_on_its_quota(make: Make
     await lent(cluster, one)
     spent = 10 + cluster.spend(one, ONE, most=20)
     await cluster.stop(one)
-    for id in (cluster.metered[0].id, cluster.quotas[0].id or ""):
-        account = await cluster.account(id)
-        assert (account.count, account.totals) == (21, {"tokens": spent})
+    for id in (cluster.subjects[0].id, cluster.quotas[0].id or ""):
+        state = await cluster.usage_state(id)
+        assert (state.count, state.totals) == (21, {"tokens": spent})
 
 
 async def test_a_quota_is_leased_together_with_its_keys(make: Make) -> None:
@@ -545,13 +548,13 @@ async def test_a_quota_is_leased_together_with_its_keys(make: Make) -> None:
 async def test_a_leased_scoped_limit_is_spent_only_by_calls_in_its_scope(make: Make) -> None:
     cluster = await make(tokens(models=("small",)), tokens(limit=500, models=("large*",)))
     one, _ = cluster.nodes
-    metered = cluster.metered[0]
+    subjects = cluster.subjects[0]
     for model in ("small", "large-1"):
-        assert (await one.ledger.charge(metered, {"tokens": 1}, model=model)).allowed
+        assert (await one.ledger.admit(subjects, {"tokens": 1}, model=model)).allowed
     now_us = one.clock.now_us()
     for model, number in (("small", 0), ("large-2", 1)):  # what the one is lent does not cost the other its share
-        entries = one.lending.admit(metered, ONE, now_us, model)
-        assert [share.allowance for share, _ in entries or ()] == [metered.allowances[number]]
+        entries = one.lease_manager.admit(subjects, ONE, now_us, model)
+        assert [leased_limit.compiled_limit for leased_limit, _ in entries or ()] == [subjects.compiled_limits[number]]
     await cluster.stop(one)
     assert (await standing(cluster, number=0))[0] == 2
     assert (await standing(cluster, number=1))[0] == 2
@@ -561,20 +564,20 @@ async def test_usage_that_no_limit_covers_is_counted_without_a_lease(make: Make)
     """They need no lease; but a use that no lease stands for must not be forgotten with it."""
     cluster = await make(tokens(limit=10, models=("small",)), quota=(tokens(),))
     one, _ = cluster.nodes
-    metered = cluster.metered[0]
+    subjects = cluster.subjects[0]
     uses = 0
-    assert (await one.ledger.charge(metered, {"tokens": 10}, model="small")).allowed
+    assert (await one.ledger.admit(subjects, {"tokens": 10}, model="small")).allowed
     for _ in range(3):
         for _ in range(5):
-            if one.lending.admit(metered, ONE, one.clock.now_us(), "other") is None:
-                assert (await one.ledger.charge(metered, ONE, model="other")).allowed
+            if one.lease_manager.admit(subjects, ONE, one.clock.now_us(), "other") is None:
+                assert (await one.ledger.admit(subjects, ONE, model="other")).allowed
             uses += 1
         await cluster.tick(one)
     await cluster.tick(one)
     await cluster.stop(one)
-    for id in (metered.id, cluster.quotas[0].id or ""):
-        account = await cluster.account(id)
-        assert (account.count, account.totals) == (1 + uses, {"tokens": 10 + uses})
+    for id in (subjects.id, cluster.quotas[0].id or ""):
+        state = await cluster.usage_state(id)
+        assert (state.count, state.totals) == (1 + uses, {"tokens": 10 + uses})
 
 
 # --- Reservations in memory -------------------------------------------------------------------------------------
@@ -585,14 +588,14 @@ async def test_a_local_reservation_cannot_be_spent_and_is_released(make: Make) -
     one, two = cluster.nodes
     await lent(cluster, one)
     now_us = one.clock.now_us()
-    held = one.lending.hold(cluster.metered[0], {"tokens": 100}, now_us, now_us + 60 * SECOND, None, None, None)
+    held = one.lease_manager.hold(cluster.subjects[0], {"tokens": 100}, now_us, now_us + 60 * SECOND, None, None, None)
     assert held is not None
     spent = 10 + cluster.spend(one, ONE)
     for _ in range(3):  # nobody gets it, whatever is renewed
         await cluster.tick(one)
         spent += await cluster.fill(one, ONE) + await cluster.fill(two, ONE)
     assert spent == 900
-    assert one.lending.settle(held[0], {"tokens": 30}, one.clock.now_us())
+    assert one.lease_manager.settle(held[0], {"tokens": 30}, one.clock.now_us())
     assert cluster.spend(one, ONE) == 70  # what the settlement left of it, from memory at once
     assert await cluster.fill(one, ONE) + await cluster.fill(two, ONE) == 0
 
@@ -602,38 +605,42 @@ async def test_a_local_reservation_expires_and_releases_its_hold(make: Make) -> 
     one, two = cluster.nodes
     await lent(cluster, one)
     now_us = one.clock.now_us()
-    held = one.lending.hold(cluster.metered[0], {"tokens": 100}, now_us, now_us + 2 * SECOND, None, None, None)
+    held = one.lease_manager.hold(cluster.subjects[0], {"tokens": 100}, now_us, now_us + 2 * SECOND, None, None, None)
     assert held is not None
-    assert one.lending.settle(held[0], {"tokens": 7}, now_us, last=False)  # reported as used: it stays charged
+    assert one.lease_manager.settle(held[0], {"tokens": 7}, now_us, last=False)  # reported as used: it stays charged
     stays(cluster, 2)
     for _ in range(3):
         await cluster.tick(one)
     assert await standing(cluster) == (17, 0, 0)
-    account = await cluster.account(cluster.metered[0].id)
-    assert (account.count, account.totals) == (1, {"tokens": 17})
-    assert (await two.ledger.charge(cluster.metered[0], {"tokens": 983})).allowed
+    state = await cluster.usage_state(cluster.subjects[0].id)
+    assert (state.count, state.totals) == (1, {"tokens": 17})
+    assert (await two.ledger.admit(cluster.subjects[0], {"tokens": 983})).allowed
 
 
 async def test_concurrency_is_taken_from_a_lease_and_returned(make: Make) -> None:
     cluster = await make(Limit(resource="concurrency", limit=40))
     one, two = cluster.nodes
-    metered = cluster.metered[0]
-    assert (await one.ledger.charge(metered, {})).allowed
+    subjects = cluster.subjects[0]
+    assert (await one.ledger.admit(subjects, {})).allowed
     open_there = 0
     now_us = one.clock.now_us()
     ids = []
     for node in (one, two):
         cost = {"concurrency": 1}
         while True:
-            held = node.lending.hold(metered, cost, now_us, now_us + 60 * SECOND, None, None, None)
+            held = node.lease_manager.hold(subjects, cost, now_us, now_us + 60 * SECOND, None, None, None)
             if held is None:
                 break
             ids.append((node, held[0]))
         await cluster.tick(node)
-        open_there += sum(share.held for wallet in node.lending._wallets.values() for share in wallet.shares.values())
+        open_there += sum(
+            leased_limit.held
+            for usage_lease in node.lease_manager._usage_leases.values()
+            for leased_limit in usage_lease.leased_limits.values()
+        )
     assert open_there <= 40
     for node, id in ids:
-        node.lending.end(id)
+        node.lease_manager.end(id)
     await cluster.stop(one)
     assert await standing(cluster) == (0, 0, 0)
 
@@ -645,13 +652,13 @@ async def test_a_limit_that_is_lowered_while_leased_holds_from_the_next_commit_o
     cluster = await make(tokens(window=Total()))
     one, two = cluster.nodes
     await lent(cluster, one)
-    old = cluster.metered[0]
+    old = cluster.subjects[0]
     await cluster.change(0, limits=[tokens(limit=50, window=Total())])
     assert cluster.spend(one, ONE) == 0, "spent by limits that the key has no longer"
     await cluster.tick(one)
     assert await standing(cluster) == (10, 0, 0)
     assert await cluster.fill(one, ONE) + await cluster.fill(two, ONE) == 40
-    assert one.lending.admit(old, ONE, one.clock.now_us()) is None
+    assert one.lease_manager.admit(old, ONE, one.clock.now_us()) is None
 
 
 async def test_a_hold_during_a_lowering_leases_nothing_by_the_old_limit(make: Make) -> None:
@@ -659,7 +666,7 @@ async def test_a_hold_during_a_lowering_leases_nothing_by_the_old_limit(make: Ma
     one, two = cluster.nodes
     await lent(cluster, one)
     now_us = one.clock.now_us()
-    held = one.lending.hold(cluster.metered[0], {"tokens": 10}, now_us, now_us + 60 * SECOND, None, None, None)
+    held = one.lease_manager.hold(cluster.subjects[0], {"tokens": 10}, now_us, now_us + 60 * SECOND, None, None, None)
     assert held is not None
     await cluster.change(0, limits=[tokens(limit=100, window=Total())])
     await cluster.tick(one)
@@ -690,12 +697,12 @@ async def test_removing_a_leased_key_leaves_no_lease(make: Make) -> None:
     await lent(cluster, one)
     cluster.spend(one, ONE, most=9)
     for collection in ("api_keys", "key_usage"):
-        await cluster.remove(collection, cluster.metered[0].id)
+        await cluster.remove(collection, cluster.subjects[0].id)
     for _ in range(3):
         await cluster.tick(one)
-    assert not one.lending._wallets
-    assert not one.lending._tickets
-    assert await cluster.store.get("key_usage", None, cluster.metered[0].id) is None
+    assert not one.lease_manager._usage_leases
+    assert not one.lease_manager._tickets
+    assert await cluster.store.get("key_usage", None, cluster.subjects[0].id) is None
 
 
 async def test_a_quota_that_is_lowered_while_leased_holds_from_the_next_commit_on(make: Make) -> None:
@@ -727,7 +734,7 @@ async def test_a_stop_without_the_store_ends_in_time_and_keeps_the_lease_log(mak
     one.store.fault = lambda number, batch: Fault("before", Unavailable("gone"))
     cluster.nodes.remove(one)
     await asyncio.wait_for(one.ledger.close(), PATIENCE_S)
-    await two.lending._look_for_dead()
+    await two.lease_manager._look_for_dead()
     assert await standing(cluster) == (spent, 0, 0)
 
 
@@ -739,27 +746,27 @@ async def test_tickets_do_not_outlive_their_wallets(make: Make, monkeypatch: pyt
     for key in range(25):
         assert await cluster.verify(one, key, ONE)
     id = cluster.quotas[0].id or ""
-    assert len(one.lending._tickets) == 10
-    assert one.lending._wallets[id].tickets == set(one.lending._tickets)
+    assert len(one.lease_manager._tickets) == 10
+    assert one.lease_manager._usage_leases[id].tickets == set(one.lease_manager._tickets)
     for key in range(25):
         assert await cluster.verify(one, key, ONE)
         assert cluster.spend(one, ONE, key=key, most=2) == 2
         if key % 5 == 0:
             await cluster.tick(one)
-    assert one.lending._wallets[id].tickets == set(one.lending._tickets)
+    assert one.lease_manager._usage_leases[id].tickets == set(one.lease_manager._tickets)
     await cluster.stop(one)
-    assert (await cluster.account(id)).count == 25 + 75
+    assert (await cluster.usage_state(id)).count == 25 + 75
 
 
 async def test_scopes_that_are_remembered_of_one_key_are_bounded(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("strongroom.limits.lease_manager.MAX_SCOPES", 5)
     cluster = await make(tokens(models=("m*",)))
     one, _ = cluster.nodes
-    metered = cluster.metered[0]
-    assert (await one.ledger.charge(metered, ONE, model="m")).allowed
+    subjects = cluster.subjects[0]
+    assert (await one.ledger.admit(subjects, ONE, model="m")).allowed
     for number in range(20):
-        assert one.lending.admit(metered, ONE, one.clock.now_us(), f"m{number}") is not None
-    assert len(one.lending._tickets[metered.id]._by_scope) <= 5
+        assert one.lease_manager.admit(subjects, ONE, one.clock.now_us(), f"m{number}") is not None
+    assert len(one.lease_manager._tickets[subjects.id]._by_scope) <= 5
     await cluster.stop(one)
     assert (await standing(cluster))[0] == 21
 

@@ -28,11 +28,11 @@ from strongroom.errors import (
     TooManyRequests,
     Unavailable,
 )
-from strongroom.keys.cached_key import metered
+from strongroom.keys.cached_key import subjects_of
 from strongroom.limits import ledger as usage
 from strongroom.limits import tuning
-from strongroom.limits.corrections import MAX_WRITERS, Tally, tally_once
-from strongroom.limits.ledger import KeyChanged, Ledger, Outcome
+from strongroom.limits.corrections import MAX_WRITERS, AggregatedUse, add_once
+from strongroom.limits.ledger import AdmissionDecision, KeyChanged, Ledger
 from strongroom.storage import open_store
 from strongroom.storage.port import Batch, Capabilities, Committed, Patch, Put
 from tests.helpers.support import STORES, Fault, FaultyStore, new_url, rolling, stored_usage
@@ -96,25 +96,25 @@ async def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterat
         yield cluster
 
 
-async def settled(futures: Sequence[Awaitable[Outcome]]) -> list[Outcome | BaseException]:
+async def settled(futures: Sequence[Awaitable[AdmissionDecision]]) -> list[AdmissionDecision | BaseException]:
     return list(await asyncio.gather(*futures, return_exceptions=True))
 
 
-def admitted(answers: Sequence[Outcome | BaseException]) -> int:
-    return sum(isinstance(answer, Outcome) and answer.allowed for answer in answers)
+def admitted(answers: Sequence[AdmissionDecision | BaseException]) -> int:
+    return sum(isinstance(answer, AdmissionDecision) and answer.allowed for answer in answers)
 
 
 async def memory_is_the_stores(node: Node, id: str) -> None:
     """What the ledger holds of a key is what the store holds, if it holds the version that is there."""
-    account = node.ledger.states.known.get(id)
+    state = node.ledger.states.known.get(id)
     stored = await node.store.store.get("key_usage", None, id)
-    if account is None:
+    if state is None:
         return
     if stored is None:
-        assert account.version == 0
-        assert account.count == 0
-    elif account.version == stored["version"]:
-        assert account.document() == {name: stored[name] for name in account.document()}
+        assert state.version == 0
+        assert state.count == 0
+    elif state.version == stored["version"]:
+        assert state.document() == {name: stored[name] for name in state.document()}
 
 
 # --- Many callers, several nodes, every window ----------------------------------------------------------------
@@ -133,7 +133,7 @@ class Call:
     node: Node
     key: ApiKey
     cost: dict[str, int]
-    answer: Outcome | BaseException | None = None
+    answer: AdmissionDecision | BaseException | None = None
 
 
 def random_cost(chance: random.Random) -> dict[str, int]:
@@ -149,7 +149,7 @@ async def charge_at_random(
     async def one(call: Call) -> None:
         for _ in range(chance.randint(0, 8)):
             await asyncio.sleep(0)
-        future = call.node.ledger.charge(metered(call.key), call.cost)
+        future = call.node.ledger.admit(subjects_of(call.key), call.cost)
         if chance.random() < cancel:
             await asyncio.sleep(0)
             future.cancel()
@@ -169,28 +169,28 @@ async def check_books(cluster: Cluster, calls: Sequence[Call], *, exact: bool) -
         known, unknown = Bag[str](), Bag[str]()
         mine = [call for call in calls if call.key.id == key.id]
         for call in mine:
-            if isinstance(call.answer, Outcome):
+            if isinstance(call.answer, AdmissionDecision):
                 known.update(call.cost if call.answer.allowed else {})
             else:
                 unknown.update(call.cost)
-        account = await stored_usage(cluster.one.store.store, key.id)
+        state = await stored_usage(cluster.one.store.store, key.id)
         for resource in ("requests", "tokens", "cost"):
-            stored = account.totals.get(resource, 0)
+            stored = state.totals.get(resource, 0)
             assert known[resource] <= stored <= known[resource] + (0 if exact else unknown[resource])
         counted = []
-        for allowance in metered(key).allowances:
-            used = account.counter(allowance).used(max(account.last_used_us or 0, 1))
-            assert used <= allowance.most, "over-admitted"
-            assert used == account.totals.get(allowance.resource, 0), "one limit was charged and another not"
-            counted.append((allowance, used))
+        for compiled_limit in subjects_of(key).compiled_limits:
+            used = state.counter(compiled_limit).used(max(state.last_used_us or 0, 1))
+            assert used <= compiled_limit.most, "over-admitted"
+            assert used == state.totals.get(compiled_limit.resource, 0), "one limit was charged and another not"
+            counted.append((compiled_limit, used))
         for call in mine:
-            if isinstance(call.answer, Outcome) and not call.answer.allowed:
-                exceeded = [s.allowance.id for s in call.answer.statuses if s.exceeded]
+            if isinstance(call.answer, AdmissionDecision) and not call.answer.allowed:
+                exceeded = [s.compiled_limit.id for s in call.answer.statuses if s.exceeded]
                 assert exceeded
                 # Usage only grew, so whoever was denied then would be denied now.
-                for allowance, used in counted:
-                    if allowance.id in exceeded:
-                        assert used + call.cost.get(allowance.resource, 0) > allowance.most
+                for compiled_limit, used in counted:
+                    if compiled_limit.id in exceeded:
+                        assert used + call.cost.get(compiled_limit.resource, 0) > compiled_limit.most
         for node in cluster.nodes:
             await memory_is_the_stores(node, key.id)
 
@@ -206,7 +206,7 @@ async def test_many_callers_on_several_nodes_are_admitted_exactly(
         keys = [await cluster.key(*limits) for limits in LIMITS]
         calls = await charge_at_random(cluster, chance, keys, 400)
         assert not [call.answer for call in calls if isinstance(call.answer, BaseException)]
-        assert any(isinstance(call.answer, Outcome) and not call.answer.allowed for call in calls)
+        assert any(isinstance(call.answer, AdmissionDecision) and not call.answer.allowed for call in calls)
         await check_books(cluster, calls, exact=True)
 
 
@@ -239,7 +239,7 @@ async def test_failed_commits_and_lost_answers_never_admit_too_much(
         for node in cluster.nodes:
             node.store.fault = lambda number, batch: None
             await node.ledger.close()  # what was cancelled is settled too
-        assert {type(c.answer) for c in calls} >= {Outcome, Unavailable}
+        assert {type(c.answer) for c in calls} >= {AdmissionDecision, Unavailable}
         await check_books(cluster, calls, exact=False)
 
 
@@ -248,8 +248,8 @@ async def test_of_two_nodes_that_claim_the_same_remainder_one_succeeds(tmp_path:
         for _ in range(20):
             key = await cluster.key(rolling("tokens", 100))
             for node in cluster.nodes:  # both have the account in memory
-                await node.ledger.charge(metered(key), {"tokens": 20})
-            answers = await settled([node.ledger.charge(metered(key), {"tokens": 60}) for node in cluster.nodes])
+                await node.ledger.admit(subjects_of(key), {"tokens": 20})
+            answers = await settled([node.ledger.admit(subjects_of(key), {"tokens": 60}) for node in cluster.nodes])
             assert admitted(answers) == 1
             assert await cluster.used(key.id) == {"tokens": 100}
 
@@ -287,7 +287,7 @@ async def test_contending_nodes_spend_one_key_exactly_and_none_starves(nodes: in
         admitted_by = [0] * nodes
 
         async def caller(node: int) -> None:
-            while (await ledgers[node].charge(metered(key), {"requests": 1})).allowed:
+            while (await ledgers[node].admit(subjects_of(key), {"requests": 1})).allowed:
                 admitted_by[node] += 1
 
         async with asyncio.timeout(30):
@@ -312,9 +312,9 @@ async def test_a_contended_key_does_not_delay_others(cluster: Cluster) -> None:
         return Fault("before", Conflict("another node was faster", operation=1))
 
     node.store.fault = fault
-    waiting = node.ledger.charge(metered(contended), {"requests": 1})
+    waiting = node.ledger.admit(subjects_of(contended), {"requests": 1})
     for _ in range(3):  # beside its first attempts; the attempts are bounded, so do not wait for many
-        assert (await node.ledger.charge(metered(quiet), {"requests": 1})).allowed
+        assert (await node.ledger.admit(subjects_of(quiet), {"requests": 1})).allowed
     assert lost >= 2
     assert not waiting.done()
     node.store.fault = lambda number, batch: None
@@ -332,7 +332,7 @@ async def test_more_waiting_admissions_share_a_slow_commit(tmp_path: Path) -> No
 
             async def caller(key: ApiKey) -> None:
                 for _ in range(5):
-                    assert (await ledger.charge(metered(key), {"requests": 1})).allowed
+                    assert (await ledger.admit(subjects_of(key), {"requests": 1})).allowed
 
             before = len(store.batches)
             await asyncio.gather(*(caller(keys[number % 50]) for number in range(callers)))
@@ -346,19 +346,19 @@ async def test_more_waiting_admissions_share_a_slow_commit(tmp_path: Path) -> No
 
 async def test_a_denial_by_one_limit_debits_no_other(cluster: Cluster) -> None:
     key = await cluster.key(rolling("requests", 10), rolling("tokens", 100))
-    assert (await cluster.one.ledger.charge(metered(key), {"requests": 1, "tokens": 90})).allowed
+    assert (await cluster.one.ledger.admit(subjects_of(key), {"requests": 1, "tokens": 90})).allowed
     for _ in range(5):
-        denied = await cluster.one.ledger.charge(metered(key), {"requests": 1, "tokens": 11})
+        denied = await cluster.one.ledger.admit(subjects_of(key), {"requests": 1, "tokens": 11})
         assert not denied.allowed
         assert [(s.used, s.exceeded) for s in denied.statuses] == [(1, False), (90, True)]
     assert await cluster.used(key.id) == {"requests": 1, "tokens": 90}
-    assert (await cluster.one.ledger.charge(metered(key), {"requests": 1, "tokens": 10})).allowed
+    assert (await cluster.one.ledger.admit(subjects_of(key), {"requests": 1, "tokens": 10})).allowed
 
 
 async def test_admissions_that_arrive_together_share_a_commit(cluster: Cluster) -> None:
     key = await cluster.key(rolling("requests", 1_000))
     before = len(cluster.one.store.batches)
-    await settled([cluster.one.ledger.charge(metered(key), {"requests": 1}) for _ in range(500)])
+    await settled([cluster.one.ledger.admit(subjects_of(key), {"requests": 1}) for _ in range(500)])
     assert len(cluster.one.store.batches) == before + 1
     assert await cluster.used(key.id) == {"requests": 500}
 
@@ -370,8 +370,8 @@ async def test_returning_callers_share_a_group_commit_and_a_single_caller_does_n
     monkeypatch.setattr(tuning, "MAX_GATHER_S", 2 * PATIENCE_S)  # who waits for others now waits for ever
     key = await cluster.key(rolling("requests", 1_000))
 
-    def charge() -> asyncio.Future[Outcome]:
-        return cluster.one.ledger.charge(metered(key), {"requests": 1})
+    def charge() -> asyncio.Future[AdmissionDecision]:
+        return cluster.one.ledger.admit(subjects_of(key), {"requests": 1})
 
     async with asyncio.timeout(PATIENCE_S):
         for _ in range(5):
@@ -390,7 +390,7 @@ async def test_returning_callers_share_a_group_commit_and_a_single_caller_does_n
 async def test_no_admission_is_answered_before_it_is_durable(cluster: Cluster) -> None:
     key = await cluster.key(rolling("requests", 10))
     cluster.one.store.gate = asyncio.Event()
-    future = cluster.one.ledger.charge(metered(key), {"requests": 1})
+    future = cluster.one.ledger.admit(subjects_of(key), {"requests": 1})
     await wait_until(lambda: any(isinstance(op, Put | Patch) for op in cluster.one.store.batches[-1].operations))
     for _ in range(20):
         await asyncio.sleep(0)
@@ -414,25 +414,25 @@ async def test_a_failed_commit_is_reported_and_the_usage_is_read_again(
 ) -> None:
     node = cluster.one
     key = await cluster.key(rolling("tokens", 100))
-    await node.ledger.charge(metered(key), {"tokens": 10})
+    await node.ledger.admit(subjects_of(key), {"tokens": 10})
     failing_once(node.store, when, error)
-    answers = await settled([node.ledger.charge(metered(key), {"tokens": 40}) for _ in range(2)])
+    answers = await settled([node.ledger.admit(subjects_of(key), {"tokens": 40}) for _ in range(2)])
     assert [type(a) for a in answers] == [type(error)] * 2
     happened = 80 if when == "after" else 0  # it was not acknowledged: it may have happened, or not
     assert await cluster.used(key.id) == {"tokens": 10 + happened}
-    outcome = await node.ledger.charge(metered(key), {"tokens": 5})
+    outcome = await node.ledger.admit(subjects_of(key), {"tokens": 5})
     assert outcome.statuses[0].used == 10 + happened + 5
     await memory_is_the_stores(node, key.id)
     rest = 100 - 15 - happened
-    assert not (await node.ledger.charge(metered(key), {"tokens": rest + 1})).allowed
-    assert (await node.ledger.charge(metered(key), {"tokens": rest})).allowed
+    assert not (await node.ledger.admit(subjects_of(key), {"tokens": rest + 1})).allowed
+    assert (await node.ledger.admit(subjects_of(key), {"tokens": rest})).allowed
 
 
 @pytest.mark.parametrize("error", [Conflict("x", operation=1), Conflict("x"), AlreadyExists("x", operation=1)])
 async def test_a_conflict_on_the_usage_is_retried(cluster: Cluster, error: Exception) -> None:
     key = await cluster.key(rolling("tokens", 100))
     failing_once(cluster.one.store, "before", error)
-    assert (await cluster.one.ledger.charge(metered(key), {"tokens": 40})).allowed
+    assert (await cluster.one.ledger.admit(subjects_of(key), {"tokens": 40})).allowed
     assert await cluster.used(key.id) == {"tokens": 40}
 
 
@@ -442,10 +442,10 @@ async def test_endless_conflicts_end_in_an_error(cluster: Cluster, monkeypatch: 
     before = len(cluster.one.store.batches)
     cluster.one.store.fault = lambda number, batch: Fault("before", Conflict("always", operation=1))
     with pytest.raises(Unavailable, match="too many nodes"):
-        await cluster.one.ledger.charge(metered(key), {"tokens": 40})
+        await cluster.one.ledger.admit(subjects_of(key), {"tokens": 40})
     assert len(cluster.one.store.batches) > before + 1
     cluster.one.store.fault = lambda number, batch: None
-    assert (await cluster.one.ledger.charge(metered(key), {"tokens": 100})).allowed
+    assert (await cluster.one.ledger.admit(subjects_of(key), {"tokens": 100})).allowed
 
 
 async def test_the_failure_of_one_key_does_not_affect_others(cluster: Cluster) -> None:
@@ -456,7 +456,7 @@ async def test_the_failure_of_one_key_does_not_affect_others(cluster: Cluster) -
         return Fault("before", TooLarge("this one's document")) if mine else None
 
     cluster.one.store.fault = fault
-    answers = await settled([cluster.one.ledger.charge(metered(key), {"tokens": 40}) for key in (bad, good)])
+    answers = await settled([cluster.one.ledger.admit(subjects_of(key), {"tokens": 40}) for key in (bad, good)])
     assert isinstance(answers[0], TooLarge)
     assert admitted(answers) == 1
     assert await cluster.used(good.id) == {"tokens": 40}
@@ -466,7 +466,7 @@ async def test_keys_admitted_together_share_commits_within_the_batch_limits(clus
     keys = [await cluster.key(rolling("tokens", 100)) for _ in range(600)]
     for expected in (1, 2):
         before = len(cluster.one.store.batches)
-        answers = await settled([cluster.one.ledger.charge(metered(key), {"tokens": 40}) for key in keys])
+        answers = await settled([cluster.one.ledger.admit(subjects_of(key), {"tokens": 40}) for key in keys])
         assert admitted(answers) == 600
         assert len(cluster.one.store.batches) - before == 3  # two operations a key, 500 a batch; and no conflict
         for key in keys[::100]:
@@ -478,7 +478,7 @@ async def test_usage_recorded_together_is_cached_at_its_committed_version(cluste
     keys = [await cluster.key(rolling("tokens", 100)) for _ in range(5)]
     await settled([recording(cluster.one, key, f"i{n}", {"tokens": 10}) for key in keys for n in range(3)])
     before = len(cluster.one.store.batches)
-    assert admitted(await settled([cluster.one.ledger.charge(metered(key), {"tokens": 10}) for key in keys])) == 5
+    assert admitted(await settled([cluster.one.ledger.admit(subjects_of(key), {"tokens": 10}) for key in keys])) == 5
     assert len(cluster.one.store.batches) == before + 1
     assert [await cluster.used(key.id) for key in keys] == [{"tokens": 40}] * 5
 
@@ -486,7 +486,7 @@ async def test_usage_recorded_together_is_cached_at_its_committed_version(cluste
 async def test_a_lost_answer_for_several_keys_is_reported_to_all_and_committed_once(cluster: Cluster) -> None:
     keys = [await cluster.key(rolling("tokens", 100)) for _ in range(3)]
     failing_once(cluster.one.store, "after", Unavailable("lost"))
-    answers = await settled([cluster.one.ledger.charge(metered(key), {"tokens": 40}) for key in keys])
+    answers = await settled([cluster.one.ledger.admit(subjects_of(key), {"tokens": 40}) for key in keys])
     assert [type(answer) for answer in answers] == [Unavailable] * 3
     assert [await cluster.used(key.id) for key in keys] == [{"tokens": 40}] * 3
 
@@ -499,9 +499,9 @@ async def test_a_failed_read_is_reported_and_the_next_admission_reads_again(clus
 
     cluster.one.store.before_read = fail
     with pytest.raises(Unavailable, match="cannot be read"):
-        await cluster.one.ledger.charge(metered(key), {"tokens": 40})
+        await cluster.one.ledger.admit(subjects_of(key), {"tokens": 40})
     cluster.one.store.before_read = None
-    assert (await cluster.one.ledger.charge(metered(key), {"tokens": 40})).allowed
+    assert (await cluster.one.ledger.admit(subjects_of(key), {"tokens": 40})).allowed
 
 
 async def test_an_unexpected_error_leaves_no_caller_waiting_and_no_stale_usage(
@@ -509,7 +509,7 @@ async def test_an_unexpected_error_leaves_no_caller_waiting_and_no_stale_usage(
 ) -> None:
     node = cluster.one
     keys = [await cluster.key(rolling("tokens", 100)) for _ in range(3)]
-    await settled([node.ledger.charge(metered(key), {"tokens": 10}) for key in keys])
+    await settled([node.ledger.admit(subjects_of(key), {"tokens": 10}) for key in keys])
 
     def commit_counters(operations: Any, now_us: int) -> Any:
         if any(isinstance(operation, Put | Patch) and operation.id == keys[1].id for operation in operations):
@@ -519,9 +519,9 @@ async def test_an_unexpected_error_leaves_no_caller_waiting_and_no_stale_usage(
     original = node.database.commit_counters
     with monkeypatch.context() as patch:
         patch.setattr(node.database, "commit_counters", commit_counters)
-        answers = await settled([node.ledger.charge(metered(key), {"tokens": 40}) for key in keys])
+        answers = await settled([node.ledger.admit(subjects_of(key), {"tokens": 40}) for key in keys])
     assert all(isinstance(answer, Unavailable) for answer in answers)
-    used = [(await node.ledger.charge(metered(key), {"tokens": 1})).statuses[0].used for key in keys]
+    used = [(await node.ledger.admit(subjects_of(key), {"tokens": 1})).statuses[0].used for key in keys]
     assert used == [11, 11, 11]
     for key in keys:
         assert (await cluster.used(key.id))["tokens"] == used.pop(0)
@@ -544,12 +544,12 @@ async def change(cluster: Cluster, key: ApiKey, how: str) -> None:
 @pytest.mark.parametrize("how", ["disabled", "limit lowered", "deleted"])
 async def test_an_admission_of_a_changed_key_is_refused_and_debits_nothing(cluster: Cluster, how: str) -> None:
     key = await cluster.key(rolling("tokens", 100))
-    old = metered(key)
-    await cluster.one.ledger.charge(old, {"tokens": 10})
+    old = subjects_of(key)
+    await cluster.one.ledger.admit(old, {"tokens": 10})
     await change(cluster, key, how)
     for force in (False, True):
         with pytest.raises(KeyChanged):
-            await cluster.one.ledger.charge(old, {"tokens": 10}, force=force)
+            await cluster.one.ledger.admit(old, {"tokens": 10}, force=force)
     assert await cluster.used(key.id) == {"tokens": 10}
 
 
@@ -558,7 +558,7 @@ async def test_a_key_changed_during_its_commit_is_not_charged(cluster: Cluster, 
     key = await cluster.key(rolling("tokens", 100))
     gate = cluster.one.store.gate = asyncio.Event()
     before = len(cluster.one.store.batches)
-    future = cluster.one.ledger.charge(metered(key), {"tokens": 10})
+    future = cluster.one.ledger.admit(subjects_of(key), {"tokens": 10})
     await wait_until(lambda: len(cluster.one.store.batches) > before)
     cluster.one.store.gate = None  # the change overtakes the charge
     assert len(cluster.one.store.batches) == before + 1
@@ -573,28 +573,28 @@ async def test_admissions_of_an_older_and_a_newer_key_version_share_a_group(clus
     key = await cluster.key(rolling("tokens", 100))
     newer = await cluster.one.database.update(SYSTEM, ApiKey, key.id, {"limits": [rolling("tokens", 50)]})
     answers = await settled(
-        [cluster.one.ledger.charge(metered(which), {"tokens": 30}) for which in (key, newer, newer, key)]
+        [cluster.one.ledger.admit(subjects_of(which), {"tokens": 30}) for which in (key, newer, newer, key)]
     )
-    assert [type(answer) for answer in answers] == [KeyChanged, Outcome, Outcome, KeyChanged]
+    assert [type(answer) for answer in answers] == [KeyChanged, AdmissionDecision, AdmissionDecision, KeyChanged]
     assert admitted(answers) == 1
     assert await cluster.used(key.id) == {"tokens": 30}
 
 
 async def test_usage_is_kept_when_a_limit_changes(cluster: Cluster) -> None:
     key = await cluster.key(rolling("tokens", 100))
-    await cluster.one.ledger.charge(metered(key), {"tokens": 60})
+    await cluster.one.ledger.admit(subjects_of(key), {"tokens": 60})
     for limit, allowed in ((50, False), (65, True), (64, False)):
         key = await cluster.one.database.update(SYSTEM, ApiKey, key.id, {"limits": [rolling("tokens", limit)]})
-        outcome = await cluster.one.ledger.charge(metered(key), {"tokens": 5})
+        outcome = await cluster.one.ledger.admit(subjects_of(key), {"tokens": 5})
         assert outcome.allowed is allowed
 
 
 # --- Recording once -------------------------------------------------------------------------------------------
 
 
-def recording(node: Node, key: ApiKey, idempotency_key: str, cost: dict[str, int]) -> asyncio.Future[Outcome]:
+def recording(node: Node, key: ApiKey, idempotency_key: str, cost: dict[str, int]) -> asyncio.Future[AdmissionDecision]:
     once = node.database.once(f"usage {key.id}", "system", idempotency_key, key.id)
-    return node.ledger.charge(metered(key), cost, force=True, once=once)
+    return node.ledger.admit(subjects_of(key), cost, force=True, once=once)
 
 
 @pytest.mark.parametrize("kind", STORES)
@@ -652,9 +652,9 @@ async def test_a_failed_usage_record_counts_when_it_is_retried(cluster: Cluster)
 
 async def test_usage_is_recorded_in_full_over_a_limit_and_the_next_call_is_denied(cluster: Cluster) -> None:
     key = await cluster.key(rolling("tokens", 100))
-    outcome = await cluster.one.ledger.charge(metered(key), {"tokens": 250}, force=True)
+    outcome = await cluster.one.ledger.admit(subjects_of(key), {"tokens": 250}, force=True)
     assert outcome.statuses[0].used == 250
-    assert not (await cluster.one.ledger.charge(metered(key), {"tokens": 1})).allowed
+    assert not (await cluster.one.ledger.admit(subjects_of(key), {"tokens": 1})).allowed
     assert await cluster.used(key.id) == {"tokens": 250}
 
 
@@ -662,8 +662,8 @@ async def test_usage_is_recorded_in_full_over_a_limit_and_the_next_call_is_denie
 async def test_no_amount_recorded_makes_a_key_unusable(cluster: Cluster, window: Any) -> None:
     key = await cluster.key(Limit(resource="cost", limit=5, window=window), rolling("requests", 100))
     for _ in range(25):
-        await cluster.one.ledger.charge(metered(key), {"cost": 10**18, "requests": 1}, force=True)
-    outcome = await cluster.one.ledger.charge(metered(key), {"requests": 1})
+        await cluster.one.ledger.admit(subjects_of(key), {"cost": 10**18, "requests": 1}, force=True)
+    outcome = await cluster.one.ledger.admit(subjects_of(key), {"requests": 1})
     assert not outcome.allowed
     assert await cluster.used(key.id) == {"cost": 2**63 - 1, "requests": 25}
 
@@ -673,7 +673,7 @@ async def test_no_amount_recorded_makes_a_key_unusable(cluster: Cluster, window:
 
 async def test_a_caller_cancelled_before_the_decision_is_not_charged(cluster: Cluster) -> None:
     key = await cluster.key(rolling("tokens", 100))
-    waiting = [asyncio.ensure_future(cluster.one.ledger.charge(metered(key), {"tokens": 10})) for _ in range(4)]
+    waiting = [asyncio.ensure_future(cluster.one.ledger.admit(subjects_of(key), {"tokens": 10})) for _ in range(4)]
     waiting[0].cancel()
     waiting[2].cancel()
     answers = await settled(waiting)
@@ -685,10 +685,10 @@ async def test_a_caller_cancelled_during_the_commit_delays_no_other(cluster: Clu
     key = await cluster.key(rolling("tokens", 100))
     gate = cluster.one.store.gate = asyncio.Event()
     before = len(cluster.one.store.batches)
-    first = cluster.one.ledger.charge(metered(key), {"tokens": 10})
+    first = cluster.one.ledger.admit(subjects_of(key), {"tokens": 10})
     await wait_until(lambda: len(cluster.one.store.batches) > before)
     first.cancel()
-    second = cluster.one.ledger.charge(metered(key), {"tokens": 10})
+    second = cluster.one.ledger.admit(subjects_of(key), {"tokens": 10})
     gate.set()
     assert (await second).statuses[0].used == 20
     assert await cluster.used(key.id) == {"tokens": 20}
@@ -697,7 +697,7 @@ async def test_a_caller_cancelled_during_the_commit_delays_no_other(cluster: Clu
 async def test_usage_is_recorded_even_if_its_caller_is_cancelled(cluster: Cluster) -> None:
     key = await cluster.key(rolling("tokens", 100))
     recording(cluster.one, key, "i", {"tokens": 10}).cancel()
-    cluster.one.ledger.charge(metered(key), {"tokens": 5}, force=True).cancel()
+    cluster.one.ledger.admit(subjects_of(key), {"tokens": 5}, force=True).cancel()
     await cluster.one.ledger.close()
     assert await cluster.used(key.id) == {"tokens": 15}
 
@@ -707,10 +707,10 @@ async def test_admissions_over_the_queue_bound_are_refused_and_the_others_served
 ) -> None:
     monkeypatch.setattr(tuning, "MAX_WAITING", 10)
     key = await cluster.key(rolling("tokens", 100))
-    futures = [cluster.one.ledger.charge(metered(key), {"tokens": 1}) for _ in range(15)]
+    futures = [cluster.one.ledger.admit(subjects_of(key), {"tokens": 1}) for _ in range(15)]
     answers = await settled(futures)
-    assert [type(answer) for answer in answers] == [Outcome] * 10 + [TooManyRequests] * 5
-    assert (await cluster.one.ledger.charge(metered(key), {"tokens": 1})).allowed
+    assert [type(answer) for answer in answers] == [AdmissionDecision] * 10 + [TooManyRequests] * 5
+    assert (await cluster.one.ledger.admit(subjects_of(key), {"tokens": 1})).allowed
     assert await cluster.used(key.id) == {"tokens": 11}
 
 
@@ -719,7 +719,7 @@ async def test_the_memory_for_usage_states_is_bounded(cluster: Cluster, monkeypa
     keys = [await cluster.key(rolling("tokens", 2)) for _ in range(35)]
     for _ in range(3):
         for key in keys:
-            await cluster.one.ledger.charge(metered(key), {"tokens": 1})
+            await cluster.one.ledger.admit(subjects_of(key), {"tokens": 1})
             assert len(cluster.one.ledger.states.known) <= 11
     assert [await cluster.used(key.id) for key in keys] == [{"tokens": 2}] * 35
 
@@ -734,8 +734,8 @@ async def test_aggregated_usage_is_written_within_its_bound_many_keys_at_once(
     key = await cluster.key()
     before = len(cluster.one.store.batches)
     for _ in range(1_000):
-        cluster.one.ledger.tally(metered(key), {"requests": 1, "tokens": 2})
-    assert (await cluster.one.ledger.account(key.id)).totals == {"requests": 1_000, "tokens": 2_000}
+        cluster.one.ledger.aggregate(subjects_of(key), {"requests": 1, "tokens": 2})
+    assert (await cluster.one.ledger.usage_state(key.id)).totals == {"requests": 1_000, "tokens": 2_000}
     assert len(cluster.one.store.batches) == before
 
     async def written() -> bool:
@@ -743,8 +743,8 @@ async def test_aggregated_usage_is_written_within_its_bound_many_keys_at_once(
 
     await wait_until(written)
     assert len(cluster.one.store.batches) == before + 1
-    account = await cluster.one.ledger.account(key.id)
-    assert (account.count, account.totals) == (1_000, {"requests": 1_000, "tokens": 2_000})
+    state = await cluster.one.ledger.usage_state(key.id)
+    assert (state.count, state.totals) == (1_000, {"requests": 1_000, "tokens": 2_000})
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -757,9 +757,9 @@ async def test_statistics_include_aggregated_usage_during_its_write(
     node.store.gate = asyncio.Event()
     batches = len(node.store.batches)
     for _ in range(5):
-        node.ledger.tally(metered(key), {"requests": 1})
+        node.ledger.aggregate(subjects_of(key), {"requests": 1})
     await wait_until(lambda: len(node.store.batches) > batches)  # it is on its way, and nobody knows how far
-    shown = asyncio.create_task(node.ledger.account(key.id))
+    shown = asyncio.create_task(node.ledger.usage_state(key.id))
     await asyncio.sleep(0)
     if fails:
         failing_once(node.store, "before", Unavailable("gone"))
@@ -771,7 +771,7 @@ async def test_statistics_include_aggregated_usage_during_its_write(
 async def test_aggregated_usage_is_written_on_close(cluster: Cluster) -> None:
     keys = [await cluster.key() for _ in range(20)]
     for key in keys:
-        cluster.one.ledger.tally(metered(key), {"requests": 1})
+        cluster.one.ledger.aggregate(subjects_of(key), {"requests": 1})
     await cluster.one.ledger.close()
     assert [await cluster.used(key.id) for key in keys] == [{"requests": 1}] * 20
 
@@ -784,7 +784,7 @@ async def test_aggregated_usage_survives_a_failed_write_and_a_changed_key(
     await cluster.one.database.update(SYSTEM, ApiKey, key.id, {"name": "another"})
     failing_once(cluster.one.store, "before", Unavailable("gone"))
     before = len(cluster.one.store.batches)
-    cluster.one.ledger.tally(metered(key), {"requests": 3})
+    cluster.one.ledger.aggregate(subjects_of(key), {"requests": 3})
 
     async def written() -> bool:
         return await cluster.used(key.id) == {"requests": 3}
@@ -801,19 +801,19 @@ def written(node: Node) -> bool:
 async def test_aggregated_usage_whose_answer_was_lost_counts_once(cluster: Cluster, when: str) -> None:
     key, node = await cluster.key(), cluster.one
     failing_once(node.store, when, Unavailable("the answer was lost"))
-    node.ledger.tally(metered(key), {"requests": 1, "tokens": 7})
+    node.ledger.aggregate(subjects_of(key), {"requests": 1, "tokens": 7})
     node.ledger.aggregation.flush()
     await node.ledger.settled()
     assert not node.ledger.aggregation.idle
-    node.ledger.tally(metered(key), {"requests": 1, "tokens": 2})  # another one, meanwhile
-    shown = await node.ledger.account(key.id)
+    node.ledger.aggregate(subjects_of(key), {"requests": 1, "tokens": 2})  # another one, meanwhile
+    shown = await node.ledger.usage_state(key.id)
     assert (shown.count, shown.totals) == (2, {"requests": 2, "tokens": 9})
     for _ in range(2):  # the first one writes what is unsure, which the other one waits for
         node.ledger.aggregation.flush()
         await node.ledger.settled()
     assert written(node)
-    account = await stored_usage(node.store, key.id)
-    assert (account.count, account.totals) == (2, {"requests": 2, "tokens": 9})
+    state = await stored_usage(node.store, key.id)
+    assert (state.count, state.totals) == (2, {"requests": 2, "tokens": 9})
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -823,7 +823,7 @@ async def test_aggregated_usage_whose_answer_is_lost_on_close_is_written_once(
     async with cluster_of("sqlite", tmp_path, 1) as cluster:
         key, node = await cluster.key(), cluster.one
         failing_once(node.store, when, Conflict("another node's"))
-        node.ledger.tally(metered(key), {"requests": 1})
+        node.ledger.aggregate(subjects_of(key), {"requests": 1})
         await node.ledger.close()
         assert (await stored_usage(node.store, key.id)).count == 1
 
@@ -842,27 +842,27 @@ async def test_aggregated_usage_of_several_nodes_counts_once_through_lost_answer
             node.store.fault = sometimes
         for _ in range(30):
             for node in cluster.nodes:
-                node.ledger.tally(metered(key), {"requests": 1})
+                node.ledger.aggregate(subjects_of(key), {"requests": 1})
             await asyncio.sleep(0.002)
         for node in cluster.nodes:
             node.store.fault = lambda number, batch: None
             await wait_until(functools.partial(written, node))
-        account = await stored_usage(cluster.one.store, key.id)
-        assert (account.count, account.totals) == (90, {"requests": 90})
-        assert len(account.tallied) == 3
+        state = await stored_usage(cluster.one.store, key.id)
+        assert (state.count, state.totals) == (90, {"requests": 90})
+        assert len(state.aggregated) == 3
 
 
 async def test_a_usage_state_remembers_a_bounded_number_of_aggregating_processes() -> None:
-    account = usage.Account()
+    state = usage.UsageState()
     for number in range(200):
-        assert tally_once(account, Tally(f"writer {number}", 1), {}, 1, 1)
-        assert not tally_once(account, Tally(f"writer {number}", 1), {}, 1, 1)
-    assert (account.count, len(account.tallied)) == (200, MAX_WRITERS)
+        assert add_once(state, AggregatedUse(f"writer {number}", 1), {}, 1, 1)
+        assert not add_once(state, AggregatedUse(f"writer {number}", 1), {}, 1, 1)
+    assert (state.count, len(state.aggregated)) == (200, MAX_WRITERS)
 
 
 async def test_aggregated_usage_of_a_deleted_key_is_dropped(cluster: Cluster) -> None:
     key = await cluster.key()
-    cluster.one.ledger.tally(metered(key), {"requests": 3})
+    cluster.one.ledger.aggregate(subjects_of(key), {"requests": 3})
     await cluster.one.database.delete(SYSTEM, ApiKey, key.id)
     await cluster.one.ledger.close()
     assert await cluster.used(key.id) == {}
@@ -872,8 +872,10 @@ async def test_aggregated_usage_and_admissions_of_one_key_are_all_counted(cluste
     key = await cluster.key()
     limited = await cluster.one.database.update(SYSTEM, ApiKey, key.id, {"limits": [rolling("requests", 5)]})
     for _ in range(7):
-        cluster.one.ledger.tally(metered(key), {"requests": 1})
-    outcomes = await asyncio.gather(*(cluster.one.ledger.charge(metered(limited), {"requests": 1}) for _ in range(9)))
+        cluster.one.ledger.aggregate(subjects_of(key), {"requests": 1})
+    outcomes = await asyncio.gather(
+        *(cluster.one.ledger.admit(subjects_of(limited), {"requests": 1}) for _ in range(9))
+    )
     await cluster.one.ledger.close()
     assert admitted(outcomes) == 5
     assert await cluster.used(key.id) == {"requests": 12}
@@ -881,11 +883,11 @@ async def test_aggregated_usage_and_admissions_of_one_key_are_all_counted(cluste
 
 async def test_a_failed_read_of_a_changed_key_loses_no_usage(cluster: Cluster) -> None:
     node = cluster.one
-    tallied, charged = await cluster.key(), await cluster.key(rolling("tokens", 100))
-    await node.ledger.charge(metered(charged), {"tokens": 1})
-    old = metered(tallied)
-    await node.database.update(SYSTEM, ApiKey, tallied.id, {"name": "another"})
-    node.ledger.tally(old, {"requests": 3})
+    aggregated, charged = await cluster.key(), await cluster.key(rolling("tokens", 100))
+    await node.ledger.admit(subjects_of(charged), {"tokens": 1})
+    old = subjects_of(aggregated)
+    await node.database.update(SYSTEM, ApiKey, aggregated.id, {"name": "another"})
+    node.ledger.aggregate(old, {"requests": 3})
     failures = 1
 
     async def fail(method: str, collection: str) -> None:
@@ -895,7 +897,7 @@ async def test_a_failed_read_of_a_changed_key_loses_no_usage(cluster: Cluster) -
             raise Unavailable("cannot be read")
 
     node.store.before_read = fail
-    charge = node.ledger.charge(metered(charged), {"tokens": 10})
+    charge = node.ledger.admit(subjects_of(charged), {"tokens": 10})
     await node.ledger.close()
     assert not failures
     assert (await charge).allowed
@@ -903,18 +905,18 @@ async def test_a_failed_read_of_a_changed_key_loses_no_usage(cluster: Cluster) -
     await memory_is_the_stores(node, charged.id)
     node.store.before_read = None
     await node.ledger.close()
-    assert await cluster.used(tallied.id) == {"requests": 3}
+    assert await cluster.used(aggregated.id) == {"requests": 3}
 
 
 async def test_closing_ends_even_if_the_store_fails(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "AGGREGATE_FOR_S", 0.01)
     key = await cluster.key()
     cluster.one.store.fault = lambda number, batch: Fault("before", Unavailable("gone"))
-    cluster.one.ledger.tally(metered(key), {"requests": 1})
+    cluster.one.ledger.aggregate(subjects_of(key), {"requests": 1})
     await asyncio.wait_for(cluster.one.ledger.close(), PATIENCE_S)
     assert cluster.one.ledger.aggregation._timer is None
     with pytest.raises(Unavailable, match="closed"):
-        await cluster.one.ledger.charge(metered(key), {"requests": 1})
+        await cluster.one.ledger.admit(subjects_of(key), {"requests": 1})
     assert cluster.one.ledger.aggregation._timer is None
     cluster.one.store.fault = lambda number, batch: None
     await cluster.one.ledger.close()  # nothing was thrown away: a second closing writes it
@@ -927,7 +929,7 @@ async def test_closing_ends_even_if_the_store_fails(cluster: Cluster, monkeypatc
 async def test_evicting_a_usage_state_during_a_read_fails_no_admission(cluster: Cluster) -> None:
     node = cluster.one
     known, unknown = await cluster.key(rolling("tokens", 100)), await cluster.key(rolling("tokens", 100))
-    assert (await node.ledger.charge(metered(known), {"tokens": 10})).allowed
+    assert (await node.ledger.admit(subjects_of(known), {"tokens": 10})).allowed
     reading, go_on = asyncio.Event(), asyncio.Event()
 
     async def hold_back(method: str, collection: str) -> None:
@@ -935,7 +937,7 @@ async def test_evicting_a_usage_state_during_a_read_fails_no_admission(cluster: 
         await go_on.wait()
 
     node.store.before_read = hold_back
-    charges = [node.ledger.charge(metered(key), {"tokens": 20}) for key in (known, unknown)]
+    charges = [node.ledger.admit(subjects_of(key), {"tokens": 20}) for key in (known, unknown)]
     await reading.wait()
     node.ledger.forget(known.id)  # as a quota's removal, or a key's, does it
     go_on.set()
@@ -947,7 +949,7 @@ async def test_evicting_a_usage_state_during_a_read_fails_no_admission(cluster: 
 async def test_a_read_from_before_an_eviction_decides_nothing(cluster: Cluster) -> None:
     node = cluster.one
     key = await cluster.key(rolling("tokens", 100))
-    assert (await node.ledger.charge(metered(key), {"tokens": 100})).allowed
+    assert (await node.ledger.admit(subjects_of(key), {"tokens": 100})).allowed
     node.ledger.forget(key.id)
     reads = 0
 
@@ -959,5 +961,5 @@ async def test_a_read_from_before_an_eviction_decides_nothing(cluster: Cluster) 
             node.ledger.forget(key.id)
 
     node.store.after_read = removed_meanwhile
-    assert (await node.ledger.charge(metered(key), {"tokens": 60})).allowed, "a denial would never read again"
+    assert (await node.ledger.admit(subjects_of(key), {"tokens": 60})).allowed, "a denial would never read again"
     assert await cluster.used(key.id) == {"tokens": 60}

@@ -19,7 +19,7 @@ from strongroom.integrations._core import Presented
 from strongroom.integrations._hold import Hold
 from strongroom.keys.token import generate
 from strongroom.limits import tuning
-from strongroom.limits import usage_state as accounts
+from strongroom.limits import usage_state as states
 from strongroom.storage.port import Put
 from tests.helpers.support import Fault, FaultyStore, new_url, opened, rolling, stored_usage
 from tests.helpers.waiting import wait_until
@@ -243,7 +243,7 @@ async def test_litellm_14457_a_client_that_goes_away_while_streaming_is_still_ch
     issued = await room.keys.create(name="k", limits=[rolling("tokens", 100)])
     store.gate = asyncio.Event()
     task = asyncio.create_task(room.keys.record(key=issued.text, cost={"tokens": 30}))
-    mine = (accounts.NAME, issued.key.id)
+    mine = (states.NAME, issued.key.id)
     await wait_until(
         lambda: any((op.collection, op.id) == mine for b in store.batches for op in b.operations if isinstance(op, Put))
     )
@@ -283,7 +283,7 @@ async def test_litellm_25553_writing_usage_does_not_restore_an_old_key(tmp_path:
                     *(there.keys.verify(issued.text) for _ in range(5)),
                     here.keys.update(issued.key.id, name=f"n{number}", permissions=[f"p{number}"]),
                 )
-            await there.ledger.account(issued.key.id)
+            await there.ledger.usage_state(issued.key.id)
             await here.keys.delete(issued.key.id, purge=True)
             await asyncio.gather(*(there.keys.record(key_id=issued.key.id, cost={"x": 1}) for _ in range(3)),
                                  return_exceptions=True)  # fmt: skip
@@ -529,8 +529,8 @@ async def test_litellm_33872_and_35531_leased_usage_is_kept_until_it_is_recorded
             admitted += (await room.keys.verify(issued.text, cost={"tokens": 3})).valid
         except Unavailable:
             continue
-        if room.ledger.lending is not None:
-            room.ledger.lending._look_at_wallets()
+        if room.ledger.lease_manager is not None:
+            room.ledger.lease_manager._look_at_leases()
             await room.ledger.settled()
     store.fault = lambda n, batch: None
     await room.ledger.close()

@@ -36,7 +36,7 @@ from strongroom.keys.transfer.key_file_export import Exported, export_rows, file
 from strongroom.keys.transfer.key_file_import import KeyImport, Standing
 from strongroom.keys.transfer.key_file_rows import new_usage, usage_document
 from strongroom.limits import tuning
-from strongroom.limits.usage_state import Account
+from strongroom.limits.usage_state import UsageState
 from strongroom.storage.port import Alike, Append, Create, Pack, unwrapped
 from strongroom.storage.sqlite.bulk_rows import SqlitePacker
 from strongroom.storage.sqlite.store import SqliteStore
@@ -227,7 +227,7 @@ async def test_keys_with_the_same_limits_share_them_in_memory(tmp_path: Path) ->
         await imported(room, plain_file(tmp_path, 2))
         for number in range(2):
             await room.keys.verify(text(number))
-        one, two = (known.metered.allowances for known in room.keys.cache._by_id.values())
+        one, two = (known.subjects.compiled_limits for known in room.keys.cache._by_id.values())
         assert one is two
 
 
@@ -416,7 +416,7 @@ def test_an_imported_key_has_the_usage_of_its_row(data: st.DataObject) -> None:
     used = data.draw(st.none() | moments)
     row = KeyRow("keys.0", b"", None, "n", None, None, 1, 0, None, used, 0, data.draw(amounts), tuple(sorted(windows)))
     for shape, one in (("plain", row), ("hashed", replace(row, uses=data.draw(amounts), tokens=0, windows=()))):
-        made = usage_document(shape, one, Account(), NOW_US)  # type: ignore[arg-type]
+        made = usage_document(shape, one, UsageState(), NOW_US)  # type: ignore[arg-type]
         assert new_usage(shape, one, NOW_US) == (made["count"], made["last_used_at"], made["state"])  # type: ignore[arg-type]
         assert made["active_at"] is None
 

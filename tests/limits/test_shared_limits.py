@@ -30,8 +30,8 @@ async def quota(room: Strongroom, subject: str, *limits: Limit, tenant: str = "a
 async def recorded(room: Strongroom, subject: str, tenant: str = "acme") -> int:
     """Tokens that a quota counts, in all."""
     kind, _, name = subject.partition(":")
-    account = await stored_usage(room.store, quota_id(kind, tenant, name))  # type: ignore[arg-type]
-    return account.totals.get("tokens", 0)
+    state = await stored_usage(room.store, quota_id(kind, tenant, name))  # type: ignore[arg-type]
+    return state.totals.get("tokens", 0)
 
 
 @pytest.fixture(params=["durable sqlite", "leased sqlite", "durable postgres", "leased postgres"])

@@ -228,7 +228,7 @@ def test_the_stored_state_of_thresholds_is_small() -> None:
 
 def crossing(**more: Any) -> Crossing:
     fields: dict[str, Any] = {
-        "account_id": "key_1", "tenant": "acme", "key_id": "key_1", "limit": ROLLING, "threshold": 80, "used": 812,
+        "subject_id": "key_1", "tenant": "acme", "key_id": "key_1", "limit": ROLLING, "threshold": 80, "used": 812,
         "most": 1_000, "window_ends_us": None, "now_us": T0,
     }  # fmt: skip
     return Crossing(**{**fields, **more})
@@ -276,7 +276,7 @@ def test_the_event_id_identifies_the_crossing() -> None:
     again = event_of(crossing(now_us=T0 + SECOND, used=900))  # another node, a moment later, in the same window
     assert again.id == event_of(crossing()).id
     others = [
-        crossing(account_id="key_2"), crossing(threshold=50), crossing(most=2_000), crossing(now_us=T0 + 100 * SECOND),
+        crossing(subject_id="key_2"), crossing(threshold=50), crossing(most=2_000), crossing(now_us=T0 + 100 * SECOND),
         crossing(limit=rolling("tokens", 1_000, 101)), crossing(limit=rolling("images", 1_000, 100)),
         crossing(limit=ANCHORED, window_ends_us=T0), crossing(limit=ANCHORED, window_ends_us=T0 + 1),
         crossing(limit=ROLLING.model_copy(update={"models": ("m",)})),

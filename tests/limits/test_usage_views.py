@@ -15,7 +15,7 @@ import pytest
 from strongroom import Limit, Strongroom, Total
 from strongroom.context import us_from_utc
 from strongroom.errors import ConfigError
-from strongroom.limits.usage_state import Account
+from strongroom.limits.usage_state import UsageState
 from strongroom.limits.usage_views import views_sql
 from tests.helpers.servers import postgres
 from tests.helpers.support import new_url
@@ -87,11 +87,11 @@ def test_an_engine_without_sql_has_no_views() -> None:
 
 
 def test_a_usage_state_keeps_the_totals_of_its_last_two_months() -> None:
-    account = Account()
+    state = UsageState()
     for month, day in ((9, 30), (10, 1), (10, 31), (11, 2), (11, 3)):
-        account.tally({"tokens": day}, 1, us_from_utc(datetime(2026, month, day, 12, tzinfo=UTC)))
+        state.add_totals({"tokens": day}, 1, us_from_utc(datetime(2026, month, day, 12, tzinfo=UTC)))
     kept: dict[str, Any] = {"2026-10": {"tokens": 32}, "2026-11": {"tokens": 5}}
-    assert account.months == kept
-    again = Account({**account.document(), "version": 1})
-    again.tally({"tokens": 1}, 1, us_from_utc(datetime(2026, 11, 30, 23, 59, 59, 999_999, tzinfo=UTC)))
+    assert state.months == kept
+    again = UsageState({**state.document(), "version": 1})
+    again.add_totals({"tokens": 1}, 1, us_from_utc(datetime(2026, 11, 30, 23, 59, 59, 999_999, tzinfo=UTC)))
     assert again.months == {**kept, "2026-11": {"tokens": 6}}

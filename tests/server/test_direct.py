@@ -279,7 +279,7 @@ async def test_an_error_of_the_ledger_is_a_problem_document_of_its_request(monke
 
         for error, expected in ((Unavailable("the disk is away"), 503), (RuntimeError("a secret"), 500)):
             with monkeypatch.context() as patch:
-                patch.setattr(Ledger, "charge", failing(error))
+                patch.setattr(Ledger, "admit", failing(error))
                 ((status, headers, body),) = await connection.ask(data)
             assert (status, headers["x-request-id"]) == (expected, "mine")
             assert headers["content-type"] == "application/problem+json"
@@ -302,7 +302,7 @@ async def test_an_unexpected_error_is_a_500_and_not_a_400(
             raise RuntimeError("a secret")
 
         with monkeypatch.context() as patch:
-            patch.setattr(Ledger, "charge", broken)
+            patch.setattr(Ledger, "admit", broken)
             ((status, headers, body),) = await connection.ask(data)
         assert (status, headers["x-request-id"]) == (500, "mine")
         assert b"a secret" not in body
@@ -314,7 +314,7 @@ async def test_an_unexpected_error_is_a_500_and_not_a_400(
 @pytest.fixture
 def changed(monkeypatch: pytest.MonkeyPatch) -> list[asyncio.Future[Any]]:
     """The first charge waits here, until it is told that its key was changed; those after it are real."""
-    charge = Ledger.charge
+    charge = Ledger.admit
     first: list[asyncio.Future[Any]] = []
 
     def waiting(self: Ledger, *positional: Any, **named: Any) -> asyncio.Future[Any]:
@@ -323,7 +323,7 @@ def changed(monkeypatch: pytest.MonkeyPatch) -> list[asyncio.Future[Any]]:
         first.append(asyncio.get_running_loop().create_future())
         return first[0]
 
-    monkeypatch.setattr(Ledger, "charge", waiting)
+    monkeypatch.setattr(Ledger, "admit", waiting)
     return first
 
 

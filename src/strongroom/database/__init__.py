@@ -1,7 +1,14 @@
 """The database: the one way a write takes from validation to the journal, and transactions over it."""
 
 from .database import Database
-from .idempotency import MAX_IDEMPOTENCY_KEY_BYTES, Idempotency, IdempotentCall, Once, Replayed, RequestKey
+from .idempotency import (
+    MAX_IDEMPOTENCY_KEY_BYTES,
+    Idempotency,
+    IdempotentCall,
+    IdempotentOperation,
+    Replayed,
+    RequestKey,
+)
 from .index_advice import QueryShape
 from .transaction import Transaction
 from .write_state import StoreState
@@ -11,7 +18,7 @@ __all__ = [
     "Database",
     "Idempotency",
     "IdempotentCall",
-    "Once",
+    "IdempotentOperation",
     "QueryShape",
     "Replayed",
     "RequestKey",

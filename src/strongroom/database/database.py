@@ -44,7 +44,7 @@ from ..storage.port import (
 )
 from .authorization import Authorization
 from .change import RULE_OF, Found, answer_to_keep, stamp
-from .idempotency import Calls, Idempotency, Once, Replayed, RequestKey
+from .idempotency import Calls, Idempotency, IdempotentOperation, Replayed, RequestKey
 from .reads import Reads, scope_of
 from .transaction import Transaction
 from .write_state import WriteState
@@ -230,13 +230,15 @@ class Database:
             document["version"] = now["version"] if same and now is not None else replayed.version
         return cast(E, cls.__codec__.decode(document))
 
-    def once(self, scope: str, actor: str, key: str, request: object, *, kept_until: datetime | None = None) -> Once:
+    def once(
+        self, scope: str, actor: str, key: str, request: object, *, kept_until: datetime | None = None
+    ) -> IdempotentOperation:
         """For `commit_counters`: what commits once for one idempotency key of an actor; `request` tells another request
         with the same key apart."""
         call = Idempotency(key, request, scope=scope)
         context = self.at_now(Context(None, actor))
         operation = self.calls.operation(context, call, [], None, kept_until=kept_until)
-        return Once(operation.id, operation, self.calls.alike(request))
+        return IdempotentOperation(operation.id, operation, self.calls.alike(request))
 
     @property
     def rules_read_documents(self) -> bool:

@@ -112,7 +112,7 @@ class Replayed(Exception):
         """That of the call's own record."""
 
 
-class Once(NamedTuple):
+class IdempotentOperation(NamedTuple):
     """A charge that may be made only once: the id of its record, the operation that makes it, and the fingerprints that
     stand for the same request (under each pepper)."""
 

@@ -15,10 +15,10 @@ from ..context import system_context, text_problem, us_from_utc
 from ..database import Database
 from ..entities import MAX_ID_BYTES, MAX_IN, Query, Where
 from ..journal import ChangeFeed
-from ..limits import Part
-from ..quotas import Quota, is_quota, quota_part
+from ..limits import Subject
+from ..quotas import Quota, is_quota, quota_subject
 from ..quotas.cache import QuotaCache
-from .cached_key import CachedKey, metered, quota_ids
+from .cached_key import CachedKey, quota_ids, subjects_of
 from .lookup import KeyLookup
 from .model import ApiKey
 from .token import Hasher, is_possible
@@ -180,13 +180,13 @@ class KeyCache:
         found = self._known.get(_digest(text))
         return found.until_us if found is not None else None
 
-    async def part_of(self, id: str) -> Part | None:
+    async def subject_of(self, id: str) -> Subject | None:
         """The limits of an account, by its id: a key's or a quota's; None if it is there no longer."""
         if is_quota(id):
             quota = await self._database.get_or_none(system_context(), Quota, id)
-            return None if quota is None else quota_part(quota)
+            return None if quota is None else quota_subject(quota)
         key = await self._database.get_or_none(system_context(), ApiKey, id)
-        return None if key is None else metered(key).parts[0]
+        return None if key is None else subjects_of(key).all[0]
 
     async def is_current(self, key: CachedKey) -> bool:
         """Whether a key is as the store has it, to within TRUSTED_FOR_S; if not, it is forgotten. Raises Unavailable if
@@ -201,9 +201,9 @@ class KeyCache:
         """Whether the store has a key, and its quotas, as it is known here; if not, it is forgotten. What was found is
         true of the moment of the read, whatever has been heard since: a charge is checked again when it commits."""
         stored = await self._database.get_or_none(system_context(), ApiKey, key.id)
-        same = stored is not None and stored.version == key.metered.guard.expected
+        same = stored is not None and stored.version == key.subjects.guard.expected
         if stored is not None and same:
-            shared = {part.guard.id: part.guard.expected for part in key.metered.shared}
+            shared = {subject.guard.id: subject.guard.expected for subject in key.subjects.shared}
             quotas = await self.quotas.of(stored.tenant, quota_ids(stored))
             same = shared == {quota.id: quota.version for quota in quotas if quota.limits}
         if not same:
@@ -224,7 +224,7 @@ class KeyCache:
 
     async def _remember(self, key: ApiKey) -> CachedKey:
         known = self._by_id.get(key.id)
-        if known is not None and not known.stale and known.metered.guard.expected == key.version:
+        if known is not None and not known.stale and known.subjects.guard.expected == key.version:
             return known
         changes = self.quotas.changes
         quotas = await self.quotas.of(key.tenant, quota_ids(key))
@@ -292,7 +292,7 @@ class KeyCache:
             self._changes += 1
             self.forget(key.id)
         key.stale = True
-        if key.metered.shared:
+        if key.subjects.shared:
             self.quotas.forget(key.tenant)
 
     def forget_all(self) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 
 from ..context import us_from_utc
-from ..limits import Allowance, Limit, Metered, allowances
-from ..quotas import Quota, quota_id, quota_part
+from ..limits import CompiledLimit, Limit, Subjects, compile_limits
+from ..quotas import Quota, quota_id, quota_subject
 from ..storage.port import Check
 from .model import NAME, ApiKey
 
@@ -26,13 +26,13 @@ class CachedKey:
         "held",
         "id",
         "metadata",
-        "metered",
         "models",
         "networks",
         "permissions",
         "quota_ids",
         "routes",
         "stale",
+        "subjects",
         "tenant",
         "user_id",
     )
@@ -52,7 +52,7 @@ class CachedKey:
         self.deleted = key.deleted_at is not None
         self.enabled = key.enabled
         self.expires_us = us_from_utc(key.expires_at) if key.expires_at is not None else None
-        self.metered = metered(key, quotas)
+        self.subjects = subjects_of(key, quotas)
         self.quota_ids = quota_ids(key)
         self.stale = False
         self.checked_at = 0.0  # by time.monotonic, the last comparison with the store
@@ -73,16 +73,16 @@ def names(patterns: Sequence[str], name: str | None) -> bool:
     )
 
 
-def metered(key: ApiKey, quotas: Sequence[Quota] = ()) -> Metered:
+def subjects_of(key: ApiKey, quotas: Sequence[Quota] = ()) -> Subjects:
     """A key as the ledger needs it, with the quotas that it shares with other keys."""
-    shared = tuple(quota_part(quota) for quota in quotas if quota.limits)
-    return Metered(key.id, Check(NAME, key.id, key.version), _interned(tuple(key.limits)), shared, key.tenant)
+    shared = tuple(quota_subject(quota) for quota in quotas if quota.limits)
+    return Subjects(key.id, Check(NAME, key.id, key.version), _interned(tuple(key.limits)), shared, key.tenant)
 
 
 @functools.lru_cache(maxsize=4_096)
-def _interned(limits: tuple[Limit, ...]) -> tuple[Allowance, ...]:
+def _interned(limits: tuple[Limit, ...]) -> tuple[CompiledLimit, ...]:
     """The compiled limits, the same objects for all keys with equal limits: they take most of a cached key's memory."""
-    return allowances(limits)
+    return compile_limits(limits)
 
 
 def quota_ids(key: ApiKey) -> tuple[str, ...]:

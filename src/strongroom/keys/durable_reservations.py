@@ -22,19 +22,19 @@ from ..database import Database
 from ..entities import Document, Entity, Index, is_expired
 from ..errors import AlreadyExists, Conflict, NotFound, StrongroomError
 from ..limits import (
+    AdmissionDecision,
     Backoff,
     HoldChange,
     HoldEnded,
     KeyChanged,
     Ledger,
     LimitStatus,
-    Metered,
-    Outcome,
     Status,
+    Subjects,
     limit_status,
     statuses_kept,
 )
-from ..limits.reserved_amounts import Place
+from ..limits.reserved_amounts import ReservedPlace
 from ..storage.port import Create, Operation, Put
 from .cache import KeyCache
 from .cached_key import CachedKey
@@ -46,9 +46,9 @@ from .reservation import (
     ended_otherwise,
     minus,
     open_answer,
-    parts_of,
     plus,
     same_amounts,
+    subjects_of_ids,
     together,
     used_since,
     with_changes,
@@ -60,7 +60,7 @@ REMEMBERED_US = 86_400_000_000
 """How long after its end a reservation is remembered, so that what is done to it twice is done once."""
 _SECOND = 1_000_000
 _encode = msgspec.json.Encoder().encode
-_decode_places = msgspec.json.Decoder(tuple[dict[str, Place], list[str]]).decode
+_decode_places = msgspec.json.Decoder(tuple[dict[str, ReservedPlace], list[str]]).decode
 NOWHERE = _encode(({}, [])).decode()
 """The `places` of a reservation that has ended."""
 _log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class StoredReservation(
     expires_at: datetime
     forget_at: datetime
 
-    def until(self, places: Mapping[str, Place], subjects: Sequence[str], ends_us: int) -> Document:
+    def until(self, places: Mapping[str, ReservedPlace], subjects: Sequence[str], ends_us: int) -> Document:
         """The document of this reservation once it holds these places until then, for a key of these subjects."""
         changes = {
             "places": _encode((places, [id for id in subjects if id not in places])).decode(),
@@ -100,7 +100,7 @@ class StoredReservation(
         }
         return self.__codec__.encode(self.model_copy(update=changes))
 
-    def held_where(self) -> tuple[dict[str, Place], list[str]]:
+    def held_where(self) -> tuple[dict[str, ReservedPlace], list[str]]:
         """What it holds in each account; and the quotas that would hold it, if there were such."""
         return ({}, []) if self.places is None else _decode_places(self.places)
 
@@ -166,14 +166,14 @@ class DurableReservations:
             version = before["version"] if before is not None else None
         decided_us = 0
 
-        def write(places: Mapping[str, Place], ends_us: int) -> Operation:
+        def write(places: Mapping[str, ReservedPlace], ends_us: int) -> Operation:
             nonlocal decided_us
             decided_us = ends_us
             document = stored.until(places, key.quota_ids, ends_us)
             return Create(NAME, stored.id, document) if version is None else Put(NAME, stored.id, document, version)
 
-        future = self._ledger.charge(
-            key.metered,
+        future = self._ledger.admit(
+            key.subjects,
             {},
             model=stored.model,
             route=stored.route,
@@ -194,7 +194,7 @@ class DurableReservations:
             return open_answer(key, stored.id, admitted(key, outcome.statuses).limits, decided_us)
         return as_reservation(exceeded(key, outcome, stored.holds))
 
-    def _unheard(self, id: str, future: asyncio.Future[Outcome]) -> None:
+    def _unheard(self, id: str, future: asyncio.Future[AdmissionDecision]) -> None:
         """Release a reservation whose caller went away while it was made, instead of holding it to its end."""
         if not future.cancelled() and future.exception() is None and future.result().allowed:
             task = asyncio.get_running_loop().create_task(self._release_unheard(id))
@@ -218,7 +218,7 @@ class DurableReservations:
             raise Conflict("the idempotency key was used for a different request: take a new one")
         limits: list[LimitStatus] = []
         if before.state == "open":
-            limits = admitted(key, statuses_kept(key.metered, before.memo) or ()).limits
+            limits = admitted(key, statuses_kept(key.subjects, before.memo) or ()).limits
             places, _ = before.held_where()
             change = HoldChange(before.id, None, {}, _nothing, places, old_ends_us=before.old_ends_us)
             moments = await self._ledger.moments(list(places) or [before.key_id], now_us)
@@ -263,21 +263,30 @@ class DurableReservations:
             decided_us = 0
 
             def write(
-                places: Mapping[str, Place], ends_us: int, after: StoredReservation = after, key: CachedKey = key
+                places: Mapping[str, ReservedPlace],
+                ends_us: int,
+                after: StoredReservation = after,
+                key: CachedKey = key,
             ) -> Operation:
                 nonlocal decided_us
                 decided_us = ends_us
                 return Put(NAME, after.id, after.until(places, key.quota_ids, ends_us), after.version)
 
             # It moves with its key: from now on it is held where the key is counted now.
-            (before, missing), now = stored.held_where(), {part.id for part in key.metered.parts}
-            left = await parts_of(self._cache, [id for id in before if id not in now], (), None)
+            (before, missing), now = stored.held_where(), {subject.id for subject in key.subjects.all}
+            left = await subjects_of_ids(self._cache, [id for id in before if id not in now], (), None)
             entered = frozenset(now.difference(before, missing)) if before else frozenset[str]()
             change = HoldChange(
-                stored.id, ttl_s * _SECOND, after.holds, write, before, frozenset(part.id for part in left), entered,
+                stored.id,
+                ttl_s * _SECOND,
+                after.holds,
+                write,
+                before,
+                frozenset(subject.id for subject in left),
+                entered,
                 stored.old_ends_us,
-            )  # fmt: skip
-            outcome = await self._change_hold(stored, key, together([*key.metered.parts, *left], key), change, more)
+            )
+            outcome = await self._change_hold(stored, key, together([*key.subjects.all, *left], key), change, more)
             if outcome is None:
                 continue
             if not outcome.allowed:
@@ -295,7 +304,9 @@ class DurableReservations:
             if stored.state != "open":
                 reported = stored.reported if stored.reported is not None else stored.used
                 if stored.state == state and (units is None or same_amounts({**reported, **units}, stored.used)):
-                    statuses = await self._ledger.statuses(key.metered, self._clock.now_us()) if key is not None else ()
+                    statuses = (
+                        await self._ledger.statuses(key.subjects, self._clock.now_us()) if key is not None else ()
+                    )
                     return self._ended(stored, key, statuses)
                 raise Conflict(ended_otherwise(stored.state, state))
             total = dict(stored.used) if units is None else {**stored.used, **units}
@@ -303,16 +314,16 @@ class DurableReservations:
             changes = {"used": total, "reported": stored.used, "state": state, "holds": {}, "places": NOWHERE}
             after = stored.model_copy(update=changes)
 
-            def write(places: Mapping[str, Place], ends_us: int, after: StoredReservation = after) -> Operation:
+            def write(places: Mapping[str, ReservedPlace], ends_us: int, after: StoredReservation = after) -> Operation:
                 return Put(NAME, after.id, StoredReservation.__codec__.encode(after), after.version)
 
             # It is charged where it is held, whatever the key is counted on now.
             places, missing = stored.held_where()
             if stored.places is None and key is not None:
-                parts = list(key.metered.parts)
+                subjects = list(key.subjects.all)
             else:
-                parts = await parts_of(self._cache, places, missing, key)
-            if not parts:
+                subjects = await subjects_of_ids(self._cache, places, missing, key)
+            if not subjects:
                 try:
                     await self._database.commit_counters([write({}, 0)], self._clock.now_us())
                 except (Conflict, NotFound):
@@ -320,7 +331,7 @@ class DurableReservations:
                 return self._ended(after, key, ())
             change = HoldChange(id, None, {}, write, places, old_ends_us=stored.old_ends_us)
             settled = 1 if units is not None else 0
-            outcome = await self._change_hold(stored, key, together(parts, key), change, more, settled)
+            outcome = await self._change_hold(stored, key, together(subjects, key), change, more, settled)
             if outcome is not None:
                 return self._ended(after, key, outcome.statuses)
         raise backoff.exhausted()
@@ -329,16 +340,16 @@ class DurableReservations:
         self,
         stored: StoredReservation,
         key: CachedKey | None,
-        metered: Metered,
+        subjects: Subjects,
         hold: HoldChange,
         more: dict[str, int],
         count: int = 0,
-    ) -> Outcome | None:
+    ) -> AdmissionDecision | None:
         """Commit a change of a reservation with what it charges; None if it, or the key, was changed meanwhile."""
         ends = hold.ttl_us is None
         try:
-            return await self._ledger.charge(
-                metered,
+            return await self._ledger.admit(
+                subjects,
                 more,
                 force=ends,
                 model=stored.model,
@@ -372,7 +383,7 @@ class DurableReservations:
         return as_reservation(answer, stored.id, stored.state, charged=amounts(stored.used))
 
 
-def _nothing(places: Mapping[str, Place], ends_us: int) -> Operation:
+def _nothing(places: Mapping[str, ReservedPlace], ends_us: int) -> Operation:
     raise AssertionError("nothing is decided")
 
 

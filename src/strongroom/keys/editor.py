@@ -16,7 +16,7 @@ from ..errors import InvalidInput, Problem
 from ..limits import ClockMended, KeyUsage, Ledger, refills_that_begin
 from ..storage.port import Check
 from .administrators import keep_one
-from .cached_key import metered
+from .cached_key import subjects_of
 from .model import ApiKey, IssuedKey, KeyChanges, KeyGiven, NewKey, NewKeyGiven, due_at, no_key, schedule_problem
 from .queries import KeyQueries
 from .rotation import telling
@@ -127,7 +127,7 @@ class KeyEditor:
             return key
         beginning = refills_that_begin(key.limits, values.get("limits", ()))
         if beginning:
-            await self._ledger.begin_refills(metered(key).parts[0], beginning)
+            await self._ledger.begin_refills(subjects_of(key).all[0], beginning)
 
         async def body(tx: Transaction) -> ApiKey:
             now = await tx.get(ApiKey, id)

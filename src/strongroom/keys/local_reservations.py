@@ -13,7 +13,7 @@ from ..clock import Clock
 from ..context import Context, utc_from_us
 from ..database import Database
 from ..errors import Conflict, NotFound
-from ..limits import Backoff, KeyChanged, Ledger, Lending, LimitStatus, LocalHold
+from ..limits import Backoff, KeyChanged, LeaseManager, Ledger, LimitStatus, LocalReservation
 from .cache import KeyCache
 from .cached_key import CachedKey
 from .reservation import (
@@ -25,9 +25,9 @@ from .reservation import (
     held_answer,
     minus,
     not_covered,
-    parts_of,
     plus,
     same_amounts,
+    subjects_of_ids,
     together,
     used_since,
 )
@@ -52,11 +52,11 @@ class LocalReservations:
 
     def make(self, key: CachedKey, use: KeyUse, ttl_s: int, now_us: int) -> Reservation | None:
         """A reservation of a key that may be used; None if this process's leases do not cover it."""
-        lending = self._ledger.lending
-        if lending is None:
+        lease_manager = self._ledger.lease_manager
+        if lease_manager is None:
             return None
         ends_us = now_us + ttl_s * _SECOND
-        held = lending.hold(key.metered, use.units, now_us, ends_us, key, use.model, use.route)
+        held = lease_manager.hold(key.subjects, use.units, now_us, ends_us, key, use.model, use.route)
         return None if held is None else held_answer(key, *held, "open", expires_at=utc_from_us(ends_us))
 
     async def settle(self, id: str, units: dict[str, int] | None, context: Context | None) -> Reservation:
@@ -69,7 +69,7 @@ class LocalReservations:
             answer = self._settle_at_once(id, units, context)
             if answer is not None:
                 return answer
-            lending, hold = self._local(id, context)
+            lease_manager, hold = self._local(id, context)
             await self._resolve(hold)
             answer = self._settle_at_once(id, units, context)
             if answer is not None:
@@ -78,7 +78,7 @@ class LocalReservations:
                 raise AssertionError("a release takes no commit")
             # More than this process holds, its lease has ended, or the limits are others now: it happened, so it is
             # recorded whole.
-            limits = await self._record_whole(lending, id, hold, used_since(hold.used, units))
+            limits = await self._record_whole(lease_manager, id, hold, used_since(hold.used, units))
             return self._settled_as(id, hold, "settled", {**hold.used, **units}, limits)
 
     def _settle_at_once(self, id: str, units: dict[str, int] | None, context: Context | None) -> Reservation | None:
@@ -90,21 +90,21 @@ class LocalReservations:
             if answer.state == state and (units is None or same_amounts({**reported, **units}, total)):
                 return answer
             raise Conflict(ended_otherwise(answer.state, state))
-        lending, hold = self._local(id, context)
+        lease_manager, hold = self._local(id, context)
         if hold.reporting is not None:
             return None
         if units is None:
             if hold.recording:
                 raise Conflict("the reservation is being settled")
-            lending.end(id)
+            lease_manager.end(id)
             return self._settled_as(id, hold, state, hold.used, None)
         more = units if not hold.used else used_since(hold.used, units)
-        if hold.recording or hold.key.stale or not lending.settle(id, more, self._clock.now_us()):
+        if hold.recording or hold.key.stale or not lease_manager.settle(id, more, self._clock.now_us()):
             return None
         return self._settled_as(id, hold, state, {**hold.used, **units} if hold.used else units, None)
 
     def _settled_as(
-        self, id: str, hold: LocalHold, state: State, total: dict[str, int], limits: list[LimitStatus] | None
+        self, id: str, hold: LocalReservation, state: State, total: dict[str, int], limits: list[LimitStatus] | None
     ) -> Reservation:
         """The answer, which is remembered."""
         settled = held_answer(hold.key, id, hold.entries, state, limits=limits, charged=amounts(total))
@@ -114,23 +114,23 @@ class LocalReservations:
         return settled
 
     async def _record_whole(
-        self, lending: Lending, id: str, hold: LocalHold, more: dict[str, int]
+        self, lease_manager: LeaseManager, id: str, hold: LocalReservation, more: dict[str, int]
     ) -> list[LimitStatus]:
         """Settle by a record of what was used. If that fails, or its answer is lost, the reservation goes on, and the
         same settlement again is charged once."""
         hold.recording = True
         answer = await self._record_hold(hold, more, f"{id} settled", 1)
-        lending.end(id)
+        lease_manager.end(id)
         return answer.limits
 
-    async def _report(self, id: str, hold: LocalHold, used: Mapping[str, int]) -> None:
+    async def _report(self, id: str, hold: LocalReservation, used: Mapping[str, int]) -> None:
         """Record what was used so far of a reservation that goes on. If that fails, or its answer is lost, whatever is
         done to the reservation next repeats this record first: it is charged once."""
         once = f"{id} used {sorted(used.items())}"
         hold.reporting = once, dict(used)
         await self._resolve(hold)
 
-    async def _resolve(self, hold: LocalHold) -> None:
+    async def _resolve(self, hold: LocalReservation) -> None:
         """Make certain that what was reported as used is charged, where an answer was lost."""
         if hold.reporting is not None:
             once, used = hold.reporting
@@ -138,18 +138,20 @@ class LocalReservations:
             hold.used = {**hold.used, **used}
             hold.reporting = None
 
-    async def _record_hold(self, hold: LocalHold, units: dict[str, int], once: str, count: int) -> Verification:
+    async def _record_hold(self, hold: LocalReservation, units: dict[str, int], once: str, count: int) -> Verification:
         """Charge what was used of a reservation in memory by a commit, where it was held: of a key that was removed
         meanwhile, or belongs to other groups now, too."""
         backoff = Backoff("the key is being changed too quickly to settle its reservation")
         while await backoff.attempt():
             key = await self._cache.by_id(hold.key.id)
-            parts = await parts_of(self._cache, [part.id for part in hold.key.metered.parts], hold.key.quota_ids, key)
-            if not parts:  # all that it was held of was removed
+            subjects = await subjects_of_ids(
+                self._cache, [subject.id for subject in hold.key.subjects.all], hold.key.quota_ids, key
+            )
+            if not subjects:  # all that it was held of was removed
                 return admitted(hold.key, ())
             try:
-                outcome = await self._ledger.charge(
-                    together(parts, key),
+                outcome = await self._ledger.admit(
+                    together(subjects, key),
                     units,
                     force=True,
                     once=self._database.once("usage", "system", once, ("usage", hold.key.id, units)),
@@ -175,7 +177,7 @@ class LocalReservations:
     async def _extend(
         self, id: str, ttl_s: int, units: dict[str, int] | None, used: dict[str, int], context: Context | None
     ) -> Reservation:
-        lending, hold = self._local(id, context)
+        lease_manager, hold = self._local(id, context)
         if hold.recording:
             raise Conflict("the reservation is being settled")
         await self._resolve(hold)
@@ -184,24 +186,24 @@ class LocalReservations:
         more = used_since(hold.used, used, "used")
         wanted = units if units is not None else plus(dict(hold.cost), hold.used)
         ends_us = now_us + ttl_s * _SECOND
-        if not lending.change(id, plus(minus(wanted, used), more), ends_us, now_us):
+        if not lease_manager.change(id, plus(minus(wanted, used), more), ends_us, now_us):
             denied = not_covered(key, hold.entries, wanted)
             return as_reservation(denied, id, "open", charged=amounts(hold.used))
         if more:
-            lending.change(id, minus(wanted, used), ends_us, now_us)
-            if lending.settle(id, more, now_us, last=False):
+            lease_manager.change(id, minus(wanted, used), ends_us, now_us)
+            if lease_manager.settle(id, more, now_us, last=False):
                 hold.used = {**hold.used, **used}
             else:
                 await self._report(id, hold, used)
         charged, expires_at = amounts(hold.used), utc_from_us(ends_us)
         return held_answer(key, id, hold.entries, "open", charged=charged, expires_at=expires_at)
 
-    def _local(self, id: str, context: Context | None) -> tuple[Lending, LocalHold]:
-        lending = self._ledger.lending
-        hold = lending.held(id, self._clock.now_us()) if lending is not None else None
-        if lending is None or hold is None or not may_see(context, hold.key.tenant):
+    def _local(self, id: str, context: Context | None) -> tuple[LeaseManager, LocalReservation]:
+        lease_manager = self._ledger.lease_manager
+        hold = lease_manager.held(id, self._clock.now_us()) if lease_manager is not None else None
+        if lease_manager is None or hold is None or not may_see(context, hold.key.tenant):
             raise NotFound(f"there is no reservation {id[:64]!r} in this process, or it has ended")
-        return lending, hold
+        return lease_manager, hold
 
 
 __all__ = ["LocalReservations"]

@@ -11,9 +11,9 @@ from ..clock import Clock
 from ..context import Context, utc_from_us
 from ..database import Database, Replayed
 from ..entities import MAX_LIMIT, MAX_PAGE_BYTES, Aggregate, Page
-from ..limits import Account, Amount, Ledger, LimitStatus, from_units, limit_status
+from ..limits import Amount, Ledger, LimitStatus, UsageState, from_units, limit_status
 from .cache import KeyCache
-from .cached_key import metered, quota_ids
+from .cached_key import quota_ids, subjects_of
 from .filter import KeyFilter, KeyFilterGiven
 from .model import ApiKey, IssuedKey, no_key
 
@@ -31,7 +31,7 @@ class KeyStats:
     last_used_at: datetime | None
     totals: dict[str, Amount]
     limits: list[LimitStatus]
-    account: Account
+    state: UsageState
 
 
 class KeyQueries:
@@ -120,17 +120,17 @@ class KeyQueries:
         """A key's statistics, as of now."""
         key = await self.get(id, context=context)
         now_us = self._clock.now_us()
-        account = await self._ledger.account(id)
+        state = await self._ledger.usage_state(id)
         quotas = await self._cache.quotas.of(key.tenant, quota_ids(key))
-        statuses = await self._ledger.statuses(metered(key, quotas), now_us)
+        statuses = await self._ledger.statuses(subjects_of(key, quotas), now_us)
         return KeyStats(
             key=key,
             expired=key.is_expired(utc_from_us(now_us)),
-            count=account.count,
-            last_used_at=utc_from_us(account.last_used_us) if account.last_used_us is not None else None,
-            totals={name: from_units(name, units) for name, units in sorted(account.totals.items())},
+            count=state.count,
+            last_used_at=utc_from_us(state.last_used_us) if state.last_used_us is not None else None,
+            totals={name: from_units(name, units) for name, units in sorted(state.totals.items())},
             limits=[limit_status(status) for status in statuses],
-            account=account,
+            state=state,
         )
 
     async def answered_before(self, replayed: Replayed, *, context: Context | None = None) -> ApiKey:

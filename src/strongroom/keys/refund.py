@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from ..clock import Clock
-from ..limits import Amount, Backoff, KeyChanged, Ledger, Metered, Part
+from ..limits import Amount, Backoff, KeyChanged, Ledger, Subject, Subjects
 from .cache import KeyCache
 from .verification import NOT_FOUND, Verification, key_use
 from .verifier import Verifier
@@ -74,25 +74,27 @@ class Refunds:
             key = await self._cache.by_id(id)
             if key is None:
                 return  # its usage was removed with it
-            asked = {part.id: part.asked(charged.model, charged.route) for part in key.metered.parts}
-            limited = [part for part in key.metered.parts if asked[part.id]]
+            asked = {subject.id: subject.asked(charged.model, charged.route) for subject in key.subjects.all}
+            limited = [subject for subject in key.subjects.all if asked[subject.id]]
             if limited:
                 try:
                     await self._ledger.take_back(
-                        _metered(*limited), charged.units, charged.moment_us, charged.model, charged.route
+                        _subjects(*limited), charged.units, charged.moment_us, charged.model, charged.route
                     )
                 except KeyChanged:
                     self._cache.outdated(key)
                     continue
-            for part in key.metered.parts:
-                if not asked[part.id]:  # its use is only counted, and perhaps not written yet
-                    self._ledger.tally(_metered(part), {name: -units for name, units in charged.units.items()}, -1)
+            for subject in key.subjects.all:
+                if not asked[subject.id]:  # its use is only counted, and perhaps not written yet
+                    self._ledger.aggregate(
+                        _subjects(subject), {name: -units for name, units in charged.units.items()}, -1
+                    )
             return
         raise backoff.exhausted()
 
 
-def _metered(first: Part, *others: Part) -> Metered:
-    return Metered(first.id, first.guard, first.allowances, others, first.tenant)
+def _subjects(first: Subject, *others: Subject) -> Subjects:
+    return Subjects(first.id, first.guard, first.compiled_limits, others, first.tenant)
 
 
 __all__ = ["Charged", "Refunds"]

@@ -11,7 +11,7 @@ import msgspec
 
 from ..context import utc_from_us
 from ..errors import InvalidInput, Problem
-from ..limits import Amount, LimitStatus, Metered, Part, from_units, share_status
+from ..limits import Amount, LimitStatus, Subject, Subjects, from_units, leased_status
 from ..limits.lease_manager import Entries
 from ..limits.usage_state import CONCURRENCY
 from .cache import KeyCache
@@ -97,24 +97,24 @@ class Turns:
         return id in self._locks
 
 
-async def parts_of(
+async def subjects_of_ids(
     cache: KeyCache, held_by: Iterable[str], quota_ids: Iterable[str], key: CachedKey | None
-) -> list[Part]:
+) -> list[Subject]:
     """Where the use of a reservation counts: on the accounts that hold it, as they are now, without those that were
     removed; and on quotas of its key (`quota_ids`) that were made since."""
-    known = {part.id: part for part in key.metered.parts} if key is not None else {}
+    known = {subject.id: subject for subject in key.subjects.all} if key is not None else {}
     held, wanted = set(held_by), {*held_by, *quota_ids}
-    found = [part for id, part in known.items() if id in wanted]
-    others = [await cache.part_of(id) for id in sorted(held - known.keys())]
-    return [*found, *(part for part in others if part is not None)]
+    found = [subject for id, subject in known.items() if id in wanted]
+    others = [await cache.subject_of(id) for id in sorted(held - known.keys())]
+    return [*found, *(subject for subject in others if subject is not None)]
 
 
-def together(parts: Sequence[Part], key: CachedKey | None) -> Metered:
+def together(subjects: Sequence[Subject], key: CachedKey | None) -> Subjects:
     """These accounts as one charge concerns them: a key's own, if they are all that it is counted on."""
-    if key is not None and list(parts) == list(key.metered.parts):
-        return key.metered
-    first, *others = parts
-    return Metered(first.id, first.guard, first.allowances, tuple(others), first.tenant)
+    if key is not None and list(subjects) == list(key.subjects.all):
+        return key.subjects
+    first, *others = subjects
+    return Subjects(first.id, first.guard, first.compiled_limits, tuple(others), first.tenant)
 
 
 def minus(wanted: Mapping[str, int], used: Mapping[str, int]) -> dict[str, int]:
@@ -161,7 +161,7 @@ def held_answer(
     key: CachedKey, id: str, entries: Entries, state: State, *, limits: list[LimitStatus] | None = None, **more: Any
 ) -> Reservation:
     """The answer to what was done with a reservation in memory."""
-    shown = [share_status(share) for share, _ in entries] if limits is None else limits
+    shown = [leased_status(leased_limit) for leased_limit, _ in entries] if limits is None else limits
     return Reservation(
         True,
         "VALID",
@@ -179,7 +179,7 @@ def held_answer(
 
 def not_covered(key: CachedKey, entries: Entries, wanted: Mapping[str, int]) -> Verification:
     """The refusal of an extension for which this process's shares do not suffice."""
-    limits = [share_status(share) for share, _ in entries]
+    limits = [leased_status(leased_limit) for leased_limit, _ in entries]
     denied = [
         msgspec.structs.replace(status, exceeded=True)
         for status in limits

@@ -15,7 +15,7 @@ from ..access import may_see
 from ..clock import Clock
 from ..context import Context, system_context, us_from_utc, utc_from_us
 from ..cooperative import Slices
-from ..database import Database, IdempotentCall, Once
+from ..database import Database, IdempotentCall, IdempotentOperation
 from ..database.canonical import canonical
 from ..entities import is_expired
 from ..errors import (
@@ -28,7 +28,7 @@ from ..errors import (
     TooManyRequests,
     Unavailable,
 )
-from ..limits import Amount, Backoff, KeyChanged, Ledger, Outcome
+from ..limits import AdmissionDecision, Amount, Backoff, KeyChanged, Ledger
 from ..storage.port import Put
 from .cache import KeyCache
 from .cached_key import CachedKey
@@ -103,8 +103,8 @@ class UsageRecorder:
             actor = context.actor if context is not None else "system"
             once = self._once(known, idempotency_key, actor, _request(units, model, route, at_us))
             try:
-                outcome = await self._ledger.charge(
-                    known.metered, units, force=True, once=once, model=model, route=route, at_us=at_us
+                outcome = await self._ledger.admit(
+                    known.subjects, units, force=True, once=once, model=model, route=route, at_us=at_us
                 )
             except KeyChanged:
                 self._cache.outdated(known)
@@ -137,7 +137,7 @@ class UsageRecorder:
         backoff = Backoff("the keys are being changed too quickly to record their usage")
         while await backoff.attempt():
             # All are charged before any is waited for, without a task for each: so they share a commit.
-            charged: list[tuple[Sum, asyncio.Future[Outcome]]] = []
+            charged: list[tuple[Sum, asyncio.Future[AdmissionDecision]]] = []
             changed = []
             slices = Slices()
             try:
@@ -184,7 +184,7 @@ class UsageRecorder:
             key = await self._cache.by_id(id or "")
         return None if key is None or key.deleted else key
 
-    def _once(self, key: CachedKey, name: str | None, actor: str, request: object) -> Once | None:
+    def _once(self, key: CachedKey, name: str | None, actor: str, request: object) -> IdempotentOperation | None:
         """What lets a use be counted once for an actor's idempotency key, whichever key it is of."""
         return None if name is None else self._database.once("usage", actor, name, ("usage", key.id, request))
 
@@ -281,7 +281,7 @@ class UsageRecorder:
             raise InvalidInput(problems + missing)
         return list(sums.values())
 
-    def _charge_sum(self, one: Sum, actor: str, batch: str | None) -> asyncio.Future[Outcome]:
+    def _charge_sum(self, one: Sum, actor: str, batch: str | None) -> asyncio.Future[AdmissionDecision]:
         """Have a sum charged; `batch` is the idempotency key of all of them."""
         event, key = one.event, one.key
         name = event.idempotency_key
@@ -290,8 +290,8 @@ class UsageRecorder:
             name = hashlib.sha256(canonical(said)).hexdigest()
         request = _request(one.units, event.model, event.route, one.at_us)
         once = self._once(key, name, actor, request)
-        return self._ledger.charge(
-            key.metered,
+        return self._ledger.admit(
+            key.subjects,
             one.units,
             force=True,
             once=once,
@@ -349,7 +349,7 @@ def _partly(counted: Sequence[int], failed: Sequence[tuple[Sum, StrongroomError]
     return type(first)(message, **{**first.details, **details})
 
 
-def _seen(future: asyncio.Future[Outcome]) -> None:
+def _seen(future: asyncio.Future[AdmissionDecision]) -> None:
     """What became of a charge that nobody waits for any more: asyncio complains of errors that nobody looks at."""
     if not future.cancelled():
         future.exception()

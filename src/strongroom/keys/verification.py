@@ -18,13 +18,13 @@ from ..errors import InvalidInput, Problem
 from ..limits import (
     MAX_AMOUNT,
     MONEY,
+    AdmissionDecision,
     Amount,
     LimitStatus,
-    Outcome,
     Status,
     explain_denial,
+    leased_status,
     limit_status,
-    share_status,
     to_units,
 )
 from ..limits.lease_manager import Entries
@@ -202,7 +202,7 @@ def _outside(key: CachedKey, what: str, asked: str | None) -> Verification:
     return refused(key, "INSUFFICIENT_PERMISSIONS", f"the key is for certain {what}s, {found}")
 
 
-def decided(key: CachedKey, outcome: Outcome, units: Mapping[str, int] = ONE_REQUEST) -> Verification:
+def decided(key: CachedKey, outcome: AdmissionDecision, units: Mapping[str, int] = ONE_REQUEST) -> Verification:
     """The answer that the limits decided."""
     return admitted(key, outcome.statuses, units) if outcome.allowed else exceeded(key, outcome, units)
 
@@ -216,7 +216,7 @@ def _shown(statuses: Iterable[Status]) -> list[LimitStatus]:
 
 def uncounted(key: CachedKey, cost: Iterable[str]) -> list[str]:
     """The resources of a cost that no limit of a key counts."""
-    counted = key.metered.counted
+    counted = key.subjects.counted
     return [name for name in cost if name not in counted]
 
 
@@ -226,11 +226,11 @@ def admitted(key: CachedKey, statuses: Sequence[Status], cost: Mapping[str, int]
 
 def admitted_from(key: CachedKey, entries: Entries, cost: Mapping[str, int] = ONE_REQUEST) -> Verification:
     """VALID, charged from memory."""
-    return _valid(key, [share_status(share) for share, _ in entries], cost)
+    return _valid(key, [leased_status(leased_limit) for leased_limit, _ in entries], cost)
 
 
 def _valid(key: CachedKey, limits: list[LimitStatus], cost: Mapping[str, int]) -> Verification:
-    if cost is ONE_REQUEST or key.metered.counted.issuperset(cost):
+    if cost is ONE_REQUEST or key.subjects.counted.issuperset(cost):
         return Verification(True, "VALID", key.id, key.tenant, key.user_id, key.permissions, key.metadata, limits)
     return Verification(
         True,
@@ -252,9 +252,9 @@ def refused(key: CachedKey, code: Code, message: str) -> Verification:
     return Verification(False, code, key.id, key.tenant, key.user_id, key.permissions, key.metadata, [], None, message)
 
 
-def exceeded(key: CachedKey, outcome: Outcome, cost: Mapping[str, int]) -> Verification:
+def exceeded(key: CachedKey, outcome: AdmissionDecision, cost: Mapping[str, int]) -> Verification:
     denied = [status for status in outcome.statuses if status.exceeded]
-    first = denied[0].allowance.resource
+    first = denied[0].compiled_limit.resource
     code: Code = "RATE_LIMITED" if first in ("requests", "concurrency") else "USAGE_EXCEEDED"
     frees = [status.frees_at_us for status in denied]
     retry_after_s = None

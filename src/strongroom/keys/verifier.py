@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from ..clock import Clock
 from ..cooperative import Slices
-from ..database import Database, Once
-from ..limits import Amount, Backoff, KeyChanged, Ledger, Outcome
+from ..database import Database, IdempotentOperation
+from ..limits import AdmissionDecision, Amount, Backoff, KeyChanged, Ledger
 from .cache import KeyCache
 from .cached_key import CachedKey
 from .verification import (
@@ -31,7 +31,7 @@ class PendingVerification(NamedTuple):
 
     key: CachedKey
     units: dict[str, int]
-    outcome: asyncio.Future[Outcome]
+    outcome: asyncio.Future[AdmissionDecision]
 
 
 class Verifier:
@@ -85,7 +85,7 @@ class Verifier:
             if isinstance(key, Verification):
                 return key
             # A commit checks that the key is as it is known here. What is decided in memory has no such check.
-            in_memory = self._ledger.lending is not None or (not key.metered.limited and idempotency_key is None)
+            in_memory = self._ledger.lease_manager is not None or (not key.subjects.limited and idempotency_key is None)
             if in_memory and not await self._cache.is_current(key):
                 continue
             started = self._ask_limits(key, use, now_us, self._once(key, use, idempotency_key, actor))
@@ -106,9 +106,9 @@ class Verifier:
                 return key
             if not await self._cache.is_current(key):
                 continue
-            if not key.metered.limited:
+            if not key.subjects.limited:
                 return admitted(key, (), use.units)
-            return decided(key, await self._ledger.peek(key.metered, use.units, use.model, use.route), use.units)
+            return decided(key, await self._ledger.preview(key.subjects, use.units, use.model, use.route), use.units)
         raise backoff.exhausted()
 
     async def verify_many(self, asks: Sequence[Mapping[str, Any]]) -> list[Verification]:
@@ -120,7 +120,7 @@ class Verifier:
         ]
         unknown = await self._cache.unknown((ask["text"] for ask in asks), self._clock.now_us())
         slices = Slices()
-        if self._ledger.lending is not None:  # what is not decided from memory must not be overtaken by what is
+        if self._ledger.lease_manager is not None:  # what is not decided from memory must not be overtaken by what is
             answers = []
             for ask in asks:
                 await slices.pause()
@@ -151,7 +151,7 @@ class Verifier:
         if isinstance(key, Verification):
             return key
         idempotency_key = ask.get("idempotency_key")
-        if not key.metered.limited and idempotency_key is None:
+        if not key.subjects.limited and idempotency_key is None:
             return None
         once = self._once(key, use, idempotency_key, ask.get("actor", "system"))
         return self._ask_limits(key, use, now_us, once)
@@ -200,24 +200,24 @@ class Verifier:
         return self.finish(pending)
 
     def _ask_limits(
-        self, key: CachedKey, use: KeyUse, now_us: int, once: Once | None = None
+        self, key: CachedKey, use: KeyUse, now_us: int, once: IdempotentOperation | None = None
     ) -> Verification | PendingVerification:
         """Charge all limits of a key, or none: from this process's leases where they cover it, else by a commit. A key
         without limits only has its use counted."""
         units = use.units
         if once is None:
-            lending = self._ledger.lending
-            if lending is not None:
-                entries = lending.admit(key.metered, units, now_us, use.model, use.route)
+            lease_manager = self._ledger.lease_manager
+            if lease_manager is not None:
+                entries = lease_manager.admit(key.subjects, units, now_us, use.model, use.route)
                 if entries is not None:
                     return admitted_from(key, entries, units)
-            if not key.metered.limited:
-                self._ledger.tally(key.metered, units)
+            if not key.subjects.limited:
+                self._ledger.aggregate(key.subjects, units)
                 return admitted(key, (), units)
-        outcome = self._ledger.charge(key.metered, units, once=once, model=use.model, route=use.route)
+        outcome = self._ledger.admit(key.subjects, units, once=once, model=use.model, route=use.route)
         return PendingVerification(key, units, outcome)
 
-    def _once(self, key: CachedKey, use: KeyUse, idempotency_key: str | None, actor: str) -> Once | None:
+    def _once(self, key: CachedKey, use: KeyUse, idempotency_key: str | None, actor: str) -> IdempotentOperation | None:
         """What lets this use be charged once for an actor's idempotency key, whichever key it is asked for."""
         if idempotency_key is None:
             return None

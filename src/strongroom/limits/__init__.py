@@ -7,12 +7,23 @@ from .corrections import refills_that_begin
 from .counters import SATURATED, RollingCounter, counter_for
 from .idempotent_admission import statuses_kept
 from .lease_log import folder_for
-from .lease_manager import LEASE_S, Lending, LocalHold
+from .lease_manager import LEASE_S, LeaseManager, LocalReservation
 from .ledger import ClockMended, Ledger
 from .reservation_change import HoldChange, HoldEnded
-from .status import LimitStatus, explain_denial, limit_status, share_status
+from .status import LimitStatus, explain_denial, leased_status, limit_status
 from .thresholds import DEFAULT_THRESHOLDS, MAX_THRESHOLD, MAX_THRESHOLDS, Crossing
-from .usage_state import ACTIVE_US, Account, Allowance, KeyUsage, Metered, Outcome, Part, Status, allowances, part
+from .usage_state import (
+    ACTIVE_US,
+    AdmissionDecision,
+    CompiledLimit,
+    KeyUsage,
+    Status,
+    Subject,
+    Subjects,
+    UsageState,
+    compile_limits,
+    subject_for,
+)
 from .usage_views import views_sql
 from .windows import (
     MAX_AMOUNT,
@@ -42,45 +53,45 @@ __all__ = [
     "MAX_THRESHOLDS",
     "MONEY",
     "SATURATED",
-    "Account",
-    "Allowance",
+    "AdmissionDecision",
     "Amount",
     "Anchored",
     "Backoff",
     "Calendar",
     "ClockMended",
+    "CompiledLimit",
     "Crossing",
     "HoldChange",
     "HoldEnded",
     "KeyChanged",
     "KeyUsage",
+    "LeaseManager",
     "Ledger",
-    "Lending",
     "Limit",
     "LimitLike",
     "LimitStatus",
-    "LocalHold",
-    "Metered",
-    "Outcome",
-    "Part",
+    "LocalReservation",
     "Refill",
     "Rolling",
     "RollingCounter",
     "Status",
+    "Subject",
+    "Subjects",
     "Total",
+    "UsageState",
     "Window",
-    "allowances",
     "calendar_span",
+    "compile_limits",
     "counter_for",
     "distinct",
     "explain_denial",
     "folder_for",
     "from_units",
+    "leased_status",
     "limit_status",
-    "part",
     "refills_that_begin",
-    "share_status",
     "statuses_kept",
+    "subject_for",
     "to_units",
     "views_sql",
 ]

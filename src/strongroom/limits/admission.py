@@ -8,13 +8,13 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from ..database import Once
+from ..database import IdempotentOperation
 from ..storage.port import MAX_OPERATIONS, Operation
 from . import tuning
 from .corrections import Special
-from .lease import Share, Wallet
+from .lease import LeasedLimit, UsageLease
 from .reservation_change import HoldChange
-from .usage_state import Account, Cost, Metered, Outcome, Part
+from .usage_state import AdmissionDecision, Cost, Subject, Subjects, UsageState
 
 
 class KeyChanged(Exception):
@@ -25,32 +25,32 @@ class KeyChanged(Exception):
 class Owner(Protocol):
     """Who is told what became of a request that has no future."""
 
-    def recorded(self, request: Charge) -> None:
+    def recorded(self, request: AdmissionRequest) -> None:
         """The request is durable."""
         ...
 
-    def failed(self, request: Charge) -> None:
+    def failed(self, request: AdmissionRequest) -> None:
         """The request could not be committed, or its answer was lost."""
         ...
 
-    def gone(self, request: Charge) -> None:
+    def gone(self, request: AdmissionRequest) -> None:
         """The key, or the quota, was removed, and its usage with it."""
         ...
 
-    async def described(self, id: str) -> Part | None:
+    async def described(self, id: str) -> Subject | None:
         """The present limits of a subject; None to go on with those of the request."""
         ...
 
 
-class Charge(msgspec.Struct, eq=False):
+class AdmissionRequest(msgspec.Struct, eq=False):
     """One use of a key that is to be decided. Without a future it is something that only has to be written: aggregated
     use, a usage lease to be renewed or returned, the lease of a dead process. Its `owner` is then told the outcome."""
 
-    metered: Metered
+    subjects: Subjects
     cost: Cost
     force: bool
-    once: Once | None
-    future: asyncio.Future[Outcome] | None
+    once: IdempotentOperation | None
+    future: asyncio.Future[AdmissionDecision] | None
     count: int = 1
     used_at_us: int | None = None
     attempts: int = 0
@@ -69,124 +69,138 @@ class Charge(msgspec.Struct, eq=False):
 class Group:
     """Requests that share subjects, directly or through others: they are decided in order, and commit together."""
 
-    __slots__ = ("charges", "parts")
+    __slots__ = ("requests", "subjects")
 
     def __init__(self) -> None:
-        self.charges: list[Charge] = []
-        self.parts: dict[str, Part] = {}
+        self.requests: list[AdmissionRequest] = []
+        self.subjects: dict[str, Subject] = {}
         """The subjects, by id."""
 
 
-class Decided:
+class DecidedGroup:
     """The requests of a group with their outcomes, and the operations that make these outcomes true: the checks, the
     usage documents, then what may happen only once."""
 
-    __slots__ = ("accounts", "also", "answers", "due", "event_chars", "events", "group", "operations", "returned",
-                 "wallets")  # fmt: skip
+    __slots__ = (
+        "also",
+        "answers",
+        "due",
+        "event_chars",
+        "events",
+        "group",
+        "operations",
+        "returned",
+        "states",
+        "usage_leases",
+    )  # fmt: skip
 
-    def __init__(self, group: Group, answers: list[tuple[Charge, Outcome]]) -> None:
+    def __init__(self, group: Group, answers: list[tuple[AdmissionRequest, AdmissionDecision]]) -> None:
         self.group = group
         self.answers = answers
         self.operations: list[Operation] = []
-        self.accounts: dict[int, Account] = {}
+        self.states: dict[int, UsageState] = {}
         """The states that are written, by the index of their operation."""
-        self.also: Mapping[int, Charge] = {}
+        self.also: Mapping[int, AdmissionRequest] = {}
         """The requests whose own operation is at an index."""
-        self.wallets: Sequence[tuple[Wallet, list[tuple[Share, int]]]] = ()
+        self.usage_leases: Sequence[tuple[UsageLease, list[tuple[LeasedLimit, int]]]] = ()
         """Usage leases that were recorded and granted, with what was spent of each limit."""
-        self.returned: Sequence[Wallet] = ()
+        self.returned: Sequence[UsageLease] = ()
         self.events: Sequence[str] = ()
         """The ids of the events that tell of crossed thresholds."""
         self.event_chars = 0
-        self.due: Sequence[Part] = ()
+        self.due: Sequence[Subject] = ()
         """Subjects with crossings that are still to be told of."""
 
 
 # --- Groups --------------------------------------------------------------------------------------------------------
 
 
-def groups_of(charges: Iterable[Charge], accounts: Mapping[str, Account]) -> tuple[list[Group], list[Charge]]:
+def groups_of(
+    requests: Iterable[AdmissionRequest], states: Mapping[str, UsageState]
+) -> tuple[list[Group], list[AdmissionRequest]]:
     """The requests in groups that share no subject, and those for the next round, because a batch takes so many."""
     groups: dict[str, Group] = {}
-    later: list[Charge] = []
-    for charge in charges:
-        parts = charge.metered.parts
-        if len(parts) == 1:
-            (part,) = parts
-            group = groups.get(part.id)
+    later: list[AdmissionRequest] = []
+    for request in requests:
+        subjects = request.subjects.all
+        if len(subjects) == 1:
+            (subject,) = subjects
+            group = groups.get(subject.id)
             if group is None:
-                group = groups[part.id] = Group()
-                group.parts[part.id] = part
-            elif (known := group.parts[part.id]) is not part and part.guard.expected > known.guard.expected:
-                group.parts[part.id] = part
-            group.charges.append(charge)
+                group = groups[subject.id] = Group()
+                group.subjects[subject.id] = subject
+            elif (known := group.subjects[subject.id]) is not subject and subject.guard.expected > known.guard.expected:
+                group.subjects[subject.id] = subject
+            group.requests.append(request)
             continue
-        group = _merged(groups, parts)
-        group.charges.append(charge)
-        for part in parts:
-            before = group.parts.get(part.id)
-            if before is None or part.guard.expected > before.guard.expected:
-                group.parts[part.id] = part
-            groups[part.id] = group
+        group = _merged(groups, subjects)
+        group.requests.append(request)
+        for subject in subjects:
+            before = group.subjects.get(subject.id)
+            if before is None or subject.guard.expected > before.guard.expected:
+                group.subjects[subject.id] = subject
+            groups[subject.id] = group
     found: list[Group] = []
     for group in dict.fromkeys(groups.values()):
-        cut, rest = _cut(group, accounts)
+        cut, rest = _cut(group, states)
         found.append(cut)
         later += rest
     return found, later
 
 
-def _merged(groups: dict[str, Group], parts: Sequence[Part]) -> Group:
-    there = dict.fromkeys(group for part in parts if (group := groups.get(part.id)) is not None)
+def _merged(groups: dict[str, Group], subjects: Sequence[Subject]) -> Group:
+    there = dict.fromkeys(group for subject in subjects if (group := groups.get(subject.id)) is not None)
     if not there:
         return Group()
     first, *others = there
     for other in others:
-        first.charges += other.charges
-        for part_id, part in other.parts.items():
-            known = first.parts.get(part_id)
-            if known is None or part.guard.expected > known.guard.expected:
-                first.parts[part_id] = part
-            groups[part_id] = first
+        first.requests += other.requests
+        for subject_id, subject in other.subjects.items():
+            known = first.subjects.get(subject_id)
+            if known is None or subject.guard.expected > known.guard.expected:
+                first.subjects[subject_id] = subject
+            groups[subject_id] = first
     return first
 
 
-def _cut(group: Group, accounts: Mapping[str, Account]) -> tuple[Group, list[Charge]]:
+def _cut(group: Group, states: Mapping[str, UsageState]) -> tuple[Group, list[AdmissionRequest]]:
     """As many of a group's requests as fit into one batch, and the rest."""
     most, once_most = tuning.MAX_GROUP_OPERATIONS, tuning.MAX_ONCE
-    if len(group.charges) <= once_most and 2 * len(group.parts) + len(group.charges) <= most:
+    if len(group.requests) <= once_most and 2 * len(group.subjects) + len(group.requests) <= most:
         return group, []  # whatever they are
-    once = sum(charge.once is not None or charge.hold is not None for charge in group.charges)
-    if once <= once_most and 2 * len(group.parts) + once <= most:
+    once = sum(request.once is not None or request.hold is not None for request in group.requests)
+    if once <= once_most and 2 * len(group.subjects) + once <= most:
         return group, []
     kept, rest = Group(), []
     operations = size = 0
-    for charge in group.charges:
-        more = 2 * sum(part.id not in kept.parts for part in charge.metered.parts)
-        more += charge.once is not None or charge.hold is not None
+    for request in group.requests:
+        more = 2 * sum(subject.id not in kept.subjects for subject in request.subjects.all)
+        more += request.once is not None or request.hold is not None
         chars = sum(
-            accounts[part.id].size for part in charge.metered.parts if part.id not in kept.parts and part.id in accounts
+            states[subject.id].size
+            for subject in request.subjects.all
+            if subject.id not in kept.subjects and subject.id in states
         )
-        if kept.charges and (operations + more > most or size + chars > tuning.MAX_BUNDLE_CHARS):
-            rest.append(charge)
+        if kept.requests and (operations + more > most or size + chars > tuning.MAX_BUNDLE_CHARS):
+            rest.append(request)
             continue
         operations, size = operations + more, size + chars
-        kept.charges.append(charge)
-        kept.parts.update({part.id: group.parts[part.id] for part in charge.metered.parts})
+        kept.requests.append(request)
+        kept.subjects.update({subject.id: group.subjects[subject.id] for subject in request.subjects.all})
     return kept, rest
 
 
 # --- Batches, answers ------------------------------------------------------------------------------------------------
 
 
-def bundles_of(decided: Iterable[Decided]) -> list[list[Decided]]:
+def bundles_of(decided: Iterable[DecidedGroup]) -> list[list[DecidedGroup]]:
     """The decisions in as few batches as the port's limits allow, with room to spare."""
-    bundles: list[list[Decided]] = []
+    bundles: list[list[DecidedGroup]] = []
     operations, size, most = MAX_OPERATIONS, 0, tuning.MAX_BUNDLE_CHARS
     for one in decided:
         more, chars = len(one.operations), one.event_chars
-        for account in one.accounts.values():
-            chars += account.size
+        for state in one.states.values():
+            chars += state.size
         if operations + more > MAX_OPERATIONS or size + chars > most:
             bundles.append([])
             operations, size = 0, 0
@@ -196,35 +210,44 @@ def bundles_of(decided: Iterable[Decided]) -> list[list[Decided]]:
     return bundles
 
 
-def operations_of(bundle: Iterable[Decided]) -> list[Operation]:
+def operations_of(bundle: Iterable[DecidedGroup]) -> list[Operation]:
     return [operation for one in bundle for operation in one.operations]
 
 
-def charges_of(bundle: Iterable[Decided]) -> list[Charge]:
-    return [charge for one in bundle for charge, _ in one.answers]
+def requests_of(bundle: Iterable[DecidedGroup]) -> list[AdmissionRequest]:
+    return [request for one in bundle for request, _ in one.answers]
 
 
-def answer(answers: Iterable[tuple[Charge, Outcome]]) -> None:
+def answer(answers: Iterable[tuple[AdmissionRequest, AdmissionDecision]]) -> None:
     """Tell each caller, or each owner, the outcome, which is durable."""
-    for charge, outcome in answers:
-        future = charge.future
+    for request, outcome in answers:
+        future = request.future
         if future is None:
-            if charge.owner is not None:
-                charge.owner.recorded(charge)
+            if request.owner is not None:
+                request.owner.recorded(request)
         elif not future.done():
             future.set_result(outcome)
 
 
-def fail(charge: Charge, error: Exception) -> None:
+def fail(request: AdmissionRequest, error: Exception) -> None:
     """Tell a request's caller, or its owner, that it failed."""
-    if charge.future is None:
-        if charge.owner is not None:
-            charge.owner.failed(charge)
-    elif not charge.future.done():
-        charge.future.set_exception(error)
+    if request.future is None:
+        if request.owner is not None:
+            request.owner.failed(request)
+    elif not request.future.done():
+        request.future.set_exception(error)
 
 
 __all__ = [
-    "Charge", "Decided", "Group", "KeyChanged", "Owner", "answer", "bundles_of", "charges_of", "fail", "groups_of",
+    "AdmissionRequest",
+    "DecidedGroup",
+    "Group",
+    "KeyChanged",
+    "Owner",
+    "answer",
+    "bundles_of",
+    "fail",
+    "groups_of",
     "operations_of",
+    "requests_of",
 ]  # fmt: skip

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from ..clock import Clock
 from ..context import new_id
 from . import tuning
-from .admission import Charge
-from .corrections import Tally, tally_once
-from .usage_state import Account, Cost, Metered, Part
+from .admission import AdmissionRequest
+from .corrections import AggregatedUse, add_once
+from .usage_state import Cost, Subject, Subjects, UsageState
 
 _log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 class _Sum:
     """The use of one key since the last write."""
 
-    metered: Metered
+    subjects: Subjects
     count: int = 0
     cost: dict[str, int] = field(default_factory=dict)
     used_at_us: int = 0
@@ -35,13 +35,13 @@ class _Sum:
 class UsageAggregation:
     """Adds up the use of keys without limits, and has each sum written once. `submit` takes the requests that do."""
 
-    def __init__(self, clock: Clock, submit: Callable[[list[Charge]], None]) -> None:
+    def __init__(self, clock: Clock, submit: Callable[[list[AdmissionRequest]], None]) -> None:
         self._clock = clock
         self._submit = submit
         self._sums: dict[str, _Sum] = {}
         self._written: set[str] = set()
         """Keys whose sum is being written. The next one waits for that, so that numbers are written in order."""
-        self._unsure: dict[str, Charge] = {}
+        self._unsure: dict[str, AdmissionRequest] = {}
         """Sums that could not be written, or whose answer was lost: written again as they were, with their number."""
         self._writer, self._number = new_id()[-12:], 0
         self._timer: asyncio.TimerHandle | None = None
@@ -59,12 +59,12 @@ class UsageAggregation:
         """Whether everything is written, and known to be."""
         return self.idle and not self._written
 
-    def add(self, metered: Metered, cost: Cost, count: int = 1) -> None:
+    def add(self, subjects: Subjects, cost: Cost, count: int = 1) -> None:
         """Count one use, or several."""
-        found = self._sums.get(metered.id)
+        found = self._sums.get(subjects.id)
         if found is None:
-            found = self._sums[metered.id] = _Sum(metered)
-        found.metered = metered
+            found = self._sums[subjects.id] = _Sum(subjects)
+        found.subjects = subjects
         found.count += count
         found.used_at_us = max(found.used_at_us, self._clock.now_us())
         for resource, units in cost.items():
@@ -92,9 +92,11 @@ class UsageAggregation:
                 continue
             self._written.add(id)
             self._number += 1
-            special = Tally(self._writer, self._number)
+            special = AggregatedUse(self._writer, self._number)
             requests.append(
-                Charge(one.metered, one.cost, True, None, None, one.count, one.used_at_us, special=special, owner=self)
+                AdmissionRequest(
+                    one.subjects, one.cost, True, None, None, one.count, one.used_at_us, special=special, owner=self
+                )
             )
         if self._sums:
             self._flush_later()
@@ -119,29 +121,29 @@ class UsageAggregation:
         while id in self._written and time.monotonic() < until:  # noqa: ASYNC110 - an event for each write costs more
             await asyncio.sleep(tuning.LOOK_AGAIN_S)
 
-    def show(self, id: str, state: Account) -> None:
+    def show(self, id: str, state: UsageState) -> None:
         """Count in a state that was just read what is still to be written."""
         unsure, found = self._unsure.get(id), self._sums.get(id)
-        if unsure is not None and isinstance(unsure.special, Tally):
-            tally_once(state, unsure.special, unsure.cost, unsure.count, unsure.used_at_us or 0)
+        if unsure is not None and isinstance(unsure.special, AggregatedUse):
+            add_once(state, unsure.special, unsure.cost, unsure.count, unsure.used_at_us or 0)
         if found is not None:
-            state.tally(found.cost, found.count, found.used_at_us)
+            state.add_totals(found.cost, found.count, found.used_at_us)
 
     # --- The owner of its requests ------------------------------------------------------------------------------
 
-    def recorded(self, request: Charge) -> None:
-        self._written.discard(request.metered.id)
+    def recorded(self, request: AdmissionRequest) -> None:
+        self._written.discard(request.subjects.id)
 
-    def failed(self, request: Charge) -> None:
-        self._written.discard(request.metered.id)
+    def failed(self, request: AdmissionRequest) -> None:
+        self._written.discard(request.subjects.id)
         request.attempts = 0
-        self._unsure[request.metered.id] = request
+        self._unsure[request.subjects.id] = request
         self._flush_later()
 
-    def gone(self, request: Charge) -> None:
-        self._written.discard(request.metered.id)
+    def gone(self, request: AdmissionRequest) -> None:
+        self._written.discard(request.subjects.id)
 
-    async def described(self, id: str) -> Part | None:
+    async def described(self, id: str) -> Subject | None:
         return None
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ..context import utc_from_us
 from .counters import TotalCounter
-from .usage_state import CONCURRENCY, Account, Allowance, Cost
+from .usage_state import CONCURRENCY, CompiledLimit, Cost, UsageState
 from .windows import Limit, Total
 
 MAX_WRITERS = 64
@@ -18,7 +18,7 @@ MAX_WRITERS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class DeadLease:
     """What the log of a dead process says of its lease on one account: of each limit, the total that it had spent, and
     when last."""
 
@@ -27,7 +27,7 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
-class Tally:
+class AggregatedUse:
     """Uses that nobody waits for, the so many-th that their writer (a process) writes. They count once, however often
     they are written: the account remembers the last number of each writer."""
 
@@ -36,7 +36,7 @@ class Tally:
 
 
 @dataclass(frozen=True, slots=True)
-class Begin:
+class BeginRefills:
     """The totals of these ids are about to have a refill, which gives back from now on. It is committed before the
     limits are changed, so that no crash between the two lets the refill begin later."""
 
@@ -44,7 +44,7 @@ class Begin:
 
 
 @dataclass(frozen=True, slots=True)
-class TakeBack:
+class Refund:
     """The charge that was decided at this moment is taken back: what it was made for was refused after all."""
 
     moment_us: int
@@ -57,21 +57,21 @@ class Backdate:
     moment_us: int
 
 
-Special = Found | Tally | Begin | TakeBack | Backdate
+Special = DeadLease | AggregatedUse | BeginRefills | Refund | Backdate
 
 
-def tally_once(account: Account, tally: Tally, cost: Cost, count: int, used_at_us: int) -> bool:
+def add_once(state: UsageState, aggregated: AggregatedUse, cost: Cost, count: int, used_at_us: int) -> bool:
     """Count uses, unless they are counted already; whether they were not."""
-    if tally.number <= account.tallied.get(tally.writer, 0):
+    if aggregated.number <= state.aggregated.get(aggregated.writer, 0):
         return False
-    account.tallied.pop(tally.writer, None)  # so that it goes to the end of the line
-    while len(account.tallied) >= MAX_WRITERS:  # those that wrote longest ago
-        del account.tallied[next(iter(account.tallied))]
-    account.tallied[tally.writer] = tally.number
+    state.aggregated.pop(aggregated.writer, None)  # so that it goes to the end of the line
+    while len(state.aggregated) >= MAX_WRITERS:  # those that wrote longest ago
+        del state.aggregated[next(iter(state.aggregated))]
+    state.aggregated[aggregated.writer] = aggregated.number
     if count < 0 or any(units < 0 for units in cost.values()):  # more was taken back than was used meanwhile
-        _untally(account, {name: -units for name, units in cost.items() if units < 0}, max(0, -count))
+        _subtract(state, {name: -units for name, units in cost.items() if units < 0}, max(0, -count))
         cost, count = {name: units for name, units in cost.items() if units > 0}, max(0, count)
-    account.tally(cost, count, used_at_us)
+    state.add_totals(cost, count, used_at_us)
     return True
 
 
@@ -82,64 +82,66 @@ def refills_that_begin(before: Iterable[Limit], after: Iterable[Limit]) -> tuple
     return tuple(id for id in have if id not in had)
 
 
-def begin_refills(account: Account, limits: Sequence[str], now_us: int) -> bool:
+def begin_refills(state: UsageState, limits: Sequence[str], now_us: int) -> bool:
     """Let the refills of these totals begin now; whether that changed anything: of what was never used none comes."""
     used = False
     for id in limits:
-        counter = account.counters.pop(id, None)
-        state = counter.dump() if counter is not None else account.unknown.pop(id, None)
-        if state:
-            account.unknown[id] = TotalCounter.without_refill(state, now_us)
+        counter = state.counters.pop(id, None)
+        dumped = counter.dump() if counter is not None else state.unknown.pop(id, None)
+        if dumped:
+            state.unknown[id] = TotalCounter.without_refill(dumped, now_us)
             used = True
-    return used and account.version > 0
+    return used and state.version > 0
 
 
-def refill_started(account: Account, allowances: Sequence[Allowance]) -> bool:
+def refill_started(state: UsageState, compiled_limits: Sequence[CompiledLimit]) -> bool:
     """Whether a refill began at this look, so that its beginning is to be stored although nothing was used. Once."""
     found = False
-    for one in allowances:
-        counter = account.counter(one)
+    for one in compiled_limits:
+        counter = state.counter(one)
         if isinstance(counter, TotalCounter) and counter.started:
             counter.started, found = False, True
     return found
 
 
-def take_back(account: Account, allowances: Sequence[Allowance], cost: Cost, moment_us: int, now_us: int) -> bool:
+def take_back(
+    state: UsageState, compiled_limits: Sequence[CompiledLimit], cost: Cost, moment_us: int, now_us: int
+) -> bool:
     """Take back what was charged to an account at a moment; whether there was anything."""
-    if not account.version:
+    if not state.version:
         return False
-    for allowance in allowances:
-        units = cost.get(allowance.resource, 0)
-        if units and allowance.resource != CONCURRENCY:
-            account.counter(allowance).take_back(moment_us, now_us, units)
-    _untally(account, cost, 1)
+    for compiled_limit in compiled_limits:
+        units = cost.get(compiled_limit.resource, 0)
+        if units and compiled_limit.resource != CONCURRENCY:
+            state.counter(compiled_limit).take_back(moment_us, now_us, units)
+    _subtract(state, cost, 1)
     return True
 
 
-def _untally(account: Account, cost: Cost, count: int) -> None:
+def _subtract(state: UsageState, cost: Cost, count: int) -> None:
     """Take uses and what they cost out of what is added up for ever."""
-    account.count = max(0, account.count - count)
+    state.count = max(0, state.count - count)
     for name, units in cost.items():
-        if name in account.totals:
-            account.totals[name] = max(0, account.totals[name] - units)
+        if name in state.totals:
+            state.totals[name] = max(0, state.totals[name] - units)
 
 
 def counting(
-    accounts: Sequence[tuple[Account, Sequence[Allowance], int]], cost: Cost, moment_us: int
-) -> tuple[list[tuple[Account, Allowance]], str | None]:
+    states: Sequence[tuple[UsageState, Sequence[CompiledLimit], int]], cost: Cost, moment_us: int
+) -> tuple[list[tuple[UsageState, CompiledLimit]], str | None]:
     """Which limits still count a use of before, and where none of those that it concerns does, why not. `accounts`:
     each with its limits and its moment."""
     concerned = [
-        (account, one, now_us)
-        for account, allowances, now_us in accounts
-        for one in allowances
+        (state, one, now_us)
+        for state, compiled_limits, now_us in states
+        for one in compiled_limits
         if cost.get(one.resource) and one.resource != CONCURRENCY
     ]
     found, firsts = [], []
-    for account, one, now_us in concerned:
-        first_us = account.counter(one).counts_from_us(now_us)
+    for state, one, now_us in concerned:
+        first_us = state.counter(one).counts_from_us(now_us)
         if moment_us >= first_us:
-            found.append((account, one))
+            found.append((state, one))
         firsts.append(first_us)
     if found or not concerned:
         return found, None

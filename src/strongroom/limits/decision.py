@@ -5,38 +5,38 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
-from ..database import Once
+from ..database import IdempotentOperation
 from ..errors import Conflict, InvalidInput, Problem
 from ..storage.port import MAX_OPERATIONS, Check, Create, Operation, Patch, Put
 from . import tuning
-from .admission import Charge, Decided, Group, KeyChanged, fail
+from .admission import AdmissionRequest, DecidedGroup, Group, KeyChanged, fail
 from .corrections import (
+    AggregatedUse,
     Backdate,
-    Begin,
-    Found,
+    BeginRefills,
+    DeadLease,
+    Refund,
     Special,
-    TakeBack,
-    Tally,
+    add_once,
     begin_refills,
     counting,
     refill_started,
     take_back,
-    tally_once,
 )
-from .idempotent_admission import Happened, kept_statuses, statuses_kept
-from .lease import Wallet, fold, recover
+from .idempotent_admission import EarlierAdmission, kept_statuses, statuses_kept
+from .lease import UsageLease, fold, recover
 from .reservation_change import HoldChange, HoldEnded
 from .thresholds import Crossing, crossed, untold
 from .usage_state import (
     CONCURRENCY,
     NAME,
-    Account,
-    Allowance,
+    AdmissionDecision,
+    CompiledLimit,
     Cost,
-    Metered,
-    Outcome,
-    Part,
     Status,
+    Subject,
+    Subjects,
+    UsageState,
 )
 from .windows import Limit
 
@@ -59,22 +59,22 @@ class Round:
     """What all decisions of one round of the group commit share. `wallets` are this node's usage leases, `repeated` the
     idempotent requests that were admitted before. `patches`: write only the fields that change."""
 
-    __slots__ = ("accounts", "lease_us", "now_us", "patches", "repeated", "wallets", "watcher")
+    __slots__ = ("lease_us", "now_us", "patches", "repeated", "states", "usage_leases", "watcher")
 
     def __init__(
         self,
-        accounts: Mapping[str, Account],
+        states: Mapping[str, UsageState],
         now_us: int,
         *,
-        wallets: Mapping[str, Wallet] | None = None,
+        usage_leases: Mapping[str, UsageLease] | None = None,
         lease_us: int | None = None,
-        repeated: dict[str, Happened] | None = None,
+        repeated: dict[str, EarlierAdmission] | None = None,
         watcher: Watcher | None = None,
         patches: bool = True,
     ) -> None:
-        self.accounts = accounts
+        self.states = states
         self.now_us = now_us
-        self.wallets = wallets if wallets is not None else {}
+        self.usage_leases = usage_leases if usage_leases is not None else {}
         self.lease_us = lease_us
         self.repeated = repeated if repeated is not None else {}
         self.watcher = watcher
@@ -84,11 +84,11 @@ class Round:
 class _Entry:
     """One subject of the group in this decision."""
 
-    __slots__ = ("account", "asked", "changed", "now_us", "part", "returning")
+    __slots__ = ("asked", "changed", "now_us", "returning", "state", "subject")
 
-    def __init__(self, part: Part, account: Account, now_us: int) -> None:
-        self.part = part
-        self.account = account
+    def __init__(self, subject: Subject, state: UsageState, now_us: int) -> None:
+        self.subject = subject
+        self.state = state
         self.now_us = now_us
         """The moment of this state alone: a subject that was charged at a wrong time does not move the others."""
         self.changed = False
@@ -97,7 +97,7 @@ class _Entry:
         """The most units that one request of this group asks of each limit: the size of the next lease."""
 
 
-class Decision:
+class GroupDecision:
     """Decides the requests of one group, in order."""
 
     __slots__ = ("_answers", "_due", "_entries", "_extra", "_group", "_guards", "_round", "_watched")
@@ -105,94 +105,94 @@ class Decision:
     def __init__(self, group: Group, round: Round) -> None:
         self._group = group
         self._round = round
-        accounts, now_us = round.accounts, round.now_us
+        states, now_us = round.states, round.now_us
         self._entries: dict[str, _Entry] = {}
-        for id, part in group.parts.items():
-            account = accounts[id]
-            self._entries[id] = _Entry(part, account, account.moment(now_us))
-        self._watched: list[tuple[_Entry, Allowance, tuple[int, ...], int]] = []
+        for id, subject in group.subjects.items():
+            state = states[id]
+            self._entries[id] = _Entry(subject, state, state.moment(now_us))
+        self._watched: list[tuple[_Entry, CompiledLimit, tuple[int, ...], int]] = []
         """Limits whose thresholds someone wants to be told of, and what was recorded of them before."""
         self._due = False
         """Whether crossings of earlier decisions are still to be told of."""
         self._guards: dict[tuple[str, str], Check] = {}
-        self._extra: list[tuple[Operation, Charge | None]] = []
-        self._answers: list[tuple[Charge, Outcome]] = []
+        self._extra: list[tuple[Operation, AdmissionRequest | None]] = []
+        self._answers: list[tuple[AdmissionRequest, AdmissionDecision]] = []
 
-    def decided(self) -> Decided:
+    def decided(self) -> DecidedGroup:
         """The outcome of every request of the group. Nothing has to commit if all are denied."""
         round = self._round
         if round.watcher is not None:
             self._watch(round.watcher)
         for id, entry in self._entries.items():
-            account, allowances, now_us = entry.account, entry.part.allowances, entry.now_us
-            account.kept = _NOTHING_KEPT
-            if round.wallets and (wallet := round.wallets.get(id)) is not None:
-                entry.changed = wallet.record(account, now_us)
-                account.kept = wallet.kept(allowances)
-            if account.due:
+            state, compiled_limits, now_us = entry.state, entry.subject.compiled_limits, entry.now_us
+            state.kept = _NOTHING_KEPT
+            if round.usage_leases and (usage_lease := round.usage_leases.get(id)) is not None:
+                entry.changed = usage_lease.record(state, now_us)
+                state.kept = usage_lease.kept(compiled_limits)
+            if state.due:
                 self._due = True
-            if account.leases:
-                fold(account, allowances, now_us)
-        for charge in self._group.charges:
-            self._charge(charge)
+            if state.leases:
+                fold(state, compiled_limits, now_us)
+        for request in self._group.requests:
+            self._decide(request)
         return self._commitment()
 
-    def _charge(self, charge: Charge) -> None:
-        if charge.future is None or charge.special is not None:
-            self._write(charge)
+    def _decide(self, request: AdmissionRequest) -> None:
+        if request.future is None or request.special is not None:
+            self._write(request)
             return
-        if charge.future.cancelled() and not charge.force:
+        if request.future.cancelled() and not request.force:
             return  # its caller went away before it was decided: nothing was used
-        if self._is_stale(charge):
+        if self._is_stale(request):
             return
-        metered = charge.metered
-        if charge.hold is None and charge.once is None and len(metered.parts) == 1 and self._simply(charge):
+        subjects = request.subjects
+        if request.hold is None and request.once is None and len(subjects.all) == 1 and self._simply(request):
             return
-        if charge.once is not None and (before := self._round.repeated.get(charge.once.id)) is not None:
-            self._repeat(charge, charge.once, before)
+        if request.once is not None and (before := self._round.repeated.get(request.once.id)) is not None:
+            self._repeat(request, request.once, before)
             return
-        asked = [part.asked(charge.model, charge.route) for part in metered.parts]
-        if charge.hold is not None and not self._may_hold(charge, charge.hold):
+        asked = [subject.asked(request.model, request.route) for subject in subjects.all]
+        if request.hold is not None and not self._may_hold(request, request.hold):
             return
-        if not charge.force and not self._fits(charge, asked):
+        if not request.force and not self._fits(request, asked):
             return
-        if charge.hold is not None:
-            self._hold(charge, charge.hold, asked)
+        if request.hold is not None:
+            self._hold(request, request.hold, asked)
         else:
-            for part, allowances in zip(metered.parts, asked, strict=True):
-                entry = self._entries[part.id]
-                entry.account.charge(allowances, charge.cost, entry.now_us)
-                entry.account.tally(charge.cost, charge.count, entry.now_us)
+            for subject, compiled_limits in zip(subjects.all, asked, strict=True):
+                entry = self._entries[subject.id]
+                entry.state.use(compiled_limits, request.cost, entry.now_us)
+                entry.state.add_totals(request.cost, request.count, entry.now_us)
                 entry.changed = True
-                if not charge.force:
-                    self._want(entry, allowances, charge.cost)
-        self._guard(metered.guard)
-        statuses = self._statuses(metered, asked)
-        if charge.once is not None:
-            self._happens_once(charge, charge.once, statuses)
-        self._answers.append((charge, Outcome(True, statuses, self._entries[metered.id].now_us)))
+                if not request.force:
+                    self._want(entry, compiled_limits, request.cost)
+        self._guard(subjects.guard)
+        statuses = self._statuses(subjects, asked)
+        if request.once is not None:
+            self._happens_once(request, request.once, statuses)
+        self._answers.append((request, AdmissionDecision(True, statuses, self._entries[subjects.id].now_us)))
 
-    def _is_stale(self, charge: Charge) -> bool:
+    def _is_stale(self, request: AdmissionRequest) -> bool:
         """Whether the key, or a quota, is known to have changed; then the request has failed."""
-        for part in charge.metered.parts:
-            known = self._entries[part.id].part
-            if known is not part and part.guard.expected != known.guard.expected:
-                fail(charge, KeyChanged())
+        for subject in request.subjects.all:
+            known = self._entries[subject.id].subject
+            if known is not subject and subject.guard.expected != known.guard.expected:
+                fail(request, KeyChanged())
                 return True
         return False
 
-    def _simply(self, charge: Charge) -> bool:
+    def _simply(self, request: AdmissionRequest) -> bool:
         """Admit what most requests are, in one go: one subject, on which nothing is held or leased. False: the request
         is another one, or not admitted; nothing was done."""
-        (part,) = charge.metered.parts
-        entry = self._entries[part.id]
-        account = entry.account
-        if part.scoped or account.reserved is not None or account.leases or account.kept:
+        (subject,) = request.subjects.all
+        entry = self._entries[subject.id]
+        state = entry.state
+        if subject.scoped or state.reserved is not None or state.leases or state.kept:
             return False
-        cost, now_us, counters = charge.cost, entry.now_us, []
-        for one in part.allowances:
-            counter, units = account.counter(one), cost.get(one.resource, 0)
-            if not charge.force and counter.used(now_us) + units > one.most:
+        cost, now_us, counters = request.cost, entry.now_us, []
+        for one in subject.compiled_limits:
+            counter, units = state.counter(one), cost.get(one.resource, 0)
+            if not request.force and counter.used(now_us) + units > one.most:
                 return False
             counters.append((one, counter, units))
         statuses = []
@@ -201,153 +201,153 @@ class Decision:
                 counter.add(now_us, units)
             used = counter.used(now_us)
             statuses.append(Status(one, used, counter.resets_at_us(now_us), used))
-        account.tally(cost, charge.count, now_us)
+        state.add_totals(cost, request.count, now_us)
         entry.changed = True
-        if not charge.force:
-            self._want(entry, part.allowances, cost)
-        self._answers.append((charge, Outcome(True, tuple(statuses), now_us)))
+        if not request.force:
+            self._want(entry, subject.compiled_limits, cost)
+        self._answers.append((request, AdmissionDecision(True, tuple(statuses), now_us)))
         return True
 
-    def _hold(self, charge: Charge, hold: HoldChange, asked: Sequence[tuple[Allowance, ...]]) -> None:
+    def _hold(self, request: AdmissionRequest, hold: HoldChange, asked: Sequence[tuple[CompiledLimit, ...]]) -> None:
         """Charge what was used of a reservation where it was held, and hold what it holds from now on."""
         places = {}
-        for part, allowances in zip(charge.metered.parts, asked, strict=True):
-            entry = self._entries[part.id]
-            account, now_us = entry.account, entry.now_us
-            used = charge.cost if part.id not in hold.not_counted_on else {}
-            account.charge(allowances, used, now_us)
+        for subject, compiled_limits in zip(request.subjects.all, asked, strict=True):
+            entry = self._entries[subject.id]
+            state, now_us = entry.state, entry.now_us
+            used = request.cost if subject.id not in hold.not_counted_on else {}
+            state.use(compiled_limits, used, now_us)
             if used or hold.ttl_us is None:
-                account.tally(used, charge.count, now_us)
-            hold.give_back(part.id, account, now_us)
-            if hold.ttl_us is not None and part.id not in hold.leaves:
-                places[part.id] = account.hold(part, allowances, hold.cost, now_us, hold.ttl_us)
-                self._want(entry, allowances, hold.cost)
+                state.add_totals(used, request.count, now_us)
+            hold.give_back(subject.id, state, now_us)
+            if hold.ttl_us is not None and subject.id not in hold.leaves:
+                places[subject.id] = state.hold(subject, compiled_limits, hold.cost, now_us, hold.ttl_us)
+                self._want(entry, compiled_limits, hold.cost)
             entry.changed = True
         ends_us = min((place.ends_us for place in places.values()), default=0)
         operation = hold.write(places, ends_us)
         if hold.remembers and isinstance(operation, Create | Put):
-            operation.document["memo"] = kept_statuses(charge.metered, self._statuses(charge.metered, asked))
-        self._extra.append((operation, charge))
+            operation.document["memo"] = kept_statuses(request.subjects, self._statuses(request.subjects, asked))
+        self._extra.append((operation, request))
 
-    def _want(self, entry: _Entry, allowances: Iterable[Allowance], cost: Cost) -> None:
+    def _want(self, entry: _Entry, compiled_limits: Iterable[CompiledLimit], cost: Cost) -> None:
         """Remember what one request asks of each limit, for the size of the next lease."""
         if self._round.lease_us is not None:
             asked = entry.asked
             if asked is None:
                 asked = entry.asked = {}
-            for one in allowances:
+            for one in compiled_limits:
                 asked[one.id] = max(asked.get(one.id, 0), cost.get(one.resource, 0))
 
-    def _write(self, charge: Charge) -> None:
-        special = charge.special
+    def _write(self, request: AdmissionRequest) -> None:
+        special = request.special
         if isinstance(special, Backdate):
-            self._backdate(charge, special.moment_us)
+            self._backdate(request, special.moment_us)
             return
-        for part in charge.metered.parts:
-            entry = self._entries[part.id]
+        for subject in request.subjects.all:
+            entry = self._entries[subject.id]
             if special is not None:
-                entry.changed = self._correct(charge, part, entry, special) or entry.changed
-            elif charge.lease == "return":
+                entry.changed = self._correct(request, subject, entry, special) or entry.changed
+            elif request.lease == "return":
                 entry.returning = True
-            elif charge.lease == "tell":
+            elif request.lease == "tell":
                 entry.changed = True
-        self._answers.append((charge, Outcome(True, (), self._round.now_us)))
+        self._answers.append((request, AdmissionDecision(True, (), self._round.now_us)))
 
-    def _correct(self, charge: Charge, part: Part, entry: _Entry, special: Special) -> bool:
+    def _correct(self, request: AdmissionRequest, subject: Subject, entry: _Entry, special: Special) -> bool:
         """Correct a state; whether that changed it."""
-        account, now_us = entry.account, entry.now_us
+        state, now_us = entry.state, entry.now_us
         match special:
-            case Found():
-                return recover(account, part.allowances, special.lease, special.spent)
-            case Tally():
-                used_at_us = charge.used_at_us if charge.used_at_us is not None else self._round.now_us
-                return tally_once(account, special, charge.cost, charge.count, used_at_us)
-            case Begin():
-                return begin_refills(account, special.limits, now_us)
-            case TakeBack():
-                asked = part.asked(charge.model, charge.route)
-                return take_back(account, asked, charge.cost, special.moment_us, now_us)
+            case DeadLease():
+                return recover(state, subject.compiled_limits, special.lease, special.spent)
+            case AggregatedUse():
+                used_at_us = request.used_at_us if request.used_at_us is not None else self._round.now_us
+                return add_once(state, special, request.cost, request.count, used_at_us)
+            case BeginRefills():
+                return begin_refills(state, special.limits, now_us)
+            case Refund():
+                asked = subject.asked(request.model, request.route)
+                return take_back(state, asked, request.cost, special.moment_us, now_us)
         raise AssertionError("the others are admissions")
 
-    def _backdate(self, charge: Charge, moment_us: int) -> None:
+    def _backdate(self, request: AdmissionRequest, moment_us: int) -> None:
         """Record an earlier use where it still counts; all of it, whatever the limits."""
-        if self._is_stale(charge):
+        if self._is_stale(request):
             return
-        if charge.once is not None and (before := self._round.repeated.get(charge.once.id)) is not None:
-            self._repeat(charge, charge.once, before)
+        if request.once is not None and (before := self._round.repeated.get(request.once.id)) is not None:
+            self._repeat(request, request.once, before)
             return
-        parts = charge.metered.parts
-        asked = [part.asked(charge.model, charge.route) for part in parts]
-        entries = [self._entries[part.id] for part in parts]
+        subjects = request.subjects.all
+        asked = [subject.asked(request.model, request.route) for subject in subjects]
+        entries = [self._entries[subject.id] for subject in subjects]
         moment_us = min(moment_us, self._round.now_us)
-        there = [(entry.account, own, entry.now_us) for entry, own in zip(entries, asked, strict=True)]
-        found, problem = counting(there, charge.cost, moment_us)
+        there = [(entry.state, own, entry.now_us) for entry, own in zip(entries, asked, strict=True)]
+        found, problem = counting(there, request.cost, moment_us)
         if problem is not None:
-            fail(charge, InvalidInput([Problem("at", problem)]))
+            fail(request, InvalidInput([Problem("at", problem)]))
             return
-        for account, one in found:
-            account.counter(one).add_at(moment_us, charge.cost[one.resource])
+        for state, one in found:
+            state.counter(one).add_at(moment_us, request.cost[one.resource])
         for entry in entries:
-            entry.account.tally(charge.cost, charge.count, moment_us)
+            entry.state.add_totals(request.cost, request.count, moment_us)
             entry.changed = True
-        statuses = self._statuses(charge.metered, asked)
-        if charge.once is not None:
-            self._happens_once(charge, charge.once, statuses)
-        self._answers.append((charge, Outcome(True, statuses, self._round.now_us)))
+        statuses = self._statuses(request.subjects, asked)
+        if request.once is not None:
+            self._happens_once(request, request.once, statuses)
+        self._answers.append((request, AdmissionDecision(True, statuses, self._round.now_us)))
 
-    def _happens_once(self, charge: Charge, once: Once, statuses: Sequence[Status]) -> None:
+    def _happens_once(self, request: AdmissionRequest, once: IdempotentOperation, statuses: Sequence[Status]) -> None:
         """Answer the same request with this outcome from now on. A denied request may be made, and decided, again."""
         document = once.operation.document
-        document["memo"] = kept_statuses(charge.metered, statuses)
-        self._round.repeated[once.id] = Happened(document["fingerprint"], document["memo"])
+        document["memo"] = kept_statuses(request.subjects, statuses)
+        self._round.repeated[once.id] = EarlierAdmission(document["fingerprint"], document["memo"])
         self._extra.append((once.operation, None))
 
-    def _repeat(self, charge: Charge, once: Once, before: Happened) -> None:
+    def _repeat(self, request: AdmissionRequest, once: IdempotentOperation, before: EarlierAdmission) -> None:
         """Answer as the first time. Where the record holds no statuses (an earlier version wrote it), as things are."""
         if before.fingerprint not in once.alike:
-            fail(charge, Conflict("the idempotency key was used for a different request: take a new one"))
+            fail(request, Conflict("the idempotency key was used for a different request: take a new one"))
             return
-        statuses = statuses_kept(charge.metered, before.memo)
+        statuses = statuses_kept(request.subjects, before.memo)
         if statuses is None:
-            asked = [part.asked(charge.model, charge.route) for part in charge.metered.parts]
-            statuses = self._statuses(charge.metered, asked)
-        self._answers.append((charge, Outcome(True, statuses, self._round.now_us, repeated=True)))
+            asked = [subject.asked(request.model, request.route) for subject in request.subjects.all]
+            statuses = self._statuses(request.subjects, asked)
+        self._answers.append((request, AdmissionDecision(True, statuses, self._round.now_us, repeated=True)))
 
-    def _may_hold(self, charge: Charge, hold: HoldChange) -> bool:
+    def _may_hold(self, request: AdmissionRequest, hold: HoldChange) -> bool:
         """Whether a reservation can be changed; if not the request has failed."""
-        ended_us = hold.ended_us({part.id: self._entries[part.id].now_us for part in charge.metered.parts})
+        ended_us = hold.ended_us({subject.id: self._entries[subject.id].now_us for subject in request.subjects.all})
         if ended_us is not None:
-            fail(charge, HoldEnded(ended_us))
+            fail(request, HoldEnded(ended_us))
         return ended_us is None
 
-    def _fits(self, charge: Charge, asked: Sequence[tuple[Allowance, ...]]) -> bool:
+    def _fits(self, request: AdmissionRequest, asked: Sequence[tuple[CompiledLimit, ...]]) -> bool:
         """Whether all limits admit a request; if not it is answered."""
         wanted = []
-        for part, allowances in zip(charge.metered.parts, asked, strict=True):
-            entry = self._entries[part.id]
-            if charge.hold is None:
-                want = [(one, charge.cost.get(one.resource, 0)) for one in allowances]
+        for subject, compiled_limits in zip(request.subjects.all, asked, strict=True):
+            entry = self._entries[subject.id]
+            if request.hold is None:
+                want = [(one, request.cost.get(one.resource, 0)) for one in compiled_limits]
             else:
-                want = charge.hold.wanted(part.id, entry.account, allowances, charge.cost, entry.now_us)
-            wanted.append((part, entry, want))
-        if all(entry.account.fits(want, entry.now_us) for _, entry, want in wanted):
+                want = request.hold.wanted(subject.id, entry.state, compiled_limits, request.cost, entry.now_us)
+            wanted.append((subject, entry, want))
+        if all(entry.state.fits(want, entry.now_us) for _, entry, want in wanted):
             return True
         statuses: list[Status] = []
-        for part, entry, want in wanted:
-            if part.refills and refill_started(entry.account, part.allowances):
+        for subject, entry, want in wanted:
+            if subject.refills and refill_started(entry.state, subject.compiled_limits):
                 entry.changed = True  # a restart would let it begin again, later
-            statuses += entry.account.denials(want, entry.now_us)
-        self._answers.append((charge, Outcome(False, tuple(statuses), self._round.now_us)))
+            statuses += entry.state.denials(want, entry.now_us)
+        self._answers.append((request, AdmissionDecision(False, tuple(statuses), self._round.now_us)))
         return False
 
-    def _statuses(self, metered: Metered, asked: Sequence[tuple[Allowance, ...]]) -> tuple[Status, ...]:
+    def _statuses(self, subjects: Subjects, asked: Sequence[tuple[CompiledLimit, ...]]) -> tuple[Status, ...]:
         if len(asked) == 1:
-            entry = self._entries[metered.id]
-            return entry.account.statuses(asked[0], entry.now_us)
+            entry = self._entries[subjects.id]
+            return entry.state.statuses(asked[0], entry.now_us)
         statuses: list[Status] = []
-        for part, allowances in zip(metered.parts, asked, strict=True):
-            entry = self._entries[part.id]
-            statuses += entry.account.statuses(allowances, entry.now_us)
+        for subject, compiled_limits in zip(subjects.all, asked, strict=True):
+            entry = self._entries[subject.id]
+            statuses += entry.state.statuses(compiled_limits, entry.now_us)
         return tuple(statuses)
 
     # --- What has to commit -----------------------------------------------------------------------------------
@@ -356,9 +356,9 @@ class Decision:
         if guard.expected:  # a dead process's lease is recovered whatever became of the key
             self._guards[guard.collection, guard.id] = guard
 
-    def _commitment(self) -> Decided:
-        decided = Decided(self._group, self._answers)
-        if self._round.wallets:
+    def _commitment(self) -> DecidedGroup:
+        decided = DecidedGroup(self._group, self._answers)
+        if self._round.usage_leases:
             self._lease(decided)
         changed = [entry for entry in self._entries.values() if entry.changed]
         if not changed:
@@ -366,119 +366,123 @@ class Decision:
         if len(changed) > 1:
             changed.sort(key=_id_of)  # in one order for all nodes
         for entry in changed:
-            self._guard(entry.part.guard)
+            self._guard(entry.subject.guard)
         operations = decided.operations
         operations += self._guards.values()
         if self._round.watcher is not None and (self._watched or self._due):
             self._tell(self._round.watcher, decided, changed)
         for entry in changed:
-            account = entry.account
-            account.at_us = entry.now_us
-            decided.accounts[len(operations)] = account
-            operations.append(usage_operation(entry.part.id, account, patches=self._round.patches))
+            state = entry.state
+            state.at_us = entry.now_us
+            decided.states[len(operations)] = state
+            operations.append(usage_operation(entry.subject.id, state, patches=self._round.patches))
         if self._extra:
             also = decided.also = {}
-            for operation, charge in self._extra:
-                if charge is not None:
-                    also[len(operations)] = charge
+            for operation, request in self._extra:
+                if request is not None:
+                    also[len(operations)] = request
                 operations.append(operation)
         return decided
 
     def _watch(self, watcher: Watcher) -> None:
         for entry in self._entries.values():
-            for allowance in entry.part.allowances:
-                thresholds = watcher.thresholds(entry.part.tenant, allowance.limit)
+            for compiled_limit in entry.subject.compiled_limits:
+                thresholds = watcher.thresholds(entry.subject.tenant, compiled_limit.limit)
                 if thresholds:
-                    before = entry.account.counter(allowance).used(entry.now_us)
-                    self._watched.append((entry, allowance, thresholds, before))
+                    before = entry.state.counter(compiled_limit).used(entry.now_us)
+                    self._watched.append((entry, compiled_limit, thresholds, before))
 
-    def _tell(self, watcher: Watcher, decided: Decided, changed: Sequence[_Entry]) -> None:
+    def _tell(self, watcher: Watcher, decided: DecidedGroup, changed: Sequence[_Entry]) -> None:
         """Have the thresholds told of that were crossed, as many in this commit as it takes events."""
-        for entry, allowance, thresholds, before in self._watched:
-            account, now_us = entry.account, entry.now_us
-            counter = account.counter(allowance)
+        for entry, compiled_limit, thresholds, before in self._watched:
+            state, now_us = entry.state, entry.now_us
+            counter = state.counter(compiled_limit)
             used = counter.used(now_us)
-            reached = crossed(before, used, allowance.most, thresholds)
+            reached = crossed(before, used, compiled_limit.most, thresholds)
             if not reached or not entry.changed:
                 continue
             ends_us = counter.ends_us(now_us)
-            told = account.told.get(allowance.id)
-            new, remembered = untold(told, reached, allowance.limit, allowance.most, ends_us, now_us)
-            account.told[allowance.id] = remembered
-            account.due += [[allowance.id, threshold, used, allowance.most, ends_us, now_us] for threshold in new]
+            told = state.told.get(compiled_limit.id)
+            new, remembered = untold(told, reached, compiled_limit.limit, compiled_limit.most, ends_us, now_us)
+            state.told[compiled_limit.id] = remembered
+            state.due += [
+                [compiled_limit.id, threshold, used, compiled_limit.most, ends_us, now_us] for threshold in new
+            ]
         room = MAX_OPERATIONS - len(decided.operations) - len(changed) - len(self._extra)
         for entry in changed:
-            if entry.account.due:
+            if entry.state.due:
                 room -= self._tell_of(watcher, entry, decided, room)
 
-    def _tell_of(self, watcher: Watcher, entry: _Entry, decided: Decided, room: int) -> int:
+    def _tell_of(self, watcher: Watcher, entry: _Entry, decided: DecidedGroup, room: int) -> int:
         """Put the events of a subject's crossings into the commit, while there is `room`; how many operations."""
-        part, account = entry.part, entry.account
-        by_id = {one.id: one for one in part.allowances}
-        key_id = part.id if part.guard.collection == KEYS else None
+        subject, state = entry.subject, entry.state
+        by_id = {one.id: one for one in subject.compiled_limits}
+        key_id = subject.id if subject.guard.collection == KEYS else None
         count, events, due = 0, [], []
-        while account.due:
-            limit_id, threshold, used, most, ends_us, at_us = account.due[0]
+        while state.due:
+            limit_id, threshold, used, most, ends_us, at_us = state.due[0]
             if limit_id in by_id:  # else the limit is gone, and whoever took it away knows
                 limit = by_id[limit_id].limit
-                crossing = Crossing(part.id, part.tenant, key_id, limit, threshold, used, most, ends_us, at_us)
+                crossing = Crossing(subject.id, subject.tenant, key_id, limit, threshold, used, most, ends_us, at_us)
                 puts = watcher.on_crossing(crossing)
                 chars = sum(len(put.document["body"]) for put in puts)
                 if count + len(puts) > room or decided.event_chars + chars > tuning.MAX_EVENT_CHARS:
-                    due.append(part)
+                    due.append(subject)
                     break
                 self._extra += [(put, None) for put in puts]
                 events += [put.id for put in puts]
                 decided.event_chars += chars
                 count += len(puts)
-            del account.due[0]
+            del state.due[0]
         decided.events, decided.due = (*decided.events, *events), (*decided.due, *due)
         return count
 
-    def _lease(self, decided: Decided) -> None:
+    def _lease(self, decided: DecidedGroup) -> None:
         """Renew this node's leases on what is written anyway, or return them."""
         lease_us = self._round.lease_us
-        asked_for = any(charge.lease is not None for charge in self._group.charges)
+        asked_for = any(request.lease is not None for request in self._group.requests)
         granted, returned = [], []
         for id, entry in self._entries.items():
-            wallet = self._round.wallets.get(id)
-            if wallet is None:
+            usage_lease = self._round.usage_leases.get(id)
+            if usage_lease is None:
                 continue
-            account, now_us = entry.account, entry.now_us
-            account.kept = _NOTHING_KEPT  # it is in the lease again
-            if (entry.returning and not wallet.open) or lease_us is None:
-                wallet.give_back()
-                returned.append(wallet)
+            state, now_us = entry.state, entry.now_us
+            state.kept = _NOTHING_KEPT  # it is in the lease again
+            if (entry.returning and not usage_lease.open) or lease_us is None:
+                usage_lease.give_back()
+                returned.append(usage_lease)
             elif entry.returning:  # the limits may be others: what is reserved stays, and nothing more is leased
-                wallet.part = entry.part
-                wallet.grant(account, {}, now_us, lease_us, only_held=True)
-                entry.changed = entry.changed or wallet.lease in account.leases
+                usage_lease.subject = entry.subject
+                usage_lease.grant(state, {}, now_us, lease_us, only_held=True)
+                entry.changed = entry.changed or usage_lease.lease in state.leases
             elif entry.changed or asked_for:
-                wallet.part = entry.part
-                wallet.grant(account, entry.asked or {}, now_us, lease_us)
-                entry.changed = entry.changed or wallet.lease in account.leases
+                usage_lease.subject = entry.subject
+                usage_lease.grant(state, entry.asked or {}, now_us, lease_us)
+                entry.changed = entry.changed or usage_lease.lease in state.leases
             else:
                 continue
-            granted.append((wallet, wallet.totals_now()))  # of the new shares as well, so that they are leased
-        decided.wallets, decided.returned = granted, returned
+            granted.append(
+                (usage_lease, usage_lease.totals_now())
+            )  # of the new shares as well, so that they are leased
+        decided.usage_leases, decided.returned = granted, returned
 
 
 _NOTHING_KEPT: dict[str, int] = {}
 
 
 def _id_of(entry: _Entry) -> str:
-    return entry.part.id
+    return entry.subject.id
 
 
-def usage_operation(id: str, account: Account, *, patches: bool = True) -> Put | Patch:
+def usage_operation(id: str, state: UsageState, *, patches: bool = True) -> Put | Patch:
     """The operation that makes the store's usage document equal to the state. With `patches`, `active_at` is left out
     while it stays the same: SQLite writes an index anew whenever a statement names its column."""
-    document = account.document()
-    if patches and account.version and document["active_at"] == account.stored_active_at:
+    document = state.document()
+    if patches and state.version and document["active_at"] == state.stored_active_at:
         del document["active_at"]
-        return Patch(NAME, id, document, account.version)
-    account.stored_active_at = document["active_at"]  # if this does not commit, the account is read again
-    return Put(NAME, id, document, account.version)
+        return Patch(NAME, id, document, state.version)
+    state.stored_active_at = document["active_at"]  # if this does not commit, the account is read again
+    return Put(NAME, id, document, state.version)
 
 
-__all__ = ["Decision", "Round", "Watcher", "usage_operation"]
+__all__ = ["GroupDecision", "Round", "Watcher", "usage_operation"]

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from ..clock import Clock
 from ..context import utc_from_us
-from ..database import Database, IdempotentCall, Once
+from ..database import Database, IdempotentCall, IdempotentOperation
 from ..entities import is_expired
 from ..errors import (
     AlreadyExists,
@@ -27,23 +27,23 @@ from ..errors import (
 from ..storage.port import Check, Committed, Create, Operation, Put, Store
 from . import tuning
 from .admission import (
-    Charge,
-    Decided,
+    AdmissionRequest,
+    DecidedGroup,
     Group,
     KeyChanged,
     Owner,
     answer,
     bundles_of,
-    charges_of,
     fail,
     groups_of,
     operations_of,
+    requests_of,
 )
-from .decision import Decision, Round, Watcher
+from .decision import GroupDecision, Round, Watcher
 from .fairness import Fairness
-from .idempotent_admission import Happened
-from .lease import Wallet
-from .usage_state import Metered
+from .idempotent_admission import EarlierAdmission
+from .lease import UsageLease
+from .usage_state import Subjects
 from .usage_states import UsageStates
 
 
@@ -56,11 +56,11 @@ class Leases(Owner, Protocol):
     @property
     def lease_id(self) -> str: ...
 
-    def wallets_for(self, groups: Sequence[Group]) -> Mapping[str, Wallet]: ...
+    def usage_leases_for(self, groups: Sequence[Group]) -> Mapping[str, UsageLease]: ...
 
-    def committed(self, decided: Decided) -> None: ...
+    def committed(self, decided: DecidedGroup) -> None: ...
 
-    def not_committed(self, decided: Decided) -> None: ...
+    def not_committed(self, decided: DecidedGroup) -> None: ...
 
 
 class GroupCommit:
@@ -80,7 +80,7 @@ class GroupCommit:
         self.unreachable = False
         """Whether the last commit found the store out of reach."""
         self.closed = False
-        self._waiting: list[Charge] = []
+        self._waiting: list[AdmissionRequest] = []
         self._task: asyncio.Task[None] | None = None
         self._announced = 0
         """Batches whose requests are about to be submitted."""
@@ -95,7 +95,7 @@ class GroupCommit:
 
     # --- In -----------------------------------------------------------------------------------------------------
 
-    def submit(self, request: Charge) -> None:
+    def submit(self, request: AdmissionRequest) -> None:
         """Let a request wait for its turn; its future, if it has one, fails if that cannot be."""
         if self.closed:
             fail(request, Unavailable("the ledger is closed"))
@@ -106,12 +106,12 @@ class GroupCommit:
             if self._task is None:
                 self._start()
 
-    def submit_all(self, requests: Sequence[Charge]) -> None:
+    def submit_all(self, requests: Sequence[AdmissionRequest]) -> None:
         """Let requests that nobody waits for join the next round, however many wait."""
         self._waiting += requests
         self._wake()
 
-    def resume(self, requests: list[Charge]) -> None:
+    def resume(self, requests: list[AdmissionRequest]) -> None:
         """Let requests go on that came before those that wait now."""
         self._waiting[:0] = requests
         self._wake()
@@ -166,7 +166,7 @@ class GroupCommit:
                 except BaseException as error:  # nobody may wait for ever, whatever went wrong
                     # (requests of a paused subject are not concerned: they were not decided in this round)
                     for request in requests:
-                        self._states.drop(part.id for part in request.metered.parts)
+                        self._states.drop(subject.id for subject in request.subjects.all)
                         fail(request, Unavailable(f"the request could not be decided: {type(error).__name__}"))
                     raise
                 self._round_s = time.perf_counter() - began
@@ -189,17 +189,17 @@ class GroupCommit:
         come = len(self._waiting)
         self._usual += (come - self._usual) / (2 if come > self._usual else 8)
 
-    async def _round(self, requests: list[Charge]) -> None:
+    async def _round(self, requests: list[AdmissionRequest]) -> None:
         """Decide the requests of each group, commit them, answer."""
         groups, later = groups_of(self.fairness.free(requests), self._states.known)
         self._waiting[:0] = later
-        requests = [request for group in groups for request in group.charges]
+        requests = [request for group in groups for request in group.requests]
         leases = self.leases
         now_us = self._clock.now_us()
         try:
             repeated = await self._repeated(requests, now_us)
             self._states.forget_unknown_holds(requests, now_us)
-            wanted = {id for group in groups for id in group.parts}
+            wanted = {id for group in groups for id in group.subjects}
             await self._states.load(wanted, leases.lease_id if leases is not None else None)
         except StrongroomError as error:
             for request in requests:
@@ -209,7 +209,7 @@ class GroupCommit:
         round = Round(
             self._states.known,
             now_us,
-            wallets=leases.wallets_for(groups) if leases is not None else None,
+            usage_leases=leases.usage_leases_for(groups) if leases is not None else None,
             lease_us=leases.lease_us if leases is not None else None,
             repeated=repeated,
             watcher=self.watcher,
@@ -217,7 +217,7 @@ class GroupCommit:
         )
         decided = []
         for group in groups:
-            one = Decision(group, round).decided()
+            one = GroupDecision(group, round).decided()
             if one.operations:
                 decided.append(one)
             else:
@@ -226,9 +226,9 @@ class GroupCommit:
                 answer(one.answers)
         await self._commit(decided, now_us)
 
-    async def _repeated(self, requests: list[Charge], now_us: int) -> dict[str, Happened]:
+    async def _repeated(self, requests: list[AdmissionRequest], now_us: int) -> dict[str, EarlierAdmission]:
         """The idempotent requests that were admitted before, within the time that this is remembered."""
-        found: dict[str, Happened] = {}
+        found: dict[str, EarlierAdmission] = {}
         once = [(request, *request.once) for request in requests if request.once is not None]
         if not once:
             return found
@@ -237,14 +237,14 @@ class GroupCommit:
         for (request, id, operation, alike), stored in zip(once, documents, strict=True):
             name, document = operation.collection, operation.document
             if stored is None:
-                request.once = Once(id, Create(name, id, document), alike)
+                request.once = IdempotentOperation(id, Create(name, id, document), alike)
             elif is_expired(IdempotentCall.__collection__, stored, now):
-                request.once = Once(id, Put(name, id, document, stored["version"]), alike)
+                request.once = IdempotentOperation(id, Put(name, id, document, stored["version"]), alike)
             else:
-                found[id] = Happened(stored["fingerprint"], stored["memo"])
+                found[id] = EarlierAdmission(stored["fingerprint"], stored["memo"])
         return found
 
-    async def _commit(self, decided: list[Decided], now_us: int) -> None:
+    async def _commit(self, decided: list[DecidedGroup], now_us: int) -> None:
         """Make the decisions true, many groups in one batch, and answer.
 
         A batch fails whole, so if one group's requests cannot be committed, each group is committed alone. Where other
@@ -256,7 +256,7 @@ class GroupCommit:
         bundles = bundles_of(decided) if together else [[one] for one in decided]
         began = time.perf_counter()
         commits = [self._database.commit_counters(operations_of(bundle), now_us) for bundle in bundles]
-        again: list[Decided] = []
+        again: list[DecidedGroup] = []
         contended = False
         for bundle, commit in zip(bundles, commits, strict=True):
             try:
@@ -280,11 +280,11 @@ class GroupCommit:
 
     # --- Out ----------------------------------------------------------------------------------------------------
 
-    def _committed(self, bundle: list[Decided], committed: Committed) -> None:
+    def _committed(self, bundle: list[DecidedGroup], committed: Committed) -> None:
         """The bundle is durable: answer its callers."""
         position, read_at, leases = 0, time.monotonic(), self.leases
         for one in bundle:
-            for index, state in one.accounts.items():
+            for index, state in one.states.items():
                 state.version = committed.versions[position + index]
                 state.read_at = read_at
             position += len(one.operations)
@@ -293,19 +293,19 @@ class GroupCommit:
             answer(one.answers)
             if one.events and self.on_crossed is not None:
                 self.on_crossed(one.events)
-            for part in one.due:  # at once: the next use of the key may be far away
-                own = Metered(part.id, part.guard, part.allowances, (), part.tenant)
-                self._waiting.append(Charge(own, {}, True, None, None, lease="tell", owner=leases))
+            for subject in one.due:  # at once: the next use of the key may be far away
+                own = Subjects(subject.id, subject.guard, subject.compiled_limits, (), subject.tenant)
+                self._waiting.append(AdmissionRequest(own, {}, True, None, None, lease="tell", owner=leases))
         self.fairness.committed(bundle, self._commit_s, shared=self._states.shared)
 
-    async def _not_committed(self, error: Exception, bundle: list[Decided]) -> None:
+    async def _not_committed(self, error: Exception, bundle: list[DecidedGroup]) -> None:
         """Another node changed the usage: decide again. The key was changed: its caller decides. Else: it failed."""
         for one in bundle:
-            self._states.drop(one.group.parts)  # they hold use that did not happen
+            self._states.drop(one.group.subjects)  # they hold use that did not happen
             if self.leases is not None:
                 self.leases.not_committed(one)
         if not isinstance(error, Conflict | AlreadyExists | NotFound) or len(bundle) > 1:
-            for request in charges_of(bundle):
+            for request in requests_of(bundle):
                 fail(request, error)
             return
         (one,) = bundle
@@ -323,24 +323,24 @@ class GroupCommit:
         else:
             self._waiting[:0] = self.fairness.lost(one, self._commit_s)  # before what came later
 
-    async def _key_changed(self, request: Charge) -> None:
+    async def _key_changed(self, request: AdmissionRequest) -> None:
         """Tell the caller, who reads the key again. What has no caller is counted under the changed key."""
         if request.future is not None:
             fail(request, KeyChanged())
             return
-        guard, owner = request.metered.guard, request.owner
+        guard, owner = request.subjects.guard, request.owner
         now = None
         try:
             document = await self._store.get(guard.collection, None, guard.id)
             if document is not None and owner is not None:
-                now = await owner.described(request.metered.id)
+                now = await owner.described(request.subjects.id)
         except StrongroomError as error:
             fail(request, error)
             return
         if document is not None:  # it counts, whatever was changed; what a removed key had used is gone with it
             guard = Check(guard.collection, guard.id, document["version"])
-            own = request.metered.parts[0] if now is None else now
-            request.metered = Metered(own.id, guard, own.allowances, (), own.tenant)
+            own = request.subjects.all[0] if now is None else now
+            request.subjects = Subjects(own.id, guard, own.compiled_limits, (), own.tenant)
             if request.lease == "renew":
                 request.lease = "return"  # the limits may be others: the next use is leased something by those
             self._waiting.append(request)
@@ -348,14 +348,16 @@ class GroupCommit:
             owner.gone(request)
 
 
-def _failed_operation(error: StrongroomError, bundle: list[Decided]) -> Operation | None:
+def _failed_operation(error: StrongroomError, bundle: list[DecidedGroup]) -> Operation | None:
     """The operation that a batch failed for, where the store says so."""
     number = error.details.get("operation")
     return operations_of(bundle)[number] if isinstance(number, int) else None
 
 
-def _is_guarded(request: Charge, guard: Check) -> bool:
-    return any((part.guard.collection, part.guard.id) == (guard.collection, guard.id) for part in request.metered.parts)
+def _is_guarded(request: AdmissionRequest, guard: Check) -> bool:
+    return any(
+        (subject.guard.collection, subject.guard.id) == (guard.collection, guard.id) for subject in request.subjects.all
+    )
 
 
 __all__ = ["GroupCommit", "Leases"]

@@ -7,34 +7,34 @@ from typing import NamedTuple
 
 import msgspec
 
-from .usage_state import Metered, Status
+from .usage_state import Status, Subjects
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(list[tuple[str, str, int, int | None, int, int, int]]).decode
 
 
-class Happened(NamedTuple):
+class EarlierAdmission(NamedTuple):
     """What the record of a charge that may happen only once holds: which request it was, and where the limits stood."""
 
     fingerprint: str
     memo: bytes | None
 
 
-def kept_statuses(metered: Metered, statuses: Sequence[Status]) -> bytes:
+def kept_statuses(subjects: Subjects, statuses: Sequence[Status]) -> bytes:
     """Where limits stood, as the record of a charge that may happen only once keeps it."""
-    whose = {id(one): part.id for part in metered.parts for one in part.allowances}
-    names = [(whose[id(one.allowance)], one.allowance.id) for one in statuses]
+    whose = {id(one): subject.id for subject in subjects.all for one in subject.compiled_limits}
+    names = [(whose[id(one.compiled_limit)], one.compiled_limit.id) for one in statuses]
     numbers = [(one.used, one.resets_at_us, one.recorded, one.reserved, one.leased) for one in statuses]
     return _encode([(*name, *number) for name, number in zip(names, numbers, strict=True)])
 
 
-def statuses_kept(metered: Metered, memo: bytes | None) -> tuple[Status, ...] | None:
+def statuses_kept(subjects: Subjects, memo: bytes | None) -> tuple[Status, ...] | None:
     """What `kept_statuses` was given, of the limits that are still there; None if nothing was kept."""
     if not memo:
         return None
-    there = {(part.id, one.id): one for part in metered.parts for one in part.allowances}
+    there = {(subject.id, one.id): one for subject in subjects.all for one in subject.compiled_limits}
     return tuple(
-        Status(allowance, used, resets_at_us, recorded, reserved, leased)
-        for part, limit, used, resets_at_us, recorded, reserved, leased in _decode(memo)
-        if (allowance := there.get((part, limit))) is not None
+        Status(compiled_limit, used, resets_at_us, recorded, reserved, leased)
+        for subject, limit, used, resets_at_us, recorded, reserved, leased in _decode(memo)
+        if (compiled_limit := there.get((subject, limit))) is not None
     )

@@ -20,8 +20,8 @@ from typing import Protocol
 
 from ..context import utc_from_us
 from .counters import BUCKETS_PER_WINDOW
-from .lease_log import SpendLog
-from .usage_state import CONCURRENCY, Account, Allowance, Lease, Part
+from .lease_log import LeaseLog
+from .usage_state import CONCURRENCY, CompiledLimit, Lease, Subject, UsageState
 
 LEAST_CALLS = 64
 """A first share is for so many calls such as the one that asked for it; the next ones are for HORIZON_S."""
@@ -40,23 +40,23 @@ LEAST_ELAPSED_S = 0.001
 _SECOND = 1_000_000
 
 
-class Holder(Protocol):
+class Reservation(Protocol):
     """A reservation in memory: what it holds of each resource, and of which shares."""
 
     cost: Mapping[str, int]
     model: str | None
     route: str | None
-    more: list[tuple[Share, str]]
+    more: list[tuple[LeasedLimit, str]]
 
-    def holds(self, share: Share) -> bool: ...
+    def holds(self, leased_limit: LeasedLimit) -> bool: ...
 
 
-class Share:
+class LeasedLimit:
     """What this node holds of one limit. `held` is reserved by reservations in memory; `spent + held <= cap`."""
 
     __slots__ = (
-        "allowance",
         "cap",
+        "compiled_limit",
         "ends_us",
         "granted_at",
         "granted_spent",
@@ -73,13 +73,13 @@ class Share:
         "settled",
         "slot",
         "spent",
-        "wallet",
+        "usage_lease",
         "width_us",
     )
 
-    def __init__(self, wallet: Wallet, allowance: Allowance, slot: int) -> None:
-        self.wallet = wallet
-        self.allowance = allowance
+    def __init__(self, usage_lease: UsageLease, compiled_limit: CompiledLimit, slot: int) -> None:
+        self.usage_lease = usage_lease
+        self.compiled_limit = compiled_limit
         self.slot = slot
         self.spent = 0
         self.held = 0
@@ -92,7 +92,7 @@ class Share:
         """Above this much spent, a renewal is asked for."""
         self.granted_at = 0.0
         self.granted_spent = 0
-        window = allowance.limit.window
+        window = compiled_limit.limit.window
         seconds = window.seconds if window.kind == "rolling" else 1
         self.width_us = -(-seconds * _SECOND // BUCKETS_PER_WINDOW) if window.kind == "rolling" else _SECOND
         self.marks: list[tuple[int, int]] = []
@@ -106,10 +106,10 @@ class Share:
 
     def mark(self, now_us: int, before: int) -> None:
         """What is spent from now on, after `before`, is spent in another bucket than what was spent until now."""
-        now_us = max(now_us, self.wallet.from_us)
+        now_us = max(now_us, self.usage_lease.from_us)
         self.marks.append((now_us, before))
         self.mark_ends_us = (now_us // self.width_us + 1) * self.width_us
-        self.wallet.log.moment(self.slot, now_us)
+        self.usage_lease.log.moment(self.slot, now_us)
 
     def unsettled(self) -> Iterable[tuple[int, int]]:
         """(moment, units) of what is spent and not recorded."""
@@ -129,7 +129,7 @@ class Share:
             self.mark_ends_us = 0
 
 
-class Wallet:
+class UsageLease:
     """What this node holds of one account's limits, and what it has used of them and not recorded.
 
     `part` says what the account's limits are; a change of the key gives another one, and the next commit its shares.
@@ -143,28 +143,28 @@ class Wallet:
         "known",
         "last_used_us",
         "lease",
+        "leased_limits",
         "log",
         "noted",
-        "part",
         "renewing",
         "seen_count",
         "settled_count",
         "settled_totals",
-        "shares",
+        "subject",
         "tickets",
         "totals",
         "until_us",
     )
 
-    def __init__(self, part: Part, log: SpendLog) -> None:
-        self.id = part.id
-        self.part = part
+    def __init__(self, subject: Subject, log: LeaseLog) -> None:
+        self.id = subject.id
+        self.subject = subject
         self.log = log
         self.lease = log.lease
         self.from_us = 0
         """The moment of the grant: nothing is spent at an earlier one, whatever this node's clock says."""
         self.until_us = 0
-        self.shares: dict[str, Share] = {}
+        self.leased_limits: dict[str, LeasedLimit] = {}
         self.count = 0
         self.settled_count = 0
         self.seen_count = 0
@@ -177,42 +177,44 @@ class Wallet:
         self.renewing = False
         self.tickets: set[str] = set()
         """The keys that are verified with it: see `lending`."""
-        self.holds: dict[str, Holder] = {}
+        self.holds: dict[str, Reservation] = {}
         """Reservations in memory that hold something of it."""
-        self.known: Sequence[Allowance] = part.allowances
+        self.known: Sequence[CompiledLimit] = subject.compiled_limits
         """The limits that these reservations hold."""
 
-    def share(self, allowance: Allowance) -> Share:
+    def leased_limit(self, compiled_limit: CompiledLimit) -> LeasedLimit:
         """The share of a limit; a new one holds nothing yet."""
-        share = self.shares.get(allowance.id)
-        if share is None:
-            share = self.shares[allowance.id] = Share(self, allowance, self.log.slot(self.id, allowance.id))
-        share.allowance = allowance
-        return share
+        leased_limit = self.leased_limits.get(compiled_limit.id)
+        if leased_limit is None:
+            leased_limit = self.leased_limits[compiled_limit.id] = LeasedLimit(
+                self, compiled_limit, self.log.slot(self.id, compiled_limit.id)
+            )
+        leased_limit.compiled_limit = compiled_limit
+        return leased_limit
 
     @property
     def open(self) -> int:
         """How many reservations in memory hold something of it."""
         return len(self.holds)
 
-    def kept(self, allowances: Sequence[Allowance] | None = None) -> dict[str, int]:
+    def kept(self, compiled_limits: Sequence[CompiledLimit] | None = None) -> dict[str, int]:
         """Units of each limit that reservations in memory hold: nobody else may have them. `allowances`: what the
         limits are now; those that are new are held by the reservations that were made before, too."""
         if not self.holds:
-            self.known = allowances if allowances is not None else self.known
+            self.known = compiled_limits if compiled_limits is not None else self.known
             return {}
-        if allowances is not None and allowances is not self.known:
-            self.known = allowances
-            for one in allowances:
-                self._carry(self.share(one), one)
-        return {id: share.held for id, share in self.shares.items() if share.held}
+        if compiled_limits is not None and compiled_limits is not self.known:
+            self.known = compiled_limits
+            for one in compiled_limits:
+                self._carry(self.leased_limit(one), one)
+        return {id: leased_limit.held for id, leased_limit in self.leased_limits.items() if leased_limit.held}
 
-    def _carry(self, share: Share, allowance: Allowance) -> None:
+    def _carry(self, leased_limit: LeasedLimit, compiled_limit: CompiledLimit) -> None:
         """Let the reservations that are open hold a limit that their account did not have when they were made."""
         for hold in self.holds.values():
-            if not hold.holds(share) and allowance.limit.applies(hold.model, hold.route):
-                hold.more.append((share, allowance.resource))
-                share.held += hold.cost.get(allowance.resource, 0)
+            if not hold.holds(leased_limit) and compiled_limit.limit.applies(hold.model, hold.route):
+                hold.more.append((leased_limit, compiled_limit.resource))
+                leased_limit.held += hold.cost.get(compiled_limit.resource, 0)
 
     @property
     def dirty(self) -> bool:
@@ -221,36 +223,36 @@ class Wallet:
 
     # --- In a commit ------------------------------------------------------------------------------------------
 
-    def record(self, account: Account, now_us: int) -> bool:
+    def record(self, state: UsageState, now_us: int) -> bool:
         """Count in the account what was spent and is not recorded, and take this node's lease out of it; whether that
         changed anything. `now_us` is the account's moment: what was spent later, before the clock was set back, counts
         as spent now. If the account does not commit it is to be read again, and nothing is lost."""
-        lease = account.leases.pop(self.lease, None)
+        lease = state.leases.pop(self.lease, None)
         if lease is None:
             # There is nothing of this node in the store: what it spent from its last lease was counted whole when that
             # was taken away (an hour after its end), or was recorded by the commit that gave it all back.
             noted = self.noted if self.noted is not None else (self.settled_count, self.settled_totals)
             self.forget_spent()
-            if not account.version:  # there was a document, or nothing would be lent: it was removed, with its uses
+            if not state.version:  # there was a document, or nothing would be lent: it was removed, with its uses
                 return False
             self.settled_count, self.settled_totals = noted
-            return self._tally(account)
+            return self._add_totals(state)
         self._reconcile(lease)
-        for share in self.shares.values():
-            if share.allowance.resource != CONCURRENCY:
-                counter = account.counter(share.allowance)
-                for moment_us, units in share.unsettled():
+        for leased_limit in self.leased_limits.values():
+            if leased_limit.compiled_limit.resource != CONCURRENCY:
+                counter = state.counter(leased_limit.compiled_limit)
+                for moment_us, units in leased_limit.unsettled():
                     counter.add_at(min(moment_us, now_us), units)
-        self._tally(account)
+        self._add_totals(state)
         return True
 
-    def _tally(self, account: Account) -> bool:
+    def _add_totals(self, state: UsageState) -> bool:
         """Count the uses that are not recorded; whether there were any."""
         if not self.dirty:
             return False
         settled = self.settled_totals
         totals = {name: units - settled.get(name, 0) for name, units in self.totals.items()}
-        account.tally(totals, self.count - self.settled_count, self.last_used_us)
+        state.add_totals(totals, self.count - self.settled_count, self.last_used_us)
         return True
 
     def _reconcile(self, lease: Lease) -> None:
@@ -259,104 +261,111 @@ class Wallet:
             self.settled_count, self.settled_totals = self.noted
         self.noted = None
         for id, (units, settled, _) in lease[2].items():
-            share = self.shares.get(id)
-            if share is not None:
-                share.settle(settled)
-                share.cap = min(share.cap, settled + units) if share.cap else settled + units
+            leased_limit = self.leased_limits.get(id)
+            if leased_limit is not None:
+                leased_limit.settle(settled)
+                leased_limit.cap = min(leased_limit.cap, settled + units) if leased_limit.cap else settled + units
 
     def forget_spent(self) -> None:
         """What was spent is counted in the store already, or gone with its key."""
-        for share in self.shares.values():
-            share.settle(share.spent)
-            share.cap = share.spent
+        for leased_limit in self.leased_limits.values():
+            leased_limit.settle(leased_limit.spent)
+            leased_limit.cap = leased_limit.spent
         self.settled_count, self.settled_totals, self.noted = self.count, dict(self.totals), None
 
     def grant(
-        self, account: Account, asked: Mapping[str, int], now_us: int, lease_us: int, *, only_held: bool = False
+        self, state: UsageState, asked: Mapping[str, int], now_us: int, lease_us: int, *, only_held: bool = False
     ) -> None:
         """Lend this node the next units, after `record` and whatever is decided in the same commit. `asked`: of each
         limit what one call asks for. `only_held`: no more than its reservations hold."""
         until_us = now_us + lease_us
         moment = time.monotonic()
         plan = []
-        for allowance in self.part.allowances:
-            share = self.share(allowance)
-            recorded, reserved, leased = account.standing(allowance, now_us)
-            free = allowance.most - recorded - reserved - leased
-            gone_us, ends_us = _ends(account, allowance, until_us, now_us)
-            wants = asked.get(allowance.id, 0)
-            units = 0 if gone_us < 0 else self._units(share, free, wants, moment)
-            plan.append((share, units, max(gone_us, 0), ends_us if free >= 0 else 0, wants))
-            share.recorded, share.reserved, share.leased = recorded - share.spent, reserved, leased
-            resets_us = account.counter(allowance).resets_at_us(now_us)
-            share.resets_at = None if resets_us is None else utc_from_us(resets_us)
+        for compiled_limit in self.subject.compiled_limits:
+            leased_limit = self.leased_limit(compiled_limit)
+            recorded, reserved, leased = state.standing(compiled_limit, now_us)
+            free = compiled_limit.most - recorded - reserved - leased
+            gone_us, ends_us = _ends(state, compiled_limit, until_us, now_us)
+            wants = asked.get(compiled_limit.id, 0)
+            units = 0 if gone_us < 0 else self._units(leased_limit, free, wants, moment)
+            plan.append((leased_limit, units, max(gone_us, 0), ends_us if free >= 0 else 0, wants))
+            leased_limit.recorded, leased_limit.reserved, leased_limit.leased = (
+                recorded - leased_limit.spent,
+                reserved,
+                leased,
+            )
+            resets_us = state.counter(compiled_limit).resets_at_us(now_us)
+            leased_limit.resets_at = None if resets_us is None else utc_from_us(resets_us)
         # Where one limit has nothing to lend for a call, what the others lend could not be spent.
         useful = all(units or not wants for _, units, _, _, wants in plan)
         lent: dict[str, list[int]] = {}
-        for share, units, gone_us, ends_us, _ in plan:
+        for leased_limit, units, gone_us, ends_us, _ in plan:
             if only_held or not useful:
-                units = min(units, share.held)
-            lent[share.allowance.id] = [units, share.spent, gone_us]
-            share.next_cap, share.next_ends_us = share.spent + units, ends_us
+                units = min(units, leased_limit.held)
+            lent[leased_limit.compiled_limit.id] = [units, leased_limit.spent, gone_us]
+            leased_limit.next_cap, leased_limit.next_ends_us = leased_limit.spent + units, ends_us
             # While the commit is on its way both leases may be the true one: what both allow may be spent.
-            share.cap, share.ends_us = min(share.cap, share.next_cap), min(share.ends_us, ends_us)
-            share.granted_at, share.granted_spent = moment, share.spent
-        for id, share in self.shares.items():
+            leased_limit.cap, leased_limit.ends_us = (
+                min(leased_limit.cap, leased_limit.next_cap),
+                min(leased_limit.ends_us, ends_us),
+            )
+            leased_limit.granted_at, leased_limit.granted_spent = moment, leased_limit.spent
+        for id, leased_limit in self.leased_limits.items():
             if id not in lent:  # of a limit that the key has no longer
-                share.next_cap, share.next_ends_us = share.spent, 0
-                share.cap, share.ends_us = min(share.cap, share.spent), 0
+                leased_limit.next_cap, leased_limit.next_ends_us = leased_limit.spent, 0
+                leased_limit.cap, leased_limit.ends_us = min(leased_limit.cap, leased_limit.spent), 0
         self.from_us, self.until_us = now_us, until_us
         self.noted = (self.count, dict(self.totals))
         if any(units for units, _, _ in lent.values()):
-            account.leases[self.lease] = [until_us, self.count, lent]
+            state.leases[self.lease] = [until_us, self.count, lent]
         else:
-            for share in self.shares.values():
-                share.ends_us = share.next_ends_us = 0
+            for leased_limit in self.leased_limits.values():
+                leased_limit.ends_us = leased_limit.next_ends_us = 0
 
-    def _units(self, share: Share, free: int, asked: int, moment: float) -> int:
+    def _units(self, leased_limit: LeasedLimit, free: int, asked: int, moment: float) -> int:
         """How much to lend: what lasts for HORIZON_S as things went lately, not too much of what is free, and nothing
         if that would not do for one call. What is reserved in memory stays lent."""
-        if share.allowance.resource == CONCURRENCY:
-            wanted = max(2 * share.held, LEAST_CALLS)
+        if leased_limit.compiled_limit.resource == CONCURRENCY:
+            wanted = max(2 * leased_limit.held, LEAST_CALLS)
         else:
-            elapsed_s = max(moment - share.granted_at, LEAST_ELAPSED_S)
-            spent = share.spent - share.granted_spent + share.held
+            elapsed_s = max(moment - leased_limit.granted_at, LEAST_ELAPSED_S)
+            spent = leased_limit.spent - leased_limit.granted_spent + leased_limit.held
             # What is left shrinks by halves where little is used: a commit that asks for nothing does not end it.
-            left = (share.cap - share.spent) // 2
-            wanted = max(LEAST_CALLS * asked, round(spent * HORIZON_S / elapsed_s), 2 * share.held, left)
+            left = (leased_limit.cap - leased_limit.spent) // 2
+            wanted = max(LEAST_CALLS * asked, round(spent * HORIZON_S / elapsed_s), 2 * leased_limit.held, left)
         units = min(wanted, free // PART_OF_FREE)
         if units < asked:
             units = 0
-        return max(units, min(share.held, free), 0)
+        return max(units, min(leased_limit.held, free), 0)
 
     def give_back(self) -> None:
         """Lend nothing any more: the commit after `record` is the last."""
-        for share in self.shares.values():
-            share.next_cap, share.next_ends_us = share.spent, 0
-            share.cap, share.ends_us = min(share.cap, share.spent), 0
+        for leased_limit in self.leased_limits.values():
+            leased_limit.next_cap, leased_limit.next_ends_us = leased_limit.spent, 0
+            leased_limit.cap, leased_limit.ends_us = min(leased_limit.cap, leased_limit.spent), 0
         self.noted = (self.count, dict(self.totals))
 
-    def committed(self, spent: Sequence[tuple[Share, int]]) -> None:
+    def committed(self, spent: Sequence[tuple[LeasedLimit, int]]) -> None:
         """The commit is durable: `spent` is what of each share it recorded."""
         if self.noted is not None:
             self.settled_count, self.settled_totals = self.noted
             self.noted = None
-        for share, total in spent:
-            share.settle(total)
-            share.cap, share.ends_us = share.next_cap, share.next_ends_us
-            share.low = share.spent + (share.cap - share.spent) // RENEW_AT
+        for leased_limit, total in spent:
+            leased_limit.settle(total)
+            leased_limit.cap, leased_limit.ends_us = leased_limit.next_cap, leased_limit.next_ends_us
+            leased_limit.low = leased_limit.spent + (leased_limit.cap - leased_limit.spent) // RENEW_AT
         self.renewing = False
 
-    def totals_now(self) -> list[tuple[Share, int]]:
+    def totals_now(self) -> list[tuple[LeasedLimit, int]]:
         """What of each share is spent now, for `committed`."""
-        return [(share, share.spent) for share in self.shares.values()]
+        return [(leased_limit, leased_limit.spent) for leased_limit in self.leased_limits.values()]
 
 
-def _ends(account: Account, allowance: Allowance, until_us: int, now_us: int) -> tuple[int, int]:
+def _ends(state: UsageState, compiled_limit: CompiledLimit, until_us: int, now_us: int) -> tuple[int, int]:
     """When a lease that is granted now counts no longer (0: never; -1: there can be none), and until when it may be
     spent."""
-    window = allowance.limit.window
-    if allowance.resource == CONCURRENCY:
+    window = compiled_limit.limit.window
+    if compiled_limit.resource == CONCURRENCY:
         return until_us, until_us
     if window.kind == "rolling":
         window_us = window.seconds * _SECOND
@@ -364,60 +373,62 @@ def _ends(account: Account, allowance: Allowance, until_us: int, now_us: int) ->
         return (until_us // width_us + 1) * width_us + window_us, until_us
     if window.kind == "total":
         return 0, until_us
-    end_us = account.counter(allowance).ends_us(now_us)
+    end_us = state.counter(compiled_limit).ends_us(now_us)
     if end_us is None:  # no anchored window runs: the first use starts one, and has to be recorded for that
         return -1, until_us
     return end_us, min(until_us, end_us)
 
 
-def fold(account: Account, allowances: Iterable[Allowance], now_us: int) -> None:
+def fold(state: UsageState, compiled_limits: Iterable[CompiledLimit], now_us: int) -> None:
     """Record leases whose time to be set right is over as spent at their end, and leave out what counts no longer."""
-    if not account.leases:
+    if not state.leases:
         return
-    by_id = {allowance.id: allowance for allowance in allowances}
-    for lease_id, (until_us, _, shares) in list(account.leases.items()):
+    by_id = {compiled_limit.id: compiled_limit for compiled_limit in compiled_limits}
+    for lease_id, (until_us, _, leased_limits) in list(state.leases.items()):
         if now_us < until_us:
             continue
-        for id, (units, _, gone_us) in list(shares.items()):
+        for id, (units, _, gone_us) in list(leased_limits.items()):
             if gone_us and now_us >= gone_us:
-                del shares[id]
+                del leased_limits[id]
             elif now_us >= until_us + KEPT_AFTER_US and id in by_id:
-                account.counter(by_id[id]).add_at(until_us, units)
-                del shares[id]
+                state.counter(by_id[id]).add_at(until_us, units)
+                del leased_limits[id]
         # Its node may only be cut off: then what it counts by is here, so that no use is lost and none counts twice.
-        if not shares and now_us >= until_us + KEPT_AFTER_US:
-            del account.leases[lease_id]
-    over = [id for id, (_, _, shares) in account.leases.items() if not shares]
+        if not leased_limits and now_us >= until_us + KEPT_AFTER_US:
+            del state.leases[lease_id]
+    over = [id for id, (_, _, leased_limits) in state.leases.items() if not leased_limits]
     for lease_id in over[:-MAX_ENDED]:
-        del account.leases[lease_id]
+        del state.leases[lease_id]
 
 
 def recover(
-    account: Account, allowances: Iterable[Allowance], lease_id: str, found: Mapping[str, tuple[int, int]]
+    state: UsageState, compiled_limits: Iterable[CompiledLimit], lease_id: str, found: Mapping[str, tuple[int, int]]
 ) -> bool:
     """Set the lease of a dead process right: what it had spent is recorded, the rest is given back. `found`: of each
     limit the total it had spent, and when last. Whether there was such a lease."""
-    lease = account.leases.get(lease_id)
+    lease = state.leases.get(lease_id)
     if lease is None:
         return False
-    by_id = {allowance.id: allowance for allowance in allowances}
-    until_us, _, shares = lease
+    by_id = {compiled_limit.id: compiled_limit for compiled_limit in compiled_limits}
+    until_us, _, leased_limits = lease
     used: dict[str, int] = {}
-    for id, (units, settled, _) in list(shares.items()):
-        allowance = by_id.get(id)
-        if allowance is None:
+    for id, (units, settled, _) in list(leased_limits.items()):
+        compiled_limit = by_id.get(id)
+        if compiled_limit is None:
             continue  # a limit that the key has no longer, or that is not known here: it stays as it is
-        if allowance.resource != CONCURRENCY:
+        if compiled_limit.resource != CONCURRENCY:
             total, moment_us = found.get(id, (settled + units, until_us))
             spent = min(max(total - settled, 0), units)
-            account.counter(allowance).add_at(min(moment_us or until_us, until_us), spent)
-            used[allowance.resource] = max(used.get(allowance.resource, 0), spent)  # several limits count one use
-        del shares[id]
+            state.counter(compiled_limit).add_at(min(moment_us or until_us, until_us), spent)
+            used[compiled_limit.resource] = max(
+                used.get(compiled_limit.resource, 0), spent
+            )  # several limits count one use
+        del leased_limits[id]
     # How many uses it was the log does not say; what they used it does.
-    account.tally(used, 0, min(until_us, account.at_us) or until_us)
-    if not shares:
-        del account.leases[lease_id]
+    state.add_totals(used, 0, min(until_us, state.at_us) or until_us)
+    if not leased_limits:
+        del state.leases[lease_id]
     return True
 
 
-__all__ = ["Share", "Wallet", "fold", "recover"]
+__all__ = ["LeasedLimit", "UsageLease", "fold", "recover"]

@@ -43,7 +43,7 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _log = logging.getLogger(__name__)
 
 
-class SpendLog:
+class LeaseLog:
     """The cells of one process's leases. Without a folder they are in its memory only, and die with it."""
 
     def __init__(self, lease: str, folder: Path | None = None) -> None:
@@ -85,7 +85,7 @@ class SpendLog:
         names = os.open(new, _NEW | os.O_APPEND, 0o600)
         try:
             fcntl.flock(names, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            lines = [{"boot": self._boot}, *([account, limit, at] for at, (account, limit) in self._live.items())]
+            lines = [{"boot": self._boot}, *([state, limit, at] for at, (state, limit) in self._live.items())]
             _write(names, "".join(json.dumps(line) + "\n" for line in lines).encode())
             new.rename(self._folder / f"{self.lease}.names")
         except OSError:
@@ -104,7 +104,7 @@ class SpendLog:
             os.ftruncate(descriptor, size)
         return mmap.mmap(descriptor, size)
 
-    def slot(self, account: str, limit: str) -> int:
+    def slot(self, state: str, limit: str) -> int:
         """The index of a cell for what is spent of one limit, zeroed; the cell after it is for the moment."""
         if self._free:
             number = self._free.pop()
@@ -115,20 +115,20 @@ class SpendLog:
             self._next += 1
         index = HEADER_CELLS + 2 * number
         self.cells[index] = self.cells[index + 1] = 0
-        self._live[index] = account, limit
+        self._live[index] = state, limit
         try:
-            self._note(account, limit, index)
+            self._note(state, limit, index)
         except OSError as error:
             self._go_without(error)
         return index
 
-    def _note(self, account: str, limit: str, index: int) -> None:
+    def _note(self, state: str, limit: str, index: int) -> None:
         if self._names is None:
             return
         if self._lines >= max(MIN_COMPACTED, 2 * len(self._live)):
             self.compact()
         else:
-            _write(self._names, json.dumps([account, limit, index]).encode() + b"\n")
+            _write(self._names, json.dumps([state, limit, index]).encode() + b"\n")
             self._lines += 1
 
     def _go_without(self, error: OSError) -> None:
@@ -179,7 +179,7 @@ class SpendLog:
         self._spent = self._names = None
 
 
-class DeadLog:
+class DeadLeaseLog:
     """The log of a process that is dead: by account and limit, what was spent in all and when last. `remove` it once
     its leases were set right."""
 
@@ -234,7 +234,7 @@ def check_folder(folder: Path) -> None:
             raise PermissionError(f"{folder}: others may write to {part}")
 
 
-def dead_logs(folder: Path) -> Iterator[DeadLog]:
+def dead_logs(folder: Path) -> Iterator[DeadLeaseLog]:
     """The logs in a folder whose processes are dead, each locked for the caller. None where `check_folder` objects:
     others could have written them."""
     if not LOCKS or not folder.is_dir():
@@ -259,7 +259,7 @@ def dead_logs(folder: Path) -> Iterator[DeadLog]:
         ):  # another one has finished with it in this moment, or it was written anew
             os.close(lock)
             continue
-        yield DeadLog(path.stem, _read(path), folder, lock)
+        yield DeadLeaseLog(path.stem, _read(path), folder, lock)
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
@@ -281,18 +281,18 @@ def _read(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
         return found
     for line in lines[1:]:
         try:
-            account, limit, index = _name(json.loads(line))
+            state, limit, index = _name(json.loads(line))
         except ValueError:
             continue  # the last line of a process that was killed while it wrote it: it had not spent anything of it
         if index + 1 < len(cells):
-            found.setdefault(account, {})[limit] = cells[index], cells[index + 1]
+            found.setdefault(state, {})[limit] = cells[index], cells[index + 1]
     return found
 
 
 def _name(line: Any) -> tuple[str, str, int]:
     match line:
-        case [str(account), str(limit), int(index)]:
-            return account, limit, index
+        case [str(state), str(limit), int(index)]:
+            return state, limit, index
     raise ValueError
 
 
@@ -323,4 +323,4 @@ def boot_id() -> str | None:
         return None
 
 
-__all__ = ["DeadLog", "SpendLog", "check_folder", "dead_logs", "folder_for"]
+__all__ = ["DeadLeaseLog", "LeaseLog", "check_folder", "dead_logs", "folder_for"]

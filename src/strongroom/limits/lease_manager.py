@@ -21,20 +21,20 @@ from ..clock import Clock
 from ..context import new_id
 from ..errors import StrongroomError
 from ..storage.port import Check
-from .admission import Charge, Decided, Group
-from .corrections import Found
-from .lease import Share, Wallet
-from .lease_log import DeadLog, SpendLog, dead_logs
+from .admission import AdmissionRequest, DecidedGroup, Group
+from .corrections import DeadLease
+from .lease import LeasedLimit, UsageLease
+from .lease_log import DeadLeaseLog, LeaseLog, dead_logs
 from .usage_state import (
     CONCURRENCY,
     MAX_TOTALS,
     OTHER_RESOURCES,
-    Account,
-    Allowance,
+    AdmissionDecision,
+    CompiledLimit,
     Cost,
-    Metered,
-    Outcome,
-    Part,
+    Subject,
+    Subjects,
+    UsageState,
 )
 
 LEASE_S = 5.0
@@ -45,7 +45,7 @@ SLICES = 10
 """The leases are looked at in so many parts, one after the other, so that no call waits for all of them."""
 LOOK_FOR_DEAD_EVERY = 3
 """The logs of dead processes are looked for at the start, and at each so many-th renewal."""
-MAX_WALLETS = 30_000
+MAX_USAGE_LEASES = 30_000
 """Accounts that a node has leases on, as many as it keeps keys in memory; what is used beyond is debited at once."""
 MAX_TICKETS = 30_000
 """Keys that are verified from memory; of many that share one quota those that came first make room."""
@@ -58,20 +58,20 @@ LOCAL = "rsl_"
 NEVER = 2**62
 _log = logging.getLogger(__name__)
 
-Entries = Sequence[tuple[Share, str]]
+Entries = Sequence[tuple[LeasedLimit, str]]
 
 
 class Ledger(Protocol):
     """What the leases need of the ledger that they belong to."""
 
-    lending: Lending | None
+    lease_manager: LeaseManager | None
 
     @property
     def unreachable(self) -> bool: ...
 
-    def submit(self, charge: Charge) -> None: ...
+    def submit(self, request: AdmissionRequest) -> None: ...
 
-    def tally(self, metered: Metered, cost: Cost, count: int = 1) -> None: ...
+    def aggregate(self, subjects: Subjects, cost: Cost, count: int = 1) -> None: ...
 
     async def settled(self) -> None: ...
 
@@ -80,31 +80,37 @@ class Scope:
     """What the calls of a key for one model and route are charged to: the shares, their wallets, and the accounts that
     have no limit for such calls. Those uses the ledger only counts: there need be no lease to count them by."""
 
-    __slots__ = ("entries", "tallied", "wallets")
+    __slots__ = ("aggregated", "entries", "usage_leases")
 
-    def __init__(self, metered: Metered, wallets: Mapping[str, Wallet], model: str | None, route: str | None) -> None:
-        asked = [(part, part.asked(model, route)) for part in metered.parts]
-        self.wallets = tuple(wallets[part.id] for part, allowances in asked if allowances)
+    def __init__(
+        self, subjects: Subjects, usage_leases: Mapping[str, UsageLease], model: str | None, route: str | None
+    ) -> None:
+        asked = [(subject, subject.asked(model, route)) for subject in subjects.all]
+        self.usage_leases = tuple(usage_leases[subject.id] for subject, compiled_limits in asked if compiled_limits)
         self.entries: Entries = [
-            (wallets[part.id].share(one), one.resource) for part, allowances in asked for one in allowances
+            (usage_leases[subject.id].leased_limit(one), one.resource)
+            for subject, compiled_limits in asked
+            for one in compiled_limits
         ]
-        self.tallied = tuple(
-            Metered(part.id, part.guard, part.allowances, (), part.tenant)
-            for part, allowances in asked
-            if not allowances
+        self.aggregated = tuple(
+            Subjects(subject.id, subject.guard, subject.compiled_limits, (), subject.tenant)
+            for subject, compiled_limits in asked
+            if not compiled_limits
         )
 
 
 class Ticket:
     """The shares that a key's uses are charged to. Good for as long as the key is as it was (`metered`)."""
 
-    __slots__ = ("_by_scope", "metered", "plain", "scoped", "wallets")
+    __slots__ = ("_by_scope", "plain", "scoped", "subjects", "usage_leases")
 
-    def __init__(self, metered: Metered, wallets: Mapping[str, Wallet]) -> None:
-        self.metered = metered
-        self.wallets = {part.id: wallets[part.id] for part in metered.parts if part.allowances}
-        self.scoped = any(part.scoped for part in metered.parts)
-        self.plain = Scope(metered, self.wallets, None, None)
+    def __init__(self, subjects: Subjects, usage_leases: Mapping[str, UsageLease]) -> None:
+        self.subjects = subjects
+        self.usage_leases = {
+            subject.id: usage_leases[subject.id] for subject in subjects.all if subject.compiled_limits
+        }
+        self.scoped = any(subject.scoped for subject in subjects.all)
+        self.plain = Scope(subjects, self.usage_leases, None, None)
         self._by_scope: dict[tuple[str | None, str | None], Scope] = {}
 
     def scope(self, model: str | None, route: str | None) -> Scope:
@@ -115,12 +121,12 @@ class Ticket:
         if found is None:
             if len(self._by_scope) >= MAX_SCOPES:
                 self._by_scope.clear()
-            found = self._by_scope[model, route] = Scope(self.metered, self.wallets, model, route)
+            found = self._by_scope[model, route] = Scope(self.subjects, self.usage_leases, model, route)
         return found
 
 
 @dataclass(slots=True)
-class LocalHold:
+class LocalReservation:
     """A reservation in memory: of each share what it holds."""
 
     scope: Scope
@@ -137,7 +143,7 @@ class LocalHold:
     reporting: tuple[str, dict[str, int]] | None = None
     """The idempotency key and the totals of a report of what was used that goes, or went, through the ledger."""
 
-    more: list[tuple[Share, str]] = field(default_factory=list)
+    more: list[tuple[LeasedLimit, str]] = field(default_factory=list)
     """Shares of limits that came later, which hold it too."""
 
     @property
@@ -149,11 +155,11 @@ class LocalHold:
         """All shares that hold it."""
         return self.scope.entries if not self.more else [*self.scope.entries, *self.more]
 
-    def holds(self, share: Share) -> bool:
-        return any(one is share for one, _ in self.held_entries)
+    def holds(self, leased_limit: LeasedLimit) -> bool:
+        return any(one is leased_limit for one, _ in self.held_entries)
 
 
-class Lending:
+class LeaseManager:
     """The leases of one ledger. `start` before use. `folder`: where what is spent survives the process (None: nowhere);
     `describe` gives the limits of an account by its id, None where there is no such key or quota any more."""
 
@@ -164,7 +170,7 @@ class Lending:
         *,
         lease_s: float = LEASE_S,
         folder: Path | None = None,
-        describe: Callable[[str], Awaitable[Part | None]] | None = None,
+        describe: Callable[[str], Awaitable[Subject | None]] | None = None,
     ) -> None:
         self._ledger = ledger
         self._clock = clock
@@ -172,16 +178,16 @@ class Lending:
         self._every_s = min(RENEW_EVERY_S, lease_s / 4)
         self._folder = folder
         self._describe = describe
-        self.log = SpendLog(new_id("lse_"), folder)
-        self._wallets: dict[str, Wallet] = {}
-        self._slices: list[dict[str, Wallet]] = [{} for _ in range(SLICES)]
+        self.log = LeaseLog(new_id("lse_"), folder)
+        self._usage_leases: dict[str, UsageLease] = {}
+        self._slices: list[dict[str, UsageLease]] = [{} for _ in range(SLICES)]
         self._tickets: dict[str, Ticket] = {}
-        self._holds: dict[str, LocalHold] = {}
+        self._holds: dict[str, LocalReservation] = {}
         self._next_end_us = NEVER
         """No reservation in memory ends before this."""
         self._task: asyncio.Task[None] | None = None
         self._closed = False
-        ledger.lending = self
+        ledger.lease_manager = self
 
     @property
     def lease_id(self) -> str:
@@ -191,7 +197,7 @@ class Lending:
     @property
     def leases(self) -> int:
         """On how many accounts this node has a lease, or is about to have one."""
-        return len(self._wallets)
+        return len(self._usage_leases)
 
     @property
     def holds(self) -> int:
@@ -204,71 +210,77 @@ class Lending:
     # --- From memory ------------------------------------------------------------------------------------------
 
     def admit(
-        self, metered: Metered, cost: Cost, now_us: int, model: str | None = None, route: str | None = None
+        self, subjects: Subjects, cost: Cost, now_us: int, model: str | None = None, route: str | None = None
     ) -> Entries | None:
         """Charge one use to the shares that this node holds; they stand as the answer says then. None if that is not
         possible from memory: nothing is charged, ask the ledger."""
-        ticket = self._tickets.get(metered.id)
-        if ticket is None or ticket.metered is not metered or self._closed:
+        ticket = self._tickets.get(subjects.id)
+        if ticket is None or ticket.subjects is not subjects or self._closed:
             return None
         scope = ticket.plain if not ticket.scoped else ticket.scope(model, route)
         entries = scope.entries
-        for share, resource in entries:
-            if share.spent + share.held + cost.get(resource, 0) > share.cap or now_us >= share.ends_us:
+        for leased_limit, resource in entries:
+            if (
+                leased_limit.spent + leased_limit.held + cost.get(resource, 0) > leased_limit.cap
+                or now_us >= leased_limit.ends_us
+            ):
                 return None
         self._spend(scope, cost, now_us)
         return entries
 
     def _spend(self, scope: Scope, cost: Cost, now_us: int, count: int = 1) -> None:
         cells = self.log.cells
-        for share, resource in scope.entries:
+        for leased_limit, resource in scope.entries:
             units = cost.get(resource)
             if units:
-                spent = share.spent
-                if now_us >= share.mark_ends_us:
-                    share.mark(now_us, spent)
-                share.spent = spent = spent + units
-                cells[share.slot] = spent  # before anyone is told: whatever happens now, it is spent
-                if spent > share.low:
-                    share.low = NEVER
-                    self._renew(share.wallet)
-        for wallet in scope.wallets:
-            wallet.count += count
-            wallet.last_used_us = now_us
-            totals = wallet.totals
+                spent = leased_limit.spent
+                if now_us >= leased_limit.mark_ends_us:
+                    leased_limit.mark(now_us, spent)
+                leased_limit.spent = spent = spent + units
+                cells[leased_limit.slot] = spent  # before anyone is told: whatever happens now, it is spent
+                if spent > leased_limit.low:
+                    leased_limit.low = NEVER
+                    self._renew(leased_limit.usage_lease)
+        for usage_lease in scope.usage_leases:
+            usage_lease.count += count
+            usage_lease.last_used_us = now_us
+            totals = usage_lease.totals
             for resource, units in cost.items():
                 if resource in totals:
                     totals[resource] += units
                 else:
                     name = resource if len(totals) < MAX_TOTALS else OTHER_RESOURCES
                     totals[name] = totals.get(name, 0) + units
-        for metered in scope.tallied:
-            self._ledger.tally(metered, cost, count)
+        for subjects in scope.aggregated:
+            self._ledger.aggregate(subjects, cost, count)
 
     # --- Reservations in memory -------------------------------------------------------------------------------
 
     def hold(
-        self, metered: Metered, cost: Cost, now_us: int, ends_us: int, key: Any, model: str | None, route: str | None
+        self, subjects: Subjects, cost: Cost, now_us: int, ends_us: int, key: Any, model: str | None, route: str | None
     ) -> tuple[str, Entries] | None:
         """Reserve from the shares that this node holds; None if that is not possible from memory."""
-        ticket = self._tickets.get(metered.id)
-        if ticket is None or ticket.metered is not metered or self._closed or len(self._holds) >= MAX_LOCAL_HOLDS:
+        ticket = self._tickets.get(subjects.id)
+        if ticket is None or ticket.subjects is not subjects or self._closed or len(self._holds) >= MAX_LOCAL_HOLDS:
             return None
         scope = ticket.scope(model, route)
         entries = scope.entries
-        for share, resource in entries:
-            if share.spent + share.held + cost.get(resource, 0) > share.cap or now_us >= share.ends_us:
+        for leased_limit, resource in entries:
+            if (
+                leased_limit.spent + leased_limit.held + cost.get(resource, 0) > leased_limit.cap
+                or now_us >= leased_limit.ends_us
+            ):
                 return None
-        for share, resource in entries:
-            share.held += cost.get(resource, 0)
+        for leased_limit, resource in entries:
+            leased_limit.held += cost.get(resource, 0)
         id = new_id(LOCAL)
-        hold = self._holds[id] = LocalHold(scope, cost, ends_us, key, model, route, {})
-        for wallet in scope.wallets:
-            wallet.holds[id] = hold
+        hold = self._holds[id] = LocalReservation(scope, cost, ends_us, key, model, route, {})
+        for usage_lease in scope.usage_leases:
+            usage_lease.holds[id] = hold
         self._next_end_us = min(self._next_end_us, ends_us)
         return id, entries
 
-    def held(self, id: str, now_us: int) -> LocalHold | None:
+    def held(self, id: str, now_us: int) -> LocalReservation | None:
         """A reservation that is open in this process's memory."""
         hold = self._holds.get(id)
         if hold is not None and now_us >= hold.ends_us:
@@ -279,12 +291,14 @@ class Lending:
     def change(self, id: str, cost: Cost, ends_us: int, now_us: int) -> bool:
         """Let a reservation hold so much, until then; False if the shares do not have that much more."""
         hold = self._holds[id]
-        for share, resource in hold.held_entries:
+        for leased_limit, resource in hold.held_entries:
             more = cost.get(resource, 0) - hold.cost.get(resource, 0)
-            if more > 0 and (share.spent + share.held + more > share.cap or now_us >= share.ends_us):
+            if more > 0 and (
+                leased_limit.spent + leased_limit.held + more > leased_limit.cap or now_us >= leased_limit.ends_us
+            ):
                 return False
-        for share, resource in hold.held_entries:
-            share.held += cost.get(resource, 0) - hold.cost.get(resource, 0)
+        for leased_limit, resource in hold.held_entries:
+            leased_limit.held += cost.get(resource, 0) - hold.cost.get(resource, 0)
         hold.cost, hold.ends_us = cost, ends_us
         self._next_end_us = min(self._next_end_us, ends_us)
         return True
@@ -296,10 +310,10 @@ class Lending:
         if hold.more:
             return False  # the limits are others than those that it was made under
         own = hold.cost if last else {}
-        for share, resource in hold.entries:
-            held = share.held - own.get(resource, 0)
+        for leased_limit, resource in hold.entries:
+            held = leased_limit.held - own.get(resource, 0)
             # Nothing is counted without a lease either: what the store has of it is what its uses are told by.
-            if share.spent + held + cost.get(resource, 0) > share.cap or now_us >= share.ends_us:
+            if leased_limit.spent + held + cost.get(resource, 0) > leased_limit.cap or now_us >= leased_limit.ends_us:
                 return False
         if last:
             self._release(id)
@@ -321,128 +335,136 @@ class Lending:
 
     def _release(self, id: str) -> None:
         hold = self._holds.pop(id)
-        for share, resource in hold.held_entries:
-            share.held -= hold.cost.get(resource, 0)
-        for wallet in hold.scope.wallets:
-            wallet.holds.pop(id, None)
+        for leased_limit, resource in hold.held_entries:
+            leased_limit.held -= hold.cost.get(resource, 0)
+        for usage_lease in hold.scope.usage_leases:
+            usage_lease.holds.pop(id, None)
 
     # --- In the ledger's commits ------------------------------------------------------------------------------
 
-    def wallets_for(self, groups: Iterable[Group]) -> Mapping[str, Wallet]:
+    def usage_leases_for(self, groups: Iterable[Group]) -> Mapping[str, UsageLease]:
         """This node's leases, with a new one for each account that is to be charged for the first time."""
         self._end_holds(self._clock.now_us())
         if not self._closed:
             for group in groups:
-                for charge in group.charges:
-                    if charge.force or charge.future is None or charge.special is not None:
+                for request in group.requests:
+                    if request.force or request.future is None or request.special is not None:
                         continue
-                    for part in charge.metered.parts:
-                        if part.allowances and part.id not in self._wallets and len(self._wallets) < MAX_WALLETS:
-                            wallet = self._wallets[part.id] = Wallet(part, self.log)
-                            self._slices[hash(part.id) % SLICES][part.id] = wallet
-        return self._wallets
+                    for subject in request.subjects.all:
+                        if (
+                            subject.compiled_limits
+                            and subject.id not in self._usage_leases
+                            and len(self._usage_leases) < MAX_USAGE_LEASES
+                        ):
+                            usage_lease = self._usage_leases[subject.id] = UsageLease(subject, self.log)
+                            self._slices[hash(subject.id) % SLICES][subject.id] = usage_lease
+        return self._usage_leases
 
-    def committed(self, decided: Decided) -> None:
+    def committed(self, decided: DecidedGroup) -> None:
         """What was decided is durable, and with it the leases that were granted."""
-        for wallet, spent in decided.wallets:
-            wallet.committed(spent)
-        for wallet in decided.returned:
-            if not wallet.dirty and not wallet.open and self._wallets.get(wallet.id) is wallet:
-                self._drop(wallet)
-        for charge, outcome in decided.answers:
-            if outcome.allowed and charge.future is not None and not charge.force and charge.special is None:
-                self._issue(charge.metered)
+        for usage_lease, spent in decided.usage_leases:
+            usage_lease.committed(spent)
+        for usage_lease in decided.returned:
+            if not usage_lease.dirty and not usage_lease.open and self._usage_leases.get(usage_lease.id) is usage_lease:
+                self._drop(usage_lease)
+        for request, outcome in decided.answers:
+            if outcome.allowed and request.future is not None and not request.force and request.special is None:
+                self._issue(request.subjects)
 
-    def _issue(self, metered: Metered) -> None:
-        ticket = self._tickets.get(metered.id)
-        if ticket is not None and ticket.metered is metered:
+    def _issue(self, subjects: Subjects) -> None:
+        ticket = self._tickets.get(subjects.id)
+        if ticket is not None and ticket.subjects is subjects:
             return
-        if metered.limited and all(part.id in self._wallets for part in metered.parts if part.allowances):
-            self._revoke(metered.id)
+        if subjects.limited and all(
+            subject.id in self._usage_leases for subject in subjects.all if subject.compiled_limits
+        ):
+            self._revoke(subjects.id)
             if len(self._tickets) >= MAX_TICKETS:
                 for oldest in list(self._tickets)[: MAX_TICKETS // 10]:
                     self._revoke(oldest)
-            ticket = self._tickets[metered.id] = Ticket(metered, self._wallets)
-            for wallet in ticket.wallets.values():
-                wallet.tickets.add(metered.id)
+            ticket = self._tickets[subjects.id] = Ticket(subjects, self._usage_leases)
+            for usage_lease in ticket.usage_leases.values():
+                usage_lease.tickets.add(subjects.id)
 
     def _revoke(self, id: str) -> None:
         """The next use of a key is the ledger's."""
         ticket = self._tickets.pop(id, None)
         if ticket is not None:
-            for wallet in ticket.wallets.values():
-                wallet.tickets.discard(id)
+            for usage_lease in ticket.usage_leases.values():
+                usage_lease.tickets.discard(id)
 
-    def not_committed(self, decided: Decided) -> None:
+    def not_committed(self, decided: DecidedGroup) -> None:
         """What was decided did not commit, or nobody knows: what both leases allow may be spent until it is tried
         again."""
-        for wallet, _ in decided.wallets:
-            wallet.renewing = False
+        for usage_lease, _ in decided.usage_leases:
+            usage_lease.renewing = False
 
-    def recorded(self, request: Charge) -> None:
+    def recorded(self, request: AdmissionRequest) -> None:
         """A renewal is durable: `committed` was told."""
 
-    def failed(self, request: Charge) -> None:
+    def failed(self, request: AdmissionRequest) -> None:
         """A renewal could not be decided, or not be committed."""
-        wallet = self._wallets.get(request.metered.id)
-        if wallet is not None:
-            wallet.renewing = False
+        usage_lease = self._usage_leases.get(request.subjects.id)
+        if usage_lease is not None:
+            usage_lease.renewing = False
 
-    async def described(self, id: str) -> Part | None:
+    async def described(self, id: str) -> Subject | None:
         """An account's limits as they are now; None if they are not known here, or it is gone."""
         return None if self._describe is None else await self._describe(id)
 
-    def gone(self, request: Charge) -> None:
+    def gone(self, request: AdmissionRequest) -> None:
         """The key, or the quota, that a renewal was for was removed."""
-        self.drop(request.metered.id)
+        self.drop(request.subjects.id)
 
     def drop(self, id: str) -> None:
         """The key, or the quota, was removed, and what was lent of it with it."""
-        wallet = self._wallets.get(id)
-        if wallet is not None:
-            wallet.forget_spent()
-            self._drop(wallet)
+        usage_lease = self._usage_leases.get(id)
+        if usage_lease is not None:
+            usage_lease.forget_spent()
+            self._drop(usage_lease)
 
-    def _drop(self, wallet: Wallet) -> None:
-        del self._wallets[wallet.id]
-        del self._slices[hash(wallet.id) % SLICES][wallet.id]
-        for share in wallet.shares.values():
-            share.cap = share.ends_us = 0
-            self.log.free(share.slot)
-        for id in list(wallet.tickets):
+    def _drop(self, usage_lease: UsageLease) -> None:
+        del self._usage_leases[usage_lease.id]
+        del self._slices[hash(usage_lease.id) % SLICES][usage_lease.id]
+        for leased_limit in usage_lease.leased_limits.values():
+            leased_limit.cap = leased_limit.ends_us = 0
+            self.log.free(leased_limit.slot)
+        for id in list(usage_lease.tickets):
             self._revoke(id)
 
-    def show(self, id: str, account: Account, allowances: Sequence[Allowance] | None = None) -> None:
+    def show(self, id: str, state: UsageState, compiled_limits: Sequence[CompiledLimit] | None = None) -> None:
         """Count in an account, for statistics, what this node has spent and not recorded yet, and what reservations in
         memory hold of these limits."""
-        lease = account.leases.pop(self.log.lease, None)
-        wallet = self._wallets.get(id)
-        if lease is None or wallet is None:
+        lease = state.leases.pop(self.log.lease, None)
+        usage_lease = self._usage_leases.get(id)
+        if lease is None or usage_lease is None:
             return
         now_us = self._clock.now_us()
         self._end_holds(now_us)
-        account.kept = wallet.kept(allowances)
+        state.kept = usage_lease.kept(compiled_limits)
         for limit, (_, settled, _) in lease[2].items():
-            share = wallet.shares.get(limit)
-            if share is not None and share.allowance.resource != CONCURRENCY:
-                account.counter(share.allowance).add_at(now_us, max(0, share.spent - settled))
-        noted = wallet.noted  # a commit may be durable, and its answer on its way
-        stored = noted[1] if noted is not None and noted[0] == lease[1] else wallet.settled_totals
-        totals = {name: units - stored.get(name, 0) for name, units in wallet.totals.items()}
-        if wallet.count:
-            account.tally(totals, wallet.count - lease[1], wallet.last_used_us)
+            leased_limit = usage_lease.leased_limits.get(limit)
+            if leased_limit is not None and leased_limit.compiled_limit.resource != CONCURRENCY:
+                state.counter(leased_limit.compiled_limit).add_at(now_us, max(0, leased_limit.spent - settled))
+        noted = usage_lease.noted  # a commit may be durable, and its answer on its way
+        stored = noted[1] if noted is not None and noted[0] == lease[1] else usage_lease.settled_totals
+        totals = {name: units - stored.get(name, 0) for name, units in usage_lease.totals.items()}
+        if usage_lease.count:
+            state.add_totals(totals, usage_lease.count - lease[1], usage_lease.last_used_us)
 
     # --- Renewing ---------------------------------------------------------------------------------------------
 
-    def _renew(self, wallet: Wallet, lease: str = "renew") -> None:
-        if wallet.renewing:
+    def _renew(self, usage_lease: UsageLease, lease: str = "renew") -> None:
+        if usage_lease.renewing:
             return
-        wallet.renewing = True
-        part = wallet.part
-        charge = Charge(Metered(part.id, part.guard, part.allowances, (), part.tenant), {}, True, None, None)
-        charge.lease = "return" if lease == "return" else "renew"
-        charge.owner = self
-        self._ledger.submit(charge)
+        usage_lease.renewing = True
+        subject = usage_lease.subject
+        request = AdmissionRequest(
+            Subjects(subject.id, subject.guard, subject.compiled_limits, (), subject.tenant), {}, True, None, None
+        )
+        request.lease = "return" if lease == "return" else "renew"
+        request.owner = self
+        self._ledger.submit(request)
 
     async def _run(self) -> None:
         turn = 0
@@ -452,18 +474,18 @@ class Lending:
                     await self._look_for_dead()
                 turn += 1
                 await asyncio.sleep(self._every_s / SLICES)
-                self._look_at_wallets(turn % SLICES)
+                self._look_at_leases(turn % SLICES)
             except Exception:  # whatever it is: without renewals all leases would end, and each use would be a commit
                 _log.exception("limit leases could not be looked at, trying again")
                 await asyncio.sleep(self._every_s)
 
-    def _look_at_wallets(self, slice: int | None = None) -> None:
+    def _look_at_leases(self, slice: int | None = None) -> None:
         """Record what was spent and renew; what nothing was taken from goes back. `slice`: of that part only."""
         self._end_holds(self._clock.now_us())
-        for wallet in list((self._wallets if slice is None else self._slices[slice]).values()):
-            idle = wallet.count == wallet.seen_count and not wallet.open
-            wallet.seen_count = wallet.count
-            self._renew(wallet, "return" if idle else "renew")
+        for usage_lease in list((self._usage_leases if slice is None else self._slices[slice]).values()):
+            idle = usage_lease.count == usage_lease.seen_count and not usage_lease.open
+            usage_lease.seen_count = usage_lease.count
+            self._renew(usage_lease, "return" if idle else "renew")
 
     async def close(self) -> None:
         """Record what was spent and give everything back. What cannot be goes back after the lease, or when another
@@ -477,15 +499,15 @@ class Lending:
             self._release(id)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                while self._wallets:
-                    for wallet in list(self._wallets.values()):
-                        self._renew(wallet, "return")
+                while self._usage_leases:
+                    for usage_lease in list(self._usage_leases.values()):
+                        self._renew(usage_lease, "return")
                     await self._ledger.settled()
                     await asyncio.sleep(0)  # whatever it is that keeps one back, the time-out must be heard
                     if self._ledger.unreachable:
                         break
-        if self._wallets:
-            _log.warning("%d limit leases could not be given back: they end by themselves", len(self._wallets))
+        if self._usage_leases:
+            _log.warning("%d limit leases could not be given back: they end by themselves", len(self._usage_leases))
             self.log.abandon()
         else:
             self.log.close()
@@ -509,21 +531,21 @@ class Lending:
             dead.remove()
             _log.info("gave back what a process that was killed had left of %d accounts' limits", len(dead.found))
 
-    async def _set_right(self, dead: DeadLog, describe: Callable[[str], Awaitable[Part | None]]) -> None:
-        waiting: list[asyncio.Future[Outcome]] = []
+    async def _set_right(self, dead: DeadLeaseLog, describe: Callable[[str], Awaitable[Subject | None]]) -> None:
+        waiting: list[asyncio.Future[AdmissionDecision]] = []
         for id, spent in dead.found.items():
-            part = await describe(id)
-            if part is not None:
-                future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-                guard = Check(part.guard.collection, part.guard.id, 0)
-                metered = Metered(id, guard, part.allowances, (), part.tenant)
-                charge = Charge(metered, {}, True, None, future)
-                charge.special = Found(dead.lease, spent)
-                self._ledger.submit(charge)
+            subject = await describe(id)
+            if subject is not None:
+                future: asyncio.Future[AdmissionDecision] = asyncio.get_running_loop().create_future()
+                guard = Check(subject.guard.collection, subject.guard.id, 0)
+                subjects = Subjects(id, guard, subject.compiled_limits, (), subject.tenant)
+                request = AdmissionRequest(subjects, {}, True, None, future)
+                request.special = DeadLease(dead.lease, spent)
+                self._ledger.submit(request)
                 waiting.append(future)
         for result in await asyncio.gather(*waiting, return_exceptions=True):
             if isinstance(result, BaseException):
                 raise result
 
 
-__all__ = ["Entries", "Lending", "LocalHold"]
+__all__ = ["Entries", "LeaseManager", "LocalReservation"]

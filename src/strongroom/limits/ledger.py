@@ -26,29 +26,29 @@ from datetime import datetime
 
 from ..clock import Clock, MachineClock
 from ..context import utc_from_us
-from ..database import Database, Once
+from ..database import Database, IdempotentOperation
 from ..errors import Conflict, NotFound
 from ..storage.port import Check, Store
 from . import tuning
-from .admission import Charge, KeyChanged
+from .admission import AdmissionRequest, KeyChanged
 from .aggregation import UsageAggregation
 from .backoff import Backoff
-from .corrections import Backdate, Begin, TakeBack
+from .corrections import Backdate, BeginRefills, Refund
 from .decision import Watcher, usage_operation
 from .group_commit import GroupCommit
-from .lease_manager import Lending
-from .preview import peeked
+from .lease_manager import LeaseManager
+from .preview import previewed
 from .reservation_change import HoldChange
 from .usage_state import (
     NAME,
-    Account,
-    Allowance,
+    AdmissionDecision,
+    CompiledLimit,
     Cost,
     KeyUsage,
-    Metered,
-    Outcome,
-    Part,
     Status,
+    Subject,
+    Subjects,
+    UsageState,
 )
 from .usage_states import UsageStates
 
@@ -72,18 +72,18 @@ class Ledger:
         self.aggregation = UsageAggregation(self._clock, self.group_commit.submit_all)
         self.submit = self.group_commit.submit
         """Let a request wait for its turn; its future, if it has one, fails if that cannot be."""
-        self.tally = self.aggregation.add
+        self.aggregate = self.aggregation.add
         """Count the use of a key that has no limits: nothing is decided by it, so nobody waits for its write."""
-        self._lending: Lending | None = None
+        self._lease_manager: LeaseManager | None = None
 
     @property
-    def lending(self) -> Lending | None:
+    def lease_manager(self) -> LeaseManager | None:
         """This node's leases, where there are any: `Lending` sets it."""
-        return self._lending
+        return self._lease_manager
 
-    @lending.setter
-    def lending(self, lending: Lending | None) -> None:
-        self._lending = self.group_commit.leases = lending
+    @lease_manager.setter
+    def lease_manager(self, lease_manager: LeaseManager | None) -> None:
+        self._lease_manager = self.group_commit.leases = lease_manager
 
     @property
     def unreachable(self) -> bool:
@@ -101,19 +101,19 @@ class Ledger:
 
     # --- What callers do --------------------------------------------------------------------------------------
 
-    def charge(
+    def admit(
         self,
-        metered: Metered,
+        subjects: Subjects,
         cost: Cost,
         *,
         force: bool = False,
-        once: Once | None = None,
+        once: IdempotentOperation | None = None,
         model: str | None = None,
         route: str | None = None,
         hold: HoldChange | None = None,
         count: int = 1,
         at_us: int | None = None,
-    ) -> asyncio.Future[Outcome]:
+    ) -> asyncio.Future[AdmissionDecision]:
         """Decide and charge; the outcome comes once it is durable (a denial, which writes nothing, as soon as decided).
 
         `once` has an operation that fails with AlreadyExists if this very charge was made before. `hold` is what
@@ -122,91 +122,99 @@ class Ledger:
         The future raises KeyChanged, TooManyRequests, HoldEnded, InvalidInput (none of the limits that `at_us` concerns
         counts it), Unavailable.
         """
-        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        charge = Charge(metered, cost, force, once, future, count, None, 0, model, route, hold)
+        future: asyncio.Future[AdmissionDecision] = asyncio.get_running_loop().create_future()
+        request = AdmissionRequest(subjects, cost, force, once, future, count, None, 0, model, route, hold)
         if at_us is not None:
-            charge.special = Backdate(at_us)
-        self.submit(charge)
+            request.special = Backdate(at_us)
+        self.submit(request)
         return future
 
     def announced(self) -> AbstractContextManager[None]:
         """Within this, requests of one batch are prepared and made: the next commit waits a little for them."""
         return self.group_commit.announced()
 
-    async def account(self, id: str) -> Account:
+    async def usage_state(self, id: str) -> UsageState:
         """A key's usage as the store has it now, with what is still to be written added: for statistics."""
         aggregation = self.aggregation
-        flushes, state = -1, Account(None)
+        flushes, state = -1, UsageState(None)
         looks = 0
         while flushes != aggregation.flushes and looks < tuning.MAX_LOOKS:  # none began meanwhile
             looks += 1
             await aggregation.written(id)
             flushes, state = aggregation.flushes, await self.states.read(id)
-        if self._lending is not None:
-            self._lending.show(id, state)
+        if self._lease_manager is not None:
+            self._lease_manager.show(id, state)
         aggregation.show(id, state)
         return state
 
     async def moments(self, ids: Iterable[str], now_us: int) -> dict[str, int]:
         """What time it is in each of these accounts."""
         found = await self.states.stored([(NAME, id) for id in ids])
-        return {id: Account(document).moment(now_us) for id, document in zip(ids, found, strict=True)}
+        return {id: UsageState(document).moment(now_us) for id, document in zip(ids, found, strict=True)}
 
     async def set_back(self, id: str) -> ClockMended | None:
         """Let an account's time, which ran ahead of the store's clock, be the clock's. None if it is not ahead. Raises
         Unavailable."""
         backoff = Backoff("this account's usage is being changed too quickly")
         while await backoff.attempt():
-            account, now_us = await self.states.read(id), self._clock.now_us()
-            before_us = account.at_us
+            state, now_us = await self.states.read(id), self._clock.now_us()
+            before_us = state.at_us
             if before_us <= now_us:
                 return None
-            account.set_back(now_us)
+            state.set_back(now_us)
             self.forget(id)
             try:
-                await self._database.commit_counters([usage_operation(id, account)], now_us)
+                await self._database.commit_counters([usage_operation(id, state)], now_us)
             except (Conflict, NotFound):
                 continue
             self.forget(id)
             return ClockMended(utc_from_us(before_us), utc_from_us(now_us))
         raise backoff.exhausted()
 
-    async def statuses(self, metered: Metered, now_us: int) -> tuple[Status, ...]:
+    async def statuses(self, subjects: Subjects, now_us: int) -> tuple[Status, ...]:
         """Where all limits of a key stand, as the store has it now: its own, then those that it shares."""
         found: list[Status] = []
-        for part in metered.parts:
-            if part.allowances:
-                account = await self.states.read(part.id)
-                if self._lending is not None:
-                    self._lending.show(part.id, account, part.allowances)
-                found += account.statuses(part.allowances, account.moment(now_us))
+        for subject in subjects.all:
+            if subject.compiled_limits:
+                state = await self.states.read(subject.id)
+                if self._lease_manager is not None:
+                    self._lease_manager.show(subject.id, state, subject.compiled_limits)
+                found += state.statuses(subject.compiled_limits, state.moment(now_us))
         return tuple(found)
 
-    async def peek(self, metered: Metered, cost: Cost, model: str | None, route: str | None) -> Outcome:
+    async def preview(self, subjects: Subjects, cost: Cost, model: str | None, route: str | None) -> AdmissionDecision:
         """What `charge` would come to now, by what the store has and this node has spent. Nothing is counted."""
         now_us = self._clock.now_us()
-        found = await self.states.stored([(NAME, part.id) for part in metered.parts])
-        accounts = [Account(document) for document in found]
-        if self._lending is not None:
-            for part, account in zip(metered.parts, accounts, strict=True):
-                self._lending.show(part.id, account, part.allowances)
-        return peeked(metered, accounts, cost, now_us, model, route)
+        found = await self.states.stored([(NAME, subject.id) for subject in subjects.all])
+        states = [UsageState(document) for document in found]
+        if self._lease_manager is not None:
+            for subject, state in zip(subjects.all, states, strict=True):
+                self._lease_manager.show(subject.id, state, subject.compiled_limits)
+        return previewed(subjects, states, cost, now_us, model, route)
 
-    async def begin_refills(self, part: Part, limits: tuple[str, ...]) -> None:
+    async def begin_refills(self, subject: Subject, limits: tuple[str, ...]) -> None:
         """Before totals get a refill: let it give back from now on, durably, whenever they are used again. Raises
         Unavailable, TooManyRequests."""
-        own = Metered(part.id, Check(part.guard.collection, part.guard.id, 0), part.allowances, (), part.tenant)
-        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self.submit(Charge(own, {}, True, None, future, special=Begin(limits)))
+        own = Subjects(
+            subject.id,
+            Check(subject.guard.collection, subject.guard.id, 0),
+            subject.compiled_limits,
+            (),
+            subject.tenant,
+        )
+        future: asyncio.Future[AdmissionDecision] = asyncio.get_running_loop().create_future()
+        self.submit(AdmissionRequest(own, {}, True, None, future, special=BeginRefills(limits)))
         await future
 
     async def take_back(
-        self, metered: Metered, cost: Cost, moment_us: int, model: str | None, route: str | None
+        self, subjects: Subjects, cost: Cost, moment_us: int, model: str | None, route: str | None
     ) -> None:
         """Take back what was charged at a moment. Raises KeyChanged, TooManyRequests, Unavailable."""
-        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        charge = Charge(metered, cost, True, None, future, model=model, route=route, special=TakeBack(moment_us))
-        self.submit(charge)
+        future: asyncio.Future[AdmissionDecision] = asyncio.get_running_loop().create_future()
+        request = AdmissionRequest(
+            subjects, cost, True, None, future, model=model, route=route, special=Refund(moment_us)
+        )
+        self.submit(request)
         await future
 
     async def settled(self) -> None:
@@ -227,8 +235,8 @@ class Ledger:
     def removed(self, id: str) -> None:
         """The key, or the quota, was removed with its usage: what this node leased of it is gone as well."""
         self.states.forget(id)
-        if self._lending is not None:
-            self._lending.drop(id)
+        if self._lease_manager is not None:
+            self._lease_manager.drop(id)
 
     def used(self) -> list[str]:
         """The ids of the usage states in memory: of keys that this process has charged, and of their quotas."""
@@ -236,8 +244,8 @@ class Ledger:
 
     async def close(self) -> None:
         """Write everything that waits, and return what was leased. Afterwards nothing can be charged."""
-        if self._lending is not None:
-            await self._lending.close()
+        if self._lease_manager is not None:
+            await self._lease_manager.close()
         self.group_commit.closed = True
         self.aggregation.close()
         for _ in range(tuning.CLOSING_FLUSHES):
@@ -249,14 +257,14 @@ class Ledger:
 
 
 __all__ = [
-    "Account",
-    "Allowance",
+    "AdmissionDecision",
     "ClockMended",
+    "CompiledLimit",
     "Cost",
     "KeyChanged",
     "KeyUsage",
     "Ledger",
-    "Metered",
-    "Outcome",
     "Status",
+    "Subjects",
+    "UsageState",
 ]

@@ -5,28 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .lease import fold
-from .usage_state import Account, Cost, Metered, Outcome, Status
+from .usage_state import AdmissionDecision, Cost, Status, Subjects, UsageState
 
 
-def peeked(
-    metered: Metered, accounts: Sequence[Account], cost: Cost, now_us: int, model: str | None, route: str | None
-) -> Outcome:
+def previewed(
+    subjects: Subjects, states: Sequence[UsageState], cost: Cost, now_us: int, model: str | None, route: str | None
+) -> AdmissionDecision:
     """The outcome that a charge would have now; `accounts` are those of the parts, and are changed."""
-    now_us = max(account.moment(now_us) for account in accounts)
+    now_us = max(state.moment(now_us) for state in states)
     statuses: list[Status] = []
     asked = []
-    for part, account in zip(metered.parts, accounts, strict=True):
-        fold(account, part.allowances, now_us)
-        allowances = part.asked(model, route)
-        asked.append((account, allowances, [(one, cost.get(one.resource, 0)) for one in allowances]))
-    allowed = all(account.fits(wanted, now_us) for account, _, wanted in asked)
-    for account, allowances, wanted in asked:
+    for subject, state in zip(subjects.all, states, strict=True):
+        fold(state, subject.compiled_limits, now_us)
+        compiled_limits = subject.asked(model, route)
+        asked.append((state, compiled_limits, [(one, cost.get(one.resource, 0)) for one in compiled_limits]))
+    allowed = all(state.fits(wanted, now_us) for state, _, wanted in asked)
+    for state, compiled_limits, wanted in asked:
         if allowed:
-            account.charge(allowances, cost, now_us)
-            statuses += account.statuses(allowances, now_us)
+            state.use(compiled_limits, cost, now_us)
+            statuses += state.statuses(compiled_limits, now_us)
         else:
-            statuses += account.denials(wanted, now_us)
-    return Outcome(allowed, tuple(statuses), now_us)
+            statuses += state.denials(wanted, now_us)
+    return AdmissionDecision(allowed, tuple(statuses), now_us)
 
 
-__all__ = ["peeked"]
+__all__ = ["previewed"]

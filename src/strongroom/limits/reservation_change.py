@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from ..context import utc_from_us
 from ..errors import Conflict
 from ..storage.port import Operation
-from .reserved_amounts import Place
-from .usage_state import Account, Allowance, Cost
+from .reserved_amounts import ReservedPlace
+from .usage_state import CompiledLimit, Cost, UsageState
 
 
 class HoldEnded(Conflict):
@@ -32,8 +32,8 @@ class HoldChange:
     id: str
     ttl_us: int | None
     cost: Cost
-    write: Callable[[Mapping[str, Place], int], Operation]
-    before: Mapping[str, Place] | None = None
+    write: Callable[[Mapping[str, ReservedPlace], int], Operation]
+    before: Mapping[str, ReservedPlace] | None = None
     leaves: frozenset[str] = frozenset()
     not_counted_on: frozenset[str] = frozenset()
     old_ends_us: int | None = None
@@ -50,40 +50,40 @@ class HoldChange:
         ]
         return min(ended, default=None)
 
-    def held(self, id: str, account: Account, now_us: int) -> Cost:
+    def held(self, id: str, state: UsageState, now_us: int) -> Cost:
         """What it holds of an account now, by `Allowance.held_as`."""
         if self.old_ends_us is not None:
-            old = account.reserved.old(self.id, now_us) if account.reserved is not None else None
+            old = state.reserved.old(self.id, now_us) if state.reserved is not None else None
             return old if old is not None else {}
         place = self.before.get(id) if self.before is not None else None
-        return account.held(place, now_us) if place is not None else {}
+        return state.held(place, now_us) if place is not None else {}
 
-    def is_known(self, id: str, account: Account, now_us: int) -> bool:
+    def is_known(self, id: str, state: UsageState, now_us: int) -> bool:
         """Whether the account has what this holds of it: if not, another node has changed it since it was read."""
         if self.old_ends_us is not None:
-            return account.reserved is not None and account.reserved.old(self.id, now_us) is not None
+            return state.reserved is not None and state.reserved.old(self.id, now_us) is not None
         place = self.before.get(id) if self.before is not None else None
-        return place is None or account.knows(place, now_us)
+        return place is None or state.knows(place, now_us)
 
-    def give_back(self, id: str, account: Account, now_us: int) -> None:
+    def give_back(self, id: str, state: UsageState, now_us: int) -> None:
         """Hold nothing of an account any more."""
         if self.old_ends_us is not None:
-            if account.reserved is not None:
-                account.reserved.give_back_old(self.id)
+            if state.reserved is not None:
+                state.reserved.give_back_old(self.id)
             return
         place = self.before.get(id) if self.before is not None else None
         if place is not None:
-            account.give_back(place, now_us)
+            state.give_back(place, now_us)
 
     def wanted(
-        self, id: str, account: Account, allowances: Iterable[Allowance], cost: Cost, now_us: int
-    ) -> list[tuple[Allowance, int]]:
+        self, id: str, state: UsageState, compiled_limits: Iterable[CompiledLimit], cost: Cost, now_us: int
+    ) -> list[tuple[CompiledLimit, int]]:
         """How much more of each limit is asked for, `cost` being charged."""
-        before = self.held(id, account, now_us)
+        before = self.held(id, state, now_us)
         holds = self.cost if id not in self.leaves else {}
         used = cost if id not in self.not_counted_on else {}
         wanted = []
-        for one in allowances:
+        for one in compiled_limits:
             more = holds.get(one.resource, 0) + used.get(one.resource, 0) - before.get(one.held_as, 0)
             if more > 0 or self.before is None:  # an extension that holds no more of a limit is not refused by it
                 wanted.append((one, more))

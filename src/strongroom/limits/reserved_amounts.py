@@ -23,7 +23,7 @@ MAX_NAMES = 100
 _FOR = "|for|"
 
 
-class Place(NamedTuple):
+class ReservedPlace(NamedTuple):
     """What a reservation holds in one account: which sums it is a part of (`era`), when it ends (`ends_us`), when these
     units come back if nobody ends it (`until_us`, not before its end), and the units of each name."""
 
@@ -40,7 +40,7 @@ def name_of(limit_id: str) -> str:
     return f"{resource}{_FOR}{scope}" if found else resource
 
 
-class Reserved:
+class ReservedAmounts:
     """The sums of one account. Each method that takes `now_us` leaves out first what has come back by then."""
 
     __slots__ = ("_by_end", "_first_us", "_old", "_sums", "era")
@@ -83,7 +83,7 @@ class Reserved:
 
     # --- Changing -----------------------------------------------------------------------------------------------
 
-    def add(self, units: Mapping[str, int], limited: Iterable[str], now_us: int, ttl_us: int) -> Place:
+    def add(self, units: Mapping[str, int], limited: Iterable[str], now_us: int, ttl_us: int) -> ReservedPlace:
         """Hold units of these names for so long from now on. `limited`: the names that the account limits."""
         self._end(now_us)
         if len(self._sums) + len(units) > MAX_NAMES:
@@ -93,7 +93,7 @@ class Reserved:
             units = dict(units)
         ends_us = until_us = now_us + ttl_us
         if not units:
-            return Place(0, ends_us, until_us, units)
+            return ReservedPlace(0, ends_us, until_us, units)
         if until_us not in self._by_end and len(self._by_end) >= EXACT_ENDS:
             width_us = (1 << ttl_us.bit_length() - 1) // GRID or 1
             until_us = -(-ends_us // width_us) * width_us
@@ -104,13 +104,13 @@ class Reserved:
             place[name] = place.get(name, 0) + n
             self._sums[name] = self._sums.get(name, 0) + n
         self._first_us = min(self._first_us or until_us, until_us)
-        return Place(self.era, ends_us, until_us, units)
+        return ReservedPlace(self.era, ends_us, until_us, units)
 
-    def held(self, place: Place, now_us: int) -> Mapping[str, int]:
+    def held(self, place: ReservedPlace, now_us: int) -> Mapping[str, int]:
         """What of a place is still held."""
         return place.units if place.era == self.era and now_us < place.until_us and self.has(place) else {}
 
-    def has(self, place: Place) -> bool:
+    def has(self, place: ReservedPlace) -> bool:
         """Whether a place is a part of these sums: not if it holds nothing."""
         there = self._by_end.get(place.until_us)
         return (
@@ -119,7 +119,7 @@ class Reserved:
             and all(there.get(name, 0) >= n for name, n in place.units.items())
         )
 
-    def give_back(self, place: Place, now_us: int) -> None:
+    def give_back(self, place: ReservedPlace, now_us: int) -> None:
         """Hold a place's units no longer."""
         self._end(now_us)
         if not self.has(place):
@@ -187,4 +187,4 @@ class Reserved:
         return {id: [end_us, units] for id, (end_us, units) in self._old.items()}
 
 
-__all__ = ["EXACT_ENDS", "GRID", "MAX_NAMES", "Place", "Reserved", "name_of"]
+__all__ = ["EXACT_ENDS", "GRID", "MAX_NAMES", "ReservedAmounts", "ReservedPlace", "name_of"]

@@ -9,8 +9,8 @@ from typing import Any
 import msgspec
 
 from ..context import utc_from_us
-from .lease import Share
-from .usage_state import CONCURRENCY, Allowance, Status
+from .lease import LeasedLimit
+from .usage_state import CONCURRENCY, CompiledLimit, Status
 from .windows import MONEY, Amount, Window, from_units
 
 
@@ -38,39 +38,39 @@ def limit_status(status: Status) -> LimitStatus:
     """Where a limit stands, as it is shown."""
     resets_at = None if status.resets_at_us is None else utc_from_us(status.resets_at_us)
     return _status(
-        status.allowance, status.recorded, status.reserved, status.leased, resets_at, exceeded=status.exceeded
+        status.compiled_limit, status.recorded, status.reserved, status.leased, resets_at, exceeded=status.exceeded
     )
 
 
-def share_status(share: Share) -> LimitStatus:
+def leased_status(leased_limit: LeasedLimit) -> LimitStatus:
     """Where a limit stands that was charged from memory."""
-    recorded, reserved = share.recorded + share.spent, share.reserved + share.held
-    return _status(share.allowance, recorded, reserved, share.leased, share.resets_at)
+    recorded, reserved = leased_limit.recorded + leased_limit.spent, leased_limit.reserved + leased_limit.held
+    return _status(leased_limit.compiled_limit, recorded, reserved, leased_limit.leased, leased_limit.resets_at)
 
 
 def _status(
-    allowance: Allowance,
+    compiled_limit: CompiledLimit,
     recorded: int,
     reserved: int,
     leased: int,
     resets_at: datetime | None,
     exceeded: bool = False,
 ) -> LimitStatus:
-    limit, most = allowance.limit, allowance.most
+    limit, most = compiled_limit.limit, compiled_limit.most
     used = recorded + reserved + leased
     remaining = most - used if used < most else 0
-    if allowance.resource != MONEY:
+    if compiled_limit.resource != MONEY:
         return LimitStatus(
-            allowance.resource,
+            compiled_limit.resource,
             most,
             used,
             remaining,
             recorded,
             reserved,
             leased,
-            allowance.window,
+            compiled_limit.window,
             resets_at,
-            allowance.subject,
+            compiled_limit.subject,
             exceeded,
             limit.models,
             limit.routes,
@@ -83,9 +83,9 @@ def _status(
         from_units(MONEY, recorded),
         from_units(MONEY, reserved),
         from_units(MONEY, leased),
-        allowance.window,
+        compiled_limit.window,
         resets_at,
-        allowance.subject,
+        compiled_limit.subject,
         exceeded,
         limit.models,
         limit.routes,
@@ -94,21 +94,21 @@ def _status(
 
 def explain_denial(status: Status, cost: Mapping[str, int]) -> str:
     """Why a limit denied a call of this cost, and when it frees."""
-    allowance = status.allowance
-    resource = allowance.resource
-    used, most = from_units(resource, status.used), from_units(resource, allowance.most)
+    compiled_limit = status.compiled_limit
+    resource = compiled_limit.resource
+    used, most = from_units(resource, status.used), from_units(resource, compiled_limit.most)
     asked = from_units(resource, cost.get(resource, 0))
     when = (
         f"frees at {utc_from_us(status.frees_at_us).isoformat()}" if status.frees_at_us else "waiting does not free it"
     )
-    whose = "" if allowance.subject == "key" else f" of {allowance.subject}"
+    whose = "" if compiled_limit.subject == "key" else f" of {compiled_limit.subject}"
     if resource == CONCURRENCY:
         return f"concurrency{whose}: {used} of {most} in use, {asked} more asked; {when}"
-    parts = f"{used} of {most} used in {describe(allowance.limit.window)}, {asked} more asked; {when}"
+    subjects = f"{used} of {most} used in {describe(compiled_limit.limit.window)}, {asked} more asked; {when}"
     if status.reserved or status.leased:
         held = f"{from_units(resource, status.reserved)} reserved, {from_units(resource, status.leased)} leased"
-        parts += f" ({held})"
-    return f"{resource}{whose}: {parts}"
+        subjects += f" ({held})"
+    return f"{resource}{whose}: {subjects}"
 
 
 def describe(window: Window) -> str:
@@ -124,4 +124,4 @@ def describe(window: Window) -> str:
             return "total (no window)"
 
 
-__all__ = ["LimitStatus", "describe", "explain_denial", "limit_status", "share_status"]
+__all__ = ["LimitStatus", "describe", "explain_denial", "leased_status", "limit_status"]

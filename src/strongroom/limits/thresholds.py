@@ -35,7 +35,7 @@ class Crossing:
     `key_id` is the key that was used, if one was. `used` and `most` are units. `window_ends_us` is the next refill of a
     total that has one, and None where the window rolls or there is none."""
 
-    account_id: str
+    subject_id: str
     tenant: str
     key_id: str | None
     limit: Limit
@@ -81,7 +81,7 @@ def operations(crossing: Crossing) -> Sequence[Put]:
     limit = crossing.limit
     ends_us = crossing.window_ends_us
     data: dict[str, Any] = {
-        "subject": subject_of(crossing.account_id),
+        "subject": subject_of(crossing.subject_id),
         "key_id": crossing.key_id,
         "resource": limit.resource,
         "threshold": crossing.threshold,
@@ -112,15 +112,15 @@ def _event_id(crossing: Crossing) -> str:
     if isinstance(limit.window, Rolling):  # those told of are a window's length apart, so no two share a number
         window = f"#{crossing.now_us // (limit.window.seconds * _SECOND)}"
     counter = f"{limit.id}\x00{','.join(limit.models)}\x00{','.join(limit.routes)}"
-    what = "\x00".join((crossing.account_id, counter, str(crossing.most), str(crossing.threshold), window))
+    what = "\x00".join((crossing.subject_id, counter, str(crossing.most), str(crossing.threshold), window))
     return PREFIX + hashlib.sha256(what.encode()).hexdigest()[:31]
 
 
-def subject_of(account_id: str) -> dict[str, str]:
+def subject_of(subject_id: str) -> dict[str, str]:
     """Whose limit it is, of the id of what it is counted on: a key's, or what `quotas.quota_id` made."""
-    kind, _, rest = account_id.partition(":")
+    kind, _, rest = subject_id.partition(":")
     if kind not in ("tenant", "user", "group"):
-        return {"kind": "key", "id": account_id}
+        return {"kind": "key", "id": subject_id}
     length, _, named = rest.partition(":")
     tenant, name = named[: int(length)], named[int(length) + 1 :]
     return {"kind": kind, "id": tenant if kind == "tenant" else name}

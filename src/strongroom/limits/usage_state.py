@@ -21,7 +21,7 @@ from ..storage.port import Check
 from . import tuning
 from .calendar import calendar_span
 from .counters import SATURATED, Counter, TotalCounter, counter_for, stored_counter
-from .reserved_amounts import Place, Reserved, name_of
+from .reserved_amounts import ReservedAmounts, ReservedPlace, name_of
 from .windows import Limit, Total, to_units
 
 MAX_TOTALS = 100
@@ -65,7 +65,7 @@ class KeyUsage(Entity, collection=NAME, scope="global", journalled=False, indexe
 
 
 @dataclass(frozen=True, slots=True)
-class Allowance:
+class CompiledLimit:
     """One limit, ready to be counted: its counter's id, its resource, the most units that may count, its window as it
     is shown, and whose limit it is (`key`, or the kind and name of a quota)."""
 
@@ -79,10 +79,10 @@ class Allowance:
     """The name by which reservations hold what this limit counts: the same, whatever its window."""
 
 
-def allowances(limits: Iterable[Limit], subject: str = "key") -> tuple[Allowance, ...]:
+def compile_limits(limits: Iterable[Limit], subject: str = "key") -> tuple[CompiledLimit, ...]:
     """Limits, ready to be counted."""
     return tuple(
-        Allowance(
+        CompiledLimit(
             limit,
             limit.id,
             limit.resource,
@@ -96,13 +96,13 @@ def allowances(limits: Iterable[Limit], subject: str = "key") -> tuple[Allowance
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Subject:
     """One account that a charge is counted on: the usage document's id, what must still be true when it commits, and
     its limits."""
 
     id: str
     guard: Check
-    allowances: tuple[Allowance, ...]
+    compiled_limits: tuple[CompiledLimit, ...]
     scoped: bool
     """Whether any of the limits is only for some models or routes."""
     tenant: str = ""
@@ -110,50 +110,52 @@ class Part:
     refills: bool = False
     """Whether any of the limits has a refill."""
 
-    def asked(self, model: str | None, route: str | None) -> tuple[Allowance, ...]:
+    def asked(self, model: str | None, route: str | None) -> tuple[CompiledLimit, ...]:
         """The limits that a call with this model and route is counted by."""
         if not self.scoped:
-            return self.allowances
-        return tuple(one for one in self.allowances if one.limit.applies(model, route))
+            return self.compiled_limits
+        return tuple(one for one in self.compiled_limits if one.limit.applies(model, route))
 
 
-class Metered:
+class Subjects:
     """Whose usage it is: the key's own account (`id`, `guard`, `allowances`), and those it shares with other keys. A
     charge is counted on all of them or on none."""
 
-    __slots__ = ("allowances", "counted", "guard", "id", "limited", "parts", "shared")
+    __slots__ = ("all", "compiled_limits", "counted", "guard", "id", "limited", "shared")
 
     def __init__(
         self,
         id: str,
         guard: Check,
-        allowances: tuple[Allowance, ...],
-        shared: tuple[Part, ...] = (),
+        compiled_limits: tuple[CompiledLimit, ...],
+        shared: tuple[Subject, ...] = (),
         tenant: str = "",
     ) -> None:
         self.id = id
         self.guard = guard
-        self.allowances = allowances
+        self.compiled_limits = compiled_limits
         self.shared = shared
-        self.parts = (part(id, guard, allowances, tenant), *shared)
-        self.limited = any(part.allowances for part in self.parts)
+        self.all = (subject_for(id, guard, compiled_limits, tenant), *shared)
+        self.limited = any(subject.compiled_limits for subject in self.all)
         """Whether there is any limit at all."""
-        self.counted = IMPLIED.union(one.resource for part in self.parts for one in part.allowances)
+        self.counted = IMPLIED.union(one.resource for subject in self.all for one in subject.compiled_limits)
         """The resources that any limit counts, for whichever models and routes, and those that every call implies."""
 
 
-def part(id: str, guard: Check, allowances: tuple[Allowance, ...], tenant: str = "") -> Part:
+def subject_for(id: str, guard: Check, compiled_limits: tuple[CompiledLimit, ...], tenant: str = "") -> Subject:
     """An account to be charged."""
-    scoped = any(one.limit.models or one.limit.routes for one in allowances)
-    refills = any(isinstance(one.limit.window, Total) and one.limit.window.refill is not None for one in allowances)
-    return Part(id, guard, allowances, scoped, tenant, refills)
+    scoped = any(one.limit.models or one.limit.routes for one in compiled_limits)
+    refills = any(
+        isinstance(one.limit.window, Total) and one.limit.window.refill is not None for one in compiled_limits
+    )
+    return Subject(id, guard, compiled_limits, scoped, tenant, refills)
 
 
 class Status(msgspec.Struct, frozen=True, gc=False):
     """One limit after a charge. `used` is all of recorded, reserved and leased. `frees_at_us` is set where this limit
     denied: when it would admit (None: never)."""
 
-    allowance: Allowance
+    compiled_limit: CompiledLimit
     used: int
     resets_at_us: int | None
     recorded: int
@@ -163,7 +165,7 @@ class Status(msgspec.Struct, frozen=True, gc=False):
     frees_at_us: int | None = None
 
 
-class Outcome(msgspec.Struct, frozen=True, gc=False):
+class AdmissionDecision(msgspec.Struct, frozen=True, gc=False):
     """The decision on a charge: `statuses` in the order of the limits. `now_us` of an admitted charge is the moment of
     the key's own account. Of a denied one it is the store's clock, by which the caller waits before it tries again."""
 
@@ -177,7 +179,7 @@ Lease = list[Any]
 """[end in microseconds, uses recorded, {limit id: [units, units recorded, when it counts no longer (0: never)]}]"""
 
 
-class Account:
+class UsageState:
     """One usage document in memory, and the version it has in the store (0: it is not there yet).
 
     Its time never goes back along the document's versions, whatever the clocks of the nodes that write them say: each
@@ -200,6 +202,7 @@ class Account:
     __slots__ = (
         "_month",
         "_month_us",
+        "aggregated",
         "at_us",
         "count",
         "counters",
@@ -212,7 +215,6 @@ class Account:
         "reserved",
         "size",
         "stored_active_at",
-        "tallied",
         "told",
         "totals",
         "turn_commits",
@@ -240,13 +242,13 @@ class Account:
         self._month_us = (0, 0)
         self.counters: dict[str, Counter] = {}
         self.unknown: dict[str, Any] = {}  # states of limits nobody asked for yet, or that a key no longer has
-        self.reserved: Reserved | None = None
+        self.reserved: ReservedAmounts | None = None
         self.leases: dict[str, Lease] = {}
         self.kept: dict[str, int] = {}
         """Units of limits that this node's reservations in memory hold of the lease that is taken out of `leases` while
         something is decided. Not in the document: the lease is."""
         self.told: dict[str, Any] = {}
-        self.tallied: dict[str, int] = {}
+        self.aggregated: dict[str, int] = {}
         """Of each process that wrote tallies (uses that nobody waits for), up to which number they are in here: so a
         tally whose answer was lost is written again, and counts once."""
         self.due: list[list[Any]] = []
@@ -265,11 +267,11 @@ class Account:
             self.months = state.get("months", {})
             self.unknown = state.get("counters", {})
             if "reserved" in state or "holds" in state:
-                self.reserved = Reserved(state.get("reserved"), state.get("holds"))
+                self.reserved = ReservedAmounts(state.get("reserved"), state.get("holds"))
             self.leases = state.get("leases", {})
             self.told = state.get("told", {})
             self.due = state.get("due", [])
-            self.tallied = state.get("tallied", {})
+            self.aggregated = state.get("tallied", {})
 
     def moment(self, now_us: int) -> int:
         """When a charge that comes at `now_us` by the store's clock is decided: not before what was decided already,
@@ -295,58 +297,60 @@ class Account:
         for lease in self.leases.values():
             if lease[0] > self.at_us:  # it was granted at the later time
                 lease[0] -= delta_us
-                for share in lease[2].values():
-                    share[2] -= delta_us if share[2] else 0
+                for leased_limit in lease[2].values():
+                    leased_limit[2] -= delta_us if leased_limit[2] else 0
         self.told = {}
         self.last_used_us = None if self.last_used_us is None else min(self.last_used_us, now_us)
         self.at_us = now_us
 
-    def counter(self, allowance: Allowance) -> Counter:
-        counter = self.counters.get(allowance.id)
+    def counter(self, compiled_limit: CompiledLimit) -> Counter:
+        counter = self.counters.get(compiled_limit.id)
         if counter is None:
-            counter = counter_for(allowance.limit.window, self.unknown.pop(allowance.id, None))
-            self.counters[allowance.id] = counter
+            counter = counter_for(compiled_limit.limit.window, self.unknown.pop(compiled_limit.id, None))
+            self.counters[compiled_limit.id] = counter
         elif isinstance(counter, TotalCounter):  # the same limit with another refill goes on from what was used
-            window = allowance.limit.window
+            window = compiled_limit.limit.window
             if isinstance(window, Total) and counter.refill is not window.refill and counter.refill != window.refill:
-                counter = self.counters[allowance.id] = counter_for(window, counter.dump())
+                counter = self.counters[compiled_limit.id] = counter_for(window, counter.dump())
         return counter
 
     # --- What counts ------------------------------------------------------------------------------------------
 
-    def standing(self, allowance: Allowance, now_us: int) -> tuple[int, int, int]:
+    def standing(self, compiled_limit: CompiledLimit, now_us: int) -> tuple[int, int, int]:
         """Units that are recorded, reserved and leased now."""
-        recorded = self.counter(allowance).used(now_us)
+        recorded = self.counter(compiled_limit).used(now_us)
         reserved = leased = 0
         if self.reserved is not None:
-            reserved = self.reserved.units(allowance.held_as, now_us)
+            reserved = self.reserved.units(compiled_limit.held_as, now_us)
         if self.kept:
-            reserved += self.kept.get(allowance.id, 0)
+            reserved += self.kept.get(compiled_limit.id, 0)
         if self.leases:
-            leased = self.leased(allowance.id, now_us)
+            leased = self.leased(compiled_limit.id, now_us)
         return recorded, reserved, leased
 
     def leased(self, id: str, now_us: int) -> int:
         """Units of a limit that are lent to nodes. A lease that has ended unrecorded counts as spent at its end."""
         units = 0
-        for _, _, shares in self.leases.values():
-            share = shares.get(id)
-            if share is not None and (not share[2] or now_us < share[2]):
-                units += share[0]
+        for _, _, leased_limits in self.leases.values():
+            leased_limit = leased_limits.get(id)
+            if leased_limit is not None and (not leased_limit[2] or now_us < leased_limit[2]):
+                units += leased_limit[0]
         return units
 
-    def fits(self, asked: Iterable[tuple[Allowance, int]], now_us: int) -> bool:
+    def fits(self, asked: Iterable[tuple[CompiledLimit, int]], now_us: int) -> bool:
         """Whether so much more of each limit can be admitted."""
-        return all(sum(self.standing(allowance, now_us)) + units <= allowance.most for allowance, units in asked)
+        return all(
+            sum(self.standing(compiled_limit, now_us)) + units <= compiled_limit.most for compiled_limit, units in asked
+        )
 
-    def charge(self, allowances: Iterable[Allowance], cost: Cost, now_us: int) -> None:
+    def use(self, compiled_limits: Iterable[CompiledLimit], cost: Cost, now_us: int) -> None:
         """Record what was used of each limit now."""
-        for allowance in allowances:
-            units = cost.get(allowance.resource, 0)
-            if units and allowance.resource != CONCURRENCY:
-                self.counter(allowance).add(now_us, units)
+        for compiled_limit in compiled_limits:
+            units = cost.get(compiled_limit.resource, 0)
+            if units and compiled_limit.resource != CONCURRENCY:
+                self.counter(compiled_limit).add(now_us, units)
 
-    def tally(self, cost: Cost, count: int, now_us: int) -> None:
+    def add_totals(self, cost: Cost, count: int, now_us: int) -> None:
         """What is counted whether or not there are limits: uses, lifetime totals, the time of the last use."""
         self.count += count
         totals = self.totals
@@ -371,40 +375,40 @@ class Account:
             del self.months[oldest]
         return month
 
-    def statuses(self, allowances: Iterable[Allowance], now_us: int) -> tuple[Status, ...]:
+    def statuses(self, compiled_limits: Iterable[CompiledLimit], now_us: int) -> tuple[Status, ...]:
         """Where each limit stands."""
-        return tuple([self._status(allowance, now_us) for allowance in allowances])
+        return tuple([self._status(compiled_limit, now_us) for compiled_limit in compiled_limits])
 
-    def denials(self, asked: Iterable[tuple[Allowance, int]], now_us: int) -> tuple[Status, ...]:
+    def denials(self, asked: Iterable[tuple[CompiledLimit, int]], now_us: int) -> tuple[Status, ...]:
         """Where each limit stands, and which of them so much more would exceed, and until when."""
         found = []
-        for allowance, units in asked:
-            status = self._status(allowance, now_us)
-            if status.used + units > allowance.most:
-                frees_at_us = self._frees_at_us(allowance, units, now_us)
+        for compiled_limit, units in asked:
+            status = self._status(compiled_limit, now_us)
+            if status.used + units > compiled_limit.most:
+                frees_at_us = self._frees_at_us(compiled_limit, units, now_us)
                 status = msgspec.structs.replace(status, exceeded=True, frees_at_us=frees_at_us)
             found.append(status)
         return tuple(found)
 
-    def _status(self, allowance: Allowance, now_us: int) -> Status:
-        recorded, reserved, leased = self.standing(allowance, now_us)
-        resets_at_us = self.counter(allowance).resets_at_us(now_us)
-        return Status(allowance, recorded + reserved + leased, resets_at_us, recorded, reserved, leased)
+    def _status(self, compiled_limit: CompiledLimit, now_us: int) -> Status:
+        recorded, reserved, leased = self.standing(compiled_limit, now_us)
+        resets_at_us = self.counter(compiled_limit).resets_at_us(now_us)
+        return Status(compiled_limit, recorded + reserved + leased, resets_at_us, recorded, reserved, leased)
 
-    def _frees_at_us(self, allowance: Allowance, units: int, now_us: int) -> int | None:
+    def _frees_at_us(self, compiled_limit: CompiledLimit, units: int, now_us: int) -> int | None:
         """When so much more would be admitted if nothing else is used: what is held and lent comes back at its end."""
-        most = allowance.most - units
-        free_at_us = self.counter(allowance).frees_at_us(now_us, most)
+        most = compiled_limit.most - units
+        free_at_us = self.counter(compiled_limit).frees_at_us(now_us, most)
         if free_at_us is None:
             return None
-        ends = [] if self.reserved is None else list(self.reserved.coming_back(allowance.held_as))
-        for until_us, _, shares in self.leases.values():
-            units_lent, _, gone_us = shares.get(allowance.id, (0, 0, 0))
+        ends = [] if self.reserved is None else list(self.reserved.coming_back(compiled_limit.held_as))
+        for until_us, _, leased_limits in self.leases.values():
+            units_lent, _, gone_us = leased_limits.get(compiled_limit.id, (0, 0, 0))
             if now_us < until_us:
                 ends.append((until_us, units_lent))
             elif gone_us:  # it ended unrecorded: so it counts as spent at its end
                 ends.append((gone_us, units_lent))
-        left = sum(self.standing(allowance, now_us))
+        left = sum(self.standing(compiled_limit, now_us))
         for end_us, back in sorted(ends):
             if left <= most:
                 break
@@ -414,27 +418,29 @@ class Account:
 
     # --- Reservations -----------------------------------------------------------------------------------------
 
-    def hold(self, part: Part, allowances: Iterable[Allowance], cost: Cost, now_us: int, ttl_us: int) -> Place:
+    def hold(
+        self, subject: Subject, compiled_limits: Iterable[CompiledLimit], cost: Cost, now_us: int, ttl_us: int
+    ) -> ReservedPlace:
         """Reserve `cost` for so long, for a call that is counted by these limits of the account's."""
         if self.reserved is None:
-            self.reserved = Reserved()
+            self.reserved = ReservedAmounts()
         units = {resource: amount for resource, amount in cost.items() if amount}
-        for one in allowances:
+        for one in compiled_limits:
             if one.resource in units:
                 units[one.held_as] = cost[one.resource]
-        return self.reserved.add(units, [one.held_as for one in part.allowances], now_us, ttl_us)
+        return self.reserved.add(units, [one.held_as for one in subject.compiled_limits], now_us, ttl_us)
 
-    def held(self, place: Place, now_us: int) -> Cost:
+    def held(self, place: ReservedPlace, now_us: int) -> Cost:
         """What a place still holds here, by `Allowance.held_as`."""
         return {} if self.reserved is None else self.reserved.held(place, now_us)
 
-    def knows(self, place: Place, now_us: int) -> bool:
+    def knows(self, place: ReservedPlace, now_us: int) -> bool:
         """Whether a place is held here, as it must be unless this is older than the place, or its time was set back."""
         if not place.units or now_us >= place.until_us:
             return True
         return self.reserved is not None and self.reserved.has(place)
 
-    def give_back(self, place: Place, now_us: int) -> None:
+    def give_back(self, place: ReservedPlace, now_us: int) -> None:
         """Reserve no longer what a place holds here."""
         if self.reserved is not None:
             self.reserved.give_back(place, now_us)
@@ -465,8 +471,8 @@ class Account:
             state["told"] = self.told
         if self.due:
             state["due"] = self.due
-        if self.tallied:
-            state["tallied"] = self.tallied
+        if self.aggregated:
+            state["tallied"] = self.aggregated
         encoded = _encode(state).decode()
         self.size = len(encoded)
         return {

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from ..entities import Document
 from ..storage.port import Store
 from . import tuning
-from .admission import Charge
-from .usage_state import NAME, Account
+from .admission import AdmissionRequest
+from .usage_state import NAME, UsageState
 
 
 class UsageStates:
@@ -21,12 +21,12 @@ class UsageStates:
         self._embedded = store.capabilities.embedded
         self.shared = store.capabilities.multi_process
         """Whether another process may change the same documents."""
-        self._states: dict[str, Account] = {}
+        self._states: dict[str, UsageState] = {}
         self._forgotten: set[str] | None = None
         """While states are being read: the ids that were forgotten meanwhile, so that an old state is not kept."""
 
     @property
-    def known(self) -> Mapping[str, Account]:
+    def known(self) -> Mapping[str, UsageState]:
         """The states in memory."""
         return self._states
 
@@ -47,7 +47,7 @@ class UsageStates:
                 self._forgotten = None
             for id, document in zip(ids, documents, strict=True):
                 if id not in forgotten:
-                    self._states[id] = Account(document, read_at)
+                    self._states[id] = UsageState(document, read_at)
             ids = [id for id in wanted if id not in self._states]
 
     def _is_unread(self, id: str, own_lease: str | None) -> bool:
@@ -58,7 +58,7 @@ class UsageStates:
             return False
         # Nobody tells what others give back: without a look, this node would go on denying for it.
         others = state.reserved is not None or any(
-            shares and lease != own_lease for lease, (_, _, shares) in state.leases.items()
+            leased_limits and lease != own_lease for lease, (_, _, leased_limits) in state.leases.items()
         )
         return others and time.monotonic() - state.read_at > tuning.REREAD_AFTER_S
 
@@ -69,20 +69,20 @@ class UsageStates:
             return [await get(collection, None, id) for collection, id in names]
         return await asyncio.gather(*(get(collection, None, id) for collection, id in names))
 
-    async def read(self, id: str) -> Account:
+    async def read(self, id: str) -> UsageState:
         """The state as the store has it now, apart from the one in memory."""
-        return Account(await self._store.get(NAME, None, id))
+        return UsageState(await self._store.get(NAME, None, id))
 
-    def forget_unknown_holds(self, requests: Iterable[Charge], now_us: int) -> None:
+    def forget_unknown_holds(self, requests: Iterable[AdmissionRequest], now_us: int) -> None:
         """A reservation that is not known here may be another node's, made or extended since its state was read."""
         for request in requests:
             hold = request.hold
             if hold is None:
                 continue
-            for part in request.metered.parts:
-                state = self._states.get(part.id)
-                if state is not None and not hold.is_known(part.id, state, state.moment(now_us)):
-                    del self._states[part.id]
+            for subject in request.subjects.all:
+                state = self._states.get(subject.id)
+                if state is not None and not hold.is_known(subject.id, state, state.moment(now_us)):
+                    del self._states[subject.id]
 
     def drop(self, ids: Iterable[str]) -> None:
         """These states hold use that did not happen."""

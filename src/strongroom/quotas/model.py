@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from ..entities import Entity, Index
-from ..limits import Limit, Part, allowances, part
+from ..limits import Limit, Subject, compile_limits, subject_for
 from ..storage.port import Check
 
 NAME = "quotas"
@@ -52,6 +52,8 @@ def is_quota(id: str) -> bool:
     return id.partition(":")[0] in ("tenant", "user", "group")
 
 
-def quota_part(quota: Quota) -> Part:
+def quota_subject(quota: Quota) -> Subject:
     """A quota as the ledger needs it."""
-    return part(quota.id, Check(NAME, quota.id, quota.version), allowances(quota.limits, quota.subject), quota.tenant)
+    return subject_for(
+        quota.id, Check(NAME, quota.id, quota.version), compile_limits(quota.limits, quota.subject), quota.tenant
+    )

@@ -25,7 +25,6 @@ from ..entities import MAX_ID_BYTES, MAX_PAGE_BYTES, And, Filter, Page, Query, W
 from ..errors import Denied, InvalidInput, NotFound, Problem
 from ..limits import (
     MAX_LIMITS,
-    Account,
     Amount,
     ClockMended,
     KeyUsage,
@@ -33,12 +32,13 @@ from ..limits import (
     Limit,
     LimitLike,
     LimitStatus,
+    UsageState,
     distinct,
     from_units,
     limit_status,
     refills_that_begin,
 )
-from .model import Quota, QuotaKind, quota_id, quota_part
+from .model import Quota, QuotaKind, quota_id, quota_subject
 
 MAX_DESCRIPTION_CHARS = 1_000
 KINDS = ("tenant", "user", "group")
@@ -289,7 +289,7 @@ class Quotas:
         """Refills that a change adds give back from now on, whenever they are looked at."""
         beginning = refills_that_begin(before.limits, limits) if before is not None else ()
         if before is not None and beginning:
-            await self._ledger.begin_refills(quota_part(before), beginning)
+            await self._ledger.begin_refills(quota_subject(before), beginning)
 
     async def delete(
         self,
@@ -328,7 +328,7 @@ class Quotas:
         """Where a quota stands, as of now. Raises NotFound."""
         quota = await self.get(kind, tenant, name, context=context)
         now_us = self._clock.now_us()
-        return quota_stats(quota, await self._ledger.account(quota.id), now_us)
+        return quota_stats(quota, await self._ledger.usage_state(quota.id), now_us)
 
     async def mend_clock(
         self, kind: str, tenant: str, name: str = "", *, context: Context | None = None
@@ -353,14 +353,14 @@ class Quotas:
             )
 
 
-def quota_stats(quota: Quota, account: Account, now_us: int) -> QuotaStats:
+def quota_stats(quota: Quota, state: UsageState, now_us: int) -> QuotaStats:
     """Where a quota stands, from the account that its usage is counted on."""
-    statuses = account.statuses(quota_part(quota).allowances, account.moment(now_us))
+    statuses = state.statuses(quota_subject(quota).compiled_limits, state.moment(now_us))
     return QuotaStats(
         quota=quota,
-        count=account.count,
-        last_used_at=utc_from_us(account.last_used_us) if account.last_used_us is not None else None,
-        totals={name: from_units(name, units) for name, units in sorted(account.totals.items())},
+        count=state.count,
+        last_used_at=utc_from_us(state.last_used_us) if state.last_used_us is not None else None,
+        totals={name: from_units(name, units) for name, units in sorted(state.totals.items())},
         limits=[limit_status(status) for status in statuses],
     )
 

@@ -88,10 +88,14 @@ class Services:
             lambda: room.clock.state().uncertainty_us / 1_000_000,
         )
         metrics.counter("strongroom_retries", "Done again because another was faster.", "what", self._retries)
-        lending = room.ledger.lending
-        if lending is not None:
-            metrics.gauge("strongroom_limit_leases", "Keys and quotas with a leased share.", lambda: lending.leases)
-            metrics.gauge("strongroom_reservations", "Reservations that are open in memory.", lambda: lending.holds)
+        lease_manager = room.ledger.lease_manager
+        if lease_manager is not None:
+            metrics.gauge(
+                "strongroom_limit_leases", "Keys and quotas with a leased share.", lambda: lease_manager.leases
+            )
+            metrics.gauge(
+                "strongroom_reservations", "Reservations that are open in memory.", lambda: lease_manager.holds
+            )
         metrics.counter(
             "strongroom_webhook_attempts",
             "Attempts at webhooks: delivered, failed (made again later), dead (given up).",

@@ -22,7 +22,7 @@ from ...context import Context, check_tenant_name
 from ...database import Database, Transaction
 from ...entities import MAX_IN, MAX_LIMIT, Document, Query, Where
 from ...errors import AlreadyExists, Conflict, InvalidInput, Problem
-from ...limits import Account, KeyUsage
+from ...limits import KeyUsage, UsageState
 from ...storage.port import MAX_OPERATIONS
 from ..model import ApiKey
 from ..token import Hasher
@@ -347,7 +347,7 @@ class KeyImport:
             if usage is not None and is_as_imported(usage):  # else it was used a moment ago
                 # Made anew, so that a later run still knows it as imported and not used.
                 await tx.delete(KeyUsage, planned.id)
-                fields = usage_document(self._shape, planned.row, Account(usage), tx.context.now_us)
+                fields = usage_document(self._shape, planned.row, UsageState(usage), tx.context.now_us)
                 await tx.create(KeyUsage(id=planned.id, **fields))
                 copied = {"last_used": fields["last_used_at"], "usage_count": fields["count"]}
                 await tx.update(ApiKey, planned.id, copied)

@@ -17,7 +17,7 @@ from ...context import Context, next_id, us_from_utc, utc_from_us
 from ...entities import Document
 from ...errors import StoreError
 from ...journal import change_record
-from ...limits import Account, Limit, Rolling, RollingCounter
+from ...limits import Limit, Rolling, RollingCounter, UsageState
 from ...limits.usage_state import NAME as USAGE
 from ...storage.port import Alike
 from ..model import NAME, ApiKey
@@ -80,7 +80,7 @@ class Maker:
 
     def usage_of(self, row: KeyRow, now_us: int) -> Document:
         """A row's usage, as a document."""
-        return usage_document(self._shape, row, Account(), now_us)
+        return usage_document(self._shape, row, UsageState(), now_us)
 
     def alike(self, rows: Sequence[KeyRow], context: Context) -> tuple[Alike, Alike]:
         """What adds keys, their journal records and their usages."""
@@ -94,7 +94,7 @@ class Maker:
             usages.append((id, None, *new_usage(self._shape, row, now_us)))
         return (
             Alike(NAME, pattern, VARYING, keys, record, [next_id() for _ in keys]),
-            Alike(USAGE, Account().document(), USAGE_VARYING, usages),
+            Alike(USAGE, UsageState().document(), USAGE_VARYING, usages),
         )
 
 
@@ -120,22 +120,22 @@ def limits_of(token_limit: int | None) -> list[Document]:
     return [] if token_limit is None else list(_encoded_limits(token_limit))
 
 
-def usage_document(shape: Shape, row: KeyRow, account: Account, now_us: int) -> Document:
+def usage_document(shape: Shape, row: KeyRow, state: UsageState, now_us: int) -> Document:
     """A row's usage: the live part of its windows, its totals, the number and time of its uses. What the shape does not
     speak of stays as the account has it."""
-    account.last_used_us = row.last_used_us
+    state.last_used_us = row.last_used_us
     if shape == "hashed":
-        account.count = row.uses
-        _set(account.totals, "requests", row.uses)
-        return account.document()
-    _set(account.totals, "tokens", row.tokens)
-    account.unknown.pop(FIVE_HOURS, None)
+        state.count = row.uses
+        _set(state.totals, "requests", row.uses)
+        return state.document()
+    _set(state.totals, "tokens", row.tokens)
+    state.unknown.pop(FIVE_HOURS, None)
     if live := _live(row, now_us):
         counter = RollingCounter(_WINDOW)
         for start_us, tokens in live:
             counter.add_at(start_us, tokens)
-        account.counters[FIVE_HOURS] = counter
-    return account.document()
+        state.counters[FIVE_HOURS] = counter
+    return state.document()
 
 
 def new_usage(shape: Shape, row: KeyRow, now_us: int) -> tuple[int, datetime | None, str]:
@@ -148,8 +148,8 @@ def new_usage(shape: Shape, row: KeyRow, now_us: int) -> tuple[int, datetime | N
             counter.add_at(start_us, tokens)
         if counter.buckets(now_us):
             counters[FIVE_HOURS] = counter.dump()
-    state = {"totals": {resource: amount} if amount else {}, "counters": counters, "at": 0}
-    return (row.uses if shape == "hashed" else 0), utc(row.last_used_us), _encode(state).decode()
+    dumped = {"totals": {resource: amount} if amount else {}, "counters": counters, "at": 0}
+    return (row.uses if shape == "hashed" else 0), utc(row.last_used_us), _encode(dumped).decode()
 
 
 def _set(totals: dict[str, int], resource: str, units: int) -> None:
@@ -168,9 +168,9 @@ def row_of(key: Document, usage: Document | None, hasher: Hasher, now_us: int) -
         if key["sealed"] is None:
             raise StoreError(f"the key {key['id']} has no sealed hash")
         sha256 = hasher.unseal(key["sealed"])
-    account = Account(usage)
+    state = UsageState(usage)
     model = key["metadata"].get("model")
-    state = account.unknown.get(FIVE_HOURS)
+    dumped = state.unknown.get(FIVE_HOURS)
     return KeyRow(
         path=key["id"],
         sha256=sha256,
@@ -181,10 +181,10 @@ def row_of(key: Document, usage: Document | None, hasher: Hasher, now_us: int) -
         token_limit=_token_limit(key["limits"]),
         created_us=us_from_utc(key["created_at"]),
         expires_us=_us(key["expires_at"]),
-        last_used_us=account.last_used_us,
-        uses=account.count,
-        tokens=account.totals.get("tokens", 0),
-        windows=tuple(RollingCounter(_WINDOW, state).buckets(now_us)) if state else (),
+        last_used_us=state.last_used_us,
+        uses=state.count,
+        tokens=state.totals.get("tokens", 0),
+        windows=tuple(RollingCounter(_WINDOW, dumped).buckets(now_us)) if dumped else (),
     )
 
 

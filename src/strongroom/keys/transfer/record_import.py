@@ -29,7 +29,7 @@ from ...errors import (
     StoreError,
     TooLarge,
 )
-from ...limits import ACTIVE_US, Account, KeyUsage, allowances
+from ...limits import ACTIVE_US, KeyUsage, UsageState, compile_limits
 from ...limits.usage_state import CONCURRENCY
 from ...quotas import Quota
 from ..foreign_hash import sha256_of
@@ -417,16 +417,16 @@ def _same_usage(one: KeyUsage, other: KeyUsage) -> bool:
 def _usage_said(usage: KeyUsage, limits: Iterable[Any], now_us: int) -> dict[str, Any]:
     """What was used, for another store: what is reserved, or lent to a node, here counts there as used now: nobody can
     settle it there. What runs at the same time (a limit on concurrency) does not run there."""
-    account = Account({**KeyUsage.__codec__.encode(usage), "version": usage.version})
-    moment_us = account.moment(now_us)
-    for allowance in allowances(limits):
-        held = account.reserved is not None or account.leases
-        _, reserved, leased = account.standing(allowance, moment_us) if held else (0, 0, 0)
-        if reserved + leased and allowance.resource != CONCURRENCY:
-            account.counter(allowance).add(moment_us, reserved + leased)
-            account.at_us = moment_us
-    account.reserved, account.leases = None, {}
-    document = account.document()
+    state = UsageState({**KeyUsage.__codec__.encode(usage), "version": usage.version})
+    moment_us = state.moment(now_us)
+    for compiled_limit in compile_limits(limits):
+        held = state.reserved is not None or state.leases
+        _, reserved, leased = state.standing(compiled_limit, moment_us) if held else (0, 0, 0)
+        if reserved + leased and compiled_limit.resource != CONCURRENCY:
+            state.counter(compiled_limit).add(moment_us, reserved + leased)
+            state.at_us = moment_us
+    state.reserved, state.leases = None, {}
+    document = state.document()
     state = msgspec.json.decode(document["state"])
     return {"count": document["count"], "last_used_at": document["last_used_at"], **state}
 
