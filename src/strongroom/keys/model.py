@@ -332,7 +332,7 @@ class NewKeyGiven(KeyGiven, total=False):
 
 
 class NewKey(KeyFields):
-    """A key to be made. `prefix` begins its text; for a test key the default becomes `sr_test`."""
+    """A new key. `prefix` begins its secret; the default is `sr`, or `sr_test` in the environment `test`."""
 
     not_given: ClassVar[Mapping[str, str]] = not_given(
         elsewhere={"enabled": "is changed by its own calls, once the key is made: enable and disable"},
@@ -362,7 +362,7 @@ class NewKey(KeyFields):
 
 
 class KeyChanges(KeyFields):
-    """Some fields of a key, to be changed; those not given stay."""
+    """Fields of a key to change; missing fields keep their values."""
 
     not_given: ClassVar[Mapping[str, str]] = not_given(
         unchangeable=("id", "tenant", "environment", "prefix", "created_at"),

@@ -160,7 +160,7 @@ class Rolling(_Model):
 
 
 class Anchored(_Model):
-    """`seconds` from the first use on; the first use after that starts another."""
+    """`seconds` from the first use; the first use after that starts a new window."""
 
     kind: Literal["anchored"] = "anchored"
     seconds: Seconds
@@ -168,7 +168,7 @@ class Anchored(_Model):
 
 
 class Calendar(_Model):
-    """The present minute, hour, day, week (from Monday) or month in `timezone` (an IANA name)."""
+    """The current minute, hour, day, week (from Monday) or month in `timezone` (an IANA name)."""
 
     told = ("timezone",)
 
@@ -179,8 +179,8 @@ class Calendar(_Model):
 
 
 class Refill(_Model):
-    """`amount` of a total comes back with each new `unit` of the calendar in `timezone`, or every `seconds` (at whole
-    multiples of them since the epoch); never more than was used.
+    """`amount` of a total comes back at each new `unit` of the calendar in `timezone`, or every `seconds` (at whole
+    multiples since the epoch); never more than was used.
 
     In a limit on `cost` the amount is money, and a Decimal; in every other an int.
     """
@@ -228,7 +228,7 @@ class Refill(_Model):
 
 
 class Total(_Model):
-    """No window: what is used stays used, but for what `refill` gives back."""
+    """No window: usage stays, except for amounts that `refill` gives back."""
 
     kind: Literal["total"] = "total"
     refill: Refill | None = None
@@ -276,10 +276,11 @@ def _amounts(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 class Limit(_Model):
-    """At most `limit` of `resource` in each `window`. For the resource `cost` it is money, with up to 9 decimals.
+    """At most `limit` of `resource` in each `window`. For the resource `cost` the limit is money, with up to 9
+    decimals.
 
-    `concurrency` counts what is open now, so it has no window but `total`, which need not be said. `models` and
-    `routes` name what is counted; none means all, and a name may end in `*`.
+    `concurrency` counts open reservations and needs no window (`total` is accepted). `models` and `routes` restrict the
+    limit; none means all, and a name may end in `*`.
     """
 
     model_config = ConfigDict(

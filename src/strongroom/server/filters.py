@@ -292,7 +292,7 @@ def parameters_of(collection: Collection) -> Iterable[dict[str, Any]]:
     order = {"type": "string", "pattern": f"^{one}(,{one})*$"}
     where = {"type": "string", "contentMediaType": "application/json"}
     yield parameter("limit", page, "Documents in one page.")
-    yield parameter("cursor", {"type": "string"}, "The `next_cursor` of the page before.")
+    yield parameter("cursor", {"type": "string"}, "The `next_cursor` of the last page.")
     yield parameter("order_by", order, "Fields, separated by commas; `-` before one is descending.")
     yield parameter("where", where, _WHERE)
     for name, schema in _OF_THE_STORE.items():

@@ -38,21 +38,21 @@ _ONE_ETAG = r'(W/)?"[\x21\x23-\x7e\x80-\xff]*"'
 _REQUEST_HEADERS: dict[str, tuple[dict[str, Any], str]] = {
     "Idempotency-Key": (
         {"type": "string", "minLength": 1, "maxLength": 255},
-        "The same call again with the same key (within a day) does nothing more and answers the same.",
+        "A retry with the same key (within a day) changes nothing and gets the same answer.",
     ),
     "If-Match": (
         {"type": "string", "pattern": rf"^(\*|{_ONE_ETAG}(\s*,\s*{_ONE_ETAG}){{0,19}})$"},
-        'The version that the document must have, quoted (`"17"`), or `*`: it must exist. Else 412.',
+        'The required version of the document, quoted (`"17"`), or `*`: it must exist. Else 412.',
     ),
     "If-None-Match": ({"type": "string", "const": "*"}, "`*`: the document must not exist yet. Else 412."),
     "Last-Event-ID": (
         {"type": "string"},
-        "The `id` of the last event that was received: the stream goes on after it. Browsers send it by themselves.",
+        "The `id` of the last received event: the stream continues after it. Browsers send it automatically.",
     ),
     "X-Request-Id": (
         {"type": "string"},
-        "A name for this request, in the journal and in the answer: 1 to 128 letters, digits and `_ . : -`. Without "
-        "such a one it is made.",
+        "The id of this request in the journal and the answer: 1 to 128 letters, digits and "
+        "`_ . : -`. Default: a generated one.",
     ),
 }
 _UNCHANGED = {
@@ -60,7 +60,7 @@ _UNCHANGED = {
     "in": "header",
     "required": False,
     "schema": {"type": "string"},
-    "description": "Versions, quoted, or `*`: where the document has one of them the answer is 304, without a body.",
+    "description": "Quoted versions, or `*`: if the document has one of them the answer is 304, without a body.",
 }
 _ANSWER_HEADERS: dict[str, dict[str, Any]] = {
     "ETag": {
@@ -68,7 +68,7 @@ _ANSWER_HEADERS: dict[str, dict[str, Any]] = {
         "schema": {"type": "string", "pattern": '^"[1-9][0-9]*"$'},
     },
     "Location": {
-        "description": "The path of what was made.",
+        "description": "The path of the new resource.",
         "schema": {"type": "string", "format": "uri-reference", "pattern": "^/v1/"},
     },
     "Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer", "minimum": 1}},
@@ -140,7 +140,7 @@ def tells(*names: str, status: int = 200) -> dict[str, Any]:
 
 def may_be_unchanged() -> dict[str, Any]:
     """A route that answers with one document, or with 304 to who has it already (`openapi_extra`)."""
-    unchanged = {"description": "It is as it was.", "headers": answer_headers("ETag")}
+    unchanged = {"description": "Unchanged.", "headers": answer_headers("ETag")}
     return {
         "parameters": [_UNCHANGED],
         "responses": {"200": {"headers": answer_headers("ETag")}, "304": unchanged},
@@ -258,7 +258,7 @@ _SECURITY = {
         "type": "apiKey",
         "in": "header",
         "name": "Github-Public-Key-Signature",
-        "description": "Of the body, by the key that `Github-Public-Key-Identifier` names.",
+        "description": "The signature of the body, by the key in `Github-Public-Key-Identifier`.",
     },
 }
 _SECURED: dict[str, list[dict[str, list[str]]]] = {
@@ -342,8 +342,8 @@ def _verify() -> dict[str, Any]:
     return {
         "tags": ["keys"],
         "summary": "Verify a key",
-        "description": "Whether a key may be used now, for this cost. If so, all its limits are debited, durably, "
-        "before the answer; if not, none is. An authorised caller is always answered 200.",
+        "description": "Decides whether a key may be used now, for this cost. If so, all its limits are debited "
+        "durably before the answer; if not, none is. An authorised caller always gets 200.",
         "operationId": "verify_key",
         **body(VerifyOneIn),
         "responses": {

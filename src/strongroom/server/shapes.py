@@ -101,7 +101,7 @@ class Closed(BaseModel):
 
 
 class ProblemItem(BaseModel):
-    """One thing that is wrong with the input: where, and what was found and expected."""
+    """One problem of the input: its path, the value and the expectation."""
 
     path: str
     message: str
@@ -113,8 +113,8 @@ def _only_unknown(schema: dict[str, Any]) -> None:
 
 
 class NotCounted(BaseModel):
-    """Records of a batch that were not counted, by their number, and why. Of those that are `unavailable` it is not
-    known whether they were."""
+    """The records of a batch that were not counted, by their index, with the reason. With `unavailable` a record may
+    have been counted."""
 
     code: str
     message: str
@@ -122,9 +122,8 @@ class NotCounted(BaseModel):
 
 
 class ProblemDetails(BaseModel):
-    """An error, as RFC 9457 has it. `errors` is there where the input is wrong, and names everything that is. `outcome`
-    is there, and `unknown`, where a write may have been done all the same: read before it is tried again. `counted` and
-    `failed` are there where of a batch of usage some records were counted or may have been: their numbers."""
+    """An error (RFC 9457). `errors`: all problems of the input. `outcome` is `unknown` if a write may have happened:
+    read before you retry. `counted` and `failed`: the indexes of the counted and the other records of a usage batch."""
 
     type: str = Field(pattern="^/docs#error-[a-z_]+$")
     title: str = Field(min_length=1)
@@ -142,7 +141,7 @@ class ProblemDetails(BaseModel):
 
 
 class KeyOut(BaseModel):
-    """A key. `display` is what may be shown of its text; the text itself is shown once, when it is made."""
+    """A key. `display` is its masked secret; the secret itself is shown once, at the creation."""
 
     id: str
     tenant: str
@@ -155,19 +154,19 @@ class KeyOut(BaseModel):
     limits: list[Limit]
     enabled: bool
     expires_at: datetime | None
-    previous_until: datetime | None = Field(description="Until when the text before the last rotation works.")
-    last_used: datetime | None = Field(description="As of about a minute ago; `/stats` has it as of now.")
-    usage_count: int = Field(description="Uses, as of about a minute ago; `/stats` has it as of now.")
+    previous_until: datetime | None = Field(description="When the previous secret stops working.")
+    last_used: datetime | None = Field(description="About a minute old; `/stats` is current.")
+    usage_count: int = Field(description="Number of uses, about a minute old; `/stats` is current.")
     description: str | None
     owner: str | None
     environment: Environment
-    groups: list[str] = Field(description="The quotas of its tenant that it shares with other keys.")
+    groups: list[str] = Field(description="The groups of the tenant whose quotas the key shares.")
     allowed_models: list[str]
     allowed_routes: list[str]
     rotate_every_s: int | None
     rotation_overlap_s: int | None
     next_rotation_at: datetime | None
-    unclaimed: bool = Field(description="Whether the text of a rotation waits to be claimed.")
+    unclaimed: bool = Field(description="Whether a rotated secret waits to be claimed.")
     leaked_at: datetime | None
     deleted_at: datetime | None
     version: int
@@ -176,7 +175,7 @@ class KeyOut(BaseModel):
 
 
 class IssuedKeyOut(KeyOut):
-    """A key with its text, which is shown this once; null where a rotation holds it to be claimed."""
+    """A key with its secret, shown once; null while a rotated secret waits to be claimed."""
 
     key: str | None
 
@@ -187,14 +186,14 @@ class KeyListOut(BaseModel):
 
 
 class RotateIn(Closed):
-    overlap_s: int = Field(0, ge=0, le=MAX_OVERLAP_S, description="Seconds that the old text works on.")
-    hold: bool = Field(False, description="Do not show the new text: keep it to be claimed.")
+    overlap_s: int = Field(0, ge=0, le=MAX_OVERLAP_S, description="Seconds that the old secret keeps working.")
+    hold: bool = Field(False, description="Do not return the new secret: keep it for `claim`.")
 
 
 class LimitStatusOut(BaseModel):
-    """Where one limit stands. `used` is what was `recorded`, is `reserved` (held by open reservations) and is `leased`
-    (lent to other nodes). `resets_at`: when `recorded` next falls. `subject`: whose limit it is, if not the key's own:
-    `tenant`, or `user:…` or `group:…`. `exceeded`: this limit denied the call."""
+    """The state of one limit. `used` = `recorded` + `reserved` (held by open reservations) + `leased` (leased to other
+    nodes). `resets_at`: when `recorded` next falls. `subject`: the owner of the limit: `key`, `tenant`, `user:…` or
+    `group:…`. `exceeded`: this limit denied the call."""
 
     resource: str = Field(pattern=RESOURCE_PATTERN)
     limit: Number
@@ -212,7 +211,7 @@ class LimitStatusOut(BaseModel):
 
 
 class KeyStatsOut(BaseModel):
-    """`count`: uses. `totals`: what was used of each resource in the key's lifetime."""
+    """`count`: uses. `totals`: lifetime usage by resource."""
 
     key_id: str
     tenant: str
@@ -229,28 +228,26 @@ class KeyListQuery(Closed):
     user_id: str | None = Field(None, description="Only this user's keys.")
     owner: str | None = Field(None, description="Only this owner's keys.")
     environment: Environment | None = None
-    name_prefix: str | None = Field(None, description="Only keys whose names begin so; by name.")
+    name_prefix: str | None = Field(None, description="Only keys whose names begin with this; ordered by name.")
     name_contains: str | None = Field(
-        None, min_length=1, max_length=200, description="Only keys whose names have this part, in capitals or not."
+        None, min_length=1, max_length=200, description="Only keys whose names contain this, in any case."
     )
-    state: KeyState | None = Field(
-        None, description="`disabled`; `expired` and not disabled; or `active`: neither of these."
-    )
-    group: str | None = Field(None, description="Only keys that share this quota.")
-    permission: str | None = Field(None, description="Only keys with exactly this permission among theirs.")
+    state: KeyState | None = Field(None, description="`active`, `disabled`, or `expired` and not disabled.")
+    group: str | None = Field(None, description="Only keys of this group.")
+    permission: str | None = Field(None, description="Only keys with exactly this permission.")
     expires_after: Moment | None = None
-    expires_before: Moment | None = Field(None, description="Not those that never expire.")
-    used_after: Moment | None = Field(None, description="Last used after that, as of about a minute ago.")
-    used_before: Moment | None = Field(None, description="Not used since, or never.")
+    expires_before: Moment | None = Field(None, description="Excludes keys without an expiry.")
+    used_after: Moment | None = Field(None, description="Last used after this time (about a minute old).")
+    used_before: Moment | None = Field(None, description="Not used since this time, or never.")
     created_after: Moment | None = None
     created_before: Moment | None = None
-    deleted: bool = Field(False, description="The deleted keys that can be restored, instead of the others.")
+    deleted: bool = Field(False, description="Only deleted keys that can be restored.")
     limit: int = Field(DEFAULT_LIMIT, ge=1, le=MAX_LIMIT)
-    cursor: str | None = Field(None, description="The `next_cursor` of the page before.")
+    cursor: str | None = Field(None, description="The `next_cursor` of the last page.")
 
 
 class BulkFilterIn(Closed):
-    """All of what is given must hold."""
+    """A key must match all given conditions."""
 
     tenant: str | None = None
     user_id: str | None = None
@@ -261,23 +258,21 @@ class BulkFilterIn(Closed):
     created_before: Moment | None = None
     deleted: bool | None = None
     name_contains: str | None = Field(
-        None, min_length=1, max_length=200, description="Only keys whose names have this part, in capitals or not."
+        None, min_length=1, max_length=200, description="Only keys whose names contain this, in any case."
     )
-    state: KeyState | None = Field(
-        None, description="`disabled`; `expired` and not disabled; or `active`: neither of these."
-    )
-    group: str | None = Field(None, description="Only keys that share this quota.")
-    permission: str | None = Field(None, description="Only keys with exactly this permission among theirs.")
+    state: KeyState | None = Field(None, description="`active`, `disabled`, or `expired` and not disabled.")
+    group: str | None = Field(None, description="Only keys of this group.")
+    permission: str | None = Field(None, description="Only keys with exactly this permission.")
     expires_after: Moment | None = None
-    expires_before: Moment | None = Field(None, description="Not those that never expire.")
-    used_after: Moment | None = Field(None, description="Last used after that, as of about a minute ago.")
-    used_before: Moment | None = Field(None, description="Not used since, or never.")
+    expires_before: Moment | None = Field(None, description="Excludes keys without an expiry.")
+    used_after: Moment | None = Field(None, description="Last used after this time (about a minute old).")
+    used_before: Moment | None = Field(None, description="Not used since this time, or never.")
 
 
 BulkChangesIn: type[BaseModel] = create_model(
     "BulkChangesIn",
     __base__=Closed,
-    __doc__="Some fields of keys, to be changed; those not given stay.",
+    __doc__="Fields of keys to change; missing fields keep their values.",
     **{name: (info.annotation, info) for name, info in KeyChanges.model_fields.items() if name in BULK_FIELDS},  # type: ignore[call-overload]
 )
 
@@ -287,9 +282,9 @@ class BulkIn(Closed):
     filter: BulkFilterIn | None = None
     ids: list[str] | None = Field(None, max_length=MAX_BULK_IDS)
     changes: Annotated[dict[str, Any], Like(BulkChangesIn)] | None = Field(None, description="With `update`.")
-    dry_run: bool = Field(False, description="Only count.")
-    limit: int = Field(BULK_PAGE, ge=1, le=MAX_BULK_PAGE, description="Keys to look at in this call.")
-    cursor: str | None = Field(None, description="The `next_cursor` of the call before.")
+    dry_run: bool = Field(False, description="Only count the keys.")
+    limit: int = Field(BULK_PAGE, ge=1, le=MAX_BULK_PAGE, description="The most keys that this call examines.")
+    cursor: str | None = Field(None, description="The `next_cursor` of the last call.")
 
 
 class BulkFailureOut(BaseModel):
@@ -299,7 +294,7 @@ class BulkFailureOut(BaseModel):
 
 
 class BulkOut(BaseModel):
-    """`changed` and `unchanged` (it was so already) and `failed` are together all that was `looked_at`."""
+    """`looked_at` is the sum of `changed`, `unchanged` (already so) and `failed`."""
 
     dry_run: bool
     looked_at: int
@@ -310,31 +305,32 @@ class BulkOut(BaseModel):
 
 
 class KeyQuery(Closed):
-    deleted: bool = Field(False, description="Show it if it was deleted, too.")
+    deleted: bool = Field(False, description="Also show a deleted key.")
 
 
 class DeleteQuery(Closed):
-    purge: bool = Field(False, description="Remove it and its usage for good.")
+    purge: bool = Field(False, description="Remove the key and its usage for good.")
 
 
 # --- Verifying and usage --------------------------------------------------------------------------------------
 
 
 class VerifyIn(Closed):
-    """`cost`: amounts by resource; without it one request. `permission`: one the key must have. `ip`: who uses it."""
+    """`cost`: amounts by resource; default: one request. `permission`: one that the key must have. `ip`: the caller's
+    address."""
 
     key: str
     cost: Cost | None = None
     permission: str | None = None
     ip: Address | None = None
-    model: str | None = Field(None, description="What the call is for: some limits are for some models only.")
+    model: str | None = Field(None, description="The model of the call: some limits apply to some models only.")
     route: str | None = Field(None, description="As `model`.")
 
 
 class VerifyOneIn(VerifyIn):
     """As `verify:batch`'s items; a single one may be a dry run."""
 
-    peek: bool = Field(False, description="A dry run: the same answer, and nothing is counted.")
+    peek: bool = Field(False, description="A dry run: the same answer, without a debit.")
 
 
 class VerifyOut(BaseModel):
@@ -365,7 +361,7 @@ class VerifyBatchOut(BaseModel):
 
 
 class UsageIn(Closed):
-    """What has happened, on a key given by its text or its id."""
+    """Usage of a key, given by its secret or its id."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -383,7 +379,7 @@ class UsageIn(Closed):
     route: str | None = None
     idempotency_key: str | None = Field(None, description="As the header Idempotency-Key.")
     at: datetime | None = Field(
-        None, description="When it was used: it counts in the windows that still count that moment. Default: now."
+        None, description="The time of the usage. It counts in the windows that still include this time. Default: now."
     )
 
 
@@ -399,21 +395,22 @@ class UsageOut(BaseModel):
 
 
 class UsageBatchOut(BaseModel):
-    """`recorded`: how many items were. `keys`: where the limits of each key stand, in the order of the first items."""
+    """`recorded`: the number of recorded items. `keys`: the state of each key's limits, in the order of the first
+    items."""
 
     recorded: int
     keys: list[UsageOut]
 
 
 class ReserveIn(VerifyIn):
-    """As a verification: `cost` is held for `ttl_s` seconds, and one of `concurrency`."""
+    """Like a verification: holds `cost`, and one of `concurrency`, for `ttl_s` seconds."""
 
     cost: HeldCost | None = None
     ttl_s: int = Field(DEFAULT_TTL_S, ge=1, le=MAX_TTL_S)
 
 
 class ReservationOut(VerifyOut):
-    """A reservation. `charged`: what was used of it in all so far."""
+    """A reservation. `charged`: its total usage so far."""
 
     reservation_id: str | None
     state: Literal["open", "settled", "released"] | None
@@ -422,14 +419,13 @@ class ReservationOut(VerifyOut):
 
 
 class SettleIn(Closed):
-    """What was used in all, more than was held too."""
+    """The total usage, also above the held amount."""
 
     cost: Cost
 
 
 class ExtendIn(Closed):
-    """`cost`: what is to be held in all from now on (without it: as it is). `used`: what was used in all so far; it is
-    charged now."""
+    """`cost`: the new held total (default: unchanged). `used`: the total usage so far, which is charged now."""
 
     ttl_s: int = Field(DEFAULT_TTL_S, ge=1, le=MAX_TTL_S)
     cost: HeldCost | None = None
@@ -465,14 +461,14 @@ class StatsOut(BaseModel):
 
 
 class ReadyEvent(BaseModel):
-    """The first event of a stream: where it stands."""
+    """The first event of a stream: its cursor."""
 
     cursor: str = Field(min_length=1)
 
 
 class ChangeEvent(BaseModel):
-    """A change of a document. `before` and `after`: its fields as the journal has them, secrets masked; null where
-    there was, or is, no such document."""
+    """A change of a document. `before` and `after`: its fields, secrets masked; null if the document did not exist
+    before, or does not exist after."""
 
     id: str = Field(min_length=1)
     action: Literal["create", "update", "delete"]
@@ -485,7 +481,7 @@ class ChangeEvent(BaseModel):
 
 
 class RemovedEvent(BaseModel):
-    """A document that is there, but that the rules do not let the caller see any more."""
+    """A document that the rules no longer let the caller see."""
 
     id: str = Field(min_length=1)
     action: Literal["removed"]
@@ -495,7 +491,7 @@ class RemovedEvent(BaseModel):
 
 
 class ResetEvent(BaseModel):
-    """Changes were missed: the stream goes on at `cursor`, the journal's present end. Read anew."""
+    """Changes were missed: the stream continues at `cursor`, the journal's current end. Read the collection again."""
 
     cursor: str = Field(min_length=1)
     reason: str
@@ -518,5 +514,5 @@ class DependencyOut(BaseModel):
 class ReadyOut(BaseModel):
     status: Literal["ready", "degraded", "unavailable", "stopping"]
     ready: bool
-    message: str | None = Field(None, description="Why it is not ready, where the server has not yet had its store.")
+    message: str | None = Field(None, description="Why the server is not ready, while it has no store yet.")
     dependencies: dict[str, DependencyOut]

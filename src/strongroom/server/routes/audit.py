@@ -24,8 +24,8 @@ class AuditRecordOut(BaseModel):
     """One record of the journal. Secrets and hashes of keys in `before` and `after` are `***`."""
 
     sequence: int
-    index: int | None = Field(description="Its leaf in the tenant's tree; null until it is sealed.")
-    tenant: str | None = Field(description="null: the platform's own.")
+    index: int | None = Field(description="The record's leaf in the tenant's tree; null until the record is sealed.")
+    tenant: str | None = Field(description="null: a record of the platform.")
     at: datetime
     actor: str
     request_id: str
@@ -39,26 +39,26 @@ class AuditRecordOut(BaseModel):
 class AuditListOut(BaseModel):
     items: list[AuditRecordOut]
     next_cursor: str | None = Field(
-        description="There may be more, also behind an empty page; null: this was the last."
+        description="Null on the last page. Otherwise more may follow, even after an empty page."
     )
 
 
 class AuditListQuery(Closed):
     tenant: str | None = Field(None, description="Only this tenant's records.")
-    actor: str | None = Field(None, description="Only what this actor did, for example `key:key_…`.")
+    actor: str | None = Field(None, description="Only changes by this actor, for example `key:key_…`.")
     action: Literal["create", "update", "add", "delete", "expire", "deny"] | None = Field(None)
-    collection: str | None = Field(None, description="Only of this collection, for example `api_keys`.")
-    entity_id: str | None = Field(None, description="Only of the document of this id.")
-    request_id: str | None = Field(None, description="Only what this request did.")
+    collection: str | None = Field(None, description="Only changes of this collection, for example `api_keys`.")
+    entity_id: str | None = Field(None, description="Only changes of the document with this id.")
+    request_id: str | None = Field(None, description="Only changes by this request.")
     since: Moment | None = Field(None, description="Not before this time.")
     until: Moment | None = Field(None, description="Before this time.")
     limit: int = Field(DEFAULT_LIMIT, ge=1, le=MAX_LIMIT)
-    cursor: str | None = Field(None, description="The `next_cursor` of the page before.")
+    cursor: str | None = Field(None, description="The `next_cursor` of the last page.")
 
 
-@routes.get(PATH, response_model=AuditListOut, summary="Who changed what, oldest first")
+@routes.get(PATH, response_model=AuditListOut, summary="List changes, oldest first")
 async def list_audit(request: Request, query: Annotated[AuditListQuery, Query()]) -> Response:
-    """For an administrator of all tenants, and of its own tenant for any management key that is bound to one."""
+    """For an administrator of all tenants. A management key of one tenant reads that tenant's records."""
     audit = room_of(request).audit
     caller = caller_of(request)
     caller.needs(Scope.ADMIN if caller.tenant is None else Scope.READ)

@@ -233,7 +233,7 @@ class _Collection:
         return self.answer(stored, 201 if stored.created_at == stored.updated_at else 200)
 
     async def patch(self, request: Request, tenant: str, id: str) -> Response:
-        """Fields that are not given stay."""
+        """Missing fields keep their values."""
         caller_of(request).needs(Scope.WRITE)
         id = _decoded(id)
         context = context_of(request, _decoded(tenant))

@@ -21,7 +21,7 @@ routes = APIRouter(tags=["health"])
 
 @routes.get("/healthz", response_model=AliveOut, summary="Alive")
 async def healthz() -> Response:
-    """The process answers. It says nothing of what it depends on."""
+    """The process answers. This does not check its dependencies."""
     return Json({"status": "ok"})
 
 

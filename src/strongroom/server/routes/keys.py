@@ -54,11 +54,11 @@ routes = APIRouter(prefix="/v1/keys", tags=["keys"])
     status_code=201,
     response_model=IssuedKeyOut,
     openapi_extra=about(body(NewKey), tells("ETag", "Location", status=201)),
-    summary="Make a key",
+    summary="Create a key",
 )
 async def create_key(request: Request) -> Response:
-    """The answer has the key's text (`key`), this once. `tenant` is `default` unless the caller is bound to one.
-    A key with a `strongroom:` permission is a management key: only an administrator makes one."""
+    """The answer has the key's secret in `key`, once. `tenant` defaults to `default`, or to the caller's tenant. A key
+    with a `strongroom:` permission is a management key: only an administrator creates one."""
     keys = room_of(request).keys
     caller = _writer(request)
     new = await _parsed(request, NewKey, {"tenant": caller.tenant} if caller.tenant is not None else {})
@@ -80,7 +80,7 @@ async def list_keys(request: Request, query: Annotated[KeyListQuery, Query()]) -
     return Json({"items": await in_slices(ApiKey.shown, page.items), "next_cursor": page.next_cursor})
 
 
-@routes.get("/{id}", response_model=KeyOut, openapi_extra=may_be_unchanged(), summary="One key")
+@routes.get("/{id}", response_model=KeyOut, openapi_extra=may_be_unchanged(), summary="Show a key")
 async def get_key(request: Request, id: str, query: Annotated[KeyQuery, Query()]) -> Response:
     keys = room_of(request).keys
     caller_of(request).needs(Scope.READ)
@@ -97,7 +97,7 @@ async def get_key(request: Request, id: str, query: Annotated[KeyQuery, Query()]
     summary="Change some fields of a key",
 )
 async def update_key(request: Request, id: str) -> Response:
-    """Fields that are not given stay. Usage stays counted where a limit's resource and window stay the same."""
+    """Missing fields keep their values. The usage of a limit stays if its resource, window, models and routes stay."""
     services = services_of(request)
     keys = services.room.keys
     caller = _writer(request)
@@ -120,8 +120,8 @@ async def update_key(request: Request, id: str) -> Response:
     "/{id}", status_code=204, response_class=Response, openapi_extra=takes("If-Match"), summary="Delete a key"
 )
 async def delete_key(request: Request, id: str, query: Annotated[DeleteQuery, Query()]) -> Response:
-    """Its texts are unknown from now on. For 30 days `restore` takes that back; then it is removed for good, with
-    its usage. `purge` removes it for good now, one that was deleted before too."""
+    """The key's secrets stop working. `restore` reverses this within 30 days; then the key and its usage are removed.
+    `purge` removes the key now, also an already deleted one."""
     keys = room_of(request).keys
     _writer(request)
     context = context_of(request)
@@ -136,20 +136,18 @@ async def delete_key(request: Request, id: str, query: Annotated[DeleteQuery, Qu
     return Response(status_code=204)
 
 
-@routes.post(
-    "/{id}/restore", response_model=KeyOut, openapi_extra=tells("ETag"), summary="Take the deletion of a key back"
-)
+@routes.post("/{id}/restore", response_model=KeyOut, openapi_extra=tells("ETag"), summary="Restore a deleted key")
 async def restore_key(request: Request, id: str) -> Response:
-    """Within 30 days; the key is as it was. Of a key that was not deleted it changes nothing."""
+    """Restores the key within 30 days. Without effect on a key that is not deleted."""
     return _answer(await _changed(request, id, Keys.restore, deleted=True))
 
 
-@routes.post("/{id}/disable", response_model=KeyOut, openapi_extra=tells("ETag"), summary="Refuse a key from now on")
+@routes.post("/{id}/disable", response_model=KeyOut, openapi_extra=tells("ETag"), summary="Disable a key")
 async def disable_key(request: Request, id: str) -> Response:
     return _answer(await _changed(request, id, Keys.disable))
 
 
-@routes.post("/{id}/enable", response_model=KeyOut, openapi_extra=tells("ETag"), summary="Accept a key again")
+@routes.post("/{id}/enable", response_model=KeyOut, openapi_extra=tells("ETag"), summary="Enable a key")
 async def enable_key(request: Request, id: str) -> Response:
     return _answer(await _changed(request, id, Keys.enable))
 
@@ -158,11 +156,11 @@ async def enable_key(request: Request, id: str) -> Response:
     "/{id}/rotate",
     response_model=IssuedKeyOut,
     openapi_extra=about(body(RotateIn, required=False), takes("If-Match"), tells("ETag")),
-    summary="New text",
+    summary="Rotate a key",
 )
 async def rotate_key(request: Request, id: str) -> Response:
-    """The key gets a new text, shown this once; its id, limits and usage stay. The old text works for `overlap_s`
-    seconds more. With `hold` the new text is not shown (`key` is null) but kept, until it is claimed."""
+    """Gives the key a new secret, shown once; its id, limits and usage stay. The old secret works for `overlap_s`
+    seconds more. With `hold` the answer has no secret (`key` is null); it waits to be claimed."""
     keys = room_of(request).keys
     _writer(request)
     context = context_of(request)
@@ -185,11 +183,11 @@ async def rotate_key(request: Request, id: str) -> Response:
     "/{id}/claim",
     response_model=IssuedKeyOut,
     openapi_extra=tells("ETag"),
-    summary="The text that a rotation has held",
+    summary="Claim a rotated secret",
 )
 async def claim_key(request: Request, id: str) -> Response:
-    """The text of a scheduled rotation, or of one with `hold`: shown this once, then forgotten. With an
-    `Idempotency-Key` the same call again shows it again, for a day."""
+    """Returns the secret of a scheduled rotation, or of one with `hold`, once. With an `Idempotency-Key` a retry
+    returns it again for a day."""
     keys = room_of(request).keys
     _writer(request)
     context = context_of(request)
@@ -213,7 +211,7 @@ async def key_stats(request: Request, id: str) -> Response:
     "/verify:batch", response_model=VerifyBatchOut, openapi_extra=body(VerifyBatchIn), summary="Verify several keys"
 )
 async def verify_batch(request: Request) -> Response:
-    """Decided in the order given, and answered in it. If the answer is an error, some may have been debited."""
+    """Decided and answered in the given order. After an error some items may have been debited."""
     services = services_of(request)
     keys = services.room.keys
     caller = _writer(request)

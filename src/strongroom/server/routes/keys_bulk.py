@@ -29,9 +29,9 @@ routes = APIRouter(prefix="/v1/keys", tags=["keys"])
 
 @routes.post(":bulk", response_model=BulkOut, openapi_extra=body(BulkIn), summary="Change many keys")
 async def change_keys(request: Request) -> Response:
-    """Of `filter` or of `ids`, at most `limit` keys in one call; `next_cursor` goes on with the same call. Each key
-    is changed whole or not at all; one that cannot be is named in `failed`, and the others are changed. Done again
-    from the start it finds what was done `unchanged`. `restore` is about the deleted keys of a filter."""
+    """Changes the keys of `filter` or `ids`, at most `limit` in one call; `next_cursor` continues. Each key is changed
+    entirely or not at all. `failed` names the others. A second run counts changed keys as `unchanged`. `restore`
+    applies to the deleted keys of a filter."""
     room = room_of(request)
     caller = caller_of(request)
     caller.needs(Scope.WRITE)
@@ -47,10 +47,10 @@ async def change_keys(request: Request) -> Response:
     return await services_of(request).answers.answered(request, context, work)
 
 
-@routes.post(":rotate-pepper", status_code=204, response_class=Response, summary="A new pepper for new hashes")
+@routes.post(":rotate-pepper", status_code=204, response_class=Response, summary="Rotate the pepper")
 async def rotate_pepper(request: Request) -> Response:
-    """New hashes are made with a new secret from now on; those that are there work on, each is renewed at its next
-    use. Only for an administrator of all tenants. 409 where the peppers come from the configuration."""
+    """Makes a new pepper for new hashes. Old hashes keep working, and are renewed at their next use. Only for an
+    administrator of all tenants. 409 if the configuration sets the peppers."""
     room = room_of(request)
     caller = caller_of(request)
     caller.needs(Scope.ADMIN)

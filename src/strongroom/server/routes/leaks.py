@@ -46,34 +46,34 @@ _SIGNED = [
         "description": description,
     }
     for name, description in (
-        ("Github-Public-Key-Identifier", "Which public key the signature is to be checked with."),
+        ("Github-Public-Key-Identifier", "The public key that verifies the signature."),
         ("Github-Public-Key-Signature", "ECDSA over P-256 with SHA-256 of the body as sent; DER, base64."),
     )
 ]
 
 
 class SightingIn(BaseModel):
-    """A text that was found, as GitHub's secret-scanning partner programme sends it. Other fields are ignored."""
+    """A found secret, in the form of GitHub's secret-scanning partner programme. Other fields are ignored."""
 
     token: str
-    type: str | None = Field(None, description="What the finder calls this kind of text.")
-    url: str | None = Field(None, description="Where it was found.")
-    source: str | None = Field(None, description="What kind of place that is: content, commit, …")
+    type: str | None = Field(None, description="The scanner's name for this type of secret.")
+    url: str | None = Field(None, description="The URL where it was found.")
+    source: str | None = Field(None, description="The kind of place: content, commit, …")
 
 
 _REPORT = {"type": "array", "items": SightingIn.model_json_schema(), "maxItems": MAX_SIGHTINGS}
 
 
 class LabelOut(BaseModel):
-    """Whether a reported text is a key, in the shape in which the programme takes feedback."""
+    """Whether a reported text is a key, in the programme's form of feedback."""
 
-    token_hash: str = Field(description="SHA-256 of the text, in hex.")
+    token_hash: str = Field(description="SHA-256 of the secret, in hex.")
     token_type: str
     label: Literal["true_positive", "false_positive"]
 
 
 class LeakOut(BaseModel):
-    """A text of a key that was found in public. `ends_at`: when the text stops working; null: it works on."""
+    """A leaked secret of a key. `ends_at`: when the secret stops working; null: never."""
 
     id: str
     tenant: str
@@ -98,15 +98,15 @@ class LeakListQuery(Closed):
     tenant: str | None = Field(None, description="Only this tenant's.")
     key_id: str | None = Field(None, description="Only this key's.")
     limit: int = Field(DEFAULT_LIMIT, ge=1, le=MAX_LIMIT)
-    cursor: str | None = Field(None, description="The `next_cursor` of the page before.")
+    cursor: str | None = Field(None, description="The `next_cursor` of the last page.")
 
 
 class PolicyOut(BaseModel):
-    """What is done with a tenant's keys that leak. `updated_at`: null where none was set."""
+    """The leak policy of a tenant. `updated_at`: null if none was set."""
 
     tenant: str
     action: Action
-    overlap_s: int | None = Field(description="How long a leaked text works on where it is rotated.")
+    overlap_s: int | None = Field(description="How long a leaked secret keeps working after its rotation.")
     updated_at: datetime | None
 
 
@@ -119,11 +119,11 @@ def is_report(scope: Mapping[str, Any]) -> bool:
     PATH,
     response_model=list[LabelOut],
     openapi_extra=about(request_body(_REPORT), {"parameters": _SIGNED}),
-    summary="Report keys that were found in public",
+    summary="Report leaked keys",
 )
 async def report_leaks(request: Request) -> Response:
-    """For secret scanners: signed as in GitHub's partner programme, or with a management key that may write. Each
-    key is dealt with as the policy of its tenant says; the same text again changes nothing."""
+    """For secret scanners: signed as in GitHub's partner programme, or with a management key with write permission. The
+    tenant's policy is applied to each key; a repeated report changes nothing."""
     leaks = room_of(request).leaks
     raw, reporter, tenant = await _received(request)
     reported = _sightings(raw)
@@ -160,9 +160,9 @@ async def list_leaks(request: Request, query: Annotated[LeakListQuery, Query()])
     return Json({"items": await in_slices(_shown, page.items), "next_cursor": page.next_cursor})
 
 
-@routes.get("/v1/leaks/policy/{tenant}", response_model=PolicyOut, summary="What is done with keys that leak")
+@routes.get("/v1/leaks/policy/{tenant}", response_model=PolicyOut, summary="Show the leak policy")
 async def get_leak_policy(request: Request, tenant: str) -> Response:
-    """Where none was set, it is to notify. The tenant `*` is that of the keys that belong to no one tenant."""
+    """The default is `notify`. The tenant `*` stands for keys of no single tenant."""
     leaks = room_of(request).leaks
     caller_of(request).needs(Scope.READ)
     return _policy(await leaks.policy(tenant.replace(SLASH, "/"), context=context_of(request)))
@@ -172,11 +172,11 @@ async def get_leak_policy(request: Request, tenant: str) -> Response:
     "/v1/leaks/policy/{tenant}",
     response_model=PolicyOut,
     openapi_extra=body(PolicyFields),
-    summary="Set what is done with keys that leak",
+    summary="Set the leak policy",
 )
 async def set_leak_policy(request: Request, tenant: str) -> Response:
-    """`notify`, `disable`, or `rotate`: a new text waits to be claimed, and the leaked one works for `overlap_s`
-    seconds more. Only an administrator may."""
+    """`notify`, `disable`, or `rotate`: a new secret waits to be claimed, and the leaked one works for `overlap_s`
+    seconds more. Only for an administrator."""
     leaks = room_of(request).leaks
     caller_of(request).needs(Scope.ADMIN)
     asked = parse(PolicyFields, await body_fields(request))

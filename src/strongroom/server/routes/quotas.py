@@ -64,18 +64,18 @@ class QuotaListOut(BaseModel):
 
 
 class QuotaIn(QuotaFields):
-    """A quota to be put."""
+    """A new quota."""
 
     limits: list[Limit] = Field(max_length=MAX_LIMITS)
 
 
 PUT = about(body(QuotaIn), takes("If-Match", "If-None-Match"), tells("ETag"), tells("ETag", status=201))
 CHANGE = about(body(QuotaChanges), takes("If-Match"), tells("ETag"))
-MADE: dict[int | str, dict[str, Any]] = {201: {"model": QuotaOut, "description": "It was made."}}
+MADE: dict[int | str, dict[str, Any]] = {201: {"model": QuotaOut, "description": "Created."}}
 
 
 class QuotaStatsOut(BaseModel):
-    """`count`: uses. `totals`: what was used of each resource since the quota is there."""
+    """`count`: uses. `totals`: usage by resource since the quota's creation."""
 
     tenant: str
     kind: QuotaKind
@@ -90,7 +90,7 @@ class QuotaListQuery(Closed):
     tenant: str | None = Field(None, description="Only this tenant's quotas.")
     kind: Literal["tenant", "user", "group"] | None = Field(None, description="Only quotas of this kind.")
     limit: int = Field(DEFAULT_LIMIT, ge=1, le=MAX_LIMIT)
-    cursor: str | None = Field(None, description="The `next_cursor` of the page before.")
+    cursor: str | None = Field(None, description="The `next_cursor` of the last page.")
 
 
 @routes.get(PATH, response_model=QuotaListOut, summary="List quotas, by tenant, kind and name")
@@ -106,13 +106,13 @@ async def list_quotas(request: Request, query: Annotated[QuotaListQuery, Query()
     PATH + "/tenant/{tenant}/stats",
     response_model=QuotaStatsOut,
     openapi_extra=may_fail("not_found"),
-    summary="Where a tenant's quota stands",
+    summary="Usage of a tenant's quota",
 )
 async def tenant_quota_stats(request: Request, tenant: str) -> Response:
     return await _stats(request, "tenant", tenant, "")
 
 
-@routes.get(OF_NAME + "/stats", response_model=QuotaStatsOut, summary="Where a user's or a group's quota stands")
+@routes.get(OF_NAME + "/stats", response_model=QuotaStatsOut, summary="Usage of a user's or a group's quota")
 async def quota_stats(request: Request, kind: Kind, tenant: str, name: str) -> Response:
     return await _stats(request, kind, tenant, name)
 
@@ -127,10 +127,12 @@ async def get_quota(request: Request, kind: Kind, tenant: str, name: str) -> Res
     return await _show(request, kind, tenant, name)
 
 
-@routes.put(OF_TENANT, response_model=QuotaOut, responses=MADE, openapi_extra=PUT, summary="Put a tenant's quota")
+@routes.put(
+    OF_TENANT, response_model=QuotaOut, responses=MADE, openapi_extra=PUT, summary="Create or replace a tenant's quota"
+)
 async def put_tenant_quota(request: Request, kind: TenantKind, tenant: str) -> Response:
-    """201 if it was made, 200 if it replaced one. What was used stays counted where resource, window and scope stay
-    the same. A caller who is bound to a tenant does not set the quota of that tenant itself."""
+    """201 if it was created, 200 if it was replaced. The usage of a limit stays if its resource, window, models and
+    routes stay. A caller of one tenant cannot set the quota of that tenant itself."""
     return await _put(request, kind, tenant, "")
 
 
@@ -139,23 +141,23 @@ async def put_tenant_quota(request: Request, kind: TenantKind, tenant: str) -> R
     response_model=QuotaOut,
     responses=MADE,
     openapi_extra=PUT,
-    summary="Put a user's or a group's quota",
+    summary="Create or replace a user's or a group's quota",
 )
 async def put_quota(request: Request, kind: Kind, tenant: str, name: str) -> Response:
-    """201 if it was made, 200 if it replaced one. What was used stays counted where resource, window and scope stay
-    the same."""
+    """201 if it was created, 200 if it was replaced. The usage of a limit stays if its resource, window, models and
+    routes stay."""
     return await _put(request, kind, tenant, name)
 
 
 @routes.patch(OF_TENANT, response_model=QuotaOut, openapi_extra=CHANGE, summary="Change a tenant's quota")
 async def change_tenant_quota(request: Request, kind: TenantKind, tenant: str) -> Response:
-    """Fields that are not given stay."""
+    """Missing fields keep their values."""
     return await _change(request, kind, tenant, "")
 
 
 @routes.patch(OF_NAME, response_model=QuotaOut, openapi_extra=CHANGE, summary="Change a user's or a group's quota")
 async def change_quota(request: Request, kind: Kind, tenant: str, name: str) -> Response:
-    """Fields that are not given stay."""
+    """Missing fields keep their values."""
     return await _change(request, kind, tenant, name)
 
 
@@ -164,10 +166,10 @@ async def change_quota(request: Request, kind: Kind, tenant: str, name: str) -> 
     status_code=204,
     response_class=Response,
     openapi_extra=takes("If-Match"),
-    summary="Remove a tenant's quota",
+    summary="Delete a tenant's quota",
 )
 async def delete_tenant_quota(request: Request, kind: TenantKind, tenant: str) -> Response:
-    """What was counted against it goes as well."""
+    """This also deletes its usage."""
     return await _remove(request, kind, tenant, "")
 
 
@@ -176,10 +178,10 @@ async def delete_tenant_quota(request: Request, kind: TenantKind, tenant: str) -
     status_code=204,
     response_class=Response,
     openapi_extra=takes("If-Match"),
-    summary="Remove a user's or a group's quota",
+    summary="Delete a user's or a group's quota",
 )
 async def delete_quota(request: Request, kind: Kind, tenant: str, name: str) -> Response:
-    """What was counted against it goes as well."""
+    """This also deletes its usage."""
     return await _remove(request, kind, tenant, name)
 
 

@@ -25,8 +25,8 @@ _reserved = functools.partial(cost_units, reserving=True)
 
 @routes.post("", response_model=ReservationOut, openapi_extra=body(ReserveIn), summary="Reserve a part of the limits")
 async def reserve(request: Request) -> Response:
-    """Decided as a verification; `cost` is held, and one of `concurrency`, until it is settled or released, or ends
-    by itself after `ttl_s`. Durable: any node can settle it."""
+    """Decided like a verification. Holds `cost`, and one of `concurrency`, until the reservation is settled or
+    released, or expires after `ttl_s`. Durable: any node can settle it."""
     keys = room_of(request).keys
     caller = caller_of(request)
     caller.needs(Scope.WRITE)
@@ -45,9 +45,11 @@ async def reserve(request: Request) -> Response:
     return Json(answer)
 
 
-@routes.post("/{id}/settle", response_model=ReservationOut, openapi_extra=body(SettleIn), summary="Settle it")
+@routes.post(
+    "/{id}/settle", response_model=ReservationOut, openapi_extra=body(SettleIn), summary="Settle a reservation"
+)
 async def settle(request: Request, id: str) -> Response:
-    """Charges what was used in all, whole, even if it is more than was held; the same again answers the same."""
+    """Charges the total usage, even if it exceeds the held amount. A retry gets the same answer."""
     keys = room_of(request).keys
     caller_of(request).needs(Scope.WRITE)
     fields = await body_fields(request, exact=("cost",))
@@ -72,11 +74,14 @@ async def settle(request: Request, id: str) -> Response:
 
 
 @routes.post(
-    "/{id}/extend", response_model=ReservationOut, openapi_extra=body(ExtendIn, required=False), summary="Extend it"
+    "/{id}/extend",
+    response_model=ReservationOut,
+    openapi_extra=body(ExtendIn, required=False),
+    summary="Extend a reservation",
 )
 async def extend(request: Request, id: str) -> Response:
-    """Lets it go on for `ttl_s` seconds from now, and hold `cost` in all; `used` is charged now. If the limits have
-    not that much more the answer is not valid, and the reservation is as it was."""
+    """Sets the end to `ttl_s` seconds from now and the held total to `cost`; charges `used` now. If the limits do not
+    allow this, the answer is not valid and the reservation does not change."""
     keys = room_of(request).keys
     caller_of(request).needs(Scope.WRITE)
     fields = await body_fields(request, exact=("cost", "used")) if await request.body() else {}
@@ -97,9 +102,9 @@ async def extend(request: Request, id: str) -> Response:
     return await services_of(request).answers.answered(request, context, work)
 
 
-@routes.post("/{id}/release", response_model=ReservationOut, summary="Release it")
+@routes.post("/{id}/release", response_model=ReservationOut, summary="Release a reservation")
 async def release(request: Request, id: str) -> Response:
-    """Charges nothing but what was reported as used; the same again answers the same."""
+    """Charges only the reported usage. A retry gets the same answer."""
     keys = room_of(request).keys
     caller_of(request).needs(Scope.WRITE)
     context = context_of(request)

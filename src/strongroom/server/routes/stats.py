@@ -23,7 +23,7 @@ FIVE_HOURS_S = 18_000
 
 @routes.get("/stats", response_model=StatsOut, summary="Statistics of the key that calls")
 async def stats(request: Request) -> Response:
-    """The bearer token is the API key itself. Expired keys are answered too (`is_expired`)."""
+    """The bearer token is the API key itself. Expired keys get an answer too (`is_expired`)."""
     room = room_of(request)
     keys = room.keys
     text = bearer(authorization(request.scope["headers"]))

@@ -37,8 +37,8 @@ _TEXTS = ("key", "key_id", "idempotency_key", "model", "route")
     "", response_model=UsageOut, openapi_extra=about(body(UsageIn), may_fail("not_found")), summary="Record usage"
 )
 async def record_usage(request: Request) -> Response:
-    """Counts on the key whatever its state, and past its limits: it has happened. Durable once it is answered, and
-    counted once for one idempotency key (within a day)."""
+    """Counts on the key in any state, and over its limits. Durable once answered, and counted once for an idempotency
+    key (within a day)."""
     keys = room_of(request).keys
     caller_of(request).needs(Scope.WRITE)
     fields = await body_fields(request, exact=("cost",))
@@ -63,12 +63,12 @@ async def record_usage(request: Request) -> Response:
     ":batch",
     response_model=UsageBatchOut,
     openapi_extra=about(body(UsageBatchIn), may_fail("not_found")),
-    summary="Record much usage at once",
+    summary="Record usage in a batch",
 )
 async def record_batch(request: Request) -> Response:
-    """As many single records, in one debit for each key. Nothing is counted if anything is wrong with one of them.
-    Where some of them cannot be counted all the same, the error says which were (`counted`) and which were not
-    (`failed`). With an Idempotency-Key the same batch again counts nothing twice."""
+    """Like many single records, with one debit for each key. If a record is invalid, nothing is counted. If some
+    records still cannot be counted, the error has `counted` and `failed`. With an Idempotency-Key a retry counts
+    nothing twice."""
     keys = room_of(request).keys
     caller_of(request).needs(Scope.WRITE)
     items = _items(await request.body())

@@ -61,7 +61,7 @@ class WebhookOut(BaseModel):
     description: str | None
     enabled: bool
     allow_private: bool
-    previous_until: datetime | None = Field(description="Until when the secret before the last rotation signs as well.")
+    previous_until: datetime | None = Field(description="When the previous secret stops signing.")
     failing_since: datetime | None
     disabled_reason: str | None
     version: int
@@ -81,9 +81,7 @@ class WebhookListOut(BaseModel):
 
 
 class RotateSecretIn(Closed):
-    overlap_s: int = Field(
-        DEFAULT_OVERLAP_S, ge=0, le=MAX_OVERLAP_S, description="Seconds that the old secret signs beside the new one."
-    )
+    overlap_s: int = Field(DEFAULT_OVERLAP_S, ge=0, le=MAX_OVERLAP_S, description="Seconds that both secrets sign.")
 
 
 class DeliveryOut(BaseModel):
@@ -115,13 +113,13 @@ class DeliveryListOut(BaseModel):
 class WebhookListQuery(Closed):
     tenant: str | None = Field(None, description="Only this tenant's endpoints.")
     limit: int = Field(DEFAULT_LIMIT, ge=1, le=MAX_LIMIT)
-    cursor: str | None = Field(None, description="The `next_cursor` of the page before.")
+    cursor: str | None = Field(None, description="The `next_cursor` of the last page.")
 
 
 class DeliveryListQuery(Closed):
-    state: Literal["pending", "delivered", "dead"] | None = Field(None, description="Only those in this state.")
+    state: Literal["pending", "delivered", "dead"] | None = Field(None, description="Only deliveries in this state.")
     limit: int = Field(DEFAULT_LIMIT, ge=1, le=MAX_LIMIT)
-    cursor: str | None = Field(None, description="The `next_cursor` of the page before.")
+    cursor: str | None = Field(None, description="The `next_cursor` of the last page.")
 
 
 @routes.post(
@@ -129,7 +127,7 @@ class DeliveryListQuery(Closed):
     status_code=201,
     response_model=IssuedWebhookOut,
     openapi_extra=about(body(NewWebhook), tells("ETag", "Location", status=201)),
-    summary="Make a webhook",
+    summary="Create a webhook",
 )
 async def create_webhook(request: Request) -> Response:
     """Only this answer contains the endpoint's secret. `tenant` defaults to the caller's tenant, else to `default`. An
@@ -152,7 +150,7 @@ async def list_webhooks(request: Request, query: Annotated[WebhookListQuery, Que
     return Json({"items": await in_slices(shown, page.items), "next_cursor": page.next_cursor})
 
 
-@routes.get(PATH + "/{id}", response_model=WebhookOut, openapi_extra=may_be_unchanged(), summary="One webhook")
+@routes.get(PATH + "/{id}", response_model=WebhookOut, openapi_extra=may_be_unchanged(), summary="Show a webhook")
 async def get_webhook(request: Request, id: str) -> Response:
     caller_of(request).needs(Scope.READ)
     webhook = await room_of(request).webhooks.get(id, context=context_of(request))
@@ -191,7 +189,7 @@ async def update_webhook(request: Request, id: str) -> Response:
     status_code=204,
     response_class=Response,
     openapi_extra=takes("If-Match"),
-    summary="Remove a webhook",
+    summary="Delete a webhook",
 )
 async def delete_webhook(request: Request, id: str) -> Response:
     """Its pending deliveries are not sent any more."""
@@ -211,7 +209,7 @@ async def delete_webhook(request: Request, id: str) -> Response:
     PATH + "/{id}/rotate-secret",
     response_model=IssuedWebhookOut,
     openapi_extra=about(body(RotateSecretIn, required=False), takes("If-Match"), tells("ETag")),
-    summary="New secret",
+    summary="Rotate a webhook's secret",
 )
 async def rotate_webhook_secret(request: Request, id: str) -> Response:
     """Only this answer contains the new secret. The previous secret signs beside it for `overlap_s` seconds."""
@@ -233,7 +231,7 @@ async def rotate_webhook_secret(request: Request, id: str) -> Response:
 # --- Deliveries -----------------------------------------------------------------------------------------------
 
 
-@routes.post(PATH + "/{id}/test", response_model=DeliveryOut, summary="Send a webhook a test event")
+@routes.post(PATH + "/{id}/test", response_model=DeliveryOut, summary="Test a webhook")
 async def test_webhook(request: Request, id: str) -> Response:
     """Makes one attempt and returns its result: `delivered` or `dead`. A disabled endpoint can be tested too."""
     _writer(request)
@@ -253,13 +251,13 @@ async def list_deliveries(request: Request, id: str, query: Annotated[DeliveryLi
     return Json({"items": await in_slices(seen, page.items), "next_cursor": page.next_cursor})
 
 
-@routes.get("/v1/deliveries/{id}", response_model=DeliveryOut, summary="One delivery")
+@routes.get("/v1/deliveries/{id}", response_model=DeliveryOut, summary="Show a delivery")
 async def get_delivery(request: Request, id: str) -> Response:
     caller_of(request).needs(Scope.READ)
     return Json(seen(await room_of(request).deliveries.get(id, context=context_of(request))))
 
 
-@routes.post("/v1/deliveries/{id}/redrive", response_model=DeliveryOut, summary="Send a delivery again")
+@routes.post("/v1/deliveries/{id}/redrive", response_model=DeliveryOut, summary="Redrive a delivery")
 async def redrive_delivery(request: Request, id: str) -> Response:
     """Starts the delivery again with all its retries, under the same event id. A pending delivery is attempted now."""
     _writer(request)
