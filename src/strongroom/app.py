@@ -5,19 +5,21 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import inspect
 import logging
 import secrets
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from typing import Annotated, Any, Literal, Self, TypedDict, TypeVar, get_args
+from functools import wraps
+from typing import Annotated, Any, Concatenate, Literal, ParamSpec, Self, TypedDict, TypeVar, get_args
 from urllib.parse import urlsplit
 
 from .audit import Audit
 from .cache import Cache
 from .clock import MachineClock, StoreClock, clock_of
 from .context import Context, system_context
-from .database import Database, IdempotentCall, QueryShape, StoreState
-from .entities import MAX_LIMIT, MAX_PAGE_BYTES, Aggregate, Entity, Filter, Page, Query, Registry, Secret
+from .database import Database, IdempotentCall, QueryShape, Reads, StoreState
+from .entities import MAX_LIMIT, MAX_PAGE_BYTES, Entity, Page, Query, Registry, Secret
 from .errors import AlreadyExists, ConfigError, StrongroomError
 from .events import Event
 from .jobs import JobLease, JobLeases
@@ -43,6 +45,8 @@ MIN_LEASE_S = 0.5
 MAX_LEASE_S = 60.0
 LimitMode = Literal["durable", "leased"]
 E = TypeVar("E", bound=Entity)
+P = ParamSpec("P")
+R = TypeVar("R")
 _log = logging.getLogger(__name__)
 
 
@@ -274,8 +278,24 @@ class Strongroom:
             await asyncio.wait([self._reload])
 
 
+def _for_tenant(method: Callable[Concatenate[Any, Context, P], R]) -> Callable[Concatenate[Tenant, P], R]:
+    """A method of Database as a method of Tenant, which adds the context. Its signature and description are written
+    once, at the method."""
+    name = method.__name__
+
+    @wraps(method)
+    def call(tenant: Tenant, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        found: Callable[Concatenate[Context, P], R] = getattr(tenant._database, name)
+        return found(tenant._context.at_now(), *args, **kwargs)
+
+    signature = inspect.signature(method)
+    parameters = [parameter for parameter in signature.parameters.values() if parameter.name != "context"]
+    vars(call)["__signature__"] = signature.replace(parameters=parameters)
+    return call
+
+
 class Tenant:
-    """One tenant's data, as one actor. The methods are Database's, without the context."""
+    """One tenant's data, as one actor. The methods are those of Database, without the context."""
 
     def __init__(self, database: Database, context: Context) -> None:
         self._database = database
@@ -286,75 +306,19 @@ class Tenant:
         """This handle's context, now."""
         return self._context.at_now()
 
-    async def get(self, cls: type[E], id: str) -> E:
-        """A document. Raises NotFound, Denied."""
-        return await self._database.get(self._context.at_now(), cls, id)
-
-    async def get_or_none(self, cls: type[E], id: str) -> E | None:
-        """A document, or None."""
-        return await self._database.get_or_none(self._context.at_now(), cls, id)
+    get = _for_tenant(Reads.get)
+    get_or_none = _for_tenant(Reads.get_or_none)
+    aggregate = _for_tenant(Reads.aggregate)
+    create = _for_tenant(Database.create)
+    replace = _for_tenant(Database.replace)
+    update = _for_tenant(Database.update)
+    delete = _for_tenant(Database.delete)
+    add = _for_tenant(Database.add)
 
     async def find(self, cls: type[E], query: Query = Query(), cursor: str | None = None) -> Page[E]:
         """One page of the documents that match: at most `query.limit`, and MAX_PAGE_BYTES. `next_cursor` says whether
         there are more."""
         return await self._database.find(self._context.at_now(), cls, query, cursor, max_bytes=MAX_PAGE_BYTES)
-
-    async def aggregate(self, cls: type[Entity], *aggregates: Aggregate, where: Filter | None = None) -> dict[str, Any]:
-        """count, sum and average, by Aggregate.name."""
-        return await self._database.aggregate(self._context.at_now(), cls, *aggregates, where=where)
-
-    async def create(self, entity: E, *, idempotency_key: str | None = None) -> E:
-        """Add an entity, as Database.create."""
-        return await self._database.create(self._context.at_now(), entity, idempotency_key=idempotency_key)
-
-    async def replace(self, entity: E, *, expected: int | None = None, idempotency_key: str | None = None) -> E:
-        """Replace an entity, or add it, as Database.replace."""
-        return await self._database.replace(
-            self._context.at_now(), entity, expected=expected, idempotency_key=idempotency_key
-        )
-
-    async def update(
-        self,
-        cls: type[E],
-        id: str,
-        fields: Mapping[str, Any],
-        *,
-        expected: int | None = None,
-        idempotency_key: str | None = None,
-    ) -> E:
-        """Set some fields, as Database.update."""
-        return await self._database.update(
-            self._context.at_now(), cls, id, fields, expected=expected, idempotency_key=idempotency_key
-        )
-
-    async def delete(
-        self, cls: type[Entity], id: str, *, expected: int | None = None, idempotency_key: str | None = None
-    ) -> None:
-        """Remove a document, as Database.delete."""
-        await self._database.delete(self._context.at_now(), cls, id, expected=expected, idempotency_key=idempotency_key)
-
-    async def add(
-        self,
-        cls: type[Entity],
-        id: str,
-        field: str,
-        amount: int,
-        *,
-        at_most: int | None = None,
-        at_least: int | None = None,
-        idempotency_key: str | None = None,
-    ) -> None:
-        """Add to a counter, as Database.add."""
-        await self._database.add(
-            self._context.at_now(),
-            cls,
-            id,
-            field,
-            amount,
-            at_most=at_most,
-            at_least=at_least,
-            idempotency_key=idempotency_key,
-        )
 
 
 async def _opened(

@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 import msgspec
+from msgspec.structs import force_setattr
 
 from .errors import InvalidInput, Problem
 
@@ -254,11 +255,15 @@ class Context(msgspec.Struct, frozen=True):
         """The same call at the moment that a clock says, unless its own was chosen."""
         if type(self.now_us) is not MachineTime:
             return self
-        return Context(self.tenant, self.actor, self.claims, self.request_id, clock.now_us())
+        then: Context = self.__copy__()  # type: ignore[attr-defined]  # of every Struct; it does not validate again
+        force_setattr(then, "now_us", clock.now_us())
+        return then
 
     def at_now(self) -> Context:
         """The same caller at the present moment, with the same request id: for a retry or a long-lived handle."""
-        return Context(self.tenant, self.actor, self.claims, self.request_id)
+        later: Context = self.__copy__()  # type: ignore[attr-defined]  # of every Struct; it does not validate again
+        force_setattr(later, "now_us", MachineTime(time.time_ns() // 1_000))
+        return later
 
 
 def system_context(tenant: str | None = None, *, actor: str = "system") -> Context:

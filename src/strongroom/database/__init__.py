@@ -10,6 +10,7 @@ from .idempotency import (
     RequestKey,
 )
 from .index_advice import QueryShape
+from .reads import Reads
 from .transaction import Transaction
 from .write_state import StoreState
 
@@ -20,6 +21,7 @@ __all__ = [
     "IdempotentCall",
     "IdempotentOperation",
     "QueryShape",
+    "Reads",
     "Replayed",
     "RequestKey",
     "StoreState",

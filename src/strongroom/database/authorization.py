@@ -15,14 +15,14 @@ class Authorization:
     """The rules of one database. Every method takes the caller's Context first."""
 
     def __init__(self, policy: Policy, denials: Denials, clock: Clock) -> None:
-        self._policy = policy
+        self.policy = policy
         self._denials = denials
         self._clock = clock
 
     @property
     def reads_documents(self) -> bool:
         """Whether the rules may depend on a document's fields. The default rules depend on the caller alone."""
-        return self._policy is not default_policy
+        return self.policy is not default_policy
 
     def decide(
         self,
@@ -34,7 +34,7 @@ class Authorization:
         after: Document | None = None,
     ) -> Decision:
         """What the rules say. Nothing is journalled."""
-        return self._policy(Request(context, operation, collection, id, before, after))
+        return self.policy(Request(context, operation, collection, id, before, after))
 
     async def authorize(
         self,
@@ -46,7 +46,7 @@ class Authorization:
         after: Document | None = None,
     ) -> None:
         """Ask the rules. A denial is journalled first, then raised; of equal denials the first one and a count."""
-        decision = self._policy(Request(context, operation, collection, id, before, after))
+        decision = self.policy(Request(context, operation, collection, id, before, after))
         if not decision.allowed:
             await self.refuse(context, operation, collection, id, decision)
 

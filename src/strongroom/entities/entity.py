@@ -261,6 +261,8 @@ def _too_long_for_an_index(names: tuple[str, ...], document: Document) -> list[P
 
 def check_id(value: object, path: str = "id") -> None:
     """Raise InvalidInput unless `value` can be an id on every engine: text of 1 to MAX_ID_BYTES UTF-8 bytes."""
+    if type(value) is str and value.isascii() and 0 < len(value) <= MAX_ID_BYTES and "\0" not in value:
+        return  # nearly every id
     if problem := text_problem(value, MAX_ID_BYTES):
         raise InvalidInput([Problem(path, problem)])
 

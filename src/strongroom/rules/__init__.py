@@ -6,8 +6,9 @@ The access-rules language will give such a function; until a rules file is given
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
+
+from msgspec import Struct
 
 from ..context import Context
 from ..entities import Collection, Document
@@ -15,8 +16,7 @@ from ..entities import Collection, Document
 Operation = Literal["get", "list", "create", "update", "delete"]
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(Struct, frozen=True):
     """What is asked: `before` is the stored document (None on create and list), `after` the one to be (None on
     get, list and delete; for an addition to a counter, which reads nothing, both are None)."""
 
@@ -28,8 +28,7 @@ class Request:
     after: Document | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(Struct, frozen=True):
     """Allowed or not, and why: the reason goes into the journal and into the error."""
 
     allowed: bool
