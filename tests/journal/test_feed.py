@@ -14,7 +14,7 @@ from strongroom import Entity, Strongroom
 from strongroom.errors import Gone, InvalidInput, Unavailable
 from strongroom.journal import feed as changes
 from strongroom.journal.feed import ChangeFeed
-from strongroom.storage.port import ChangesPage, Record
+from strongroom.storage.port import Append, Batch, ChangesPage, Record
 from strongroom.storage.sqlite.store import SqliteStore
 from tests.helpers.support import FaultyStore, new_url, opened
 from tests.helpers.waiting import PATIENCE_S, wait_until
@@ -112,10 +112,11 @@ async def test_the_feed_continues_after_a_store_failure(
         return await original(after, **options)
 
     monkeypatch.setattr(store, "changes", fail)
-    await room.tenant("acme").create(Note(text="x"))
+    await room.tenant("acme").create(Note(id="during", text="x"))
     await wait_until(lambda: not failures)
-    await room.tenant("acme").create(Note(text="x"))
+    await room.tenant("acme").create(Note(id="after", text="x"))
     await wait_until(lambda: len(told) == 2)
+    assert [record.entity_id for record in told] == ["during", "after"], "nothing was lost, and nothing told twice"
 
 
 async def test_the_feed_continues_after_an_unexpected_error(
@@ -182,11 +183,19 @@ async def test_a_callback_that_raises_does_not_stop_the_feed_or_the_other_callba
 
 
 async def test_the_feed_can_be_closed_twice_and_without_a_start(store: FaultyStore) -> None:
-    feed = ChangeFeed(store)
+    feed, before = ChangeFeed(store), asyncio.all_tasks()
+    told: list[Record] = []
+    feed.on_record(told.append)
     await feed.close()
     await feed.start()
+    assert len(asyncio.all_tasks() - before) == 1
     await feed.close()
     await feed.close()
+    assert asyncio.all_tasks() == before
+    await store.commit(Batch(None, (Append(Record("r", None, 1, "a", "q", "create", "notes", "n")),), 1))
+    feed.wake()
+    await asyncio.sleep(0)
+    assert told == []
 
 
 # --- Following one tenant -------------------------------------------------------------------------------------
