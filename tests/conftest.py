@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, settings
 if TYPE_CHECKING:
     from strongroom import Entity, Strongroom
     from strongroom.testing.storage import Backend
-    from tests.helpers.support import FaultyStore
+    from tests.helpers.faulty_store import FaultyStore
 
 pytest.register_assert_rewrite("strongroom.testing")
 
@@ -122,7 +122,7 @@ def url_of_any(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         yield backend_of(request.param, tmp_path, request).new_url()
         return
     from tests.helpers.servers import postgres
-    from tests.helpers.support import with_schema
+    from tests.helpers.stores import with_schema
 
     server = postgres.start(request, "postgres-18", postgres.bundled())
     with postgres.lent_schema(server, lambda url: postgres.in_thread(lambda: with_schema(url))) as url:
@@ -132,7 +132,7 @@ def url_of_any(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 @pytest.fixture
 async def both(url_of_any: str, entities: list[type[Entity]]) -> AsyncIterator[tuple[Strongroom, FaultyStore]]:
     """A Strongroom on each engine in turn, and its store, which can be made to fail."""
-    from tests.helpers.support import opened
+    from tests.helpers.stores import opened
 
     async with opened(url_of_any, entities=entities) as both:
         yield both

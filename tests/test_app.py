@@ -13,7 +13,8 @@ from strongroom import Aggregate, Counter, Entity, Query, Strongroom, Where
 from strongroom.blocking import BlockingStrongroom
 from strongroom.errors import ConfigError, Denied, NotFound, SchemaError, Unavailable
 from strongroom.keys.token import generate
-from tests.helpers.support import STORES, Fault, new_url, opened, rolling, stored_usage
+from tests.helpers.faulty_store import Fault
+from tests.helpers.stores import STORES, new_url, opened, rolling, stored_usage
 from tests.helpers.waiting import wait_until
 
 

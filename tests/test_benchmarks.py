@@ -31,7 +31,7 @@ from benchmarks.harness import (
     side_by_side,
 )
 from benchmarks.servers import bare_server
-from tests.helpers.places import ROOT
+from tests.helpers.paths import ROOT
 
 GOOD = b'{"valid": true, "code": "VALID"}'
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]

@@ -35,7 +35,8 @@ from strongroom.keys.cached_key import subjects_of
 from strongroom.limits.counters import BUCKETS_PER_WINDOW
 from strongroom.limits.ledger import KeyUsage, Ledger
 from strongroom.storage.jsonfile.store import JsonStore
-from tests.helpers.support import FaultyStore, rolling
+from tests.helpers.faulty_store import FaultyStore
+from tests.helpers.stores import rolling
 from tests.helpers.waiting import wait_until
 
 SYSTEM = system_context()

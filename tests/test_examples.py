@@ -15,9 +15,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.helpers.integrating import bearer, check_refusal, fields
-from tests.helpers.places import EXAMPLES
-from tests.helpers.serving import free_port
+from tests.helpers.asgi_calls import bearer, check_refusal, fields
+from tests.helpers.paths import EXAMPLES
+from tests.helpers.server_process import free_port
 from tests.helpers.waiting import PATIENCE_S
 
 START_TIMEOUT_S = 40.0

@@ -24,8 +24,9 @@ from strongroom.errors import ConfigError, Conflict, StoreError, Unavailable
 from strongroom.journal import feed as changes
 from strongroom.server import run, starting
 from strongroom.storage.port import ChangesPage
-from tests.helpers.serving import ADMIN, check_problem, serving
-from tests.helpers.support import Fault, FaultyStore, new_url, opened, rolling
+from tests.helpers.faulty_store import Fault, FaultyStore
+from tests.helpers.server_app import ADMIN, check_problem, serving
+from tests.helpers.stores import new_url, opened, rolling
 from tests.helpers.waiting import PATIENCE_S, wait_until
 
 

@@ -14,7 +14,7 @@ from strongroom.context import name_problem, system_context
 from strongroom.errors import InvalidInput
 from strongroom.keys.transfer.key_file import parse
 from strongroom.storage.port import Batch, Create
-from tests.helpers.serving import TOKENS, serving
+from tests.helpers.server_app import TOKENS, serving
 
 COMPOSED = unicodedata.normalize("NFC", "Zoë")
 DECOMPOSED = unicodedata.normalize("NFD", COMPOSED)

@@ -8,7 +8,7 @@ from functools import cache
 
 import pytest
 
-from tests.helpers.places import ROOT
+from tests.helpers.paths import ROOT
 
 TEXT = (ROOT / "SECURITY.md").read_text()
 NAMED = re.compile(r"`([\w./-]+\.py)::(\w+)`")

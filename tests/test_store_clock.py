@@ -35,7 +35,7 @@ from strongroom.errors import AlreadyExists
 from strongroom.limits.ledger import Ledger
 from strongroom.storage import open_store
 from strongroom.storage.port import Capabilities
-from tests.helpers.support import FaultyStore
+from tests.helpers.faulty_store import FaultyStore
 
 HOUR = timedelta(hours=1)
 

@@ -20,8 +20,9 @@ from strongroom.database.transaction import Transaction
 from strongroom.errors import Denied, InvalidInput
 from strongroom.keys.model import ApiKey
 from strongroom.storage.port import MAX_OPERATIONS
-from tests.helpers.serving import serving
-from tests.helpers.support import STORES, FaultyStore, new_url, opened
+from tests.helpers.faulty_store import FaultyStore
+from tests.helpers.server_app import serving
+from tests.helpers.stores import STORES, new_url, opened
 
 NOON = datetime(2026, 5, 5, 12, tzinfo=UTC)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.places import ROOT
+from tests.helpers.paths import ROOT
 
 
 @pytest.mark.server

@@ -27,7 +27,8 @@ from strongroom.cache import read_through as cache
 from strongroom.errors import Denied, InvalidInput, NotFound, SchemaError, Unavailable
 from strongroom.rules import Decision, Request, default_policy
 from strongroom.state.model import ENTITIES, PENDING_ACTIONS, Action, Policy, Signal
-from tests.helpers.support import STORES, FaultyStore, new_url, opened
+from tests.helpers.faulty_store import FaultyStore
+from tests.helpers.stores import STORES, new_url, opened
 from tests.helpers.waiting import wait_until
 
 

@@ -18,8 +18,9 @@ from strongroom.cache import redis_tier as _cache_redis
 from strongroom.errors import ConfigError
 from strongroom.state.model import ENTITIES, Action, Policy
 from tests.cache.test_read_through import PENDING, policy, reads
+from tests.helpers.faulty_store import FaultyStore
 from tests.helpers.servers.redis import Proxy, RedisServer, proxy_before, redis_server, redis_url
-from tests.helpers.support import FaultyStore, new_url, opened
+from tests.helpers.stores import new_url, opened
 from tests.helpers.waiting import PATIENCE_S, wait_until
 
 connect: Any = redis.asyncio.from_url

@@ -33,7 +33,7 @@ from strongroom.errors import (
     SchemaError,
     Unavailable,
 )
-from tests.helpers.places import ROOT
+from tests.helpers.paths import ROOT
 from tests.helpers.waiting import PATIENCE_S
 
 COMMANDS = (

@@ -14,8 +14,8 @@ from strongroom.errors import ConfigError
 from strongroom.storage.jsonfile.store import JsonStore
 from strongroom.storage.postgres.store import PostgresStore
 from tests.cli.test_cli import Run, created, run
+from tests.helpers.server_app import ADMIN
 from tests.helpers.servers import free_port, postgres
-from tests.helpers.serving import ADMIN
 
 __all__ = ["run"]  # the fixture
 

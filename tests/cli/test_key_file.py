@@ -23,7 +23,7 @@ from strongroom.keys.transfer import key_file as keyfile
 from strongroom.keys.transfer import key_file_chunks as keypieces
 from strongroom.keys.transfer.key_file_rows import Maker
 from tests.cli.test_cli import Run, process, run
-from tests.helpers.places import DATA
+from tests.helpers.paths import DATA
 from tests.helpers.waiting import PATIENCE_S
 
 __all__ = ["run"]  # the fixture

@@ -21,8 +21,8 @@ from benchmarks.migrate import fill
 from strongroom import config
 from strongroom.cli import migrate as command
 from tests.cli.test_cli import Run, process, run
+from tests.helpers.server_process import running
 from tests.helpers.servers import postgres
-from tests.helpers.serving import running
 from tests.helpers.waiting import PATIENCE_S
 
 __all__ = ["run"]  # the fixture

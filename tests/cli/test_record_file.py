@@ -12,7 +12,7 @@ import pytest
 from django.contrib.auth.hashers import PBKDF2PasswordHasher
 
 from tests.cli.test_cli import Run, run
-from tests.helpers.places import DATA
+from tests.helpers.paths import DATA
 
 __all__ = ["run"]  # the fixture
 

@@ -31,8 +31,9 @@ from strongroom.client import (
     Window,
 )
 from tests.helpers.clients import Connector, Told, scripted, shop
+from tests.helpers.server_app import ADMIN
+from tests.helpers.server_process import Running
 from tests.helpers.servers.proxy import Proxy
-from tests.helpers.serving import ADMIN, Running
 from tests.helpers.waiting import PATIENCE_S, wait_until
 
 pytestmark = [pytest.mark.server, pytest.mark.xdist_group("client")]

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.places import EXAMPLES
-from tests.helpers.serving import ADMIN, running
+from tests.helpers.paths import EXAMPLES
+from tests.helpers.server_app import ADMIN
+from tests.helpers.server_process import running
 
 SAID = {
     "client_sync": [

@@ -31,8 +31,9 @@ from strongroom.client import (
 from strongroom.client.errors import BY_CODE
 from strongroom.server.errors import STATUS
 from tests.helpers.clients import QUICK, Connector, Told, problem, request_to, scripted, shop
+from tests.helpers.server_app import ADMIN
+from tests.helpers.server_process import Running
 from tests.helpers.servers.proxy import Proxy
-from tests.helpers.serving import ADMIN, Running
 from tests.helpers.waiting import wait_until
 
 pytestmark = [pytest.mark.server, pytest.mark.xdist_group("client-faults")]

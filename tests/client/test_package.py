@@ -12,7 +12,7 @@ import pytest
 
 import strongroom
 from strongroom import client as library
-from tests.helpers.places import ROOT
+from tests.helpers.paths import ROOT
 
 ALONE = """
 import sys, sysconfig

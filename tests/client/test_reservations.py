@@ -20,8 +20,9 @@ from tests.helpers.clients import (
     scripted,
     shop,
 )
+from tests.helpers.server_app import ADMIN
+from tests.helpers.server_process import Running
 from tests.helpers.servers.proxy import Proxy
-from tests.helpers.serving import ADMIN, Running
 from tests.helpers.waiting import wait_until
 
 pytestmark = [pytest.mark.server, pytest.mark.xdist_group("client-holds")]

@@ -37,8 +37,8 @@ from strongroom.client._unasync import SOURCE, NotTranslated, stale, translate
 from strongroom.client._wire import filters, path, query
 from strongroom.client.errors import UnexpectedAnswer, error_of, retry_after_s
 from strongroom.limits import windows
-from tests.helpers.places import DOCS
-from tests.helpers.serving import serving
+from tests.helpers.paths import DOCS
+from tests.helpers.server_app import serving
 
 ROOT = Path(package.__file__).parent
 

@@ -45,7 +45,8 @@ from strongroom.errors import (
 from strongroom.rules import Decision, Request, default_policy
 from strongroom.storage import open_store
 from strongroom.storage.port import MAX_OPERATIONS, Record
-from tests.helpers.support import STORES, Fault, FaultyStore, new_url
+from tests.helpers.faulty_store import Fault, FaultyStore
+from tests.helpers.stores import STORES, new_url
 
 MOMENT = datetime(2026, 5, 5, 12, tzinfo=UTC)
 

@@ -18,8 +18,8 @@ from strongroom.database.canonical import canonical
 from strongroom.database.idempotency import IdempotentCall, RequestKey
 from strongroom.errors import Conflict
 from strongroom.storage.port import Put
-from tests.helpers.serving import Served, serving
-from tests.helpers.support import STORES, new_url
+from tests.helpers.server_app import Served, serving
+from tests.helpers.stores import STORES, new_url
 
 
 class Part(BaseModel):

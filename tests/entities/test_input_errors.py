@@ -21,7 +21,7 @@ from strongroom.errors import ConfigError, InvalidInput
 from strongroom.keys.model import KeyChanges, NewKey
 from strongroom.quotas.service import QuotaChanges
 from strongroom.webhooks.model import WebhookChanges
-from tests.helpers.serving import serving
+from tests.helpers.server_app import serving
 
 CONTEXTS: dict[str, Any] = {
     "error": "why", "error_type": "why", "class_name": "Thing", "class": "Thing", "gt": 1, "ge": 1, "lt": 1, "le": 1,

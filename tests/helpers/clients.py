@@ -1,4 +1,4 @@
-"""What the client's tests share: both clients behind one asynchronous face, and a server that answers as it is told."""
+"""Both clients behind one asynchronous interface, and a scripted server, for the tests of the client."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 
 from strongroom.client import AsyncClient, Client, Retries
-from tests.helpers.contract import checked_if_ours
-from tests.helpers.serving import Running, running
+from tests.helpers.openapi_contract import checked_if_ours
+from tests.helpers.server_process import Running, running
 
 AT_ONCE = frozenset({"tenant", "collection", "watch", "hold", "list", "find", "deliveries", "bulk", "use"})
 """Methods of both clients that are not awaited: they only make something."""

@@ -1,4 +1,4 @@
-"""What test_kill kills: verifies and records at full speed, and says on standard output what was acknowledged.
+"""The process that storage/test_kill kills: it verifies and records at full speed, and prints what was acknowledged.
 
     python kill_worker.py URL KEY FIRST LAST
 

@@ -18,7 +18,7 @@ from strongroom.limits.usage_state import Subject, Subjects, UsageState
 from strongroom.quotas.model import Quota, quota_id, quota_subject
 from strongroom.storage import open_store
 from strongroom.storage.port import Batch, Delete
-from tests.helpers.support import Fault, FaultyStore
+from tests.helpers.faulty_store import Fault, FaultyStore
 
 SYSTEM = system_context()
 START_US = 1_790_000_000_000_000

@@ -1,4 +1,4 @@
-"""What test_limits_kill kills: verifies one key at full speed, and leaves on file what it asked and was answered.
+"""The process that limits/test_kill kills: it verifies one key at full speed, and writes each request and answer.
 
     python limits_worker.py URL KEY MODE LEASE_S FOLDER BOOK COST…
 

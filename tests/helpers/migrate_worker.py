@@ -1,4 +1,4 @@
-"""What test_migrate_live kills: a migration that sends itself SIGKILL at one of its writes.
+"""The process that migrate/test_live kills: a migration that sends itself SIGKILL at one of its writes.
 
     python migrate_worker.py FROM TO migrate|fence NUMBER
 
@@ -19,7 +19,7 @@ from strongroom.migrate import Options
 from strongroom.storage import open_store
 from strongroom.storage.port import Batch, Committed, Store
 from strongroom.testing.storage.samples import COLLECTIONS
-from tests.helpers.support import FaultyStore
+from tests.helpers.faulty_store import FaultyStore
 
 
 class Killing(FaultyStore):

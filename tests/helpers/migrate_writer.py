@@ -1,4 +1,4 @@
-"""What test_migrate_live moves the data away from: writes entities, keys and usage, and says what was acknowledged.
+"""A process that writes to the source of migrate/test_live: entities, keys and usage; prints what was acknowledged.
 
     python migrate_writer.py URL KEY WRITERS
 

@@ -10,7 +10,7 @@ from functools import partial
 from strongroom.context import system_context
 from strongroom.events.outbox import event
 from strongroom.webhooks.http_sender import HttpSender, SendResult
-from tests.helpers.receiver import delivering
+from tests.helpers.webhook_receiver import delivering
 
 
 class Stuck(HttpSender):

@@ -27,7 +27,7 @@ from strongroom.integrations.asgi import (
     verification_of,
 )
 from strongroom.keys.token import generate
-from tests.helpers.integrating import (
+from tests.helpers.asgi_calls import (
     REQUESTS,
     bearer,
     check_refusal,
@@ -38,7 +38,8 @@ from tests.helpers.integrating import (
     speak,
     websocket,
 )
-from tests.helpers.support import Fault, FaultyStore, opened
+from tests.helpers.faulty_store import Fault, FaultyStore
+from tests.helpers.stores import opened
 
 
 @pytest.fixture

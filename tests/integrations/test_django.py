@@ -19,8 +19,8 @@ from strongroom import IssuedKey
 from strongroom.blocking import BlockingStrongroom
 from strongroom.errors import InvalidInput
 from strongroom.integrations.django import api_key, public, reserve, verification_of
-from tests.helpers.integrating import REQUESTS, bearer, fields
-from tests.helpers.integrating import check_refusal as check
+from tests.helpers.asgi_calls import REQUESTS, bearer, fields
+from tests.helpers.asgi_calls import check_refusal as check
 
 if not settings.configured:
     settings.configure(

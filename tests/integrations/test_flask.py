@@ -18,8 +18,8 @@ from strongroom import IssuedKey
 from strongroom.blocking import BlockingStrongroom
 from strongroom.errors import ConfigError, InvalidInput, NotFound, Unavailable
 from strongroom.integrations.flask import ApiKeys
-from tests.helpers.integrating import REQUESTS, bearer, fields
-from tests.helpers.integrating import check_refusal as check
+from tests.helpers.asgi_calls import REQUESTS, bearer, fields
+from tests.helpers.asgi_calls import check_refusal as check
 from tests.helpers.waiting import PATIENCE_S
 
 

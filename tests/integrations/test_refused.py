@@ -35,8 +35,8 @@ from strongroom.integrations.asgi import StrongroomMiddleware, reserve, settled
 from strongroom.integrations.fastapi import ApiKeyAuth, install
 from strongroom.integrations.flask import ApiKeys
 from strongroom.integrations.starlette import refused
-from tests.helpers.integrating import bearer, check_refusal, client
-from tests.helpers.support import new_url, opened
+from tests.helpers.asgi_calls import bearer, check_refusal, client
+from tests.helpers.stores import new_url, opened
 
 WINDOWS: list[Any] = [
     Rolling(seconds=3_600),

@@ -28,7 +28,7 @@ from strongroom.integrations.starlette import (
     templates,
 )
 from strongroom.keys.refund import Charged
-from tests.helpers.integrating import (
+from tests.helpers.asgi_calls import (
     JSON,
     REQUESTS,
     bearer,

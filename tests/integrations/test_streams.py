@@ -33,8 +33,9 @@ from strongroom.integrations.asgi import (
     settled,
 )
 from strongroom.integrations.flask import ApiKeys
-from tests.helpers.integrating import bearer, check_refusal, client
-from tests.helpers.support import Fault, opened
+from tests.helpers.asgi_calls import bearer, check_refusal, client
+from tests.helpers.faulty_store import Fault
+from tests.helpers.stores import opened
 from tests.helpers.waiting import wait_until
 
 TOKENS = {"resource": "tokens", "limit": 1_000, "window": {"kind": "total"}}

@@ -14,9 +14,9 @@ import httpx
 import pytest
 
 from strongroom import Strongroom
-from tests.helpers.integrating import REQUESTS, bearer
-from tests.helpers.places import ROOT
-from tests.helpers.serving import free_port
+from tests.helpers.asgi_calls import REQUESTS, bearer
+from tests.helpers.paths import ROOT
+from tests.helpers.server_process import free_port
 from tests.helpers.waiting import PATIENCE_S, wait_until
 
 WORKERS, LIMIT, EACH = 4, 200, 100
@@ -31,7 +31,7 @@ async def test_four_worker_processes_admit_exactly_the_limit(limits: str, tmp_pa
     async with Strongroom.open(store) as room:
         issued = await room.keys.create(name="k", limits=[{**REQUESTS, "limit": LIMIT}])
     port = free_port()
-    command = [sys.executable, "-m", "uvicorn", "tests.helpers.guarded_app:app"]
+    command = [sys.executable, "-m", "uvicorn", "tests.helpers.asgi_worker_app:app"]
     options = ["--workers", str(WORKERS), "--port", str(port), "--log-level", "warning", "--timeout-keep-alive", "600"]
     environment = {
         "PATH": os.environ["PATH"],

@@ -24,9 +24,10 @@ from strongroom.errors import Conflict, Unavailable
 from strongroom.jobs import job_lease as leases
 from strongroom.jobs.job_lease import AcquiredLease, JobLease, JobLeaseLost, JobLeases
 from strongroom.storage import open_store
-from tests.helpers.lease_worker import WORK, Trail
-from tests.helpers.places import ROOT
-from tests.helpers.support import STORES, Fault, FaultyStore, new_url
+from tests.helpers.faulty_store import Fault, FaultyStore
+from tests.helpers.job_lease_worker import WORK, Trail
+from tests.helpers.paths import ROOT
+from tests.helpers.stores import STORES, new_url
 from tests.helpers.waiting import PATIENCE_S
 
 SYSTEM = system_context()
@@ -230,11 +231,11 @@ LEASE_S = 3.0
 
 
 class Node:
-    """A process that runs lease_worker."""
+    """A process that runs tests.helpers.job_lease_worker."""
 
     def __init__(self, url: str, holder: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.helpers.lease_worker", url, holder, str(LEASE_S)],
+            [sys.executable, "-m", "tests.helpers.job_lease_worker", url, holder, str(LEASE_S)],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

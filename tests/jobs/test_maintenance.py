@@ -23,7 +23,8 @@ from strongroom.jobs.maintenance import PAGE, Retention, Sweeper
 from strongroom.keys import jobs as keywork
 from strongroom.storage.port import Patch
 from tests.conftest import backend_of
-from tests.helpers.support import STORES, Fault, FaultyStore, new_url, opened, rolling
+from tests.helpers.faulty_store import Fault, FaultyStore
+from tests.helpers.stores import STORES, new_url, opened, rolling
 
 START = datetime(2026, 11, 20, 12, tzinfo=UTC)
 IDEMPOTENT = IdempotentCall.__collection__.name

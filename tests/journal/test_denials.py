@@ -14,8 +14,8 @@ from strongroom.errors import Denied
 from strongroom.journal import denials
 from strongroom.journal.denials import MAX_KINDS_OF_ACTOR, _just_before
 from strongroom.storage.port import Record
-from tests.helpers.serving import serving
-from tests.helpers.support import FaultyStore
+from tests.helpers.faulty_store import FaultyStore
+from tests.helpers.server_app import serving
 from tests.helpers.waiting import wait_until
 
 PATH = "/v1/tenants/{}/policies"

@@ -16,7 +16,8 @@ from strongroom.journal import feed as changes
 from strongroom.journal.feed import ChangeFeed
 from strongroom.storage.port import Append, Batch, ChangesPage, Record
 from strongroom.storage.sqlite.store import SqliteStore
-from tests.helpers.support import FaultyStore, new_url, opened
+from tests.helpers.faulty_store import FaultyStore
+from tests.helpers.stores import new_url, opened
 from tests.helpers.waiting import PATIENCE_S, wait_until
 
 

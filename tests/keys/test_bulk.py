@@ -20,7 +20,8 @@ from strongroom.keys.bulk import Bulk, BulkStep
 from strongroom.keys.filter import KeyFilter, after_prefix
 from strongroom.keys.model import KeyChanges
 from strongroom.storage.sqlite.session import Session
-from tests.helpers.support import Fault, FaultyStore, new_url, opened, rolling
+from tests.helpers.faulty_store import Fault, FaultyStore
+from tests.helpers.stores import new_url, opened, rolling
 
 MOMENT = datetime(2026, 5, 5, 12, tzinfo=UTC)
 ACME = Context("acme", "key:acme", {"admin": True, "tenant": "acme"})

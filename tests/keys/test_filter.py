@@ -14,7 +14,7 @@ from strongroom.errors import InvalidInput
 from strongroom.keys import ApiKey, queries
 from strongroom.keys.bulk import Bulk
 from strongroom.keys.filter import KeyFilter
-from tests.helpers.serving import ADMIN, serving
+from tests.helpers.server_app import ADMIN, serving
 
 NOW = datetime.now(UTC)
 DAY = timedelta(days=1)

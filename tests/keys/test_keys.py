@@ -45,7 +45,8 @@ from strongroom.keys.verification import ONE_REQUEST, KeyUse, Verification, usab
 from strongroom.limits import backoff
 from strongroom.limits import ledger as usage
 from strongroom.storage.port import Record
-from tests.helpers.support import Fault, FaultyStore, new_url, opened, rolling, stored_usage
+from tests.helpers.faulty_store import Fault, FaultyStore
+from tests.helpers.stores import new_url, opened, rolling, stored_usage
 from tests.helpers.waiting import wait_until
 
 MOMENT = datetime(2026, 5, 5, 12, tzinfo=UTC)

@@ -31,8 +31,9 @@ from strongroom.keys.leaks import (
 from strongroom.keys.service import IssuedKey
 from strongroom.keys.token import SCAN_PATTERN, generate
 from strongroom.storage.port import Create, Patch, Record
-from tests.helpers.places import DOCS
-from tests.helpers.support import Fault, FaultyStore, new_url, opened
+from tests.helpers.faulty_store import Fault, FaultyStore
+from tests.helpers.paths import DOCS
+from tests.helpers.stores import new_url, opened
 
 URL = "https://code.example/acme/app/blob/1/settings.py"
 DAY = timedelta(days=1)

@@ -10,7 +10,7 @@ from strongroom import Strongroom
 from strongroom.errors import TooManyRequests
 from strongroom.keys import slow_hash as slowcheck
 from strongroom.keys.leaks import Finding, Sighting
-from tests.helpers.support import new_url
+from tests.helpers.stores import new_url
 from tests.keys.test_lookup import HASHES, SECRET, TEXT, imported
 
 

@@ -30,7 +30,8 @@ from strongroom.keys.transfer.record_file import KeyRecord, RecordReader
 from strongroom.keys.transfer.record_import import RecordImport
 from strongroom.pepper import Pepper
 from tests.conftest import backend_of
-from tests.helpers.support import Fault, FaultyStore, new_url, opened, rolling
+from tests.helpers.faulty_store import Fault, FaultyStore
+from tests.helpers.stores import new_url, opened, rolling
 from tests.helpers.waiting import wait_until
 
 SYSTEM = system_context()

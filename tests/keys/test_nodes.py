@@ -27,9 +27,10 @@ from strongroom.journal import feed as changes
 from strongroom.keys.cache import TRUSTED_FOR_S
 from strongroom.server.auth import TRUSTED_FOR_S as CALLER_TRUSTED_FOR_S
 from strongroom.storage.port import ChangesPage
+from tests.helpers.server_app import ADMIN
+from tests.helpers.server_process import start
 from tests.helpers.servers import free_port, postgres
-from tests.helpers.serving import ADMIN, start
-from tests.helpers.support import new_url, opened
+from tests.helpers.stores import new_url, opened
 from tests.helpers.waiting import PATIENCE_S, wait_until
 
 NODES = 4

@@ -30,7 +30,8 @@ from strongroom.limits.usage_state import compile_limits
 from strongroom.limits.windows import Total
 from strongroom.storage.port import Create
 from tests.conftest import backend_of
-from tests.helpers.support import Fault, FaultyStore, new_url, opened, rolling, stored_usage
+from tests.helpers.faulty_store import Fault, FaultyStore
+from tests.helpers.stores import new_url, opened, rolling, stored_usage
 from tests.helpers.waiting import PATIENCE_S, wait_until
 
 T = TypeVar("T")

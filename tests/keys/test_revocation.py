@@ -17,9 +17,9 @@ from strongroom import Strongroom
 from strongroom.errors import Unavailable
 from strongroom.storage.port import ChangesPage
 from tests.conftest import backend_of
-from tests.helpers.places import ROOT
-from tests.helpers.serving import running
-from tests.helpers.support import opened, rolling
+from tests.helpers.paths import ROOT
+from tests.helpers.server_process import running
+from tests.helpers.stores import opened, rolling
 
 REVOKED_WITHIN_S = 1.0
 """What docs/keys.md states."""

@@ -25,7 +25,8 @@ from strongroom.keys.model import (
     RESTORABLE_FOR_S,
     due_at,
 )
-from tests.helpers.support import Fault, FaultyStore, new_url, opened, rolling
+from tests.helpers.faulty_store import Fault, FaultyStore
+from tests.helpers.stores import new_url, opened, rolling
 
 MOMENT = datetime(2026, 5, 5, 12, tzinfo=UTC)
 ADMIN = Context(None, "key:admin", {"admin": True}, "request-1")

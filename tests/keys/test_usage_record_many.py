@@ -18,7 +18,8 @@ from strongroom.keys.model import IssuedKey
 from strongroom.keys.usage_recorder import Usage
 from strongroom.limits import admission
 from strongroom.storage.port import Batch, Patch, Put
-from tests.helpers.support import Fault, FaultyStore, new_url, opened, rolling
+from tests.helpers.faulty_store import Fault, FaultyStore
+from tests.helpers.stores import new_url, opened, rolling
 
 KEYS = 12
 COST = {"tokens": 5}

@@ -19,7 +19,7 @@ from strongroom.limits.usage_state import MAX_AHEAD_US, UsageState, compile_limi
 from strongroom.limits.windows import Anchored, Calendar, Refill, Rolling, Total, Window
 from strongroom.storage.port import Check
 from tests.cli.test_cli import Run, run
-from tests.helpers.support import rolling
+from tests.helpers.stores import rolling
 
 __all__ = ["run"]  # the fixture
 

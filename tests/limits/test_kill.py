@@ -28,7 +28,7 @@ import pytest
 from strongroom import Limit, Rolling, Strongroom, Total
 from tests.conftest import backend_of
 from tests.helpers.limits_worker import ADMITTED, CELLS, DENIED
-from tests.helpers.places import HELPERS
+from tests.helpers.paths import HELPERS
 from tests.helpers.waiting import PATIENCE_S, wait_until
 
 WORKER = HELPERS / "limits_worker.py"

@@ -14,9 +14,9 @@ import pytest
 
 from strongroom.limits import lease_log as spendlog
 from strongroom.limits.lease_log import MIN_COMPACTED, DeadLeaseLog, LeaseLog, dead_logs, folder_for
-from tests.helpers.places import HELPERS
+from tests.helpers.paths import HELPERS
 
-WORKER = HELPERS / "spend_worker.py"
+WORKER = HELPERS / "lease_log_worker.py"
 
 
 def found_in(folder: Path) -> dict[str, dict[str, tuple[int, int]]]:

@@ -22,8 +22,8 @@ from strongroom.errors import Conflict, Unavailable
 from strongroom.limits import lease as leased_limits
 from strongroom.limits import tuning
 from strongroom.limits.usage_state import UsageState
+from tests.helpers.faulty_store import Fault
 from tests.helpers.lease_cluster import LEASE_S, SKEW_US, WINDOW_S, Cluster, Node
-from tests.helpers.support import Fault
 from tests.helpers.waiting import PATIENCE_S
 
 T = TypeVar("T")

@@ -14,8 +14,8 @@ from strongroom.errors import Conflict, Unavailable
 from strongroom.limits import tuning
 from strongroom.limits.lease import KEPT_AFTER_US, MAX_ENDED
 from strongroom.limits.lease_manager import LEASE_S, LOOK_FOR_DEAD_EVERY, RENEW_EVERY_S
+from tests.helpers.faulty_store import Fault
 from tests.helpers.lease_cluster import Cluster, Node
-from tests.helpers.support import Fault
 from tests.helpers.waiting import PATIENCE_S, wait_until
 
 SECOND = 1_000_000

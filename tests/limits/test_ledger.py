@@ -35,7 +35,8 @@ from strongroom.limits.corrections import MAX_WRITERS, AggregatedUse, add_once
 from strongroom.limits.ledger import AdmissionDecision, KeyChanged, Ledger
 from strongroom.storage import open_store
 from strongroom.storage.port import Batch, Capabilities, Committed, Patch, Put
-from tests.helpers.support import STORES, Fault, FaultyStore, new_url, rolling, stored_usage
+from tests.helpers.faulty_store import Fault, FaultyStore
+from tests.helpers.stores import STORES, new_url, rolling, stored_usage
 from tests.helpers.waiting import PATIENCE_S, wait_until
 
 SYSTEM = system_context()

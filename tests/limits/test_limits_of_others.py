@@ -21,7 +21,8 @@ from strongroom.keys.token import generate
 from strongroom.limits import tuning
 from strongroom.limits import usage_state as states
 from strongroom.storage.port import Put
-from tests.helpers.support import Fault, FaultyStore, new_url, opened, rolling, stored_usage
+from tests.helpers.faulty_store import Fault, FaultyStore
+from tests.helpers.stores import new_url, opened, rolling, stored_usage
 from tests.helpers.waiting import wait_until
 
 MOMENT = datetime(2026, 5, 5, 12, tzinfo=UTC)

@@ -12,7 +12,8 @@ import time_machine
 from strongroom import ApiKey, Limit, Refill, Strongroom, Total
 from strongroom.context import system_context
 from strongroom.limits.corrections import refills_that_begin
-from tests.helpers.support import Fault, FaultyStore, new_url, opened, rolling, stored_usage
+from tests.helpers.faulty_store import Fault, FaultyStore
+from tests.helpers.stores import new_url, opened, rolling, stored_usage
 
 NOON = datetime(2026, 5, 5, 12, tzinfo=UTC)
 DAY = timedelta(days=1)

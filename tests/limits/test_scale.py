@@ -40,7 +40,7 @@ from strongroom.limits.usage_state import UsageState
 from strongroom.storage.port import Alike, Append, Create, Pack, unwrapped
 from strongroom.storage.sqlite.bulk_rows import SqlitePacker
 from strongroom.storage.sqlite.store import SqliteStore
-from tests.helpers.support import new_url, opened
+from tests.helpers.stores import new_url, opened
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 NOW = datetime.now(UTC).replace(microsecond=0)

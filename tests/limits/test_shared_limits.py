@@ -16,7 +16,7 @@ from strongroom import Limit, Strongroom
 from strongroom.errors import StrongroomError
 from strongroom.quotas.model import quota_id
 from tests.conftest import backend_of
-from tests.helpers.support import rolling, stored_usage
+from tests.helpers.stores import rolling, stored_usage
 from tests.helpers.waiting import PATIENCE_S
 
 SUBJECTS = ["key", "group:g1", "group:g2", "user:u1", "tenant"]

@@ -32,17 +32,10 @@ from strongroom.limits.thresholds import (
 from strongroom.limits.windows import Anchored, Calendar, Refill, Total
 from strongroom.quotas.model import quota_id
 from strongroom.storage.port import MAX_OPERATIONS, Batch, Patch, Put
-from tests.helpers.receiver import FAST, Receiver, delivering, receiving
-from tests.helpers.support import (
-    STORES,
-    Fault,
-    FaultyStore,
-    new_url,
-    opened,
-    rolling,
-    stored_usage,
-)
+from tests.helpers.faulty_store import Fault, FaultyStore
+from tests.helpers.stores import STORES, new_url, opened, rolling, stored_usage
 from tests.helpers.waiting import wait_until
+from tests.helpers.webhook_receiver import FAST, Receiver, delivering, receiving
 
 SECOND = 1_000_000
 T0 = 1_800_000_000 * SECOND

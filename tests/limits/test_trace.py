@@ -24,8 +24,8 @@ from strongroom import IssuedKey, Strongroom
 from strongroom.context import us_from_utc
 from strongroom.server import adminkey
 from strongroom.server.app import build
-from tests.helpers.places import DATA
-from tests.helpers.support import new_url, rolling
+from tests.helpers.paths import DATA
+from tests.helpers.stores import new_url, rolling
 from tests.helpers.waiting import wait_until
 
 EXCERPT = DATA / "llm" / "azure_llm_trace_2023_code_first_1500.csv"

@@ -18,7 +18,7 @@ from strongroom.errors import ConfigError
 from strongroom.limits.usage_state import UsageState
 from strongroom.limits.usage_views import views_sql
 from tests.helpers.servers import postgres
-from tests.helpers.support import new_url
+from tests.helpers.stores import new_url
 
 MOST_TOKENS = (
     "SELECT tenant_id, name, used FROM {schema}strongroom_usage_by_month "

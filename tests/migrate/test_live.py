@@ -30,9 +30,9 @@ from strongroom.storage import open_store
 from strongroom.storage.port import Append, Batch, Create, Delete, Patch, Put, Store
 from strongroom.testing.storage.samples import COLLECTIONS, item, record, sample, shared
 from tests.conftest import backend_of
+from tests.helpers.faulty_store import FaultyStore
 from tests.helpers.migrate_writer import Paper
-from tests.helpers.places import HELPERS
-from tests.helpers.support import FaultyStore
+from tests.helpers.paths import HELPERS
 from tests.helpers.waiting import PATIENCE_S, wait_until
 from tests.migrate.test_migrate import add, assert_equal, filled, held, journal, of_tenants
 

@@ -52,7 +52,7 @@ from strongroom.testing.storage.samples import (
     shared,
 )
 from tests.conftest import backend_of
-from tests.helpers.support import Fault, FaultyStore
+from tests.helpers.faulty_store import Fault, FaultyStore
 
 KINDS = ["sqlite", "json", "postgres", "firestore"]
 SMALL = Options(batch=5)

@@ -18,7 +18,8 @@ from strongroom.limits.usage_state import KeyUsage
 from strongroom.limits.windows import Calendar, Limit, Refill, Rolling, Total
 from strongroom.quotas.model import Quota, quota_id
 from strongroom.storage.port import Batch, Delete
-from tests.helpers.support import Fault, FaultyStore, opened, rolling
+from tests.helpers.faulty_store import Fault, FaultyStore
+from tests.helpers.stores import opened, rolling
 from tests.helpers.waiting import wait_until
 
 ADMIN = Context(None, "key:admin", {"admin": True})

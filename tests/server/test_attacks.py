@@ -25,7 +25,7 @@ from strongroom.server.connections import Connections, descriptors
 from strongroom.server.metrics import Metrics
 from strongroom.server.protocol import MAX_HEAD_BYTES, PIECE_BYTES, Protocol
 from strongroom.server.run import _connections
-from tests.helpers.serving import ADMIN, serving
+from tests.helpers.server_app import ADMIN, serving
 from tests.helpers.waiting import PATIENCE_S, wait_until
 from tests.server.test_direct import Connection, connected, request, warm
 from tests.server.test_http import CHUNKED, GET, ONE_CHUNK, App, refused

@@ -15,8 +15,8 @@ import time_machine
 from strongroom.errors import ConfigError
 from strongroom.server import adminkey
 from strongroom.server.auth import MAX_CALLERS, Scope, scope_of
-from tests.helpers.serving import ADMIN, TOKENS, serving
-from tests.helpers.support import STORES, new_url
+from tests.helpers.server_app import ADMIN, TOKENS, serving
+from tests.helpers.stores import STORES, new_url
 
 
 @pytest.mark.parametrize(

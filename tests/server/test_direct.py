@@ -21,8 +21,8 @@ from strongroom.limits.ledger import KeyChanged, Ledger
 from strongroom.server.app import Application, Bounds
 from strongroom.server.protocol import Protocol
 from strongroom.server.verify import VerifyRoute
-from tests.helpers.contract import contract_of
-from tests.helpers.serving import ADMIN, TOKENS, Served, serving
+from tests.helpers.openapi_contract import contract_of
+from tests.helpers.server_app import ADMIN, TOKENS, Served, serving
 from tests.helpers.waiting import wait_until
 from tests.server.test_protocol import Wire
 

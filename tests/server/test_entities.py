@@ -12,7 +12,7 @@ import pytest
 
 from strongroom.server.filters import SUFFIXES
 from strongroom.state.model import ENTITIES, Policy
-from tests.helpers.serving import Account, Served, serving
+from tests.helpers.server_app import Account, Served, serving
 
 POLICY = {"policy_type": "rate", "policy_name": "default", "rules": {"deep": [1, 0.5, None, {"x": "y"}]}}
 PATH = "/v1/tenants/acme/policies"

@@ -22,7 +22,7 @@ from strongroom.errors import (
 )
 from strongroom.server import errors, logs
 from strongroom.server.app import Bounds
-from tests.helpers.serving import ADMIN, Account, serving
+from tests.helpers.server_app import ADMIN, Account, serving
 
 PATHS = [
     ("POST", "/v1/keys"), ("GET", "/v1/keys"), ("GET", "/v1/keys/admin"), ("POST", "/v1/keys/verify"),

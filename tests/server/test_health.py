@@ -13,7 +13,7 @@ from strongroom import health
 from strongroom.server.app import Bounds
 from strongroom.server.errors import STATUS
 from strongroom.storage.port import Health
-from tests.helpers.serving import ADMIN, TOKENS, Served, serving
+from tests.helpers.server_app import ADMIN, TOKENS, Served, serving
 from tests.helpers.waiting import PATIENCE_S, wait_until
 
 BODILESS = (

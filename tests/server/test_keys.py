@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.serving import TOKENS, serving
+from tests.helpers.server_app import TOKENS, serving
 
 FULL: dict[str, Any] = {
     "name": "billing worker",

@@ -22,7 +22,7 @@ from strongroom.keys.token import generate
 from strongroom.server import signers
 from strongroom.server.app import Bounds
 from strongroom.server.signers import Signers
-from tests.helpers.serving import ADMIN, Reply, Served, serving
+from tests.helpers.server_app import ADMIN, Reply, Served, serving
 from tests.helpers.waiting import PATIENCE_S
 
 ID = "4fe6b016179b74078ade7581abf4e84fb398c6fae4fb973972235b84fcd70ca3"

@@ -10,7 +10,7 @@ import jsonschema_rs
 import msgspec
 import pytest
 
-from tests.helpers.serving import TOKENS, Served, serving
+from tests.helpers.server_app import TOKENS, Served, serving
 
 JSON = dict[str, Any]
 FREE_JSON = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.serving import Served, serving
+from tests.helpers.server_app import Served, serving
 
 USER = "/v1/quotas/user/acme/u1"
 TENANT = "/v1/quotas/tenant/acme"

@@ -10,8 +10,8 @@ import pytest
 
 from strongroom import Strongroom
 from strongroom.keys.verification import Verification
-from tests.helpers.serving import TOKENS, serving
-from tests.helpers.support import rolling
+from tests.helpers.server_app import TOKENS, serving
+from tests.helpers.stores import rolling
 
 
 async def test_a_reservation_is_made_extended_and_settled() -> None:

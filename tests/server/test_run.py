@@ -18,8 +18,9 @@ import pytest
 
 from strongroom.config import load
 from strongroom.server.run import serve
+from tests.helpers.server_app import ADMIN, TOKENS, check_problem
+from tests.helpers.server_process import Running, running, start
 from tests.helpers.servers import answers
-from tests.helpers.serving import ADMIN, TOKENS, Running, check_problem, running, start
 from tests.helpers.waiting import PATIENCE_S, wait_without_loop
 
 pytestmark = pytest.mark.server

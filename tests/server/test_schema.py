@@ -17,7 +17,7 @@ from schemathesis import Case, GenerationMode
 from schemathesis.checks import load_all_checks, not_a_server_error
 from schemathesis.specs.openapi.checks import content_type_conformance, response_schema_conformance
 
-from tests.helpers.serving import ADMIN, Reply, Served, serving
+from tests.helpers.server_app import ADMIN, Reply, Served, serving
 
 load_all_checks()
 EXAMPLES = max(2, settings().max_examples // 10)

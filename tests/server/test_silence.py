@@ -16,7 +16,7 @@ from strongroom.keys.transfer.key_file import parse
 from strongroom.keys.transfer.key_file_chunks import survey
 from strongroom.keys.transfer.record_file import RecordReader
 from tests.cli.test_cli import Run, created, run
-from tests.helpers.serving import Served, serving
+from tests.helpers.server_app import Served, serving
 
 __all__ = ["run"]  # the fixture
 PAST, NOW_US = "2020-01-01T00:00:00Z", 1_700_000_000_000_000

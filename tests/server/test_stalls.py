@@ -27,8 +27,9 @@ from strongroom.keys.usage_recorder import Usage
 from strongroom.keys.verification import Verification
 from strongroom.server import watch
 from strongroom.storage.port import document_size
-from tests.helpers.serving import ADMIN, Stream, serving
-from tests.helpers.support import FaultyStore, new_url, opened
+from tests.helpers.faulty_store import FaultyStore
+from tests.helpers.server_app import ADMIN, Stream, serving
+from tests.helpers.stores import new_url, opened
 
 CONTEXT = system_context("acme")
 POLICY = {"policy_type": "t", "policy_name": "n"}

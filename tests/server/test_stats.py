@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import time_machine
 
-from tests.helpers.serving import TOKENS, serving
+from tests.helpers.server_app import TOKENS, serving
 
 NOW = datetime(2030, 1, 1, 12, 0, 30, tzinfo=UTC)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.serving import TOKENS, serving
+from tests.helpers.server_app import TOKENS, serving
 
 
 async def test_usage_is_recorded_over_a_limit_and_on_a_disabled_key() -> None:

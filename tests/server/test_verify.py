@@ -10,7 +10,7 @@ import pytest
 import time_machine
 
 from strongroom.server.app import Bounds
-from tests.helpers.serving import ADMIN, TOKENS, Reply, Served, serving
+from tests.helpers.server_app import ADMIN, TOKENS, Reply, Served, serving
 from tests.helpers.waiting import wait_until
 
 CONTRACT = {

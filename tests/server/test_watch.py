@@ -18,7 +18,7 @@ from strongroom.rules import Decision, Request, default_policy
 from strongroom.server import adminkey, visible, watch
 from strongroom.server.app import Bounds, build
 from strongroom.state.model import ENTITIES
-from tests.helpers.serving import ADMIN, Stream, serving
+from tests.helpers.server_app import ADMIN, Stream, serving
 
 PATH = "/v1/tenants/acme/policies"
 POLICY = {"policy_type": "t", "policy_name": "n"}

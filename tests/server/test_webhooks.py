@@ -16,9 +16,9 @@ from strongroom.context import system_context
 from strongroom.events.outbox import event
 from strongroom.webhooks.deliveries import Deliveries
 from strongroom.webhooks.signatures import verify_signature
-from tests.helpers.receiver import FAST, Receiver, receiving, status
-from tests.helpers.serving import Served, serving
+from tests.helpers.server_app import Served, serving
 from tests.helpers.waiting import wait_until
+from tests.helpers.webhook_receiver import FAST, Receiver, receiving, status
 
 URL = "https://203.0.114.7/hook"
 FULL: dict[str, Any] = {

@@ -17,8 +17,8 @@ import httpx
 import pytest
 
 from strongroom import Limit, Rolling, Strongroom, Total
-from tests.helpers.places import HELPERS
-from tests.helpers.support import new_url
+from tests.helpers.paths import HELPERS
+from tests.helpers.stores import new_url
 from tests.helpers.waiting import wait_until
 
 WORKER = HELPERS / "kill_worker.py"

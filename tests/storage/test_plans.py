@@ -19,7 +19,7 @@ from strongroom.state.model import ENTITIES
 from strongroom.storage.postgres.store import PostgresStore
 from strongroom.storage.sqlite.store import SqliteStore
 from tests.helpers.servers import postgres
-from tests.helpers.support import opened
+from tests.helpers.stores import opened
 
 COLLECTIONS = [entity.__collection__ for entity in (*SYSTEM_ENTITIES, *ENTITIES)]
 LATER = datetime(2026, 1, 1, tzinfo=UTC)

@@ -30,8 +30,12 @@ from strongroom.webhooks.http_sender import MAX_RESPONSE_BYTES, HttpSender, Send
 from strongroom.webhooks.model import IssuedWebhook
 from strongroom.webhooks.signatures import verify_signature
 from tests.conftest import backend_of
-from tests.helpers.places import ROOT
-from tests.helpers.receiver import (
+from tests.helpers.faulty_store import Fault, FaultyStore
+from tests.helpers.paths import ROOT
+from tests.helpers.servers.proxy import Proxy
+from tests.helpers.stores import new_url
+from tests.helpers.waiting import PATIENCE_S, wait_until
+from tests.helpers.webhook_receiver import (
     FAST,
     OK,
     Receiver,
@@ -41,9 +45,6 @@ from tests.helpers.receiver import (
     receiving,
     status,
 )
-from tests.helpers.servers.proxy import Proxy
-from tests.helpers.support import Fault, FaultyStore, new_url
-from tests.helpers.waiting import PATIENCE_S, wait_until
 
 IMPATIENT = partial(HttpSender, connect_timeout_s=0.5, total_timeout_s=0.5)
 PATIENT = replace(FAST, backoff_s=3_600.0)

@@ -28,7 +28,8 @@ from strongroom.webhooks.signatures import (
     sign,
     verify_signature,
 )
-from tests.helpers.support import FaultyStore, new_url, opened, rolling
+from tests.helpers.faulty_store import FaultyStore
+from tests.helpers.stores import new_url, opened, rolling
 from tests.helpers.waiting import wait_until
 
 URL = "https://203.0.114.7/hook"

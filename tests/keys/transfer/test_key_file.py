@@ -35,8 +35,9 @@ from strongroom.keys.transfer.key_file_import import (
     export_keys,
     id_of,
 )
-from tests.helpers.places import DATA
-from tests.helpers.support import Fault, FaultyStore, stored_usage
+from tests.helpers.faulty_store import Fault, FaultyStore
+from tests.helpers.paths import DATA
+from tests.helpers.stores import stored_usage
 from tests.helpers.waiting import wait_until
 
 KEY_FILES = DATA / "keys"

@@ -55,7 +55,8 @@ from strongroom.quotas.model import Quota, quota_id
 from strongroom.rules import default_policy
 from strongroom.testing.storage import Backend
 from tests.conftest import backend_of
-from tests.helpers.support import Fault, FaultyStore, new_url, rolling, stored_usage
+from tests.helpers.faulty_store import Fault, FaultyStore
+from tests.helpers.stores import new_url, rolling, stored_usage
 from tests.helpers.waiting import wait_until
 
 SYSTEM = system_context()

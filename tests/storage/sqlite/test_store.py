@@ -50,7 +50,7 @@ from strongroom.storage.sqlite import threads as sqlite_threads
 from strongroom.storage.sqlite.isolation import Guarded
 from strongroom.storage.sqlite.store import SqliteStore
 from strongroom.storage.sqlite.writer import Writer
-from tests.helpers.places import DATA, ROOT
+from tests.helpers.paths import DATA, ROOT
 from tests.helpers.waiting import PATIENCE_S, tear_down_the_loop, wait_until
 
 SAVED = DATA / "sqlite"

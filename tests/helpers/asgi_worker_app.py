@@ -1,4 +1,4 @@
-"""What `integrations/test_workers.py` serves in several processes: an application that says which process answered."""
+"""An ASGI application that says which process answered: `integrations/test_workers.py` serves it in several."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the integrations' tests share: ASGI applications called in this process, and answers that refuse checked."""
+"""ASGI applications called in this process, and checks of their refusals, for the tests of the integrations."""
 
 from __future__ import annotations
 

@@ -22,7 +22,8 @@ import strongroom.app
 from strongroom import Strongroom
 from strongroom.webhooks.deliveries import Deliveries, Timing
 from strongroom.webhooks.http_sender import HttpSender
-from tests.helpers.support import FaultyStore, opened
+from tests.helpers.faulty_store import FaultyStore
+from tests.helpers.stores import opened
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 FAST = Timing(poll_s=0.05, first_look_s=0.05, claim_margin_s=0.5, backoff_s=0.01)

@@ -1,6 +1,6 @@
-"""What test_spendlog kills: spends from two slots of a log, and prints each total once it is written.
+"""The process that test_lease_log kills: it spends from two slots of a lease log, and prints each written total.
 
-python spend_worker.py FOLDER LEASE
+python lease_log_worker.py FOLDER LEASE
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A node that does background work under a lease: run by test_job_lease.py as a process of its own.
+"""A node that runs a job under a job lease, as a process of its own, for test_job_lease.py.
 
-Its work is to append its token to a document, over and over, each step under the lease's guard. `step` lines on its
-standard output say what was committed, `fenced` that a step was refused.
+The job appends its fencing token to a document, again and again, each step under the lease's guard. On standard output
+`step` lines report commits, and `fenced` lines report refused ones.
 """
 
 from __future__ import annotations
