@@ -1,4 +1,4 @@
-"""A typed client of Strongroom's HTTP interface: `Client` for threads, `AsyncClient` for asyncio, of one source."""
+"""A typed client of Strongroom's HTTP API: `Client` for threads, `AsyncClient` for asyncio, from one source."""
 
 from importlib.util import find_spec
 

@@ -1,4 +1,4 @@
-"""What the asynchronous client needs of asyncio; `_sio` has the same for threads."""
+"""The asyncio parts of the asynchronous client; `_sio` has the same for threads."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ sleep = asyncio.sleep
 
 
 def new_http(timeout: httpx.Timeout, limits: httpx.Limits) -> httpx.AsyncClient:
-    """Connections that are kept for the next call; redirects are not followed, which would take the key elsewhere."""
+    """Kept connections. Redirects are not followed: they would send the key to another server."""
     return httpx.AsyncClient(timeout=timeout, limits=limits, follow_redirects=False)
 
 
 async def uninterrupted(action: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Do it to the end, even if the task is cancelled meanwhile; then it is cancelled."""
+    """Complete the work even if the task is cancelled, then cancel the task."""
     task = asyncio.ensure_future(action())
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
@@ -35,7 +35,7 @@ async def uninterrupted(action: Callable[[], Coroutine[Any, Any, None]]) -> None
 
 
 class Ticker:
-    """Does something every `every_s` seconds until it is stopped, or until it says that there is nothing more to do."""
+    """Calls a function every `every_s` seconds until `stop`, or until the function returns False."""
 
     def __init__(self, every_s: float, action: Callable[[], Awaitable[bool]]) -> None:
         self._every_s = every_s

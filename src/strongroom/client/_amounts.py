@@ -15,7 +15,7 @@ _EXACT = Context(prec=60)
 
 
 def exact(resource: str, amount: object) -> Amount:
-    """An amount without rounding: a float is what it is written as. Raises InvalidInput."""
+    """An amount without rounding: a float counts as its decimal text. Raises InvalidInput."""
     if isinstance(amount, bool) or not isinstance(amount, int | float | Decimal):
         raise InvalidInput([Problem(f"cost.{resource[:64]}", f"found {type(amount).__name__}, expected a number")])
     number = Decimal(repr(amount)) if isinstance(amount, float) else amount
@@ -32,7 +32,7 @@ def exact(resource: str, amount: object) -> Amount:
 
 
 def added(amounts: Amounts, more: Cost) -> Amounts:
-    """Both together. Raises InvalidInput for what is no amount."""
+    """The sum of both. Raises InvalidInput for other values than amounts."""
     found = dict(amounts)
     for resource, amount in more.items():
         number = exact(resource, amount)
@@ -41,7 +41,7 @@ def added(amounts: Amounts, more: Cost) -> Amounts:
 
 
 def less(amounts: Amounts, told: Amounts) -> Amounts:
-    """What is more than was told of."""
+    """The amounts that were not reported yet."""
     rest = {name: _sum(amount, -told.get(name, 0)) for name, amount in amounts.items()}
     return {name: amount for name, amount in rest.items() if amount > 0}
 

@@ -1,4 +1,4 @@
-"""Server-sent events: the parser, and what a watcher must remember to go on without a gap or a repetition. Pure."""
+"""Server-sent events: the parser, and the state of a watcher that continues without a gap or a repetition. Pure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LINE_END = re.compile(rb"\r\n|\n|\r(?!$)")
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """What stood between two empty lines. `data` is None where there was none: it moves the cursor only."""
+    """The lines between two empty lines. `data` is None if there was none: such an event only moves the cursor."""
 
     name: str
     data: bytes | None
@@ -26,7 +26,7 @@ class Event:
 
 
 class Parser:
-    """Bytes in, whole events out, as the WHATWG's HTML standard reads an event stream."""
+    """A parser from bytes to events, by the WHATWG's HTML standard."""
 
     def __init__(self) -> None:
         self.retry_ms: int | None = None
@@ -41,7 +41,7 @@ class Parser:
         self._size = 0
 
     def feed(self, chunk: bytes) -> list[Event]:
-        """The events that `chunk` completes. Raises UnexpectedAnswer for one that is larger than any may be."""
+        """The events that `chunk` completes. Raises UnexpectedAnswer for an event above the largest size."""
         *lines, self._rest = _LINE_END.split(self._rest + chunk)
         events = []
         for line in lines:
@@ -73,10 +73,10 @@ class Parser:
 
 
 class Resumption:
-    """Where a watcher stands.
+    """The state of a watcher.
 
-    Only the last event of the server's page has a cursor, so that after a broken connection the first events of a page
-    come again: those that were given out already are known by what they say of themselves.
+    Only the last event of the server's page has a cursor. So after a lost connection the first events of a page come
+    again, and the watcher recognises the returned ones by their content.
     """
 
     def __init__(self, cursor: str | None) -> None:
@@ -84,8 +84,8 @@ class Resumption:
         self._given: set[tuple[str, str, int | None, object]] = set()
 
     def take(self, event: Event) -> Change | None:
-        """The change that an event tells of; None if it tells of none, or of one that was given out before. Raises Gone
-        where changes were missed."""
+        """The change of an event; None without a change, or for one that was returned before. Raises Gone if changes
+        were missed."""
         change = None
         if event.name == "reset":
             raise Gone("the place of this watch is gone from the journal: read anew, and watch without a cursor")

@@ -1,4 +1,4 @@
-"""What the synchronous client needs of threads; `_aio` has the same for asyncio."""
+"""The thread parts of the synchronous client; `_aio` has the same for asyncio."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ sleep = time.sleep
 
 
 def new_http(timeout: httpx.Timeout, limits: httpx.Limits) -> httpx.Client:
-    """Connections that are kept for the next call; redirects are not followed, which would take the key elsewhere."""
+    """Kept connections. Redirects are not followed: they would send the key to another server."""
     return httpx.Client(timeout=timeout, limits=limits, follow_redirects=False)
 
 
 def uninterrupted(action: Callable[[], None]) -> None:
-    """Do it; a thread cannot be cancelled."""
+    """Do the work; a thread cannot be cancelled."""
     action()
 
 
 class Ticker:
-    """Does something every `every_s` seconds until it is stopped, or until it says that there is nothing more to do."""
+    """Calls a function every `every_s` seconds until `stop`, or until the function returns False."""
 
     def __init__(self, every_s: float, action: Callable[[], bool]) -> None:
         self._every_s = every_s

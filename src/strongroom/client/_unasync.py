@@ -36,7 +36,7 @@ NAMES = {
 
 
 class NotTranslated(Exception):
-    """Something of asyncio is left in what was generated."""
+    """The generated code still has a part of asyncio."""
 
 
 def translate(source: str, name: str = "<text>") -> str:
@@ -56,7 +56,7 @@ def translate(source: str, name: str = "<text>") -> str:
 
 
 def _between(lines: list[str], start: tuple[int, int], end: tuple[int, int]) -> str:
-    """What stands between two tokens: spaces, and the backslash of a continued line."""
+    """The text between two tokens: spaces, and the backslash of a continued line."""
     if start[0] == end[0]:
         return lines[start[0] - 1][start[1] : end[1]] if start[0] <= len(lines) else ""
     first = lines[start[0] - 1][start[1] :]
@@ -93,7 +93,7 @@ def _file(source: Path) -> str:
 
 
 def stale() -> Iterator[Path]:
-    """The files of the synchronous client that are not what the generator gives."""
+    """The files of the synchronous client that differ from the generated ones."""
     wanted = generated()
     for path in sorted({*wanted, *TARGET.glob("*.py")}):
         if not path.exists() or path.read_text() != wanted.get(path):

@@ -1,4 +1,4 @@
-"""What both clients say and understand: paths, query strings, bodies, and when a failed call is tried again. Pure."""
+"""Shared by both clients: paths, query strings, bodies, and the decision to retry. Pure."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Query = list[tuple[str, str]]
 
 
 class Unset:
-    """Stands for a parameter that was not given, where None means something."""
+    """Marks a missing parameter where None has a meaning."""
 
     def __repr__(self) -> str:
         return "UNSET"
@@ -46,12 +46,12 @@ UNSET = Unset()
 
 
 def given(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what was not given."""
+    """The values without missing parameters."""
     return {name: value for name, value in fields.items() if not isinstance(value, Unset)}
 
 
 def listed(items: Iterable[Any] | Unset) -> Any:
-    """Items as a list. Raises InvalidInput for a text, which is not meant as its letters."""
+    """Items as a list. Raises InvalidInput for a str, whose letters are not items."""
     if isinstance(items, (str, bytes)):
         raise InvalidInput(f"found the text {items[:64]!r}, expected a list")
     return items if isinstance(items, Unset) else list(items)
@@ -79,7 +79,7 @@ def base_url(url: str) -> str:
 
 
 def checked_timeout_s(timeout_s: float) -> float:
-    """A time-out that ends. Raises InvalidInput."""
+    """A finite time-out. Raises InvalidInput."""
     if not 0 < timeout_s < float("inf"):
         raise InvalidInput([Problem("timeout_s", f"found {timeout_s!r}, expected a number of seconds above 0")])
     return timeout_s
@@ -111,7 +111,7 @@ def path(template: str, segments: Mapping[str, Any]) -> str:
 
 
 def encode(value: Any) -> bytes:
-    """JSON with every digit of Decimals. Raises InvalidInput for what JSON cannot say."""
+    """JSON with every digit of Decimals. Raises InvalidInput for other values than JSON's."""
     return _encoded(_encode, value)
 
 
@@ -139,24 +139,24 @@ def decode(type_: type[T], body: bytes | msgspec.Raw) -> T:
 
 
 class _Text(msgspec.Struct):
-    """Of the answer to a new key or a new text, the text."""
+    """The secret in the answer to a creation or rotation of a key."""
 
     key: str | None = None
 
 
 class _Secret(msgspec.Struct):
-    """Of the answer to a new webhook or a new secret, the secret."""
+    """The secret in the answer to a creation of a webhook or a rotation of its secret."""
 
     secret: str
 
 
 def issued(body: bytes) -> IssuedKey:
-    """A key and its text, of an answer that has the one beside the other. Raises UnexpectedAnswer."""
+    """A key and its secret, from one answer. Raises UnexpectedAnswer."""
     return IssuedKey(key=decode(ApiKey, body), text=decode(_Text, body).key or "")
 
 
 def issued_webhook(body: bytes) -> IssuedWebhook:
-    """A webhook and its secret, of an answer that has the one beside the other. Raises UnexpectedAnswer."""
+    """A webhook and its secret, from one answer. Raises UnexpectedAnswer."""
     return IssuedWebhook(webhook=decode(Webhook, body), secret=decode(_Secret, body).secret)
 
 
@@ -179,8 +179,8 @@ def decode_document(type_: type[T], body: bytes | msgspec.Raw) -> T:
 
 
 def fields_of(document: object) -> dict[str, Any]:
-    """A document (a mapping, a dataclass, a msgspec Struct, a pydantic model) as fields to be written: without those
-    that the store sets. Raises InvalidInput."""
+    """A document (a mapping, a dataclass, a msgspec Struct, a pydantic model) as fields, without those that the store
+    sets. Raises InvalidInput."""
     if isinstance(document, Mapping):
         fields = dict(document)
     elif hasattr(document, "model_dump"):
@@ -249,7 +249,7 @@ def filters(
 
 
 def new_idempotency_key() -> str:
-    """An Idempotency-Key: of the calls that have it, the server does one."""
+    """An Idempotency-Key: the server executes one of the calls with this key."""
     return secrets.token_hex(16)
 
 
@@ -269,7 +269,7 @@ def once_of(idempotency_key: str | None) -> str:
 
 
 def if_match(expected: int | None) -> dict[str, str]:
-    """The header that demands a version; 0: that there is no such document yet."""
+    """The header that requires a version; 0: the document must not exist."""
     if expected is None:
         return {}
     return {"If-None-Match": "*"} if expected == 0 else {"If-Match": f'"{expected}"'}
@@ -280,11 +280,10 @@ def if_match(expected: int | None) -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Retries:
-    """How a call that failed is tried again: at most `times` more, for at most `budget_s` seconds in all.
+    """Retries of a failed call: at most `times`, within `budget_s` seconds.
 
-    Before each, the client waits as long as the answer's Retry-After says, or else a random time of up to `base_s`,
-    doubled each time, up to `most_s`. Where Retry-After leads beyond the budget, the error is raised at once, with
-    `retry_after_s` in its details.
+    Before each, the client waits for the answer's Retry-After, or a random time of up to `base_s`, doubled each time,
+    up to `most_s`. If Retry-After exceeds the budget, the error is raised at once, with `retry_after_s` in its details.
     """
 
     times: int = 3
@@ -304,9 +303,9 @@ class Retries:
             raise InvalidInput(problems)
 
     def wait_s(self, error: StrongroomError, *, repeatable: bool, tried: int, elapsed_s: float) -> float | None:
-        """Seconds to wait before the next try; None: there is none.
+        """Seconds to wait before the next try; None: no more tries.
 
-        `repeatable`: doing it twice does no more than doing it once. `tried`: how often it was tried again.
+        `repeatable`: repeating the call has no further effect. `tried`: the number of retries so far.
         """
         if tried >= self.times or not _may_repeat(error, repeatable):
             return None
@@ -322,7 +321,7 @@ class Retries:
 
 
 def _may_repeat(error: StrongroomError, repeatable: bool) -> bool:
-    """Whether the same call may be sent again after this error."""
+    """Whether the call may be retried after this error."""
     if isinstance(error, NoAnswer):
         return repeatable or error.details.get("outcome") == "not_done"
     status = error.details.get("status")
@@ -330,7 +329,7 @@ def _may_repeat(error: StrongroomError, repeatable: bool) -> bool:
 
 
 def no_answer(error: httpx.RequestError, method: str, template: str, timeout_s: float) -> StrongroomError:
-    """What a failure to get an answer means. The library's own error has the particulars, as the cause."""
+    """The error of a call without an answer. Its cause is the HTTP library's error."""
     what = f"{method} {template}"
     match error:
         case httpx.ConnectError() | httpx.ProxyError():
@@ -350,6 +349,6 @@ def no_answer(error: httpx.RequestError, method: str, template: str, timeout_s: 
 
 
 def may_resume(error: StrongroomError) -> bool:
-    """Whether a stream that ended so may be asked for again: yes, unless the server said no to it."""
+    """Whether a stream that ended with this error may be reopened: not after a refusal of the server."""
     status = error.details.get("status", 0)
     return isinstance(error, NoAnswer) or status == 429 or status >= 500

@@ -1,4 +1,4 @@
-"""The server's one map from errors to answers, inverted: an answer becomes the error that the server raised."""
+"""Inverts the server's map from errors to answers: an answer becomes the error that the server raised."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ MAX_UNKNOWN_CODES = 64
 
 
 class MalformedRequest(StrongroomError):
-    """The request is not well-formed: the body is not JSON, or a header cannot be read."""
+    """The request is malformed: the body is not JSON, or a header is malformed."""
 
     code = "malformed_request"
 
 
 class MethodNotAllowed(StrongroomError):
-    """The server does not have this method here: it may be older than this client."""
+    """The server does not have this method: it may be older than this client."""
 
     code = "method_not_allowed"
 
@@ -56,12 +56,12 @@ class HeadersTooLarge(StrongroomError):
 
 
 class NoAnswer(Unavailable):
-    """The server did not answer. `details["outcome"]` is `not_done` if the request cannot have reached it, `unknown`
-    if it may have done what was asked."""
+    """The server did not answer. `details["outcome"]` is `not_done` if the request cannot have reached the server,
+    `unknown` if it may have been executed."""
 
 
 class UnexpectedAnswer(StrongroomError):
-    """The answer is not one of Strongroom's: is the address right, and does a proxy stand before the server?"""
+    """The answer is not Strongroom's: check the address, and a proxy in front of the server."""
 
     code = "unexpected_answer"
 
@@ -83,7 +83,7 @@ class ProblemItem(msgspec.Struct, frozen=True):
 
 
 class ProblemDetails(msgspec.Struct, frozen=True):
-    """RFC 9457's document with the server's own members."""
+    """A problem document (RFC 9457) with the server's own members."""
 
     code: str
     title: str = ""
@@ -127,11 +127,10 @@ _decode = msgspec.json.Decoder(ProblemDetails).decode
 
 
 def error_of(status: int, headers: Mapping[str, str], body: bytes) -> StrongroomError:
-    """The error that an answer tells of; its details have `status`; `request_id`, `retry_after_s` and `outcome` if
-    it has them.
+    """The error of an answer. Its details have `status`, and `request_id`, `retry_after_s` and `outcome` if the answer
+    has them.
 
-    A code that this client does not know, of a newer server, is kept: the error has it as its `code`, and as its base
-    the class that the status stands for.
+    An unknown code, of a newer server, is kept in `code`; the error's base is the class of the status.
     """
     details: dict[str, Any] = {"status": status}
     request_id = headers.get("x-request-id")
@@ -163,7 +162,7 @@ def error_of(status: int, headers: Mapping[str, str], body: bytes) -> Strongroom
 
 
 def _foreign(status: int, headers: Mapping[str, str], body: bytes, details: dict[str, Any]) -> StrongroomError:
-    """An error that something before the server told, or a server that is not Strongroom."""
+    """An error from a proxy in front of the server, or from another server."""
     cls = _BY_STATUS.get(status, UnexpectedAnswer)
     kind = headers.get("content-type", "no content type")
     text = body[: MAX_TEXT_CHARS * 4].decode("utf-8", "replace")[:MAX_TEXT_CHARS]
@@ -176,7 +175,7 @@ def _unknown(base: Any, code: str) -> type[StrongroomError]:
 
 
 def retry_after_s(value: str | None) -> float | None:
-    """A Retry-After header, seconds or a date, as seconds from now; None if there is none that can be read."""
+    """A Retry-After header, seconds or a date, as seconds from now; None if it is missing or malformed."""
     if value is None:
         return None
     if value.strip().isdecimal():

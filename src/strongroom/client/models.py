@@ -1,4 +1,4 @@
-"""What the server answers, as typed values: exact amounts, aware times; what a newer server adds is ignored."""
+"""The server's answers as typed values: exact amounts, aware times; fields of a newer server are ignored."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ T = TypeVar("T")
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True, repr_omit_defaults=True):
-    """An answer. Words such as `code` and `kind` stay texts, because a newer server may know more of them."""
+    """An answer. Words such as `code` and `kind` are text, because a newer server may have more of them."""
 
 
 class Page(Model, Generic[T], frozen=True):
-    """Some items, and where the next page begins (None: this was the last)."""
+    """A page of items, and the cursor of the next page (None: this is the last page)."""
 
     items: list[T]
     next_cursor: str | None = None
@@ -32,7 +32,7 @@ class Page(Model, Generic[T], frozen=True):
 
 
 class Refill(msgspec.Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
-    """What comes back of a total: `amount` with each `unit` of the calendar in `timezone`, or every `seconds`."""
+    """A refill of a total: `amount` at each `unit` of the calendar in `timezone`, or every `seconds`."""
 
     amount: Amount
     unit: str | None = None
@@ -41,7 +41,7 @@ class Refill(msgspec.Struct, frozen=True, omit_defaults=True, repr_omit_defaults
 
 
 class Window(msgspec.Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
-    """The span in which a limit holds: made by `rolling`, `anchored`, `calendar` or `total`."""
+    """The window of a limit: made by `rolling`, `anchored`, `calendar` or `total`."""
 
     kind: str
     seconds: int | None = None
@@ -56,22 +56,23 @@ class Window(msgspec.Struct, frozen=True, omit_defaults=True, repr_omit_defaults
 
     @classmethod
     def anchored(cls, seconds: int) -> Window:
-        """`seconds` from the first use on; the first use after that starts another."""
+        """`seconds` from the first use; the first use after that starts a new window."""
         return cls("anchored", seconds=seconds)
 
     @classmethod
     def calendar(cls, unit: str, timezone: str = "UTC") -> Window:
-        """The present minute, hour, day, week (from Monday) or month in `timezone` (an IANA name)."""
+        """The current minute, hour, day, week (from Monday) or month in `timezone` (an IANA name)."""
         return cls("calendar", unit=unit, timezone=timezone)
 
     @classmethod
     def total(cls, refill: Refill | None = None) -> Window:
-        """No window: what is used stays used, but for what `refill` gives back."""
+        """No window: usage stays, except for amounts that `refill` gives back."""
         return cls("total", refill=refill)
 
 
 class Limit(msgspec.Struct, frozen=True, omit_defaults=True, repr_omit_defaults=True):
-    """At most `limit` of `resource` in each `window`; with `models` or `routes`, of the calls that name one of them."""
+    """At most `limit` of `resource` in each `window`; with `models` or `routes` only for calls that name one of
+    them."""
 
     resource: str
     limit: Amount
@@ -81,10 +82,10 @@ class Limit(msgspec.Struct, frozen=True, omit_defaults=True, repr_omit_defaults=
 
 
 class LimitStatus(Model, frozen=True):
-    """Where one limit stands. `resets_at`: when `used` next falls. `exceeded`: this limit denied the call.
+    """The state of one limit. `resets_at`: when `used` next falls. `exceeded`: this limit denied the call.
 
-    `subject` names whose limit it is: `key`, or a quota. Of what is `used`, `recorded` was used, `reserved` is held by
-    reservations that are open, and `leased` is lent to the server's nodes.
+    `subject` is the limit's owner: `key`, or a quota. `used` = `recorded` + `reserved` (held by open reservations) +
+    `leased` (leased to other nodes).
     """
 
     resource: str
@@ -106,9 +107,9 @@ class LimitStatus(Model, frozen=True):
 
 
 class ApiKey(Model, frozen=True):
-    """A key. `display` is what may be shown of its text; the text itself is answered once, when it is made.
+    """A key. `display` is its masked secret; only the answer to its creation has the secret.
 
-    `unclaimed`: the text of a rotation waits to be claimed.
+    `unclaimed`: a rotated secret waits to be claimed.
     """
 
     id: str
@@ -143,8 +144,8 @@ class ApiKey(Model, frozen=True):
 
 
 class IssuedKey(Model, frozen=True):
-    """A key with its text, which the server shows this once (empty where a rotation holds it, to be claimed). The text
-    is left out of the representation."""
+    """A key with its secret, shown once (empty while a rotated secret waits to be claimed). The `repr` has no
+    secret."""
 
     key: ApiKey
     text: str
@@ -154,7 +155,7 @@ class IssuedKey(Model, frozen=True):
 
 
 class KeyStats(Model, frozen=True):
-    """`count`: uses. `totals`: what was used of each resource in the key's lifetime."""
+    """`count`: uses. `totals`: lifetime usage by resource."""
 
     key_id: str
     tenant: str
@@ -167,11 +168,11 @@ class KeyStats(Model, frozen=True):
 
 
 class Verification(Model, frozen=True):
-    """Whether a key may be used now. `code` is VALID, or says why not; only VALID debits anything.
+    """Whether a key may be used now. `code` is VALID or the reason of the refusal; only VALID debits.
 
     `retry_after_s`: seconds until the same call would be admitted if nothing else is used; None if waiting does not
-    help. `message` explains a refusal. `uncounted`: the resources of the cost that no limit of the key counts: perhaps
-    their names are written wrongly.
+    help. `message` explains a refusal. `uncounted`: resources of the cost that no limit of the key counts, for example
+    misspelt names.
     """
 
     valid: bool
@@ -188,8 +189,8 @@ class Verification(Model, frozen=True):
 
 
 class Reservation(Verification, frozen=True):
-    """The answer to a reservation, and to what is done to it. `state` is open, settled or released; None if it was
-    refused, and then there is no `reservation_id`. `charged`: what was used of it in all so far."""
+    """The answer to a reservation and its later calls. `state` is open, settled or released, or None for a refusal,
+    which has no `reservation_id`. `charged`: its total usage so far."""
 
     reservation_id: str | None = None
     state: str | None = None
@@ -198,8 +199,7 @@ class Reservation(Verification, frozen=True):
 
 
 class Ask(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One question of `verify_batch`: may this key be used, for this cost? The key is left out of the
-    representation."""
+    """One item of `verify_batch`: a key and its cost. The `repr` has no key."""
 
     key: str
     cost: Cost | None = None
@@ -221,8 +221,8 @@ class BulkFailure(Model, frozen=True):
 
 
 class BulkStep(Model, frozen=True):
-    """One part of the work: how many keys were looked at, changed, or were so already (`unchanged`), and what failed.
-    `next_cursor` is None with the last part."""
+    """One step of the work: the numbers of keys examined, changed and already so (`unchanged`), and the failures.
+    `next_cursor` is None in the last step."""
 
     looked_at: int
     changed: int
@@ -236,9 +236,8 @@ class BulkStep(Model, frozen=True):
 
 
 class Used(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What was used of one key, given by its text or its id: an item of `record_many`. `idempotency_key` keeps it from
-    being counted twice, in whatever batch it comes. `at` is when it was used (default: now). The text is left out of
-    the representation."""
+    """Usage of one key, given by its secret or its id: an item of `record_many`. `idempotency_key` prevents a double
+    count, in any batch. `at` is the time of the usage (default: now). The `repr` has no secret."""
 
     cost: Cost
     key: str | None = None
@@ -253,7 +252,7 @@ class Used(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Recorded(Model, frozen=True):
-    """Where a key's limits stand after usage was recorded, and the resources of the cost that none of them counts."""
+    """A key's limits after usage was recorded, and the resources of the cost that none of them counts."""
 
     key_id: str
     tenant: str
@@ -262,7 +261,8 @@ class Recorded(Model, frozen=True):
 
 
 class RecordedBatch(Model, frozen=True):
-    """`recorded`: how many items were. `keys`: where the limits of each key stand, in the order of the first items."""
+    """`recorded`: the number of recorded items. `keys`: the state of each key's limits, in the order of the first
+    items."""
 
     recorded: int
     keys: list[Recorded] = []
@@ -287,7 +287,7 @@ class Quota(Model, frozen=True):
 
 
 class QuotaStats(Model, frozen=True):
-    """`count`: uses. `totals`: what was used of each resource since the quota is there."""
+    """`count`: uses. `totals`: usage by resource since the quota's creation."""
 
     tenant: str
     kind: str
@@ -302,7 +302,7 @@ class QuotaStats(Model, frozen=True):
 
 
 class CurrentUsage(Model, frozen=True):
-    """The window that counts now."""
+    """The current window."""
 
     tokens_used_in_current_window: Amount
     window_started_at: Moment
@@ -311,7 +311,7 @@ class CurrentUsage(Model, frozen=True):
 
 
 class OwnStats(Model, frozen=True):
-    """The statistics of the key that asks, whose text is masked."""
+    """The statistics of the calling key, with its secret masked."""
 
     key: str
     name: str
@@ -326,7 +326,7 @@ class OwnStats(Model, frozen=True):
 
 
 class Dependency(Model, frozen=True):
-    """One thing that the server stands on. `status` is ok, degraded or unavailable."""
+    """One dependency of the server. `status` is ok, degraded or unavailable."""
 
     status: str
     kind: str
@@ -335,7 +335,7 @@ class Dependency(Model, frozen=True):
 
 
 class Readiness(Model, frozen=True):
-    """Whether the server would answer requests, and what it stands on."""
+    """Whether the server can answer requests, and the state of its dependencies."""
 
     status: str
     ready: bool
@@ -347,9 +347,8 @@ class Readiness(Model, frozen=True):
 
 
 class Change(Model, frozen=True):
-    """One change of a document. `action` is create, update or delete; `before` and `after` have the fields that it
-    changed, secrets masked. Or `removed`: the document is there, but this caller may not see it any more (`reason` is
-    access_lost)."""
+    """One change of a document. `action` is create, update or delete; `before` and `after` have the changed fields,
+    secrets masked. `removed` means that the caller may no longer see the document (`reason` is access_lost)."""
 
     id: str
     action: str
@@ -366,8 +365,8 @@ class Change(Model, frozen=True):
 
 
 class Webhook(Model, frozen=True):
-    """An endpoint that is told of events. `failing_since` is set while every attempt fails; `disabled_reason` if it was
-    disabled for that. `previous_until`: until when the secret before the last rotation signs as well."""
+    """An endpoint that receives events. `failing_since` is set while every attempt fails, `disabled_reason` if the
+    endpoint was disabled for that. `previous_until`: when the previous secret stops signing."""
 
     id: str
     tenant: str
@@ -387,7 +386,7 @@ class Webhook(Model, frozen=True):
 
 
 class IssuedWebhook(Model, frozen=True):
-    """An endpoint with its secret, which the server shows this once. The secret is left out of the representation."""
+    """An endpoint with its secret, shown once. The `repr` has no secret."""
 
     webhook: Webhook
     secret: str
@@ -397,7 +396,7 @@ class IssuedWebhook(Model, frozen=True):
 
 
 class Delivery(Model, frozen=True):
-    """One event on its way to one endpoint. `state` is pending, delivered or dead; `due_at`: when it is tried next."""
+    """The delivery of one event to one endpoint. `state` is pending, delivered or dead; `due_at`: the next attempt."""
 
     id: str
     webhook_id: str
@@ -421,7 +420,7 @@ class Delivery(Model, frozen=True):
 
 
 class Sighting(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A text that was found in public, and where. The text is left out of the representation."""
+    """A found secret, and its place. The `repr` has no secret."""
 
     token: str
     type: str | None = None
@@ -441,7 +440,7 @@ class LeakLabel(Model, frozen=True):
 
 
 class Leak(Model, frozen=True):
-    """A text of a key that was found in public. `ends_at`: when the text stops working; None: it works on."""
+    """A leaked secret of a key. `ends_at`: when the secret stops working; None: never."""
 
     id: str
     tenant: str
@@ -458,8 +457,9 @@ class Leak(Model, frozen=True):
 
 
 class AuditRecord(Model, frozen=True):
-    """One record of the journal: who changed what, from what to what. `tenant` is None for the platform's own; `index`
-    is its leaf in the tenant's tree, None until it is sealed. Secrets in `before` and `after` are `***`."""
+    """One record of the journal: who changed what, from what to what. `tenant` is None for a record of the platform.
+    `index` is the record's leaf in the tenant's tree, None until it is sealed. Secrets in `before` and `after` are
+    `***`."""
 
     sequence: int
     at: Moment
@@ -475,8 +475,8 @@ class AuditRecord(Model, frozen=True):
 
 
 class LeakPolicy(Model, frozen=True):
-    """What is done with a tenant's keys that leak: `action` is notify, disable or rotate; `overlap_s`: how long a
-    leaked text works on where it is rotated. `updated_at` is None where none was set."""
+    """The leak policy of a tenant: `action` is notify, disable or rotate; `overlap_s`: how long a leaked secret keeps
+    working after its rotation. `updated_at` is None if none was set."""
 
     tenant: str
     action: str

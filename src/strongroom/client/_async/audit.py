@@ -31,7 +31,7 @@ class AsyncAudit:
         until: datetime | None = None,
         page_size: int = DEFAULT_PAGE,
     ) -> AsyncIterator[AuditRecord]:
-        """Every record that fits, oldest first, page after page. Raises Denied for another tenant's."""
+        """Every matching record, oldest first, over all pages. Raises Denied for another tenant's records."""
         wanted = query(
             {
                 "tenant": tenant,

@@ -42,10 +42,11 @@ class AsyncQuotas:
         expected: int | None = None,
         idempotency_key: str | None = None,
     ) -> Quota:
-        """Make a subject's quota, or replace it; what was used stays counted where a limit's resource and window stay.
+        """Create or replace a subject's quota. The usage of a limit stays if its resource, window, models and routes
+        stay.
 
-        `expected`: the version that it must have, 0 that there must be none; else PreconditionFailed. Raises
-        InvalidInput with every problem; Denied for a caller whom the quota binds.
+        `expected`: the required version (0: it must not exist); else PreconditionFailed. Raises InvalidInput with every
+        problem; Denied for a caller of the tenant that the quota binds.
         """
         answer = await self._http.send(
             "PUT",
@@ -69,7 +70,7 @@ class AsyncQuotas:
     def list(
         self, *, tenant: str | None = None, kind: Kind | None = None, page_size: int = DEFAULT_PAGE
     ) -> AsyncIterator[Quota]:
-        """Every quota that fits, by tenant, kind and name, page after page."""
+        """Every matching quota, by tenant, kind and name, over all pages."""
         return self._http.items(Quota, "/v1/quotas", {}, query({"tenant": tenant, "kind": kind}), page_size)
 
     async def update(
@@ -83,7 +84,7 @@ class AsyncQuotas:
         expected: int | None = None,
         idempotency_key: str | None = None,
     ) -> Quota:
-        """Change the fields that are given. Raises NotFound, InvalidInput with every problem."""
+        """Change the given fields. Raises NotFound, InvalidInput with every problem."""
         answer = await self._http.send(
             "PATCH",
             "/v1/quotas/{kind}/{tenant}/{name}" if name else "/v1/quotas/{kind}/{tenant}",
@@ -103,7 +104,7 @@ class AsyncQuotas:
         expected: int | None = None,
         idempotency_key: str | None = None,
     ) -> None:
-        """Remove a subject's quota, and what was counted against it. Raises NotFound."""
+        """Delete a subject's quota and its usage. Raises NotFound."""
         await self._http.send(
             "DELETE",
             "/v1/quotas/{kind}/{tenant}/{name}" if name else "/v1/quotas/{kind}/{tenant}",
@@ -113,7 +114,7 @@ class AsyncQuotas:
         )
 
     async def stats(self, kind: Kind, tenant: str, name: str = "") -> QuotaStats:
-        """What was used of each limit, and in all. Raises NotFound."""
+        """The usage of each limit, and totals. Raises NotFound."""
         answer = await self._http.send(
             "GET",
             "/v1/quotas/{kind}/{tenant}/{name}/stats" if name else "/v1/quotas/tenant/{tenant}/stats",

@@ -1,4 +1,4 @@
-"""Reservations over HTTP: an amount held before it is known what will be used, then settled for what was."""
+"""Reservations over HTTP: hold an amount before the usage is known, then settle the usage."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TICKS_PER_TTL = 3
 
 
 class AsyncReservations:
-    """Holds on a key's limits. `hold` is the comfortable form; the others are the single steps."""
+    """Reservations on a key's limits. `hold` is a context manager; the other methods are the single steps."""
 
     def __init__(self, transport: AsyncTransport) -> None:
         self._http = transport
@@ -45,7 +45,7 @@ class AsyncReservations:
     ) -> Reservation:
         """Verify the key and hold `cost` (default: one request), and one of its `concurrency`, for `ttl_s` seconds.
 
-        If it is valid, the answer has a `reservation_id`. What is held is given back when that time is over.
+        A valid answer has a `reservation_id`. The held amount is given back when that time is over.
         """
         fields = {
             "key": key,
@@ -62,10 +62,10 @@ class AsyncReservations:
         return decode(Reservation, answer)
 
     async def settle(self, reservation_id: str, cost: Cost) -> Reservation:
-        """End a hold: `cost` is what was used in all, charged whole even if it is more than was held. The same again
-        answers the same.
+        """End a reservation: `cost` is the total usage, charged in full even if it exceeds the held amount. A retry
+        gets the same answer.
 
-        Raises NotFound (unknown, or another tenant's); Conflict (it has ended, or was settled with other amounts).
+        Raises NotFound (unknown, or another tenant's); Conflict (it has expired, or was settled with other amounts).
         """
         answer = await self._http.send(
             "POST",
@@ -84,10 +84,11 @@ class AsyncReservations:
         cost: Cost | None = None,
         used: Cost | None = None,
     ) -> Reservation:
-        """Hold on for `ttl_s` seconds from now: `cost` in all (default: as it is). `used` is what was used of it in all
-        so far: that is charged now, whatever becomes of the caller.
+        """Hold for `ttl_s` seconds from now, `cost` in total (default: unchanged). `used` is the total usage so far; it
+        is charged now, even if the caller dies.
 
-        If the answer is not valid there is no more to be had, and the hold is as it was. Raises NotFound, Conflict.
+        If the answer is not valid, the limits do not allow it, and the reservation does not change. Raises NotFound,
+        Conflict.
         """
         answer = await self._http.send(
             "POST",
@@ -99,7 +100,7 @@ class AsyncReservations:
         return decode(Reservation, answer)
 
     async def release(self, reservation_id: str) -> Reservation:
-        """End a hold and charge nothing but what was reported as used. The same again answers the same.
+        """End a reservation and charge only the reported usage. A retry gets the same answer.
 
         Raises NotFound, Conflict (it was settled).
         """
@@ -117,17 +118,16 @@ class AsyncReservations:
         model: str | None = None,
         route: str | None = None,
     ) -> AsyncHold:
-        """A hold as a context manager, which raises Refused at its beginning if the key may not be used.
+        """A reservation as a context manager. Raises Refused at the start if the key may not be used.
 
-        Say what was used by `hold.use(tokens=12)`, as it happens: at the end that is settled, whatever happened. The
-        requests that are held (by default one) count as used from the beginning. While it is open the hold extends
-        itself, and reports what was used so far.
+        Report usage with `hold.use(tokens=12)`. The end of the block settles it, also after an error. Held requests
+        (default one) count as used from the beginning. An open hold extends itself and reports its usage so far.
         """
         return AsyncHold(self, self._http, key, cost, ttl_s, permission, ip, model, route)
 
 
 class AsyncHold:
-    """An open reservation: what was used of it so far, to be settled when its block ends."""
+    """An open reservation and its usage so far, settled when its block ends."""
 
     def __init__(
         self,
@@ -157,7 +157,7 @@ class AsyncHold:
 
     @property
     def reservation(self) -> Reservation:
-        """The server's answer when it was made."""
+        """The server's answer to the reservation."""
         if self._reservation is None:
             raise RuntimeError("the hold is not open: use it in a with statement")
         return self._reservation
@@ -168,12 +168,12 @@ class AsyncHold:
         return self.reservation.reservation_id or ""
 
     def use(self, amounts: Cost | None = None, /, **more: float | Decimal) -> None:
-        """Say that so much more was used: `use(tokens=12)`, or `use({"my.resource": 1})`. It is sent later."""
+        """Add usage: `use(tokens=12)`, or `use({"my.resource": 1})`. It is sent later."""
         self.used = added(added(self.used, amounts or {}), more)
 
     async def extend(self, cost: Cost | None = None) -> Reservation:
-        """Hold `cost` in all (default: as it is), and report what was used so far. If the answer is not valid there is
-        no more to be had, and the hold is as it was. Raises NotFound and Conflict where it has ended."""
+        """Hold `cost` in total (default: unchanged), and report the usage so far. If the answer is not valid, the
+        limits do not allow it, and the hold does not change. Raises NotFound and Conflict if it has ended."""
         used = self.used
         answer = await self._reservations.extend(self.id, ttl_s=self._ttl_s, cost=cost, used=used)
         if answer.valid:
@@ -201,7 +201,7 @@ class AsyncHold:
             await self._record_rest()
 
     async def _record_rest(self) -> None:
-        """The hold has ended by itself, so that only what was reported was charged: the rest happened as well."""
+        """Record the unreported usage of an expired hold: only the reported usage was charged."""
         rest = less(self.used, self._reported)
         if rest:
             key_id, model, route = self.reservation.key_id, self._asked["model"], self._asked["route"]

@@ -1,4 +1,4 @@
-"""Webhooks over HTTP: endpoints that are told of events, and the deliveries to them."""
+"""Webhooks over HTTP: endpoints that receive events, and their deliveries."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DEFAULT_PAGE = 100
 
 
 class AsyncWebhooks:
-    """Endpoints that are told of events, and the deliveries to them."""
+    """Endpoints that receive events, and their deliveries."""
 
     def __init__(self, transport: AsyncTransport) -> None:
         self._http = transport
@@ -43,7 +43,7 @@ class AsyncWebhooks:
         secret: str | None = None,
         idempotency_key: str | None = None,
     ) -> IssuedWebhook:
-        """Make an endpoint. Its secret is in the answer, this once. Without `events` it is told of all.
+        """Create an endpoint. The answer has its secret, once. Without `events` it receives all.
 
         Raises InvalidInput with every problem.
         """
@@ -68,7 +68,7 @@ class AsyncWebhooks:
         return decode(Webhook, await self._http.send("GET", "/v1/webhooks/{id}", {"id": id}))
 
     def list(self, *, tenant: str | None = None, page_size: int = DEFAULT_PAGE) -> AsyncIterator[Webhook]:
-        """Every endpoint, newest first, page after page."""
+        """Every endpoint, newest first, over all pages."""
         return self._http.items(Webhook, "/v1/webhooks", {}, query({"tenant": tenant}), page_size)
 
     async def update(
@@ -85,7 +85,7 @@ class AsyncWebhooks:
         expected: int | None = None,
         idempotency_key: str | None = None,
     ) -> Webhook:
-        """Change the fields that are given. `expected`: the version that it must have, else PreconditionFailed.
+        """Change the given fields. `expected`: the required version, else PreconditionFailed.
 
         Raises NotFound, InvalidInput with every problem.
         """
@@ -111,7 +111,7 @@ class AsyncWebhooks:
         return decode(Webhook, answer)
 
     async def delete(self, id: str, *, expected: int | None = None, idempotency_key: str | None = None) -> None:
-        """Remove an endpoint; what was not delivered to it is not delivered any more. Raises NotFound."""
+        """Delete an endpoint and its waiting deliveries. Raises NotFound."""
         await self._http.send(
             "DELETE", "/v1/webhooks/{id}", {"id": id}, headers=if_match(expected), once=once_of(idempotency_key)
         )
@@ -124,7 +124,7 @@ class AsyncWebhooks:
         expected: int | None = None,
         idempotency_key: str | None = None,
     ) -> IssuedWebhook:
-        """Give the endpoint a new secret. The one before signs beside it for `overlap_s` seconds. Raises NotFound."""
+        """Give the endpoint a new secret. Both secrets sign for `overlap_s` seconds. Raises NotFound."""
         answer = await self._http.send(
             "POST",
             "/v1/webhooks/{id}/rotate-secret",
@@ -136,7 +136,7 @@ class AsyncWebhooks:
         return issued_webhook(answer)
 
     async def test(self, id: str) -> Delivery:
-        """Send the endpoint a test event now, and say what came of it. It is not sent again where the answer is lost.
+        """Send the endpoint a test event now and return the result. Not retried without an answer.
 
         Raises NotFound.
         """
@@ -145,7 +145,7 @@ class AsyncWebhooks:
     def deliveries(
         self, id: str, *, state: str | None = None, page_size: int = DEFAULT_PAGE
     ) -> AsyncIterator[Delivery]:
-        """The deliveries to an endpoint, newest first. `state`: only those pending, delivered or dead."""
+        """The deliveries to an endpoint, newest first. `state`: pending, delivered or dead."""
         return self._http.items(
             Delivery, "/v1/webhooks/{id}/deliveries", {"id": id}, query({"state": state}), page_size
         )
@@ -155,7 +155,7 @@ class AsyncWebhooks:
         return decode(Delivery, await self._http.send("GET", "/v1/deliveries/{id}", {"id": id}))
 
     async def redrive(self, id: str) -> Delivery:
-        """Send a delivery again, under the same event id, from the beginning. Raises NotFound."""
+        """Restart a delivery with the same event id. Raises NotFound."""
         return decode(
             Delivery, await self._http.send("POST", "/v1/deliveries/{id}/redrive", {"id": id}, repeatable=True)
         )

@@ -32,7 +32,7 @@ class Audit:
         until: datetime | None = None,
         page_size: int = DEFAULT_PAGE,
     ) -> Iterator[AuditRecord]:
-        """Every record that fits, oldest first, page after page. Raises Denied for another tenant's."""
+        """Every matching record, oldest first, over all pages. Raises Denied for another tenant's records."""
         wanted = query(
             {
                 "tenant": tenant,

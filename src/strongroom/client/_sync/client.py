@@ -1,5 +1,5 @@
 # Generated from _async/client.py by `python src/strongroom/client/_unasync.py`: change that, not this.
-"""The client of a server: its connections, and what it has, noun by noun."""
+"""The client of a server: its connections, and one attribute for each noun."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ DEFAULT_RETRIES = Retries()
 class Client:
     """A Strongroom server over HTTP. Use it as a context manager, one for the whole program.
 
-    `key` is a management key; without one only `stats` of a key and the server's health can be asked for. `timeout_s`
-    bounds each try of a call, `retries` says how many there are. `http` is a client of httpx to be used instead of
-    one of its own, for proxies, certificates or tests; it stays the caller's to close.
+    `key` is a management key; without it only `stats` of a key and the server's health are available. `timeout_s`
+    bounds each try of a call; `retries` sets the number of tries. `http` is your own httpx client, for proxies,
+    certificates or tests; you close it.
 
-    Raises the errors of `strongroom.errors` that the server raised; NoAnswer (an Unavailable) if it did not answer.
+    Raises the server's errors, classes of `strongroom.errors`; NoAnswer (an Unavailable) without an answer.
     """
 
     def __init__(
@@ -80,16 +80,16 @@ class Client:
         return Tenant(self._http, id)
 
     def stats(self, key: str | None = None) -> OwnStats:
-        """The statistics of the key that asks: `key`, or else the client's own. Raises Unauthenticated."""
+        """The statistics of `key`, or of the client's own key. Raises Unauthenticated."""
         return decode(OwnStats, self._http.send("GET", "/stats", headers=bearer(key)))
 
     def alive(self) -> bool:
-        """Whether the server's process answers; NoAnswer is raised where it does not."""
+        """Whether the server's process answers. Raises NoAnswer if it does not."""
         self._http.send("GET", "/healthz")
         return True
 
     def ready(self) -> Readiness:
-        """Whether the server would answer requests, and what it stands on."""
+        """Whether the server can answer requests, and the state of its dependencies."""
         return decode(Readiness, self._http.send("GET", "/readyz", accept=(503,)))
 
     def metrics(self) -> str:
@@ -97,5 +97,5 @@ class Client:
         return (self._http.send("GET", "/metrics")).decode()
 
     def openapi(self) -> dict[str, Any]:
-        """The server's description of its own interface."""
+        """The server's OpenAPI document."""
         return decode(dict[str, Any], self._http.send("GET", "/openapi.json"))

@@ -1,5 +1,5 @@
 # Generated from _async/entities.py by `python src/strongroom/client/_unasync.py`: change that, not this.
-"""Entities over HTTP: one tenant's documents, typed if the caller says of what type, and their stream of changes."""
+"""Entities over HTTP: one tenant's documents, as dicts or typed values, and their stream of changes."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ class Tenant:
 
 
 class Collection(Generic[T]):
-    """The documents of one collection of one tenant. Every write is done once, however often it must be sent.
+    """The documents of one collection of one tenant. Every write happens once, also after retries.
 
-    The store sets `version`, `created_at` and `updated_at`: in what is written they are left out. `expected` is the
-    version that the document must have, 0 that there must be none; else PreconditionFailed.
+    The store sets `version`, `created_at` and `updated_at`; the client does not send them. `expected` is the required
+    version of the document (0: it must not exist); else PreconditionFailed.
     """
 
     def __init__(self, transport: Transport, tenant: str, name: str, type: type[T]) -> None:
@@ -58,7 +58,7 @@ class Collection(Generic[T]):
         self._at = {"tenant": tenant, "collection": name}
 
     def create(self, document: T | Mapping[str, Any], *, idempotency_key: str | None = None) -> T:
-        """Add a document; without an `id` it gets a new one. Raises AlreadyExists, InvalidInput with every problem."""
+        """Create a document, with a new id if it has no `id`. Raises AlreadyExists, InvalidInput with every problem."""
         body = encode_document(fields_of(document))
         answer = self._http.send(
             "POST", "/v1/tenants/{tenant}/{collection}", self._at, body=body, once=once_of(idempotency_key)
@@ -78,7 +78,7 @@ class Collection(Generic[T]):
         expected: int | None = None,
         idempotency_key: str | None = None,
     ) -> T:
-        """Replace a document, or add it. Raises InvalidInput with every problem."""
+        """Replace or create a document. Raises InvalidInput with every problem."""
         answer = self._http.send(
             "PUT",
             "/v1/tenants/{tenant}/{collection}/{id}",
@@ -126,7 +126,7 @@ class Collection(Generic[T]):
         page_size: int = DEFAULT_PAGE,
         **fields: object,
     ) -> Iterator[T]:
-        """Every document that fits, page after page: `find(status="pending", priority__ge=3, order_by="-created_at")`.
+        """Every matching document, over all pages: `find(status="pending", priority__ge=3, order_by="-created_at")`.
 
         A field's name may end in `__ne`, `__lt`, `__le`, `__gt`, `__ge`, `__in`, `__not_in`, `__contains` or
         `__contains_any`; None means "is null". `where` is a filter such as `{"or": [{"field": "status", "op": "==",
@@ -146,16 +146,17 @@ class Collection(Generic[T]):
         cursor: str | None = None,
         **fields: object,
     ) -> Page[T]:
-        """One page of what `find` finds. `cursor`: the `next_cursor` of the page before."""
+        """One page of `find`. `cursor`: the `next_cursor` of the last page."""
         asked = filters(fields, where, order_by) + query({"limit": limit, "cursor": cursor})
         answer = self._http.send("GET", "/v1/tenants/{tenant}/{collection}", self._at, query=asked)
         page = decode_page(msgspec.Raw, answer)
         return Page(items=[decode_document(self._type, one) for one in page.items], next_cursor=page.next_cursor)
 
     def watch(self, *, cursor: str | None = None, give_up_after_s: float = GIVE_UP_AFTER_S) -> Watch:
-        """Every change from now on, or from the `cursor` where another watch stood, in order, each once.
+        """Every change from now on, or after the `cursor` of another watch, in order, each once.
 
-        A broken connection is made again, and nothing is missed. Where that fails for `give_up_after_s`, the last
-        error is raised; at once, where the server says no (Unauthenticated, Denied, NotFound, InvalidInput).
+        The watch reconnects after a lost connection and misses nothing. After `give_up_after_s` without success it
+        raises the last error. A refusal of the server is raised at once (Unauthenticated, Denied, NotFound,
+        InvalidInput).
         """
         return Watch(self._http, self._at, cursor, give_up_after_s)

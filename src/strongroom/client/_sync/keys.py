@@ -1,5 +1,5 @@
 # Generated from _async/keys.py by `python src/strongroom/client/_unasync.py`: change that, not this.
-"""API keys over HTTP: make, show, list, change, rotate, remove, verify."""
+"""API keys over HTTP: create, show, list, change, rotate, delete, verify."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ Asks = Iterable[Ask | Mapping[str, Any]]
 
 
 class KeyFilters(TypedDict, total=False):
-    """Which keys are meant: all of what is given must hold."""
+    """A filter of keys: a key must match all given conditions."""
 
     tenant: str | None
     user_id: str | None
@@ -64,13 +64,13 @@ class KeyFilters(TypedDict, total=False):
 
 
 class Answers(Model, frozen=True):
-    """The answers to a batch, in its order."""
+    """The answers to a batch, in order."""
 
     items: list[Verification]
 
 
 class Keys:
-    """API keys. Every write is done once, however often it must be sent."""
+    """API keys. Every write happens once, also after retries."""
 
     def __init__(self, transport: Transport) -> None:
         self._http = transport
@@ -97,7 +97,7 @@ class Keys:
         prefix: str | None = None,
         idempotency_key: str | None = None,
     ) -> IssuedKey:
-        """Make a key. Its text is in the answer, this once. Raises InvalidInput with every problem."""
+        """Create a key. The answer has its secret, once. Raises InvalidInput with every problem."""
         fields = without_none(
             {
                 "name": name,
@@ -122,15 +122,15 @@ class Keys:
         return issued(self._http.send("POST", "/v1/keys", body=encode(fields), once=once_of(idempotency_key)))
 
     def get(self, id: str, *, deleted: bool | None = None) -> ApiKey:
-        """One key; with `deleted` also one that was deleted and can be restored. Raises NotFound."""
+        """One key; with `deleted` also a deleted key that can be restored. Raises NotFound."""
         asked = query({"deleted": deleted})
         return decode(ApiKey, self._http.send("GET", "/v1/keys/{id}", {"id": id}, query=asked))
 
     def list(self, *, page_size: int = DEFAULT_PAGE, **filters: Unpack[KeyFilters]) -> Iterator[ApiKey]:
-        """Every key for which all of `filters` holds, newest first (with a `name_prefix`: by name), page after page.
+        """Every key that matches all of `filters`, newest first (with `name_prefix` by name), over all pages.
 
-        `deleted`: those that were deleted and can be restored, instead of those that were not. `name_contains`: a part
-        of the name, without regard to case. `used_before`: those that were never used, too.
+        `deleted`: only deleted keys that can be restored. `name_contains`: a part of the name, in any case.
+        `used_before`: includes keys that were never used.
         """
         return self._http.items(ApiKey, "/v1/keys", {}, query(filters), page_size)
 
@@ -162,7 +162,7 @@ class Keys:
         expected: int | None = None,
         idempotency_key: str | None = None,
     ) -> ApiKey:
-        """Change the fields that are given. `expected`: the version that the key must have, else PreconditionFailed.
+        """Change the given fields. `expected`: the required version of the key, else PreconditionFailed.
 
         Raises NotFound, InvalidInput with every problem.
         """
@@ -197,8 +197,8 @@ class Keys:
     def delete(
         self, id: str, *, purge: bool | None = None, expected: int | None = None, idempotency_key: str | None = None
     ) -> None:
-        """Delete a key: its texts are unknown from now on. For 30 days `restore` takes that back; with `purge` it is
-        removed for good now, with its usage. Raises NotFound."""
+        """Delete a key: its secrets stop working. `restore` reverses this within 30 days. `purge` removes the key and
+        its usage for good. Raises NotFound."""
         self._http.send(
             "DELETE",
             "/v1/keys/{id}",
@@ -209,15 +209,15 @@ class Keys:
         )
 
     def restore(self, id: str) -> ApiKey:
-        """Take the deletion of a key back; it is as it was. Raises NotFound."""
+        """Restore a deleted key. Raises NotFound."""
         return decode(ApiKey, self._http.send("POST", "/v1/keys/{id}/restore", {"id": id}, once=once_of(None)))
 
     def disable(self, id: str) -> ApiKey:
-        """Refuse the key from now on. Raises NotFound."""
+        """Disable the key. Raises NotFound."""
         return decode(ApiKey, self._http.send("POST", "/v1/keys/{id}/disable", {"id": id}, once=once_of(None)))
 
     def enable(self, id: str) -> ApiKey:
-        """Accept the key again. Raises NotFound."""
+        """Enable the key. Raises NotFound."""
         return decode(ApiKey, self._http.send("POST", "/v1/keys/{id}/enable", {"id": id}, once=once_of(None)))
 
     def rotate(
@@ -229,8 +229,8 @@ class Keys:
         expected: int | None = None,
         idempotency_key: str | None = None,
     ) -> IssuedKey:
-        """Give the key a new text; its id, limits and usage stay. The old text works for `overlap_s` seconds more. With
-        `hold` the new text is not answered but kept, until it is claimed.
+        """Give the key a new secret; its id, limits and usage stay. The old secret works for `overlap_s` seconds more.
+        With `hold` the answer has no secret: it waits to be claimed.
 
         Raises NotFound, InvalidInput.
         """
@@ -245,13 +245,13 @@ class Keys:
         return issued(answer)
 
     def claim(self, id: str, *, idempotency_key: str | None = None) -> IssuedKey:
-        """The text that a scheduled rotation, or one with `hold`, has kept: answered this once, then forgotten. Raises
-        NotFound; Conflict where none waits."""
+        """The secret of a scheduled rotation, or of one with `hold`, once. Raises NotFound; Conflict if no secret
+        waits."""
         once = once_of(idempotency_key)
         return issued(self._http.send("POST", "/v1/keys/{id}/claim", {"id": id}, once=once))
 
     def stats(self, id: str) -> KeyStats:
-        """What was used of each limit, lifetime totals, the last use. Raises NotFound."""
+        """The usage of each limit, lifetime totals, and the last use. Raises NotFound."""
         return decode(KeyStats, self._http.send("GET", "/v1/keys/{id}/stats", {"id": id}))
 
     def verify(
@@ -266,11 +266,11 @@ class Keys:
         idempotency_key: str | None = None,
         peek: bool = False,
     ) -> Verification:
-        """Whether the key may be used now; if so, `cost` (default: one request) is debited from all its limits. `peek`:
-        a dry run, which gives the same answer and counts nothing.
+        """Verify a key. If it is valid, `cost` (default: one request) is debited from all its limits. `peek`: a dry
+        run, with the same answer and without a debit.
 
-        Without an `idempotency_key`, which costs the server a write, a call whose answer was lost is not sent again: it
-        raises NoAnswer, and may have debited. Where it surely did not reach the server it is tried again all the same.
+        Without an `idempotency_key`, which costs the server a write, a call without an answer is not retried: it raises
+        NoAnswer, and may have debited. A call that cannot have reached the server is always retried.
         """
         asked = Ask(key=key, cost=cost, permission=permission, ip=ip, model=model, route=route)
         if peek:
@@ -281,9 +281,9 @@ class Keys:
         return decode(Verification, self._http.send("POST", "/v1/keys/verify", body=encode(asked), once=once))
 
     def verify_batch(self, asks: Asks, *, idempotency_key: str | None = None) -> Verifications:
-        """Several verifications, at most 1,000, decided in their order and answered in it.
+        """Up to 1,000 verifications, decided and answered in order.
 
-        An `idempotency_key` does for them what it does for `verify`.
+        `idempotency_key` works as in `verify`.
         """
         once = None if idempotency_key is None else once_of(idempotency_key)
         body = encode({"items": listed(asks)})
@@ -300,11 +300,11 @@ class Keys:
         dry_run: bool = False,
         page_size: int = DEFAULT_PAGE,
     ) -> Iterator[BulkStep]:
-        """Change many keys, a part with each step of the iteration: those of `ids`, or those that `where` finds (the
-        filters of `list`).
+        """Change the keys of `ids`, or those that match `where` (the filters of `list`), some with each step of the
+        iteration.
 
-        `action` is disable, enable, delete, purge, restore, or update with `changes`. Each key is changed whole or not
-        at all. Done again after an interruption it finds what was done, and goes on.
+        `action` is disable, enable, delete, purge, restore, or update with `changes`. Each key is changed entirely or
+        not at all. After an interruption call it again: changed keys count as unchanged.
         """
         fields = without_none(
             {
@@ -326,6 +326,6 @@ class Keys:
                 return
 
     def rotate_pepper(self) -> None:
-        """Make new hashes with a new secret from now on; the keys work on. It is not sent again where the answer is
-        lost. Raises Conflict where the peppers come from the server's configuration, Denied for whom it is not."""
+        """Make a new pepper for new hashes; all keys keep working. Not retried without an answer. Raises Conflict if
+        the server's configuration sets the peppers; Denied unless for an administrator of all tenants."""
         self._http.send("POST", "/v1/keys:rotate-pepper")

@@ -1,5 +1,5 @@
 # Generated from _async/leaks.py by `python src/strongroom/client/_unasync.py`: change that, not this.
-"""Leaks over HTTP: keys that were found in public are reported, and what came of it is listed."""
+"""Leaked keys over HTTP: report them, and list the leaks."""
 
 from __future__ import annotations
 
@@ -14,33 +14,34 @@ Labels = list[LeakLabel]
 
 
 class Leaks:
-    """Keys that were found in public."""
+    """Leaked keys."""
 
     def __init__(self, transport: Transport) -> None:
         self._http = transport
 
     def report(self, sightings: Iterable[Sighting]) -> Labels:
-        """Report texts that were found, and be told in their order which of them are keys. Each key is dealt with as
-        the policy of its tenant says; the same text again changes nothing."""
+        """Report found secrets. The answers say in order which of them are keys. The tenant's policy is applied to each
+        key; a repeated report changes nothing."""
         body = encode(listed(sightings))
         return decode(Labels, self._http.send("POST", "/v1/keys/leaked", body=body, repeatable=True))
 
     def list(
         self, *, tenant: str | None = None, key_id: str | None = None, page_size: int = DEFAULT_PAGE
     ) -> Iterator[Leak]:
-        """Every leak that fits, newest first, page after page."""
+        """Every matching leak, newest first, over all pages."""
         return self._http.items(Leak, "/v1/leaks", {}, query({"tenant": tenant, "key_id": key_id}), page_size)
 
     def policy(self, tenant: str) -> LeakPolicy:
-        """What is done with a tenant's keys that leak; `*` is the tenant of the keys that belong to no one tenant."""
+        """The leak policy of a tenant; `*` stands for keys of no single tenant."""
         return decode(LeakPolicy, self._http.send("GET", "/v1/leaks/policy/{tenant}", {"tenant": tenant}))
 
     def set_policy(
         self, tenant: str, action: str, *, overlap_s: int | None = None, idempotency_key: str | None = None
     ) -> LeakPolicy:
-        """Set what is done: `notify`, `disable`, or `rotate`, after which a leaked text works for `overlap_s` seconds.
+        """Set the leak policy: `notify`, `disable`, or `rotate`, after which a leaked secret works for `overlap_s`
+        seconds.
 
-        Raises InvalidInput; Denied, for only an administrator may.
+        Raises InvalidInput; Denied unless for an administrator.
         """
         answer = self._http.send(
             "PUT",

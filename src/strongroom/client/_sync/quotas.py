@@ -43,10 +43,11 @@ class Quotas:
         expected: int | None = None,
         idempotency_key: str | None = None,
     ) -> Quota:
-        """Make a subject's quota, or replace it; what was used stays counted where a limit's resource and window stay.
+        """Create or replace a subject's quota. The usage of a limit stays if its resource, window, models and routes
+        stay.
 
-        `expected`: the version that it must have, 0 that there must be none; else PreconditionFailed. Raises
-        InvalidInput with every problem; Denied for a caller whom the quota binds.
+        `expected`: the required version (0: it must not exist); else PreconditionFailed. Raises InvalidInput with every
+        problem; Denied for a caller of the tenant that the quota binds.
         """
         answer = self._http.send(
             "PUT",
@@ -70,7 +71,7 @@ class Quotas:
     def list(
         self, *, tenant: str | None = None, kind: Kind | None = None, page_size: int = DEFAULT_PAGE
     ) -> Iterator[Quota]:
-        """Every quota that fits, by tenant, kind and name, page after page."""
+        """Every matching quota, by tenant, kind and name, over all pages."""
         return self._http.items(Quota, "/v1/quotas", {}, query({"tenant": tenant, "kind": kind}), page_size)
 
     def update(
@@ -84,7 +85,7 @@ class Quotas:
         expected: int | None = None,
         idempotency_key: str | None = None,
     ) -> Quota:
-        """Change the fields that are given. Raises NotFound, InvalidInput with every problem."""
+        """Change the given fields. Raises NotFound, InvalidInput with every problem."""
         answer = self._http.send(
             "PATCH",
             "/v1/quotas/{kind}/{tenant}/{name}" if name else "/v1/quotas/{kind}/{tenant}",
@@ -104,7 +105,7 @@ class Quotas:
         expected: int | None = None,
         idempotency_key: str | None = None,
     ) -> None:
-        """Remove a subject's quota, and what was counted against it. Raises NotFound."""
+        """Delete a subject's quota and its usage. Raises NotFound."""
         self._http.send(
             "DELETE",
             "/v1/quotas/{kind}/{tenant}/{name}" if name else "/v1/quotas/{kind}/{tenant}",
@@ -114,7 +115,7 @@ class Quotas:
         )
 
     def stats(self, kind: Kind, tenant: str, name: str = "") -> QuotaStats:
-        """What was used of each limit, and in all. Raises NotFound."""
+        """The usage of each limit, and totals. Raises NotFound."""
         answer = self._http.send(
             "GET",
             "/v1/quotas/{kind}/{tenant}/{name}/stats" if name else "/v1/quotas/tenant/{tenant}/stats",

@@ -1,5 +1,5 @@
 # Generated from _async/reservations.py by `python src/strongroom/client/_unasync.py`: change that, not this.
-"""Reservations over HTTP: an amount held before it is known what will be used, then settled for what was."""
+"""Reservations over HTTP: hold an amount before the usage is known, then settle the usage."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TICKS_PER_TTL = 3
 
 
 class Reservations:
-    """Holds on a key's limits. `hold` is the comfortable form; the others are the single steps."""
+    """Reservations on a key's limits. `hold` is a context manager; the other methods are the single steps."""
 
     def __init__(self, transport: Transport) -> None:
         self._http = transport
@@ -46,7 +46,7 @@ class Reservations:
     ) -> Reservation:
         """Verify the key and hold `cost` (default: one request), and one of its `concurrency`, for `ttl_s` seconds.
 
-        If it is valid, the answer has a `reservation_id`. What is held is given back when that time is over.
+        A valid answer has a `reservation_id`. The held amount is given back when that time is over.
         """
         fields = {
             "key": key,
@@ -63,10 +63,10 @@ class Reservations:
         return decode(Reservation, answer)
 
     def settle(self, reservation_id: str, cost: Cost) -> Reservation:
-        """End a hold: `cost` is what was used in all, charged whole even if it is more than was held. The same again
-        answers the same.
+        """End a reservation: `cost` is the total usage, charged in full even if it exceeds the held amount. A retry
+        gets the same answer.
 
-        Raises NotFound (unknown, or another tenant's); Conflict (it has ended, or was settled with other amounts).
+        Raises NotFound (unknown, or another tenant's); Conflict (it has expired, or was settled with other amounts).
         """
         answer = self._http.send(
             "POST",
@@ -85,10 +85,11 @@ class Reservations:
         cost: Cost | None = None,
         used: Cost | None = None,
     ) -> Reservation:
-        """Hold on for `ttl_s` seconds from now: `cost` in all (default: as it is). `used` is what was used of it in all
-        so far: that is charged now, whatever becomes of the caller.
+        """Hold for `ttl_s` seconds from now, `cost` in total (default: unchanged). `used` is the total usage so far; it
+        is charged now, even if the caller dies.
 
-        If the answer is not valid there is no more to be had, and the hold is as it was. Raises NotFound, Conflict.
+        If the answer is not valid, the limits do not allow it, and the reservation does not change. Raises NotFound,
+        Conflict.
         """
         answer = self._http.send(
             "POST",
@@ -100,7 +101,7 @@ class Reservations:
         return decode(Reservation, answer)
 
     def release(self, reservation_id: str) -> Reservation:
-        """End a hold and charge nothing but what was reported as used. The same again answers the same.
+        """End a reservation and charge only the reported usage. A retry gets the same answer.
 
         Raises NotFound, Conflict (it was settled).
         """
@@ -118,17 +119,16 @@ class Reservations:
         model: str | None = None,
         route: str | None = None,
     ) -> Hold:
-        """A hold as a context manager, which raises Refused at its beginning if the key may not be used.
+        """A reservation as a context manager. Raises Refused at the start if the key may not be used.
 
-        Say what was used by `hold.use(tokens=12)`, as it happens: at the end that is settled, whatever happened. The
-        requests that are held (by default one) count as used from the beginning. While it is open the hold extends
-        itself, and reports what was used so far.
+        Report usage with `hold.use(tokens=12)`. The end of the block settles it, also after an error. Held requests
+        (default one) count as used from the beginning. An open hold extends itself and reports its usage so far.
         """
         return Hold(self, self._http, key, cost, ttl_s, permission, ip, model, route)
 
 
 class Hold:
-    """An open reservation: what was used of it so far, to be settled when its block ends."""
+    """An open reservation and its usage so far, settled when its block ends."""
 
     def __init__(
         self,
@@ -158,7 +158,7 @@ class Hold:
 
     @property
     def reservation(self) -> Reservation:
-        """The server's answer when it was made."""
+        """The server's answer to the reservation."""
         if self._reservation is None:
             raise RuntimeError("the hold is not open: use it in a with statement")
         return self._reservation
@@ -169,12 +169,12 @@ class Hold:
         return self.reservation.reservation_id or ""
 
     def use(self, amounts: Cost | None = None, /, **more: float | Decimal) -> None:
-        """Say that so much more was used: `use(tokens=12)`, or `use({"my.resource": 1})`. It is sent later."""
+        """Add usage: `use(tokens=12)`, or `use({"my.resource": 1})`. It is sent later."""
         self.used = added(added(self.used, amounts or {}), more)
 
     def extend(self, cost: Cost | None = None) -> Reservation:
-        """Hold `cost` in all (default: as it is), and report what was used so far. If the answer is not valid there is
-        no more to be had, and the hold is as it was. Raises NotFound and Conflict where it has ended."""
+        """Hold `cost` in total (default: unchanged), and report the usage so far. If the answer is not valid, the
+        limits do not allow it, and the hold does not change. Raises NotFound and Conflict if it has ended."""
         used = self.used
         answer = self._reservations.extend(self.id, ttl_s=self._ttl_s, cost=cost, used=used)
         if answer.valid:
@@ -202,7 +202,7 @@ class Hold:
             self._record_rest()
 
     def _record_rest(self) -> None:
-        """The hold has ended by itself, so that only what was reported was charged: the rest happened as well."""
+        """Record the unreported usage of an expired hold: only the reported usage was charged."""
         rest = less(self.used, self._reported)
         if rest:
             key_id, model, route = self.reservation.key_id, self._asked["model"], self._asked["route"]

@@ -1,5 +1,5 @@
 # Generated from _async/transport.py by `python src/strongroom/client/_unasync.py`: change that, not this.
-"""One call to the server: sent, tried again where that is safe, answered or turned into the server's error."""
+"""One call to the server: sent, retried where this is safe, and answered with a value or the server's error."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _NONE: Mapping[str, str] = {}
 
 
 class Transport:
-    """The pool of connections to one server, and the key that is sent to it."""
+    """The connections to one server, and its management key."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Transport:
         self._http = http if http is not None else new_http(self._timeout, limits)
 
     def close(self) -> None:
-        """Close the connections, unless they are the caller's own."""
+        """Close the connections, except those of the caller's own httpx client."""
         if self._owned:
             self._http.close()
 
@@ -78,10 +78,10 @@ class Transport:
     ) -> bytes:
         """The answer's body.
 
-        `once` is sent as the Idempotency-Key, the same with each try. `repeatable`: the server does this but once,
-        however often it is asked. `accept`: statuses that are answers although they tell of a failure.
+        `once` is the Idempotency-Key of every try. `repeatable`: repeating the call has no further effect. `accept`:
+        error statuses that count as answers.
 
-        Raises the server's error; NoAnswer if there was none.
+        Raises the server's error; NoAnswer without an answer.
         """
         sent = {**self._headers, **headers}
         repeatable = repeatable or once is not None or method == "GET"
@@ -113,7 +113,7 @@ class Transport:
     def items(
         self, type_: type[T], template: str, segments: Mapping[str, str], query: Query, page_size: int
     ) -> Iterator[T]:
-        """Every item of a list, page after page, each asked for when it is needed."""
+        """Every item of a list, over all pages; each page is fetched when it is needed."""
         cursor: str | None = None
         while True:
             asked = [*query, ("limit", str(page_size))]
@@ -129,9 +129,9 @@ class Transport:
     def stream(
         self, template: str, segments: Mapping[str, str], headers: Mapping[str, str], silence_s: float
     ) -> Iterator[Iterator[bytes]]:
-        """A stream of events, begun: its bytes as they come. It is tried once.
+        """An open stream of events: its bytes as they arrive. Tried once.
 
-        Raises the server's error; NoAnswer if it breaks, or is silent for longer than `silence_s`.
+        Raises the server's error; NoAnswer if the connection is lost, or silent for longer than `silence_s`.
         """
         sent = {**self._headers, **headers, "Accept": EVENTS}
         timeout = httpx.Timeout(self.timeout_s, connect=self._timeout.connect, read=silence_s)

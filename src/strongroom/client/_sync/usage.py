@@ -1,5 +1,5 @@
 # Generated from _async/usage.py by `python src/strongroom/client/_unasync.py`: change that, not this.
-"""Usage over HTTP: what has happened, recorded after the fact."""
+"""Usage over HTTP, recorded after it happened."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .transport import Transport
 
 
 class Usage:
-    """Usage that has happened: counted whatever the state of the key, and past its limits."""
+    """Usage that has happened: counted in any state of the key, and over its limits."""
 
     def __init__(self, transport: Transport) -> None:
         self._http = transport
@@ -29,10 +29,10 @@ class Usage:
         idempotency_key: str | None = None,
         at: datetime | None = None,
     ) -> Recorded:
-        """Count `cost` on the key that is given by its text or its id: once for one idempotency key (within a day).
-        `at`: when it was used (default: now); it counts in the windows that still count that moment.
+        """Count `cost` on a key, given by its secret or its id, once for an idempotency key (within a day). `at`: the
+        time of the usage (default: now); it counts in the windows that still include this time.
 
-        Raises NotFound, and InvalidInput, also where no limit counts `at` any more.
+        Raises NotFound, and InvalidInput, also if no window includes `at` any more.
         """
         used = Used(cost=cost, key=key, key_id=key_id, model=model, route=route, at=at)
         answer = self._http.send("POST", "/v1/usage", body=encode(used), once=once_of(idempotency_key))
@@ -41,11 +41,11 @@ class Usage:
     def record_many(
         self, items: Iterable[Used | Mapping[str, Any]], *, idempotency_key: str | None = None
     ) -> RecordedBatch:
-        """Count at most 10,000 items in one call, which is much faster than one by one: all of them, or none if
-        anything is wrong with one. `idempotency_key` is that of the batch.
+        """Count up to 10,000 items in one call: all of them, or none if one is invalid. `idempotency_key` is that of
+        the batch.
 
-        Raises InvalidInput with every problem of every item, unknown keys included. Where single items cannot be
-        counted all the same, the error's `details` say which were (`counted`) and which were not (`failed`).
+        Raises InvalidInput with every problem of every item, including unknown keys. If single items still cannot be
+        counted, the error's `details` have `counted` and `failed`.
         """
         body = encode({"items": listed(items)})
         answer = self._http.send("POST", "/v1/usage:batch", body=body, once=once_of(idempotency_key))

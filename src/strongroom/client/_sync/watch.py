@@ -1,5 +1,5 @@
 # Generated from _async/watch.py by `python src/strongroom/client/_unasync.py`: change that, not this.
-"""A stream of one collection's changes, that goes on where it was when the connection breaks."""
+"""A stream of one collection's changes, which continues after a lost connection."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ MOST_WAIT_S = 30.0
 
 
 class Watch:
-    """An iterator of changes. As a context manager it stands at its place from the beginning of the block on, so that
-    what is changed in it is not missed, and closes its connection at the end."""
+    """An iterator of changes. As a context manager it starts at the beginning of the block, so no change within the
+    block is missed, and closes its connection at the end."""
 
     def __init__(self, transport: Transport, at: Mapping[str, str], cursor: str | None, give_up_after_s: float) -> None:
         self._http = transport
@@ -36,7 +36,7 @@ class Watch:
 
     @property
     def cursor(self) -> str | None:
-        """Where to go on later: after the changes that were given out, of which a few may come again."""
+        """The cursor for a later watch: after the returned changes, the last of which may come again."""
         return self._stands.cursor
 
     def __iter__(self) -> Self:
@@ -62,7 +62,7 @@ class Watch:
         self._changes.close()
 
     def _follow(self) -> Generator[Change | None]:
-        """The changes; None where a connection was made."""
+        """The changes; None at each new connection."""
         alive_at = time.monotonic()
         tried = 0
         while True:

@@ -1,5 +1,5 @@
 # Generated from _async/webhooks.py by `python src/strongroom/client/_unasync.py`: change that, not this.
-"""Webhooks over HTTP: endpoints that are told of events, and the deliveries to them."""
+"""Webhooks over HTTP: endpoints that receive events, and their deliveries."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DEFAULT_PAGE = 100
 
 
 class Webhooks:
-    """Endpoints that are told of events, and the deliveries to them."""
+    """Endpoints that receive events, and their deliveries."""
 
     def __init__(self, transport: Transport) -> None:
         self._http = transport
@@ -44,7 +44,7 @@ class Webhooks:
         secret: str | None = None,
         idempotency_key: str | None = None,
     ) -> IssuedWebhook:
-        """Make an endpoint. Its secret is in the answer, this once. Without `events` it is told of all.
+        """Create an endpoint. The answer has its secret, once. Without `events` it receives all.
 
         Raises InvalidInput with every problem.
         """
@@ -69,7 +69,7 @@ class Webhooks:
         return decode(Webhook, self._http.send("GET", "/v1/webhooks/{id}", {"id": id}))
 
     def list(self, *, tenant: str | None = None, page_size: int = DEFAULT_PAGE) -> Iterator[Webhook]:
-        """Every endpoint, newest first, page after page."""
+        """Every endpoint, newest first, over all pages."""
         return self._http.items(Webhook, "/v1/webhooks", {}, query({"tenant": tenant}), page_size)
 
     def update(
@@ -86,7 +86,7 @@ class Webhooks:
         expected: int | None = None,
         idempotency_key: str | None = None,
     ) -> Webhook:
-        """Change the fields that are given. `expected`: the version that it must have, else PreconditionFailed.
+        """Change the given fields. `expected`: the required version, else PreconditionFailed.
 
         Raises NotFound, InvalidInput with every problem.
         """
@@ -112,7 +112,7 @@ class Webhooks:
         return decode(Webhook, answer)
 
     def delete(self, id: str, *, expected: int | None = None, idempotency_key: str | None = None) -> None:
-        """Remove an endpoint; what was not delivered to it is not delivered any more. Raises NotFound."""
+        """Delete an endpoint and its waiting deliveries. Raises NotFound."""
         self._http.send(
             "DELETE", "/v1/webhooks/{id}", {"id": id}, headers=if_match(expected), once=once_of(idempotency_key)
         )
@@ -125,7 +125,7 @@ class Webhooks:
         expected: int | None = None,
         idempotency_key: str | None = None,
     ) -> IssuedWebhook:
-        """Give the endpoint a new secret. The one before signs beside it for `overlap_s` seconds. Raises NotFound."""
+        """Give the endpoint a new secret. Both secrets sign for `overlap_s` seconds. Raises NotFound."""
         answer = self._http.send(
             "POST",
             "/v1/webhooks/{id}/rotate-secret",
@@ -137,14 +137,14 @@ class Webhooks:
         return issued_webhook(answer)
 
     def test(self, id: str) -> Delivery:
-        """Send the endpoint a test event now, and say what came of it. It is not sent again where the answer is lost.
+        """Send the endpoint a test event now and return the result. Not retried without an answer.
 
         Raises NotFound.
         """
         return decode(Delivery, self._http.send("POST", "/v1/webhooks/{id}/test", {"id": id}))
 
     def deliveries(self, id: str, *, state: str | None = None, page_size: int = DEFAULT_PAGE) -> Iterator[Delivery]:
-        """The deliveries to an endpoint, newest first. `state`: only those pending, delivered or dead."""
+        """The deliveries to an endpoint, newest first. `state`: pending, delivered or dead."""
         return self._http.items(
             Delivery, "/v1/webhooks/{id}/deliveries", {"id": id}, query({"state": state}), page_size
         )
@@ -154,5 +154,5 @@ class Webhooks:
         return decode(Delivery, self._http.send("GET", "/v1/deliveries/{id}", {"id": id}))
 
     def redrive(self, id: str) -> Delivery:
-        """Send a delivery again, under the same event id, from the beginning. Raises NotFound."""
+        """Restart a delivery with the same event id. Raises NotFound."""
         return decode(Delivery, self._http.send("POST", "/v1/deliveries/{id}/redrive", {"id": id}, repeatable=True))
