@@ -19,11 +19,12 @@ from uvicorn.server import ServerState
 
 from strongroom import config
 from strongroom.errors import TooManyRequests, Unavailable
-from strongroom.server import outgoing, protocol
+from strongroom.server import arrival, outgoing, protocol
 from strongroom.server.app import Bounds
+from strongroom.server.arrival import MAX_HEAD_BYTES
 from strongroom.server.connections import Connections, descriptors
 from strongroom.server.metrics import Metrics
-from strongroom.server.protocol import MAX_HEAD_BYTES, PIECE_BYTES, Protocol
+from strongroom.server.protocol import PIECE_BYTES, Protocol
 from strongroom.server.run import _connections
 from tests.helpers.server_app import ADMIN, serving
 from tests.helpers.waiting import PATIENCE_S, wait_until
@@ -404,8 +405,8 @@ async def test_a_refused_body_of_twelve_megabytes_is_answered_though_the_client_
 async def test_a_refused_connection_is_dropped_once_it_is_silent_or_has_sent_too_much(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(protocol, "LINGER_S", 0.02)
-    monkeypatch.setattr(protocol, "MAX_DISCARDED_BYTES", 100_000)
+    monkeypatch.setattr(arrival, "LINGER_S", 0.02)
+    monkeypatch.setattr(arrival, "MAX_DISCARDED_BYTES", 100_000)
     silent, loud = Connection(App()), Connection(App())
     for connection in (silent, loud):
         connection.send(b"nonsense\r\n\r\n")
@@ -429,7 +430,9 @@ async def test_an_idle_connection_keeps_nothing_of_its_last_request() -> None:
         for sent in (data.replace(b"X-Request-Id: mine", b"X-Mark: " + b"m" * 500), long):
             await connection.ask(sent)
             await wait_until(lambda: not connection.protocol.server_state.tasks)
-            found = _reachable(connection.protocol, besides=(connection.wire, served.app, connection.protocol.loop))
+            found = _reachable(
+                connection.protocol, besides=(connection.wire, served.app, served.app.heads, connection.protocol.loop)
+            )
             assert not [one for one in found if isinstance(one, bytes | bytearray | memoryview) and len(one) > 300]
 
 

@@ -19,6 +19,7 @@ from uvicorn.server import ServerState
 from strongroom.errors import Unavailable
 from strongroom.limits.ledger import KeyChanged, Ledger
 from strongroom.server.app import Application, Bounds
+from strongroom.server.direct import KnownHeads
 from strongroom.server.protocol import Protocol
 from strongroom.server.verify import VerifyRoute
 from tests.helpers.openapi_contract import contract_of
@@ -414,8 +415,8 @@ async def test_concurrent_verifications_over_the_bound_get_429() -> None:
 
 async def test_a_connection_may_verify_any_number_of_times(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the bounds count of a connection begins anew with each request, answered at once or later."""
-    monkeypatch.setattr("strongroom.server.protocol.MAX_HEAD_BYTES", 1_000)
-    monkeypatch.setattr("strongroom.server.protocol.MAX_DISCARDED_BYTES", 1_000)
+    monkeypatch.setattr("strongroom.server.arrival.MAX_HEAD_BYTES", 1_000)
+    monkeypatch.setattr("strongroom.server.arrival.MAX_DISCARDED_BYTES", 1_000)
     async with connected() as (served, connection):
         data = await warm(served)
         off = await disabled(served)
@@ -441,3 +442,109 @@ async def test_a_body_is_accepted_up_to_the_bound() -> None:
             ((status, _, _),) = await connection.ask(request(body))
             assert status == 200
             connection.wire.sent = b""
+
+
+# --- Heads that are recognised by their bytes ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """What was given to the parser."""
+    pieces: list[bytes] = []
+    parse = Protocol._parse
+
+    def spied(self: Protocol, data: bytes | memoryview) -> None:
+        pieces.append(bytes(data))
+        parse(self, data)
+
+    monkeypatch.setattr(Protocol, "_parse", spied)
+    return pieces
+
+
+async def test_a_head_that_was_parsed_once_is_recognised_on_every_connection(parsed: list[bytes]) -> None:
+    async with connected() as (served, connection):
+        key = await served.make_key(limits=[LIMIT])
+        await in_memory(served, key["key"])
+        other = Connection(served.app)
+        for count, each in enumerate((connection, other, connection, other), start=1):
+            ((status, _, body),) = await each.ask(request({"key": key["key"], "cost": {"tokens": count}}))
+            assert (status, json.loads(body)["code"]) == (200, "VALID")
+        assert len(parsed) == 1
+        assert await used(served, key) == 1 + 2 + 3 + 4
+        other.close()
+
+
+async def test_a_caller_whose_key_is_revoked_is_refused_though_its_head_is_known(by_asgi: list[str]) -> None:
+    async with connected() as (served, connection):
+        key = await served.make_key(limits=[LIMIT])
+        await in_memory(served, key["key"])
+        manager = await served.manager("write")
+        await served.verify(key["key"], key=manager)
+        sent = request({"key": key["key"]}, key=manager)
+        for _ in range(2):
+            ((status, _, _),) = await connection.ask(sent)
+            assert status == 200
+        found = await served.room.keys.identify(manager)
+        assert found is not None
+        await served.room.keys.disable(found.id)
+        by_asgi.clear()
+        ((status, _, _),) = await connection.ask(sent)
+        assert status == 401
+        assert by_asgi == ["/v1/keys/verify"]
+
+
+async def test_what_follows_a_known_head_must_be_its_body_exactly(parsed: list[bytes]) -> None:
+    async with connected() as (served, connection):
+        key = await served.make_key(limits=[LIMIT])
+        await in_memory(served, key["key"])
+        sent = request({"key": key["key"], "cost": {"tokens": 1}})
+        await connection.ask(sent)
+        parsed.clear()
+        await connection.ask(sent + sent, 2)  # a pipelined request
+        connection.send(sent[:-5])
+        assert len(parsed) == 2
+        ((status, _, _),) = await connection.ask(sent[-5:])
+        assert status == 200
+        assert len(parsed) == 3
+        await connection.ask(sent)
+        assert len(parsed) == 3
+        assert await used(served, key) == 5
+
+
+async def test_a_request_while_another_is_answered_waits_though_its_head_is_known() -> None:
+    async with connected(limits="durable") as (served, connection):
+        key = await served.make_key(limits=[LIMIT])
+        await in_memory(served, key["key"])
+        sent = [request({"key": key["key"], "cost": {"tokens": 1 + number}}) for number in range(4)]
+        await connection.ask(sent[0])
+        before = len(connection.answers())
+        for one in sent[1:]:
+            connection.send(one)
+        await wait_until(lambda: len(connection.answers()) == before + 3)
+        found = connection.answers()[before:]
+        assert [json.loads(body)["limits"][0]["used"] for _, _, body in found] == [3, 6, 10]
+
+
+@pytest.mark.parametrize("framing", [b"\n\n", b"\r\n\n", b"\n\r\n"])
+def test_a_head_that_ends_in_another_way_is_not_kept(framing: bytes) -> None:
+    """A parser that were lenient about line ends would see another body than the bytes that are compared."""
+    heads = KnownHeads()
+    head = b"POST /v1/keys/verify HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer b\r\nContent-Length: 6"
+    noted = {b"host": b"x", b"authorization": b"Bearer b", b"content-length": b"6"}
+    heads.learn(head + framing + b"{}\r\n\r\n", [], noted, b"{}\r\n\r\n")
+    assert heads.find(head + framing + b"{}\r\n\r\n") is None
+    heads.learn(head + b"\r\n\r\n" + b"{    }", [], noted, b"{    }")
+    assert heads.find(head + b"\r\n\r\n" + b"{  1 }") is not None
+    assert heads.find(head + b"\r\n\r\n" + b"{  12 }") is None
+
+
+def test_no_more_heads_are_kept_than_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("strongroom.server.direct.MAX_KNOWN_HEADS", 10)
+    heads = KnownHeads()
+    for number in range(35):
+        head = b"POST / HTTP/1.1\r\nX: %d\r\nContent-Length: 2" % number
+        heads.learn(head + b"\r\n\r\n{}", [], {b"authorization": b"", b"content-length": b"2"}, b"{}")
+    assert len(heads) <= 10
+    long = b"X: " + b"x" * 2_000
+    heads.learn(long + b"\r\n\r\n{}", [], {b"authorization": b"", b"content-length": b"2"}, b"{}")
+    assert heads.find(long + b"\r\n\r\n{}") is None

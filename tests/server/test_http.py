@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from strongroom.server.protocol import MAX_HEAD_BYTES
+from strongroom.server.arrival import MAX_HEAD_BYTES
 from tests.helpers.server_app import ADMIN
 from tests.helpers.waiting import wait_until
 from tests.server.test_direct import Connection, connected, in_memory, request, warm

@@ -10,8 +10,9 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
-from strongroom.server import protocol
-from strongroom.server.protocol import MAX_DISCARDED_BYTES, Protocol
+from strongroom.server import arrival
+from strongroom.server.arrival import MAX_DISCARDED_BYTES
+from strongroom.server.protocol import Protocol
 from tests.helpers.waiting import PATIENCE_S, wait_until
 
 HEAD = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n"
@@ -80,7 +81,7 @@ def connected(app: Any) -> tuple[Protocol, Wire]:
 
 @pytest.mark.parametrize("sent", [b"", b"POST / HT", HEAD, HEAD + b"\r\n", HEAD + b"\r\n12"])
 async def test_a_slow_request_times_out_however_it_trickles(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "ARRIVAL_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(arrival, "ARRIVAL_TIMEOUT_S", 0.1)
     began = time.monotonic()
     connection, wire = connected(_waiting)
     for number in range(len(sent)):
@@ -95,7 +96,7 @@ async def test_a_slow_request_times_out_however_it_trickles(sent: bytes, monkeyp
 
 
 async def test_a_running_request_does_not_time_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "ARRIVAL_TIMEOUT_S", 0.02)
+    monkeypatch.setattr(arrival, "ARRIVAL_TIMEOUT_S", 0.02)
     connection, wire = connected(_waiting)
     connection.data_received(HEAD + b"\r\n1234567890")
     await asyncio.sleep(0.06)
@@ -106,7 +107,7 @@ async def test_a_running_request_does_not_time_out(monkeypatch: pytest.MonkeyPat
 async def test_a_head_without_end_is_refused_once_and_then_nothing_more_is_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(protocol, "LINGER_S", 0.02)
+    monkeypatch.setattr(arrival, "LINGER_S", 0.02)
     connection, wire = connected(_waiting)
     connection.data_received(b"GET / HTTP/1.1\r\n")
     for number in range(200):

@@ -26,6 +26,7 @@ from ..errors import (
 )
 from . import errors, openapi
 from .auth import single
+from .direct import KnownHeads
 from .errors import (
     MalformedRequest,
     Message,
@@ -72,6 +73,7 @@ class Application:
     def __init__(self, services: Services, api: FastAPI) -> None:
         self.services = services
         self.api = api
+        self.heads = KnownHeads()
         self.verify = VerifyRoute(
             services.room.keys,
             services.authenticator,

@@ -1,9 +1,7 @@
-"""uvicorn's HTTP protocol with the bounds that it lacks, strict about what a request is, and with a direct way for
-verifications.
+"""uvicorn's HTTP protocol: strict about what a request is, bounded (`arrival`), with a direct path for verifications.
 
-A verification that arrives in one piece, as they do, is given to `VerifyRoute.begin` as it is, and its answer written
-as it comes: without the task, the events and the messages of ASGI, which took twice the time of the verification. What
-is not answered so goes on as any other request does.
+A verification that arrives in one piece is given to `VerifyRoute.begin`, and `direct` writes its answer. Every other
+request, and a verification that the route does not answer so, goes to the ASGI application.
 
 Requests of one connection are answered one after the other. Those that a client sends ahead wait: at most PIECE_BYTES
 of them are parsed, the rest of what was read is kept as it came, and nothing more is read from the socket until their
@@ -23,30 +21,21 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from ..context import next_id
 from ..errors import StrongroomError
 from . import errors, heads
+from .arrival import Arrival
 from .connections import MAX_TURNED_AWAY, Connections
-from .cycles import Cycle, Direct, Flow
-from .deadline import Deadline
+from .cycles import Cycle, Flow
+from .direct import VERIFY, Direct, KnownHeads
 from .errors import HeadersTooLarge, MalformedRequest
 from .heads import ALWAYS_ONCE, NEVER_TRAILERS, NOTED
 from .outgoing import Outgoing
-from .verify import PATH, Asgi, VerifyRoute
+from .verify import Asgi, VerifyRoute
 
-MAX_HEAD_BYTES = 65_536
-"""Request line and headers together (a little more may pass if it arrives in one piece). The same again for what a
-chunked body has beside its content: extensions and trailers, beyond 16 bytes for each byte of content."""
-MAX_DISCARDED_BYTES = 64 * 1_048_576
-"""Of a body that was refused already, this much is read and dropped, so that its sender gets to read the answer."""
-ARRIVAL_TIMEOUT_S = 60.0
-"""A connection whose request has not arrived whole after this long is closed: it would hold a place for ever."""
-LINGER_S = 2.0
-"""A connection that was refused is closed once nothing has come for this long; what still comes is dropped."""
-MAX_LINGER_S = 60.0
 PIECE_BYTES = 1_024
 """What was read is parsed in pieces of this size, and no further while a request waits for its turn."""
-CHUNK_OVERHEAD = 16
 
-_VERIFY = PATH.encode()
 _NOT_HTTP = "the request is not valid HTTP"
+_NO_HEADS = KnownHeads()
+"""Of an application without a direct path, none is ever learned."""
 
 # What of a request is coming.
 _NOTHING, _HEAD, _BODY = range(3)
@@ -62,6 +51,7 @@ class Protocol(HttpToolsProtocol):
     def __init__(self, *arguments: Any, connections: Connections | None = None, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._verify: VerifyRoute | None = getattr(self.app, "verify", None)
+        self._heads: KnownHeads = getattr(self.app, "heads", _NO_HEADS)
         self._direct: Any = Direct(self)
         self._connections = connections
         self._peer: str | None = None
@@ -84,15 +74,13 @@ class Protocol(HttpToolsProtocol):
         """A Host that is known to be one."""
         self._whole: bytes | None = None
         """As much as has come of the body of a verification that may be answered directly."""
+        self._data: bytes | memoryview | None = None
+        """The bytes that are parsed, where they began with a request."""
         self._backlog: deque[memoryview] = deque()
         self._working_off = False
 
-        self._head_bytes = self._content_bytes = self._overhead_bytes = self._discarded_bytes = 0
-        self._late_at: float | None = None
-        self._deadline = Deadline(self.loop, self._overdue)
-        self._lingering = self._heard = False
+        self._arrival = Arrival(self.loop, self._overdue)
         self._may_linger = True
-        self._linger_until = 0.0
 
     # --- The connection ---
 
@@ -107,7 +95,7 @@ class Protocol(HttpToolsProtocol):
             except StrongroomError as error:
                 self._turn_away(error)
                 return
-        self._await_the_rest()
+        self._arrival.await_rest()
 
     def _turn_away(self, error: StrongroomError) -> None:
         connections = cast(Connections, self._connections)
@@ -131,7 +119,7 @@ class Protocol(HttpToolsProtocol):
         self.pipeline.clear()
         self._backlog.clear()
         self.flow.resume_writing()
-        self._deadline.end()
+        self._arrival.end()
         self._outgoing.release()
         self._outgoing.close_now()
         self._last = True
@@ -186,7 +174,7 @@ class Protocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         noted = self._noted
         if (
-            self.url == _VERIFY
+            self.url == VERIFY
             and self._running is None
             and len(noted) == 3  # and none that is out of the ordinary
             and b"host" in noted
@@ -270,7 +258,7 @@ class Protocol(HttpToolsProtocol):
         self._start_asgi_task(cycle, app)
 
     def on_body(self, body: bytes) -> None:
-        self._content_bytes += len(body)
+        self._arrival.content(len(body))
         if self._whole is not None:
             self._whole += body
             return
@@ -284,16 +272,15 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._phase = _NOTHING
-        if self._late_at is not None:
-            self._arrived()
+        data, self._data = self._data, None
         body, self._whole = self._whole, None
-        if body is not None and self._verify is not None:
-            direct = self._direct
-            direct.begin(self.headers, body)
-            self.cycle = self._running = direct
-            if not self._verify.begin(self._noted[b"authorization"], body, direct):
-                direct.hand_on(self.app)
+        if body is not None:
+            headers, noted = self.headers, self._noted
+            if self._verify_directly(noted[b"authorization"], headers, body) and isinstance(data, bytes):
+                self._heads.learn(data, headers, noted, body)  # of callers that are known: nobody else fills it
             return
+        if self._arrival.late_at is not None:
+            self._arrival.complete()
         cycle = self.cycle
         if not cycle.response_complete:
             cycle.more_body = False
@@ -302,18 +289,30 @@ class Protocol(HttpToolsProtocol):
             self._last = True
             raise _Stop
 
+    def _verify_directly(self, authorization: bytes, headers: list[tuple[bytes, bytes]], body: bytes) -> bool:
+        """Let the route answer a verification that has arrived whole; whether it could without ASGI."""
+        if self._arrival.late_at is not None:
+            self._arrival.complete()
+        direct = self._direct
+        direct.begin(headers, body)
+        self.cycle = self._running = direct
+        if cast("VerifyRoute", self._verify).begin(authorization, body, direct):
+            return True
+        direct.hand_on(self.app)
+        return False
+
     def _in_pieces(self, body: bytes) -> None:
         """Go on with a request as with any other: its body is not all there yet."""
         self._whole = None
         self._begin_asgi()
         if body:
-            self._content_bytes -= len(body)  # counted already
+            self._arrival.content(-len(body))  # counted already
             self.on_body(body)
 
     def start_whole(self, request: Direct, app: Asgi) -> None:
         """Let an ASGI application answer a verification that has arrived whole."""
         headers, body = request.take()
-        scope = self._scope_of(b"POST", _VERIFY, b"", headers, "1.1")
+        scope = self._scope_of(b"POST", VERIFY, b"", headers, "1.1")
         event = asyncio.Event()
         event.set()
         cycle = self._cycle_of(scope, event, False, request.keep_alive)
@@ -329,10 +328,17 @@ class Protocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if len(data) > PIECE_BYTES or self._last or self._backlog or self.pipeline:
             self._receive_more(data)
-        else:
-            self._parse(data)
+            return
+        if self._phase == _NOTHING and self._running is None and not self.flow.write_paused:
+            found = self._heads.find(data)
+            if found is not None:
+                head, body = found
+                self._verify_directly(head.authorization, head.headers, body)
+                return
+        self._parse(data)
 
     def _parse(self, data: bytes | memoryview) -> None:
+        self._data = data if self._phase == _NOTHING else None
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -382,30 +388,21 @@ class Protocol(HttpToolsProtocol):
     def _bound(self, size: int) -> None:
         """A request has not arrived whole with its last piece."""
         if self._phase == _HEAD:
-            self._head_bytes += size
-            if self._head_bytes > MAX_HEAD_BYTES:
+            if not self._arrival.head_fits(size):
                 self._refuse(HeadersTooLarge())
                 return
         else:
-            content, self._content_bytes = self._content_bytes, 0
-            self._overhead_bytes = max(0, self._overhead_bytes + size - (1 + CHUNK_OVERHEAD) * content)
-            if self._overhead_bytes > MAX_HEAD_BYTES:
+            if not self._arrival.body_fits(size):
                 self._refuse(MalformedRequest("the chunks of the body have too much beside their content"))
                 return
             if self._whole is not None:
                 self._in_pieces(self._whole)
             if self.cycle.response_complete:
                 self._drop(size)
-        self._await_the_rest()
-
-    def _arrived(self) -> None:
-        self._late_at = None
-        self._head_bytes = self._content_bytes = self._overhead_bytes = self._discarded_bytes = 0
+        self._arrival.await_rest()
 
     def _drop(self, size: int) -> None:
-        self._heard = True
-        self._discarded_bytes += size
-        if self._discarded_bytes > MAX_DISCARDED_BYTES:
+        if not self._arrival.discard_fits(size):
             self._outgoing.close_now()
 
     # --- What goes out ---
@@ -417,7 +414,7 @@ class Protocol(HttpToolsProtocol):
             return
         if self._phase == _NOTHING and not self.pipeline and not self._backlog and self._error is None:
             self._forget()
-            self._deadline.set(self.loop.time() + self.timeout_keep_alive)
+            self._arrival.look_again(self.timeout_keep_alive)
             if self.flow.read_paused:
                 self._release()
         else:
@@ -479,43 +476,32 @@ class Protocol(HttpToolsProtocol):
 
     # --- Time ---
 
-    def _await_the_rest(self) -> None:
-        """Close the connection if the request has not arrived by a time that later pieces do not put off."""
-        if self._late_at is None:
-            self._late_at = self.loop.time() + ARRIVAL_TIMEOUT_S
-            self._deadline.set(self._late_at)
-
     def _overdue(self) -> None:
-        now = self.loop.time()
-        if self._outgoing.is_closing() and not self._lingering:
+        if self._outgoing.is_closing() and not self._arrival.lingering:
             return
-        if self._lingering:
-            if self._heard and now < self._linger_until:
-                self._heard = False
-                self._deadline.set(now + LINGER_S)
-            else:
+        if self._arrival.lingering:
+            if not self._arrival.lingers_on():
                 self._outgoing.close_now()
         elif self._running is None or (self._running is self.cycle and self._phase == _BODY):
             self._outgoing.close_now()
         else:  # the client waits for us
-            self._deadline.set(now + self.timeout_keep_alive)
+            self._arrival.look_again(self.timeout_keep_alive)
 
     def _linger(self) -> bool:
         """Whether the connection is to be read on for a while before it is closed. Closing with bytes unread would
         reset it, and the client might never read the answer."""
-        nothing_unread = self._phase == _NOTHING and not (self._backlog or self.pipeline or self._discarded_bytes)
-        if self._lingering or nothing_unread or not self._may_linger:
+        arrival = self._arrival
+        nothing_unread = self._phase == _NOTHING and not (self._backlog or self.pipeline or arrival.discarded_bytes)
+        if arrival.lingering or nothing_unread or not self._may_linger:
             return False
-        self._lingering = self._last = True
+        arrival.linger()
+        self._last = True
         self.pipeline.clear()
         self._backlog.clear()
         self._outgoing.half_close()
         if self._outgoing.get_write_buffer_size():
             self._outgoing.watch()
         self._release()
-        now = self.loop.time()
-        self._linger_until = now + MAX_LINGER_S
-        self._deadline.set(now + LINGER_S)
         return True
 
 
