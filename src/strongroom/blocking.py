@@ -13,21 +13,20 @@ import asyncio
 import atexit
 import os
 import threading
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from datetime import datetime
-from typing import Any, Protocol, Self, TypeVar, Unpack, overload
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, Protocol, Self, TypeVar, Unpack, overload
 
 from .app import DEFAULT_STORE, OpenOptions, Strongroom
-from .context import Context
 from .errors import ConfigError, Unavailable
-from .keys import Verification
-from .limits import Amount
+from .keys import Keys
 
 TIMEOUT_S = 30.0
 """How long a call waits for its answer."""
 CLOSE_TIMEOUT_S = 30.0
+P = ParamSpec("P")
 T = TypeVar("T")
 R = TypeVar("R", bound="BlockingStrongroom")
 
@@ -64,6 +63,18 @@ class _OpenUrl(Protocol):
     def __call__(
         self, url: str = DEFAULT_STORE, *, timeout_s: float = TIMEOUT_S, **options: Unpack[OpenOptions]
     ) -> BlockingStrongroom: ...
+
+
+def _waited_for(
+    method: Callable[Concatenate[Keys, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[BlockingStrongroom, P], T]:
+    """A method of `room.keys` as a method of the blocking room, with the same signature and description."""
+
+    @wraps(method)
+    def call(room: BlockingStrongroom, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return room.call(lambda inner: method(inner.keys, *args, **kwargs))
+
+    return call
 
 
 class BlockingStrongroom:
@@ -122,59 +133,8 @@ class BlockingStrongroom:
             running = await asyncio.to_thread(self._opened)
         return await asyncio.wrap_future(running.submit(work))
 
-    def verify(
-        self,
-        text: str,
-        *,
-        cost: Mapping[str, Amount] | None = None,
-        permission: str | None = None,
-        ip: str | None = None,
-        model: str | None = None,
-        route: str | None = None,
-        tenant: str | None = None,
-        idempotency_key: str | None = None,
-        actor: str = "system",
-    ) -> Verification:
-        """As `keys.verify`."""
-        return self.call(
-            lambda room: room.keys.verify(
-                text,
-                cost=cost,
-                permission=permission,
-                ip=ip,
-                model=model,
-                route=route,
-                tenant=tenant,
-                idempotency_key=idempotency_key,
-                actor=actor,
-            )
-        )
-
-    def record(
-        self,
-        *,
-        key: str | None = None,
-        key_id: str | None = None,
-        cost: Mapping[str, Amount],
-        model: str | None = None,
-        route: str | None = None,
-        at: datetime | None = None,
-        idempotency_key: str | None = None,
-        context: Context | None = None,
-    ) -> Verification:
-        """As `keys.record`."""
-        return self.call(
-            lambda room: room.keys.record(
-                key=key,
-                key_id=key_id,
-                cost=cost,
-                model=model,
-                route=route,
-                at=at,
-                idempotency_key=idempotency_key,
-                context=context,
-            )
-        )
+    verify = _waited_for(Keys.verify)
+    record = _waited_for(Keys.record)
 
     def _opened(self) -> _Running:
         running = self._running

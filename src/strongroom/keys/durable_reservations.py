@@ -277,15 +277,9 @@ class DurableReservations:
             left = await subjects_of_ids(self._cache, [id for id in before if id not in now], (), None)
             entered = frozenset(now.difference(before, missing)) if before else frozenset[str]()
             change = HoldChange(
-                stored.id,
-                ttl_s * _SECOND,
-                after.holds,
-                write,
-                before,
-                frozenset(subject.id for subject in left),
-                entered,
+                stored.id, ttl_s * _SECOND, after.holds, write, before, frozenset(subject.id for subject in left), entered,
                 stored.old_ends_us,
-            )
+            )  # fmt: skip
             outcome = await self._change_hold(stored, key, together([*key.subjects.all, *left], key), change, more)
             if outcome is None:
                 continue
