@@ -59,7 +59,7 @@ async def test_a_secret_that_cannot_be_compared_yet_does_not_delay_the_rest_of_a
     async with Strongroom.open(url) as room:
         ours = await room.keys.create(name="ours", tenant="acme")
         (record,) = await imported(room, {**HASHES["bcrypt"], "tenant": "acme"})
-        with pytest.raises(TooManyRequests, match="21 of 32 texts") as raised:
+        with pytest.raises(TooManyRequests, match="21 of 32 secrets") as raised:
             await reported(room, TEXT, ours.text, *junk)
         assert TEXT not in str(raised.value)
         assert [leak.key_id for leak in (await room.leaks.list()).items] == [ours.key.id]

@@ -80,7 +80,7 @@ async def test_a_held_secret_is_claimed_once_and_then_forgotten(room: Strongroom
     assert claimed.key.shown()["unclaimed"] is False
     assert (await room.keys.verify(claimed.text, cost={"tokens": 30})).limits[0].used == 90
     assert (await room.keys.verify(first.text, cost={"tokens": 30})).code == "USAGE_EXCEEDED"
-    with pytest.raises(Conflict, match="no text to claim"):
+    with pytest.raises(Conflict, match="no secret to claim"):
         await room.keys.claim(first.key.id)
     with pytest.raises(NotFound):
         await room.keys.claim("key_none")
@@ -146,7 +146,7 @@ async def test_a_retried_claim_returns_the_same_secret(room: Strongroom, store: 
     claims = await asyncio.gather(*(room.keys.claim(id, context=ADMIN, idempotency_key="c") for _ in range(4)))
     assert len({claim.text for claim in claims}) == 1
     assert await code(room, claims[0].text) == "VALID"
-    with pytest.raises(Conflict, match="no text to claim"):
+    with pytest.raises(Conflict, match="no secret to claim"):
         await room.keys.claim(id, context=ADMIN, idempotency_key="another")
     with pytest.raises(Conflict, match="different request"):
         await room.keys.rotate(id, context=ADMIN, idempotency_key="c")

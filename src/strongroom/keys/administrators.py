@@ -1,4 +1,4 @@
-"""Which keys can administer the whole store, and that a caller leaves at least one of them."""
+"""Administrators: the keys that can administer the whole store. A caller must leave at least one of them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ async def is_last_administrator(database: Database, tx: Transaction, key: ApiKey
     while True:
         page = await database.find(system_context(), ApiKey, query, cursor)
         for other in page.items:
-            # Read in the transaction, so that two that go at once are not each taken for the other's successor.
+            # Read in the transaction: of two keys that are removed at once, each would count as the other's successor.
             if other.id != key.id and administers(other, now) and administers(await tx.get(ApiKey, other.id), now):
                 return False
         cursor = page.next_cursor

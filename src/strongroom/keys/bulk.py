@@ -1,4 +1,4 @@
-"""Changes of many keys: of a filter or of a list of ids, a bounded part at a time, each key whole or not at all."""
+"""Changes many keys, by a filter or a list of ids: some keys a step, and each key whole or not at all."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BULK_FIELDS = frozenset(
         "expires_at",
     }
 )  # fmt: skip
-"""What an update of many keys may change: nothing that gives a key more power, or a name."""
+"""Fields that an update of many keys may change: none of them gives a key more power, or a name."""
 PAGE = 100
 MAX_PAGE = 500
 MAX_IDS = 10_000
@@ -37,7 +37,7 @@ AT_ONCE = 50
 
 @dataclass(frozen=True, slots=True)
 class BulkFailure:
-    """A key that was not changed, and why. `code` is that of `errors`."""
+    """A key that was not changed, and why. `code` is a code of `errors`."""
 
     id: str
     code: str
@@ -46,9 +46,9 @@ class BulkFailure:
 
 @dataclass(frozen=True, slots=True)
 class BulkStep:
-    """One part of the work, done: how many keys were looked at, changed, or were so already, and what failed.
+    """One step that is done: how many keys it looked at, how many it changed, how many were unchanged, and failures.
 
-    `cursor` goes on after it (None: this was the last). What was done stays done if the work is broken off here.
+    `cursor` goes on after it (None: this was the last step). Changes stay if the work is broken off here.
     """
 
     looked_at: int
@@ -60,10 +60,10 @@ class BulkStep:
 
 @dataclass(frozen=True, slots=True)
 class Bulk:
-    """What is to become of which keys.
+    """An action on many keys.
 
-    Exactly one of `where` and `ids`. `changes` with the action `update`: only BULK_FIELDS. `refuse` says of a key why
-    it is not this caller's to change, or None. `dry_run`: only count.
+    Exactly one of `where` and `ids`. `changes` with the action `update`: only BULK_FIELDS. `refuse` gives the error for
+    a key that this caller may not change, or None. `dry_run`: only count.
     """
 
     action: BulkAction
@@ -74,7 +74,7 @@ class Bulk:
     refuse: Callable[[ApiKey], StrongroomError | None] = lambda key: None
 
     def check(self) -> None:
-        """Raise InvalidInput with everything that is wrong."""
+        """Raises InvalidInput with every problem."""
         problems: list[Problem] = []
         if (self.where is None) == (self.ids is None):
             problems.append(
@@ -101,7 +101,7 @@ class Bulk:
 
     @property
     def filter(self) -> KeyFilter | None:
-        """The keys that the action is about: one restores what was deleted."""
+        """The keys that the action concerns: deleted keys, for `restore`."""
         if self.where is not None and self.action == "restore":
             return replace(self.where, deleted=True)
         return self.where
@@ -132,10 +132,10 @@ class KeyChanger(Protocol):
 async def steps(
     keys: KeyChanger, bulk: Bulk, *, cursor: str | None = None, limit: int = PAGE, context: Context | None = None
 ) -> AsyncGenerator[BulkStep, None]:
-    """Do it, at most `limit` keys a step, from `cursor` on. A key that cannot be changed is told and passed over.
+    """Do the work, at most `limit` keys a step, from `cursor` on. A step reports each key that could not be changed.
 
-    Raises InvalidInput before anything is done, and Unavailable if the store is gone: then the cursor of the last step
-    goes on, or the same again from the start, which finds what was done unchanged.
+    Raises InvalidInput before any change. Raises Unavailable if the store is out of reach: then go on from the cursor
+    of the last step, or start again, which counts the changed keys as unchanged.
     """
     bulk.check()
     if not 1 <= limit <= MAX_PAGE:
@@ -178,7 +178,7 @@ async def _named(
     context: Context | None,
     failed: list[BulkFailure],
 ) -> Page[ApiKey]:
-    """The next keys of a list of ids; the cursor is how many were looked at before."""
+    """The next keys of a list of ids; the cursor is the number of ids before them."""
     start = 0
     if cursor is not None:
         if not (cursor.isascii() and cursor.isdigit() and 0 < int(cursor[:9]) < len(ids)):
@@ -201,13 +201,13 @@ async def _named(
 
 
 async def _one(keys: KeyChanger, bulk: Bulk, key: ApiKey, context: Context | None) -> bool:
-    """Change one key; False if it was so already."""
+    """Change one key. Returns False if it needs no change."""
     refused = bulk.refuse(key)
     if refused is not None:
         raise refused
     if key.deleted_at is not None and bulk.action in ("disable", "enable", "update"):
         raise NotFound(f"there is no key {key.id!r}")
-    if _is_so(bulk, key):
+    if _unchanged(bulk, key):
         return False
     if bulk.dry_run:
         return True
@@ -225,8 +225,8 @@ async def _one(keys: KeyChanger, bulk: Bulk, key: ApiKey, context: Context | Non
     return True
 
 
-def _is_so(bulk: Bulk, key: ApiKey) -> bool:
-    """Whether a key is already as it would be afterwards."""
+def _unchanged(bulk: Bulk, key: ApiKey) -> bool:
+    """Whether a key needs no change."""
     match bulk.action:
         case "disable" | "enable":
             return key.enabled == (bulk.action == "enable")

@@ -1,4 +1,4 @@
-"""Durable reservations: each is a document, and its hold stands in the accounts that it concerns.
+"""Durable reservations: each is a document, and the usage of each subject contains its hold.
 
 Any node can settle a durable reservation, and it survives every process.
 """
@@ -57,7 +57,7 @@ from .verification import KeyUse, Reservation, Verification, admitted, exceeded
 
 NAME = "reservations"
 REMEMBERED_US = 86_400_000_000
-"""How long after its end a reservation is remembered, so that what is done to it twice is done once."""
+"""How long an ended reservation is kept, so that a repeated call on it happens once."""
 _SECOND = 1_000_000
 _encode = msgspec.json.Encoder().encode
 _decode_places = msgspec.json.Decoder(tuple[dict[str, ReservedPlace], list[str]]).decode
@@ -69,12 +69,12 @@ _log = logging.getLogger(__name__)
 class StoredReservation(
     Entity, collection=NAME, scope="global", journalled=False, indexes=[Index("forget_at")], ttl="forget_at"
 ):
-    """One durable reservation; amounts are in units. `request`: the fingerprint of the request that made it, where that
-    had an idempotency key; then `memo` is where the limits stood once it was made. `asked` is what it was made for,
-    `holds` what it holds, `used` what was used of it so far, `reported` what of that was told before it was settled.
-    `places` says where it holds it, as JSON: {account id: a `Place` as a list}, and the ids of the quotas that would
-    hold it, if there were such: of its key's groups, user and tenant. (None: it was made by the first release, and its
-    accounts know its id.)"""
+    """One durable reservation; amounts are in units. `request`: the fingerprint of the request that made it, if that
+    had an idempotency key; `memo` is then the state of the limits after it. `asked`: the amounts that it was made for;
+    `holds`: the amounts that it holds; `used`: all that was used so far; `reported`: the part of `used` that was
+    reported before it was settled. `places`: where it holds them, as JSON: {account id: a `Place` as a list}, and the
+    ids of quotas that did not exist: of its key's groups, user and tenant. (None: it was made by the first release, and
+    its accounts know its id.)"""
 
     key_id: str
     tenant: str
@@ -92,7 +92,7 @@ class StoredReservation(
     forget_at: datetime
 
     def until(self, places: Mapping[str, ReservedPlace], subjects: Sequence[str], ends_us: int) -> Document:
-        """The document of this reservation once it holds these places until then, for a key of these subjects."""
+        """The document of this reservation when it holds these places until then; `quota_ids` are those of its key."""
         changes = {
             "places": _encode((places, [id for id in subjects if id not in places])).decode(),
             "expires_at": utc_from_us(ends_us),
@@ -101,17 +101,17 @@ class StoredReservation(
         return self.__codec__.encode(self.model_copy(update=changes))
 
     def held_where(self) -> tuple[dict[str, ReservedPlace], list[str]]:
-        """What it holds in each account; and the quotas that would hold it, if there were such."""
+        """What it holds in each account, and the ids of the quotas that did not exist."""
         return ({}, []) if self.places is None else _decode_places(self.places)
 
     @property
     def old_ends_us(self) -> int | None:
-        """When it ends, if it was made by the first release."""
+        """When it ends, for a reservation of the first release."""
         return us_from_utc(self.expires_at) if self.places is None else None
 
 
 class DurableReservations:
-    """The reservations that are stored: any process can change and end them."""
+    """The stored reservations: any process can change and end them."""
 
     def __init__(self, database: Database, cache: KeyCache, ledger: Ledger, clock: Clock) -> None:
         self._database = database
@@ -124,8 +124,8 @@ class DurableReservations:
     async def make(
         self, key: CachedKey, use: KeyUse, ttl_s: int, now_us: int, idempotency_key: str | None, actor: str
     ) -> Reservation | None:
-        """A reservation of a key that may be used, or the refusal of its limits; None if the key, or another node's
-        call for the same reservation, was faster."""
+        """A reservation of a key that may be used, or the refusal of its limits. None: the key was changed meanwhile,
+        or another node made the same reservation. Try again."""
         request = None
         if idempotency_key is not None:
             asked = (use.permission, use.address, use.model, use.route, use.tenant)
@@ -154,8 +154,8 @@ class DurableReservations:
         now_us: int,
         request: tuple[object, ...] | None,
     ) -> Reservation | None:
-        """Commit a reservation, or answer from the reservation that the same call made before. `request`: what is asked
-        for, if the call may be repeated."""
+        """Commit a reservation, or answer from the reservation that the same call made before. `request`: what the call
+        asks for, if it has an idempotency key."""
         version: int | None = None
         if request is not None:
             collection = StoredReservation.__collection__
@@ -182,20 +182,21 @@ class DurableReservations:
         try:
             outcome = await asyncio.shield(future)
         except asyncio.CancelledError:
-            if request is None:  # nobody will ever hear its id; one with an idempotency key can be asked for again
+            if request is None:  # nobody got its id, and without an idempotency key nobody can ask again
                 future.add_done_callback(functools.partial(self._unheard, stored.id))
             raise
         except KeyChanged:
             self._cache.outdated(key)
             return None
         except (AlreadyExists, Conflict):
-            return None  # another node's: it is read at the next attempt
+            return None  # another node made it: the next attempt reads it
         if outcome.allowed:
             return open_answer(key, stored.id, admitted(key, outcome.statuses).limits, decided_us)
         return as_reservation(exceeded(key, outcome, stored.holds))
 
     def _unheard(self, id: str, future: asyncio.Future[AdmissionDecision]) -> None:
-        """Release a reservation whose caller went away while it was made, instead of holding it to its end."""
+        """Release a reservation whose caller was cancelled while it was made, instead of holding it until it
+        expires."""
         if not future.cancelled() and future.exception() is None and future.result().allowed:
             task = asyncio.get_running_loop().create_task(self._release_unheard(id))
             self._releasing.add(task)
@@ -205,13 +206,13 @@ class DurableReservations:
         try:
             await self.settle(id, None, None)
         except StrongroomError as error:
-            _log.info("a reservation whose caller went away could not be released, it ends by itself: %s", error)
+            _log.info("a reservation whose caller was cancelled could not be released, it will expire: %s", error)
 
     async def _again(
         self, key: CachedKey, before: StoredReservation, asked: StoredReservation, now_us: int, request: object
     ) -> Reservation:
-        """The answer to a call that made this reservation before: the first answer, but with the state of the
-        reservation now, since one that has ended holds nothing any more."""
+        """The answer to a call that made this reservation before: the first answer, with the current state of the
+        reservation."""
         if before.request is not None:
             self._database.calls.compare(before.request, request)
         elif (before.asked, before.model, before.route) != (asked.asked, asked.model, asked.route):
@@ -236,8 +237,8 @@ class DurableReservations:
     async def extend(
         self, id: str, ttl_s: int, units: dict[str, int] | None, used: dict[str, int], context: Context | None
     ) -> Reservation:
-        """Let a reservation go on for `ttl_s` from now, holding these units in all (None: as it is); `used` is what was
-        used of it so far."""
+        """Let a reservation go on for `ttl_s` from now and hold these units in all (None: unchanged). `used`: all that
+        was used of it so far."""
         async with self._turns.of(id):
             return await self._extend(id, ttl_s, units, used, context)
 
@@ -272,13 +273,13 @@ class DurableReservations:
                 decided_us = ends_us
                 return Put(NAME, after.id, after.until(places, key.quota_ids, ends_us), after.version)
 
-            # It moves with its key: from now on it is held where the key is counted now.
+            # It moves with its key: from now on it is held where the key is counted.
             (before, missing), now = stored.held_where(), {subject.id for subject in key.subjects.all}
             left = await subjects_of_ids(self._cache, [id for id in before if id not in now], (), None)
             entered = frozenset(now.difference(before, missing)) if before else frozenset[str]()
             change = HoldChange(
-                stored.id, ttl_s * _SECOND, after.holds, write, before, frozenset(subject.id for subject in left), entered,
-                stored.old_ends_us,
+                stored.id, ttl_s * _SECOND, after.holds, write, before, frozenset(subject.id for subject in left),
+                entered, stored.old_ends_us,
             )  # fmt: skip
             outcome = await self._change_hold(stored, key, together([*key.subjects.all, *left], key), change, more)
             if outcome is None:
@@ -311,7 +312,7 @@ class DurableReservations:
             def write(places: Mapping[str, ReservedPlace], ends_us: int, after: StoredReservation = after) -> Operation:
                 return Put(NAME, after.id, StoredReservation.__codec__.encode(after), after.version)
 
-            # It is charged where it is held, whatever the key is counted on now.
+            # It is charged where it is held, even if the key is counted elsewhere now.
             places, missing = stored.held_where()
             if stored.places is None and key is not None:
                 subjects = list(key.subjects.all)
@@ -339,7 +340,7 @@ class DurableReservations:
         more: dict[str, int],
         count: int = 0,
     ) -> AdmissionDecision | None:
-        """Commit a change of a reservation with what it charges; None if it, or the key, was changed meanwhile."""
+        """Commit a change of a reservation and what it charges. None: it, or the key, was changed meanwhile."""
         ends = hold.ttl_us is None
         try:
             return await self._ledger.admit(
@@ -358,7 +359,7 @@ class DurableReservations:
             if (await self._stored(stored.id, None)).version == stored.version:
                 raise
         except (Conflict, AlreadyExists, NotFound):
-            pass  # someone else changed the reservation: it is read again, and says what happened
+            pass  # another call changed the reservation: read it again
         return None
 
     async def _stored(self, id: str, context: Context | None) -> StoredReservation:
@@ -371,7 +372,7 @@ class DurableReservations:
     def _ended(stored: StoredReservation, key: CachedKey | None, statuses: Sequence[Status]) -> Reservation:
         if key is not None:
             answer = admitted(key, statuses)
-        else:  # it was removed for good
+        else:  # the key was removed for good
             limits = [limit_status(status) for status in statuses]
             answer = Verification(True, "VALID", stored.key_id, stored.tenant, limits=limits)
         return as_reservation(answer, stored.id, stored.state, charged=amounts(stored.used))
@@ -382,7 +383,7 @@ def _nothing(places: Mapping[str, ReservedPlace], ends_us: int) -> Operation:
 
 
 def _derived(actor: str, idempotency_key: str) -> str:
-    """The id of a reservation that is made once for an actor's idempotency key, whichever key it is asked of."""
+    """The id of the one reservation for an actor's idempotency key, of any API key."""
     text = f"{actor}\x00\x00{idempotency_key}"
     return "rsv_" + hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:40]
 

@@ -19,12 +19,12 @@ from .administrators import keep_one
 from .cached_key import subjects_of
 from .model import ApiKey, IssuedKey, KeyChanges, KeyGiven, NewKey, NewKeyGiven, due_at, no_key, schedule_problem
 from .queries import KeyQueries
-from .rotation import telling
+from .rotation import with_secret
 from .token import Hasher, generate, masked
 
 
 class KeyEditor:
-    """Changes the keys of one store. `hasher` gives the present hasher."""
+    """Changes the keys of one store. `hasher` gives the current hasher."""
 
     def __init__(
         self, database: Database, queries: KeyQueries, ledger: Ledger, hasher: Callable[[], Hasher], clock: Clock
@@ -48,19 +48,18 @@ class KeyEditor:
     ) -> IssuedKey:
         """Make a key: `create(name="billing worker", limits=[…])`, or from a NewKey.
 
-        The same call again with the same idempotency key gives back the same key and text (within a day).
-        Raises InvalidInput with every problem.
+        An idempotent retry (within a day) gives the same key and secret. Raises InvalidInput with every problem.
         """
         new = new if new is not None else parse(NewKey, fields)
         once = Idempotency.by(context, idempotency_key, "create key", new)
         context = writer(context, new.tenant)
-        text = generate(new.text_prefix)
+        secret = generate(new.text_prefix)
         following = self._next_rotation(new.rotate_every_s)
         key = ApiKey(
             id=new_id("key_"),
-            hash=self._hasher().hash(text),
-            sealed=self._hasher().seal(hashlib.sha256(text.encode()).digest()),
-            display=masked(text),
+            hash=self._hasher().hash(secret),
+            sealed=self._hasher().seal(hashlib.sha256(secret.encode()).digest()),
+            display=masked(secret),
             next_rotation_at=following,
             due_at=due_at(following, None),
             **new.model_dump(exclude={"prefix"}),
@@ -75,10 +74,10 @@ class KeyEditor:
             return await transaction.create(key)
 
         try:
-            made = await self._database.transaction(context, body, idempotency=telling(once, text))
+            made = await self._database.transaction(context, body, idempotency=with_secret(once, secret))
         except Replayed as done:
             return await self._queries.issued_before(done, context=context)
-        return IssuedKey(made, text)
+        return IssuedKey(made, secret)
 
     async def update(
         self,
@@ -93,8 +92,8 @@ class KeyEditor:
     ) -> ApiKey:
         """Change some fields. Usage already counted stays counted where resource and window stay the same.
 
-        Conflict where a caller (`context`) would leave nobody who can administer the whole store; so for `disable` and
-        `delete`.
+        Raises Conflict where a caller (`context`) would leave nobody who can administer the whole store; `disable` and
+        `delete` do too.
         """
         changes = changes if changes is not None else parse(KeyChanges, fields)
         values = {name: getattr(changes, name) for name in changes.model_fields_set}
@@ -134,7 +133,7 @@ class KeyEditor:
             if now.deleted_at is not None:
                 raise no_key(id)
             if expected is None and all(getattr(now, name) == value for name, value in values.items()):
-                return now  # nothing but the call itself is to be remembered
+                return now  # only the idempotent call itself is recorded
             if context is not None:
                 await keep_one(self._database, tx, now, now.model_copy(update=dict(values)), self._now())
             return await tx.update(ApiKey, id, {**values, **self._schedule(now, values)}, expected=expected)
@@ -145,7 +144,8 @@ class KeyEditor:
             return await self._queries.answered_before(done, context=context)
 
     def _schedule(self, now: ApiKey, values: Mapping[str, Any]) -> dict[str, Any]:
-        """What else changes with the schedule of a key's rotations. Raises InvalidInput if its parts do not fit."""
+        """The other fields that change with the schedule of a key's rotations. Raises InvalidInput if its parts do not
+        fit."""
         if not {"rotate_every_s", "rotation_overlap_s"} & values.keys():
             return {}
         every_s = values.get("rotate_every_s", now.rotate_every_s)
@@ -173,10 +173,10 @@ class KeyEditor:
         expected: int | None = None,
         idempotency_key: str | None = None,
     ) -> None:
-        """Delete a key: its texts are unknown from now on. For RESTORABLE_FOR_S `restore` takes that back; then it is
-        removed for good. `purge`: remove it and its usage for good now, one that was deleted before too.
+        """Delete a key: its secrets are unknown from now on. For RESTORABLE_FOR_S `restore` takes the deletion back;
+        then the key is removed for good. `purge`: remove the key and its usage for good now, a deleted key too.
 
-        Raises NotFound, Conflict. The same call again with the same idempotency key (within a day) does nothing.
+        An idempotent retry (within a day) does nothing. Raises NotFound, Conflict.
         """
         once = Idempotency.by(context, idempotency_key, "delete key", id, expected, purge)
         if await self._database.repeated(acting(context), once) is not None:
@@ -200,7 +200,7 @@ class KeyEditor:
                 return
             await self._database.authorize(by, "delete", ApiKey.__collection__, id)
             if key.deleted_at is None:
-                # First marked, so that nothing is charged to it any more while its counters are removed.
+                # First marked as deleted, so that nothing is charged while its counters are removed.
                 await self._database.transaction(by, mark)
                 expected = None
             await self._remove(id, by, expected, once)
@@ -208,8 +208,8 @@ class KeyEditor:
             return
 
     async def purge_due(self, id: str, guard: Check) -> bool:
-        """Remove a deleted key for good if it can be restored no longer, under the lease `guard`; whether it was.
-        Raises Conflict if the lease is lost, NotFound."""
+        """Remove a deleted key for good if it cannot be restored any more, under the job lease `guard`. Returns whether
+        it was removed. Raises Conflict if the lease is lost, NotFound."""
         key = await self._queries.get(id, deleted=True)
         if key.deleted_at is None or key.due_at is None or key.due_at > self._now():
             return False
@@ -224,7 +224,7 @@ class KeyEditor:
         once: Idempotency | None = None,
         guard: Check | None = None,
     ) -> None:
-        """Remove a key that is marked as deleted, and its usage, in one commit. The caller was asked about before."""
+        """Remove a key that is marked as deleted, and its usage, in one commit. The rules were asked before."""
 
         async def body(tx: Transaction) -> None:
             tx.guard = guard
@@ -232,13 +232,13 @@ class KeyEditor:
             if await tx.get_or_none(KeyUsage, id) is not None:
                 await tx.delete(KeyUsage, id)
 
-        # The rules that a caller is under say nothing of counters.
+        # The rules for callers do not mention counters.
         own = Context(by.tenant, by.actor, system_context().claims, by.request_id)
         await self._database.transaction(own, body, idempotency=once)
         self._ledger.removed(id)
 
     async def restore(self, id: str, *, context: Context | None = None, idempotency_key: str | None = None) -> ApiKey:
-        """Take a deletion back: the key is as it was. Idempotent. NotFound once it is too late."""
+        """Take a deletion back: the key is as it was. Idempotent. Raises NotFound once it is too late."""
         once = Idempotency.by(context, idempotency_key, "restore key", id)
         replayed = await self._database.repeated(acting(context), once)
         if replayed is not None:
@@ -261,8 +261,8 @@ class KeyEditor:
             return await self._queries.answered_before(done, context=context)
 
     async def mend_clock(self, id: str, *, context: Context | None = None) -> ClockMended | None:
-        """Let the usage of a key, which was charged at a time ahead of the store's clock, go on from the clock's time.
-        Nothing is freed by it: what was counted at the later time counts as used now. None if it was not ahead.
+        """Set back the usage of a key that was charged at a time ahead of the store's clock, to the clock's time. This
+        frees nothing: usage of the later time counts as used now. None if the usage was not ahead.
 
         Raises NotFound, Unavailable."""
         await self._queries.get(id, context=context)

@@ -1,7 +1,7 @@
-"""Which keys are meant: the filters of a list of keys, and of work on many. Pure.
+"""Filters of keys, for lists and for work on many keys. Pure.
 
-What a store can be asked is one query, `where`, in an order that an index serves. What it cannot (parts of names
-without regard to case, what is so now) is looked at in the keys that it answers with: `keeps`.
+A store answers one query, `where`, in an order that an index serves. Conditions that no store can answer (a part of a
+name in any case, expired now) are checked on the keys of its answer: `keeps`.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ class KeyFilterGiven(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class KeyFilter:
-    """All of what is given must hold. Times are exclusive; `deleted`: those that were deleted and can be restored,
-    instead of those that were not.
+    """All given conditions must hold. Times are exclusive. `deleted`: the deleted keys that can be restored, instead of
+    the others.
 
     `name_contains`: a part of the name, without regard to case. `state`: `disabled`, or `expired` (and not disabled),
-    or `active` (neither). `group` and `permission`: one that the key has itself. `expires_before` leaves out keys that
-    never expire; `used_before` takes in those that were never used (last use: as of about a minute ago).
+    or `active` (neither). `group` and `permission`: one that the key itself names. `expires_before` leaves out keys
+    that never expire; `used_before` includes keys that were never used (the last use is known to about a minute).
     """
 
     tenant: str | None = None
@@ -71,14 +71,14 @@ class KeyFilter:
     used_before: datetime | None = None
 
     def within(self, tenant: str | None) -> KeyFilter | None:
-        """The same for a caller who sees this tenant's keys alone (None: all); None if that leaves no keys."""
+        """The filter for a caller who may see this tenant's keys only (None: all keys). None if no key is left."""
         if tenant is None:
             return self
         return replace(self, tenant=tenant) if self.tenant in (None, tenant) else None
 
     @property
     def where(self) -> Filter:
-        """The filter. Raises InvalidInput that names what is wrong."""
+        """The filter that the store answers. Raises InvalidInput with every problem."""
         filters: list[Filter] = []
         problems: list[Problem] = []
         for name in ("tenant", "user_id", "owner", "environment"):
@@ -97,7 +97,7 @@ class KeyFilter:
             filters.append(Where("enabled", "==", self.state != "disabled"))
         if self.group is not None:
             filters.append(Where("groups", "array-contains", self.group))
-        elif self.permission is not None:  # a store looks into one list at a time
+        elif self.permission is not None:  # a store filters by one list only
             filters.append(Where("permissions", "array-contains", self.permission))
         for name in TIMES:
             moment: datetime | None = getattr(self, name)
@@ -115,7 +115,7 @@ class KeyFilter:
         return filters[0] if len(filters) == 1 else And(*filters)
 
     def keeps(self, now: datetime) -> Callable[[ApiKey], bool] | None:
-        """What else must hold of a key that the query finds; None: nothing."""
+        """The check of the keys that the query finds; None: they all match."""
         tests: list[Callable[[ApiKey], bool]] = []
         if self.name_contains:
             part = self.name_contains.casefold()
@@ -129,7 +129,7 @@ class KeyFilter:
         return (lambda key: all(test(key) for test in tests)) if tests else None
 
     def query(self, limit: int) -> Query:
-        """Newest first; by name where a prefix of it is asked for; those deleted longest ago first."""
+        """Newest first; by name for a prefix; deleted keys by their deletion, the earliest first."""
         order: tuple[str, ...] = ("-created_at",)
         if self.deleted:
             order = ("deleted_at", "-created_at")
@@ -139,7 +139,7 @@ class KeyFilter:
 
 
 def after_prefix(prefix: str) -> str | None:
-    """The first text, in the order of UTF-8 bytes, after all that begin with `prefix`; None if there is none."""
+    """The first text, in the order of UTF-8 bytes, after all texts with this prefix; None if there is none."""
     stem = prefix.rstrip(_LAST)
     if not stem:
         return None

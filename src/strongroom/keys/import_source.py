@@ -1,4 +1,4 @@
-"""What a store must remember of the systems that its keys were imported from: their HMAC secrets, and their hints."""
+"""Import sources: the HMAC secrets and the hint rules of the systems that a store's keys were imported from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .token import MAX_HINT_CHARS, Hasher, HintRule, Imported
 NAME = "key_sources"
 MAX_SECRETS = 8
 MAX_RULES = 4
-"""Secrets and rules a store has at most: each makes every look-up of an unknown text longer."""
+"""The most secrets and rules of a store: each makes the look-up of an unknown secret longer."""
 MAX_SECRET_BYTES = 4_096
 _PURPOSE = "imported secret"
 _HMAC = "hmac-"
@@ -25,15 +25,15 @@ _log = logging.getLogger(__name__)
 
 
 class KeySource(Entity, collection=NAME, scope="global"):
-    """`hmac-<number>`: the secret of another system's HMACs, encrypted under the pepper. `hint-dot`, `hint-<number>`: a
-    rule by which keys whose hash has a salt are found (`keytext.HintRule`)."""
+    """`hmac-<number>`: the HMAC secret of another system, encrypted under the pepper. `hint-dot`, `hint-<number>`: a
+    rule that finds keys whose hash has a salt (`token.HintRule`)."""
 
     sealed: Annotated[bytes | None, Secret()] = None
 
 
 async def load(database: Database, hasher: Hasher) -> Imported:
-    """What the store has. A secret whose pepper is not configured any more is left out, with a warning: keys that were
-    never used since their import are not found without it."""
+    """The import sources of a store. A secret whose pepper is not configured any more is left out, with a warning: keys
+    that were not used since their import are then not found."""
     secrets: dict[str, bytes] = {}
     rules: list[HintRule] = []
     query = Query(order_by=("id",), limit=MAX_SECRETS + MAX_RULES)
@@ -50,7 +50,7 @@ async def load(database: Database, hasher: Hasher) -> Imported:
 
 
 async def add_rule(database: Database, imported: Imported, rule: HintRule, context: Context) -> Imported:
-    """The store with this rule; it may be there already. InvalidInput if there are too many."""
+    """Add a rule, unless the store has it. Raises InvalidInput if there are too many."""
     if rule in imported.rules:
         return imported
     if rule.chars is not None and not 0 <= rule.chars <= MAX_HINT_CHARS:
@@ -64,7 +64,7 @@ async def add_rule(database: Database, imported: Imported, rule: HintRule, conte
 async def add_secret(
     database: Database, hasher: Hasher, imported: Imported, secret: bytes, context: Context
 ) -> tuple[Imported, str]:
-    """The store with this secret, and its id; it may be there already. InvalidInput if it is none, or one too many."""
+    """Add a secret, unless the store has it, and give its id. Raises InvalidInput if it is invalid or one too many."""
     if (there := secret_id(imported, secret)) is not None:
         return imported, there
     if not 1 <= len(secret) <= MAX_SECRET_BYTES:
@@ -82,12 +82,12 @@ async def add_secret(
 
 
 def secret_id(imported: Imported, secret: bytes) -> str | None:
-    """The id of a secret that the store has; None if it has it not."""
+    """The id of a secret; None if the store does not have it."""
     return next((id for id, known in imported.secrets.items() if hmac.compare_digest(known, secret)), None)
 
 
 async def _create(database: Database, source: KeySource, context: Context) -> bool:
-    """Whether it was not there."""
+    """Whether the source was created; False if it existed."""
     try:
         await database.create(Context(None, context.actor, context.claims), source)
     except AlreadyExists:

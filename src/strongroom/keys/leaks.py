@@ -1,7 +1,7 @@
-"""Leaked keys: a text that was seen in public is reported once, recorded, told of, and dealt with as its tenant wants.
+"""Leaked keys: a secret that was seen in public is recorded once, told to webhooks, and handled by its tenant's policy.
 
-Whoever reports a text has it, so has everyone: what happens to the key is decided by the policy of its tenant alone,
-never by the report. Everything that one report does to one key is one commit.
+Whoever reports a secret has it. So the policy of its tenant alone decides what happens to the key, never the report.
+Everything that one report does to one key is one commit.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from ..errors import AlreadyExists, InvalidInput, Problem, TooManyRequests
 from ..events import KEY_LEAKED, Event, event
 from .administrators import ADMINISTRATOR, is_last_administrator
 from .model import MANAGEMENT, MAX_OVERLAP_S, ApiKey
-from .rotation import new_text
+from .rotation import new_secret
 from .service import Keys
 from .token import masked
 
@@ -42,19 +42,19 @@ Action = Literal["notify", "disable", "rotate"]
 Done = Literal["notified", "disabled", "rotated", "overlap shortened"]
 DEFAULT_OVERLAP_S = 86_400
 MAX_SIGHTINGS = 2_000
-"""Texts in one report."""
+"""Secrets in one report."""
 MAX_URL_CHARS = 2_000
 MAX_WORD_CHARS = 200
 AT_ONCE = 16
-"""Texts of one report that are looked up at the same time."""
+"""Secrets of one report that are looked up at the same time."""
 _log = logging.getLogger(__name__)
 
 
 class LeakPolicy(Entity, collection="leak_policies", scope="global"):
-    """What is done with a tenant's keys that leak; the id is the tenant (`*`: the keys that belong to no one tenant).
+    """The action on a tenant's keys that leak. The id is the tenant (`*`: keys that act for all tenants).
 
-    `overlap_s` is how long a leaked text works on where it is rotated. It is global for the reason that keys are: it
-    is read, and checked in the commit, together with keys of any tenants.
+    `overlap_s`: how long a leaked secret works after its rotation. The collection is global as that of keys is: one
+    commit reads and checks a policy together with keys of any tenant.
     """
 
     tenant: str
@@ -68,11 +68,11 @@ class Leak(
     scope="global",
     indexes=[Index("tenant", "-created_at"), Index("key_id", "-created_at"), Index("-created_at")],
 ):
-    """One text of a key that was seen where it should not be. The text itself is nowhere in it.
+    """One secret of a key that was seen in public. The secret itself is not stored here.
 
-    `type`, `url` and `source` are as the first report had them, `reporter` is who made it. `ends_at` is when the text
-    stops working, null if it works on. `last_administrator`: the key that was disabled was the last that could
-    administer this store over HTTP.
+    `type`, `url`, `source` and `reporter` are those of the first report. `ends_at`: when the secret stops working; null
+    if it goes on working. `last_administrator`: the disabled key was the last key that could administer this store
+    over HTTP.
     """
 
     tenant: str
@@ -88,7 +88,7 @@ class Leak(
 
 
 class PolicyFields(BaseModel):
-    """What a caller may say of a policy."""
+    """The fields of a policy that a caller may set."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -118,9 +118,9 @@ class PolicyGiven(TypedDict, total=False):
     overlap_s: int | None
 
 
-@dataclass(frozen=True, slots=True, repr=False)  # a URL may hold the text as well
+@dataclass(frozen=True, slots=True, repr=False)  # a URL may hold the secret as well
 class Sighting:
-    """A text that was seen, what its finder calls it, and where it was."""
+    """A text that was seen in public, its type as the finder names it, and the place."""
 
     token: str
     type: str = ""
@@ -130,8 +130,8 @@ class Sighting:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a sighting came to. `leak`: the text is a key's; None: it is none that the reporter may know of. `new`: it
-    was not known to have leaked before this report."""
+    """The result of a sighting. `leak`: the secret belongs to a key; None: to no key that the reporter may know of.
+    `new`: this is the first report of it."""
 
     leak: Leak | None
     new: bool = False
@@ -148,7 +148,7 @@ class Leaks:
     # --- Policies ---------------------------------------------------------------------------------------------
 
     async def policy(self, tenant: str, *, context: Context | None = None) -> LeakPolicy:
-        """A tenant's policy; where none was set, it is to notify. Raises InvalidInput, Denied."""
+        """A tenant's policy; the default is to notify. Raises InvalidInput, Denied."""
         check_tenant(tenant)
         found = await self._database.get_or_none(writer(context, tenant), LeakPolicy, tenant)
         return found if found is not None else LeakPolicy(id=tenant, tenant=tenant)
@@ -180,7 +180,7 @@ class Leaks:
             return await self.policy_set_before(replayed, context=context)
 
     async def policy_set_before(self, replayed: Replayed, *, context: Context | None = None) -> LeakPolicy:
-        """The policy that a repeated call was answered with."""
+        """The policy that an idempotent call was answered with."""
         return await self._database.answer_of(reader(context), LeakPolicy, replayed)
 
     # --- Leaks ------------------------------------------------------------------------------------------------
@@ -188,16 +188,16 @@ class Leaks:
     async def report(
         self, sightings: Sequence[Sighting], *, reporter: str, tenant: str | None = None, request_id: str = ""
     ) -> list[Finding]:
-        """Record and deal with texts that were seen in public, in their order. `reporter` names who says so in the
-        journal; with `tenant`, only that tenant's keys are known to it.
+        """Record and handle secrets that were seen in public, in their order. `reporter` is the actor in the journal;
+        with `tenant`, the reporter may know of that tenant's keys only.
 
-        The same text again does nothing again, whoever reports it and wherever it is then. If this raises (Unavailable,
-        StorageFull), some may have been dealt with: report all of them again. TooManyRequests: all were dealt with but
-        those whose slow hashes cannot be compared now; each time that all are reported again there are fewer of them.
+        A secret that was reported before changes nothing, whoever reports it and wherever it was seen. After
+        Unavailable or StorageFull, some secrets may have been handled: report all of them again. After TooManyRequests
+        all were handled but those whose slow hashes cannot be compared now: each new report leaves fewer of them.
         Raises InvalidInput for more than MAX_SIGHTINGS.
         """
         if len(sightings) > MAX_SIGHTINGS:
-            raise InvalidInput([Problem("", f"found {len(sightings)} texts, expected at most {MAX_SIGHTINGS}")])
+            raise InvalidInput([Problem("", f"found {len(sightings)} secrets, expected at most {MAX_SIGHTINGS}")])
         distinct = list({sighting.token: sighting for sighting in reversed(sightings)}.values())  # the first of each
         findings: dict[str, Finding] = {}
         put_off = 0
@@ -206,15 +206,15 @@ class Leaks:
             work = [self._deal_with(sighting, reporter, tenant, request_id or next_id()) for sighting in some]
             for sighting, result in zip(some, await asyncio.gather(*work, return_exceptions=True), strict=True):
                 if isinstance(result, TooManyRequests):
-                    put_off += 1  # what others of the report are does not have to wait for it
+                    put_off += 1  # the other secrets of the report need not wait for it
                 elif isinstance(result, BaseException):
                     raise result
                 else:
                     findings[sighting.token] = result
         if put_off:
             raise TooManyRequests(
-                f"{put_off} of {len(distinct)} texts begin as imported keys do and cannot be compared with their slow "
-                "hashes yet, the others were dealt with: report all of them again"
+                f"{put_off} of {len(distinct)} secrets begin as imported keys do and cannot be compared with their "
+                "slow hashes yet, the others were handled: report all of them again"
             )
         return [findings[sighting.token] for sighting in sightings]
 
@@ -227,7 +227,7 @@ class Leaks:
         cursor: str | None = None,
         context: Context | None = None,
     ) -> Page[Leak]:
-        """One page of leaks, newest first; of one tenant where the caller is bound to one."""
+        """One page of leaks, newest first. A caller who is bound to one tenant gets the leaks of that tenant."""
         own = bound_to(context)
         if own is not None and tenant is not None and own != tenant:
             return Page([], None)
@@ -252,7 +252,7 @@ class Leaks:
 
         try:
             leak = await self._database.transaction(context, body)
-        except AlreadyExists:  # another node was told of it in this moment
+        except AlreadyExists:  # another node got a report of it at the same time
             return Finding(await self._before(ids))
         if leak is None:
             return Finding(None)
@@ -260,7 +260,7 @@ class Leaks:
         return Finding(leak, new=True)
 
     async def _before(self, ids: Sequence[str]) -> Leak | None:
-        """What an earlier report of the same text left. There is an id for each pepper that it may have had."""
+        """The leak that an earlier report of the same secret made. Each pepper gives another id."""
         found = (await self._database.find(system_context(), Leak, Query(Where("id", "in", ids), limit=1))).items
         return found[0] if found else None
 
@@ -269,7 +269,7 @@ class Leaks:
     async def _leaked(
         self, tx: Transaction, key_id: str, sighting: Sighting, candidates: Sequence[str], leak_id: str
     ) -> Leak | None:
-        """The whole of one leak, in one transaction. None if the text stopped being the key's in this moment."""
+        """Handle one leak in one transaction. None if the secret stopped being the key's meanwhile."""
         key = await tx.get_or_none(ApiKey, key_id)
         if key is None:
             return None
@@ -277,7 +277,7 @@ class Leaks:
         old_until = key.previous_until if key.previous_hash in candidates else None
         if old_until is not None and old_until <= now:
             return None
-        # A key that was imported and not yet used is found by another hash than those of its text.
+        # An imported key that was not used yet has another hash than those made here of its secret.
         if old_until is None and key.hash not in candidates and key.verifier is None:
             return None
         policy = await tx.get_or_none(LeakPolicy, key.tenant) or LeakPolicy(tenant=key.tenant)
@@ -303,25 +303,25 @@ class Leaks:
     def _decide(
         self, key: ApiKey, policy: LeakPolicy, now: datetime, old_until: datetime | None
     ) -> tuple[Done, datetime | None, Mapping[str, Any]]:
-        """What is done, when the leaked text stops working, and the key's fields that change.
+        """The action, when the leaked secret stops working, and the fields of the key that change.
 
-        `old_until`: the text is one that was rotated away, and works until then.
+        `old_until`: the secret was rotated away, and works until then.
         """
         action = policy.action
         if action == "rotate" and is_management(key):
-            action = "disable"  # whoever has the old text could claim the new one with it
+            action = "disable"  # the finder of the old secret could claim the new one with it
         if action == "disable":
             return "disabled", now, {"enabled": False}
         if action == "notify":
             return "notified", old_until, {}
         ends_at = now + timedelta(seconds=policy.overlap_s or 0)
         if old_until is None:
-            rotated = self._keys.rotation.replaced(key, new_text(key), policy.overlap_s or 0, True)
+            rotated = self._keys.rotation.replaced(key, new_secret(key), policy.overlap_s or 0, True)
             return "rotated", rotated["previous_until"] or now, rotated
         if old_until <= ends_at:
             return "notified", old_until, {}
-        # The present text did not leak. Rotating again would end the leaked text at once, and with it whoever has not
-        # moved on yet.
+        # The current secret did not leak. Another rotation would end the leaked secret at once, for all users of the
+        # key who have not changed over yet.
         if ends_at > now:
             return "overlap shortened", ends_at, {"previous_until": ends_at}
         return "overlap shortened", now, {"previous_hash": None, "previous_until": None}
@@ -330,7 +330,7 @@ class Leaks:
 # --- Helpers --------------------------------------------------------------------------------------------------
 
 _POLICY: Mapping[str, Any] = system_context().claims
-"""What is done to a leaked key is done by its tenant's policy, whoever reported it."""
+"""The claims of the write: the tenant's policy acts, whoever made the report."""
 
 
 def is_management(key: ApiKey) -> bool:
@@ -339,7 +339,7 @@ def is_management(key: ApiKey) -> bool:
 
 
 def _event(key: ApiKey, leak: Leak, now: datetime) -> Event:
-    """What webhooks are told, in the commit of the leak itself."""
+    """The event for webhooks, in the commit of the leak itself."""
     data = {
         "key_id": key.id,
         "name": key.name,
@@ -352,14 +352,14 @@ def _event(key: ApiKey, leak: Leak, now: datetime) -> Event:
 
 
 def _leak_id(key_id: str, candidate: str) -> str:
-    """One id for one text of one key. It is made of the hash under the pepper: without that, nobody can look for the
-    text of an imported key that is easy to guess."""
+    """One id for one secret of one key. It is made of the hash under the pepper: without the pepper nobody can guess
+    the secret of an imported key from it."""
     return hashlib.sha256(f"leak\x00{key_id}\x00{candidate}".encode()).hexdigest()
 
 
 def _plain(text: str, token: str, most: int) -> str:
-    """What a stranger wrote, as it can be kept: without the token, which a URL may contain, and what no terminal or
-    engine should see; cut."""
+    """A text of a stranger, made safe to keep: without the secret, which a URL may contain, without control characters,
+    and cut to a length."""
     for form in (token, quote(token), quote(token, safe="")):
         text = text.replace(form, masked(token))
     text = "".join(c if c.isprintable() else "\ufffd" for c in text)

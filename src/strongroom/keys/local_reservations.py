@@ -1,6 +1,6 @@
-"""Reservations in this process's memory, which its leases cover: settled, extended and released without a commit.
+"""Local reservations: covered by this process's leases, and settled, extended and released without a commit.
 
-More than this process holds is charged by a commit all the same, whole: it happened.
+A use of more than this process holds is charged by a commit, in full: it has happened.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from .reservation import (
 from .verification import KeyUse, Reservation, Verification, admitted
 
 MAX_SETTLED = 10_000
-"""Reservations in memory that are remembered after they were settled."""
+"""Settled reservations that are kept in memory, for repeated calls."""
 _SECOND = 1_000_000
 
 
 class LocalReservations:
-    """The reservations that this process alone knows."""
+    """The reservations that only this process knows."""
 
     def __init__(self, database: Database, cache: KeyCache, ledger: Ledger, clock: Clock) -> None:
         self._database = database
@@ -48,7 +48,7 @@ class LocalReservations:
         self._clock = clock
         self._turns = Turns()
         self._settled: OrderedDict[str, tuple[dict[str, int], dict[str, int], Reservation]] = OrderedDict()
-        """What was reported before the settlement, the totals after it, and its answer."""
+        """The amounts reported before the settlement, the totals after it, and the answer."""
 
     def make(self, key: CachedKey, use: KeyUse, ttl_s: int, now_us: int) -> Reservation | None:
         """A reservation of a key that may be used; None if this process's leases do not cover it."""
@@ -61,7 +61,7 @@ class LocalReservations:
 
     async def settle(self, id: str, units: dict[str, int] | None, context: Context | None) -> Reservation:
         """End a reservation and charge these units in all; None: release it."""
-        # Mostly nobody is changing it by a commit, and it needs none: then it takes no turn, and waits for nothing.
+        # Mostly no other call changes it, and it needs no commit: then it takes no turn, and awaits nothing.
         answer = self._settle_at_once(id, units, context) if not self._turns.taken(id) else None
         if answer is not None:
             return answer
@@ -76,13 +76,12 @@ class LocalReservations:
                 return answer
             if units is None:
                 raise AssertionError("a release takes no commit")
-            # More than this process holds, its lease has ended, or the limits are others now: it happened, so it is
-            # recorded whole.
+            # It used more than this process holds, the lease has ended, or the limits were changed: record it in full.
             limits = await self._record_whole(lease_manager, id, hold, used_since(hold.used, units))
             return self._settled_as(id, hold, "settled", {**hold.used, **units}, limits)
 
     def _settle_at_once(self, id: str, units: dict[str, int] | None, context: Context | None) -> Reservation | None:
-        """Settle or release from memory; None if that takes a commit. Nothing is waited for."""
+        """Settle or release in memory; None if that takes a commit. Awaits nothing."""
         state: State = "released" if units is None else "settled"
         done = self._settled.get(id)
         if done is not None and may_see(context, done[2].tenant or ""):
@@ -106,7 +105,7 @@ class LocalReservations:
     def _settled_as(
         self, id: str, hold: LocalReservation, state: State, total: dict[str, int], limits: list[LimitStatus] | None
     ) -> Reservation:
-        """The answer, which is remembered."""
+        """The answer, which is kept for repeated calls."""
         settled = held_answer(hold.key, id, hold.entries, state, limits=limits, charged=amounts(total))
         self._settled[id] = hold.used, total, settled
         if len(self._settled) > MAX_SETTLED:
@@ -116,22 +115,22 @@ class LocalReservations:
     async def _record_whole(
         self, lease_manager: LeaseManager, id: str, hold: LocalReservation, more: dict[str, int]
     ) -> list[LimitStatus]:
-        """Settle by a record of what was used. If that fails, or its answer is lost, the reservation goes on, and the
-        same settlement again is charged once."""
+        """Settle by a commit of the use. If that fails, or its answer is lost, the reservation stays open, and a
+        repeated settlement is charged once."""
         hold.recording = True
         answer = await self._record_hold(hold, more, f"{id} settled", 1)
         lease_manager.end(id)
         return answer.limits
 
     async def _report(self, id: str, hold: LocalReservation, used: Mapping[str, int]) -> None:
-        """Record what was used so far of a reservation that goes on. If that fails, or its answer is lost, whatever is
-        done to the reservation next repeats this record first: it is charged once."""
+        """Commit what was used so far of an open reservation. If that fails, or its answer is lost, the next call on
+        the reservation repeats this commit first: it is charged once."""
         once = f"{id} used {sorted(used.items())}"
         hold.reporting = once, dict(used)
         await self._resolve(hold)
 
     async def _resolve(self, hold: LocalReservation) -> None:
-        """Make certain that what was reported as used is charged, where an answer was lost."""
+        """Repeat a report whose answer was lost, so that it is charged."""
         if hold.reporting is not None:
             once, used = hold.reporting
             await self._record_hold(hold, used_since(hold.used, used, "used"), once, 0)
@@ -139,15 +138,15 @@ class LocalReservations:
             hold.reporting = None
 
     async def _record_hold(self, hold: LocalReservation, units: dict[str, int], once: str, count: int) -> Verification:
-        """Charge what was used of a reservation in memory by a commit, where it was held: of a key that was removed
-        meanwhile, or belongs to other groups now, too."""
+        """Charge the use of a local reservation by a commit, where it was held: also if its key was removed meanwhile,
+        or belongs to other groups now."""
         backoff = Backoff("the key is being changed too quickly to settle its reservation")
         while await backoff.attempt():
             key = await self._cache.by_id(hold.key.id)
             subjects = await subjects_of_ids(
                 self._cache, [subject.id for subject in hold.key.subjects.all], hold.key.quota_ids, key
             )
-            if not subjects:  # all that it was held of was removed
+            if not subjects:  # everything that held it was removed
                 return admitted(hold.key, ())
             try:
                 outcome = await self._ledger.admit(
@@ -169,8 +168,8 @@ class LocalReservations:
     async def extend(
         self, id: str, ttl_s: int, units: dict[str, int] | None, used: dict[str, int], context: Context | None
     ) -> Reservation:
-        """Let a reservation go on for `ttl_s` from now, holding these units in all (None: as it is); `used` is what was
-        used of it so far."""
+        """Let a reservation go on for `ttl_s` from now and hold these units in all (None: unchanged). `used`: all that
+        was used of it so far."""
         async with self._turns.of(id):
             return await self._extend(id, ttl_s, units, used, context)
 

@@ -1,4 +1,4 @@
-"""What an API key is: its entity, and what callers may say of it."""
+"""The API key: its entity, and the fields that callers give."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .token import DEFAULT_PREFIX, MAX_PREFIX_CHARS, PREFIX_PATTERN
 NAME = "api_keys"
 MANAGEMENT = "strongroom:"
 MANAGEMENT_PERMISSIONS = tuple(MANAGEMENT + scope for scope in ("read", "write", "admin"))
-"""What a management key may do, by the permission that says so. Strongroom keeps the names that begin so for itself."""
+"""The permissions of management keys. Names with this prefix are reserved for Strongroom."""
 MAX_PERMISSIONS = 100
 MAX_ADDRESSES = 100
 MAX_METADATA_BYTES = 16_384
@@ -40,22 +40,22 @@ MAX_NAMES = 100
 """Names in `allowed_models`, and in `allowed_routes`."""
 MAX_NAME_CHARS = 200
 MAX_TOLD = 5
-"""Wrong values of one list that a message names."""
+"""The most wrong values of one list that a message names."""
 MAX_DESCRIPTION_CHARS = 2_000
 MAX_OWNER_BYTES = 200
 MAX_OVERLAP_S = 30 * 86_400
-"""How long a text that was rotated away may work on at most."""
+"""The longest time that a secret may work after it was rotated away."""
 MIN_ROTATION_S = 3_600
 MAX_ROTATION_S = 400 * 86_400
 MIN_SCHEDULED_OVERLAP_S = 60
 DEFAULT_SCHEDULED_OVERLAP_S = 7 * 86_400
-"""Of a scheduled rotation whose overlap is not said, unless half its period is less."""
+"""The overlap of a scheduled rotation without one, at most half its period."""
 RESTORABLE_FOR_S = 30 * 86_400
-"""How long a deleted key can be restored; after that it is removed for good."""
+"""How long a deleted key can be restored. Then it is removed for good."""
 TEST_PREFIX = f"{DEFAULT_PREFIX}_test"
-"""What the text of a test key begins with instead of DEFAULT_PREFIX."""
+"""The prefix of a test key's secret, instead of DEFAULT_PREFIX."""
 HIDDEN = frozenset({"hash", "previous_hash", "sealed", "previous_sealed", "verifier", "due_at"})
-"""Fields of a key that nobody is shown."""
+"""Fields of a key that no caller sees."""
 Environment = Literal["live", "test"]
 
 
@@ -90,18 +90,17 @@ class ApiKey(
     ],
     placed_by="hash",
 ):
-    """One key. It belongs to a tenant, but is not stored under it: a verification does not know the tenant before it
-    has found the key. `hash` is what the text is found by, `sealed` its SHA-256 encrypted, for exports;
-    `previous_hash` and `previous_sealed` are those of the text that was rotated away.
+    """One API key. It belongs to a tenant, but the collection is global: a verification knows no tenant before it has
+    found the key. `hash`: finds the key by its secret. `sealed`: the secret's SHA-256, encrypted, for exports.
+    `previous_hash` and `previous_sealed`: those of the secret that was rotated away.
 
-    `last_used` and `usage_count` are copied from the key's usage in the background, about once a minute (a new version
-    of the key, but no change that the journal tells of); the statistics of a key are as of now.
+    `last_used` and `usage_count`: copied from the key's usage about once a minute (a new version of the key, which the
+    journal does not record). The statistics of a key are current.
 
-    `groups` names the quotas that it shares with other keys of its tenant. `verifier` is the imported hash
-    of a key whose hash cannot be looked up (bcrypt, Argon2, PBKDF2), until its first use; `hash` is then a hint to find
-    it by. `deleted_at` is set on a key that was removed and can be restored. `unclaimed` is the text of a rotation
-    that nobody was there to be shown, encrypted under the pepper, until it is claimed. `due_at` is when the background
-    work has something to do with the key: to rotate it, or to remove it for good.
+    `groups`: the quotas that it shares with other keys of its tenant. `verifier`: the imported hash of a key whose hash
+    cannot be looked up (bcrypt, Argon2, PBKDF2), until its first use; `hash` is then a hint to find it by.
+    `deleted_at`: when the key was deleted; it can be restored. `unclaimed`: the secret of a rotation that waits to be
+    claimed, encrypted under the pepper. `due_at`: when the key jobs must rotate the key, or remove it for good.
     """
 
     tenant: str
@@ -141,23 +140,23 @@ class ApiKey(
 
     @property
     def scheduled_overlap_s(self) -> int:
-        """How long the old text works on after a scheduled rotation."""
+        """How long the old secret works after a scheduled rotation."""
         if self.rotation_overlap_s is not None:
             return self.rotation_overlap_s
         return min(DEFAULT_SCHEDULED_OVERLAP_S, (self.rotate_every_s or 0) // 2)
 
     def shown(self) -> dict[str, Any]:
-        """What callers are shown of a key. `unclaimed`: whether the text of a rotation waits to be claimed."""
+        """The fields of a key that callers see. `unclaimed`: whether a secret waits to be claimed."""
         return {**self.model_dump(exclude=set(HIDDEN)), "unclaimed": self.unclaimed is not None}
 
 
 def due_at(next_rotation_at: datetime | None, deleted_at: datetime | None) -> datetime | None:
-    """When the background work has something to do with a key: to remove it if it was deleted, else to rotate it."""
+    """When the key jobs must remove a deleted key, or rotate another key; None: never."""
     return next_rotation_at if deleted_at is None else deleted_at + timedelta(seconds=RESTORABLE_FOR_S)
 
 
 def schedule_problem(rotate_every_s: int | None, overlap_s: int | None) -> Problem | None:
-    """What is wrong with a schedule of rotations, whose two fields are single values within their own bounds."""
+    """The problem of two rotation fields together; each is within its own bounds."""
     if overlap_s is None:
         return None
     if rotate_every_s is None:
@@ -170,7 +169,7 @@ def schedule_problem(rotate_every_s: int | None, overlap_s: int | None) -> Probl
 
 
 class KeyFields(BaseModel):
-    """What a caller may say of a key, when it is made and later."""
+    """The fields that a caller may give, for a new key and for a change."""
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
@@ -305,7 +304,7 @@ def _address_problem(text: str) -> str | None:
 
 
 class KeyGiven(TypedDict, total=False):
-    """The fields of a key as keywords, for a change; texts are taken for times, as in JSON."""
+    """The fields of a change as keywords. A time may be a text, as in JSON."""
 
     name: str
     user_id: str | None
@@ -324,7 +323,7 @@ class KeyGiven(TypedDict, total=False):
 
 
 class NewKeyGiven(KeyGiven, total=False):
-    """The fields of a key that is to be made, as keywords."""
+    """The fields of a new key as keywords."""
 
     tenant: str
     environment: Environment
@@ -379,8 +378,8 @@ class KeyChanges(KeyFields):
 
 @dataclass(frozen=True, slots=True)
 class IssuedKey:
-    """A key with its secret, `text`. The store keeps a hash of it: this is the one time that it is there. It is empty
-    where a rotation was asked to hold it for `claim`."""
+    """A key with its secret, `text`. The store keeps only a hash of it. It is empty if the rotation keeps it for
+    `claim`."""
 
     key: ApiKey
     text: str = field(repr=False)

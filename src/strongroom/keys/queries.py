@@ -1,4 +1,4 @@
-"""Reads keys: one, a page, their number, their statistics, and the answers to calls that are repeated."""
+"""Reads keys: one key, a page, their number, their statistics, and the answers to idempotent retries."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class KeyQueries:
         self._clock = clock
 
     async def get(self, id: str, *, deleted: bool = False, context: Context | None = None) -> ApiKey:
-        """A key by its id; `deleted`: one that was deleted too. NotFound for another tenant's."""
+        """A key by its id; with `deleted`, a deleted key too. Raises NotFound, also for a key of another tenant."""
         key = await self._database.get_or_none(reader(context), ApiKey, id)
         if key is None or not may_see(context, key.tenant) or (key.deleted_at is not None and not deleted):
             raise no_key(id)
@@ -58,21 +58,21 @@ class KeyQueries:
         context: Context | None = None,
         **filters: Unpack[KeyFilterGiven],
     ) -> Page[ApiKey]:
-        """One page of the keys for which all of `filters` holds (see KeyFilter); of one tenant where the caller is
-        bound to one.
+        """One page of the keys for which all of `filters` holds (see KeyFilter). A caller who is bound to one tenant
+        gets the keys of that tenant.
 
-        Newest first; by name where `name_prefix` is given; with `deleted`, which shows the deleted keys instead of the
-        others, those deleted longest ago first. Raises InvalidInput.
+        Newest first, or by name where `name_prefix` is given. `deleted` shows the deleted keys instead of the others,
+        the earliest deletion first. Raises InvalidInput.
         """
         return await self.page(KeyFilter(**filters), limit=limit, cursor=cursor, context=context)
 
     async def page(
         self, filter: KeyFilter, *, limit: int = 100, cursor: str | None = None, context: Context | None = None
     ) -> Page[ApiKey]:
-        """As `list`, of the keys that a filter means.
+        """As `list`, for a filter.
 
-        Of a filter that a store cannot judge whole, a page ends after LOOK_AT keys were looked at: it may hold fewer
-        than `limit`, or none, and `next_cursor` goes on.
+        Where the store cannot judge the filter whole, a page ends after LOOK_AT keys: it may hold fewer than `limit`,
+        or none, and `next_cursor` goes on.
         """
         wanted = filter.within(bound_to(context))
         if wanted is None:
@@ -91,7 +91,7 @@ class KeyQueries:
             places = [place for place, key in enumerate(page.items) if by(key)]
             most = limit - len(found)
             if len(places) >= most and places[most - 1] + 1 < len(page.items):
-                # The page ends at its last key that is kept: the same again, cut there, has the cursor of that place.
+                # The page ends at its last matching key: the same query, cut there, has the cursor of that place.
                 page = await find(places[most - 1] + 1)
                 return Page([*found, *(key for key in page.items if by(key))], page.next_cursor)
             found += [page.items[place] for place in places]
@@ -101,7 +101,7 @@ class KeyQueries:
                 return Page(found, cursor)
 
     async def count(self, filter: KeyFilter, *, context: Context | None = None) -> int:
-        """How many keys a filter means."""
+        """How many keys match a filter."""
         wanted = filter.within(bound_to(context))
         if wanted is None:
             return 0
@@ -134,11 +134,11 @@ class KeyQueries:
         )
 
     async def answered_before(self, replayed: Replayed, *, context: Context | None = None) -> ApiKey:
-        """The key that a repeated call was answered with."""
+        """The key that an idempotent call was answered with."""
         return await self._database.answer_of(reader(context), ApiKey, replayed)
 
     async def issued_before(self, replayed: Replayed, *, context: Context | None = None) -> IssuedKey:
-        """The key and the text that a repeated call was answered with."""
+        """The key and the secret that an idempotent call was answered with."""
         return IssuedKey(await self.answered_before(replayed, context=context), (replayed.memo or b"").decode())
 
 

@@ -1,4 +1,4 @@
-"""Verifications that can be taken back: for a request that is charged when it arrives, and refused later."""
+"""Refunds: a verification that is taken back, for a request that was charged at its arrival and refused later."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .verifier import Verifier
 
 
 class Charged(NamedTuple):
-    """The answer to a verification, and what of it can be taken back: how many units, when, and for what."""
+    """The answer to a verification, and what a refund needs: the units, the moment, the model and the route."""
 
     answer: Verification
     units: Mapping[str, int]
@@ -24,7 +24,7 @@ class Charged(NamedTuple):
 
 
 class Refunds:
-    """Verifies keys so that the charge can be taken back, and takes it back."""
+    """Verifies keys so that the charge can be refunded, and refunds it."""
 
     def __init__(self, verifier: Verifier, cache: KeyCache, ledger: Ledger, clock: Clock) -> None:
         self._verifier = verifier
@@ -42,7 +42,7 @@ class Refunds:
         model: str | None = None,
         route: str | None = None,
     ) -> Charged:
-        """As `verify`; what it gives can be given to `undo`."""
+        """As `verify`. `undo` takes the result."""
         use = key_use(cost, permission, ip, model, route)
         backoff = Backoff("the key is being changed too quickly to verify it")
         while await backoff.attempt():
@@ -54,7 +54,7 @@ class Refunds:
                 key = await self._cache.find(text, now_us)
                 if key is None:
                     return Charged(NOT_FOUND, use.units, now_us)
-                await self._cache.is_current(key)  # now it is in memory, and believed
+                await self._cache.is_current(key)  # now it is in memory, and trusted
                 continue
             with suppress(KeyChanged):
                 await started.outcome
@@ -64,8 +64,8 @@ class Refunds:
         raise backoff.exhausted()
 
     async def undo(self, charged: Charged) -> None:
-        """Take back a verification: its use, and what it cost, as far as the windows still count it. To be called once,
-        soon. Raises Unavailable: then it may be taken back all the same."""
+        """Refund a verification: its use, and its cost where a window still counts it. Call it once, and soon. After
+        Unavailable the refund may have happened."""
         id = charged.answer.key_id
         if id is None or not charged.answer.valid:
             return
@@ -73,7 +73,7 @@ class Refunds:
         while await backoff.attempt():
             key = await self._cache.by_id(id)
             if key is None:
-                return  # its usage was removed with it
+                return  # its usage was removed with the key
             asked = {subject.id: subject.asked(charged.model, charged.route) for subject in key.subjects.all}
             limited = [subject for subject in key.subjects.all if asked[subject.id]]
             if limited:
@@ -85,7 +85,7 @@ class Refunds:
                     self._cache.outdated(key)
                     continue
             for subject in key.subjects.all:
-                if not asked[subject.id]:  # its use is only counted, and perhaps not written yet
+                if not asked[subject.id]:  # nothing limits this use: it is only counted, and perhaps not written yet
                     self._ledger.aggregate(
                         _subjects(subject), {name: -units for name, units in charged.units.items()}, -1
                     )

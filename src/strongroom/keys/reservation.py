@@ -1,4 +1,4 @@
-"""What local and durable reservations share: the units that they hold, where these count, and the answers."""
+"""Shared by local and durable reservations: the units that they hold, where these count, and the answers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ State = Literal["open", "settled", "released"]
 
 
 def reserved_units(cost: Mapping[str, Amount] | None, ttl_s: int, ip: str | None) -> dict[str, int]:
-    """What is to be held, one of `concurrency` included. Raises InvalidInput with every problem."""
+    """The units to hold, with one of `concurrency`. Raises InvalidInput with every problem."""
     problems: list[Problem] = []
     if type(ttl_s) is not int or not 1 <= ttl_s <= MAX_TTL_S:
         problems.append(Problem("ttl_s", f"found {ttl_s!r}, expected 1 to {MAX_TTL_S} seconds"))
@@ -54,7 +54,7 @@ def reserved_units(cost: Mapping[str, Amount] | None, ttl_s: int, ip: str | None
 
 
 def used_since(before: Mapping[str, int], total: Mapping[str, int], field: str = "cost") -> dict[str, int]:
-    """What has been used since `before`. InvalidInput if it is less in all: what was charged stays charged."""
+    """The units used since `before`. Raises InvalidInput if a total is less than before: a charge is never reduced."""
     problems = [
         Problem(
             f"{field}.{name}",
@@ -69,18 +69,18 @@ def used_since(before: Mapping[str, int], total: Mapping[str, int], field: str =
 
 
 def same_amounts(one: Mapping[str, int], other: Mapping[str, int]) -> bool:
-    """Whether both are the same amounts; one that is not named is 0."""
+    """Whether both are the same amounts; a missing amount is 0."""
     return all(one.get(name, 0) == other.get(name, 0) for name in (*one, *other))
 
 
 def ended_otherwise(before: str | None, now: State) -> str:
-    """Why a reservation cannot be ended so: it was ended otherwise before."""
+    """The message for a reservation that was ended in another way before."""
     return f"the reservation was {before} before" + (", with other amounts" if before == now == "settled" else "")
 
 
 class Turns:
-    """One change of a reservation at a time: of two changes that are decided together, the second would be decided on
-    values that the first has not committed yet. The versions set apart the changes of other nodes."""
+    """Locks: one change of a reservation at a time. A second change would else be decided on values that the first has
+    not committed yet. Document versions detect the changes of other nodes."""
 
     def __init__(self) -> None:
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -118,24 +118,24 @@ def together(subjects: Sequence[Subject], key: CachedKey | None) -> Subjects:
 
 
 def minus(wanted: Mapping[str, int], used: Mapping[str, int]) -> dict[str, int]:
-    """What of `wanted` is not `used` yet; nothing where more was."""
+    """The part of `wanted` that is not `used` yet, 0 at least."""
     return {name: max(0, units - used.get(name, 0)) for name, units in wanted.items()}
 
 
 def plus(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
-    """Both together."""
+    """The sum of both."""
     return {
         name: one.get(name, 0) + other.get(name, 0) for name in (*one, *(name for name in other if name not in one))
     }
 
 
 def amounts(units: Mapping[str, int]) -> dict[str, Amount]:
-    """Units as callers count them."""
+    """Units as the amounts of callers."""
     return {name: from_units(name, amount) for name, amount in units.items()}
 
 
 def as_reservation(answer: Verification, id: str | None = None, state: str | None = None, **more: Any) -> Reservation:
-    """A verification's answer as a reservation's."""
+    """The answer of a verification as the answer of a reservation."""
     fields = {name: getattr(answer, name) for name in Verification.__struct_fields__}
     return Reservation(**fields, reservation_id=id, state=state, **more)
 
@@ -146,7 +146,7 @@ def with_changes(answer: Reservation, **changes: Any) -> Reservation:
 
 
 def with_uncounted(answer: Reservation, key: CachedKey | None, cost: Mapping[str, Amount] | None) -> Reservation:
-    """An answer that tells which resources of the caller's cost no limit of the key counts."""
+    """An answer with the resources of the caller's cost that no limit of the key counts."""
     found = uncounted(key, cost) if key is not None and cost is not None else []
     return with_changes(answer, uncounted=found) if found != answer.uncounted else answer
 
@@ -160,7 +160,7 @@ def open_answer(key: CachedKey, id: str, limits: list[LimitStatus], ends_us: int
 def held_answer(
     key: CachedKey, id: str, entries: Entries, state: State, *, limits: list[LimitStatus] | None = None, **more: Any
 ) -> Reservation:
-    """The answer to what was done with a reservation in memory."""
+    """The answer to a call on a local reservation."""
     shown = [leased_status(leased_limit) for leased_limit, _ in entries] if limits is None else limits
     return Reservation(
         True,
@@ -178,7 +178,7 @@ def held_answer(
 
 
 def not_covered(key: CachedKey, entries: Entries, wanted: Mapping[str, int]) -> Verification:
-    """The refusal of an extension for which this process's shares do not suffice."""
+    """The refusal of an extension that this process's leases do not cover."""
     limits = [leased_status(leased_limit) for leased_limit, _ in entries]
     denied = [
         msgspec.structs.replace(status, exceeded=True)

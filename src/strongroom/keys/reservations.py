@@ -47,12 +47,12 @@ class Reservations:
         actor: str = "system",
         durable: bool = False,
     ) -> Reservation:
-        """Hold `cost` (default: one request) of all the limits of a key, and one of its `concurrency`, for `ttl_s`
-        seconds; decided as `verify` decides. The answer has a `reservation_id` if it is valid.
+        """Hold `cost` (default: one request) of all limits of a key, and one of its `concurrency`, for `ttl_s` seconds.
+        The checks are those of `verify`. A valid answer has a `reservation_id`.
 
-        `durable`: any process can settle it, whatever becomes of this one; without it, it is kept in memory where this
-        process's leases cover it. The same call with the same idempotency key (within a day) is one reservation, a
-        durable one. Raises InvalidInput with every problem; never for a key.
+        `durable`: any process can settle the reservation, and it survives this process. Without it, the reservation is
+        local if this process's leases cover it. All calls with one idempotency key (within a day) make one durable
+        reservation. Raises InvalidInput with every problem; never for a key.
         """
         use = KeyUse(reserved_units(cost, ttl_s, ip), permission, ip, model, route, tenant)
         may_be_local = not durable and idempotency_key is None
@@ -80,15 +80,15 @@ class Reservations:
     async def settle(
         self, reservation_id: str, cost: Mapping[str, Amount], *, context: Context | None = None
     ) -> Reservation:
-        """End a reservation and charge what was used in all, whole, even if that is more than it held. The same again
-        answers the same. Raises InvalidInput, NotFound (unknown, or another tenant's), Conflict (ended, or settled with
-        other amounts: record what was used as usage)."""
+        """End a reservation and charge all that was used, even if that is more than it held. A repeated call gives the
+        same answer. Raises InvalidInput, NotFound (unknown, or another tenant's), Conflict (it has ended, or was
+        settled with other amounts: record the use as usage)."""
         units = cost_units(cost)
         answer = await self._of(reservation_id).settle(reservation_id, units, context)
         return with_uncounted(answer, await self._cache.by_id(answer.key_id or ""), cost)
 
     async def release(self, reservation_id: str, *, context: Context | None = None) -> Reservation:
-        """End a reservation and charge nothing but what was reported as used. The same again answers the same. Raises
+        """End a reservation and charge only what was reported as used. A repeated call gives the same answer. Raises
         NotFound, Conflict (it was settled)."""
         return await self._of(reservation_id).settle(reservation_id, None, context)
 
@@ -101,10 +101,10 @@ class Reservations:
         used: Mapping[str, Amount] | None = None,
         context: Context | None = None,
     ) -> Reservation:
-        """Let a reservation go on for `ttl_s` seconds from now, holding `cost` in all (default: as it is). `used` is
-        what was used of it in all so far: it is charged now, and stays charged if the reservation ends by itself.
+        """Let a reservation go on for `ttl_s` seconds from now and hold `cost` in all (default: unchanged). `used`: all
+        that was used of it so far. It is charged now, and stays charged if the reservation expires.
 
-        The answer is not valid if more is asked than the limits have; the reservation is then as it was. Raises
+        The answer is not valid if the limits do not have that much; the reservation is then unchanged. Raises
         InvalidInput, NotFound, Conflict.
         """
         units = None if cost is None else reserved_units(cost, ttl_s, None)

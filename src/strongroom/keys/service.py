@@ -29,8 +29,8 @@ from .verifier import Verifier
 class Keys:
     """The keys of one store.
 
-    Each call is a method of one of the parts, which has its signature and description. Whoever needs more than these
-    calls takes the part.
+    Each call is a method of one part, which has its signature and description. Other code of Strongroom may use the
+    parts themselves.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The text of an API key: made, recognised, masked, hashed. Pure.
+"""The secret of an API key: generated, recognised, masked, hashed. Pure.
 
     sr_SR1k3Jx…43 random characters…Qa0dK2x
     │  │  │                          └ checksum: CRC-32 of everything before it, 6 characters of base62
@@ -6,8 +6,8 @@
     │  └ the mark and format version, in every key whatever its prefix
     └ a prefix of the issuer's choice
 
-A text that carries the mark and is not exactly that (mistyped, truncated) is refused without a read. Secret scanners
-find keys by SCAN_PATTERN and need nothing else to tell a real one.
+A secret with the mark and another form (mistyped, truncated) is refused without a read. Secret scanners find keys by
+SCAN_PATTERN, and the checksum tells a real key.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ CHECKSUM_CHARS = 6
 PREFIX_PATTERN = r"^[a-z][a-z0-9]*(?:_[a-z0-9]+)*$"
 MAX_PREFIX_CHARS = 24
 MAX_KEY_CHARS = 512
-"""A longer text is not a key, imported ones included."""
+"""A longer text is not a key, not even an imported one."""
 SCAN_PATTERN = r"\b[a-z][a-z0-9]*(?:_[a-z0-9]+)*_SR1[0-9A-Za-z]{49}\b"
 _KEY = re.compile(r"[a-z][a-z0-9]*(?:_[a-z0-9]+)*_SR1[0-9A-Za-z]{49}")
 _MARKED = re.compile(r"[a-z][a-z0-9_]*_SR1")
 _SHA256 = "sha256:"
 _SHA512 = "sha512:"
 HINT_SLOTS = 4
-"""Keys that may have one hint. Each is looked up by a name of its own, so that a text is found by one read."""
+"""Keys that may share one hint. Each is stored under a name of its own, so that one read finds a secret."""
 MAX_HINT_CHARS = 64
 
 
 def generate(prefix: str = DEFAULT_PREFIX) -> str:
-    """A new key's text. `prefix` matches PREFIX_PATTERN."""
+    """A new secret. `prefix` matches PREFIX_PATTERN."""
     body = f"{prefix}_{MARK}" + "".join(secrets.choice(ALPHABET) for _ in range(RANDOM_CHARS))
     return body + checksum(body)
 
@@ -58,7 +58,7 @@ def checksum(body: str) -> str:
 
 
 def is_possible(text: str) -> bool:
-    """Whether a text can be a key at all: ours with the right checksum, or one that may have been imported."""
+    """Whether a text can be a key: generated here with the right checksum, or perhaps imported."""
     if not 1 <= len(text) <= MAX_KEY_CHARS:
         return False
     if _MARKED.match(text) is None:
@@ -67,7 +67,7 @@ def is_possible(text: str) -> bool:
 
 
 def masked(text: str) -> str:
-    """What may be shown of a key: enough to recognise it, useless to anyone else."""
+    """A secret as it may be shown: its owner recognises it, and nobody can use it."""
     if _KEY.fullmatch(text):
         prefix, _, rest = text.rpartition("_")
         return f"{prefix}_{rest[:7]}…{text[-4:]}"
@@ -77,8 +77,8 @@ def masked(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class HintRule:
-    """How the hint of an imported key whose hash has a salt is found in its text: it is what stands before the first
-    dot (`chars` None), or so many characters from the beginning."""
+    """Where the hint of an imported key with a salted hash stands in its secret: before the first dot (`chars` None),
+    or in the first `chars` characters."""
 
     chars: int | None = None
 
@@ -87,30 +87,30 @@ class HintRule:
         return "dot" if self.chars is None else str(self.chars)
 
     def hint(self, text: str) -> str | None:
-        """A text's hint; None if it can have none."""
+        """The hint in a secret; None if it has none."""
         if self.chars is not None:
             return text[: self.chars] if len(text) >= self.chars else None
         before, dot, _ = text.partition(".")
         return before if dot and len(before) <= MAX_HINT_CHARS else None
 
     def names(self, hint: str) -> list[str]:
-        """What keys with this hint are stored under instead of a hash."""
+        """The names that keys with this hint are stored under instead of a hash."""
         return [f"hint:{self.id}:{slot}:{hint}" for slot in range(HINT_SLOTS)]
 
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """How keys of other systems are looked up: by HMACs under those systems' secrets (by id), and by hints."""
+    """How keys of other systems are found: by HMACs under the secrets of those systems (by id), and by hints."""
 
     secrets: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     rules: tuple[HintRule, ...] = ()
 
 
 class Hasher(Peppers):
-    """Key texts as what the store holds: HMAC-SHA-256 under a pepper, of the text's SHA-256.
+    """The stored form of secrets: HMAC-SHA-256 under a pepper, of the secret's SHA-256.
 
-    Going by way of the SHA-256 lets an imported SHA-256 be brought under the pepper as well. A stored hash is
-    `pepper id:hex`; as imported `sha256:hex`, `sha512:hex`, `hmac:secret's id:hex`, or `hint:rule:slot:hint`.
+    An imported SHA-256 can so be brought under the pepper too. A stored hash is `pepper id:hex`; an imported one is
+    `sha256:hex`, `sha512:hex`, `hmac:secret's id:hex`, or `hint:rule:slot:hint`.
     """
 
     def __init__(self, peppers: Sequence[Pepper], imported: Imported | None = None) -> None:
@@ -119,22 +119,22 @@ class Hasher(Peppers):
         self.imported = imported if imported is not None else Imported()
 
     def with_imported(self, imported: Imported) -> Hasher:
-        """The same peppers, and other ways to look up imported keys."""
+        """The same peppers with other import sources."""
         return Hasher(self._peppers, imported)
 
     def digest(self, text: str) -> bytes:
-        """The key's HMAC under the current pepper, 32 bytes: the name of the key in caches."""
+        """The HMAC of a secret under the current pepper, 32 bytes: the name of the key in caches."""
         return hmac.digest(self._secret, hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest(), "sha256")
 
     def hash(self, text: str) -> str:
-        """What is stored for a text."""
+        """The hash that is stored for a secret."""
         return self.hash_of(hashlib.sha256(text.encode()).digest())
 
     def hash_of(self, sha256: bytes) -> str:
         return f"{self._current.id}:{hmac.digest(self._secret, sha256, 'sha256').hex()}"
 
     def candidates(self, text: str) -> list[str]:
-        """Every hash that a store may hold for this text, the current pepper's first."""
+        """Every hash that a store may hold for this secret, the current pepper's first."""
         encoded = text.encode("utf-8", "surrogatepass")
         return [
             *self.candidates_of(hashlib.sha256(encoded).digest()),
@@ -146,7 +146,7 @@ class Hasher(Peppers):
         ]
 
     def hints(self, text: str) -> list[str]:
-        """What a store may hold in place of the hash for a text whose hash cannot be looked up."""
+        """The names that a store may hold instead of the hash, for a secret whose hash cannot be looked up."""
         found = []
         for rule in self.imported.rules:
             hint = rule.hint(text)
@@ -155,7 +155,7 @@ class Hasher(Peppers):
         return found
 
     def candidates_of(self, sha256: bytes) -> list[str]:
-        """Those of the candidates that a text's SHA-256 is enough for."""
+        """The candidates that can be made of a secret's SHA-256."""
         under = [f"{p.id}:{hmac.digest(p.secret, sha256, 'sha256').hex()}" for p in self._peppers]
         return [*under, _SHA256 + sha256.hex()]
 
@@ -174,7 +174,7 @@ def imported_hmac(secret_id: str, hex_digest: str) -> str:
 
 
 def hint_of_imported(stored: str) -> tuple[HintRule, str] | None:
-    """The rule and the hint in a stored form that is one; None if it is a hash."""
+    """The rule and the hint in a stored name; None if it is a hash."""
     if not stored.startswith("hint:"):
         return None
     _, rule, _, hint = stored.split(":", 3)
@@ -182,5 +182,5 @@ def hint_of_imported(stored: str) -> tuple[HintRule, str] | None:
 
 
 def sha256_of_imported(stored: str) -> bytes | None:
-    """The SHA-256 in a stored form that was imported; None if it is under a pepper."""
+    """The SHA-256 in an imported hash; None if the hash is under a pepper."""
     return bytes.fromhex(stored.removeprefix(_SHA256)) if stored.startswith(_SHA256) else None

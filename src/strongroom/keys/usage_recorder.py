@@ -1,4 +1,4 @@
-"""Recording what has happened: usage of keys after the fact, over a limit too, one event or many at once."""
+"""Records usage of keys after it happened, over a limit too: one event, or many in one batch."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from .cached_key import CachedKey
 from .verification import Verification, admitted, cost_units
 
 MAX_AHEAD_US = 60_000_000
-"""A use may be told from so far ahead, for clocks that differ; it counts as of now."""
+"""A use may be this far ahead of this clock, since clocks differ; it counts as used now."""
 NOW = 2**63
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Something that a key was used for, given by its text or its id. `cost` is what was used, `at` when (now)."""
+    """One use of a key, which is given by its secret or its id. `at`: when it was used (default: now)."""
 
     cost: Mapping[str, Amount]
     key: str | None = None
@@ -54,7 +54,7 @@ class Usage:
 
 @dataclass(slots=True)
 class Sum:
-    """What several events of one key come to; `event` is the first of them, `items` are their numbers."""
+    """The sum of several events of one key. `event` is the first event, `items` are their numbers in the batch."""
 
     key: CachedKey
     units: dict[str, int]
@@ -65,7 +65,7 @@ class Sum:
 
 
 class UsageRecorder:
-    """Records what keys were used for."""
+    """Records the usage of the keys of one store."""
 
     def __init__(self, database: Database, cache: KeyCache, ledger: Ledger, clock: Clock) -> None:
         self._database = database
@@ -85,11 +85,12 @@ class UsageRecorder:
         at: datetime | None = None,
         context: Context | None = None,
     ) -> Verification:
-        """Count what has happened, over a limit too, on a key given by its text or its id, disabled and expired ones as
-        well. Durable once it returns; counted once for one idempotency key (within a day).
+        """Count a use, over a limit too, on a key given by its secret or its id, also on a disabled or expired key. It
+        is durable after the return, and counted once for one idempotency key (within a day).
 
-        `at`: when it was used (default: now). It counts in the windows that still count that moment, and in the totals.
-        Raises NotFound, and InvalidInput where it is ahead of now, or where limits concern it and none still counts it.
+        `at`: when it was used (default: now). It counts in the windows that still include that moment, and in the
+        totals. Raises NotFound. Raises InvalidInput for a moment in the future, and for a use that limits concern where
+        no window includes its moment any more.
         """
         if (key is None) == (key_id is None):
             raise InvalidInput([Problem("key", "expected exactly one of key and key_id")])
@@ -115,15 +116,15 @@ class UsageRecorder:
     async def record_many(
         self, events: Sequence[Usage], *, idempotency_key: str | None = None, context: Context | None = None
     ) -> list[Verification]:
-        """Count much that has happened, as `record` does it for one: durable once it returns, in one debit for each key
-        and not for each event. The answers are one for each key, in the order in which the keys come first. With an
-        idempotency key the same events again count nothing twice (within a day).
+        """Count a batch of uses as `record` counts one: durable after the return, with one debit for each key instead
+        of each event. One answer for each key, in the order of their first events. With an idempotency key, a repeated
+        batch counts nothing twice (within a day).
 
         Raises InvalidInput with every problem of every event, unknown keys included, and Conflict if the idempotency
-        key was that of other events: then nothing is counted. Where single events cannot be counted (their idempotency
-        key was another's, no window counts their moment any more, the store is out of reach) it raises the error of
-        these, and the error's `details` say which were (`counted`, by their number) and which were not (`failed`). Of
-        those that failed as `unavailable` nobody knows: events with idempotency keys can be sent again.
+        key was used for other events: then nothing is counted. If single events cannot be counted (their idempotency
+        key was used before, no window includes their moment, the store is out of reach), it raises their error. The
+        error's `details` name the numbers of the events that were `counted` and that `failed`. An event that failed as
+        `unavailable` may have been counted: send events with idempotency keys again.
         """
         with self._ledger.announced():
             sums = await self._sums(events, context)
@@ -133,10 +134,11 @@ class UsageRecorder:
         answers: dict[str, Verification | None] = dict.fromkeys(one.key.id for one in sums)
         counted: list[int] = []
         failed: list[tuple[Sum, StrongroomError]] = []
-        sums.sort(key=lambda one: NOW if one.at_us is None else one.at_us)  # anchored windows begin with the first
+        # Anchored windows begin with the earliest use.
+        sums.sort(key=lambda one: NOW if one.at_us is None else one.at_us)
         backoff = Backoff("the keys are being changed too quickly to record their usage")
         while await backoff.attempt():
-            # All are charged before any is waited for, without a task for each: so they share a commit.
+            # All are submitted before the first is awaited, without a task for each, so that they share a commit.
             charged: list[tuple[Sum, asyncio.Future[AdmissionDecision]]] = []
             changed = []
             slices = Slices()
@@ -167,7 +169,7 @@ class UsageRecorder:
             sums = []
             for one in changed:
                 again = await self._cache.by_id(one.key.id)
-                if again is not None:  # else it was removed meanwhile, and its usage with it
+                if again is not None:  # else the key and its usage were removed meanwhile
                     one.key = again
                     sums.append(one)
         else:
@@ -177,7 +179,7 @@ class UsageRecorder:
         return [answer for answer in answers.values() if answer is not None]
 
     async def _key(self, text: str | None, id: str | None) -> CachedKey | None:
-        """The key of a text or an id; None for one that was deleted, too."""
+        """The key with this secret or id; None for a deleted key."""
         if text is not None:
             key = await self._cache.find(text, self._clock.now_us())
         else:
@@ -185,12 +187,12 @@ class UsageRecorder:
         return None if key is None or key.deleted else key
 
     def _once(self, key: CachedKey, name: str | None, actor: str, request: object) -> IdempotentOperation | None:
-        """What lets a use be counted once for an actor's idempotency key, whichever key it is of."""
+        """Makes a use count once for an actor's idempotency key, for any API key."""
         return None if name is None else self._database.once("usage", actor, name, ("usage", key.id, request))
 
     async def _claim(self, name: str, actor: str, sums: Sequence[Sum]) -> None:
-        """Let an idempotency key be that of these events. Raises Conflict, before anything is counted, if it was that
-        of others; whether those were counted or not."""
+        """Bind an idempotency key to these events, before anything is counted. Raises Conflict if it is bound to other
+        events, even if those were not counted."""
         said = sorted((one.key.id, sorted(one.units.items()), *_place(one.event), one.count) for one in sums)
         collection = IdempotentCall.__collection__
         backoff = Backoff("the idempotency key is being used too often at once")
@@ -208,12 +210,12 @@ class UsageRecorder:
             try:
                 await self._database.commit_counters([operation], now_us)
             except (AlreadyExists, Conflict):
-                continue  # the same batch was sent twice at once: see what the other one was
+                continue  # the same batch was sent twice at once: compare with the other
             return
         raise backoff.exhausted()
 
     def _moment_of(self, at: datetime | None, path: str) -> int | None:
-        """When something was used, in microseconds. Raises InvalidInput."""
+        """The moment of a use in microseconds. Raises InvalidInput."""
         if at is None:
             return None
         problem = None
@@ -227,7 +229,7 @@ class UsageRecorder:
         return us_from_utc(at)
 
     async def _sums(self, events: Sequence[Usage], context: Context | None) -> list[Sum]:
-        """The events added up by key, model and route; those that may be counted only once stay apart."""
+        """The events added up by key, model and route. Events with an idempotency key stay apart."""
         problems: list[Problem] = []
         missing: list[Problem] = []
         known: dict[tuple[str | None, str | None], CachedKey | None] = {}
@@ -282,10 +284,10 @@ class UsageRecorder:
         return list(sums.values())
 
     def _charge_sum(self, one: Sum, actor: str, batch: str | None) -> asyncio.Future[AdmissionDecision]:
-        """Have a sum charged; `batch` is the idempotency key of all of them."""
+        """Submit a sum to the ledger; `batch` is the idempotency key of the batch."""
         event, key = one.event, one.key
         name = event.idempotency_key
-        if name is None and batch is not None:  # one for each sum, whatever its number
+        if name is None and batch is not None:  # one key for each sum, independent of its number
             said = (batch, key.id, event.model, event.route, *(() if one.at_us is None else (one.at_us,)))
             name = hashlib.sha256(canonical(said)).hexdigest()
         request = _request(one.units, event.model, event.route, one.at_us)
@@ -303,26 +305,26 @@ class UsageRecorder:
 
 
 def _request(units: Mapping[str, int], model: str | None, route: str | None, at_us: int | None) -> object:
-    """What a record is, for its idempotency key."""
+    """The request that the idempotency key of a record stands for."""
     return (units, model, route) if at_us is None else (units, model, route, at_us)
 
 
 def _place(event: Usage) -> tuple[str, str, str, str]:
-    """What sets an event apart from others of its key."""
+    """The fields that keep an event apart from other events of its key."""
     at = str(us_from_utc(event.at)) if event.at is not None else ""
     return event.model or "", event.route or "", event.idempotency_key or "", at
 
 
 def _joined(before: Verification | None, answer: Verification) -> Verification:
-    """The answer for a key after one more of its sums: what none of its limits counts is told of all of them."""
+    """The answer for a key after one more of its sums, with the uncounted resources of all sums."""
     if before is None or not before.uncounted:
         return answer
     return msgspec.structs.replace(answer, uncounted=list(dict.fromkeys((*before.uncounted, *answer.uncounted))))
 
 
 def _partly(counted: Sequence[int], failed: Sequence[tuple[Sum, StrongroomError]]) -> StrongroomError:
-    """The error of a batch of which some events could not be counted. Its class is that of one that can be tried again,
-    if there is one."""
+    """The error of a batch of which some events could not be counted. If some events can be tried again, it has the
+    class of their error."""
     groups: dict[tuple[str, str], list[int]] = {}
     for one, error in failed:
         groups.setdefault((error.code, error.message), []).extend(one.items)
@@ -350,7 +352,7 @@ def _partly(counted: Sequence[int], failed: Sequence[tuple[Sum, StrongroomError]
 
 
 def _seen(future: asyncio.Future[AdmissionDecision]) -> None:
-    """What became of a charge that nobody waits for any more: asyncio complains of errors that nobody looks at."""
+    """Look at the outcome of an abandoned charge: asyncio would log an error that nobody retrieved."""
     if not future.cancelled():
         future.exception()
 

@@ -1,4 +1,4 @@
-"""The answer to "may this key be used now?", and what a caller says when asking. Pure."""
+"""What a caller asks of a key, the order of the checks, and the answer. Pure."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ class Verification(msgspec.Struct, frozen=True):
     """The answer to a verification. Only VALID debits anything.
 
     `retry_after_s`: seconds until the same call would be admitted if nothing else is used; None if waiting does not
-    help. `message` explains a refusal. `uncounted`: the resources of the cost that no limit of the key counts, whatever
-    the model and route: perhaps their names are written wrongly.
+    help. `message` explains a refusal. `uncounted`: the resources of the cost that no limit of the key counts, for any
+    model and route: perhaps their names are misspelled.
     """
 
     valid: bool
@@ -69,8 +69,8 @@ class Verification(msgspec.Struct, frozen=True):
 
 
 class Reservation(Verification, frozen=True, kw_only=True):
-    """The answer to a reservation, and to what is done to it. `state`: `open`, `settled` or `released`; None if it was
-    refused. `charged`: what was used of it in all so far."""
+    """The answer to `reserve`, and to each later call on the reservation. `state`: `open`, `settled` or `released`;
+    None if it was refused. `charged`: all that was used of it so far."""
 
     reservation_id: str | None = None
     state: str | None = None
@@ -86,11 +86,11 @@ ONE_REQUEST: dict[str, int] = {"requests": 1}
 
 MAX_NAMES_KEPT = 1_000
 _counted: set[str] = set()
-"""Names that are known to be counted. None that is not is kept: it might be as long as a request."""
+"""Names of resources that were checked. Other names are not kept: a name may be as long as a request."""
 
 
 def _is_counted(name: str) -> bool:
-    """Whether a name is a resource of whole numbers that can be used up."""
+    """Whether a name is a resource that is used up in whole numbers."""
     if name in (MONEY, CONCURRENCY) or _RESOURCE.fullmatch(name) is None:
         return False
     if len(_counted) >= MAX_NAMES_KEPT:
@@ -100,7 +100,7 @@ def _is_counted(name: str) -> bool:
 
 
 def cost_units(cost: Mapping[str, Any], *, reserving: bool = False) -> dict[str, int]:
-    """A cost as units. InvalidInput names every amount that is wrong. `reserving`: `concurrency` may be among them."""
+    """A cost in units. Raises InvalidInput with every problem. `reserving`: the cost may name `concurrency`."""
     units: dict[str, int] = {}
     problems: list[Problem] = []
     if len(cost) > MAX_RESOURCES:
@@ -129,7 +129,7 @@ def cost_units(cost: Mapping[str, Any], *, reserving: bool = False) -> dict[str,
 def check_address(ip: str) -> None:
     """Raises InvalidInput for a text that is no address."""
     try:
-        if len(ip) > MAX_ADDRESS_CHARS:  # not kept: an IPv6 zone may be as long as a request
+        if len(ip) > MAX_ADDRESS_CHARS:  # not cached: an IPv6 zone may be as long as a request
             ip_address(ip)
         else:
             _check_address(ip)
@@ -143,8 +143,8 @@ def _check_address(ip: str) -> None:
 
 
 class KeyUse(msgspec.Struct, frozen=True, gc=False):
-    """A use that a caller asks of a key: what it costs, and what the key is to allow. `tenant` restricts the keys to
-    those of one tenant."""
+    """One use of a key, as a caller asks for it: its cost, and what the key must allow. `tenant`: only a key of this
+    tenant is found."""
 
     units: dict[str, int]
     permission: str | None = None
@@ -162,7 +162,7 @@ def key_use(
     route: str | None,
     tenant: str | None = None,
 ) -> KeyUse:
-    """A use as callers give it, for one request where they give no cost. Raises InvalidInput."""
+    """A use as callers describe it; without a cost it is one request. Raises InvalidInput."""
     units = ONE_REQUEST if cost is None else cost_units(cost)
     if ip is not None:
         check_address(ip)
@@ -175,10 +175,10 @@ NOT_FOUND = Verification(False, "NOT_FOUND", message="there is no such key")
 
 
 def usable(key: CachedKey | None, use: KeyUse, now_us: int) -> CachedKey | Verification:
-    """The key, if it may be used so and only its limits are left to ask; else the refusal.
+    """The key, if it allows this use and only its limits are left to check; else the refusal.
 
-    Every decision on a key goes through here: the order of these checks is written once. The limits come last, so that
-    a refused use costs nothing.
+    Every decision on a key goes through here, so all calls check in the same order. The limits come last: a refused use
+    costs nothing.
     """
     if key is None or key.deleted or (use.tenant is not None and key.tenant != use.tenant):
         return NOT_FOUND
@@ -203,7 +203,7 @@ def _outside(key: CachedKey, what: str, asked: str | None) -> Verification:
 
 
 def decided(key: CachedKey, outcome: AdmissionDecision, units: Mapping[str, int] = ONE_REQUEST) -> Verification:
-    """The answer that the limits decided."""
+    """The answer, from the decision of the limits."""
     return admitted(key, outcome.statuses, units) if outcome.allowed else exceeded(key, outcome, units)
 
 
@@ -221,11 +221,12 @@ def uncounted(key: CachedKey, cost: Iterable[str]) -> list[str]:
 
 
 def admitted(key: CachedKey, statuses: Sequence[Status], cost: Mapping[str, int] = ONE_REQUEST) -> Verification:
+    """VALID, with the state of the limits after a commit."""
     return _valid(key, _shown(statuses), cost)
 
 
 def admitted_from(key: CachedKey, entries: Entries, cost: Mapping[str, int] = ONE_REQUEST) -> Verification:
-    """VALID, charged from memory."""
+    """VALID, charged from this process's leases."""
     return _valid(key, [leased_status(leased_limit) for leased_limit, _ in entries], cost)
 
 
@@ -248,11 +249,12 @@ def _valid(key: CachedKey, limits: list[LimitStatus], cost: Mapping[str, int]) -
 
 
 def refused(key: CachedKey, code: Code, message: str) -> Verification:
-    """The answer of a key that may not be used, for another reason than its limits."""
+    """The refusal of a key for another reason than its limits."""
     return Verification(False, code, key.id, key.tenant, key.user_id, key.permissions, key.metadata, [], None, message)
 
 
 def exceeded(key: CachedKey, outcome: AdmissionDecision, cost: Mapping[str, int]) -> Verification:
+    """The refusal of a key by its limits."""
     denied = [status for status in outcome.statuses if status.exceeded]
     first = denied[0].compiled_limit.resource
     code: Code = "RATE_LIMITED" if first in ("requests", "concurrency") else "USAGE_EXCEEDED"

@@ -57,15 +57,15 @@ class Verifier:
         actor: str = "system",
         peek: bool = False,
     ) -> Verification:
-        """Decide whether a key may be used now for this `cost` (default: one request); debit all its limits, or none:
-        its own, and those it shares with others of its groups, its user and its tenant.
+        """Decide whether a key may be used now for this `cost` (default: one request). Debit all its limits or none:
+        its own limits, and the quotas of its groups, its user and its tenant.
 
-        The answer comes once the debit is durable, or was made from a share of the limits that is (a lease). `model`
-        and `route` are what the call is for: some limits are for some of them only. `tenant` restricts to that tenant's
-        keys (others are NOT_FOUND). Of one actor's calls with one idempotency key (within a day), at most one debits.
-        `peek`: a dry run, which gives the same answer and counts nothing.
+        The answer comes after the debit is durable, or was made from a limit lease, whose debit is durable. `model` and
+        `route`: some limits count some models and routes only. `tenant`: keys of other tenants are NOT_FOUND. All calls
+        of one actor with one idempotency key (within a day) debit once. `peek`: a dry run, which gives the same answer
+        and counts nothing.
 
-        Raises InvalidInput for a cost or address that is none; never for a key.
+        Raises InvalidInput for an invalid cost or address; never for a key.
         """
         use = key_use(cost, permission, ip, model, route, tenant)
         if peek:
@@ -84,7 +84,7 @@ class Verifier:
             key = usable(await self._cache.find(text, now_us), use, now_us)
             if isinstance(key, Verification):
                 return key
-            # A commit checks that the key is as it is known here. What is decided in memory has no such check.
+            # A commit checks the key's version. A decision in memory has no such check.
             in_memory = self._ledger.lease_manager is not None or (not key.subjects.limited and idempotency_key is None)
             if in_memory and not await self._cache.is_current(key):
                 continue
@@ -112,15 +112,15 @@ class Verifier:
         raise backoff.exhausted()
 
     async def verify_many(self, asks: Sequence[Mapping[str, Any]]) -> list[Verification]:
-        """Decide several verifications in the order given, as one commit where that is possible; each is what `verify`
-        takes, its key under `text`. Raises as `verify` does; then some may have been debited."""
+        """Decide several verifications in this order, in one commit if possible. Each has the arguments of `verify`,
+        the secret as `text`. Raises as `verify` does; then some may have been debited."""
         uses = [
             key_use(*(ask.get(name) for name in ("cost", "permission", "ip", "model", "route", "tenant")))
             for ask in asks
         ]
         unknown = await self._cache.unknown((ask["text"] for ask in asks), self._clock.now_us())
         slices = Slices()
-        if self._ledger.lease_manager is not None:  # what is not decided from memory must not be overtaken by what is
+        if self._ledger.lease_manager is not None:  # in order: a decision in memory must not overtake a commit
             answers = []
             for ask in asks:
                 await slices.pause()
@@ -131,7 +131,7 @@ class Verifier:
         for text in dict.fromkeys(ask["text"] for ask in asks):
             await slices.pause()
             known[text] = None if text in unknown else await self._cache.find(text, now_us)
-        # From here to the last charge nothing is waited for, so that they are decided in this order.
+        # Nothing is awaited from here to the last admission, so that they are decided in this order.
         both = zip(asks, uses, strict=True)
         started = [self._start_in_order(known[ask["text"]], use, ask, now_us) for ask, use in both]
         pending = [one.outcome for one in started if isinstance(one, PendingVerification)]
@@ -145,7 +145,7 @@ class Verifier:
     def _start_in_order(
         self, found: CachedKey | None, use: KeyUse, ask: Mapping[str, Any], now_us: int
     ) -> Verification | PendingVerification | None:
-        """The answer, or the commit that decides it; None where no limit is asked, and so nothing depends on the
+        """The answer, or the commit that decides it. None for a key without limits: its answer does not depend on the
         order."""
         key = usable(found, use, now_us)
         if isinstance(key, Verification):
@@ -167,13 +167,12 @@ class Verifier:
         route: str | None = None,
         tenant: str | None = None,
     ) -> Verification | PendingVerification | None:
-        """What `verify` does for most calls, without waiting for anything: the answer, or a commit that is under way
-        and that `finish` makes the answer of. None: `verify` has to decide, and nothing was done yet. Raises
-        InvalidInput as `verify` does."""
+        """Verify without waiting, for a key that is in memory: the answer, or a pending verification for `finish`.
+        None: nothing was done, call `verify`. Raises InvalidInput as `verify` does."""
         return self.start_use(text, key_use(cost, permission, ip, model, route, tenant))
 
     def start_use(self, text: str, use: KeyUse) -> Verification | PendingVerification | None:
-        """As `start`, of a use that was checked."""
+        """As `start`, for a use that `key_use` has checked."""
         now_us = self._clock.now_us()
         found = self._cache.peek(text, now_us)
         if found is None:
@@ -184,8 +183,8 @@ class Verifier:
         return self._ask_limits(key, use, now_us)
 
     def finish(self, pending: PendingVerification) -> Verification | None:
-        """The answer to a verification whose commit is done. None if the key was changed meanwhile: nothing was
-        charged, and `verify` has to decide again. Raises TooManyRequests, Unavailable."""
+        """The answer to a pending verification whose commit is done. None: the key was changed meanwhile and nothing
+        was charged, call `verify`. Raises TooManyRequests, Unavailable."""
         try:
             outcome = pending.outcome.result()
         except KeyChanged:
@@ -194,7 +193,7 @@ class Verifier:
         return decided(pending.key, outcome, pending.units)
 
     async def _finished(self, pending: PendingVerification) -> Verification | None:
-        """As `finish`, once the commit is done."""
+        """Wait for the commit, then `finish`."""
         with suppress(KeyChanged):
             await pending.outcome
         return self.finish(pending)
@@ -202,8 +201,8 @@ class Verifier:
     def _ask_limits(
         self, key: CachedKey, use: KeyUse, now_us: int, once: IdempotentOperation | None = None
     ) -> Verification | PendingVerification:
-        """Charge all limits of a key, or none: from this process's leases where they cover it, else by a commit. A key
-        without limits only has its use counted."""
+        """Charge all limits of a key or none: from this process's leases where they cover the use, else by a commit.
+        For a key without limits, only count the use."""
         units = use.units
         if once is None:
             lease_manager = self._ledger.lease_manager
@@ -218,16 +217,15 @@ class Verifier:
         return PendingVerification(key, units, outcome)
 
     def _once(self, key: CachedKey, use: KeyUse, idempotency_key: str | None, actor: str) -> IdempotentOperation | None:
-        """What lets this use be charged once for an actor's idempotency key, whichever key it is asked for."""
+        """Makes this use charge once for an actor's idempotency key, for any API key."""
         if idempotency_key is None:
             return None
         asked = (use.units, use.permission, use.address, use.model, use.route, use.tenant)
         return self._database.once("verify", actor, idempotency_key, ("verify", key.id, asked))
 
     async def authenticate(self, text: str, *, any_address: bool = False) -> CachedKey | None:
-        """The key that a bearer token is, if it may be used now; nothing is debited. For authenticating a caller.
-        `any_address`: a key that may be used from some addresses only is found too, and `CachedKey.allows` tells which.
-        """
+        """The key of a bearer token, if it may be used now; nothing is debited. `any_address`: a key with `allowed_ips`
+        is found too, and the caller checks the address by `CachedKey.allows`."""
         backoff = Backoff("the key is being changed too quickly to authenticate with it")
         while await backoff.attempt():
             now_us = self._clock.now_us()
@@ -240,7 +238,7 @@ class Verifier:
         raise backoff.exhausted()
 
     async def identify(self, text: str) -> CachedKey | None:
-        """The key that a text is, whether or not it may be used; nothing is debited. None if there is none."""
+        """The key of a secret, whether or not it may be used; nothing is debited. None if there is none."""
         return await self._cache.find(text, self._clock.now_us())
 
 

@@ -1,4 +1,4 @@
-"""What is known of quotas: those of a tenant are read at once, kept, and forgotten when one of them is changed."""
+"""The quotas in a process's memory: those of a tenant are read together, and forgotten when one of them is changed."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .model import Quota, tenant_of
 
 MAX_TENANTS = 10_000
 MAX_QUOTAS_A_TENANT = 200
-"""A tenant that has more quotas than this is not kept whole: its keys' quotas are read one by one."""
+"""The quotas of a tenant with more than this are not kept: those of a key are read for that key."""
 TRUSTED_FOR_S = 0.75
-"""What is kept is believed for this long after it was read, or after the feed of changes was last heard."""
+"""Quotas are trusted for this time after they were read, or after the change feed was last current."""
 
 
 class QuotaCache:
@@ -28,7 +28,7 @@ class QuotaCache:
         self._tenants: dict[str, tuple[float, dict[str, Quota] | None]] = {}
         self._reads: SingleFlight[dict[str, Quota] | None] = SingleFlight()
         self.changes = 0
-        """How many changes were heard of: what was read while this grew may be of before the change."""
+        """The number of reported changes. A read during which it grew may be older than the change."""
 
     async def of(self, tenant: str, ids: Sequence[str]) -> tuple[Quota, ...]:
         """The quotas of a tenant with these ids that exist, in this order."""
@@ -63,7 +63,7 @@ class QuotaCache:
         return tuple(found[id] for id in ids if id in found)
 
     def changed(self, id: str) -> None:
-        """A quota was made, changed or removed, here or on another node."""
+        """A quota was created, changed or removed, here or on another node."""
         self.forget(tenant_of(id))
 
     def forget(self, tenant: str) -> None:

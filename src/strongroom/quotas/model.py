@@ -1,4 +1,4 @@
-"""Quotas: limits that the keys of a tenant, of one of its users, or of a named group share."""
+"""Quotas: limits that the keys of a tenant, of a user, or of a named group share."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ QuotaKind = Literal["tenant", "user", "group"]
 class Quota(
     Entity, collection=NAME, scope="global", indexes=[Index("tenant", "kind", "name"), Index("kind", "tenant", "name")]
 ):
-    """Limits on all that the keys of one subject use together; the id is `quota_id(kind, tenant, name)`.
+    """Limits on the use of all keys of one tenant, user or group together; the id is `quota_id(kind, tenant, name)`.
 
-    `name` is the user's id or the group's name; for the tenant itself it is empty. It is global for the reason that
-    keys are: it is read, and checked in the commit, together with the keys of any tenants.
+    `name`: the user's id or the group's name; empty for the tenant itself. The collection is global as that of keys is:
+    one commit reads and checks quotas together with keys of any tenant.
     """
 
     tenant: str
@@ -29,26 +29,26 @@ class Quota(
 
     @property
     def subject(self) -> str:
-        """Whose limits these are, as answers name them."""
+        """Whose limits these are, as answers name it."""
         return "tenant" if self.kind == "tenant" else f"{self.kind}:{self.name}"
 
 
 def quota_id(kind: QuotaKind, tenant: str, name: str = "") -> str:
-    """The id of a quota, and of the usage that is counted against it: never that of a key, which begins with `key_`.
+    """The id of a quota and of its usage. It is never the id of a key, which begins with `key_`.
 
-    A tenant's name may contain a slash, so its length stands before it: no two subjects have one id.
+    A tenant's name may contain a slash, so its length stands before it: no two quotas have the same id.
     """
     return f"{kind}:{len(tenant)}:{tenant}/{name}" if kind != "tenant" else f"tenant:{len(tenant)}:{tenant}"
 
 
 def tenant_of(id: str) -> str:
-    """The tenant that a quota's id names."""
+    """The tenant in a quota's id."""
     _, length, rest = id.split(":", 2)
     return rest[: int(length)]
 
 
 def is_quota(id: str) -> bool:
-    """Whether the id of a usage document is a quota's, and not a key's."""
+    """Whether the id of a usage document belongs to a quota and not to a key."""
     return id.partition(":")[0] in ("tenant", "user", "group")
 
 

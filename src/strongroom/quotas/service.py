@@ -1,4 +1,4 @@
-"""The quotas of one store: put, changed, removed, listed, and where each stands."""
+"""The quotas service: puts, changes, removes and lists quotas, and shows their usage."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ KINDS = ("tenant", "user", "group")
 
 
 class Subject(BaseModel):
-    """Whose quota it is: a tenant's, or that of a user or a group of it, by its `name`."""
+    """Whose quota it is: of a tenant, or of a user or a group of it, by `name`."""
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
@@ -65,7 +65,7 @@ class Subject(BaseModel):
     def _tenant(cls, value: str) -> str:
         if problem := text_problem(value, MAX_TENANT_BYTES):
             raise ValueError(problem)
-        if value == ALL_TENANTS:  # its keys are management keys, which are no tenant's, and count against no quota
+        if value == ALL_TENANTS:  # keys with this tenant are management keys, which count against no quota
             raise ValueError(f"found {value!r}, expected one tenant: a quota is of a tenant's own keys")
         return value
 
@@ -85,7 +85,7 @@ class Subject(BaseModel):
 
 
 class QuotaFields(BaseModel):
-    """What a caller may say of a quota."""
+    """The fields of a quota that a caller may give."""
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
@@ -106,7 +106,7 @@ class QuotaFields(BaseModel):
 
 
 class NewQuota(Subject, QuotaFields):
-    """A quota to be put."""
+    """A quota to put."""
 
     limits: list[Limit] = Field(max_length=MAX_LIMITS)
 
@@ -119,7 +119,7 @@ class NewQuota(Subject, QuotaFields):
 
 
 class QuotaChanges(QuotaFields):
-    """Some fields of a quota, to be changed; those not given stay."""
+    """A change of some fields of a quota. Other fields stay."""
 
     not_given: ClassVar[Mapping[str, str]] = not_given(
         unchangeable=("id", "tenant", "kind", "name"), of_the_store=("version", "created_at", "updated_at")
@@ -127,14 +127,14 @@ class QuotaChanges(QuotaFields):
 
 
 class QuotaGiven(TypedDict, total=False):
-    """The fields of a quota as keywords, for a change."""
+    """The fields of a change as keywords."""
 
     limits: Sequence[LimitLike]
     description: str | None
 
 
 class NewQuotaGiven(QuotaGiven, total=False):
-    """The fields of a quota that is to be put, as keywords."""
+    """The fields of a quota to put, as keywords."""
 
     kind: QuotaKind
     tenant: str
@@ -143,7 +143,7 @@ class NewQuotaGiven(QuotaGiven, total=False):
 
 @dataclass(frozen=True, slots=True)
 class QuotaStats:
-    """Where a quota stands: what all its keys used together, and each limit's window."""
+    """The usage of a quota by all its keys together, and the state of each limit."""
 
     quota: Quota
     count: int
@@ -165,8 +165,8 @@ class QuotaStats:
 
 
 class Quotas:
-    """The quotas of one store. A caller who is bound to a tenant sees, and sets, only those of its own tenant; the
-    quota of the tenant itself it sees and does not set."""
+    """The quotas of one store. A caller who is bound to a tenant sees and sets the quotas of that tenant only. It sees
+    the quota of the tenant itself, but does not set it."""
 
     def __init__(self, database: Database, ledger: Ledger, clock: Clock) -> None:
         self._database = database
@@ -186,8 +186,8 @@ class Quotas:
     ) -> Quota:
         """Make a quota, or replace the one of this subject: `put(kind="user", tenant="acme", name="u1", limits=[…])`.
 
-        What was counted stays counted where resource, window and scope stay the same. `expected`: the version that
-        is to be replaced (0: there must be none); `exists`: there must be one.
+        Usage stays counted where resource, window and scope stay the same. `expected`: the version to replace (0: no
+        quota may exist); `exists`: a quota must exist.
 
         Raises InvalidInput with every problem, Conflict, Denied.
         """
@@ -215,11 +215,11 @@ class Quotas:
             return await self.answered_before(done, context=context)
 
     async def answered_before(self, replayed: Replayed, *, context: Context | None = None) -> Quota:
-        """The quota that a repeated call was answered with."""
+        """The quota that an idempotent call was answered with."""
         return await self._database.answer_of(reader(context), Quota, replayed)
 
     async def get(self, kind: str, tenant: str, name: str = "", *, context: Context | None = None) -> Quota:
-        """The quota of a subject. NotFound for another tenant's too."""
+        """The quota of a subject. Raises NotFound, also for a quota of another tenant."""
         subject = _subject(kind, tenant, name)
         quota = None
         if may_see(context, subject.tenant):
@@ -237,7 +237,8 @@ class Quotas:
         cursor: str | None = None,
         context: Context | None = None,
     ) -> Page[Quota]:
-        """One page of quotas, by tenant, kind and name; of one tenant where the caller is bound to one."""
+        """One page of quotas, by tenant, kind and name. A caller who is bound to one tenant gets those of that
+        tenant."""
         if kind is not None and (problem := _kind_problem(kind)):
             raise InvalidInput([Problem("kind", problem)])
         own = bound_to(context)
@@ -266,8 +267,8 @@ class Quotas:
         idempotency_key: str | None = None,
         **fields: Unpack[QuotaGiven],
     ) -> Quota:
-        """Change some fields of a quota. What was counted stays counted where resource, window and scope stay the same.
-        Raises NotFound, InvalidInput, Conflict, Denied."""
+        """Change some fields of a quota. Usage stays counted where resource, window and scope stay the same. Raises
+        NotFound, InvalidInput, Conflict, Denied."""
         changes = changes if changes is not None else parse(QuotaChanges, fields)
         once = Idempotency.by(context, idempotency_key, "update quota", kind, tenant, name, changes, expected)
         replayed = await self._database.repeated(acting(context), once)
@@ -286,7 +287,7 @@ class Quotas:
             return await self.answered_before(done, context=context)
 
     async def _begin_refills(self, before: Quota | None, limits: Sequence[Limit]) -> None:
-        """Refills that a change adds give back from now on, whenever they are looked at."""
+        """Start the refills that a change adds now, and not at their first use."""
         beginning = refills_that_begin(before.limits, limits) if before is not None else ()
         if before is not None and beginning:
             await self._ledger.begin_refills(quota_subject(before), beginning)
@@ -301,8 +302,8 @@ class Quotas:
         expected: int | None = None,
         idempotency_key: str | None = None,
     ) -> None:
-        """Remove a quota and, in the same commit, what was counted against it: one that is made again for this subject
-        begins with nothing. Raises NotFound, Conflict, Denied."""
+        """Remove a quota and its usage in one commit: a new quota of this subject begins with no usage. Raises
+        NotFound, Conflict, Denied."""
         once = Idempotency.by(context, idempotency_key, "delete quota", _subject(kind, tenant, name).id, expected)
         if await self._database.repeated(acting(context), once) is not None:
             return
@@ -316,7 +317,7 @@ class Quotas:
             await tx.delete(Quota, quota.id, expected=expected)
             await tx.drop(KeyUsage, quota.id)
 
-        # The rules that a caller is under say nothing of counters.
+        # The rules for callers do not mention counters.
         own = Context(by.tenant, by.actor, system_context().claims, by.request_id)
         try:
             await self._database.transaction(own, body, idempotency=once)
@@ -325,7 +326,7 @@ class Quotas:
         self._ledger.removed(quota.id)
 
     async def stats(self, kind: str, tenant: str, name: str = "", *, context: Context | None = None) -> QuotaStats:
-        """Where a quota stands, as of now. Raises NotFound."""
+        """The current usage of a quota. Raises NotFound."""
         quota = await self.get(kind, tenant, name, context=context)
         now_us = self._clock.now_us()
         return quota_stats(quota, await self._ledger.usage_state(quota.id), now_us)
@@ -333,15 +334,15 @@ class Quotas:
     async def mend_clock(
         self, kind: str, tenant: str, name: str = "", *, context: Context | None = None
     ) -> ClockMended | None:
-        """Let what is counted on a quota, and was charged at a time ahead of the store's clock, go on from the clock's
-        time, as `Keys.mend_clock` does it for a key. Raises NotFound, Denied, Unavailable."""
+        """Set back the usage of a quota that was charged at a time ahead of the store's clock, as `Keys.mend_clock`
+        does for a key. Raises NotFound, Denied, Unavailable."""
         quota = await self.get(kind, tenant, name, context=context)
         self._may_set(context, quota)
         return await self._ledger.set_back(quota.id)
 
     @staticmethod
     def _may_set(context: Context | None, subject: Subject | Quota) -> None:
-        """Raise Denied unless the caller may set the quota of this subject."""
+        """Raises Denied unless the caller may set the quota of this subject."""
         own = bound_to(context)
         if own is None:
             return
@@ -354,7 +355,7 @@ class Quotas:
 
 
 def quota_stats(quota: Quota, state: UsageState, now_us: int) -> QuotaStats:
-    """Where a quota stands, from the account that its usage is counted on."""
+    """The usage of a quota, from its usage state."""
     statuses = state.statuses(quota_subject(quota).compiled_limits, state.moment(now_us))
     return QuotaStats(
         quota=quota,
