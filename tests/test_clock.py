@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import time_machine
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from strongroom import (
@@ -284,7 +284,14 @@ def _anchored(admitted: list[tuple[int, int]], moment: int, length: int) -> list
     return inside
 
 
+NINE_AND_THEN_ONE_LATER = [*[(0, 0, 0, 1, 1)] * 4, (0, 0, 30 * SECOND, 1, 1), *[(0, 0, 0, 1, 1)] * 2]
+
+
 @given(window=st.sampled_from(WINDOWS), steps=st.lists(STEP, min_size=5, max_size=30))
+@example(  # a node denies while its clock is ahead; its clock is mended, and then it decides on the same state
+    window=Rolling(seconds=60),
+    steps=[*NINE_AND_THEN_ONE_LATER, (0, 61 * SECOND, 0, 3, 3), (0, 0, 30 * SECOND, 2, 1), (0, 0, 0, 1, 1)],
+)
 async def test_nodes_with_any_clocks_never_exceed_a_limit_in_any_window(
     window: Any, steps: list[tuple[int, int, int, int, int]]
 ) -> None:
@@ -327,6 +334,18 @@ async def test_a_node_with_a_slow_clock_does_not_free_usage_of_another() -> None
         late = await behind.admit(subjects_of(key), {"requests": 1}, force=True)
         assert late.statuses[0].used == 2
         assert late.now_us == outcome.now_us, "what was decided already is not before now"
+
+
+async def test_a_denial_while_the_clock_is_ahead_frees_nothing_once_the_clock_is_mended() -> None:
+    cluster = Cluster()
+    async with cluster.opened(1) as database:
+        (ledger,), limit = cluster.ledgers, rolling("requests", 5, 60)
+        key = await database.create(SYSTEM, ApiKey(id="k", tenant="t", name="n", hash="h", display="d", limits=[limit]))
+        assert (await ledger.admit(subjects_of(key), {"requests": 5})).allowed
+        cluster.clocks[0].ahead_us = 90 * SECOND
+        assert not (await ledger.admit(subjects_of(key), {"requests": 6})).allowed
+        cluster.clocks[0].ahead_us = 0
+        assert not (await ledger.admit(subjects_of(key), {"requests": 1})).allowed
 
 
 async def test_an_import_with_usage_in_the_future_does_not_advance_the_keys_clock() -> None:

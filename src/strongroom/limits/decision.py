@@ -109,7 +109,8 @@ class GroupDecision:
         self._entries: dict[str, _Entry] = {}
         for id, subject in group.subjects.items():
             state = states[id]
-            self._entries[id] = _Entry(subject, state, state.moment(now_us))
+            state.seen_us = max(state.moment(now_us), state.seen_us)
+            self._entries[id] = _Entry(subject, state, state.seen_us)
         self._watched: list[tuple[_Entry, CompiledLimit, tuple[int, ...], int]] = []
         """Limits whose thresholds someone wants to be told of, and what was recorded of them before."""
         self._due = False

@@ -200,7 +200,7 @@ class GroupCommit:
             repeated = await self._repeated(requests, now_us)
             self._states.forget_unknown_holds(requests, now_us)
             wanted = {id for group in groups for id in group.subjects}
-            await self._states.load(wanted, leases.lease_id if leases is not None else None)
+            await self._states.load(wanted, now_us, leases.lease_id if leases is not None else None)
         except StrongroomError as error:
             for request in requests:
                 fail(request, error)

@@ -213,6 +213,7 @@ class UsageState:
         "months",
         "read_at",
         "reserved",
+        "seen_us",
         "size",
         "stored_active_at",
         "told",
@@ -233,6 +234,9 @@ class UsageState:
         """Commits since the last pause; after `turn_commits` the next one comes: see `fairness`."""
         self.turn_commits = tuning.FIRST_TURN_COMMITS
         self.at_us: int = 0
+        self.seen_us = 0
+        """The latest moment that anything was decided at, denials included. Counters forget what has left a window by
+        then, so an earlier moment cannot be decided on this state: read it again."""
         self.count: int = 0
         self.last_used_us: int | None = None
         self.totals: dict[str, int] = {}

@@ -33,10 +33,10 @@ class UsageStates:
     def ids(self) -> list[str]:
         return list(self._states)
 
-    async def load(self, wanted: Iterable[str], own_lease: str | None) -> None:
-        """Have all wanted states in memory. `own_lease`: this node's. A state that is forgotten while others are read
+    async def load(self, wanted: Iterable[str], now_us: int, own_lease: str | None) -> None:
+        """Have all wanted states in memory, fit to decide at `now_us`. `own_lease`: this node's. A state that is forgotten while others are read
         is read again: the first read may be from before the change, and a denial commits nothing that would tell."""
-        ids = [id for id in wanted if self._is_unread(id, own_lease)]
+        ids = [id for id in wanted if self._is_unread(id, now_us, own_lease)]
         while ids:
             read_at = time.monotonic()
             forgotten: set[str] = set()
@@ -50,10 +50,10 @@ class UsageStates:
                     self._states[id] = UsageState(document, read_at)
             ids = [id for id in wanted if id not in self._states]
 
-    def _is_unread(self, id: str, own_lease: str | None) -> bool:
+    def _is_unread(self, id: str, now_us: int, own_lease: str | None) -> bool:
         state = self._states.get(id)
-        if state is None:
-            return True
+        if state is None or (now_us < state.seen_us and state.moment(now_us) < state.seen_us):
+            return True  # or the clock went back after a denial, which is in no version
         if not self.shared or (state.reserved is None and not state.leases):
             return False
         # Nobody tells what others give back: without a look, this node would go on denying for it.
