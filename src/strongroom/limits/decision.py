@@ -56,10 +56,10 @@ class Watcher(Protocol):
 
 
 class Round:
-    """What all decisions of one round of the group commit share. `wallets` are this node's usage leases, `repeated` the
-    idempotent requests that were admitted before. `patches`: write only the fields that change."""
+    """What all decisions of one round of the group commit share. `usage_leases` are this node's, `repeated` the
+    idempotent requests that were admitted before."""
 
-    __slots__ = ("lease_us", "now_us", "patches", "repeated", "states", "usage_leases", "watcher")
+    __slots__ = ("lease_us", "now_us", "repeated", "states", "usage_leases", "watcher")
 
     def __init__(
         self,
@@ -70,7 +70,6 @@ class Round:
         lease_us: int | None = None,
         repeated: dict[str, EarlierAdmission] | None = None,
         watcher: Watcher | None = None,
-        patches: bool = True,
     ) -> None:
         self.states = states
         self.now_us = now_us
@@ -78,7 +77,6 @@ class Round:
         self.lease_us = lease_us
         self.repeated = repeated if repeated is not None else {}
         self.watcher = watcher
-        self.patches = patches
 
 
 class _Entry:
@@ -376,7 +374,7 @@ class GroupDecision:
             state = entry.state
             state.at_us = entry.now_us
             decided.states[len(operations)] = state
-            operations.append(usage_operation(entry.subject.id, state, patches=self._round.patches))
+            operations.append(usage_operation(entry.subject.id, state))
         if self._extra:
             also = decided.also = {}
             for operation, request in self._extra:
@@ -475,11 +473,11 @@ def _id_of(entry: _Entry) -> str:
     return entry.subject.id
 
 
-def usage_operation(id: str, state: UsageState, *, patches: bool = True) -> Put | Patch:
-    """The operation that makes the store's usage document equal to the state. With `patches`, `active_at` is left out
-    while it stays the same: SQLite writes an index anew whenever a statement names its column."""
+def usage_operation(id: str, state: UsageState) -> Put | Patch:
+    """The operation that makes the usage document equal to the state. `active_at` is left out while it stays the
+    same: SQLite writes an index anew whenever a statement names its column."""
     document = state.document()
-    if patches and state.version and document["active_at"] == state.stored_active_at:
+    if state.version and document["active_at"] == state.stored_active_at:
         del document["active_at"]
         return Patch(NAME, id, document, state.version)
     state.stored_active_at = document["active_at"]  # if this does not commit, the account is read again

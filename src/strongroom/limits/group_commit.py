@@ -213,7 +213,6 @@ class GroupCommit:
             lease_us=leases.lease_us if leases is not None else None,
             repeated=repeated,
             watcher=self.watcher,
-            patches=self._embedded,
         )
         decided = []
         for group in groups:

@@ -34,8 +34,11 @@ class UsageStates:
         return list(self._states)
 
     async def load(self, wanted: Iterable[str], now_us: int, own_lease: str | None) -> None:
-        """Have all wanted states in memory, fit to decide at `now_us`. `own_lease`: this node's. A state that is forgotten while others are read
-        is read again: the first read may be from before the change, and a denial commits nothing that would tell."""
+        """Have all wanted states in memory, fit to decide at `now_us`. `own_lease`: this node's.
+
+        A state that is forgotten while others are read is read again: the first read may be from before the change, and
+        a denial commits nothing that would tell.
+        """
         ids = [id for id in wanted if self._is_unread(id, now_us, own_lease)]
         while ids:
             read_at = time.monotonic()
