@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import apsw
 
@@ -70,6 +70,14 @@ class PartialWrite(Exception):
         self.reason = reason
 
 
+class _Patches(NamedTuple):
+    """How many documents are patched at once: `measured` are the positions of the values that make up their size."""
+
+    sql: str
+    encoders: Sequence[Callable[[Any], Any] | None]
+    measured: tuple[int, ...]
+
+
 class _Statements:
     """The texts that write one collection."""
 
@@ -89,6 +97,7 @@ class _Statements:
         self.put_version = self._update(sets, " AND version = ?", "")
         self._patches: dict[tuple[tuple[str, ...], bool], tuple[str, Sequence[Callable[[Any], Any] | None]]] = {}
         self._adds: dict[str, str] = {}
+        self._many: dict[tuple[str, ...], _Patches | None] = {}
         fields = codec.collection.fields.values()
         self.variable = tuple(i for i, spec in enumerate(fields) if spec.type in _VARIABLE)
         self.fixed_size = document_size({spec.name: 0 for spec in fields})
@@ -115,6 +124,17 @@ class _Statements:
             found = sql, [codec.dialect.encoders.get(known[name].type) for name in fields]
             self._patches[fields, versioned] = found
         return found
+
+    def patches(self, fields: tuple[str, ...]) -> _Patches | None:
+        """The same for many documents at once; None unless the fields tell the size of the whole document."""
+        if fields not in self._many:
+            names = tuple(self.table.codec.fields)
+            whole = {names[i] for i in self.variable}.issubset(fields) and not self.table.tenant_scoped
+            sql, encoders = self.patch(fields, True)
+            sql = sql[: sql.index(" RETURNING ")]  # the new version is known, and answering it doubles the time
+            measured = tuple(i for i, name in enumerate(fields) if names.index(name) in self.variable)
+            self._many[fields] = _Patches(sql, encoders, measured) if whole else None
+        return self._many[fields]
 
     def add(self, field: str) -> str:
         found = self._adds.get(field)
@@ -194,7 +214,9 @@ class Writer:
             self._execute("SAVEPOINT batch").fetchall()
         deleted_version, changes = self._deleted_version, self._connection.total_changes()
         try:
-            committed = self._run(batch)
+            committed = self._run_patches(batch) if len(operations) >= MANY_CHECKS else None
+            if committed is None:
+                committed = self._run(batch)
         except Exception as error:
             if isinstance(error, apsw.Error) and not isinstance(error, _OF_ONE_STATEMENT):
                 raise
@@ -208,6 +230,55 @@ class Writer:
         if guarded:
             self._execute("RELEASE batch").fetchall()
         return committed
+
+    def _run_patches(self, batch: Batch) -> Committed | None:
+        """Apply checks, and patches of one collection that name versions and the same fields, in two statements: what a
+        group commit of usage is. None, and nothing applied, for any other batch, and for one that does not apply whole:
+        an operation at a time then finds which one is in the way."""
+        patches = [one for one in batch.operations if type(one) is Patch]
+        if not patches or any(type(one) is not Check and type(one) is not Patch for one in batch.operations):
+            return None
+        collection, fields = patches[0].collection, tuple(patches[0].fields)
+        now_us, now_text = self._now_us, self._now_text
+        for one in patches:
+            if one.collection != collection or one.expected is None or tuple(one.fields) != fields:
+                return None
+        how = self._of(collection).patches(fields)
+        if how is None:
+            return None
+        found = self._versions(batch.operations)
+        versions, rows, size = [], [], 0
+        for operation in batch.operations:
+            if type(operation) is Check:
+                there = found.get(operation.collection)
+                if there is None or there.get(operation.id, 0) != operation.expected:
+                    return None
+                versions.append(0)
+                continue
+            id, expected, given = operation.id, operation.expected, operation.fields.values()  # type: ignore[union-attr]
+            values = [
+                value if encode is None or value is None else encode(value)
+                for encode, value in zip(how.encoders, given, strict=True)
+            ]
+            length = sum([len(values[i]) for i in how.measured if values[i] is not None])
+            if length * _BYTES_PER_CHARACTER + self._of(collection).fixed_size > MAX_DOCUMENT_BYTES:
+                return None
+            size += length * _BYTES_PER_CHARACTER + self._of(collection).fixed_size
+            rows.append((now_us, now_text, *values, id, expected))
+            versions.append(now_us if now_us > expected else expected + 1)  # type: ignore[operator]
+        if size > MAX_BATCH_BYTES:
+            return None
+        before = self._connection.total_changes()
+        try:
+            self._guarded.cursor.executemany(how.sql, rows).fetchall()
+        except apsw.ConstraintError:
+            pass
+        else:
+            if self._connection.total_changes() - before == len(rows):
+                return Committed(tuple(versions), {}, None)
+        if self._connection.total_changes() != before:
+            self._execute("ROLLBACK TO batch").fetchall()  # there is a savepoint, since one patch was written before
+        return None
 
     def _run(self, batch: Batch) -> Committed:
         versions: list[int] = []

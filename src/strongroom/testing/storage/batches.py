@@ -103,6 +103,46 @@ class TestAtomicBatches(StorageSuite):
         heirs = await store.find("items", "acme", Query(Where("code", "==", "doomed")))
         assert [d["id"] for d in heirs] == ["heir"]
 
+    async def test_patches_of_many_documents_apply_whole_or_name_the_operation_in_the_way(self, store: Store) -> None:
+        """Checks and patches of one collection that name versions and the same fields: as usage is written."""
+        numbers = range(12)
+        checked = [Create("items", f"c{n}", item()) for n in numbers]
+        written = [Create("shared", f"s{n}", shared(code=f"code {n}")) for n in numbers]
+        made = await store.commit(batch("acme", *checked, *written))
+
+        def operations(at: int | None = None, other: Operation | None = None) -> list[Operation]:
+            found: list[Operation] = []
+            for n in numbers:
+                found.append(Check("items", f"c{n}", made.versions[n]))
+                fields = {"label": "patched", "code": f"new {n}"}
+                found.append(Patch("shared", f"s{n}", fields, made.versions[len(numbers) + n]))
+            if at is not None and other is not None:
+                found[at] = other
+            return found
+
+        before = await everything(store)
+        wrong: list[tuple[int, Operation, type[StrongroomError]]] = [
+            (10, Check("items", "c5", 1), Conflict),
+            (11, Patch("shared", "s5", {"label": "patched", "code": "x"}, 1), Conflict),
+            (11, Patch("shared", "none", {"label": "patched", "code": "x"}, 1), NotFound),
+            (11, Patch("shared", "s5", {"label": "patched", "code": "new 4"}, made.versions[17]), AlreadyExists),
+            (11, Patch("shared", "s5", {"label": "x" * MAX_DOCUMENT_BYTES, "code": "x"}, made.versions[17]), TooLarge),
+        ]
+        for at, other, error in wrong:
+            await refused(store, error, *operations(at, other), at=at, now_us=NOW + 1)
+            assert await everything(store) == before
+        committed = await store.commit(batch("acme", *operations(), now_us=NOW + 1))
+        for n in numbers:
+            document = await store.get("shared", None, f"s{n}")
+            assert document is not None
+            assert (document["version"], document["label"], document["code"]) == (
+                committed.versions[2 * n + 1],
+                "patched",
+                f"new {n}",
+            )
+            assert document["version"] > made.versions[len(numbers) + n]
+            assert committed.versions[2 * n] == 0
+
     async def test_an_operation_sees_those_before_it(self, store: Store) -> None:
         committed = await store.commit(
             batch(
