@@ -1,8 +1,6 @@
-"""Key files read by processes of their own, which make each piece ready for the store while it writes another.
+"""Worker processes of an import: each reads a piece of the key file and packs its keys while the store writes another.
 
-Reading, checking, hashing and encoding a key costs as much as writing it. A worker is told which piece of the file to
-do next by a pipe, and answers with what is to be stored; it ends when the pipe is closed, so also when this process is
-killed.
+Reading, checking, hashing and encoding a key costs as much as writing it.
 """
 
 from __future__ import annotations
@@ -10,15 +8,14 @@ from __future__ import annotations
 import asyncio
 import gc
 import multiprocessing
-import multiprocessing.connection
+import os
 import signal
+import threading
 from collections import deque
 from collections.abc import AsyncIterator, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self, cast
+from typing import Self
 
 from ...context import Context, next_id
 from ...errors import Unavailable
@@ -27,8 +24,7 @@ from .key_file_chunks import KeyPieces, Piece
 from .key_file_rows import Maker
 
 AHEAD = 2
-"""Pieces that each worker is given before the first is taken from it."""
-STOP_TIMEOUT_S = 10.0
+"""Pieces that are in work for each worker. More would only take memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,83 +66,68 @@ class Portion:
 
 
 class Workers:
-    """Some worker processes (none: the work is done here). `async with`, then `packs`."""
+    """Worker processes that pack pieces. With a count of 0, this process packs them. `async with`, then `packs`."""
 
     def __init__(self, task: Task, count: int) -> None:
         self._task = task
         self._count = count
-        self._processes: list[Any] = []
-        self._pipes: list[multiprocessing.connection.Connection[Any, Any]] = []
-        self._threads: list[ThreadPoolExecutor] = []
+        self._pool: ProcessPoolExecutor | None = None
         self._waiting: deque[tuple[Piece, asyncio.Future[Pack]]] = deque()
 
     async def packs(self, pieces: Iterable[Piece]) -> AsyncIterator[tuple[Piece, Pack]]:
-        """Each piece with what is to be stored of it, in turn."""
-        if not self._count:
+        """Each piece with its pack, in the order of the pieces. Unavailable if a worker process ends."""
+        if self._pool is None:
             for piece in pieces:
                 yield piece, self._task.pack(piece)
             return
         loop = asyncio.get_running_loop()
-        waiting = self._waiting
-        remaining, turn = iter(pieces), 0
+        waiting, remaining = self._waiting, iter(pieces)
         while True:
             while len(waiting) < AHEAD * self._count and (following := next(remaining, None)) is not None:
-                worker = turn % self._count
-                self._pipes[worker].send(following)
-                waiting.append((following, loop.run_in_executor(self._threads[worker], self._receive, worker)))
-                turn += 1
+                waiting.append((following, loop.run_in_executor(self._pool, _pack, following)))
             if not waiting:
                 return
             piece, future = waiting.popleft()
-            yield piece, await future
-
-    def _receive(self, worker: int) -> Pack:
-        try:
-            answer = self._pipes[worker].recv()
-        except (EOFError, OSError):
-            raise Unavailable("a process that reads the file ended: begin again, what is imported stays") from None
-        if isinstance(answer, Exception):
-            raise answer
-        return cast(Pack, answer)
+            try:
+                pack = await future
+            except BrokenExecutor:
+                raise Unavailable("a process that reads the file ended: begin again, what is imported stays") from None
+            yield piece, pack
 
     async def __aenter__(self) -> Self:
-        processes = multiprocessing.get_context("spawn")
-        for _ in range(self._count):
-            ours, theirs = processes.Pipe()
-            process = processes.Process(target=_work, args=(theirs, self._task), daemon=True)
-            process.start()
-            theirs.close()
-            self._processes.append(process)
-            self._pipes.append(ours)
-            self._threads.append(ThreadPoolExecutor(1, "strongroom-import"))
+        if self._count:
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self._count, context, _begin, (self._task,))
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        for process in self._processes:
-            process.terminate()
-        for process in self._processes:
-            await asyncio.to_thread(process.join, STOP_TIMEOUT_S)
-        for pipe in self._pipes:
-            pipe.close()
-        for threads in self._threads:
-            threads.shutdown()
-        await asyncio.gather(*(future for _, future in self._waiting), return_exceptions=True)  # nobody wants them now
+    async def __aexit__(self, *_: object) -> None:
+        if self._pool is not None:
+            await asyncio.to_thread(self._pool.shutdown, cancel_futures=True)
+            await asyncio.gather(*(future for _, future in self._waiting), return_exceptions=True)  # nobody wants these
 
 
-def _work(pipe: multiprocessing.connection.Connection[Any, Any], task: Task) -> None:
-    """The worker: a piece in, a pack out, until the pipe is closed."""
+# --- In a worker process --------------------------------------------------------------------------------------
+
+_tasks: list[Task] = []
+"""The task of this worker process. It is sent once, not with each piece."""
+
+
+def _begin(task: Task) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the import stops in order
-    gc.freeze()  # a piece is many small objects and hardly a cycle: looking for some between two pieces is enough
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _tasks.append(task)
+    gc.freeze()  # a piece is many small objects and hardly a cycle: one collection between two pieces is enough
     gc.disable()
-    with suppress(EOFError, OSError):
-        while True:
-            gc.collect()
-            piece = pipe.recv()
-            try:
-                answer: Pack | Exception = task.pack(piece)
-            except Exception as error:
-                answer = error
-            pipe.send(answer)
-            del answer
+
+
+def _end_with_parent() -> None:
+    """A killed parent cannot end its workers, and they would wait for the next piece for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _pack(piece: Piece) -> Pack:
+    gc.collect()
+    return _tasks[0].pack(piece)

@@ -1,14 +1,15 @@
-"""New documents as rows of SQLite's tables, made ready for one statement of many rows; pure, for any process.
+"""New documents as rows of SQLite's tables, ready for statements of many rows. Pure: any process can do it.
 
-Documents that are alike are written by a function that is made for their varying fields: what all of them share is
-encoded once, also inside the journal's JSON, and is bound once for each statement.
+Documents that are alike are encoded a column at a time, not a document at a time. The values that all of them share are
+encoded once, also inside the journal's JSON, and are bound once for each statement.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain, repeat
 from typing import Any, NamedTuple
 
 from ...entities import Collection, FieldType
@@ -57,7 +58,6 @@ class SqlitePacker:
             name: [i for i, spec in enumerate(codec.collection.fields.values()) if spec.type in _VARIABLE]
             for name, codec in self._codecs.items()
         }
-        self._writers: dict[tuple[Any, ...], Callable[..., tuple[list[Any], list[Any], int]]] = {}
         self._texts: dict[int, tuple[Any, str]] = {}
 
     def __reduce__(self) -> tuple[type[SqlitePacker], tuple[list[Collection]]]:
@@ -103,23 +103,36 @@ class SqlitePacker:
         return Pack(documents, records, parts)
 
     def _parts(self, alike: Alike) -> list[Part]:
-        codec, record = self._codec(alike.collection), alike.record
-        shown = record.after if record is not None else None
-        key = (alike.collection, alike.varying, tuple(shown) if shown is not None else None)
-        write = self._writers.get(key)
-        if write is None:
-            write = self._writers[key] = _writer(codec, alike.varying, shown, self._text)
+        codec, rows, varying = self._codec(alike.collection), alike.rows, alike.varying
+        ids, created, *given = zip(*rows, strict=True) if rows else [()] * (2 + len(varying))
+        types = [codec.collection.fields[name].type for name in varying]
+        cells = [self._cells(codec, kind, column) for kind, column in zip(types, given, strict=True)]
         own = dict(zip(codec.fields, codec.encode(alike.pattern), strict=True))
-        same = {name: value for name, value in own.items() if name not in alike.varying}
-        constants = _between(shown, alike.varying, codec.collection.secrets) if shown is not None else ()
-        values, lines, longest = write(alike.rows, alike.record_ids, constants)
+        same = {name: value for name, value in own.items() if name not in varying}
+        longest = _longest([column for kind, column in zip(types, cells, strict=True) if kind in _VARIABLE])
         if (longest + sum(map(_length, same.values()))) * _BYTES_PER_CHARACTER > MAX_DOCUMENT_BYTES // 2:
-            for id, _, *varied in alike.rows:
-                _check_size(codec, id, {**alike.pattern, **dict(zip(alike.varying, varied, strict=True))})
-        parts = [Part(alike.collection, same, ("id", "created_at", *alike.varying), values)]
+            for id, _, *varied in rows:
+                _check_size(codec, id, {**alike.pattern, **dict(zip(varying, varied, strict=True))})
+        values = _row_after_row(ids, list(map(_time, created)), *cells)
+        parts = [Part(alike.collection, same, ("id", "created_at", *varying), values)]
+        record = alike.record
         if record is not None:
+            secrets = codec.collection.secrets
+            columns = {
+                name: _hidden(column, (record.after or {}).get(name))
+                if name in secrets
+                else _json(kind, column, encoded)
+                for name, kind, column, encoded in zip(varying, types, given, cells, strict=True)
+            }
+            after = _after(record.after or {}, columns, len(rows))
+            lines = _row_after_row(alike.record_ids, ids, after)
             parts.append(Part(JOURNAL, _same_lines(record), ("id", "entity_id", "after"), lines))
         return parts
+
+    def _cells(self, codec: Codec, kind: FieldType, column: Sequence[Any]) -> Sequence[Any]:
+        """A column's values as SQLite has them."""
+        convert = self._text if kind in _NESTED else codec.dialect.encoders.get(kind)
+        return column if convert is None else [None if value is None else convert(value) for value in column]
 
     def _text(self, value: Any) -> str:
         """`json_text` of a list or map, remembered by the object itself, which nobody changes: the same few come again
@@ -152,86 +165,46 @@ def _same_lines(record: Record) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name in _LINE and name not in ("id", "entity_id", "after")}
 
 
-def _between(shown: Mapping[str, Any], varying: Sequence[str], secrets: frozenset[str]) -> list[str]:
-    """The JSON text of `shown` as what stands before, between and behind the varying values; behind all that, what is
-    shown of each secret that varies."""
-    texts, text, opening = [], "", "{"
-    for name, value in shown.items():
+def _row_after_row(*columns: Sequence[Any]) -> list[Any]:
+    return list(chain.from_iterable(zip(*columns, strict=True)))
+
+
+def _longest(columns: Sequence[Sequence[Any]]) -> int:
+    """The length of the longest row's texts."""
+    lengths = ([len(cell) if cell else 0 for cell in column] for column in columns)
+    return max(map(sum, zip(*lengths, strict=True)), default=0)
+
+
+def _json(kind: FieldType, column: Sequence[Any], cells: Sequence[Any]) -> list[str]:
+    """A column's values in the journal's JSON. `cells` are the same values as SQLite has them."""
+    if kind is FieldType.TEXT:
+        return ["null" if value is None else _string(value) for value in column]
+    if kind is FieldType.INT:
+        return ["null" if value is None else str(value) for value in column]
+    if kind is FieldType.TIMESTAMP:
+        return ["null" if cell is None else f'{{"$time":"{cell}"}}' for cell in cells]
+    if kind in _NESTED:
+        return ["null" if cell is None else cell for cell in cells]
+    return ["null" if value is None else json_text(value) for value in column]
+
+
+def _hidden(column: Sequence[Any], shown: Any) -> list[str]:
+    """A column of secrets in the journal's JSON: a secret that is set is shown as the pattern shows it."""
+    text = json_text(shown)
+    return ["null" if value is None else text for value in column]
+
+
+def _after(pattern: Mapping[str, Any], columns: Mapping[str, Sequence[str]], count: int) -> list[bytes]:
+    """The journal's JSON of each document: the pattern, with the document's own values in `columns`."""
+    pieces: list[Iterable[str]] = []
+    text, opening = "", "{"
+    for name, value in pattern.items():
         text += f"{opening}{_string(name)}:"
         opening = ","
-        if name in varying:
-            texts.append(text)
+        if name in columns:
+            pieces += repeat(text, count), columns[name]
             text = ""
         else:
             text += json_text(value)
-    masks = [json_text(shown[name]) for name in shown if name in varying and name in secrets]
-    return [*texts, text + "}", *masks]
-
-
-def _writer(
-    codec: Codec, varying: Sequence[str], shown: Mapping[str, Any] | None, text: Callable[[Any], str]
-) -> Callable[..., tuple[list[Any], list[Any], int]]:
-    """What makes of rows, record ids and the constants of `_between` the values of the table, those of the journal, and
-    the length of the longest row's texts."""
-    collection, dialect = codec.collection, codec.dialect
-    scope: dict[str, Any] = {"time": _values.time_to_text, "string": _string, "json_text": json_text}
-    scope |= {"opens": '{"$time":"', "closes": '"}'}
-    cells, lengths, values = [], [], dict[str, str]()
-    for number, name in enumerate(varying):
-        spec, value, cell = collection.fields[name], f"v{number}", f"c{number}"
-        convert = dialect.encoders.get(spec.type)
-        if spec.type in _NESTED:
-            convert = text
-        if convert is None:
-            values[name] = value
-        else:
-            scope[f"encode{number}"] = convert
-            cells.append(f"{cell} = None if {value} is None else encode{number}({value})")
-            values[name] = cell
-        if spec.type in _VARIABLE:
-            lengths.append(f"len({values[name]} or '')")
-    said = []
-    names = [name for name in shown or () if name in varying]
-    secret = [name for name in names if name in collection.secrets]
-    for name in names:
-        number = varying.index(name)
-        mask = f"m{secret.index(name)}" if name in secret else None
-        said.append(_said(collection.fields[name].type, f"v{number}", values[name], mask))
-    pieces = "".join(f"s{n}, {one}, " for n, one in enumerate(said)) + f"s{len(said)}"
-    given = ", ".join(f"v{number}" for number in range(len(varying)))
-    with_record = shown is not None
-    constants = [*(f"s{n}" for n in range(len(said) + 1)), *(f"m{n}" for n in range(len(secret)))]
-    source = "\n".join([
-        "def write(rows, ids, constants):",
-        f"    {', '.join(constants)}, = constants" if with_record else "    ids = [None] * len(rows)",
-        "    values, lines, longest = [], [], 0",
-        "    add, tell = values.extend, lines.extend",
-        f"    for (id, created, {given}), record in zip(rows, ids, strict=True):",
-        *(f"        {cell}" for cell in cells),
-        f"        length = {' + '.join(lengths) or '0'}",
-        "        if length > longest:",
-        "            longest = length",
-        f"        add((id, None if created is None else time(created), {', '.join(values.values())}))",
-        f"        tell((record, id, ''.join(({pieces},)).encode()))" if with_record else "",
-        "    return values, lines, longest",
-    ])  # fmt: skip
-    exec(source, scope)  # noqa: S102  # the source holds numbers only, and no name that is declared
-    made: Callable[..., tuple[list[Any], list[Any], int]] = scope["write"]
-    return made
-
-
-def _said(kind: FieldType, value: str, cell: str, mask: str | None) -> str:
-    """A varying value in the journal's JSON, as an expression."""
-    if mask is not None:
-        found = mask
-    elif kind is FieldType.TEXT:
-        found = f"string({value})"
-    elif kind is FieldType.INT:
-        found = f"str({value})"
-    elif kind is FieldType.TIMESTAMP:
-        found = f"opens + {cell} + closes"
-    elif kind in _NESTED:
-        found = cell
-    else:
-        found = f"json_text({value})"
-    return f"('null' if {value} is None else {found})"
+    pieces.append(repeat(text + "}", count))
+    return ["".join(texts).encode() for texts in zip(*pieces, strict=True)]
