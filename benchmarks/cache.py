@@ -34,6 +34,6 @@ def run(plan: Plan) -> Benchmark:
                 us.contender(OURS, Role.OURS, "get", callers),
                 bare.contender(FLOOR, Role.FLOOR, "get", callers),
             )
-            targets = [Target(OURS, TARGET_OF_FLOOR, of_floor=True)]
+            targets = [Target(OURS, of_floor=TARGET_OF_FLOOR)]
             groups.append(side_by_side(plan, f"{callers} readers at a time", contenders, targets))
     return Benchmark("cache", "reads/s", labels, tuple(groups))

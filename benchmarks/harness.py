@@ -269,16 +269,32 @@ def start(stack: ExitStack, plan: Plan, what: str, setup: Setup, *arguments: Any
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a group must reach: the rate of `name`, or its ratio to the floor, is at least `at_least`; or, where the
-    figure is a time, the longest of all rounds is at most `at_most`."""
+    """What a group must reach; exactly one of three is given.
+
+    `of_floor`: the rate of `name` is at least this part of the floor's, in the same run. A rate in itself is no target:
+    it belongs to the machine. `percent`: the figure is a part of 100, and at least this. `at_most`: the figure is a
+    time that somebody waits, and at most this in every round.
+    """
 
     name: str
-    at_least: float = 0.0
-    of_floor: bool = False
+    of_floor: float | None = None
+    percent: float | None = None
     at_most: float | None = None
 
+    def __post_init__(self) -> None:
+        if [self.of_floor, self.percent, self.at_most].count(None) != 2:
+            raise ValueError(f"the target of {self.name!r}: expected one of of_floor, percent and at_most")
+
     def met(self, reached: float) -> bool:
-        return reached >= self.at_least if self.at_most is None else reached <= self.at_most
+        if self.at_most is not None:
+            return reached <= self.at_most
+        return reached >= (self.of_floor if self.of_floor is not None else self.percent or 0.0)
+
+    def bound(self, unit: str) -> str:
+        """The target in words; `unit` is the benchmark's."""
+        if self.at_most is not None:
+            return f"at most {self.at_most:,g} {unit}"
+        return f"at least {self.percent:g} %" if self.of_floor is None else f"at least {self.of_floor:g} of the floor"
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,7 +328,7 @@ class Group:
             if figure.name == target.name and target.at_most is not None:
                 return figure.highest
             if figure.name == target.name:
-                return figure.of_floor if target.of_floor else figure.rate
+                return figure.rate if target.of_floor is None else figure.of_floor
         return None
 
 

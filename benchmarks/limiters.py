@@ -12,8 +12,9 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import apsw
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.responses import Response
+from starlette.requests import HTTPConnection
 
 from .harness import Job, Round, Sample, closed_loop, tight_loop
 
@@ -97,6 +98,21 @@ async def bare_fastapi() -> AsyncIterator[Round]:
     app = FastAPI()
 
     @app.get("/")
+    async def index(request: Request) -> Response:
+        return Response(b"ok")
+
+    yield through(app)
+
+
+@asynccontextmanager
+async def dependent_fastapi() -> AsyncIterator[Round]:
+    """For a `Worker`: the same request through FastAPI, with a dependency that does nothing."""
+    app = FastAPI()
+
+    async def nothing(connection: HTTPConnection) -> None:
+        pass
+
+    @app.get("/", dependencies=[Depends(nothing)])
     async def index(request: Request) -> Response:
         return Response(b"ok")
 

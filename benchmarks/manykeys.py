@@ -47,7 +47,13 @@ PAGES = 50
 VERIFIED = 100_000
 AT_ONCE = 100
 ADMIN_KEY = "benchmark-administrator-key-of-32-characters-or-more"
-TARGETS = {"import": 30_000, "verify_ms": 1.0, "page_ms": 10.0, "server_mb": 300}
+IMPORT_OF_FLOOR = 0.5
+"""Keys a second, written, beside the floor's."""
+VERIFY_OF_COMMIT = 3
+"""A verification of a key that no cache has, beside a bare durable commit of one row that is made in turn with it."""
+DEEP_OF_FIRST = 2
+"""A page behind half of a list, beside the list's first."""
+SERVER_MB = 300
 
 
 # --- Keys -----------------------------------------------------------------------------------------------------
@@ -328,9 +334,8 @@ def run(plan: Plan) -> Benchmark:
 def _import_labels(keys: int, imported: dict[str, Any], bare: float) -> list[str]:
     written, whole = keys / imported["write_s"], keys / sum(imported[f"{n}_s"] for n in ("read", "write", "check"))
     return [
-        f"import of {keys:,} keys, written: {written:,.0f} keys/s (target {TARGETS['import']:,}: "
-        f"{_met(written >= TARGETS['import'])}); bare floor, 1,000 keys a transaction: {bare:,.0f} keys/s; "
-        f"{written / bare:.2f} × floor",
+        f"import of {keys:,} keys, written: {written:,.0f} keys/s; bare floor, 1,000 keys a transaction: {bare:,.0f} "
+        f"keys/s; {written / bare:.2f} × floor (target {IMPORT_OF_FLOOR:g}: {_met(written / bare >= IMPORT_OF_FLOOR)})",
         f"  read and judged in {imported['read_s']:.1f} s, written in {imported['write_s']:.1f} s, read back and "
         f"compared in {imported['check_s']:.1f} s: {whole:,.0f} keys/s in all; peak memory "
         f"{imported['peak_mb']:.0f} MB",
@@ -340,23 +345,24 @@ def _import_labels(keys: int, imported: dict[str, Any], bare: float) -> list[str
 def _look_labels(keys: int, opened: dict[int, dict[str, Any]], served: dict[str, Any]) -> list[str]:
     found = opened[keys]
     p50, p99 = found["verify_ms"]
-    target = TARGETS["verify_ms"]
+    beside, commit = found["beside_ms"], found["commit_ms"]
+    parts = [ours / bare for ours, bare in zip(beside, commit, strict=True)]
     labels = [
-        f"cold verify: p50 {p50:.2f} ms, p99 {p99:.2f} ms (target {target} ms: p50 {_met(p50 < target)}, p99 "
-        f"{_met(p99 < target)}); in turn with a bare commit of one row by apsw to another file: p50 "
-        f"{found['beside_ms'][0]:.2f} against {found['commit_ms'][0]:.2f} ms, p99 {found['beside_ms'][1]:.2f} against "
-        f"{found['commit_ms'][1]:.2f} ms; of an unknown key {found['unknown_ms'][0]:.2f} ms",
+        f"cold verify: p50 {p50:.2f} ms, p99 {p99:.2f} ms; in turn with a bare commit of one row by apsw to another "
+        f"file: p50 {beside[0]:.2f} against {commit[0]:.2f} ms, p99 {beside[1]:.2f} against {commit[1]:.2f} ms: "
+        f"{parts[0]:.1f} and {parts[1]:.1f} × the commit (target at most {VERIFY_OF_COMMIT}: "
+        f"{_met(max(parts) <= VERIFY_OF_COMMIT)}); of an unknown key {found['unknown_ms'][0]:.2f} ms",
         "opening the store: " + ", ".join(f"{count:,} keys {one['open_s']:.2f} s" for count, one in opened.items()),
         f"server: {served['before_mb']:.0f} MB when started (in {served['started_s']:.1f} s), "
         f"{served['after_mb']:.0f} MB after {served['verified']:,} different keys were verified "
-        f"(target {TARGETS['server_mb']} MB: {_met(served['after_mb'] < TARGETS['server_mb'])})",
+        f"(target {SERVER_MB} MB: {_met(served['after_mb'] < SERVER_MB)})",
     ]
     for name, one in found["lists"].items():
-        worst = max(one["first"][1], one["deep"][1])
+        part = one["deep"][0] / one["first"][0]
         labels.append(
             f"page of 100, {name}: first p50 {one['first'][0]:.1f} p99 {one['first'][1]:.1f} ms, behind "
-            f"{one['behind']:,} p50 {one['deep'][0]:.1f} p99 {one['deep'][1]:.1f} ms (target "
-            f"{TARGETS['page_ms']:g} ms: {_met(worst < TARGETS['page_ms'])})"
+            f"{one['behind']:,} p50 {one['deep'][0]:.1f} p99 {one['deep'][1]:.1f} ms: {part:.1f} × the first (target "
+            f"at most {DEEP_OF_FIRST}: {_met(part <= DEEP_OF_FIRST)})"
         )
     return labels
 

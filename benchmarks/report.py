@@ -140,13 +140,8 @@ def _benchmark(benchmark: Benchmark) -> list[str]:
         lines += [f"   {_figure(figure)}" for figure in group.figures]
         for target in group.targets:
             reached = group.reached(target)
-            unit = "of the floor" if target.of_floor else benchmark.unit
-            if target.at_most is None:
-                bound = f"at least {target.at_least:,g} {unit}"
-            else:
-                bound = f"at most {target.at_most:,g} {unit}"
             verdict = "not measured" if reached is None else "met" if target.met(reached) else "MISSED"
-            lines.append(f"   target: {target.name}, {bound}: {verdict}")
+            lines.append(f"   target: {target.name}, {target.bound(benchmark.unit)}: {verdict}")
     return lines
 
 

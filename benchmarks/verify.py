@@ -12,9 +12,16 @@ from .load import Load, load_generator, post
 from .servers import HOST, Server, bare_server, create_keys, strongroom_server
 
 CONNECTIONS = (32, 128)
-DURABLE = {32: 0.55, 128: 0.8}
-LEASED = {32: 0.85}
 MANY_KEYS = 1_000
+Targets = Mapping[tuple[str, int, int], float]
+"""The least part of the floor, by mode, number of keys and number of connections."""
+TARGETS: Targets = {
+    ("durable", 1, 32): 0.55,
+    ("durable", 1, 128): 0.8,
+    ("leased", 1, 32): 0.85,
+    ("durable", MANY_KEYS, 32): 0.75,
+    ("leased", MANY_KEYS, 32): 0.95,
+}
 TOKENS = 250
 LIMIT = {"resource": "tokens", "limit": 1_000_000_000_000, "window": {"kind": "rolling", "seconds": 18_000}}
 
@@ -23,14 +30,11 @@ MODES = ("leased", "durable")
 
 
 def run(plan: Plan) -> Benchmark:
-    return measured(plan, "verify", "SQLite", None, {"durable": DURABLE, "leased": LEASED})
+    return measured(plan, "verify", "SQLite", None, TARGETS)
 
 
-def measured(
-    plan: Plan, name: str, engine: str, store: str | None, targets: Mapping[str, Mapping[int, float]]
-) -> Benchmark:
-    """The benchmark `name` on the store of this URL (None: SQLite in the plan's folder). `targets`: by mode and number
-    of connections, the least part of the floor with one key."""
+def measured(plan: Plan, name: str, engine: str, store: str | None, targets: Targets) -> Benchmark:
+    """The benchmark `name` on the store of this URL (None: SQLite in the plan's folder)."""
     many = 20 if plan.quick else MANY_KEYS
     admin_key = secrets.token_hex(24)
     labels = (
@@ -87,9 +91,9 @@ def measured(
                 contender("durable", many, connections),
             )
             aims = tuple(
-                Target(_label(mode, 1), targets[mode][connections], of_floor=True)
-                for mode in MODES
-                if connections in targets.get(mode, {})
+                Target(_label(mode, count), of_floor=part)
+                for (mode, count, at), part in targets.items()
+                if at == connections and count in (1, many)
             )
             groups.append(side_by_side(plan, f"{connections} connections", contenders, aims))
     return Benchmark(name, "requests/s", labels, tuple(groups))

@@ -41,7 +41,7 @@ def run(plan: Plan) -> Benchmark:
             with ExitStack() as inner:
                 us = start(inner, plan, name, cached.zipf, urls, redis_url, rows, nodes)
                 contenders = (us.contender(name, Role.OURS, "spared", CALLERS),)
-                groups.append(side_by_side(plan, scheme, contenders, [Target(name, TARGET_PERCENT)]))
+                groups.append(side_by_side(plan, scheme, contenders, [Target(name, percent=TARGET_PERCENT)]))
     labels = (
         "Of 100 reads that reach the store without a cache, how many do not with it, by operation.",
         f"{rows:,} documents, Zipf with s = {cached.ZIPF_S}, {cached.READS_SHARE:.0%} reads, {CALLERS} callers; warm.",

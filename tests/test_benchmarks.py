@@ -55,7 +55,7 @@ def test_a_ratio_is_the_median_of_neighbouring_rounds_and_every_other_round_is_r
     order: list[str] = []
     ours = _scripted("ours", Role.OURS, [50, 10, 60], order)
     floor = _scripted("floor", Role.FLOOR, [100, 20, 400], order)  # the machine slowed, then sped up
-    group = side_by_side(_plan(tmp_path, 3), "group", [ours, floor], [Target("ours", 0.5, of_floor=True)])
+    group = side_by_side(_plan(tmp_path, 3), "group", [ours, floor], [Target("ours", of_floor=0.5)])
     assert order == ["ours", "floor", "floor", "ours", "ours", "floor"]
     assert group.figures[0].rate == 50
     assert group.figures[0].of_floor == 0.5
@@ -72,7 +72,7 @@ def test_a_contender_that_fails_is_reported_and_the_others_are_measured(tmp_path
         _scripted("floor", Role.FLOOR, [5, 5], []),
     ]
     plan = _plan(tmp_path, 2)
-    group = side_by_side(plan, "group", contenders, [Target("ours", 1)])
+    group = side_by_side(plan, "group", contenders, [Target("ours", of_floor=1)])
     assert [f.unavailable for f in group.figures] == ["it broke", "not installed", ""]
     assert group.figures[2].rate == 5
     benchmark = Benchmark("read", "reads/s", (), (group,))
