@@ -15,26 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from strongroom.entities.query import Aggregate, Query, Where
-from strongroom.errors import (
-    AlreadyExists,
-    ConfigError,
-    StoreError,
-    StrongroomError,
-    Unavailable,
-)
+from strongroom.errors import AlreadyExists, ConfigError, StoreError, StrongroomError, Unavailable
 from strongroom.storage import open_store
-from strongroom.storage.port import (
-    Add,
-    Append,
-    Batch,
-    Check,
-    Committed,
-    Create,
-    Delete,
-    Operation,
-    Patch,
-    Put,
-)
+from strongroom.storage.port import Add, Append, Batch, Check, Committed, Create, Delete, Operation, Patch, Put
 from strongroom.storage.postgres.settings import read_settings
 from strongroom.storage.postgres.store import PostgresStore
 from strongroom.testing.storage import Backend
@@ -43,16 +26,7 @@ from strongroom.testing.storage.batches import TestAtomicBatches
 from strongroom.testing.storage.isolation import TestIsolation
 from strongroom.testing.storage.journal import TestJournal
 from strongroom.testing.storage.preconditions import TestPreconditions
-from strongroom.testing.storage.samples import (
-    COLLECTIONS,
-    NOW,
-    batch,
-    item,
-    record,
-    sample,
-    shared,
-    tenants,
-)
+from strongroom.testing.storage.samples import COLLECTIONS, NOW, batch, item, record, sample, shared, tenants
 from tests.conftest import missing
 from tests.helpers.servers import postgres
 from tests.helpers.waiting import PATIENCE_S, wait_until
