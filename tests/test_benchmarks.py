@@ -32,6 +32,7 @@ from benchmarks.harness import (
 )
 from benchmarks.servers import bare_server
 from tests.helpers.paths import ROOT
+from tests.helpers.waiting import PATIENCE_S
 
 GOOD = b'{"valid": true, "code": "VALID"}'
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -217,7 +218,7 @@ def test_a_worker_measures_or_says_why_it_cannot() -> None:
 def test_a_quick_run_reports_every_figure_and_leaves_no_files(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks", "--quick", "--only", "store", "--json", "--dir", str(tmp_path)]
     done = subprocess.run(  # the status is asserted below
-        command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=100
+        command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=8 * PATIENCE_S
     )
     assert done.returncode == 0, done.stdout + done.stderr
     result: dict[str, Any] = json.loads(done.stdout)

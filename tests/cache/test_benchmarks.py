@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.paths import ROOT
+from tests.helpers.waiting import PATIENCE_S
 
 
 @pytest.mark.server
@@ -18,7 +19,7 @@ from tests.helpers.paths import ROOT
 def test_a_quick_run_measures_every_contender(name: str, groups: int, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks", "--quick", "--only", name, "--json", "--dir", str(tmp_path)]
     done = subprocess.run(  # the status is asserted below
-        command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=100
+        command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=8 * PATIENCE_S
     )
     assert done.returncode == 0, done.stdout + done.stderr
     result: dict[str, Any] = json.loads(done.stdout)

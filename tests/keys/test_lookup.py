@@ -142,7 +142,9 @@ async def test_djangorestframework_api_key_173_the_second_verification_does_no_p
     compared: list[str], url: str
 ) -> None:
     """There, each request takes the 0.35 to 0.5 s of a password's hash."""
+    began = time.process_time()
     hash = PBKDF2PasswordHasher().encode(TEXT, "salt")  # with as many iterations as Django takes
+    hashing_s = time.process_time() - began
     async with Strongroom.open(url) as room:
         await imported(room, {"hash": hash, "prefix": "abcdefgh"})
         assert (await room.keys.verify(TEXT)).valid
@@ -151,7 +153,7 @@ async def test_djangorestframework_api_key_173_the_second_verification_does_no_p
         for _ in range(100):
             assert (await room.keys.verify(TEXT)).valid
         assert compared == [TEXT]
-        assert time.process_time() - began < 0.35  # a hundred, in less than one would take
+        assert time.process_time() - began < hashing_s, "a hundred verifications take less than one password's hash"
 
 
 async def test_a_hash_is_upgraded_for_every_process(compared: list[str], tmp_path: Path) -> None:

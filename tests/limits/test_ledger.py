@@ -291,7 +291,7 @@ async def test_contending_nodes_spend_one_key_exactly_and_none_starves(nodes: in
             while (await ledgers[node].admit(subjects_of(key), {"requests": 1})).allowed:
                 admitted_by[node] += 1
 
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(2 * PATIENCE_S):
             await asyncio.gather(*(caller(node) for node in range(nodes) for _ in range(4)))
         assert sum(admitted_by) == 600
         assert await cluster.used(key.id) == {"requests": 600}

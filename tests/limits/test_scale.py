@@ -41,6 +41,7 @@ from strongroom.storage.port import Alike, Append, Create, Pack, unwrapped
 from strongroom.storage.sqlite.bulk_rows import SqlitePacker
 from strongroom.storage.sqlite.store import SqliteStore
 from tests.helpers.stores import new_url, opened
+from tests.helpers.waiting import PATIENCE_S
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 NOW = datetime.now(UTC).replace(microsecond=0)
@@ -432,7 +433,7 @@ async def test_other_writers_continue_while_an_import_prepares_its_keys(tmp_path
             await room.keys.create(name="meanwhile")
             yield store.packer().pack([])
 
-        await asyncio.wait_for(store.load(packs(), NOW_US), 20)
+        await asyncio.wait_for(store.load(packs(), NOW_US), PATIENCE_S)
         assert len((await room.keys.list()).items) == 4
 
 

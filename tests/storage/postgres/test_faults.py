@@ -106,7 +106,7 @@ async def test_a_commit_that_never_arrived_is_retried(server: postgres.Server, p
 async def test_a_commit_that_never_arrived_is_not_acknowledged_while_the_server_is_away(
     server: postgres.Server, proxy: Proxy
 ) -> None:
-    store = await prepared(through(proxy, server, postgres.new_schema(), connect_timeout_s=1))
+    store = await prepared(through(proxy, server, postgres.new_schema(), connect_timeout_s=2))
     try:
         await store.commit(batch("acme", Create("items", "a", item())))
 
@@ -293,7 +293,7 @@ async def test_an_unreachable_server_fails_fast_and_is_reconnected(server: postg
             refusals += "retry_after_s" in caught.value.details
         assert refusals > 150  # by the breaker: the server was not asked
         assert proxy.accepted - tried < 50
-        assert time.perf_counter() - began < 5
+        assert time.perf_counter() - began < PATIENCE_S
         with pytest.raises(Unavailable):
             await store.commit(batch("acme", Add("items", "a", "used", 1)))
         assert not (await store.check()).ok
@@ -312,7 +312,7 @@ async def test_an_unreachable_server_fails_fast_and_is_reconnected(server: postg
 
 
 async def test_a_server_that_does_not_answer_is_given_up_in_time(server: postgres.Server, proxy: Proxy) -> None:
-    options = {"connect_timeout_s": 0.5, "statement_timeout_s": 0.3}
+    options = {"connect_timeout_s": 1.0, "statement_timeout_s": 1.0}
     store = await prepared(through(proxy, server, postgres.new_schema(), **options))
     try:
         await store.commit(batch("acme", Create("items", "a", item())))
@@ -325,7 +325,7 @@ async def test_a_server_that_does_not_answer_is_given_up_in_time(server: postgre
         )
         assert all(isinstance(result, Unavailable) for result in results), results
         # A read tries one connection; a commit its own, then a new one to ask what became of it, until it gives up.
-        assert time.perf_counter() - began < 20
+        assert time.perf_counter() - began < PATIENCE_S
         assert not (await store.check()).ok
         proxy.heal()
 

@@ -422,7 +422,7 @@ def test_a_urls_options_are_read_and_the_drivers_are_passed_on() -> None:
 async def test_the_pool_is_bounded_and_a_caller_that_waits_too_long_gets_an_error(
     server: postgres.Server, schema: str, admin: asyncpg.Connection
 ) -> None:
-    url = server.url(schema, max_connections=5, connect_timeout_s=0.3, application_name=f"test-{schema}")
+    url = server.url(schema, max_connections=5, connect_timeout_s=2, application_name=f"test-{schema}")
     store = await prepared(url)
     store.on_change(lambda: None)
     try:
