@@ -117,6 +117,7 @@ class Strongroom:
         self.quotas = Quotas(database, ledger, clock)
         self.audit = Audit(store, database)
         self.feed = feed
+        self._reloading = asyncio.Lock()
         self.background = background
 
     @classmethod
@@ -250,9 +251,11 @@ class Strongroom:
         await self._reload_peppers()
 
     async def _reload_peppers(self) -> None:
-        hasher = await _hasher(self.database, self._configured_peppers)
-        self.keys.use(hasher)
-        self.database.calls.use(hasher)
+        # One at a time: a reload that read before a rotation must not put the older peppers back after it.
+        async with self._reloading:
+            hasher = await _hasher(self.database, self._configured_peppers)
+            self.keys.use(hasher)
+            self.database.calls.use(hasher)
 
     async def _reload_until_done(self) -> None:
         told = RetryLog(_log, "the peppers cannot be read")

@@ -19,6 +19,7 @@ from strongroom.context import system_context
 from strongroom.entities.query import Query
 from strongroom.errors import Conflict, InvalidInput, NotFound, Unavailable
 from strongroom.jobs.job_lease import AcquiredLease, JobLeaseLost
+from strongroom.journal.feed import POLL_S
 from strongroom.keys.model import (
     DEFAULT_SCHEDULED_OVERLAP_S,
     MAX_OVERLAP_S,
@@ -27,6 +28,7 @@ from strongroom.keys.model import (
 )
 from tests.helpers.faulty_store import Fault, FaultyStore
 from tests.helpers.stores import new_url, opened, rolling
+from tests.helpers.waiting import wait_until
 
 MOMENT = datetime(2026, 5, 5, 12, tzinfo=UTC)
 ADMIN = Context(None, "key:admin", {"admin": True}, "request-1")
@@ -422,6 +424,28 @@ async def test_a_pepper_rotation_that_is_killed_at_its_commit_leaves_every_key_w
         room.keys.changed(one.key.id)
         assert await code(room, one.text) == "VALID"
         assert (await room.keys.get(one.key.id)).hash.startswith(room.keys.hasher.current_id + ":")
+
+
+async def test_a_slow_reload_of_the_peppers_does_not_bring_an_older_one_back(
+    room: Strongroom, store: FaultyStore
+) -> None:
+    await room.rotate_pepper()
+    await wait_until(lambda: room.feed.behind_s < POLL_S)
+    read, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow(method: str, collection: str) -> None:
+        if collection == "peppers" and not read.is_set():
+            read.set()
+            await go_on.wait()
+
+    store.after_read = slow
+    reload = asyncio.create_task(room._reload_peppers())  # as the journal makes it do in a moment
+    await read.wait()
+    rotation = asyncio.create_task(room.rotate_pepper())
+    await asyncio.wait([rotation], timeout=0.3)  # it ends only if it does not wait for the reload
+    go_on.set()
+    await asyncio.gather(reload, rotation)
+    assert room.keys.hasher.current_id == "000003"
 
 
 async def test_two_nodes_that_rotate_the_pepper_at_once_do_not_lose_a_key(url_of_any: str) -> None:
