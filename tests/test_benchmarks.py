@@ -85,6 +85,18 @@ def test_a_contender_that_fails_is_reported_and_the_others_are_measured(tmp_path
     assert document["benchmarks"][0]["groups"][0]["targets"][0]["met"] is False
 
 
+def test_a_rate_in_itself_is_no_target() -> None:
+    with pytest.raises(ValueError, match="expected one of of_floor, percent and at_most"):
+        Target("ours")
+    with pytest.raises(ValueError, match="expected one of of_floor, percent and at_most"):
+        Target("ours", of_floor=0.5, at_most=20)
+    assert Target("ours", of_floor=0.5).bound("reads/s") == "at least 0.5 of the floor"
+    assert Target("ours", at_most=250).bound("ms") == "at most 250 ms"
+    assert [Target("ours", of_floor=0.5).met(reached) for reached in (0.4, 0.5)] == [False, True]
+    assert [Target("ours", percent=85).met(reached) for reached in (80, 85)] == [False, True]
+    assert [Target("ours", at_most=250).met(reached) for reached in (250, 251)] == [True, False]
+
+
 def test_percentiles_use_the_nearest_rank() -> None:
     assert percentiles_us([n / 1e6 for n in range(101)]) == pytest.approx((50, 99))
     assert percentiles_us([]) == (None, None)
