@@ -176,7 +176,7 @@ class Strongroom:
 
     def _listen(self, stack: AsyncExitStack) -> None:
         """What is kept in memory follows the changes that this and other processes make, once the feed is started."""
-        self.database.after_commit(lambda _: self.feed.wake())
+        self.database.hand_records_to(self.feed)
         self.feed.on_record(self.database.writes.seen)
         self.feed.on_record(self._seen)
         self.feed.on_reset(self._forget_all)

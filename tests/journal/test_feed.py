@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 
-from strongroom import Entity, Strongroom
+from strongroom import Counter, Entity, Strongroom
+from strongroom.context import utc_from_us
 from strongroom.errors import Gone, InvalidInput, Unavailable
 from strongroom.journal import feed as changes
 from strongroom.journal.feed import ChangeFeed
@@ -23,6 +25,8 @@ from tests.helpers.waiting import PATIENCE_S, wait_until
 
 class Note(Entity, collection="notes"):
     text: str
+    at: datetime | None = None
+    used: Annotated[int, Counter()] = 0
 
 
 @pytest.fixture
@@ -59,6 +63,50 @@ async def test_a_change_of_this_process_is_delivered_at_once(room: Strongroom, m
     for number in range(1, 30):
         await room.tenant("acme").create(Note(text="x"))
         await wait_until(lambda number=number: len(told) == number)  # type: ignore[misc]
+
+
+async def test_changes_of_this_process_are_delivered_as_the_journal_has_them(room: Strongroom) -> None:
+    told: list[Record] = []
+    room.feed.on_record(told.append)
+    start = (await room.store.changes("end")).cursor
+    acme = room.tenant("acme")
+    for number in range(5):
+        notes = await asyncio.gather(*(acme.create(Note(text=f"{number}", at=utc_from_us(number))) for _ in range(9)))
+        await acme.update(Note, notes[0].id, {"text": "changed"})
+        await acme.delete(Note, notes[1].id)
+        await acme.add(Note, notes[2].id, "used", 3)
+    await wait_until(lambda: len(told) >= 60)
+    assert tuple(told) == (await room.store.changes(start)).records
+
+
+@pytest.mark.parametrize("url_of_any", ["sqlite", "json-memory"], indirect=True)
+async def test_an_ordered_journal_is_not_read_for_the_changes_of_this_process(
+    room: Strongroom, store: FaultyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Record] = []
+    room.feed.on_record(told.append)
+    await room.tenant("acme").create(Note(text="x"))
+    await wait_until(lambda: len(told) == 1)
+    monkeypatch.setattr(changes, "POLL_S", 600)
+    monkeypatch.setattr(store, "changes", None)  # a read would fail
+    await asyncio.gather(*(room.tenant("acme").create(Note(text="x")) for _ in range(200)))
+    await wait_until(lambda: len(told) == 201)
+
+
+async def test_changes_of_two_processes_are_delivered_to_both_in_the_order_of_the_journal(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/shared.db"
+    async with Strongroom.open(url, entities=[Note]) as one, Strongroom.open(url, entities=[Note]) as other:
+        told: tuple[list[Record], list[Record]] = ([], [])
+        one.feed.on_record(told[0].append)
+        other.feed.on_record(told[1].append)
+        start = (await one.store.changes("end")).cursor
+        for _ in range(10):
+            await asyncio.gather(*(room.tenant("acme").create(Note(text="x")) for room in (one, other, other, one)))
+            await one.tenant("acme").create(Note(text="x"))
+        records = (await one.store.changes(start)).records
+        for found in told:
+            await wait_until(lambda found=found: len(found) >= 50)  # type: ignore[misc]
+            assert tuple(found) == records
 
 
 async def test_a_change_during_a_read_of_the_journal_is_delivered_without_waiting_for_the_poll(

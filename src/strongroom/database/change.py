@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Literal, cast
 
 import msgspec
+from msgspec import structs
 
 from ..context import Context, utc_from_us
 from ..entities import SYSTEM_FIELDS, Collection, Document, Entity
@@ -15,6 +16,7 @@ from ..rules import Operation as RuleOperation
 from ..storage.port import (
     Add,
     Append,
+    Batch,
     Check,
     Committed,
     Create,
@@ -22,6 +24,7 @@ from ..storage.port import (
     Operation,
     Patch,
     Put,
+    Record,
 )
 
 Action = Literal["create", "update", "delete", "add", "expire"]
@@ -123,6 +126,22 @@ def answer_to_keep(result: object, changes: Iterable[Change], now: datetime) -> 
     return {**system, **result.__codec__.encode(result)}
 
 
+def records_of(batch: Batch, committed: Committed) -> list[Record]:
+    """The journal records of a committed batch, as a reader of an ordered journal gets them."""
+    if committed.sequence is None:
+        return []
+    appends = [operation for operation in batch.operations if isinstance(operation, Append)]
+    first = committed.sequence - len(appends) + 1
+    return [
+        structs.replace(
+            append.record,
+            sequence=first + number,
+            version=append.record.version if append.of is None else committed.versions[append.of],
+        )
+        for number, append in enumerate(appends)
+    ]
+
+
 def stamp(changes: Iterable[Change], committed: Committed, now_us: int) -> None:
     """Give the entities that the transaction's body returned the version and the times that the store set."""
     now = utc_from_us(now_us)
@@ -132,4 +151,14 @@ def stamp(changes: Iterable[Change], committed: Committed, now_us: int) -> None:
             change.entity.__dict__.update(version=version, created_at=change.created_at or now, updated_at=now)
 
 
-__all__ = ["RULE_OF", "Action", "Change", "Found", "answer_to_keep", "operations_of", "stamp", "system_fields"]
+__all__ = [
+    "RULE_OF",
+    "Action",
+    "Change",
+    "Found",
+    "answer_to_keep",
+    "operations_of",
+    "records_of",
+    "stamp",
+    "system_fields",
+]

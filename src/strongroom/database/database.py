@@ -24,7 +24,7 @@ from ..errors import (
     StrongroomError,
     Unavailable,
 )
-from ..journal import Denials
+from ..journal import ChangeFeed, Denials
 from ..rules import Policy, default_policy
 from ..storage.port import (
     Add,
@@ -39,11 +39,12 @@ from ..storage.port import (
     Pack,
     Patch,
     Put,
+    Record,
     Store,
     unwrapped,
 )
 from .authorization import Authorization
-from .change import RULE_OF, Found, answer_to_keep, stamp
+from .change import RULE_OF, Found, answer_to_keep, records_of, stamp
 from .idempotency import Calls, Idempotency, IdempotentOperation, Replayed, RequestKey
 from .reads import Reads, scope_of
 from .transaction import Transaction
@@ -70,6 +71,7 @@ class Database:
         """The calls that had an idempotency key."""
         self.registry = registry
         self._listeners: list[Callable[[Transaction], None]] = []
+        self._on_records: Callable[[Sequence[Record]], None] | None = None
         self.retries: dict[str, int] = {}
         """How often a transaction ran again because a document that it had read was changed, by that collection."""
         self.writes = WriteState(store)
@@ -104,6 +106,12 @@ class Database:
     def after_commit(self, listener: Callable[[Transaction], None]) -> None:
         """Call `listener` with each transaction once it is durably committed, and never before."""
         self._listeners.append(listener)
+
+    def hand_records_to(self, feed: ChangeFeed) -> None:
+        """Hand the feed the records of each commit, where the journal's order lets it do without reading them."""
+        if self._store.capabilities.ordered_journal:
+            self._on_records = feed.committed
+        self.after_commit(lambda _: feed.wake())
 
     def now_us(self) -> int:
         """The moment by the store's clock, in microseconds since the epoch."""
@@ -178,6 +186,8 @@ class Database:
                 continue
             stamp(transaction.changes, committed, batch.now_us)
             self._forget_cached(transaction)
+            if self._on_records is not None:
+                self._on_records(records_of(batch, committed))
             for listener in self._listeners:
                 listener(transaction)
             return result

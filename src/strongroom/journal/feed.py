@@ -10,6 +10,7 @@ import asyncio
 import logging
 import random
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 
@@ -24,6 +25,8 @@ PAGE = 100
 """Records that are read at once, at most: those that come may each be of the largest size, whatever came before."""
 FIRST_PAGE = 20
 """Records that are read at once where nothing is known of their size: each may be of two documents."""
+MAX_OWN = 512
+"""Own records that wait to be told, at most: a group commit has as many, and a slow read must not let them pile up."""
 READ_TIMEOUT_S = 5.0
 """A read of the journal that takes longer is given up: a connection that is half open would hold the feed for ever."""
 MAX_PAUSE_S = 5.0
@@ -44,6 +47,8 @@ class ChangeFeed:
         self._wake = asyncio.Event()
         self._moved = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._own: deque[Record] = deque()
+        self._read_at = 0.0
         self.current_at = 0.0
         """The moment, by `time.monotonic`, up to which every change in the store has been told to the callbacks."""
 
@@ -65,6 +70,14 @@ class ChangeFeed:
         """Something was committed, here or (where the store tells) by another process: look at once."""
         self._wake.set()
 
+    def committed(self, records: Sequence[Record]) -> None:
+        """Records that this process has just committed to an ordered journal. If they come directly after the feed's
+        cursor, nothing was committed in between, and they are told without a read of the journal."""
+        if len(self._own) + len(records) <= MAX_OWN:
+            self._own.extend(records)
+        else:
+            self._own.clear()  # the next record leaves a gap, so the journal is read
+
     async def start(self) -> None:
         began = time.monotonic()
         page = await self._store.changes("end")
@@ -84,6 +97,9 @@ class ChangeFeed:
         told = RetryLog(_log, "the journal cannot be read")
         while True:
             self._wake.clear()  # before reading: what is committed while the journal is read may not be in the page
+            if self._own and self._tell_own() and time.monotonic() - self._read_at < POLL_S:
+                await self._rest()
+                continue
             try:
                 more = await self._read()
             except Gone as error:
@@ -101,10 +117,43 @@ class ChangeFeed:
                 continue
             failures = 0
             told.succeeded()
+            self._read_at = time.monotonic()
             if not more:
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(POLL_S):
-                        await self._wake.wait()
+                await self._rest()
+
+    async def _rest(self) -> None:
+        """Wait until something was committed here, for POLL_S after the last read at most."""
+        if self._wake.is_set():
+            await asyncio.sleep(0)
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._read_at + POLL_S - time.monotonic()):
+                await self._wake.wait()
+
+    def _tell_own(self) -> bool:
+        """Tell the own records that come directly after the cursor; False if there is a gap: then the journal must be
+        read."""
+        if self._cursor is None:
+            return False
+        own, position = self._own, int(self._cursor)
+        while own:
+            record = own.popleft()
+            if record.sequence <= position:  # a read has found it
+                continue
+            if record.sequence != position + 1:  # another process has committed in between
+                own.clear()
+                return False
+            self._tell(self._callbacks, record)
+            position += 1
+        if self._cursor != (cursor := str(position)):
+            self._cursor = cursor
+            self._move()
+        return True
+
+    def _move(self) -> None:
+        """Wake those who follow a tenant."""
+        self._moved.set()
+        self._moved = asyncio.Event()
 
     async def _read(self) -> bool:
         """Read one page and tell of it; whether there may be more at once."""
@@ -121,8 +170,7 @@ class ChangeFeed:
             self.current_at = began
         self._limit = next_limit(self._limit, page)
         if page.records:
-            self._moved.set()
-            self._moved = asyncio.Event()
+            self._move()
         return bool(page.records)
 
     async def _begin_anew(self, began: float) -> None:
@@ -131,8 +179,7 @@ class ChangeFeed:
             page = await self._store.changes("end")
         self._tell(self._resets)
         self._cursor, self.current_at = page.cursor, began
-        self._moved.set()  # those who follow a tenant find out about their own cursors
-        self._moved = asyncio.Event()
+        self._move()  # those who follow a tenant find out about their own cursors
 
     @staticmethod
     def _tell(callbacks: Sequence[Callable[..., None]], *arguments: Record) -> None:

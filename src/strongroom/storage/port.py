@@ -335,6 +335,9 @@ class Capabilities:
     """What was committed is there after a reopening."""
     embedded: bool = False
     """The engine runs in this process: its clock is this machine's, and no server may be gone for a while."""
+    ordered_journal: bool = False
+    """A record's sequence is greater than that of every record committed before it, the records of one batch have
+    consecutive sequences, and the cursor behind a record is the text of its sequence."""
 
 
 class ChangesPage(Struct, frozen=True):

@@ -244,7 +244,9 @@ class JsonStore:
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities("json", multi_process=False, persistent=self._path is not None, embedded=True)
+        return Capabilities(
+            "json", multi_process=False, persistent=self._path is not None, embedded=True, ordered_journal=True
+        )
 
     async def open(self) -> None:
         if self._closed is None:

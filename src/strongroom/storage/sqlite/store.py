@@ -88,7 +88,7 @@ class SqliteStore:
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities("sqlite", multi_process=True, persistent=True, embedded=True)
+        return Capabilities("sqlite", multi_process=True, persistent=True, embedded=True, ordered_journal=True)
 
     # --- Opening and closing ---
 

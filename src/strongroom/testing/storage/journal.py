@@ -60,6 +60,21 @@ async def tail(
 
 
 class TestJournal(StorageSuite):
+    async def test_an_ordered_journal_numbers_the_records_of_a_batch_one_after_the_other(self, store: Store) -> None:
+        if not store.capabilities.ordered_journal:
+            return  # nothing is promised
+        for number in range(3):
+            other = await store.commit(batch("zeta", Append(record("z", "zeta"))))
+            creates = [(Create("items", f"{number}{name}", item(name)), Append(record(name))) for name in "abc"]
+            committed = await store.commit(batch("acme", *(one for pair in creates for one in pair)))
+            assert other.sequence is not None
+            assert committed.sequence is not None
+            assert committed.sequence >= other.sequence + 3
+            page = await store.changes(str(committed.sequence - 3))
+            assert [one.sequence for one in page.records] == [committed.sequence + n for n in (-2, -1, 0)]
+            assert [one.entity_id for one in page.records] == ["a", "b", "c"]
+            assert page.cursor == str(committed.sequence)
+
     async def test_a_record_is_returned_unchanged_with_its_sequence(self, store: Store) -> None:
         given = [
             record("full", before={"a": 1, "$": [b"x", None]}, after={"a": 1.0, "b": {"$bytes": "x"}}, version=7),
