@@ -51,9 +51,9 @@ from . import (
 )
 from .commits import Commits
 from .errors import DRIVER_ERRORS, is_connection_lost, is_outdated, translated
-from .group_commit import Lane
 from .journal import Journal
 from .journal_access import taking_all
+from .lane import Lane
 from .listener import Listener
 from .pool import Connector, Pool, close_politely
 from .roles import check_role, roles_sql
@@ -369,7 +369,7 @@ class PostgresStore:
         began = time.perf_counter()
         pool = self._pool
         details: dict[str, Any] = {"server": self._place, "schema": self.settings.schema}
-        details["queued"] = sum(lane.waiting for lane in self._lanes())
+        details["queued"] = sum(lane.queued for lane in self._lanes())
         if pool is not None:
             details["connections_in_use"] = pool.in_use
         try:
