@@ -6,12 +6,10 @@ timed; every other call is timed.
 
 from __future__ import annotations
 
-import asyncio
-import functools
 import time
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
 from typing import Any, Literal, TypeVar
 
 from ..entities import Aggregate, Collection, Document, Filter, Query
@@ -109,14 +107,23 @@ class StoreMetrics:
         }
         return {**found, (JOURNAL, "append"): self._appends} if self._appends else found
 
-    def committed(self, batch: Batch) -> None:
-        """Count the operations of a batch that was committed."""
-        kinds = self._operations
-        for operation in batch.operations:
-            if type(operation) is Append:
-                self._appends += 1
-            else:
-                kinds[type(operation)][operation.collection] += 1  # type: ignore[index, union-attr]  # no Append
+    def commit(self, batch: Batch, began: float, error: BaseException | None) -> None:
+        """Count a commit that was answered, and the operations of its batch if it was made."""
+        collection = _collection_of(batch)
+        series = self.series(collection, "commit")
+        series.count += 1
+        series.latency.observe(time.perf_counter() - began)
+        if error is None:
+            kinds = self._operations
+            for operation in batch.operations:
+                if type(operation) is Append:
+                    self._appends += 1
+                else:
+                    kinds[type(operation)][operation.collection] += 1  # type: ignore[index, union-attr]  # no Append
+        elif isinstance(error, Conflict | AlreadyExists | BoundExceeded):
+            self.conflicts[collection] = self.conflicts.get(collection, 0) + 1
+        elif isinstance(error, Exception):  # no cancellation
+            series.failed(error)
 
     def series(self, collection: str, call: str) -> Series:
         found = self.calls.get((collection, call))
@@ -184,32 +191,35 @@ class InstrumentedStore:
             series.latency.observe(time.perf_counter() - began)
 
     def commit(self, batch: Batch) -> Awaitable[Committed]:
-        began = time.perf_counter()
-        answer = asyncio.ensure_future(self.store.commit(batch))
-        answer.add_done_callback(functools.partial(self._committed, batch, began))
-        return answer
-
-    def _committed(self, batch: Batch, began: float, answer: asyncio.Future[Committed]) -> None:
-        metrics = self.metrics
-        collection = _collection_of(batch)
-        series = metrics.series(collection, "commit")
-        series.count += 1
-        series.latency.observe(time.perf_counter() - began)
-        if answer.cancelled():
-            return
-        error = answer.exception()
-        if error is None:
-            metrics.committed(batch)
-        elif isinstance(error, Conflict | AlreadyExists | BoundExceeded):
-            metrics.conflicts[collection] = metrics.conflicts.get(collection, 0) + 1
-        else:
-            series.failed(error)
+        return _Commit(self.metrics, batch, self.store.commit(batch))
 
     def on_change(self, callback: Callable[[], None]) -> None:
         self.store.on_change(callback)
 
     async def check(self) -> Health:
         return await self.store.check()
+
+
+class _Commit(Awaitable[Committed]):
+    """A commit under way. It is counted when its caller gets the answer: a callback of the store's future would cost
+    another turn of the loop."""
+
+    __slots__ = ("_answer", "_batch", "_began", "_metrics")
+
+    def __init__(self, metrics: StoreMetrics, batch: Batch, answer: Awaitable[Committed]) -> None:
+        self._metrics = metrics
+        self._batch = batch
+        self._answer = answer
+        self._began = time.perf_counter()
+
+    def __await__(self) -> Generator[Any, None, Committed]:
+        try:
+            committed = yield from self._answer.__await__()
+        except BaseException as error:
+            self._metrics.commit(self._batch, self._began, error)
+            raise
+        self._metrics.commit(self._batch, self._began, None)
+        return committed
 
 
 def _counting(

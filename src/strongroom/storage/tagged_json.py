@@ -41,28 +41,41 @@ def tag(value: Any) -> Any:
     kind = type(value)
     if kind in _PLAIN:
         return value
-    if kind is dict:
-        return {
-            ("$" + name if name[:1] == "$" else name): (inner if type(inner) in _PLAIN else tag(inner))
-            for name, inner in value.items()
-        }
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise ValueError(f"{value} is not a port value")
-        return value
-    if isinstance(value, str | int):
-        return value
-    if isinstance(value, dict):
-        return tag(dict(value))
-    if isinstance(value, list):
-        return [inner if type(inner) in _PLAIN else tag(inner) for inner in value]
-    if isinstance(value, bytes):
-        return {"$bytes": base64.b64encode(value).decode("ascii")}
-    if isinstance(value, Decimal):
-        return {"$decimal": str(value)}
-    if isinstance(value, datetime):
-        return {"$time": time_to_text(value)}
-    raise TypeError(f"{type(value).__name__} is not a port value")
+    convert = _TAG.get(kind)
+    if convert is None:  # an instance of a subclass
+        convert = next((_TAG[base] for base in kind.__mro__ if base in _TAG), None)
+        if convert is None:
+            if isinstance(value, str | int):
+                return value
+            raise TypeError(f"{kind.__name__} is not a port value")
+    return convert(value)
+
+
+def _tag_map(value: dict[str, Any]) -> dict[str, Any]:
+    return {
+        ("$" + name if name[:1] == "$" else name): (inner if type(inner) in _PLAIN else tag(inner))
+        for name, inner in value.items()
+    }
+
+
+def _tag_list(value: list[Any]) -> list[Any]:
+    return [inner if type(inner) in _PLAIN else tag(inner) for inner in value]
+
+
+def _tag_float(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError(f"{value} is not a port value")
+    return value
+
+
+_TAG: dict[type, Callable[[Any], Any]] = {
+    dict: _tag_map,
+    list: _tag_list,
+    float: _tag_float,
+    bytes: lambda value: {"$bytes": base64.b64encode(value).decode("ascii")},
+    Decimal: lambda value: {"$decimal": str(value)},
+    datetime: lambda value: {"$time": time_to_text(value)},
+}
 
 
 _encode = msgspec.json.Encoder().encode
