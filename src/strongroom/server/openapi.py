@@ -21,9 +21,8 @@ from .shapes import (
     ReadyEvent,
     RemovedEvent,
     ResetEvent,
-    VerifyOneIn,
-    VerifyOut,
 )
+from .shapes_usage import VerifyOneIn, VerifyOut
 from .verify import PATH as VERIFY
 from .wire import Json
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
+from pydantic import BaseModel, Field
 
 from ... import health
 from ...errors import Unauthenticated, Unavailable
@@ -13,8 +14,26 @@ from ...health import Dependency
 from ..auth import Scope, authorization
 from ..metrics import CONTENT_TYPE
 from ..services import services_of
-from ..shapes import AliveOut, ReadyOut
 from ..wire import Json
+
+
+class AliveOut(BaseModel):
+    status: Literal["ok"]
+
+
+class DependencyOut(BaseModel):
+    status: Literal["ok", "degraded", "unavailable"]
+    kind: str
+    latency_ms: float
+    details: dict[str, Any] = {}
+
+
+class ReadyOut(BaseModel):
+    status: Literal["ready", "degraded", "unavailable", "stopping"]
+    ready: bool
+    message: str | None = Field(None, description="Why the server is not ready, while it has no store yet.")
+    dependencies: dict[str, DependencyOut]
+
 
 routes = APIRouter(tags=["health"])
 

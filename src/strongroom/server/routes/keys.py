@@ -20,7 +20,7 @@ from ..auth import Caller, Scope, is_management
 from ..once import idempotency_key, nothing, once
 from ..openapi import about, body, may_be_unchanged, takes, tells
 from ..services import MAX_BATCH_ITEMS, services_of
-from ..shapes import (
+from ..shapes_keys import (
     DeleteQuery,
     IssuedKeyOut,
     KeyListOut,
@@ -29,9 +29,8 @@ from ..shapes import (
     KeyQuery,
     KeyStatsOut,
     RotateIn,
-    VerifyBatchIn,
-    VerifyBatchOut,
 )
+from ..shapes_usage import VerifyBatchIn, VerifyBatchOut
 from ..verify import item_problems
 from ..wire import (
     Json,

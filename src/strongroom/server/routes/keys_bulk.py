@@ -20,7 +20,7 @@ from ...keys import ApiKey, Bulk, BulkStep, KeyChanges, KeyFilter
 from ..auth import Caller, Scope, is_management
 from ..openapi import body
 from ..services import services_of
-from ..shapes import BulkIn, BulkOut
+from ..shapes_keys import BulkIn, BulkOut
 from ..wire import Json, body_fields, caller_of, context_of, read, room_of
 from .keys_fields import parsed
 

@@ -14,7 +14,7 @@ from ..auth import Scope
 from ..once import idempotency_key
 from ..openapi import body
 from ..services import services_of
-from ..shapes import ExtendIn, ReservationOut, ReserveIn, SettleIn
+from ..shapes_usage import ExtendIn, ReservationOut, ReserveIn, SettleIn
 from ..verify import item_problems
 from ..wire import Json, body_fields, caller_of, context_of, room_of
 

@@ -7,14 +7,37 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel
 
 from ...context import us_from_utc, utc_from_us
 from ...errors import Unauthenticated
 from ...keys import KeyStats
 from ...limits import calendar_span
 from ..auth import authorization, bearer
-from ..shapes import StatsOut
 from ..wire import Json, room_of
+
+
+class CurrentUsageOut(BaseModel):
+    tokens_used_in_current_window: int
+    window_started_at: datetime
+    window_ends_at: datetime | None
+    remaining_tokens: int | None
+
+
+class StatsOut(BaseModel):
+    """The statistics of the key that calls."""
+
+    key: str
+    name: str
+    model: Any
+    token_limit_per_5h: int | None
+    expiry_date: datetime | None
+    created_at: datetime
+    last_used: datetime | None
+    is_expired: bool
+    current_usage: CurrentUsageOut
+    total_lifetime_tokens: int
+
 
 routes = APIRouter(tags=["stats"])
 

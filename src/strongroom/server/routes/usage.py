@@ -17,7 +17,7 @@ from ..auth import Scope
 from ..once import idempotency_key
 from ..openapi import about, body, may_fail
 from ..services import MAX_USAGE_ITEMS, services_of
-from ..shapes import UsageBatchIn, UsageBatchOut, UsageIn, UsageOut
+from ..shapes_usage import UsageBatchIn, UsageBatchOut, UsageIn, UsageOut
 from ..wire import (
     Json,
     body_fields,
