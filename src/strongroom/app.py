@@ -242,9 +242,7 @@ class Strongroom:
     async def rotate_pepper(self) -> None:
         """Make new hashes with a new pepper from now on. Old hashes keep working, each is renewed at its next use."""
         if self._configured_peppers:
-            raise ConfigError(
-                "the peppers come from the configuration: put a new one first there, and keep the old one"
-            )
+            raise ConfigError("the configuration sets the peppers: put the new one first there, and keep the old one")
         current = await _stored_peppers(self.database)
         pepper = StoredPepper(id=f"{int(current[0].id) + 1:06d}", secret=secrets.token_bytes(32))
         await self.database.create(system_context(), pepper)

@@ -59,7 +59,7 @@ def test_leaked_secrets_are_reported_one_a_line_and_never_printed(run: Run, tmp_
 @pytest.mark.parametrize(
     ("arguments", "stdin", "words"),
     [
-        (["report"], "", "found no text"),
+        (["report"], "", "found no secret"),
         (["report"], "[1]", "expected an array of objects"),
         (["report"], '[{"token": 5}]', "0.token"),
         (["report"], '[{"url": "x"}]', "0.token"),

@@ -249,6 +249,6 @@ def test_ctrl_c_says_how_to_resume_and_resuming_works(run: Run, tmp_path: Path) 
                 seen += more
         assert stopped.wait(2 * PATIENCE_S) == 130
     os.close(ours)
-    assert b"the same command goes on from here" in seen
+    assert b"the same command continues" in seen
     ran = process(*both, "--json")
     assert (ran.status, ran.json["equal"], ran.json["documents"]) == (0, True, 6_000)

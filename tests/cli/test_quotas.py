@@ -70,7 +70,7 @@ def test_statistics_show_what_all_keys_used(run: Run) -> None:
 @pytest.mark.parametrize(
     ("options", "path", "message"),
     [
-        (("--user", "u", "--group", "g"), "group", "cannot stand beside --user"),
+        (("--user", "u", "--group", "g"), "group", "cannot be combined with --user"),
         (("--limit", "tokens"), "limits.0", "found 'tokens', expected for example"),
         (
             ("--limit", "tokens=5/1h", "--limit", "tokens=5/calendar:year"),

@@ -715,12 +715,12 @@ MESSAGES = [
     (
         {"resource": "concurrency", "window": {"kind": "rolling", "seconds": 5}},
         "window",
-        "concurrency counts what is open now: expected no window, or total without a refill",
+        "concurrency counts open reservations: expected no window, or total without a refill",
     ),
     (
         {"resource": "concurrency", "refill": {"amount": 1, "seconds": 5}},
         "window",
-        "concurrency counts what is open now: expected no window, or total without a refill",
+        "concurrency counts open reservations: expected no window, or total without a refill",
     ),
     ({"models": ["a*b"]}, "models", "found 'a*b', expected * only at the end"),
     ({"models": [""]}, "models", f"found '', expected 1 to {MAX_SCOPE_CHARS} printable characters"),

@@ -265,7 +265,7 @@ def test_connections_are_bounded_by_peer_and_in_total() -> None:
         ("2001:db8::1", "2001:db8::2", "2001:db8:0:1::1"),
     ):
         held = [connections.enter(one), connections.enter(same)]
-        with pytest.raises(TooManyRequests, match="as many as one peer may have"):
+        with pytest.raises(TooManyRequests, match="the most for one address"):
             connections.enter(one)
         connections.leave(connections.enter(other))
         connections.leave(held.pop())
@@ -275,7 +275,7 @@ def test_connections_are_bounded_by_peer_and_in_total() -> None:
     assert connections.open == 0
     assert not connections._peers
     proxied = [connections.enter(address) for address in ("10.1.1.1",) * 3 + ("fd00::1", "::ffff:10.1.1.1")]
-    with pytest.raises(Unavailable, match="as many as this server keeps"):
+    with pytest.raises(Unavailable, match="the most that this server accepts"):
         connections.enter("192.0.2.9")
     for peer in proxied:
         connections.leave(peer)

@@ -217,7 +217,7 @@ async def test_the_last_administrators_key_cannot_be_removed_over_http(kind: str
         ):
             refused = await act
             assert (refused.status, refused.code) == (409, "conflict"), refused
-            assert "last key that can administer" in refused.json["detail"]
+            assert "last administrator of all tenants" in refused.json["detail"]
         for action in ("disable", "delete", "purge"):
             bulk = await served.post("/v1/keys:bulk", {"action": action, "ids": ["admin", other["id"]]})
             assert [failure["id"] for failure in bulk.json["failed"]] == ["admin"], bulk
@@ -318,5 +318,5 @@ async def test_an_administrators_key_is_made_once_and_only_if_there_is_none() ->
 async def test_an_administrators_key_that_is_another_keys_text_stops_the_start() -> None:
     async with serving() as served:
         text = (await served.make_key())["key"]
-        with pytest.raises(ConfigError, match="another key has this text"):
+        with pytest.raises(ConfigError, match="another key has this secret"):
             await adminkey.ensure(served.room, text)

@@ -24,7 +24,8 @@ EXAMPLES = max(2, settings().max_examples // 10)
 """Of each operation and mode: 2, or 20 with `--hypothesis-profile=thorough`."""
 UNSAID = re.compile(
     # What JSON Schema has no words for: one field beside another, what is stored, what a word means elsewhere.
-    r"IANA|9 decimals|whole number|valid integer|printable|differs from|cannot stand beside|concurrency counts|whsec_"
+    r"IANA|9 decimals|whole number|valid integer|printable|differs from|"
+    r"cannot be combined with|concurrency counts|whsec_"
     r"|as a key:|is not a cursor|address or a range|found two limits|less than rotate_every_s|needs rotate_every_s"
     r"|there is no such key|not JSON|at most 10 different|at least one condition|exactly one of filter and ids"
     r"|is not a URL|host|action \w+, expected|inside a list|levels|outside int64|digits|exponent|quoted version"

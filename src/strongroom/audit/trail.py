@@ -278,7 +278,7 @@ def _position(cursor: str, name: str) -> tuple[str | None, int]:
         if not fits or type(skip) is not int or not 0 <= skip < MAX_LIMIT:
             raise ValueError
     except (ValueError, TypeError, RecursionError):
-        raise InvalidInput([Problem("cursor", "is not a cursor of this query: begin again without it")]) from None
+        raise InvalidInput([Problem("cursor", "is not a cursor of this query: start without a cursor")]) from None
     return after, skip
 
 

@@ -128,7 +128,7 @@ def recover_administrator(yes: YesOption = False, store: StoreOption = None, jso
     from ..server import adminkey
 
     if load(store=store).admin_key is not None:
-        raise ConfigError("STRONGROOM_ADMIN_KEY: is the administrator's key wherever it is set: change it there")
+        raise ConfigError("STRONGROOM_ADMIN_KEY: sets the administrator's key: change this setting instead")
     must_be_confirmed(yes, json, "the old text stops working at once")
     confirm(yes, "Replace the administrator's key?")
     text = in_store(store, adminkey.recover)

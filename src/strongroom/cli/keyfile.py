@@ -397,7 +397,7 @@ def _check_target(file: Path, force: bool) -> None:
         if not file.absolute().parent.is_dir():
             raise NotADirectoryError(None, "its folder does not exist")
     if file.exists() and not force:
-        raise AlreadyExists(f"{file}: is there already (--force overwrites it)")
+        raise AlreadyExists(f"{file}: exists already (--force overwrites it)")
 
 
 @contextmanager
@@ -415,7 +415,7 @@ def _new_file(file: Path, force: bool) -> Iterator[IO[bytes]]:
                 os.fsync(new.fileno())
             _put_in_place(name, file, force)
         except FileExistsError:
-            raise AlreadyExists(f"{file}: is there already (--force overwrites it)") from None
+            raise AlreadyExists(f"{file}: exists already (--force overwrites it)") from None
         finally:
             with suppress(FileNotFoundError):
                 os.unlink(name)

@@ -135,7 +135,7 @@ def _sightings(content: str, **given: str) -> list[Sighting]:
         return _from_array(content, given)
     found = [Sighting(line.strip(), **given) for line in content.splitlines() if line.strip()]
     if not found:
-        raise InvalidInput([Problem("file", "found no text, expected one a line")])
+        raise InvalidInput([Problem("file", "found no secret, expected one a line")])
     return found
 
 

@@ -177,7 +177,7 @@ class _Job:
             with as_owner(), standing(None, settings[1].store_url, absent) as target:
                 return run(opened)
         except Interrupted:
-            raise Interrupted("stopped: the same command goes on from here, --rollback undoes what was done") from None
+            raise Interrupted("stopped: the same command continues, --rollback undoes it") from None
 
     def plan(self) -> None:
         from .. import migrate as library

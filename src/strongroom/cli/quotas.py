@@ -195,7 +195,9 @@ def mend_clock(
 def _subject(user: str | None, group: str | None) -> tuple[str, str]:
     """The kind and the name of the quota that the options mean."""
     if user is not None and group is not None:
-        raise InvalidInput([Problem("group", "cannot stand beside --user: a quota is of one or of the other")])
+        raise InvalidInput(
+            [Problem("group", "cannot be combined with --user: a quota belongs to a user or to a group")]
+        )
     if user is not None:
         return "user", user
     return ("group", group) if group is not None else ("tenant", "")

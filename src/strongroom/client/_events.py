@@ -88,7 +88,9 @@ class Resumption:
         were missed."""
         change = None
         if event.name == "reset":
-            raise Gone("the place of this watch is gone from the journal: read anew, and watch without a cursor")
+            raise Gone(
+                "the journal no longer covers this cursor: read the collection again, and watch without a cursor"
+            )
         if event.data is not None and event.name in ("create", "update", "delete", "removed"):
             change = decode(Change, event.data)
             mark = (change.id, change.action, change.version, change.at)

@@ -456,7 +456,7 @@ def total(values: Sequence[Any], kind: FieldType | None) -> Any:
 def checked_sum(value: int) -> int:
     """An int sum, or InvalidInput if it leaves int64 (Firestore would turn it into a float silently)."""
     if not INT64_MIN <= value <= INT64_MAX:
-        raise InvalidInput([Problem("aggregate", "the sum leaves int64")])
+        raise InvalidInput([Problem("aggregate", "the sum exceeds int64")])
     return value
 
 
@@ -510,7 +510,7 @@ def behind(query: Query, last: Document) -> Query:
 
 def with_cursor(query: Query, collection: Collection, scope: str, cursor: str) -> Query:
     """The query, to be continued at `cursor`. Raises InvalidInput if the cursor is not one of this very query's."""
-    refused = InvalidInput([Problem("cursor", "is not a cursor of this query: begin again without it")])
+    refused = InvalidInput([Problem("cursor", "is not a cursor of this query: start without a cursor")])
     problems: list[Problem] = []
     try:
         if len(cursor) > MAX_CURSOR_BYTES:

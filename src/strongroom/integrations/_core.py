@@ -308,7 +308,7 @@ def credential(header: str, values: Sequence[bytes]) -> str:
     value = values[0]
     if header == AUTHORIZATION:
         if value[:7].lower() != b"bearer ":
-            raise KeyRefused(missing(header, "the header authorization is not of the form `Bearer <key>`"))
+            raise KeyRefused(missing(header, "the header authorization must have the form `Bearer <key>`"))
         value = value[7:]
     try:
         text = value.strip().decode()

@@ -48,7 +48,7 @@ async def keep_one(database: Database, tx: Transaction, before: ApiKey, after: A
         return
     if await is_last_administrator(database, tx, before, now):
         raise Conflict(
-            f"{before.id!r} is the last key that can administer the whole store: first make another with the tenant "
+            f"{before.id!r} is the last administrator of all tenants: first create another key with the tenant "
             f"{ALL_TENANTS} and the permission {ADMINISTRATOR}"
         )
 

@@ -182,7 +182,7 @@ async def _named(
     start = 0
     if cursor is not None:
         if not (cursor.isascii() and cursor.isdigit() and 0 < int(cursor[:9]) < len(ids)):
-            raise InvalidInput([Problem("cursor", "is not a cursor of this list of ids: begin again without it")])
+            raise InvalidInput([Problem("cursor", "is not a cursor of this list of ids: start without a cursor")])
         start = int(cursor[:9])
     some = list(islice(ids, start, start + limit))
     found: list[ApiKey] = []

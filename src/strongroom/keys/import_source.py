@@ -56,7 +56,7 @@ async def add_rule(database: Database, imported: Imported, rule: HintRule, conte
     if rule.chars is not None and not 0 <= rule.chars <= MAX_HINT_CHARS:
         raise InvalidInput([Problem("hint", f"found {rule.chars} characters, expected at most {MAX_HINT_CHARS}")])
     if len(imported.rules) >= MAX_RULES:
-        raise InvalidInput([Problem("hint", f"found a hint of yet another length, expected {MAX_RULES} at most")])
+        raise InvalidInput([Problem("hint", f"found another form of hint, expected {MAX_RULES} at most")])
     await _create(database, KeySource(id=_RULE + rule.id), context)
     return Imported(imported.secrets, (*imported.rules, rule))
 

@@ -66,7 +66,7 @@ class SlowHashPool:
         left, at = self._left.get(hint, (float(GUESSES), now))
         left = min(float(GUESSES), left + (now - at) * GUESSES_PER_S)
         if left < 1:
-            raise TooManyRequests("too many wrong keys begin like this one: try again in a moment")
+            raise TooManyRequests("too many wrong secrets have this hint: try again later")
         self._left.pop(hint, None)
         if len(self._left) >= MAX_HINTS:
             for oldest in list(self._left)[: MAX_HINTS // 10]:

@@ -110,7 +110,7 @@ def cost_units(cost: Mapping[str, Any], *, reserving: bool = False) -> dict[str,
             units[name] = amount
             continue
         if name == CONCURRENCY and not reserving:
-            problems.append(Problem("cost.concurrency", "is held by reservations, and not used up: reserve it"))
+            problems.append(Problem("cost.concurrency", "is held by reservations only: reserve it"))
             continue
         if not _RESOURCE.fullmatch(name):
             problems.append(

@@ -324,7 +324,7 @@ class Limit(_Model):
     def _fits_resource(cls, value: Window, info: ValidationInfo) -> Window:
         resource = info.data.get("resource")
         if resource == CONCURRENCY and value != Total():
-            raise ValueError("concurrency counts what is open now: expected no window, or total without a refill")
+            raise ValueError("concurrency counts open reservations: expected no window, or total without a refill")
         if resource is None or not isinstance(value, Total) or value.refill is None:
             return value
         try:

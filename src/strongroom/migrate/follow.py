@@ -90,7 +90,7 @@ async def equalise(run: Run, part: Part, ids: Sequence[str]) -> None:
                 raise
         except AlreadyExists as error:
             if attempt + 1 == MAX_ATTEMPTS:
-                raise Conflict(f"{part}: {error.message}: the source changes too quickly to be followed") from None
+                raise Conflict(f"{part}: {error.message}: the source is written faster than it can be copied") from None
             for operation in operations:
                 if isinstance(operation, Put):
                     await make_way(run, part, operation.id, operation.document)

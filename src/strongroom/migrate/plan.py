@@ -163,7 +163,7 @@ async def open_source(run: Run) -> list[Problem]:
     elif run.options.live and not problems and not run.switching and (reason := await refusal(run.source)):
         other = await other_store(run.source)
         where = f" ({other})" if other else ""
-        problems.append(Problem("--live", f"the source takes no writes already: {reason}{where}"))
+        problems.append(Problem("--live", f"the writes of the source are already off: {reason}{where}"))
     return problems
 
 

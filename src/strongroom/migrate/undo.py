@@ -49,7 +49,9 @@ async def abort(
     run = Run(source, target, collections, options)
     state = await _standing(run)
     if state.phase in (Phase.DONE, Phase.ROLLED_BACK) or state.phase in UNDOING:
-        raise Conflict(f"the migration is {state.phase}: there is no switch-over to take back (--rollback undoes it)")
+        raise Conflict(
+            f"the migration is {state.phase}: there is no switch-over to abort (--rollback undoes the migration)"
+        )
     report = Report(options.source, options.target, state.phase)
     if state.switched:
         await _lift(run)

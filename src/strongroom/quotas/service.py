@@ -349,9 +349,7 @@ class Quotas:
         if own != subject.tenant:
             raise Denied(f"the caller belongs to tenant {own!r}, not to {subject.tenant!r}")
         if subject.kind == "tenant":
-            raise Denied(
-                "a tenant's own quota is set by callers who are bound to no tenant: it is what binds the tenant"
-            )
+            raise Denied("only a caller for all tenants may change a tenant's own quota")
 
 
 def quota_stats(quota: Quota, state: UsageState, now_us: int) -> QuotaStats:

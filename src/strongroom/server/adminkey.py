@@ -68,7 +68,7 @@ async def _set(room: Strongroom, text: str) -> None:
         except AlreadyExists:  # another process was faster: look whether it set the same text
             if key is not None:
                 break
-    raise ConfigError("STRONGROOM_ADMIN_KEY: another key has this text; choose a new one")
+    raise ConfigError("STRONGROOM_ADMIN_KEY: another key has this secret: choose a new one")
 
 
 def _is(key: ApiKey, candidates: list[str]) -> bool:

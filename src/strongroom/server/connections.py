@@ -36,15 +36,13 @@ class Connections:
         Unavailable."""
         if self.open >= self.most:
             self.refused["all"] += 1
-            raise Unavailable(f"{self.open} connections are open, which is as many as this server keeps")
+            raise Unavailable(f"{self.open} connections are open, the most that this server accepts")
         peer = self._peer(address)
         if peer is not None:
             count = self._peers.get(peer, 0)
             if count >= self.most_per_peer:
                 self.refused["peer"] += 1
-                raise TooManyRequests(
-                    f"{count} connections are open from {peer}, which is as many as one peer may have"
-                )
+                raise TooManyRequests(f"{count} connections are open from {peer}, the most for one address")
             self._peers[peer] = count + 1
         self.open += 1
         return peer

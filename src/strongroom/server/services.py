@@ -130,7 +130,9 @@ class Services:
         who = _who(caller)
         own, share = self.requests_of.get(who, 0), self.gate.limit // CALLERS_SHARE
         if own >= share > 0 and self.gate.limit - self.gate.inside < share:
-            raise TooManyRequests(f"{own} requests of this caller are in work; the places that are left are for others")
+            raise TooManyRequests(
+                f"{own} requests of this caller are in work; the remaining capacity is reserved for others"
+            )
         self.requests_of[who] = own + 1
         return who
 
@@ -147,11 +149,13 @@ class Services:
         if self.closing.is_set():
             raise ShuttingDown
         if self.watchers >= self.bounds.max_watchers:
-            raise TooManyRequests(f"{self.watchers} streams are open, which is as many as this server keeps")
+            raise TooManyRequests(f"{self.watchers} streams are open, the most that this server accepts")
         who = _who(caller)
         own, share = self.watchers_of.get(who, 0), self.bounds.max_watchers // CALLERS_SHARE
         if own >= max(1, share) and self.bounds.max_watchers - self.watchers <= share:
-            raise TooManyRequests(f"{own} streams of this caller are open; the places that are left are for others")
+            raise TooManyRequests(
+                f"{own} streams of this caller are open; the remaining capacity is reserved for others"
+            )
         self.watchers_of[who] = own + 1
         return who
 

@@ -104,7 +104,7 @@ class Signers:
         if identifier not in self._keys or self._age_s() > MAX_AGE_S:
             await self._refresh()
         if self._failed and (identifier not in self._keys or self._age_s() > MAX_STALE_S):
-            raise Unavailable("the public keys of those who report leaks cannot be read at the moment")
+            raise Unavailable("the public keys of the leak reporters are unavailable")
         return self._keys.get(identifier)
 
     def _age_s(self) -> float:

@@ -100,7 +100,7 @@ class View:
                     chains[record.entity_id].append(record)
             open_ids = {id for id in open_ids if _base(chains[id], now[id], least[id]) is None}
         if open_ids and not ended:
-            raise Gone("the stream is too far behind for what the rules look at: begin again without a cursor")
+            raise Gone("the stream is too far behind to evaluate the rules: start without a cursor")
         states: dict[str, _State] = {}
         for id, chain in chains.items():
             stored = None if is_expired(collection, now[id], self._database.at_now(context).now) else now[id]

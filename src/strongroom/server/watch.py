@@ -44,7 +44,7 @@ async def watch(services: Services, cls: type[Entity], request: Request, context
     except BaseException as error:
         services.leave_watcher(who)
         if isinstance(error, InvalidInput):
-            raise InvalidInput([Problem("cursor", "is not a cursor of this stream: begin again without it")]) from None
+            raise InvalidInput([Problem("cursor", "is not a cursor of this stream: start without a cursor")]) from None
         raise
     return EventStream(stream, after, pages, first, who)
 

@@ -184,7 +184,7 @@ class Preconditions:
     def __init__(self, request: Request) -> None:
         match, none_match = request.headers.get("if-match"), request.headers.get("if-none-match")
         if match is not None and none_match is not None:
-            raise InvalidInput([Problem("If-None-Match", "cannot stand beside If-Match")])
+            raise InvalidInput([Problem("If-None-Match", "cannot be combined with If-Match")])
         self.any = match is not None and match.strip() == "*"
         self.none = none_match is not None and none_match.strip() == "*"
         self.versions: tuple[int, ...] = ()

@@ -254,7 +254,7 @@ def _require_administrator(context: Context | None, field: str) -> None:
         return
     is_administrator = context.is_admin and context.claims.get("scope", "admin") == "admin"
     if not is_administrator or bound_to(context) is not None:
-        raise Denied(f"only an administrator who is bound to no tenant may set {field} like this")
+        raise Denied(f"only an administrator of all tenants may set {field} like this")
 
 
 __all__ = ["IssuedWebhook", "NewWebhook", "Webhook", "WebhookChanges", "Webhooks"]

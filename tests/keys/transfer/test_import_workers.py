@@ -48,7 +48,7 @@ async def test_packs_come_in_the_order_of_their_pieces(count: int) -> None:
 
 
 async def test_a_worker_process_that_ends_is_reported_and_none_stays_behind() -> None:
-    with pytest.raises(Unavailable, match="a process that reads the file ended: begin again"):
+    with pytest.raises(Unavailable, match="a worker process ended: run the import again"):
         await packed(Numbering(last=7), 2, PIECES)
     assert multiprocessing.active_children() == []
 

@@ -434,7 +434,7 @@ async def test_more_keys_with_one_hint_than_a_store_takes_are_refused_over_sever
 
 async def test_hints_of_too_many_lengths_are_refused(room: Strongroom) -> None:
     rows = [{"hash": f"sha256${n}${SHA256}", "hint": "x" * n} for n in range(1, MAX_RULES + 2)]
-    with pytest.raises(InvalidInput, match="hint: found a hint of yet another length"):
+    with pytest.raises(InvalidInput, match="hint: found another form of hint"):
         await put(room, lines_of(*rows))
 
 

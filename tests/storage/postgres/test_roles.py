@@ -348,7 +348,7 @@ UNSAFE = {
     "BYPASSRLS": "has BYPASSRLS",
     "IN ROLE {owner}": "is a member of {owner}",
     "NOINHERIT IN ROLE {owner}": "is a member of {owner}",
-    "IN ROLE {super}": "is a member of {super}, whom row-level security does not bind",
+    "IN ROLE {super}": "is a member of {super}, which bypasses row-level security",
     "CREATEROLE": "has CREATEROLE",
     "IN ROLE pg_write_all_data": "may do more than append and read in strongroom_journal",
 }

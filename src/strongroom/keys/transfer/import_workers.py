@@ -91,7 +91,7 @@ class Workers:
             try:
                 pack = await future
             except BrokenExecutor:
-                raise Unavailable("a process that reads the file ended: begin again, what is imported stays") from None
+                raise Unavailable("a worker process ended: run the import again; imported keys stay") from None
             yield piece, pack
 
     async def __aenter__(self) -> Self:

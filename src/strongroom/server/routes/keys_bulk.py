@@ -55,7 +55,7 @@ async def rotate_pepper(request: Request) -> Response:
     caller = caller_of(request)
     caller.needs(Scope.ADMIN)
     if caller.tenant is not None:
-        raise Denied("the pepper is that of all tenants: this call needs an administrator of all of them")
+        raise Denied("this call needs an administrator of all tenants")
 
     async def work() -> Response:
         try:

@@ -142,7 +142,7 @@ async def _received(request: Request) -> tuple[bytes, str, str | None]:
     services = services_of(request)
     if IDENTIFIER in request.headers or SIGNATURE in request.headers:
         if services.signers is None:
-            raise Unauthenticated("signed reports are not taken here: STRONGROOM_LEAK_KEYS is not set")
+            raise Unauthenticated("this server accepts no signed reports: STRONGROOM_LEAK_KEYS is not set")
         claim = await services.signers.claim(request.headers)
         raw = await request.body()
         return raw, f"secret-scanning:{claim.check(raw)}"[:200], None

@@ -261,7 +261,9 @@ async def _new(request: Request, kind: str, tenant: str, name: str) -> NewQuota:
     """The body and the path as a quota. Amounts keep all their digits. Raises InvalidInput with every problem."""
     fields = await body_fields(request, exact=("limits",))
     problems = [
-        Problem(field, "stands in the path, not in the body") for field in ("kind", "tenant", "name") if field in fields
+        Problem(field, "belongs in the path, not in the body")
+        for field in ("kind", "tenant", "name")
+        if field in fields
     ]
     try:
         new = parse(NewQuota, {**fields, "kind": kind, "tenant": tenant, "name": name})

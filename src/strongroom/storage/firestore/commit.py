@@ -171,7 +171,7 @@ class Group:
                 self._writer.counts["conflicts"] += 1
                 if time.monotonic() > self._deadline:
                     raise Unavailable(
-                        "commit: others write these documents without a pause; nothing was changed", retry_after_s=1.0
+                        "commit: conflicts on these documents continue; nothing was changed", retry_after_s=1.0
                     ) from None
                 if read is not None or rejected.code is Code.ABORTED:
                     await pause(attempt)

@@ -166,13 +166,13 @@ class FirestoreStore:
                 refused = [change for change in planned if change.destructive]
                 if refused and not allow_destructive:
                     raise SchemaError(
-                        f"the declarations would lose or misfit what is stored: {'; '.join(map(str, refused))}; "
+                        f"the declarations would lose stored data or not match it: {'; '.join(map(str, refused))}; "
                         "allow_destructive permits it"
                     )
                 if await self._apply(collections, known, changes):
                     return planned
                 await pause(attempt)  # another process prepares the same store: what is left to do is seen anew
-        raise Unavailable("prepare: other processes change the schema without a pause")
+        raise Unavailable("prepare: other processes keep changing the schema")
 
     async def _differences(self, collection: Collection, known: Known | None) -> list[SchemaChange]:
         new = known is not None and any(name not in known.content["fields"] for name in collection.fields)

@@ -405,7 +405,7 @@ def prepare(
     refused = [change for change in planned if change.destructive]
     if refused and not allow_destructive:
         raise SchemaError(
-            f"the declarations would lose or misfit what is stored: {'; '.join(map(str, refused))}; "
+            f"the declarations would lose stored data or not match it: {'; '.join(map(str, refused))}; "
             "allow_destructive permits it"
         )
     sections = dict(draft.sections)

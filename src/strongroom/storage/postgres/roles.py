@@ -227,11 +227,11 @@ async def check_role(connection: asyncpg.Connection, settings: Schema) -> None:
         return StoreError(f"role {name}: {why}; {_WHAT_TO_RUN}")
 
     if row["rolsuper"]:
-        raise unsafe("is a superuser, whom row-level security does not bind")
+        raise unsafe("is a superuser, which bypasses row-level security")
     if row["rolbypassrls"]:
         raise unsafe("has BYPASSRLS, so row-level security does not bind it")
     if row["unsafe_membership"]:
-        raise unsafe(f"is a member of {row['unsafe_membership']}, whom row-level security does not bind")
+        raise unsafe(f"is a member of {row['unsafe_membership']}, which bypasses row-level security")
     if not row["schema_exists"]:
         return
     if row["owns_schema"]:

@@ -371,7 +371,7 @@ def _fit(
     refused = [change for change in changes if change.destructive]
     if refused and not allow_destructive:
         raise SchemaError(
-            f"the declarations would lose or misfit what is stored: {'; '.join(map(str, refused))}; "
+            f"the declarations would lose stored data or not match it: {'; '.join(map(str, refused))}; "
             "allow_destructive permits it"
         )
     for collection, found, some in planned:
