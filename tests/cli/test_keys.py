@@ -213,7 +213,7 @@ def test_the_status_of_a_limit_is_shown_completely(run: Run, tmp_path: Path) -> 
     assert [(row["RESOURCE"], row["OF"], row["WINDOW"], row["MODELS"], row["ROUTES"]) for row in rows] == [
         ("tokens", "key", "1h", "gpt-*", ""),
         ("cost", "key", "total+1/day", "", ""),
-        ("concurrency", "key", "open reservations", "", ""),
+        ("concurrency", "key", "open now", "", ""),
         ("tokens", "tenant", "1h", "", "/chat"),
     ]
 
