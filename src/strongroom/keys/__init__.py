@@ -1,4 +1,9 @@
-"""API keys: issue, look up, verify, rotate, revoke; reservations and usage; leaks."""
+"""API keys: issue, verify, reserve, record usage, change, rotate, revoke; leaks; import and export.
+
+`Keys` is the service, made of parts. Each part has a file: verifier, refund, reservations, usage_recorder, queries,
+editor, rotation. `verification.usable` is the one place that decides whether a key may be used, before its limits are
+asked.
+"""
 
 from .bulk import BULK_FIELDS, MAX_IDS, Bulk, BulkAction, BulkFailure, BulkStep
 from .cached_key import CachedKey, is_allowed

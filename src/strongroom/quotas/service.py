@@ -44,8 +44,8 @@ MAX_DESCRIPTION_CHARS = 1_000
 KINDS = ("tenant", "user", "group")
 
 
-class Subject(BaseModel):
-    """Whose quota it is: of a tenant, or of a user or a group of it, by `name`."""
+class QuotaName(BaseModel):
+    """What names a quota: its kind and tenant, and the name of the user or the group."""
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
@@ -105,7 +105,7 @@ class QuotaFields(BaseModel):
         return value
 
 
-class NewQuota(Subject, QuotaFields):
+class NewQuota(QuotaName, QuotaFields):
     """A quota to put."""
 
     limits: list[Limit] = Field(max_length=MAX_LIMITS)
@@ -184,7 +184,7 @@ class Quotas:
         idempotency_key: str | None = None,
         **fields: Unpack[NewQuotaGiven],
     ) -> Quota:
-        """Make a quota, or replace the one of this subject: `put(kind="user", tenant="acme", name="u1", limits=[…])`.
+        """Make a quota, or replace the quota of this name: `put(kind="user", tenant="acme", name="u1", limits=[…])`.
 
         Usage stays counted where resource, window and scope stay the same. `expected`: the version to replace (0: no
         quota may exist); `exists`: a quota must exist.
@@ -219,13 +219,13 @@ class Quotas:
         return await self._database.answer_of(reader(context), Quota, replayed)
 
     async def get(self, kind: str, tenant: str, name: str = "", *, context: Context | None = None) -> Quota:
-        """The quota of a subject. Raises NotFound, also for a quota of another tenant."""
-        subject = _subject(kind, tenant, name)
+        """The quota of this name. Raises NotFound, also for a quota of another tenant."""
+        named = _quota_name(kind, tenant, name)
         quota = None
-        if may_see(context, subject.tenant):
-            quota = await self._database.get_or_none(reader(context), Quota, subject.id)
+        if may_see(context, named.tenant):
+            quota = await self._database.get_or_none(reader(context), Quota, named.id)
         if quota is None:
-            raise NotFound(f"there is no quota of {_named(subject)}")
+            raise NotFound(f"there is no quota of {_named(named)}")
         return quota
 
     async def list(
@@ -302,9 +302,9 @@ class Quotas:
         expected: int | None = None,
         idempotency_key: str | None = None,
     ) -> None:
-        """Remove a quota and its usage in one commit: a new quota of this subject begins with no usage. Raises
+        """Remove a quota and its usage in one commit: a new quota of this name begins with no usage. Raises
         NotFound, Conflict, Denied."""
-        once = Idempotency.by(context, idempotency_key, "delete quota", _subject(kind, tenant, name).id, expected)
+        once = Idempotency.by(context, idempotency_key, "delete quota", _quota_name(kind, tenant, name).id, expected)
         if await self._database.repeated(acting(context), once) is not None:
             return
         quota = await self.get(kind, tenant, name, context=context)
@@ -341,14 +341,14 @@ class Quotas:
         return await self._ledger.set_back(quota.id)
 
     @staticmethod
-    def _may_set(context: Context | None, subject: Subject | Quota) -> None:
-        """Raises Denied unless the caller may set the quota of this subject."""
+    def _may_set(context: Context | None, quota: QuotaName | Quota) -> None:
+        """Raises Denied unless the caller may set this quota."""
         own = bound_to(context)
         if own is None:
             return
-        if own != subject.tenant:
-            raise Denied(f"the caller belongs to tenant {own!r}, not to {subject.tenant!r}")
-        if subject.kind == "tenant":
+        if own != quota.tenant:
+            raise Denied(f"the caller belongs to tenant {own!r}, not to {quota.tenant!r}")
+        if quota.kind == "tenant":
             raise Denied("only a caller for all tenants may change a tenant's own quota")
 
 
@@ -371,16 +371,16 @@ def _kind_problem(kind: object) -> str | None:
     return f"found {found}, expected tenant, user or group"
 
 
-def _subject(kind: str, tenant: str, name: str) -> Subject:
-    return parse(Subject, {"kind": kind, "tenant": tenant, "name": name})
+def _quota_name(kind: str, tenant: str, name: str) -> QuotaName:
+    return parse(QuotaName, {"kind": kind, "tenant": tenant, "name": name})
 
 
-def _named(subject: Subject) -> str:
+def _named(quota: QuotaName) -> str:
     return (
-        f"the tenant {subject.tenant!r}"
-        if subject.kind == "tenant"
-        else (f"the {subject.kind} {subject.name!r} of the tenant {subject.tenant!r}")
+        f"the tenant {quota.tenant!r}"
+        if quota.kind == "tenant"
+        else (f"the {quota.kind} {quota.name!r} of the tenant {quota.tenant!r}")
     )
 
 
-__all__ = ["NewQuota", "Quota", "QuotaChanges", "QuotaFields", "QuotaStats", "Quotas", "Subject", "quota_stats"]
+__all__ = ["NewQuota", "Quota", "QuotaChanges", "QuotaFields", "QuotaName", "QuotaStats", "Quotas", "quota_stats"]
