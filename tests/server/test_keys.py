@@ -169,7 +169,7 @@ async def test_a_key_is_rotated_disabled_enabled_and_deleted() -> None:
         assert new != old
         for text in (old, new):
             answer = await served.verify(text, cost={"tokens": 100})
-            assert answer.json["valid"], "the old text works through its overlap"
+            assert answer.json["valid"], "the old secret works through its overlap"
         assert answer.json["limits"][0]["used"] == 600, "both texts share the limits"
         assert (await served.post(f"{path}/rotate")).status == 200
         assert (await served.verify(new)).json["code"] == "NOT_FOUND"

@@ -129,13 +129,13 @@ def recover_administrator(yes: YesOption = False, store: StoreOption = None, jso
 
     if load(store=store).admin_key is not None:
         raise ConfigError("STRONGROOM_ADMIN_KEY: sets the administrator's key: change this setting instead")
-    must_be_confirmed(yes, json, "the old text stops working at once")
+    must_be_confirmed(yes, json, "the old secret stops working at once")
     confirm(yes, "Replace the administrator's key?")
-    text = in_store(store, adminkey.recover)
+    secret = in_store(store, adminkey.recover)
     if json:
-        output.print_json({"id": adminkey.ID, "key": text})
+        output.print_json({"id": adminkey.ID, "key": secret})
         return
-    output.print_secret("key", text, ONCE, lambda: output.print_line(f"id        {adminkey.ID}"))
+    output.print_secret("key", secret, ONCE, lambda: output.print_line(f"id        {adminkey.ID}"))
 
 
 @app.command("rotate-pepper")

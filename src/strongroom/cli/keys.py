@@ -169,7 +169,7 @@ def verify(
     Example:
       strongroom keys verify --cost tokens=250 --permission chat:write < key.txt
     """
-    text = _asked_for("Key: ") if key == "-" else key
+    secret = _asked_for("Key: ") if key == "-" else key
     problems: list[Problem] = []
     costs = shortforms.by_name("cost", cost or [], _cost, problems)
     if problems:
@@ -177,7 +177,7 @@ def verify(
     answer = in_store(
         store,
         lambda room: room.keys.verify(
-            text,
+            secret,
             cost=costs or None,
             permission=permission,
             ip=ip,

@@ -11,7 +11,7 @@ from .limitviews import limit_texts, print_limits
 if TYPE_CHECKING:
     from ..keys import ApiKey, IssuedKey, KeyStats, Verification
 
-ONCE = "Keep this text now: it is not stored and cannot be shown again."
+ONCE = "Keep this secret now: it is not stored and cannot be shown again."
 
 
 def key_view(key: ApiKey) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def print_issued(issued: IssuedKey, json: bool) -> None:
         output.print_secret("key", issued.text, ONCE, lambda: print_key(issued.key, json))
     else:
         print_key(issued.key, json)
-        output.print_note(f"The new text is kept until it is claimed: strongroom keys claim {issued.key.id}")
+        output.print_note(f"The new secret is kept until it is claimed: strongroom keys claim {issued.key.id}")
 
 
 def print_key(key: ApiKey, json: bool) -> None:
@@ -70,10 +70,10 @@ def print_key(key: ApiKey, json: bool) -> None:
         ("expires", output.moment(key.expires_at)),
         ("last used", output.moment(key.last_used)),
         ("uses", str(key.usage_count)),
-        ("old text until", output.moment(key.previous_until, "")),
+        ("old secret until", output.moment(key.previous_until, "")),
         ("rotated", _schedule(key)),
         ("next rotation", output.moment(key.next_rotation_at, "")),
-        ("new text", "waits to be claimed" if key.unclaimed is not None else ""),
+        ("new secret", "waits to be claimed" if key.unclaimed is not None else ""),
         ("found in public", output.moment(key.leaked_at, "")),
         ("deleted", output.moment(key.deleted_at, "")),
     ]
@@ -98,13 +98,13 @@ def print_answer(answer: Verification, json: bool) -> None:
 
 
 def _schedule(key: ApiKey) -> str:
-    """How often a key is rotated, and how long its old text then works on."""
+    """How often a key is rotated, and how long its old secret then works on."""
     if key.rotate_every_s is None:
         return ""
     every = f"every {shortforms.show_seconds(key.rotate_every_s)}"
     if key.rotation_overlap_s is None:
         return every
-    return f"{every}, the old text works on for {shortforms.show_seconds(key.rotation_overlap_s)}"
+    return f"{every}, the old secret works on for {shortforms.show_seconds(key.rotation_overlap_s)}"
 
 
 def state_of(key: ApiKey, now: datetime) -> str:

@@ -49,7 +49,7 @@ def leased(options: OpenOptions) -> OpenOptions:
 
 
 class Asked(TypedDict, total=False):
-    """What a verification is asked beside the key's text, as `keys.verify` takes it."""
+    """What a verification is asked beside the key's secret, as `keys.verify` takes it."""
 
     cost: Cost | None
     permission: str | None
@@ -301,7 +301,7 @@ def checked_header(name: str) -> str:
 
 
 def credential(header: str, values: Sequence[bytes]) -> str:
-    """The key's text in the values of the header that carries it. Raises KeyRefused (401)."""
+    """The key's secret in the values of the header that carries it. Raises KeyRefused (401)."""
     if len(values) != 1:
         found = "is missing" if not values else f"was sent {len(values)} times, expected once"
         raise KeyRefused(missing(header, f"the header {header} {found}"))

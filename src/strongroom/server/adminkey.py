@@ -19,10 +19,10 @@ _PERMISSION = Scope.ADMIN.permission
 
 
 async def ensure(room: Strongroom, given: str | None) -> str | None:
-    """Make sure there is an administrator's key. Returns the text of one that was made now, to be shown once.
+    """Make sure there is an administrator's key. Returns the secret of one that was made now, to be shown once.
 
-    With `given`, the key `admin` has exactly this text afterwards; any number of processes may do so at once.
-    Raises ConfigError if the text belongs to another key.
+    With `given`, the key `admin` has exactly this secret afterwards; any number of processes may do so at once.
+    Raises ConfigError if the secret belongs to another key.
     """
     if given is not None:
         await _set(room, given)
@@ -30,42 +30,42 @@ async def ensure(room: Strongroom, given: str | None) -> str | None:
     held = And(Where("permissions", "array-contains", _PERMISSION), Where("deleted_at", "==", None))
     if (await room.database.find(system_context(), ApiKey, Query(held, limit=1))).items:
         return None
-    text = generate(PREFIX)
+    secret = generate(PREFIX)
     try:
         deleted = await room.database.get_or_none(system_context(), ApiKey, ID)
         if deleted is not None and deleted.deleted_at is not None:
             await room.keys.delete(ID, purge=True)  # its id is needed for the new one
-        await room.database.create(system_context(), _key(room, text))
+        await room.database.create(system_context(), _key(room, secret))
     except (AlreadyExists, NotFound):
         # Another process made it in this moment, and shows it; or it lost its permission by hand.
         return None
-    return text
+    return secret
 
 
 async def recover(room: Strongroom) -> str:
-    """Give the administrator's key a new text, which is returned to be shown once; the old one is unknown from now on.
+    """Give the administrator's key a new secret, and return it to be shown once. The old one is unknown from now on.
     The key is made again, enabled and given its permission back, whatever became of it."""
-    text = generate(PREFIX)
-    await _set(room, text)
-    return text
+    secret = generate(PREFIX)
+    await _set(room, secret)
+    return secret
 
 
-async def _set(room: Strongroom, text: str) -> None:
+async def _set(room: Strongroom, secret: str) -> None:
     context = system_context()
     hasher = room.keys.hasher
     for _ in range(3):
         key = await room.database.get_or_none(context, ApiKey, ID)
         try:
             if key is None:
-                await room.database.create(context, _key(room, text))
-            elif not _is(key, hasher.candidates(text)):
-                wanted = _key(room, text)
+                await room.database.create(context, _key(room, secret))
+            elif not _is(key, hasher.candidates(secret)):
+                wanted = _key(room, secret)
                 fields = ("tenant", "hash", "sealed", "display", "permissions", "enabled", "expires_at", "allowed_ips")
                 changes = {name: getattr(wanted, name) for name in fields}
                 changes |= dict.fromkeys(("previous_hash", "previous_until", "unclaimed", "deleted_at", "due_at"))
                 await room.database.update(context, ApiKey, ID, changes)
             return
-        except AlreadyExists:  # another process was faster: look whether it set the same text
+        except AlreadyExists:  # another process was faster: look whether it set the same secret
             if key is not None:
                 break
     raise ConfigError("STRONGROOM_ADMIN_KEY: another key has this secret: choose a new one")
@@ -85,14 +85,14 @@ def _is(key: ApiKey, candidates: list[str]) -> bool:
     )
 
 
-def _key(room: Strongroom, text: str) -> ApiKey:
+def _key(room: Strongroom, secret: str) -> ApiKey:
     hasher = room.keys.hasher
     return ApiKey(
         id=ID,
         tenant=ALL_TENANTS,
         name="administrator",
-        hash=hasher.hash(text),
-        sealed=hasher.seal(hashlib.sha256(text.encode()).digest()),
-        display=masked(text),
+        hash=hasher.hash(secret),
+        sealed=hasher.seal(hashlib.sha256(secret.encode()).digest()),
+        display=masked(secret),
         permissions=[_PERMISSION],
     )

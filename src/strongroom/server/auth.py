@@ -17,7 +17,7 @@ from ..keys import MANAGEMENT, CachedKey, Keys
 from .errors import MalformedRequest
 
 MAX_CALLERS = 10_000
-"""Callers kept in memory, by the text of their header."""
+"""Callers cached by their Authorization header."""
 MAX_HEADER_BYTES = 1_024
 """A longer header is not kept: a key may be imported with up to 512 characters, and one may put spaces before it."""
 ONCE = frozenset(
@@ -140,14 +140,14 @@ class Authenticator:
         return client_address(client[0] if client else None, forwarded, self._proxies)
 
     async def _found(self, header: bytes | None) -> Caller:
-        text = bearer(header)
-        key = await self._keys.authenticate(text, any_address=True) if text else None
-        if key is None or header is None or text is None:
+        secret = bearer(header)
+        key = await self._keys.authenticate(secret, any_address=True) if secret else None
+        if key is None or header is None or secret is None:
             if header is not None:
                 self._callers.pop(header, None)
                 self._bound.pop(header, None)
-            raise Unauthenticated("the key is unknown, disabled or expired" if text else None, token=bool(text))
-        caller = Caller(key, self._keys.cache.works_until_us(text), self._keys.clock)
+            raise Unauthenticated("the key is unknown, disabled or expired" if secret else None, token=bool(secret))
+        caller = Caller(key, self._keys.cache.works_until_us(secret), self._keys.clock)
         callers, others = (self._bound, self._callers) if key.networks else (self._callers, self._bound)
         others.pop(header, None)
         if len(header) <= MAX_HEADER_BYTES:

@@ -49,10 +49,10 @@ async def stats(request: Request) -> Response:
     """The bearer token is the API key itself. Expired keys get an answer too (`is_expired`)."""
     room = room_of(request)
     keys = room.keys
-    text = bearer(authorization(request.scope["headers"]))
-    known = await keys.identify(text) if text else None
+    secret = bearer(authorization(request.scope["headers"]))
+    known = await keys.identify(secret) if secret else None
     if known is None or not known.enabled:
-        raise Unauthenticated("the key is unknown or disabled", token=bool(text))
+        raise Unauthenticated("the key is unknown or disabled", token=bool(secret))
     return Json(_as_seed_004(await keys.stats(known.id), utc_from_us(room.clock.now_us())))
 
 
