@@ -111,7 +111,8 @@ async def test_the_tenant_setting_ends_with_its_statement_even_on_failure(store:
     """On one connection, as the pool lends it: after a read, a failed read, a failed commit, no row is seen."""
     await store.commit(batch("acme", Create("items", "a", item())))
     assert await store.get("items", "acme", "a") is not None
-    connection = await store._opened().acquire()
+    lent = await store._opened().acquire()
+    connection = lent.connection
     pid = connection.get_server_pid()
     every = f'SELECT id FROM "{schema}".items'
 
@@ -127,7 +128,7 @@ async def test_the_tenant_setting_ends_with_its_statement_even_on_failure(store:
     with pytest.raises(asyncpg.DivisionByZeroError):
         await connection.fetch(by_id.replace("SELECT n.*", "SELECT 1 / (n.used * 0), n.*"), "acme", "a")
     await sees_nothing()
-    store._opened().give_back(connection)
+    store._opened().give_back(lent)
 
     writer = store._tenants
     assert writer is not None

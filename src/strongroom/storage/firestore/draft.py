@@ -1,9 +1,13 @@
-"""What a group of batches makes of the documents that it touches: decided on paper first, then sent as one commit.
+"""The effect of a group of batches on the documents that it touches, computed before it is sent as one commit.
 
-A draft knows what places hold from three sources: what was just read; while it is optimistic, what an operation
-expects (a version, or that there is nothing yet) and what this process saw last. Each of them becomes a precondition of
-the commit. So a batch whose expectations hold costs one call, and one whose expectations do not is decided again on
-what is truly there, which also tells what to answer.
+A draft takes the present contents of a place from one of three sources: a read for this commit; while it is optimistic,
+what an operation expects (a version, or that nothing is there), or what this process saw last. Each source becomes a
+precondition of the commit. So a batch whose assumptions hold costs one call. If one does not hold, Firestore refuses
+the commit, the places are read, and the batch is decided again on their contents, which also give the error.
+
+Why a draft guesses at all: a durable verification is one call this way. Without what the process saw last it is two
+calls and two billed reads more, and three calls and three reads without any guess: every call is a round trip to
+Firestore, and each read costs a third of a write.
 """
 
 from __future__ import annotations

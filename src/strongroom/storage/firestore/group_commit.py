@@ -1,4 +1,8 @@
-"""Commits: batches that touch different things go side by side, those that wait share a call, each fails by itself."""
+"""Group commit on Firestore: batches that touch different documents commit side by side; those that wait share a call.
+
+The shared `storage.group_commit` writes one group at a time. A call to Firestore takes tens of milliseconds, so here up
+to MAX_IN_FLIGHT groups are under way, of different tenants and parts of the journal. A batch fails by itself.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,19 @@
-"""Connections to PostgreSQL: made one at a time when the server is in doubt, lent last in, first out, never cleaned.
+"""Connections to PostgreSQL: the pool of the reads, and the breaker in front of a server that is gone.
 
-Nothing needs cleaning: what a transaction sets ends with it (`set_config(…, true)`), and a connection on which anything
-went wrong in an unforeseen way is thrown away. So a read costs one round trip. How long it may take is watched for all
-of them together: a timer of its own for each would cost a third of a point read.
+Why not `asyncpg.create_pool`. Measured side by side (a point read, 1 and 32 readers, µs of this process's processor
+time a read; without a pool, on one prepared statement: 18):
+
+| | 1 reader | 32 readers |
+|---|---|---|
+| this pool | 19 | 22 |
+| asyncpg's, without its reset query, without a time-out | 39 | 35 |
+| asyncpg's, without its reset query, with `command_timeout` | 41 | 36 |
+| asyncpg's as it is | 68 | 60 |
+
+asyncpg's pool wraps each connection in a proxy, looks the prepared statement up by its text, and sets a timer for each
+command. Here one timer watches all lent connections. No reset query is needed: settings of a transaction end with it
+(`set_config(…, true)`), and a connection whose command was interrupted is closed. With asyncpg's pool each caller would
+also try to reach a server that is gone. Here one caller tries, and the others fail at once.
 """
 
 from __future__ import annotations
@@ -13,6 +24,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import asyncpg
@@ -24,14 +36,14 @@ from .settings import Settings
 OLDEST_SERVER = 15
 FIRST_PAUSE_S = 0.1
 MAX_PAUSE_S = 5.0
-"""After a connection could not be made, the next is tried after a pause that doubles from the first to the last of
-these, with jitter. Until then calls fail at once instead of each waiting for the time-out."""
+"""After a failed attempt to connect the next one waits: FIRST_PAUSE_S at first, twice as long each time, up to
+MAX_PAUSE_S, with jitter. Until then calls fail at once instead of each waiting for the time-out."""
 MAX_PREPARED = 500
-"""Statements kept ready on each connection."""
+"""Prepared statements kept on each connection."""
 
 
 class Connector:
-    """Makes connections, and is the breaker in front of a server that is gone."""
+    """Makes connections, and is the circuit breaker in front of a server that is gone."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -41,15 +53,15 @@ class Connector:
         self._last_error: StrongroomError | None = None
 
     async def connect(self, *, timed: bool = True) -> asyncpg.Connection:
-        """A new connection, on which no command may take longer than the settings say if `timed`. Unavailable,
-        ConfigError or StoreError if there is none to be had."""
+        """A new connection. If `timed`, the driver ends commands that take longer than the settings allow. Raises
+        Unavailable, ConfigError, StoreError."""
         if self._failures and (self._probing or time.monotonic() < self._not_before):
             raise self._refusal()
         probing = self._probing = self._failures > 0
         try:
             connection = await self._connected(timed)
         except DRIVER_ERRORS as error:
-            # Not as the cause: what the driver says of a URL may show the password.
+            # Not as the cause: the driver's message about a URL may show the password.
             self._failed(translated(error, self.settings.place))
             raise self._last_error or translated(error, self.settings.place) from None
         finally:
@@ -67,7 +79,7 @@ class Connector:
     def _refusal(self) -> Unavailable:
         wait_s = max(0.0, self._not_before - time.monotonic())
         last = self._last_error.message if self._last_error is not None else f"{self.settings.place}: cannot be reached"
-        return Unavailable(f"{last}; it is tried again soon", retry_after_s=round(max(wait_s, FIRST_PAUSE_S), 3))
+        return Unavailable(f"{last}; the next attempt follows soon", retry_after_s=round(max(wait_s, FIRST_PAUSE_S), 3))
 
     async def _connected(self, timed: bool) -> asyncpg.Connection:
         arguments = self.settings.connect_arguments()
@@ -100,94 +112,95 @@ def _unsuited(connection: asyncpg.Connection) -> str | None:
     return None
 
 
+@dataclass(slots=True, eq=False)
+class Pooled:
+    """A connection of the pool, with the statements that are prepared on it."""
+
+    connection: asyncpg.Connection
+    statements: dict[str, Any] = field(default_factory=dict)
+    lent_at: float = 0.0
+    expired: bool = False
+    """The pool closed the connection because its command took too long."""
+
+    async def prepared(self, sql: str) -> Any:
+        """The statement, prepared now if it was not before."""
+        statement = self.statements.get(sql)
+        if statement is None:
+            if len(self.statements) >= MAX_PREPARED:
+                self.statements.clear()
+            statement = self.statements[sql] = await self.connection.prepare(sql)
+        return statement
+
+
 class Pool:
-    """At most `size` connections, for reads. One that is lent for longer than a command may take is ended."""
+    """At most `size` connections, for reads. A connection that is lent for longer than a command may take is closed."""
 
     def __init__(self, connector: Connector, size: int) -> None:
         self._connector = connector
         self._size = size
-        self._idle: list[asyncpg.Connection] = []
+        self._idle: list[Pooled] = []
+        self._lent: set[Pooled] = set()
+        self._connecting = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
-        self._lent: dict[asyncpg.Connection, float] = {}
-        self._prepared: dict[asyncpg.Connection, dict[str, Any]] = {}
-        self._expired: set[asyncpg.Connection] = set()
-        self._count = 0
         self._closed = False
         self._loop = asyncio.get_running_loop()
         self._longest_s = connector.settings.command_timeout_s
-        self._timer = self._loop.call_later(self._longest_s / 4, self._sweep)
+        self._timer = self._loop.call_later(self._longest_s / 4, self._close_expired)
 
     @property
     def in_use(self) -> int:
-        return self._count - len(self._idle)
+        return len(self._lent) + self._connecting
 
-    def _sweep(self) -> None:
+    def _close_expired(self) -> None:
         latest = self._loop.time() - self._longest_s
-        for connection, since in self._lent.items():
-            if since < latest and connection not in self._expired:
-                self._expired.add(connection)
-                connection.terminate()
-        self._timer = self._loop.call_later(min(1.0, self._longest_s / 4), self._sweep)
+        for lent in self._lent:
+            if lent.lent_at < latest and not lent.expired:
+                lent.expired = True
+                lent.connection.terminate()
+        self._timer = self._loop.call_later(min(1.0, self._longest_s / 4), self._close_expired)
 
-    def expired(self, connection: asyncpg.Connection) -> bool:
-        """Whether a lent connection was ended because its command took too long."""
-        return connection in self._expired
-
-    def take(self) -> asyncpg.Connection | None:
-        """An idle connection, or None. Give it to `give_back` or `drop`."""
+    def take(self) -> Pooled | None:
+        """The connection that was used last of those that are idle, or None. Give it to `give_back` or `failed`."""
         while self._idle:
-            connection = self._idle.pop()
-            if not connection.is_closed():
-                self._lent[connection] = self._loop.time()
-                return connection
-            self._forget(connection)
+            lent = self._idle.pop()
+            if not lent.connection.is_closed():
+                return self._lend(lent)
         return None
 
-    def _forget(self, connection: asyncpg.Connection) -> None:
-        self._count -= 1
-        self._expired.discard(connection)
-        self._prepared.pop(connection, None)
+    def _lend(self, lent: Pooled) -> Pooled:
+        lent.lent_at = self._loop.time()
+        self._lent.add(lent)
+        return lent
 
-    def prepared(self, connection: asyncpg.Connection, sql: str) -> Any:
-        """The statement as it is kept ready on a lent connection, or None. The driver keeps statements too, but takes
-        longer to find one than this does."""
-        statements = self._prepared.get(connection)
-        return None if statements is None else statements.get(sql)
-
-    async def prepare(self, connection: asyncpg.Connection, sql: str) -> Any:
-        """The statement, ready on a lent connection from now on."""
-        statements = self._prepared.setdefault(connection, {})
-        if len(statements) >= MAX_PREPARED:
-            statements.clear()
-        statement = statements[sql] = await connection.prepare(sql)
-        return statement
-
-    async def acquire(self) -> asyncpg.Connection:
-        """A connection, idle or new. Unavailable if all are in use for longer than a connection may take."""
+    async def acquire(self) -> Pooled:
+        """A connection, idle or new. Unavailable if all are in use for longer than connecting may take."""
         deadline = time.monotonic() + self._connector.settings.connect_timeout_s
         while True:
             if self._closed:
-                raise Unavailable(f"{self._connector.settings.place}: the store is not open")
-            connection = self.take()
-            if connection is not None:
-                return connection
-            if self._count < self._size:
-                return await self._grow()
+                raise self._not_open()
+            lent = self.take()
+            if lent is not None:
+                return lent
+            if self.in_use < self._size:
+                return await self._connect()
             await self._wait(deadline)
 
-    async def _grow(self) -> asyncpg.Connection:
-        self._count += 1
+    async def _connect(self) -> Pooled:
+        self._connecting += 1
         try:
             connection = await self._connector.connect(timed=False)
         except BaseException:
-            self._count -= 1
             self._wake()
             raise
+        finally:
+            self._connecting -= 1
         if self._closed:
             connection.terminate()
-            raise Unavailable(f"{self._connector.settings.place}: the store is not open")
-        self._lent[connection] = self._loop.time()
-        return connection
+            raise self._not_open()
+        return self._lend(Pooled(connection))
+
+    def _not_open(self) -> Unavailable:
+        return Unavailable(f"{self._connector.settings.place}: the store is not open")
 
     async def _wait(self, deadline: float) -> None:
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -213,53 +226,46 @@ class Pool:
                 turn.set_result(None)
                 return
 
-    def give_back(self, connection: asyncpg.Connection) -> None:
-        if self._closed or connection.is_closed():
-            self.drop(connection)
-            return
-        del self._lent[connection]
-        self._idle.append(connection)
+    def give_back(self, lent: Pooled) -> None:
+        """Return a connection whose command is over."""
+        self._lent.discard(lent)
+        if self._closed or lent.connection.is_closed():
+            lent.connection.terminate()
+        else:
+            self._idle.append(lent)
         if self._waiting:
             self._wake()
 
-    def drop(self, connection: asyncpg.Connection) -> None:
-        """Give back a connection that is not to be used again."""
-        del self._lent[connection]
-        self._forget(connection)
-        connection.terminate()
-        self._wake()
-
-    def failed(self, connection: asyncpg.Connection, error: BaseException) -> None:
-        """Give back a connection on which a statement of its own failed."""
-        self._prepared.pop(connection, None)  # the tables may have changed
-        if isinstance(error, asyncpg.PostgresError) and not is_connection_lost(error):
-            self.give_back(connection)
-        else:
-            self.drop(connection)
+    def failed(self, lent: Pooled, error: BaseException) -> None:
+        """Return a connection whose command failed. Unless the server answered with an error it is closed: the answer
+        of a cancelled command is still to come."""
+        lent.statements.clear()  # the tables may have changed
+        if not isinstance(error, asyncpg.PostgresError) or is_connection_lost(error):
+            lent.connection.terminate()
+        self.give_back(lent)
 
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[asyncpg.Connection]:
-        """A connection for some statements, each a transaction of its own."""
-        connection = self.take() or await self.acquire()
+        """A connection for several statements, each a transaction of its own."""
+        lent = self.take() or await self.acquire()
         try:
-            yield connection
+            yield lent.connection
         except BaseException as error:
-            self.failed(connection, error)
+            self.failed(lent, error)
             raise
-        self.give_back(connection)
+        self.give_back(lent)
 
     async def close(self) -> None:
         self._closed = True
         self._timer.cancel()
         idle, self._idle = self._idle, []
-        self._count -= len(idle)
         while self._waiting:
             self._wake()
-        await asyncio.gather(*(close_politely(connection) for connection in idle))
+        await asyncio.gather(*(close_politely(pooled.connection) for pooled in idle))
 
 
 async def close_politely(connection: asyncpg.Connection, timeout_s: float = 1.0) -> None:
-    """Say goodbye, so that the server logs no lost client; not for long."""
+    """Close with a farewell, so that the server logs no lost client; at most `timeout_s` long."""
     try:
         await connection.close(timeout=timeout_s)
     except DRIVER_ERRORS:

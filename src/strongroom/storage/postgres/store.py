@@ -55,7 +55,7 @@ from .journal import Journal
 from .journal_access import taking_all
 from .lane import Lane
 from .listener import Listener
-from .pool import Connector, Pool, close_politely
+from .pool import Connector, Pool, Pooled, close_politely
 from .roles import check_role, roles_sql
 from .settings import read_settings
 from .tables import Table
@@ -209,22 +209,22 @@ class PostgresStore:
         if table is None or (tenant is None and table.tenant_scoped):
             table = self._table(collection, tenant)  # raises what is wrong
         values = (tenant, id) if table.tenant_scoped else (id,)
-        # Point reads are so many that they pay for no call that they can do without: the usual case is all here.
+        # Point reads are the most frequent calls: the usual case makes no call that it can avoid.
         pool = self._pool or self._opened()
-        connection = pool.take()
-        statement = pool.prepared(connection, table.by_id) if connection is not None else None
-        if connection is None or statement is None:
-            if connection is not None:
-                pool.give_back(connection)
+        lent = pool.take()
+        statement = lent.statements.get(table.by_id) if lent is not None else None
+        if lent is None or statement is None:
+            if lent is not None:
+                pool.give_back(lent)
             rows = await self._rows(table.by_id, values)
         else:
             try:
                 rows = await statement.fetch(*values)
             except BaseException as error:
-                self._failed(pool, connection, error, last=False)
+                self._failed(pool, lent, error, last=False)
                 rows = await self._rows(table.by_id, values)
             else:
-                pool.give_back(connection)
+                pool.give_back(lent)
         return table.decode(rows[0]) if rows else None
 
     async def find(self, collection: str, tenant: str | None, query: Query) -> list[Document]:
@@ -276,59 +276,58 @@ class PostgresStore:
         now: int = rows[0][0]
         return now
 
-    async def _rows(self, sql: str, values: Sequence[Any]) -> Sequence[Any]:
-        """The rows of one read. If its connection is lost, it is tried once more on a new one."""
+    async def _rows(self, sql: str, values: Sequence[Any], begin: str | None = None) -> Sequence[Any]:
+        """The rows of one read, in a transaction that begins with `begin` if it is given. If its connection is lost,
+        the read is tried once more on a new one."""
         pool = self._pool or self._opened()
+        if begin is None and self.settings.pgbouncer:
+            # The driver asks for a statement's types first; only in a transaction is it one server throughout.
+            begin = "BEGIN READ ONLY"
         for last in (False, True):
-            connection = pool.take() or await pool.acquire()
+            lent = pool.take() or await pool.acquire()
             try:
-                rows: Sequence[Any]
-                if self.settings.pgbouncer:
-                    # The driver asks for a statement's types first; only in a transaction is it one server throughout.
-                    async with connection.transaction(readonly=True):
-                        rows = await connection.fetch(sql, *values)
+                if begin is None:
+                    rows: Sequence[Any] = await (await lent.prepared(sql)).fetch(*values)
                 else:
-                    statement = pool.prepared(connection, sql) or await pool.prepare(connection, sql)
-                    rows = await statement.fetch(*values)
+                    rows = await self._rows_within(lent, begin, sql, values)
             except BaseException as error:
-                self._failed(pool, connection, error, last=last)
+                self._failed(pool, lent, error, last=last)
             else:
-                pool.give_back(connection)
+                pool.give_back(lent)
                 return rows
         raise AssertionError("the last attempt returns or raises")
+
+    async def _rows_within(self, lent: Pooled, begin: str, sql: str, values: Sequence[Any]) -> Sequence[Any]:
+        """The rows of one read in a transaction of its own."""
+        connection = lent.connection
+        try:
+            await connection.execute(begin)
+            rows: Sequence[Any]
+            if self.settings.pgbouncer:
+                rows = await connection.fetch(sql, *values)
+            else:
+                rows = await (await lent.prepared(sql)).fetch(*values)
+            await connection.execute("COMMIT")
+        except BaseException as error:
+            if isinstance(error, asyncpg.PostgresError) and not is_connection_lost(error):
+                with suppress(*DRIVER_ERRORS):
+                    await connection.execute("ROLLBACK")
+            if connection.is_in_transaction():
+                connection.terminate()
+            raise
+        return rows
 
     async def _all_rows(self, sql: str, values: Sequence[Any]) -> Sequence[Any]:
-        """The rows of one read of the journal, or the list of tenants, as a whole: for those who act for no tenant."""
-        pool = self._pool or self._opened()
+        """The rows of one read of the journal, or of the list of tenants, across all tenants."""
+        self._opened()
         if self._taking_all is None:
             raise StoreError(f"{self._place}: this role may not read the journal as a whole: prepare the store first")
-        for last in (False, True):
-            connection = pool.take() or await pool.acquire()
-            try:
-                await connection.execute(f"BEGIN READ ONLY; {self._taking_all}")
-                rows: Sequence[Any]
-                if self.settings.pgbouncer:
-                    rows = await connection.fetch(sql, *values)
-                else:
-                    statement = pool.prepared(connection, sql) or await pool.prepare(connection, sql)
-                    rows = await statement.fetch(*values)
-                await connection.execute("COMMIT")
-            except BaseException as error:
-                if isinstance(error, asyncpg.PostgresError) and not is_connection_lost(error):
-                    with suppress(*DRIVER_ERRORS):
-                        await connection.execute("ROLLBACK")
-                if connection.is_in_transaction():
-                    connection.terminate()
-                self._failed(pool, connection, error, last=last)
-            else:
-                pool.give_back(connection)
-                return rows
-        raise AssertionError("the last attempt returns or raises")
+        return await self._rows(sql, values, f"BEGIN READ ONLY; {self._taking_all}")
 
-    def _failed(self, pool: Pool, connection: asyncpg.Connection, error: BaseException, *, last: bool) -> None:
-        """Give back the connection of a read that failed. Raises the reason unless the read should be tried again."""
-        timed_out = isinstance(error, TimeoutError) or pool.expired(connection)
-        pool.failed(connection, error)  # one that was cancelled is dropped: its answer is still to come
+    def _failed(self, pool: Pool, lent: Pooled, error: BaseException, *, last: bool) -> None:
+        """Return the connection of a read that failed. Raises the reason unless the read should be tried again."""
+        timed_out = isinstance(error, TimeoutError) or lent.expired
+        pool.failed(lent, error)
         if not isinstance(error, DRIVER_ERRORS):
             raise error
         if timed_out:
