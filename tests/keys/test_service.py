@@ -88,3 +88,17 @@ async def test_the_calls_of_keys_have_the_signature_and_description_of_their_par
         assert inspect.signature(Keys.verify) == inspect.signature(Verifier.verify)
         assert not (await Keys.verify(room.keys, "unknown")).valid
         assert not (await room.keys.verify("unknown")).valid
+
+
+@pytest.mark.parametrize("limits", ["durable", "leased"])
+async def test_a_dry_run_among_several_verifications_counts_nothing(limits: Any) -> None:
+    async with Strongroom.open("json://:memory:", limits=limits) as room:
+        made = await room.keys.create(
+            name="k", limits=[Limit(resource="requests", limit=2, window=Rolling(seconds=60))]
+        )
+        asks: list[dict[str, Any]] = [{"text": made.text, "peek": peek} for peek in (False, True, True, False, True)]
+        answers = await room.keys.verify_many(asks)
+        assert answers[0].valid
+        assert answers[3].valid
+        assert (await room.keys.stats(made.key.id)).count == 2
+        assert (await room.keys.verify(made.text, peek=True)).code == "RATE_LIMITED"

@@ -114,17 +114,14 @@ class Verifier:
     async def verify_many(self, asks: Sequence[Mapping[str, Any]]) -> list[Verification]:
         """Decide several verifications in this order, in one commit if possible. Each has the arguments of `verify`,
         the secret as `text`. Raises as `verify` does; then some may have been debited."""
-        uses = [
-            key_use(*(ask.get(name) for name in ("cost", "permission", "ip", "model", "route", "tenant")))
-            for ask in asks
-        ]
+        uses = [_use_of(ask) for ask in asks]
         unknown = await self._cache.unknown((ask["text"] for ask in asks), self._clock.now_us())
         slices = Slices()
         if self._ledger.lease_manager is not None:  # in order: a decision in memory must not overtake a commit
             answers = []
-            for ask in asks:
+            for ask, use in zip(asks, uses, strict=True):
                 await slices.pause()
-                answers.append(NOT_FOUND if ask["text"] in unknown else await self.verify(**ask))
+                answers.append(NOT_FOUND if ask["text"] in unknown else await self._verify_one(ask, use))
             return answers
         now_us = self._clock.now_us()
         known: dict[str, CachedKey | None] = {}
@@ -142,16 +139,25 @@ class Verifier:
             answers.append(answer if answer is not None else await self.verify(**ask))
         return answers
 
+    async def _verify_one(self, ask: Mapping[str, Any], use: KeyUse) -> Verification:
+        """The answer to one of several verifications, whose use was checked."""
+        if ask.get("idempotency_key") is None and not ask.get("peek"):
+            started = self.start_use(ask["text"], use)
+            answer = await self._finished(started) if isinstance(started, PendingVerification) else started
+            if answer is not None:
+                return answer
+        return await self.verify(**ask)
+
     def _start_in_order(
         self, found: CachedKey | None, use: KeyUse, ask: Mapping[str, Any], now_us: int
     ) -> Verification | PendingVerification | None:
-        """The answer, or the commit that decides it. None for a key without limits: its answer does not depend on the
-        order."""
+        """The answer, or the commit that decides it. None for a dry run and for a key without limits, which change
+        nothing for the others."""
         key = usable(found, use, now_us)
         if isinstance(key, Verification):
             return key
         idempotency_key = ask.get("idempotency_key")
-        if not key.subjects.limited and idempotency_key is None:
+        if ask.get("peek") or (not key.subjects.limited and idempotency_key is None):
             return None
         once = self._once(key, use, idempotency_key, ask.get("actor", "system"))
         return self._ask_limits(key, use, now_us, once)
@@ -243,5 +249,11 @@ class Verifier:
 
 
 _ANY_USE = KeyUse(ONE_REQUEST)
+
+
+def _use_of(ask: Mapping[str, Any]) -> KeyUse:
+    get = ask.get
+    return key_use(get("cost"), get("permission"), get("ip"), get("model"), get("route"), get("tenant"))
+
 
 __all__ = ["PendingVerification", "Verifier"]
