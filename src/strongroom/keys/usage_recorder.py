@@ -290,8 +290,9 @@ class UsageRecorder:
         if name is None and batch is not None:  # one key for each sum, independent of its number
             said = (batch, key.id, event.model, event.route, *(() if one.at_us is None else (one.at_us,)))
             name = hashlib.sha256(canonical(said)).hexdigest()
-        request = _request(one.units, event.model, event.route, one.at_us)
-        once = self._once(key, name, actor, request)
+        once = None
+        if name is not None:
+            once = self._once(key, name, actor, _request(one.units, event.model, event.route, one.at_us))
         return self._ledger.admit(
             key.subjects,
             one.units,

@@ -179,7 +179,8 @@ class GroupCommit:
         """Yield to the loop, so that clients that were just answered, and announced batches, can join this commit."""
         enough, began = self._usual * tuning.GATHERED_PART, time.perf_counter()
         if len(self._waiting) < enough:
-            until = began + min(self._commit_s * tuning.GATHER_PART, tuning.MAX_GATHER_S)
+            most_s = max(tuning.MAX_GATHER_S, (self._usual - len(self._waiting)) * tuning.SAVED_S)
+            until = began + min(self._commit_s * tuning.GATHER_PART, most_s)
             while len(self._waiting) < enough and time.perf_counter() < until:  # noqa: ASYNC110 - it is turns that count
                 await asyncio.sleep(0)
         if self._announced:

@@ -14,6 +14,9 @@ GATHER_PART = 0.5
 this part of a commit's time while fewer requests wait than usual: latency against requests per commit."""
 MAX_GATHER_S = 0.000_5
 """The longest such wait for single requests. A caller that is alone never waits."""
+SAVED_S = 0.000_005
+"""What a request costs less in this commit than in the next one. After rounds of thousands of requests (batches) the
+wait may take so much for each one that is missing, since their clients need longer to ask again."""
 GATHERED_PART = 0.8
 """The wait ends once this part of the usual number of requests is there: 1.0 would wait for stragglers each time."""
 ANNOUNCED_PART = 1.0
