@@ -1,14 +1,14 @@
-"""Limit leases as one node spends them: shares of limits that were debited in the store before they are spent here.
+"""The limit leases that one node spends from. The store debits their units before the node spends them.
 
-A *lease* is a node's entry in an account's document: of each limit so many units, until some moment. While it stands,
-all of it counts as used for everyone else; so what the node admits out of it needs no commit, and no limit is ever
-over-admitted, whatever becomes of the node. Now and then the node records what it has spent, in the commit that lends
-it the next units (`record`, `grant`); what is left over goes back with the last one.
+A *lease* is a node's entry in a usage document: units of each limit, until some moment. While it stands, all its units
+count as used for every other node. So the node admits uses from it without a commit, and no limit is ever exceeded,
+even if the node dies. From time to time the node records what it has spent, in the commit that leases the next units
+(`record`, `grant`). The last such commit frees the rest.
 
-Every amount here is a running total since the lease began, never a difference: so a commit whose answer was lost, or a
-process that was killed, leaves no doubt about what is recorded already. The document says up to which total it is
-(`settled`), the node knows its own (`spent`), and `spent <= cap` holds at every moment for the cap that the store
-knows of: while a commit is on its way, the lower one of the two that may be true.
+Every amount here is a running total since the lease began, never a difference. So after a commit whose answer was lost,
+or a killed process, it is still known what is recorded: the document has its total (`settled`), and the node its own
+(`spent`). At every moment `spent <= cap` holds for the cap in the store. While a commit is under way, the cap is the
+lower one of the two that may be durable.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from .lease_log import LeaseLog
 from .usage_state import CONCURRENCY, CompiledLimit, Lease, Subject, UsageState
 
 LEAST_CALLS = 64
-"""A first share is for so many calls such as the one that asked for it; the next ones are for HORIZON_S."""
+"""The first lease of a limit is for so many calls like the one that asked for it; later leases are for HORIZON_S."""
 HORIZON_S = 4.0
-"""A share is for what was spent lately in so long."""
+"""A lease lasts for so long at the recent rate of use."""
 PART_OF_FREE = 4
-"""A share is at most this part of what is free: so shares shrink near the limit, and other nodes find something."""
+"""A lease is at most this part of what is free. So leases shrink near the limit, and other nodes get units too."""
 RENEW_AT = 2
-"""A share is renewed when one part of so many is spent, so that no call has to wait for it."""
+"""A lease is renewed when one part of so many is spent, so that no call has to wait for it."""
 KEPT_AFTER_US = 3_600_000_000
-"""A lease that ended unrecorded can be set right by whoever finds what its process had spent, for so long; after that
-it is recorded as spent at its end."""
+"""For so long after its end, an unrecorded lease can be recovered by a process that finds the lease log. After that it
+is recorded as spent at its end."""
 MAX_ENDED = 32
-"""Leases that count no longer of which an account still knows what was recorded."""
+"""Ended leases whose recorded totals a usage state still keeps."""
 LEAST_ELAPSED_S = 0.001
 _SECOND = 1_000_000
 
 
 class Reservation(Protocol):
-    """A reservation in memory: what it holds of each resource, and of which shares."""
+    """A reservation in memory: the amount that it holds of each resource, and on which leased limits."""
 
     cost: Mapping[str, int]
     model: str | None
@@ -52,7 +52,7 @@ class Reservation(Protocol):
 
 
 class LeasedLimit:
-    """What this node holds of one limit. `held` is reserved by reservations in memory; `spent + held <= cap`."""
+    """This node's lease of one limit. `held` is reserved by reservations in memory; `spent + held <= cap`."""
 
     __slots__ = (
         "cap",
@@ -89,30 +89,30 @@ class LeasedLimit:
         self.next_ends_us = 0
         self.ends_us = 0
         self.low = 0
-        """Above this much spent, a renewal is asked for."""
+        """Once more than this is spent, the lease asks for a renewal."""
         self.granted_at = 0.0
         self.granted_spent = 0
         window = compiled_limit.limit.window
         seconds = window.seconds if window.kind == "rolling" else 1
         self.width_us = -(-seconds * _SECOND // BUCKETS_PER_WINDOW) if window.kind == "rolling" else _SECOND
         self.marks: list[tuple[int, int]] = []
-        """(moment, `spent` before it): what was spent from then on was spent in that moment's bucket."""
+        """(moment, `spent` before it): the units after this total were spent in that moment's bucket."""
         self.mark_ends_us = 0
-        # As of the last commit, for answers: what the others have used, and what this node had recorded.
+        # For answers, as of the last commit: the use of other nodes, and the recorded use of this one.
         self.recorded = 0
         self.reserved = 0
         self.leased = 0
         self.resets_at: datetime | None = None
 
     def mark(self, now_us: int, before: int) -> None:
-        """What is spent from now on, after `before`, is spent in another bucket than what was spent until now."""
+        """Begin a new bucket: units after the total `before` are spent in it."""
         now_us = max(now_us, self.usage_lease.from_us)
         self.marks.append((now_us, before))
         self.mark_ends_us = (now_us // self.width_us + 1) * self.width_us
         self.usage_lease.log.moment(self.slot, now_us)
 
     def unsettled(self) -> Iterable[tuple[int, int]]:
-        """(moment, units) of what is spent and not recorded."""
+        """(moment, units) of the use that is spent and not recorded."""
         for number, (moment_us, start) in enumerate(self.marks):
             end = self.marks[number + 1][1] if number + 1 < len(self.marks) else self.spent
             units = end - max(start, self.settled)
@@ -120,7 +120,7 @@ class LeasedLimit:
                 yield moment_us, units
 
     def settle(self, total: int) -> None:
-        """The store's document has what was spent up to this total."""
+        """The store's document has the use up to this total."""
         self.settled = max(self.settled, total)
         while len(self.marks) > 1 and self.marks[1][1] <= self.settled:
             del self.marks[0]
@@ -130,7 +130,7 @@ class LeasedLimit:
 
 
 class UsageLease:
-    """What this node holds of one account's limits, and what it has used of them and not recorded.
+    """This node's lease on the limits of one subject, and the use of it that is not recorded yet.
 
     `part` says what the account's limits are; a change of the key gives another one, and the next commit its shares.
     """
@@ -162,28 +162,28 @@ class UsageLease:
         self.log = log
         self.lease = log.lease
         self.from_us = 0
-        """The moment of the grant: nothing is spent at an earlier one, whatever this node's clock says."""
+        """The moment of the grant. Nothing is spent at an earlier one, whatever this node's clock says."""
         self.until_us = 0
         self.leased_limits: dict[str, LeasedLimit] = {}
         self.count = 0
         self.settled_count = 0
         self.seen_count = 0
-        """`count` at the last look: a wallet that nothing was taken from since gives back what it has."""
+        """`count` at the last renewal: a lease without use since then is returned."""
         self.totals: dict[str, int] = {}
         self.settled_totals: dict[str, int] = {}
         self.noted: tuple[int, dict[str, int]] | None = None
-        """Uses and totals as they are in a commit that is on its way, or whose answer was lost."""
+        """Uses and totals in a commit that is under way, or whose answer was lost."""
         self.last_used_us = 0
         self.renewing = False
         self.tickets: set[str] = set()
-        """The keys that are verified with it: see `lending`."""
+        """The keys that are verified with it: see `lease_manager`."""
         self.holds: dict[str, Reservation] = {}
-        """Reservations in memory that hold something of it."""
+        """Reservations in memory that hold units of it."""
         self.known: Sequence[CompiledLimit] = subject.compiled_limits
-        """The limits that these reservations hold."""
+        """The limits that these reservations hold units of."""
 
     def leased_limit(self, compiled_limit: CompiledLimit) -> LeasedLimit:
-        """The share of a limit; a new one holds nothing yet."""
+        """The lease of one limit; a new one has no units yet."""
         leased_limit = self.leased_limits.get(compiled_limit.id)
         if leased_limit is None:
             leased_limit = self.leased_limits[compiled_limit.id] = LeasedLimit(
@@ -194,12 +194,12 @@ class UsageLease:
 
     @property
     def open(self) -> int:
-        """How many reservations in memory hold something of it."""
+        """The number of reservations in memory that hold units of it."""
         return len(self.holds)
 
     def kept(self, compiled_limits: Sequence[CompiledLimit] | None = None) -> dict[str, int]:
-        """Units of each limit that reservations in memory hold: nobody else may have them. `allowances`: what the
-        limits are now; those that are new are held by the reservations that were made before, too."""
+        """The units of each limit that reservations in memory hold; nobody else may have them. `compiled_limits`: the
+        present limits; earlier reservations hold new ones too."""
         if not self.holds:
             self.known = compiled_limits if compiled_limits is not None else self.known
             return {}
@@ -210,7 +210,7 @@ class UsageLease:
         return {id: leased_limit.held for id, leased_limit in self.leased_limits.items() if leased_limit.held}
 
     def _carry(self, leased_limit: LeasedLimit, compiled_limit: CompiledLimit) -> None:
-        """Let the reservations that are open hold a limit that their account did not have when they were made."""
+        """Let the open reservations hold a limit that their subject did not have when they were made."""
         for hold in self.holds.values():
             if not hold.holds(leased_limit) and compiled_limit.limit.applies(hold.model, hold.route):
                 hold.more.append((leased_limit, compiled_limit.resource))
@@ -218,22 +218,24 @@ class UsageLease:
 
     @property
     def dirty(self) -> bool:
-        """Whether something was used that is not recorded."""
+        """Whether there is use that is not recorded."""
         return self.count != self.settled_count or self.totals != self.settled_totals
 
     # --- In a commit ------------------------------------------------------------------------------------------
 
     def record(self, state: UsageState, now_us: int) -> bool:
-        """Count in the account what was spent and is not recorded, and take this node's lease out of it; whether that
-        changed anything. `now_us` is the account's moment: what was spent later, before the clock was set back, counts
-        as spent now. If the account does not commit it is to be read again, and nothing is lost."""
+        """Count unrecorded use in the state, and take this node's lease out of it; whether that changed anything.
+
+        `now_us` is the state's moment: use from later, before the clock was set back, counts as of now. If the state
+        does not commit, it must be read again, and nothing is lost.
+        """
         lease = state.leases.pop(self.lease, None)
         if lease is None:
-            # There is nothing of this node in the store: what it spent from its last lease was counted whole when that
-            # was taken away (an hour after its end), or was recorded by the commit that gave it all back.
+            # The store has no lease of this node. Either its last lease was counted whole an hour after its end, or the
+            # commit that returned it recorded its use.
             noted = self.noted if self.noted is not None else (self.settled_count, self.settled_totals)
             self.forget_spent()
-            if not state.version:  # there was a document, or nothing would be lent: it was removed, with its uses
+            if not state.version:  # a lease needs a document: it was removed, with its use
                 return False
             self.settled_count, self.settled_totals = noted
             return self._add_totals(state)
@@ -247,7 +249,7 @@ class UsageLease:
         return True
 
     def _add_totals(self, state: UsageState) -> bool:
-        """Count the uses that are not recorded; whether there were any."""
+        """Add the uses and totals that are not recorded; whether there were any."""
         if not self.dirty:
             return False
         settled = self.settled_totals
@@ -256,7 +258,7 @@ class UsageLease:
         return True
 
     def _reconcile(self, lease: Lease) -> None:
-        """Believe the store about what of this node's it has."""
+        """Take over from the store which of this node's use is recorded."""
         if self.noted is not None and lease[1] == self.noted[0]:
             self.settled_count, self.settled_totals = self.noted
         self.noted = None
@@ -267,7 +269,7 @@ class UsageLease:
                 leased_limit.cap = min(leased_limit.cap, settled + units) if leased_limit.cap else settled + units
 
     def forget_spent(self) -> None:
-        """What was spent is counted in the store already, or gone with its key."""
+        """The use is counted in the store already, or was removed with its key."""
         for leased_limit in self.leased_limits.values():
             leased_limit.settle(leased_limit.spent)
             leased_limit.cap = leased_limit.spent
@@ -276,8 +278,8 @@ class UsageLease:
     def grant(
         self, state: UsageState, asked: Mapping[str, int], now_us: int, lease_us: int, *, only_held: bool = False
     ) -> None:
-        """Lend this node the next units, after `record` and whatever is decided in the same commit. `asked`: of each
-        limit what one call asks for. `only_held`: no more than its reservations hold."""
+        """Lease the next units, after `record` and the decisions of the same commit. `asked` is what one call asks of
+        each limit. `only_held`: no more than the reservations in memory hold."""
         until_us = now_us + lease_us
         moment = time.monotonic()
         plan = []
@@ -296,7 +298,7 @@ class UsageLease:
             )
             resets_us = state.counter(compiled_limit).resets_at_us(now_us)
             leased_limit.resets_at = None if resets_us is None else utc_from_us(resets_us)
-        # Where one limit has nothing to lend for a call, what the others lend could not be spent.
+        # If one limit has no units for a call, the units of the other limits could not be spent.
         useful = all(units or not wants for _, units, _, _, wants in plan)
         lent: dict[str, list[int]] = {}
         for leased_limit, units, gone_us, ends_us, _ in plan:
@@ -304,14 +306,14 @@ class UsageLease:
                 units = min(units, leased_limit.held)
             lent[leased_limit.compiled_limit.id] = [units, leased_limit.spent, gone_us]
             leased_limit.next_cap, leased_limit.next_ends_us = leased_limit.spent + units, ends_us
-            # While the commit is on its way both leases may be the true one: what both allow may be spent.
+            # While the commit is under way either lease may be the durable one: spend only what both allow.
             leased_limit.cap, leased_limit.ends_us = (
                 min(leased_limit.cap, leased_limit.next_cap),
                 min(leased_limit.ends_us, ends_us),
             )
             leased_limit.granted_at, leased_limit.granted_spent = moment, leased_limit.spent
         for id, leased_limit in self.leased_limits.items():
-            if id not in lent:  # of a limit that the key has no longer
+            if id not in lent:  # the key no longer has this limit
                 leased_limit.next_cap, leased_limit.next_ends_us = leased_limit.spent, 0
                 leased_limit.cap, leased_limit.ends_us = min(leased_limit.cap, leased_limit.spent), 0
         self.from_us, self.until_us = now_us, until_us
@@ -323,14 +325,14 @@ class UsageLease:
                 leased_limit.ends_us = leased_limit.next_ends_us = 0
 
     def _units(self, leased_limit: LeasedLimit, free: int, asked: int, moment: float) -> int:
-        """How much to lend: what lasts for HORIZON_S as things went lately, not too much of what is free, and nothing
-        if that would not do for one call. What is reserved in memory stays lent."""
+        """The units to lease: enough for HORIZON_S at the recent rate, at most a part of what is free, and none if that
+        is not enough for one call. What is reserved in memory stays leased."""
         if leased_limit.compiled_limit.resource == CONCURRENCY:
             wanted = max(2 * leased_limit.held, LEAST_CALLS)
         else:
             elapsed_s = max(moment - leased_limit.granted_at, LEAST_ELAPSED_S)
             spent = leased_limit.spent - leased_limit.granted_spent + leased_limit.held
-            # What is left shrinks by halves where little is used: a commit that asks for nothing does not end it.
+            # With little use the rest shrinks by halves: a commit that asks for nothing does not end the lease.
             left = (leased_limit.cap - leased_limit.spent) // 2
             wanted = max(LEAST_CALLS * asked, round(spent * HORIZON_S / elapsed_s), 2 * leased_limit.held, left)
         units = min(wanted, free // PART_OF_FREE)
@@ -339,14 +341,14 @@ class UsageLease:
         return max(units, min(leased_limit.held, free), 0)
 
     def give_back(self) -> None:
-        """Lend nothing any more: the commit after `record` is the last."""
+        """Return the lease: the commit after `record` is the last."""
         for leased_limit in self.leased_limits.values():
             leased_limit.next_cap, leased_limit.next_ends_us = leased_limit.spent, 0
             leased_limit.cap, leased_limit.ends_us = min(leased_limit.cap, leased_limit.spent), 0
         self.noted = (self.count, dict(self.totals))
 
     def committed(self, spent: Sequence[tuple[LeasedLimit, int]]) -> None:
-        """The commit is durable: `spent` is what of each share it recorded."""
+        """The commit is durable. `spent` is the total that it recorded for each leased limit."""
         if self.noted is not None:
             self.settled_count, self.settled_totals = self.noted
             self.noted = None
@@ -357,13 +359,12 @@ class UsageLease:
         self.renewing = False
 
     def totals_now(self) -> list[tuple[LeasedLimit, int]]:
-        """What of each share is spent now, for `committed`."""
+        """The total that is spent of each leased limit now, for `committed`."""
         return [(leased_limit, leased_limit.spent) for leased_limit in self.leased_limits.values()]
 
 
 def _ends(state: UsageState, compiled_limit: CompiledLimit, until_us: int, now_us: int) -> tuple[int, int]:
-    """When a lease that is granted now counts no longer (0: never; -1: there can be none), and until when it may be
-    spent."""
+    """When a lease granted now stops counting (0: never; -1: none can be granted), and until when it may be spent."""
     window = compiled_limit.limit.window
     if compiled_limit.resource == CONCURRENCY:
         return until_us, until_us
@@ -374,13 +375,13 @@ def _ends(state: UsageState, compiled_limit: CompiledLimit, until_us: int, now_u
     if window.kind == "total":
         return 0, until_us
     end_us = state.counter(compiled_limit).ends_us(now_us)
-    if end_us is None:  # no anchored window runs: the first use starts one, and has to be recorded for that
+    if end_us is None:  # no anchored window is open: the first use opens one, so it has to be recorded
         return -1, until_us
     return end_us, min(until_us, end_us)
 
 
 def fold(state: UsageState, compiled_limits: Iterable[CompiledLimit], now_us: int) -> None:
-    """Record leases whose time to be set right is over as spent at their end, and leave out what counts no longer."""
+    """Record leases that can no longer be recovered as spent at their end, and drop those that no longer count."""
     if not state.leases:
         return
     by_id = {compiled_limit.id: compiled_limit for compiled_limit in compiled_limits}
@@ -393,7 +394,7 @@ def fold(state: UsageState, compiled_limits: Iterable[CompiledLimit], now_us: in
             elif now_us >= until_us + KEPT_AFTER_US and id in by_id:
                 state.counter(by_id[id]).add_at(until_us, units)
                 del leased_limits[id]
-        # Its node may only be cut off: then what it counts by is here, so that no use is lost and none counts twice.
+        # Its node may only be cut off. Its totals are kept here, so that no use is lost and none counts twice.
         if not leased_limits and now_us >= until_us + KEPT_AFTER_US:
             del state.leases[lease_id]
     over = [id for id, (_, _, leased_limits) in state.leases.items() if not leased_limits]
@@ -404,8 +405,8 @@ def fold(state: UsageState, compiled_limits: Iterable[CompiledLimit], now_us: in
 def recover(
     state: UsageState, compiled_limits: Iterable[CompiledLimit], lease_id: str, found: Mapping[str, tuple[int, int]]
 ) -> bool:
-    """Set the lease of a dead process right: what it had spent is recorded, the rest is given back. `found`: of each
-    limit the total it had spent, and when last. Whether there was such a lease."""
+    """Recover the lease of a dead process: record what it had spent and free the rest. `found` has, for each limit, the
+    total that it had spent, and when it spent last. Returns whether there was such a lease."""
     lease = state.leases.get(lease_id)
     if lease is None:
         return False
@@ -415,7 +416,7 @@ def recover(
     for id, (units, settled, _) in list(leased_limits.items()):
         compiled_limit = by_id.get(id)
         if compiled_limit is None:
-            continue  # a limit that the key has no longer, or that is not known here: it stays as it is
+            continue  # the limit was removed, or is unknown here: it stays as it is
         if compiled_limit.resource != CONCURRENCY:
             total, moment_us = found.get(id, (settled + units, until_us))
             spent = min(max(total - settled, 0), units)
@@ -424,7 +425,7 @@ def recover(
                 used.get(compiled_limit.resource, 0), spent
             )  # several limits count one use
         del leased_limits[id]
-    # How many uses it was the log does not say; what they used it does.
+    # The log has the amounts, and not the number of uses.
     state.add_totals(used, 0, min(until_us, state.at_us) or until_us)
     if not leased_limits:
         del state.leases[lease_id]

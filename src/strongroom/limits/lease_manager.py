@@ -1,10 +1,10 @@
-"""Limit leases of one node: which keys are verified from memory, when shares are renewed and given back, and what
-becomes of the leases of processes that were killed.
+"""The limit leases of one node: it verifies keys from memory, renews and returns leases, and recovers those of dead
+processes.
 
-A use of a key whose limits this node holds shares of is charged here without a commit (`admit`). Any other goes through
-the ledger, whose commit lends shares for the next ones. Each second what was spent is recorded and the leases are
-renewed; those that nothing was taken from go back; on a stop all do. Nothing is spent of a lease after its end (and who
-verifies stops before: without the store, nobody can tell whether the key was revoked).
+`admit` charges a use to this node's leased limits, without a commit. Where it cannot, the use goes through the ledger,
+whose commit leases units for the next uses. Each second the node records what it spent and renews its leases. It
+returns a lease that nothing was spent from, and all leases when it stops. After its end nothing is spent from a lease.
+(Verification stops earlier: without the store, nobody can tell whether the key was revoked.)
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ from .usage_state import (
 )
 
 LEASE_S = 5.0
-"""How long a lease lasts unless it is renewed: so long, at most, what a node holds is lost to others when it dies."""
+"""How long a lease lasts unless it is renewed. When a node dies, others lose its leased units for at most so long."""
 RENEW_EVERY_S = 1.0
-"""How often what was spent is recorded, and leases are renewed or given back."""
+"""How often the node records what it spent, and renews or returns its leases."""
 SLICES = 10
-"""The leases are looked at in so many parts, one after the other, so that no call waits for all of them."""
+"""The leases are renewed in so many slices, one after the other, so that no call waits for all of them."""
 LOOK_FOR_DEAD_EVERY = 3
-"""The logs of dead processes are looked for at the start, and at each so many-th renewal."""
+"""The node looks for logs of dead processes at its start, and once in so many renewals."""
 MAX_USAGE_LEASES = 30_000
-"""Accounts that a node has leases on, as many as it keeps keys in memory; what is used beyond is debited at once."""
+"""Subjects that a node has leases on: as many as it keeps keys in memory. Use of further ones is committed at once."""
 MAX_TICKETS = 30_000
-"""Keys that are verified from memory; of many that share one quota those that came first make room."""
+"""Keys that are verified from memory. Where many keys share one quota, the oldest make room."""
 MAX_LOCAL_HOLDS = 100_000
 MAX_SCOPES = 1_000
-"""Pairs of model and route that are remembered of one key."""
+"""Pairs of model and route remembered for one key."""
 CLOSE_TIMEOUT_S = 5.0
 LOCAL = "rsl_"
-"""What the id of a reservation begins with that is in this process's memory only."""
+"""The prefix of the id of a reservation that is in this process's memory only."""
 NEVER = 2**62
 _log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ Entries = Sequence[tuple[LeasedLimit, str]]
 
 
 class Ledger(Protocol):
-    """What the leases need of the ledger that they belong to."""
+    """The part of the ledger that the leases need."""
 
     lease_manager: LeaseManager | None
 
@@ -77,8 +77,8 @@ class Ledger(Protocol):
 
 
 class Scope:
-    """What the calls of a key for one model and route are charged to: the shares, their wallets, and the accounts that
-    have no limit for such calls. Those uses the ledger only counts: there need be no lease to count them by."""
+    """The leased limits that the calls of a key for one model and route are charged to, with their usage leases.
+    `aggregated` are the subjects without a limit for such calls: their use is only added up, so they need no lease."""
 
     __slots__ = ("aggregated", "entries", "usage_leases")
 
@@ -100,7 +100,7 @@ class Scope:
 
 
 class Ticket:
-    """The shares that a key's uses are charged to. Good for as long as the key is as it was (`metered`)."""
+    """The leased limits that a key's uses are charged to. Valid while the key is unchanged (`subjects`)."""
 
     __slots__ = ("_by_scope", "plain", "scoped", "subjects", "usage_leases")
 
@@ -114,7 +114,7 @@ class Ticket:
         self._by_scope: dict[tuple[str | None, str | None], Scope] = {}
 
     def scope(self, model: str | None, route: str | None) -> Scope:
-        """What a call with this model and route is charged to."""
+        """The leased limits for a call with this model and route."""
         if not self.scoped:
             return self.plain
         found = self._by_scope.get((model, route))
@@ -127,24 +127,24 @@ class Ticket:
 
 @dataclass(slots=True)
 class LocalReservation:
-    """A reservation in memory: of each share what it holds."""
+    """A reservation in memory, and the amount that it holds of each leased limit."""
 
     scope: Scope
     cost: Cost
     ends_us: int
     key: Any
-    """Whose it is, as who reserved it knows the key."""
+    """The key that was reserved for, as the caller knows it."""
     model: str | None
     route: str | None
     used: dict[str, int]
-    """What was reported as used while it was open, and is charged already."""
+    """The use that was reported while it was open; it is charged already."""
     recording: bool = False
-    """Its settlement goes, or went, through the ledger, and nobody knows yet whether it was charged."""
+    """Its settlement went through the ledger, and it is not known yet whether it was charged."""
     reporting: tuple[str, dict[str, int]] | None = None
-    """The idempotency key and the totals of a report of what was used that goes, or went, through the ledger."""
+    """The idempotency key and the totals of a report of use that went through the ledger."""
 
     more: list[tuple[LeasedLimit, str]] = field(default_factory=list)
-    """Shares of limits that came later, which hold it too."""
+    """Leased limits that were added later, and hold it too."""
 
     @property
     def entries(self) -> Entries:
@@ -152,7 +152,7 @@ class LocalReservation:
 
     @property
     def held_entries(self) -> Entries:
-        """All shares that hold it."""
+        """All leased limits that hold it."""
         return self.scope.entries if not self.more else [*self.scope.entries, *self.more]
 
     def holds(self, leased_limit: LeasedLimit) -> bool:
@@ -160,8 +160,8 @@ class LocalReservation:
 
 
 class LeaseManager:
-    """The leases of one ledger. `start` before use. `folder`: where what is spent survives the process (None: nowhere);
-    `describe` gives the limits of an account by its id, None where there is no such key or quota any more."""
+    """The leases of one ledger. Call `start` before use. `folder` keeps the lease log, which survives the process
+    (None: no log). `describe` gives a subject by its id, or None if its key or quota was removed."""
 
     def __init__(
         self,
@@ -184,7 +184,7 @@ class LeaseManager:
         self._tickets: dict[str, Ticket] = {}
         self._holds: dict[str, LocalReservation] = {}
         self._next_end_us = NEVER
-        """No reservation in memory ends before this."""
+        """No reservation in memory ends before this moment."""
         self._task: asyncio.Task[None] | None = None
         self._closed = False
         ledger.lease_manager = self
@@ -196,12 +196,12 @@ class LeaseManager:
 
     @property
     def leases(self) -> int:
-        """On how many accounts this node has a lease, or is about to have one."""
+        """The number of subjects that this node has a lease on, or is about to have one."""
         return len(self._usage_leases)
 
     @property
     def holds(self) -> int:
-        """Reservations that are open in memory."""
+        """The number of reservations that are open in memory."""
         return len(self._holds)
 
     def start(self) -> None:
@@ -212,8 +212,8 @@ class LeaseManager:
     def admit(
         self, subjects: Subjects, cost: Cost, now_us: int, model: str | None = None, route: str | None = None
     ) -> Entries | None:
-        """Charge one use to the shares that this node holds; they stand as the answer says then. None if that is not
-        possible from memory: nothing is charged, ask the ledger."""
+        """Charge one use to the leased limits of this node; the answer is made from them. None if that is not possible
+        from memory: then nothing was charged, and the ledger has to decide."""
         ticket = self._tickets.get(subjects.id)
         if ticket is None or ticket.subjects is not subjects or self._closed:
             return None
@@ -237,7 +237,7 @@ class LeaseManager:
                 if now_us >= leased_limit.mark_ends_us:
                     leased_limit.mark(now_us, spent)
                 leased_limit.spent = spent = spent + units
-                cells[leased_limit.slot] = spent  # before anyone is told: whatever happens now, it is spent
+                cells[leased_limit.slot] = spent  # before the answer: whatever happens now, it is spent
                 if spent > leased_limit.low:
                     leased_limit.low = NEVER
                     self._renew(leased_limit.usage_lease)
@@ -259,7 +259,7 @@ class LeaseManager:
     def hold(
         self, subjects: Subjects, cost: Cost, now_us: int, ends_us: int, key: Any, model: str | None, route: str | None
     ) -> tuple[str, Entries] | None:
-        """Reserve from the shares that this node holds; None if that is not possible from memory."""
+        """Reserve from the leased limits of this node; None if that is not possible from memory."""
         ticket = self._tickets.get(subjects.id)
         if ticket is None or ticket.subjects is not subjects or self._closed or len(self._holds) >= MAX_LOCAL_HOLDS:
             return None
@@ -281,7 +281,7 @@ class LeaseManager:
         return id, entries
 
     def held(self, id: str, now_us: int) -> LocalReservation | None:
-        """A reservation that is open in this process's memory."""
+        """The open reservation with this id in memory; None if there is none."""
         hold = self._holds.get(id)
         if hold is not None and now_us >= hold.ends_us:
             self._release(id)
@@ -289,7 +289,7 @@ class LeaseManager:
         return hold
 
     def change(self, id: str, cost: Cost, ends_us: int, now_us: int) -> bool:
-        """Let a reservation hold so much, until then; False if the shares do not have that much more."""
+        """Let a reservation hold this cost until `ends_us`; False if the leased limits do not have enough."""
         hold = self._holds[id]
         for leased_limit, resource in hold.held_entries:
             more = cost.get(resource, 0) - hold.cost.get(resource, 0)
@@ -304,15 +304,15 @@ class LeaseManager:
         return True
 
     def settle(self, id: str, cost: Cost, now_us: int, *, last: bool = True) -> bool:
-        """End a reservation (or, not `last`, go on with it) and charge what was used; False if it was more than the
-        shares have: then nothing is charged here, the ledger has to, and the reservation is as it was."""
+        """Charge the use of a reservation and end it (not `last`: let it go on). False if the leased limits do not have
+        enough: then nothing was charged, the reservation is unchanged, and the ledger has to charge it."""
         hold = self._holds[id]
         if hold.more:
-            return False  # the limits are others than those that it was made under
+            return False  # the limits have changed since it was made
         own = hold.cost if last else {}
         for leased_limit, resource in hold.entries:
             held = leased_limit.held - own.get(resource, 0)
-            # Nothing is counted without a lease either: what the store has of it is what its uses are told by.
+            # Without a lease in the store nothing may be counted either: the uses are recorded relative to the lease.
             if leased_limit.spent + held + cost.get(resource, 0) > leased_limit.cap or now_us >= leased_limit.ends_us:
                 return False
         if last:
@@ -321,12 +321,12 @@ class LeaseManager:
         return True
 
     def end(self, id: str) -> None:
-        """Give back what a reservation holds, if it is open."""
+        """Release a reservation, if it is open."""
         if id in self._holds:
             self._release(id)
 
     def _end_holds(self, now_us: int) -> None:
-        """End those whose time is over."""
+        """Release the reservations that have expired."""
         if now_us < self._next_end_us:
             return
         for id in [id for id, hold in self._holds.items() if now_us >= hold.ends_us]:
@@ -343,7 +343,7 @@ class LeaseManager:
     # --- In the ledger's commits ------------------------------------------------------------------------------
 
     def usage_leases_for(self, groups: Iterable[Group]) -> Mapping[str, UsageLease]:
-        """This node's leases, with a new one for each account that is to be charged for the first time."""
+        """This node's leases, with a new one for each subject that is charged for the first time."""
         self._end_holds(self._clock.now_us())
         if not self._closed:
             for group in groups:
@@ -361,7 +361,7 @@ class LeaseManager:
         return self._usage_leases
 
     def committed(self, decided: DecidedGroup) -> None:
-        """What was decided is durable, and with it the leases that were granted."""
+        """The decision is durable, and with it the granted leases."""
         for usage_lease, spent in decided.usage_leases:
             usage_lease.committed(spent)
         for usage_lease in decided.returned:
@@ -387,20 +387,20 @@ class LeaseManager:
                 usage_lease.tickets.add(subjects.id)
 
     def _revoke(self, id: str) -> None:
-        """The next use of a key is the ledger's."""
+        """Send the next use of a key through the ledger."""
         ticket = self._tickets.pop(id, None)
         if ticket is not None:
             for usage_lease in ticket.usage_leases.values():
                 usage_lease.tickets.discard(id)
 
     def not_committed(self, decided: DecidedGroup) -> None:
-        """What was decided did not commit, or nobody knows: what both leases allow may be spent until it is tried
-        again."""
+        """The commit failed, or its outcome is unknown. Until the next attempt this node may spend what the old and the
+        new lease both allow."""
         for usage_lease, _ in decided.usage_leases:
             usage_lease.renewing = False
 
     def recorded(self, request: AdmissionRequest) -> None:
-        """A renewal is durable: `committed` was told."""
+        """A renewal is durable; `committed` has updated the lease."""
 
     def failed(self, request: AdmissionRequest) -> None:
         """A renewal could not be decided, or not be committed."""
@@ -409,15 +409,15 @@ class LeaseManager:
             usage_lease.renewing = False
 
     async def described(self, id: str) -> Subject | None:
-        """An account's limits as they are now; None if they are not known here, or it is gone."""
+        """The subject with its present limits; None if it is unknown here, or was removed."""
         return None if self._describe is None else await self._describe(id)
 
     def gone(self, request: AdmissionRequest) -> None:
-        """The key, or the quota, that a renewal was for was removed."""
+        """The key, or the quota, of a renewal was removed."""
         self.drop(request.subjects.id)
 
     def drop(self, id: str) -> None:
-        """The key, or the quota, was removed, and what was lent of it with it."""
+        """The key, or the quota, was removed, and with it what was leased of it."""
         usage_lease = self._usage_leases.get(id)
         if usage_lease is not None:
             usage_lease.forget_spent()
@@ -433,8 +433,8 @@ class LeaseManager:
             self._revoke(id)
 
     def show(self, id: str, state: UsageState, compiled_limits: Sequence[CompiledLimit] | None = None) -> None:
-        """Count in an account, for statistics, what this node has spent and not recorded yet, and what reservations in
-        memory hold of these limits."""
+        """For statistics, add to a state what this node has spent and not recorded yet, and what reservations in memory
+        hold of these limits."""
         lease = state.leases.pop(self.log.lease, None)
         usage_lease = self._usage_leases.get(id)
         if lease is None or usage_lease is None:
@@ -446,7 +446,7 @@ class LeaseManager:
             leased_limit = usage_lease.leased_limits.get(limit)
             if leased_limit is not None and leased_limit.compiled_limit.resource != CONCURRENCY:
                 state.counter(leased_limit.compiled_limit).add_at(now_us, max(0, leased_limit.spent - settled))
-        noted = usage_lease.noted  # a commit may be durable, and its answer on its way
+        noted = usage_lease.noted  # a commit may be durable before its answer arrives
         stored = noted[1] if noted is not None and noted[0] == lease[1] else usage_lease.settled_totals
         totals = {name: units - stored.get(name, 0) for name, units in usage_lease.totals.items()}
         if usage_lease.count:
@@ -475,12 +475,12 @@ class LeaseManager:
                 turn += 1
                 await asyncio.sleep(self._every_s / SLICES)
                 self._look_at_leases(turn % SLICES)
-            except Exception:  # whatever it is: without renewals all leases would end, and each use would be a commit
-                _log.exception("limit leases could not be looked at, trying again")
+            except Exception:  # without renewals all leases would end, and each use would be a commit
+                _log.exception("limit leases could not be renewed, trying again")
                 await asyncio.sleep(self._every_s)
 
     def _look_at_leases(self, slice: int | None = None) -> None:
-        """Record what was spent and renew; what nothing was taken from goes back. `slice`: of that part only."""
+        """Record what was spent and renew the leases; return those that nothing was spent from. `slice`: only these."""
         self._end_holds(self._clock.now_us())
         for usage_lease in list((self._usage_leases if slice is None else self._slices[slice]).values()):
             idle = usage_lease.count == usage_lease.seen_count and not usage_lease.open
@@ -488,8 +488,8 @@ class LeaseManager:
             self._renew(usage_lease, "return" if idle else "renew")
 
     async def close(self) -> None:
-        """Record what was spent and give everything back. What cannot be goes back after the lease, or when another
-        process finds this one's log."""
+        """Record what was spent and return all leases. A lease that cannot be returned ends by itself, or is recovered
+        by a process that finds this one's log."""
         self._closed = True
         if self._task is not None:
             self._task.cancel()
@@ -503,11 +503,11 @@ class LeaseManager:
                     for usage_lease in list(self._usage_leases.values()):
                         self._renew(usage_lease, "return")
                     await self._ledger.settled()
-                    await asyncio.sleep(0)  # whatever it is that keeps one back, the time-out must be heard
+                    await asyncio.sleep(0)  # so that the time-out can interrupt this loop
                     if self._ledger.unreachable:
                         break
         if self._usage_leases:
-            _log.warning("%d limit leases could not be given back: they end by themselves", len(self._usage_leases))
+            _log.warning("%d limit leases could not be returned: they end by themselves", len(self._usage_leases))
             self.log.abandon()
         else:
             self.log.close()
