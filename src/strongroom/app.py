@@ -141,9 +141,9 @@ class Strongroom:
         them one is made and kept in the store. `journal_kept_s`: how long the journal is kept, where the store can drop
         its old parts (PostgreSQL); without it, for ever. `cache`: where what entities declare as cached is kept,
         `redis://…`, or `memory://` for this process alone; without it every read goes to the store.
-        `limits`: `durable` debits each use before it is answered, `leased` debits shares of the limits that are then
-        spent in memory (docs/limits.md); `lease_s`: how long such a share lasts; `lease_folder`: where what was spent
-        of it survives a killed process (default: beside the store's file, or among the temporary files). Raises
+        `limits`: `durable` debits each use before it is answered, `leased` debits limit leases, which are then
+        spent in memory (docs/limits.md); `lease_s`: how long a limit lease lasts; `lease_folder`: the folder of the
+        lease log, which survives a killed process (default: beside the store's file, or the temporary folder). Raises
         ConfigError, SchemaError, StoreError, Unavailable.
         """
         registry = Registry((*SYSTEM_ENTITIES, *entities))

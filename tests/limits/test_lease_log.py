@@ -198,7 +198,7 @@ def test_an_unwritable_folder_is_logged_and_leases_work_without_a_log(
 ) -> None:
     (tmp_path / "file").write_text("no folder")
     log = LeaseLog("lse_1", tmp_path / "file" / "leases")
-    assert "comes back late" in caplog.text
+    assert "come back late" in caplog.text
     slot = log.slot("a", "l")
     log.cells[slot] = 3
     assert log.cells[slot] == 3

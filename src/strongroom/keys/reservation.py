@@ -185,5 +185,5 @@ def not_covered(key: CachedKey, entries: Entries, wanted: Mapping[str, int]) -> 
         for status in limits
         if wanted.get(status.resource) and status.resource != CONCURRENCY
     ]
-    answer = refused(key, "USAGE_EXCEEDED", "this process's share of the limits does not suffice for so much more")
+    answer = refused(key, "USAGE_EXCEEDED", "this process's limit leases do not have enough units for so much more")
     return msgspec.structs.replace(answer, limits=denied or limits)

@@ -1,4 +1,4 @@
-"""What is written to an account beside uses: refills that begin, charges taken back, uses of before. Pure.
+"""Writes to a usage state other than uses: refills that begin, refunds, earlier uses, aggregated use. Pure.
 
 Each is decided and committed by the ledger as any charge is (`Charge.special`).
 """
@@ -14,13 +14,13 @@ from .usage_state import CONCURRENCY, CompiledLimit, Cost, UsageState
 from .windows import Limit, Total
 
 MAX_WRITERS = 64
-"""Processes that an account remembers the last tally of."""
+"""Processes whose last number of aggregated use a state remembers."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeadLease:
-    """What the log of a dead process says of its lease on one account: of each limit, the total that it had spent, and
-    when last."""
+    """The lease of a dead process on one subject, from its lease log: for each limit the total that it had spent, and
+    when it spent last."""
 
     lease: str
     spent: Mapping[str, tuple[int, int]]
@@ -28,8 +28,8 @@ class DeadLease:
 
 @dataclass(frozen=True, slots=True)
 class AggregatedUse:
-    """Uses that nobody waits for, the so many-th that their writer (a process) writes. They count once, however often
-    they are written: the account remembers the last number of each writer."""
+    """Use that was added up, with its number among those of its writer (a process). It counts once, even if it is
+    written twice: the state remembers the last number of each writer."""
 
     writer: str
     number: int
@@ -37,22 +37,22 @@ class AggregatedUse:
 
 @dataclass(frozen=True, slots=True)
 class BeginRefills:
-    """The totals of these ids are about to have a refill, which gives back from now on. It is committed before the
-    limits are changed, so that no crash between the two lets the refill begin later."""
+    """These totals are about to get a refill, which begins now. This commits before the limits change, so that a crash
+    between the two does not let the refill begin later."""
 
     limits: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Refund:
-    """The charge that was decided at this moment is taken back: what it was made for was refused after all."""
+    """The use that was admitted at this moment is taken back, because its request was refused after all."""
 
     moment_us: int
 
 
 @dataclass(frozen=True, slots=True)
 class Backdate:
-    """The use was at this moment, and counts in the windows that still count it."""
+    """The use was at this moment. It counts in the windows that still count it."""
 
     moment_us: int
 
@@ -61,14 +61,14 @@ Special = DeadLease | AggregatedUse | BeginRefills | Refund | Backdate
 
 
 def add_once(state: UsageState, aggregated: AggregatedUse, cost: Cost, count: int, used_at_us: int) -> bool:
-    """Count uses, unless they are counted already; whether they were not."""
+    """Count aggregated use, unless it is counted already; whether it was not."""
     if aggregated.number <= state.aggregated.get(aggregated.writer, 0):
         return False
-    state.aggregated.pop(aggregated.writer, None)  # so that it goes to the end of the line
-    while len(state.aggregated) >= MAX_WRITERS:  # those that wrote longest ago
+    state.aggregated.pop(aggregated.writer, None)  # so that it becomes the newest
+    while len(state.aggregated) >= MAX_WRITERS:  # the oldest writers go
         del state.aggregated[next(iter(state.aggregated))]
     state.aggregated[aggregated.writer] = aggregated.number
-    if count < 0 or any(units < 0 for units in cost.values()):  # more was taken back than was used meanwhile
+    if count < 0 or any(units < 0 for units in cost.values()):  # more was refunded than was used meanwhile
         _subtract(state, {name: -units for name, units in cost.items() if units < 0}, max(0, -count))
         cost, count = {name: units for name, units in cost.items() if units > 0}, max(0, count)
     state.add_totals(cost, count, used_at_us)
@@ -83,7 +83,7 @@ def refills_that_begin(before: Iterable[Limit], after: Iterable[Limit]) -> tuple
 
 
 def begin_refills(state: UsageState, limits: Sequence[str], now_us: int) -> bool:
-    """Let the refills of these totals begin now; whether that changed anything: of what was never used none comes."""
+    """Let the refills of these totals begin now; whether that changed anything (a total without use gets none)."""
     used = False
     for id in limits:
         counter = state.counters.pop(id, None)
@@ -95,7 +95,7 @@ def begin_refills(state: UsageState, limits: Sequence[str], now_us: int) -> bool
 
 
 def refill_started(state: UsageState, compiled_limits: Sequence[CompiledLimit]) -> bool:
-    """Whether a refill began at this look, so that its beginning is to be stored although nothing was used. Once."""
+    """Whether a refill began with this decision, so that its beginning must be stored without a use. True once."""
     found = False
     for one in compiled_limits:
         counter = state.counter(one)
@@ -107,7 +107,7 @@ def refill_started(state: UsageState, compiled_limits: Sequence[CompiledLimit]) 
 def take_back(
     state: UsageState, compiled_limits: Sequence[CompiledLimit], cost: Cost, moment_us: int, now_us: int
 ) -> bool:
-    """Take back what was charged to an account at a moment; whether there was anything."""
+    """Take back the use that was charged to a state at a moment; whether there was any."""
     if not state.version:
         return False
     for compiled_limit in compiled_limits:
@@ -119,7 +119,7 @@ def take_back(
 
 
 def _subtract(state: UsageState, cost: Cost, count: int) -> None:
-    """Take uses and what they cost out of what is added up for ever."""
+    """Subtract uses and their cost from the lifetime totals."""
     state.count = max(0, state.count - count)
     for name, units in cost.items():
         if name in state.totals:
@@ -129,8 +129,8 @@ def _subtract(state: UsageState, cost: Cost, count: int) -> None:
 def counting(
     states: Sequence[tuple[UsageState, Sequence[CompiledLimit], int]], cost: Cost, moment_us: int
 ) -> tuple[list[tuple[UsageState, CompiledLimit]], str | None]:
-    """Which limits still count a use of before, and where none of those that it concerns does, why not. `accounts`:
-    each with its limits and its moment."""
+    """The limits that still count an earlier use; or why none of the limits that it concerns does. `states`: each with
+    its limits and its moment."""
     concerned = [
         (state, one, now_us)
         for state, compiled_limits, now_us in states

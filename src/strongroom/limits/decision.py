@@ -1,4 +1,4 @@
-"""The decision on the requests of one group, and what has to commit for it to be true. Pure."""
+"""The decision on the requests of one group, and the operations that must commit with it. Pure."""
 
 from __future__ import annotations
 
@@ -110,9 +110,9 @@ class GroupDecision:
             state.seen_us = max(state.moment(now_us), state.seen_us)
             self._entries[id] = _Entry(subject, state, state.seen_us)
         self._watched: list[tuple[_Entry, CompiledLimit, tuple[int, ...], int]] = []
-        """Limits whose thresholds someone wants to be told of, and what was recorded of them before."""
+        """Limits with watched thresholds, and their recorded use before this decision."""
         self._due = False
-        """Whether crossings of earlier decisions are still to be told of."""
+        """Whether events of earlier crossings are still to be written."""
         self._guards: dict[tuple[str, str], Check] = {}
         self._extra: list[tuple[Operation, AdmissionRequest | None]] = []
         self._answers: list[tuple[AdmissionRequest, AdmissionDecision]] = []
@@ -181,8 +181,8 @@ class GroupDecision:
         return False
 
     def _simply(self, request: AdmissionRequest) -> bool:
-        """Admit what most requests are, in one go: one subject, on which nothing is held or leased. False: the request
-        is another one, or not admitted; nothing was done."""
+        """Decide the usual request in one pass: it has one subject, on which nothing is held or leased. False: the
+        request is another kind, or is not admitted; nothing was done."""
         (subject,) = request.subjects.all
         entry = self._entries[subject.id]
         state = entry.state
@@ -208,7 +208,7 @@ class GroupDecision:
         return True
 
     def _hold(self, request: AdmissionRequest, hold: HoldChange, asked: Sequence[tuple[CompiledLimit, ...]]) -> None:
-        """Charge what was used of a reservation where it was held, and hold what it holds from now on."""
+        """Charge the use of a reservation to the subjects that hold it, and hold its new amounts."""
         places = {}
         for subject, compiled_limits in zip(request.subjects.all, asked, strict=True):
             entry = self._entries[subject.id]
@@ -229,7 +229,7 @@ class GroupDecision:
         self._extra.append((operation, request))
 
     def _want(self, entry: _Entry, compiled_limits: Iterable[CompiledLimit], cost: Cost) -> None:
-        """Remember what one request asks of each limit, for the size of the next lease."""
+        """Remember the units that one request asks of each limit: they set the size of the next lease."""
         if self._round.lease_us is not None:
             asked = entry.asked
             if asked is None:
@@ -269,7 +269,7 @@ class GroupDecision:
         raise AssertionError("the others are admissions")
 
     def _backdate(self, request: AdmissionRequest, moment_us: int) -> None:
-        """Record an earlier use where it still counts; all of it, whatever the limits."""
+        """Record an earlier use in the windows that still count it, over a limit too."""
         if self._is_stale(request):
             return
         if request.once is not None and (before := self._round.repeated.get(request.once.id)) is not None:
@@ -302,7 +302,7 @@ class GroupDecision:
         self._extra.append((once.operation, None))
 
     def _repeat(self, request: AdmissionRequest, once: IdempotentOperation, before: EarlierAdmission) -> None:
-        """Answer as the first time. Where the record holds no statuses (an earlier version wrote it), as things are."""
+        """Answer as the first time. A record of an earlier version has no statuses: answer with the present ones."""
         if before.fingerprint not in once.alike:
             fail(request, Conflict("the idempotency key was used for a different request: take a new one"))
             return
@@ -313,14 +313,14 @@ class GroupDecision:
         self._answers.append((request, AdmissionDecision(True, statuses, self._round.now_us, repeated=True)))
 
     def _may_hold(self, request: AdmissionRequest, hold: HoldChange) -> bool:
-        """Whether a reservation can be changed; if not the request has failed."""
+        """Whether a reservation can be changed; if not, the request has failed."""
         ended_us = hold.ended_us({subject.id: self._entries[subject.id].now_us for subject in request.subjects.all})
         if ended_us is not None:
             fail(request, HoldEnded(ended_us))
         return ended_us is None
 
     def _fits(self, request: AdmissionRequest, asked: Sequence[tuple[CompiledLimit, ...]]) -> bool:
-        """Whether all limits admit a request; if not it is answered."""
+        """Whether all limits admit a request; if not, it is answered."""
         wanted = []
         for subject, compiled_limits in zip(request.subjects.all, asked, strict=True):
             entry = self._entries[subject.id]
@@ -334,7 +334,7 @@ class GroupDecision:
         statuses: list[Status] = []
         for subject, entry, want in wanted:
             if subject.refills and refill_started(entry.state, subject.compiled_limits):
-                entry.changed = True  # a restart would let it begin again, later
+                entry.changed = True  # or a restart would let the refill begin later
             statuses += entry.state.denials(want, entry.now_us)
         self._answers.append((request, AdmissionDecision(False, tuple(statuses), self._round.now_us)))
         return False
@@ -352,7 +352,7 @@ class GroupDecision:
     # --- What has to commit -----------------------------------------------------------------------------------
 
     def _guard(self, guard: Check) -> None:
-        if guard.expected:  # a dead process's lease is recovered whatever became of the key
+        if guard.expected:  # without it, a dead process's lease is recovered even if the key has changed
             self._guards[guard.collection, guard.id] = guard
 
     def _commitment(self) -> DecidedGroup:
@@ -392,7 +392,7 @@ class GroupDecision:
                     self._watched.append((entry, compiled_limit, thresholds, before))
 
     def _tell(self, watcher: Watcher, decided: DecidedGroup, changed: Sequence[_Entry]) -> None:
-        """Have the thresholds told of that were crossed, as many in this commit as it takes events."""
+        """Write the events of crossed thresholds, as many as this commit takes."""
         for entry, compiled_limit, thresholds, before in self._watched:
             state, now_us = entry.state, entry.now_us
             counter = state.counter(compiled_limit)
@@ -420,7 +420,7 @@ class GroupDecision:
         count, events, due = 0, [], []
         while state.due:
             limit_id, threshold, used, most, ends_us, at_us = state.due[0]
-            if limit_id in by_id:  # else the limit is gone, and whoever took it away knows
+            if limit_id in by_id:  # else the limit was removed
                 limit = by_id[limit_id].limit
                 crossing = Crossing(subject.id, subject.tenant, key_id, limit, threshold, used, most, ends_us, at_us)
                 puts = watcher.on_crossing(crossing)
@@ -450,7 +450,7 @@ class GroupDecision:
             if (entry.returning and not usage_lease.open) or lease_us is None:
                 usage_lease.give_back()
                 returned.append(usage_lease)
-            elif entry.returning:  # the limits may be others: what is reserved stays, and nothing more is leased
+            elif entry.returning:  # the limits may have changed: keep what is reserved, lease nothing more
                 usage_lease.subject = entry.subject
                 usage_lease.grant(state, {}, now_us, lease_us, only_held=True)
                 entry.changed = entry.changed or usage_lease.lease in state.leases
@@ -460,9 +460,7 @@ class GroupDecision:
                 entry.changed = entry.changed or usage_lease.lease in state.leases
             else:
                 continue
-            granted.append(
-                (usage_lease, usage_lease.totals_now())
-            )  # of the new shares as well, so that they are leased
+            granted.append((usage_lease, usage_lease.totals_now()))  # new leased limits too, so that they get their cap
         decided.usage_leases, decided.returned = granted, returned
 
 
@@ -480,7 +478,7 @@ def usage_operation(id: str, state: UsageState) -> Put | Patch:
     if state.version and document["active_at"] == state.stored_active_at:
         del document["active_at"]
         return Patch(NAME, id, document, state.version)
-    state.stored_active_at = document["active_at"]  # if this does not commit, the account is read again
+    state.stored_active_at = document["active_at"]  # if this does not commit, the state is read again
     return Put(NAME, id, document, state.version)
 
 

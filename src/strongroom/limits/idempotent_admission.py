@@ -1,4 +1,4 @@
-"""Charges that may be made only once: what sets one apart, and what their record keeps for the repeat. Pure."""
+"""Idempotent requests: what their record keeps, so that a retry gets the first answer. Pure."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _decode = msgspec.msgpack.Decoder(list[tuple[str, str, int, int | None, int, int
 
 
 class EarlierAdmission(NamedTuple):
-    """What the record of a charge that may happen only once holds: which request it was, and where the limits stood."""
+    """The record of an idempotent request that was admitted: its fingerprint, and the statuses of the limits."""
 
     fingerprint: str
     memo: bytes | None
 
 
 def kept_statuses(subjects: Subjects, statuses: Sequence[Status]) -> bytes:
-    """Where limits stood, as the record of a charge that may happen only once keeps it."""
+    """The statuses of limits, as the record of an idempotent request keeps them."""
     whose = {id(one): subject.id for subject in subjects.all for one in subject.compiled_limits}
     names = [(whose[id(one.compiled_limit)], one.compiled_limit.id) for one in statuses]
     numbers = [(one.used, one.resets_at_us, one.recorded, one.reserved, one.leased) for one in statuses]
@@ -29,7 +29,7 @@ def kept_statuses(subjects: Subjects, statuses: Sequence[Status]) -> bytes:
 
 
 def statuses_kept(subjects: Subjects, memo: bytes | None) -> tuple[Status, ...] | None:
-    """What `kept_statuses` was given, of the limits that are still there; None if nothing was kept."""
+    """The statuses that `kept_statuses` was given, of the limits that still exist; None if none were kept."""
     if not memo:
         return None
     there = {(subject.id, one.id): one for subject in subjects.all for one in subject.compiled_limits}

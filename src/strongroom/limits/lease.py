@@ -132,7 +132,7 @@ class LeasedLimit:
 class UsageLease:
     """This node's lease on the limits of one subject, and the use of it that is not recorded yet.
 
-    `part` says what the account's limits are; a change of the key gives another one, and the next commit its shares.
+    `subject` has the limits. After a change of the key it is another one, and the next commit leases by its limits.
     """
 
     __slots__ = (

@@ -1,10 +1,10 @@
-"""What a process has spent from its leases, where it survives the process: so that what a killed one had not spent goes
-back, exactly.
+"""The lease log: the use that a process has spent from its leases. It survives the process, so that the unspent units
+of a killed process come back exactly.
 
-A file of 8-byte cells is mapped into memory: writing a cell costs no system call, and the kernel keeps what was written
-whatever becomes of the process (`kill -9` included). It does not survive the machine: a file of another boot is
-not believed, and its leases count as spent. The file is locked while its process lives; whoever gets the lock knows
-that the process is dead. Beside it stands a file of names, one JSON line for each pair of cells.
+A file of 8-byte cells is mapped into memory. Writing a cell costs no system call, and the kernel keeps it even if the
+process is killed (`kill -9` included). It does not survive the machine: the file of an earlier boot is ignored, and its
+leases count as spent. The file is locked while its process lives, so a process that gets the lock knows that its owner
+is dead. A second file has the names, one JSON line for each pair of cells.
 
     <lease>.spent   cells: magic, format; then for each slot what was spent in all, and when last (microseconds)
     <lease>.names   {"boot": …}, then ["account", "limit", slot] for each slot that was given out
@@ -36,7 +36,7 @@ MAGIC = int.from_bytes(b"SRSPENT1", "little")
 HEADER_CELLS = 2
 FIRST_SLOTS = 1_024
 MIN_COMPACTED = 4_096
-"""The file of names is written anew when it has so many lines, and twice those that are still of use."""
+"""The file of names is compacted once it has so many lines, and twice as many as are in use."""
 CELL = 8
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -44,13 +44,13 @@ _log = logging.getLogger(__name__)
 
 
 class LeaseLog:
-    """The cells of one process's leases. Without a folder they are in its memory only, and die with it."""
+    """The cells of one process's leases. Without a folder they are in its memory only."""
 
     def __init__(self, lease: str, folder: Path | None = None) -> None:
         self.lease = lease
         self._free: list[int] = []
         self._live: dict[int, tuple[str, str]] = {}
-        """What the slots that are in use are for, by index."""
+        """The subject and the limit of each slot in use, by index."""
         self._lines = 0
         self._next = 0
         self._slots = FIRST_SLOTS
@@ -63,9 +63,7 @@ class LeaseLog:
                 mapped = self._open(folder, boot)
             except OSError as error:
                 self._close_files()
-                _log.warning(
-                    "limit leases are not logged, so what a killed process had left comes back late: %s", error
-                )
+                _log.warning("limit leases are not logged: the units of a killed process come back late: %s", error)
         size = (HEADER_CELLS + 2 * self._slots) * CELL
         self.cells = memoryview(mapped if mapped is not None else bytearray(size)).cast("Q")
         self.cells[0], self.cells[1] = MAGIC, 1
@@ -79,8 +77,8 @@ class LeaseLog:
         return self._mapped(self._spent)
 
     def compact(self) -> None:
-        """Write the file of names anew, with what is in use. It is locked before it has the name by which others look
-        for it, so that there is no moment in which this process could be taken for dead."""
+        """Compact the file of names. It is locked before it gets its name, so that no other process can take this one
+        for dead."""
         new = self._folder / f"{self.lease}.new"
         names = os.open(new, _NEW | os.O_APPEND, 0o600)
         try:
@@ -99,13 +97,13 @@ class LeaseLog:
     def _mapped(self, descriptor: int) -> mmap.mmap:
         size = (HEADER_CELLS + 2 * self._slots) * CELL
         if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(descriptor, 0, size)  # a disk that is full is told of now, and not by a signal later
+            os.posix_fallocate(descriptor, 0, size)  # a full disk raises an error now, and not a signal later
         else:
             os.ftruncate(descriptor, size)
         return mmap.mmap(descriptor, size)
 
     def slot(self, state: str, limit: str) -> int:
-        """The index of a cell for what is spent of one limit, zeroed; the cell after it is for the moment."""
+        """The index of a zeroed cell for the spent units of one limit; the next cell is for the moment."""
         if self._free:
             number = self._free.pop()
         else:
@@ -132,21 +130,21 @@ class LeaseLog:
             self._lines += 1
 
     def _go_without(self, error: OSError) -> None:
-        """The log cannot be written any more. It must not be found either: it would tell of less than was spent."""
+        """The log cannot be written any more. Remove it, since it would tell of less than was spent."""
         _unlink(self._folder, self.lease)
         self._close_files()
         before = self.cells
         self.cells = memoryview(bytearray((HEADER_CELLS + 2 * self._slots) * CELL)).cast("Q")
         self.cells[: len(before)] = before
-        _log.warning("limit leases are not logged any more, what a killed process has left comes back late: %s", error)
+        _log.warning("limit leases are not logged any more: the units of a killed process come back late: %s", error)
 
     def free(self, index: int) -> None:
-        """A cell is not needed any more."""
+        """Free a cell and the one after it."""
         del self._live[index]
         self._free.append((index - HEADER_CELLS) // 2)
 
     def moment(self, index: int, now_us: int) -> None:
-        """What is spent from now on is spent at `now_us` or later."""
+        """Units written from now on are spent at `now_us` or later."""
         self.cells[index + 1] = now_us
 
     def _grow(self) -> None:
@@ -154,7 +152,7 @@ class LeaseLog:
         before = self.cells
         if self._spent is not None:
             try:
-                # The same file: the cells that were written through the old view are in the new one.
+                # It is the same file: the new view has the cells that were written through the old one.
                 self.cells = memoryview(self._mapped(self._spent)).cast("Q")
             except OSError as error:
                 self._go_without(error)
@@ -163,13 +161,13 @@ class LeaseLog:
             self.cells[: len(before)] = before
 
     def close(self) -> None:
-        """All leases were given back: the files go."""
+        """All leases were returned: remove the files."""
         if self._names is not None:
             _unlink(self._folder, self.lease)
         self._close_files()
 
     def abandon(self) -> None:
-        """Leases are left that could not be given back: the files stay, for whoever comes next."""
+        """Some leases could not be returned: keep the files, for the process that recovers them."""
         self._close_files()
 
     def _close_files(self) -> None:
@@ -180,8 +178,8 @@ class LeaseLog:
 
 
 class DeadLeaseLog:
-    """The log of a process that is dead: by account and limit, what was spent in all and when last. `remove` it once
-    its leases were set right."""
+    """The log of a dead process: by subject and limit, the units spent in all, and when it spent last. `remove` it
+    once its leases are recovered."""
 
     def __init__(self, lease: str, found: dict[str, dict[str, tuple[int, int]]], folder: Path, lock: int) -> None:
         self.lease = lease
@@ -194,7 +192,7 @@ class DeadLeaseLog:
         os.close(self._lock)
 
     def leave(self) -> None:
-        """Not now: the next look tries again."""
+        """Keep the log: it is tried again later."""
         os.close(self._lock)
 
 
@@ -204,13 +202,13 @@ def _write(descriptor: int, data: bytes) -> None:
 
 
 def _unlink(folder: Path, lease: str) -> None:
-    for suffix in ("spent", "new", "names"):  # the names last: by them the others are found
+    for suffix in ("spent", "new", "names"):  # the names last: the other files are found by them
         with contextlib.suppress(OSError):
             os.unlink(folder / f"{lease}.{suffix}")
 
 
 def check_folder(folder: Path) -> None:
-    """Raise PermissionError if anybody else could put logs into a folder, or another folder in its place.
+    """Raise PermissionError if another user could put logs into a folder, or replace the folder.
 
     Each folder of its path, and each link on the way, must be this user's or root's, and writable for no others; sticky
     folders, such as /tmp, may be.
@@ -235,8 +233,8 @@ def check_folder(folder: Path) -> None:
 
 
 def dead_logs(folder: Path) -> Iterator[DeadLeaseLog]:
-    """The logs in a folder whose processes are dead, each locked for the caller. None where `check_folder` objects:
-    others could have written them."""
+    """The logs of dead processes in a folder, each locked for the caller. None if `check_folder` raises: others could
+    have written them."""
     if not LOCKS or not folder.is_dir():
         return
     try:
@@ -252,7 +250,7 @@ def dead_logs(folder: Path) -> Iterator[DeadLeaseLog]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            os.close(lock)  # its process lives, or another one is at it
+            os.close(lock)  # its process lives, or another process recovers it
             continue
         if os.fstat(lock).st_uid != os.getuid() or not _is_at(
             lock, path
@@ -270,7 +268,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _read(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
-    """What a dead process had spent; nothing of a log that is of another boot, or damaged."""
+    """The use of a dead process; nothing for a log of an earlier boot, or a damaged one."""
     found: dict[str, dict[str, tuple[int, int]]] = {}
     try:
         lines = path.read_bytes().split(b"\n")
@@ -283,7 +281,7 @@ def _read(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
         try:
             state, limit, index = _name(json.loads(line))
         except ValueError:
-            continue  # the last line of a process that was killed while it wrote it: it had not spent anything of it
+            continue  # the process was killed while it wrote its last line, and had spent nothing of it
         if index + 1 < len(cells):
             found.setdefault(state, {})[limit] = cells[index], cells[index + 1]
     return found
@@ -305,7 +303,7 @@ def folder_for(url: str, given: str | None = None) -> Path | None:
     parts = urlsplit(url)
     path = unquote(parts.path.removeprefix("/") if parts.scheme in ("sqlite", "json") else "")
     if parts.netloc or not path:  # a server's
-        # What sets two stores of one server apart; how many connections one takes does not.
+        # These parameters name the store; others, such as the number of connections, do not.
         apart = [(name, value) for name, value in parse_qsl(parts.query) if name in ("schema", "collection")]
         place = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path} {apart}"
         if parts.scheme in ("sqlite", "json"):
@@ -316,7 +314,7 @@ def folder_for(url: str, given: str | None = None) -> Path | None:
 
 
 def boot_id() -> str | None:
-    """What tells one boot of this machine from another; None where the system does not say."""
+    """The id of this boot of the machine; None if the system has none."""
     try:
         return _BOOT_ID.read_text().strip()
     except OSError:

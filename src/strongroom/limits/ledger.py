@@ -10,7 +10,7 @@ the other learns of it: a limit cannot be over-admitted, and all limits are char
 A node that leases a part of the limits in such a commit may spend it without another one: `lease_manager.py`.
 
 By which time. Each node has the store's clock (`clock.py`), and along the versions of a usage document time never goes
-back (`Account` says why a limit therefore holds whatever the clocks do).
+back (`UsageState` says why a limit therefore holds even if clocks differ).
 
 A request passes through the group commit (`group_commit.py`), which pauses for other nodes where fairness says so
 (`fairness.py`). The use of keys without limits is only added up (`aggregation.py`). `tuning.py` has the numbers.
@@ -55,14 +55,14 @@ from .usage_states import UsageStates
 
 @dataclass(frozen=True, slots=True)
 class ClockMended:
-    """The time at which an account stood, ahead of the store's clock, and the time from which it goes on."""
+    """The time of a state that ran ahead of the store's clock, and the time from which it goes on."""
 
     before: datetime
     now: datetime
 
 
 class Ledger:
-    """Charges keys. One for a store and process; it belongs to the event loop it is used on."""
+    """Admits requests on keys, exactly and durably. One for a store and process, on one event loop."""
 
     def __init__(self, database: Database, store: Store, clock: Clock | None = None) -> None:
         self._database = database
@@ -78,7 +78,7 @@ class Ledger:
 
     @property
     def lease_manager(self) -> LeaseManager | None:
-        """This node's leases, where there are any: `Lending` sets it."""
+        """This node's leases, if it has any; `LeaseManager` sets it."""
         return self._lease_manager
 
     @lease_manager.setter
@@ -99,7 +99,7 @@ class Ledger:
         """Tell `watcher` of crossed thresholds in the commit that crosses them, and call `on_crossed` after it."""
         self.group_commit.watcher, self.group_commit.on_crossed = watcher, on_crossed
 
-    # --- What callers do --------------------------------------------------------------------------------------
+    # --- Requests ---------------------------------------------------------------------------------------------
 
     def admit(
         self,
@@ -114,13 +114,13 @@ class Ledger:
         count: int = 1,
         at_us: int | None = None,
     ) -> asyncio.Future[AdmissionDecision]:
-        """Decide and charge; the outcome comes once it is durable (a denial, which writes nothing, as soon as decided).
+        """Decide a request. The decision comes once it is durable; a denial, which writes nothing, comes at once.
 
-        `once` has an operation that fails with AlreadyExists if this very charge was made before. `hold` is what
-        becomes of a reservation: what it writes commits with the charge, and its error is the charge's. `count` is how
-        many uses it stands for. `at_us`: the use was then; it is recorded, whatever the limits, where it still counts.
-        The future raises KeyChanged, TooManyRequests, HoldEnded, InvalidInput (none of the limits that `at_us` concerns
-        counts it), Unavailable.
+        `force`: record it over a limit too. `once` has an operation that fails with AlreadyExists if this request was
+        admitted before. `hold` is the change of a reservation: its write commits with the request, and its error is the
+        request's. `count` is the number of uses. `at_us`: the use was at that moment; it is recorded over a limit too,
+        in the windows that still count it. The future raises KeyChanged, TooManyRequests, HoldEnded, InvalidInput (no
+        limit that `at_us` concerns counts it), Unavailable.
         """
         future: asyncio.Future[AdmissionDecision] = asyncio.get_running_loop().create_future()
         request = AdmissionRequest(subjects, cost, force, once, future, count, None, 0, model, route, hold)
@@ -148,13 +148,13 @@ class Ledger:
         return state
 
     async def moments(self, ids: Iterable[str], now_us: int) -> dict[str, int]:
-        """What time it is in each of these accounts."""
+        """The moment of each of these states."""
         found = await self.states.stored([(NAME, id) for id in ids])
         return {id: UsageState(document).moment(now_us) for id, document in zip(ids, found, strict=True)}
 
     async def set_back(self, id: str) -> ClockMended | None:
-        """Let an account's time, which ran ahead of the store's clock, be the clock's. None if it is not ahead. Raises
-        Unavailable."""
+        """Set the time of a state that ran ahead of the store's clock back to the clock. None if it is not ahead.
+        Raises Unavailable."""
         backoff = Backoff("this account's usage is being changed too quickly")
         while await backoff.attempt():
             state, now_us = await self.states.read(id), self._clock.now_us()
@@ -183,7 +183,7 @@ class Ledger:
         return tuple(found)
 
     async def preview(self, subjects: Subjects, cost: Cost, model: str | None, route: str | None) -> AdmissionDecision:
-        """What `charge` would come to now, by what the store has and this node has spent. Nothing is counted."""
+        """The decision that `admit` would make now, by the store and what this node has spent. Nothing is counted."""
         now_us = self._clock.now_us()
         found = await self.states.stored([(NAME, subject.id) for subject in subjects.all])
         states = [UsageState(document) for document in found]
@@ -193,8 +193,8 @@ class Ledger:
         return previewed(subjects, states, cost, now_us, model, route)
 
     async def begin_refills(self, subject: Subject, limits: tuple[str, ...]) -> None:
-        """Before totals get a refill: let it give back from now on, durably, whenever they are used again. Raises
-        Unavailable, TooManyRequests."""
+        """Before totals get a refill: let it begin now, durably, even if they are used much later. Raises Unavailable,
+        TooManyRequests."""
         own = Subjects(
             subject.id,
             Check(subject.guard.collection, subject.guard.id, 0),
@@ -209,7 +209,7 @@ class Ledger:
     async def take_back(
         self, subjects: Subjects, cost: Cost, moment_us: int, model: str | None, route: str | None
     ) -> None:
-        """Take back what was charged at a moment. Raises KeyChanged, TooManyRequests, Unavailable."""
+        """Take back a use that was charged at a moment. Raises KeyChanged, TooManyRequests, Unavailable."""
         future: asyncio.Future[AdmissionDecision] = asyncio.get_running_loop().create_future()
         request = AdmissionRequest(
             subjects, cost, True, None, future, model=model, route=route, special=Refund(moment_us)

@@ -1,4 +1,4 @@
-"""What a charge would come to, on accounts that nobody else uses and nothing is written from. Pure."""
+"""The preview of a decision, on states that are used for nothing else and never written. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .usage_state import AdmissionDecision, Cost, Status, Subjects, UsageState
 def previewed(
     subjects: Subjects, states: Sequence[UsageState], cost: Cost, now_us: int, model: str | None, route: str | None
 ) -> AdmissionDecision:
-    """The outcome that a charge would have now; `accounts` are those of the parts, and are changed."""
+    """The decision that a request would get now. `states` are those of the subjects; they are changed."""
     now_us = max(state.moment(now_us) for state in states)
     statuses: list[Status] = []
     asked = []

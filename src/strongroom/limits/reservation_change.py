@@ -1,4 +1,4 @@
-"""What a decision makes of a reservation: whether it has ended, what more it asks, what it holds afterwards. Pure."""
+"""The change of a reservation in a decision: whether it has ended, what more it asks, what it then holds. Pure."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class HoldEnded(Conflict):
 class HoldChange:
     """A reservation that is made (`before` is None), or changed, or ended (`ttl_us` is None).
 
-    It goes on for `ttl_us` from the moment of each account on, and holds `cost` there: in all accounts of the charge
-    but those that it `leaves`. What was used is charged to all but those that it is `not_counted_on`. `before`: what it
-    has held where until now. `write` gives the operation that stores what it holds where from now on, and its end.
+    It lasts for `ttl_us` from the moment of each state, and holds `cost` on all subjects of the request, except those
+    that it `leaves`. Use is charged to all subjects except `not_counted_on`. `before` has what it held until now, by
+    subject. `write` gives the operation that stores what it holds from now on, by subject, and its end.
     """
 
     id: str
@@ -37,12 +37,12 @@ class HoldChange:
     leaves: frozenset[str] = frozenset()
     not_counted_on: frozenset[str] = frozenset()
     old_ends_us: int | None = None
-    """When a reservation of the first release ends: its accounts know it by its id, `before` is empty."""
+    """The end of a reservation of the first release: its subjects know it by its id, and `before` is empty."""
     remembers: bool = False
-    """Whether the document that `write` stores keeps where the limits stood, in `memo`, for a repeat of the call."""
+    """Whether the document that `write` stores keeps the statuses of the limits in `memo`, for an idempotent retry."""
 
     def ended_us(self, moments: Mapping[str, int]) -> int | None:
-        """When it ended, by the moments of the accounts that are decided on; None if it is open."""
+        """When it ended, by the moments of the subjects; None if it is open."""
         if self.old_ends_us is not None:
             return self.old_ends_us if max(moments.values()) >= self.old_ends_us else None
         ended = [
@@ -51,7 +51,7 @@ class HoldChange:
         return min(ended, default=None)
 
     def held(self, id: str, state: UsageState, now_us: int) -> Cost:
-        """What it holds of an account now, by `Allowance.held_as`."""
+        """The units that it holds of a subject now, by `CompiledLimit.held_as`."""
         if self.old_ends_us is not None:
             old = state.reserved.old(self.id, now_us) if state.reserved is not None else None
             return old if old is not None else {}
@@ -59,14 +59,14 @@ class HoldChange:
         return state.held(place, now_us) if place is not None else {}
 
     def is_known(self, id: str, state: UsageState, now_us: int) -> bool:
-        """Whether the account has what this holds of it: if not, another node has changed it since it was read."""
+        """Whether the state knows this reservation. If not, another node has changed it since the state was read."""
         if self.old_ends_us is not None:
             return state.reserved is not None and state.reserved.old(self.id, now_us) is not None
         place = self.before.get(id) if self.before is not None else None
         return place is None or state.knows(place, now_us)
 
     def give_back(self, id: str, state: UsageState, now_us: int) -> None:
-        """Hold nothing of an account any more."""
+        """Release all that it holds of a subject."""
         if self.old_ends_us is not None:
             if state.reserved is not None:
                 state.reserved.give_back_old(self.id)
@@ -78,14 +78,14 @@ class HoldChange:
     def wanted(
         self, id: str, state: UsageState, compiled_limits: Iterable[CompiledLimit], cost: Cost, now_us: int
     ) -> list[tuple[CompiledLimit, int]]:
-        """How much more of each limit is asked for, `cost` being charged."""
+        """How many more units of each limit it asks for, if `cost` is charged."""
         before = self.held(id, state, now_us)
         holds = self.cost if id not in self.leaves else {}
         used = cost if id not in self.not_counted_on else {}
         wanted = []
         for one in compiled_limits:
             more = holds.get(one.resource, 0) + used.get(one.resource, 0) - before.get(one.held_as, 0)
-            if more > 0 or self.before is None:  # an extension that holds no more of a limit is not refused by it
+            if more > 0 or self.before is None:  # an extension that asks no more of a limit is not refused by it
                 wanted.append((one, more))
         return wanted
 

@@ -1,4 +1,4 @@
-"""What reservations hold of one account together: how much of each resource comes back when. Pure.
+"""The units that the reservations of one subject hold together, and when they come back. Pure.
 
 An account does not know its reservations. Each reservation's own document says what it holds where (a `Place`); the
 account only has the sums, by the moment at which they come back. So what a reservation costs does not grow with the
@@ -19,13 +19,13 @@ EXACT_ENDS = 32
 time that the reservation lasts, at most. So there are at most about 330 different ends, however many are open."""
 GRID = 16
 MAX_NAMES = 100
-"""Resources that an account has sums of; of further ones, only those that it limits."""
+"""Resources that a subject keeps sums of. Of further resources only those that it limits."""
 _FOR = "|for|"
 
 
 class ReservedPlace(NamedTuple):
-    """What a reservation holds in one account: which sums it is a part of (`era`), when it ends (`ends_us`), when these
-    units come back if nobody ends it (`until_us`, not before its end), and the units of each name."""
+    """The units that a reservation holds of one subject, by name. `era` names the sums that they are part of, `ends_us`
+    is the end of the reservation, and at `until_us`, not before that end, the units come back by themselves."""
 
     era: int
     ends_us: int
@@ -34,23 +34,23 @@ class ReservedPlace(NamedTuple):
 
 
 def name_of(limit_id: str) -> str:
-    """What a limit counts, whatever its window is: its resource, and for which models and routes."""
+    """The name of what a limit counts, without its window: its resource, and its models and routes."""
     resource, _, rest = limit_id.partition("|")
     _, found, scope = f"|{rest}".rpartition(_FOR)
     return f"{resource}{_FOR}{scope}" if found else resource
 
 
 class ReservedAmounts:
-    """The sums of one account. Each method that takes `now_us` leaves out first what has come back by then."""
+    """The sums of one subject. Each method that takes `now_us` first drops the units that have come back by then."""
 
     __slots__ = ("_by_end", "_first_us", "_old", "_sums", "era")
 
     def __init__(self, state: list[Any] | None = None, old: Mapping[str, list[Any]] | None = None) -> None:
         self.era = 0
-        """Names these sums: a place of another era is not a part of them. Sums that begin anew have another one."""
+        """Names these sums. A place of another era is not part of them; new sums get a new era."""
         self._by_end: dict[int, dict[str, int]] = {}
         self._old: dict[str, tuple[int, dict[str, int]]] = {}
-        """Reservations of the first release, by id: their documents do not say what they hold where."""
+        """Reservations of the first release, by id. Their documents do not have their places."""
         if state is not None:
             self.era, names, rows = state
             for end_us, *units in rows:
@@ -66,17 +66,17 @@ class ReservedAmounts:
 
     @property
     def ends(self) -> int:
-        """How many different ends there are."""
+        """The number of different ends."""
         return len(self._by_end)
 
     def units(self, name: str, now_us: int) -> int:
-        """Units that are held now."""
+        """Units of a name that are held now."""
         if now_us >= self._first_us:
             self._end(now_us)
         return self._sums.get(name, 0)
 
     def coming_back(self, name: str) -> Iterable[tuple[int, int]]:
-        """(moment, units) of what comes back by itself."""
+        """(moment, units) of the units that come back by themselves."""
         for end_us, units in (*self._by_end.items(), *self._old.values()):
             if name in units:
                 yield end_us, units[name]
@@ -84,7 +84,7 @@ class ReservedAmounts:
     # --- Changing -----------------------------------------------------------------------------------------------
 
     def add(self, units: Mapping[str, int], limited: Iterable[str], now_us: int, ttl_us: int) -> ReservedPlace:
-        """Hold units of these names for so long from now on. `limited`: the names that the account limits."""
+        """Hold units of these names for `ttl_us` from now. `limited`: the names that the subject limits."""
         self._end(now_us)
         if len(self._sums) + len(units) > MAX_NAMES:
             known = {*self._sums, *limited}
@@ -107,11 +107,11 @@ class ReservedAmounts:
         return ReservedPlace(self.era, ends_us, until_us, units)
 
     def held(self, place: ReservedPlace, now_us: int) -> Mapping[str, int]:
-        """What of a place is still held."""
+        """The units of a place that are still held."""
         return place.units if place.era == self.era and now_us < place.until_us and self.has(place) else {}
 
     def has(self, place: ReservedPlace) -> bool:
-        """Whether a place is a part of these sums: not if it holds nothing."""
+        """Whether a place is part of these sums. An empty place is not."""
         there = self._by_end.get(place.until_us)
         return (
             place.era == self.era
@@ -120,7 +120,7 @@ class ReservedAmounts:
         )
 
     def give_back(self, place: ReservedPlace, now_us: int) -> None:
-        """Hold a place's units no longer."""
+        """Release the units of a place."""
         self._end(now_us)
         if not self.has(place):
             return
@@ -132,18 +132,18 @@ class ReservedAmounts:
             del self._by_end[place.until_us]
 
     def give_back_old(self, id: str) -> None:
-        """Hold no longer what a reservation of the first release holds."""
+        """Release the units of a reservation of the first release."""
         if self._old.pop(id, None) is not None:
             self._sum()
 
     def old(self, id: str, now_us: int) -> Mapping[str, int] | None:
-        """What a reservation of the first release holds; None if it has ended, or is not known here."""
+        """The units of a reservation of the first release; None if it has ended, or is not known here."""
         found = self._old.get(id)
         return found[1] if found is not None and now_us < found[0] else None
 
     def move(self, delta_us: int) -> None:
-        """Let all of it come back so much earlier, since the account's time is set back by so much. No place is a part
-        of it any more: it comes back by itself."""
+        """Let all units come back `delta_us` earlier, because the state's time is set back by so much. No place is part
+        of these sums any more: the units come back by themselves."""
         self.era = random.getrandbits(48)
         self._by_end = {end_us - delta_us: units for end_us, units in self._by_end.items()}
         self._old = {id: (end_us - delta_us, units) for id, (end_us, units) in self._old.items()}
@@ -158,7 +158,7 @@ class ReservedAmounts:
             units.pop(name, None)
 
     def _end(self, now_us: int) -> None:
-        """Leave out what has come back."""
+        """Drop the units that have come back."""
         if now_us < self._first_us:
             return
         self._by_end = {end_us: units for end_us, units in self._by_end.items() if now_us < end_us}

@@ -16,7 +16,7 @@ from .windows import MONEY, Amount, Window, from_units
 
 class LimitStatus(msgspec.Struct, frozen=True, omit_defaults=True):
     """Where one limit stands. `used` is what was `recorded`, is `reserved` (held by reservations that are open), and is
-    `leased` (lent to other nodes, which have not given it back yet). `resets_at`: when what was recorded next falls.
+    `leased` (to other nodes, which have not returned it yet). `resets_at`: when what was recorded next falls.
     `subject`: whose limit it is, `key` or a quota. `exceeded`: this limit denied the call."""
 
     resource: str

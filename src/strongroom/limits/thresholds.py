@@ -1,4 +1,4 @@
-"""Threshold alerts: when the use of a limit crosses a share of it (50, 80, 100%), once a window. Pure.
+"""Threshold alerts: when the use of a limit crosses a percentage of it (50, 80, 100%), once a window. Pure.
 
 The ledger calls, with what a decision changed: `crossed` says which thresholds were passed, `untold` which of them
 were not told of in this window yet and what to remember, and `operations` gives the events for the same batch.
@@ -20,10 +20,10 @@ from .windows import Limit, Rolling, from_units
 DEFAULT_THRESHOLDS = (50, 80, 100)
 MAX_THRESHOLDS = 20
 MAX_THRESHOLD = 1_000
-"""Percent: what has happened is recorded over a limit too."""
+"""Percent. Use is recorded over a limit too."""
 _SECOND = 1_000_000
 _UNIT_S = {"minute": 60.0, "hour": 3_600.0, "day": 82_800.0, "week": 601_200.0, "month": 2_415_600.0}
-"""The shortest that a unit of the calendar is: by an hour where the clock is put forward."""
+"""The shortest length of each calendar unit; a day may lose an hour to summer time."""
 Told = Mapping[str, Any]
 """What is remembered of one counter, as JSON: `most` (the limit's units), `ends` (the window's end, None if it rolls or
 has none), `at` (when each threshold was told of, by threshold)."""
@@ -47,8 +47,8 @@ class Crossing:
 
 
 def crossed(before: int, after: int, most: int, thresholds: Sequence[int]) -> list[int]:
-    """The thresholds (percent) that lie in the step from `before` to `after` units used of `most`, in ascending order;
-    both as of the same moment, so that in a new window `before` is nothing. None where nothing was allowed anyway."""
+    """The thresholds (percent) between `before` and `after` units used of `most`, ascending. Both are as of one moment,
+    so that in a new window `before` is 0. None for a limit of 0."""
     if after <= before or most <= 0:
         return []
     return sorted(t for t in thresholds if before * 100 < t * most <= after * 100)
@@ -57,7 +57,7 @@ def crossed(before: int, after: int, most: int, thresholds: Sequence[int]) -> li
 def untold(
     told: Told | None, reached: Sequence[int], limit: Limit, most: int, window_ends_us: int | None, now_us: int
 ) -> tuple[list[int], Told]:
-    """Of the thresholds that were crossed now, those to tell of, and what to remember from then on.
+    """The crossed thresholds that need an event, and what to remember of this counter.
 
     Each once a window: of a window with an end until that end; of a rolling one, whose use goes up and down across a
     threshold all the time, once in its length; of a total, once, and once in each period between two refills if it has
@@ -76,8 +76,8 @@ def untold(
 
 
 def operations(crossing: Crossing) -> Sequence[Put]:
-    """What to put into the batch that makes the crossing true: the event. Its id is made of what was crossed, so that a
-    second node, or a repeat of a commit whose answer was lost, makes no second one."""
+    """The event for the batch that commits the crossing. Its id is derived from the crossing, so that a second node, or
+    a repeated commit whose answer was lost, makes no second event."""
     limit = crossing.limit
     ends_us = crossing.window_ends_us
     data: dict[str, Any] = {
@@ -98,8 +98,8 @@ def operations(crossing: Crossing) -> Sequence[Put]:
 
 
 def length_s(window: Mapping[str, Any]) -> float:
-    """How long a window is, at least, in seconds: of a total the time between two refills, without end if it has none.
-    `window` as a Window is dumped."""
+    """The least length of a window in seconds. For a total, the time between two refills, or infinity without one.
+    `window`: the dump of a Window."""
     schedule = window.get("refill") or window
     if schedule.get("unit") is not None:
         return _UNIT_S[schedule["unit"]]
@@ -117,7 +117,7 @@ def _event_id(crossing: Crossing) -> str:
 
 
 def subject_of(subject_id: str) -> dict[str, str]:
-    """Whose limit it is, of the id of what it is counted on: a key's, or what `quotas.quota_id` made."""
+    """The owner of a limit, by the id of its subject: a key's id, or one made by `quotas.quota_id`."""
     kind, _, rest = subject_id.partition(":")
     if kind not in ("tenant", "user", "group"):
         return {"kind": "key", "id": subject_id}

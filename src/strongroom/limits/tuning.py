@@ -43,7 +43,7 @@ MAX_EVENT_CHARS = 400_000
 MAX_USAGE_STATES = 30_000
 """Usage documents kept in memory: memory against reads of keys that come back."""
 REREAD_AFTER_S = 0.25
-"""A node is not told when others give back what they hold or lease. A state with such amounts is read again after so
+"""A node is not told when others release or return units. A state with such amounts is read again after so
 long: reads against denials for amounts that are free already."""
 
 # --- Fairness between nodes ----------------------------------------------------------------------------------------

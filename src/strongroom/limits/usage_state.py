@@ -1,8 +1,8 @@
-"""What one subject (a key, or a quota that keys share) has used: its document, and its counters in memory. Pure.
+"""The usage of one subject (a key, or a quota that keys share): its document, and its counters in memory. Pure.
 
-Of each limit three things count: what is *recorded* as used, what is *reserved* by reservations that are open, and what
-is *leased* to nodes, which spend it from memory and record it later (`lease.py`). A charge is admitted if all three
-and what it asks are together at most the limit.
+Three amounts count against each limit: the *recorded* use, the units *reserved* by open reservations, and the units
+*leased* to nodes, which spend them from memory and record the use later (`lease.py`). A request is admitted if these
+three and its own units are together at most the limit.
 """
 
 from __future__ import annotations
@@ -25,37 +25,41 @@ from .reserved_amounts import ReservedAmounts, ReservedPlace, name_of
 from .windows import Limit, Total, to_units
 
 MAX_TOTALS = 100
-"""Resources whose lifetime totals a key keeps; what is used of further ones is added up under OTHER_RESOURCES."""
+"""Resources with a lifetime total of their own. Use of further resources is added up under OTHER_RESOURCES."""
 OTHER_RESOURCES = "other"
 MAX_IDLE_COUNTERS = 64
-"""Counters kept of limits that a key no longer has, so that one that comes back finds its own."""
+"""Counters kept of removed limits, so that a limit that comes back finds its counter."""
 ACTIVE_US = 60_000_000
 """`active_at` is rounded down to this, so that its index changes at most once a minute however often a key is used."""
 
 MAX_AHEAD_US = 86_400_000_000
-"""An account whose time is ahead of the store's clock by more than this follows the clock, see `Account.moment`."""
+"""A state whose time is ahead of the store's clock by more than this follows the clock, see `UsageState.moment`."""
 CREDIBLE_FROM_US = 1_767_225_600_000_000
-"""2026-01-01: a clock that says an earlier time was not set yet, and sets back nothing."""
+"""2026-01-01. A clock with an earlier time was never set, and sets no state back."""
 MONTHS_KEPT = 2
-"""Months, by the calendar in UTC, whose totals an account keeps."""
+"""Months, by the calendar in UTC, whose totals a state keeps."""
 _UTC = ZoneInfo("UTC")
 CONCURRENCY = "concurrency"
-"""The resource of which nothing is recorded: it counts the reservations that are open now."""
+"""A resource without recorded use: it counts the open reservations."""
 IMPLIED = frozenset(("requests", CONCURRENCY))
 NAME = "key_usage"
 Cost = Mapping[str, int]
 
 
 class KeyUsage(Entity, collection=NAME, scope="global", journalled=False, indexes=[Index("active_at")]):
-    """What one subject has used; the id is the key's, or the quota's.
+    """The usage of one subject; the id is the key's, or the quota's.
 
-    `state` is JSON: {"totals": {resource: units}, "months": {"2026-11": {resource: units}}, "counters": {limit id:
-    what its counter dumped}, "at": when the last charge was decided, "reserved": what reservations hold
-    (`Reserved.dump`), "holds": what those that the first release made do ({reservation id: [its end, {limit id:
-    units}]}), "leases": {lease id: [its end, uses recorded, {limit id: [units, units recorded, when it counts no
-    longer]}]}, "told": {limit id: which thresholds were told of (`alerts.untold`)}, "tallied": {writer: the number of
-    its last tally}, "due": crossings that the next commit is to tell of}. Times are microseconds. `active_at` is "at"
-    too, rounded down to ACTIVE_US: for finding what has changed.
+    `state` is a JSON object; times are microseconds. `active_at` is "at" rounded down to ACTIVE_US, to find changes.
+
+    - "totals": {resource: units}, and "months": {"2026-11": {resource: units}}
+    - "counters": {limit id: the dump of its counter}
+    - "at": the moment of the last decision
+    - "reserved": units held by reservations (`ReservedAmounts.dump`); "holds": the same for reservations of the first
+      release ({reservation id: [its end, {limit id: units}]})
+    - "leases": {lease id: [its end, uses recorded, {limit id: [units, units recorded, when it stops counting]}]}
+    - "told": {limit id: the thresholds told of (`thresholds.untold`)}, "due": crossings whose events are still to be
+      written
+    - "tallied": {writer: the number of its last aggregated use}
     """
 
     count: int = 0
@@ -66,8 +70,8 @@ class KeyUsage(Entity, collection=NAME, scope="global", journalled=False, indexe
 
 @dataclass(frozen=True, slots=True)
 class CompiledLimit:
-    """One limit, ready to be counted: its counter's id, its resource, the most units that may count, its window as it
-    is shown, and whose limit it is (`key`, or the kind and name of a quota)."""
+    """One limit, prepared for counting: the id of its counter, its resource, the most units that may count, its window
+    as it is shown, and the owner of the limit (`key`, or the kind and name of a quota)."""
 
     limit: Limit
     id: str
@@ -76,11 +80,11 @@ class CompiledLimit:
     window: dict[str, Any]
     subject: str = "key"
     held_as: str = ""
-    """The name by which reservations hold what this limit counts: the same, whatever its window."""
+    """The name under which reservations hold its units; it does not depend on the window."""
 
 
 def compile_limits(limits: Iterable[Limit], subject: str = "key") -> tuple[CompiledLimit, ...]:
-    """Limits, ready to be counted."""
+    """Limits, prepared for counting."""
     return tuple(
         CompiledLimit(
             limit,
@@ -97,8 +101,8 @@ def compile_limits(limits: Iterable[Limit], subject: str = "key") -> tuple[Compi
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """One account that a charge is counted on: the usage document's id, what must still be true when it commits, and
-    its limits."""
+    """A key or a quota that requests are charged to: the id of its usage document, the version that a commit checks
+    (`guard`), and its limits."""
 
     id: str
     guard: Check
@@ -106,20 +110,20 @@ class Subject:
     scoped: bool
     """Whether any of the limits is only for some models or routes."""
     tenant: str = ""
-    """Whose it is, for those who are told of thresholds."""
+    """The tenant, for events of crossed thresholds."""
     refills: bool = False
     """Whether any of the limits has a refill."""
 
     def asked(self, model: str | None, route: str | None) -> tuple[CompiledLimit, ...]:
-        """The limits that a call with this model and route is counted by."""
+        """The limits that count a call with this model and route."""
         if not self.scoped:
             return self.compiled_limits
         return tuple(one for one in self.compiled_limits if one.limit.applies(model, route))
 
 
 class Subjects:
-    """Whose usage it is: the key's own account (`id`, `guard`, `allowances`), and those it shares with other keys. A
-    charge is counted on all of them or on none."""
+    """The subjects of a request: the key itself (`id`, `guard`, `compiled_limits`), and the quotas it shares with other
+    keys. A request is charged to all of them or to none."""
 
     __slots__ = ("all", "compiled_limits", "counted", "guard", "id", "limited", "shared")
 
@@ -139,11 +143,11 @@ class Subjects:
         self.limited = any(subject.compiled_limits for subject in self.all)
         """Whether there is any limit at all."""
         self.counted = IMPLIED.union(one.resource for subject in self.all for one in subject.compiled_limits)
-        """The resources that any limit counts, for whichever models and routes, and those that every call implies."""
+        """The resources that any limit counts, for any model and route, and those that every call implies."""
 
 
 def subject_for(id: str, guard: Check, compiled_limits: tuple[CompiledLimit, ...], tenant: str = "") -> Subject:
-    """An account to be charged."""
+    """A subject with these limits."""
     scoped = any(one.limit.models or one.limit.routes for one in compiled_limits)
     refills = any(
         isinstance(one.limit.window, Total) and one.limit.window.refill is not None for one in compiled_limits
@@ -152,8 +156,8 @@ def subject_for(id: str, guard: Check, compiled_limits: tuple[CompiledLimit, ...
 
 
 class Status(msgspec.Struct, frozen=True, gc=False):
-    """One limit after a charge. `used` is all of recorded, reserved and leased. `frees_at_us` is set where this limit
-    denied: when it would admit (None: never)."""
+    """One limit after a decision. `used` is the sum of recorded, reserved and leased. If this limit denied,
+    `frees_at_us` is when it would admit (None: never)."""
 
     compiled_limit: CompiledLimit
     used: int
@@ -166,8 +170,8 @@ class Status(msgspec.Struct, frozen=True, gc=False):
 
 
 class AdmissionDecision(msgspec.Struct, frozen=True, gc=False):
-    """The decision on a charge: `statuses` in the order of the limits. `now_us` of an admitted charge is the moment of
-    the key's own account. Of a denied one it is the store's clock, by which the caller waits before it tries again."""
+    """The decision on a request: `statuses` in the order of the limits. If it is admitted, `now_us` is the moment of
+    the key's own state. If it is denied, `now_us` is the store's clock, by which the caller waits."""
 
     allowed: bool
     statuses: tuple[Status, ...]
@@ -182,21 +186,19 @@ Lease = list[Any]
 class UsageState:
     """One usage document in memory, and the version it has in the store (0: it is not there yet).
 
-    Its time never goes back along the document's versions, whatever the clocks of the nodes that write them say: each
-    charge is decided at `moment(clock)`, and that moment is stored with it (`at_us`). So the charges of one account are
-    in one order, that of their commits, which is the order of their moments as well. Whatever was charged within a
-    window before the moment of a charge was thus committed before it, and was in the counters that it was decided on:
-    in no window, measured in these moments, is more admitted than the limit, by any number of nodes with any clocks.
-    What clocks that differ can do is to shift the moments: those of one store's clock, known to within
-    `uncertainty_us`.
+    Along the versions of a document time never goes back, even if the clocks of its nodes differ. Each request is
+    decided at `moment(clock)`, and that moment is stored (`at_us`). So the requests of one subject have one order: that
+    of their commits and of their moments. Use within the window before a request was committed before it, and was in
+    the counters that the request was decided on. So in no window, measured in these moments, is more admitted than the
+    limit, by any number of nodes with any clocks. Clocks that differ can only shift the moments; one store's clocks
+    differ by at most `uncertainty_us`.
 
-    A clock that is set back therefore frees nothing: the account's time stands still until the clock has reached it.
-    But where the clock is more than MAX_AHEAD_US behind, the account follows it: whatever it has recorded, and is held
-    of it, then counts as of that moment (`set_back`). So one charge at a time that was wrong by years does not stop the
-    account for years.
+    A clock that is set back therefore frees nothing: the state's time stands still until the clock has reached it. If
+    the clock is more than MAX_AHEAD_US behind, the state follows the clock, and all it has recorded or held counts as
+    of that moment (`set_back`). So one request at a time that was wrong by years does not stop the subject for years.
 
-    What a node spends from its lease has a moment too, not before the lease's; until it is recorded the whole lease
-    counts, at every moment up to the lease's end and for as long after it as the window is: so the same holds.
+    The use from a lease has a moment too, not before the moment of the lease. Until it is recorded the whole lease
+    counts, up to its end and for one window after it. So the same holds for leases.
     """
 
     __slots__ = (
@@ -228,7 +230,7 @@ class UsageState:
         self.version: int = 0
         self.stored_active_at: datetime | None = None
         self.read_at = read_at
-        """By time.monotonic: when it was last known to be as the store has it."""
+        """By time.monotonic: when it last equalled the store's document."""
         self.size = 0
         self.turns = 0
         """Commits since the last pause; after `turn_commits` the next one comes: see `fairness`."""
@@ -245,19 +247,19 @@ class UsageState:
         self._month: dict[str, int] = {}
         self._month_us = (0, 0)
         self.counters: dict[str, Counter] = {}
-        self.unknown: dict[str, Any] = {}  # states of limits nobody asked for yet, or that a key no longer has
+        self.unknown: dict[str, Any] = {}  # counters of limits that were not asked for yet, or were removed
         self.reserved: ReservedAmounts | None = None
         self.leases: dict[str, Lease] = {}
         self.kept: dict[str, int] = {}
-        """Units of limits that this node's reservations in memory hold of the lease that is taken out of `leases` while
-        something is decided. Not in the document: the lease is."""
+        """Units of each limit that reservations in memory hold from this node's lease, while a decision has taken that
+        lease out of `leases`. Not in the document."""
         self.told: dict[str, Any] = {}
         self.aggregated: dict[str, int] = {}
-        """Of each process that wrote tallies (uses that nobody waits for), up to which number they are in here: so a
-        tally whose answer was lost is written again, and counts once."""
+        """For each process that writes aggregated use, the last number that is counted here. So a write whose answer
+        was lost is repeated, and counts once."""
         self.due: list[list[Any]] = []
-        """[limit id, threshold, units used, most, end of the window, moment] of thresholds that were crossed in a
-        commit that could not take their events as well: the next one does."""
+        """[limit id, threshold, units used, most, end of the window, moment] of crossed thresholds whose events did not
+        fit into their commit. The next commit writes them."""
         if document is not None:
             self.size = len(document["state"])
             state = msgspec.json.decode(document["state"])
@@ -278,8 +280,8 @@ class UsageState:
             self.aggregated = state.get("tallied", {})
 
     def moment(self, now_us: int) -> int:
-        """When a charge that comes at `now_us` by the store's clock is decided: not before what was decided already,
-        unless that lies more than MAX_AHEAD_US ahead."""
+        """The moment at which a request at `now_us` of the store's clock is decided: not before earlier decisions,
+        unless these lie more than MAX_AHEAD_US ahead."""
         if now_us >= self.at_us:
             return now_us
         if self.at_us - now_us > MAX_AHEAD_US and now_us >= CREDIBLE_FROM_US:
@@ -287,8 +289,8 @@ class UsageState:
         return self.at_us
 
     def set_back(self, now_us: int) -> None:
-        """Let the account's time be `now_us`, which is earlier. Nothing is freed by it: what was recorded at a later
-        time counts as used now; what is reserved and lent is, from now on, for as long as it had left."""
+        """Set the state's time back to `now_us`. That frees nothing: use recorded at a later time counts as of now, and
+        reservations and leases keep the time that they had left."""
         delta_us = self.at_us - now_us
         for counter in self.counters.values():
             counter.not_after(now_us)
@@ -312,7 +314,7 @@ class UsageState:
         if counter is None:
             counter = counter_for(compiled_limit.limit.window, self.unknown.pop(compiled_limit.id, None))
             self.counters[compiled_limit.id] = counter
-        elif isinstance(counter, TotalCounter):  # the same limit with another refill goes on from what was used
+        elif isinstance(counter, TotalCounter):  # the same limit with another refill keeps its use
             window = compiled_limit.limit.window
             if isinstance(window, Total) and counter.refill is not window.refill and counter.refill != window.refill:
                 counter = self.counters[compiled_limit.id] = counter_for(window, counter.dump())
@@ -333,7 +335,7 @@ class UsageState:
         return recorded, reserved, leased
 
     def leased(self, id: str, now_us: int) -> int:
-        """Units of a limit that are lent to nodes. A lease that has ended unrecorded counts as spent at its end."""
+        """Units of a limit that are leased to nodes. A lease that ended unrecorded counts as spent at its end."""
         units = 0
         for _, _, leased_limits in self.leases.values():
             leased_limit = leased_limits.get(id)
@@ -342,20 +344,20 @@ class UsageState:
         return units
 
     def fits(self, asked: Iterable[tuple[CompiledLimit, int]], now_us: int) -> bool:
-        """Whether so much more of each limit can be admitted."""
+        """Whether each limit admits so many more units."""
         return all(
             sum(self.standing(compiled_limit, now_us)) + units <= compiled_limit.most for compiled_limit, units in asked
         )
 
     def use(self, compiled_limits: Iterable[CompiledLimit], cost: Cost, now_us: int) -> None:
-        """Record what was used of each limit now."""
+        """Record a use of each limit now."""
         for compiled_limit in compiled_limits:
             units = cost.get(compiled_limit.resource, 0)
             if units and compiled_limit.resource != CONCURRENCY:
                 self.counter(compiled_limit).add(now_us, units)
 
     def add_totals(self, cost: Cost, count: int, now_us: int) -> None:
-        """What is counted whether or not there are limits: uses, lifetime totals, the time of the last use."""
+        """Count uses, lifetime totals and the time of the last use, which need no limit."""
         self.count += count
         totals = self.totals
         begin_us, end_us = self._month_us
@@ -384,7 +386,7 @@ class UsageState:
         return tuple([self._status(compiled_limit, now_us) for compiled_limit in compiled_limits])
 
     def denials(self, asked: Iterable[tuple[CompiledLimit, int]], now_us: int) -> tuple[Status, ...]:
-        """Where each limit stands, and which of them so much more would exceed, and until when."""
+        """Where each limit stands; which of them so many more units would exceed, and until when."""
         found = []
         for compiled_limit, units in asked:
             status = self._status(compiled_limit, now_us)
@@ -400,7 +402,8 @@ class UsageState:
         return Status(compiled_limit, recorded + reserved + leased, resets_at_us, recorded, reserved, leased)
 
     def _frees_at_us(self, compiled_limit: CompiledLimit, units: int, now_us: int) -> int | None:
-        """When so much more would be admitted if nothing else is used: what is held and lent comes back at its end."""
+        """When so many more units would be admitted without other use. Reserved and leased units return at their
+        end."""
         most = compiled_limit.most - units
         free_at_us = self.counter(compiled_limit).frees_at_us(now_us, most)
         if free_at_us is None:
@@ -425,7 +428,7 @@ class UsageState:
     def hold(
         self, subject: Subject, compiled_limits: Iterable[CompiledLimit], cost: Cost, now_us: int, ttl_us: int
     ) -> ReservedPlace:
-        """Reserve `cost` for so long, for a call that is counted by these limits of the account's."""
+        """Reserve `cost` for so long, for a call that these limits of the subject count."""
         if self.reserved is None:
             self.reserved = ReservedAmounts()
         units = {resource: amount for resource, amount in cost.items() if amount}
@@ -435,17 +438,17 @@ class UsageState:
         return self.reserved.add(units, [one.held_as for one in subject.compiled_limits], now_us, ttl_us)
 
     def held(self, place: ReservedPlace, now_us: int) -> Cost:
-        """What a place still holds here, by `Allowance.held_as`."""
+        """The units that a place still holds here, by `CompiledLimit.held_as`."""
         return {} if self.reserved is None else self.reserved.held(place, now_us)
 
     def knows(self, place: ReservedPlace, now_us: int) -> bool:
-        """Whether a place is held here, as it must be unless this is older than the place, or its time was set back."""
+        """Whether a place is held here. It is, unless the state is older than the place, or its time was set back."""
         if not place.units or now_us >= place.until_us:
             return True
         return self.reserved is not None and self.reserved.has(place)
 
     def give_back(self, place: ReservedPlace, now_us: int) -> None:
-        """Reserve no longer what a place holds here."""
+        """Release the units that a place holds here."""
         if self.reserved is not None:
             self.reserved.give_back(place, now_us)
             self._tidy()
@@ -459,7 +462,7 @@ class UsageState:
     def document(self) -> Document:
         counters = {id: counter.dump() for id, counter in self.counters.items()}
         if self.unknown:
-            kept = list(self.unknown)[-MAX_IDLE_COUNTERS:]  # those of the latest limits that the key no longer has
+            kept = list(self.unknown)[-MAX_IDLE_COUNTERS:]  # the latest of the removed limits
             counters = {**{id: self.unknown[id] for id in kept}, **counters}
         state: dict[str, Any] = {"totals": self.totals, "counters": counters, "at": self.at_us}
         if self.months:

@@ -59,7 +59,7 @@ class UsageStates:
             return True  # or the clock went back after a denial, which is in no version
         if not self.shared or (state.reserved is None and not state.leases):
             return False
-        # Nobody tells what others give back: without a look, this node would go on denying for it.
+        # Nobody tells this node what others release. Without a new read it would go on denying.
         others = state.reserved is not None or any(
             leased_limits and lease != own_lease for lease, (_, _, leased_limits) in state.leases.items()
         )

@@ -91,7 +91,9 @@ class Services:
         lease_manager = room.ledger.lease_manager
         if lease_manager is not None:
             metrics.gauge(
-                "strongroom_limit_leases", "Keys and quotas with a leased share.", lambda: lease_manager.leases
+                "strongroom_limit_leases",
+                "Keys and quotas that this process has a limit lease on.",
+                lambda: lease_manager.leases,
             )
             metrics.gauge(
                 "strongroom_reservations", "Reservations that are open in memory.", lambda: lease_manager.holds
