@@ -15,7 +15,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from strongroom.entities.cursor import cursor_of, with_cursor
 from strongroom.entities.entity import Document, Entity, Secret
+from strongroom.entities.evaluation import aggregate, evaluate, matches, project, sort_key
 from strongroom.entities.query import (
     MAX_CURSOR_BYTES,
     MAX_DISJUNCTIONS,
@@ -31,15 +33,8 @@ from strongroom.entities.query import (
     Or,
     Query,
     Where,
-    aggregate,
-    cursor_of,
     disjunctions,
-    evaluate,
     leaves,
-    matches,
-    project,
-    sort_key,
-    with_cursor,
 )
 from strongroom.entities.values import INT64_MAX
 from strongroom.errors import InvalidInput, TooLarge

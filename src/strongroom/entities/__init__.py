@@ -2,12 +2,23 @@
 
 from .cache_policy import Cached, CachedList
 from .collection import SYSTEM_FIELDS, Collection, Counter, FieldSpec, FieldType, Index, Indexed, Secret, is_expired
+from .cursor import behind, cursor_of, with_cursor
 from .entity import NO_NUMBER, Entity, Registry, check_id, json_schema, no_number, numbers_for_times, with_fields
+from .evaluation import (
+    AVERAGE_CONTEXT,
+    SUM_CONTEXT,
+    aggregate,
+    checked_sum,
+    evaluate,
+    matches,
+    project,
+    sort_key,
+    total,
+)
 from .input import TenantName, described, not_given, parse
 from .input_errors import RESOURCE_PATTERN, UNKNOWN_FIELD, found_in, message_of, problems_of, size_of
 from .page import Page
 from .query import (
-    AVERAGE_CONTEXT,
     DEFAULT_LIMIT,
     LIST_OPS,
     MAX_CURSOR_BYTES,
@@ -16,7 +27,6 @@ from .query import (
     MAX_LIMIT,
     MAX_PAGE_BYTES,
     RANGE_OPS,
-    SUM_CONTEXT,
     Aggregate,
     And,
     Filter,
@@ -24,17 +34,7 @@ from .query import (
     Or,
     Query,
     Where,
-    aggregate,
-    behind,
-    checked_sum,
-    cursor_of,
-    evaluate,
     leaves,
-    matches,
-    project,
-    sort_key,
-    total,
-    with_cursor,
 )
 from .values import INT64_MAX, INT64_MIN, MAX_ID_BYTES, Document, NotStorable, encode_value
 

@@ -1,6 +1,6 @@
-"""A query is a closed value: filters, order, cursor, projection, aggregates; its evaluator here defines the meaning.
+"""A query is a closed value: filters, order, position, projection, aggregates. It is checked here.
 
-The meaning, the same on every engine:
+Its meaning, the same on every engine (`evaluation.py` defines it):
 
 - `==` and `!=` compare values of one type; `field == None` and `field != None` find null and not-null.
 - Any other comparison with a null field is false, `!=` and `not-in` included (as in SQL and Firestore).
@@ -12,24 +12,16 @@ The meaning, the same on every engine:
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from decimal import Context as DecimalContext
 from decimal import Decimal
 from enum import StrEnum
 from typing import Any, Literal
 
-from ..errors import InvalidInput, Problem, TooLarge
+from ..errors import InvalidInput, Problem
 from .collection import Collection, FieldType
 from .values import (
-    INT64_MAX,
-    INT64_MIN,
-    MAX_DECIMAL_DIGITS,
-    Document,
     NotStorable,
     encode_value,
 )
@@ -220,7 +212,7 @@ def _check_where(where: Where, collection: Collection, problems: list[Problem]) 
     if value is None and op in (Op.EQ, Op.NE):
         return where
     items = value if op in LIST_OPS else (value,)
-    encoded = tuple(_encoded_scalar(name, kind, item, problems) for item in items)
+    encoded = tuple(encoded_scalar(name, kind, item, problems) for item in items)
     return where if len(problems) > before else Where(name, op, encoded if op in LIST_OPS else encoded[0])
 
 
@@ -250,7 +242,7 @@ _PYTHON_TYPES: dict[FieldType, tuple[type, ...]] = {
 }
 
 
-def _encoded_scalar(name: str, kind: FieldType, given: Any, problems: list[Problem]) -> Any:
+def encoded_scalar(name: str, kind: FieldType, given: Any, problems: list[Problem]) -> Any:
     if given is None:
         problems.append(Problem(name, "found null; only == and != take null"))
         return given
@@ -296,107 +288,7 @@ def _ways(where: Filter) -> list[list[Where]]:
     return ways
 
 
-# --- The meaning ----------------------------------------------------------------------------------------------
-
-
-def sort_key(value: Any) -> tuple[int, Any]:
-    """A key that orders values of one field as every engine must: null first, text by its UTF-8 bytes."""
-    if value is None:
-        return (0, 0)
-    return (1, value.encode() if isinstance(value, str) else value)
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Equal and of one kind: inside a list, true is not 1 and 1 is 1.0 only where both are numbers."""
-    if isinstance(a, bool) or isinstance(b, bool):
-        return a is b
-    if isinstance(a, Decimal) != isinstance(b, Decimal):
-        return False
-    return bool(a == b)
-
-
-def matches(where: Filter | None, document: Document) -> bool:
-    """Whether a document satisfies a checked filter."""
-    if where is None:
-        return True
-    if isinstance(where, And):
-        return all(matches(part, document) for part in where.filters)
-    if isinstance(where, Or):
-        return any(matches(part, document) for part in where.filters)
-    value, operand = document.get(where.field), where.value
-    match where.op:
-        case Op.EQ:
-            return value is None if operand is None else value is not None and bool(value == operand)
-        case Op.NE:
-            return value is not None and (operand is None or bool(value != operand))
-    if value is None:
-        return False
-    match where.op:
-        case Op.LT:
-            return sort_key(value) < sort_key(operand)
-        case Op.LE:
-            return sort_key(value) <= sort_key(operand)
-        case Op.GT:
-            return sort_key(value) > sort_key(operand)
-        case Op.GE:
-            return sort_key(value) >= sort_key(operand)
-        case Op.IN:
-            return value in operand
-        case Op.NOT_IN:
-            return value not in operand
-        case Op.CONTAINS:
-            return any(_same(item, operand) for item in value)
-        case _:
-            return any(_same(item, wanted) for item in value for wanted in operand)
-
-
-class _Descending:
-    __slots__ = ("key",)
-
-    def __init__(self, key: Any) -> None:
-        self.key = key
-
-    def __lt__(self, other: _Descending) -> bool:
-        return bool(other.key < self.key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Descending) and bool(other.key == self.key)
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-def _position(query: Query, values: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple(
-        _Descending(sort_key(value)) if descending else sort_key(value)
-        for (_, descending), value in zip(query.order, values, strict=True)
-    )
-
-
-def evaluate(query: Query, documents: Iterable[Document]) -> list[Document]:
-    """The documents of one page, in order: the definition that every backend is tested against.
-
-    `query` is checked. At most `query.limit` documents; projection applied.
-    """
-    names = [name for name, _ in query.order]
-    found = [(_position(query, [d[n] for n in names]), d) for d in documents if matches(query.where, d)]
-    found.sort(key=lambda pair: pair[0])
-    if query.start_after is not None:
-        start = _position(query, query.start_after)
-        found = [pair for pair in found if start < pair[0]]
-    page = [document for _, document in found[: query.limit]]
-    return [project(query.fields, document) for document in page]
-
-
-def project(fields: tuple[str, ...] | None, document: Document) -> Document:
-    if fields is None:
-        return document
-    return {"id": document["id"], **{name: document[name] for name in fields}}
-
-
 # --- Aggregates -----------------------------------------------------------------------------------------------
-
-SUM_CONTEXT = DecimalContext(prec=MAX_DECIMAL_DIGITS * 2)
-AVERAGE_CONTEXT = DecimalContext(prec=MAX_DECIMAL_DIGITS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -424,121 +316,3 @@ class Aggregate:
         kind = collection.type_of(self.field or "")
         if kind is None or not kind.is_number or self.field in collection.secrets or self.field == "version":
             raise InvalidInput([Problem("aggregate", f"{self.kind} needs a number field, found {self.field!r}")])
-
-
-def aggregate(
-    aggregates: Sequence[Aggregate], where: Filter | None, collection: Collection, documents: Iterable[Document]
-) -> dict[str, Any]:
-    """Each aggregate's value by its name, over the documents that match: the definition for every backend."""
-    found = [d for d in documents if matches(where, d)]
-    answer: dict[str, Any] = {}
-    for item in aggregates:
-        if item.field is None:
-            answer[item.name] = len(found)
-            continue
-        values = [v for d in found if (v := d[item.field]) is not None]
-        kind = collection.type_of(item.field)
-        answer[item.name] = total(values, kind) if item.kind == "sum" else average(values, kind)
-    return answer
-
-
-def total(values: Sequence[Any], kind: FieldType | None) -> Any:
-    if kind is FieldType.DECIMAL:
-        result = Decimal(0)
-        for value in values:
-            result = SUM_CONTEXT.add(result, value)
-        return result
-    if kind is FieldType.FLOAT:
-        return float(sum(values))
-    return checked_sum(sum(values))
-
-
-def checked_sum(value: int) -> int:
-    """An int sum, or InvalidInput if it leaves int64 (Firestore would turn it into a float silently)."""
-    if not INT64_MIN <= value <= INT64_MAX:
-        raise InvalidInput([Problem("aggregate", "the sum exceeds int64")])
-    return value
-
-
-def average(values: Sequence[Any], kind: FieldType | None) -> Any:
-    if not values:
-        return None
-    if kind is FieldType.DECIMAL:
-        return AVERAGE_CONTEXT.divide(total(values, kind), Decimal(len(values)))
-    return sum(values) / len(values)
-
-
-# --- Cursors --------------------------------------------------------------------------------------------------
-
-
-def _fingerprint(query: Query, scope: str) -> str:
-    text = f"{scope}|{query.where!r}|{query.order!r}"
-    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:16]
-
-
-def _tag(value: Any) -> Any:
-    if isinstance(value, bytes):
-        return {"b": base64.b64encode(value).decode()}
-    if isinstance(value, Decimal):
-        return {"d": str(value)}
-    if isinstance(value, datetime):
-        return {"t": value.isoformat()}
-    return value
-
-
-_UNTAG: dict[str, Callable[[str], Any]] = {"b": base64.b64decode, "d": Decimal, "t": datetime.fromisoformat}
-
-
-def cursor_of(query: Query, scope: str, last: Document) -> str:
-    """The opaque cursor that continues a checked query after `last`. `scope` ties it to a tenant and collection.
-
-    Raises TooLarge if the fields that it is ordered by hold more than a cursor can.
-    """
-    position = [_tag(last[name]) for name, _ in query.order]
-    text = json.dumps([_fingerprint(query, scope), position], ensure_ascii=False, separators=(",", ":"))
-    cursor = base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
-    if len(cursor) > MAX_CURSOR_BYTES:
-        names = ", ".join(name for name, _ in query.order)
-        raise TooLarge(f"the values of {names} are too long for a cursor of {MAX_CURSOR_BYTES} bytes: order by others")
-    return cursor
-
-
-def behind(query: Query, last: Document) -> Query:
-    """A checked query, to be continued after `last`, which has the fields that it is ordered by."""
-    return replace(query, start_after=tuple(last[name] for name, _ in query.order))
-
-
-def with_cursor(query: Query, collection: Collection, scope: str, cursor: str) -> Query:
-    """The query, to be continued at `cursor`. Raises InvalidInput if the cursor is not one of this very query's."""
-    refused = InvalidInput([Problem("cursor", "is not a cursor of this query: start without a cursor")])
-    problems: list[Problem] = []
-    try:
-        if len(cursor) > MAX_CURSOR_BYTES:
-            raise ValueError("too long")
-        fingerprint, position = json.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
-        if fingerprint != _fingerprint(query, scope):
-            raise ValueError("another query's")
-        # A cursor comes back from outside: a value of another type would not compare, on any engine.
-        values = tuple(
-            None if value is None else _encoded_scalar(name, _scalar_type(collection, name), _untag(value), problems)
-            for (name, _), value in zip(query.order, position, strict=True)
-        )
-    except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError):
-        raise refused from None
-    if problems:
-        raise refused
-    return replace(query, start_after=values)
-
-
-def _untag(value: Any) -> Any:
-    if isinstance(value, dict):
-        ((tag, text),) = value.items()
-        return _UNTAG[tag](text)
-    return value
-
-
-def _scalar_type(collection: Collection, name: str) -> FieldType:
-    kind = collection.type_of(name)
-    if kind is None or not kind.is_scalar:
-        raise ValueError(f"{name} is not ordered by")
-    return kind

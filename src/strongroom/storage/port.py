@@ -409,13 +409,13 @@ class Store(Protocol):
         ...
 
     async def find(self, collection: str, tenant: str | None, query: Query) -> list[Document]:
-        """At most query.limit documents in query.order, as `query.evaluate` defines. `query` has been checked."""
+        """At most query.limit documents in query.order, as `entities.evaluate` defines. `query` has been checked."""
         ...
 
     async def aggregate(
         self, collection: str, tenant: str | None, aggregates: Sequence[Aggregate], where: Filter | None
     ) -> dict[str, Any]:
-        """Values by Aggregate.name, as `query.aggregate` defines."""
+        """Values by Aggregate.name, as `entities.aggregate` defines."""
         ...
 
     def commit(self, batch: Batch) -> Awaitable[Committed]:

@@ -39,7 +39,7 @@ from ..port import (
     SchemaChange,
     past_the_end,
 )
-from ..sql import quoted, record_of
+from ..sql import content_size, quoted, record_of
 from . import (
     index_statistics as _postgres_advice,
 )
@@ -257,10 +257,12 @@ class PostgresStore:
             raise past_the_end()
         if after is not None and position < floor:
             raise Gone("the records that come after the cursor are past the journal's retention")
-        records = tuple(await in_slices(record_of, [row[2:] for row in rows if row[2] is not None]))
+        lines = [row[2:] for row in rows if row[2] is not None]
+        records = tuple(await in_slices(record_of, lines))
         # Where there is nothing more it stands at the head, not at a tenant's last record: a quiet tenant's place
         # would be past the retention one day.
-        return ChangesPage(records, str(records[-1].sequence if len(records) == limit else head))
+        cursor = str(records[-1].sequence if len(records) == limit else head)
+        return ChangesPage(records, cursor, content_size(lines))
 
     async def _head(self) -> int:
         """The journal's last sequence."""

@@ -1,4 +1,4 @@
-"""Queries mean on every backend what `query.evaluate` and `query.aggregate` say."""
+"""Queries mean on every backend what `entities.evaluate` and `entities.aggregate` say."""
 
 from __future__ import annotations
 

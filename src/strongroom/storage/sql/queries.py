@@ -1,32 +1,24 @@
-"""What the SQL stores share: the tables behind the declarations, the codec of rows, and queries as parameterised SQL.
+"""Queries as parameterised SQL.
 
-SQLAlchemy Core describes the tables, once for every dialect. The statements that run are plain texts, compiled once a
-shape (the query without its values) and given to the driver as they are. A text is made from declared names and
-shapes only; a value is always bound.
+The statements are plain texts, compiled once for each shape (the query without its values), and given to the driver as
+they are. A text is made of declared names and shapes only; a value is always bound.
 """
 
 from __future__ import annotations
 
-import json
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-import sqlalchemy as sa
-
-from ..entities import (
+from ...entities import (
     AVERAGE_CONTEXT,
     SYSTEM_FIELDS,
     Aggregate,
     And,
-    Collection,
     Document,
-    FieldSpec,
     FieldType,
     Filter,
-    Index,
     Op,
     Or,
     Query,
@@ -34,259 +26,12 @@ from ..entities import (
     checked_sum,
     sort_key,
 )
-from . import tagged_json as _values
-from .port import Record
+from .dialect import Dialect, Total, listed, quoted
+from .rows import Codec
+from .tables import index_columns
 
 MAX_SHAPES = 500
 """Compiled texts kept for each collection; the oldest goes when there are more."""
-
-
-def quoted(name: str) -> str:
-    """A name as an SQL identifier."""
-    return '"' + name.replace('"', '""') + '"'
-
-
-def listed(names: Sequence[str]) -> str:
-    return ", ".join(map(quoted, names))
-
-
-# --- Dialects -------------------------------------------------------------------------------------------------
-
-Convert = Callable[[Any], Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Total:
-    """How a field is summed: what to select, and what sum and count come from those values."""
-
-    columns: tuple[str, ...]
-    finish: Callable[[Sequence[Any]], Any]
-
-
-class Dialect(ABC):
-    """Where engines differ. `encoders` and `decoders` are for the types whose values the driver does not take as is."""
-
-    encoders: Mapping[FieldType, Convert]
-    decoders: Mapping[FieldType, Convert]
-    null_is_constant = True
-    """Whether `field IS NULL` tells the planner that the field is the same in every row, as `field = 1` does."""
-
-    @abstractmethod
-    def placeholder(self, number: int) -> str:
-        """The parameter of this number, from 1; the same number may stand in a text more than once."""
-
-    @abstractmethod
-    def column_type(self, kind: FieldType) -> sa.types.TypeEngine[Any]: ...
-
-    @abstractmethod
-    def literal(self, spec: FieldSpec) -> str:
-        """The field's default as an SQL literal."""
-
-    @abstractmethod
-    def constraint(self, spec: FieldSpec) -> str | None:
-        """What the column must satisfy beyond its type, as an SQL expression."""
-
-    @abstractmethod
-    def element(self, item: Any) -> tuple[str, Any]:
-        """How an item of a list is looked for: the kind of the test, which shapes the text, and the value to bind
-        (None: the kind says it all)."""
-
-    @abstractmethod
-    def contains(self, column: str, tests: Sequence[tuple[str, str | None]]) -> str:
-        """Whether a list has an element that passes one of the tests: (kind, placeholder or None)."""
-
-    @abstractmethod
-    def total(self, column: str, kind: FieldType | None) -> Total: ...
-
-    def order(self, column: str, name: str, descending: bool) -> str:
-        """`column`, of the field `name`, as a term of ORDER BY that puts null first (descending: last)."""
-        return f"{column} DESC" if descending else column
-
-    def encode(self, kind: FieldType | None, value: Any) -> Any:
-        convert = self.encoders.get(kind) if kind is not None else None
-        return value if convert is None else convert(value)
-
-
-# --- Tables ---------------------------------------------------------------------------------------------------
-
-
-def index_name(collection: Collection, index: Index) -> str:
-    """A name that says all of the index, so that two indexes of one name are alike: `notes.index.status.-created_at`.
-
-    No collection has a dot in its name, so an index's name is never a table's.
-    """
-    return f"{collection.name}.{'unique' if index.unique else 'index'}.{'.'.join(index.fields)}"
-
-
-def index_columns(collection: Collection, index: Index) -> tuple[tuple[str, bool], ...]:
-    """(column, descending) pairs: the tenant first; the id last, so that a page in the index's order needs no sort."""
-    columns = index.columns
-    if not index.unique and all(name != "id" for name, _ in columns):
-        columns = (*columns, ("id", columns[-1][1]))
-    return ((("tenant_id", False),) if collection.tenant_scoped else ()) + columns
-
-
-def describe(
-    collection: Collection,
-    dialect: Dialect,
-    metadata: sa.MetaData,
-    *,
-    table: str | None = None,
-    nullable: Container[str] = (),
-) -> sa.Table:
-    """The collection's table with its columns and primary key, perhaps under another name, and with columns that may
-    be null though the declaration says otherwise (documents written before may have no value there)."""
-    key = ("tenant_id", "id") if collection.tenant_scoped else ("id",)
-    columns = [sa.Column(name, dialect.column_type(FieldType.TEXT), nullable=False) for name in key]
-    columns.append(sa.Column("version", dialect.column_type(FieldType.INT), nullable=False))
-    for name in ("created_at", "updated_at"):
-        columns.append(sa.Column(name, dialect.column_type(FieldType.TIMESTAMP), nullable=False))
-    for spec in collection.fields.values():
-        columns.append(describe_field(spec, dialect, nullable=spec.optional or spec.name in nullable))
-    return sa.Table(table or collection.name, metadata, *columns, sa.PrimaryKeyConstraint(*key), sqlite_strict=True)
-
-
-def describe_field(spec: FieldSpec, dialect: Dialect, *, nullable: bool) -> sa.Column[Any]:
-    """One declared field as a column."""
-    default: Any = None if spec.default is None else sa.literal_column(dialect.literal(spec))
-    rule = dialect.constraint(spec)
-    return sa.Column(
-        spec.name,
-        dialect.column_type(spec.type),
-        *([sa.CheckConstraint(rule)] if rule else []),
-        nullable=nullable,
-        server_default=default,
-    )
-
-
-# --- Rows -----------------------------------------------------------------------------------------------------
-
-
-def json_text(value: Any) -> str:
-    """As `_values.dumps`, in a third of its time: C does all but the tags.
-
-    A tag shows as one `"$` in the text. If there are more of these than tags, then some text or key of the user's
-    begins with $, and perhaps must be told apart.
-    """
-    if not value and isinstance(value, list | dict):  # most lists and maps of most documents
-        return "{}" if isinstance(value, dict) else "[]"
-    tags = 0
-
-    def tag(inner: Any) -> Any:
-        nonlocal tags
-        tags += 1
-        return _values.tag(inner)
-
-    text = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=tag).encode(value)
-    return text if text.count('"$') == tags else _values.dumps(value)
-
-
-class Codec:
-    """Between documents of one collection and rows in the order of `columns`."""
-
-    def __init__(self, collection: Collection, dialect: Dialect) -> None:
-        self.collection = collection
-        self.dialect = dialect
-        self.fields = tuple(collection.fields)
-        self.columns = (*SYSTEM_FIELDS, *self.fields)
-        self.encode: Callable[[Document], tuple[Any, ...]] = _encoder(collection, dialect, self.fields)
-        self.decode: Callable[[Sequence[Any]], Document] = self.decoder(self.columns)
-
-    def decoder(self, columns: Sequence[str]) -> Callable[[Sequence[Any]], Document]:
-        """What makes a document of a row that has these columns."""
-        return _decoder(self.collection, self.dialect, columns)
-
-
-# A function written out for its collection takes half the time of a loop over converters, and a read is little else.
-
-
-def _decoder(collection: Collection, dialect: Dialect, columns: Sequence[str]) -> Callable[[Sequence[Any]], Document]:
-    cells = [f"c{number}" for number in range(len(columns))]
-    scope: dict[str, Any] = {}
-    members = []
-    for cell, name in zip(cells, columns, strict=True):
-        convert = dialect.decoders.get(collection.type_of(name))  # type: ignore[arg-type]  # every column has a type
-        if convert is None:
-            members.append(f"{name!r}: {cell}")
-        else:
-            scope[f"decode_{cell}"] = convert
-            members.append(f"{name!r}: None if {cell} is None else decode_{cell}({cell})")
-    source = f"def decode(row):\n    {', '.join(cells)}, = row\n    return {{{', '.join(members)}}}\n"
-    return _made(source, "decode", scope)
-
-
-def _encoder(collection: Collection, dialect: Dialect, fields: Sequence[str]) -> Callable[[Document], tuple[Any, ...]]:
-    scope: dict[str, Any] = {}
-    cells = []
-    for number, name in enumerate(fields):
-        convert = dialect.encoders.get(collection.fields[name].type)
-        if convert is None:
-            cells.append(f"document[{name!r}]")
-        else:
-            scope[f"encode_{number}"] = convert
-            cells.append(f"None if (v := document[{name!r}]) is None else encode_{number}(v)")
-    source = f"def encode(document):\n    return ({''.join(f'{cell}, ' for cell in cells)})\n"
-    return _made(source, "encode", scope)
-
-
-def _made(source: str, name: str, scope: dict[str, Any]) -> Callable[[Any], Any]:
-    exec(source, scope)  # noqa: S102  # the source holds declared names only, each a checked identifier
-    made: Callable[[Any], Any] = scope[name]
-    return made
-
-
-# --- The journal's rows ---------------------------------------------------------------------------------------
-
-JOURNAL_COLUMNS = (
-    "sequence", "id", "tenant_id", "at_us", "actor", "request_id", "action", "collection", "entity_id", "version",
-    "before", "after",
-)  # fmt: skip
-Line = tuple[Any, ...]
-"""A record's values in the order of JOURNAL_COLUMNS, without the sequence, which the store gives."""
-
-
-def line(record: Record, version: int | None) -> Line:
-    """A record as a row; before and after are JSON text, the last two."""
-    return (
-        record.id,
-        record.tenant,
-        record.at_us,
-        record.actor,
-        record.request_id,
-        record.action,
-        record.collection,
-        record.entity_id,
-        version,
-        None if record.before is None else _values.quick_dumps(record.before),
-        None if record.after is None else _values.quick_dumps(record.after),
-    )
-
-
-def record_of(row: Sequence[Any]) -> Record:
-    """The record of a row of JOURNAL_COLUMNS."""
-    sequence, id, tenant, at_us, actor, request_id, action, collection, entity_id, version, before, after = row
-    return Record(
-        id=id,
-        tenant=tenant,
-        at_us=at_us,
-        actor=actor,
-        request_id=request_id,
-        action=action,
-        collection=collection,
-        entity_id=entity_id,
-        before=None if before is None else _values.loads(before),
-        after=None if after is None else _values.loads(after),
-        version=version,
-        sequence=sequence,
-    )
-
-
-def content_size(rows: Sequence[Sequence[Any]]) -> int:
-    """About how many bytes `before` and `after` have in rows of JOURNAL_COLUMNS."""
-    return sum(len(row[-2] or "") + len(row[-1] or "") for row in rows)
-
-
-# --- Queries --------------------------------------------------------------------------------------------------
 
 Shape = tuple[Any, ...]
 """A filter without its values: (field, op, how many values, the tests of array-contains) or (And | Or, shapes)."""
