@@ -12,7 +12,7 @@ import pytest
 from strongroom import Entity, Strongroom
 from strongroom.context import name_problem, system_context
 from strongroom.errors import InvalidInput
-from strongroom.keys.transfer.key_file import parse
+from strongroom.keys.transfer.key_file_parse import parse
 from strongroom.storage.port import Batch, Create
 from tests.helpers.server_app import TOKENS, serving
 

@@ -19,8 +19,8 @@ import pytest
 import time_machine
 
 from strongroom import Strongroom
-from strongroom.keys.transfer import key_file as keyfile
-from strongroom.keys.transfer import key_file_chunks as keypieces
+from strongroom.keys.transfer import key_file_chunks
+from strongroom.keys.transfer.key_file import KeyRow
 from strongroom.keys.transfer.key_file_rows import Maker
 from tests.cli.test_cli import Run, process, run
 from tests.helpers.paths import DATA
@@ -150,7 +150,7 @@ def test_keys_of_another_tenant_are_refused(run: Run) -> None:
 def test_an_import_whose_checksums_differ_fails(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     values_of = Maker.values_of
 
-    def wrong(self: Maker, row: keyfile.KeyRow, seal: Any) -> Any:
+    def wrong(self: Maker, row: KeyRow, seal: Any) -> Any:
         return values_of(self, replace(row, name=row.name.upper()), seal)
 
     monkeypatch.setattr(Maker, "values_of", wrong)
@@ -186,8 +186,8 @@ def test_a_folder_a_forbidden_file_and_a_huge_file_are_reported_in_one_sentence(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run("import", str(tmp_path)).err == f"strongroom: {tmp_path}: is a directory\n"
-    monkeypatch.setattr(keypieces, "MAX_FILE_BYTES", 1_000)
-    assert run("import", PLAIN, "--dry-run").status == 0  # read in pieces, however large it is
+    monkeypatch.setattr(key_file_chunks, "MAX_FILE_BYTES", 1_000)
+    assert run("import", PLAIN, "--dry-run").status == 0  # read in chunks, however large it is
     odd = tmp_path / "odd.json"
     odd.write_text(json.dumps({"version": 1, **json.loads(Path(PLAIN).read_text())}))
     ran = run("import", str(odd))

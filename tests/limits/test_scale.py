@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import hashlib
 import json
@@ -28,15 +29,18 @@ from strongroom.keys import cache as keycache
 from strongroom.keys.model import ApiKey
 from strongroom.keys.service import KeyFilter
 from strongroom.keys.token import generate
-from strongroom.keys.transfer import key_file_chunks as keypieces
+from strongroom.keys.transfer import key_file_chunks
 from strongroom.keys.transfer import key_file_export as keyexport
-from strongroom.keys.transfer.key_file import KeyRow, parse, render_file
+from strongroom.keys.transfer.import_plan import Standing
+from strongroom.keys.transfer.key_file import KeyRow, render_file
 from strongroom.keys.transfer.key_file_chunks import survey
 from strongroom.keys.transfer.key_file_export import Exported, export_rows, file_of
-from strongroom.keys.transfer.key_file_import import KeyImport, Standing
+from strongroom.keys.transfer.key_file_import import KeyImport
+from strongroom.keys.transfer.key_file_parse import parse
 from strongroom.keys.transfer.key_file_rows import new_usage, usage_document
 from strongroom.limits import tuning
 from strongroom.limits.usage_state import UsageState
+from strongroom.rules import default_policy
 from strongroom.storage.port import Alike, Append, Create, Pack, unwrapped
 from strongroom.storage.sqlite.bulk_rows import SqlitePacker
 from strongroom.storage.sqlite.store import SqliteStore
@@ -255,12 +259,12 @@ def peak(file: Path) -> int:
 
 
 def test_reading_a_file_needs_the_memory_of_one_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keypieces, "PIECE_BYTES", 64 * 1024)
+    monkeypatch.setattr(key_file_chunks, "CHUNK_BYTES", 64 * 1024)
     small, large = (plain_file(tmp_path, keys, f"{keys}.json") for keys in (500, 5_000))
     assert peak(large) < 1.5 * peak(small) + 5_000 * 64
 
 
-# --- Files in pieces --------------------------------------------------------------------------------------------
+# --- Files in chunks --------------------------------------------------------------------------------------------
 
 _values = st.none() | st.booleans() | st.integers(-1, 10**19) | st.text(max_size=9) | st.just("2027-02-30T00:00:00Z")
 _plain_rows = st.lists(
@@ -300,14 +304,14 @@ def test_a_file_of_hashes_read_in_chunks_equals_the_whole_file(tmp_path: Path, r
     same(tmp_path, json.dumps({"keys": rows}).encode(), size)
 
 
-def same(folder: Path, data: bytes, piece_bytes: int) -> None:
+def same(folder: Path, data: bytes, chunk_bytes: int) -> None:
     file = folder / "keys.json"
     file.write_bytes(data)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(keypieces, "PIECE_BYTES", piece_bytes)
+        patched.setattr(key_file_chunks, "CHUNK_BYTES", chunk_bytes)
         source = survey(file, NOW_US)
         whole = parse(data, NOW_US)
-        assert [one for piece in source.pieces for one in source.rows(piece)] == whole.rows
+        assert [one for chunk in source.chunks for one in source.rows(chunk)] == whole.rows
     assert (source.count, source.accepted) == (whole.count, len(whole.rows))
     assert (source.file.refused, source.file.problems, source.file.notes) == (
         whole.refused, whole.problems, whole.notes,
@@ -319,7 +323,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None
     source = survey(file, NOW_US)
     file.write_text(file.read_text() + " ")
     with pytest.raises(Conflict, match="was changed while it was read"):
-        source.rows(source.pieces[0])
+        source.rows(source.chunks[0])
 
 
 # --- Loading ----------------------------------------------------------------------------------------------------
@@ -351,8 +355,9 @@ async def test_bulk_loaded_keys_equal_keys_written_one_by_one(tmp_path: Path) ->
     async with Strongroom.open(new_url("sqlite", tmp_path, "loaded")) as one:
         assert one.database.loading is not None
         assert (await imported(one, file)).committed == 30
-        async with opened(new_url("sqlite", tmp_path, "written")) as (two, _):
-            assert two.database.loading is None
+        rules_of_its_own = functools.partial(default_policy)
+        async with opened(new_url("sqlite", tmp_path, "written"), policy=rules_of_its_own) as (two, _):
+            assert two.database.loading is None, "each key is written by itself"
             await imported(two, file)
             assert await stored(one) == await stored(two)
         for number in range(30):
@@ -461,7 +466,7 @@ async def test_a_key_created_during_an_import_is_neither_lost_nor_written_twice(
         plan = await job.compare(source)
         assert plan.counts == {Standing.NEW: 50}
         (rival,) = [KeyImport(room.database, room.keys.hasher, "plain", "default", SYSTEM)]
-        planned = await rival.plan(source.rows(source.pieces[0])[7:9])
+        planned = await rival.plan(source.rows(source.chunks[0])[7:9])
         await rival.apply(planned, update=False)
         await job.carry_out(source, plan, update=False)
         assert job.committed == 48
@@ -472,8 +477,6 @@ async def test_a_key_created_during_an_import_is_neither_lost_nor_written_twice(
 
 
 async def test_an_applications_own_rules_are_evaluated_for_every_key(tmp_path: Path) -> None:
-    from strongroom.rules import default_policy
-
     asked = []
 
     def policy(request: Any) -> Any:

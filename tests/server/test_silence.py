@@ -12,8 +12,8 @@ import pytest
 
 from strongroom import Strongroom
 from strongroom.errors import InvalidInput
-from strongroom.keys.transfer.key_file import parse
 from strongroom.keys.transfer.key_file_chunks import survey
+from strongroom.keys.transfer.key_file_parse import parse
 from strongroom.keys.transfer.record_file import RecordReader
 from tests.cli.test_cli import Run, created, run
 from tests.helpers.server_app import Served, serving

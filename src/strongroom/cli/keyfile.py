@@ -27,7 +27,7 @@ from .session import (
 
 if TYPE_CHECKING:
     from ..app import Strongroom
-    from ..keys.transfer import Checksums, Finding, KeyPieces, Plan
+    from ..keys.transfer import Checksums, ChunkedKeyFile, Finding, Plan
 
 MAX_SHOWN = 100
 """Rows of each kind that a report for people names; with --json all that were kept."""
@@ -114,7 +114,7 @@ class _Import:
     """One import: what was asked, and what came of it."""
 
     def __init__(
-        self, file: Path, tenant: str, source: KeyPieces, dry_run: bool, skip_invalid: bool, update: bool
+        self, file: Path, tenant: str, source: ChunkedKeyFile, dry_run: bool, skip_invalid: bool, update: bool
     ) -> None:
         self.file = file
         self.tenant = tenant

@@ -101,16 +101,16 @@ class RecordsImport:
         except KeyFileError as error:
             raise KeyFileError(f"{self.file}: {error.message}") from None
 
-    def _pieces(self) -> Iterator[list[Record]]:
-        piece: list[Record] = []
+    def _chunks(self) -> Iterator[list[Record]]:
+        chunk: list[Record] = []
         for record, _ in self._records():
             if record is not None:
-                piece.append(record)
-            if len(piece) >= ROWS_AT_ONCE:
-                yield piece
-                piece = []
-        if piece:
-            yield piece
+                chunk.append(record)
+            if len(chunk) >= ROWS_AT_ONCE:
+                yield chunk
+                chunk = []
+        if chunk:
+            yield chunk
 
     async def _work(self, room: Strongroom) -> None:
         from ..keys.transfer import RecordImport
@@ -118,8 +118,8 @@ class RecordsImport:
         job = RecordImport(room.database, room.keys.hasher, operator(), hmac_secret=self.secret)
         total = self.rows - self.refused
         with output.progress("comparing") as progress:
-            for number, piece in enumerate(self._pieces()):
-                for planned in await job.plan(piece):
+            for number, chunk in enumerate(self._chunks()):
+                for planned in await job.plan(chunk):
                     self._count(planned)
                 progress(min(total, (number + 1) * ROWS_AT_ONCE), total)
         if self.dry_run or (self.standings["foreign"] and not self.skip_invalid):
@@ -127,15 +127,15 @@ class RecordsImport:
         with output.progress("importing") as progress:
             await self._apply(job, lambda done: progress(min(done, total), total))
         with output.progress("checking") as progress:
-            for number, piece in enumerate(self._pieces()):
-                for planned in await job.plan(piece):
+            for number, chunk in enumerate(self._chunks()):
+                for planned in await job.plan(chunk):
                     self.missing += planned.standing == "new" or (self.update and planned.standing == "changed")
                 progress(min(total, (number + 1) * ROWS_AT_ONCE), total)
 
     async def _apply(self, job: RecordImport, progress: Callable[[int], None]) -> None:
         try:
-            for number, piece in enumerate(self._pieces()):
-                await job.apply(await job.plan(piece), update=self.update)
+            for number, chunk in enumerate(self._chunks()):
+                await job.apply(await job.plan(chunk), update=self.update)
                 progress((number + 1) * ROWS_AT_ONCE)
         finally:
             self.committed = job.committed

@@ -12,59 +12,59 @@ import pytest
 
 from strongroom.errors import Unavailable
 from strongroom.keys.transfer.import_workers import Workers
-from strongroom.keys.transfer.key_file_chunks import Piece
+from strongroom.keys.transfer.key_file_chunks import Chunk
 from strongroom.storage.port import Pack
 from tests.helpers.paths import ROOT
 from tests.helpers.waiting import PATIENCE_S
 
-PIECES = [Piece(number, number + 1, number, 1) for number in range(20)]
+CHUNKS = [Chunk(number, number + 1, number, 1) for number in range(20)]
 
 
 class Numbering:
-    """A task that tells which process packed a piece. It ends its process at the piece `last`."""
+    """A task that tells which process packed a chunk. It ends its process at the chunk `last`."""
 
     def __init__(self, last: int = -1) -> None:
         self.last = last
 
-    def pack(self, piece: Piece) -> Pack:
-        if piece.first == self.last:
+    def pack(self, chunk: Chunk) -> Pack:
+        if chunk.first == self.last:
             os._exit(1)
-        if piece.first == 100:
-            raise ValueError("not a piece")
-        return Pack(1, 1, [piece.first, os.getpid()])
+        if chunk.first == 100:
+            raise ValueError("not a chunk")
+        return Pack(1, 1, [chunk.first, os.getpid()])
 
 
-async def packed(task: Any, count: int, pieces: list[Piece]) -> list[tuple[int, int]]:
+async def packed(task: Any, count: int, chunks: list[Chunk]) -> list[tuple[int, int]]:
     async with Workers(task, count) as workers:
-        return [pack.parts[:2] async for _, pack in workers.packs(pieces)]  # type: ignore[misc]
+        return [pack.parts[:2] async for _, pack in workers.packs(chunks)]  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("count", [0, 2])
-async def test_packs_come_in_the_order_of_their_pieces(count: int) -> None:
-    found = await packed(Numbering(), count, PIECES)
-    assert [first for first, _ in found] == [piece.first for piece in PIECES]
+async def test_packs_come_in_the_order_of_their_chunks(count: int) -> None:
+    found = await packed(Numbering(), count, CHUNKS)
+    assert [first for first, _ in found] == [chunk.first for chunk in CHUNKS]
     assert (os.getpid() in {process for _, process in found}) == (count == 0)
     assert multiprocessing.active_children() == []
 
 
 async def test_a_worker_process_that_ends_is_reported_and_none_stays_behind() -> None:
     with pytest.raises(Unavailable, match="a worker process ended: run the import again"):
-        await packed(Numbering(last=7), 2, PIECES)
+        await packed(Numbering(last=7), 2, CHUNKS)
     assert multiprocessing.active_children() == []
 
 
 async def test_an_error_in_a_worker_is_raised_as_it_is() -> None:
-    with pytest.raises(ValueError, match="not a piece"):
-        await packed(Numbering(), 1, [*PIECES[:3], Piece(100, 101, 100, 1)])
+    with pytest.raises(ValueError, match="not a chunk"):
+        await packed(Numbering(), 1, [*CHUNKS[:3], Chunk(100, 101, 100, 1)])
 
 
 KILLED = """
 import asyncio, os, signal
-from tests.keys.transfer.test_import_workers import PIECES, Numbering, Workers
+from tests.keys.transfer.test_import_workers import CHUNKS, Numbering, Workers
 
 async def main():
     async with Workers(Numbering(), 1) as workers:
-        async for _, pack in workers.packs(PIECES):
+        async for _, pack in workers.packs(CHUNKS):
             os.kill(os.getpid(), signal.SIGKILL)
 
 if __name__ == "__main__":

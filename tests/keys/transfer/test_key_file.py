@@ -16,25 +16,19 @@ from hypothesis import strategies as st
 from strongroom import Limit, Rolling, Strongroom
 from strongroom.context import system_context, us_from_utc
 from strongroom.errors import Conflict, InvalidInput
-from strongroom.keys.transfer import key_file as keyfile
-from strongroom.keys.transfer import key_file_import as keytransfer
+from strongroom.keys.transfer.import_plan import Checksums, Planned, Standing
 from strongroom.keys.transfer.key_file import (
     KeyFile,
     KeyFileError,
     KeyRow,
-    parse,
+    Shape,
     render_file,
     render_row,
 )
-from strongroom.keys.transfer.key_file_import import (
-    Checksums,
-    Exported,
-    KeyImport,
-    Planned,
-    Standing,
-    export_keys,
-    id_of,
-)
+from strongroom.keys.transfer.key_file_export import Exported, export_keys
+from strongroom.keys.transfer.key_file_import import KeyImport
+from strongroom.keys.transfer.key_file_parse import parse
+from strongroom.keys.transfer.key_file_rows import FIVE_HOURS, id_of
 from tests.helpers.faulty_store import Fault, FaultyStore
 from tests.helpers.paths import DATA
 from tests.helpers.stores import stored_usage
@@ -280,12 +274,12 @@ async def put(
     return planned, await job.checksums(planned, us_from_utc(datetime.now(UTC)), updated=update)
 
 
-async def got(room: Strongroom, shape: keyfile.Shape, tenant: str = "default") -> Exported:
+async def got(room: Strongroom, shape: Shape, tenant: str = "default") -> Exported:
     now_us = us_from_utc(datetime.now(UTC))
     return await export_keys(room.database, room.keys.hasher, shape, tenant, SYSTEM, now_us)
 
 
-def as_file(shape: keyfile.Shape, exported: Exported) -> bytes:
+def as_file(shape: Shape, exported: Exported) -> bytes:
     return b"".join(render_file(shape, exported.rows))
 
 
@@ -417,7 +411,7 @@ async def test_a_changed_row_is_reported_and_applied_only_on_request(room: Stron
         assert sums.file_keys == 1
         after = await room.keys.get(key.id)
         assert (after.name, after.expires_at, after.metadata) == ("renamed", None, {"note": "kept", "model": "m"})
-        assert {limit.id: limit.limit for limit in after.limits} == {keytransfer.FIVE_HOURS: 2_000, requests.id: 5}
+        assert {limit.id: limit.limit for limit in after.limits} == {FIVE_HOURS: 2_000, requests.id: 5}
         stats = await room.keys.stats(key.id)
         assert (stats.totals["tokens"], stats.limits[0].used) == (5_100, 300)
 

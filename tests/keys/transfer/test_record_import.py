@@ -41,15 +41,12 @@ from strongroom.errors import InvalidInput, Unavailable
 from strongroom.keys.import_source import MAX_RULES, KeySource
 from strongroom.keys.token import HINT_SLOTS, generate
 from strongroom.keys.transfer import record_import as recordtransfer
+from strongroom.keys.transfer.import_plan import Standing
 from strongroom.keys.transfer.key_file import Finding, KeyFileError
-from strongroom.keys.transfer.key_file_import import Standing, id_of
+from strongroom.keys.transfer.key_file_rows import id_of
+from strongroom.keys.transfer.record_export import ExportedRecords, export_records
 from strongroom.keys.transfer.record_file import KeyRecord, Record, RecordReader
-from strongroom.keys.transfer.record_import import (
-    ExportedRecords,
-    PlannedRecord,
-    RecordImport,
-    export_records,
-)
+from strongroom.keys.transfer.record_import import PlannedRecord, RecordImport
 from strongroom.keys.transfer.record_lines import MAX_LINE_BYTES, is_records
 from strongroom.quotas.model import Quota, quota_id
 from strongroom.rules import default_policy

@@ -1,4 +1,4 @@
-"""Worker processes of an import: each reads a piece of the key file and packs its keys while the store writes another.
+"""Worker processes of an import: each reads a chunk of the key file and packs its keys while the store writes another.
 
 Reading, checking, hashing and encoding a key costs as much as writing it.
 """
@@ -20,79 +20,83 @@ from typing import Self
 from ...context import Context, next_id
 from ...errors import Unavailable
 from ...storage.port import Pack, Packer
-from .key_file_chunks import KeyPieces, Piece
+from .key_file_chunks import Chunk, ChunkedKeyFile
 from .key_file_rows import Maker
 
 AHEAD = 2
-"""Pieces that are in work for each worker. More would only take memory."""
+"""Chunks that are in work for each worker. More would only take memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What a worker does with every piece: read it, make its keys, pack them."""
+    """What a worker does with every chunk: read it, make its keys, pack them."""
 
-    source: KeyPieces
+    source: ChunkedKeyFile
     maker: Maker
     packer: Packer
     actor: str
     tenant: str
 
-    def pack(self, piece: Piece) -> Pack:
-        """The piece's keys, made ready."""
+    def pack(self, chunk: Chunk) -> Pack:
+        """The chunk's keys, made ready."""
         context = Context(self.tenant, self.actor, {}, next_id())
-        return self.packer.pack_alike(self.maker.alike(self.source.rows(piece), context))
+        return self.packer.pack_alike(self.maker.alike(self.source.rows(chunk), context))
 
 
 class Portion:
-    """The next packs, as many as come to `room` rows: one transaction. Afterwards it says which pieces these were, and
+    """The next packs, as many as come to `room` rows: one transaction. Afterwards it says which chunks these were, and
     how many keys."""
 
-    def __init__(self, packs: AsyncIterator[tuple[Piece, Pack]], room: int) -> None:
+    def __init__(self, packs: AsyncIterator[tuple[Chunk, Pack]], room: int) -> None:
         self._packs = packs
         self._room = room
-        self.pieces: list[Piece] = []
+        self.chunks: list[Chunk] = []
         self.keys = 0
 
     async def __aiter__(self) -> AsyncIterator[Pack]:
         while self._room > 0:
             try:
-                piece, pack = await anext(self._packs)
+                chunk, pack = await anext(self._packs)
             except StopAsyncIteration:
                 return
-            self.pieces.append(piece)
+            self.chunks.append(chunk)
             self.keys += pack.records
-            self._room -= piece.count
+            self._room -= chunk.count
             yield pack
 
 
 class Workers:
-    """Worker processes that pack pieces. With a count of 0, this process packs them. `async with`, then `packs`."""
+    """Worker processes that pack chunks. With a count of 0, this process packs them. `async with`, then `packs`."""
 
     def __init__(self, task: Task, count: int) -> None:
         self._task = task
         self._count = count
         self._pool: ProcessPoolExecutor | None = None
-        self._waiting: deque[tuple[Piece, asyncio.Future[Pack]]] = deque()
+        self._waiting: deque[tuple[Chunk, asyncio.Future[Pack]]] = deque()
 
-    async def packs(self, pieces: Iterable[Piece]) -> AsyncIterator[tuple[Piece, Pack]]:
-        """Each piece with its pack, in the order of the pieces. Unavailable if a worker process ends."""
+    async def packs(self, chunks: Iterable[Chunk]) -> AsyncIterator[tuple[Chunk, Pack]]:
+        """Each chunk with its pack, in the order of the chunks. Unavailable if a worker process ends."""
         if self._pool is None:
-            for piece in pieces:
-                yield piece, self._task.pack(piece)
+            for chunk in chunks:
+                yield chunk, self._task.pack(chunk)
             return
-        loop = asyncio.get_running_loop()
-        waiting, remaining = self._waiting, iter(pieces)
+        try:
+            async for packed in self._packs_of_workers(self._pool, chunks):
+                yield packed
+        except BrokenExecutor:
+            raise Unavailable("a worker process ended: run the import again; imported keys stay") from None
+
+    async def _packs_of_workers(
+        self, pool: ProcessPoolExecutor, chunks: Iterable[Chunk]
+    ) -> AsyncIterator[tuple[Chunk, Pack]]:
+        loop, waiting, remaining = asyncio.get_running_loop(), self._waiting, iter(chunks)
         while True:
             while len(waiting) < AHEAD * self._count and (following := next(remaining, None)) is not None:
-                waiting.append((following, loop.run_in_executor(self._pool, _pack, following)))
+                waiting.append((following, loop.run_in_executor(pool, _pack, following)))
             if not waiting:
                 return
-            piece, future = waiting.popleft()
-            try:
-                pack = await future
-            except BrokenExecutor:
-                raise Unavailable("a worker process ended: run the import again; imported keys stay") from None
-            yield piece, pack
+            chunk, future = waiting.popleft()
+            yield chunk, await future
 
     async def __aenter__(self) -> Self:
         if self._count:
@@ -109,25 +113,25 @@ class Workers:
 # --- In a worker process --------------------------------------------------------------------------------------
 
 _tasks: list[Task] = []
-"""The task of this worker process. It is sent once, not with each piece."""
+"""The task of this worker process. It is sent once, not with each chunk."""
 
 
 def _begin(task: Task) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the import stops in order
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _tasks.append(task)
-    gc.freeze()  # a piece is many small objects and hardly a cycle: one collection between two pieces is enough
+    gc.freeze()  # a chunk is many small objects and hardly a cycle: one collection between two chunks is enough
     gc.disable()
 
 
 def _end_with_parent() -> None:
-    """A killed parent cannot end its workers, and they would wait for the next piece for ever."""
+    """A killed parent cannot end its workers, and they would wait for the next chunk for ever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
         os._exit(1)
 
 
-def _pack(piece: Piece) -> Pack:
+def _pack(chunk: Chunk) -> Pack:
     gc.collect()
-    return _tasks[0].pack(piece)
+    return _tasks[0].pack(chunk)

@@ -1,7 +1,7 @@
-"""A key file on the disk, read in pieces: what is in memory at once is a piece, not the file.
+"""A key file on the disk, read in chunks: what is in memory at once is a chunk, not the file.
 
-`survey` reads it once: it finds where the pieces begin, judges every row, and finds keys that stand in the file twice.
-Afterwards `rows` reads any piece again, in whatever process. A file that is not laid out as one of the two JSON shapes,
+`survey` reads it once: it finds where the chunks begin, judges every row, and finds keys that stand in the file twice.
+Afterwards `rows` reads any chunk again, in whatever process. A file that is not laid out as one of the two JSON shapes,
 or not right JSON, is left to `keyfile.parse`, which holds it whole and says exactly what is the matter.
 """
 
@@ -26,26 +26,15 @@ from ...entities import MAX_ID_BYTES
 from ...errors import Conflict
 from ...limits import MAX_AMOUNT, SATURATED
 from ..token import MAX_KEY_CHARS, is_possible
-from .key_file import (
-    HASHES_NAMED,
-    MAX_FILE_BYTES,
-    MAX_NAME_CHARS,
-    SHORT_KEY_CHARS,
-    Finding,
-    KeyFile,
-    KeyFileError,
-    KeyRow,
-    Shape,
-    judged,
-    parse,
-)
+from .key_file import MAX_NAME_CHARS, SHORT_KEY_CHARS, Finding, KeyFile, KeyFileError, KeyRow, Shape
+from .key_file_parse import HASHES_NAMED, MAX_FILE_BYTES, judged, parse
 
-PIECE_BYTES = 256 * 1024
-"""About so much of the file is one piece: some hundred rows."""
-MAX_PIECE_BYTES = 16 * PIECE_BYTES
+CHUNK_BYTES = 256 * 1024
+"""About so much of the file is one chunk: some hundred rows."""
+MAX_CHUNK_BYTES = 16 * CHUNK_BYTES
 """A row that is longer, or of which the end is not found, sends the whole file to `keyfile.parse`."""
 MAX_CUTS = 200
-"""Places that are tried as the end of a piece: most of them lie between two of a row's usage windows."""
+"""Places that are tried as the end of a chunk: most of them lie between two of a row's usage windows."""
 HELD_ROWS = 500
 
 _OPENING = re.compile(rb'(?:\xef\xbb\xbf)?\s*\{\s*"keys"\s*:\s*([\[{])')
@@ -58,12 +47,12 @@ _ESCAPED = re.compile(rb"\\u00[2-7]")
 _HASH = re.compile(r"[0-9a-fA-F]{64}")
 
 
-class _NotInPieces(Exception):
+class _NotInChunks(Exception):
     """The file has to be read whole."""
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Chunk:
     """Some rows of a file: bytes from `start` to `end`, `count` rows of which the first is number `first`."""
 
     start: int
@@ -73,16 +62,16 @@ class Piece:
 
 
 @dataclass(slots=True)
-class KeyPieces:
+class ChunkedKeyFile:
     """A file that was surveyed. `file` says what was found of it, as `keyfile.parse` would; its rows are there only
-    where it had to be read whole, else they are in `pieces`."""
+    where it had to be read whole, else they are in `chunks`."""
 
     path: Path
     file: KeyFile
     count: int
     accepted: int
     now_us: int
-    pieces: Sequence[Piece] = ()
+    chunks: Sequence[Chunk] = ()
     stamp: tuple[int, int] = (0, 0)
     twice: frozenset[str] = frozenset()
     """Paths of rows that are refused because their key stands in an earlier row."""
@@ -92,42 +81,42 @@ class KeyPieces:
     def shape(self) -> Shape:
         return self.file.shape
 
-    def rows(self, piece: Piece) -> list[KeyRow]:
-        """The accepted rows of a piece. Raises Conflict if the file was changed since it was surveyed."""
+    def rows(self, chunk: Chunk) -> list[KeyRow]:
+        """The accepted rows of a chunk. Raises Conflict if the file was changed since it was surveyed."""
         if self.held:
-            return self.file.rows[piece.start : piece.end]
+            return self.file.rows[chunk.start : chunk.end]
         with self.path.open("rb") as opened:
             if _stamp(opened) != self.stamp:
                 raise Conflict(f"{self.path}: was changed while it was read: begin again")
-            data = _read(opened, piece)
-        rows, _, _ = _judge(self.shape, data, piece.first, self.now_us, {})
+            data = _read(opened, chunk)
+        rows, _, _ = _judge(self.shape, data, chunk.first, self.now_us, {})
         return [row for row in rows if row.path not in self.twice] if self.twice else rows
 
-    def without_rows(self) -> KeyPieces:
-        """The same, as another process needs it to read pieces."""
+    def without_rows(self) -> ChunkedKeyFile:
+        """The same, as another process needs it to read chunks."""
         return self if self.held else replace(self, file=KeyFile(self.shape))
 
 
-def in_memory(path: Path, file: KeyFile, now_us: int) -> KeyPieces:
+def in_memory(path: Path, file: KeyFile, now_us: int) -> ChunkedKeyFile:
     """A file that is held whole."""
-    pieces = [
-        Piece(start, min(start + HELD_ROWS, len(file.rows)), start, min(HELD_ROWS, len(file.rows) - start))
+    chunks = [
+        Chunk(start, min(start + HELD_ROWS, len(file.rows)), start, min(HELD_ROWS, len(file.rows) - start))
         for start in range(0, len(file.rows), HELD_ROWS)
     ]
-    return KeyPieces(path, file, file.count, len(file.rows), now_us, pieces, held=True)
+    return ChunkedKeyFile(path, file, file.count, len(file.rows), now_us, chunks, held=True)
 
 
-def survey(path: Path, now_us: int, progress: Callable[[int, int], None] = lambda done, size: None) -> KeyPieces:
+def survey(path: Path, now_us: int, progress: Callable[[int, int], None] = lambda done, size: None) -> ChunkedKeyFile:
     """Read a file and judge every row of it. `progress` is told bytes. Raises KeyFileError, a sentence, if it is of
     neither shape, and OSError."""
     with path.open("rb") as opened:
         size = opened.seek(0, 2)
         try:
             return _surveyed(path, opened, now_us, lambda done: progress(done, size))
-        except _NotInPieces:
+        except _NotInChunks:
             if size > MAX_FILE_BYTES:
                 raise KeyFileError(
-                    f"is larger than {MAX_FILE_BYTES >> 20} MiB, and cannot be read in pieces: is it right JSON, and "
+                    f"is larger than {MAX_FILE_BYTES >> 20} MiB, and cannot be read in chunks: is it right JSON, and "
                     'nothing in it but {"keys": …}? Else split it, an import may be made of several files'
                 ) from None
             opened.seek(0)
@@ -139,39 +128,39 @@ def _stamp(opened: BinaryIO) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def _read(opened: BinaryIO, piece: Piece) -> bytes:
-    opened.seek(piece.start)
-    return opened.read(piece.end - piece.start)
+def _read(opened: BinaryIO, chunk: Chunk) -> bytes:
+    opened.seek(chunk.start)
+    return opened.read(chunk.end - chunk.start)
 
 
 # --- The survey -----------------------------------------------------------------------------------------------
 
 
-def _surveyed(path: Path, opened: BinaryIO, now_us: int, progress: Callable[[int], None]) -> KeyPieces:
+def _surveyed(path: Path, opened: BinaryIO, now_us: int, progress: Callable[[int], None]) -> ChunkedKeyFile:
     stamp = _stamp(opened)
     opened.seek(0)
     opening = _OPENING.match(opened.read(4_096))
     if opening is None:
-        raise _NotInPieces
+        raise _NotInChunks
     bracket = opening[1]
     shape: Shape = "plain" if bracket == b"[" else "hashed"
     file = KeyFile(shape)
     marks = array("Q")
-    pieces = []
-    for piece, data in _pieces(opened, opening.end(), bracket):
+    chunks = []
+    for chunk, data in _chunks(opened, opening.end(), bracket):
         seen: dict[bytes, str] = {}
         usual = bytearray()
-        _, refused, findings = _judge(shape, data, piece.first, now_us, seen, usual=usual)
+        _, refused, findings = _judge(shape, data, chunk.first, now_us, seen, usual=usual)
         file.refused += refused
         for finding in findings:
             file.keep(finding)
         # those of refused rows as well: a key that comes again is told, whatever was wrong where it came first
         marks.frombytes(b"".join(known[:8] for known in seen))
         marks.frombytes(usual)
-        pieces.append(piece)
-        progress(piece.end)
-    count = sum(piece.count for piece in pieces)
-    source = KeyPieces(path, file, count, count - file.refused, now_us, pieces, stamp)
+        chunks.append(chunk)
+        progress(chunk.end)
+    count = sum(chunk.count for chunk in chunks)
+    source = ChunkedKeyFile(path, file, count, count - file.refused, now_us, chunks, stamp)
     repeated = _repeated(marks)
     del marks
     return _without_repeated(source, opened, repeated) if repeated else source
@@ -188,26 +177,26 @@ def _repeated(marks: array[int]) -> frozenset[int]:
     return frozenset(found)
 
 
-def _without_repeated(source: KeyPieces, opened: BinaryIO, repeated: frozenset[int]) -> KeyPieces:
+def _without_repeated(source: ChunkedKeyFile, opened: BinaryIO, repeated: frozenset[int]) -> ChunkedKeyFile:
     """The survey again, with all rows that have one of these marks compared: a key that came before is refused."""
     if source.shape == "hashed":
-        raise _NotInPieces  # what is named twice is told in the words of the whole file
+        raise _NotInChunks  # what is named twice is told in the words of the whole file
     file = KeyFile(source.shape)
     seen: dict[bytes, str] = {}
     twice: list[str] = []
-    for piece in source.pieces:
-        data = _read(opened, piece)
-        _, refused, findings = _judge(source.shape, data, piece.first, source.now_us, seen, repeated, twice)
+    for chunk in source.chunks:
+        data = _read(opened, chunk)
+        _, refused, findings = _judge(source.shape, data, chunk.first, source.now_us, seen, repeated, twice)
         file.refused += refused
         for finding in findings:
             file.keep(finding)
     return replace(source, file=file, accepted=source.count - file.refused, twice=frozenset(twice))
 
 
-def _pieces(opened: BinaryIO, start: int, bracket: bytes) -> Iterator[tuple[Piece, bytes]]:
-    """The pieces from `start`, behind the opening bracket, to the file's end, with their bytes. Raises _NotInPieces."""
+def _chunks(opened: BinaryIO, start: int, bracket: bytes) -> Iterator[tuple[Chunk, bytes]]:
+    """The chunks from `start`, behind the opening bracket, to the file's end, with their bytes. Raises _NotInChunks."""
     closing = b"]" if bracket == b"[" else b"}"
-    first, size = 0, PIECE_BYTES
+    first, size = 0, CHUNK_BYTES
     while True:
         opened.seek(start)
         data = opened.read(size)
@@ -216,19 +205,19 @@ def _pieces(opened: BinaryIO, start: int, bracket: bytes) -> Iterator[tuple[Piec
             rows = data[: found.start()]
             count = _count(bracket, rows, closing)
             if count is None or (count == 0 and first):  # nothing after a comma
-                raise _NotInPieces
+                raise _NotInChunks
             if count:
-                yield Piece(start, start + len(rows), first, count), rows
+                yield Chunk(start, start + len(rows), first, count), rows
             return
         cut = None if at_end else _cut(data, bracket, closing)
         if cut is None:
-            if at_end or size >= MAX_PIECE_BYTES:
-                raise _NotInPieces
+            if at_end or size >= MAX_CHUNK_BYTES:
+                raise _NotInChunks
             size *= 2
             continue
         end, count, following = cut
-        yield Piece(start, start + end, first, count), data[:end]
-        start, first, size = start + following, first + count, PIECE_BYTES
+        yield Chunk(start, start + end, first, count), data[:end]
+        start, first, size = start + following, first + count, CHUNK_BYTES
 
 
 def _cut(data: bytes, bracket: bytes, closing: bytes) -> tuple[int, int, int] | None:
@@ -261,7 +250,7 @@ def _count(bracket: bytes, rows: bytes, closing: bytes) -> int | None:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     if len(HASHES_NAMED.findall(rows)) > count:
-        raise _NotInPieces  # JSON keeps only the last of those that have one name
+        raise _NotInChunks  # JSON keeps only the last of those that have one name
     return count
 
 
@@ -318,7 +307,7 @@ def _judge(
     twice: list[str] | None = None,
     usual: bytearray | None = None,
 ) -> tuple[list[KeyRow], int, list[Finding]]:
-    """The accepted rows of a piece, how many are refused, and what was found of them. `usual` gets the marks of those
+    """The accepted rows of a chunk, how many are refused, and what was found of them. `usual` gets the marks of those
     that were not judged with care; `seen` the others' keys."""
     wrapped = b"[" + data + b"]" if shape == "plain" else b"{" + data + b"}"
     raws: Any = None

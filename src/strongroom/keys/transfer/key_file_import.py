@@ -1,20 +1,16 @@
-"""Import and export of key files: what a file's rows are in a store, put there in resumable steps, and read back.
+"""Import of key files: compares the rows of a file with a store, writes what is new, and reads it back.
 
-An imported key's id is made from the key's own SHA-256, so a second run finds what the first has written: what is there
-is left alone, what is missing is added. Each key is committed together with its usage, many keys in one transaction;
-stopped anywhere, the same import completes it. A file is worked on piece by piece (`keypieces`), so what is in memory
-does not grow with it, but for a byte a row.
+An imported key's id is made from the key's SHA-256, so a second run finds what the first run has written: keys that
+are there are left alone, missing keys are added. Each key is committed together with its usage, many keys in one
+transaction. An import that was stopped is completed by the same import. A file is read chunk by chunk
+(`key_file_chunks`), so memory does not grow with the file, except for a byte a row.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any, TypeVar
 
 from ...access import ALL_TENANTS
@@ -26,12 +22,11 @@ from ...limits import KeyUsage, UsageState
 from ...storage.port import MAX_OPERATIONS
 from ..model import ApiKey
 from ..token import Hasher
+from .import_plan import CODES, Checksums, Difference, Plan, Planned, Standing, Sums, in_groups
 from .import_workers import Portion, Task, Workers
-from .key_file import MAX_FINDINGS, KeyRow, Shape
-from .key_file_chunks import KeyPieces
-from .key_file_export import Exported, export_keys
+from .key_file import KeyRow, Shape
+from .key_file_chunks import ChunkedKeyFile
 from .key_file_rows import (
-    FIVE_HOURS,
     UNCHANGEABLE,
     USAGE_SAID,
     Maker,
@@ -51,8 +46,6 @@ KEYS_PER_COMMIT = MAX_OPERATIONS // 4
 COMMITS_AT_ONCE = 4
 """Transactions in flight: the store writes one, or joins several, while the next are made."""
 QUERIES_AT_ONCE = 8
-READS_AT_ONCE = 100
-"""Single documents that are read at once, where each is asked for by itself."""
 FIRST_LOAD, MOST_LOADED = 1_000, 30_000
 """Keys in the first transaction of a load, and in the largest one, where others use the store."""
 LOCKED_S = 0.5
@@ -74,128 +67,11 @@ def no_progress(done: int, total: int) -> None:
     """Nobody watches."""
 
 
-# --- The plan -------------------------------------------------------------------------------------------------
-
-
-class Standing(StrEnum):
-    """What a row is to the store."""
-
-    NEW = "new"
-    UNCHANGED = "unchanged"
-    CHANGED = "changed"
-    """File and store say different things of the key; `differences` has them."""
-    ROTATED = "rotated"
-    """The key got another text here since: the one in the file stays out."""
-    FOREIGN = "foreign"
-    """The key is there, for another tenant."""
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """One field of which file and store say different things."""
-
-    field: str
-    file: Any
-    store: Any
-
-
-@dataclass(slots=True)
-class Planned:
-    """A row, the id it has or gets in the store, and its standing there."""
-
-    row: KeyRow
-    id: str
-    standing: Standing
-    tenant: str
-    differences: tuple[Difference, ...] = ()
-
-
-@dataclass(slots=True)
-class Plan:
-    """What a file's rows are to the store: how many of each standing, and those of other tenants and with differences
-    (MAX_FINDINGS of each at most). `standings` has each row's, by the number of its piece."""
-
-    counts: Counter[Standing] = field(default_factory=Counter)
-    foreign: list[Planned] = field(default_factory=list)
-    changed: list[Planned] = field(default_factory=list)
-    standings: list[bytes | None] = field(default_factory=list)
-    """A byte a row, the index of its standing in the enumeration; None: all are new."""
-    few_keys: bool = False
-
-    def add(self, planned: Sequence[Planned]) -> None:
-        for one in planned:
-            self.counts[one.standing] += 1
-            if one.standing is Standing.FOREIGN and len(self.foreign) < MAX_FINDINGS:
-                self.foreign.append(one)
-            elif one.standing is Standing.CHANGED and len(self.changed) < MAX_FINDINGS:
-                self.changed.append(one)
-        self.standings.append(bytes(_CODES[one.standing] for one in planned))
-
-    def rows(self, number: int, rows: Sequence[KeyRow], wanted: frozenset[Standing]) -> list[KeyRow]:
-        """The rows of a piece that had one of these standings when they were compared."""
-        codes = self.standings[number]
-        if codes is None:
-            return list(rows) if Standing.NEW in wanted else []
-        kept = {_CODES[standing] for standing in wanted}
-        return [row for row, code in zip(rows, codes, strict=True) if code in kept]
-
-
-_CODES = {standing: code for code, standing in enumerate(Standing)}
-
-
-@dataclass(frozen=True, slots=True)
-class Checksums:
-    """The same digest over the file's rows and over what the store has of them, and how many keys each is over.
-
-    It covers all that the shape speaks of; of a key that was used here since (`used_since` of them), all but its usage.
-    It is the sum of the rows' SHA-256, so it does not depend on their order. `left_out` are the rows of which file and
-    store are known to say different things; `unequal` has the paths of those where it was not known (MAX_FINDINGS at
-    most).
-    """
-
-    file: str
-    store: str
-    file_keys: int
-    store_keys: int
-    used_since: int
-    left_out: int
-    unequal: tuple[str, ...]
-
-    @property
-    def equal(self) -> bool:
-        return self.file == self.store
-
-
-class _Sums:
-    """Checksums in the making."""
-
-    def __init__(self) -> None:
-        self.file = self.store = 0
-        self.file_keys = self.store_keys = self.used_since = 0
-        self.unequal: list[str] = []
-
-    def add(self, path: str, expected: bytes, found: bytes | None) -> None:
-        mine = int.from_bytes(hashlib.sha256(expected).digest(), "big")
-        self.file += mine
-        self.file_keys += 1
-        if found is not None:
-            self.store_keys += 1
-            self.store += mine if found == expected else int.from_bytes(hashlib.sha256(found).digest(), "big")
-        if found != expected and len(self.unequal) < MAX_FINDINGS:
-            self.unequal.append(path)
-
-    def of(self, rows: int) -> Checksums:
-        file, store = (f"sha256:{total % 2**256:064x}" for total in (self.file, self.store))
-        return Checksums(
-            file, store, self.file_keys, self.store_keys, self.used_since, rows - self.file_keys, tuple(self.unequal)
-        )
-
-
 class KeyImport:
     """One import into a tenant of one store, by one actor: `plan`, then `apply`, then `checksums`.
 
     Each raises what the database raises. What is committed is counted in `committed`, also when it is stopped. For a
-    file that is read piece by piece: `compare`, `carry_out`, `check`; `workers` processes then read it beside this one,
+    file that is read chunk by chunk: `compare`, `carry_out`, `check`; `workers` processes then read it beside this one,
     where that pays.
     """
 
@@ -220,21 +96,21 @@ class KeyImport:
         """Compare the rows with the store. Reads only."""
         is_empty = not await self._some_keys(1)
         planned: list[Planned] = []
-        for chunk in _chunks(rows, KEYS_PER_COMMIT):
-            planned += [self._compare(row) for row in chunk] if is_empty else await self._plan(chunk)
+        for group in in_groups(rows, KEYS_PER_COMMIT):
+            planned += [self._compare(row) for row in group] if is_empty else await self._plan(group)
             progress(len(planned), len(rows))
         return planned
 
-    async def compare(self, source: KeyPieces, progress: Progress = no_progress) -> Plan:
-        """As `plan`, for a file read piece by piece."""
+    async def compare(self, source: ChunkedKeyFile, progress: Progress = no_progress) -> Plan:
+        """As `plan`, for a file read chunk by chunk."""
         plan = Plan(few_keys=len(await self._some_keys(FEW_KEYS)) < FEW_KEYS)
         if not await self._some_keys(1):
             plan.counts[Standing.NEW] = source.accepted
-            plan.standings = [None] * len(source.pieces)
+            plan.standings = [None] * len(source.chunks)
             return plan
-        for piece in source.pieces:
-            plan.add(await self._plan(source.rows(piece)))
-            progress(piece.first + piece.count, source.count)
+        for chunk in source.chunks:
+            plan.add(await self._plan(source.rows(chunk)))
+            progress(chunk.first + chunk.count, source.count)
         return plan
 
     async def _some_keys(self, limit: int) -> list[Document]:
@@ -296,36 +172,36 @@ class KeyImport:
     async def apply(self, planned: Sequence[Planned], *, update: bool, progress: Progress = no_progress) -> None:
         """Add what is new and, with `update`, set what differs. The usage of a key that was used here since stays."""
         work = [p for p in planned if p.standing is Standing.NEW or (update and p.standing is Standing.CHANGED)]
-        await self._apply(_chunks(work, KEYS_PER_COMMIT), lambda: progress(self.committed, len(work)))
+        await self._apply(in_groups(work, KEYS_PER_COMMIT), lambda: progress(self.committed, len(work)))
 
-    async def _apply(self, chunks: Iterator[Sequence[Planned]], progress: Callable[[], None]) -> None:
-        """Commit chunks, some at once. The first failure ends it, once those in flight have ended."""
-        while some := [chunk for _, chunk in zip(range(COMMITS_AT_ONCE), chunks, strict=False)]:
+    async def _apply(self, groups: Iterator[Sequence[Planned]], progress: Callable[[], None]) -> None:
+        """Commit groups, some at once. The first failure ends it, once those in flight have ended."""
+        while some := [group for _, group in zip(range(COMMITS_AT_ONCE), groups, strict=False)]:
             results = await asyncio.gather(*map(self._apply_one, some), return_exceptions=True)
             for result in results:
                 if isinstance(result, BaseException):
                     raise result
             progress()
 
-    async def _apply_one(self, chunk: Sequence[Planned]) -> None:
+    async def _apply_one(self, group: Sequence[Planned]) -> None:
         try:
-            await self._commit(chunk, fresh=True)
+            await self._commit(group, fresh=True)
         except (AlreadyExists, Conflict):  # someone else wrote meanwhile, or a removed key has left its usage behind
-            await self._commit(await self._planned_again(chunk), fresh=False)
-        self.committed += len(chunk)
+            await self._commit(await self._planned_again(group), fresh=False)
+        self.committed += len(group)
 
-    async def _planned_again(self, chunk: Sequence[Planned]) -> list[Planned]:
-        """Those of a chunk that still want what was planned for them; the others get their new standing."""
+    async def _planned_again(self, group: Sequence[Planned]) -> list[Planned]:
+        """Those of a group that still want what was planned for them; the others get their new standing."""
         again = []
-        for was, now in zip(chunk, await self._plan([p.row for p in chunk]), strict=True):
+        for was, now in zip(group, await self._plan([p.row for p in group]), strict=True):
             if now.standing is was.standing:
                 again.append(now)
             was.id, was.standing, was.tenant, was.differences = now.id, now.standing, now.tenant, now.differences
         return again
 
-    async def _commit(self, chunk: Sequence[Planned], *, fresh: bool) -> None:
+    async def _commit(self, group: Sequence[Planned], *, fresh: bool) -> None:
         async def body(tx: Transaction) -> None:
-            for planned in chunk:
+            for planned in group:
                 if planned.standing is Standing.CHANGED:
                     await self._update(tx, planned)
                     continue
@@ -362,9 +238,11 @@ class KeyImport:
         fields["limits"] = [*limits_of(row.token_limit), *kept]
         return fields
 
-    # --- A file, piece by piece ---------------------------------------------------------------------------------
+    # --- A file, chunk by chunk ---------------------------------------------------------------------------------
 
-    async def carry_out(self, source: KeyPieces, plan: Plan, *, update: bool, progress: Progress = no_progress) -> None:
+    async def carry_out(
+        self, source: ChunkedKeyFile, plan: Plan, *, update: bool, progress: Progress = no_progress
+    ) -> None:
         """As `apply`, of what was compared."""
         total = plan.counts[Standing.NEW] + (plan.counts[Standing.CHANGED] if update else 0)
         wanted = frozenset({Standing.NEW, Standing.CHANGED} if update else {Standing.NEW})
@@ -374,24 +252,24 @@ class KeyImport:
 
         loaded: set[int] = set()
         if (store := self._database.loading) is not None:
-            new = bytes([_CODES[Standing.NEW]])
+            new = bytes([CODES[Standing.NEW]])
             whole = [n for n, codes in enumerate(plan.standings) if codes is None or not codes.strip(new)]
             task = Task(source.without_rows(), self._maker, store.packer(), self._context.actor, self._tenant)
             loaded = await self._load(task, whole, plan.few_keys, told)
-        for number, piece in enumerate(source.pieces):
-            rows = [] if number in loaded else plan.rows(number, source.rows(piece), wanted)
+        for number, chunk in enumerate(source.chunks):
+            rows = [] if number in loaded else plan.rows(number, source.rows(chunk), wanted)
             if rows:
                 planned = [one for one in await self._plan(rows) if one.standing in wanted]
-                await self._apply(_chunks(planned, KEYS_PER_COMMIT), told)
+                await self._apply(in_groups(planned, KEYS_PER_COMMIT), told)
 
     async def _load(self, task: Task, numbers: Sequence[int], rebuild: bool, told: Callable[[], None]) -> set[int]:
-        """Load pieces of which every row is new, in transactions that grow. The numbers of those that are loaded; not
+        """Load chunks of which every row is new, in transactions that grow. The numbers of those that are loaded; not
         those where someone else has written such a key meanwhile, or a removed key has left its usage behind."""
-        pieces = {task.source.pieces[number].first: number for number in numbers}
-        count = sum(task.source.pieces[number].count for number in numbers)
+        chunks = {task.source.chunks[number].first: number for number in numbers}
+        count = sum(task.source.chunks[number].count for number in numbers)
         loaded: set[int] = set()
         async with Workers(task, self._workers if count >= MIN_FOR_WORKERS else 0) as workers:
-            packs = workers.packs([task.source.pieces[number] for number in numbers])
+            packs = workers.packs([task.source.chunks[number] for number in numbers])
             size, done = FIRST_LOAD, 0
             while done < count:
                 portion = Portion(packs, size)
@@ -399,10 +277,10 @@ class KeyImport:
                 try:
                     locked_s = await self._database.load_packs(self._writer(), ApiKey, portion, rebuild=rebuild)
                     self.committed += portion.keys
-                    loaded.update(pieces[piece.first] for piece in portion.pieces)
+                    loaded.update(chunks[chunk.first] for chunk in portion.chunks)
                 except (AlreadyExists, Conflict):
                     _log.info("%d keys are imported one by one: some are there by now", portion.keys)
-                done += sum(piece.count for piece in portion.pieces)
+                done += sum(chunk.count for chunk in portion.chunks)
                 told()
                 faster = min(2.0, LOCKED_S / max(locked_s, 0.001))
                 if rebuild:
@@ -412,17 +290,17 @@ class KeyImport:
         return loaded
 
     async def check(
-        self, source: KeyPieces, plan: Plan, now_us: int, *, updated: bool, progress: Progress = no_progress
+        self, source: ChunkedKeyFile, plan: Plan, now_us: int, *, updated: bool, progress: Progress = no_progress
     ) -> Checksums:
         """As `checksums`, of what was compared and carried out."""
         wanted = frozenset({Standing.NEW, Standing.UNCHANGED, *((Standing.CHANGED,) if updated else ())})
-        sums = _Sums()
-        for number, piece in enumerate(source.pieces):
-            rows = plan.rows(number, source.rows(piece), wanted)
+        sums = Sums()
+        for number, chunk in enumerate(source.chunks):
+            rows = plan.rows(number, source.rows(chunk), wanted)
             found = await self._stored(rows) if plan.standings[number] is not None else None
             ids = [key["id"] if found and (key := found.get(row.sha256)) else id_of(row.sha256) for row in rows]
             await self._add_sums(sums, list(zip(rows, ids, strict=True)), now_us)
-            progress(piece.first + piece.count, source.count)
+            progress(chunk.first + chunk.count, source.count)
         return sums.of(source.accepted)
 
     # --- Checksums ----------------------------------------------------------------------------------------------
@@ -433,13 +311,13 @@ class KeyImport:
         """Read what was imported again, and compare it with the file."""
         included = (Standing.NEW, Standing.UNCHANGED, *((Standing.CHANGED,) if updated else ()))
         compared = [p for p in planned if p.standing in included]
-        sums = _Sums()
-        for chunk in _chunks(compared, KEYS_PER_COMMIT):
-            await self._add_sums(sums, [(p.row, p.id) for p in chunk], now_us)
+        sums = Sums()
+        for group in in_groups(compared, KEYS_PER_COMMIT):
+            await self._add_sums(sums, [(p.row, p.id) for p in group], now_us)
             progress(sums.file_keys, len(compared))
         return sums.of(len(planned))
 
-    async def _add_sums(self, sums: _Sums, rows: Sequence[tuple[KeyRow, str]], now_us: int) -> None:
+    async def _add_sums(self, sums: Sums, rows: Sequence[tuple[KeyRow, str]], now_us: int) -> None:
         ids = [id for _, id in rows]
         keys, usages = await self._by_id(ApiKey, ids), await self._by_id(KeyUsage, ids)
         for row, id in rows:
@@ -467,8 +345,8 @@ class KeyImport:
     async def _each(self, cls: type[ApiKey | KeyUsage], name: str, values: Sequence[str]) -> list[Document]:
         """The documents in which a unique field has one of these values: MAX_IN a query, some queries at once."""
         found: list[Document] = []
-        for some in _chunks(list(_chunks(values, MAX_IN)), QUERIES_AT_ONCE):
-            queries = (Query(Where(name, "in", chunk), limit=MAX_LIMIT) for chunk in some)
+        for some in in_groups(list(in_groups(values, MAX_IN)), QUERIES_AT_ONCE):
+            queries = (Query(Where(name, "in", group), limit=MAX_LIMIT) for group in some)
             for page in await asyncio.gather(*(self._database.select(self._reader(), cls, q) for q in queries)):
                 found += page.items
         return found
@@ -477,14 +355,3 @@ class KeyImport:
 def _document(usage: KeyUsage) -> Document:
     own = {"id": usage.id, "version": usage.version, "created_at": usage.created_at, "updated_at": usage.updated_at}
     return {**KeyUsage.__codec__.encode(usage), **own}
-
-
-def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
-
-
-__all__ = [
-    "FIVE_HOURS", "Checksums", "Difference", "Exported", "KeyImport", "Plan", "Planned", "Standing", "export_keys",
-    "id_of",
-]  # fmt: skip

@@ -40,7 +40,7 @@ _decode = msgspec.json.decode
 
 
 def id_of(sha256: bytes) -> str:
-    """The id of an imported key: the same in every run and store, and not a piece of the hash that other files show."""
+    """The id of an imported key: the same in every run and store, and not a part of the hash that other files show."""
     return "key_" + hashlib.sha256(b"strongroom imported key\x00" + sha256).hexdigest()[:31]
 
 

@@ -1,4 +1,4 @@
-"""Records into a store, and a store's keys and quotas as records.
+"""Records into a store.
 
 An imported key has the id that its record says, or one made of its hash, so a second run finds what the first has
 written: what is there is left alone, what is missing is added. Each key is committed together with its usage, many in
@@ -8,16 +8,14 @@ one transaction; stopped anywhere, the same import completes it.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 
-from ...access import ALL_TENANTS
-from ...context import Context, check_tenant, us_from_utc, utc_from_us
+from ...context import Context, utc_from_us
 from ...database import Database, Transaction
 from ...entities import MAX_IN, MAX_LIMIT, Entity, Query, Where, with_fields
 from ...errors import (
@@ -26,11 +24,9 @@ from ...errors import (
     InvalidInput,
     NotFound,
     Problem,
-    StoreError,
     TooLarge,
 )
-from ...limits import ACTIVE_US, KeyUsage, UsageState, compile_limits
-from ...limits.usage_state import CONCURRENCY
+from ...limits import ACTIVE_US, KeyUsage
 from ...quotas import Quota
 from ..foreign_hash import sha256_of
 from ..import_source import add_rule, add_secret, secret_id
@@ -38,33 +34,27 @@ from ..model import ApiKey, due_at
 from ..token import (
     Hasher,
     HintRule,
-    hint_of_imported,
     imported_hmac,
-    imported_sha256,
     masked,
 )
-from .key_file_import import KEYS_PER_COMMIT, READS_AT_ONCE, Difference, Standing
+from .import_plan import Difference, Standing, in_groups
+from .key_file_import import KEYS_PER_COMMIT
 from .record_bulk_load import MIN_LOADED, load
+from .record_fields import UsageLine
 from .record_file import (
     KeyRecord,
     QuotaRecord,
     Record,
-    UsageLine,
-    rendered,
     shown,
     too_many_hints,
 )
 
 T = TypeVar("T")
+READS_AT_ONCE = 100
+"""Documents that are read at the same time, each by its id."""
 _PATTERN = ApiKey(tenant="pattern", name="pattern", hash="pattern", display="pattern")
 _NOT_COMPARED = frozenset({"created_at", "previous_until", "display"})
 """Fields that are as they were at the import, or that a use or a rotation here has changed since."""
-_COPIED = (
-    "name", "user_id", "permissions", "metadata", "allowed_ips", "limits", "enabled", "expires_at", "description",
-    "owner", "environment", "groups", "allowed_models", "allowed_routes", "rotate_every_s", "rotation_overlap_s",
-    "next_rotation_at", "leaked_at", "deleted_at", "display",
-)  # fmt: skip
-"""Fields of a key that a record has as they are."""
 
 
 @dataclass(slots=True)
@@ -80,7 +70,7 @@ class PlannedRecord:
 
 
 class RecordImport:
-    """One import into one store, by one actor: for each piece of a file `plan`, then `apply`.
+    """One import into one store, by one actor: for each chunk of a file `plan`, then `apply`.
 
     `hmac_secret`: that of the system which the file's HMACs come from. Each method raises what the database raises.
     """
@@ -119,8 +109,8 @@ class RecordImport:
         keys = {record.id: key for record, key in zip(wanted, found, strict=True) if key is not None}
         names = {name: record.id for record in wanted if record.id not in keys for name in self._names(record)}
         for field_name in ("hash", "previous_hash"):
-            for chunk in _chunks(list(names), MAX_IN):
-                query = Query(Where(field_name, "in", tuple(chunk)), limit=MAX_LIMIT)
+            for group in in_groups(list(names), MAX_IN):
+                query = Query(Where(field_name, "in", tuple(group)), limit=MAX_LIMIT)
                 for key in (await self._database.find(self._reader(), ApiKey, query, fresh=True)).items:
                     keys.setdefault(names[getattr(key, field_name)], key)
         return keys
@@ -184,8 +174,8 @@ class RecordImport:
         names = [name for rule, hint in hints for name in rule.names(hint)]
         taken: set[str] = set()
         for field_name in ("hash", "previous_hash"):
-            for chunk in _chunks(names, MAX_IN):
-                query = Query(Where(field_name, "in", tuple(chunk)), limit=MAX_LIMIT)
+            for group in in_groups(names, MAX_IN):
+                query = Query(Where(field_name, "in", tuple(group)), limit=MAX_LIMIT)
                 page = await self._database.find(self._reader(), ApiKey, query, fresh=True)
                 taken.update(getattr(key, field_name) for key in page.items)
         return taken
@@ -199,11 +189,11 @@ class RecordImport:
         new = [(p, p.record) for p in work if p.standing is Standing.NEW and isinstance(p.record, KeyRecord)]
         if await self._load(new):
             work = [p for p in work if p.standing is not Standing.NEW or isinstance(p.record, QuotaRecord)]
-        for chunk in _chunks(work, KEYS_PER_COMMIT):
+        for group in in_groups(work, KEYS_PER_COMMIT):
             try:
-                await self._commit(chunk)
+                await self._commit(group)
             except (AlreadyExists, Conflict, NotFound):  # someone else wrote meanwhile
-                await self._commit(await self._planned_again(chunk), replace_usage=True)
+                await self._commit(await self._planned_again(group), replace_usage=True)
 
     async def _load(self, new: Sequence[tuple[PlannedRecord, KeyRecord]]) -> bool:
         """Write new keys all at once, if the store can and nobody has written one of them meanwhile."""
@@ -230,10 +220,10 @@ class RecordImport:
             )
             self._hasher = self._hasher.with_imported(imported)
 
-    async def _planned_again(self, chunk: Sequence[PlannedRecord]) -> list[PlannedRecord]:
-        """Those of a chunk that still want what was planned for them; the others get their new standing."""
+    async def _planned_again(self, group: Sequence[PlannedRecord]) -> list[PlannedRecord]:
+        """Those of a group that still want what was planned for them; the others get their new standing."""
         again = []
-        for was, now in zip(chunk, await self.plan([p.record for p in chunk]), strict=True):
+        for was, now in zip(group, await self.plan([p.record for p in group]), strict=True):
             if now.standing is was.standing:
                 again.append(now)
             was.id, was.standing, was.differences, was.problem = now.id, now.standing, now.differences, now.problem
@@ -347,8 +337,8 @@ class RecordImport:
     @staticmethod
     async def _each(ids: Sequence[str], read: Callable[[str], Awaitable[T]]) -> list[T]:
         found: list[T] = []
-        for chunk in _chunks(ids, READS_AT_ONCE):
-            found += await asyncio.gather(*map(read, chunk))
+        for group in in_groups(ids, READS_AT_ONCE):
+            found += await asyncio.gather(*map(read, group))
         return found
 
 
@@ -402,144 +392,9 @@ def _is_as_imported(usage: KeyUsage) -> bool:
     return usage.created_at == usage.updated_at
 
 
-def _is_used(usage: KeyUsage) -> bool:
-    return usage.count > 0 or usage.active_at is not None or usage.last_used_at is not None
-
-
 def _same_usage(one: KeyUsage, other: KeyUsage) -> bool:
     return (one.count, one.last_used_at, msgspec.json.decode(one.state)) == (
         other.count,
         other.last_used_at,
         msgspec.json.decode(other.state),
     )
-
-
-def _usage_said(usage: KeyUsage, limits: Iterable[Any], now_us: int) -> dict[str, Any]:
-    """What was used, for another store: what is reserved, or lent to a node, here counts there as used now: nobody can
-    settle it there. What runs at the same time (a limit on concurrency) does not run there."""
-    state = UsageState({**KeyUsage.__codec__.encode(usage), "version": usage.version})
-    moment_us = state.moment(now_us)
-    for compiled_limit in compile_limits(limits):
-        held = state.reserved is not None or state.leases
-        _, reserved, leased = state.standing(compiled_limit, moment_us) if held else (0, 0, 0)
-        if reserved + leased and compiled_limit.resource != CONCURRENCY:
-            state.counter(compiled_limit).add(moment_us, reserved + leased)
-            state.at_us = moment_us
-    state.reserved, state.leases = None, {}
-    document = state.document()
-    state = msgspec.json.decode(document["state"])
-    return {"count": document["count"], "last_used_at": document["last_used_at"], **state}
-
-
-# --- Export -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class ExportedRecords:
-    """What was written, and how many keys have something that a record cannot say, or that needs more at an import."""
-
-    keys: int = 0
-    quotas: int = 0
-    lost: Counter[str] = field(default_factory=Counter)
-
-
-async def export_records(
-    database: Database,
-    hasher: Hasher,
-    tenant: str | None,
-    context: Context,
-    told: ExportedRecords,
-    now_us: int,
-) -> AsyncIterator[bytes]:
-    """The quotas and keys of a tenant, or of all (None), as the lines of a file; management keys stay. What is changed
-    meanwhile is in its old or its new state. StoreError if a key's SHA-256 cannot be opened."""
-    if tenant is not None:
-        check_tenant(tenant)
-        if tenant == ALL_TENANTS:
-            raise InvalidInput([Problem("tenant", "keys for all tenants are management keys: they are not exported")])
-    where = None if tenant is None else Where("tenant", "==", tenant)
-    async for quotas in _pages(database, context, Quota, Query(where, ("-created_at",), MAX_LIMIT)):
-        for quota, usage in zip(quotas, await _usages(database, context, quotas), strict=True):
-            told.quotas += 1
-            yield rendered(_quota_said(quota, usage, now_us))
-    async for keys in _pages(database, context, ApiKey, Query(where, ("-created_at",), MAX_LIMIT)):
-        for key, usage in zip(keys, await _usages(database, context, keys), strict=True):
-            if key.tenant == ALL_TENANTS:
-                continue
-            told.keys += 1
-            yield rendered(_key_said(key, usage, hasher, now_us, told.lost))
-
-
-async def _pages(database: Database, context: Context, cls: type[Any], query: Query) -> AsyncIterator[list[Any]]:
-    cursor = None
-    while True:
-        page = await database.find(context, cls, query, cursor)
-        yield page.items
-        cursor = page.next_cursor
-        if cursor is None:
-            return
-
-
-async def _usages(database: Database, context: Context, entities: Sequence[Entity]) -> list[KeyUsage | None]:
-    return await asyncio.gather(*(database.get_or_none(context, KeyUsage, entity.id) for entity in entities))
-
-
-def _quota_said(quota: Quota, usage: KeyUsage | None, now_us: int) -> dict[str, Any]:
-    said: dict[str, Any] = {"type": "quota", "kind": quota.kind, "tenant": quota.tenant, "name": quota.name or None}
-    said |= {"limits": [limit.model_dump() for limit in quota.limits], "description": quota.description}
-    said["created_at"] = quota.created_at
-    if usage is not None and _is_used(usage):
-        said["usage"] = _usage_said(usage, quota.limits, now_us)
-    return {name: value for name, value in said.items() if value is not None}
-
-
-def _key_said(key: ApiKey, usage: KeyUsage | None, hasher: Hasher, now_us: int, lost: Counter[str]) -> dict[str, Any]:
-    said: dict[str, Any] = {"id": key.id, "hash": _hash_said(key, hasher, lost), "tenant": key.tenant}
-    if (hint := hint_of_imported(key.hash) or hint_of_imported(key.previous_hash or "")) is not None and key.verifier:
-        said["prefix" if hint[0].chars is None else "hint"] = hint[1]
-    said |= {name: getattr(key, name) for name in _COPIED}
-    said["limits"] = [limit.model_dump() for limit in key.limits]
-    said["created_at"] = key.created_at
-    if key.previous_hash is not None and key.previous_until is not None and us_from_utc(key.previous_until) > now_us:
-        said |= _previous_said(key, hasher, lost)
-    if key.unclaimed is not None:
-        lost["a text that nobody has claimed yet: claim it before, or rotate the key there"] += 1
-    if usage is not None and _is_used(usage):
-        said["usage"] = _usage_said(usage, key.limits, now_us)
-    return {name: value for name, value in said.items() if value not in (None, [], {})}
-
-
-def _hash_said(key: ApiKey, hasher: Hasher, lost: Counter[str]) -> str:
-    if key.hash.startswith("hint:"):
-        if key.verifier is None:
-            raise StoreError(f"the key {key.id} has a hint and no hash")
-        return key.verifier
-    if key.hash.startswith("hmac:"):
-        lost["a hash under another system's secret: the import needs that secret again"] += 1
-        return f"hmac-sha256:{key.hash.rpartition(':')[2]}"
-    if key.hash.startswith(("sha256:", "sha512:")):
-        return key.hash
-    if key.sealed is None:
-        raise StoreError(f"the key {key.id} has no sealed hash")
-    return imported_sha256(hasher.unseal(key.sealed).hex())
-
-
-def _previous_said(key: ApiKey, hasher: Hasher, lost: Counter[str]) -> dict[str, Any]:
-    """The text that was rotated away and still works."""
-    stored = key.previous_hash or ""
-    until = {"previous_until": key.previous_until}
-    if stored.startswith("hint:"):
-        return {"previous_hash": key.verifier, **until} if key.verifier is not None else {}
-    if stored.startswith("hmac:"):
-        return {"previous_hash": f"hmac-sha256:{stored.rpartition(':')[2]}", **until}
-    if stored.startswith(("sha256:", "sha512:")):
-        return {"previous_hash": stored, **until}
-    if key.previous_sealed is not None:
-        return {"previous_hash": imported_sha256(hasher.unseal(key.previous_sealed).hex()), **until}
-    lost["an old text that still works"] += 1
-    return {}
-
-
-def _chunks(items: Sequence[T], size: int) -> Iterable[Sequence[T]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any
 
 import apsw
 
 from ...context import utc_from_us
-from ...entities import INT64_MAX, INT64_MIN, Document, FieldType
+from ...entities import INT64_MAX, INT64_MIN, Document
 from ...errors import (
     AlreadyExists,
     BoundExceeded,
@@ -42,6 +42,7 @@ from ..sql import JOURNAL_COLUMNS, line, listed, quoted
 from .dialect import translated
 from .isolation import Guarded, Table
 from .schema import LockWait
+from .statements import Statements
 
 _BYTES_PER_CHARACTER = 8
 """At most what one character of a stored text or JSON counts for in `document_size`: `[1]` is eight bytes there."""
@@ -49,7 +50,6 @@ _BYTES_PER_CHARACTER = 8
 MANY_CHECKS = 8
 """So many checks of one collection are read by one statement, instead of one each."""
 
-_VARIABLE = frozenset({FieldType.TEXT, FieldType.BYTES, FieldType.LIST, FieldType.MAP})
 _APPEND = (
     f"INSERT INTO main._journal ({listed(JOURNAL_COLUMNS[1:])}) VALUES ({', '.join('?' for _ in JOURNAL_COLUMNS[1:])})"
 )
@@ -70,83 +70,6 @@ class PartialWrite(Exception):
         self.reason = reason
 
 
-class _Patches(NamedTuple):
-    """How many documents are patched at once: `measured` are the positions of the values that make up their size."""
-
-    sql: str
-    encoders: Sequence[Callable[[Any], Any] | None]
-    measured: tuple[int, ...]
-
-
-class _Statements:
-    """The texts that write one collection."""
-
-    def __init__(self, table: Table) -> None:
-        name, codec = quoted(table.name), table.codec
-        self.table = table
-        self.encode = codec.encode
-        marks = ", ".join("?" for _ in codec.columns)
-        sets = "".join(f", {quoted(field)} = ?" for field in codec.fields)
-        self.version = f"SELECT version FROM {name} WHERE id = ?"
-        self.versions = f"SELECT id, version FROM {name} WHERE id IN (SELECT value FROM json_each(?))"
-        self.insert = f"INSERT INTO {name} ({listed(codec.columns)}) VALUES ({marks})"
-        self.delete = f"DELETE FROM {name} WHERE id = ? RETURNING version"
-        self.delete_version = f"DELETE FROM {name} WHERE id = ? AND version = ? RETURNING version"
-        self.times = f"UPDATE {name} SET created_at = ifnull(?, created_at), updated_at = ? WHERE id = ?"
-        self.put = self._update(sets, "", "")
-        self.put_version = self._update(sets, " AND version = ?", "")
-        self._patches: dict[tuple[tuple[str, ...], bool], tuple[str, Sequence[Callable[[Any], Any] | None]]] = {}
-        self._adds: dict[str, str] = {}
-        self._many: dict[tuple[str, ...], _Patches | None] = {}
-        fields = codec.collection.fields.values()
-        self.variable = tuple(i for i, spec in enumerate(fields) if spec.type in _VARIABLE)
-        self.fixed_size = document_size({spec.name: 0 for spec in fields})
-        lengths = [f"ifnull(octet_length({quoted(spec.name)}), 0)" for spec in fields if spec.type in _VARIABLE]
-        self._length = " + ".join(lengths) or "0"
-
-    def _update(self, sets: str, condition: str, returning: str) -> str:
-        name = quoted(self.table.name)
-        return (
-            f"UPDATE {name} SET version = max(?, version + 1), updated_at = ?{sets} WHERE id = ?{condition} "
-            f"RETURNING version{returning}"
-        )
-
-    def patch(self, fields: tuple[str, ...], versioned: bool) -> tuple[str, Sequence[Callable[[Any], Any] | None]]:
-        """The text that sets these fields and answers the version and a measure of the size, and their encoders."""
-        found = self._patches.get((fields, versioned))
-        if found is None:
-            codec = self.table.codec
-            known = codec.collection.fields
-            if unknown := [name for name in fields if name not in known]:
-                raise InvalidInput([Problem(name, "is not a known field") for name in unknown])
-            sets = "".join(f", {quoted(name)} = ?" for name in fields)
-            sql = self._update(sets, " AND version = ?" if versioned else "", f", {self._length}")
-            found = sql, [codec.dialect.encoders.get(known[name].type) for name in fields]
-            self._patches[fields, versioned] = found
-        return found
-
-    def patches(self, fields: tuple[str, ...]) -> _Patches | None:
-        """The same for many documents at once; None unless the fields tell the size of the whole document."""
-        if fields not in self._many:
-            names = tuple(self.table.codec.fields)
-            whole = {names[i] for i in self.variable}.issubset(fields) and not self.table.tenant_scoped
-            sql, encoders = self.patch(fields, True)
-            sql = sql[: sql.index(" RETURNING ")]  # the new version is known, and answering it doubles the time
-            measured = tuple(i for i, name in enumerate(fields) if names.index(name) in self.variable)
-            self._many[fields] = _Patches(sql, encoders, measured) if whole else None
-        return self._many[fields]
-
-    def add(self, field: str) -> str:
-        found = self._adds.get(field)
-        if found is None:
-            if field not in self.table.codec.fields:
-                raise InvalidInput([Problem(field, "is not a known field")])
-            column = quoted(field)
-            found = self._update(f", {column} = {column} + ?", f" AND {column} BETWEEN ? AND ?", f", {column}")
-            self._adds[field] = found
-        return found
-
-
 class Writer:
     """Applies batches on one connection, between its `begin` and its `commit`. Used by one thread at a time."""
 
@@ -157,7 +80,7 @@ class Writer:
         self._lock_wait = LockWait(0.0)
         self._connection.set_busy_handler(self._lock_wait)
         self._execute = guarded.execute
-        self._statements = {name: _Statements(table) for name, table in tables.items()}
+        self._statements = {name: Statements(table) for name, table in tables.items()}
         self._deleted_version = 0  # new documents get a greater version than any deleted one had
         self._deleted_version_before = 0
         self._changes_before = 0
@@ -314,7 +237,7 @@ class Writer:
             check_batch_size(batch)
         return Committed(tuple(versions), values, sequence)
 
-    def _of(self, collection: str) -> _Statements:
+    def _of(self, collection: str) -> Statements:
         statements = self._statements.get(collection)
         if statements is None:
             raise InvalidInput(f"{collection}: the store was not prepared for this collection")
@@ -386,7 +309,7 @@ class Writer:
             self._execute(statements.times, (*times, id)).fetchall()
         return int(found[0][0])
 
-    def _insert(self, statements: _Statements, operation: Create | Put, row: tuple[Any, ...]) -> int:
+    def _insert(self, statements: Statements, operation: Create | Put, row: tuple[Any, ...]) -> int:
         # versions are times, greater than those of what was deleted: an id that is used again never repeats one
         version = max(self._now_us, self._deleted_version + 1)
         created_at = self._time(operation.created_at) or self._now_text
@@ -464,14 +387,14 @@ class Writer:
 
     # --- Helpers ---
 
-    def _version(self, statements: _Statements, id: str) -> int:
+    def _version(self, statements: Statements, id: str) -> int:
         found = self._execute(statements.version, (id,)).fetchall()
         return found[0][0] if found else 0
 
-    def _stored(self, statements: _Statements, id: str) -> Document:
+    def _stored(self, statements: Statements, id: str) -> Document:
         return statements.table.decode(self._execute(statements.table.by_id, (id,)).fetchall()[0])
 
-    def _encoded(self, statements: _Statements, operation: Create | Put) -> tuple[Any, ...]:
+    def _encoded(self, statements: Statements, operation: Create | Put) -> tuple[Any, ...]:
         """The row of the operation's document. TooLarge if that is too large."""
         row = statements.encode(operation.document)
         length = 0
@@ -485,12 +408,12 @@ class Writer:
         self._size += size
         return row
 
-    def _missing_or_conflict(self, statements: _Statements, operation: Patch | Delete) -> StrongroomError:
+    def _missing_or_conflict(self, statements: Statements, operation: Patch | Delete) -> StrongroomError:
         found = self._version(statements, operation.id)
         return _conflict(operation, found) if found else NotFound(f"{_name(operation)}: there is no such document")
 
     def _misfit(
-        self, statements: _Statements, operation: Create | Put | Patch | Add, given: Document
+        self, statements: Statements, operation: Create | Put | Patch | Add, given: Document
     ) -> StrongroomError:
         """Why SQLite refused a row: which unique index, found by asking for the document that is in the way."""
         table = statements.table
@@ -537,7 +460,7 @@ def _conflict(operation: Put | Patch | Delete | Check, found: int) -> Conflict:
     return Conflict(f"{_name(operation)}: found version {found}, expected {operation.expected}")
 
 
-def _check_size(operation: Create | Put | Patch, statements: _Statements, document: Document) -> int:
+def _check_size(operation: Create | Put | Patch, statements: Statements, document: Document) -> int:
     size = document_size({name: document[name] for name in statements.table.codec.fields})
     if size > MAX_DOCUMENT_BYTES:
         raise TooLarge(f"{_name(operation)}: found {size} bytes in a document, expected at most {MAX_DOCUMENT_BYTES}")
