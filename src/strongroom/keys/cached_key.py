@@ -23,7 +23,7 @@ class CachedKey:
         "deleted",
         "enabled",
         "expires_us",
-        "held",
+        "granted",
         "id",
         "metadata",
         "models",
@@ -42,7 +42,7 @@ class CachedKey:
         self.tenant = key.tenant
         self.user_id = key.user_id
         self.permissions = key.permissions
-        self.held = tuple(
+        self.granted = tuple(
             key.permissions
         )  # answers contain `permissions`, and a caller that changes that list must gain nothing
         self.metadata = key.metadata
@@ -59,7 +59,7 @@ class CachedKey:
 
     def permits(self, permission: str) -> bool:
         """Whether the key has a permission: by name, or by one that ends in `*`."""
-        return names(self.held, permission)
+        return names(self.granted, permission)
 
     def allows(self, address: str | None) -> bool:
         """Whether the key may be used from an address (None: it is not known)."""

@@ -72,9 +72,9 @@ class StoredReservation(
     """One durable reservation; amounts are in units. `request`: the fingerprint of the request that made it, if that
     had an idempotency key; `memo` is then the state of the limits after it. `asked`: the amounts that it was made for;
     `holds`: the amounts that it holds; `used`: all that was used so far; `reported`: the part of `used` that was
-    reported before it was settled. `places`: where it holds them, as JSON: {account id: a `Place` as a list}, and the
+    reported before it was settled. `places`: where it holds them, as JSON: {subject id: a `Place` as a list}, and the
     ids of quotas that did not exist: of its key's groups, user and tenant. (None: it was made by the first release, and
-    its accounts know its id.)"""
+    its subjects know its id.)"""
 
     key_id: str
     tenant: str
@@ -101,7 +101,7 @@ class StoredReservation(
         return self.__codec__.encode(self.model_copy(update=changes))
 
     def held_where(self) -> tuple[dict[str, ReservedPlace], list[str]]:
-        """What it holds in each account, and the ids of the quotas that did not exist."""
+        """What it holds of each subject, and the ids of the quotas that did not exist."""
         return ({}, []) if self.places is None else _decode_places(self.places)
 
     @property
@@ -130,7 +130,7 @@ class DurableReservations:
         if idempotency_key is not None:
             asked = (use.permission, use.address, use.model, use.route, use.tenant)
             request = ("reserve", key.id, use.units, ttl_s, *asked)
-        ends_at = utc_from_us(now_us + ttl_s * _SECOND)  # until it is decided, by the moments of its accounts
+        ends_at = utc_from_us(now_us + ttl_s * _SECOND)  # until it is decided, by the moments of its subjects
         stored = StoredReservation(
             id=new_id("rsv_") if idempotency_key is None else _derived(actor, idempotency_key),
             key_id=key.id,

@@ -1,10 +1,10 @@
-"""Hashes that other systems keep of their API keys: recognised, judged, and compared with a key's text. Pure.
+"""Hashes of API keys from other systems: recognised, checked, and compared with a secret. Pure.
 
-Two kinds. A *digest* depends on the text alone (SHA-256, SHA-512) or on the text and one secret of the other system
-(HMAC-SHA-256): a key is looked up by it. A *verifier* has a salt of its own (salted SHA-256, PBKDF2, bcrypt, Argon2):
-whoever has the text must find the key by something else, and then compare.
+There are two kinds. A *digest* depends on the key's secret only (SHA-256, SHA-512), or on it and one secret of the
+other system (HMAC-SHA-256): it finds the key. A *verifier* has a salt of its own (salted SHA-256, PBKDF2, bcrypt,
+Argon2): something else must find the key, and then the verifier is compared.
 
-What is read, and the form that it is kept in:
+The forms that are read, and the stored form:
 
     64 hex digits, 43 or 44 of base64, sha256:…, sha256-…, sha256$$…       sha256:<hex>
     128 hex digits, sha512:…, sha512$$… (djangorestframework-api-key 3)    sha512:<hex>
@@ -43,10 +43,10 @@ MAX_ARGON2_PASSES = 16
 MAX_ARGON2_WORK_KIB = 1_048_576
 """Memory times passes."""
 MAX_ARGON2_LANES = 16
-"""Work that a hash may ask for, each about 2 s of one core at most: more would let a file of keys stop a service."""
+"""The most work that a hash may ask for, about 2 s of one core each: more would let a file of keys stop a service."""
 MIN_ARGON2_SALT = 8
 BCRYPT_BYTES = 72
-"""bcrypt sees no more of a text. Older libraries cut what is longer without a word, so that is what was hashed."""
+"""bcrypt hashes no more bytes of a secret. Older libraries silently cut a longer one, so the hash is of the cut one."""
 
 Kind = Literal["sha256", "sha512", "hmac-sha256", "salted-sha256", "pbkdf2", "bcrypt", "argon2"]
 
@@ -76,20 +76,20 @@ EXPECTED = (
 
 @dataclass(frozen=True, slots=True)
 class ForeignHash:
-    """One hash of another system, understood. `text` is the form that it is kept in."""
+    """One hash of another system, parsed. `text` is the stored form."""
 
     kind: Kind
     text: str = field(repr=False)
 
     @property
     def is_digest(self) -> bool:
-        """Whether the key is looked up by it."""
+        """Whether it finds the key."""
         return self.kind in ("sha256", "sha512", "hmac-sha256")
 
 
 def understood(hash: str) -> ForeignHash:
-    """A hash as another system has it. ValueError, with what was found and expected but never the hash itself, for one
-    that is not known, is damaged, or would take too long to compare."""
+    """Parse a hash of another system. Raises ValueError for a hash that is unknown, damaged, or too slow to compare;
+    the message never contains the hash."""
     if len(hash) > MAX_HASH_CHARS:
         raise ValueError(f"found {len(hash)} characters, expected at most {MAX_HASH_CHARS}")
     if (found := _digest(hash)) is not None:
@@ -106,13 +106,13 @@ def understood(hash: str) -> ForeignHash:
 
 
 def is_slow(verifier: str) -> bool:
-    """Whether comparing takes milliseconds and more, not microseconds."""
+    """Whether a comparison takes milliseconds or more."""
     return not verifier.startswith("sha256")
 
 
 def matches(verifier: str, text: str) -> bool:
-    """Whether a text is what a verifier was made of; in constant time once the text is hashed. `verifier` is as
-    `understood` gave it. Takes as long as its author wanted. ConfigError if bcrypt is needed and not installed."""
+    """Whether a verifier was made of this secret; the comparison takes constant time, the hash takes its own time.
+    `verifier` is a stored form that `understood` gave. Raises ConfigError if bcrypt is needed and not installed."""
     password = text.encode("utf-8", "surrogatepass")
     if verifier.startswith("sha256"):
         scheme, salt, digest = _parts(_SALTED, verifier)
@@ -139,7 +139,7 @@ def matches(verifier: str, text: str) -> bool:
 
 
 def sha256_of(digest: ForeignHash) -> bytes | None:
-    """The key's SHA-256 where that is what the hash is."""
+    """The SHA-256 in a digest; None for another kind."""
     return bytes.fromhex(digest.text.removeprefix("sha256:")) if digest.kind == "sha256" else None
 
 
@@ -153,7 +153,7 @@ def _digest(hash: str) -> ForeignHash | None:
     for prefix in ("sha512:", "sha512-", "sha512$$"):
         if hash.startswith(prefix):
             return ForeignHash("sha512", f"sha512:{_bytes_512(hash.removeprefix(prefix)).hex()}")
-    hash = hash.removeprefix("sha256$$")  # what follows is a digest, or a salt that begins with a dollar sign
+    hash = hash.removeprefix("sha256$$")  # a digest follows, or a salt that begins with a dollar sign
     if _HEX_256.fullmatch(hash) or _BASE64_256.fullmatch(hash):
         return ForeignHash("sha256", f"sha256:{_bytes_256(hash).hex()}")
     if _HEX_512.fullmatch(hash):
@@ -178,8 +178,8 @@ def _bytes_512(text: str) -> bytes:
 
 
 def _from_base64(text: str) -> bytes:
-    """What a base64 text of either alphabet stands for; ValueError if its last character has bits that count for
-    nothing (a text that is cut or mistyped)."""
+    """Decode base64 of either alphabet. Raises ValueError if the last character has unused bits that are set: the text
+    was cut or mistyped."""
     plain = text.rstrip("=").replace("-", "+").replace("_", "/")
     try:
         found = base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
@@ -273,6 +273,6 @@ def _parts(pattern: re.Pattern[str], verifier: str) -> tuple[str, ...]:
 
 
 def _shown(hash: str) -> str:
-    """As much of an unknown hash as says what it may be: its scheme, or how long it is."""
+    """The part of an unknown hash that a message may show: its scheme, or its length."""
     scheme = re.match(r"\$?[A-Za-z0-9_.-]{1,20}[$:]", hash)
     return f"{scheme[0]}…" if scheme else f"a text of {len(hash)} characters"

@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 
 def key_jobs(keys: Keys, database: Database, clock: Clock) -> list[Job]:
-    """The jobs on keys that a node takes its share of."""
+    """The key jobs, which all nodes share."""
     return [
         Job("keys", EVERY_S, DueKeys(keys, database, clock).run),
         Job("usage-roll-up", ROLL_UP_EVERY_S, RollUp(database, clock).run),

@@ -267,7 +267,7 @@ class KeyFields(BaseModel):
 
 
 def each_once(values: list[str], problem_of: Callable[[str], str | None]) -> list[str]:
-    """The values, each once. Raises ValueError with what is wrong with each of them, the first MAX_TOLD."""
+    """The values without duplicates. Raises ValueError with the problems of the first MAX_TOLD wrong values."""
     problems = list(dict.fromkeys(problem for value in values if (problem := problem_of(value))))
     if problems:
         raise ValueError("; ".join(problems[:MAX_TOLD]) + ("; …" if len(problems) > MAX_TOLD else ""))

@@ -100,7 +100,7 @@ class Turns:
 async def subjects_of_ids(
     cache: KeyCache, held_by: Iterable[str], quota_ids: Iterable[str], key: CachedKey | None
 ) -> list[Subject]:
-    """Where the use of a reservation counts: on the accounts that hold it, as they are now, without those that were
+    """Where the use of a reservation counts: on the subjects that hold it, as they are now, without those that were
     removed; and on quotas of its key (`quota_ids`) that were made since."""
     known = {subject.id: subject for subject in key.subjects.all} if key is not None else {}
     held, wanted = set(held_by), {*held_by, *quota_ids}
@@ -110,7 +110,7 @@ async def subjects_of_ids(
 
 
 def together(subjects: Sequence[Subject], key: CachedKey | None) -> Subjects:
-    """These accounts as one charge concerns them: a key's own, if they are all that it is counted on."""
+    """These subjects as one admission request counts on them: the key's own object, if they are the same."""
     if key is not None and list(subjects) == list(key.subjects.all):
         return key.subjects
     first, *others = subjects

@@ -92,12 +92,12 @@ class Keys:
     ) -> AsyncGenerator[BulkStep, None]:
         """Change many keys, at most `limit` (1 to 500) a step: `async for step in keys.bulk(Bulk("disable", …))`.
 
-        Each key is changed whole or not at all; one that cannot be is told in its step, and passed over. Work that was
-        broken off goes on from the `cursor` of its last step. Raises InvalidInput, Unavailable.
+        Each key is changed whole or not at all. A step reports each key that could not be changed. Work that was broken
+        off goes on from the `cursor` of its last step. Raises InvalidInput, Unavailable.
         """
         return steps(self, bulk, cursor=cursor, limit=limit, context=context)
 
-    # --- Forgetting what was changed --------------------------------------------------------------------------
+    # --- Invalidation -----------------------------------------------------------------------------------------
 
     def changed(self, id: str) -> None:
         """A key was changed, here or on another node: read the key and its usage again at its next use."""
@@ -105,8 +105,8 @@ class Keys:
         self._ledger.forget(id)
 
     def quota_changed(self, id: str) -> None:
-        """A quota was changed, here or on another node: so were the limits of the keys that share it. Its usage is read
-        again: it may have been removed and made anew, and a denial, which commits nothing, would never notice."""
+        """A quota was changed, here or on another node: read the keys that share it, and its usage, again. The quota
+        may have been removed and created again, and a denial, which commits nothing, would never notice."""
         self.cache.quota_changed(id)
         self._ledger.forget(id)
 
