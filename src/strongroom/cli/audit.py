@@ -9,12 +9,12 @@ import typer
 
 from ..errors import InvalidInput, Problem
 from . import output, shortforms
-from .options import CursorOption, PageOption
+from .options import CursorOption, Options, PageOption, with_options
 from .session import JsonOption, StoreOption, in_store
 
 if TYPE_CHECKING:
     from ..app import Strongroom
-    from ..audit import AuditRecord
+    from ..audit import AuditFilter, AuditRecord
     from ..entities import Page
 
 app = typer.Typer(help="Read the journal: who changed what, when.", no_args_is_help=True, rich_markup_mode=None)
@@ -25,25 +25,41 @@ def _group() -> None:
     """A callback, so that one command alone is still called by its name."""
 
 
+def _option(help: str, metavar: str | None = None) -> Any:
+    return Annotated[str | None, typer.Option(metavar=metavar, help=help)]
+
+
+FILTER: Options = {
+    "tenant": _option("Only this tenant's records."),
+    "actor": _option("Only changes by this actor, for example key:key_0199…."),
+    "action": _option("Only create, update, add, delete, expire or deny.", "ACTION"),
+    "collection": _option("Only changes of this collection, for example api_keys."),
+    "entity_id": _option("Only changes of the document with this id.", "ID"),
+    "request_id": _option("Only changes by this request.", "ID"),
+    "since": _option("Not before this time, or how long ago (2026-11-30T12:00Z, 7d).", "TIME"),
+    "until": _option("Before this time, or how long ago.", "TIME"),
+}
+
+
+def _filter(**given: Any) -> AuditFilter:
+    """The filter that the options describe. InvalidInput names everything that is wrong with them at once."""
+    from ..audit import AuditFilter
+
+    now = datetime.now(UTC)
+    problems: list[Problem] = []
+    for name in ("since", "until"):
+        if given[name] is not None:
+            given[name] = shortforms.one(f"--{name}", given[name], lambda text: shortforms.past(text, now), problems)
+    if problems:
+        raise InvalidInput(problems)
+    return AuditFilter(**given)
+
+
 @app.command("list")
+@with_options(FILTER, "wanted", _filter)
 def list_records(
-    tenant: Annotated[str | None, typer.Option("--tenant", help="Only this tenant's records.")] = None,
-    actor: Annotated[str | None, typer.Option(help="Only changes by this actor, for example key:key_0199….")] = None,
-    action: Annotated[
-        str | None, typer.Option(help="Only create, update, add, delete, expire or deny.", metavar="ACTION")
-    ] = None,
-    collection: Annotated[
-        str | None, typer.Option(help="Only changes of this collection, for example api_keys.")
-    ] = None,
-    entity_id: Annotated[
-        str | None, typer.Option(metavar="ID", help="Only changes of the document with this id.")
-    ] = None,
-    request_id: Annotated[str | None, typer.Option(metavar="ID", help="Only changes by this request.")] = None,
-    since: Annotated[
-        str | None,
-        typer.Option(metavar="TIME", help="Not before this time, or how long ago (2026-11-30T12:00Z, 7d)."),
-    ] = None,
-    until: Annotated[str | None, typer.Option(metavar="TIME", help="Before this time, or how long ago.")] = None,
+    *,
+    wanted: AuditFilter,
     limit: PageOption = 100,
     cursor: CursorOption = None,
     store: StoreOption = None,
@@ -58,19 +74,6 @@ def list_records(
       strongroom audit list --tenant acme --since 7d
       strongroom audit list --collection api_keys --entity-id key_0199f3c2 --json
     """
-    from ..audit import AuditFilter
-
-    now = datetime.now(UTC)
-    times: dict[str, datetime | None] = {}
-    problems = []
-    for name, text in (("since", since), ("until", until)):
-        try:
-            times[name] = None if text is None else shortforms.past(text, now)
-        except ValueError as error:
-            problems.append(Problem(f"--{name}", str(error)))
-    if problems:
-        raise InvalidInput(problems)
-    wanted = AuditFilter(tenant, actor, action, collection, entity_id, request_id, **times)
 
     async def read(room: Strongroom) -> Page[AuditRecord]:
         """A page that is as long as was asked for, however few records fit."""

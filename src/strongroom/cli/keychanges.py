@@ -18,11 +18,10 @@ from .keyoptions import (
     SameKeyOption,
     key_fields,
     key_filter,
-    with_options,
 )
 from .keys import app
 from .keyviews import ONCE, print_issued, print_key
-from .options import YesOption, confirm, must_be_confirmed
+from .options import YesOption, confirm, must_be_confirmed, with_options
 from .session import EXIT_FAILED, JsonOption, StoreOption, in_store, operator
 
 if TYPE_CHECKING:

@@ -1,14 +1,9 @@
-"""Options that several commands on keys take: the fields of a key, and the conditions of a filter.
-
-A command takes such a group as one argument: `@with_options(FILTER, "where", key_filter)` gives it the options, and
-what `key_filter` makes of them as `where`.
-"""
+"""Options that several commands on keys take: the fields of a key, and the conditions of a filter."""
 
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -16,14 +11,10 @@ import typer
 
 from ..errors import InvalidInput, Problem
 from . import shortforms
-from .options import LimitsOption, metadata
+from .options import LimitsOption, Options, metadata
 
 if TYPE_CHECKING:
     from ..keys import KeyFilter
-
-Command = Callable[..., None]
-Options = Mapping[str, Any]
-"""Annotated types by the names that the values are given under."""
 
 IdArgument = Annotated[str, typer.Argument(metavar="ID", help="The key's id, as `keys list` shows it.")]
 SameKeyOption = Annotated[
@@ -101,38 +92,6 @@ FILTER: Options = {
 """Conditions that a key must meet; all of them do."""
 
 
-def with_options(options: Options, name: str, read: Callable[..., Any]) -> Callable[[Command], Command]:
-    """A decorator for a command whose parameter `name` is `read(**values of these options)`. In its help they stand
-    where the parameter does."""
-
-    def decorate(command: Command) -> Command:
-        command.__annotations__.pop(name)  # its type need not be imported before the command runs
-        own = inspect.signature(command, eval_str=True)
-        parameters: list[inspect.Parameter] = []
-        for parameter in own.parameters.values():
-            if parameter.name == name:
-                parameters += [_parameter(option, type) for option, type in options.items()]
-            else:
-                parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
-
-        @functools.wraps(command)
-        def run(**given: Any) -> None:
-            values = {option: given.pop(option) for option in options}
-            command(**given, **{name: read(**values)})
-
-        del run.__wrapped__  # Typer is to see the options, not the command's parameter
-        run.__annotations__ = {}
-        run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
-        return run
-
-    return decorate
-
-
-def _parameter(name: str, annotation: Any) -> inspect.Parameter:
-    default = False if get_args(annotation)[0] is bool else None
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-
-
 # --- Reading what was given -----------------------------------------------------------------------------------
 
 
@@ -185,5 +144,4 @@ __all__ = [
     "SameKeyOption",
     "key_fields",
     "key_filter",
-    "with_options",
 ]

@@ -11,7 +11,7 @@ import typer
 
 from ..errors import InvalidInput, Problem
 from . import output, shortforms
-from .keyoptions import FIELDS, FILTER, IdArgument, SameKeyOption, key_fields, key_filter, with_options
+from .keyoptions import FIELDS, FILTER, IdArgument, SameKeyOption, key_fields, key_filter
 from .keyviews import (
     key_view,
     print_answer,
@@ -30,6 +30,7 @@ from .options import (
     duration_s,
     is_interactive,
     must_be_confirmed,
+    with_options,
 )
 from .session import EXIT_FAILED, JsonOption, StoreOption, in_store, operator
 

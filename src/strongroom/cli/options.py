@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
 import typer
 
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 M = TypeVar("M", bound="BaseModel")
+Command = Callable[..., None]
+Options = Mapping[str, Any]
+"""A group of options: annotated types by the names that the values are given under."""
 
 PageOption = Annotated[int, typer.Option("--limit", help="At most this many (1 to 1000).")]
 CursorOption = Annotated[str | None, typer.Option(help="The `next_cursor` of the last page.")]
@@ -30,6 +35,38 @@ LimitsOption = Annotated[
         help="A limit, for example tokens=100000/5h; may be given again.",
     ),
 ]
+
+
+def with_options(options: Options, name: str, read: Callable[..., Any]) -> Callable[[Command], Command]:
+    """A decorator for a command whose parameter `name` is `read(**values of these options)`. In its help they stand
+    where the parameter does."""
+
+    def decorate(command: Command) -> Command:
+        command.__annotations__.pop(name)  # its type need not be imported before the command runs
+        own = inspect.signature(command, eval_str=True)
+        parameters: list[inspect.Parameter] = []
+        for parameter in own.parameters.values():
+            if parameter.name == name:
+                parameters += [_parameter(option, type) for option, type in options.items()]
+            else:
+                parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            values = {option: given.pop(option) for option in options}
+            command(**given, **{name: read(**values)})
+
+        del run.__wrapped__  # Typer is to see the options, not the command's parameter
+        run.__annotations__ = {}
+        run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+def _parameter(name: str, annotation: Any) -> inspect.Parameter:
+    default = False if get_args(annotation)[0] is bool else None
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def is_interactive() -> bool:

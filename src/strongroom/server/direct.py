@@ -97,7 +97,8 @@ class Direct:
         self.disconnected = False
         self.keep_alive = True
 
-    def begin(self, headers: Headers, body: bytes) -> None:
+    def receive(self, headers: Headers, body: bytes) -> None:
+        """A request has arrived."""
         self.headers = headers
         self.body = body
         self.response_complete = self.disconnected = False

@@ -1,11 +1,11 @@
 """uvicorn's HTTP protocol: strict about what a request is, bounded (`arrival`), with a direct path for verifications.
 
-A verification that arrives in one piece is given to `VerifyRoute.begin`, and `direct` writes its answer. Every other
-request, and a verification that the route does not answer so, goes to the ASGI application.
+A verification that arrives in one piece goes to `VerifyRoute.answer_directly`, and `direct` writes its answer. Every
+other request, and a verification that the route cannot answer so, goes to the ASGI application.
 
-Requests of one connection are answered one after the other. Those that a client sends ahead wait: at most PIECE_BYTES
-of them are parsed, the rest of what was read is kept as it came, and nothing more is read from the socket until their
-turn. A request that is not valid HTTP is answered in its turn too, and is the connection's last.
+Requests of one connection are answered one after the other. Pipelined requests wait: at most PIECE_BYTES of them are
+parsed, the rest of the input is kept unparsed, and the socket is not read until their turn. A request that is not
+valid HTTP is answered in its turn too, and is the connection's last.
 """
 
 from __future__ import annotations
@@ -294,9 +294,9 @@ class Protocol(HttpToolsProtocol):
         if self._arrival.late_at is not None:
             self._arrival.complete()
         direct = self._direct
-        direct.begin(headers, body)
+        direct.receive(headers, body)
         self.cycle = self._running = direct
-        if cast("VerifyRoute", self._verify).begin(authorization, body, direct):
+        if cast("VerifyRoute", self._verify).answer_directly(authorization, body, direct):
             return True
         direct.hand_on(self.app)
         return False

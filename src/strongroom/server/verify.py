@@ -1,10 +1,11 @@
 """`POST /v1/keys/verify`: the one route that must be fast. It logs nothing and allocates little.
 
-There are two ways through it, with the same answers. `VerifyRoute.begin` is for what most requests are: it is called by
-the server's own protocol with the whole request, and needs neither a task nor ASGI's messages, which cost more than
-the verification itself. Whatever is out of the ordinary, and any other server, takes `VerifyRoute.__call__`, which is
-bare ASGI; a request that is wrong is read once more by `problems_with`, slowly, so that the answer names everything
-that is wrong with it.
+A request takes one of two paths, with the same answers:
+
+- `VerifyRoute.answer_directly`: the server's own protocol calls it with the whole request. It needs no task and none of
+  ASGI's messages, which cost more than the verification itself.
+- `VerifyRoute.__call__` is bare ASGI. It takes every other request, and all requests under another server. Where a
+  request is wrong, `problems_with` reads it once more, slowly, so that the answer names every problem.
 """
 
 from __future__ import annotations
@@ -89,9 +90,9 @@ class VerifyRoute:
         self._gate = gate
         self._max_body_bytes = max_body_bytes
 
-    def begin(self, authorization: bytes, body: bytes, reply: Reply) -> bool:
-        """Answer a whole request that is like most (it has one Authorization header and no Idempotency-Key), now or
-        when its charge is decided. False if it is not like most, and nothing was done: it is for `__call__`."""
+    def answer_directly(self, authorization: bytes, body: bytes, reply: Reply) -> bool:
+        """Answer a request with one Authorization header and no Idempotency-Key, now or when its admission is decided.
+        False if it needs more than that: then nothing was done, and `__call__` answers it."""
         gate = self._gate
         if gate.inside >= gate.limit or len(body) > self._max_body_bytes:
             return False
@@ -105,7 +106,7 @@ class VerifyRoute:
                 return False
             if body.count(b'"key"') > 1:  # which one is meant is told there, and that they are two
                 return False
-            begun = self._keys.verifier.start(
+            pending = self._keys.verifier.start(
                 ask.key,
                 cost=ask.cost,
                 permission=ask.permission,
@@ -119,20 +120,20 @@ class VerifyRoute:
         except Exception as error:  # to the parser that calls this it would be a malformed request
             reply.hand_on(_Failed(self, error, started))
             return True
-        if begun is None:
+        if pending is None:
             return False
-        if isinstance(begun, Verification):
-            reply.answer(_encode(begun))
-            self._metrics.verification(begun.code, time.perf_counter() - started)
+        if isinstance(pending, Verification):
+            reply.answer(_encode(pending))
+            self._metrics.verification(pending.code, time.perf_counter() - started)
         else:
             gate.inside += 1
-            begun.outcome.add_done_callback(lambda _: self._conclude(begun, reply, started))
+            pending.outcome.add_done_callback(lambda _: self._conclude(pending, reply, started))
         return True
 
-    def _conclude(self, begun: PendingVerification, reply: Reply, started: float) -> None:
+    def _conclude(self, pending: PendingVerification, reply: Reply, started: float) -> None:
         self._gate.inside -= 1
         try:
-            answer = self._keys.verifier.finish(begun)
+            answer = self._keys.verifier.finish(pending)
             payload = _encode(answer) if answer is not None else b""
         except Exception as error:  # logged and answered by `refuse`
             reply.hand_on(_Failed(self, error, started))
