@@ -15,8 +15,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, closing
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import apsw
 import pytest
@@ -48,8 +47,10 @@ from strongroom.storage.port import (
 from strongroom.storage.sqlite import schema as _sqlite_schema
 from strongroom.storage.sqlite import threads as sqlite_threads
 from strongroom.storage.sqlite.isolation import Guarded
+from strongroom.storage.sqlite.session import Session
 from strongroom.storage.sqlite.store import SqliteStore
-from strongroom.storage.sqlite.writer import Writer
+from strongroom.storage.sqlite.threads import Threads
+from strongroom.storage.sqlite.writer import OWN_TEXTS, Writer
 from tests.helpers.paths import DATA, ROOT
 from tests.helpers.waiting import PATIENCE_S, tear_down_the_loop, wait_until
 
@@ -109,12 +110,37 @@ def raw(store: SqliteStore | Path) -> apsw.Connection:
     return apsw.Connection(store.path if isinstance(store, SqliteStore) else str(store))
 
 
-async def writer_of(store: SqliteStore) -> Any:
-    """The store's own writing connection, which the first commit opens."""
+async def warmed_up(store: SqliteStore) -> None:
+    """Make the first commit, for which the store opens its writing connection."""
     await store.commit(batch(Create("notes", "warm-up", note())))
-    assert store._session is not None
-    assert store._session.writer is not None
-    return store._session.writer
+
+
+@pytest.fixture
+async def session(store: SqliteStore) -> AsyncIterator[Session]:
+    """Connections to the store's file, made as the store makes its own."""
+    threads = Threads()
+    one = Session(store.path, COLLECTIONS, 1.0, threads)
+    yield one
+    await one.finish()
+    one.close()
+    threads.stop()
+
+
+@pytest.fixture
+def guarded_writer(store: SqliteStore, session: Session) -> Iterator[Guarded]:
+    """A writing connection to the store's file, made as the store makes its own."""
+    one = Guarded(store.path, session.tables.values(), 1.0, writes=True, own_texts=OWN_TEXTS)
+    yield one
+    one.close()
+
+
+@pytest.fixture
+def connections() -> Iterator[list[apsw.Connection]]:
+    """Every connection that is opened from now on."""
+    found: list[apsw.Connection] = []
+    apsw.connection_hooks.append(found.append)
+    yield found
+    apsw.connection_hooks.remove(found.append)
 
 
 # --- A schema to be proud of ----------------------------------------------------------------------------------
@@ -160,19 +186,17 @@ async def test_every_index_of_a_tenant_begins_with_the_tenant(store: SqliteStore
     assert {first for _, first in indexes} == {"tenant_id"}
 
 
-def plan(store: SqliteStore, sql: str, values: Sequence[Any]) -> str:
-    assert store._session is not None
-    points = store._session.points
+def plan(session: Session, sql: str, values: Sequence[Any]) -> str:
+    points = session.points
     points.set_tenant("acme")
     rows = points.execute(f"EXPLAIN QUERY PLAN {sql}", values).fetchall()
     return "; ".join(detail for *_, detail in rows)
 
 
-async def test_reads_through_the_view_use_the_primary_key_and_the_indexes(store: SqliteStore) -> None:
-    assert store._session is not None
-    table = store._session.tables["notes"]
+async def test_reads_through_the_view_use_the_primary_key_and_the_indexes(session: Session) -> None:
+    table = session.tables["notes"]
     by_key = "SEARCH main.notes USING INDEX sqlite_autoindex_notes_1 (tenant_id=? AND id=?)"
-    assert plan(store, table.by_id, ("a",)) == by_key
+    assert plan(session, table.by_id, ("a",)) == by_key
     queries = {
         Query(Where("id", "in", ["a", "b"])): "(tenant_id=? AND id=?)",
         Query(Where("slug", "==", "x")): "USING INDEX notes.unique.slug (tenant_id=? AND slug=?)",
@@ -185,7 +209,7 @@ async def test_reads_through_the_view_use_the_primary_key_and_the_indexes(store:
     for query, expected in queries.items():
         for compiler in (table.points, table.pages):
             select, values = compiler.find(query.check(Note.__collection__))
-            found = plan(store, select.sql, values)
+            found = plan(session, select.sql, values)
             assert expected in found, query
             if query.where is None or query.where.field == "status":  # type: ignore[union-attr]
                 assert "TEMP B-TREE" not in found, "the index gives the order"
@@ -234,11 +258,11 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("sql", REFUSED)
-async def test_sqlite_itself_refuses_a_statement_past_the_tenants_view(store: SqliteStore, sql: str) -> None:
-    writer = await writer_of(store)
+async def test_sqlite_itself_refuses_a_statement_past_the_tenants_view(
+    store: SqliteStore, session: Session, guarded_writer: Guarded, sql: str
+) -> None:
     await store.commit(batch(Create("notes", "theirs", note("secret")), tenant="other"))
-    assert store._session is not None
-    for guarded in (store._session.points, writer._guarded):
+    for guarded in (session.points, guarded_writer):
         guarded.set_tenant("acme")
         with pytest.raises(
             (apsw.AuthError, apsw.SQLError),
@@ -247,6 +271,27 @@ async def test_sqlite_itself_refuses_a_statement_past_the_tenants_view(store: Sq
             guarded.execute(sql).fetchall()
     with closing(raw(store)) as connection:
         assert connection.execute("SELECT text FROM notes WHERE tenant_id = 'other'").fetchall() == [("secret",)]
+
+
+async def test_every_connection_that_the_store_keeps_refuses_the_tables_of_tenants(
+    connections: list[apsw.Connection], store: SqliteStore
+) -> None:
+    await store.commit(batch(Create("notes", "a", note()), Append(record("a"))))
+    await store.get("notes", "acme", "a")
+    await store.find("notes", "acme", Query())
+    await store.changes(None)
+    await store.changes(None, tenant="acme")
+    refused = 0
+    for connection in connections:
+        try:
+            connection.execute("SELECT * FROM main.notes").fetchall()
+        except apsw.ConnectionClosedError:
+            continue
+        except apsw.AuthError:
+            refused += 1
+        else:
+            pytest.fail("a connection reads past the view of the tenant")
+    assert refused == 4, "of single documents, of scans, of the journal, of the writer"
 
 
 def attacks(guards: Sequence[str]) -> Iterator[str]:
@@ -314,19 +359,19 @@ def attacks(guards: Sequence[str]) -> Iterator[str]:
     yield from ("SELECT * FROM dbstat", "SELECT * FROM sqlite_dbpage", "CREATE VIRTUAL TABLE v USING fts5(a)")
 
 
-async def test_no_raw_statement_reads_or_changes_another_tenants_rows(store: SqliteStore) -> None:
+async def test_no_raw_statement_reads_or_changes_another_tenants_rows(
+    store: SqliteStore, session: Session, guarded_writer: Guarded
+) -> None:
     """On each kind of connection, by one who knows the random token: EXPLAIN shows it to anyone."""
-    writer = await writer_of(store)
     operations = (Create("notes", "theirs", note("SECRET")), Append(record("SECRET", "other")))
     await store.commit(batch(*operations, tenant="other"))
     await store.commit(batch(Create("notes", "mine", note("mine")), Append(record("mine", "acme"))))
     with closing(raw(store)) as connection:
         before = [connection.execute(sql).fetchall() for sql in WHOLE]
-    assert store._session is not None
-    reader = Guarded(store.path, store._session.tables.values(), 1.0)
+    reader = Guarded(store.path, session.tables.values(), 1.0)
     ran = 0
     try:
-        for guarded in (store._session.points, reader, writer._guarded):
+        for guarded in (session.points, reader, guarded_writer):
             authorizer, guarded.connection.authorizer = guarded.connection.authorizer, None
             found = guarded.connection.execute(
                 "SELECT name FROM sqlite_temp_schema WHERE name LIKE 'notes _%'"
@@ -379,14 +424,13 @@ WHOLE = (
 )
 
 
-async def test_the_journal_is_append_only(store: SqliteStore) -> None:
-    writer = await writer_of(store)
+async def test_the_journal_is_append_only(store: SqliteStore, guarded_writer: Guarded) -> None:
     await store.commit(batch(Append(record("kept", "acme"))))
     for sql in attacks([]):
         if "_journal" not in sql.lower():
             continue
         with pytest.raises((apsw.AuthError, apsw.SQLError)):
-            writer._guarded.execute(sql).fetchall()
+            guarded_writer.execute(sql).fetchall()
     assert [r.entity_id for r in (await store.changes(None)).records] == ["kept"]
 
 
@@ -402,9 +446,11 @@ async def test_a_collection_may_have_a_name_similar_to_the_journals(tmp_path: Pa
     await store.close()
 
 
-async def test_a_connection_without_a_tenant_sees_and_changes_nothing(store: SqliteStore) -> None:
-    writer = await writer_of(store)
-    guarded = writer._guarded
+async def test_a_connection_without_a_tenant_sees_and_changes_nothing(
+    store: SqliteStore, guarded_writer: Guarded
+) -> None:
+    await warmed_up(store)
+    guarded = guarded_writer
     guarded.set_tenant(None)
     assert guarded.execute("SELECT * FROM notes").fetchall() == []
     assert guarded.execute("UPDATE notes SET text = 'x' RETURNING id").fetchall() == []
@@ -416,29 +462,29 @@ async def test_a_connection_without_a_tenant_sees_and_changes_nothing(store: Sql
         )
 
 
-async def test_a_reader_keeps_no_tenant_after_an_error(store: SqliteStore) -> None:
+async def test_a_reader_keeps_no_tenant_after_an_error(
+    store: SqliteStore, session: Session, connections: list[apsw.Connection]
+) -> None:
     await store.commit(batch(Create("notes", "a", note())))
-    assert store._session is not None
-    scans = store._session.scans
+    scans = session.scans
     assert len(await scans.rows("SELECT id FROM notes", (), "acme")) == 1
     with pytest.raises(apsw.AuthError):
         await scans.rows("SELECT id FROM main.notes", (), "acme")
     assert await scans.rows("SELECT id FROM notes", (), None) == []
     assert len(await scans.rows("SELECT id FROM notes", (), "acme")) == 1
-    (idle,) = scans._free
+    idle = connections[-1]
     assert idle.execute("SELECT id FROM notes").fetchall() == []
 
 
-async def test_only_the_reader_of_all_changes_sees_every_tenants_journal(store: SqliteStore) -> None:
+async def test_only_the_reader_of_all_changes_sees_every_tenants_journal(store: SqliteStore, session: Session) -> None:
     await store.commit(batch(Append(record("a", "acme")), Append(record("b", "other")), Append(record("c", None))))
     assert [r.entity_id for r in (await store.changes(None)).records] == ["a", "b", "c"]
     assert [r.entity_id for r in (await store.changes(None, tenant="acme")).records] == ["a"]
-    assert store._session is not None
-    assert await store._session.scans.rows("SELECT id FROM _journal", (), None) == []
+    assert await session.scans.rows("SELECT id FROM _journal", (), None) == []
     with pytest.raises(apsw.SQLError, match="no such table"):
-        await store._session.journal.rows("SELECT id FROM notes_of_all", (), None)
+        await session.journal.rows("SELECT id FROM notes_of_all", (), None)
     with pytest.raises(apsw.AuthError):
-        await store._session.journal.rows("SELECT id FROM main.notes", (), None)
+        await session.journal.rows("SELECT id FROM main.notes", (), None)
 
 
 # --- Group commit ---------------------------------------------------------------------------------------------
@@ -460,18 +506,12 @@ async def test_a_batch_that_fails_halfway_fails_alone(store: SqliteStore) -> Non
     assert [r.entity_id for r in (await store.changes(None)).records] == ["late"]
 
 
-async def test_concurrent_batches_share_an_fsync(store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer = await writer_of(store)
-    commits = 0
-
-    def counted(commit: Any = writer.commit) -> None:
-        nonlocal commits
-        commits += 1
-        commit()
-
-    monkeypatch.setattr(writer, "commit", counted)
-    await asyncio.gather(*(store.commit(batch(Create("notes", str(n), note()))) for n in range(100)))
-    assert commits < 20
+async def test_concurrent_batches_share_an_fsync(disk: Disk, tmp_path: Path) -> None:
+    async with opened(tmp_path / "store.db") as store:
+        await warmed_up(store)
+        disk.syncs = []
+        await asyncio.gather(*(store.commit(batch(Create("notes", str(n), note()))) for n in range(100)))
+        assert len(disk.syncs) < 20
 
 
 async def test_a_commit_whose_caller_was_cancelled_is_applied(store: SqliteStore) -> None:
@@ -480,18 +520,19 @@ async def test_a_commit_whose_caller_was_cancelled_is_applied(store: SqliteStore
     await store.commit(batch(Check("notes", "a", NOW)))
 
 
-async def test_a_cancelled_scan_keeps_its_connection_until_it_ends(store: SqliteStore) -> None:
+async def test_a_cancelled_scan_keeps_its_connection_until_it_ends(store: SqliteStore, session: Session) -> None:
     await store.commit(batch(Append(record("a", "acme")), Append(record("b", "other"))))
-    assert store._session is not None
-    readers = store._session.journal  # it has one connection only, so the next scan would meet it
+    readers = session.journal  # it has one connection only, so the next scan would meet it
     slow = "SELECT sum(a.value + b.value) FROM json_each(?1) AS a, json_each(?1) AS b"
     scan = asyncio.create_task(readers.rows(slow, (f"[{'1,' * 1500}1]",), None))
     await asyncio.sleep(0.01)  # it is under way, on its thread
     scan.cancel()
     with pytest.raises(asyncio.CancelledError):
         await scan
-    assert readers._slots.locked(), "its thread still works"
-    assert [r.entity_id for r in (await store.changes(None)).records] == ["a", "b"]
+    following = asyncio.create_task(readers.rows("SELECT entity_id FROM _journal", (), None))
+    await asyncio.sleep(0.01)
+    assert not following.done(), "the thread of the first one still works"
+    assert await following == [("a",), ("b",)]
 
 
 class UnindexedNote(Entity, collection="notes"):
@@ -534,18 +575,20 @@ async def test_reads_and_writes_continue_during_prepare(store: SqliteStore) -> N
 # --- The disk -------------------------------------------------------------------------------------------------
 
 
-def limit_pages(writer: Any, spare: int | None) -> None:
-    """Let the file grow by `spare` pages only: SQLite then says what it says of a full disk."""
-    connection = writer._connection
+def told(connection: apsw.Connection, pragma: str) -> Any:
+    """The answer of a PRAGMA, which a store's own connection refuses."""
     authorizer, connection.authorizer = connection.authorizer, None
-    (pages,) = connection.execute("PRAGMA page_count").fetchall()[0]
-    connection.execute(f"PRAGMA max_page_count = {2**30 if spare is None else pages + spare}").fetchall()
+    rows = connection.execute(f"PRAGMA {pragma}").fetchall()
     connection.authorizer = authorizer
+    return rows[0][0]
 
 
-async def test_a_full_disk_fails_the_whole_group_and_reads_continue(store: SqliteStore) -> None:
-    writer = await writer_of(store)
-    limit_pages(writer, 2)
+async def test_a_full_disk_fails_the_whole_group_and_reads_continue(
+    connections: list[apsw.Connection], store: SqliteStore
+) -> None:
+    await warmed_up(store)
+    writing = connections[-1]
+    told(writing, f"max_page_count = {told(writing, 'page_count') + 2}")  # SQLite then answers as for a full disk
     given = [store.commit(batch(Create("notes", str(n), note("x" * 5_000)))) for n in range(20)]
     given.append(store.commit(batch(Check("notes", "warm-up", 1))))
     answers = await asyncio.gather(*given, return_exceptions=True)
@@ -609,7 +652,7 @@ def disk() -> Iterator[Disk]:
 
 async def test_a_failed_fsync_is_an_error_and_never_retried_on_its_handle(disk: Disk, tmp_path: Path) -> None:
     async with opened(tmp_path / "store.db") as store:
-        await writer_of(store)
+        await warmed_up(store)
         disk.fail_sync_of, disk.syncs = "-wal", []
         given = [store.commit(batch(Create("notes", f"lost-{n}", note()))) for n in range(3)]
         given.append(store.commit(batch(Check("notes", "warm-up", 7))))
@@ -628,7 +671,7 @@ async def test_a_failed_fsync_is_an_error_and_never_retried_on_its_handle(disk: 
 async def test_a_commit_whose_fsync_failed_may_be_there_after_a_crash(disk: Disk, tmp_path: Path) -> None:
     """Why its outcome is unknown: the log holds all of it, and whoever opens the file after a crash takes it over."""
     async with opened(tmp_path / "store.db") as store:
-        await writer_of(store)
+        await warmed_up(store)
         disk.fail_sync_of = "-wal"
         with pytest.raises(Unavailable, match="whether it was done is not known"):
             await store.commit(batch(Create("notes", "lost", note())))
@@ -643,7 +686,7 @@ async def test_a_commit_whose_fsync_failed_may_be_there_after_a_crash(disk: Disk
 
 async def test_a_commit_that_never_reached_the_disk_is_reported_as_not_applied(disk: Disk, tmp_path: Path) -> None:
     async with opened(tmp_path / "store.db") as store:
-        await writer_of(store)
+        await warmed_up(store)
         disk.full = True
         with pytest.raises(StorageFull) as caught:
             await store.commit(batch(Create("notes", "lost", note())))
@@ -655,16 +698,16 @@ async def test_a_commit_that_never_reached_the_disk_is_reported_as_not_applied(d
 async def test_a_loop_that_ends_during_a_commit_gives_no_false_answer(
     store: SqliteStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    writer = await writer_of(store)
+    await warmed_up(store)
     monkeypatch.setattr(sqlite_threads, "QUICK_COMMIT_S", -1.0)  # each disk is slow: the writer thread commits
     there, go_on = threading.Event(), threading.Event()
 
-    def slow(commit: Any = writer.commit) -> None:
+    def slow(self: Writer, commit: Any = Writer.commit) -> None:
         there.set()
         assert go_on.wait(PATIENCE_S)
-        commit()
+        commit(self)
 
-    monkeypatch.setattr(writer, "commit", slow)
+    monkeypatch.setattr(Writer, "commit", slow)
     begun = store.commit(batch(Create("notes", "begun", note())))
     await wait_until(there.is_set)
     queued = store.commit(batch(Create("notes", "queued", note())))
@@ -677,7 +720,7 @@ async def test_a_loop_that_ends_during_a_commit_gives_no_false_answer(
 
 async def test_a_bulk_load_whose_fsync_failed_has_an_unknown_outcome(disk: Disk, tmp_path: Path) -> None:
     async with opened(tmp_path / "store.db") as store:
-        await writer_of(store)
+        await warmed_up(store)
         pack = store.packer().pack([Create("api_keys", "k", {"hash": "h", "owner": ""})])
 
         async def packs() -> AsyncIterator[Any]:
@@ -714,7 +757,9 @@ def after_power_loss(log: Sequence[tuple[Any, ...]], folder: Path, randoms: rand
             (folder / name).write_bytes(content)
 
 
-async def test_a_power_loss_loses_nothing_acknowledged_and_leaves_no_partial_batch(disk: Disk, tmp_path: Path) -> None:
+async def test_a_power_loss_loses_nothing_acknowledged_and_leaves_no_partial_batch(
+    disk: Disk, connections: list[apsw.Connection], tmp_path: Path
+) -> None:
     async def work(store: SqliteStore, worker: int) -> None:
         for n in range(25):
             name = f"{worker}-{n}"
@@ -729,11 +774,8 @@ async def test_a_power_loss_loses_nothing_acknowledged_and_leaves_no_partial_bat
 
     async with opened(tmp_path / "store.db") as store:
         begun = len(disk.log)
-        writer = await writer_of(store)
-        connection = writer._connection
-        authorizer, connection.authorizer = connection.authorizer, None
-        connection.execute("PRAGMA wal_autocheckpoint = 20").fetchall()  # so that the database is written to as well
-        connection.authorizer = authorizer
+        await warmed_up(store)
+        told(connections[-1], "wal_autocheckpoint = 20")  # so that the database is written to as well
         await asyncio.gather(*(work(store, worker) for worker in range(4)))
     log = list(disk.log)
     assert {name for what, name, *_ in log[begun:] if what == "sync"} == {"store.db", "store.db-wal"}
@@ -961,24 +1003,25 @@ async def test_processes_that_create_one_store_at_once_do_not_collide(tmp_path: 
         assert await store.prepare(COLLECTIONS, mode="plan") == ()
 
 
-async def test_the_switch_to_write_ahead_logging_waits_for_locks() -> None:
-    """Of processes that take this step at once, SQLite refuses one in a few hundred without waiting."""
+async def test_the_switch_to_write_ahead_logging_waits_for_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of processes that switch at the same time, SQLite refuses one in a few hundred without waiting."""
+    refusals = 2
 
-    class Refusing:
-        answers: ClassVar[list[Any]] = [
-            apsw.BusyError("database is locked"),
-            apsw.BusyError("database is locked"),
-            "wal",
-        ]
+    class Refusing(apsw.Connection):
+        def execute(self, sql: str, *arguments: Any) -> Any:  # type: ignore[override]
+            nonlocal refusals
+            if sql == "PRAGMA journal_mode = WAL" and refusals:
+                refusals -= 1
+                raise apsw.BusyError("database is locked")
+            return super().execute(sql, *arguments)
 
-        def execute(self, sql: str) -> Any:
-            answer = self.answers.pop(0)
-            if isinstance(answer, Exception):
-                raise answer
-            return SimpleNamespace(fetchall=lambda: [(answer,)])
-
-    _sqlite_schema._use_wal(Refusing(), "store.db", 5)  # type: ignore[arg-type]
-    assert Refusing.answers == []
+    monkeypatch.setattr(apsw, "Connection", Refusing)
+    async with opened(tmp_path / "store.db"):
+        assert refusals == 0
+        with closing(raw(tmp_path / "store.db")) as connection:
+            assert connection.pragma("journal_mode") == "wal"
 
 
 class NoteWithMood(Entity, collection="notes", indexes=[Index("status", "-stars"), Index("mood")]):
