@@ -38,8 +38,9 @@ from strongroom.errors import (
 )
 from strongroom.keys import cache as keycache
 from strongroom.keys.cached_key import CachedKey
+from strongroom.keys.hasher import imported_sha256
 from strongroom.keys.model import MAX_METADATA_BYTES, RESTORABLE_FOR_S
-from strongroom.keys.token import generate, imported_sha256
+from strongroom.keys.token import generate
 from strongroom.keys.usage_recorder import Usage
 from strongroom.keys.verification import ONE_REQUEST, KeyUse, Verification, usable
 from strongroom.limits import backoff

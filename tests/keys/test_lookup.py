@@ -24,8 +24,8 @@ from strongroom.context import system_context
 from strongroom.errors import TooManyRequests, Unavailable
 from strongroom.keys import foreign_hash as keyhash
 from strongroom.keys import slow_hash as slowcheck
+from strongroom.keys.hasher import HINT_SLOTS, Hasher
 from strongroom.keys.import_source import KeySource
-from strongroom.keys.token import HINT_SLOTS, Hasher
 from strongroom.keys.transfer.record_file import KeyRecord, RecordReader
 from strongroom.keys.transfer.record_import import RecordImport
 from strongroom.pepper import Pepper

@@ -11,20 +11,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from strongroom.errors import StoreError
-from strongroom.keys.token import (
-    ALPHABET,
+from strongroom.keys.hasher import (
     HINT_SLOTS,
-    MAX_KEY_CHARS,
-    PREFIX_PATTERN,
-    SCAN_PATTERN,
     Hasher,
     HintRule,
     Imported,
-    checksum,
-    generate,
     hint_of_imported,
     imported_hmac,
     imported_sha256,
+)
+from strongroom.keys.token import (
+    ALPHABET,
+    MAX_KEY_CHARS,
+    PREFIX_PATTERN,
+    SCAN_PATTERN,
+    checksum,
+    generate,
     is_possible,
     masked,
 )

@@ -16,7 +16,7 @@ from strongroom import Limit, Strongroom
 from strongroom.context import Context
 from strongroom.errors import Conflict, Denied, InvalidInput, NotFound, StoreError
 from strongroom.events.outbox import Event, event
-from strongroom.keys.token import Hasher
+from strongroom.keys.hasher import Hasher
 from strongroom.limits.windows import Calendar, Total
 from strongroom.pepper import Pepper
 from strongroom.webhooks.endpoints import MAX_PER_TENANT, Webhooks

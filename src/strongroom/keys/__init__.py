@@ -9,6 +9,7 @@ from .bulk import BULK_FIELDS, MAX_IDS, Bulk, BulkAction, BulkFailure, BulkStep
 from .cached_key import CachedKey, is_allowed
 from .durable_reservations import StoredReservation
 from .filter import KeyFilter, KeyState
+from .hasher import Hasher
 from .import_source import KeySource
 from .leaks import MAX_SIGHTINGS, Finding, Leak, LeakPolicy, Leaks, PolicyFields, Sighting
 from .model import MANAGEMENT, MAX_OVERLAP_S, ApiKey, Environment, IssuedKey, KeyChanges, KeyFields, NewKey
@@ -16,7 +17,7 @@ from .queries import KeyStats
 from .refund import Charged
 from .reservation import DEFAULT_TTL_S, MAX_TTL_S, amounts
 from .service import Keys
-from .token import SCAN_PATTERN, Hasher, generate, is_possible, masked
+from .token import SCAN_PATTERN, generate, is_possible, masked
 from .usage_recorder import Usage
 from .verification import MAX_RESOURCES, ONE_REQUEST, Reservation, Verification, check_address, cost_units
 from .verifier import PendingVerification

@@ -19,9 +19,10 @@ from ..limits import Subject
 from ..quotas import Quota, is_quota, quota_subject
 from ..quotas.cache import QuotaCache
 from .cached_key import CachedKey, quota_ids, subjects_of
+from .hasher import Hasher
 from .lookup import KeyLookup
 from .model import ApiKey
-from .token import Hasher, is_possible
+from .token import is_possible
 
 MAX_CACHED_KEYS = 30_000
 """A key in memory with its usage takes about 5 kB, and a server must stay below 300 MB. A key that was evicted costs a

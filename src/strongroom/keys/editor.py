@@ -17,10 +17,11 @@ from ..limits import ClockMended, KeyUsage, Ledger, refills_that_begin
 from ..storage.port import Check
 from .administrators import keep_one
 from .cached_key import subjects_of
+from .hasher import Hasher
 from .model import ApiKey, IssuedKey, KeyChanges, KeyGiven, NewKey, NewKeyGiven, due_at, no_key, schedule_problem
 from .queries import KeyQueries
 from .rotation import with_secret
-from .token import Hasher, generate, masked
+from .token import generate, masked
 
 
 class KeyEditor:

@@ -10,7 +10,7 @@ from ..context import Context, system_context
 from ..database import Database
 from ..entities import Entity, Query, Secret
 from ..errors import AlreadyExists, InvalidInput, Problem, StoreError
-from .token import MAX_HINT_CHARS, Hasher, HintRule, Imported
+from .hasher import MAX_HINT_CHARS, Hasher, HintRule, Imported
 
 NAME = "key_sources"
 MAX_SECRETS = 8
@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 class KeySource(Entity, collection=NAME, scope="global"):
     """`hmac-<number>`: the HMAC secret of another system, encrypted under the pepper. `hint-dot`, `hint-<number>`: a
-    rule that finds keys whose hash has a salt (`token.HintRule`)."""
+    rule that finds keys whose hash has a salt (`hasher.HintRule`)."""
 
     sealed: Annotated[bytes | None, Secret()] = None
 

@@ -15,9 +15,10 @@ from ..cooperative import Slices
 from ..database import Database
 from ..entities import MAX_DISJUNCTIONS, Or, Query, Where
 from ..errors import AlreadyExists, Conflict, NotFound, Unavailable
+from .hasher import Hasher, hint_of_imported
 from .model import ApiKey
 from .slow_hash import SlowHashPool
-from .token import Hasher, hint_of_imported, masked
+from .token import masked
 
 NAMES_A_READ = MAX_DISJUNCTIONS // 2
 """Hashes and hints that one read asks for, each as the current and as the previous one. A store with many peppers,

@@ -19,6 +19,7 @@ from ..context import Context, utc_from_us
 from ..database import Database, Idempotency, Replayed, Transaction
 from ..errors import Conflict, InvalidInput, Problem
 from ..storage.port import Check
+from .hasher import Hasher, hint_of_imported
 from .model import (
     MAX_OVERLAP_S,
     TEST_PREFIX,
@@ -28,14 +29,7 @@ from .model import (
     no_key,
 )
 from .queries import KeyQueries
-from .token import (
-    DEFAULT_PREFIX,
-    PREFIX_PATTERN,
-    Hasher,
-    generate,
-    hint_of_imported,
-    masked,
-)
+from .token import DEFAULT_PREFIX, PREFIX_PATTERN, generate, masked
 
 MAX_CLAIM_ATTEMPTS = 5
 """Attempts to claim a secret while other rotations replace it."""

@@ -15,12 +15,12 @@ from .cache import KeyCache
 from .delegate import Delegate
 from .editor import KeyEditor
 from .filter import KeyFilter
+from .hasher import Hasher
 from .model import NAME, ApiKey, IssuedKey, KeyChanges, NewKey
 from .queries import KeyQueries, KeyStats
 from .refund import Refunds
 from .reservations import Reservations
 from .rotation import Rotation
-from .token import Hasher
 from .usage_recorder import UsageRecorder
 from .verification import Verification
 from .verifier import Verifier

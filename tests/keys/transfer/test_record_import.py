@@ -38,8 +38,9 @@ from strongroom import (
 from strongroom.context import system_context
 from strongroom.entities.query import MAX_LIMIT, Query
 from strongroom.errors import InvalidInput, Unavailable
+from strongroom.keys.hasher import HINT_SLOTS
 from strongroom.keys.import_source import MAX_RULES, KeySource
-from strongroom.keys.token import HINT_SLOTS, generate
+from strongroom.keys.token import generate
 from strongroom.keys.transfer import record_import as recordtransfer
 from strongroom.keys.transfer.import_plan import Standing
 from strongroom.keys.transfer.key_file import Finding, KeyFileError

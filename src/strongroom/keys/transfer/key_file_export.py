@@ -22,8 +22,8 @@ from ...database import Database
 from ...entities import MAX_IN, MAX_LIMIT, Document, Query, Where
 from ...errors import InvalidInput, Problem
 from ...limits import KeyUsage
+from ..hasher import Hasher, sha256_of_imported
 from ..model import ApiKey
-from ..token import Hasher, sha256_of_imported
 from .key_file import Shape, render_row
 from .key_file_rows import lost, row_of
 

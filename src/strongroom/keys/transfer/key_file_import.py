@@ -20,8 +20,8 @@ from ...entities import MAX_IN, MAX_LIMIT, Document, Query, Where
 from ...errors import AlreadyExists, Conflict, InvalidInput, Problem
 from ...limits import KeyUsage, UsageState
 from ...storage.port import MAX_OPERATIONS
+from ..hasher import Hasher
 from ..model import ApiKey
-from ..token import Hasher
 from .import_plan import CODES, Checksums, Difference, Plan, Planned, Standing, Sums, in_groups
 from .import_workers import Portion, Task, Workers
 from .key_file import KeyRow, Shape

@@ -20,8 +20,9 @@ from ...journal import change_record
 from ...limits import Limit, Rolling, RollingCounter, UsageState
 from ...limits.usage_state import NAME as USAGE
 from ...storage.port import Alike
+from ..hasher import Hasher, imported_sha256, sha256_of_imported
 from ..model import NAME, ApiKey
-from ..token import Hasher, imported_sha256, masked, sha256_of_imported
+from ..token import masked
 from .key_file import WINDOW_S, KeyRow, Shape
 
 _WINDOW = Rolling(seconds=WINDOW_S)

@@ -22,12 +22,8 @@ from ...errors import (
 from ...limits import KeyUsage, UsageState, compile_limits
 from ...limits.usage_state import CONCURRENCY
 from ...quotas import Quota
+from ..hasher import Hasher, hint_of_imported, imported_sha256
 from ..model import ApiKey
-from ..token import (
-    Hasher,
-    hint_of_imported,
-    imported_sha256,
-)
 
 _COPIED = (
     "name", "user_id", "permissions", "metadata", "allowed_ips", "limits", "enabled", "expires_at", "description",

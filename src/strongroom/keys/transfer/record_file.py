@@ -25,8 +25,9 @@ from ...errors import InvalidInput
 from ...limits import Limit, counter_for
 from ...quotas import quota_id
 from ..foreign_hash import ForeignHash, understood
+from ..hasher import HINT_SLOTS, MAX_HINT_CHARS, HintRule
 from ..model import schedule_problem
-from ..token import HINT_SLOTS, MAX_HINT_CHARS, HintRule, masked
+from ..token import masked
 from .key_file import Finding
 from .key_file_parse import key_problem
 from .record_fields import KeyLine, QuotaLine, UsageLine, state_problem

@@ -29,14 +29,10 @@ from ...errors import (
 from ...limits import ACTIVE_US, KeyUsage
 from ...quotas import Quota
 from ..foreign_hash import sha256_of
+from ..hasher import Hasher, HintRule, imported_hmac
 from ..import_source import add_rule, add_secret, secret_id
 from ..model import ApiKey, due_at
-from ..token import (
-    Hasher,
-    HintRule,
-    imported_hmac,
-    masked,
-)
+from ..token import masked
 from .import_plan import Difference, Standing, in_groups
 from .key_file_import import KEYS_PER_COMMIT
 from .record_bulk_load import MIN_LOADED, load
