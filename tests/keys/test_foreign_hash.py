@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from rest_framework_api_key.crypto import KeyGenerator
 
 from strongroom.errors import ConfigError
-from strongroom.keys.foreign_hash import is_slow, matches, sha256_of, understood
+from strongroom.keys.foreign_hash import is_slow, matches, parsed_hash, sha256_of
 
 texts = st.text(st.characters(exclude_categories=["C"]), min_size=1, max_size=60)
 salts = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=20)
@@ -55,7 +55,7 @@ ARGON2ID = Argon2id(salt=b"somesalt", length=32, iterations=1, lanes=1, memory_c
     ],
 )
 def test_sha256_is_read_in_hex_and_base64(form: str) -> None:
-    found = understood(form)
+    found = parsed_hash(form)
     assert (found.kind, found.text, found.is_digest) == ("sha256", "sha256:" + SHA256.hex(), True)
     assert sha256_of(found) == SHA256
 
@@ -65,13 +65,13 @@ def test_sha256_is_read_in_hex_and_base64(form: str) -> None:
     [SHA512.hex(), "sha512:" + SHA512.hex().upper(), "sha512-" + base64.b64encode(SHA512).decode()],
 )
 def test_sha512_is_read_in_hex_and_base64(form: str) -> None:
-    found = understood(form)
+    found = parsed_hash(form)
     assert (found.kind, found.text, sha256_of(found)) == ("sha512", "sha512:" + SHA512.hex(), None)
 
 
 def test_djangorestframework_api_key_3_hashes_are_the_sha512_of_the_secret() -> None:
     text, prefix, hashed = KeyGenerator().generate()
-    found = understood(hashed)
+    found = parsed_hash(hashed)
     assert found.text == "sha512:" + hashlib.sha512(text.encode()).hexdigest()
     assert text.partition(".")[0] == prefix
 
@@ -81,7 +81,7 @@ def test_djangorestframework_api_key_3_hashes_are_the_sha512_of_the_secret() -> 
 def test_an_hmac_is_read_in_hex_and_base64(scheme: str, encode: object) -> None:
     made = hmac.digest(b"their secret", TEXT.encode(), "sha256")
     assert callable(encode)
-    assert understood(scheme + encode(made)).text == "hmac-sha256:" + made.hex()
+    assert parsed_hash(scheme + encode(made)).text == "hmac-sha256:" + made.hex()
 
 
 # --- Verifiers, as the real libraries make them -------------------------------------------------------------------
@@ -91,7 +91,7 @@ def test_an_hmac_is_read_in_hex_and_base64(scheme: str, encode: object) -> None:
 def test_djangos_pbkdf2_hashes_match_only_their_secret(text: str, salt: str) -> None:
     for hasher in (PBKDF2PasswordHasher(), PBKDF2SHA1PasswordHasher()):
         encoded = hasher.encode(text, salt, iterations=3)
-        verifier = understood(encoded)
+        verifier = parsed_hash(encoded)
         assert (verifier.kind, verifier.text, verifier.is_digest) == ("pbkdf2", encoded, False)
         assert matches(verifier.text, text)
         for other in (text + "x", text[:-1], "x" + text[1:]):
@@ -102,35 +102,35 @@ def test_djangos_pbkdf2_hashes_match_only_their_secret(text: str, salt: str) -> 
 def test_djangos_bcrypt_hashes_match_only_their_secret(text: str) -> None:
     for hasher in (BCryptSHA256PasswordHasher(), BCryptPasswordHasher()):
         encoded = hasher.encode(text, BCRYPT_SALT)
-        verifier = understood(encoded).text
+        verifier = parsed_hash(encoded).text
         assert matches(verifier, text)
         assert not matches(verifier, text + "x")
-        assert understood(verifier).text == verifier
+        assert parsed_hash(verifier).text == verifier
 
 
 @pytest.mark.parametrize("variant", ["a", "b", "y"])
 def test_every_sound_bcrypt_variant_is_supported(variant: str) -> None:
     made = bcrypt.hashpw(TEXT.encode(), BCRYPT_SALT).decode()
-    verifier = understood(made.replace("$2b$", f"$2{variant}$")).text
+    verifier = parsed_hash(made.replace("$2b$", f"$2{variant}$")).text
     assert matches(verifier, TEXT)
     assert not matches(verifier, TEXT + "x")
 
 
 def test_bcrypt_compares_the_first_72_bytes_as_the_original_system_did() -> None:
     text = "k" * 90
-    verifier = understood(bcrypt.hashpw(text.encode()[:72], BCRYPT_SALT).decode()).text
+    verifier = parsed_hash(bcrypt.hashpw(text.encode()[:72], BCRYPT_SALT).decode()).text
     assert matches(verifier, text)
     assert matches(verifier, "k" * 72 + "else")
     assert not matches(verifier, "k" * 71)
     # Django's other hasher was made to avoid that.
-    whole = understood(BCryptSHA256PasswordHasher().encode(text, BCRYPT_SALT)).text
+    whole = parsed_hash(BCryptSHA256PasswordHasher().encode(text, BCRYPT_SALT)).text
     assert matches(whole, text)
     assert not matches(whole, "k" * 72)
 
 
 def test_a_character_cut_by_the_72nd_byte_is_no_error() -> None:
     text = "k" * 71 + "éé"
-    verifier = understood(bcrypt.hashpw(text.encode()[:72], BCRYPT_SALT).decode()).text
+    verifier = parsed_hash(bcrypt.hashpw(text.encode()[:72], BCRYPT_SALT).decode()).text
     assert matches(verifier, text)
 
 
@@ -144,7 +144,7 @@ def test_a_character_cut_by_the_72nd_byte_is_no_error() -> None:
 )
 def test_argon2s_published_vectors_match(published: str) -> None:
     for form in (published, "argon2" + published):  # as Django writes it
-        verifier = understood(form)
+        verifier = parsed_hash(form)
         assert (verifier.kind, verifier.text) == ("argon2", published)
         assert matches(verifier.text, "password")
         assert not matches(verifier.text, "Password")
@@ -156,7 +156,7 @@ def test_every_argon2_variant_matches_only_its_secret(
     variant: type[Argon2i] | type[Argon2d] | type[Argon2id], text: str
 ) -> None:
     made = variant(salt=b"12345678", length=16, iterations=1, lanes=2, memory_cost=16)
-    verifier = understood(made.derive_phc_encoded(text.encode())).text
+    verifier = parsed_hash(made.derive_phc_encoded(text.encode())).text
     assert matches(verifier, text)
     assert not matches(verifier, text + "x")
 
@@ -166,11 +166,11 @@ def test_salted_sha256_accepts_the_salt_before_or_after_the_secret(text: str, sa
     before = hashlib.sha256((salt + text).encode())
     after = hashlib.sha256((text + salt).encode())
     for form in (before.hexdigest(), base64.b64encode(before.digest()).decode()):
-        verifier = understood(f"sha256${salt}${form}")
+        verifier = parsed_hash(f"sha256${salt}${form}")
         assert (verifier.kind, verifier.is_digest) == ("salted-sha256", False)
         assert matches(verifier.text, text)
         assert not matches(verifier.text, text + "x")
-    suffixed = understood(f"sha256_suffix${salt}${after.hexdigest()}").text
+    suffixed = parsed_hash(f"sha256_suffix${salt}${after.hexdigest()}").text
     assert matches(suffixed, text)
     assert not matches(suffixed, text + "x")
 
@@ -182,8 +182,8 @@ def test_only_microsecond_hashes_count_as_fast() -> None:
         BCryptSHA256PasswordHasher().encode(TEXT, BCRYPT_SALT),
         ARGON2ID,
     ]
-    assert all(is_slow(understood(form).text) for form in slow)
-    assert not is_slow(understood(f"sha256$salt${SHA256.hex()}").text)
+    assert all(is_slow(parsed_hash(form).text) for form in slow)
+    assert not is_slow(parsed_hash(f"sha256$salt${SHA256.hex()}").text)
     began = time.process_time()
     for _ in range(100):
         matches(f"sha256$salt${SHA256.hex()}", TEXT)
@@ -236,7 +236,7 @@ B64 = base64.b64encode(SHA256).decode()
 )  # fmt: skip
 def test_a_hash_that_cannot_be_compared_is_refused_with_the_reason(form: str, problem: str) -> None:
     with pytest.raises(ValueError, match=re.escape(problem)):
-        understood(form)
+        parsed_hash(form)
 
 
 def _of_each_kind() -> list[str]:
@@ -258,9 +258,9 @@ def test_a_mutated_hash_is_refused_or_compared_without_an_error(form: str, posit
     altered = form[:position] + put + form[position + 1 :]
     found = None
     with suppress(ValueError):
-        found = understood(altered)
+        found = parsed_hash(altered)
     if found is not None:
-        assert understood(found.text) == found  # what is kept is understood again
+        assert parsed_hash(found.text) == found  # what is kept is understood again
         if not found.is_digest and "$2" not in found.text:  # an altered cost of bcrypt takes seconds
             assert matches(found.text, "another text") is False
 
@@ -269,14 +269,14 @@ def test_a_mutated_hash_is_refused_or_compared_without_an_error(form: str, posit
 def test_any_text_is_parsed_or_refused_without_showing_it(form: str) -> None:
     said = ""
     try:
-        understood(form)
+        parsed_hash(form)
     except ValueError as error:
         said = str(error)
     assert len(form) < 24 or form not in said
 
 
 def test_a_hash_is_not_in_its_repr() -> None:
-    assert SHA256.hex() not in repr(understood(SHA256.hex()))
+    assert SHA256.hex() not in repr(parsed_hash(SHA256.hex()))
 
 
 def test_bcrypt_without_its_package_is_refused_at_the_import_and_explained_at_a_use(
@@ -286,6 +286,6 @@ def test_bcrypt_without_its_package_is_refused_at_the_import_and_explained_at_a_
     monkeypatch.setitem(sys.modules, "bcrypt", None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"strongroom\[hashes\]"):
-        understood(verifier)
+        parsed_hash(verifier)
     with pytest.raises(ConfigError, match=r"strongroom\[hashes\]"):
         matches(verifier, TEXT)

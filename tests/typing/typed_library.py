@@ -27,6 +27,8 @@ async def options_are_known(tenant: Tenant, note: Note) -> None:
 
 async def fields_are_known(room: Strongroom) -> None:
     assert_type(await room.keys.create(name="a", limits=[{"resource": "tokens", "limit": 1}]), IssuedKey)
+    assert_type(await room.keys.verify("k", cost={"tokens": 1}), Verification)
+    await room.keys.verify("k", csot={"tokens": 1})  # type: ignore[call-arg]
     await room.audit.list(tennant="a")  # type: ignore[call-arg]
     await room.keys.create(nmae="a")  # type: ignore[call-arg]
     await room.keys.update("k", tenant="a")  # type: ignore[call-arg]

@@ -87,7 +87,7 @@ class ForeignHash:
         return self.kind in ("sha256", "sha512", "hmac-sha256")
 
 
-def understood(hash: str) -> ForeignHash:
+def parsed_hash(hash: str) -> ForeignHash:
     """Parse a hash of another system. Raises ValueError for a hash that is unknown, damaged, or too slow to compare;
     the message never contains the hash."""
     if len(hash) > MAX_HASH_CHARS:
@@ -112,7 +112,7 @@ def is_slow(verifier: str) -> bool:
 
 def matches(verifier: str, text: str) -> bool:
     """Whether a verifier was made of this secret; the comparison takes constant time, the hash takes its own time.
-    `verifier` is a stored form that `understood` gave. Raises ConfigError if bcrypt is needed and not installed."""
+    `verifier` is a stored form that `parsed_hash` gave. Raises ConfigError if bcrypt is needed and not installed."""
     password = text.encode("utf-8", "surrogatepass")
     if verifier.startswith("sha256"):
         scheme, salt, digest = _parts(_SALTED, verifier)
@@ -268,7 +268,7 @@ def _bcrypt_matches(password: bytes, hash: str) -> bool:
 def _parts(pattern: re.Pattern[str], verifier: str) -> tuple[str, ...]:
     found = pattern.fullmatch(verifier)
     if found is None:
-        raise ValueError("a verifier that `understood` did not give")
+        raise ValueError("a verifier that `parsed_hash` did not give")
     return found.groups()
 
 

@@ -24,7 +24,7 @@ from ...entities import MAX_ID_BYTES, parse
 from ...errors import InvalidInput
 from ...limits import Limit, counter_for
 from ...quotas import quota_id
-from ..foreign_hash import ForeignHash, understood
+from ..foreign_hash import ForeignHash, parsed_hash
 from ..hasher import HINT_SLOTS, MAX_HINT_CHARS, HintRule
 from ..model import schedule_problem
 from ..token import masked
@@ -253,7 +253,7 @@ class _Line:
             self.wrong(name, "expected text")
             return None
         try:
-            hash = understood(value.strip())
+            hash = parsed_hash(value.strip())
         except ValueError as error:
             self.wrong(name, str(error))
             return None
