@@ -1,4 +1,4 @@
-"""The wire to Firestore: each call with a deadline, and every error of Google's client as one of Strongroom's."""
+"""Calls to Firestore: each with a deadline, and every error of Google's client as one of Strongroom's."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _EMULATOR = "FIRESTORE_EMULATOR_HOST"
 _OPTIONS = (
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
-    # A server that comes back is found again soon, not after gRPC's two minutes.
+    # Reconnect soon after a server is back, not after gRPC's two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
     ("grpc.keepalive_time_ms", 30_000),
@@ -43,9 +43,9 @@ _OPTIONS = (
 _SERVICE = "/google.firestore.v1.Firestore/"
 Code = grpc.StatusCode
 PRECONDITION = frozenset({Code.ALREADY_EXISTS, Code.NOT_FOUND, Code.FAILED_PRECONDITION, Code.ABORTED})
-"""What a commit fails with when a document is not as it was expected, or others write it at the same time."""
+"""The codes of a commit whose precondition failed, or that met another commit on the same document."""
 UNCERTAIN = frozenset({Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED, Code.CANCELLED, Code.INTERNAL, Code.UNKNOWN})
-"""After these nobody knows whether a commit was applied."""
+"""The codes after which it is unknown whether a commit was applied."""
 _AGAIN = UNCERTAIN | {Code.ABORTED, Code.RESOURCE_EXHAUSTED}
 _T = TypeVar("_T")
 
@@ -59,11 +59,11 @@ _BatchGetRequest: Any = _rpc.BatchGetDocumentsRequest.pb()
 
 
 class MissingIndex(SchemaError):
-    """Firestore has no index for the query: the search says which one. It leaves the store as a SchemaError."""
+    """Firestore has no index for the query. The search names the index, and raises a SchemaError."""
 
 
 class Rejected(Exception):
-    """A commit's status, for the writer, which knows what it means. Never leaves the store."""
+    """A failed commit's status, for the writer to interpret. It never leaves the store."""
 
     def __init__(self, code: Any, text: str) -> None:
         super().__init__(f"{code.name}: {text}")
@@ -72,7 +72,7 @@ class Rejected(Exception):
 
 
 def translated(code: Any, text: str, what: str) -> StrongroomError:
-    """An RPC's status as an error of Strongroom's, in the words of what was tried."""
+    """An RPC's status as one of Strongroom's errors. `what` names the call."""
     if code is Code.RESOURCE_EXHAUSTED:
         return TooManyRequests(f"{what}: Firestore's quota is used up for now: {text}", retry_after_s=1.0)
     if code in (Code.PERMISSION_DENIED, Code.UNAUTHENTICATED):
@@ -111,7 +111,9 @@ class Wire:
         """Connect lazily; the credentials are read now. ConfigError if there are none."""
         if self.emulator is not None:
             self._channel = grpc.aio.insecure_channel(self.emulator, options=_OPTIONS)
-            self._metadata += (("authorization", "Bearer owner"),)  # the emulator's word for: rules do not apply
+            self._metadata += (
+                ("authorization", "Bearer owner"),
+            )  # the emulator's token for a caller to whom rules do not apply
         else:
             try:
                 credentials, _ = await asyncio.to_thread(
@@ -149,7 +151,7 @@ class Wire:
         self.requests[method] = self.requests.get(method, 0) + 1
         return self._calls[method](request, timeout=self.timeout_s, metadata=self._metadata)
 
-    # --- Reads: repeated a few times, since nothing can come of it ---
+    # --- Reads: repeated a few times, which is safe ---
 
     async def get(self, name: str) -> Any | None:
         """A document by its name, or None."""
@@ -166,7 +168,7 @@ class Wire:
         return await self._read("get", once)
 
     async def batch_get(self, names: Sequence[str], at: Any = None) -> tuple[dict[str, Any | None], Any]:
-        """Documents by their names, None where there is none, and the moment at which they were so: `at`, or now."""
+        """Documents by their names, None for a missing one, and the time of this state: `at`, or now."""
         request = _BatchGetRequest(database=self.paths.root, documents=list(dict.fromkeys(names)))
         if at is not None:
             request.read_time.CopyFrom(at)
@@ -187,7 +189,7 @@ class Wire:
         return await self._read("batch get", once)
 
     async def query(self, request: Any) -> tuple[list[Any], Any]:
-        """A query's documents, and the moment at which they were so."""
+        """A query's documents, and the time of this state."""
 
         async def once() -> tuple[list[Any], Any]:
             found = []
@@ -209,17 +211,17 @@ class Wire:
             if await self._was_so(found, moment):
                 return found, moment
             await pause(attempt)
-            self.billed["reads"] -= max(1, len(found))  # nor this once more
+            self.billed["reads"] -= max(1, len(found))  # the repetition is not billed by Firestore
             found, _ = await self._read("query", once)
         raise Unavailable("query: Firestore's emulator gives answers that do not belong together", retry_after_s=1.0)
 
     async def _was_so(self, found: list[Any], moment: Any) -> bool:
-        """Whether documents that a query found were so at its moment. The emulator's queries lag behind commits that
-        are being made, by a part of a commit even; its lookups by name do not, and Firestore's queries never."""
+        """Whether a query's documents are the state at its time. The emulator's queries lag behind commits under way,
+        even by a part of a commit. Its lookups by name do not, and Firestore's queries never do."""
         if len(found) < 2:
             return True
         there, _ = await self.batch_get([document.name for document in found], moment)
-        self.billed["reads"] -= len(there)  # Firestore itself is not asked this
+        self.billed["reads"] -= len(there)  # only the emulator is asked this
         return all(
             (then := there[document.name]) is not None and then.update_time == document.update_time
             for document in found
@@ -248,7 +250,7 @@ class Wire:
                 await pause(attempt)
         raise Unavailable(f"{what}: Firestore does not answer")  # never: the last attempt returns or raises
 
-    # --- Commit: once, because whoever sends it twice must know what became of the first ---
+    # --- Commit: sent once, because a second try must know the outcome of the first ---
 
     async def commit(self, writes: Sequence[Any]) -> Any:
         """One commit. Raises Rejected with its status."""
@@ -291,5 +293,5 @@ def _streamed(channel: Any, name: str, request: Any, response: Any) -> Any:
 
 
 async def pause(attempt: int) -> None:
-    """Wait before the next attempt: longer each time, and never as long as others do."""
+    """Wait before the next attempt: longer each time, with jitter."""
     await asyncio.sleep(min(MAX_PAUSE_S, 0.005 * 2**attempt) * random.uniform(0.5, 1.5))  # noqa: S311 - jitter

@@ -1,4 +1,4 @@
-"""One commit: decided, sent, decided again while others come first, and found out about where its answer was lost."""
+"""One commit: drafted, sent, drafted again after a conflict, and looked up if its answer was lost."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ Mode = Literal["add", "read", "write"]
 
 
 class Seen:
-    """What this process saw last at some places: a guess that saves a read, since each commit checks it."""
+    """What this process saw last at some places: an assumption that saves a read, and that each commit checks."""
 
     def __init__(self) -> None:
         self._raws: OrderedDict[str, Raw] = OrderedDict()
@@ -66,7 +66,7 @@ class Seen:
         return raw
 
     def keep(self, path: str, found: Any | None) -> Raw:
-        """Remember a stored document, or that there is none; gives it as the draft takes it."""
+        """Remember a stored document, or its absence. Returns it in the draft's form."""
         raw = Raw(0) if found is None else Raw(micros(found.update_time), found)
         self.put(path, raw)
         return raw
@@ -89,7 +89,7 @@ class Seen:
 
 @dataclass(slots=True)
 class Job:
-    """A batch that waits, and what it touches: nothing else touches the `lanes` meanwhile, and the documents only as
+    """A waiting batch. While it commits, no other batch touches its `lanes`, and others touch its documents only as
     the modes allow."""
 
     batch: Batch
@@ -105,13 +105,13 @@ class _Prepared:
 
     writes: list[Any]
     places: list[Pending | None]
-    """What each write is of; None for records and tenants."""
+    """The place of each write; None for records and tenants."""
     lines: list[Line] = field(default_factory=list)
     tenants: list[str] = field(default_factory=list)
 
 
 class Sender(Protocol):
-    """What a group needs of the writer that it belongs to."""
+    """The parts of the writer that a group uses."""
 
     wire: Wire
     paths: Paths
@@ -139,7 +139,7 @@ def fail(group: list[Job], error: StrongroomError) -> None:
 
 
 class Group:
-    """Batches on their way: decided, sent, and decided again until they are committed or refused."""
+    """Batches under way: drafted, sent, and drafted again until they are committed or refused."""
 
     def __init__(self, writer: Sender, jobs: list[Job]) -> None:
         self._writer = writer
@@ -183,7 +183,7 @@ class Group:
 
     @staticmethod
     def _refused(rejected: Rejected, prepared: _Prepared, outcome: Outcome) -> StrongroomError:
-        """The error of a batch that Firestore does not take."""
+        """The error of a batch that Firestore refuses."""
         if rejected.code is Code.INVALID_ARGUMENT:
             for write, place in zip(prepared.writes, prepared.places, strict=True):
                 size = stored_size(write.update) if write.HasField("update") else 0
@@ -195,7 +195,7 @@ class Group:
         return translated(rejected.code, rejected.text, "commit")
 
     async def _apart(self) -> None:
-        """Each batch in a commit of its own: one of them is too large for Firestore, or refused by it."""
+        """Commit each batch alone: Firestore refuses one of them, or it is too large."""
         for job in self._jobs:
             try:
                 await Group(self._writer, [job]).commit()
@@ -223,7 +223,7 @@ class Group:
         raise AssertionError("each round reads what the one before missed")
 
     def _unknown(self, batch: Batch) -> set[str]:
-        """The places of operations that need to know the document, where this process does not."""
+        """The places of operations that need the document's contents and that this process does not know."""
         found: set[str] = set()
         for operation in batch.operations:
             if needs_content(self._writer.plans, operation):
@@ -231,7 +231,7 @@ class Group:
         return {path for path in found if self._writer.lookup(path) is None}
 
     async def _truth(self, draft: Draft) -> dict[str, Raw]:
-        """What is there now, at all places that the batches touch."""
+        """The present contents of all places that the batches touch."""
         paths = set(draft.pending) | set(draft._own)
         for job in self._jobs:
             paths |= places_of(self._writer.plans, self._paths, job.batch)
@@ -282,8 +282,8 @@ class Group:
         return list(found)
 
     async def _sent(self, prepared: _Prepared, commit: str) -> tuple[int, list[Any]]:
-        """Commit, and find out what became of it where the answer was lost. The commit's time, and for each write what
-        its increments came to."""
+        """Commit, and look the outcome up if the answer was lost. Returns the commit's time, and the sums of each
+        write's increments."""
         attempt = 0
         uncertain = False
         while True:
@@ -304,7 +304,7 @@ class Group:
             attempt += 1
 
     async def _found_out(self, prepared: _Prepared, commit: str, rejected: Rejected) -> tuple[int, list[Any]] | None:
-        """The answer of a commit that was lost; None if it was not applied. Unavailable if nobody can tell."""
+        """The lost answer of a commit; None if it was not applied. Raises Unavailable if that cannot be found out."""
         unknown = Unavailable(
             f"commit: Firestore's answer was lost ({rejected}): whether it was applied is not known",
             outcome="unknown",
@@ -319,7 +319,7 @@ class Group:
                 and document.fields[COMMIT_FIELD].string_value == commit}  # fmt: skip
         if ours:
             if any(place is not None and place.increments and name not in ours for name, place in written.items()):
-                raise unknown  # it was applied, but others have added to the counter since
+                raise unknown  # it was applied, but other nodes have added to the counter since
             moment = micros(next(iter(ours.values())).update_time)
             return moment, [
                 [ours[place.path].fields[name] for name in place.increments] if place is not None else []
@@ -328,7 +328,7 @@ class Group:
         if time.monotonic() > self._deadline:
             raise unknown
         if prepared.lines:
-            # The record is not there. To send it again is safe: of two commits with one record, one is refused.
+            # The record is absent. Sending again is safe: of two commits with the same record, one is refused.
             return None
         for write, place in zip(prepared.writes, prepared.places, strict=True):
             if place is not None and place.path in found:
@@ -337,12 +337,12 @@ class Group:
                 if _version_before(place) not in (version, ANY):
                     raise unknown
                 if place.increments:
-                    # Should the first try arrive after all, then this one is refused, instead of adding once more.
+                    # If the first try arrives after all, this one is refused instead of adding twice.
                     write.current_document.update_time.CopyFrom(timestamp(version))
         return None
 
     async def _looked(self, names: list[str], unknown: Unavailable) -> dict[str, Any | None]:
-        """What is there, as soon as Firestore answers again; `unknown` if it does not in time."""
+        """The present documents, as soon as Firestore answers again. Raises `unknown` if it does not in time."""
         attempt = 0
         while time.monotonic() < self._deadline:
             try:
@@ -396,7 +396,7 @@ class Group:
         return moment if place is None else moment - _back(place, number)
 
     def _remember(self, place: Pending, write: Any, moment: int, sums: Mapping[tuple[str, str], int]) -> None:
-        """What this process knows now of a place."""
+        """Remember the state of a place after the commit."""
         if not place.touched:
             return
         writer = self._writer
@@ -420,7 +420,7 @@ class Group:
         found.name = place.path
         found.update_time.CopyFrom(timestamp(moment))
         if place.increments:
-            # Others may have changed other fields since this process read it: the counter alone is known.
+            # Other nodes may have changed other fields since this process read it: only the counter is known.
             writer.seen.put(place.path, Raw(HINT, found))
         else:
             writer.keep(place.path, found)
@@ -434,7 +434,7 @@ def _version_before(place: Pending) -> int:
 
 
 def _sum_of(made: Written, place: Pending, sums: Mapping[tuple[str, str], int]) -> int:
-    """What a counter came to with one addition of several that were sent as one."""
+    """A counter's value after one of several additions that were sent as one."""
     if made.field in place.increments:
         return sums[place.path, made.field] - (place.increments[made.field] - made.so_far)
     before: Any = place.base.found
@@ -443,7 +443,7 @@ def _sum_of(made: Written, place: Pending, sums: Mapping[tuple[str, str], int]) 
 
 
 def _back(place: Pending, number: int) -> int:
-    """How many microseconds before its commit the version of the group's `number`th batch lies: additions that share a
-    commit have versions of their own, the last one the document's. Two commits on one document are further apart."""
+    """How many microseconds the version of the group's `number`th batch is before its commit. Additions that share a
+    commit have different versions, the last one the document's. Two commits on one document are further apart."""
     later = {adder for adder in place.adders if adder > number}
     return len(later)

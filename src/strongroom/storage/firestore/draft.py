@@ -56,22 +56,22 @@ from .paths import HEADS, Paths
 from .values import Codec, copied, take
 
 SHARDS = 16
-"""Parts of the journal. Each has a head that every commit to it writes, and a document takes about one write a second;
-a tenant's records are all in one part, so that they have an order."""
+"""Parts of the journal. Every commit to a part writes its head, and a document takes about one write a second. All
+records of a tenant are in one part, so that they have an order."""
 SAFE_COUNT = 2**61
 SAFE_AMOUNT = 2**40
-"""Firestore's increment stops at the ends of int64 without a word. So an amount is added blindly only where it is
-small and the counter, when this process saw it last, was this far from the ends: others would have to add 2^61 in
-between, which is 2^21 additions of the greatest amount that is added blindly. Else the counter is read first."""
+"""Firestore's increment stops silently at the ends of int64. So an amount is added without a read only if it is small
+and the counter was this far from the ends when this process saw it last. To reach an end, others would have to add 2^61
+in between: 2^21 additions of the greatest such amount. Otherwise the counter is read first."""
 ANY = -1
-"""The version of what is there, whichever it is."""
+"""Any version: the place holds a document."""
 HINT = -2
-"""The version of what was there a while ago: good for a guess at the size of a counter, and for nothing else."""
+"""The version of an older state: it serves only to estimate the size of a counter."""
 
 
 @dataclass(frozen=True, slots=True)
 class Raw:
-    """What a place holds: `version` 0 is nothing; `found` is the stored document, None if nobody has read it."""
+    """The contents of a place: `version` 0 is nothing; `found` is the stored document, None if it was not read."""
 
     version: int
     found: Any | None = None
@@ -95,7 +95,7 @@ class Plan:
 
 @dataclass(slots=True)
 class Pending:
-    """A place, and what the group makes of it. `plan` is None for the store's own documents."""
+    """A place, and the group's changes to it. `plan` is None for the store's own documents."""
 
     path: str
     base: Raw
@@ -134,7 +134,7 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A record to be written: where, and the operation of its batch whose version it takes."""
+    """A record to be written: its place, and the operation of its batch whose version it takes."""
 
     record: Record
     shard: int
@@ -149,7 +149,7 @@ class Line:
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of one batch: `made` per operation what it wrote, `values` of additions that are known already."""
+    """The result of one batch: `made` has the write of each operation, `values` the sums that are known already."""
 
     made: list[Written | None] = field(default_factory=list)
     values: dict[int, int] = field(default_factory=dict)
@@ -158,8 +158,8 @@ class Outcome:
 
 
 class Draft:
-    """The next commit. `lookup` gives what this process saw last at a place; None for an exact draft, which goes by
-    what was `read` alone."""
+    """The next commit. `lookup` returns what this process saw last at a place; None for an exact draft, which uses only
+    what was `read`."""
 
     def __init__(
         self,
@@ -175,7 +175,7 @@ class Draft:
         self.lookup = lookup
         self.shard_of = shard_of
         self.need: set[str] = set()
-        """Places that must be read before anything can be said; the draft is void until then."""
+        """Places that must be read first; the draft is void until then."""
         self.pending: dict[str, Pending] = {}
         self.lines: list[Line] = []
         self._own: dict[str, Pending] = {}
@@ -204,7 +204,7 @@ class Draft:
     # --- Places ---
 
     def _base(self, path: str, expects: Raw | None, *, hint: bool = False, certain: bool = False) -> Raw:
-        """What a place holds. `expects` is what an optimist takes it to hold; `certain`: even an exact draft does."""
+        """The contents of a place. An optimistic draft assumes `expects`; with `certain` an exact draft does so too."""
         if (found := self.read.get(path)) is not None:
             return found
         if self.lookup is not None:
@@ -233,7 +233,7 @@ class Draft:
         return own
 
     def _content(self, plan: Plan, place: Pending) -> Document:
-        """The declared fields that the document has now; it exists."""
+        """The declared fields of an existing document."""
         if place.content is None:
             base = place.base
             if base.found is None or base.version == HINT:
@@ -314,7 +314,7 @@ class Draft:
         return place
 
     def _pointer(self, plan: Plan, id: str, expects: Raw | None) -> Pending:
-        """For a collection that is placed by a field: the document that says where an id is."""
+        """For a collection that is placed by a field: the document that points from an id to its place."""
         return self._inner(self.paths.reservation(plan.collection, self._batch.tenant, "id", [id]), expects)
 
     def _point(self, plan: Plan, pointer: Pending, id: str, place: Any) -> None:
@@ -343,7 +343,7 @@ class Draft:
                 pass
 
     def _new_place(self, plan: Plan, operation: Create | Put, name: str) -> Pending:
-        """Where a document goes that a field places."""
+        """The new place of a document that a field places."""
         value = operation.document[plan.placed_by or "id"]
         self._point(plan, self._pointer(plan, operation.id, ABSENT), operation.id, value)
         return self._free_place(plan, value, operation.id, name)
@@ -360,7 +360,7 @@ class Draft:
         return Written(place.path)
 
     def _free_place(self, plan: Plan, value: Any, id: str, name: str) -> Pending:
-        """Where a document with this value of the placing field goes. AlreadyExists if another one is there."""
+        """The place for this value of the placing field. AlreadyExists if another document is there."""
         path = self.paths.document(plan.collection, self._batch.tenant, value)
         place = self._open(path, plan, ABSENT)
         if place.exists:
@@ -432,7 +432,7 @@ class Draft:
 
     @staticmethod
     def _is_blind(operation: Add, place: Pending) -> bool:
-        """Whether the server may add without this process knowing to what."""
+        """Whether the addition needs no read of the counter."""
         found = place.base.found
         if operation.at_most is not None or operation.at_least is not None or abs(operation.amount) > SAFE_AMOUNT:
             return False
@@ -464,7 +464,7 @@ class Draft:
                     raise AlreadyExists(f"{name}: another document has this {columns}")
                 self._put_inner(place, {"holder": id, "index": f"{plan.collection.name}.{index.name}"})
             if before is not None:
-                # The document's own precondition vouches for its reservations: they are written together.
+                # The document's own precondition covers its reservations: they are written together.
                 place = self._inner(self._reservation(plan, index, before), HELD, certain=True)
                 if place.content is None or place.content.get("holder") == id:
                     self._put_inner(place, None)
@@ -488,7 +488,7 @@ class Draft:
 
 
 def values_of(index: Index, document: Document | None) -> tuple[Any, ...] | None:
-    """What a document has in a unique index; None if there is a null in it, which is not compared."""
+    """A document's values in a unique index; None if one is null, since nulls are not compared."""
     if document is None:
         return None
     values = tuple(document[name] for name, _ in index.columns)
@@ -496,7 +496,7 @@ def values_of(index: Index, document: Document | None) -> tuple[Any, ...] | None
 
 
 def _expected(operation: Create | Put | Patch | Delete | Add | Check) -> Raw | None:
-    """What an operation takes its place to hold; None if it says nothing of it."""
+    """The contents that an operation expects at its place; None if it expects none in particular."""
     match operation:
         case Create():
             return ABSENT
@@ -517,7 +517,7 @@ def places_of(plans: Mapping[str, Plan], paths: Paths, batch: Batch) -> set[str]
         if plan.collection.tenant_scoped and batch.tenant is None:
             continue
         if plan.placed_by is None:
-            with suppress(InvalidInput):  # an id that no name can hold: the draft says so
+            with suppress(InvalidInput):  # an id that no name can hold: the draft raises the error
                 found.add(paths.document(plan.collection, batch.tenant, operation.id))
         else:
             found.add(paths.reservation(plan.collection, batch.tenant, "id", [operation.id]))

@@ -42,7 +42,7 @@ MAX_GROUP = 100
 
 
 class Writer:
-    """Takes batches in order, and says what became of them."""
+    """Takes batches in order, and answers each."""
 
     def __init__(self, wire: Wire, paths: Paths, journal: Journal) -> None:
         self.wire = wire
@@ -89,7 +89,7 @@ class Writer:
         return future
 
     async def drain(self) -> None:
-        """Wait until nothing is under way any more."""
+        """Wait until no batch waits or commits."""
         while self._jobs or self._tasks:
             if self._tasks:
                 await asyncio.wait(self._tasks)
@@ -98,7 +98,7 @@ class Writer:
 
     def _schedule(self) -> None:
         if not self._scheduled:
-            # Not at once: what is given in the same turn of the loop goes into one commit.
+            # Not at once: all batches of one turn of the loop share a commit.
             self._scheduled = True
             asyncio.get_running_loop().call_soon(self._start)
 
@@ -119,7 +119,7 @@ class Writer:
         task.add_done_callback(self._tasks.discard)
 
     def _never_began(self, group: list[Job], busy: set[object]) -> None:
-        """A task that was cancelled before its first step leaves its jobs to nobody."""
+        """Answer the jobs of a task that was cancelled before its first step."""
         if any(not job.future.done() for job in group):
             self._busy -= busy
             fail(group, Unavailable("the commit ended before it began: try again"))
@@ -170,7 +170,7 @@ class Writer:
             self._busy -= busy
             self._schedule()
 
-    # --- What a group needs of the writer ---
+    # --- For groups ---
 
     def next_commit(self) -> str:
         self._commits += 1

@@ -13,7 +13,7 @@ from typing import Any
 from google.cloud.firestore_v1.types import query as _query
 
 from ...errors import InvalidInput, Problem, Unavailable
-from .. import tagged_json as _values
+from .. import tagged_json
 from ..port import ChangesPage, Record, past_the_end
 from .client import AggregationRequest, RunQueryRequest, Wire, pause
 from .draft import SHARDS, Line
@@ -22,9 +22,9 @@ from .values import COMMIT_FIELD, DocumentPb, micros, put, take, value_of
 
 END = "end"
 MAX_TEXT_BYTES = 16_384
-"""What a record tells of a document is readable JSON up to here, and compressed above."""
+"""A record's documents are readable JSON up to this size, and compressed above."""
 MAX_PART_BYTES = 900_000
-"""A document holds 1 MiB, a record up to 2 MB: what is left over goes to documents of its own."""
+"""A Firestore document holds 1 MiB, a record up to 2 MB: the rest goes to further documents."""
 GAP_ATTEMPTS = 10
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 _CURSOR = re.compile(r"f(?:[0-9a-z]{1,12}\.){15}[0-9a-z]{1,12}")
@@ -48,7 +48,7 @@ def cursor_text(position: list[int]) -> str:
 
 
 def position_of(cursor: str | None) -> list[int]:
-    """How far a cursor has read each shard. InvalidInput if it is none of this journal's."""
+    """How far a cursor has read each shard. Raises InvalidInput for a text that is no cursor of this journal."""
     if cursor is None:
         return [0] * SHARDS
     if not _CURSOR.fullmatch(cursor):
@@ -72,7 +72,7 @@ def record_name(shard: int, number: int) -> str:
 
 
 def record_documents(paths: Paths, line: Line, commit: str, place: int, back: int | None) -> list[Any]:
-    """The documents of one record: itself, and what does not fit into it.
+    """The documents of one record: its own, and further ones for the part that does not fit.
 
     `place` is its position in the commit. `back`: it takes the version of the commit that writes it, less so many
     microseconds; None: its own.
@@ -90,7 +90,7 @@ def record_documents(paths: Paths, line: Line, commit: str, place: int, back: in
         put(fields["version"], record.version)
     else:
         fields["version_back"].integer_value = back
-    texts = {side: _values.dumps(getattr(record, side)) for side in ("before", "after")}
+    texts = {side: tagged_json.dumps(getattr(record, side)) for side in ("before", "after")}
     if sum(map(len, texts.values())) <= MAX_TEXT_BYTES:
         for side, text in texts.items():
             fields[side].string_value = text
@@ -110,7 +110,7 @@ def record_documents(paths: Paths, line: Line, commit: str, place: int, back: in
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """A record's document, and what it is sorted by: its commit and its position in it."""
+    """A record's document, and its sort key: its commit and its position in the commit."""
 
     moment: int
     place: int
@@ -142,8 +142,8 @@ class Journal:
         self._known[shard] = max(self._known[shard], last)
 
     def forget_heads(self) -> None:
-        """Read all heads anew. What answers after a connection was lost may be an emulator that restarted empty: two
-        histories can have one sum."""
+        """Read all heads again. After a lost connection an emulator that restarted empty may answer, and two histories
+        can have the same sum."""
         self._known = [0] * SHARDS
 
     def head_name(self, shard: int) -> str:
@@ -151,14 +151,16 @@ class Journal:
 
     async def _heads(self, shards: Sequence[int]) -> list[int]:
         """The last record of each of these shards as of now, at its place among all shards."""
-        known = list(self._known)  # before the request: what becomes known meanwhile may not be in the sum
+        known = list(
+            self._known
+        )  # copied before the request: a head that becomes known meanwhile may not be in the sum
         if len(shards) == SHARDS:
             answer = await self._wire.aggregate(self._sum_of_heads)
             if answer["sum"].integer_value == sum(known):
                 return known
         found, _ = await self._wire.batch_get([self.head_name(shard) for shard in shards])
         for name, document in found.items():
-            # Also where it is less than what was known: an emulator that restarted, or a restored database, has less.
+            # Even if it is less than the known head: an emulator that restarted, or a restored database, has fewer.
             shard, last = int(last_of(name)), 0 if document is None else document.fields["last"].integer_value
             known[shard] = self._known[shard] = last
         return known
@@ -186,7 +188,7 @@ class Journal:
         while len(chosen) < limit:
             empty = [shard for shard in behind if not waiting[shard] and fetched[shard] < heads[shard]]
             if empty:
-                # Not a whole page from each shard: what another shard crowds out is read and paid for again.
+                # Not a whole page from each shard: records that do not fit into the page are read and billed again.
                 size = max(10, (limit - len(chosen)) // len(empty) + 1) if len(behind) > 1 else limit
                 pages = await asyncio.gather(
                     *(self._page(shard, fetched[shard], heads[shard], tenant, min(size, limit)) for shard in empty)
@@ -211,8 +213,9 @@ class Journal:
     ) -> tuple[list[_Found], int]:
         """The next records of a shard, and the number up to which there are no others.
 
-        A head is written with its records, so that a shard has no gaps. Google's emulator has: its queries lag behind
-        commits that are being made. There the whole shard is asked for, which can be checked, and asked for again.
+        A head is written with its records, so a shard has no gaps. Queries of Google's emulator have gaps, because
+        they lag behind commits under way. There the query is for the whole shard, which shows the gaps, and is
+        repeated.
         """
         checked = tenant is None or self._wire.emulator is not None
         request = self._request(shard, after, upto, None if checked else tenant, limit)
@@ -266,9 +269,9 @@ class Journal:
             for number in range(1, fields["parts"].integer_value + 1):
                 name = self._paths.internal(JOURNAL_PARTS, f"{last_of(one.document.name)}-{number}")
                 packed += parts[name].fields["packed"].bytes_value
-            before, after = _values.loads(zlib.decompress(packed))
+            before, after = tagged_json.loads(zlib.decompress(packed))
         else:
-            before, after = (_values.loads(fields[side].string_value) for side in ("before", "after"))
+            before, after = (tagged_json.loads(fields[side].string_value) for side in ("before", "after"))
         version = one.moment - fields["version_back"].integer_value if "version_back" in fields else None
         return Record(
             **{name: take(fields[name]) for name in _PLAIN},

@@ -1,4 +1,4 @@
-"""A native listener on the journal's heads: it wakes those who follow the journal, on every node."""
+"""A native listener on the journal's heads: it wakes the followers of the journal on every node."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .journal import Journal
 from .paths import HEADS, Paths, last_of
 
 MAX_PAUSES = 7
-"""The pauses before it listens again grow up to this step."""
+"""The pauses between attempts to listen grow up to this step."""
 _log = logging.getLogger(__name__)
 
 

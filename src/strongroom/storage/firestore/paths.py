@@ -1,4 +1,4 @@
-"""Where things stand in Firestore: document names made from tenants, collections, ids and unique values, and back."""
+"""Document names in Firestore: made from tenants, collections, ids and unique values, and decoded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ...entities import Collection
 from ...errors import InvalidInput, Problem
-from .. import tagged_json as _values
+from .. import tagged_json
 
 MAX_SEGMENT_BYTES = 1_500
 """Firestore's limit for one part of a document's name."""
@@ -26,7 +26,7 @@ HEADS = "_strongroom_heads"
 # A name in a path must not contain "/", be "." or "..", or look like "__x__". The escapes below keep the order of the
 # UTF-8 bytes, so that documents ordered by name are ordered by id, without an index of their own:
 #   "/" becomes "." U+10FFFF U+0002, which sorts after "." and anything else, and before "0";
-#   "." U+10FFFF, where someone has it, becomes "." U+10FFFF U+0001, to be told from it;
+#   "." U+10FFFF in an id becomes "." U+10FFFF U+0001, to be distinct from it;
 #   a reserved name gets a U+0001 at its end, and so does a reserved name that ends with U+0001 already.
 _HIGH = "\U0010ffff"
 _SLASH, _DOT_HIGH = f".{_HIGH}\x02", f".{_HIGH}\x01"
@@ -72,7 +72,7 @@ class Paths:
         return f"{self.root}/documents"
 
     def parent(self, collection: Collection, tenant: str | None) -> str:
-        """What a query of a collection starts from. Raises InvalidInput where the tenant is needed."""
+        """The parent of a collection. Raises InvalidInput if the tenant is missing."""
         if not collection.tenant_scoped:
             return self.documents
         if tenant is None:
@@ -93,9 +93,9 @@ class Paths:
         return f"{self.parent(collection, tenant)}/{self.collection_id(collection)}/{encoded(segment)}"
 
     def reservation(self, collection: Collection, tenant: str | None, index: str, values: Sequence[object]) -> str:
-        """The document that whoever holds these values of a unique index has made."""
+        """The document that reserves these values of a unique index for their holder."""
         scope = tenant if collection.tenant_scoped else None
-        held = [scope is not None, scope or "", collection.name, index, *(_values.tag(value) for value in values)]
+        held = [scope is not None, scope or "", collection.name, index, *(tagged_json.tag(value) for value in values)]
         text = json.dumps(held, ensure_ascii=False, separators=(",", ":"))
         return self.internal(UNIQUE, hashlib.sha256(text.encode()).hexdigest())
 

@@ -1,4 +1,4 @@
-"""Queries on Firestore: what it can answer goes to it, the rest is decided here on what comes back, exactly.
+"""Queries on Firestore: it answers the parts that it can, and this module applies the rest exactly to its answer.
 
 A page is read in the query's own order, so no more is read than the page and what the filters left out cost. Filters
 that would change the order (a range over a field that the page is not ordered by first), that Firestore cannot combine
@@ -39,7 +39,7 @@ from .paths import Paths
 from .values import PACKED_LIST, default_of, value_of
 
 MAX_INDEXED_BYTES = 1_500
-"""Firestore's indexes hold so much of a text; longer ones are compared here."""
+"""Firestore's indexes hold this much of a text; longer texts are compared here."""
 MAX_WAYS = 30
 """How many ways (or, in) Firestore takes in one query."""
 MIN_PAGE = 50
@@ -59,7 +59,7 @@ _RANGES = {
 
 @dataclass(frozen=True, slots=True)
 class Pushed:
-    """A filter as Firestore takes it: all that matches the original matches it, and if it is `exact`, nothing else."""
+    """A filter for Firestore: every match of the original matches it, and if it is `exact`, nothing else does."""
 
     filter: Any
     exact: bool
@@ -78,7 +78,7 @@ class Search:
         self._tenant = tenant
         self._lazy = lazy
         self._by_name = plan.placed_by is None
-        """Ids are asked for as the names of documents, which needs no index; not where another field places them."""
+        """Ids are queried as document names, which needs no index, unless another field places the documents."""
         self._parent = paths.parent(plan.collection, tenant)
         self._listed = {name for index in plan.collection.indexes for name, _ in index.columns}
 
@@ -115,7 +115,7 @@ class Search:
     # --- Documents by name ---
 
     def _names(self, where: Filter | None) -> list[str] | None:
-        """The only documents that can match, where the filter says which; None where it does not."""
+        """The only documents that can match, if the filter names them; else None."""
         placed_by = self._plan.placed_by or "id"
         for part in _conjuncts(where):
             if isinstance(part, Where) and part.field == placed_by and part.op in (Op.EQ, Op.IN):
@@ -266,7 +266,7 @@ class Search:
                 yield document
 
     async def _pages(self, request: Any, order: list[str], size: int) -> AsyncIterator[Document]:
-        """All that a request finds, page after page, as it was when the first one was read."""
+        """All documents that a request finds, page after page, at the time of the first page."""
         query = request.structured_query
         while True:
             query.limit.value = size
@@ -414,7 +414,7 @@ def _is_field(one: Any) -> bool:
 
 
 def _leaves_of(where: Any) -> list[Any]:
-    """Every comparison in a filter of Firestore's."""
+    """Every comparison in a filter for Firestore."""
     kind = where.WhichOneof("filter_type")
     if kind == "composite_filter":
         return [leaf for part in where.composite_filter.filters for leaf in _leaves_of(part)]
@@ -440,7 +440,7 @@ _NOTHING: Any = object()
 
 
 def _conjuncts(where: Filter | None) -> list[Filter]:
-    """What must hold in any case."""
+    """The filters that must hold in any case."""
     if where is None:
         return []
     if isinstance(where, And):

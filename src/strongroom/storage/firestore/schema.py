@@ -1,5 +1,4 @@
-"""Schema in Firestore: what the store knows of each collection, how that follows the declarations, and the files that
-Firestore's own tools deploy."""
+"""Schema on Firestore: the stored declarations, their changes, and the files that Firestore's own tools deploy."""
 
 from __future__ import annotations
 
@@ -66,7 +65,7 @@ def _seed_names(key: Document) -> Document:
     return {"key_hash": key.get("hash"), "is_active": key.get("enabled"), "rate_limit": requests}
 
 
-# --- What the store knows -------------------------------------------------------------------------------------
+# --- Stored declarations ---------------------------------------------------------------------------------------
 
 
 def described(collection: Collection, lazy: Iterable[str] = ()) -> Described:
@@ -102,7 +101,7 @@ class Schema:
         self._paths = paths
 
     async def check_format(self) -> None:
-        """Recognise the database, or begin one. StoreError if it has another format."""
+        """Check the format of the database, or mark a new one. Raises StoreError for another format."""
         name = self._paths.internal(SCHEMA, "_config")
         for _ in range(MAX_ATTEMPTS):
             found = (await self._wire.batch_get([name]))[0].get(name)
@@ -184,14 +183,14 @@ class Schema:
             query.start_at.values.add().reference_value = found[-1].name
 
     def tenant_of(self, name: str) -> str | None:
-        """Whose document it is, from its name."""
+        """The tenant of a document, from its name."""
         parts = name.removeprefix(self._paths.documents + "/").split("/")
         return decoded(parts[1]) if len(parts) == 4 and parts[0] == TENANTS else None
 
     # --- Differences ---
 
     def differences(self, collection: Collection, known: Known | None, has_documents: bool) -> list[SchemaChange]:
-        """What would have to change for the store to fit one declaration."""
+        """The changes that the store needs for one declaration."""
         name = collection.name
         if known is None:
             return [SchemaChange(ChangeKind.CREATE_COLLECTION, name)]
@@ -220,7 +219,7 @@ class Schema:
     # --- Making documents fit ---
 
     async def fit(self, collection: Collection, known: Known, changes: Sequence[SchemaChange]) -> None:
-        """Change what is stored: what is dropped is gone, what is changed has its default, values are reserved."""
+        """Rewrite the documents: dropped fields go, changed ones get their default, unique values are reserved."""
         if any(change.kind is ChangeKind.DROP_COLLECTION for change in changes):
             await self._clear(collection, known)
             return
@@ -360,7 +359,7 @@ def _uniques(
     ]
 
 
-# --- What Firestore's own tools deploy ------------------------------------------------------------------------
+# --- Files for Firestore's own tools ---------------------------------------------------------------------------
 
 
 def firestore_indexes(collections: Sequence[Collection], keys_collection: str = "api_keys") -> dict[str, Any]:
@@ -392,7 +391,7 @@ def firestore_indexes(collections: Sequence[Collection], keys_collection: str = 
 
 
 _NEVER_ASKED = ("before", "after", "id", "at_us", "request_id", "sequence", "place", "version", "version_back", "parts")
-"""Of the journal's fields: an index over what only grows holds a collection to 500 writes a second, and costs."""
+"""Exemptions of the journal's fields: an index over a growing field limits a collection to 500 writes a second."""
 _SINGLE = [{"order": "ASCENDING", "queryScope": "COLLECTION"}, {"order": "DESCENDING", "queryScope": "COLLECTION"}]
 
 

@@ -1,7 +1,7 @@
 """The Firestore store: tenants' documents below `/tenants/{tenant}`, each batch one commit under its preconditions.
 
-A version is the time that Firestore gave the commit, in microseconds: Firestore's commit times grow for each document,
-whatever any machine's clock does, and it checks them itself.
+A version is Firestore's commit time in microseconds. It grows for each document whatever any machine's clock does, and
+Firestore itself checks it as a precondition.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class FirestoreStore:
         )
 
     def deployment(self, collections: Sequence[Collection]) -> dict[str, str]:
-        """What Google's tools deploy for these declarations: the texts of `firestore.indexes.json` and
+        """The files that Google's tools deploy for these declarations: the texts of `firestore.indexes.json` and
         `firestore.rules` by their names. The store need not be open."""
         indexes = firestore_indexes(collections, self.paths.keys_collection or DEFAULT_COLLECTION)
         return {"firestore.indexes.json": json.dumps(indexes, indent=2) + "\n", "firestore.rules": FIRESTORE_RULES}
@@ -171,7 +171,7 @@ class FirestoreStore:
                     )
                 if await self._apply(collections, known, changes):
                     return planned
-                await pause(attempt)  # another process prepares the same store: what is left to do is seen anew
+                await pause(attempt)  # another process prepares the same store: compare again
         raise Unavailable("prepare: other processes keep changing the schema")
 
     async def _differences(self, collection: Collection, known: Known | None) -> list[SchemaChange]:
@@ -215,14 +215,14 @@ class FirestoreStore:
         try:
             name = self.paths.document(plan.collection, tenant, id)
         except InvalidInput:
-            self.paths.parent(plan.collection, tenant)  # it may have been the tenant that is missing
+            self.paths.parent(plan.collection, tenant)  # raises if the tenant is missing
             return None
         found = await self.wire.get(name)
         self._writer.keep(name, found)
         return None if found is None else plan.codec.document(found)
 
     async def _get_placed(self, plan: Plan, tenant: str | None, id: str) -> Document | None:
-        """A document by its id, where another field says where it stands. It may be moved while it is looked for."""
+        """A document by its id, where another field places it. It may be moved during the read."""
         pointer = self.paths.reservation(plan.collection, tenant, "id", [id])
         seen = self._writer.lookup(pointer)
         place = seen.found.fields["place"].string_value if seen is not None and seen.found is not None else None
@@ -256,7 +256,7 @@ class FirestoreStore:
         return [document.fields["id"].string_value for document in found]
 
     async def now_us(self) -> int:
-        """Firestore has no call for its clock, but each read says when it was."""
+        """Firestore has no call for its clock, but each read returns its time."""
         self._check_open()
         began = time.monotonic_ns() // 1_000
         _, moment = await self.wire.batch_get([self.paths.internal(SCHEMA, "_config")])

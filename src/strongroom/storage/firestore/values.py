@@ -13,7 +13,7 @@ from google.cloud.firestore_v1.types import write as _write
 
 from ...context import us_from_utc, utc_from_us
 from ...entities import Collection, Document, FieldSpec, FieldType
-from .. import tagged_json as _values
+from .. import tagged_json
 
 # The plain protobuf classes: Google's wrappers around them cost as much as the rest of a point read.
 ValuePb: Any = _document.Value.pb()
@@ -22,9 +22,8 @@ WritePb: Any = _write.Write.pb()
 _Timestamp: Any = type(DocumentPb().update_time)
 
 COMMIT_FIELD = "_commit"
-"""Names the commit that wrote the document last. Two writes never give one document the same bytes, because Firestore
-keeps the version of a document that a write does not change; and after an answer that was lost it tells what came of
-the commit."""
+"""The field with the id of the commit that wrote the document last. It makes every write change the document: Firestore
+keeps the version of an unchanged one. After a lost answer it tells whether the commit was applied."""
 MAX_STORED_BYTES = 1_048_487
 """Firestore's limit for one value, which it reaches before its limit for a document, 1 MiB."""
 MAX_NATIVE_DEPTH = 16
@@ -51,11 +50,11 @@ def micros(moment: Any) -> int:
 
 # --- Values ---------------------------------------------------------------------------------------------------
 #
-# A list and a map are Firestore's own. A decimal inside them is the map {"$decimal": "1.5"}, a map below
-# MAX_NATIVE_DEPTH {"$json": "…"}; a key of the user's that begins with $, or that Firestore reserves (__x__), gets a $
-# before it, so that the two can never be confused. A field of type decimal is the sortable text of `_values`. A large
-# map is {"$packed": bytes}, a large list [{"$packed": null}, {"$packed": bytes}]: its first element is one that every
-# search for an element asks for too, so that packed lists are among what is found, and looked through here.
+# Lists and maps are Firestore's own. A decimal inside them is the map {"$decimal": "1.5"}, a map below MAX_NATIVE_DEPTH
+# is {"$json": "…"}. A user's key that begins with $, or that Firestore reserves (__x__), gets a $ before it, so that it
+# cannot be confused with these. A field of type decimal is the sortable text of `tagged_json`. A large map is
+# {"$packed": bytes}, a large list [{"$packed": null}, {"$packed": bytes}]. Every search for an element asks for the
+# first element of packed lists too, so that they are found, and their elements compared here.
 
 
 def put(slot: Any, value: Any, depth: int = 0) -> None:
@@ -81,7 +80,7 @@ def put(slot: Any, value: Any, depth: int = 0) -> None:
         for item in value:
             put(slot.array_value.values.add(), item, depth + 1)
     elif depth >= MAX_NATIVE_DEPTH:
-        slot.map_value.fields[_JSON].string_value = _values.dumps(value)
+        slot.map_value.fields[_JSON].string_value = tagged_json.dumps(value)
     else:
         slot.map_value.SetInParent()
         for key, item in value.items():
@@ -91,7 +90,7 @@ def put(slot: Any, value: Any, depth: int = 0) -> None:
 def put_field(slot: Any, value: Any, kind: FieldType | None) -> None:
     """Write the value of a field of this type."""
     if kind is FieldType.DECIMAL and value is not None:
-        slot.string_value = _values.decimal_to_text(value)
+        slot.string_value = tagged_json.decimal_to_text(value)
     else:
         put(slot, value)
         if kind in (FieldType.LIST, FieldType.MAP) and slot.ByteSize() > MAX_NATIVE_BYTES:
@@ -99,7 +98,7 @@ def put_field(slot: Any, value: Any, kind: FieldType | None) -> None:
 
 
 def _pack(slot: Any, value: Any) -> None:
-    packed = zlib.compress(_values.dumps(value).encode(), 1)
+    packed = zlib.compress(tagged_json.dumps(value).encode(), 1)
     if len(packed) >= slot.ByteSize():
         return
     slot.Clear()
@@ -140,9 +139,9 @@ def take(slot: Any) -> Any:
             if _DECIMAL in fields:
                 return Decimal(fields[_DECIMAL].string_value)
             if _JSON in fields:
-                return _values.loads(fields[_JSON].string_value)
+                return tagged_json.loads(fields[_JSON].string_value)
             if _PACKED in fields:
-                return _values.loads(zlib.decompress(fields[_PACKED].bytes_value))
+                return tagged_json.loads(zlib.decompress(fields[_PACKED].bytes_value))
         return {(k[1:] if k.startswith("$") else k): take(v) for k, v in fields.items()}
     return _TAKE[kind](slot)
 
@@ -169,7 +168,7 @@ _TAKE: dict[str | None, Callable[[Any], Any]] = {
 
 
 def _take_decimal(slot: Any) -> Any:
-    return None if slot.WhichOneof("value_type") == "null_value" else _values.text_to_decimal(slot.string_value)
+    return None if slot.WhichOneof("value_type") == "null_value" else tagged_json.text_to_decimal(slot.string_value)
 
 
 def stored_size(found: Any) -> int:
@@ -201,7 +200,7 @@ def _size_of(value: Any) -> int:
 
 
 def copied(value: Any) -> Any:
-    """A copy that shares nothing that can be changed: callers may alter what they gave or were given."""
+    """A copy that shares no mutable part: callers may change their own."""
     if isinstance(value, dict):
         return {name: copied(inner) for name, inner in value.items()}
     return [copied(inner) for inner in value] if isinstance(value, list) else value
@@ -243,5 +242,5 @@ class Codec:
 
 
 def default_of(spec: FieldSpec) -> Any:
-    """What a document that was written before the field existed has there."""
+    """The value of the field in a document that was written before the field existed."""
     return spec.default if spec.has_default else None

@@ -1,4 +1,4 @@
-"""What is sent for each place that a commit touches, and with which precondition."""
+"""The write for each place that a commit touches, with its precondition."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .values import COMMIT_FIELD, WritePb, put, timestamp
 
 
 def write_of(place: Pending, commit: str) -> Any | None:
-    """What is to be sent for a place; None if nothing. The precondition is what the draft took it to hold."""
+    """The write for a place; None if there is nothing to write. Its precondition is the draft's assumption."""
     base = place.base.version
     if not place.touched:
         if not place.checked:

@@ -1,8 +1,8 @@
 """Many batches as one statement: operations of one kind on one collection are a set, bound as arrays.
 
-This works for batches that touch no document twice between them, so that the order of their operations changes
-nothing: each set sees what was there before the statement. A row that comes back was written (or, for a Check, found as
-it should be); one that does not come back is an operation whose precondition does not hold.
+This works for batches that touch no document twice between them: the order of their operations does not matter, since
+each set sees the state before the statement. The statement returns a row for each operation that applied, a Check
+included. An operation without a row has a precondition that does not hold.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ CHECK, INSERT, UPSERT, UPDATE, PATCH, ADD, DELETE = "check", "insert", "upsert",
 _TEXT, _BIGINT, _TIME = "text[]", "bigint[]", "timestamptz[]"
 
 Key = tuple[Any, ...]
-"""What operations of one set have in common: (kind, collection, details of the kind)."""
+"""The properties that all operations of one set share: (kind, collection, details of the kind)."""
 
 
 class Slot(NamedTuple):
@@ -62,7 +62,7 @@ class Slot(NamedTuple):
 
 @dataclass(slots=True)
 class Group:
-    """One set: a row a document, in the order of ids, and whose row it is."""
+    """One set: a row for each document, in the order of ids, and the operation of each row."""
 
     key: Key
     table: Table
@@ -78,7 +78,7 @@ class Statement(NamedTuple):
 
 
 class Outcome:
-    """What became of each batch: its versions and values, and what is still owed to the journal."""
+    """The versions and values that one batch made."""
 
     def __init__(self, batch: Batch) -> None:
         self.versions = [0] * len(batch.operations)
@@ -102,8 +102,8 @@ class Sets:
         self.groups: dict[Key, Group] = {}
 
     def add(self, position: int, batch: Batch) -> None:
-        """Take a batch in. Raises what is wrong with it whatever is stored (its size, its collections), and then takes
-        nothing of it."""
+        """Add a batch. Raises the error of a batch that is invalid whatever is stored (its size, its collections), and
+        then adds nothing of it."""
         check_operations(batch)
         tenant, now = batch.tenant, utc_from_us(batch.now_us)
         size = 0
@@ -137,14 +137,14 @@ class Sets:
                 group.buckets.add(bucket)
 
     def statement(self, tenant: str | None, require: str | None = None) -> Statement:
-        """All groups as one statement, which answers (group, id, version, value) for each operation that applied. With
-        `require`, a function of the store's, it fails if not all did."""
+        """All groups as one statement, which returns (group, id, version, value) for each operation that applied. With
+        `require`, a function of the store, the statement fails unless all applied."""
         groups = [self.groups[key] for key in sorted(self.groups, key=repr)]
         scoped = any(group.table.tenant_scoped for group in groups)
         arguments: list[Any] = [tenant] if scoped else []
         parts, counts = [], []
         for number, group in enumerate(groups):
-            # In the order of ids in every commit: two that lock the same rows wait for each other one way only.
+            # Every commit locks rows in the order of their ids, so that two commits cannot deadlock.
             group.rows.sort(key=_first)
             parts.append(_text(group.table, group.key, number, len(arguments)))
             arguments += map(list, zip(*group.rows, strict=True))
@@ -172,7 +172,7 @@ def _complete(group: Group, number: int, parameter: int) -> str:
 
 
 def take(statement: Statement, rows: Sequence[Any], outcomes: Mapping[int, Outcome]) -> bool:
-    """Enter the statement's answers. Whether all operations applied, and no document is perhaps too large now."""
+    """Enter the returned rows into the outcomes. Whether all operations applied, and no document may be too large."""
     groups = statement.groups
     for number, id, version, value in rows:
         group = groups[number]
@@ -200,7 +200,7 @@ def unapplied(statement: Statement, rows: Sequence[Any]) -> list[tuple[Table, li
 
 
 def verdict(slot: Slot, version: int) -> StrongroomError | None:
-    """Why an operation did not apply, by the version (0: none) that its document has now. None: now it would."""
+    """Why an operation did not apply, given its document's present version (0: absent). None if it would apply now."""
     operation = slot.operation
     error: StrongroomError | None = None
     match operation:
@@ -278,7 +278,7 @@ def _text(table: Table, key: Key, number: int, bound: int) -> str:
     return cached
 
 
-# The version expected is named as no field can be, since fields stand beside it.
+# "Expected" is a name that no field can have: fields stand beside it.
 
 
 def _unnest(columns: Sequence[tuple[str, str]], bound: int) -> str:
@@ -372,7 +372,7 @@ _TEXTS: Mapping[str, Callable[[Table, Key, int], str]] = {
 
 
 class Footprint:
-    """What the batches of one commit touch."""
+    """The documents and unique indexes that the batches of one commit touch."""
 
     def __init__(self, statements: Mapping[str, Statements]) -> None:
         self._statements = statements
@@ -380,7 +380,7 @@ class Footprint:
         self._ordered: dict[tuple[str, str | None], bool] = {}
 
     def admits(self, batch: Batch) -> bool:
-        """Whether the batch can join; if it can, it has. Asked of an empty footprint, whether sets will do for it."""
+        """Add the batch if it can join the commit. On an empty footprint: whether it can run as sets at all."""
         documents: set[tuple[str, str | None, str]] = set()
         ordered: dict[tuple[str, str | None], bool] = {}
         tenant = batch.tenant
@@ -390,7 +390,7 @@ class Footprint:
             collection, id = operation.collection, operation.id  # type: ignore[union-attr]
             found = self._statements.get(collection)
             if found is None:
-                continue  # refused when its values are looked at
+                continue  # refused when its values are encoded
             table = found.table
             document = (collection, tenant if table.tenant_scoped else None, id)
             if document in documents or document in self._documents:
@@ -398,10 +398,10 @@ class Footprint:
             documents.add(document)
             if type(operation) is Check:
                 if operation.expected == 0:
-                    return False  # needs a lock and then, in a statement after it, a look
+                    return False  # needs a lock first, and a read in a later statement
             elif table.unique_fields and _moves_values(operation, table):
-                # Of what gives or takes values of a unique index, only creations may stand beside each other: the
-                # order of others decides which of them fits.
+                # Of the operations that change values of a unique index only creations may run together: for the others
+                # their order decides which of them fails.
                 place = document[:2]
                 alone = type(operation) is not Create
                 before = ordered.get(place, self._ordered.get(place))
@@ -414,7 +414,7 @@ class Footprint:
 
 
 def _moves_values(operation: Operation, table: Table) -> bool:
-    """Whether an operation gives or takes a value of a unique index."""
+    """Whether an operation changes a value of a unique index."""
     if isinstance(operation, Patch):
         return not table.unique_fields.isdisjoint(operation.fields)
     if isinstance(operation, Add):

@@ -1,6 +1,6 @@
-"""One batch into PostgreSQL, an operation at a time: what is slow, and says exactly what does not apply.
+"""One batch on PostgreSQL, one operation at a time: slower than sets, and it names the operation that fails.
 
-It runs when a set-based commit did not go through, and for batches that change one document twice.
+It runs after a commit as sets failed without a reason, and for batches that change one document twice.
 """
 
 from __future__ import annotations
@@ -40,14 +40,15 @@ from .errors import UNIQUE_VIOLATION, sqlstate
 from .tables import Statements, Table
 
 BYTES_PER_CHARACTER = 8
-"""At most what one character of a stored text or JSON counts for in `document_size`: `[1]` is eight bytes there."""
+"""The most bytes that one character of a stored text or JSON counts in `document_size`: `[1]` counts eight there."""
 LOCK_BUCKETS = 64
-"""An absence is locked by the bucket that the key falls into, so that a commit of many documents takes few locks."""
+"""The absence of a document is locked through the bucket of its key, so that a commit of many documents takes few
+locks."""
 
 
 class Steps:
-    """Applies batches on one connection, in a transaction that is open. What fails leaves the transaction aborted:
-    roll back, or roll back to a savepoint."""
+    """Applies batches on one connection, in an open transaction. An error leaves the transaction aborted: roll back, or
+    roll back to a savepoint."""
 
     def __init__(self, connection: asyncpg.Connection, statements: Mapping[str, Statements], locks: Locks) -> None:
         self._connection = connection
@@ -57,9 +58,9 @@ class Steps:
         self._now = utc_from_us(0)
 
     async def apply(self, batch: Batch) -> tuple[list[int], dict[int, int]]:
-        """The versions, and the values of the additions, by operation; journal records are left to the caller.
+        """The versions, and the values of the additions, by operation; the caller writes journal records.
 
-        Raises what the operations say, or the driver's error."""
+        Raises the errors of the operations, or the driver's error."""
         self._tenant = batch.tenant
         self._now = utc_from_us(batch.now_us)
         if batch.tenant is not None:
@@ -83,8 +84,8 @@ class Steps:
         return versions, values
 
     async def _lock_keys(self, operations: Sequence[Operation]) -> None:
-        """See to it that what is checked to be absent stays so until the end, and that what is made waits for those
-        who check. In one order, so that two commits do not wait for each other."""
+        """Lock the checked absences until the end of the transaction: a creation of such a document waits. All commits
+        lock in one order, so that they cannot deadlock."""
         locks = self._locks.of(self._tenant, operations, self._statements)
         if locks:
             await self._connection.fetch(TAKE_LOCKS, [key for key, _ in locks], [exclusive for _, exclusive in locks])
@@ -154,7 +155,7 @@ class Steps:
             version = await self._version(statements.version, key)
             if expected is not None:
                 raise conflict(operation, version)
-            if version:  # someone else has made it since we looked
+            if version:  # another transaction has created it since the read
                 return await self._put(operation)
 
     async def _patch(self, operation: Patch) -> int:
@@ -205,7 +206,7 @@ class Steps:
         return conflict(operation, found) if found else missing(operation)
 
     def _misfit(self, operation: Operation, error: asyncpg.PostgresError) -> StrongroomError | None:
-        """Why PostgreSQL refused the row of an operation, as far as that is the operation's own fault."""
+        """Why PostgreSQL refused the row of an operation; None if the operation is not the cause."""
         state = sqlstate(error)
         if isinstance(operation, Append | Check | Delete) or state[:2] not in ("22", "23", "54"):
             return None
@@ -235,14 +236,14 @@ TAKE_LOCKS = (
 
 
 class Locks:
-    """The advisory locks of one store: who checks that a document is absent takes its bucket's exclusively, who may
-    make a document takes it shared. A row that is not there cannot be locked itself."""
+    """The advisory locks of one store. A check that a document is absent takes the lock of its bucket exclusively; an
+    operation that may create a document takes it shared. A row that does not exist cannot be locked itself."""
 
     def __init__(self, schema: str) -> None:
         self._base = zlib.crc32(schema.encode()) << 16
 
     def bucket(self, table: Table, tenant: str | None, id: str) -> int:
-        owner = tenant if table.tenant_scoped else None  # a global document is the same one for whichever tenant
+        owner = tenant if table.tenant_scoped else None  # a global document is the same one for every tenant
         return self._base | zlib.crc32(f"{table.name}\0{owner}\0{id}".encode()) % LOCK_BUCKETS
 
     def of(
@@ -261,7 +262,7 @@ class Locks:
         return sorted(needed.items())
 
 
-# --- What an operation's values are, and what is wrong with it ---------------------------------------------------
+# --- The values of an operation, and its errors -------------------------------------------------------------------
 
 
 def prepared(statements: Mapping[str, Statements], collection: str, tenant: str | None) -> Statements:
@@ -274,7 +275,7 @@ def prepared(statements: Mapping[str, Statements], collection: str, tenant: str 
 
 
 def encoded(table: Table, operation: Create | Put) -> tuple[Any, ...]:
-    """The row of the operation's document. TooLarge if that is too large."""
+    """The row of the operation's document. Raises TooLarge."""
     row = table.encode(operation.document)
     length = 0
     for number in table.variable:
@@ -300,13 +301,13 @@ def check_size(operation: Create | Put | Patch, table: Table, document: Document
 
 
 def limits(operation: Add) -> tuple[int, int]:
-    """What the field may hold after the addition: the least and the most."""
+    """The least and the greatest value that the field may have after the addition."""
     least = INT64_MIN if operation.at_least is None else operation.at_least
     return least, (INT64_MAX if operation.at_most is None else operation.at_most)
 
 
 def bounds(operation: Add) -> tuple[int, int]:
-    """What the field may hold before the addition; the least is greater than the most if no value will do."""
+    """The least and the greatest value that the field may have before the addition; crossed if no value is possible."""
     least, most = limits(operation)
     return max(least - operation.amount, INT64_MIN), min(most - operation.amount, INT64_MAX)
 
@@ -316,7 +317,7 @@ def named(operation: Create | Put | Patch | Delete | Add | Check) -> str:
 
 
 def numbered(error: StrongroomError, number: int) -> StrongroomError:
-    """The error of the operation at `number`, which it names."""
+    """The error, with the position of its operation."""
     error.message = f"operation {number}: {error.message}"
     error.args = (error.message,)
     error.details["operation"] = number

@@ -1,8 +1,12 @@
-"""Batches into PostgreSQL: many in one transaction, as sets if that will do, and each with an answer of its own.
+"""Commits on PostgreSQL: many batches in one transaction, as sets where possible, and an answer for each batch.
 
-The way of a commit: the batches' operations run as one statement a tenant; if every one of them applied, the journal is
-appended and all is committed. Those that did not apply are told by what is stored now, and the others begin again. What
-cannot be told that way (a unique index, one document changed twice) runs an operation at a time, in savepoints.
+Three ways, the fastest first:
+
+- Batches of no tenant without journal records (the usage ledger's) are one statement, committed in one round trip.
+- Other batches run as one statement for each tenant. If every operation applied, the journal is appended and the
+  transaction commits. Otherwise the stored versions tell which batches failed and why, and the others are tried again.
+- Batches whose failure cannot be told that way (a unique index, a document changed twice) run one operation at a time,
+  each batch in a savepoint.
 """
 
 from __future__ import annotations
@@ -43,23 +47,23 @@ from .settings import Settings
 from .tables import Statements, Table
 
 MAX_ATTEMPTS = 12
-"""How often a commit that lost a deadlock, or its connection before it was to commit, is begun again."""
+"""How often a commit is tried that lost a deadlock, or its connection before the COMMIT."""
 MAX_BACKOFF_S = 0.2
 MAX_SET_ATTEMPTS = 3
-"""How often batches are tried as sets, those that do not apply being told each time, before they run step by step."""
+"""How often batches are tried as sets before they run step by step. Each try answers the batches that fail."""
 OUTCOME_ATTEMPTS = 20
-"""How often a commit whose answer was lost is asked after, with pauses up to MAX_BACKOFF_S, while the server is gone or
-still at it."""
+"""How often the outcome of a commit whose answer was lost is asked for, while the server is gone or still commits. The
+pauses between grow up to MAX_BACKOFF_S."""
 
 _OF_ONE_BATCH = ("22", "23", "42", "54")
-"""Classes of errors that are one batch's own fault; the others end the transaction of all."""
+"""Classes of errors that concern one batch; all others end the whole transaction."""
 
 Answer = Committed | Exception
 
 
 @dataclass(slots=True)
 class _Lost(Exception):
-    """The connection was lost at the commit: the transaction's id, the server's start, and a journal record of its."""
+    """The connection was lost at the COMMIT. It has the transaction's id, the server's start, and a journal record."""
 
     xid: str
     started: Any
@@ -68,7 +72,7 @@ class _Lost(Exception):
 
 @dataclass(slots=True)
 class _Group:
-    """Batches that begin, and perhaps commit, together: those that are still to be answered, by their number."""
+    """The batches of one transaction by their number, and the answers so far."""
 
     batches: Mapping[int, Batch]
     answers: dict[int, Answer] = field(default_factory=dict)
@@ -99,7 +103,7 @@ class Commits:
             "ON CONFLICT DO NOTHING"
         )
         self.taking_all: str | None = None
-        """What a transaction begins with that is to see the journal as a whole."""
+        """The statement that begins a transaction which sees the whole journal."""
         self._begin = "BEGIN"
         if settings.pgbouncer:
             limits = "; ".join(f"SET LOCAL {key} = '{value}'" for key, value in settings.session_settings().items())
@@ -119,7 +123,7 @@ class Commits:
     # --- A group of batches -----------------------------------------------------------------------------------
 
     async def write(self, batches: Sequence[Batch], *, as_sets: bool) -> list[Answer]:
-        """What became of each batch. `as_sets`: no document is touched twice between them."""
+        """The answer for each batch. `as_sets`: no document is touched twice between them."""
         group = _Group(dict(enumerate(batches)))
         lost = 0
         for attempt in range(MAX_ATTEMPTS):
@@ -160,7 +164,7 @@ class Commits:
             group.answers[number] = own
 
     async def _attempt(self, group: _Group, *, as_sets: bool) -> bool:
-        """Try to commit what waits. What has no answer then is to be tried again; True: as sets."""
+        """Try to commit the batches without an answer. True: try those that still have none as sets again."""
         before = dict(group.answers)
         try:
             if not as_sets:
@@ -173,7 +177,7 @@ class Commits:
             try:
                 committed = await self._was_committed(lost)
             finally:
-                if not committed:  # or nobody knows: then nothing of this attempt may be told as done
+                if not committed:  # or the outcome is unknown: then no batch of this attempt may be answered as done
                     group.answers = before
             return as_sets
 
@@ -190,7 +194,7 @@ class Commits:
         return connection
 
     async def _abandon(self, error: BaseException | None = None) -> None:
-        """Take back what was not committed. A connection that may be of no use any more is thrown away."""
+        """Roll back. A connection that may be broken is closed."""
         connection = self._connection
         if connection is None:
             return
@@ -200,46 +204,42 @@ class Commits:
                     await connection.execute("ROLLBACK")
                 return
         except DRIVER_ERRORS:
-            pass  # thrown away, which rolls back too
+            pass  # closing it rolls back too
         self._connection = None
         connection.terminate()
 
     # --- As sets ----------------------------------------------------------------------------------------------
 
     async def _run_sets(self, group: _Group) -> bool:
-        waiting = group.waiting()
-        by_tenant: dict[str | None, Sets] = {}
-        outcomes: dict[int, Outcome] = {}
-        for number, batch in waiting.items():
-            tenant_sets = by_tenant.get(batch.tenant)
-            if tenant_sets is None:
-                tenant_sets = by_tenant[batch.tenant] = Sets(self._statements, self._locks)
-            try:
-                tenant_sets.add(number, batch)
-            except Exception as error:  # a document that is none is its own batch's fault, and nobody else's
-                group.answers[number] = error
-            else:
-                outcomes[number] = Outcome(batch)
-        statements = {tenant: s.statement(tenant) for tenant, s in by_tenant.items() if s.groups}
+        """Try the waiting batches as sets. True: those that have no answer then are to be tried as sets again."""
+        by_tenant, outcomes = self._sets(group)
+        all_sets = [group_sets for tenant_sets in by_tenant.values() for group_sets in tenant_sets.groups.values()]
+        batches = {number: group.batches[number] for number in outcomes}
+        of_secrets = any(one.table.of_secrets for one in all_sets)
+        records = any(type(operation) is Append for batch in batches.values() for operation in batch.operations)
+        alone = list(by_tenant) == [None] and not records and not of_secrets and not self._settings.pgbouncer
         connection = await self._connected()
-        batches = {number: waiting[number] for number in outcomes}
-        lines = any(type(op) is Append for batch in batches.values() for op in batch.operations)
         found: list[tuple[str | None, Statement, Sequence[Any]]] = []
         try:
-            of_secrets = any(group.table.of_secrets for s in by_tenant.values() for group in s.groups.values())
-            alone = list(statements) == [None] and not lines and not self._settings.pgbouncer and not of_secrets
-            if alone and await self._run_alone(connection, by_tenant[None], outcomes):
-                for number, outcome in outcomes.items():
-                    group.answers[number] = Committed(tuple(outcome.versions), outcome.values, None)
-                return True
-            await self._begin_for(connection, next(iter(statements), None))
+            if alone:
+                statement = by_tenant[None].statement(None, self._require)
+                if await self._run_alone(connection, statement, outcomes):
+                    for number, outcome in outcomes.items():
+                        group.answers[number] = Committed(tuple(outcome.versions), outcome.values, None)
+                    return True
+                if not any(one.key[0] is sets.ADD for one in all_sets):  # versions alone tell why the others fail
+                    verdicts = await self._verdicts(connection, [(None, statement, ())])
+                    if verdicts:
+                        group.answers |= verdicts
+                        return True
+            await self._begin_for(connection, next(iter(by_tenant), None))
             if of_secrets:
                 await connection.execute(WITH_SECRETS)
-            complete, first = True, True
-            for tenant, statement in statements.items():
-                if not first and tenant is not None:
+            complete = True
+            for position, (tenant, tenant_sets) in enumerate(by_tenant.items()):
+                if position and tenant is not None:
                     await connection.fetch("SELECT set_config('app.current_tenant', $1, true)", tenant)
-                first = False
+                statement = tenant_sets.statement(tenant)
                 rows = await connection.fetch(statement.sql, *statement.arguments)
                 found.append((tenant, statement, rows))
                 complete = sets.take(statement, rows, outcomes) and complete
@@ -253,20 +253,37 @@ class Commits:
                 return False
             raise
         await self._abandon()
-        for number, verdict in verdicts.items():
-            group.answers[number] = verdict
+        group.answers |= verdicts
         return bool(verdicts) or not found
 
-    async def _run_alone(self, connection: asyncpg.Connection, given: Sets, outcomes: Mapping[int, Outcome]) -> bool:
-        """All in one round trip, for batches of no tenant that append nothing. False, and nothing done, if not all of
-        their operations apply."""
-        statement = given.statement(None, self._require)
+    def _sets(self, group: _Group) -> tuple[dict[str | None, Sets], dict[int, Outcome]]:
+        """The operations of the waiting batches by tenant, without tenants that only append; and an outcome for each
+        batch. A batch that is wrong whatever is stored is answered with its error."""
+        by_tenant: dict[str | None, Sets] = {}
+        outcomes: dict[int, Outcome] = {}
+        for number, batch in group.waiting().items():
+            tenant_sets = by_tenant.get(batch.tenant)
+            if tenant_sets is None:
+                tenant_sets = by_tenant[batch.tenant] = Sets(self._statements, self._locks)
+            try:
+                tenant_sets.add(number, batch)
+            except Exception as error:  # a malformed document is the fault of its own batch only
+                group.answers[number] = error
+            else:
+                outcomes[number] = Outcome(batch)
+        return {tenant: tenant_sets for tenant, tenant_sets in by_tenant.items() if tenant_sets.groups}, outcomes
+
+    async def _run_alone(
+        self, connection: asyncpg.Connection, statement: Statement, outcomes: Mapping[int, Outcome]
+    ) -> bool:
+        """Commit a statement of no tenant and without journal records in one round trip. False, and nothing is done,
+        if not all of its operations apply. Raises Unavailable (outcome unknown) if the answer is lost."""
         try:
             rows = await connection.fetch(statement.sql, *statement.arguments)
         except asyncpg.PostgresError as error:
             if sqlstate(error) == UNMET:
                 return False
-            if is_connection_lost(error):  # it may have been ended just after the commit
+            if is_connection_lost(error):  # the server may have ended it just after the commit
                 raise await self._unknown_after(error) from error
             raise
         except DRIVER_ERRORS as error:
@@ -276,7 +293,7 @@ class Commits:
     async def _verdicts(
         self, connection: asyncpg.Connection, found: Iterable[tuple[str | None, Statement, Sequence[Any]]]
     ) -> dict[int, StrongroomError]:
-        """For each batch of which an operation did not apply, the first such one's error."""
+        """For each batch with an operation that did not apply, the error of the first such operation."""
         first: dict[int, tuple[int, StrongroomError]] = {}
         for tenant, statement, rows in found:
             if tenant is not None:
@@ -332,7 +349,7 @@ class Commits:
         if tenant is None:
             await connection.execute(self._begin)
             return
-        # In one round trip, which binds nothing: as hexadecimal digits a name can be nothing but a name.
+        # One round trip without parameters. The name is sent as hexadecimal digits, so it cannot be read as SQL.
         name = f"convert_from(decode('{tenant.encode().hex()}', 'hex'), 'UTF8')"
         await connection.execute(f"{self._begin}; SELECT set_config('app.current_tenant', {name}, true)")
 
@@ -343,7 +360,7 @@ class Commits:
         batches: Mapping[int, Batch],
         outcomes: Mapping[int, Outcome],
     ) -> None:
-        """Note new tenants, append the journal, commit, answer."""
+        """Insert new tenants, append the journal, commit, answer."""
         if not outcomes:
             await connection.execute("ROLLBACK")
             return
@@ -372,7 +389,7 @@ class Commits:
             number: Committed(tuple(outcome.versions), outcome.values, base + last[number] if number in last else None)
             for number, outcome in outcomes.items()
         }
-        # Before the commit: if its answer is lost, they are true if the transaction is found committed.
+        # Set before the COMMIT: if its answer is lost, they hold if the transaction turns out to be committed.
         group.answers |= answers
         try:
             await connection.execute("COMMIT")
@@ -397,7 +414,7 @@ class Commits:
     # --- A commit whose answer was lost -----------------------------------------------------------------------
 
     async def _was_committed(self, lost: _Lost) -> bool:
-        """Whether the transaction committed. Unavailable if that cannot be known."""
+        """Whether the transaction committed. Raises Unavailable if that cannot be found out."""
         for attempt in range(OUTCOME_ATTEMPTS):
             if attempt:
                 await asyncio.sleep(random.uniform(0.5, 1) * min(MAX_BACKOFF_S, 0.01 * 2**attempt))  # noqa: S311
@@ -414,14 +431,14 @@ class Commits:
         raise self._unknown()
 
     async def _outcome(self, connection: asyncpg.Connection, lost: _Lost) -> bool | None:
-        """None: the server is still at it."""
+        """Whether the transaction committed; None while it is in progress."""
         if self._started == lost.started:
             status = await connection.fetchval("SELECT pg_xact_status($1::text::xid8)", lost.xid)
             if status == "in progress":
                 return None
             if status is not None:
                 return bool(status == "committed")
-        # After a restart a transaction's id may have been given to another one; a record's id never is.
+        # After a restart another transaction may have the same id; no two journal records ever have one id.
         if lost.record is None:
             raise self._unknown()
         if self.taking_all is None:

@@ -1,4 +1,4 @@
-"""How PostgreSQL says it: column types, literals, what a list contains, exact sums."""
+"""PostgreSQL's dialect: column types, literals, tests of a list's elements, exact sums."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
 from ...entities import SUM_CONTEXT, SYSTEM_FIELDS, FieldSpec, FieldType
-from .. import tagged_json as _values
+from .. import tagged_json
 from ..sql import Convert, Dialect, Total, json_text
 
 ENGINE = postgresql.dialect(paramstyle="named")  # type: ignore[no-untyped-call]  # SQLAlchemy leaves it untyped
@@ -39,22 +39,22 @@ ARRAY_TYPES: Mapping[FieldType, str] = {
     FieldType.LIST: "json[]",
     FieldType.MAP: "json[]",
 }
-"""What many values of one field are bound as."""
+"""The array types that bind many values of one field."""
 
 _HUGE, _SCALE = "1e290::float8", 2**64
-"""PostgreSQL refuses a sum of floats that passes their range, where others say infinity: what is so great is added up
-apart, scaled down."""
+"""PostgreSQL refuses a sum of floats that exceeds their range, where other engines return infinity: greater floats are
+summed separately, scaled down."""
 _NORMAL = Context(prec=1_000, Emax=999_999, Emin=-999_999)  # more digits than any value or sum has in full
 
 
 def _normalised(value: Decimal) -> Decimal:
-    """As a port value is: 1E+1, not 10, and zero without digits."""
+    """In the port's form: 1E+1, not 10, and zero without digits."""
     return _NORMAL.normalize(value) if value else Decimal(0)
 
 
 _FIRST, _LAST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
 _ENDS = {_FIRST: "-infinity", _LAST: "infinity"}
-"""How the driver writes the first and the last time there is; they sort as they should."""
+"""The driver's values for the first and the last time; they sort correctly."""
 
 
 def _time(value: datetime) -> datetime:
@@ -71,8 +71,8 @@ class PostgresDialect(Dialect):
     decoders: Mapping[FieldType, Convert] = {
         FieldType.DECIMAL: _normalised,
         FieldType.TIMESTAMP: _time,
-        FieldType.LIST: _values.loads,
-        FieldType.MAP: _values.loads,
+        FieldType.LIST: tagged_json.loads,
+        FieldType.MAP: tagged_json.loads,
     }
 
     def order(self, column: str, name: str, descending: bool) -> str:
@@ -98,7 +98,7 @@ class PostgresDialect(Dialect):
             case FieldType.LIST | FieldType.MAP:
                 return f"{_text(value)}::json"
             case FieldType.TIMESTAMP:
-                return f"'{_ENDS.get(value) or _values.time_to_text(value)}'::timestamptz"
+                return f"'{_ENDS.get(value) or tagged_json.time_to_text(value)}'::timestamptz"
             case FieldType.FLOAT:
                 return f"'{value!r}'::double precision"
             case FieldType.DECIMAL:
@@ -112,7 +112,7 @@ class PostgresDialect(Dialect):
         return None
 
     def element(self, item: Any) -> tuple[str, Any]:
-        return ("object" if isinstance(_values.tag(item), dict) else "scalar"), json_text(item)
+        return ("object" if isinstance(tagged_json.tag(item), dict) else "scalar"), json_text(item)
 
     def contains(self, column: str, tests: Sequence[tuple[str, str | None]]) -> str:
         return "(" + " OR ".join(_CONTAINS[kind].format(column=column, item=item) for kind, item in tests) + ")"
@@ -134,7 +134,7 @@ class PostgresDialect(Dialect):
 
 _CONTAINS = {
     "scalar": "{column}::jsonb @> {item}::jsonb",
-    # @> is content with a part of an object; the first test is for an index, the second is the truth
+    # @> also matches a part of an object: the first test can use an index, the second is exact
     "object": (
         "({column}::jsonb @> jsonb_build_array({item}::jsonb) AND "
         "EXISTS (SELECT 1 FROM jsonb_array_elements({column}::jsonb) AS element WHERE element = {item}::jsonb))"

@@ -23,8 +23,8 @@ _RETRIED = frozenset({"40001", "40P01"})  # a serialisation failure, a deadlock
 _CONNECTION_LOST = frozenset({"57P01", "57P02", "57P05", "25P03"})  # ended by an administrator, a crash, a time-out
 
 DRIVER_ERRORS = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError)
-"""Everything that the driver raises when the server or the way to it is at fault (ssl.SSLError is an OSError). The
-driver's own InternalClientError is what a call gets on a connection whose server was killed amid the call before."""
+"""All errors of the driver when the server or the network is at fault (ssl.SSLError is an OSError). A call raises the
+driver's InternalClientError on a connection whose server was killed during the call before."""
 
 
 def sqlstate(error: BaseException) -> str:
@@ -32,12 +32,12 @@ def sqlstate(error: BaseException) -> str:
 
 
 def is_retried(error: BaseException) -> bool:
-    """Whether the same transaction, begun again, may well succeed; nothing of it was applied."""
+    """Whether the same transaction may succeed when it is tried again; nothing of it was applied."""
     return sqlstate(error) in _RETRIED
 
 
 def is_connection_lost(error: BaseException) -> bool:
-    """Whether the connection is of no use any more; what was under way on it may or may not have been done."""
+    """Whether the connection is broken; the command on it may or may not have been executed."""
     state = sqlstate(error)
     if state:
         return state[:2] == "08" or state in _CONNECTION_LOST
@@ -45,12 +45,13 @@ def is_connection_lost(error: BaseException) -> bool:
 
 
 def is_outdated(error: BaseException) -> bool:
-    """A statement kept by the connection was made for tables that have changed since; the driver has forgotten it."""
+    """Whether a prepared statement is older than a change of its tables; the driver has dropped it by now."""
     return isinstance(error, asyncpg.exceptions.InvalidCachedStatementError | asyncpg.OutdatedSchemaCacheError)
 
 
 def translated(error: BaseException, place: str) -> StrongroomError:
-    """The driver's error as Strongroom's. Its own text goes along only where it cannot hold a value or a password."""
+    """The driver's error as one of Strongroom's. The driver's text is included only where it cannot hold a value or a
+    password."""
     state = sqlstate(error)
     if state:
         return _of_state(state, error, place)

@@ -1,4 +1,4 @@
-"""What PostgreSQL's own statistics say of the indexes: which were never used, which tables are read whole."""
+"""Advice from PostgreSQL's statistics: indexes that were never used, and tables that are read whole."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _SINCE = "SELECT to_char(stats_reset, 'YYYY-MM-DD HH24:MI TZ') FROM pg_stat_data
 
 
 async def advise(connection: asyncpg.Connection, schema: str, collections: Iterable[Collection]) -> list[Advice]:
-    """As `Advising.advise`. The counts are those of this server alone: what a standby serves is not among them."""
+    """As `Advising.advise`. The counts are those of this server: reads on a standby are not among them."""
     reset = await connection.fetchval(_SINCE)
     since = f"since the statistics' reset at {reset}" if reset else "since the server's statistics began"
     declared = {collection.name: collection for collection in collections}

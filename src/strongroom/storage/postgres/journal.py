@@ -18,15 +18,15 @@ _TYPES = {"at_us": "bigint", "version": "bigint"}
 
 
 class Journal:
-    """Texts for the journal in `schema`."""
+    """The SQL of the journal in `schema`."""
 
     def __init__(self, schema: str) -> None:
         name = quoted(schema)
-        self.channel = f"strongroom_{schema}"[:63]  # as long as a name may be; who shares it is only woken in vain
+        self.channel = f"strongroom_{schema}"[:63]  # two stores that share a channel only wake each other
         self.head = f"SELECT sequence FROM {name}.strongroom_journal_head"
         journal = f"{name}.strongroom_journal"
         columns = listed(JOURNAL_COLUMNS)
-        # With each page the head and the floor of the same moment: how far the journal goes, and what it has dropped.
+        # Each page comes with the head and the floor at the same moment: the last record, and the last dropped one.
         page = (
             f"SELECT head.sequence, head.floor, {', '.join(f'n.{quoted(c)}' for c in JOURNAL_COLUMNS)} "
             f"FROM {{}}{name}.strongroom_journal_head AS head LEFT JOIN LATERAL (SELECT {columns} FROM {journal} "
@@ -50,7 +50,7 @@ class Journal:
         )
 
     async def append(self, connection: asyncpg.Connection, lines: Sequence[Line]) -> tuple[int, str]:
-        """Append the lines in their order: the last one's sequence, and the transaction's id."""
+        """Append the records in their order. Returns the last one's sequence, and the transaction's id."""
         times = [journal_time(line[2]) for line in lines]
         columns = list(zip(*lines, strict=True))
         ((sequence, xid, _),) = await connection.fetch(self._append, len(lines), self.channel, times, *columns)

@@ -1,8 +1,8 @@
-"""Who sees the journal and the list of tenants in PostgreSQL: a tenant its own part; all of it, a role of its own.
+"""Access to the journal and to the list of tenants on PostgreSQL: a tenant sees its own part, the reader role all.
 
-The change feed, and whoever lists tenants or asks whether a record is there, reads under the reader role, which it
-takes on for one transaction. Where one role owns and serves (a set-up for development), there is no reader: then the
-owner sees all of it in a transaction that says so (`app.journal`).
+The change feed, the list of tenants and the question whether a record exists run under the reader role, which the
+application takes on for one transaction. In a set-up with a single role (for development) there is no reader role: the
+owner sees everything in a transaction that sets `app.journal`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ READER = "strongroom_reader"
 TABLES = ("strongroom_journal", "strongroom_tenants")
 """The store's own tables under row-level security."""
 AS_OWNER = "SET LOCAL app.journal = 'whole'"
-"""What an owner that serves begins a transaction with, to see all of them."""
+"""Begins a transaction in which an owner that serves sees all of them."""
 WITH_SECRETS = "SET LOCAL app.secrets = 'on'"
-"""What a transaction says that is to use a collection of secrets alone."""
+"""A transaction sets this to use a collection that holds secrets alone."""
 
 _PRESENT = "nullif(current_setting('app.current_tenant', true), '')"
 READER_POLICY = "reader_select"
@@ -74,8 +74,8 @@ FROM pg_roles AS me LEFT JOIN pg_namespace AS namespace ON nspname = $1 WHERE me
 
 
 async def taking_all(connection: asyncpg.Connection, schema: str) -> str | None:
-    """What the connected role begins a transaction with to see all of the tables; None if it may not."""
+    """The statement that begins a transaction which sees the whole tables; None if the connected role may not."""
     row = await connection.fetchrow(_WHO, schema, READER_POLICY)
-    if row["owns"] is not False:  # or there is no schema yet, which it will own if it makes it
+    if row["owns"] is not False:  # or there is no schema yet, and the role that makes it will own it
         return AS_OWNER
     return f"SET LOCAL ROLE {quoted(row['reader'])}" if row["reader"] is not None else None

@@ -1,4 +1,7 @@
-"""Wakes whoever follows the journal as soon as another process has appended to it; those who poll need it not."""
+"""Wakes the followers of the journal as soon as another process has appended to it (LISTEN and NOTIFY).
+
+It only shortens the wait: followers poll as well.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,8 @@ _log = logging.getLogger(__name__)
 
 
 class Listener:
-    """A connection that listens, made again when it is lost. `start` it once; a notification that was missed meanwhile
-    is made up for by one wake after each reconnection."""
+    """A connection that listens, made again when it is lost. `start` it once. Each reconnection wakes the followers
+    once, in place of the notifications that were missed."""
 
     def __init__(self, connector: Connector, channel: str, wake: Callable[[], None]) -> None:
         self._connector = connector
@@ -42,7 +45,7 @@ class Listener:
         while True:
             try:
                 await self._listen()
-            except Exception as error:  # without it every change would be heard of by the next poll only
+            except Exception as error:  # without the listener every change would wait for the next poll
                 foreseen = isinstance(error, (StrongroomError, *DRIVER_ERRORS))
                 _log.warning(
                     "nothing is heard of other processes' changes until the next poll: %s",

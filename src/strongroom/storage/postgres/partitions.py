@@ -1,7 +1,7 @@
 """The journal's monthly partitions in PostgreSQL: made ahead of time, dropped whole when they are past retention.
 
-The work is done by two functions in the database, which run as the schema's owner: the application role may make
-partitions, since it is what runs all the time; only the retention role may drop them.
+Two functions in the database do the work, as the schema's owner. The application role may make partitions, since it
+runs all the time; only the retention role may drop them.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ MONTHS_AHEAD = 3
 """Partitions are made for this month and so many after it."""
 MAX_MONTHS_AHEAD = 120
 LOCK_TIMEOUT_MS = 3_000
-"""How long making or dropping a partition waits for those who use the journal, who wait behind it meanwhile."""
+"""How long making or dropping a partition waits for transactions on the journal. Later ones wait behind it."""
 
 _FIRST, _LAST = datetime(1970, 1, 1, tzinfo=UTC), datetime(9999, 12, 31, tzinfo=UTC)
 
 
 class Schema(Protocol):
-    """What is needed of a store's settings."""
+    """The settings that partitions need."""
 
     @property
     def schema(self) -> str: ...
 
 
 def journal_time(at_us: int) -> datetime:
-    """The journal's `at` of a record: its time as far as a calendar has it. `at_us` beside it stays exact."""
+    """The journal's `at` of a record: its time, cut to the years that a calendar has. `at_us` beside it stays exact."""
     try:
         return min(max(datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=at_us), _FIRST), _LAST)
     except OverflowError:

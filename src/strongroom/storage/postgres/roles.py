@@ -1,8 +1,8 @@
-"""Who may do what in PostgreSQL: the roles an operator makes, each table's privileges, the check of one's own role.
+"""Roles on PostgreSQL: the script that makes them, each table's privileges, and the check of the connected role.
 
 Four roles: the owner migrates and never serves; the application reads and writes documents and appends to the journal;
 the reader sees the journal of all tenants, and the application takes it on for single transactions (the change feed);
-retention drops the journal's old partitions. The application can neither alter a table nor get round a policy.
+retention drops the journal's old partitions. The application can neither alter a table nor bypass a policy.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 
 class Schema(Protocol):
-    """What is needed of a store's settings."""
+    """The settings that roles need."""
 
     @property
     def schema(self) -> str: ...
@@ -36,7 +36,7 @@ def _literal(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-# --- What an operator runs ------------------------------------------------------------------------------------
+# --- The operator's script ------------------------------------------------------------------------------------
 
 
 def roles_sql(
@@ -48,8 +48,8 @@ def roles_sql(
 ) -> str:
     """The SQL that makes the four roles and the schema, and grants each what it needs; for psql.
 
-    It may be run before the first `schema apply` or after it, and again. Passwords are left to `\\password`, so that
-    none stands in a file. ConfigError for names that cannot be roles or are not four.
+    It may run before the first `schema apply` or after it, and again. Set passwords with `\\password`, so that no file
+    has them. ConfigError for names that cannot be roles or are not four.
     """
     names = (owner, application, retention, reader)
     for name in names:
@@ -102,7 +102,7 @@ ALTER DEFAULT PRIVILEGES FOR ROLE {own} IN SCHEMA {schema} GRANT USAGE ON TYPES 
 
 
 def grants(schema: str, applications: Sequence[str], retentions: Sequence[str], readers: Sequence[str]) -> str:
-    """The script that gives the roles exactly what they need on every table that is there, and takes what is more."""
+    """The script that grants the roles exactly the privileges that they need on every table, and revokes all others."""
     name = quoted(schema)
     app_array = f"ARRAY[{', '.join(map(_literal, applications))}]::text[]"
     retention_array = f"ARRAY[{', '.join(map(_literal, retentions))}]::text[]"
@@ -182,7 +182,7 @@ async def granted_roles(connection: asyncpg.Connection, schema: str) -> tuple[li
     )
 
 
-# --- One's own role -------------------------------------------------------------------------------------------
+# --- The connected role ---------------------------------------------------------------------------------------
 
 _OWN_ROLE = """
 SELECT me.rolname::text AS name, me.rolsuper, me.rolbypassrls, me.rolcreaterole,
@@ -214,7 +214,8 @@ _WHAT_TO_RUN = "run what `strongroom schema roles` prints, and name the applicat
 
 
 async def check_role(connection: asyncpg.Connection, settings: Schema) -> None:
-    """StoreError, with what to run, if the connected role could get round row-level security or change the journal.
+    """Raises StoreError, with the command to run, if the connected role could bypass row-level security or change the
+    journal.
 
     A role that owns the schema itself, and is neither superuser nor BYPASSRLS, may serve: FORCE keeps it under the
     policies. It could still alter the tables, which a warning in the log says.

@@ -1,4 +1,4 @@
-"""`prepare` on PostgreSQL: what is there is compared with the declarations, and made to fit while others use it.
+"""`prepare` on PostgreSQL: compares the schema with the declarations, and changes it while other processes use it.
 
 A start where nothing differs costs one round trip or two: the declarations that were last applied are kept beside a
 fingerprint of each table. Only if one of them differs is the live schema compared, by Alembic.
@@ -39,7 +39,7 @@ __all__ = ["check_role", "prepare", "unchangeable"]
 
 
 class Settings(Protocol):
-    """What is needed of a store's settings."""
+    """The settings that `prepare` needs."""
 
     @property
     def schema(self) -> str: ...
@@ -57,7 +57,7 @@ async def prepare(
     allow_destructive: bool = False,
 ) -> tuple[SchemaChange, ...]:
     """As `Store.prepare`. `connection` is in no transaction. SchemaError, with the command to run, if something
-    differs and this role may not change it; Unavailable if another apply, or the tables' users, stand in the way."""
+    differs and this role may not change it; Unavailable if another apply, or users of the tables, block it."""
     _refuse_reserved(collections)
     if mode == "plan":
         async with connection.transaction(isolation="repeatable_read", readonly=True):
@@ -95,7 +95,7 @@ async def prepare(
 
 
 async def unchangeable(connection: asyncpg.Connection, schema: str) -> str | None:
-    """Why the connected role may not change the schema, with whom to name instead; None if it may."""
+    """Why the connected role may not change the schema, and which role may; None if this role may."""
     if (await read_state(connection, schema)).may_change:
         return None
     role, owner = await connection.fetchrow(
@@ -107,7 +107,7 @@ async def unchangeable(connection: asyncpg.Connection, schema: str) -> str | Non
 
 
 async def _keep_partitions_ahead(connection: asyncpg.Connection, settings: Settings) -> None:
-    """Each start of each node sees to it. It is no reason not to start: the default partition takes what has none."""
+    """Every node does this at its start. A failure does not stop the start: the default partition takes the records."""
     try:
         made = await ensure_partitions(connection, settings, datetime.now(UTC))
     except (Denied, Unavailable) as error:
@@ -194,14 +194,14 @@ async def _apply(
     async with connection.transaction():
         if new or not state.made:
             await online.create(connection, schema, state, new, replaced)
-        for collection in unsaid:  # what was said of it is new, what is there fits
+        for collection in unsaid:  # only the kept declaration is new, the table fits
             await online.finish(connection, schema, collection)
 
 
 @asynccontextmanager
 async def _sole_applier(connection: asyncpg.Connection, settings: Settings) -> AsyncIterator[None]:
     """Keep every other apply of this schema out. Through pgbouncer, which lends no session, in one transaction."""
-    # Asked for again and again, never waited for: the build of an index waits for all who wait in a transaction.
+    # Polled instead of awaited: the build of an index waits for every transaction that waits for a lock.
     key = int.from_bytes(
         hashlib.sha256(f"strongroom schema {settings.schema}".encode()).digest()[:8], "big", signed=True
     )

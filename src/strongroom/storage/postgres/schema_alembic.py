@@ -24,11 +24,11 @@ from ...entities import Collection
 from .schema_tables import described
 
 Operation = tuple[Any, ...]
-"""One difference as Alembic says it: `("add_column", schema, table, column)` and the like."""
+"""One difference in Alembic's form: `("add_column", schema, table, column)` and similar."""
 
 
 async def operations(connection: asyncpg.Connection, schema: str, collections: Sequence[Collection]) -> list[Operation]:
-    """What would make the tables of `collections`, which are there, as they are declared."""
+    """The operations that would make the existing tables of `collections` equal to their declarations."""
     bridge = _Bridge(connection, asyncio.get_running_loop())
     return await asyncio.to_thread(_compared, bridge, schema, collections)
 
@@ -37,7 +37,7 @@ async def operations(connection: asyncpg.Connection, schema: str, collections: S
 
 
 class _Cursor:
-    """As PEP 249 has it, as far as reflection asks: one statement, its description and its rows."""
+    """The part of a PEP 249 cursor that reflection uses: one statement, its description and its rows."""
 
     arraysize = 1
     rowcount = -1
@@ -146,4 +146,4 @@ def _compared(bridge: _Bridge, schema: str, collections: Sequence[Collection]) -
     flat: list[Operation] = []
     for item in found:  # the changes of one column come as a list of their own
         flat += item if isinstance(item, list) else [item]
-    return [one for one in flat if not str(one[0]).endswith("_comment")]  # they say what is there, and change nothing
+    return [one for one in flat if not str(one[0]).endswith("_comment")]  # comments: they change nothing

@@ -1,8 +1,8 @@
-"""Making PostgreSQL's tables fit the declarations while others read and write them.
+"""Changes PostgreSQL's tables to fit the declarations while other processes read and write them.
 
 No step holds a lock that writers wait for longer than LOCK_TIMEOUT_MS: a change of the catalogue gives up and tries
 again; an index is built and dropped CONCURRENTLY; a new column's constant default is kept in the catalogue, so no row
-is touched, and NOT NULL is never put on a column that is there. Each step leaves the tables usable by the old
+is touched, and NOT NULL is never added to an existing column. Each step leaves the tables usable by the old
 declarations and by the new ones, and a killed apply is finished by the next.
 """
 
@@ -41,7 +41,7 @@ LOCK_TIMEOUT_MS = 500
 ALTER_DEADLINE_S = 60.0
 """How long a change of the catalogue is tried."""
 INDEX_LOCK_TIMEOUT_S = 600
-"""How long the build of an index waits for transactions that were open before it. Nobody waits behind it."""
+"""How long the build of an index waits for transactions that were open before it. No other one waits behind it."""
 STATEMENT_TIMEOUT_S = 86_400
 """A day: the build of an index takes as long as the table is large."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
@@ -50,7 +50,7 @@ _INDEX_ATTEMPTS = 5
 _log = logging.getLogger(__name__)
 
 
-# --- All at once: what nobody uses yet ------------------------------------------------------------------------
+# --- At once: tables that are not in use yet --------------------------------------------------------------------
 
 
 async def create(
@@ -92,12 +92,12 @@ async def upgrade(connection: asyncpg.Connection, schema: str) -> None:
     await _patiently(connection, "the journal", change)
 
 
-# --- Online: what is in use -----------------------------------------------------------------------------------
+# --- Online: tables in use --------------------------------------------------------------------------------------
 
 
 async def change(connection: asyncpg.Connection, schema: str, difference: Difference) -> None:
-    """Make one collection's table fit. Unavailable if its lock cannot be had, SchemaError for a unique index that the
-    documents break; then what was done stays, and does no harm."""
+    """Change one collection's table to fit. Unavailable if its lock is not free in time, SchemaError for a unique index
+    that the documents break. Steps that were done by then stay, and do no harm."""
     collection = difference.collection
     await _alter(connection, schema, difference)
     declared = physical_indexes(collection)
@@ -116,15 +116,15 @@ async def change(connection: asyncpg.Connection, schema: str, difference: Differ
 
 
 async def finish(connection: asyncpg.Connection, schema: str, collection: Collection) -> None:
-    """Say that a collection's table fits its declaration."""
-    for name, index in physical_indexes(collection).items():  # an apply that was killed may not have come to these
+    """Record that a collection's table fits its declaration."""
+    for name, index in physical_indexes(collection).items():  # an apply that was killed may have left these undone
         await connection.execute(comment_on_index(schema, name, collection, index))
     await comment(connection, schema, collection)
     await remember(connection, schema, collection.name, declaration(collection), finished=True)
 
 
 async def comment(connection: asyncpg.Connection, schema: str, collection: Collection) -> None:
-    """Say in the database what the collection is."""
+    """Write the comments that describe the collection into the database."""
     await connection.execute(";\n".join(comments_on(schema, collection)))
 
 
@@ -153,7 +153,7 @@ async def _alter(connection: asyncpg.Connection, schema: str, difference: Differ
     if not script:
         return
     _log.info("%s: altering the table", collection.name)
-    # Its indexes come later: were they said to be there, a killed apply would not be finished by the next.
+    # Its indexes come later: if they were recorded now, the next apply would not finish a killed one.
     half = {**declaration(collection), "indexes": []}
 
     async def change() -> None:
@@ -210,7 +210,7 @@ async def _drop_index(connection: asyncpg.Connection, schema: str, name: str) ->
     await connection.execute(sql, timeout=STATEMENT_TIMEOUT_S)
 
 
-# --- What the documents say -----------------------------------------------------------------------------------
+# --- Questions about the documents ------------------------------------------------------------------------------
 #
 # Row-level security hides the documents from the owner too, so they are asked tenant by tenant.
 
@@ -229,7 +229,7 @@ async def has_documents(connection: asyncpg.Connection, schema: str, collection:
 
 
 async def refuse_duplicates(connection: asyncpg.Connection, schema: str, difference: Difference) -> None:
-    """SchemaError for a unique index to be built that the documents break, before anything was changed."""
+    """Raises SchemaError, before any change, for a new unique index that the documents break."""
     collection = difference.collection
     table = f"{quoted(schema)}.{quoted(collection.name)}"
     for name in (*difference.new_indexes, *difference.rebuilt_indexes):
@@ -265,7 +265,7 @@ def broken_index(collection: Collection, index: Index, *ids: str) -> SchemaError
 
 
 async def _first_answer(connection: asyncpg.Connection, schema: str, sql: str) -> str | None:
-    """The first text that `sql` gives for a tenant, whom it knows as `_tenant`; None if it gives none for any."""
+    """The first text that `sql` returns for any tenant, which it names `_tenant`; None if it returns none."""
     block = f"""
         DO $body$
         DECLARE

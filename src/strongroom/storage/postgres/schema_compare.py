@@ -1,4 +1,4 @@
-"""What differs between declared collections and their tables in PostgreSQL, and how it is announced.
+"""The differences between declared collections and their tables on PostgreSQL, and the changes to announce.
 
 Alembic's comparison finds columns and indexes; what it does not look at (row-level security, collations, indexes that
 a failed build left behind) is read here, and what columns cannot tell (a list from a map, a default) is in the
@@ -27,7 +27,7 @@ from .schema_tables import (
     physical_indexes,
 )
 
-# --- What Alembic does not look at ----------------------------------------------------------------------------
+# --- What Alembic does not compare ----------------------------------------------------------------------------
 
 _BESIDE = """
 SELECT relname::text AS name, relrowsecurity AND relforcerowsecurity AS secured,
@@ -45,21 +45,21 @@ FROM pg_class WHERE relnamespace = $1::text::regnamespace AND relname = ANY($2::
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """What differs in one collection that is there: the work to do."""
+    """The differences of one existing collection: the work to do."""
 
     collection: Collection
     rescoped: bool = False
-    """The table is kept by tenant where the declaration is not, or the other way round: it is made anew."""
+    """The table is scoped by tenant and the declaration is not, or the other way round: the table is made anew."""
     added: tuple[FieldSpec, ...] = ()
     retyped: Mapping[str, str] = field(default_factory=dict)
-    """Fields of another type, and what to say of each."""
+    """Fields of another type, with the text to announce for each."""
     nullable: tuple[str, ...] = ()
     defaults: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
     new_indexes: tuple[str, ...] = ()
-    """Declared indexes that are not there, or not usable, by their names in PostgreSQL."""
+    """Declared indexes that are missing or invalid, by their names in PostgreSQL."""
     rebuilt_indexes: tuple[str, ...] = ()
-    """Declared indexes that are there and go with a retyped column."""
+    """Declared indexes that exist and are dropped with a retyped column."""
     old_indexes: tuple[str, ...] = ()
     """Indexes that are not declared, or that a failed build left invalid."""
     policies: frozenset[str] | None = None
@@ -67,7 +67,7 @@ class Difference:
 
     @property
     def needs_values(self) -> bool:
-        """Whether a field is added that documents cannot be without, and that has nothing to give them."""
+        """Whether a required field without a default is added."""
         return any(_is_demanding(spec) for spec in self.added)
 
 
@@ -81,7 +81,7 @@ async def compare(
     """What differs in each of `collections`, whose tables are there. SchemaError for what cannot be declared."""
     if not collections:
         return []
-    from .schema_alembic import operations  # slow to import, and most starts do without it
+    from .schema_alembic import operations  # slow to import, and most starts do not need it
 
     names = [collection.name for collection in collections]
     beside = {row["name"]: row for row in await connection.fetch(_BESIDE, quoted(schema), names)}
@@ -106,7 +106,7 @@ def _table_of(operation: tuple[Any, ...]) -> str:
 
 @dataclass(slots=True)
 class _Physical:
-    """Alembic's operations on one table, sorted by what they mean."""
+    """Alembic's operations on one table, by their kind."""
 
     added: set[str] = field(default_factory=set)
     retyped: dict[str, str] = field(default_factory=dict)
@@ -186,7 +186,7 @@ def _difference(
     )
 
 
-# --- What to say of it ----------------------------------------------------------------------------------------
+# --- The changes to announce ------------------------------------------------------------------------------------
 
 
 def changes_of(difference: Difference, has_documents: bool) -> tuple[SchemaChange, ...]:

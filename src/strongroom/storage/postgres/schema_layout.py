@@ -1,4 +1,4 @@
-"""The tables in PostgreSQL that are the store's own: the script that makes them, and what they say of what is there."""
+"""The store's own tables on PostgreSQL: the script that makes them, and the state of the schema that they record."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import asyncpg
 
 from ...errors import StoreError
 from ..sql import quoted
-from . import partitions as _postgres_partitions
+from . import partitions
 from .journal_access import POLICIES, READER_POLICY, TABLES, policies
 from .schema_tables import Stored, comment_text, stored
 
 LAYOUT = 2
-"""The version of what is written below, kept in `strongroom_layout`."""
+"""The version of the layout below, kept in `strongroom_layout`."""
 OLDEST_LAYOUT = 1
 """The oldest version that this one can use."""
 
@@ -27,7 +27,7 @@ JOURNAL_COLUMNS = (
 
 
 def make_layout(schema: str) -> str:
-    """The script that makes the store's own tables, in a schema that is there."""
+    """The script that makes the store's own tables in an existing schema."""
     name = quoted(schema)
     return f"""
 CREATE TABLE {name}.strongroom_layout (version integer NOT NULL, made_at timestamptz NOT NULL DEFAULT now());
@@ -77,8 +77,8 @@ BEGIN
 END
 $body$;
 REVOKE ALL ON FUNCTION {name}.strongroom_require FROM PUBLIC;
-{_postgres_partitions.functions(schema)}
-SELECT {name}.strongroom_make_partitions(now(), {_postgres_partitions.MONTHS_AHEAD});
+{partitions.functions(schema)}
+SELECT {name}.strongroom_make_partitions(now(), {partitions.MONTHS_AHEAD});
 {policies(schema)}
 {comments(schema)}
 """
@@ -98,7 +98,7 @@ DO $body$ BEGIN
         SET floor = coalesce((SELECT min(sequence) - 1 FROM {name}.strongroom_journal), sequence);
     END IF;
 END $body$;
-{_postgres_partitions.functions(schema)}
+{partitions.functions(schema)}
 {policies(schema)}
 {comments(schema)}
 UPDATE {name}.strongroom_layout SET version = {LAYOUT};
@@ -138,7 +138,7 @@ _COMMENTS = {
 
 
 def comments(schema: str) -> str:
-    """The statements that say in the database what the store's own tables and columns are."""
+    """The statements that write comments on the store's own tables and columns into the database."""
     lines = []
     for what, text in _COMMENTS.items():
         table, _, column = what.partition(".")
@@ -176,12 +176,12 @@ SELECT md5(concat_ws('|', relrowsecurity, relforcerowsecurity,
 FROM pg_class WHERE relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = $1::text)
     AND relname = collection COLLATE "C"
 """
-"""What a collection's table looks like, as one text that changes when anyone changes the table."""
+"""A fingerprint of a collection's table: a text that changes whenever the table does."""
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What is in the schema now."""
+    """The state of the schema now."""
 
     schema_exists: bool
     made: bool
@@ -209,7 +209,7 @@ class State:
 
 
 async def read_state(connection: asyncpg.Connection, schema: str) -> State:
-    """What is there. StoreError for a layout that this version cannot use, and for a schema that is somebody else's."""
+    """The state of the schema. StoreError for a layout that this version cannot use, and for a foreign schema."""
     try:
         return await _read_state(connection, schema)
     except asyncpg.InsufficientPrivilegeError:

@@ -1,7 +1,7 @@
-"""How a declared collection looks in PostgreSQL: its table, its row-level security, its indexes, as DDL and as data.
+"""A declared collection on PostgreSQL: its table, its row-level security and its indexes, as DDL and as data.
 
-An index's name says all of it (`notes.index.status.-created_at`), so two indexes of one name are alike. A name that is
-longer than PostgreSQL's identifiers is shortened by a hash; its comment has the whole.
+An index's name describes it completely (`notes.index.status.-created_at`), so two indexes of one name are equal. A name
+that is longer than PostgreSQL's identifiers is shortened with a hash; its comment has the whole name.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from ..sql import describe, describe_field, index_columns, index_name, quoted
 from .dialect import ENGINE, PostgresDialect
 
 MAX_IDENTIFIER_BYTES = 63
-"""PostgreSQL's NAMEDATALEN - 1; it would cut what is longer without a word."""
+"""PostgreSQL's NAMEDATALEN - 1; it cuts longer names silently."""
 RESERVED_PREFIX = "strongroom_"
-"""What the store's own tables begin with; no collection's name may."""
+"""The prefix of the store's own tables; no collection's name may have it."""
 OWN_COLUMNS = frozenset({"tenant_id", *SYSTEM_FIELDS})
 
 DIALECT = PostgresDialect()
@@ -32,7 +32,7 @@ _HASH_DIGITS = 10
 
 
 def identifier(name: str) -> str:
-    """A name (ASCII) as PostgreSQL can keep it: itself, or its beginning and a hash of the whole."""
+    """An identifier for a name (ASCII): the name itself, or its beginning and a hash of the whole."""
     if len(name) <= MAX_IDENTIFIER_BYTES:
         return name
     digest = hashlib.sha256(name.encode()).hexdigest()[:_HASH_DIGITS]
@@ -40,7 +40,7 @@ def identifier(name: str) -> str:
 
 
 def primary_key_name(collection: Collection) -> str:
-    """What the constraint of the primary key is called. The dot keeps it apart from every table's name."""
+    """The name of the primary key's constraint. The dot keeps it apart from every table's name."""
     return identifier(f"{collection.name}.key")
 
 
@@ -115,7 +115,7 @@ _TENANT_COMMENT = "The tenant it concerns: what tenant_id is in the tables that 
 
 
 def comments_on(schema: str, collection: Collection) -> list[str]:
-    """The statements that say in the database what the collection's table and columns are."""
+    """The statements that write comments on the collection's table and columns into the database."""
     table = f"{quoted(schema)}.{quoted(collection.name)}"
     kept = "One tenant's rows at a time." if collection.tenant_scoped else "Of all tenants, or of none."
     found = [f"COMMENT ON TABLE {table} IS {comment_text(f'{collection.doc} {kept}'.strip())}"]
@@ -150,8 +150,8 @@ def create_index(schema: str, collection: Collection, name: str, *, concurrently
 def add_column(spec: FieldSpec) -> str:
     """The clause of ALTER TABLE that adds a field to a table that may have rows.
 
-    It is quick whatever the table's size: a constant default is kept in the catalogue and no row is touched. What has
-    no default may be null, for the rows that are there and for those that older code still writes.
+    It is quick whatever the table's size: a constant default is kept in the catalogue and no row is touched. A field
+    without a default may be null, for existing rows and for rows that older code still writes.
     """
     column = describe_field(spec, DIALECT, nullable=spec.optional or spec.default is None)
     table = sa.Table("t", sa.MetaData(), column)
@@ -164,7 +164,7 @@ _OF_THIS_TENANT = "tenant_id = (SELECT nullif(current_setting('app.current_tenan
 """The sub-select is evaluated once a statement. Unset reads null, but '' once a SET LOCAL has ended: hence nullif."""
 
 _WITH_SECRETS = "(SELECT current_setting('app.secrets', true)) = 'on'"
-"""Of a collection of secrets alone (peppers): a statement sees it if it says so, and no other by mistake."""
+"""For a collection that holds secrets alone (peppers): only a statement that sets `app.secrets` sees it."""
 
 
 def is_of_secrets(collection: Collection) -> bool:
@@ -228,7 +228,7 @@ def is_policy(collection: Collection, name: str, command: str, using: str | None
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A declaration as it was last applied: what the columns alone cannot tell (a list from a map, a default)."""
+    """A declaration as it was last applied: it has what columns do not show (a list or a map, a default)."""
 
     tenant_scoped: bool
     fields: Mapping[str, Mapping[str, Any]]
@@ -236,7 +236,7 @@ class Stored:
 
 
 def declaration(collection: Collection) -> dict[str, Any]:
-    """What `strongroom_schema` keeps of a collection, as JSON values."""
+    """A collection as `strongroom_schema` keeps it, as JSON values."""
     return {
         "tenant_scoped": collection.tenant_scoped,
         "fields": {
@@ -252,5 +252,5 @@ def declaration(collection: Collection) -> dict[str, Any]:
 
 
 def stored(value: Mapping[str, Any]) -> Stored:
-    """What `declaration` gave, read back."""
+    """The declaration that `declaration` encoded."""
     return Stored(value["tenant_scoped"], value["fields"], frozenset(value["indexes"]))

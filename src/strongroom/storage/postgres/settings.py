@@ -1,4 +1,4 @@
-"""What a `postgresql://` URL says: where the server is, and how the store uses it."""
+"""The settings in a `postgresql://` URL: the server, and the store's own options."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ CONNECT_TIMEOUT_S = 5.0
 STATEMENT_TIMEOUT_S = 30.0
 LOCK_TIMEOUT_S = 5.0
 GRACE_S = 5.0
-"""An answer may take so much longer than the statement's time (twice that, if it is short): then the connection, not
-the server, is at fault."""
+"""An answer that takes this much longer than the statement's time-out (at most as long again) means that the connection
+is broken."""
 
 _DRIVER_OPTIONS = frozenset(
     {
@@ -32,7 +32,7 @@ _SCHEMA_NAME = re.compile(r"[a-z_][a-z0-9_]{0,62}")
 
 @dataclass(frozen=True)
 class Settings:
-    """`dsn` is the URL without the store's own options; it holds the password, so neither it nor they are shown."""
+    """`dsn` is the URL without the store's own options. It holds the password, so it is not shown."""
 
     dsn: str = field(repr=False)
     place: str
@@ -49,22 +49,22 @@ class Settings:
         return self.statement_timeout_s + min(GRACE_S, self.statement_timeout_s)
 
     def session_settings(self) -> Mapping[str, str]:
-        """What each session is set to. The store's statements join lists of keys to tables, never tables: with nested
-        loops only, rows are locked in the order of the keys, and so two commits cannot wait for each other."""
+        """The settings of each session. The store's statements join lists of keys to tables, never two tables. With
+        nested loops alone, rows are locked in the order of the keys, so that two commits cannot deadlock."""
         return {
             "statement_timeout": f"{round(self.statement_timeout_s * 1000)}",
             "lock_timeout": f"{round(self.lock_timeout_s * 1000)}",
             "idle_in_transaction_session_timeout": f"{round(self.command_timeout_s * 1000)}",
             "enable_hashjoin": "off",
             "enable_mergejoin": "off",
-            "jit": "off",  # it pays on long analyses, and would cost a page of documents a tenth of a second
+            "jit": "off",  # it pays on long analyses, and would delay a page of documents by a tenth of a second
         }
 
     def connect_arguments(self) -> dict[str, Any]:
-        """The arguments of `asyncpg.connect`, but for the time that a command may take."""
+        """The arguments of `asyncpg.connect`, except the time-out of a command."""
         arguments: dict[str, Any] = {"dsn": self.dsn, "timeout": self.connect_timeout_s}
         if self.pgbouncer:
-            # What a session remembers is lost or leaks when the next transaction gets another one.
+            # The next transaction may get another session: state of a session would be lost, or leak.
             return {**arguments, "statement_cache_size": 0}
         return {
             **arguments,
@@ -76,7 +76,7 @@ class Settings:
 
 
 def read_settings(url: str) -> Settings:
-    """What the URL says. ConfigError names what is wrong; it never shows the password."""
+    """The settings in the URL. ConfigError names what is wrong; it never shows the password."""
     try:
         parts = urlsplit(url)
         port = parts.port

@@ -1,8 +1,8 @@
 """The PostgreSQL store: any number of nodes, row-level security in the engine, reads in one round trip, group commit.
 
-Who does what: reads borrow a connection of the pool; two lanes write, each a group of batches at a time on a connection
-of its own, one for batches of tenants and one for those of none, among them the usage ledger's; one more connection
-listens for what other nodes commit.
+Connections: reads borrow one from the pool. Two lanes write, each one group of batches at a time on a connection of
+its own: one lane for tenants' batches, one for batches of no tenant, such as the usage ledger's. One more connection
+listens for the commits of other nodes.
 """
 
 from __future__ import annotations
@@ -40,15 +40,7 @@ from ..port import (
     past_the_end,
 )
 from ..sql import content_size, quoted, record_of
-from . import (
-    index_statistics as _postgres_advice,
-)
-from . import (
-    partitions as _postgres_partitions,
-)
-from . import (
-    schema as _postgres_schema,
-)
+from . import index_statistics, partitions, schema
 from .commits import Commits
 from .errors import DRIVER_ERRORS, is_connection_lost, is_outdated, translated
 from .journal import Journal
@@ -61,7 +53,7 @@ from .settings import read_settings
 from .tables import Table
 
 OWN_CONNECTIONS = 3
-"""Of max_connections: one for each lane, one that listens. The others read."""
+"""Of max_connections: one for each lane, and one that listens. The others read."""
 
 T = TypeVar("T")
 _CURSOR = re.compile(r"[0-9]{1,18}")
@@ -73,14 +65,14 @@ class PostgresStore:
 
     `url` is `postgresql://user:password@host:port/database?schema=strongroom&…`. Options, with their defaults:
 
-    - `schema` (strongroom): where all tables are. It is the store's alone.
-    - `max_connections` (20): at most so many by this process.
+    - `schema` (strongroom): the schema of all tables. Nothing else may be in it.
+    - `max_connections` (20): the most connections of this process.
     - `connect_timeout_s` (5): to connect, or to wait for one of the connections.
-    - `statement_timeout_s` (30), `lock_timeout_s` (5): what runs or waits for longer is ended, and is Unavailable.
-    - `pgbouncer` (0): 1 if a pooler in transaction mode is in between. Then no session is relied on: nothing is
-      prepared, time-outs are set in each transaction, and other nodes' changes are found by polling alone.
+    - `statement_timeout_s` (30), `lock_timeout_s` (5): a statement that runs or waits longer fails with Unavailable.
+    - `pgbouncer` (0): 1 if a pooler in transaction mode is in between. Then the store relies on no session: it prepares
+      no statements, sets time-outs in each transaction, and finds other nodes' changes by polling alone.
 
-    What else the driver knows (`sslmode`, `sslrootcert`, `application_name`, …) is passed on to it.
+    The driver's other options (`sslmode`, `sslrootcert`, `application_name`, …) are passed on to it.
     """
 
     def __init__(self, url: str) -> None:
@@ -92,7 +84,7 @@ class PostgresStore:
         self._tables: Mapping[str, Table] = {}
         self._known_tenants: set[str] = set()
         self._taking_all: str | None = None
-        """What a transaction begins with that is to see the journal as a whole; None: this role may not."""
+        """The statement that begins a transaction which sees the whole journal; None if this role may not see it."""
         self._pool: Pool | None = None
         self._platform: Lane | None = None
         self._tenants: Lane | None = None
@@ -169,10 +161,10 @@ class PostgresStore:
     async def _fit(
         self, collections: Sequence[Collection], mode: Literal["apply", "plan"], allow_destructive: bool
     ) -> tuple[SchemaChange, ...]:
-        """On a connection of its own: what it sets, and how long it takes, are its own affair."""
+        """Compare or change the schema on a connection of its own, since it changes settings and may take long."""
         connection = await self._connector.connect()
         try:
-            changes = await _postgres_schema.prepare(
+            changes = await schema.prepare(
                 connection, self.settings, collections, mode=mode, allow_destructive=allow_destructive
             )
             if mode == "apply":
@@ -207,7 +199,7 @@ class PostgresStore:
     async def get(self, collection: str, tenant: str | None, id: str) -> Document | None:
         table = self._tables.get(collection)
         if table is None or (tenant is None and table.tenant_scoped):
-            table = self._table(collection, tenant)  # raises what is wrong
+            table = self._table(collection, tenant)  # raises the reason
         values = (tenant, id) if table.tenant_scoped else (id,)
         # Point reads are the most frequent calls: the usual case makes no call that it can avoid.
         pool = self._pool or self._opened()
@@ -259,8 +251,8 @@ class PostgresStore:
             raise Gone("the records that come after the cursor are past the journal's retention")
         lines = [row[2:] for row in rows if row[2] is not None]
         records = tuple(await in_slices(record_of, lines))
-        # Where there is nothing more it stands at the head, not at a tenant's last record: a quiet tenant's place
-        # would be past the retention one day.
+        # At the end the cursor is the journal's head, not the tenant's last record: a quiet tenant's cursor would one
+        # day be past the retention.
         cursor = str(records[-1].sequence if len(records) == limit else head)
         return ChangesPage(records, cursor, content_size(lines))
 
@@ -350,8 +342,8 @@ class PostgresStore:
     # --- Waking ---
 
     def on_change(self, callback: Callable[[], None]) -> None:
-        """Call `callback`, on the loop, soon after any process has appended to the journal. It may be called for
-        nothing, and a call may be lost with its connection: who follows the journal polls as well."""
+        """Call `callback` on the loop soon after any process has appended to the journal. It may be called without
+        need, and a call may be lost with its connection: a follower of the journal must poll as well."""
         self._callbacks.append(callback)
         if self._pool is not None:
             self._listen()
@@ -388,34 +380,34 @@ class PostgresStore:
         return roles_sql(self.settings, owner, application, retention, reader)
 
     async def unchangeable(self) -> str | None:
-        """Why this role may not change the schema, with whom to name instead; None if it may."""
-        return await self._maintain(lambda connection: _postgres_schema.unchangeable(connection, self.settings.schema))
+        """Why this role may not change the schema, and which role may; None if this role may."""
+        return await self._maintain(lambda connection: schema.unchangeable(connection, self.settings.schema))
 
     async def durability(self) -> dict[str, str]:
-        """The server's settings that decide whether what was committed is on its disk."""
+        """The server's settings that decide whether commits are on its disk."""
         ((fsync, commit, pages),) = await self._rows(_DURABILITY, ())
         return {"fsync": fsync, "synchronous_commit": commit, "full_page_writes": pages}
 
     async def advise(self) -> list[Advice]:
-        """What PostgreSQL's statistics say of the indexes of the prepared collections."""
+        """Advice from PostgreSQL's statistics about the indexes of the prepared collections."""
         collections = [table.collection for table in self._tables.values()]
         return await self._maintain(
-            lambda connection: _postgres_advice.advise(connection, self.settings.schema, collections)
+            lambda connection: index_statistics.advise(connection, self.settings.schema, collections)
         )
 
     async def make_journal_partitions(self) -> int:
-        """Make the journal's partitions of this month and the next; how many were missing. Without them nothing is
-        lost, but a partition made late has to take over what came before it."""
+        """Make the journal's partitions of this month and the next; returns how many were missing. Without them no
+        record is lost, but a partition that is made late has to take over the records that came before it."""
         return await self._maintain(
-            lambda connection: _postgres_partitions.ensure_partitions(connection, self.settings, datetime.now(UTC))
+            lambda connection: partitions.ensure_partitions(connection, self.settings, datetime.now(UTC))
         )
 
     async def drop_journal_before(self, at_us: int) -> int:
-        """Drop the journal's partitions all of whose records are older; how many were. Denied for an application
-        role that does not own the schema: retention has a role of its own."""
-        before = _postgres_partitions.journal_time(at_us)
+        """Drop the journal's partitions whose records are all older; returns how many. Denied for an application role
+        that does not own the schema: retention has a role of its own."""
+        before = partitions.journal_time(at_us)
         return await self._maintain(
-            lambda connection: _postgres_partitions.drop_partitions_before(connection, self.settings, before)
+            lambda connection: partitions.drop_partitions_before(connection, self.settings, before)
         )
 
     async def _maintain(self, work: Callable[[asyncpg.Connection], Awaitable[T]]) -> T:

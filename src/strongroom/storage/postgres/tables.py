@@ -1,4 +1,4 @@
-"""One collection in PostgreSQL: the texts that read it and, a document at a time, write it."""
+"""One collection on PostgreSQL: the SQL that reads it, and the SQL that writes one document of it."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Encoders = tuple[Callable[[Any], Any] | None, ...]
 VARIABLE = frozenset({FieldType.TEXT, FieldType.BYTES, FieldType.LIST, FieldType.MAP})
 _JSON = frozenset({FieldType.LIST, FieldType.MAP})
 
-# A read of a tenant's documents is one statement in a transaction of its own. The inner query needs the tenant that
-# the outer one gives, so set_config runs first; what the row-level policy compares with is asked for later, when the
-# first row is looked at. Were it ever the other way round, no row would be seen. The setting ends with the statement.
+# A read of a tenant's documents is one statement in a transaction of its own. The inner query uses the tenant that the
+# outer query returns, so set_config runs first; the row-level policy reads the setting later, at the first row. In the
+# other order no row would be visible. The setting ends with the statement.
 _OF_TENANT = (
     "SELECT n.* FROM (SELECT set_config('app.current_tenant', $1, true) AS tenant OFFSET 0) AS t "
     "CROSS JOIN LATERAL ({} OFFSET 0) AS n"
@@ -31,7 +31,7 @@ _OF_SECRETS = (
 
 
 class Table:
-    """Texts and codec of one collection in `schema`."""
+    """SQL and codec of one collection in `schema`."""
 
     def __init__(self, schema: str, collection: Collection) -> None:
         self.name = collection.name
@@ -84,7 +84,7 @@ def _length(name: str, kind: FieldType) -> str:
 
 
 class Statements:
-    """The texts that write one document of a collection in a transaction whose tenant is set."""
+    """The SQL that writes one document of a collection in a transaction whose tenant is set."""
 
     def __init__(self, table: Table) -> None:
         self.table = table
@@ -108,8 +108,8 @@ class Statements:
         self._add_texts: dict[str, str] = {}
 
     def update(self, columns: tuple[str, ...], *, versioned: bool) -> str:
-        """Sets `columns`; parameters: the key, [the version,] the columns. Answers the version and a measure of the
-        size."""
+        """Sets `columns`; parameters: the key, [the version,] the columns. Returns the version and the length of the
+        texts."""
         found = self._update_texts.get((columns, versioned))
         if found is None:
             first = self._keys + 1 + versioned
@@ -122,7 +122,7 @@ class Statements:
         return found
 
     def add(self, field: str) -> str:
-        """Parameters: the key, the time, the amount, the least and the most the field may hold before."""
+        """Parameters: the key, the time, the amount, the least and the greatest value of the field before."""
         found = self._add_texts.get(field)
         if found is None:
             self.table.encoders((field,))
