@@ -99,11 +99,11 @@ class RollingCounter:
         if not units:
             return
         number = now_us // self._bucket_us
-        if (
-            self._numbers and number <= self._numbers[-1]
-        ):  # also when the clock went backwards: count it later, not earlier
-            units = min(units, SATURATED - self._units[-1])
-            self._units[-1] += units
+        if self._numbers and number <= self._numbers[-1]:  # if the clock went back too: count it later, not earlier
+            before = self._units[-1]
+            if before + units > SATURATED:
+                units = SATURATED - before
+            self._units[-1] = before + units
         else:
             self._numbers.append(number)
             self._units.append(units)

@@ -23,6 +23,7 @@ from .corrections import (
     refill_started,
     take_back,
 )
+from .counters import SATURATED
 from .idempotent_admission import EarlierAdmission, kept_statuses, statuses_kept
 from .lease import UsageLease, fold, recover
 from .reservation_change import HoldChange, HoldEnded
@@ -191,14 +192,15 @@ class GroupDecision:
         cost, now_us, counters = request.cost, entry.now_us, []
         for one in subject.compiled_limits:
             counter, units = state.counter(one), cost.get(one.resource, 0)
-            if not request.force and counter.used(now_us) + units > one.most:
+            used = counter.used(now_us)
+            if not request.force and used + units > one.most:
                 return False
-            counters.append((one, counter, units))
+            counters.append((one, counter, used, units))
         statuses = []
-        for one, counter, units in counters:
+        for one, counter, used, units in counters:
             if units and one.resource != CONCURRENCY:
                 counter.add(now_us, units)
-            used = counter.used(now_us)
+                used = min(used + units, SATURATED)
             statuses.append(Status(one, used, counter.resets_at_us(now_us), used))
         state.add_totals(cost, request.count, now_us)
         entry.changed = True

@@ -158,38 +158,39 @@ class Writer:
         """Apply checks, and patches of one collection that name versions and the same fields, in two statements: what a
         group commit of usage is. None, and nothing applied, for any other batch, and for one that does not apply whole:
         an operation at a time then finds which one is in the way."""
-        patches = [one for one in batch.operations if type(one) is Patch]
-        if not patches or any(type(one) is not Check and type(one) is not Patch for one in batch.operations):
+        first = batch.operations[-1]
+        if type(first) is not Patch:
             return None
-        collection, fields = patches[0].collection, tuple(patches[0].fields)
-        now_us, now_text = self._now_us, self._now_text
-        for one in patches:
-            if one.collection != collection or one.expected is None or tuple(one.fields) != fields:
-                return None
-        how = self._of(collection).patches(fields)
+        collection, fields = first.collection, tuple(first.fields)
+        statements = self._of(collection)
+        how = statements.patches(fields)
         if how is None:
             return None
-        found = self._versions(batch.operations)
-        versions, rows, size = [], [], 0
+        checks, versions, rows, size = [], [], [], 0
+        now_us, now_text, encoders, measured = self._now_us, self._now_text, how.encoders, how.measured
         for operation in batch.operations:
             if type(operation) is Check:
-                there = found.get(operation.collection)
-                if there is None or there.get(operation.id, 0) != operation.expected:
-                    return None
+                checks.append(operation)
                 versions.append(0)
                 continue
-            id, expected, given = operation.id, operation.expected, operation.fields.values()  # type: ignore[union-attr]
+            if type(operation) is not Patch or operation.collection != collection or operation.expected is None:
+                return None
+            if tuple(operation.fields) != fields:
+                return None
+            expected, given = operation.expected, operation.fields.values()
             values = [
                 value if encode is None or value is None else encode(value)
-                for encode, value in zip(how.encoders, given, strict=True)
+                for encode, value in zip(encoders, given, strict=False)
             ]
-            length = sum([len(values[i]) for i in how.measured if values[i] is not None])
-            if length * _BYTES_PER_CHARACTER + self._of(collection).fixed_size > MAX_DOCUMENT_BYTES:
+            length = statements.fixed_size
+            for position in measured:
+                length += len(values[position] or "") * _BYTES_PER_CHARACTER
+            if length > MAX_DOCUMENT_BYTES:
                 return None
-            size += length * _BYTES_PER_CHARACTER + self._of(collection).fixed_size
-            rows.append((now_us, now_text, *values, id, expected))
-            versions.append(now_us if now_us > expected else expected + 1)  # type: ignore[operator]
-        if size > MAX_BATCH_BYTES:
+            size += length
+            rows.append((now_us, now_text, *values, operation.id, expected))
+            versions.append(now_us if now_us > expected else expected + 1)
+        if size > MAX_BATCH_BYTES or not self._checks_hold(checks, collection, batch.operations):
             return None
         before = self._connection.total_changes()
         try:
@@ -202,6 +203,21 @@ class Writer:
         if self._connection.total_changes() != before:
             self._execute("ROLLBACK TO batch").fetchall()  # there is a savepoint, since one patch was written before
         return None
+
+    def _checks_hold(self, checks: Sequence[Check], written: str, operations: Sequence[Operation]) -> bool:
+        """Whether all checks hold, of collections other than the written one."""
+        found = self._versions(operations)
+        for check in checks:
+            there = found.get(check.collection)
+            if there is not None:
+                version = there.get(check.id, 0)
+            elif check.collection != written:
+                version = self._version(self._of(check.collection), check.id)
+            else:
+                return False
+            if version != check.expected:
+                return False
+        return True
 
     def _run(self, batch: Batch) -> Committed:
         versions: list[int] = []
