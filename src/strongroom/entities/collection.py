@@ -1,4 +1,4 @@
-"""A collection: the declaration of an entity class as backends see it, with names, field types and indexes."""
+"""What a class declares, as backends see it: a `Collection` of names, field types and indexes; read from its fields."""
 
 from __future__ import annotations
 
@@ -53,8 +53,7 @@ class FieldType(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class FieldSpec:
-    """One declared field as a backend sees it. `default` is the value for documents written before the field
-    existed."""
+    """One declared field as a backend sees it. `default` is what documents written before the field existed get."""
 
     name: str
     type: FieldType
@@ -64,7 +63,7 @@ class FieldSpec:
     has_default: bool = False
     default: Any = None
     doc: str = field(default="", compare=False)
-    """A description for people who look at the store itself."""
+    """What the field is, for whoever looks at the store itself."""
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -104,9 +103,9 @@ class Collection:
     journalled: bool = True
     cached: Cached | None = None
     placed_by: str | None = None
-    """The field whose value, instead of the id, names the document in Firestore."""
+    """The field by whose value, instead of the id, a document is named where documents have names (Firestore)."""
     doc: str = field(default="", compare=False)
-    """A description: the first paragraph of the entity's docstring."""
+    """What its documents are: the beginning of the entity's docstring."""
 
     @functools.cached_property  # asked for with each journal record
     def secrets(self) -> frozenset[str]:
@@ -114,7 +113,7 @@ class Collection:
 
     @property
     def unique_fields(self) -> frozenset[str]:
-        """The fields that find one document, because a unique index has this field alone."""
+        """Fields that a single-field unique index makes a way to find one document."""
         return frozenset(i.columns[0][0] for i in self.indexes if i.unique and len(i.columns) == 1)
 
     def type_of(self, name: str) -> FieldType | None:
@@ -175,7 +174,7 @@ def declare(
     cache: Cached | None = None,
     placed_by: str | None = None,
 ) -> Collection:
-    """The declaration of a class; `base` has the fields that the store sets. SchemaError names every mistake."""
+    """The declaration of a class; `base` has the fields that the store sets. SchemaError names all that is wrong."""
     wrong: list[str] = []
     if not _NAME.fullmatch(name):
         wrong.append(f"collection {name!r}: expected lower-case letters, digits and _, at most 60 characters")
@@ -249,7 +248,7 @@ def _doc(cls: type) -> str:
 
 
 def unwrapped(annotation: Any) -> tuple[Any, bool, tuple[Any, ...]]:
-    """The type inside `Annotated` and `… | None`, whether it is optional, and its annotations."""
+    """The type inside `Annotated` and `… | None`, whether it is optional, and what it was annotated with on the way."""
     optional, marks = False, []
     while True:
         origin = get_origin(annotation)
@@ -265,8 +264,8 @@ def unwrapped(annotation: Any) -> tuple[Any, bool, tuple[Any, ...]]:
 
 
 def _marks(info: FieldInfo, kind: type[_Mark]) -> list[_Mark]:
-    """The marks of one kind on a field, at any place: `Annotated[str | None, Secret()]`,
-    `Annotated[str, Secret()] | None`, also the class alone, without ()."""
+    """The marks of one kind on a field, wherever they stand: `Annotated[str | None, Secret()]`,
+    `Annotated[str, Secret()] | None`, and the class alone, without (), too."""
     found = (*info.metadata, *unwrapped(info.annotation)[2])
     marks = (kind() if mark is kind else mark for mark in found)
     return [mark for mark in marks if isinstance(mark, kind)]

@@ -1,4 +1,4 @@
-"""Messages for wrong input: Pydantic's errors as "found …, expected …". Pure."""
+"""What is wrong with input, in one voice: Pydantic's errors as "found …, expected …". Pure."""
 
 from __future__ import annotations
 
@@ -74,13 +74,13 @@ _EXPECTED: dict[str, str] = {
     "callable_type": "a function",
     "missing_sentinel_error": "nothing: leave it out",
 }  # fmt: skip
-"""What is expected, for errors that need no details."""
+"""What is expected, where a type says it all."""
 
 
 def problems_of(error: ValidationError, prefix: str = "", secrets: Collection[str] = ()) -> list[Problem]:
-    """All of Pydantic's errors as Problems: the path, what was found and what was expected.
+    """Pydantic's errors as Problems: every one, with its path, what was found and what was expected.
 
-    No value of the fields in `secrets` is shown."""
+    Of the fields named in `secrets` no value is shown."""
     items = error.errors(include_url=False)
     found = []
     for same in _ways(items):
@@ -93,7 +93,7 @@ def problems_of(error: ValidationError, prefix: str = "", secrets: Collection[st
 
 
 def _ways(items: Iterable[Item]) -> list[list[Item]]:
-    """The errors in groups: the errors of all alternatives of one union are a group."""
+    """The errors; those of the ways of one union, of which any would have done, together."""
     groups: list[list[Item]] = []
     for item in items:
         location = item["loc"]
@@ -114,7 +114,7 @@ def _ways(items: Iterable[Item]) -> list[list[Item]]:
 
 
 def _either(messages: list[str]) -> str:
-    """One message for the alternatives of a union."""
+    """One message of those of a union's ways."""
     first, *more = messages
     stem = first.partition(", expected ")[0]
     expected = [one.partition(", expected ")[2] for one in messages]
@@ -124,9 +124,9 @@ def _either(messages: list[str]) -> str:
 
 
 def message_of(item: Item, hidden: bool = False) -> str:
-    """The message for one of Pydantic's errors. `hidden`: the value is a secret."""
+    """One of Pydantic's errors in our words. `hidden`: the value is a secret."""
     kind, context, value = item["type"], item.get("ctx", {}), item.get("input")
-    if kind in ("value_error", "assertion_error"):  # raised by a validator, ours or the user's
+    if kind in ("value_error", "assertion_error"):  # what a validator of ours, or of the user's, says
         return str(item["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
     if kind in _WHOLE:
         return _WHOLE[kind](context, value, hidden)
@@ -135,14 +135,14 @@ def message_of(item: Item, hidden: bool = False) -> str:
         return f"found {found}, expected {_EXPECTED[kind]}"
     if kind in _BOUNDS:
         return f"found {found}, expected {_BOUNDS[kind](context)}"
-    # A kind of error that a validator defines, or a new one of Pydantic: its text becomes the end of our sentence.
+    # A validator's own kind, or one that is new: its text begins in the middle of our sentence.
     text = str(item["msg"]).rstrip(".")
     expected = re.sub(r"^(Input|Value|Data|String|URL) (should be|is not|must be|should) ?", "", text)
     return f"found {found}, expected {expected[:1].lower()}{expected[1:]}"
 
 
 def found_in(value: object, hidden: bool = False) -> str:
-    """A value as a message shows it: texts and numbers up to MAX_SHOWN_CHARS, of other values the kind."""
+    """A value as a message shows it: texts and numbers as they are, up to MAX_SHOWN_CHARS; of the rest its kind."""
     if hidden or value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value] if not hidden else kind_of(value)  # type: ignore[index]
     if isinstance(value, str):
@@ -155,7 +155,7 @@ def found_in(value: object, hidden: bool = False) -> str:
 
 
 def size_of(value: object) -> str:
-    """What a message shows where a list of a certain length was expected."""
+    """What was found where a list of so many was expected."""
     return f"{len(value)} entries" if isinstance(value, list) else found_in(value)
 
 
