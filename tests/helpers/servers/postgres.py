@@ -256,11 +256,19 @@ def lent_schema(server: Server, prepare: Callable[[str], None]) -> Iterator[str]
     emptied, unless this one changes its tables."""
     lent = _prepared.pop() if _prepared else _made(server, prepare)
     yield server.url(lent.schema)
-    if server.fetch(_TABLES, lent.schema) == lent.tables:
-        tables = {f"{lent.schema}.{name}": rows for name, rows in lent.rows.items()}
-        filled = (f"INSERT INTO {t} SELECT * FROM json_populate_recordset(NULL::{t}, '{r}')" for t, r in tables.items())
-        server.execute(_EMPTIED.format(schema=lent.schema), *filled)
-        _prepared.append(lent)
+    tables = {f"{lent.schema}.{name}": rows for name, rows in lent.rows.items()}
+    filled = (f"INSERT INTO {t} SELECT * FROM json_populate_recordset(NULL::{t}, '{r}')" for t, r in tables.items())
+
+    async def emptied() -> None:
+        connection = await asyncpg.connect(server.admin)  # one for all: a connection costs more than the statements
+        try:
+            if [tuple(row) for row in await connection.fetch(_TABLES, lent.schema)] == lent.tables:
+                await connection.execute("; ".join((_EMPTIED.format(schema=lent.schema), *filled)))
+                _prepared.append(lent)
+        finally:
+            await connection.close()
+
+    in_thread(emptied)
 
 
 def _made(server: Server, prepare: Callable[[str], None]) -> _Prepared:
