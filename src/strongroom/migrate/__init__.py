@@ -1,7 +1,7 @@
-"""Moves everything from one store to another: planned, resumable, proved by checksums, live, and taken back.
+"""Moves everything from one store to another: planned, resumable, verified by checksums, live, and reversible.
 
-It knows the stores by the port alone, so that any two of the backends will do. How far it is stands in the target, in
-the same batches as the documents: after a kill at any moment the same call goes on. See docs/migrate.md.
+It uses the storage port only, so it works between any two backends. The target stores the progress in the same batches
+as the documents: after a kill at any moment the same call resumes. See docs/migrate.md.
 """
 
 from .compare import Difference

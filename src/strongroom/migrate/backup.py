@@ -1,10 +1,10 @@
-"""A logical backup of collections: JSON lines, compressed, closed by counts and checksums; written, proved, restored.
+"""A logical backup of collections: compressed JSON lines that end with counts and checksums; written and verified.
 
     {"strongroom_backup": 1, "store": "…", "made_at": "…"}
     {"collection": "notes", "tenant": "acme", "document": {…}}
     {"parts": [{"collection": "notes", "tenant": "acme", "documents": 1, "checksum": "…"}], "lines": 1, "sha256": "…"}
 
-The document is tagged as the JSON store has it (bytes, decimals, times). `sha256` is of all the lines before.
+Documents are in the JSON store's tagged JSON (bytes, decimals, times). `sha256` covers all lines before the last.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Sums = dict[tuple[str, str | None], SetSum]
 
 @dataclass(frozen=True, slots=True)
 class Backup:
-    """A file that was read to its end and found whole."""
+    """A file that was read to its end and verified."""
 
     path: Path
     sums: Mapping[tuple[str, str | None], SetSum]
@@ -54,16 +54,16 @@ class Backup:
 async def write(
     store: Store, name: str, collections: Sequence[Collection], path: Path, tell: Callable[[int], None]
 ) -> Backup:
-    """Write every document of the collections to a new file; it is durable, and has its name, when this returns.
+    """Write every document of the collections to a new file, which is durable and complete when this returns.
 
-    A file that is there already is taken if it is a backup of exactly what the store holds now: its writer was killed
-    behind it. Raises Conflict if it is anything else.
+    An existing file is accepted if it is a backup of exactly the store's present documents: its writer was killed after
+    writing it. Raises Conflict for any other file.
     """
     if await asyncio.to_thread(path.exists):
-        there = await asyncio.to_thread(proved, path)
-        if there.sums != await _sums(store, collections):
+        existing = await asyncio.to_thread(verified, path)
+        if existing.sums != await _sums(store, collections):
             raise Conflict(f"{path}: is there already, and is no backup of what the store holds now: name a new file")
-        return there
+        return existing
     partial = path.with_name(path.name + ".partial")
     sums: Sums = {}
     try:
@@ -81,7 +81,7 @@ async def write(
 
 
 class _Writer:
-    """Writes lines, and knows what they come to."""
+    """Writes lines, and keeps their count and digest."""
 
     def __init__(self, file: gzip.GzipFile) -> None:
         self._file = file
@@ -155,8 +155,8 @@ async def _sums(store: Store, collections: Sequence[Collection]) -> Sums:
 # --- Reading --------------------------------------------------------------------------------------------------
 
 
-def proved(path: Path) -> Backup:
-    """Read the file to its end. StoreError, which names the file and the line, if a byte of it is not as written."""
+def verified(path: Path) -> Backup:
+    """Read and verify the whole file. Raises StoreError, with the file and the line, if any byte is damaged."""
     sums: Sums = {}
     digest = hashlib.sha256()
     trailer: Mapping[str, Any] | None = None
@@ -197,7 +197,7 @@ def _lines(path: Path) -> Iterator[tuple[bytes, Mapping[str, Any]]]:
 
 
 async def documents(path: Path, skip: int) -> AsyncGenerator[list[tuple[str, str | None, Document]], None]:
-    """The documents of a proved file as (collection, tenant, document), some at a time, after `skip` of them."""
+    """The documents of a verified file as (collection, tenant, document), in pages, after the first `skip`."""
     lines = _lines(path)
 
     def some() -> list[tuple[str, str | None, Document]]:

@@ -1,8 +1,8 @@
-"""What a document comes to, alike on every engine: canonical bytes, their digest, and the sum of a set of digests.
+"""Checksums that are equal on every engine: canonical bytes of a document, their digest, and the sum of a set.
 
-The sum is of SHA-256 digests as numbers, modulo 2**256: it does not depend on an order, so two engines may be read as
-each of them is quickest; and a document that is there twice counts twice, where an exclusive or would cancel it.
-A version is the store's own and is left out.
+The sum adds SHA-256 digests as numbers, modulo 2**256. It does not depend on an order, so each engine is read in its
+fastest order. A duplicate document counts twice, where an exclusive or would cancel it. Versions are left out, because
+each store assigns its own.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from ..storage.port import Record
 MODULUS = 2**256
 _DECIMAL_CODE = 1
 _encode = msgspec.msgpack.Encoder(order="deterministic").encode
-_TOLD_APART = frozenset({FieldType.DECIMAL, FieldType.LIST, FieldType.MAP})
+_AMBIGUOUS = frozenset({FieldType.DECIMAL, FieldType.LIST, FieldType.MAP})
 
 
 @dataclass(slots=True)
 class SetSum:
-    """How many documents a set has, and the sum of their digests."""
+    """The number of documents in a set, and the sum of their digests."""
 
     count: int = 0
     total: int = 0
@@ -46,19 +46,19 @@ class SetSum:
 
 
 class Canonical:
-    """Documents of one collection as bytes: the same for equal documents, and for those alone."""
+    """Documents of one collection as bytes: equal for equal documents only."""
 
     def __init__(self, collection: Collection) -> None:
         names = sorted(collection.fields)
         self._values = itemgetter("id", "created_at", "updated_at", *names)
-        self._special = tuple(i for i, n in enumerate(names, 3) if collection.fields[n].type in _TOLD_APART)
+        self._special = tuple(i for i, n in enumerate(names, 3) if collection.fields[n].type in _AMBIGUOUS)
         self._head = sha256(_encode([collection.name, names])).digest()
 
     def encoded(self, document: Document) -> bytes:
         values = self._values(document)
         for position in self._special:
             if values[position]:
-                return _encode([told_apart(v) if i in self._special else v for i, v in enumerate(values)])
+                return _encode([tagged(v) if i in self._special else v for i, v in enumerate(values)])
         return _encode(values)
 
     def digest(self, encoded: bytes) -> int:
@@ -70,9 +70,9 @@ class Canonical:
 
 
 def encoded_record(record: Record) -> bytes:
-    """A journal record as canonical bytes, without its sequence, which is the store's own."""
+    """A journal record as canonical bytes, without its sequence, which each store assigns."""
     head = (record.id, record.tenant, record.at_us, record.actor, record.request_id, record.action)
-    rest = (record.collection, record.entity_id, told_apart(record.before), told_apart(record.after), record.version)
+    rest = (record.collection, record.entity_id, tagged(record.before), tagged(record.after), record.version)
     return _encode((*head, *rest))
 
 
@@ -83,15 +83,15 @@ def record_digest(encoded: bytes) -> int:
 _PLAIN = frozenset({type(None), bool, int, float, str, bytes, datetime})
 
 
-def told_apart(value: Any) -> Any:
-    """The value with its decimals marked, which would look like texts otherwise."""
+def tagged(value: Any) -> Any:
+    """The value with tagged decimals, which would otherwise equal texts."""
     kind = type(value)
     if kind is dict:
         if _PLAIN.issuperset(map(type, value.values())):
             return value
-        return {name: inner if type(inner) in _PLAIN else told_apart(inner) for name, inner in value.items()}
+        return {name: inner if type(inner) in _PLAIN else tagged(inner) for name, inner in value.items()}
     if kind is list:
-        return value if _PLAIN.issuperset(map(type, value)) else [told_apart(inner) for inner in value]
+        return value if _PLAIN.issuperset(map(type, value)) else [tagged(inner) for inner in value]
     if kind is Decimal:
         return msgspec.msgpack.Ext(_DECIMAL_CODE, str(encode_value(value)).encode())
     return value

@@ -1,4 +1,4 @@
-"""Compares what two stores hold, part by part, in one pass over each: both sums, and every document that differs."""
+"""Compares two stores part by part, in one pass over each: both checksums, and every document that differs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One document that the two stores do not have alike."""
+    """One document that differs between the two stores."""
 
     collection: str
     tenant: str | None
@@ -38,13 +38,13 @@ class Difference:
 
 
 class _Side:
-    """One store's documents of a part: their digests, until they are compared."""
+    """One store's documents of a part, as digests that are not compared yet."""
 
     def __init__(self, store: Store, part: Part, canonical: Canonical, sum: SetSum) -> None:
         self._pages = pages(store, part)
         self._digest = canonical.of
         self._sum = sum
-        self.held: dict[str, int] = {}
+        self.pending: dict[str, int] = {}
         self.last = b""
         self.ended = False
 
@@ -55,7 +55,7 @@ class _Side:
             return
         for document in page:
             digest = self._digest(document)
-            self.held[document["id"]] = digest
+            self.pending[document["id"]] = digest
             self._sum.add(digest)
         self.last = page[-1]["id"].encode()
 
@@ -64,7 +64,7 @@ class _Side:
 
 
 class Comparison:
-    """A part in two stores. `source` and `target` are the sums, complete once `differences` has come to its end."""
+    """A part in two stores. `source` and `target` are the checksums, complete once `differences` has ended."""
 
     def __init__(self, source: Store, target: Store, part: Part, canonical: Canonical) -> None:
         self.part = part
@@ -73,10 +73,10 @@ class Comparison:
         self._sides = (_Side(source, part, canonical, self.source), _Side(target, part, canonical, self.target))
 
     async def differences(self) -> AsyncGenerator[list[Difference], None]:
-        """What differs, a page at a time; the empty pages too, so that whoever waits sees it go on."""
+        """The differences, a page at a time; empty pages too, so that the caller sees progress."""
         try:
             left, right = self._sides
-            while not (left.ended and right.ended and not left.held and not right.held):
+            while not (left.ended and right.ended and not left.pending and not right.pending):
                 behind = [side for side in self._sides if not side.ended]
                 if len(behind) == 2 and left.last != right.last:
                     behind = [min(behind, key=lambda side: side.last)]
@@ -87,8 +87,8 @@ class Comparison:
                 await side.close()
 
     def _compared(self) -> list[Difference]:
-        """What both sides have read up to is compared and forgotten."""
-        left, right = (side.held for side in self._sides)
+        """Compare and forget the documents up to the id that both sides have read."""
+        left, right = (side.pending for side in self._sides)
         limits = [side.last for side in self._sides if not side.ended]
         found = []
         for id in sorted({*left, *right}, key=str.encode):
@@ -102,7 +102,7 @@ class Comparison:
 
 
 async def set_sum(store: Store, part: Part, canonical: Canonical) -> SetSum:
-    """The sum of one store's documents of a part."""
+    """The checksum of one store's documents of a part."""
     found = SetSum()
     async with aclosing(pages(store, part)) as some:
         async for page in some:

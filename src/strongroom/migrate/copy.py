@@ -1,8 +1,8 @@
-"""Copies documents and journal records in batches that carry their own progress: each is applied once, in its turn.
+"""Copies documents and journal records in batches that carry their own progress: each is applied once and in order.
 
-Each batch takes the part's progress from the one before it (`state.Baton`), and is refused unless it comes right
-behind. So several can be in flight, a kill at any moment leaves a whole number of them applied, and what the part says
-of itself (the last id, the sum) is true of exactly those.
+Each batch replaces the progress of the batch before it (`state.ProgressChain`), and the store refuses it out of order.
+So several batches can be in flight, a kill leaves a prefix of them applied, and the stored progress (the last id, the
+checksum) describes exactly this prefix.
 """
 
 from __future__ import annotations
@@ -35,28 +35,28 @@ from .state import (
     BATCH_BYTES,
     NOT_MOVED,
     PARTS,
-    Baton,
     MigrationPart,
     Part,
+    ProgressChain,
     Run,
+    committed_progress,
     now_us,
-    standing,
 )
 from .streams import Pipeline, Refused, pages, parts
 
 MAX_ATTEMPTS = 6
 MAX_BACKOFF_S = 2.0
 BYTES_PER_ENCODED = 8
-"""At most what a byte of canonical encoding counts for in `document_size`: a small number is one here, eight there."""
+"""How much `document_size` counts at most for a byte of canonical encoding: a small number is 1 here and 8 there."""
 
 
-# --- Trying again ---------------------------------------------------------------------------------------------
+# --- Retries --------------------------------------------------------------------------------------------------
 
 
-async def persistently(run: Run, work: Callable[[], Awaitable[None]]) -> None:
-    """Do the work; when the store is away for a moment, or an answer was lost, go on from what was committed.
+async def with_retries(run: Run, work: Callable[[], Awaitable[None]]) -> None:
+    """Do the work. When the store is unavailable or an answer was lost, resume from the committed progress.
 
-    It is given up after MAX_ATTEMPTS without a batch committed between them.
+    Raises the error after MAX_ATTEMPTS without a committed batch between them.
     """
     attempts = 0
     while True:
@@ -72,24 +72,24 @@ async def persistently(run: Run, work: Callable[[], Awaitable[None]]) -> None:
             if attempts >= MAX_ATTEMPTS:
                 raise error from None
             if isinstance(failure, Refused) and isinstance(error, AlreadyExists):
-                await _make_way(run, failure.batch, error)
+                await _free_for(run, failure.batch, error)
         await asyncio.sleep(random.uniform(0, min(MAX_BACKOFF_S, 0.02 * 4**attempts)))  # noqa: S311 - jitter
         await run.load()
 
 
-async def _make_way(run: Run, batch: Batch, error: AlreadyExists) -> None:
+async def _free_for(run: Run, batch: Batch, error: AlreadyExists) -> None:
     index = error.details.get("operation")
     operation = batch.operations[index] if isinstance(index, int) else None
     if isinstance(operation, Create) and operation.collection in run.collections:
         part = Part(run.collections[operation.collection], batch.tenant)
-        await make_way(run, part, operation.id, operation.document)
+        await free_unique_values(run, part, operation.id, operation.document)
 
 
-async def make_way(run: Run, part: Part, id: str, document: Document) -> None:
-    """Remove from the target what holds a unique value that a document of the source has now.
+async def free_unique_values(run: Run, part: Part, id: str, document: Document) -> None:
+    """Remove target documents that have a unique value which a source document has now.
 
-    In the source the holder has let go of it since it was copied: the record of that is still to come, or the last
-    comparison finds it, and puts the holder back as it is then.
+    In the source the other document gave the value up after it was copied. Its journal record follows, or the last
+    comparison finds it; either restores the removed document as it is then.
     """
     for index in part.collection.indexes:
         values = [(name, document[name]) for name, _ in index.columns]
@@ -97,16 +97,16 @@ async def make_way(run: Run, part: Part, id: str, document: Document) -> None:
             continue
         where = And(*(Where(name, "==", value) for name, value in values))
         query = Query(where, limit=2).check(part.collection)
-        for holder in await run.target.find(part.collection.name, part.tenant, query):
-            if holder["id"] != id:
-                await run.target.commit(Batch(part.tenant, (Delete(part.collection.name, holder["id"]),), now_us()))
+        for other in await run.target.find(part.collection.name, part.tenant, query):
+            if other["id"] != id:
+                await run.target.commit(Batch(part.tenant, (Delete(part.collection.name, other["id"]),), now_us()))
 
 
 # --- Removing -------------------------------------------------------------------------------------------------
 
 
 async def clear(run: Run, what: str) -> None:
-    """Remove every document of the collections from the target, and what earlier copies said of themselves."""
+    """Remove every document of the collections from the target, and the progress of earlier copies."""
 
     async def work() -> None:
         done = 0
@@ -120,7 +120,7 @@ async def clear(run: Run, what: str) -> None:
                         done += len(page)
                         run.progress(what, done, None)
 
-    await persistently(run, work)
+    await with_retries(run, work)
 
 
 def _deletions(part: Part, ids: list[str], size: int) -> Iterable[Batch]:
@@ -133,19 +133,19 @@ def _deletions(part: Part, ids: list[str], size: int) -> Iterable[Batch]:
 
 
 async def copy_documents(run: Run, total: int | None) -> None:
-    """Copy every document of the source that is not there yet. What was copied before a kill is not read again."""
+    """Copy every document of the source that is not copied yet. A resumed copy reads no copied document again."""
 
     async def work() -> None:
         counter = _Counter(run, total)
-        async with Pipeline(run.target) as pipeline, aclosing(parts(run.held, run.source)) as found:
+        async with Pipeline(run.target) as pipeline, aclosing(parts(run.existing, run.source)) as found:
             async for part in found:
                 await _PartCopy(run, pipeline, part, counter).copy()
 
-    await persistently(run, work)
+    await with_retries(run, work)
 
 
 class _Counter:
-    """Tells how many documents are committed, of all parts."""
+    """Reports how many documents of all parts are committed."""
 
     def __init__(self, run: Run, total: int | None) -> None:
         self._run = run
@@ -158,7 +158,7 @@ class _Counter:
 
 
 class _PartCopy:
-    """Copies one part, from where it stands."""
+    """Copies one part, from its committed progress."""
 
     def __init__(self, run: Run, pipeline: Pipeline, part: Part, counter: _Counter) -> None:
         self._run = run
@@ -174,8 +174,8 @@ class _PartCopy:
     async def copy(self) -> None:
         part = self._part
         fresh = MigrationPart(part=part.id, of=part.collection.name, tenant=part.tenant)
-        state = await standing(self._run.target, part.id) or fresh
-        self._baton = Baton(state)
+        state = await committed_progress(self._run.target, part.id) or fresh
+        self._chain = ProgressChain(state)
         self._sum = SetSum.of(state.count, state.checksum)
         self._counter.add(self._sum.count)
         if state.done:
@@ -196,20 +196,22 @@ class _PartCopy:
                     del document["version"]  # the target gives its own
                     created, updated = document.pop("created_at"), document.pop("updated_at")
                     self._operations.append(Create(name, id, document, created, updated))
-        if self._operations or self._baton.state.number:
+        if self._operations or self._chain.state.number:
             await self._send(done=True)
 
     async def _send(self, *, done: bool) -> None:
         creates, self._operations, self._size = self._operations, [], 0
         if not creates and not done:
-            return  # the first document is larger than a batch is estimated to take: it goes alone
-        taken = self._baton.taken()
-        left = self._baton.handed_on(position=self._last_id, count=self._sum.count, checksum=self._sum.text, done=done)
-        operations = (*taken, *creates, left)
+            return  # the first document is larger than the estimated room of a batch: it is sent alone
+        previous = self._chain.previous()
+        progress = self._chain.advance(
+            position=self._last_id, count=self._sum.count, checksum=self._sum.text, done=done
+        )
+        operations = (*previous, *creates, progress)
         count = len(creates)
-        await self._pipeline.commit(Batch(self._part.tenant, operations, now_us()), lambda: self._landed(count))
+        await self._pipeline.commit(Batch(self._part.tenant, operations, now_us()), lambda: self._committed(count))
 
-    def _landed(self, count: int) -> None:
+    def _committed(self, count: int) -> None:
         self._run.committed += 1
         self._counter.add(count)
 
@@ -218,7 +220,7 @@ class _PartCopy:
 
 
 async def copy_journal(run: Run) -> None:
-    """Append the source's journal records to the target's journal, up to the end that it has by then."""
+    """Append the source's journal records to the target's journal, up to the current end."""
 
     async def work() -> None:
         async with Pipeline(run.target) as pipeline:
@@ -237,20 +239,20 @@ async def copy_journal(run: Run) -> None:
                 following.cancel()
                 await asyncio.gather(following, return_exceptions=True)
 
-    await persistently(run, work)
+    await with_retries(run, work)
 
 
 class JournalCopy:
-    """Makes the batches that append pages of records and move the cursor, each to follow the one before."""
+    """Builds the batches that append pages of records and advance the cursor, each following the batch before."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._baton = Baton(run.journal)
+        self._chain = ProgressChain(run.journal)
 
     def batch(self, page: ChangesPage, encoded: Sequence[bytes]) -> tuple[Batch, Callable[[], None]]:
-        """The batch, and what to call once it is committed; `encoded` are the page's records."""
-        run, before = self._run, self._baton.state
-        taken_over(run, page.records)
+        """The batch, and the callback for its commit; `encoded` are the page's records."""
+        run, before = self._run, self._chain.state
+        moved_records(run, page.records)
         kept: list[Append] = []
         total = int(before.checksum, 16)
         if run.migration.journal:
@@ -258,30 +260,30 @@ class JournalCopy:
                 if record.collection not in NOT_MOVED:
                     kept.append(Append(record))
                     total = (total + record_digest(text)) % MODULUS
-        taken = self._baton.taken()
-        left = self._baton.handed_on(position=page.cursor, count=before.count + len(kept), checksum=f"{total:064x}")
-        operations: tuple[Operation, ...] = (*taken, *kept, left)
-        after = self._baton.state
+        previous = self._chain.previous()
+        progress = self._chain.advance(position=page.cursor, count=before.count + len(kept), checksum=f"{total:064x}")
+        operations: tuple[Operation, ...] = (*previous, *kept, progress)
+        after = self._chain.state
 
-        def landed() -> None:
+        def committed() -> None:
             run.journal = after
             run.committed += 1
             run.progress("copying the journal", after.count, None)
 
-        return Batch(None, operations, now_us()), landed
+        return Batch(None, operations, now_us()), committed
 
 
-def taken_over(run: Run, records: Iterable[Record]) -> list[Record]:
-    """The records without those about the stores themselves. InvalidInput for a collection that nobody declared."""
-    taken = [record for record in records if record.collection not in NOT_MOVED]
-    unknown = {r.collection for r in taken} - run.collections.keys() - set(run.options.ignore)
+def moved_records(run: Run, records: Iterable[Record]) -> list[Record]:
+    """The records without those about the stores themselves. Raises InvalidInput for an undeclared collection."""
+    moved = [record for record in records if record.collection not in NOT_MOVED]
+    unknown = {r.collection for r in moved} - run.collections.keys() - set(run.options.ignore)
     if unknown:
         names = ", ".join(sorted(unknown))
         raise InvalidInput(
             f"{run.options.source} has documents of {names}, which nobody declared: name the modules that do in "
             f"STRONGROOM_ENTITIES, or leave them behind with --ignore {' --ignore '.join(sorted(unknown))}"
         )
-    return taken
+    return moved
 
 
 def _room(run: Run) -> int:
@@ -289,8 +291,8 @@ def _room(run: Run) -> int:
 
 
 async def bounded(run: Run, cursor: str | None, page: ChangesPage) -> tuple[ChangesPage, list[bytes]]:
-    """The page behind `cursor`, or so much of it as a batch can hold (a record may be nearly two megabytes), and its
-    records encoded."""
+    """The page after `cursor`, cut to the size of a batch (a record may have nearly two megabytes), and its encoded
+    records."""
     encoded = [encoded_record(record) for record in page.records]
     if BYTES_PER_ENCODED * sum(map(len, encoded)) <= BATCH_BYTES:
         return page, encoded

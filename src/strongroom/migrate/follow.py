@@ -1,4 +1,4 @@
-"""Follows the source's journal, and makes chosen documents of the target what they are in the source."""
+"""Follows the source's journal, and makes given documents of the target equal to the source's."""
 
 from __future__ import annotations
 
@@ -20,23 +20,24 @@ from .copy import (
     MAX_ATTEMPTS,
     JournalCopy,
     bounded,
-    make_way,
-    persistently,
-    taken_over,
+    free_unique_values,
+    moved_records,
+    with_retries,
 )
 from .state import Part, Run, now_us
 from .streams import parts
 
 CHANGED_IN_SILENCE = ("api_keys",)
-"""Journalled collections of which some changes have no record: usage is rolled up into keys without one."""
+"""Journalled collections with some changes that have no record: usage is rolled up into keys without one."""
 PAGE = 400
-"""Records that are followed at once. Their documents are read anew, so one that changed often is written once."""
+"""Records that are followed at once. Their documents are read again, so a document that changed often is written
+once."""
 
 
 async def follow(run: Run, *, closely: bool = False) -> int:
-    """Make the target what the source's journal says, up to its end; returns how many records that were.
+    """Apply the source's journal to the target, up to its end; returns the number of records.
 
-    `closely`: up to less than a page before its end, for a source that is written to all the time.
+    `closely`: stop within a page of the end, for a source that is written to all the time.
     """
     found = 0
     limit = min(PAGE, run.options.batch - 2)
@@ -55,14 +56,14 @@ async def follow(run: Run, *, closely: bool = False) -> int:
             if closely and at_end:
                 return
 
-    await persistently(run, work)
+    await with_retries(run, work)
     return found
 
 
 async def _apply(run: Run, page: ChangesPage, encoded: Sequence[bytes]) -> int:
-    """The documents first, then the records together with the cursor: a kill between the two repeats the documents,
-    which come out the same."""
-    records = taken_over(run, page.records)
+    """Write the documents first, then the records with the cursor. After a kill between the two the documents are
+    written again, with the same result."""
+    records = moved_records(run, page.records)
     ids: dict[tuple[str, str | None], dict[str, None]] = {}
     for record in records:
         collection = run.collections.get(record.collection)
@@ -71,14 +72,14 @@ async def _apply(run: Run, page: ChangesPage, encoded: Sequence[bytes]) -> int:
             ids.setdefault(key, {})[record.entity_id] = None
     for (name, tenant), some in ids.items():
         await equalise(run, Part(run.collections[name], tenant), list(some))
-    batch, landed = JournalCopy(run).batch(page, encoded)
+    batch, committed = JournalCopy(run).batch(page, encoded)
     await run.target.commit(batch)
-    landed()
+    committed()
     return len(records)
 
 
 async def equalise(run: Run, part: Part, ids: Sequence[str]) -> None:
-    """Make these documents of the target what they are in the source now: the same, or gone."""
+    """Make these target documents equal to the source's present documents, or remove them."""
     for attempt in range(MAX_ATTEMPTS):
         operations = await _operations(run, part, ids)
         try:
@@ -86,25 +87,25 @@ async def equalise(run: Run, part: Part, ids: Sequence[str]) -> None:
                 await run.target.commit(Batch(part.tenant, tuple(some), now_us()))
             return
         except NotFound:
-            if attempt + 1 == MAX_ATTEMPTS:  # removed by someone else, who has no business there
+            if attempt + 1 == MAX_ATTEMPTS:  # another process removes documents of the target
                 raise
         except AlreadyExists as error:
             if attempt + 1 == MAX_ATTEMPTS:
                 raise Conflict(f"{part}: {error.message}: the source is written faster than it can be copied") from None
             for operation in operations:
                 if isinstance(operation, Put):
-                    await make_way(run, part, operation.id, operation.document)
+                    await free_unique_values(run, part, operation.id, operation.document)
 
 
 async def _operations(run: Run, part: Part, ids: Sequence[str]) -> list[Delete | Put]:
-    """What is to be done to the target, removals first: they may free a unique value."""
+    """The operations on the target, removals first, because they may free a unique value."""
     name, tenant, canonical = part.collection.name, part.tenant, run.canonical[part.collection.name]
-    wanted, there = await asyncio.gather(
+    wanted, existing = await asyncio.gather(
         asyncio.gather(*(run.source.get(name, tenant, id) for id in ids)),
         asyncio.gather(*(run.target.get(name, tenant, id) for id in ids)),
     )
     operations: list[Delete | Put] = []
-    for id, document, present in zip(ids, wanted, there, strict=True):
+    for id, document, present in zip(ids, wanted, existing, strict=True):
         if document is None:
             if present is not None:
                 operations.insert(0, Delete(name, id))
@@ -115,7 +116,7 @@ async def _operations(run: Run, part: Part, ids: Sequence[str]) -> list[Delete |
 
 
 def _bounded(operations: Sequence[Delete | Put]) -> Iterable[list[Delete | Put]]:
-    """The operations in batches that hold no more than a batch may."""
+    """The operations in batches within the limits of a batch."""
     batch: list[Delete | Put] = []
     size = 0
     for operation in operations:
@@ -130,11 +131,12 @@ def _bounded(operations: Sequence[Delete | Put]) -> Iterable[list[Delete | Put]]
 
 
 async def reconcile(run: Run) -> int:
-    """Compare every document that the journal may not speak of, and copy what differs; returns how many that were.
+    """Compare every document whose changes may have no journal record, and copy the differing ones; returns their
+    number.
 
-    For when nothing is written to the source any more: how many documents such collections have bounds how long.
+    Call it when the source takes no writes any more. Its duration grows with the documents of such collections.
     """
-    silent = [c for c in run.held if not c.journalled or c.name in CHANGED_IN_SILENCE]
+    silent = [c for c in run.existing if not c.journalled or c.name in CHANGED_IN_SILENCE]
     copied = done = 0
     async with aclosing(parts(silent, run.source, run.target)) as found:
         async for part in found:

@@ -1,4 +1,4 @@
-"""What a migration would find: whether the schemas fit, what is in the way, how much there is. Writes nothing."""
+"""The preview of a migration: whether the schemas fit, the obstacles, the amounts. Writes nothing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..database.write_state import WRITES
 from ..entities import Aggregate
 from ..errors import InvalidInput, Problem
 from ..storage.port import ChangeKind, SchemaChange, SchemaRights, Store, unwrapped
-from .copy import taken_over
+from .copy import moved_records
 from .state import (
     CURRENT,
     MIGRATIONS,
@@ -26,16 +26,16 @@ from .state import (
 from .streams import pages, parts
 
 ALL_COUNTED = 2_000
-"""Of a source with more parts than these, the documents are not counted beforehand: each count is a query."""
+"""With more parts than this the documents are not counted beforehand, because each count is a query."""
 TYPICAL_WRITES_PER_S = {"sqlite": 35_000, "json": 2_000, "postgresql": 25_000, "firestore": 500}
-"""Documents a second into each engine, as `python -m benchmarks.migrate` found them, for the estimate alone."""
+"""Documents a second into each engine, measured by `python -m benchmarks.migrate`; only used for the estimate."""
 _NAMED = 5
 _COUNT = Aggregate("count")
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedPart:
-    """How much one part of the source holds."""
+    """The number of documents in one part of the source."""
 
     collection: str
     tenant: str | None
@@ -44,7 +44,8 @@ class PlannedPart:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What would be done: the target's schema, how much there is; and, in `problems`, why it would be refused."""
+    """The changes of the target's schema, the amounts, and in `problems` the reasons why a migration would be
+    refused."""
 
     schema: tuple[SchemaChange, ...]
     parts: tuple[PlannedPart, ...]
@@ -59,16 +60,16 @@ class Plan:
 
 
 async def make_plan(run: Run) -> Plan:
-    """Look at both stores, and read the source to its end: every document, and the journal."""
+    """Check both stores, and read the whole source: every document, and the journal."""
     refuse(wrong_options(run))
     schema = await run.target.prepare([*run.declared, *OWN], mode="plan")
     problems, notes = [*await open_target(run), *await open_source(run)], []
-    if problems and not run.held:
+    if problems and not run.existing:
         return Plan(schema, (), 0, tuple(problems), (), 0)
     found: list[PlannedPart] = []
     records = 0
     began = time.perf_counter()
-    async with aclosing(parts(run.held, run.source)) as some:
+    async with aclosing(parts(run.existing, run.source)) as some:
         async for part in some:
             count = await _read_through(run, part, sum(one.documents for one in found))
             if count:
@@ -79,12 +80,12 @@ async def make_plan(run: Run) -> Plan:
         except InvalidInput as error:
             problems += error.problems
     else:
-        notes.append("the journal is left behind: who changed what until now is then known to the source alone")
+        notes.append("the journal is not moved: only the source then knows who changed what until now")
     if run.options.ignore:
-        notes.append(f"left behind, as asked: {', '.join(run.options.ignore)}")
+        notes.append(f"not moved, as asked: {', '.join(run.options.ignore)}")
     if run.options.overwrite:
-        notes.append("the target's journal stays: what is taken over is appended to it")
-    notes.append("versions are the target's own: an ETag that a client holds will not match, and it reads again")
+        notes.append("the target's journal stays: the source's records are appended to it")
+    notes.append("the target assigns its own versions: a client's ETag will not match, and the client reads again")
     read_s = time.perf_counter() - began
     rate = TYPICAL_WRITES_PER_S.get(run.target.capabilities.name, min(TYPICAL_WRITES_PER_S.values()))
     written = sum(part.documents for part in found) + records
@@ -104,16 +105,16 @@ async def _read_journal(run: Run) -> int:
     cursor, count = None, 0
     while (page := await run.source.changes(cursor)).records:
         cursor = page.cursor
-        count += len(taken_over(run, page.records))
+        count += len(moved_records(run, page.records))
         run.progress("reading the source's journal", count, None)
     return count
 
 
 async def count_documents(run: Run) -> int | None:
-    """How many documents the source has, for the progress; None where there are too many parts to ask of each."""
+    """How many documents the source has, for the progress; None with too many parts to count each."""
     total = 0
     asked = 0
-    async with aclosing(parts(run.held, run.source)) as some:
+    async with aclosing(parts(run.existing, run.source)) as some:
         async for part in some:
             asked += 1
             if asked > ALL_COUNTED:
@@ -146,17 +147,17 @@ def wrong_options(run: Run) -> list[Problem]:
 
 
 async def open_source(run: Run) -> list[Problem]:
-    """Make the source's collections readable, without changing anything; what does not fit is told.
+    """Open the source's collections without changing anything; returns the problems.
 
-    A collection that the source never had is no problem: there is nothing to move.
+    A collection that the source never had is no problem: it has no documents to move.
     """
     absent, problems = await open_as_it_is(run.source, run, "--from")
-    run.held = () if problems else tuple(c for c in run.declared if c.name not in absent)
+    run.existing = () if problems else tuple(c for c in run.declared if c.name not in absent)
     if run.options.live and STORE_STATE.name in absent:
         problems.append(
             Problem(
                 "--live",
-                "the source was never opened by a version that knows of a switch-over: restart its servers with this "
+                "the source was never opened by a version that supports a switch-over: restart its servers with this "
                 "version first",
             )
         )
@@ -168,8 +169,8 @@ async def open_source(run: Run) -> list[Problem]:
 
 
 async def open_as_it_is(store: Store, run: Run, path: str) -> tuple[set[str], list[Problem]]:
-    """Prepare a store for those of the collections that it has, unless one of them is not as declared; those it does
-    not have, and what does not fit."""
+    """Prepare a store for the declared collections that it has, unless one differs from its declaration. Returns the
+    names of absent collections, and the problems."""
     changes = await store.prepare([*run.declared, *OWN], mode="plan")
     dropped = {change.collection for change in changes if change.kind is ChangeKind.DROP_COLLECTION}
     absent = {c.collection for c in changes if c.kind is ChangeKind.CREATE_COLLECTION} - dropped
@@ -183,7 +184,7 @@ async def open_as_it_is(store: Store, run: Run, path: str) -> tuple[set[str], li
 
 
 async def open_target(run: Run) -> list[Problem]:
-    """Make readable what the target has, without changing anything; what does not fit or is in the way is told."""
+    """Open the target's collections without changing anything; returns the problems, existing documents included."""
     absent, problems = await open_as_it_is(run.target, run, "--to")
     if absent and (reason := await _unchangeable(run.target)):
         problems.append(Problem("--to", reason))
@@ -198,9 +199,9 @@ async def open_target(run: Run) -> list[Problem]:
         return [] if same else [Problem("--to", f"{what}: finish it, or undo it with --rollback")]
     if run.options.overwrite or (same and state is not None and state.phase == Phase.DONE):
         return []
-    held = [f"{count} in {name}" for name, count in (await _held_by(run, absent)).items()]
-    if held:
-        what = ", ".join(held[:_NAMED]) + (" …" if len(held) > _NAMED else "")
+    existing = [f"{count} in {name}" for name, count in (await _existing_in(run, absent)).items()]
+    if existing:
+        what = ", ".join(existing[:_NAMED]) + (" …" if len(existing) > _NAMED else "")
         return [Problem("--to", f"is not empty ({what}): --overwrite replaces this, after a backup of it")]
     if not same and await _has_journal(run.target):
         return [Problem("--to", "its journal has records of its own: take a new store, or --overwrite to append to it")]
@@ -208,14 +209,13 @@ async def open_target(run: Run) -> list[Problem]:
 
 
 async def _unchangeable(store: Store) -> str | None:
-    """Why collections cannot be made in the target as the one who opened it; None if they can. Only stores whose users
-    differ in that have something to say."""
+    """Why the store's user cannot create collections; None if it can. Only stores with user rights answer this."""
     backend = unwrapped(store)
     return await backend.unchangeable() if isinstance(backend, SchemaRights) else None
 
 
-async def _held_by(run: Run, absent: set[str]) -> dict[str, int]:
-    """How many documents the target has, by collection, of those that would be written."""
+async def _existing_in(run: Run, absent: set[str]) -> dict[str, int]:
+    """How many documents the target has in the collections that would be written, by collection."""
     counts: dict[str, int] = {}
     there = [collection for collection in run.declared if collection.name not in absent]
     async with aclosing(parts(there, run.target)) as some:
@@ -236,19 +236,19 @@ async def _has_journal(store: Store) -> bool:
 
 
 async def refusal(store: Store) -> str | None:
-    """Why the store takes no writes now; None if it takes them. It must be prepared for STORE_STATE."""
+    """Why the store takes no writes now; None if it does. It must be prepared for STORE_STATE."""
     document = await store.get(STORE_STATE.name, None, WRITES)
     return None if document is None or document["allowed"] else document["reason"] or "its writes are off"
 
 
 async def other_store(store: Store) -> str:
-    """The store that a move which turned the writes of this one off goes to, or comes from."""
+    """The other store of the migration that turned this store's writes off."""
     document = await store.get(STORE_STATE.name, None, WRITES)
     return "" if document is None else str(document["other_store"])
 
 
 async def same_store(run: Run) -> bool:
-    """Whether the source is the target under another name: then it has the very mark that was made in the target."""
+    """Whether the source is the target under another name: then it has the nonce that was written into the target."""
     absent, _ = await open_as_it_is(run.source, run, "--from")
     if MIGRATIONS.name in absent:
         return False
@@ -257,6 +257,6 @@ async def same_store(run: Run) -> bool:
 
 
 def refuse(problems: Sequence[Problem]) -> None:
-    """Raise InvalidInput with all of them, if there are any."""
+    """Raise InvalidInput with every problem, if there are any."""
     if problems:
         raise InvalidInput(problems)

@@ -1,4 +1,4 @@
-"""Proves that source and target hold the same: counts and sums of every part, and of the journal; and the report."""
+"""Verifies that source and target are equal, by counts and checksums of every part and of the journal; the report."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from .checksum import MODULUS, SetSum, encoded_record, record_digest
 from .compare import Comparison, Difference, set_sum
-from .state import NOT_MOVED, Part, Phase, Run, standing
+from .state import NOT_MOVED, Part, Phase, Run, committed_progress
 from .streams import parts
 
 MAX_DIFFERENCES = 10
@@ -17,7 +17,7 @@ MAX_DIFFERENCES = 10
 
 @dataclass(frozen=True, slots=True)
 class PartReport:
-    """One collection of one tenant, counted and summed in both stores."""
+    """The counts and checksums of one collection of one tenant in both stores."""
 
     collection: str
     tenant: str | None
@@ -34,8 +34,8 @@ class PartReport:
 
 @dataclass(slots=True)
 class Report:
-    """What came of a call. `phase` is where the migration stands; `late` counts the journal records that came after
-    every process should have known that writes are off; `pause_s` is how long they were off before it was done."""
+    """The result of a call. `phase`: the migration's phase. `late`: journal records that came after every process
+    should have known that writes are off. `pause_s`: how long writes were off before the migration was done."""
 
     source: str
     target: str
@@ -57,7 +57,7 @@ class Report:
 
     @property
     def equal(self) -> bool:
-        """Whether everything that was compared is alike."""
+        """Whether everything that was compared is equal."""
         return all(part.equal for part in self.parts) and self.target_records in (None, self.records)
 
     @property
@@ -66,11 +66,11 @@ class Report:
 
 
 async def prove(run: Run, report: Report, *, again: bool) -> None:
-    """Read the target back and compare counts and sums with the source's: those of the copying, or (`again`) of a new
-    reading, where the source may have changed since. A part that differs is compared document by document."""
+    """Read the target and compare counts and checksums with the source's: those of the copy, or (`again`) of a new
+    read, if the source may have changed since. A part that differs is compared document by document."""
     report.parts = []
     done = 0
-    async with aclosing(parts(run.held, run.source, run.target)) as found:
+    async with aclosing(parts(run.existing, run.source, run.target)) as found:
         async for part in found:
             one = await (_compared(run, part) if again else _summed(run, part))
             done += max(one.documents, one.target_documents)
@@ -82,7 +82,7 @@ async def prove(run: Run, report: Report, *, again: bool) -> None:
 
 
 async def _summed(run: Run, part: Part) -> PartReport:
-    state = await standing(run.target, part.id)
+    state = await committed_progress(run.target, part.id)
     source = SetSum.of(state.count, state.checksum) if state is not None else SetSum()
     target = await set_sum(run.target, part, run.canonical[part.collection.name])
     if source == target:
@@ -106,8 +106,7 @@ def _part_report(part: Part, source: SetSum, target: SetSum, named: Sequence[Dif
 
 
 async def count_journal(run: Run) -> int:
-    """How many of the records in the target's journal are those that were appended: all of them, if their sum is right
-    (-1 if it is not)."""
+    """The number of copied records in the target's journal; -1 if the number is right but the checksum is not."""
     cursor, count, total = run.migration.target_cursor, 0, 0
     while (page := await run.target.changes(cursor)).records:
         cursor = page.cursor
@@ -120,7 +119,7 @@ async def count_journal(run: Run) -> int:
 
 
 def fill(run: Run, report: Report) -> None:
-    """What the state says, into the report."""
+    """Copy the state into the report."""
     state = run.migration
     report.phase = state.phase
     report.records = run.journal.count

@@ -1,4 +1,4 @@
-"""A migration from its beginning to its end, whatever interrupted it: begin, copy, follow, switch over, prove."""
+"""Runs a migration and resumes it after any interruption: start, copy, follow, switch over, verify."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..journal import POLL_S
 from ..storage.port import Batch, Put, Store
 from . import backup
 from .compare import Comparison
-from .copy import clear, copy_documents, copy_journal, persistently
+from .copy import clear, copy_documents, copy_journal, with_retries
 from .follow import equalise, follow, reconcile
 from .plan import (
     Plan,
@@ -46,11 +46,11 @@ from .state import (
 )
 
 NOTICE_S = 4 * POLL_S
-"""How long every process of the source has to learn, by the journal, that its writes are off."""
+"""How long processes of the source take at most to learn from the journal that writes are off."""
 MAX_NOTICE_S = 30.0
-"""How long the source's journal may go on moving after that until the switch-over is given up."""
+"""How long the source's journal may keep growing after that before the switch-over fails."""
 MAX_ROUNDS = 4
-"""How often what came in late is copied and everything compared again."""
+"""How often late writes are copied and everything is compared again."""
 
 
 # --- The calls ------------------------------------------------------------------------------------------------
@@ -63,7 +63,7 @@ async def plan(
     options: Options = Options(),
     progress: Progress = no_progress,
 ) -> Plan:
-    """What `migrate` would find and do. Writes nothing to either store. Raises InvalidInput for wrong options."""
+    """A preview of `migrate`. Writes nothing to either store. Raises InvalidInput for wrong options."""
     return await make_plan(Run(source, target, collections, options, progress))
 
 
@@ -74,12 +74,12 @@ async def migrate(
     options: Options = Options(),
     progress: Progress = no_progress,
 ) -> Report:
-    """Bring the target to hold what the source holds; the same call again goes on where an earlier one was stopped.
+    """Move everything from the source into the target. The same call resumes after an interruption.
 
-    Both stores are open, and afterwards prepared for what was moved. With `options.live` the source may be written to
-    meanwhile; it stops before the switch-over (phase "following") unless `options.switch`. The report says whether
-    both stores are equal: it is the caller's to look. Raises InvalidInput (with every problem), Conflict, StoreError,
-    and Unavailable when a store is away for longer than some attempts: then the same call goes on later.
+    Both stores are open, and afterwards prepared for the moved collections. With `options.live` the source may be
+    written to meanwhile; without `options.switch` the call then stops before the switch-over (phase "following"). The
+    caller checks whether the report says that both stores are equal. Raises InvalidInput (with every problem),
+    Conflict, StoreError, and Unavailable after several retries: the same call resumes later.
     """
     began = time.perf_counter()
     run = Run(source, target, collections, options, progress)
@@ -93,7 +93,7 @@ async def migrate(
         report.seconds = time.perf_counter() - began
         return report
     if state is None or state.phase in (Phase.DONE, Phase.ROLLED_BACK):
-        await _begin(run)
+        await _start(run)
     else:
         await target.prepare([*run.declared, *OWN])
         if state.live != options.live:
@@ -104,18 +104,18 @@ async def migrate(
     return report
 
 
-# --- Beginning ------------------------------------------------------------------------------------------------
+# --- The start ------------------------------------------------------------------------------------------------
 
 
-async def _begin(run: Run) -> None:
-    """Back up what is in the way, then write the first thing into the target: that a migration is under way."""
+async def _start(run: Run) -> None:
+    """Back up the target's documents if they are overwritten, then write the migration's state into the target."""
     options, before = run.options, run.state
     kept = None
     if options.overwrite:
         path = (options.backup or Path(f"strongroom-backup-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.jsonl.gz")).absolute()
-        there = [c for c in run.declared if await _readable(run.target, c)]
+        existing = [c for c in run.declared if await _readable(run.target, c)]
         made = await backup.write(
-            run.target, options.target, there, path, lambda n: run.progress("backing up the target", n, None)
+            run.target, options.target, existing, path, lambda n: run.progress("backing up the target", n, None)
         )
         kept = str(made.path)
     await run.target.prepare([*run.declared, *OWN])
@@ -150,7 +150,7 @@ async def _begin(run: Run) -> None:
 
 
 async def _readable(store: Store, collection: Collection) -> bool:
-    """Whether the store is prepared for the collection: it is if it has it."""
+    """Whether the store is prepared for the collection, which it is if it has the collection."""
     try:
         await store.get(collection.name, "any" if collection.tenant_scoped else None, "any")
     except InvalidInput:
@@ -162,11 +162,11 @@ async def _readable(store: Store, collection: Collection) -> bool:
 
 
 async def _advance(run: Run, report: Report) -> None:
-    """From wherever it stands to the end, or to where it waits for the switch-over."""
+    """Continue from the current phase to the end, or up to the switch-over."""
     state = run.migration
     if state.phase == Phase.CLEARING:
         await clear(run, "clearing the target")
-        await run.save(run.begin_journal(), phase=Phase.JOURNAL)
+        await run.save(run.journal_progress(), phase=Phase.JOURNAL)
     if run.migration.phase == Phase.JOURNAL:
         await copy_journal(run)
         await run.save(phase=Phase.COPYING)
@@ -181,8 +181,8 @@ async def _advance(run: Run, report: Report) -> None:
             await run.save(followed=run.migration.followed + found)
             if not run.options.live:
                 report.notes.append(
-                    f"the source was written to meanwhile: {found} records of its journal were followed, but what "
-                    "comes after them is not in the target; --live is for sources that are in use"
+                    f"the source was written to meanwhile: {found} records of its journal were followed, but later "
+                    "writes are not in the target; --live is for sources that are in use"
                 )
         if not run.options.live:
             await prove(run, report, again=run.migration.followed > 0)
@@ -196,7 +196,7 @@ async def _advance(run: Run, report: Report) -> None:
 
 
 async def _switch_over(run: Run, report: Report) -> None:
-    """Turn the source's writes off, wait until every process knows, copy the rest, prove it, open the target."""
+    """Turn the source's writes off, wait until every process knows, copy the rest, verify, and open the target."""
     began = time.perf_counter()
     await run.save(phase=Phase.SWITCHING, switched=True)
     if await refusal(run.source) is None:
@@ -209,7 +209,7 @@ async def _switch_over(run: Run, report: Report) -> None:
         nonlocal copied
         copied += await reconcile(run)
 
-    await persistently(run, work)
+    await with_retries(run, work)
     for number in range(MAX_ROUNDS):
         late = await follow(run)
         await prove(run, report, again=True)
@@ -224,9 +224,9 @@ async def _switch_over(run: Run, report: Report) -> None:
 
 
 async def _until_quiet(run: Run) -> None:
-    """Return once nothing was journalled for NOTICE_S; what came later than the first NOTICE_S is counted as late."""
+    """Return once nothing was journalled for NOTICE_S. Records after the first NOTICE_S count as late."""
     deadline = time.monotonic() + MAX_NOTICE_S
-    await asyncio.sleep(NOTICE_S)  # each process looks into the journal four times meanwhile
+    await asyncio.sleep(NOTICE_S)  # every process polls the journal four times meanwhile
     found = await follow(run)
     await run.save(followed=run.migration.followed + found)
     while True:
@@ -245,7 +245,7 @@ async def _until_quiet(run: Run) -> None:
 
 
 async def _repair(run: Run, part: PartReport) -> None:
-    """Copy what differs although it should not: a process wrote after the others had stopped."""
+    """Copy differing documents of a part: a process wrote after the others had stopped."""
     if part.equal:
         return
     which = Part(run.collections[part.collection], part.tenant)
@@ -257,6 +257,6 @@ async def _repair(run: Run, part: PartReport) -> None:
 
 
 async def _finish(run: Run, **fields: object) -> None:
-    """The target takes writes from now on."""
+    """Let the target take writes."""
     lifted = fence(True, at=1)
     await run.save(*lifted, phase=Phase.DONE, ended_at=datetime.now(UTC), **fields)

@@ -1,4 +1,4 @@
-"""How far a migration is, kept in its target beside what it has written; and what every step of it works with."""
+"""The state of a migration, stored in its target in the batches that it describes; and the context of every step."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from .checksum import Canonical
 
 CURRENT = "current"
 BATCH_BYTES = MAX_BATCH_BYTES - 10_000
-"""What a batch may hold beside what it says of its progress."""
+"""The bytes of a batch that are left beside its progress document."""
 NO_SUM = "0" * 64
 
 
 class Phase(StrEnum):
-    """The steps in their order. The last three are those of a rollback."""
+    """The phases in their order. The last three belong to a rollback."""
 
     CLEARING = "clearing"
     JOURNAL = "journal"
@@ -57,8 +57,8 @@ UNDOING = frozenset({Phase.REMOVING, Phase.RESTORING})
 class Migration(Entity, collection="migrations", scope="global", journalled=False):
     """The one migration into this store. `source` and `target` are URLs without passwords.
 
-    `cursor` is from where on the source's journal is taken over, `target_cursor` behind what it is appended here.
-    `fence` is what the target said of its writes before, `switched` whether the source's were turned off.
+    `cursor`: where the copied part of the source's journal starts. `target_cursor`: the end of the target's journal
+    before it. `fence`: why the target took no writes before, if so. `switched`: whether the source's writes are off.
     """
 
     source: str
@@ -80,10 +80,10 @@ class Migration(Entity, collection="migrations", scope="global", journalled=Fals
 
 
 class MigrationPart(Entity, collection="migration_parts", scope="global", journalled=False, indexes=[Index("part")]):
-    """How far one part is: a collection of one tenant, the journal, the restoring of a backup. There is one of a part.
+    """The progress of one part: a collection of one tenant, the journal, or the restore of a backup.
 
-    `number` counts the batches, `position` is the last id, or the journal's cursor; `count` and `checksum` are of what
-    was written. The id is new with each batch: see `Baton`.
+    `number` counts batches; `position` is the last id or the journal's cursor; `count` and `checksum` describe the
+    written documents. Each batch gives the document a new id: see `ProgressChain`.
     """
 
     part: str
@@ -99,15 +99,15 @@ class MigrationPart(Entity, collection="migration_parts", scope="global", journa
 MIGRATIONS, PARTS, STORE_STATE = (c.__collection__ for c in (Migration, MigrationPart, StoreState))
 OWN = (MIGRATIONS, PARTS, STORE_STATE)
 NOT_MOVED = frozenset(c.name for c in (*OWN, JobLease.__collection__, QueryShape.__collection__))
-"""What a store says of itself stays where it is: its nodes' leases, whose positions mean its own journal, and which
-queries it was asked."""
+"""Collections about the store itself are not moved: job leases, whose positions refer to its own journal, and the
+shapes of queries that it was asked."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What was asked. `batch`: operations in a batch. `ignore`: collections that are left behind.
+    """The options of a migration. `batch`: operations in a batch. `ignore`: collections that are not moved.
 
-    `source` and `target` are what the stores are called, in messages and in what is kept: URLs without passwords.
+    `source` and `target` name the stores in messages and in the stored state: URLs without passwords.
     """
 
     source: str = "the source"
@@ -130,7 +130,7 @@ class Part:
 
     @property
     def id(self) -> str:
-        """The id of its MigrationPart: of a fixed length, whatever a tenant is called."""
+        """The id of its MigrationPart, of a fixed length for any tenant name."""
         return sha256(f"{self.collection.name}\x00{self.tenant or ''}\x00{self.tenant is None}".encode()).hexdigest()
 
     def __str__(self) -> str:
@@ -141,43 +141,44 @@ JOURNAL_PART = "journal"
 RESTORED_PART = "restored"
 
 
-class Baton:
-    """A part's progress, handed from batch to batch: each removes what the one before it has left, and leaves its own.
+class ProgressChain:
+    """The progress of a part as a chain: each batch deletes the progress document of the batch before, and creates its
+    own.
 
-    So a batch is refused unless it comes right behind the one before, and no batch is applied twice; and since no
-    document is touched twice in a batch, a store may write all of it as sets.
+    So the store refuses a batch that does not follow the batch before it directly, and applies no batch twice. And
+    because no batch touches a document twice, a store can write it with set-based statements.
     """
 
     def __init__(self, state: MigrationPart) -> None:
         self.state = state
 
-    def taken(self) -> tuple[Delete, ...]:
-        """What begins a batch: there is nothing to take from a part that was not begun."""
+    def previous(self) -> tuple[Delete, ...]:
+        """The first operation of a batch: it deletes the previous progress. The first batch of a part has none."""
         return (Delete(PARTS.name, self.state.id),) if self.state.id else ()
 
-    def handed_on(self, **fields: Any) -> Create:
-        """What ends the batch. It is what the next one takes."""
+    def advance(self, **fields: Any) -> Create:
+        """The last operation of a batch: it creates the progress that the next batch deletes."""
         number = self.state.number + 1
         self.state = self.state.model_copy(update={**fields, "number": number, "id": f"{self.state.part}-{number}"})
         return Create(PARTS.name, self.state.id, MigrationPart.__codec__.encode(self.state))
 
 
-async def standing(store: Store, part: str) -> MigrationPart | None:
-    """How far a part is, as it was last committed."""
+async def committed_progress(store: Store, part: str) -> MigrationPart | None:
+    """The progress of a part, as it was committed last."""
     found = await store.find(PARTS.name, None, Query(Where("part", "==", part), limit=1).check(PARTS))
     return MigrationPart.__codec__.decode(found[0]) if found else None  # type: ignore[return-value]
 
 
 Progress = Callable[[str, int, int | None], None]
-"""Takes what is being done, how much of it is done, and how much there is (None: not known)."""
+"""Called with the step, how much of it is done, and how much there is (None: not known)."""
 
 
 def no_progress(what: str, done: int, total: int | None) -> None:
-    """Nobody watches."""
+    """Report nothing."""
 
 
 class Run:
-    """One call's view of a migration: both stores, the collections that move, the state as it was last committed."""
+    """The context of one call: both stores, the moved collections, and the state as it was committed last."""
 
     def __init__(
         self,
@@ -191,54 +192,55 @@ class Run:
         self.target = target
         self.options = options
         self.progress = progress
-        left = NOT_MOVED | frozenset(options.ignore)
-        self.collections: Mapping[str, Collection] = {c.name: c for c in collections if c.name not in left}
+        left_behind = NOT_MOVED | frozenset(options.ignore)
+        self.collections: Mapping[str, Collection] = {c.name: c for c in collections if c.name not in left_behind}
         self.canonical: Mapping[str, Canonical] = {n: Canonical(c) for n, c in self.collections.items()}
         self.state: Migration | None = None
         self.journal = MigrationPart(part=JOURNAL_PART, of=JOURNAL_PART)
         self.committed = 0
-        """Batches that have moved the state: a failure after some of them is not the same failure again."""
+        """Batches of progress that were committed: retries are counted anew after each."""
 
         self.declared = tuple(self.collections.values())
-        self.held: tuple[Collection, ...] = ()
-        """Those of them that the source has."""
+        self.existing: tuple[Collection, ...] = ()
+        """The declared collections that the source has."""
 
     @property
     def switching(self) -> bool:
-        """Whether it was this migration that turned the source's writes off."""
+        """Whether this migration turned the source's writes off."""
         return self.state is not None and self.state.switched
 
     @property
     def migration(self) -> Migration:
-        """The state. There must be one."""
+        """The state. Raises AssertionError before the migration started."""
         if self.state is None:
-            raise AssertionError("a migration is begun before it goes on")
+            raise AssertionError("the migration has no state yet")
         return self.state
 
     async def load(self) -> Migration | None:
-        """Read the state as it is in the target."""
+        """Read the state from the target."""
         document = await self.target.get(MIGRATIONS.name, None, CURRENT)
         self.state = None if document is None else Migration.__codec__.decode(document)  # type: ignore[assignment]
-        self.journal = await standing(self.target, JOURNAL_PART) or MigrationPart(part=JOURNAL_PART, of=JOURNAL_PART)
+        fresh = MigrationPart(part=JOURNAL_PART, of=JOURNAL_PART)
+        self.journal = await committed_progress(self.target, JOURNAL_PART) or fresh
         return self.state
 
     async def save(self, *more: Operation, **fields: Any) -> None:
-        """Change the state, and whatever else belongs into the same batch."""
+        """Change the state, together with `more` operations in the same batch."""
         await self.target.commit(Batch(None, (self.patch(**fields), *more), now_us()))
         self.note(**fields)
 
     def patch(self, **fields: Any) -> Patch:
         return Patch(MIGRATIONS.name, CURRENT, fields)
 
-    def begin_journal(self) -> Create:
-        """The journal's progress before its first batch, which takes it as every other batch does."""
-        baton = Baton(MigrationPart(part=JOURNAL_PART, of=JOURNAL_PART))
-        first = baton.handed_on(position=self.migration.cursor)
-        self.journal = baton.state
+    def journal_progress(self) -> Create:
+        """The journal's progress before its first batch, so that the first batch has a previous one too."""
+        chain = ProgressChain(MigrationPart(part=JOURNAL_PART, of=JOURNAL_PART))
+        first = chain.advance(position=self.migration.cursor)
+        self.journal = chain.state
         return first
 
     def note(self, **fields: Any) -> None:
-        """These fields were committed."""
+        """Apply committed fields to the state in memory."""
         self.committed += 1
         self.migration.__dict__.update(fields)
 
@@ -248,8 +250,8 @@ def now_us() -> int:
 
 
 def fence(allowed: bool, reason: str = "", other_store: str = "", *, at: int = 0) -> tuple[Put, Append]:
-    """What turns a store's writes on or off, and tells every process so; in its batch it begins at index `at`. Whoever
-    calls the store's API is told `reason`, so that `other_store` must not stand in it."""
+    """The operations that turn a store's writes on or off, and tell every process. `at`: their index in the batch.
+    Callers of the store's API see `reason`, so it must not contain `other_store`."""
     document: Document = {"allowed": allowed, "reason": reason, "other_store": other_store}
     record = Record(
         id=next_id(),

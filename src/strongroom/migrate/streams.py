@@ -1,4 +1,4 @@
-"""Reading a store from one end to the other with a page ahead, and writing with some batches in flight."""
+"""Reads a whole store with one page ahead, and writes with several batches in flight."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from .state import Part
 
 FIRST_PAGE = 50
 PAGE_BYTES = 4_000_000
-"""A page is as many documents as come to about so much: two pages of a store are in memory at once."""
+"""The approximate size of a page. Two pages of a store are in memory at once."""
 MIN_PAGE = 4
 SAMPLES = 10
 IN_FLIGHT = 6
-"""Batches that are being committed at once: the store writes one while the next is made, and may join their commits."""
+"""Batches in flight: the store commits one while the next is built, and may join their commits (group commit)."""
 
 
 # --- Reading --------------------------------------------------------------------------------------------------
 
 
 async def pages(store: Store, part: Part, after: str = "") -> AsyncGenerator[list[Document], None]:
-    """The part's documents in the order of their ids, after an id; the next page is read while one is worked on."""
+    """The part's documents in the order of their ids, after an id; the next page is read ahead."""
 
     async def read(limit: int, last: str) -> list[Document]:
         query = Query(limit=limit, start_after=(last,) if last else None)
@@ -52,7 +52,7 @@ async def pages(store: Store, part: Part, after: str = "") -> AsyncGenerator[lis
 
 
 def _page_limit(page: Sequence[Document]) -> int:
-    """How many documents the next page should have, by the size of some of these."""
+    """The length of the next page, by the sizes of a sample of this page."""
     some = page[:: max(1, len(page) // SAMPLES)]
     mean = sum(map(document_size, some)) // len(some)
     return max(MIN_PAGE, min(MAX_LIMIT, PAGE_BYTES // mean))
@@ -60,30 +60,30 @@ def _page_limit(page: Sequence[Document]) -> int:
 
 async def tenants(*stores: Store) -> AsyncGenerator[str, None]:
     """The tenants of the stores, each once, in the order of their UTF-8 bytes."""
-    held: list[deque[str]] = [deque() for _ in stores]
+    queues: list[deque[str]] = [deque() for _ in stores]
     after: list[str | None] = [None for _ in stores]
     ended = [False for _ in stores]
     while True:
         for number, store in enumerate(stores):
-            if not held[number] and not ended[number]:
+            if not queues[number] and not ended[number]:
                 found = await store.tenants(after[number])
-                held[number].extend(found)
+                queues[number].extend(found)
                 if found:
                     after[number] = found[-1]
                 else:
                     ended[number] = True
-        heads = [queue[0] for queue in held if queue]
+        heads = [queue[0] for queue in queues if queue]
         if not heads:
             return
         first = min(heads, key=str.encode)
-        for queue in held:
+        for queue in queues:
             if queue and queue[0] == first:
                 queue.popleft()
         yield first
 
 
 async def parts(collections: Iterable[Collection], *stores: Store) -> AsyncGenerator[Part, None]:
-    """Every part that one of the stores may have: a collection of the platform, or of each tenant."""
+    """Every part that one of the stores may have: each global collection, and each collection of each tenant."""
     for collection in collections:
         if not collection.tenant_scoped:
             yield Part(collection, None)
@@ -97,7 +97,7 @@ async def parts(collections: Iterable[Collection], *stores: Store) -> AsyncGener
 
 
 class Refused(Exception):
-    """The store refused a batch. Never leaves the package."""
+    """The store refused a batch. Used within this package only."""
 
     def __init__(self, batch: Batch, error: StrongroomError) -> None:
         super().__init__(error.message)
@@ -106,29 +106,29 @@ class Refused(Exception):
 
 
 class Pipeline:
-    """Commits batches, some at once; their answers are taken in order, and the first failure ends it.
+    """Commits batches, several at once. Answers are handled in order, and the first failure ends the pipeline.
 
-    On leaving it waits for all that is in flight.
+    On exit it waits for every batch in flight.
     """
 
     def __init__(self, store: Store, width: int = IN_FLIGHT) -> None:
         self._store = store
         self._width = width
-        self._flying: deque[tuple[Batch, asyncio.Future[Committed], Callable[[], None]]] = deque()
+        self._in_flight: deque[tuple[Batch, asyncio.Future[Committed], Callable[[], None]]] = deque()
 
-    async def commit(self, batch: Batch, landed: Callable[[], None]) -> None:
-        """Send a batch; `landed` is called once it is committed. Raises Refused, perhaps for one before it."""
-        while len(self._flying) >= self._width:
-            await self._land()
-        self._flying.append((batch, asyncio.ensure_future(self._store.commit(batch)), landed))
+    async def commit(self, batch: Batch, on_commit: Callable[[], None]) -> None:
+        """Send a batch; `on_commit` is called once it is committed. Raises Refused, possibly for an earlier batch."""
+        while len(self._in_flight) >= self._width:
+            await self._complete_oldest()
+        self._in_flight.append((batch, asyncio.ensure_future(self._store.commit(batch)), on_commit))
 
-    async def _land(self) -> None:
-        batch, future, landed = self._flying.popleft()
+    async def _complete_oldest(self) -> None:
+        batch, future, on_commit = self._in_flight.popleft()
         try:
             await future
         except StrongroomError as error:
             raise Refused(batch, error) from error
-        landed()
+        on_commit()
 
     async def __aenter__(self) -> Self:
         return self
@@ -137,10 +137,10 @@ class Pipeline:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            while kind is None and self._flying:
-                await self._land()
+            while kind is None and self._in_flight:
+                await self._complete_oldest()
         finally:
-            rest = [future for _, future, _ in self._flying]
-            self._flying.clear()
-            # What failed first is told. What became of those behind it is read from the store, where it goes on.
+            rest = [future for _, future, _ in self._in_flight]
+            self._in_flight.clear()
+            # The first failure is raised. A retry reads the outcome of the later batches from the store.
             await asyncio.gather(*rest, return_exceptions=True)

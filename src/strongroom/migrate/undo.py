@@ -1,4 +1,4 @@
-"""Takes a migration back: the switch-over alone (`abort`), or all of it (`roll_back`)."""
+"""Undoes a migration: only the switch-over (`abort`), or all of it (`roll_back`)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..errors import Conflict, NotFound, Problem, StoreError
 from ..storage.port import Batch, Create, Operation, Store, document_size
 from . import backup
 from .compare import set_sum
-from .copy import clear, persistently
+from .copy import clear, with_retries
 from .plan import open_as_it_is, open_source, refusal, refuse
 from .prove import Report, count_journal, fill, prove
 from .state import (
@@ -23,18 +23,18 @@ from .state import (
     OWN,
     RESTORED_PART,
     UNDOING,
-    Baton,
     Migration,
     MigrationPart,
     Options,
     Part,
     Phase,
     Progress,
+    ProgressChain,
     Run,
+    committed_progress,
     fence,
     no_progress,
     now_us,
-    standing,
 )
 from .streams import Pipeline
 
@@ -42,12 +42,12 @@ from .streams import Pipeline
 async def abort(
     source: Store, target: Store, collections: Sequence[Collection], options: Options = Options()
 ) -> Report:
-    """Take a switch-over back before it is complete: the source takes writes again, and the migration can go on later.
+    """Undo a switch-over before it is complete: the source takes writes again, and the migration can resume later.
 
-    Raises NotFound if no migration is under way, Conflict if it is done (`roll_back` is for that).
+    Raises NotFound without a migration, and Conflict if it is done: use `roll_back` then.
     """
     run = Run(source, target, collections, options)
-    state = await _standing(run)
+    state = await _loaded(run)
     if state.phase in (Phase.DONE, Phase.ROLLED_BACK) or state.phase in UNDOING:
         raise Conflict(
             f"the migration is {state.phase}: there is no switch-over to abort (--rollback undoes the migration)"
@@ -68,20 +68,20 @@ async def roll_back(
     options: Options = Options(),
     progress: Progress = no_progress,
 ) -> Report:
-    """Remove what the migration wrote, put the backup of the target back, and let the source take writes again.
+    """Remove the migrated documents, restore the target's backup, and let the source take writes again.
 
-    The same call again goes on where it was stopped, and does nothing once it is done. The records that were appended
-    to the target's journal stay there: a journal is only ever added to. Raises NotFound if there is no migration,
-    Conflict if the target was written to since it was done, StoreError if the backup is damaged.
+    The same call resumes after an interruption, and does nothing once it is done. Records that were appended to the
+    target's journal stay, because a journal is append-only. Raises NotFound without a migration, Conflict if the target
+    was written to after the migration was done, StoreError if the backup is damaged.
     """
     began = time.perf_counter()
     run = Run(source, target, collections, options, progress)
-    state = await _standing(run)
+    state = await _loaded(run)
     report = Report(state.source, state.target, Phase.ROLLED_BACK)
     if state.phase == Phase.ROLLED_BACK:
         report.notes.append("was rolled back already: nothing was changed")
         return report
-    whole = await asyncio.to_thread(backup.proved, Path(state.backup)) if state.backup else None
+    whole = await asyncio.to_thread(backup.verified, Path(state.backup)) if state.backup else None
     if state.phase == Phase.DONE:
         await _check_unused(run)
     if state.phase not in UNDOING:
@@ -96,7 +96,7 @@ async def roll_back(
         await clear(run, "removing what was written")
         await run.save(phase=Phase.RESTORING)
     if whole is not None:
-        await persistently(run, lambda: _restore(run, whole.path, whole.documents))
+        await with_retries(run, lambda: _restore(run, whole.path, whole.documents))
         await _check_restored(run, whole)
         report.notes.append(f"{whole.documents} documents were put back from {whole.path}")
     before = run.migration.fence
@@ -105,8 +105,8 @@ async def roll_back(
     return report
 
 
-async def _standing(run: Run) -> Migration:
-    """The state of the migration into the target; both stores are made readable as they are."""
+async def _loaded(run: Run) -> Migration:
+    """The state of the migration into the target. Opens both stores without changing them."""
     absent, problems = await open_as_it_is(run.target, run, "--to")
     refuse(problems)
     state = await run.load() if MIGRATIONS.name not in absent else None
@@ -125,7 +125,7 @@ async def _lift(run: Run) -> None:
 
 
 async def _check_unused(run: Run) -> None:
-    """Raise Conflict if the target was written to since the migration was done."""
+    """Raise Conflict if the target was written to after the migration was done."""
     known = run.journal.count if run.migration.journal else 0
     if await count_journal(run) == known:
         report = Report("", "", "")
@@ -139,8 +139,9 @@ async def _check_unused(run: Run) -> None:
 
 
 async def _restore(run: Run, path: Path, total: int) -> None:
-    """Put the backup's documents into the target, each batch counted as it is committed."""
-    baton = Baton(await standing(run.target, RESTORED_PART) or MigrationPart(part=RESTORED_PART, of=RESTORED_PART))
+    """Write the backup's documents into the target; each batch commits its progress."""
+    fresh = MigrationPart(part=RESTORED_PART, of=RESTORED_PART)
+    chain = ProgressChain(await committed_progress(run.target, RESTORED_PART) or fresh)
     waiting: list[Create] = []
     tenant: str | None = None
     size = 0
@@ -151,18 +152,18 @@ async def _restore(run: Run, path: Path, total: int) -> None:
             nonlocal size
             if not waiting:
                 return
-            taken, count = baton.taken(), baton.state.count + len(waiting)
-            operations: tuple[Operation, ...] = (*taken, *waiting, baton.handed_on(count=count))
+            previous, count = chain.previous(), chain.state.count + len(waiting)
+            operations: tuple[Operation, ...] = (*previous, *waiting, chain.advance(count=count))
             waiting.clear()
             size = 0
 
-            def landed() -> None:
+            def committed() -> None:
                 run.committed += 1
                 run.progress("restoring the backup", count, total)
 
-            await pipeline.commit(Batch(tenant, operations, now_us()), landed)
+            await pipeline.commit(Batch(tenant, operations, now_us()), committed)
 
-        async with aclosing(backup.documents(path, baton.state.count)) as some:
+        async with aclosing(backup.documents(path, chain.state.count)) as some:
             async for page in some:
                 for collection, owner, document in page:
                     more = document_size(document)
