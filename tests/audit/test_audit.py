@@ -124,7 +124,7 @@ async def test_pages_of_any_size_give_each_record_once(room: Strongroom) -> None
 async def test_a_rare_filter_reads_a_bounded_part_of_the_journal_and_continues(
     room: Strongroom, store: FaultyStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(audit, "MAX_LOOKED_AT", 250)
+    monkeypatch.setattr(audit, "MAX_EXAMINED", 250)
     await write(room, "acme", 200)
     await room.tenant("acme", actor="user:eve").create(Note(id="rare"))
     store.reads.clear()

@@ -415,7 +415,7 @@ async def test_a_source_that_keeps_taking_writes_fails_the_switch_over_with_a_re
 async def test_a_live_source_of_an_older_version_or_with_writes_off_is_refused(urls: Callable[[str], str]) -> None:
     async with stores(urls("sqlite"), urls("sqlite")) as (one, other):
         await filled(one, 3)
-        with pytest.raises(InvalidInput, match="never opened by a version that knows"):
+        with pytest.raises(InvalidInput, match="never opened by a version that supports"):
             await library.migrate(one, other, COLLECTIONS, LIVE)
         await one.prepare([*COLLECTIONS, *(c for c in ALL if c.name == "store_state")])
         await one.commit(Batch(None, fence(False, "moved to elsewhere"), now_us()))

@@ -1,7 +1,7 @@
-"""The audit trail: who changed what, when, from what to what; the journal's records as people ask for them.
+"""The audit trail: who changed what, when, with the values before and after. It reads and filters the journal.
 
-Records come oldest first. A call looks at a bounded part of the journal, so that a filter that few records meet costs
-no more than another: it may give an empty page, whose cursor goes on.
+Records come oldest first. Each call reads a bounded part of the journal, so a filter that matches few records costs no
+more than others: the call may return an empty page with a cursor that continues.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from ..journal.feed import PAGE
 from ..keys.model import NAME as KEYS
 from ..storage.port import Record, Store, document_size
 
-MAX_LOOKED_AT = 10_000
-"""Records that one call looks at; its cursor goes on behind them. Large ones, of which fewer than PAGE are read at
-once, count as more: so a call reads MAX_LOOKED_AT / PAGE pages of about MAX_PAGE_BYTES."""
+MAX_EXAMINED = 10_000
+"""Records that one call examines; its cursor continues after them. Large records, of which fewer than PAGE are read at
+once, count more, so a call reads MAX_EXAMINED / PAGE pages of about MAX_PAGE_BYTES."""
 OUT_OF_ORDER_US = 3_600 * 1_000_000
-"""Records are in the order of their commits. Their times may differ from it, by the clocks of nodes and by how long a
-call took, but hardly by an hour."""
+"""Records are in commit order. Clock differences and long calls may put their times out of order, but by less than an
+hour."""
 NAME = "journal"
 ACTIONS = ("create", "update", "add", "delete", "expire", "deny")
 HASHES = frozenset({"hash", "previous_hash"})
-"""Fields of API keys that an audit record masks as it does secrets: an imported hash may have no pepper, so that a weak
-text could be guessed from it. In the journal itself they stand, since the change feed finds keys by them."""
+"""Fields of API keys that audit records mask like secrets: an imported hash may have no pepper, so a weak secret could
+be guessed from it. The journal itself keeps them, because the change feed finds keys by them."""
 
 
 @dataclass(frozen=True, slots=True)
 class AuditRecord:
-    """One record. `tenant` is None for the platform's own; `index` is the record's leaf in its tenant's tree, None
-    until it is sealed, which this version does not do. Secrets in `before` and `after` are `***`."""
+    """One record. `tenant` is None for the platform's records. `index` is the record's leaf in its tenant's tree; this
+    version seals no records, so it is None. Secrets in `before` and `after` are `***`."""
 
     sequence: int
     index: int | None
@@ -57,7 +57,7 @@ class AuditRecord:
 
 @dataclass(frozen=True, slots=True)
 class AuditFilter:
-    """All of what is given must hold. `since` is inclusive, `until` exclusive."""
+    """Every given field must match. `since` is inclusive, `until` exclusive."""
 
     tenant: str | None = None
     actor: str | None = None
@@ -120,7 +120,7 @@ class Audit:
         context: Context | None = None,
         **wanted: Unpack[AuditGiven],
     ) -> Page[AuditRecord]:
-        """As `page`, of what `AuditFilter` is given: `list(tenant="acme", since=…)`."""
+        """Like `page`, with the fields of AuditFilter as keywords: `list(tenant="acme", since=…)`."""
         return await self.page(AuditFilter(**wanted), limit=limit, cursor=cursor, context=context)
 
     async def page(
@@ -131,11 +131,11 @@ class Audit:
         cursor: str | None = None,
         context: Context | None = None,
     ) -> Page[AuditRecord]:
-        """The next records that fit, oldest first: at most `limit`, and MAX_PAGE_BYTES. `next_cursor` alone says
-        whether there may be more: a page can be empty and have one.
+        """The next matching records, oldest first: at most `limit`, and MAX_PAGE_BYTES. Only `next_cursor` says whether
+        there may be more records: an empty page can have one.
 
-        A caller bound to a tenant sees that tenant's records; one that is not sees all. Raises Denied for another
-        tenant, InvalidInput, Gone where retention has dropped what comes after the cursor.
+        A caller bound to a tenant reads that tenant's records; other callers read all. Raises Denied for another
+        tenant, InvalidInput, and Gone if retention dropped records after the cursor.
         """
         wanted.check()
         if type(limit) is not int or not 1 <= limit <= MAX_LIMIT:
@@ -181,8 +181,8 @@ class Audit:
         return own
 
     async def _start(self, wanted: AuditFilter, tenant: str | None) -> str | None:
-        """A cursor before the first record since then, found by a few reads where cursors are numbers in order; else,
-        or without a time, the beginning."""
+        """A cursor before the first record of the time range, found by binary search where cursors are ordered numbers;
+        otherwise, or without `since`, the start of the journal."""
         if wanted.since is None:
             return None
         before_us = us_from_utc(wanted.since) - OUT_OF_ORDER_US
@@ -207,23 +207,23 @@ class Audit:
 
 
 class _Reading:
-    """What a page holds so far."""
+    """A page under construction."""
 
     def __init__(self, wanted: AuditFilter, limit: int) -> None:
         self._wanted = wanted
         self._limit = limit
         self.items: list[AuditRecord] = []
         self._bytes = 0
-        self._looked_at = 0.0
+        self._examined = 0.0
 
     def is_full(self, record: Record) -> bool:
         """Whether the page ends before this record."""
-        if self._looked_at >= MAX_LOOKED_AT or len(self.items) >= self._limit:
+        if self._examined >= MAX_EXAMINED or len(self.items) >= self._limit:
             return True
         return bool(self.items) and self._wanted.matches(record) and self._bytes + _size(record) > MAX_PAGE_BYTES
 
     def take(self, record: Record, weight: float) -> None:
-        self._looked_at += weight
+        self._examined += weight
         if self._wanted.matches(record):
             self._bytes += _size(record)
             self.items.append(_audited(record))
@@ -269,7 +269,7 @@ def _cursor(name: str, after: str | None, skip: int) -> str:
 
 
 def _position(cursor: str, name: str) -> tuple[str | None, int]:
-    """Where the journal is read on, and how many of the records there were looked at. Raises InvalidInput."""
+    """The journal cursor to continue from, and how many records after it were examined. Raises InvalidInput."""
     try:
         if len(cursor) > MAX_CURSOR_BYTES:
             raise ValueError

@@ -1,8 +1,8 @@
-"""Shared state of a platform's services, as seed 002 has it: policies, signals, actions, coordination status.
+"""Shared state of a platform's services after seed 002: policies, signals, actions, coordination status.
 
-Each is kept by tenant. Times in nanoseconds are ints, as their producers send them; `created_at`, `updated_at` and
-`version` are the store's, on every entity. Policies, signals and actions may be read from a cache, under the names and
-for the times of the seed.
+Every entity belongs to a tenant. Times in nanoseconds are ints, as their producers send them; the store sets
+`created_at`, `updated_at` and `version`. Policies, signals and actions are cached, under the names and with the times
+to live of the seed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Policy(
     indexes=[Index("policy_type", "-created_at")],
     cache=Cached(seconds=300, name="policy"),
 ):
-    """A rule of governance that services ask for. Its history is the journal's."""
+    """A governance rule that services read. The journal has its history."""
 
     policy_type: Name
     policy_name: Annotated[Name, Indexed()]
@@ -39,7 +39,7 @@ class Signal(
     ttl="expires_at",
     cache=Cached(seconds=60, name="signal"),
 ):
-    """A control signal on its way from a producer to whoever processes it. It is gone once `expires_at` has come."""
+    """A control signal from a producer to a consumer. It expires at `expires_at`."""
 
     signal_type: Annotated[Name, Indexed()]
     timestamp_ns: Annotated[int, Field(ge=0)]
@@ -61,7 +61,7 @@ class Action(
     indexes=[Index("status", "created_at"), Index("source_service", "status", "-created_at")],
     cache=Cached(seconds=60, name="action", lists=[PENDING_ACTIONS]),
 ):
-    """A task that one service wants another to do."""
+    """A task that one service requests of another."""
 
     action_type: Annotated[Name, Indexed()]
     source_service: Name
@@ -70,7 +70,7 @@ class Action(
 
 
 class CoordinationStatus(Entity, collection="coordination_status", indexes=[Index("status", "-updated_at")]):
-    """How one service is, by its own word; the id is the service's."""
+    """The health that a service reports of itself; the id is the service's."""
 
     service_name: Annotated[Name, Indexed()]
     status: Literal["healthy", "degraded", "unhealthy"]

@@ -1,4 +1,4 @@
-"""The storage suite: what every backend must honour, one class a topic. Every backend runs it whole.
+"""The storage conformance suite: what every backend must honour, one class a topic. Every backend runs all of it.
 
 A module of tests that imports these classes, and one fixture, run it on a backend:
 

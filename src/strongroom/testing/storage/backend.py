@@ -1,4 +1,4 @@
-"""What the storage suite needs of a backend: where a new store is, and how it is opened."""
+"""The interface between the storage suite and a backend: URLs of new stores, and how to open them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Backend:
         return [sys.executable, "-m", "strongroom.testing.storage.process", self.opener, *arguments]
 
     def environment(self) -> dict[str, str]:
-        """The environment for `command`: what can be imported here can be imported there."""
+        """The environment for `command`, with the import path of this process."""
         return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
@@ -45,7 +45,7 @@ async def opened(opener: str, url: str) -> Store:
 
 
 class StorageSuite:
-    """The base of the suite's classes: `store` is new, empty, and prepared for the sample collections."""
+    """The base of the suite's classes. `store` is new, empty, and prepared for the sample collections."""
 
     @pytest_asyncio.fixture
     async def store(self, backend: Backend) -> AsyncIterator[Store]:
@@ -58,7 +58,7 @@ class StorageSuite:
 
 
 def examples(factor: float = 1) -> settings:
-    """`factor` times as many examples as the profile says, on one store: each example takes a tenant of its own."""
+    """`factor` times the profile's number of examples, on one store; each example uses a tenant of its own."""
     return settings(
         max_examples=max(1, int(settings().max_examples * factor)),
         deadline=None,

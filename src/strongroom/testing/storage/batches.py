@@ -1,4 +1,4 @@
-"""A batch commits whole or not at all, an operation sees those before it, and groups of batches stay apart."""
+"""A batch commits whole or not at all, an operation sees earlier operations, and batches of a group are independent."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ FAILING: list[tuple[Operation, type[StrongroomError]]] = [
 
 
 async def everything(store: Store) -> Any:
-    """All that is in the store, for comparing before and after."""
+    """Everything in the store, to compare before and after."""
     return (
         await store.find("items", "acme", Query(limit=1000)),
         await store.find("samples", "acme", Query(limit=1000)),
@@ -96,7 +96,7 @@ class TestAtomicBatches(StorageSuite):
             operations[-1] = Create("items", "clash", item(code="moved"))
         await refused(store, error, *operations, at=place, now_us=NOW + 1)
         assert await everything(store) == before
-        for operation in good:  # what was undone is free: names, unique values, counters
+        for operation in good:  # names, unique values and counters of a refused batch are free
             if isinstance(operation, Append):
                 continue
             await store.commit(batch("acme", operation, now_us=NOW + 2))
@@ -104,7 +104,7 @@ class TestAtomicBatches(StorageSuite):
         assert [d["id"] for d in heirs] == ["heir"]
 
     async def test_patches_of_many_documents_apply_whole_or_name_the_operation_in_the_way(self, store: Store) -> None:
-        """Checks and patches of one collection that name versions and the same fields: as usage is written."""
+        """Checks and patches of one collection with versions and the same fields, as usage is written."""
         numbers = range(12)
         checked = [Create("items", f"c{n}", item()) for n in numbers]
         written = [Create("shared", f"s{n}", shared(code=f"code {n}")) for n in numbers]
@@ -208,7 +208,7 @@ class TestLimits(StorageSuite):
             return {**small, "blob": bytes(size - document_size(small))}
 
         def operation(given: Document) -> Operation:
-            if how == "patch":  # the fields alone are small enough, the document that they make is not
+            if how == "patch":  # the patched fields are small enough, the resulting document is not
                 return Patch("samples", "x", {"blob": given["blob"]})
             return Create("samples", "x", given) if how == "create" else Put("samples", "x", given)
 

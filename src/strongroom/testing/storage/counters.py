@@ -1,4 +1,4 @@
-"""Counters: sums are exact and a bound is never passed, however many add at once."""
+"""Counters: sums are exact, and concurrent additions never exceed a bound."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class TestCounters(StorageSuite):
         assert len(admitted) > 30
 
     async def test_several_limits_in_one_batch_are_all_or_nothing(self, store: Store) -> None:
-        """As when a key has a limit for a minute, a day and a month: a refused request uses up none of them."""
+        """Like a key with limits for a minute, a day and a month: a denied request counts on none of them."""
         await store.commit(batch("acme", *(Create("items", id, item()) for id in ("minute", "day", "month"))))
         adds = (
             Add("items", "minute", "used", 1, at_most=30),
@@ -94,7 +94,7 @@ class TestCounters(StorageSuite):
         assert await used(store) == INT64_MIN
 
     async def test_a_counter_past_its_bound_cannot_move_further_but_can_come_back(self, store: Store) -> None:
-        """A limit that was lowered below what is used already."""
+        """Like a limit that was lowered below its usage."""
         await store.commit(batch("acme", Create("items", "x", item(used=10))))
         await refused(store, BoundExceeded, Add("items", "x", "used", 1, at_most=5))
         await refused(store, BoundExceeded, Add("items", "x", "used", 0, at_most=5))

@@ -1,4 +1,4 @@
-"""No tenant's call sees or changes another tenant's documents, whatever tenants and ids are called."""
+"""No tenant's call sees or changes another tenant's documents, whatever the names of tenants and documents."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _names = st.sampled_from(HOSTILE_NAMES) | st.text(
 
 class TestIsolation(StorageSuite):
     async def test_tenants_of_any_name_are_isolated(self, store: Store) -> None:
-        """The same id and the same unique value in each of them."""
+        """Each tenant has a document with the same id and the same unique value."""
         names = dict.fromkeys(HOSTILE_NAMES)
         assert not any(text_problem(name, MAX_TENANT_BYTES) for name in names)
         created = [

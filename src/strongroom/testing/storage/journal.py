@@ -1,4 +1,4 @@
-"""The journal: in commit order, complete, and never with a record behind a cursor that was given out."""
+"""The journal: in commit order, complete, and never with a new record before a cursor that was returned."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ PATIENCE_S = 20
 async def tail(
     store: Store, count: int, *, after: str | None = None, tenant: str | None = None, limit: int = MAX_CHANGES_PAGE
 ) -> tuple[list[Record], str]:
-    """Follow the journal until `count` records have come; gives them and the cursor behind them.
+    """Follow the journal until `count` records have arrived; returns them and the cursor after them.
 
     A backend may show a record a moment after its commit was acknowledged, so this waits; but not for ever.
     """
@@ -181,7 +181,7 @@ class TestJournal(StorageSuite):
             await store.changes(cursor)
 
     async def test_a_cursor_past_the_end_is_gone(self, backend: Backend, store: Store) -> None:
-        """As after an older copy was put back: who kept anything must read it anew."""
+        """As after the restore of an older copy: followers must read everything again."""
         newer = await backend.open(backend.new_url())
         try:
             await newer.prepare(COLLECTIONS)
@@ -212,14 +212,14 @@ class TestJournal(StorageSuite):
         assert (await store.changes(None, tenant="nobody")).records == ()
         everything, _ = await tail(store, 30)
         assert sorted(int(one.entity_id) for one in everything) == list(range(30))
-        for name in names:  # of those of none, too
+        for name in names:  # the platform's records as well
             assert [one.entity_id for one in everything if one.tenant == name] == [
                 f"{n}" for n in range(30) if names[n % 3] == name
             ]
 
     @pytest.mark.parametrize("seed", [1, 2])
     async def test_followers_miss_nothing_and_see_nothing_twice_while_many_write(self, store: Store, seed: int) -> None:
-        """Small batches race large ones, some fail; followers begin at the start, at the end and in the middle."""
+        """Small batches race large ones, and some fail. Followers begin at the start, at the end and in the middle."""
         writers, rounds = 8, 15
         await store.commit(batch(None, Create("shared", "lock", shared())))
         committed: dict[str, list[str]] = defaultdict(list)
@@ -273,7 +273,7 @@ class TestJournal(StorageSuite):
                 order = [one.sequence for one in seen if one.tenant == name]
                 assert order == sorted(set(order)), "out of order, or twice"
             assert sorted(one.entity_id for one in seen) == sorted(expected)
-            for writer in range(writers):  # each writer awaits its commits, so its records are in its order
+            for writer in range(writers):  # each writer awaits its commits, so its records are in its own order
                 own = [name for name in expected if name.startswith(f"{writer}/")]
                 assert [one.entity_id for one in seen if one.entity_id.startswith(f"{writer}/")] == own
             for one in seen:

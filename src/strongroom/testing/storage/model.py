@@ -1,4 +1,4 @@
-"""The whole port against a model of it: dicts, and what port.py says, in a page of Python."""
+"""The whole port compared with a model: dicts, and the rules of port.py, in a page of Python."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ class Refused(Exception):
 
 
 MADE = -1
-"""The version of a document that the present batch has changed: the store will say which that is."""
+"""The version of a document that the current batch has changed; the store's answer gives it."""
 
 
 def apply(held: Held, tenant: str, operation: Operation, now_us: int) -> tuple[bool, int | None]:
-    """What one operation does to `held`: whether it makes a version, and what an Add came to."""
+    """Apply one operation to `held`; returns whether it makes a version, and the result of an Add."""
     assert not isinstance(operation, Append)
     where = (None if operation.collection == "shared" else tenant, operation.collection)
     documents = held.setdefault(where, {})
@@ -98,7 +98,7 @@ def apply(held: Held, tenant: str, operation: Operation, now_us: int) -> tuple[b
 _FIELDS = {collection.name: collection.fields.keys() for collection in COLLECTIONS}
 
 
-# --- What is tried --------------------------------------------------------------------------------------------
+# --- Generated batches ----------------------------------------------------------------------------------------
 
 _places = st.tuples(st.sampled_from(["items", "items", "shared"]), st.sampled_from(IDS))
 _codes = st.sampled_from([None, None, "c", "d"])
@@ -107,7 +107,7 @@ _expectations = st.sampled_from([None, None, 0, "current", "stale"])
 
 @st.composite
 def _operations(draw: Any) -> tuple[str, dict[str, Any]]:
-    """An operation in the making: a name and what it takes; expected versions are filled in from the model."""
+    """An operation without its expected version, which the model fills in."""
     collection, id = draw(_places)
     kind = draw(st.sampled_from(["create", "create", "put", "patch", "delete", "add", "check"]))
     taken: dict[str, Any] = {"collection": collection, "id": id}
@@ -149,7 +149,7 @@ _batches = st.tuples(
 
 
 class PortMachine(RuleBasedStateMachine):
-    """Random batches, alone and in groups; after each, the store must hold what the model holds."""
+    """Random batches, alone and in groups. After each, the store must equal the model."""
 
     def __init__(self, runner: asyncio.Runner, backend: Backend) -> None:
         super().__init__()
@@ -226,7 +226,7 @@ class PortMachine(RuleBasedStateMachine):
         self.journal[given.tenant or ""] += appended
 
     def _learn(self, given: Batch, outcome: Committed) -> None:
-        """Take the versions that the store made: each greater than any that its id had."""
+        """Adopt the store's new versions, each greater than every earlier version of its id."""
         latest: dict[tuple[Where_, str], int] = {}
         for operation, version in zip(given.operations, outcome.versions, strict=True):
             if version and not isinstance(operation, Append):

@@ -1,4 +1,4 @@
-"""Each operation, on what is there and what is not: what it gives, which error it raises, which version it makes."""
+"""Each operation on missing and present documents: its result, its error, and the version that it makes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ...storage.port import Add, Check, Create, Delete, Operation, Patch, Put, S
 from .backend import StorageSuite
 from .samples import NOW, batch, identical, item, shared, stored
 
-# What each operation says when the document is missing, and when it is there with version CURRENT.
+# The result of each operation when the document is missing, and when it is present with version CURRENT.
 CURRENT, OLDER, NEWER = -1, -2, -3
 MISSING: list[tuple[Operation, type[StrongroomError] | None]] = [
     (Create("items", "x", item("new")), None),
@@ -62,7 +62,7 @@ PRESENT: list[tuple[Operation, type[StrongroomError] | None]] = [
 
 
 def _expecting(operation: Operation, current: int) -> Operation:
-    """The operation with its expected version told relative to the current one."""
+    """The operation with an expected version relative to the current one."""
     expected = getattr(operation, "expected", None)
     if expected not in (CURRENT, OLDER, NEWER):
         return operation

@@ -1,4 +1,5 @@
-"""What the suite runs in other processes: `python -m strongroom.testing.storage.process OPENER write|add URL NUMBER`.
+"""The program that the suite runs in other processes: `python -m strongroom.testing.storage.process OPENER write|add
+URL NUMBER`.
 
 It prints a line for each acknowledged commit, at once, so that whoever kills it knows what it was promised.
 """
@@ -21,7 +22,7 @@ TENANT = "acme"
 
 
 def say(line: str) -> None:
-    os.write(1, f"{line}\n".encode())  # one write a line: a kill cannot cut it in two
+    os.write(1, f"{line}\n".encode())  # one write a line, so a kill leaves no partial line
 
 
 async def write(store: Store, life: int) -> None:
@@ -47,7 +48,7 @@ async def write(store: Store, life: int) -> None:
 
 
 async def add(store: Store, bound: int) -> None:
-    """Add to one counter, in several tasks, until its bound is reached; say how often that was admitted."""
+    """Add to one counter in several tasks until its bound is reached; print how many additions were admitted."""
 
     async def work() -> int:
         for admitted in itertools.count():

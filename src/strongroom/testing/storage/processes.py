@@ -1,4 +1,4 @@
-"""Other processes: one that is killed while it commits, and several at one store."""
+"""Other processes: a process that is killed while it commits, and several processes at one store."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MANY = 1_000
 
 @contextlib.asynccontextmanager
 async def running(backend: Backend, what: str, url: str, number: int) -> AsyncIterator[asyncio.subprocess.Process]:
-    """A process that does `what`; it is gone afterwards."""
+    """A process that runs `what`, and is killed at the end."""
     process = await asyncio.create_subprocess_exec(
         *backend.command(what, url, str(number)), stdout=asyncio.subprocess.PIPE, env=backend.environment()
     )
@@ -40,7 +40,7 @@ async def line(process: asyncio.subprocess.Process) -> str:
 
 
 async def all_items(store: Store, *, prefix: str) -> dict[str, str]:
-    """The label of each item of which the id begins with `prefix`, by id, whatever their number."""
+    """The labels by id of all items whose id starts with `prefix`."""
     query = Query(Where("id", ">=", prefix), limit=MANY)
     found: dict[str, str] = {}
     while page := await store.find("items", TENANT, query):
@@ -53,7 +53,7 @@ class TestProcesses:
     async def test_a_killed_process_loses_nothing_acknowledged_and_leaves_no_partial_batch(
         self, backend: Backend
     ) -> None:
-        """Three lives of one store, each ended by SIGKILL after a random number of commits, with others in flight."""
+        """Three processes one after the other, each killed after a random number of commits with others in flight."""
         url = backend.new_url()
         randoms = random.Random(20_250_615)
         store = await prepared(backend, url)

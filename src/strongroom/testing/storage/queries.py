@@ -1,4 +1,4 @@
-"""Queries mean on every backend what `entities.evaluate` and `entities.aggregate` say."""
+"""Queries return on every backend what `entities.evaluate` and `entities.aggregate` return."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _comparisons(draw: Callable[[st.SearchStrategy[Any]], Any]) -> Where:
 
 @st.composite
 def _not_in(draw: Callable[[st.SearchStrategy[Any]], Any]) -> Filter:
-    """`not-in` stands alone or beside plain comparisons: what else there may be is for `Query.check` to say."""
+    """`not-in` alone or beside plain comparisons: `Query.check` refuses other combinations."""
     name = draw(st.sampled_from(list(_SCALARS)))
     where = Where(name, Op.NOT_IN, draw(st.lists(_SCALARS[name], min_size=1, max_size=4)))
     other = draw(st.sampled_from(list(_SCALARS)))
@@ -143,7 +143,7 @@ queries_of_samples = st.builds(Query, filters, orders, st.integers(1, 15)).map(c
 
 
 async def fill(store: Store, tenant: str, documents: list[Document]) -> list[Document]:
-    """Store the documents as d0, d1, …, in two batches at two moments; gives what the store then holds."""
+    """Store the documents as d0, d1, …, in two batches at two times; returns the stored documents."""
     held = []
     for moment, half in ((NOW, slice(0, None, 2)), (NOW + 2, slice(1, None, 2))):
         some = [(f"d{number}", document) for number, document in enumerate(documents)][half]
@@ -156,7 +156,7 @@ async def fill(store: Store, tenant: str, documents: list[Document]) -> list[Doc
 
 
 def close(found: Any, expected: Any, scale: float) -> bool:
-    """The same type, and for floats, equal but for what the order of additions may change."""
+    """The same type, and equal; floats up to the rounding that the order of additions causes."""
     if type(found) is not type(expected):
         return False
     if isinstance(expected, float):
@@ -200,7 +200,7 @@ class TestQueries(StorageSuite):
     async def test_a_position_between_documents_is_a_start_too(
         self, store: Store, documents: list[Document], order: tuple[str, ...], position: int, where: Filter | None
     ) -> None:
-        """The document that a cursor stands on may be gone by the time that the next page is asked for."""
+        """The document at a cursor may be deleted before the next page is read."""
         query = checked(Query(where, order, 20))
         tenant = next(_tenant)
         held = await fill(store, tenant, documents)
@@ -257,7 +257,7 @@ class TestQueries(StorageSuite):
 
     @pytest.mark.parametrize("op", ["<", "<=", ">", ">="])
     async def test_aggregates_over_a_range_of_ids_are_exact(self, store: Store, op: str) -> None:
-        """Ids are the names of documents in some stores, which have indexes of their own."""
+        """Some stores keep ids as document names, with indexes of their own."""
         held = await fill(store, "acme", [sample(rank=number, ratio=number / 2) for number in range(5)])
         where = checked(Query(Where("id", op, "d2"))).where
         asked = [Aggregate("count"), *(Aggregate(kind, "rank") for kind in ("sum", "average"))]
@@ -302,7 +302,7 @@ class TestQueries(StorageSuite):
 
     @pytest.mark.parametrize("op", [*_COMPARISONS, Op.IN, Op.NOT_IN])
     async def test_each_operator_compares_each_type(self, store: Store, op: Op) -> None:
-        """Every pair of a stored value, null among them, and a value that is asked for."""
+        """Every pair of a stored value, null included, and a queried value."""
         rows = [sample(**{field: value}) for field, values in _VALUES.items() for value in (None, *values[:9])]
         held = await fill(store, "acme", rows)
         for field, values in _VALUES.items():

@@ -1,4 +1,4 @@
-"""Opening, closing and opening again: what was committed is there, and what came before is not repeated."""
+"""Opening, closing and reopening: committed documents survive, and sequences and versions do not repeat."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class TestReopening:
                 cursor = None
                 versions.clear()
                 sequences.clear()
-            now_us = NOW - 1_000_000 * life  # the clock goes back with every life
+            now_us = NOW - 1_000_000 * life  # the clock goes back with every reopening
             committed = await store.commit(
                 batch("acme", Create("items", "x", item()), Append(record(f"{life}"), 0), now_us=now_us)
             )
@@ -108,7 +108,7 @@ class TestReopening:
         persistent = store.capabilities.persistent
         pending = [store.commit(batch("acme", Create("items", f"{n}", item()))) for n in range(50)]
         await store.close()
-        store = await prepared(backend, url)  # at once: closing has waited for them
+        store = await prepared(backend, url)  # at once, because closing waited for them
         try:
             assert len(await store.find("items", "acme", Query())) == (50 if persistent else 0)
         finally:
@@ -158,7 +158,7 @@ class TestReopening:
             await store.close()
 
     async def test_a_commit_that_fails_is_not_applied_unless_its_outcome_is_unknown(self, backend: Backend) -> None:
-        """The store's own tasks are ended amid commits, as a loop that is torn down ends them."""
+        """The store's own tasks are cancelled during commits, as an ending event loop does."""
         for turns in range(UNDECIDED_ROUNDS):
             url = backend.new_url()
             store = await prepared(backend, url)

@@ -1,4 +1,4 @@
-"""What is stored comes back: equal, and of the same types."""
+"""Stored values are returned equal and with the same types."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _tenant = tenants("round-trip")
 class TestRoundTrips(StorageSuite):
     @pytest.mark.parametrize("field", EDGES)
     async def test_every_edge_value_comes_back_equal_and_of_its_type(self, store: Store, field: str) -> None:
-        """Whether it was written by Create, Put or Patch, and read by get or find."""
+        """Written by Create, Put or Patch, and read by get or find."""
         values = (None, *EDGES[field])
         for number, value in enumerate(values):
             await store.commit(

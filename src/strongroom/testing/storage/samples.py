@@ -1,4 +1,4 @@
-"""The collections, values and names that the storage suite works with, and how it compares what comes back."""
+"""The sample collections, values and names of the storage suite, and the comparison of returned values."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def record(entity_id: str = "a", tenant: str | None = "acme", **given: Any) -> R
 
 
 def tenants(prefix: str = "tenant") -> Iterator[str]:
-    """Tenant names, never the same twice: so that many examples can share a store."""
+    """Unique tenant names, so that many examples can share a store."""
     return (f"{prefix}-{number}" for number in itertools.count())
 
 
@@ -109,7 +109,7 @@ def identical(found: Any, expected: Any) -> bool:
 
 
 class AnyVersion:
-    """Stands where a version is expected, whichever: versions are the store's own."""
+    """Equals any version, because stores assign their own."""
 
     def __repr__(self) -> str:
         return "ANY_VERSION"
@@ -121,7 +121,7 @@ ANY_VERSION: Any = AnyVersion()
 def stored(
     id: str, document: Document, *, version: int = ANY_VERSION, created_us: int = NOW, updated_us: int = NOW
 ) -> Document:
-    """What a store gives back for a document; `identical` compares it."""
+    """The document that a store should return; compare it with `identical`."""
     times = {"created_at": utc_from_us(created_us), "updated_at": utc_from_us(updated_us)}
     return {"id": id, "version": version, **times, **document}
 
@@ -219,7 +219,7 @@ EDGES: dict[str, tuple[Any, ...]] = {
     "extra": MAPS,
 }
 
-# Names that have broken someone's store: quotes, paths, patterns, SQL, reserved names, look-alikes, case, white space.
+# Names that have broken other stores: quotes, paths, patterns, SQL, reserved names, look-alikes, case, white space.
 HOSTILE_NAMES: tuple[str, ...] = (
     "'", '"', "`", "''", "\\", "\\'", "'; DROP TABLE items; --", "' OR '1'='1", "x' UNION SELECT * FROM items --",
     "/", "//", "a/b", "../../etc/passwd", ".", "..", "...", "__x__", "__id7__", "__", "%", "_", "%2F", "%00", "a%",
@@ -243,7 +243,7 @@ decimals = st.sampled_from(DECIMALS) | st.builds(
     st.integers(-400, 400),
 )
 blobs = st.sampled_from(BLOBS) | st.binary(max_size=20)
-# no hour comes twice in UTC, so that `fold` says nothing there, and a store need not keep it
+# no hour repeats in UTC, so `fold` has no meaning there and a store need not keep it
 moments = st.sampled_from(MOMENTS) | st.datetimes(timezones=st.just(UTC)).map(lambda moment: moment.replace(fold=0))
 _scalars = st.none() | st.booleans() | ints | floats | decimals | texts | blobs | moments
 

@@ -1,4 +1,4 @@
-"""Schema: what `prepare` plans, applies and refuses, and what documents written before look like afterwards."""
+"""Schema: the changes that `prepare` plans, applies and refuses, and their effect on existing documents."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ class TestSchema(StorageSuite):
 
     async def test_a_unique_index_that_the_documents_break_is_refused(self, store: Store) -> None:
         await store.prepare([declare()])
-        await fill(store)  # the same names in two tenants, which is fine
+        await fill(store)  # the same names in two tenants are allowed
         await store.commit(batch("acme", Create("things", "twin", {"name": "a"})))
         unique = declare(indexes=(Index("name", unique=True),))
         with pytest.raises(SchemaError):
