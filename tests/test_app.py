@@ -1,4 +1,4 @@
-"""The composition root: what it opens it closes, in the right order and whatever fails; peppers; tenant handles."""
+"""The composition root closes everything it opened, in order and on every failure; peppers; tenant handles."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmarks' own promises: ratios of what stood side by side, no wrong answer counted, nothing left running."""
+"""The benchmarks: ratios of interleaved rounds, no wrong answer is counted, and nothing is left running."""
 
 from __future__ import annotations
 

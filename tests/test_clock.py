@@ -1,4 +1,4 @@
-"""One clock: the store's. A node's own may be wrong, jump or run apart; limits hold in the store's time."""
+"""The store's clock is the clock of every node: a node's own clock may be wrong, and limits still hold."""
 
 from __future__ import annotations
 

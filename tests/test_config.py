@@ -1,4 +1,4 @@
-"""Settings: one table, read from the environment; what contradicts itself stops the start with a sentence."""
+"""Settings: one table, read from the environment; contradicting settings stop the start with a sentence."""
 
 from __future__ import annotations
 

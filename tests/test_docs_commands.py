@@ -1,4 +1,4 @@
-"""Every command block of the documentation runs, in order, from an empty machine state: no store, no database."""
+"""Every command block of the documentation runs, in order, on an empty machine: no store, no database."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every application in examples/ runs as it is, and answers over HTTP: good keys, bad ones, and one over its limit."""
+"""Every application in examples/ runs and answers over HTTP: valid keys, invalid keys, and a key over its limit."""
 
 from __future__ import annotations
 

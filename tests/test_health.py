@@ -1,4 +1,4 @@
-"""Health: what is wrong is told, of each dependency; and a server without its database lives, says so, and recovers."""
+"""Health names the failing dependency, and a server without its database stays up, reports it, and recovers."""
 
 from __future__ import annotations
 

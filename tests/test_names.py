@@ -1,4 +1,4 @@
-"""Names that look alike are one: what identifies is in NFC, without spaces around it, wherever it comes in."""
+"""Identifying names must be in NFC without surrounding spaces, so that names that look alike are equal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A failure that repeats is logged at once, then less and less often, and once more when it is over."""
+"""A repeated failure is logged at once, then less and less often, and once more when it has ended."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SECURITY.md says what is true today: each line of its threat model names tests that are there."""
+"""SECURITY.md is up to date: each line of its threat model names existing tests."""
 
 from __future__ import annotations
 

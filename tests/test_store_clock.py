@@ -1,6 +1,6 @@
-"""The store's clock decides, whatever the machine's says: time to live, times of creation, what is remembered of calls.
+"""The store's clock decides time to live, creation times and idempotency, whatever the machine's clock says.
 
-What has expired stands in nobody's way, and what a call answers is what is stored.
+Expired documents reserve nothing, and answers equal the stored documents.
 """
 
 from __future__ import annotations

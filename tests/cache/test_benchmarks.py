@@ -1,4 +1,4 @@
-"""The cache's benchmarks run, count at the store, and leave nothing behind."""
+"""The cache's benchmarks run, count reads at the store, and leave no files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keys that no tenant can leave; documents that come back equal; envelopes that are not believed when damaged."""
+"""Cache keys stay inside their tenant, documents round-trip exactly, and damaged envelopes are rejected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cache in this process: one read of the store for many, never an old value for long, never in a transaction."""
+"""The cache of one process: one read of the store for many callers, bounded staleness, no use in transactions."""
 
 from __future__ import annotations
 

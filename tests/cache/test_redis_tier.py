@@ -1,4 +1,4 @@
-"""Redis as the second tier: shared by nodes, apart by tenant and store; without it slower, and never wrong."""
+"""Redis as the second tier: shared by nodes, separated by tenant and store; a faulty Redis only costs speed."""
 
 from __future__ import annotations
 

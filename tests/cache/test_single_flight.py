@@ -1,4 +1,4 @@
-"""Reads that many ask for at once are one read; what others keep changing is tried again for a time."""
+"""Concurrent reads of one document are one read; a document that keeps changing is retried for a bounded time."""
 
 from __future__ import annotations
 

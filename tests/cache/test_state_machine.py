@@ -1,6 +1,6 @@
-"""Two nodes, one Redis, slow readers, lost invalidations, flushes, old snapshots: no read is older than its node knows.
+"""Two nodes, one Redis, slow readers, lost invalidations, flushes, old snapshots: no read is older than its node saw.
 
-The store and the change feeds are the machine's own, so that it decides when a node hears of what; Redis is real.
+The state machine simulates the store and the change feeds, to decide when a node receives a change; Redis is real.
 """
 
 from __future__ import annotations

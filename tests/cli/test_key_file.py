@@ -1,4 +1,4 @@
-"""`strongroom import` and `export` as commands: reports, files, and being stopped anywhere."""
+"""`strongroom import` and `export` of key files: reports, files, and interruptions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`strongroom keys …` over the life of a key: held texts, deletion and restoring, many at once, a new pepper."""
+"""`strongroom keys …` over the life of a key: held secrets, deletion and restore, bulk changes, a new pepper."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`strongroom leaks …` as commands: reports from files and standard input, the list, the policy."""
+"""`strongroom leaks …`: reports from files and standard input, the list, the policy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`strongroom migrate` as a command: what is wrong with a call, plans, reports, a stop, the way back."""
+"""`strongroom migrate`: wrong calls, plans, reports, interruptions, rollback."""
 
 from __future__ import annotations
 

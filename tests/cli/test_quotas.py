@@ -1,4 +1,4 @@
-"""`strongroom quotas …` as commands: set, list, show, stats, delete."""
+"""`strongroom quotas …`: set, list, show, stats, delete."""
 
 from __future__ import annotations
 

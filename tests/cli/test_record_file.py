@@ -1,4 +1,4 @@
-"""`strongroom import` and `export` of files of records as commands: reports, secrets, and every shape told apart."""
+"""`strongroom import` and `export` of record files: reports, secrets, and the detection of each format."""
 
 from __future__ import annotations
 

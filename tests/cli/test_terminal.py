@@ -1,4 +1,4 @@
-"""The command line at a terminal: no arguments, a narrow window, Ctrl-C; and where an extra is not installed."""
+"""The command line at a terminal: no arguments, a narrow window, Ctrl-C; and missing extras."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`strongroom webhooks …`: what it prints for people and for programs, exit statuses, wrong calls."""
+"""`strongroom webhooks …`: output for people and for programs, exit statuses, wrong calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The client of the HTTP interface, asynchronous and synchronous: one body of each test for both, on a real server."""
+"""The client of the HTTP API, asynchronous and synchronous: each test runs on both, against a real server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The client's examples run against a server as they are, and say what they promise."""
+"""The client's examples run unchanged against a server, and print what they promise."""
 
 from __future__ import annotations
 

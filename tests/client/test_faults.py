@@ -1,5 +1,5 @@
-"""The client when the network, the server or the caller is wrong: nothing is done twice, nothing hangs, each error has
-its name, and no key is shown."""
+"""The client under faults of network, server and caller: nothing happens twice or hangs, every error is typed, and no
+key is shown."""
 
 from __future__ import annotations
 

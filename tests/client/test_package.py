@@ -1,4 +1,4 @@
-"""The client is a distribution of its own, which needs httpx and msgspec and nothing of the server's."""
+"""The client is a distribution of its own that needs only httpx and msgspec."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Holds of the client: what was used is settled, whatever happens, and once."""
+"""Reservations of the client: usage is settled exactly once, whatever happens."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What both clients are made of: one source, few imports, every route of the server, every field of its answers; the
-pure parts obey their laws."""
+"""The source of both clients: one source, few imports, every route of the server, every field of its answers; laws of
+the pure parts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The write trip: validated, authorised, committed with its journal records or not at all; and the reads beside it."""
+"""The write trip: validated, authorised, and committed with its journal records or not at all; and the reads."""
 
 from __future__ import annotations
 

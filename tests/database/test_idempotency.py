@@ -1,4 +1,4 @@
-"""Idempotency keys: one key is one request; its repeat changes nothing and gives the first answer."""
+"""An idempotency key identifies one request; a retry changes nothing and returns the first answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Advice on indexes: which serve none of the queries that were seen, and which queries no index serves."""
+"""Index advice: queries that no index serves, and indexes that serve no query."""
 
 from __future__ import annotations
 

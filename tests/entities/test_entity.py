@@ -1,4 +1,4 @@
-"""Declarations: what an entity class becomes for backends, what is refused, and what goes in and out."""
+"""Declarations of entities: their schema for backends, refused declarations, validation and encoding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Messages of wrong input speak with one voice, Pydantic's own errors included: what was found, what was expected."""
+"""Messages about wrong input, Pydantic's included, say what was found and what was expected."""
 
 from __future__ import annotations
 

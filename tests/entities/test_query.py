@@ -1,4 +1,4 @@
-"""Queries: what is refused, what the evaluator means (as laws on random values), and cursors that come from outside."""
+"""Queries: refused ones, the evaluator as laws on random values, and cursors from outside."""
 
 from __future__ import annotations
 

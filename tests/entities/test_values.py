@@ -1,4 +1,4 @@
-"""What can be stored, and how values look in engines that lack their type: laws, checked on random values."""
+"""The values that can be stored, and their form in engines without their type: laws on random values."""
 
 from __future__ import annotations
 

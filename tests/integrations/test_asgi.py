@@ -1,4 +1,4 @@
-"""The ASGI middleware: who is let in, how the others are answered, whose address is believed, and its lifespan."""
+"""The ASGI middleware: admission, refusals, forwarded addresses, and its lifespan."""
 
 from __future__ import annotations
 

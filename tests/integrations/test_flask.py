@@ -1,4 +1,4 @@
-"""Flask, and the blocking facade below it: keys verified from threads, over one event loop in a thread of its own."""
+"""Flask, and the blocking facade below it: keys verified from threads over one event loop in its own thread."""
 
 from __future__ import annotations
 

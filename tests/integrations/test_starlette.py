@@ -1,4 +1,4 @@
-"""Starlette and FastAPI: their own ways to say who calls and what is needed, over keys verified in this process."""
+"""Starlette and FastAPI: their own authentication and dependencies, over keys verified in this process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reservations around requests: streams are charged what they used, however they end; concurrency is held meanwhile."""
+"""Reservations around requests: streams are charged their usage however they end; concurrency is held meanwhile."""
 
 from __future__ import annotations
 

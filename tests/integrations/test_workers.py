@@ -1,4 +1,4 @@
-"""Four worker processes over one SQLite file hold one limit together."""
+"""Four worker processes over one SQLite file keep one limit exactly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Leases: one holder at a time, a token that grows, a stale holder that can write nothing; and the work goes on."""
+"""Job leases: one holder at a time, growing fencing tokens, a fenced stale holder; and jobs continue."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Background work: what has expired is removed, of every tenant, and nothing else; usage shows in lists of keys."""
+"""Background jobs: only expired documents are removed, of every tenant; usage shows in lists of keys."""
 
 from __future__ import annotations
 

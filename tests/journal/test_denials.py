@@ -1,4 +1,4 @@
-"""Denials in the journal: each kind of them, bounded, counted, and in no tenant that does not exist."""
+"""Denials in the journal: each kind, bounded, counted, and never creating a tenant."""
 
 from __future__ import annotations
 

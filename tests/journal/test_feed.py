@@ -1,4 +1,4 @@
-"""The journal as it grows: every record once, in order, soon, of one's own tenant; nothing lost by a slow follower."""
+"""The change feed delivers every record once, in order and soon; a slow follower loses nothing."""
 
 from __future__ import annotations
 

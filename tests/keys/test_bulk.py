@@ -1,4 +1,4 @@
-"""Many keys at once: what is meant and counted, what fails alone, what is gone on with; lists, and what serves them."""
+"""Bulk changes of keys: selection, counts, single failures, resumption; filtered lists and their indexes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Other systems' hashes: understood as those systems made them, compared exactly, refused with a reason otherwise."""
+"""Hashes of other systems: parsed as those systems wrote them, compared exactly, refused with a reason otherwise."""
 
 from __future__ import annotations
 

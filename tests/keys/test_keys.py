@@ -1,4 +1,4 @@
-"""API keys: what a verification answers and why, rotation, idempotency, unknown keys, other nodes, tenants, secrets."""
+"""API keys: verification and its reasons, rotation, idempotency, unknown keys, other nodes, tenants, secrets."""
 
 from __future__ import annotations
 

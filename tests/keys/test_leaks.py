@@ -1,4 +1,4 @@
-"""Leaked keys: known by any of their texts, dealt with once, as their tenant's policy says, whole or not at all."""
+"""Leaked keys: recognised by any of their secrets, handled once by their tenant's policy, wholly or not at all."""
 
 from __future__ import annotations
 

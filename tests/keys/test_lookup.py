@@ -1,4 +1,4 @@
-"""Imported keys whose hash is another system's: found by one read, compared beside the event loop, renewed once."""
+"""Imported keys with another system's hash: found by one read, compared off the event loop, upgraded once."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Many nodes: four server processes on one store, under load, killed in turn, and the store too.
+"""Many nodes: four server processes on one store, under load, killed in turn together with the store.
 
-What holds: nothing acknowledged is lost, nothing is over-admitted, a revocation is seen by every node within a second,
-and whoever was without its database recovers by itself.
+No acknowledged write is lost, no limit is exceeded, every node sees a revocation within a second, and a node without
+its database recovers by itself.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Reservations, durable and in memory: what they hold, how they end, what is charged, and that no limit is exceeded."""
+"""Reservations, durable and local: their holds, how they end, their charge; no limit is exceeded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A revocation is true everywhere within a second: on another node, in another process, and with a broken feed."""
+"""A revocation applies everywhere within a second: on another node, in another process, with a broken feed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rotation: both texts during the overlap, texts that are held and claimed, schedules, repeats, new peppers."""
+"""Rotation: both secrets during the overlap, held and claimed secrets, schedules, retries, new peppers."""
 
 from __future__ import annotations
 

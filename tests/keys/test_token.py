@@ -1,4 +1,4 @@
-"""Key texts: random, recognised by their checksum, masked, and hashed so that the store alone opens nothing."""
+"""Key secrets: random, with a checksum, masked, and hashed so that a copy of the store opens nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calendars: in every zone, whatever its clocks do, units partition time, begin at local midnight, and are counted."""
+"""Calendar units: in every time zone they partition time and begin at local midnight, whatever its clocks do."""
 
 from __future__ import annotations
 

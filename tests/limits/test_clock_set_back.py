@@ -1,4 +1,4 @@
-"""What becomes of accounts that were charged at a wrong time: the others go on, and nothing that was used is freed."""
+"""A clock that was set to a wrong time affects only the usage recorded then, and setting it back frees none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The log of what is spent from leases: what a killed process had spent is known exactly, and nobody else's is."""
+"""The lease log: the usage of a killed process is known exactly, and no other process's log is touched."""
 
 from __future__ import annotations
 

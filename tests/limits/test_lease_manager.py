@@ -1,5 +1,5 @@
-"""Limit leases against a brute-force model: never over-admitted through crashes, clock skew and lost commits; nothing
-is lost; what is unspent comes back. The promises one by one are in test_lending_promises."""
+"""Limit leases against a brute-force model: never over-admitted through crashes, clock skew and lost commits, and
+unspent units are returned. test_lease_promises has the promises one by one."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Limit leases on the backends that several processes share: two rooms at full speed on one limit, and what is true
-after both have stopped."""
+"""Limit leases on backends that several processes share: two nodes at full speed on one limit, and the state after both
+have stopped."""
 
 from __future__ import annotations
 

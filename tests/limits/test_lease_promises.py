@@ -1,4 +1,4 @@
-"""Limit leases, promise by promise: crashes, lost answers, cuts, changes of the key, windows that end, statistics."""
+"""Limit leases, promise by promise: crashes, lost answers, lost connections, key changes, window ends, statistics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Refills that are added to totals which are used already: when they begin, whatever is restarted meanwhile."""
+"""Refills that are added to used totals: when they begin, across restarts."""
 
 from __future__ import annotations
 

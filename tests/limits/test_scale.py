@@ -1,4 +1,4 @@
-"""Many keys: what grows with their number and what does not, by counted queries and steps, not by the clock."""
+"""Many keys: the costs that grow with their number, by counted queries and steps instead of time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Limits of keys, users, tenants and groups, and those for some models or routes, decided together: all or none."""
+"""Limits of keys, users, tenants and groups, scoped ones included, are decided together: all or none."""
 
 from __future__ import annotations
 

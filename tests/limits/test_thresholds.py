@@ -1,4 +1,4 @@
-"""Threshold alerts: each threshold once a window, one event however often its batch is tried, money exact."""
+"""Threshold alerts: each threshold once a window, one event however often its batch is retried, exact money."""
 
 from __future__ import annotations
 

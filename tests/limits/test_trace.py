@@ -1,6 +1,6 @@
-"""A real LLM trace replayed over HTTP: at every request the decision is that of a list of all that was used.
+"""A real LLM trace replayed over HTTP: every decision equals that of a plain list of all usage.
 
-STRONGROOM_TRACE=FILE replays another trace of the same columns (`make soak`), the whole one for example.
+STRONGROOM_TRACE=FILE replays another trace with the same columns (`make soak`), for example the whole trace.
 """
 
 from __future__ import annotations

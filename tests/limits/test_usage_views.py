@@ -1,4 +1,4 @@
-"""What an analyst can ask of the store itself: who used how much, in all and this month."""
+"""Usage views for analysts: who used how much, in total and this month."""
 
 from __future__ import annotations
 

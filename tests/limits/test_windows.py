@@ -1,4 +1,4 @@
-"""Windows: every counter against a list of (time, units); exact to the microsecond, and money to 9 decimals."""
+"""Windows: every counter against a list of (time, units), exact to the microsecond; money to nine decimals."""
 
 from __future__ import annotations
 

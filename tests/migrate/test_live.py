@@ -1,4 +1,4 @@
-"""Moving a store in use: nothing acknowledged is missing, nothing is taken after the switch-over, kill -9 or not."""
+"""Migrating a store in use: no acknowledged write is lost, and none is taken after the switch-over, despite kill -9."""
 
 from __future__ import annotations
 

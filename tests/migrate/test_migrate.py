@@ -1,4 +1,4 @@
-"""Moving between stores: everything arrives as it was, whatever stops it, and what did not arrive is named."""
+"""Migrating between stores: everything arrives unchanged through any interruption, and differences are named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quotas: who sees and sets them, what is counted against them, and what stays when they change. On each store."""
+"""Quotas: who sees and sets them, what counts against them, and what a change keeps. On each store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The default policy: a tenant's own data; collections of no tenant for administrators; a claim binds, also those."""
+"""The default policy: a tenant's own data, global collections for administrators, and binding claims."""
 
 from __future__ import annotations
 

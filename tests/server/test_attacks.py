@@ -1,4 +1,4 @@
-"""What a client may do to one connection, and what that does to others: nothing."""
+"""A client that abuses one connection does not affect other connections."""
 
 from __future__ import annotations
 

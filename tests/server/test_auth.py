@@ -1,4 +1,4 @@
-"""Who may call: scopes, tenants, and what becomes of a key that changes while it is in use."""
+"""Authorisation over HTTP: scopes, tenants, and keys that change while they are in use."""
 
 from __future__ import annotations
 

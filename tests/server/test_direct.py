@@ -1,4 +1,4 @@
-"""Verifications that the server's protocol answers directly: the same answers, in order, whatever else comes."""
+"""Verifications on the server's direct path: the same answers as on the ASGI path, and in order."""
 
 from __future__ import annotations
 

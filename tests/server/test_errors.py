@@ -1,4 +1,4 @@
-"""One error shape from every path, also where it is the framework or the store that fails; and the bounds."""
+"""Every path has one error shape, for failures of the framework and the store too; and the bounds."""
 
 from __future__ import annotations
 

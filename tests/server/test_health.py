@@ -1,4 +1,4 @@
-"""Health, readiness, metrics, and the interface's own description."""
+"""Health, readiness, metrics, and the OpenAPI document."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is a request and what is none, and in which order the answers come."""
+"""HTTP parsing: where requests begin and end, and the order of answers."""
 
 from __future__ import annotations
 

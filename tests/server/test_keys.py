@@ -1,4 +1,4 @@
-"""`/v1/keys`: make, show, list, change, rotate, remove; their statistics."""
+"""`/v1/keys`: create, show, list, change, rotate, delete; statistics."""
 
 from __future__ import annotations
 

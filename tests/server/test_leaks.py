@@ -1,4 +1,4 @@
-"""`POST /v1/keys/leaked`: who may report and who may not, in the shape of GitHub's programme; policies over HTTP."""
+"""`POST /v1/keys/leaked`: reports signed as in GitHub's programme, management keys, policies over HTTP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The OpenAPI document says exactly what is taken and answered; what the tests see is held against it (`contract`)."""
+"""The OpenAPI document is exact: every answer that the tests see is checked against it (`openapi_contract`)."""
 
 from __future__ import annotations
 

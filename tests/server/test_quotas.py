@@ -1,4 +1,4 @@
-"""`/v1/quotas`: put, show, list, change, remove and statistics over HTTP; preconditions, repeats, who may."""
+"""`/v1/quotas`: put, show, list, change, delete and statistics; preconditions, retries, authorisation."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Reservations over HTTP: the life of one, the same again, and everything that cannot be as a problem document; and
-verifications in batches, which are decided in the order given."""
+"""Reservations over HTTP: their life cycle, retries, invalid input as problem documents; and batches of verifications,
+which are decided in order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The server as a process: its start, its stop, its bounds on a real socket, several workers."""
+"""The server as a process: start, stop, bounds on a real socket, several workers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What OpenAPI promises holds, on requests that follow it and on requests that do not, made up by schemathesis."""
+"""The server answers as the OpenAPI document says, for valid and invalid requests that schemathesis generates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`GET /stats`: seed 004's statistics for the holder of a key."""
+"""`GET /stats`: the statistics of seed 004 for the holder of a key."""
 
 from __future__ import annotations
 

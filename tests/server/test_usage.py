@@ -1,4 +1,4 @@
-"""`POST /v1/usage`: what has happened is counted, whatever the limits say."""
+"""`POST /v1/usage`: usage is counted whatever the limits are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`POST /v1/keys/verify`: the bare route. What it decides is the library's; here: what goes in, and what comes out."""
+"""`POST /v1/keys/verify` as bare ASGI: its input and output; the library tests the decisions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`/v1/webhooks` and `/v1/deliveries`: who may do what, bad input as problem documents, preconditions, repeats."""
+"""`/v1/webhooks` and `/v1/deliveries`: authorisation, invalid input as problem documents, preconditions, retries."""
 
 from __future__ import annotations
 

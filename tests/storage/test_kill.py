@@ -1,4 +1,4 @@
-"""kill -9 under load: nothing acknowledged is lost, no limit is over-admitted, whatever moment it hits."""
+"""kill -9 under load: nothing acknowledged is lost and no limit is exceeded, whenever it comes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every documented list, and every declared index, is served by an index: nothing reads or sorts a whole collection."""
+"""An index serves every documented list and every declared index: no query reads or sorts a whole collection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Deliveries: nothing is lost or told under two ids, whatever receivers, networks, names and nodes do."""
+"""Deliveries: no event is lost or delivered under two ids, whatever receivers, networks, names and nodes do."""
 
 from __future__ import annotations
 

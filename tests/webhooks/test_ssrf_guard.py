@@ -1,4 +1,4 @@
-"""Where a webhook may be sent: no form of a private address passes, in the URL or behind a name."""
+"""The guard against request forgery: every form of a private address is refused, in URLs and behind names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Webhook endpoints: what may be said of one, who sees it, its secret, its signatures, what the ledger asks of them."""
+"""Webhook endpoints: fields, visibility, secrets, signatures, and the subscriptions that the ledger reads."""
 
 from __future__ import annotations
 

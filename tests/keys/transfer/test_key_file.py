@@ -1,4 +1,4 @@
-"""Key files: what is wrong with a row is told, what is right becomes keys that work on, twice changes nothing."""
+"""Key files: invalid rows are reported, valid rows become working keys, and a repeated import changes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of records: what is wrong with a line is told; what is right arrives in any store, whole, once."""
+"""Record files: invalid lines are reported; valid records arrive in any store, whole and once."""
 
 from __future__ import annotations
 

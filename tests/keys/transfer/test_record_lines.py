@@ -1,4 +1,4 @@
-"""Files of records as spreadsheets write them: read, or refused with the reason."""
+"""Record files as spreadsheets write them: read, or refused with the reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Firestore gone, slow, refusing, or answering too late: typed errors in bounded time, and nothing applied twice."""
+"""Firestore unreachable, slow, refusing or late: typed errors in bounded time, and nothing is applied twice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Firestore's schema: fields that came later, what Firestore's tools deploy, and what each operation costs."""
+"""Firestore's schema: later fields, the files for Firestore's tools, and the cost of each operation."""
 
 from __future__ import annotations
 

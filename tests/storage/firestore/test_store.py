@@ -1,4 +1,4 @@
-"""The Firestore store beyond the suite: names, where API keys stand, two nodes, limits."""
+"""The Firestore store beyond the suite: document names, the place of API keys, two nodes, limits."""
 
 from __future__ import annotations
 

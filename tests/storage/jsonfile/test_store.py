@@ -1,4 +1,4 @@
-"""The JSON store's own promises: a readable file, never torn, never lost to damage; one process; group commit."""
+"""The JSON store: a readable file, no partial write, no loss through damage; one process; group commit."""
 
 # ruff: noqa: ASYNC240  (a test may block its own loop for the moment that it looks at a file)
 

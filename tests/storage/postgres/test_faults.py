@@ -1,4 +1,4 @@
-"""PostgreSQL under faults: what was acknowledged is there, what fails does so in time and by name, nothing is twice."""
+"""PostgreSQL under faults: acknowledged writes survive, failures are timely and typed, nothing is applied twice."""
 
 from __future__ import annotations
 

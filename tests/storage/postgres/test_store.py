@@ -1,4 +1,4 @@
-"""What PostgreSQL's store promises beyond the suite: isolation in the engine, plans, group commit, order, its URL."""
+"""The PostgreSQL store beyond the suite: isolation in the engine, plans, group commit, order, its URL."""
 
 from __future__ import annotations
 

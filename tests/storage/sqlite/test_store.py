@@ -1,4 +1,4 @@
-"""What only the SQLite store promises: its file, its isolation inside the engine, its disk, its neighbours."""
+"""The SQLite store beyond the suite: its file, isolation in the engine, disk faults, other processes."""
 
 from __future__ import annotations
 

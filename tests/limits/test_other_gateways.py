@@ -1,4 +1,4 @@
-"""How other gateways' limits broke, by their public issues, each as a test that it does not happen here."""
+"""Public bugs of other gateways' limits, each as a test that it does not happen here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many records of usage at once: each is counted once, whatever happens to their keys and to the store meanwhile."""
+"""Batches of usage records: each record counts once, whatever happens to their keys and to the store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was accepted in silence is refused with its reason, or told."""
+"""Input that earlier versions accepted silently is refused with a reason, or reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One request never stops the loop: pages end at a number of bytes, and long work gives others their turn."""
+"""No request blocks the event loop: pages are bounded in bytes, and long work yields."""
 
 from __future__ import annotations
 

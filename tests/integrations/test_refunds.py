@@ -1,4 +1,4 @@
-"""A request that is let in, and refused by what comes later, is charged nothing: in every integration, every window."""
+"""A request that is refused after its admission is charged nothing, in every integration and every window."""
 
 from __future__ import annotations
 
