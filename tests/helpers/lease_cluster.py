@@ -126,7 +126,7 @@ class Cluster:
             return False  # nobody was told that it was admitted
 
     async def tick(self, node: Node) -> None:
-        node.lease_manager._look_at_leases()
+        node.lease_manager.renew_leases()
         await node.ledger.settled()
 
     async def change(self, key: int, *, limits: Sequence[Limit]) -> None:
@@ -155,8 +155,10 @@ class Cluster:
         await self.store.commit(Batch(None, (Delete(collection, id),), self.world.now_us))
 
     def usage_lease(self, node: Node, key: int = 0) -> UsageLease:
-        """What a node holds of a key's limits."""
-        return node.lease_manager._usage_leases[self.subjects[key].id]
+        """A node's lease of a key's limits."""
+        usage_lease = node.lease_manager.usage_lease(self.subjects[key].id)
+        assert usage_lease is not None
+        return usage_lease
 
     def spend(self, node: Node, cost: Mapping[str, int], *, key: int = 0, most: int = 10_000) -> int:
         """How many calls are admitted from memory, without a commit, until one is not."""

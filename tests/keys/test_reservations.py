@@ -88,7 +88,7 @@ class Bench:
 
     async def renew(self) -> None:
         if self.room.ledger.lease_manager is not None:
-            self.room.ledger.lease_manager._look_at_leases()
+            self.room.ledger.lease_manager.renew_leases()
             await self.room.ledger.settled()
 
 
@@ -827,9 +827,8 @@ async def test_an_idle_node_keeps_the_lease_of_its_local_reservations(tmp_path: 
         recorded = 100 - 9 - held.limits[0].remaining
         lease_manager = here.ledger.lease_manager
         assert lease_manager is not None
-        for lease in ("return", "return", "renew"):
-            for usage_lease in list(lease_manager._usage_leases.values()):
-                lease_manager._renew(usage_lease, lease)
+        for _ in range(3):  # it is idle from the second round on
+            lease_manager.renew_leases()
             await here.ledger.settled()
             assert not (await there.keys.verify(issued.text, cost={"tokens": 92 - recorded})).valid
         settled = await here.keys.settle(id, {"tokens": 9})
@@ -1183,7 +1182,7 @@ class Machine(RuleBasedStateMachine):
         self.run(self.nodes[0].keys.update(self.issued.key.id, limits=self.limits()))
 
     async def renew(self, lease_manager: Any) -> None:
-        lease_manager._look_at_leases()
+        lease_manager.renew_leases()
         await self.nodes[0].ledger.settled()
 
     @invariant()

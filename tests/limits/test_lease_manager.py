@@ -235,7 +235,7 @@ class Machine(RuleBasedStateMachine):
             if end in ("before", "after"):
                 node.lose_next(Fault(end, Unavailable("lost", outcome="unknown")))
             batches = len(store.batches)
-            lease_manager._look_at_leases()
+            lease_manager.renew_leases()
             for _ in range(50):
                 if len(store.batches) > batches:
                     break
@@ -252,7 +252,7 @@ class Machine(RuleBasedStateMachine):
         self.killed = self.killed or end == "killed"
         self.admitted[key].add(self.now_us, SMALL, self.run(spend()))
         if end == "killed":
-            self.run(other.lease_manager._look_for_dead())
+            self.run(other.lease_manager.reconcile_dead())
         self._fill(other, key)
 
     @rule(number=NODES, key=KEYS, log=st.booleans(), seconds=st.sampled_from([0, 1, 6, 14]))
@@ -267,7 +267,7 @@ class Machine(RuleBasedStateMachine):
         self.cluster.world.now_us += seconds * SECOND
         other.fault_free()
         if log:
-            self.run(other.lease_manager._look_for_dead())
+            self.run(other.lease_manager.reconcile_dead())
         self._fill(other, key)
 
     @rule(number=NODES, key=KEYS, ms=st.sampled_from([500, 5_500, 16_000, 61_000]))
@@ -296,7 +296,7 @@ class Machine(RuleBasedStateMachine):
         async def killed() -> None:
             node = self.node(number)
             if working:  # in the midst of a renewal, which may or may not commit
-                node.lease_manager._look_at_leases()
+                node.lease_manager.renew_leases()
                 await asyncio.sleep(0)
             await self.cluster.kill(node, log=log)
 
@@ -307,7 +307,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.cluster.nodes)
     def find_the_dead(self, number: int) -> None:
         self.node(number).fault_free()
-        self.run(self.node(number).lease_manager._look_for_dead())
+        self.run(self.node(number).lease_manager.reconcile_dead())
 
     @rule(number=NODES)
     @precondition(lambda self: self.cluster.nodes)
@@ -346,7 +346,7 @@ class Machine(RuleBasedStateMachine):
         """At the end every admitted use is recorded, or in a lease that nobody could set right; nothing is lent that
         somebody could; and when the windows are over, all of each limit can be used again."""
         last = self.cluster.add()
-        await last.lease_manager._look_for_dead()
+        await last.lease_manager.reconcile_dead()
         for node in list(self.cluster.nodes):
             node.fault_free()
             await self.cluster.stop(node)

@@ -48,12 +48,16 @@ async def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
 
 
 async def lent(cluster: Cluster, node: Node, cost: dict[str, int] | None = None, key: int = 0) -> None:
-    """Have a share lent, with one call."""
+    """Have a key's limits leased, with one call."""
     assert await cluster.verify(node, key, cost if cost is not None else TEN)
+    leases = [node.lease_manager.usage_lease(subject.id) for subject in cluster.subjects[key].all]
     assert all(
         leased_limit.cap > leased_limit.spent
-        for leased_limit, _ in node.lease_manager._tickets[cluster.subjects[key].id].plain.entries
+        for usage_lease in leases
+        if usage_lease is not None
+        for leased_limit in usage_lease.leased_limits.values()
     )
+    assert any(usage_lease is not None for usage_lease in leases)
 
 
 async def standing(cluster: Cluster, key: int = 0, number: int = 0) -> tuple[int, int, int]:
@@ -102,7 +106,7 @@ async def test_after_a_crash_the_lease_log_returns_every_unspent_unit(make: Make
     await lent(cluster, one)
     spent = 10 + cluster.spend(one, ONE, most=37)
     await cluster.kill(one)
-    await two.lease_manager._look_for_dead()
+    await two.lease_manager.reconcile_dead()
     assert await standing(cluster) == (spent, 0, 0)
     state = await cluster.usage_state(cluster.subjects[0].id)
     assert state.totals == {"tokens": spent}
@@ -120,7 +124,7 @@ async def test_usage_of_a_dead_process_is_counted_once(make: Make) -> None:
         await cluster.tick(one)
     spent += cluster.spend(one, ONE, most=5)
     await cluster.kill(one)
-    await two.lease_manager._look_for_dead()
+    await two.lease_manager.reconcile_dead()
     assert await standing(cluster) == (spent, 0, 0)
 
 
@@ -134,7 +138,7 @@ async def test_a_process_killed_during_a_renewal_is_reconciled(make: Make, lands
     await cluster.tick(one)
     spent += cluster.spend(one, ONE, most=30)
     await cluster.kill(one)
-    await two.lease_manager._look_for_dead()
+    await two.lease_manager.reconcile_dead()
     assert await standing(cluster) == (spent, 0, 0)
 
 
@@ -145,7 +149,7 @@ async def test_a_lease_log_found_by_two_nodes_is_reconciled_once(make: Make) -> 
     await lent(cluster, one)
     spent = 10 + cluster.spend(one, ONE, most=30)
     await cluster.kill(one)
-    await asyncio.gather(two.lease_manager._look_for_dead(), three.lease_manager._look_for_dead())
+    await asyncio.gather(two.lease_manager.reconcile_dead(), three.lease_manager.reconcile_dead())
     assert await standing(cluster) == (spent, 0, 0)
 
 
@@ -156,9 +160,9 @@ async def test_a_lease_log_that_cannot_be_reconciled_yet_is_kept(make: Make) -> 
     spent = 10 + cluster.spend(one, ONE, most=30)
     await cluster.kill(one)
     two.lose_next(Fault("before", LOST))
-    await two.lease_manager._look_for_dead()
+    await two.lease_manager.reconcile_dead()
     assert (await standing(cluster))[2] > 0
-    await two.lease_manager._look_for_dead()
+    await two.lease_manager.reconcile_dead()
     assert await standing(cluster) == (spent, 0, 0)
 
 
@@ -203,9 +207,6 @@ async def test_a_lost_answer_to_the_last_commit_of_a_stop_neither_doubles_nor_lo
     await lent(cluster, one)
     spent = 10 + cluster.spend(one, ONE, most=11)
     one.lose_next(Fault("after", LOST))
-    one.lease_manager._closed = True
-    one.lease_manager._renew(cluster.usage_lease(one), "return")
-    await one.ledger.settled()
     await cluster.stop(one)
     state = await cluster.usage_state(cluster.subjects[0].id)
     assert (state.count, state.totals, state.leases) == (12, {"tokens": spent}, {})
@@ -218,7 +219,7 @@ async def test_during_a_renewal_no_more_is_spent_than_either_lease_allows(make: 
     spent = 10 + cluster.spend(one, ONE, most=10)
     spent += await cluster.fill(two, ONE)  # all that is not lent: so the renewal lends nothing any more
     one.store.gate = asyncio.Event()
-    one.lease_manager._look_at_leases()
+    one.lease_manager.renew_leases()
     batches = len(one.store.batches)
     await wait_until(lambda: len(one.store.batches) > batches)
     spent += cluster.spend(one, ONE)
@@ -250,7 +251,7 @@ async def test_a_renewal_refused_by_a_full_ledger_is_retried(make: Make, monkeyp
     cluster.spend(one, ONE, most=5)
     with monkeypatch.context() as full:
         full.setattr(tuning, "MAX_WAITING", 0)
-        one.lease_manager._look_at_leases()
+        one.lease_manager.renew_leases()
         await one.ledger.settled()
     assert not cluster.usage_lease(one).renewing
     await cluster.tick(one)
@@ -309,8 +310,8 @@ async def test_an_idle_lease_is_returned_after_two_checks(make: Make) -> None:
     await cluster.tick(one)  # it was used since the last look
     await cluster.tick(one)
     assert await standing(cluster) == (10, 0, 0)
-    assert not one.lease_manager._usage_leases
-    assert not one.lease_manager._tickets
+    assert (one.lease_manager.leases, one.lease_manager.keys) == (0, 0)
+    assert cluster.spend(one, ONE) == 0, "nothing is admitted from memory any more"
     assert (await two.ledger.admit(cluster.subjects[0], {"tokens": 990})).allowed
 
 
@@ -633,11 +634,9 @@ async def test_concurrency_is_taken_from_a_lease_and_returned(make: Make) -> Non
                 break
             ids.append((node, held[0]))
         await cluster.tick(node)
-        open_there += sum(
-            leased_limit.held
-            for usage_lease in node.lease_manager._usage_leases.values()
-            for leased_limit in usage_lease.leased_limits.values()
-        )
+        usage_lease = node.lease_manager.usage_lease(subjects.id)
+        if usage_lease is not None:
+            open_there += sum(leased_limit.held for leased_limit in usage_lease.leased_limits.values())
     assert open_there <= 40
     for node, id in ids:
         node.lease_manager.end(id)
@@ -700,8 +699,8 @@ async def test_removing_a_leased_key_leaves_no_lease(make: Make) -> None:
         await cluster.remove(collection, cluster.subjects[0].id)
     for _ in range(3):
         await cluster.tick(one)
-    assert not one.lease_manager._usage_leases
-    assert not one.lease_manager._tickets
+    assert (one.lease_manager.leases, one.lease_manager.keys) == (0, 0)
+    assert cluster.spend(one, ONE) == 0, "nothing is admitted from memory any more"
     assert await cluster.store.get("key_usage", None, cluster.subjects[0].id) is None
 
 
@@ -734,26 +733,27 @@ async def test_a_stop_without_the_store_ends_in_time_and_keeps_the_lease_log(mak
     one.store.fault = lambda number, batch: Fault("before", Unavailable("gone"))
     cluster.nodes.remove(one)
     await asyncio.wait_for(one.ledger.close(), PATIENCE_S)
-    await two.lease_manager._look_for_dead()
+    await two.lease_manager.reconcile_dead()
     assert await standing(cluster) == (spent, 0, 0)
 
 
-async def test_tickets_do_not_outlive_their_wallets(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A quota's wallet lives for as long as any of its keys is used: it must not remember all that ever were."""
+async def test_a_quotas_lease_forgets_keys_that_are_not_used(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quota's lease lives for as long as any of its keys is used: it must not remember every key that ever was."""
     monkeypatch.setattr("strongroom.limits.lease_manager.MAX_TICKETS", 10)
     cluster = await make(tokens(limit=10_000), quota=(tokens(limit=100_000),), keys=25)
     one, _ = cluster.nodes
     for key in range(25):
         assert await cluster.verify(one, key, ONE)
     id = cluster.quotas[0].id or ""
-    assert len(one.lease_manager._tickets) == 10
-    assert one.lease_manager._usage_leases[id].tickets == set(one.lease_manager._tickets)
+    quota_lease = one.lease_manager.usage_lease(id)
+    assert quota_lease is not None
+    assert len(quota_lease.tickets) == one.lease_manager.keys == 10
     for key in range(25):
         assert await cluster.verify(one, key, ONE)
         assert cluster.spend(one, ONE, key=key, most=2) == 2
         if key % 5 == 0:
             await cluster.tick(one)
-    assert one.lease_manager._usage_leases[id].tickets == set(one.lease_manager._tickets)
+    assert len(quota_lease.tickets) == one.lease_manager.keys <= 10
     await cluster.stop(one)
     assert (await cluster.usage_state(id)).count == 25 + 75
 

@@ -531,7 +531,7 @@ async def test_litellm_33872_and_35531_leased_usage_is_kept_until_it_is_recorded
         except Unavailable:
             continue
         if room.ledger.lease_manager is not None:
-            room.ledger.lease_manager._look_at_leases()
+            room.ledger.lease_manager.renew_leases()
             await room.ledger.settled()
     store.fault = lambda n, batch: None
     await room.ledger.close()

@@ -200,6 +200,15 @@ class LeaseManager:
         return len(self._usage_leases)
 
     @property
+    def keys(self) -> int:
+        """How many keys, each with its quotas, this node admits from memory. At most MAX_TICKETS."""
+        return len(self._tickets)
+
+    def usage_lease(self, id: str) -> UsageLease | None:
+        """This node's lease of a subject's limits; None without one."""
+        return self._usage_leases.get(id)
+
+    @property
     def holds(self) -> int:
         """The number of reservations that are open in memory."""
         return len(self._holds)
@@ -471,16 +480,17 @@ class LeaseManager:
         while True:
             try:
                 if turn % (LOOK_FOR_DEAD_EVERY * SLICES) == 0:
-                    await self._look_for_dead()
+                    await self.reconcile_dead()
                 turn += 1
                 await asyncio.sleep(self._every_s / SLICES)
-                self._look_at_leases(turn % SLICES)
+                self.renew_leases(turn % SLICES)
             except Exception:  # without renewals all leases would end, and each use would be a commit
                 _log.exception("limit leases could not be renewed, trying again")
                 await asyncio.sleep(self._every_s)
 
-    def _look_at_leases(self, slice: int | None = None) -> None:
-        """Record what was spent and renew the leases; return those that nothing was spent from. `slice`: only these."""
+    def renew_leases(self, slice: int | None = None) -> None:
+        """One round of renewals: record usage and renew; return leases that were not used since the round before.
+        `slice`: only this part of the leases."""
         self._end_holds(self._clock.now_us())
         for usage_lease in list((self._usage_leases if slice is None else self._slices[slice]).values()):
             idle = usage_lease.count == usage_lease.seen_count and not usage_lease.open
@@ -514,7 +524,8 @@ class LeaseManager:
 
     # --- Processes that were killed ---------------------------------------------------------------------------
 
-    async def _look_for_dead(self) -> None:
+    async def reconcile_dead(self) -> None:
+        """Record the usage in the lease logs of dead processes on this machine, and return their leases."""
         describe = self._describe
         if self._folder is None or describe is None:
             return
