@@ -24,7 +24,7 @@ from .key_file_chunks import Chunk, ChunkedKeyFile
 from .key_file_rows import Maker
 
 AHEAD = 2
-"""Chunks that are in work for each worker. More would only take memory."""
+"""Chunks that each worker has in work or waiting. More chunks would only take memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +44,7 @@ class Task:
 
 
 class Portion:
-    """The next packs, as many as come to `room` rows: one transaction. Afterwards it says which chunks these were, and
-    how many keys."""
+    """The packs of one transaction, up to `room` rows. `chunks` and `keys` say afterwards what it had."""
 
     def __init__(self, packs: AsyncIterator[tuple[Chunk, Pack]], room: int) -> None:
         self._packs = packs
@@ -107,7 +106,9 @@ class Workers:
     async def __aexit__(self, *_: object) -> None:
         if self._pool is not None:
             await asyncio.to_thread(self._pool.shutdown, cancel_futures=True)
-            await asyncio.gather(*(future for _, future in self._waiting), return_exceptions=True)  # nobody wants these
+            await asyncio.gather(
+                *(future for _, future in self._waiting), return_exceptions=True
+            )  # their results are not needed
 
 
 # --- In a worker process --------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@
 Plain is the file of seed 004's proxy, hashed that of seed 000's service (haiven's API key storage guide). Where the
 text of a plain row is not known any more, `"key": "sha256:<hex>"` stands in its place.
 
-A row is refused, with every reason, or it is accepted as it stands: nothing is guessed, no number is read out of a
-text. What is unusual but has one meaning is accepted with a note.
+A row is refused with every reason, or accepted as it stands. Nothing is guessed, and no number is read from a text. An
+unusual value with one possible meaning is accepted with a note.
 """
 
 from __future__ import annotations

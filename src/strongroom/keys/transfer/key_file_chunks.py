@@ -1,8 +1,12 @@
-"""A key file on the disk, read in chunks: what is in memory at once is a chunk, not the file.
+"""The chunked reader of key files: only one chunk of the file is in memory at a time.
 
-`survey` reads it once: it finds where the chunks begin, judges every row, and finds keys that stand in the file twice.
-Afterwards `rows` reads any chunk again, in whatever process. A file that is not laid out as one of the two JSON shapes,
-or not right JSON, is left to `keyfile.parse`, which holds it whole and says exactly what is the matter.
+`survey` reads the file once: it finds where the chunks begin, judges every row, and finds keys that the file has twice.
+After that, `rows` reads any chunk again, in any process. `key_file_parse.parse` reads a file that has another layout
+than the two JSON shapes, or invalid JSON: it holds the whole file in memory and names the exact problem.
+
+A JSON streaming library (ijson) was measured and is not used. It reads an unpaired surrogate as "?", which makes
+another key of the key; it does not report a name that a row has twice; and it tells no byte positions, which the worker
+processes of an import need.
 """
 
 from __future__ import annotations
@@ -30,11 +34,11 @@ from .key_file import MAX_NAME_CHARS, SHORT_KEY_CHARS, Finding, KeyFile, KeyFile
 from .key_file_parse import HASHES_NAMED, MAX_FILE_BYTES, judged, parse
 
 CHUNK_BYTES = 256 * 1024
-"""About so much of the file is one chunk: some hundred rows."""
+"""The usual size of a chunk: some hundred rows."""
 MAX_CHUNK_BYTES = 16 * CHUNK_BYTES
-"""A row that is longer, or of which the end is not found, sends the whole file to `keyfile.parse`."""
+"""A file with a longer row, or a row whose end is not found, is read whole by `key_file_parse.parse`."""
 MAX_CUTS = 200
-"""Places that are tried as the end of a chunk: most of them lie between two of a row's usage windows."""
+"""Positions that are tried as the end of a chunk. Most of them lie between two usage windows of a row."""
 HELD_ROWS = 500
 
 _OPENING = re.compile(rb'(?:\xef\xbb\xbf)?\s*\{\s*"keys"\s*:\s*([\[{])')
@@ -48,12 +52,12 @@ _HASH = re.compile(r"[0-9a-fA-F]{64}")
 
 
 class _NotInChunks(Exception):
-    """The file has to be read whole."""
+    """The file must be read whole."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Some rows of a file: bytes from `start` to `end`, `count` rows of which the first is number `first`."""
+    """Rows of a file: `count` rows in the bytes from `start` to `end`. The first row has the number `first`."""
 
     start: int
     end: int
@@ -154,7 +158,7 @@ def _surveyed(path: Path, opened: BinaryIO, now_us: int, progress: Callable[[int
         file.refused += refused
         for finding in findings:
             file.keep(finding)
-        # those of refused rows as well: a key that comes again is told, whatever was wrong where it came first
+        # also of refused rows: a repeated key is reported even if its first row was refused
         marks.frombytes(b"".join(known[:8] for known in seen))
         marks.frombytes(usual)
         chunks.append(chunk)
@@ -167,7 +171,7 @@ def _surveyed(path: Path, opened: BinaryIO, now_us: int, progress: Callable[[int
 
 
 def _repeated(marks: array[int]) -> frozenset[int]:
-    """The marks that are there more than once: of the same key, or (once in a hundred million files) of two."""
+    """The marks that occur more than once: marks of one key, or, once in a hundred million files, of two keys."""
     found = set()
     before = None
     for mark in sorted(marks):
@@ -178,9 +182,9 @@ def _repeated(marks: array[int]) -> frozenset[int]:
 
 
 def _without_repeated(source: ChunkedKeyFile, opened: BinaryIO, repeated: frozenset[int]) -> ChunkedKeyFile:
-    """The survey again, with all rows that have one of these marks compared: a key that came before is refused."""
+    """Survey again, and compare all rows that have one of these marks. A key that an earlier row has is refused."""
     if source.shape == "hashed":
-        raise _NotInChunks  # what is named twice is told in the words of the whole file
+        raise _NotInChunks  # `parse` reports the hashes that the file names twice
     file = KeyFile(source.shape)
     seen: dict[bytes, str] = {}
     twice: list[str] = []
@@ -204,7 +208,7 @@ def _chunks(opened: BinaryIO, start: int, bracket: bytes) -> Iterator[tuple[Chun
         if at_end and (found := _CLOSING[bracket].search(data)) is not None:
             rows = data[: found.start()]
             count = _count(bracket, rows, closing)
-            if count is None or (count == 0 and first):  # nothing after a comma
+            if count is None or (count == 0 and first):  # a comma with no row after it
                 raise _NotInChunks
             if count:
                 yield Chunk(start, start + len(rows), first, count), rows
@@ -256,8 +260,8 @@ def _count(bracket: bytes, rows: bytes, closing: bytes) -> int | None:
 
 # --- Rows -----------------------------------------------------------------------------------------------------
 #
-# A row as it should be is read by msgspec, in a fifth of the time. It is left to `keyfile.judged` if anything about it
-# is unusual; both give the same row of the same JSON.
+# msgspec reads a usual row in a fifth of the time. `key_file_parse.judged` reads a row with anything unusual. Both make
+# the same row of the same JSON.
 
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME_CHARS)]
 _Count = Annotated[int, msgspec.Meta(ge=0, le=SATURATED)]
@@ -290,7 +294,7 @@ class _Hashed(msgspec.Struct, forbid_unknown_fields=True, gc=False):
 
 
 class _Unusual(Exception):
-    """The row must be judged with care."""
+    """The row must be judged by `key_file_parse.judged`."""
 
 
 _plains = msgspec.json.Decoder(list[_Plain])

@@ -42,9 +42,9 @@ from .key_file_rows import (
 )
 
 KEYS_PER_COMMIT = MAX_OPERATIONS // 4
-"""A key is four operations at most: itself, its journal record, its usage removed and made anew."""
+"""A key takes four operations at most: the key, its journal record, and its usage deleted and created again."""
 COMMITS_AT_ONCE = 4
-"""Transactions in flight: the store writes one, or joins several, while the next are made."""
+"""Transactions in flight: the store writes one, or several as a group, while the next are prepared."""
 QUERIES_AT_ONCE = 8
 FIRST_LOAD, MOST_LOADED = 1_000, 30_000
 """Keys in the first transaction of a load, and in the largest one, where others use the store."""
@@ -54,17 +54,17 @@ MIN_FILL, FILL_GROWTH = 100_000, 3
 """Keys in the second transaction that fills a store, and how many times as large as what is there already each further
 one is: each builds all indexes anew, so they are few."""
 FEW_KEYS = 1_000
-"""A store with fewer keys is being filled for the first time: nobody else's writes have to be let in between."""
+"""A store with fewer keys is being filled for the first time: the import may keep the lock for long."""
 
 _log = logging.getLogger(__name__)
 MIN_FOR_WORKERS = 5_000
-"""Fewer keys are imported before a worker process would have started."""
+"""With fewer keys, the import would be over before a worker process has started."""
 Progress = Callable[[int, int], None]
 T = TypeVar("T")
 
 
 def no_progress(done: int, total: int) -> None:
-    """Nobody watches."""
+    """Progress is not reported."""
 
 
 class KeyImport:

@@ -155,7 +155,7 @@ class RecordImport:
         return key.verifier is not None and not record.hash.is_digest and key.verifier != record.hash.text
 
     async def _check_hints(self, planned: Sequence[PlannedRecord]) -> None:
-        """Find those whose hint is taken by as many keys as may have it."""
+        """Mark the records whose hint has no free slot: HINT_SLOTS keys have it already."""
         taken = await self._taken(p.record for p in planned)
         for p in planned:
             record = p.record
@@ -165,7 +165,7 @@ class RecordImport:
                 p.problem = ("prefix" if rule.chars is None else "hint", too_many_hints(hint))
 
     async def _taken(self, records: Iterable[Record]) -> set[str]:
-        """Which of the names that these records' hints may be stored under are taken."""
+        """The stored names of these records' hints that other keys have already."""
         hints = {r.hint for r in records if isinstance(r, KeyRecord) and _salted(r) is not None and r.hint is not None}
         names = [name for rule, hint in hints for name in rule.names(hint)]
         taken: set[str] = set()
@@ -188,7 +188,7 @@ class RecordImport:
         for group in in_groups(work, KEYS_PER_COMMIT):
             try:
                 await self._commit(group)
-            except (AlreadyExists, Conflict, NotFound):  # someone else wrote meanwhile
+            except (AlreadyExists, Conflict, NotFound):  # another process wrote meanwhile
                 await self._commit(await self._planned_again(group), replace_usage=True)
 
     async def _load(self, new: Sequence[tuple[PlannedRecord, KeyRecord]]) -> bool:
@@ -205,7 +205,7 @@ class RecordImport:
         return loaded
 
     async def _prepare(self, work: Sequence[PlannedRecord]) -> None:
-        """What the store must remember of where these keys come from."""
+        """Store the hint rules and the secret that the lookup of these keys needs."""
         keys = [p.record for p in work if isinstance(p.record, KeyRecord)]
         for rule in {r.hint[0] for r in keys if r.hint is not None and _salted(r) is not None}:
             imported = await add_rule(self._database, self._hasher.imported, rule, self._context)
@@ -271,7 +271,7 @@ class RecordImport:
         if record.usage is not None and any(difference.field == "usage" for difference in planned.differences):
             usage = await tx.get_or_none(KeyUsage, planned.id)
             if usage is not None and not _is_as_imported(usage):
-                return  # it was used a moment ago
+                return  # it has been used meanwhile
             if usage is not None:
                 await tx.delete(KeyUsage, planned.id)  # made anew, so that a later run still knows it as not used
             await tx.create(_usage_of(planned.id, record.usage))

@@ -1,1 +1,1 @@
-"""The store on SQLite; `store.open` is its door."""
+"""The storage port on SQLite. `store.SqliteStore` is the entry."""

@@ -1,9 +1,9 @@
-"""Many new documents into SQLite at once: one statement for many rows, one large transaction.
+"""Bulk load of new documents: one statement for many rows, in one large transaction.
 
-A transaction writes each page that it touches once, however many rows came to be on it. New keys fall anywhere in most
-of their indexes, so that small transactions write a page or two for each key and index; a large one writes a page for
-many keys. The page cache must hold what a transaction touches. Where most documents are new, it is faster still to
-build the indexes anew at the end, each from its sorted entries.
+A transaction writes each page once, however many rows it adds to the page. New keys fall on random pages of most
+indexes: a small transaction writes a page or two for each key and index, a large one writes a page for many keys. The
+page cache must hold the pages of a transaction. Where most documents are new, it is faster still to rebuild the indexes
+at the end, each from its sorted entries.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from .isolation import Table
 from .schema import connect
 
 CACHE_KIB = 64 * 1024
-"""What a load keeps of the file in memory: the pages that new ids fall on, of some 500,000 keys. Others go to the log
-while the next keys are awaited, and not all at the end."""
+"""The page cache of a load: enough for the pages of some 500,000 new keys. With more, SQLite spills pages to the log
+while the load waits for the next keys."""
 ROWS = 32
-"""So many rows are one statement: SQLite looks up the journal's last number, and gives up the interpreter's lock, once
-for each statement."""
+"""Rows in one statement. SQLite looks up the journal's last number, and gives up the interpreter's lock, once for each
+statement."""
 _TAKEN = "{}: a document with the same id or unique value exists already"
 
 
 class Loader:
-    """One load: `begin`, `add` for each pack, `build`, `commit`; `close` in any case, which takes back what is not
+    """One load: `begin`, `add` for each pack, `build`, `commit`, and always `close`, which rolls back what is not
     committed. Raises apsw.Error. Used by one thread at a time."""
 
     _connection: apsw.Connection
@@ -54,13 +54,13 @@ class Loader:
         self._connection = connection = connect(self._path, busy_timeout_s)
         self._open = True
         connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}").fetchall()
-        connection.execute("PRAGMA wal_autocheckpoint = 0").fetchall()  # `take_over` does it, when others may write
+        connection.execute("PRAGMA wal_autocheckpoint = 0").fetchall()  # `checkpoint` does it, when others may write
         connection.execute("BEGIN IMMEDIATE").fetchall()
         rows: list[tuple[Any, ...]] = connection.execute(
             "SELECT value FROM _meta WHERE name = 'deleted_version'"
         ).fetchall()
         deleted = rows[0][0]
-        self._version = max(now_us, deleted + 1)  # as a batch's: greater than any that was deleted
+        self._version = max(now_us, deleted + 1)  # greater than any deleted version, as for a batch
         self._now = _values.time_to_text(utc_from_us(now_us))
 
     def add(self, pack: Pack) -> None:
@@ -84,11 +84,11 @@ class Loader:
         self._connection.executemany(self._text(part, 1), bound(whole, len(part.values), width))
 
     def _text(self, part: Part, rows: int) -> str:
-        """The statement that adds so many rows of a part."""
+        """The statement that inserts this many rows of a part."""
         key = (part.table, tuple(part.same), part.columns, rows)
         text = self._texts.get(key)
         if text is None:
-            # what all rows have the same is bound once: 1 the version, 2 the time
+            # values that all rows share are bound once: ?1 is the version, ?2 the time
             same = {"version": "?1", **{name: f"?{number}" for number, name in enumerate(part.same, 3)}}
             if part.table != JOURNAL:
                 same = {"created_at": "?2", "updated_at": "?2", **same}
@@ -98,13 +98,13 @@ class Loader:
                 own = {name: f"?{first + row * len(part.columns) + at}" for at, name in enumerate(part.columns)}
                 cells = {**same, **{name: _cell(part.table, name, value) for name, value in own.items()}}
                 lines.append(f"({', '.join(cells[name] for name in names)})")
-            # OR FAIL: else SQLite copies each page that it writes, to take one statement back; here all is taken back
+            # OR FAIL: without it SQLite copies each page that it writes, to undo one statement; a load is undone whole
             text = f"INSERT OR FAIL INTO {quoted(part.table)} ({listed(names)}) VALUES {', '.join(lines)}"
             self._texts[key] = text
         return text
 
     def _without_indexes(self, table: str) -> list[str]:
-        """Drop a table's indexes; the statements that make them again. (The primary key stays.)"""
+        """Drop a table's indexes, except the primary key. Returns the statements that create them again."""
         sql = "SELECT name, sql FROM sqlite_schema WHERE type = 'index' AND tbl_name = ? AND sql IS NOT NULL"
         found: list[tuple[Any, ...]] = self._connection.execute(sql, (table,)).fetchall()
         for name, _ in found:
@@ -127,7 +127,7 @@ class Loader:
     def close(self) -> None:
         if not self._open:
             return
-        with suppress(apsw.Error):  # after some errors SQLite has done it already
+        with suppress(apsw.Error):  # SQLite rolls back by itself after some errors
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK").fetchall()
         self._connection.close()
@@ -136,12 +136,11 @@ class Loader:
 
 def _cell(table: str, name: str, value: str) -> str:
     if table == JOURNAL:
-        return f"CAST({value} AS TEXT)" if name == "after" else value  # it comes as UTF-8, or is text already
+        return f"CAST({value} AS TEXT)" if name == "after" else value  # UTF-8 bytes, or text
     return f"ifnull({value}, ?2)" if name in ("created_at", "updated_at") else value
 
 
-def take_over(path: str, busy_timeout_s: float) -> None:
-    """Take over the write-ahead log into the file, as far as nobody reads it. Others write meanwhile. Raises
-    apsw.Error."""
+def checkpoint(path: str, busy_timeout_s: float) -> None:
+    """Checkpoint the write-ahead log, as far as no reader needs it. Others can write meanwhile. Raises apsw.Error."""
     with closing(connect(path, busy_timeout_s)) as connection:
         connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()

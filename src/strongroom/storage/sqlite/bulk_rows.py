@@ -39,7 +39,7 @@ _TIMES = ("created_at", "updated_at")
 
 
 class Part(NamedTuple):
-    """Rows of one table: the columns in which they are all the same, and the values of the others, row after row."""
+    """Rows of one table. `same` has the columns in which all rows are equal, `values` the others, row after row."""
 
     table: str
     same: Mapping[str, Any]
@@ -48,7 +48,7 @@ class Part(NamedTuple):
 
 
 class SqlitePacker:
-    """Documents of global collections as parts."""
+    """Packs documents of global collections. Can be pickled, so that any process can pack."""
 
     def __init__(self, collections: Sequence[Collection]) -> None:
         self._collections = tuple(collections)

@@ -28,7 +28,7 @@ from ..sql import JOURNAL_COLUMNS, Codec, Compiler, listed, quoted
 from .schema import connect
 
 MAX_CHECKED = 10_000
-"""Texts that were found harmless and are not looked at again."""
+"""Statements that were checked and are not checked again."""
 _OWN_TABLES = re.compile(r"(?<![\w$])(?:_journal|_meta|_fields|sqlite_sequence)(?![\w$])", re.IGNORECASE)
 _PAGE = "WITH page AS MATERIALIZED ({}) SELECT * FROM page"
 
@@ -53,9 +53,9 @@ class Table:
         self.columns = codec.columns
         self.decode = codec.decode
         self.by_id = f"SELECT {listed(self.columns)} FROM {quoted(self.name)} WHERE id = ?"
-        # A few rows by their key are read at once, on the thread that asks.
+        # A few rows by their key are read on the calling thread.
         self.points = Compiler(codec, quoted(self.name))
-        # A page is made whole in the first step, which runs without the interpreter's lock; fetching it is then cheap.
+        # The first step computes the whole page, without the interpreter's lock. Fetching the rows is then cheap.
         self.pages = Compiler(codec, quoted(self.name), page=_PAGE)
 
 
@@ -112,12 +112,12 @@ class Guarded:
         self.execute: Execute = self.cursor.execute
 
     def set_tenant(self, tenant: str | None) -> None:
-        """Whose documents the statements that follow concern."""
+        """Set the tenant whose documents the next statements see."""
         self._present[0] = tenant
 
     def trust(self, trusted: bool) -> None:
-        """Whether the texts that follow are run without a look at them, which costs as much as a part of a small
-        statement. Only for texts that are made of declared names, between the begin and the end of a transaction."""
+        """Whether the next statements run unchecked. The check costs a part of a small statement. Trust only statements
+        that consist of declared names, between the begin and the end of a transaction."""
         self.connection.exec_trace = None if trusted else self._check
 
     def close(self) -> None:

@@ -109,7 +109,7 @@ def connect(path: str, busy_timeout_s: float) -> apsw.Connection:
     connection = apsw.Connection(path, flags=flags, statementcachesize=_CACHED_STATEMENTS)
     try:
         connection.set_busy_handler(LockWait(busy_timeout_s))
-        # or SQLite would take "name" for the text 'name' where another process has dropped that column
+        # otherwise SQLite takes "name" for the text 'name' where another process has dropped that column
         connection.config(apsw.SQLITE_DBCONFIG_DQS_DML, 0)
         connection.config(apsw.SQLITE_DBCONFIG_DQS_DDL, 0)
         for pragma, value in (
@@ -136,7 +136,7 @@ def make_or_recognise(path: str, busy_timeout_s: float) -> None:
     except OSError as error:
         raise Unavailable(f"{path}: its folder cannot be made: {error.strerror}") from None
     try:
-        # For its owner alone: it holds hashes of keys, and the pepper where none is configured. SQLite gives the
+        # Only its owner may read it: it holds hashes of keys, and the pepper if none is configured. SQLite gives the
         # write-ahead log the same mode.
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     except FileExistsError:

@@ -21,7 +21,7 @@ POINT_TIMEOUT_S = 0.02
 
 
 class Readers:
-    """A few connections for scans, each used by one scan at a time; made when they are first needed."""
+    """A pool of connections for scans. A connection is made when it is first needed, and serves one scan at a time."""
 
     def __init__(self, threads: Threads, connect: Callable[[], Guarded], most: int) -> None:
         self._threads = threads
@@ -31,7 +31,7 @@ class Readers:
         self._free: list[Guarded] = []
 
     async def rows(self, sql: str, values: Sequence[Any], tenant: str | None) -> list[tuple[Any, ...]]:
-        """The rows of a text that makes them all in its first step, which a thread does. Raises apsw.Error."""
+        """The rows of a statement that computes all of them in its first step, on a thread. Raises apsw.Error."""
         await self._slots.acquire()
         step = self._threads.read(self._first_step, self._free.pop() if self._free else None, sql, values, tenant)
         try:
@@ -60,7 +60,7 @@ class Readers:
             guarded.set_tenant(tenant)
             guarded.execute(sql, values)
         except BaseException:
-            guarded.close()  # whatever it was, the next scan begins on a new connection
+            guarded.close()  # the next scan begins on a new connection
             raise
         return guarded
 
@@ -70,7 +70,7 @@ class Readers:
             step.result().close()
 
     async def finish(self) -> None:
-        """Wait for the scans under way, and those that wait for them. Another one would wait for ever."""
+        """Wait for all scans, running and waiting. No scan can begin after that."""
         for _ in range(self._most):
             await self._slots.acquire()
 
@@ -80,7 +80,7 @@ class Readers:
 
 
 class Session:
-    """The connections made for one set of declarations; `prepare` makes a new one."""
+    """The connections for one set of declarations. `prepare` makes a new session."""
 
     def __init__(self, path: str, collections: Sequence[Collection], busy_timeout_s: float, threads: Threads) -> None:
         dialect = SqliteDialect()
@@ -98,21 +98,21 @@ class Session:
         return self.writer
 
     def drop_writer(self) -> None:
-        """Roll back and let go: after an error of the disk nothing that this connection holds can be trusted, and an
-        fsync that failed must not be tried again on it."""
+        """Roll back and close the writing connection. After a disk error its cached pages cannot be trusted, and a
+        failed fsync must not be retried on it."""
         writer, self.writer = self.writer, None
         if writer is not None:
-            with suppress(apsw.Error):  # the error that led here is the one that is reported
+            with suppress(apsw.Error):  # the first error is reported
                 writer.roll_back()
             writer.close()
 
     async def finish(self) -> None:
-        """Wait for the scans under way. Nothing else may be."""
+        """Wait for all scans. The caller makes sure that no other work is running."""
         await self.scans.finish()
         await self.journal.finish()
 
     def close(self) -> None:
-        """Close every connection. The file's last one takes the write-ahead log over into the database."""
+        """Close every connection. The last connection to the file checkpoints the write-ahead log."""
         self.scans.close()
         self.journal.close()
         self.points.close()

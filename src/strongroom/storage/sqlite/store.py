@@ -34,7 +34,7 @@ from ..port import (
     past_the_end,
 )
 from ..sql import JOURNAL_COLUMNS, content_size, listed, record_of
-from .bulk_load import Loader, take_over
+from .bulk_load import Loader, checkpoint
 from .bulk_rows import SqlitePacker
 from .dialect import commit_error, translated
 from .isolation import Table
@@ -50,11 +50,11 @@ from .threads import Threads
 from .writer import PartialWrite, Writer
 
 BUSY_TIMEOUT_S = 5.0
-"""How long to wait for the lock of another process before Unavailable."""
+"""How long a commit waits for the lock of another process before it fails with Unavailable."""
 
 MAX_GROUP = 512
 MAX_APPLY_S = 0.005
-"""A group commit takes this many batches, or as many as are applied in this time: the loop stands still for it."""
+"""A group commit takes MAX_GROUP batches at most, and no more after MAX_APPLY_S, since it blocks the loop."""
 
 _CURSOR = re.compile(r"[0-9]{1,18}")
 _END = "end"
@@ -72,7 +72,7 @@ _CHANGES = (
 class SqliteStore:
     """The storage port over one SQLite file.
 
-    Beyond the port it offers an operator `integrity`, which reads everything, and `snapshot`, a consistent copy.
+    Operators have two more methods: `integrity` checks the whole file, `snapshot` writes a consistent copy.
     """
 
     def __init__(self, path: str, *, busy_timeout_s: float = BUSY_TIMEOUT_S) -> None:
@@ -84,7 +84,7 @@ class SqliteStore:
             self.path, up_to(MAX_GROUP), self._write_group, self._interrupted
         )
         self._closing = False
-        self._taking_over: asyncio.Future[None] | None = None
+        self._checkpointing: asyncio.Future[None] | None = None
 
     @property
     def capabilities(self) -> Capabilities:
@@ -107,7 +107,7 @@ class SqliteStore:
     async def close(self) -> None:
         self._closing = True
         await self._commits.drain()
-        await self._taken_over()
+        await self._checkpointed()
         async with self._commits.writing:  # a prepare may be under way
             session, self._session = self._session, None
             if session is not None:
@@ -124,7 +124,7 @@ class SqliteStore:
         return Session(self.path, collections, self._busy_timeout_s, self._threads)
 
     async def _awaited(self, work: Awaitable[_T]) -> _T:
-        """Its answer. SQLite's errors come back as Strongroom's."""
+        """The result of the work, with SQLite's errors as Strongroom's."""
         try:
             return await work
         except apsw.Error as error:
@@ -170,7 +170,7 @@ class SqliteStore:
         session = self._session
         table = session.tables.get(collection) if session is not None else None
         if session is None or table is None or (tenant is None and table.tenant_scoped):
-            table = self._table(collection, tenant)  # raises what is wrong
+            table = self._table(collection, tenant)  # raises the exact error
             session = self._opened()
         points = session.points
         points.set_tenant(tenant)
@@ -228,7 +228,7 @@ class SqliteStore:
 
     async def _head(self) -> int:
         """The journal's last sequence."""
-        # asked for anew, since a prepare may have put another session in place
+        # read again: a prepare may have replaced the session
         rows = await self._scan(self._opened().scans, _HEAD, (), None)
         return rows[0][0] if rows else 0
 
@@ -240,7 +240,7 @@ class SqliteStore:
     async def _patiently(
         self, error: apsw.Error, session: Session, sql: str, values: Sequence[Any], tenant: str | None
     ) -> list[tuple[Any, ...]]:
-        """The rows after all, if it was only that another process held the file: then a thread waits for it."""
+        """Read again on a thread, which waits, if another process had locked the file. Any other error is raised."""
         if isinstance(error, apsw.BusyError):
             return await self._scan(session.scans, sql, values, tenant)
         raise translated(error, self.path) from error
@@ -289,7 +289,7 @@ class SqliteStore:
         return group[len(answers) :]
 
     def _failed_commit(self, error: apsw.Error, answer: Committed | Exception) -> StrongroomError:
-        """What a batch is told whose transaction failed at its COMMIT; `answer` is what it would have been told."""
+        """The error for a batch whose transaction failed at its COMMIT. `answer` is its result before the COMMIT."""
         return commit_error(error, self.path) if isinstance(answer, Committed) else translated(error, self.path)
 
     async def _begin(self, session: Session) -> Writer:
@@ -339,25 +339,25 @@ class SqliteStore:
                 except apsw.Error as error:
                     raise commit_error(error, self.path) from error
             finally:
-                await asyncio.shield(self._threads.write(loader.close))  # behind what its thread still does
+                await asyncio.shield(self._threads.write(loader.close))  # after the work that its thread has begun
         locked_s = time.perf_counter() - began
-        await self._taken_over()
-        self._taking_over = asyncio.ensure_future(self._threads.read(take_over, self.path, self._busy_timeout_s))
+        await self._checkpointed()
+        self._checkpointing = asyncio.ensure_future(self._threads.read(checkpoint, self.path, self._busy_timeout_s))
         return locked_s
 
-    async def _taken_over(self) -> None:
-        """Wait for what takes over the log of the last load. What was loaded is on the disk without it."""
-        taking_over, self._taking_over = self._taking_over, None
-        if taking_over is not None:
+    async def _checkpointed(self) -> None:
+        """Wait for the checkpoint of the last load. The loaded documents are durable without it."""
+        checkpointing, self._checkpointing = self._checkpointing, None
+        if checkpointing is not None:
             try:
-                await taking_over
+                await checkpointing
             except apsw.Error as error:
-                _log.warning("%s: the log of an import was not taken over: %s", self.path, error)
+                _log.warning("%s: the checkpoint after an import failed: %s", self.path, error)
 
     # --- For operators ---
 
     def on_change(self, callback: Callable[[], None]) -> None:
-        """Nothing tells one process of another's commits to a file."""
+        """SQLite does not notify a process of the commits of another process."""
 
     async def check(self) -> Health:
         began = time.perf_counter()
@@ -374,12 +374,12 @@ class SqliteStore:
         return Health(True, latency_s, details)
 
     async def integrity(self) -> list[str]:
-        """What is wrong in the file, a sentence each; nothing if it is sound. Reads all of it, which takes its time."""
+        """The problems of the file, a sentence each; an empty list if it is sound. Reads the whole file."""
         self._opened()
         return await self._awaited(self._threads.read(integrity_problems, self.path, self._busy_timeout_s))
 
     async def snapshot(self, path: str) -> None:
-        """Write a consistent copy of the store, as it is now, to a file that must not exist. Writes go on meanwhile."""
+        """Write a consistent copy of the store to a new file. The store can be written to meanwhile."""
         self._opened()
         await self._awaited(self._threads.read(write_snapshot, self.path, self._busy_timeout_s, path))
 
@@ -390,7 +390,7 @@ async def _given(packs: Sequence[Pack]) -> AsyncIterator[Pack]:
 
 
 def _is_point(where: Filter | None, point_fields: frozenset[str]) -> bool:
-    """Whether a filter names, at most, the few documents of a key or a unique index."""
+    """Whether a filter selects only a few documents, by their key or a unique index."""
     if isinstance(where, Where):
         return where.field in point_fields and (where.op is Op.EQ or where.op is Op.IN) and where.value is not None
     if isinstance(where, Or):  # each part is looked up by its own index

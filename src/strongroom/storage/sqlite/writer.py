@@ -1,4 +1,4 @@
-"""One batch into SQLite: each operation in as few statements as can be, and an exact error when it does not apply."""
+"""Applies batches to SQLite, each operation in as few statements as possible, with an exact error if it fails."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ from .schema import LockWait
 from .statements import Statements
 
 _BYTES_PER_CHARACTER = 8
-"""At most what one character of a stored text or JSON counts for in `document_size`: `[1]` is eight bytes there."""
+"""The most that one character of a stored text or JSON can count in `document_size`: `[1]` counts eight bytes."""
 
 MANY_CHECKS = 8
-"""So many checks of one collection are read by one statement, instead of one each."""
+"""From this many checks of one collection on, one statement reads all their versions."""
 
 _APPEND = (
     f"INSERT INTO main._journal ({listed(JOURNAL_COLUMNS[1:])}) VALUES ({', '.join('?' for _ in JOURNAL_COLUMNS[1:])})"
@@ -56,10 +56,10 @@ _APPEND = (
 _DELETED = "SELECT value FROM main._meta WHERE name = 'deleted_version'"
 _KEEP_DELETED = "UPDATE main._meta SET value = ? WHERE name = 'deleted_version'"
 OWN_TEXTS = (_APPEND, _DELETED, _KEEP_DELETED)
-"""How the writer uses the store's own tables."""
+"""The only statements by which the writer uses the store's own tables."""
 
 _OF_ONE_STATEMENT = (apsw.SQLError, apsw.ConstraintError, apsw.MismatchError, apsw.TooBigError, apsw.AuthError)
-"""Errors of what was asked; the others are the file's or the disk's, and end the transaction of all."""
+"""Errors of one operation. Any other error is of the file or the disk, and ends the transaction of the whole group."""
 
 
 class PartialWrite(Exception):
@@ -87,7 +87,7 @@ class Writer:
         self._tenant: str | None = None
         self._now_us = -1
         self._now_text = ""
-        self._size = 0  # of the present batch, at most
+        self._size = 0  # an upper bound, of the present batch
 
     # --- The transaction ---
 
@@ -113,7 +113,7 @@ class Writer:
 
     def roll_back(self) -> None:
         self._guarded.trust(False)
-        if self._connection.in_transaction:  # after some errors SQLite has done it already
+        if self._connection.in_transaction:  # SQLite rolls back by itself after some errors
             self._execute("ROLLBACK").fetchall()
 
     def close(self) -> None:
