@@ -51,7 +51,7 @@ _log = logging.getLogger(__name__)
 
 
 class StoredPepper(Entity, collection="peppers", scope="global"):
-    """A secret that key hashes are made with, where the configuration gives none. The greatest id is current."""
+    """A pepper of key hashes, kept in the store if the configuration has none. The greatest id is current."""
 
     secret: Annotated[bytes, Secret()]
 
@@ -76,7 +76,7 @@ SYSTEM_ENTITIES: tuple[type[Entity], ...] = (
 
 
 class OpenOptions(TypedDict, total=False):
-    """What Strongroom.open takes beside the store's URL, for those who hand it on."""
+    """The options of Strongroom.open beside the store's URL, for code that passes them on."""
 
     entities: Sequence[type[Entity]]
     policy: Policy
@@ -175,7 +175,7 @@ class Strongroom:
             yield room
 
     def _listen(self, stack: AsyncExitStack) -> None:
-        """What is kept in memory follows the changes that this and other processes make, once the feed is started."""
+        """Let the state in memory follow the changes of all processes, once the feed is started."""
         self.database.hand_records_to(self.feed)
         self.feed.on_record(self.database.writes.seen)
         self.feed.on_record(self._seen)
@@ -183,14 +183,14 @@ class Strongroom:
         stack.push_async_callback(self._stop_reloading)
 
     def _tell_webhooks(self, leases: JobLeases) -> None:
-        """Thresholds that are crossed become events, and events are delivered, once that is started."""
+        """Let crossed thresholds become events, and deliver events once the deliveries are started."""
         sender = HttpSender()
         self.webhooks = Webhooks(self.database, lambda: self.keys.hasher, self.clock, self.feed, sender)
         self.deliveries = Deliveries(self.database, self.clock, leases, self.webhooks, sender)
         self.ledger.watch(self.webhooks.subscriptions, self.deliveries.wake)
 
     async def _start(self, stack: AsyncExitStack) -> None:
-        """Begin what goes on by itself, in an order in which nothing of what others change is missed."""
+        """Start the background tasks, in an order in which no change of another process is missed."""
         await self.feed.start()
         stack.push_async_callback(self.feed.close)
         if self.cache is not None:
@@ -220,7 +220,7 @@ class Strongroom:
         return Tenant(self.database, Context(tenant, actor, claims if claims is not None else {}))
 
     def _seen(self, record: Record) -> None:
-        """A journal record of any process: forget what it makes untrue."""
+        """A journal record of any process: forget what it makes outdated."""
         if record.collection == ApiKey.__collection__.name:
             self.keys.changed(record.entity_id)
         elif record.collection == Quota.__collection__.name:
@@ -229,7 +229,7 @@ class Strongroom:
             self._reload_soon()
 
     def _forget_all(self) -> None:
-        """Records were missed: nothing that was read before can be believed."""
+        """Records were missed: everything that was read before may be outdated."""
         self.keys.forget_all()
         self._reload_whole = True
         self._reload_soon()
@@ -269,7 +269,7 @@ class Strongroom:
                 # Whatever it is: without the peppers the keys that were made with them are not found.
                 told.failed(error)
                 if not isinstance(error, StrongroomError):
-                    _log.exception("the peppers cannot be read, for a reason that nobody foresaw")
+                    _log.exception("the peppers cannot be read, because of an unexpected error")
                 self._reload_again, self._reload_whole = True, whole or self._reload_whole
                 await asyncio.sleep(POLL_S)
 

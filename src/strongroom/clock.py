@@ -1,7 +1,7 @@
 """One clock for all nodes: the store's, carried forward between samples by this machine's monotonic clock.
 
 Limits, leases and expiries are decided by the store's clock, so that nodes whose own clocks differ agree. Asking the
-store each time would cost a round trip; so it is asked now and then, and the offset to the monotonic clock, which
+store each time would cost a round trip. So it is asked every few seconds, and the offset to the monotonic clock, which
 nobody can set, is kept. A jump of the machine's wall clock therefore changes nothing. A sample is as uncertain as half
 its round trip (the store read its clock at some moment in between); with age it becomes less certain, since no two
 oscillators run alike. The most certain sample is the one in use (Cristian's algorithm, with the clock filter of NTP).
@@ -28,12 +28,12 @@ FIRST_SAMPLES = 3
 KEPT_SAMPLES = 16
 SAMPLE_TIMEOUT_S = 2.0
 DRIFT_PPM = 200
-"""How far two machines' oscillators may run apart: twice what the worst of ordinary ones do."""
+"""How far two machines' oscillators may run apart: twice the drift of the worst ordinary oscillators."""
 MAX_HOLD_US = 250_000
-"""A correction backwards of up to this much is waited out, the time standing still. A longer one is no correction: the
-store's clock was set back, and to stand still would keep windows closed that the store's clock says are over."""
+"""During a backward correction of up to this much the time stands still. A larger step is no correction: the store's
+clock was set back, and a time that stands still would keep windows closed that are over by the store's clock."""
 STALE_AFTER_S = 60.0
-"""A clock whose store could not be asked for this long is said to be degraded; it goes on all the same."""
+"""A clock whose store could not be asked for this long is reported as degraded; it continues all the same."""
 _log = logging.getLogger(__name__)
 
 
@@ -57,7 +57,7 @@ class ClockState:
 
 
 class _Steady:
-    """Makes a time out of one that may go back a little: it stands still until it is reached again."""
+    """Removes small backward steps from a time: it stands still until the former time is reached again."""
 
     __slots__ = ("_last",)
 
@@ -112,10 +112,10 @@ class StoreClock:
         self._steady = _Steady()
         self._task: asyncio.Task[None] | None = None
         self.times_set = 0
-        """How often the store's clock was found to have been set, forwards or back, and not just to drift."""
+        """How often the store's clock was set, forwards or back, beyond drift."""
 
     async def start(self) -> None:
-        """Ask the store's clock, and go on asking it. Raises Unavailable."""
+        """Ask the store's clock, and start the task that asks it again. Raises Unavailable."""
         for _ in range(FIRST_SAMPLES):
             await self.sample()
         self._task = asyncio.get_running_loop().create_task(self._run())
@@ -127,8 +127,8 @@ class StoreClock:
             self._task = None
 
     def now_us(self) -> int:
-        """The store's time, as well as it is known. It costs no round trip, and does not go back unless the store's
-        clock was set back."""
+        """The store's time as far as it is known, without a round trip. It goes back only if the store's clock was set
+        back."""
         if self._best is None:
             raise RuntimeError("the clock was not started")
         return self._steady(time.monotonic_ns() // 1_000 + self._best.offset_us)
@@ -142,7 +142,7 @@ class StoreClock:
         return ClockState(offset_us, self._best.uncertain_at(monotonic_us), age_s, age_s > STALE_AFTER_S)
 
     async def sample(self) -> None:
-        """Ask the store once and use the answer if it is the most certain that there is. Raises Unavailable."""
+        """Ask the store once; use the answer if it is the most certain sample. Raises Unavailable."""
         before_us = time.monotonic_ns() // 1_000
         try:
             async with asyncio.timeout(SAMPLE_TIMEOUT_S):
@@ -154,7 +154,7 @@ class StoreClock:
         new = _Sample(store_us - before_us - half_us, half_us, after_us)
         old = self._best
         if old is not None and abs(new.offset_us - old.offset_us) > new.uncertainty_us + old.uncertain_at(after_us):
-            # Both cannot be true of one clock: it was set, or another machine has taken over.
+            # One clock cannot give both samples: it was set, or another machine has taken over.
             self.times_set += 1
             self._samples.clear()
             _log.warning("the store's clock was set by %.6f s", (new.offset_us - old.offset_us) / 1_000_000)
@@ -168,7 +168,7 @@ class StoreClock:
             try:
                 await self.sample()
                 failed = False
-            except Exception as error:  # whatever it is: a clock that nobody asks any more would drift without end
+            except Exception as error:  # the task must go on after any error, or the clock would drift without end
                 if not failed:
                     foreseen = isinstance(error, StrongroomError)
                     message = "the store's clock cannot be asked, going on from the last answer: %s"

@@ -1,4 +1,4 @@
-"""Who acts, for which tenant, in which request, and at what time: frozen, and passed to every call."""
+"""The context of a call: the actor, the tenant, the request and the time. It is immutable and passed to every call."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _KINDS: tuple[tuple[Any, str], ...] = (
 
 @functools.lru_cache(maxsize=MAX_REMEMBERED)  # the same moments come again: commit times, ends of windows
 def utc_from_us(microseconds: int) -> datetime:
-    """The aware UTC time that lies `microseconds` after the Unix epoch, exactly."""
+    """The aware UTC time of this many microseconds since the Unix epoch, exactly."""
     return _EPOCH + timedelta(microseconds=microseconds)
 
 
@@ -97,7 +97,7 @@ class _Sequence:
 
 
 next_id = _Sequence()
-"""An id for a request or a journal record: unique, and cheaper than `new_id`; its holder gains nothing by guessing."""
+"""An id for a request or a journal record: unique, cheaper than `new_id`, and not secret."""
 
 
 def check_tenant(tenant: str, path: str = "tenant") -> None:
@@ -108,13 +108,14 @@ def check_tenant(tenant: str, path: str = "tenant") -> None:
 
 
 _NAME = re.compile(rb'(?<!\\)"\s*:')
-"""Where a name of a JSON text ends: the only quote before a colon that no backslash stands before."""
+"""The end of a name in a JSON text: a quote, without a backslash before it, and a colon."""
 
 
 def repeated_name(text: bytes, value: Any) -> str | None:
-    """A name that stands more than once in one object of a JSON text; None if none does. `value` is what it means.
+    """A name that occurs more than once in one object of a JSON text, or None. `value` is the decoded text.
 
-    Readers of JSON take the last of them, or the first: what one system checks is then not what the next one does.
+    Some JSON readers take the first value and others the last, so one system would check another value than the next
+    system uses.
     """
     if len(_NAME.findall(text)) == _count_names(value):  # a tenth of the time of reading it again
         return None
@@ -130,7 +131,7 @@ def repeated_name(text: bytes, value: Any) -> str | None:
         json.loads(text, object_pairs_hook=of, parse_int=len, parse_float=len)
     except _Repeated as found:
         return found.name
-    except (ValueError, RecursionError):  # whoever reads it says what is the matter
+    except (ValueError, RecursionError):  # the caller's own decoding reports it
         pass
     return None
 
@@ -147,7 +148,7 @@ def _count_names(value: Any) -> int:
 
 
 def kind_of(value: object) -> str:
-    """What a value is, in the words of JSON, for messages: `a number`; Python's name for what JSON has not."""
+    """The kind of a value in JSON's words, for messages: `a number`; Python's name for kinds that JSON lacks."""
     if value is None:
         return "null"
     for types, name in _KINDS:
@@ -176,10 +177,10 @@ def text_problem(value: object, max_bytes: int) -> str | None:
 def name_problem(value: object, max_bytes: int) -> str | None:
     """Why `value` cannot be the name of a tenant, user, owner, group or quota, or None if it can.
 
-    As `text_problem`; and two names that look alike must be one, so a name is in NFC, Unicode's composed form, without
-    spaces around it.
+    As `text_problem`. In addition a name is in NFC, Unicode's composed form, without spaces around it, so that two
+    names that look equal are equal.
 
-    Asked where a name comes in, not where one is looked for: what was stored before is still found.
+    New names are checked, not names that are looked up: a name that was stored earlier is still found.
     """
     problem = text_problem(value, max_bytes)
     if problem is not None or not isinstance(value, str):
@@ -193,7 +194,7 @@ def name_problem(value: object, max_bytes: int) -> str | None:
 
 
 def check_tenant_name(tenant: str, path: str = "tenant") -> None:
-    """Raise InvalidInput unless `tenant` can be the name of a tenant that gets something new."""
+    """Raise InvalidInput unless `tenant` can be the name of a tenant for which something new is stored."""
     if tenant not in _GOOD_TENANT_NAMES:  # each creation asks
         if problem := name_problem(tenant, MAX_TENANT_BYTES):
             raise InvalidInput([Problem(path, problem)])
@@ -206,7 +207,8 @@ _GOOD_TENANT_NAMES: set[str] = set()
 
 
 class MachineTime(int):
-    """A moment that this machine's clock gave, in microseconds: whoever knows the store's clock takes that instead."""
+    """A time of this machine's clock, in microseconds. Code that knows the store's clock replaces it by that
+    clock's."""
 
 
 class _HasNow(Protocol):
@@ -252,7 +254,7 @@ class Context(msgspec.Struct, frozen=True):
         return self.claims.get("admin") is True
 
     def by(self, clock: _HasNow) -> Context:
-        """The same call at the moment that a clock says, unless its own was chosen."""
+        """The same call at the clock's time, unless the caller chose a time."""
         if type(self.now_us) is not MachineTime:
             return self
         then: Context = self.__copy__()  # type: ignore[attr-defined]  # of every Struct; it does not validate again
@@ -260,7 +262,7 @@ class Context(msgspec.Struct, frozen=True):
         return then
 
     def at_now(self) -> Context:
-        """The same caller at the present moment, with the same request id: for a retry or a long-lived handle."""
+        """The same caller at the present time, with the same request id: for a retry or a long-lived handle."""
         later: Context = self.__copy__()  # type: ignore[attr-defined]  # of every Struct; it does not validate again
         force_setattr(later, "now_us", MachineTime(time.time_ns() // 1_000))
         return later

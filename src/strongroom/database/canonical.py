@@ -1,6 +1,7 @@
-"""A request as bytes that are the same for the same request: names sorted, numbers by value, times in UTC. Pure.
+"""The canonical bytes of a request: equal requests have equal bytes. Names are sorted, numbers are written by value,
+times in UTC. Pure.
 
-Every value carries its type and its length, so two different requests never give the same bytes.
+Every value carries its type and its length, so two different requests never have the same bytes.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ _MANY_DIGITS = DecimalContext(prec=100_000, Emax=999_999_999, Emin=-999_999_999)
 
 
 def canonical(value: object) -> bytes:
-    """The bytes of a request. Of a model only the fields that were given count: a default is the server's choice, and
-    one that a `default_factory` makes is another each time. Raises InvalidInput for a value that no request has."""
+    """The bytes of a request. Of a model only the given fields count: a default is the server's choice, and a
+    `default_factory` makes another value each time. Raises InvalidInput for a value that no request can have."""
     parts: list[bytes] = []
     _write(value, parts)
     return b"".join(parts)

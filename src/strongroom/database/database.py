@@ -1,7 +1,7 @@
-"""The write trip: context → validate → rules → batch (change + journal record) → commit → notify; and the reads.
+"""The write trip: context → validate → rules → batch (change + journal record) → commit → notify.
 
-Nothing reaches a backend by another way. `Database.transaction` is the write trip; create, replace, update, delete and
-add are transactions of one change. `Reads` has the reads.
+Every write of documents goes this way. `Database.transaction` is the trip; create, replace, update, delete and add are
+transactions of one change. The reads are in `reads.py`.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Database:
         return self._store.commit(batch)
 
     def after_commit(self, listener: Callable[[Transaction], None]) -> None:
-        """Call `listener` with each transaction once it is durably committed, and never before."""
+        """Call `listener` with each transaction after its durable commit, never before."""
         self._listeners.append(listener)
 
     def hand_records_to(self, feed: ChangeFeed) -> None:
@@ -114,11 +114,12 @@ class Database:
         self.after_commit(lambda _: feed.wake())
 
     def now_us(self) -> int:
-        """The moment by the store's clock, in microseconds since the epoch."""
+        """The present time of the store's clock, in microseconds since the epoch."""
         return self._clock.now_us()
 
     def at_now(self, context: Context) -> Context:
-        """The same call by the store's clock, unless its moment was chosen: the machine's own may be hours off."""
+        """The same call at the time of the store's clock, unless the caller chose a time: the machine's clock may be
+        hours off."""
         return context.by(self._clock)
 
     # --- THE write trip ---------------------------------------------------------------------------------------
@@ -130,10 +131,10 @@ class Database:
         *,
         idempotency: Idempotency | None = None,
     ) -> T:
-        """Run `body`, which reads and changes, and commit all its changes and their journal records, or nothing.
+        """Run `body`, which reads and plans changes, and commit all its changes and their journal records, or nothing.
 
-        When something it read was changed by someone else meanwhile, `body` runs again on what is there now (at most
-        MAX_ATTEMPTS times, with jitter): it must have no other effect than through its Transaction. Raises what `body`
+        If a document that `body` read was changed meanwhile, `body` runs again on the present documents, at most
+        MAX_ATTEMPTS times, with jitter. So `body` must have no effect but through its Transaction. Raises what `body`
         raises, Denied (journalled), Conflict, AlreadyExists, NotFound, BoundExceeded, TooLarge, Unavailable.
         """
         context = self.at_now(context)
@@ -146,7 +147,7 @@ class Database:
             try:
                 result = await body(transaction)
             except StrongroomError:
-                if idempotency is not None:  # what the body found missing or changed may be this very call's doing
+                if idempotency is not None:  # this very call, made before, may have caused what the body met
                     await self.calls.before(context, idempotency)
                 raise
             for change in transaction.changes:
@@ -214,8 +215,8 @@ class Database:
             cache.changed(change.collection.name, tenant, change.operation.id, version, change.before, change.after)
 
     async def repeated(self, context: Context, idempotency: Idempotency | None) -> Replayed | None:
-        """What this very call came to if it was committed before: to be asked where a call begins by reading what it
-        may have removed itself. None if it was not, or has no idempotency key. Raises Conflict."""
+        """The outcome of this very call, if it was committed before. A call asks at its beginning if it reads documents
+        that it may have removed itself. None if it was not committed, or has no idempotency key. Raises Conflict."""
         if idempotency is None:
             return None
         if isinstance(idempotency.key, RequestKey) and idempotency.key.looked_up:
@@ -227,14 +228,15 @@ class Database:
         return None
 
     async def answer_of(self, context: Context, cls: type[E], replayed: Replayed) -> E:
-        """The entity that a repeated call was answered with. Where that was too long to be kept: as it is now."""
+        """The entity that the first call was answered with; if that was too long to be kept, the entity as it is
+        now."""
         document = replayed.answer
         if document is None:
             return await self.get(context, cls, replayed.written[0], fresh=True)
         collection, id = cls.__collection__, document["id"]
         context = self.at_now(context)
         await self.authorize(context, "get", collection, id, document)
-        if not document["version"]:  # one that the commit gave
+        if not document["version"]:  # the commit gave the version
             now = await self.load(context, collection, id)
             same = now is not None and all(now[name] == document[name] for name in ("updated_at", *collection.fields))
             document["version"] = now["version"] if same and now is not None else replayed.version
@@ -243,8 +245,8 @@ class Database:
     def once(
         self, scope: str, actor: str, key: str, request: object, *, kept_until: datetime | None = None
     ) -> IdempotentOperation:
-        """For `commit_counters`: what commits once for one idempotency key of an actor; `request` tells another request
-        with the same key apart."""
+        """For `commit_counters`: an operation that commits once for each idempotency key of an actor. `request` sets
+        another request with the same key apart."""
         call = Idempotency(key, request, scope=scope)
         context = self.at_now(Context(None, actor))
         operation = self.calls.operation(context, call, [], None, kept_until=kept_until)
@@ -256,7 +258,8 @@ class Database:
         return self.rules.reads_documents
 
     async def changes(self, after: str, tenant: str | None, limit: int) -> ChangesPage:
-        """A tenant's journal records, unauthorised: for a stream that asks the rules itself. As `Store.changes`."""
+        """A tenant's journal records; the rules are not asked: for a stream that asks them itself. As
+        `Store.changes`."""
         return await self._store.changes(after, tenant=tenant, limit=limit)
 
     @property
@@ -269,8 +272,8 @@ class Database:
     async def load_packs(
         self, context: Context, cls: type[Entity], packs: AsyncIterable[Pack], *, rebuild: bool = False
     ) -> float:
-        """The trip for a great many new documents of one global entity, with the journal records and what belongs to
-        them. As `Loading.load`; Denied, Unavailable while the store takes no writes."""
+        """The write trip of many new documents of one global entity, with their journal records. As `Loading.load`;
+        Denied; Unavailable while the store takes no writes."""
         loading = self.loading
         if loading is None:
             raise TypeError("this database cannot load")
@@ -279,13 +282,13 @@ class Database:
             raise Unavailable(self.writes.refusal)
         locked_s = await loading.load(packs, self.at_now(context).now_us, rebuild=rebuild)
         for listener in self._listeners:
-            listener(Transaction(self.reads, self.rules, context))  # of no change: the journal tells what was loaded
+            listener(Transaction(self.reads, self.rules, context))  # without changes: the journal has the documents
         return locked_s
 
     def commit_counters(self, operations: Sequence[Operation], now_us: int) -> Awaitable[Committed]:
-        """The trip's short form for Strongroom's own counters and leases: global collections (or fields of one) that
-        are not journalled and no caller's rules concern, changed under the versions they were decided on. As
-        `Store.commit`."""
+        """The short form of the trip for Strongroom's own counters and leases. Their global collections (or fields of
+        one) are not journalled and no rules apply to them; the operations expect the versions that they were decided
+        on. As `Store.commit`."""
         return self._commit(Batch(None, tuple(operations), now_us))
 
     # --- One change -------------------------------------------------------------------------------------------
@@ -311,8 +314,8 @@ class Database:
         exists: bool = False,
         idempotency_key: str | None = None,
     ) -> E:
-        """Replace the entity of this id, or add it. `expected`: the version it must have now (0: must not exist);
-        `exists`: whichever, but it must be there."""
+        """Replace the entity of this id, or add it. `expected`: the version that it must have now (0: it must not
+        exist); `exists`: it must exist, at any version."""
         cls = type(entity)
         once = Idempotency.of(idempotency_key, "replace", cls.__collection__.name, entity, expected, exists)
 
@@ -385,14 +388,14 @@ class Database:
     async def purge_expired(
         self, context: Context, cls: type[Entity], limit: int = 200, *, guard: Check | None = None
     ) -> int:
-        """Remove at most `limit` documents whose time to live is over (invisible already); returns how many. Nothing is
-        removed any more once `guard`, the lease of whoever does this, is not true."""
+        """Remove at most `limit` documents whose time to live is over (no read finds them any more); returns how many.
+        Nothing is removed once `guard`, the worker's job lease, does not hold."""
         context = self.at_now(context)
         found = await self.reads.expired(context, cls, limit)
         removals = [self.transaction(context, _removal(cls, document, guard)) for document in found]
         results = await asyncio.gather(*removals, return_exceptions=True)
         for result in results:
-            # A Conflict was renewed, a NotFound removed by another process: nothing is left to do.
+            # On Conflict the document was renewed, on NotFound another process removed it: nothing is left to do.
             if isinstance(result, BaseException) and not isinstance(result, Conflict | NotFound):
                 raise result
         return sum(result is None for result in results)

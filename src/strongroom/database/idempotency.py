@@ -1,4 +1,4 @@
-"""Idempotency keys: one key of one actor stands for one request; its repeat changes nothing and gives the first answer.
+"""Idempotency keys: a key of an actor identifies one request; a repeat changes nothing and returns the first answer.
 
 The record of a call (`IdempotentCall`) commits with the call's changes, so that there is no moment in which one is
 there without the other. It holds a fingerprint of the request, and the answer.
@@ -45,7 +45,7 @@ class IdempotentCall(
     ttl="expires_at",
     journalled=False,
 ):
-    """What a call with an idempotency key was, so that the same call again does nothing and answers the same.
+    """The record of a call with an idempotency key, so that a repeat does nothing and returns the same answer.
 
     The id is a hash of scope, actor and key. `fingerprint` is `2:pepper id:HMAC`; what an earlier version wrote has
     no colon. `written` names the documents; `memo` is the encrypted answer.
@@ -58,21 +58,21 @@ class IdempotentCall(
 
 
 class RequestKey(str):
-    """An idempotency key that came with a request over HTTP: `request` is what that request was, as a whole, and
-    `scope` sets its keys apart from others'. It replaces what a library call would say of itself."""
+    """An idempotency key of an HTTP request: `request` is that request as a whole, and `scope` separates its keys from
+    other keys. They replace the request and scope of a library call."""
 
     request: object
     scope: str
     looked_up = False
-    """Whether it was found to be unused when the request began."""
+    """Whether the key was found unused when the request began."""
 
 
 @dataclass(frozen=True, slots=True)
 class Idempotency:
-    """An idempotency key (text of 1 to 255 bytes), what the request was, and a memo to get back on a repeat.
+    """An idempotency key (text of 1 to 255 bytes), the request, and a memo that a repeat gets back.
 
-    `request` is anything that `canonical` takes, secrets in clear. Keys of different tenants are apart; `scope` stands
-    for the tenant where a repeat would not know it any more.
+    `request` is anything that `canonical` takes, secrets in clear. Keys of different tenants are separate; `scope`
+    replaces the tenant if a repeat would no longer know it.
     """
 
     key: str
@@ -84,7 +84,7 @@ class Idempotency:
     def of(
         cls, key: str | None, *request: object, memo: bytes | None = None, scope: str | None = None
     ) -> Idempotency | None:
-        """For a call of the library that may have a key. A request over HTTP has said itself what it is."""
+        """For a library call that may have a key. A `RequestKey` brings its own request and scope."""
         if key is None:
             return None
         if isinstance(key, RequestKey):
@@ -98,8 +98,8 @@ class Idempotency:
 
 
 class Replayed(Exception):
-    """This very call was committed before. Carries the ids it wrote, its memo, and the document that it answered with
-    (None if it answered with none, or that was too long to be kept). Never leaves the library."""
+    """This very call was committed before. Carries the ids that it wrote, its memo, and the document of its answer
+    (None if it had none, or a too long one). Never leaves the library."""
 
     def __init__(
         self, written: list[str], memo: bytes | None, answer: Document | None = None, version: int = 0
@@ -134,7 +134,7 @@ class Calls:
         self._peppers = peppers
 
     async def before(self, context: Context, idempotency: Idempotency) -> Document | None:
-        """What is left of a call with this key, so long ago that it may happen again; None if there was none.
+        """The expired record of a call with this key, which may happen again; None if there is none.
 
         Raises Replayed if this very call was committed before, Conflict if the key was another request's.
         """
@@ -150,7 +150,7 @@ class Calls:
         stored = await self._store.get(name, None, self.id(context, idempotency))
         former = self.id(context, replace(idempotency, scope=None))
         if stored is None and former != self.id(context, idempotency):
-            # An earlier version set the keys of some calls apart by the tenant that they were about.
+            # An earlier version separated the keys of some calls by the tenant that they concerned.
             found = await self._store.get(name, None, former)
             if found is not None and not found["fingerprint"].startswith(_FORMAT + ":"):
                 return None if is_expired(IdempotentCall.__collection__, found, context.now) else found
@@ -165,7 +165,8 @@ class Calls:
         before: Document | None = None,
         kept_until: datetime | None = None,
     ) -> Create | Put:
-        """What lets this call happen once, committed with its changes. `before`: what `before` gave."""
+        """The operation that lets this call happen once, committed with its changes. `before`: the result of
+        `before`."""
         call = IdempotentCall(
             fingerprint=self.fingerprint(idempotency.request),
             written=written,
@@ -178,7 +179,7 @@ class Calls:
 
     @staticmethod
     def id(context: Context, idempotency: Idempotency) -> str:
-        """The id of a call's record. Raises InvalidInput for a key that cannot be."""
+        """The id of a call's record. Raises InvalidInput for an invalid key."""
         scope = idempotency.scope if idempotency.scope is not None else context.tenant or ""
         return call_id((scope, context.actor), idempotency.key)
 
@@ -188,14 +189,14 @@ class Calls:
         return self._fingerprints(request)[0]
 
     def alike(self, request: object) -> frozenset[str]:
-        """The fingerprints that stand for a request, under each pepper."""
+        """The fingerprints of a request, one for each pepper."""
         return frozenset(self._fingerprints(request))
 
     def _fingerprints(self, request: object) -> list[str]:
         return [f"{_FORMAT}:{one}" for one in self._peppers.macs(canonical(request), "idempotent request")]
 
     def compare(self, stored: str, request: object) -> None:
-        """Raise Conflict unless a stored fingerprint is this request's."""
+        """Raise Conflict unless the stored fingerprint belongs to this request."""
         if any(hmac.compare_digest(stored, one) for one in self._fingerprints(request)):
             return
         version, _, rest = stored.partition(":")
@@ -233,14 +234,14 @@ class Calls:
 
 
 def call_id(scope: tuple[str, ...], key: str) -> str:
-    """The id of a call's record. Raises InvalidInput for a key that cannot be."""
+    """The id of a call's record. Raises InvalidInput for an invalid key."""
     if problem := text_problem(key, MAX_IDEMPOTENCY_KEY_BYTES):
         raise InvalidInput([Problem("idempotency_key", problem)])
     return hashlib.sha256("\x00".join((*scope, key)).encode()).hexdigest()
 
 
 def _packed(value: Any) -> Any:
-    """A document's value as MessagePack has it: all but Decimals are as they are."""
+    """A document's value for MessagePack, which lacks Decimals."""
     if isinstance(value, Decimal):
         return msgspec.msgpack.Ext(_DECIMAL_CODE, str(value).encode())
     if isinstance(value, dict):

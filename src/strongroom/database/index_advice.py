@@ -1,9 +1,9 @@
-"""Which declared indexes serve no query that was seen, and which queries no index serves.
+"""Advice on indexes: declared indexes that serve no query, and queries that no index serves.
 
-A query's shape is what it asks by, without the values. Each process counts shapes (`Shapes`), and adds its counts to
-those of all processes in the store (`persist`); `advise` compares them with the declarations, by the rule that SQL and
-Firestore share: an index is used from its left; fields compared for equality come first, in any order; then those of
-the order, each in its direction (or all in the opposite one), a range among them.
+A query's shape is the query without its values. Each process counts shapes (`Shapes`), and adds its counts to those of
+all processes in the store (`persist`). `advise` compares them with the declarations, by the rule that SQL and Firestore
+share: an index is used from its left; fields compared for equality come first, in any order; then the ordering fields,
+each in its direction (or all in the opposite one), a range among them.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ from ..storage.port import (
 )
 
 MAX_SHAPES = 1_000
-"""Shapes that a process counts until it persists them. What comes when there are so many is only counted as such."""
+"""Shapes that a process counts until it persists them. Of further shapes only the number is kept."""
 LEAST_SEEN = 100
-"""Queries of a collection that must have been seen before an index of it is called unused."""
+"""Queries of a collection that must have been seen before one of its indexes is reported as unused."""
 LEAST_MISSED = 10
-"""How often a query must have been seen before an index for it is called missing."""
+"""How often a query must have been seen before an index for it is reported as missing."""
 MAX_WAYS = 30
 NAME = "query_shapes"
 
@@ -71,19 +71,19 @@ class Shape:
 
     @property
     def is_ordered(self) -> bool:
-        """Whether an order was asked for beyond that of the ids, which pages have anyway."""
+        """Whether the query has an order besides that of the ids, which every page has."""
         return any(name != "id" for name, _ in self.order)
 
     @property
     def sought(self) -> tuple[str, ...]:
-        """The fields of the index that serves it whole; none if the primary key does."""
+        """The fields of the index that serves the whole shape; none if the primary key serves it."""
         if "id" in self.equal:
             return ()
         if not self.is_ordered:
             return (*sorted(self.equal), *sorted(self.ranged - {"id"}))
         order = list(self.order)
         if order[-1][0] == "id" and order[-1][1] == order[-2][1]:
-            order.pop()  # every index goes on with the id, in the direction of its last field
+            order.pop()  # every index ends with the id, in the direction of its last field
         return (*sorted(self.equal), *(f"-{name}" if down else name for name, down in order))
 
 
@@ -102,7 +102,7 @@ class Shapes:
     def __init__(self) -> None:
         self._counts: dict[_Key, int] = {}
         self.overlooked = 0
-        """Queries whose shape was one too many to keep."""
+        """Queries whose shape was not kept, because MAX_SHAPES were kept already."""
 
     def seen(self, collection: Collection, query: Query) -> None:
         """Count a checked query."""
@@ -117,7 +117,7 @@ class Shapes:
             self.overlooked += 1
 
     def snapshot(self) -> list[Seen]:
-        """What was counted since the last `take`."""
+        """The counts since the last `take`."""
         return [_seen(key, count) for key, count in self._counts.items()]
 
     def take(self) -> Mapping[_Key, int]:
@@ -172,7 +172,7 @@ def _ways(where: Sequence[Any]) -> list[list[tuple[str, str]]]:
 
 
 def helps(index: Sequence[tuple[str, bool]], shape: Shape) -> bool:
-    """Whether an index, as (field, descending) pairs, narrows down or orders what the shape finds."""
+    """Whether an index, as (field, descending) pairs, narrows or orders the results of the shape."""
     first, _ = index[0]
     return first in shape.equal or first in shape.ranged or serves(index, shape)
 
@@ -194,7 +194,7 @@ def serves(index: Sequence[tuple[str, bool]], shape: Shape) -> bool:
 
 
 def _with_id(columns: Sequence[tuple[str, bool]]) -> list[tuple[str, bool]]:
-    """Columns and the id, which every index goes on with in the direction of its last column."""
+    """The columns and the id, which ends every index, in the direction of the last column."""
     named = any(name == "id" for name, _ in columns)
     return [*columns] if named else [*columns, ("id", columns[-1][1] if columns else False)]
 
@@ -273,7 +273,7 @@ def _missing(collection: Collection, shapes: Sequence[tuple[Shape, int]], when: 
 
 
 def _indexable(collection: Collection, shape: Shape) -> Shape:
-    """The shape without its lists and maps, which no index over several fields may hold."""
+    """The shape without its lists and maps, which an index over several fields cannot contain."""
     fields = collection.fields
     kept = {name for name in shape.equal | shape.ranged if name not in fields or fields[name].type.is_scalar}
     return replace(shape, equal=shape.equal & kept, ranged=shape.ranged & kept)
@@ -288,7 +288,7 @@ def _written(fields: Sequence[str]) -> str:
 
 
 class QueryShape(Entity, collection=NAME, scope="global", journalled=False):
-    """How often a shape of query was seen, by all processes. The id is a hash of what it is."""
+    """How often all processes have seen a query shape. The id is a hash of the shape."""
 
     of: str
     shape: str
@@ -319,7 +319,7 @@ async def _add(commit: Commit, now_us: int, key: _Key, count: int) -> None:
     try:
         await commit([add], now_us)
     except BoundExceeded:
-        return  # it was seen often enough
+        return  # the count is at its maximum
     except NotFound:
         document = {"of": key[0], "shape": text, "count": count}
         try:
@@ -329,7 +329,7 @@ async def _add(commit: Commit, now_us: int, key: _Key, count: int) -> None:
 
 
 async def counted(store: Store) -> tuple[list[Seen], datetime | None]:
-    """What all processes have counted, and since when."""
+    """The counts of all processes, and the time when counting began."""
     found: list[Seen] = []
     since: datetime | None = None
     after: tuple[Any, ...] | None = None
@@ -346,15 +346,15 @@ async def counted(store: Store) -> tuple[list[Seen], datetime | None]:
 
 
 async def forget(store: Store) -> None:
-    """Count from nothing again: after the declarations or the queries have changed."""
+    """Start counting from zero: after the declarations or the queries have changed."""
     while page := await store.find(NAME, None, Query(limit=MAX_OPERATIONS, fields=())):
         operations = tuple(Delete(NAME, document["id"]) for document in page)
         await store.commit(Batch(None, operations, await store.now_us()))
 
 
 async def advise(store: Store, collections: Sequence[Collection]) -> list[Advice]:
-    """What the queries counted and the engine's own statistics say. The store is prepared for `collections` and for
-    QueryShape."""
+    """Advice from the counted queries and from the engine's own statistics. The store is prepared for `collections` and
+    for QueryShape."""
     seen, since = await counted(store)
     found = compare((c for c in collections if c.name != NAME), seen, since)
     told = {(item.collection, item.kind, item.fields) for item in found}

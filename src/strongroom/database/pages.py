@@ -1,4 +1,4 @@
-"""Pages that end at a number of bytes: read from the store a few documents at a time, as many as are likely to fit."""
+"""Pages of limited size in bytes: the store is read a few documents at a time, as many as probably fit."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from ..entities import Document, Query, behind
 from ..storage.port import document_size
 
 FIRST_ROWS = 32
-"""Documents that are read at once where nothing is known of their size."""
+"""Documents that are read at once while their size is not known."""
 MAX_ROWS = 128
-"""Documents that are read at once however small those before were: the next may each be of the largest size."""
+"""Documents that are read at once, at most: small documents may be followed by documents of the largest size."""
 MAX_KNOWN = 10_000
 
 
@@ -25,7 +25,7 @@ class Reader(Protocol):
 
 
 class PageSizes:
-    """The mean size of the documents of each collection and tenant, as the last page had it."""
+    """The mean document size of each collection and tenant, taken from the last page."""
 
     def __init__(self) -> None:
         self._means: OrderedDict[str, int] = OrderedDict()
@@ -36,7 +36,7 @@ class PageSizes:
         return FIRST_ROWS if mean is None else max(1, min(MAX_ROWS, max_bytes // mean + 1))
 
     def are_large(self, scope: str, max_bytes: int) -> bool:
-        """Whether MAX_ROWS of the documents are known to be more than a page holds."""
+        """Whether a page is known to hold fewer than MAX_ROWS of the documents."""
         return self._means.get(scope, 1) * MAX_ROWS > max_bytes
 
     def learn(self, scope: str, documents: int, size: int) -> None:
@@ -49,8 +49,8 @@ class PageSizes:
 async def read_page(
     reader: Reader, collection: str, tenant: str | None, query: Query, sizes: PageSizes, scope: str, max_bytes: int
 ) -> tuple[list[Document], bool]:
-    """At most `query.limit` documents of a checked query that have at most `max_bytes` together (or the first one
-    alone), and whether there are more. A projection must have the fields that the query is ordered by."""
+    """At most `query.limit` documents of a checked query, of at most `max_bytes` together (or the first one alone), and
+    whether there are more. A projection must have the fields that the query is ordered by."""
     page: list[Document] = []
     size = 0
     more = False

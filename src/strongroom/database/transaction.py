@@ -35,11 +35,12 @@ E = TypeVar("E", bound=Entity)
 
 
 class Transaction:
-    """What `Database.transaction` hands to its body. All its changes commit, or none, if nothing it read has changed.
+    """What `Database.transaction` hands to its body. All its changes commit or none, and only if no document that it
+    read has changed.
 
-    A document that was read is expected, at the commit, at the version it was read at; one read as missing must still
-    be missing. `find` guards the documents it returned, not those that would newly match. `get` sees the changes made
-    before it in the same transaction; `find` does not.
+    The commit expects each document at the version that was read; a document that was read as missing must still be
+    missing. `find` guards the documents that it returned, not documents that would newly match. `get` sees earlier
+    changes of the same transaction; `find` does not.
     """
 
     def __init__(self, reads: Reads, rules: Authorization, context: Context) -> None:
@@ -71,7 +72,7 @@ class Transaction:
         return cast(E, cls.__codec__.decode(document)) if document is not None else None
 
     async def find(self, cls: type[E], query: Query = Query(), cursor: str | None = None) -> Page[E]:
-        """As `Database.find`; every document it returns is guarded until the commit."""
+        """As `Database.find`; the commit expects every document that it returns unchanged."""
         page = await self._reads.find(self.context, cls, query, cursor, fresh=True)  # never a cache
         for entity in page.items:
             key = (cls.__collection__.name, entity.id)
@@ -94,7 +95,7 @@ class Transaction:
     # --- Changing ---------------------------------------------------------------------------------------------
 
     async def create(self, entity: E) -> E:
-        """Add an entity; without an id it gets a new one. Returns the entity as it will be.
+        """Add an entity; without an id it gets a new one. Returns the entity as it will be stored.
 
         The commit raises AlreadyExists if the id, or a value of a unique index, is taken.
         """
@@ -115,7 +116,7 @@ class Transaction:
 
     async def replace(self, entity: E, *, expected: int | None = None, exists: bool = False) -> E:
         """Replace the entity of this id, or add it. `expected`: the version it must have now (0: it must not exist);
-        `exists`: whichever, but it must be there. Raises Conflict."""
+        `exists`: it must exist, at any version. Raises Conflict."""
         cls = type(entity)
         collection = cls.__collection__
         check_id(entity.id)
@@ -126,7 +127,7 @@ class Transaction:
                 f"{collection.name}/{entity.id}: found no document, expected one", found=0, expected="a document"
             )
         entity, document = _stored_form(entity, entity.id)
-        # One that is added is new, also where an expired one is still stored or this transaction has removed one.
+        # An added document is new, even if an expired one is still stored or this transaction has removed one.
         created_at = (_utc(entity.created_at) or self.context.now) if before is None else None
         expects = self._version_to_expect(collection, entity.id)
         operation = Put(collection.name, entity.id, document, expects, created_at)
@@ -135,7 +136,7 @@ class Transaction:
         return entity
 
     async def update(self, cls: type[E], id: str, fields: Mapping[str, Any], *, expected: int | None = None) -> E:
-        """Set some fields; the others stay. Raises NotFound, and InvalidInput that names every field that is wrong."""
+        """Set some fields; the others stay. Raises NotFound, and InvalidInput that names every wrong field."""
         collection = cls.__collection__
         before = await self._visible(cls, id)
         if before is None:
@@ -158,8 +159,9 @@ class Transaction:
         self._plan("delete", collection, operation, before, None, None, fixed=expected is not None)
 
     async def drop(self, cls: type[Entity], id: str) -> None:
-        """Remove a document, if there is one, at whatever version it has when this commits: for one that others change
-        all the time, whose version no commit would ever meet. One that is made before the commit is removed as well."""
+        """Remove a document, if there is one, at the version that it has at the commit. This is for documents that
+        change all the time, so that no commit would meet their version. A document made before the commit is removed as
+        well."""
         stored = await self._reads.load(self.context, cls.__collection__, id)
         if stored is None:
             self._read.setdefault((cls.__collection__.name, id), None)  # must still be missing, or this runs again
@@ -194,7 +196,7 @@ class Transaction:
         self._plan("add", collection, operation, None, {field: amount}, None, fixed=True)
 
     async def remove_expired(self, cls: type[Entity], document: Document) -> None:
-        """Remove a document whose time to live is over, unless it has changed since it was found so."""
+        """Remove an expired document, unless it has changed since it was found."""
         collection = cls.__collection__
         operation = Delete(collection.name, document["id"], document["version"])
         self._plan("expire", collection, operation, document, None, None, fixed=True)
@@ -238,7 +240,7 @@ class Transaction:
 
     @property
     def is_empty(self) -> bool:
-        """Whether it changed and read nothing."""
+        """Whether the transaction read and changed nothing."""
         return not self.changes and not self._read
 
     def operations(self, first: Operation | None = None) -> tuple[Operation, ...]:
@@ -247,7 +249,8 @@ class Transaction:
         return operations_of(self.context, self.changes, self._read, self.expired, before)
 
     def may_retry(self, failed: Operation | None) -> bool:
-        """Whether a conflict on this operation is nobody's answer, so that reading again and retrying is right."""
+        """Whether the transaction runs again after a conflict on this operation; else the conflict is the caller's
+        answer."""
         if failed is self.guard and failed is not None:
             return False
         for change in self.changes:
@@ -296,7 +299,7 @@ def _expect(cls: type[Entity], id: str, before: Document | None, expected: int |
 
 
 def _merged(cls: type[E], before: Document, fields: Mapping[str, Any]) -> E:
-    """The stored document with some fields set, validated as a whole, so that rules across fields hold."""
+    """The stored document with some fields set. It is validated as a whole, so that rules across fields hold."""
     collection = cls.__collection__
     problems = [
         Problem(name, "cannot be changed: it is set by the store" if name in SYSTEM_FIELDS else UNKNOWN_FIELD)

@@ -24,7 +24,8 @@ class StoreState(Entity, collection="store_state", scope="global"):
 
 
 class WriteState:
-    """What one process knows of it. `refusal`: why nothing may be written; None if it may."""
+    """Whether writes are allowed, as one process knows it. `refusal`: why nothing may be written; None if writes are
+    allowed."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -32,13 +33,13 @@ class WriteState:
         self.refusal: str | None = None
 
     async def load(self) -> None:
-        """Read it. Once before anything is written, and once when `seen` is being told."""
+        """Read the state: once before the first write, and once more when the change feed has begun to call `seen`."""
         document = await self._store.get(StoreState.__collection__.name, None, WRITES)
         if document is not None:
             self._use(document["version"], document)
 
     async def reload(self) -> None:
-        """Read it again although the store may be an older copy, whose versions are smaller."""
+        """Read the state again, even if the store is an older copy, whose versions are smaller."""
         self._version = 0
         self.refusal = None
         await self.load()
@@ -49,7 +50,7 @@ class WriteState:
             self._use(record.version or self._version + 1, record.after or {})
 
     def _use(self, version: int, state: Document) -> None:
-        if version > self._version:  # what was read may be older than what the journal has said meanwhile
+        if version > self._version:  # a read may be older than a journal record that came meanwhile
             self._version = version
             before, self.refusal = self.refusal, None
             if not state.get("allowed", True):

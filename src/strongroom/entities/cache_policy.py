@@ -1,4 +1,4 @@
-"""What an entity declares of its cache: names, lifetimes, and the lists that are kept; checked with the entity."""
+"""The cache policy of an entity: names, lifetimes, and cached lists. It is checked with the entity."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _NAME = re.compile(r"[a-z][a-z0-9_]{0,59}")
 class CachedList:
     """A list that is cached under `name:{value}`: the documents whose field `by` has that value.
 
-    `where`: what the documents must have besides, by equality; `order_by` as in Query. `Database.find` answers a
-    query from it that asks for exactly these conditions in this order, its first page, up to 100 documents.
+    `where`: further equalities that the documents satisfy; `order_by` as in Query. `Database.find` answers from the
+    list the first page, up to 100 documents, of a query with exactly these conditions and this order.
     """
 
     name: str
@@ -42,9 +42,9 @@ class CachedList:
 class Cached:
     """Documents of this entity may be read from a cache: `class Policy(Entity, …, cache=Cached(seconds=300))`.
 
-    `seconds`: how long an entry is kept at most; changes are followed by the journal, long before that. `name`: how
-    the key in Redis begins (default: the collection's name). `absent_s`: how long it is remembered that a document is
-    not there. `lists`: the lists that are kept as well.
+    `seconds`: how long an entry is kept at most; the journal tells of changes long before that. `name`: the prefix of
+    the key in Redis (default: the collection's name). `absent_s`: how long the absence of a document is kept. `lists`:
+    the lists that are cached as well.
     """
 
     seconds: float
@@ -61,7 +61,7 @@ class Cached:
         object.__setattr__(self, "lists", tuple(lists))
 
     def named(self, collection: str) -> Cached:
-        """The same, with the collection's name where none was given."""
+        """The same policy; its name is the collection's if none was given."""
         return Cached(self.seconds, name=self.name or collection, absent_s=self.absent_s, lists=self.lists)
 
 
@@ -74,7 +74,7 @@ def problems_of_cache(
     ttl: str | None,
     journalled: bool,
 ) -> list[str]:
-    """Why this declaration cannot stand, in sentences.
+    """What is wrong with this declaration, a sentence each.
 
     `fields`: the declared fields, and whether each is a text, a whole number or a boolean; `hidden`: the secret ones.
     """

@@ -1,4 +1,4 @@
-"""What a class declares, as backends see it: a `Collection` of names, field types and indexes; read from its fields."""
+"""A collection: the declaration of an entity class as backends see it, with names, field types and indexes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ class FieldType(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class FieldSpec:
-    """One declared field as a backend sees it. `default` is what documents written before the field existed get."""
+    """One declared field as a backend sees it. `default` is the value for documents written before the field
+    existed."""
 
     name: str
     type: FieldType
@@ -63,7 +64,7 @@ class FieldSpec:
     has_default: bool = False
     default: Any = None
     doc: str = field(default="", compare=False)
-    """What the field is, for whoever looks at the store itself."""
+    """A description for people who look at the store itself."""
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -103,9 +104,9 @@ class Collection:
     journalled: bool = True
     cached: Cached | None = None
     placed_by: str | None = None
-    """The field by whose value, instead of the id, a document is named where documents have names (Firestore)."""
+    """The field whose value, instead of the id, names the document in Firestore."""
     doc: str = field(default="", compare=False)
-    """What its documents are: the beginning of the entity's docstring."""
+    """A description: the first paragraph of the entity's docstring."""
 
     @functools.cached_property  # asked for with each journal record
     def secrets(self) -> frozenset[str]:
@@ -113,7 +114,7 @@ class Collection:
 
     @property
     def unique_fields(self) -> frozenset[str]:
-        """Fields that a single-field unique index makes a way to find one document."""
+        """The fields that find one document, because a unique index has this field alone."""
         return frozenset(i.columns[0][0] for i in self.indexes if i.unique and len(i.columns) == 1)
 
     def type_of(self, name: str) -> FieldType | None:
@@ -174,7 +175,7 @@ def declare(
     cache: Cached | None = None,
     placed_by: str | None = None,
 ) -> Collection:
-    """The declaration of a class; `base` has the fields that the store sets. SchemaError names all that is wrong."""
+    """The declaration of a class; `base` has the fields that the store sets. SchemaError names every mistake."""
     wrong: list[str] = []
     if not _NAME.fullmatch(name):
         wrong.append(f"collection {name!r}: expected lower-case letters, digits and _, at most 60 characters")
@@ -248,7 +249,7 @@ def _doc(cls: type) -> str:
 
 
 def unwrapped(annotation: Any) -> tuple[Any, bool, tuple[Any, ...]]:
-    """The type inside `Annotated` and `… | None`, whether it is optional, and what it was annotated with on the way."""
+    """The type inside `Annotated` and `… | None`, whether it is optional, and its annotations."""
     optional, marks = False, []
     while True:
         origin = get_origin(annotation)
@@ -264,8 +265,8 @@ def unwrapped(annotation: Any) -> tuple[Any, bool, tuple[Any, ...]]:
 
 
 def _marks(info: FieldInfo, kind: type[_Mark]) -> list[_Mark]:
-    """The marks of one kind on a field, wherever they stand: `Annotated[str | None, Secret()]`,
-    `Annotated[str, Secret()] | None`, and the class alone, without (), too."""
+    """The marks of one kind on a field, at any place: `Annotated[str | None, Secret()]`,
+    `Annotated[str, Secret()] | None`, also the class alone, without ()."""
     found = (*info.metadata, *unwrapped(info.annotation)[2])
     marks = (kind() if mark is kind else mark for mark in found)
     return [mark for mark in marks if isinstance(mark, kind)]

@@ -36,9 +36,9 @@ _UNTAG: dict[str, Callable[[str], Any]] = {"b": base64.b64decode, "d": Decimal, 
 
 
 def cursor_of(query: Query, scope: str, last: Document) -> str:
-    """The opaque cursor that continues a checked query after `last`. `scope` ties it to a tenant and collection.
+    """The opaque cursor that continues a checked query after `last`. `scope` binds it to a tenant and collection.
 
-    Raises TooLarge if the fields that it is ordered by hold more than a cursor can.
+    Raises TooLarge if the values of the ordering fields do not fit into a cursor.
     """
     position = [_tag(last[name]) for name, _ in query.order]
     text = json.dumps([_fingerprint(query, scope), position], ensure_ascii=False, separators=(",", ":"))
@@ -50,12 +50,12 @@ def cursor_of(query: Query, scope: str, last: Document) -> str:
 
 
 def behind(query: Query, last: Document) -> Query:
-    """A checked query, to be continued after `last`, which has the fields that it is ordered by."""
+    """The checked query, continued after `last`, which has the ordering fields."""
     return replace(query, start_after=tuple(last[name] for name, _ in query.order))
 
 
 def with_cursor(query: Query, collection: Collection, scope: str, cursor: str) -> Query:
-    """The query, to be continued at `cursor`. Raises InvalidInput if the cursor is not one of this very query's."""
+    """The query, continued at `cursor`. Raises InvalidInput if the cursor belongs to another query."""
     refused = InvalidInput([Problem("cursor", "is not a cursor of this query: start without a cursor")])
     problems: list[Problem] = []
     try:
@@ -64,7 +64,7 @@ def with_cursor(query: Query, collection: Collection, scope: str, cursor: str) -
         fingerprint, position = json.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
         if fingerprint != _fingerprint(query, scope):
             raise ValueError("another query's")
-        # A cursor comes back from outside: a value of another type would not compare, on any engine.
+        # A caller may have altered the cursor: a value of another type cannot be compared, on any engine.
         values = tuple(
             None if value is None else encoded_scalar(name, _scalar_type(collection, name), _untag(value), problems)
             for (name, _), value in zip(query.order, position, strict=True)

@@ -1,7 +1,7 @@
 """Declare once: an entity is one Pydantic class; its documents are encoded and decoded here.
 
-What backends see is the `Collection` (`collection.py`) and documents: plain dicts of a closed set of values. What
-users see is their class.
+Users see their class. Backends see the `Collection` (`collection.py`) and documents: plain dicts of a closed set of
+values.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ E = TypeVar("E", bound="Entity")
 
 
 class Entity(BaseModel):
-    """Base class of everything stored.
+    """The base class of everything that is stored.
 
         class Note(Entity, collection="notes", indexes=[Index("status", "-created_at")]):
             text: str
@@ -87,8 +87,8 @@ class Entity(BaseModel):
         cache: Cached | None = None,
         placed_by: str | None = None,
     ) -> None:
-        # Only for type checkers and for Python, which calls this first; the work is done below, once Pydantic
-        # knows the fields.
+        # For type checkers, and for Python, which calls this first. The work is done in
+        # `__pydantic_init_subclass__`, once Pydantic knows the fields.
         super().__init_subclass__()
 
     @classmethod
@@ -138,8 +138,8 @@ def with_fields(entity: E, **fields: Any) -> E:
 
 
 def no_number(value: Any) -> Any:
-    """For a time that comes from outside, before Pydantic reads it: a number, or its text, would be taken for seconds
-    since 1970 or for milliseconds, by its size."""
+    """Refuse a number, or its text, where a caller gives a time. Pydantic would read it as seconds or as milliseconds
+    since 1970, depending on its size."""
     if isinstance(value, str) and _NUMBER.fullmatch(value):
         raise ValueError(f"found the number {value[:32]!r}, expected a time such as 2027-01-01T00:00:00Z")
     if not isinstance(value, str | date | None):
@@ -152,10 +152,10 @@ _NUMBER = re.compile(r"\s*[+-]?[0-9._]+\s*")
 
 
 def numbers_for_times(collection: Collection, data: Any) -> list[Problem]:
-    """What is wrong with the fields of a document from outside that are times, and given as numbers."""
+    """The time fields of a caller's document that are given as numbers."""
     problems: list[Problem] = []
     if not isinstance(data, Mapping):
-        return problems  # Pydantic says what that is
+        return problems  # Pydantic reports it
     for spec in collection.fields.values():
         if spec.type is FieldType.TIMESTAMP:
             try:
@@ -166,8 +166,8 @@ def numbers_for_times(collection: Collection, data: Any) -> list[Problem]:
 
 
 MAX_INDEXED_BYTES = 1_500
-"""Of the texts and bytes of one index, in UTF-8: what Firestore indexes of a value, and with the longest tenant and id
-what fits into an index of PostgreSQL."""
+"""The texts and bytes of one index together, in UTF-8. Firestore indexes so much of a value; with the longest tenant
+and id it also fits into an index of PostgreSQL."""
 _BYTES_PER_CHARACTER = 4
 
 

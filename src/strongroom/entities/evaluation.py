@@ -17,14 +17,14 @@ AVERAGE_CONTEXT = DecimalContext(prec=MAX_DECIMAL_DIGITS)
 
 
 def sort_key(value: Any) -> tuple[int, Any]:
-    """A key that orders values of one field as every engine must: null first, text by its UTF-8 bytes."""
+    """A sort key in the order that every engine must have: null first, text by its UTF-8 bytes."""
     if value is None:
         return (0, 0)
     return (1, value.encode() if isinstance(value, str) else value)
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Equal and of one kind: inside a list, true is not 1 and 1 is 1.0 only where both are numbers."""
+    """Whether two elements of lists are equal: true is not 1, and 1 equals 1.0."""
     if isinstance(a, bool) or isinstance(b, bool):
         return a is b
     if isinstance(a, Decimal) != isinstance(b, Decimal):
@@ -90,10 +90,7 @@ def _position(query: Query, values: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def evaluate(query: Query, documents: Iterable[Document]) -> list[Document]:
-    """The documents of one page, in order: the definition that every backend is tested against.
-
-    `query` is checked. At most `query.limit` documents; projection applied.
-    """
+    """The documents of one page of a checked query, in order: at most `query.limit`, with the projection applied."""
     names = [name for name, _ in query.order]
     found = [(_position(query, [d[n] for n in names]), d) for d in documents if matches(query.where, d)]
     found.sort(key=lambda pair: pair[0])
@@ -116,7 +113,7 @@ def project(fields: tuple[str, ...] | None, document: Document) -> Document:
 def aggregate(
     aggregates: Sequence[Aggregate], where: Filter | None, collection: Collection, documents: Iterable[Document]
 ) -> dict[str, Any]:
-    """Each aggregate's value by its name, over the documents that match: the definition for every backend."""
+    """Each aggregate's value by its name, over the documents that match."""
     found = [d for d in documents if matches(where, d)]
     answer: dict[str, Any] = {}
     for item in aggregates:

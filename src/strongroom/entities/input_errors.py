@@ -1,4 +1,4 @@
-"""What is wrong with input, in one voice: Pydantic's errors as "found …, expected …". Pure."""
+"""Messages for wrong input: Pydantic's errors as "found …, expected …". Pure."""
 
 from __future__ import annotations
 
@@ -74,13 +74,13 @@ _EXPECTED: dict[str, str] = {
     "callable_type": "a function",
     "missing_sentinel_error": "nothing: leave it out",
 }  # fmt: skip
-"""What is expected, where a type says it all."""
+"""What is expected, for errors that need no details."""
 
 
 def problems_of(error: ValidationError, prefix: str = "", secrets: Collection[str] = ()) -> list[Problem]:
-    """Pydantic's errors as Problems: every one, with its path, what was found and what was expected.
+    """All of Pydantic's errors as Problems: the path, what was found and what was expected.
 
-    Of the fields named in `secrets` no value is shown."""
+    No value of the fields in `secrets` is shown."""
     items = error.errors(include_url=False)
     found = []
     for same in _ways(items):
@@ -93,7 +93,7 @@ def problems_of(error: ValidationError, prefix: str = "", secrets: Collection[st
 
 
 def _ways(items: Iterable[Item]) -> list[list[Item]]:
-    """The errors; those of the ways of one union, of which any would have done, together."""
+    """The errors in groups: the errors of all alternatives of one union are a group."""
     groups: list[list[Item]] = []
     for item in items:
         location = item["loc"]
@@ -114,7 +114,7 @@ def _ways(items: Iterable[Item]) -> list[list[Item]]:
 
 
 def _either(messages: list[str]) -> str:
-    """One message of those of a union's ways."""
+    """One message for the alternatives of a union."""
     first, *more = messages
     stem = first.partition(", expected ")[0]
     expected = [one.partition(", expected ")[2] for one in messages]
@@ -124,9 +124,9 @@ def _either(messages: list[str]) -> str:
 
 
 def message_of(item: Item, hidden: bool = False) -> str:
-    """One of Pydantic's errors in our words. `hidden`: the value is a secret."""
+    """The message for one of Pydantic's errors. `hidden`: the value is a secret."""
     kind, context, value = item["type"], item.get("ctx", {}), item.get("input")
-    if kind in ("value_error", "assertion_error"):  # what a validator of ours, or of the user's, says
+    if kind in ("value_error", "assertion_error"):  # raised by a validator, ours or the user's
         return str(item["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
     if kind in _WHOLE:
         return _WHOLE[kind](context, value, hidden)
@@ -135,14 +135,14 @@ def message_of(item: Item, hidden: bool = False) -> str:
         return f"found {found}, expected {_EXPECTED[kind]}"
     if kind in _BOUNDS:
         return f"found {found}, expected {_BOUNDS[kind](context)}"
-    # A validator's own kind, or one that is new: its text begins in the middle of our sentence.
+    # A kind of error that a validator defines, or a new one of Pydantic: its text becomes the end of our sentence.
     text = str(item["msg"]).rstrip(".")
     expected = re.sub(r"^(Input|Value|Data|String|URL) (should be|is not|must be|should) ?", "", text)
     return f"found {found}, expected {expected[:1].lower()}{expected[1:]}"
 
 
 def found_in(value: object, hidden: bool = False) -> str:
-    """A value as a message shows it: texts and numbers as they are, up to MAX_SHOWN_CHARS; of the rest its kind."""
+    """A value as a message shows it: texts and numbers up to MAX_SHOWN_CHARS, of other values the kind."""
     if hidden or value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value] if not hidden else kind_of(value)  # type: ignore[index]
     if isinstance(value, str):
@@ -155,7 +155,7 @@ def found_in(value: object, hidden: bool = False) -> str:
 
 
 def size_of(value: object) -> str:
-    """What was found where a list of so many was expected."""
+    """What a message shows where a list of a certain length was expected."""
     return f"{len(value)} entries" if isinstance(value, list) else found_in(value)
 
 

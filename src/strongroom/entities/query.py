@@ -35,8 +35,8 @@ MAX_FILTERS = 100
 MAX_ORDER = 10
 MAX_CURSOR_BYTES = 8_192
 MAX_PAGE_BYTES = 4_000_000
-"""A page of a list ends once its documents hold so many bytes (`storage.port.document_size`), however many they are; it
-has at least one, and its cursor says that there are more."""
+"""A page of a list ends when its documents hold this many bytes (`storage.port.document_size`). It has at least one
+document, and a cursor if there are more."""
 
 
 class Op(StrEnum):
@@ -101,10 +101,11 @@ Filter = Where | And | Or
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """What to find. `order_by` names fields, `-name` for descending. `fields` is a projection (id always comes too).
+    """A filter, an order and a limit. `order_by` names fields, `-name` for descending. `fields` is a projection; the id
+    is always included.
 
-    `start_after` is the position of the last document of the page before: the values of `order` in turn; callers
-    use the opaque cursor of a page instead (`cursor_of`, `with_cursor`).
+    `start_after` is the position of the last document of the previous page: the values of `order` in turn. Callers use
+    the opaque cursor of a page instead (`cursor_of`, `with_cursor`).
     """
 
     where: Filter | None = None
@@ -159,7 +160,7 @@ def leaves(where: Filter) -> Iterable[Where]:
 
 
 def disjunctions(where: Filter) -> int:
-    """How many ways the filter has once it is written as an `or` of `and`s, as Firestore counts them."""
+    """The number of `and`s when the filter is written as an `or` of `and`s, as Firestore counts them."""
     if isinstance(where, Where):
         return len(where.value) if where.op in (Op.IN, Op.CONTAINS_ANY) else 1
     if isinstance(where, Or):
@@ -256,7 +257,7 @@ def encoded_scalar(name: str, kind: FieldType, given: Any, problems: list[Proble
 
 
 def _check_combination(where: Filter, problems: list[Problem]) -> None:
-    """The combinations that Firestore refuses are refused for every engine, so that a query can move."""
+    """Refuse, for every engine, the combinations that Firestore refuses, so that a query works after a migration."""
     if problems:
         return
     found = list(leaves(where))

@@ -1,4 +1,4 @@
-"""What can be stored: a closed set of values, the same for every engine, and the one way from Python's to them."""
+"""The values that can be stored, a closed set for every engine, and the encoding of Python's values to them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Document = dict[str, Any]  # str → Value; Any, because mypy cannot narrow a re
 
 
 class NotStorable(Exception):
-    """A value that cannot be stored, with its path; callers collect these into one InvalidInput."""
+    """A value that cannot be stored, with its path. Callers collect these into one InvalidInput."""
 
     def __init__(self, path: str, message: str) -> None:
         self.problem = Problem(path, message)
@@ -141,7 +141,7 @@ def _encode_map(value: Mapping[Any, Any], path: str, depth: int) -> dict[str, An
 
 
 def encoder_for(annotation: Any) -> Callable[[Any, str], Any]:
-    """The cheapest encoder that is right for a field of this type."""
+    """The fastest encoder that is correct for a field of this type."""
     if get_origin(annotation) is Literal:
         kinds = {type(value) for value in get_args(annotation)}
         if kinds == {str}:

@@ -1,5 +1,5 @@
-"""What the rules refuse is journalled, so that a caller who is refused again and again writes no more than a few
-records a minute, and none in a tenant that does not exist."""
+"""Journals denials. A caller that is refused again and again writes a few records a minute at most, and none into a
+tenant that does not exist."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ..storage.port import Append, Batch, Committed, Store
 from .records import denial_record
 
 PERIOD_S = 60.0
-"""Denials alike (one actor, operation, collection and tenant) are one record at once, and one more for all that follow
-it within this time."""
+"""The first of equal denials (one actor, operation, collection and tenant) is a record at once; those that follow
+within this time are one more record."""
 MAX_KINDS_OF_ACTOR = 20
-"""An actor whose denials in PERIOD_S are of more kinds has the others counted together, as one kind more."""
+"""Kinds of denials that are counted apart for one actor in PERIOD_S; further kinds are counted together."""
 MAX_KINDS = 2_000
-"""Denials of so many kinds are told apart by one process; those beyond are counted together, whoever is refused."""
+"""Kinds of denials that one process counts apart; further kinds of all actors are counted together."""
 _LAST_CHARACTER = "\U0010ffff"
 _log = logging.getLogger(__name__)
 _Kind = tuple[str, str, str, str | None]
@@ -46,7 +46,7 @@ class _Period:
 
 
 class Denials:
-    """Journals the denials of one process. `close` writes what was counted and not yet written."""
+    """Journals the denials of one process. `close` writes the counts that are not written yet."""
 
     def __init__(self, store: Store, commit: Callable[[Batch], Awaitable[Committed]]) -> None:
         self._store = store
@@ -56,8 +56,8 @@ class Denials:
         self._writing: set[asyncio.Task[None]] = set()
 
     async def note(self, context: Context, operation: str, collection: str, entity_id: str, reason: str) -> None:
-        """Journal a denial: durably now if it is the first of its kind, else with those that follow. Raises what the
-        store raises."""
+        """Journal a denial: durably now if it is the first of its kind, else with later ones. Raises what the store
+        raises."""
         denied = _Denied(context, operation, collection, entity_id, reason)
         kind = self._kind((context.actor, operation, collection, context.tenant))
         period = self._periods.get(kind)
@@ -72,11 +72,11 @@ class Denials:
         try:
             await self._write(denied, 1)
         except BaseException:
-            self._periods.pop(kind, None)  # the next one is the first
+            self._periods.pop(kind, None)  # the next denial counts as the first
             raise
 
     def _kind(self, kind: _Kind) -> _Kind:
-        """A denial's own kind, or what is counted together with others."""
+        """The denial's kind, or the kind that it is counted with if there are too many."""
         self._drop(kind)
         if kind in self._periods:
             return kind
@@ -92,7 +92,7 @@ class Denials:
         return kind
 
     def _drop(self, kind: _Kind) -> None:
-        """Forget a kind whose time is over; if more of it were counted, its timer sees to that."""
+        """Forget a kind whose period is over, unless its timer will write what was counted."""
         period = self._periods.get(kind)
         if period is not None and period.timer is None and period.until <= time.monotonic():
             del self._periods[kind]
@@ -147,10 +147,10 @@ class Denials:
 
 
 def _just_before(name: str) -> str:
-    """A text that is less than a name, and greater than nearly every other that is."""
+    """A text directly before a name, with hardly any other name in between."""
     last = ord(name[-1]) - 1
     if last == 0xDFFF:
-        last = 0xD7FF  # what lies between stands for no character
+        last = 0xD7FF  # the code points in between are surrogates, which are no characters
     before = name[:-1] + chr(last) if last > 0 else name[:-1]
     return before + _LAST_CHARACTER * (MAX_TENANT_BYTES // 4) if last > 0 else before
 

@@ -1,7 +1,7 @@
-"""Tails the journal: one task follows it for this process's caches, and wakes whoever follows a tenant's changes.
+"""The change feed: one task follows the journal for the caches of this process, and wakes the followers of tenants.
 
-A follower keeps no buffer: it reads the journal itself, from its own cursor. So a slow reader loses nothing and costs
-no memory, and one that reconnects with its last cursor goes on where it was.
+A follower has no buffer: it reads the journal itself, from its own cursor. So a slow follower loses nothing and costs
+no memory, and a follower that reconnects with its last cursor continues there.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from ..retry_log import RetryLog
 from ..storage.port import ChangesPage, Record, Store, document_size
 
 POLL_S = 0.25
-"""How long a change made by another process may stay unseen; one of this process is seen at once."""
+"""How long a change of another process may stay unseen; a change of this process is seen at once."""
 PAGE = 100
-"""Records that are read at once, at most: those that come may each be of the largest size, whatever came before."""
+"""Records that are read at once, at most: the next ones may each be of the largest size."""
 FIRST_PAGE = 20
-"""Records that are read at once where nothing is known of their size: each may be of two documents."""
+"""Records that are read at once while their size is not known: each may hold two documents."""
 MAX_OWN = 512
 """Own records that wait to be told, at most: a group commit has as many, and a slow read must not let them pile up."""
 READ_TIMEOUT_S = 5.0
-"""A read of the journal that takes longer is given up: a connection that is half open would hold the feed for ever."""
+"""A read of the journal that takes longer is given up: a half-open connection would stop the feed for ever."""
 MAX_PAUSE_S = 5.0
-"""The longest pause after errors that nobody foresaw; each is twice the one before."""
+"""The longest pause after unexpected errors; each pause is twice the one before."""
 MAX_FAILURES = 10
 _log = logging.getLogger(__name__)
 
@@ -50,11 +50,11 @@ class ChangeFeed:
         self._own: deque[Record] = deque()
         self._read_at = 0.0
         self.current_at = 0.0
-        """The moment, by `time.monotonic`, up to which every change in the store has been told to the callbacks."""
+        """The time, by `time.monotonic`, up to which every change in the store has been told to the callbacks."""
 
     @property
     def behind_s(self) -> float:
-        """For how long changes may have gone unseen: below POLL_S and the time of a read, as long as all is well."""
+        """For how long a change may have stayed unseen: normally less than POLL_S and the time of a read."""
         return time.monotonic() - self.current_at
 
     def on_record(self, callback: Callable[[Record], None]) -> None:
@@ -62,12 +62,12 @@ class ChangeFeed:
         self._callbacks.append(callback)
 
     def on_reset(self, callback: Callable[[], None]) -> None:
-        """Call `callback` when records were or may be missed (an older copy of the store was put back): whatever was
-        made of earlier records, or was read from the store, is to be dropped."""
+        """Call `callback` when records may have been missed (an older copy of the store was put back): everything that
+        was derived from earlier records, or read from the store, must be dropped."""
         self._resets.append(callback)
 
     def wake(self) -> None:
-        """Something was committed, here or (where the store tells) by another process: look at once."""
+        """Look at once: something was committed, here or, if the store reports it, by another process."""
         self._wake.set()
 
     def committed(self, records: Sequence[Record]) -> None:
@@ -96,7 +96,7 @@ class ChangeFeed:
         failures = 0
         told = RetryLog(_log, "the journal cannot be read")
         while True:
-            self._wake.clear()  # before reading: what is committed while the journal is read may not be in the page
+            self._wake.clear()  # before reading: the page may lack a commit that is made while the journal is read
             if self._own and self._tell_own() and time.monotonic() - self._read_at < POLL_S:
                 await self._rest()
                 continue
@@ -110,8 +110,8 @@ class ChangeFeed:
                 told.failed(str(error) or type(error).__name__)
                 await asyncio.sleep(POLL_S)
                 continue
-            except Exception:  # whatever it is, keys are revoked by what comes after it
-                _log.exception("the journal cannot be followed, for a reason that nobody foresaw; trying again")
+            except Exception:  # the feed must go on after any error: later records revoke keys
+                _log.exception("the journal cannot be followed, because of an unexpected error; trying again")
                 await asyncio.sleep(min(MAX_PAUSE_S, POLL_S * 2**failures) * random.uniform(0.5, 1))  # noqa: S311
                 failures = min(failures + 1, MAX_FAILURES)
                 continue
@@ -156,7 +156,7 @@ class ChangeFeed:
         self._moved = asyncio.Event()
 
     async def _read(self) -> bool:
-        """Read one page and tell of it; whether there may be more at once."""
+        """Read one page and tell its records; whether there may be more at once."""
         began = time.monotonic()
         if self._cursor is None:
             await self._begin_anew(began)
@@ -166,7 +166,7 @@ class ChangeFeed:
         for record in page.records:
             self._tell(self._callbacks, record)
         self._cursor = page.cursor
-        if len(page.records) < self._limit:  # a full page says nothing of what comes after it
+        if len(page.records) < self._limit:  # after a full page there may be more
             self.current_at = began
         self._limit = next_limit(self._limit, page)
         if page.records:
@@ -174,19 +174,19 @@ class ChangeFeed:
         return bool(page.records)
 
     async def _begin_anew(self, began: float) -> None:
-        """Go on at the present end. What was committed in between is not known, so all that was kept is dropped."""
+        """Continue at the present end. The records in between are not known, so everything that was kept is dropped."""
         async with asyncio.timeout(READ_TIMEOUT_S):
             page = await self._store.changes("end")
         self._tell(self._resets)
         self._cursor, self.current_at = page.cursor, began
-        self._move()  # those who follow a tenant find out about their own cursors
+        self._move()  # the followers of tenants must check their own cursors
 
     @staticmethod
     def _tell(callbacks: Sequence[Callable[..., None]], *arguments: Record) -> None:
         for callback in callbacks:
             try:
                 callback(*arguments)
-            except Exception:  # the others, and the records to come, must be told: keys are revoked by them
+            except Exception:  # the other listeners, and later records, must be told: they revoke keys
                 _log.exception("a listener failed on journal record %s", arguments[0].id if arguments else "(a reset)")
 
     async def follow(
@@ -194,7 +194,7 @@ class ChangeFeed:
     ) -> AsyncGenerator[ChangesPage, None]:
         """One tenant's records from a cursor on (None: from the beginning), in commit order, without end.
 
-        A page without records comes at once (it carries the cursor one stands at) and then every `heartbeat_s`.
+        A page without records comes at once (it carries the present cursor) and then every `heartbeat_s`.
         Raises InvalidInput for a text that is not a cursor; Gone, at any time, once records after the cursor are lost.
         """
         first = True

@@ -1,4 +1,5 @@
-"""Journal records: who changed what, when, from what to what, in which request; secrets masked. Pure."""
+"""Journal records: the actor, the change with its values before and after, the time and the request. Secrets are
+masked. Pure."""
 
 from __future__ import annotations
 
@@ -56,8 +57,8 @@ def denial_record(
     count: int = 1,
     asked: str | None = None,
 ) -> Record:
-    """The record of a call that the rules refused, or of `count` calls that are alike. `asked`: the tenant that was
-    asked for, where the record is not that tenant's."""
+    """The record of a call that the rules refused, or of `count` equal calls. `asked`: the tenant that the call named,
+    if the record does not belong to that tenant."""
     after: Document = {"operation": operation, "reason": reason}
     if count > 1:
         after["count"] = count

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 from uvicorn.server import ServerState
 
+from .heads import is_host
 from .verify import PATH, Asgi
 
 VERIFY = PATH.encode()
@@ -30,6 +31,22 @@ class Head(NamedTuple):
     authorization: bytes
     headers: Headers
     content_length: int
+
+
+def is_plain_verification(url: bytes, noted: Mapping[bytes, bytes], parser: Any) -> bool:
+    """Whether the parser has just read the head of a verification that may take the direct path: one with Host,
+    Authorization and Content-Length, and nothing else that decides how a request is read (`heads.NOTED`)."""
+    return (
+        url == VERIFY
+        and len(noted) == 3
+        and b"host" in noted
+        and b"authorization" in noted
+        and b"content-length" in noted
+        and parser.get_method() == b"POST"
+        and parser.get_http_version() == "1.1"
+        and parser.should_keep_alive()
+        and is_host(noted[b"host"])
+    )
 
 
 class KnownHeads:
@@ -133,4 +150,4 @@ class Direct:
         self._protocol.start_whole(self, app)
 
 
-__all__ = ["Direct", "KnownHeads"]
+__all__ = ["VERIFY", "Direct", "KnownHeads", "is_plain_verification"]

@@ -24,7 +24,7 @@ from . import errors, heads
 from .arrival import Arrival
 from .connections import MAX_TURNED_AWAY, Connections
 from .cycles import Cycle, Flow
-from .direct import VERIFY, Direct, KnownHeads
+from .direct import VERIFY, Direct, KnownHeads, is_plain_verification
 from .errors import HeadersTooLarge, MalformedRequest
 from .heads import ALWAYS_ONCE, NEVER_TRAILERS, NOTED
 from .outgoing import Outgoing
@@ -70,8 +70,6 @@ class Protocol(HttpToolsProtocol):
         """The connection's last answer, once those before it are given."""
         self._noted: dict[bytes, bytes] = {}
         self._repeated = False
-        self._host: bytes | None = None
-        """A Host that is known to be one."""
         self._whole: bytes | None = None
         """As much as has come of the body of a verification that may be answered directly."""
         self._data: bytes | memoryview | None = None
@@ -172,39 +170,18 @@ class Protocol(HttpToolsProtocol):
         raise _Stop
 
     def on_headers_complete(self) -> None:
-        noted = self._noted
         if (
-            self.url == VERIFY
-            and self._running is None
-            and len(noted) == 3  # and none that is out of the ordinary
-            and b"host" in noted
-            and b"authorization" in noted
-            and b"content-length" in noted
-            and not self._repeated
+            self._running is None
             and self._verify is not None
-            and self._may_be_direct(noted[b"host"])
+            and not self.flow.write_paused
+            and not self.pipeline
+            and not self._repeated
+            and is_plain_verification(self.url, self._noted, self.parser)
         ):
             self._whole = b""
         else:
             self._begin_asgi()
         self._phase = _BODY
-
-    def _may_be_direct(self, host: bytes) -> bool:
-        parser: Any = self.parser
-        return (
-            parser.get_method() == b"POST"
-            and parser.get_http_version() == "1.1"
-            and parser.should_keep_alive()
-            and (host == self._host or self._is_host(host))
-            and not self.flow.write_paused
-            and not self.pipeline
-        )
-
-    def _is_host(self, value: bytes) -> bool:
-        if not heads.is_host(value):
-            return False
-        self._host = value
-        return True
 
     def _begin_asgi(self) -> None:
         """Give a request, whose body is still to come, to the application, now or in its turn."""

@@ -1,17 +1,17 @@
 """The storage port: what a backend is. It stores documents, finds them, and commits batches atomically; nothing more.
 
-Rules of the house, checked by the conformance suite (`strongroom.testing`):
+The rules, which the conformance suite (`strongroom.testing`) checks:
 
 - A document is a dict of the collection's declared fields (all present) and the system fields `id`, `version`,
-  `created_at`, `updated_at`. Values are those of `entity.Value`: None, bool, int64, finite float, Decimal, str, bytes,
-  aware UTC datetime with microseconds, list, dict; a backend gives back equal values of the same type.
-- What callers pass has been checked by `entity` and `query`; a backend does not validate again, it may rely on it.
+  `created_at`, `updated_at`. Values are those of `entities.values`: None, bool, int64, finite float, Decimal, str,
+  bytes, aware UTC datetime with microseconds, list, dict; a backend gives back equal values of the same type.
+- Callers pass what `entities` has checked; a backend may rely on it and does not validate again.
 - A collection that was not prepared, and no tenant for a collection that is kept by tenant: InvalidInput.
-- `tenant` is the tenant whose documents are meant; None for global collections. A backend must make it impossible,
-  not just unlikely, that a call with tenant A sees or changes a document of tenant B.
-- A version is the store's own, an opaque positive int64: each change of a document gives it a greater one than it
-  had, and no id ever has one version twice, not even if it was deleted and made again, whatever the clocks do.
-- The texts and bytes of one index are at most `entity.MAX_INDEXED_BYTES` together, which `entity` has seen to.
+- `tenant` is the tenant whose documents a call concerns; None for global collections. A backend must make it
+  impossible, not just unlikely, that a call with tenant A sees or changes a document of tenant B.
+- A version is the store's own, an opaque positive int64. Each change gives a document a greater version, and no id
+  ever has one version twice, not even if it was deleted and made again, whatever the clocks do.
+- The texts and bytes of one index are at most `MAX_INDEXED_BYTES` together, which `entities.entity` has checked.
 - Errors are those of `strongroom.errors`; no driver's exception leaves a backend.
 - A backend belongs to the event loop it was opened on.
 """
@@ -38,7 +38,7 @@ MAX_CHANGES_PAGE = 1_000
 MAX_TENANTS_PAGE = 1_000
 
 
-# --- What a commit is made of ---------------------------------------------------------------------------------
+# --- Batches --------------------------------------------------------------------------------------------------
 
 
 class Create(Struct, frozen=True):
@@ -200,7 +200,7 @@ class SchemaChange:
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """An index that serves nothing, or one that is missing; `fields` as in `Index`, `-name` for descending."""
+    """An unused index or a missing one; `fields` as in `Index`, `-name` for descending."""
 
     collection: str
     kind: Literal["unused index", "missing index"]
@@ -229,7 +229,7 @@ class Advising(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Alike:
-    """Many new documents of one global collection that differ in some fields only, and perhaps records of them.
+    """Many new documents of one global collection that differ in some fields only, perhaps with their records.
 
     `pattern` has all declared fields. `rows` has of each document its id, its time of creation (None: that of the
     load), and its values of the `varying` fields. `record` is the pattern of the records, whose ids are `record_ids`:
@@ -269,20 +269,20 @@ class Packer(Protocol):
 
 @runtime_checkable
 class Loading(Protocol):
-    """A store that takes a great many new documents faster than by batches."""
+    """A store that can add very many new documents faster than by batches."""
 
     def packer(self) -> Packer:
         """For the collections that are prepared now."""
         ...
 
     async def load(self, packs: AsyncIterable[Pack], now_us: int, *, rebuild: bool = False) -> float:
-        """Add the documents of all packs, durably, or (when this or the iteration raises) none of them. Returns for how
-        many seconds others could not write.
+        """Add the documents of all packs, durably; none of them if this or the iteration raises. Returns for how many
+        seconds others could not write.
 
-        All packs are held in memory before the store is locked, so let it be locked for no longer than about a second.
-        With `rebuild` each is written when it comes, and the indexes are built anew at the end: faster where most
-        documents are new, but the store is locked all the while, and it takes as long as there are documents.
-        AlreadyExists if an id, or a value of a unique index, is taken; else as `Store.commit`.
+        All packs are held in memory before the store is locked, so that it is locked for about a second at most. With
+        `rebuild` each pack is written when it comes, and the indexes are built anew at the end: faster if most
+        documents are new, but the store is locked all the time, in proportion to the number of documents. AlreadyExists
+        if an id, or a value of a unique index, is taken; else as `Store.commit`.
         """
         ...
 
@@ -326,7 +326,7 @@ class Durability(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """In what backends may differ; the suite asks, it does not skip."""
+    """What backends may differ in. The conformance suite asks for it and skips no test."""
 
     name: str
     multi_process: bool
@@ -398,9 +398,9 @@ class Store(Protocol):
         ...
 
     async def tenants(self, after: str | None = None, limit: int = MAX_TENANTS_PAGE) -> list[str]:
-        """The tenants that have documents, or once had, in the order of their UTF-8 bytes, after `after`.
+        """The tenants that have, or once had, documents, in the order of their UTF-8 bytes, after `after`.
 
-        For those who run the store (expiry, migration, backup), and for nobody who acts for a tenant.
+        For operators of the store (expiry, migration, backup), never for a caller that acts for a tenant.
         """
         ...
 
@@ -436,17 +436,17 @@ class Store(Protocol):
     ) -> ChangesPage:
         """Journal records after a cursor (None: from the beginning), of one tenant or (None) of all.
 
-        Those of one tenant (and those of none) come in commit order, and no record ever becomes visible behind a
+        The records of one tenant (and those of none) come in commit order, and no record ever becomes visible behind a
         cursor that was given out. The cursor `"end"` gives an empty page whose cursor is the present end.
         InvalidInput for a text that is not a cursor. Gone for a cursor past the journal's end (an older copy of the
-        store was put back), or from before what retention has dropped: records were or may be missed, so who kept
-        anything must read it anew and begin at `"end"`.
+        store was put back), or from before the records that retention has dropped: records may have been missed, so
+        the reader must read its state anew and begin at `"end"`.
         """
         ...
 
     def on_change(self, callback: Callable[[], None]) -> None:
-        """Call `callback`, on the event loop, when another process may have appended to the journal, where the engine
-        tells (PostgreSQL, Firestore). It only wakes: some wakes are lost, so whoever follows the journal polls too."""
+        """Call `callback`, on the event loop, when another process may have appended to the journal, if the engine
+        reports it (PostgreSQL, Firestore). Some calls are lost, so a reader of the journal polls as well."""
         ...
 
     async def check(self) -> Health:
@@ -470,8 +470,8 @@ def unwrapped(store: Store) -> Store:
 
 
 def past_the_end() -> Gone:
-    """What `changes` says of a cursor that this journal has not come to. Callers of the server read it: it does not say
-    where the store is."""
+    """The error of `changes` for a cursor past the journal's end. Callers of the server read it, so it does not name
+    the store."""
     return Gone("the cursor lies past the journal's end: an older copy of the store was put back")
 
 
@@ -482,7 +482,7 @@ def document_size(document: Document) -> int:
 
 
 def _size(value: Any) -> int:
-    # What most values are comes first: this is asked of every value that is written.
+    # The most frequent types come first: every value that is written is measured.
     if isinstance(value, str):
         return (len(value) if value.isascii() else len(value.encode())) + 1
     if value is None or isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""How values look in engines that lack a type: nested values as tagged JSON, decimals as text in their order."""
+"""Values in engines that lack their type: nested values as tagged JSON, times and decimals as text in their order."""
 
 from __future__ import annotations
 

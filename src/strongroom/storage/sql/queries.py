@@ -39,7 +39,7 @@ Shape = tuple[Any, ...]
 
 @dataclass(frozen=True, slots=True)
 class Select:
-    """A page's text, and what makes documents of its rows."""
+    """A page's text, and the function that makes documents of its rows."""
 
     sql: str
     decode: Callable[[Sequence[Any]], Document]
@@ -47,7 +47,7 @@ class Select:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """An aggregate's text, and for each answer its name, its slice of the row and what makes the answer of it."""
+    """An aggregate's text; for each answer its name, its slice of the row, and the function that makes the answer."""
 
     sql: str
     answers: tuple[tuple[str, slice, Callable[[Sequence[Any]], Any]], ...]
@@ -165,7 +165,8 @@ class Compiler:
         return f"{column} {_SIGNS[op]} {text.bind()}"
 
     def _after(self, order: Sequence[tuple[str, bool]], nulls: Sequence[bool], text: _Text) -> str:
-        """What lies behind a position: later in the first column, or equal there and later in the next, and so on."""
+        """The condition for rows after a position: later in the first column, or equal there and later in the next,
+        …"""
         columns = [f"{self._source}.{quoted(name)}" for name, _ in order]
         bounds = [None if null else text.bind() for null in nulls]
         optional = [name not in SYSTEM_FIELDS for name, _ in order]
@@ -176,7 +177,7 @@ class Compiler:
         ways = []
         for number, (column, bound, (_, descending)) in enumerate(zip(columns, bounds, order, strict=True)):
             if bound is None and descending:
-                continue  # null comes first, so in descending order nothing lies behind it
+                continue  # null comes first, so in descending order nothing comes after it
             if bound is None:
                 later = f"{column} IS NOT NULL"
             elif descending:
@@ -190,7 +191,7 @@ class Compiler:
             ways.append(" AND ".join([*equal, later]))
         behind = " OR ".join(f"({way})" for way in ways)
         if bounds[0] is not None and not order[0][1]:
-            # said twice, so that an index can begin at the position
+            # The first bound is repeated outside the OR, so that an index can begin at the position.
             return f"{columns[0]} >= {bounds[0]} AND ({behind})"
         return f"({behind})"
 
@@ -216,8 +217,8 @@ class Compiler:
         return Select(self._page.format(sql), decode)
 
     def _leading_nulls(self, shape: Shape | None, order: Sequence[tuple[str, bool]]) -> Sequence[tuple[str, bool]]:
-        """The fields that are null in every document found, as an index has them before the order: named first, they
-        change nothing of the order, and the planner sees that the index gives it."""
+        """The fields that are null in every found document and that an index has before the order. Naming them first
+        does not change the order, and shows the planner that the index has it."""
         parts = () if shape is None else shape[1] if shape[0] is And else (shape,)
         fixed = {part[0]: part[2] == 0 for part in parts if part[0] not in (And, Or) and part[1] is Op.EQ}
         if not any(fixed.values()):
@@ -257,9 +258,9 @@ class Compiler:
 
 
 def _narrowed(query: Query) -> Filter | None:
-    """The filter, where its bound on the first field of the order lies before the position with the position for its
-    bound: the same documents lie behind the position, and an engine that begins where the filter does, instead of where
-    the position is, does not pass all that lies between on each page."""
+    """The filter with its bound on the first ordering field moved to the position, if it lies before the position. The
+    same documents come after the position; but an engine that starts at the filter's bound would otherwise pass, on
+    each page, every row between that bound and the position."""
     where, position = query.where, query.start_after
     if where is None or position is None or position[0] is None:
         return where

@@ -19,8 +19,8 @@ from .dialect import Dialect
 def json_text(value: Any) -> str:
     """As `_values.dumps`, in a third of its time: C does all but the tags.
 
-    A tag shows as one `"$` in the text. If there are more of these than tags, then some text or key of the user's
-    begins with $, and perhaps must be told apart.
+    A tag appears as one `"$` in the text. If the text has more of these than tags, a text or key of the user's begins
+    with $ and may need an escape.
     """
     if not value and isinstance(value, list | dict):  # most lists and maps of most documents
         return "{}" if isinstance(value, dict) else "[]"
@@ -47,11 +47,11 @@ class Codec:
         self.decode: Callable[[Sequence[Any]], Document] = self.decoder(self.columns)
 
     def decoder(self, columns: Sequence[str]) -> Callable[[Sequence[Any]], Document]:
-        """What makes a document of a row that has these columns."""
+        """The function that makes a document of a row with these columns."""
         return _decoder(self.collection, self.dialect, columns)
 
 
-# A function written out for its collection takes half the time of a loop over converters, and a read is little else.
+# A generated function for each collection takes half the time of a loop over converters, most of a read's own time.
 
 
 def _decoder(collection: Collection, dialect: Dialect, columns: Sequence[str]) -> Callable[[Sequence[Any]], Document]:
