@@ -15,14 +15,7 @@ import grpc  # type: ignore[import-untyped]
 from google.cloud.firestore_v1.services.firestore.transports import FirestoreGrpcAsyncIOTransport
 from google.cloud.firestore_v1.types import firestore as _rpc
 
-from ...errors import (
-    ConfigError,
-    SchemaError,
-    StoreError,
-    StrongroomError,
-    TooManyRequests,
-    Unavailable,
-)
+from ...errors import ConfigError, SchemaError, StoreError, StrongroomError, TooManyRequests, Unavailable
 from .paths import Paths
 from .values import DocumentPb
 

@@ -12,38 +12,12 @@ from typing import Any, Literal, Protocol
 
 from ...errors import StrongroomError, TooLarge, Unavailable
 from ..port import Batch, Committed
-from .client import (
-    PRECONDITION,
-    UNCERTAIN,
-    Code,
-    Rejected,
-    Wire,
-    pause,
-    translated,
-)
-from .draft import (
-    ANY,
-    HINT,
-    Draft,
-    Line,
-    Outcome,
-    Pending,
-    Plan,
-    Raw,
-    Written,
-    needs_content,
-    places_of,
-)
+from .client import PRECONDITION, UNCERTAIN, Code, Rejected, Wire, pause, translated
+from .draft import Draft, needs_content, places_of
 from .journal import Journal, record_documents, shard_of
 from .paths import Paths
-from .values import (
-    COMMIT_FIELD,
-    MAX_STORED_BYTES,
-    WritePb,
-    micros,
-    stored_size,
-    timestamp,
-)
+from .places import ANY, HINT, Line, Outcome, Pending, Plan, Raw, Written
+from .values import COMMIT_FIELD, MAX_STORED_BYTES, WritePb, micros, stored_size, timestamp
 from .writes import write_of
 
 MAX_SEEN = 4_096

@@ -29,9 +29,9 @@ from ..port import (
 )
 from .client import Wire
 from .commit import Group, Job, Mode, Seen, fail
-from .draft import Plan, Raw
 from .journal import Journal, shard_of
 from .paths import HEADS, Paths
+from .places import Plan, Raw
 from .values import micros
 
 COMMIT_TIMEOUT_S = 30.0

@@ -16,8 +16,8 @@ from ...errors import InvalidInput, Problem, Unavailable
 from .. import tagged_json
 from ..port import ChangesPage, Record, past_the_end
 from .client import AggregationRequest, RunQueryRequest, Wire, pause
-from .draft import SHARDS, Line
 from .paths import HEADS, JOURNAL, JOURNAL_PARTS, Paths, last_of
+from .places import SHARDS, Line
 from .values import COMMIT_FIELD, DocumentPb, micros, put, take, value_of
 
 END = "end"

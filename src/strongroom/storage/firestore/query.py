@@ -34,8 +34,8 @@ from ...entities import (
 )
 from ...errors import InvalidInput, SchemaError
 from .client import AggregationRequest, MissingIndex, RunQueryRequest, Wire
-from .draft import Plan
 from .paths import Paths
+from .places import Plan
 from .values import PACKED_LIST, default_of, value_of
 
 MAX_INDEXED_BYTES = 1_500

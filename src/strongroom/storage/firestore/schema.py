@@ -13,35 +13,11 @@ from google.cloud.firestore_v1.types import query as _query
 from ...entities import Collection, Document, FieldSpec, FieldType, Index
 from ...errors import SchemaError, StoreError, Unavailable
 from ..port import ChangeKind, SchemaChange
-from .client import (
-    PRECONDITION,
-    Rejected,
-    RunQueryRequest,
-    Wire,
-    pause,
-    translated,
-)
-from .draft import SHARDS, Plan, values_of
-from .paths import (
-    JOURNAL,
-    JOURNAL_PARTS,
-    SCHEMA,
-    TENANTS,
-    UNIQUE,
-    Paths,
-    decoded,
-    last_of,
-)
+from .client import PRECONDITION, Rejected, RunQueryRequest, Wire, pause, translated
+from .paths import JOURNAL, JOURNAL_PARTS, SCHEMA, TENANTS, UNIQUE, Paths, decoded, last_of
+from .places import SHARDS, Plan, values_of
 from .query import collection_documents, composite_index
-from .values import (
-    COMMIT_FIELD,
-    Codec,
-    WritePb,
-    default_of,
-    micros,
-    put_field,
-    timestamp,
-)
+from .values import COMMIT_FIELD, Codec, WritePb, default_of, micros, put_field, timestamp
 
 FORMAT = 1
 MAX_WRITES = 300

@@ -14,13 +14,7 @@ from typing import Any, Literal
 from urllib.parse import parse_qsl, unquote
 
 from ...entities import Aggregate, Collection, Document, Filter, Query
-from ...errors import (
-    ConfigError,
-    InvalidInput,
-    SchemaError,
-    StrongroomError,
-    Unavailable,
-)
+from ...errors import ConfigError, InvalidInput, SchemaError, StrongroomError, Unavailable
 from ..port import (
     MAX_CHANGES_PAGE,
     MAX_TENANTS_PAGE,
@@ -33,21 +27,13 @@ from ..port import (
     SchemaChange,
 )
 from .client import RunQueryRequest, Wire, pause
-from .draft import Plan
 from .group_commit import Writer
 from .journal import Journal, shard_of
 from .listener import Listener
 from .paths import SCHEMA, TENANTS, Paths
+from .places import Plan
 from .query import Search
-from .schema import (
-    FIRESTORE_RULES,
-    MAX_ATTEMPTS,
-    Known,
-    Schema,
-    firestore_indexes,
-    lazy_fields,
-    plan_of,
-)
+from .schema import FIRESTORE_RULES, MAX_ATTEMPTS, Known, Schema, firestore_indexes, lazy_fields, plan_of
 from .values import micros
 
 DEFAULT_COLLECTION = "api_keys"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .draft import ANY, Pending, Plan
+from .places import ANY, Pending, Plan
 from .values import COMMIT_FIELD, WritePb, put, timestamp
 
 

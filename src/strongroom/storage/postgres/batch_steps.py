@@ -13,29 +13,8 @@ import asyncpg
 
 from ...context import utc_from_us
 from ...entities import INT64_MAX, INT64_MIN, Document
-from ...errors import (
-    AlreadyExists,
-    BoundExceeded,
-    Conflict,
-    InvalidInput,
-    NotFound,
-    Problem,
-    StrongroomError,
-    TooLarge,
-)
-from ..port import (
-    MAX_DOCUMENT_BYTES,
-    Add,
-    Append,
-    Batch,
-    Check,
-    Create,
-    Delete,
-    Operation,
-    Patch,
-    Put,
-    document_size,
-)
+from ...errors import AlreadyExists, BoundExceeded, Conflict, InvalidInput, NotFound, Problem, StrongroomError, TooLarge
+from ..port import MAX_DOCUMENT_BYTES, Add, Append, Batch, Check, Create, Delete, Operation, Patch, Put, document_size
 from .errors import UNIQUE_VIOLATION, sqlstate
 from .tables import Statements, Table
 

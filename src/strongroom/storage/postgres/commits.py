@@ -20,26 +20,12 @@ from typing import Any
 import asyncpg
 
 from ...errors import StrongroomError, Unavailable
-from ..port import (
-    Append,
-    Batch,
-    Committed,
-    check_batch_size,
-    check_operations,
-)
+from ..port import Append, Batch, Committed, check_batch_size, check_operations
 from ..sql import Line, quoted
 from . import batch_sets as sets
 from .batch_sets import Outcome, Sets, Statement
 from .batch_steps import Locks, Steps
-from .errors import (
-    DRIVER_ERRORS,
-    UNMET,
-    is_connection_lost,
-    is_outdated,
-    is_retried,
-    sqlstate,
-    translated,
-)
+from .errors import DRIVER_ERRORS, UNMET, is_connection_lost, is_outdated, is_retried, sqlstate, translated
 from .journal import Journal
 from .journal_access import WITH_SECRETS
 from .pool import Connector, close_politely

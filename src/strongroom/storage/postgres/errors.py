@@ -6,15 +6,7 @@ import ssl
 
 import asyncpg
 
-from ...errors import (
-    ConfigError,
-    SchemaError,
-    StorageFull,
-    StoreError,
-    StrongroomError,
-    TooLarge,
-    Unavailable,
-)
+from ...errors import ConfigError, SchemaError, StorageFull, StoreError, StrongroomError, TooLarge, Unavailable
 
 UNMET = "SR001"
 """What `strongroom_require` raises: a precondition of the statement did not hold."""

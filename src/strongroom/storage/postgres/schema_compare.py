@@ -17,15 +17,7 @@ from ...entities import Collection, FieldSpec
 from ...errors import SchemaError
 from ..port import ChangeKind, SchemaChange
 from ..sql import quoted
-from .schema_tables import (
-    OWN_COLUMNS,
-    POLICY_NAMES,
-    Stored,
-    declaration,
-    is_policy,
-    is_secured,
-    physical_indexes,
-)
+from .schema_tables import OWN_COLUMNS, POLICY_NAMES, Stored, declaration, is_policy, is_secured, physical_indexes
 
 # --- What Alembic does not compare ----------------------------------------------------------------------------
 

@@ -19,14 +19,7 @@ import asyncpg
 
 from ...cooperative import in_slices
 from ...entities import Aggregate, Collection, Document, Filter, Query
-from ...errors import (
-    Gone,
-    InvalidInput,
-    Problem,
-    StoreError,
-    StrongroomError,
-    Unavailable,
-)
+from ...errors import Gone, InvalidInput, Problem, StoreError, StrongroomError, Unavailable
 from ..port import (
     MAX_CHANGES_PAGE,
     MAX_TENANTS_PAGE,
