@@ -14,8 +14,8 @@ from ..database import Transaction
 from ..errors import TooManyRequests
 from .auth import Authenticator, Caller
 from .errors import ShuttingDown
+from .idempotent_calls import Answers
 from .metrics import Metrics
-from .once import Answers
 from .signers import Signers
 from .verify import Gate
 

@@ -36,7 +36,7 @@ from ...errors import InvalidInput, NotFound, Problem
 from ...journal import MASK
 from ..auth import Scope
 from ..filters import parameters_of, query_of
-from ..once import nothing, once
+from ..idempotent_calls import nothing, run_once
 from ..openapi import (
     about,
     may_be_unchanged,
@@ -210,7 +210,7 @@ class _Collection:
             entity = self.parse(self.cls, await self.fields(request))
             return await self.database.create(context, entity, idempotency_key=key)
 
-        made = await once(request, context, work, self.again(context))
+        made = await run_once(request, context, work, self.again(context))
         answer = self.answer(made, 201)
         answer.headers["location"] = path_of(tenant, self.name, made.id)
         return answer
@@ -229,7 +229,7 @@ class _Collection:
                     context, entity, expected=expected, exists=preconditions.any, idempotency_key=key
                 )
 
-        stored = await once(request, context, work, self.again(context))
+        stored = await run_once(request, context, work, self.again(context))
         return self.answer(stored, 201 if stored.created_at == stored.updated_at else 200)
 
     async def patch(self, request: Request, tenant: str, id: str) -> Response:
@@ -245,7 +245,7 @@ class _Collection:
                 expected = await preconditions.expected(self.version_of(request, tenant, id))
                 return await self.database.update(context, self.cls, id, fields, expected=expected, idempotency_key=key)
 
-        return self.answer(await once(request, context, work, self.again(context)))
+        return self.answer(await run_once(request, context, work, self.again(context)))
 
     async def delete(self, request: Request, tenant: str, id: str) -> Response:
         """Removes it; its history stays in the journal."""
@@ -258,7 +258,7 @@ class _Collection:
                 expected = await preconditions.expected(self.version_of(request, tenant, id))
                 await self.database.delete(context, self.cls, id, expected=expected, idempotency_key=key)
 
-        await once(request, context, work, nothing)
+        await run_once(request, context, work, nothing)
         return Response(status_code=204)
 
     def again(self, context: Context) -> Callable[[Replayed], Awaitable[Entity]]:

@@ -17,7 +17,7 @@ from ...entities import found_in, size_of
 from ...errors import InvalidInput, Problem
 from ...keys import ApiKey, IssuedKey, KeyChanges, Keys, KeyStats, NewKey, is_allowed
 from ..auth import Caller, Scope, is_management
-from ..once import idempotency_key, nothing, once
+from ..idempotent_calls import idempotency_key, nothing, run_once
 from ..openapi import about, body, may_be_unchanged, takes, tells
 from ..services import MAX_BATCH_ITEMS, services_of
 from ..shapes_keys import (
@@ -67,7 +67,7 @@ async def create_key(request: Request) -> Response:
     async def work(key: RequestKey | None) -> IssuedKey:
         return await keys.create(new, context=context, idempotency_key=key)
 
-    issued = await once(request, context, work, _issued_before(keys, context))
+    issued = await run_once(request, context, work, _issued_before(keys, context))
     return _answer(issued.key, 201, {"location": f"/v1/keys/{quote(issued.key.id, safe='')}"}, key=issued.text)
 
 
@@ -112,7 +112,7 @@ async def update_key(request: Request, id: str) -> Response:
             expected = await preconditions.expected(_version_of(before))
             return await keys.update(id, changes, context=context, expected=expected, idempotency_key=key)
 
-    return _answer(await once(request, context, work, _answered_before(keys, context)))
+    return _answer(await run_once(request, context, work, _answered_before(keys, context)))
 
 
 @routes.delete(
@@ -131,7 +131,7 @@ async def delete_key(request: Request, id: str, query: Annotated[DeleteQuery, Qu
             expected = await preconditions.expected(_version_of(before))
             await keys.delete(id, purge=query.purge, context=context, expected=expected, idempotency_key=key)
 
-    await once(request, context, work, nothing)
+    await run_once(request, context, work, nothing)
     return Response(status_code=204)
 
 
@@ -174,7 +174,7 @@ async def rotate_key(request: Request, id: str) -> Response:
                 id, overlap_s=overlap_s, hold=hold, context=context, expected=expected, idempotency_key=key
             )
 
-    issued = await once(request, context, work, _issued_before(keys, context))
+    issued = await run_once(request, context, work, _issued_before(keys, context))
     return _answer(issued.key, key=issued.text or None)
 
 
@@ -195,7 +195,7 @@ async def claim_key(request: Request, id: str) -> Response:
         await _own(request, id)
         return await keys.claim(id, context=context, idempotency_key=key)
 
-    issued = await once(request, context, work, _issued_before(keys, context))
+    issued = await run_once(request, context, work, _issued_before(keys, context))
     return _answer(issued.key, key=issued.text)
 
 
@@ -249,7 +249,7 @@ async def _changed(
         await _own(request, id, deleted=deleted)
         return await change(keys, id, context=context, idempotency_key=key)
 
-    return await once(request, context, work, _answered_before(keys, context))
+    return await run_once(request, context, work, _answered_before(keys, context))
 
 
 def _answered_before(keys: Keys, context: Context) -> Callable[[Replayed], Awaitable[ApiKey]]:

@@ -18,7 +18,7 @@ from ...errors import InvalidInput, Problem, Unauthenticated
 from ...keys import MAX_SIGHTINGS, Leak, LeakPolicy, PolicyFields, Sighting
 from ...keys.leaks import Action, Done
 from ..auth import Scope, authorization
-from ..once import once
+from ..idempotent_calls import run_once
 from ..openapi import about, body, request_body
 from ..services import services_of
 from ..shapes import Closed
@@ -194,7 +194,7 @@ async def set_leak_policy(request: Request, tenant: str) -> Response:
     async def again(replayed: Replayed) -> LeakPolicy:
         return await leaks.policy_set_before(replayed, context=context)
 
-    return _policy(await once(request, context, work, again))
+    return _policy(await run_once(request, context, work, again))
 
 
 def _sightings(raw: bytes) -> list[Sighting]:

@@ -17,7 +17,7 @@ from ...limits import MAX_LIMITS, Limit
 from ...quotas import Quota, QuotaKind
 from ...quotas.service import NewQuota, QuotaChanges, QuotaFields
 from ..auth import Scope
-from ..once import nothing, once
+from ..idempotent_calls import nothing, run_once
 from ..openapi import about, body, may_be_unchanged, may_fail, takes, tells
 from ..shapes import Closed, LimitStatusOut, Number
 from ..wire import (
@@ -212,7 +212,7 @@ async def _put(request: Request, kind: str, tenant: str, name: str) -> Response:
             exists = preconditions.any
             return await quotas.put(new, context=context, expected=expected, exists=exists, idempotency_key=key)
 
-    stored = await once(request, context, work, _again(request))
+    stored = await run_once(request, context, work, _again(request))
     return _answer(stored, 201 if stored.created_at == stored.updated_at else 200)
 
 
@@ -227,7 +227,7 @@ async def _change(request: Request, kind: str, tenant: str, name: str) -> Respon
             expected = await preconditions.expected(lambda: _version(request, kind, tenant, name))
             return await quotas.update(*subject, changes, context=context, expected=expected, idempotency_key=key)
 
-    return _answer(await once(request, context, work, _again(request)))
+    return _answer(await run_once(request, context, work, _again(request)))
 
 
 async def _remove(request: Request, kind: str, tenant: str, name: str) -> Response:
@@ -240,7 +240,7 @@ async def _remove(request: Request, kind: str, tenant: str, name: str) -> Respon
             expected = await preconditions.expected(lambda: _version(request, kind, tenant, name))
             await quotas.delete(*subject, context=context, expected=expected, idempotency_key=key)
 
-    await once(request, context, work, nothing)
+    await run_once(request, context, work, nothing)
     return Response(status_code=204)
 
 

@@ -11,7 +11,7 @@ from ...entities import found_in
 from ...errors import InvalidInput, Problem
 from ...keys import DEFAULT_TTL_S, MAX_TTL_S, cost_units
 from ..auth import Scope
-from ..once import idempotency_key
+from ..idempotent_calls import idempotency_key
 from ..openapi import body
 from ..services import services_of
 from ..shapes_usage import ExtendIn, ReservationOut, ReserveIn, SettleIn

@@ -14,7 +14,7 @@ from ...entities import found_in
 from ...errors import InvalidInput, Problem, StrongroomError
 from ...keys import Usage, Verification, cost_units
 from ..auth import Scope
-from ..once import idempotency_key
+from ..idempotent_calls import idempotency_key
 from ..openapi import about, body, may_fail
 from ..services import MAX_USAGE_ITEMS, services_of
 from ..shapes_usage import UsageBatchIn, UsageBatchOut, UsageIn, UsageOut

@@ -26,7 +26,7 @@ from ...webhooks import (
     WebhookFields,
 )
 from ..auth import Caller, Scope
-from ..once import nothing, once
+from ..idempotent_calls import nothing, run_once
 from ..openapi import about, body, may_be_unchanged, takes, tells
 from ..services import services_of
 from ..shapes import Closed
@@ -140,7 +140,7 @@ async def create_webhook(request: Request) -> Response:
     async def work(key: RequestKey | None) -> IssuedWebhook:
         return await room_of(request).webhooks.create(new, context=context, idempotency_key=key)
 
-    return _issued(await once(request, context, work, _issued_before(request)), 201)
+    return _issued(await run_once(request, context, work, _issued_before(request)), 201)
 
 
 @routes.get(PATH, response_model=WebhookListOut, summary="List webhooks, newest first")
@@ -181,7 +181,7 @@ async def update_webhook(request: Request, id: str) -> Response:
     async def again(replayed: Replayed) -> Webhook:
         return await room_of(request).webhooks.answered_before(replayed, context=context)
 
-    return _answer(await once(request, context, work, again))
+    return _answer(await run_once(request, context, work, again))
 
 
 @routes.delete(
@@ -201,7 +201,7 @@ async def delete_webhook(request: Request, id: str) -> Response:
             expected = await preconditions.expected(lambda: _version(request, id))
             await room_of(request).webhooks.delete(id, context=context, expected=expected, idempotency_key=key)
 
-    await once(request, context, work, nothing)
+    await run_once(request, context, work, nothing)
     return Response(status_code=204)
 
 
@@ -225,7 +225,7 @@ async def rotate_webhook_secret(request: Request, id: str) -> Response:
                 id, overlap_s=overlap_s, context=context, expected=expected, idempotency_key=key
             )
 
-    return _issued(await once(request, context, work, _issued_before(request)), 200)
+    return _issued(await run_once(request, context, work, _issued_before(request)), 200)
 
 
 # --- Deliveries -----------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
-"""`Idempotency-Key` on writes: the same request again changes nothing and gives the first answer; another one is 409.
+"""`Idempotency-Key` on writes: a retry changes nothing and gets the first answer; another request with it gets 409.
 
-Two ways lead there. `once` is for what commits as one transaction: the record of the call commits with it. `Answers` is
-for what commits in several steps, each of which finds what is done already: the call is claimed before, its answer is
-kept after, and what broke off in between is done again by the repeat.
+- `run_once` serves a call that is one transaction. The record of the call commits with it.
+- `Answers` serves a call of several steps, each of which finds what was done before. The call is claimed first, and its
+  answer is stored last. A retry repeats the steps that an interrupted call has left.
 """
 
 from __future__ import annotations
@@ -73,14 +73,15 @@ async def request_key(request: Request, context: Context) -> RequestKey | None:
     return key
 
 
-async def once(
+async def run_once(
     request: Request,
     context: Context,
     work: Callable[[RequestKey | None], Awaitable[T]],
     again: Callable[[Replayed], Awaitable[T]],
 ) -> T:
-    """What `work` gives, which passes the key on to its transaction; if this request was done before, what `again`
-    makes of that. It is asked first of all: what is removed, or changed since, does not stand in a repeat's way."""
+    """The result of `work`, which hands the key to its transaction; of a retry, what `again` makes of the record.
+
+    The record is looked up before anything else: a document that was changed or deleted since must not fail a retry."""
     key = await request_key(request, context)
     replayed = await room_of(request).database.repeated(context, Idempotency.of(key))
     if replayed is not None:
@@ -91,11 +92,11 @@ async def once(
 
 
 async def nothing(replayed: Replayed) -> None:
-    """For `again` of what answers with nothing."""
+    """`again` of a call whose answer has no body."""
 
 
 class Answers:
-    """The answers of requests that are done in several steps."""
+    """The answers of calls that take several steps."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -156,4 +157,4 @@ def _response(memo: bytes) -> Response:
     return Response(answer.body, answer.status, headers=answer.headers)
 
 
-__all__ = ["Answers", "idempotency_key", "nothing", "once", "request_key"]
+__all__ = ["Answers", "idempotency_key", "nothing", "request_key", "run_once"]
