@@ -1,4 +1,4 @@
-"""docs/architecture.md has the files that a verification and a write pass, in their order, and no others."""
+"""docs/architecture.md is true: its picture has the imports, its walks have the files that a trip passes, in order."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
+import grimp
 import pytest
 
 from strongroom import Entity, Strongroom
@@ -89,3 +90,28 @@ def _compare(entered: list[str], trip: str) -> None:
     assert 5 < len(steps) <= STEPS_AT_MOST
     assert [file for file in entered if file in steps] == steps
     assert set(entered) <= {*steps, *helpers}, "a trip passes a file that the page does not name"
+
+
+def test_each_arrow_of_the_picture_is_an_import_and_the_arrows_lead_to_every_import() -> None:
+    arrows = set(re.findall(r"^    (\w+) --> (\w+)$", PAGE, re.MULTILINE))
+    packages = {name for arrow in arrows for name in arrow}
+    graph = grimp.build_graph("strongroom", cache_dir=None)
+    imports = set()
+    for module in graph.modules - {"strongroom"}:
+        for other in graph.find_modules_directly_imported_by(module) - {"strongroom"}:
+            pair = module.split(".")[1], other.split(".")[1]
+            if pair[0] != pair[1] and packages.issuperset(pair):
+                imports.add(pair)
+    assert arrows <= imports
+    assert imports <= {(one, below) for one in packages for below in _below(one, arrows)}
+
+
+def _below(package: str, arrows: set[tuple[str, str]]) -> set[str]:
+    found: set[str] = set()
+    waiting = [package]
+    while waiting:
+        one = waiting.pop()
+        more = {lower for upper, lower in arrows if upper == one} - found
+        found |= more
+        waiting += more
+    return found
