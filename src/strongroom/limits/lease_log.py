@@ -7,7 +7,7 @@ leases count as spent. The file is locked while its process lives, so a process 
 is dead. A second file has the names, one JSON line for each pair of cells.
 
     <lease>.spent   cells: magic, format; then for each slot what was spent in all, and when last (microseconds)
-    <lease>.names   {"boot": …}, then ["account", "limit", slot] for each slot that was given out
+    <lease>.names   {"boot": …}, then ["subject", "limit", slot] for each slot in use
 """
 
 from __future__ import annotations

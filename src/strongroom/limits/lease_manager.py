@@ -531,18 +531,18 @@ class LeaseManager:
             return
         for dead in dead_logs(self._folder):
             try:
-                await self._set_right(dead, describe)
+                await self._recover(dead, describe)
             except StrongroomError as error:
                 dead.leave()
-                _log.info("the leases of a dead process cannot be set right yet: %s", error)
+                _log.info("the limit leases of a dead process cannot be recovered yet: %s", error)
                 return
             except BaseException:
                 dead.leave()
                 raise
             dead.remove()
-            _log.info("gave back what a process that was killed had left of %d accounts' limits", len(dead.found))
+            _log.info("recovered the limit leases of a killed process on %d keys and quotas", len(dead.found))
 
-    async def _set_right(self, dead: DeadLeaseLog, describe: Callable[[str], Awaitable[Subject | None]]) -> None:
+    async def _recover(self, dead: DeadLeaseLog, describe: Callable[[str], Awaitable[Subject | None]]) -> None:
         waiting: list[asyncio.Future[AdmissionDecision]] = []
         for id, spent in dead.found.items():
             subject = await describe(id)

@@ -155,7 +155,7 @@ class Ledger:
     async def set_back(self, id: str) -> ClockMended | None:
         """Set the time of a state that ran ahead of the store's clock back to the clock. None if it is not ahead.
         Raises Unavailable."""
-        backoff = Backoff("this account's usage is being changed too quickly")
+        backoff = Backoff("this usage state is being changed too quickly")
         while await backoff.attempt():
             state, now_us = await self.states.read(id), self._clock.now_us()
             before_us = state.at_us

@@ -1,11 +1,11 @@
 """The units that the reservations of one subject hold together, and when they come back. Pure.
 
-An account does not know its reservations. Each reservation's own document says what it holds where (a `Place`); the
-account only has the sums, by the moment at which they come back. So what a reservation costs does not grow with the
-number of those that are open. That it is given back once is seen to by the reservation's document, whose version is
-checked in the same commit.
+A usage state does not know its reservations. The document of each reservation has what it holds on each subject (a
+`ReservedPlace`). The usage state has only the sums, by the moment at which they come back. So the cost of a reservation
+does not grow with the number of open ones. The document's version is checked in the same commit, so that the units come
+back once.
 
-What is held is named by resource (`name_of`), not by limit: a limit that gets another window counts it all the same.
+Held units are named by resource (`name_of`), not by limit: a limit that gets another window counts them too.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Views over what keys and quotas have used, for people with a SQL client: the SQL that makes them, for each engine.
+"""SQL views over the usage of keys and quotas, for people with a SQL client: the script for each engine.
 
-A key's usage is one document with JSON in it (`accounts.KeyUsage`): the views give it as rows. Whoever owns the tables
-makes them, once; no declaration needs them, and they cost nothing until someone asks.
+A key's usage is one document with JSON in it (`usage_state.KeyUsage`); the views give it as rows. The owner of the
+tables creates them once. No declaration needs them, and they cost nothing until they are queried.
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ def limits_of(token_limit: int | None) -> list[Document]:
 
 def usage_document(shape: Shape, row: KeyRow, state: UsageState, now_us: int) -> Document:
     """A row's usage: the live part of its windows, its totals, the number and time of its uses. What the shape does not
-    speak of stays as the account has it."""
+    speak of stays as the usage state has it."""
     state.last_used_us = row.last_used_us
     if shape == "hashed":
         state.count = row.uses
@@ -140,7 +140,7 @@ def usage_document(shape: Shape, row: KeyRow, state: UsageState, now_us: int) ->
 
 
 def new_usage(shape: Shape, row: KeyRow, now_us: int) -> tuple[int, datetime | None, str]:
-    """What `usage_document` makes of a row and a new account: the USAGE_VARYING fields."""
+    """The USAGE_VARYING fields of the `usage_document` of a row and a new usage state."""
     amount, resource = (row.uses, "requests") if shape == "hashed" else (row.tokens, "tokens")
     counters = {}
     if row.windows and shape == "plain":
