@@ -262,7 +262,7 @@ class _Import:
             what = f"{was}updated" if self.update else "left as they are in the store; --update takes the file's word"
             fields.append(("changed", f"{standings['changed']} ({what})"))
         if standings["rotated"]:
-            fields.append(("rotated", f"{standings['rotated']} (have another text since; left alone)"))
+            fields.append(("rotated", f"{standings['rotated']} (have another secret since; left alone)"))
         if self.found.refused or self.foreign:
             fields.append(("refused", str(self.found.refused + self.foreign)))
         sums = self.checksums

@@ -243,7 +243,7 @@ class RecordsImport:
             what = f"{was}updated" if self.update else "left as they are in the store; --update takes the file's word"
             fields.append(("changed", f"{standings['changed']} ({what})"))
         if standings["rotated"]:
-            fields.append(("rotated", f"{standings['rotated']} (have another text since; left alone)"))
+            fields.append(("rotated", f"{standings['rotated']} (have another secret since; left alone)"))
         if wrong := self.refused + standings["foreign"]:
             fields.append(("refused", str(wrong)))
         fields.append(("dry run", "nothing was written") if self.dry_run else ("written", str(self.committed)))

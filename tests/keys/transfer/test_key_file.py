@@ -118,7 +118,7 @@ def test_a_report_never_shows_a_key() -> None:
     ("fields", "problem"),
     [
         ({"key": ...}, "keys.0.key: is missing"),
-        ({"key": 17}, "keys.0.key: found a number, expected the key's text"),
+        ({"key": 17}, "keys.0.key: found a number, expected the key's secret"),
         ({"key": ""}, "keys.0.key: found an empty text, expected the key"),
         ({"key": "x" * 513}, "keys.0.key: found 513 characters, expected at most 512"),
         ({"key": "a\tb" * 10}, "keys.0.key: has characters that cannot be part of a key"),

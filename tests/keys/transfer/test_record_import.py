@@ -94,10 +94,10 @@ def csv_of(*rows: dict[str, str], delimiter: str = ",") -> list[bytes]:
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
-        ({"hash": None}, "line 1, hash: is missing (or key, the text)"),
+        ({"hash": None}, "line 1, hash: is missing (or key, the secret)"),
         ({"key": TEXT}, "line 1, hash: stands beside key, expected one of the two"),
         ({"hash": None, "key": ""}, "line 1, key: found an empty text, expected the key"),
-        ({"hash": None, "key": 7}, "line 1, key: expected the key's text"),
+        ({"hash": None, "key": 7}, "line 1, key: expected the key's secret"),
         ({"hash": "nonsense"}, "line 1, hash: found a text of 8 characters, expected SHA-256"),
         ({"hash": 12}, "line 1, hash: expected text"),
         ({"hash": BCRYPT}, "line 1, prefix: is missing: a hash with a salt cannot be looked up"),
@@ -466,7 +466,7 @@ async def test_keys_as_large_as_they_may_be_are_committed_in_smaller_batches(roo
 
 
 def many(count: int) -> list[dict[str, Any]]:
-    """Keys of two tenants, some with usage, salted hashes, limits and old texts."""
+    """Keys of two tenants, some with usage, salted hashes, limits and old secrets."""
     usage = {"count": 3, "totals": {"tokens": 12}, "last_used_at": "2026-02-01T00:00:00Z"}
     limits = [{"resource": "cost", "limit": 2.5, "window": {"kind": "total"}}]
     rows: list[dict[str, Any]] = []
@@ -751,7 +751,7 @@ def test_every_key_is_transferred_whole_with_its_counters(
 async def test_a_hint_and_its_hash_are_transferred_to_the_next_store(tmp_path: Path) -> None:
     async with Strongroom.open(new_url("sqlite", tmp_path)) as here, Strongroom.open("json://:memory:") as there:
         (planned,) = await put(here, lines_of({"hash": BCRYPT, "prefix": "abcdefgh"}))
-        await here.keys.rotate(planned.id, overlap_s=3_600)  # before its first use: the hash is the old text's
+        await here.keys.rotate(planned.id, overlap_s=3_600)  # before its first use: the hash is the old secret's
         written, _ = await got(here)
         await put(there, written)
         await wait_until(lambda: there.keys.hasher.imported.rules)

@@ -22,7 +22,7 @@ class Standing(StrEnum):
     CHANGED = "changed"
     """File and store say different things of the key; `differences` has them."""
     ROTATED = "rotated"
-    """The key got another text here since: the one in the file stays out."""
+    """The key has been rotated in the store: the secret of the file is not imported."""
     FOREIGN = "foreign"
     """The key is there, for another tenant."""
 

@@ -45,13 +45,13 @@ class KeyFileError(StrongroomError):
 class KeyRow:
     """One key of a file, whichever its shape. Times are microseconds since the epoch; `path` is where it stands.
 
-    `text` is the key itself where the file has it. `uses` counts requests (hashed), `tokens` is the lifetime total
+    `secret` is the key's secret, if the file has it. `uses` counts requests (hashed), `tokens` is the lifetime total
     (plain), `windows` are (start, tokens) pairs in order of time.
     """
 
     path: str
     sha256: bytes
-    text: str | None
+    secret: str | None
     name: str
     user_id: str | None
     model: str | None
@@ -125,7 +125,7 @@ def render_file(shape: Shape, rows: Sequence[bytes]) -> Iterator[bytes]:
 
 def _plain(row: KeyRow) -> dict[str, Any]:
     fields: dict[str, Any] = {
-        "key": row.text if row.text is not None else f"sha256:{row.sha256.hex()}",
+        "key": row.secret if row.secret is not None else f"sha256:{row.sha256.hex()}",
         "name": row.name,
         "token_limit_per_5h": row.token_limit,
         "expiry_date": None if row.expires_us is None else zulu(row.expires_us),

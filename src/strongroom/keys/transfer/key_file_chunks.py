@@ -370,10 +370,10 @@ def _raws(shape: Shape, wrapped: bytes) -> Any:
 
 def _plain(read: _Plain, number: int, now_us: int) -> KeyRow:
     key = read.key
-    text: str | None = key
+    secret: str | None = key
     digest = _HASH_AS_KEY.fullmatch(key)
     if digest is not None:
-        hashed, text = bytes.fromhex(digest[1]), None
+        hashed, secret = bytes.fromhex(digest[1]), None
     elif is_possible(key):
         hashed = sha256(key.encode()).digest()
     else:
@@ -391,8 +391,8 @@ def _plain(read: _Plain, number: int, now_us: int) -> KeyRow:
         raise _Unusual
     model = None if read.model is None or read.model is UNSET else _usual(read.model)
     return KeyRow(
-        f"keys.{number}", hashed, text, _usual(read.name), None, model, read.token_limit_per_5h, created_us, expires_us,
-        _us_or_none(read.last_used), 0, read.total_lifetime_tokens or 0, tuple(sorted(windows)),
+        f"keys.{number}", hashed, secret, _usual(read.name), None, model, read.token_limit_per_5h, created_us,
+        expires_us, _us_or_none(read.last_used), 0, read.total_lifetime_tokens or 0, tuple(sorted(windows)),
     )  # fmt: skip
 
 

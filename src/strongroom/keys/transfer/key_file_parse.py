@@ -165,7 +165,7 @@ class _Row:
         self.path = path
         self.findings: list[Finding] = []
         self.sha256: bytes | None = None
-        self.text: str | None = None
+        self.secret: str | None = None
         self.shown = ""
         self.fields: dict[str, Any] = {}
         try:
@@ -227,8 +227,8 @@ class _Row:
         if self.is_refused or self.sha256 is None or name is None or created_us is None:
             return None
         return KeyRow(
-            self.path, self.sha256, self.text, name, user_id, model, token_limit, created_us, expires_us, last_used_us,
-            uses, tokens, windows,
+            self.path, self.sha256, self.secret, name, user_id, model, token_limit, created_us, expires_us,
+            last_used_us, uses, tokens, windows,
         )  # fmt: skip
 
     # --- The key ----------------------------------------------------------------------------------------------
@@ -246,7 +246,7 @@ class _Row:
         if value is None:
             self.wrong("key", "is missing")
         elif not isinstance(value, str):
-            self.wrong("key", f"found {_kind(value)}, expected the key's text")
+            self.wrong("key", f"found {_kind(value)}, expected the key's secret")
         elif digest := _HASH_AS_KEY.fullmatch(value):
             self.shown = f"sha256:{digest[1][:8]}…"
             self.sha256 = bytes.fromhex(digest[1])
@@ -254,7 +254,7 @@ class _Row:
             self.wrong("key", problem)
         else:
             self.shown = masked(value)
-            self.text = value
+            self.secret = value
             self.sha256 = hashlib.sha256(value.encode()).digest()
             if len(value) < SHORT_KEY_CHARS:
                 self.note("key", f"has only {len(value)} characters: it can be guessed, rotate it")

@@ -65,12 +65,12 @@ class Maker:
 
     def values_of(self, row: KeyRow, seal: Callable[[bytes], bytes]) -> tuple[Any, ...]:
         """The VARYING fields of a row's key."""
-        hasher, sha256, text = self._hasher, row.sha256, row.text
+        hasher, sha256, secret = self._hasher, row.sha256, row.secret
         return (
             row.name,
-            imported_sha256(sha256.hex()) if text is None else hasher.hash_of(sha256),
-            None if text is None else seal(sha256),
-            f"sha256:{sha256.hex()[:8]}…" if text is None else masked(text),
+            imported_sha256(sha256.hex()) if secret is None else hasher.hash_of(sha256),
+            None if secret is None else seal(sha256),
+            f"sha256:{sha256.hex()[:8]}…" if secret is None else masked(secret),
             row.user_id,
             _NO_METADATA if row.model is None else _metadata(row.model),
             _NO_LIMITS if row.token_limit is None else _encoded_limits(row.token_limit),
@@ -175,7 +175,7 @@ def row_of(key: Document, usage: Document | None, hasher: Hasher, now_us: int) -
     return KeyRow(
         path=key["id"],
         sha256=sha256,
-        text=None,
+        secret=None,
         name=key["name"],
         user_id=key["user_id"],
         model=model if isinstance(model, str) and model else None,
@@ -219,7 +219,7 @@ def lost(shape: Shape, key: Document) -> Iterator[str]:
     if key["allowed_ips"]:
         yield "addresses it may be used from"
     if key["previous_hash"] is not None:
-        yield "an old text that still works"
+        yield "an old secret that still works"
     if shape == "plain":
         if key["user_id"] is not None:
             yield "a user"

@@ -135,7 +135,7 @@ def _previous_said(key: ApiKey, hasher: Hasher, lost: Counter[str]) -> dict[str,
         return {"previous_hash": stored, **until}
     if key.previous_sealed is not None:
         return {"previous_hash": imported_sha256(hasher.unseal(key.previous_sealed).hex()), **until}
-    lost["an old text that still works"] += 1
+    lost["an old secret that still works"] += 1
     return {}
 
 

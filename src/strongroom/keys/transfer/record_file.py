@@ -45,14 +45,14 @@ _USED = frozenset({"last_used", "usage_count", "usage"})
 class KeyRecord:
     """A key of a file. `fields` are those of `ApiKey` that the line says, `path` is where it stands.
 
-    It is found by its `text` where the file has that, else by `hash`; a hash with a salt has a `hint` beside it.
+    It is found by its `secret` if the file has that, else by `hash`; a hash with a salt has a `hint` beside it.
     """
 
     path: str
     id: str
     tenant: str
     fields: dict[str, Any]
-    text: str | None = field(repr=False)
+    secret: str | None = field(repr=False)
     hash: ForeignHash
     hint: tuple[HintRule, str] | None
     previous: ForeignHash | None
@@ -201,7 +201,7 @@ class _Line:
             self.note(unknown[:64], "is no field of a key and is not carried over")
             del row[unknown]
         given = {name: row.pop(name) for name in _HASHES if name in row}
-        text, hash = self._what_it_is_found_by(given, with_secret)
+        secret, hash = self._secret_and_hash(given, with_secret)
         hint = self._hint(given, hash)
         previous = self._previous(given, row, hash, with_secret)
         line: KeyLine | None = None
@@ -215,7 +215,7 @@ class _Line:
             self._counted(line.usage, line.limits, now_us)
             if line.expires_at is not None and us_from_utc(line.expires_at) <= now_us:
                 self.note("expires_at", f"has passed ({line.expires_at.isoformat()}): the key is not valid")
-        id = self._id(given, text, hash)
+        id = self._id(given, hash)
         if self.is_refused or line is None or hash is None or id is None:
             return None
         fields = {n: getattr(line, n) for n in line.model_fields_set if n not in _USED and n != "tenant"}
@@ -223,28 +223,26 @@ class _Line:
         if usage is None and line.model_fields_set & _USED:
             totals = {"requests": line.usage_count} if line.usage_count else {}
             usage = UsageLine(count=line.usage_count, last_used_at=line.last_used, totals=totals)
-        return KeyRecord(self.path, id, line.tenant or tenant, fields, text, hash, hint, previous, usage)
+        return KeyRecord(self.path, id, line.tenant or tenant, fields, secret, hash, hint, previous, usage)
 
-    def _what_it_is_found_by(
-        self, given: Mapping[str, Any], with_secret: bool
-    ) -> tuple[str | None, ForeignHash | None]:
-        """The key's text, if the file has it, and its hash."""
-        text = given.get("key")
-        if (text is None) == (given.get("hash") is None):
-            both = text is not None
+    def _secret_and_hash(self, given: Mapping[str, Any], with_secret: bool) -> tuple[str | None, ForeignHash | None]:
+        """The key's secret, if the file has it, and its hash."""
+        secret = given.get("key")
+        if (secret is None) == (given.get("hash") is None):
+            both = secret is not None
             self.wrong(
-                "hash", "stands beside key, expected one of the two" if both else "is missing (or key, the text)"
+                "hash", "stands beside key, expected one of the two" if both else "is missing (or key, the secret)"
             )
             return None, None
-        if text is None:
+        if secret is None:
             return None, self._hash("hash", given, with_secret)
-        if not isinstance(text, str):
-            self.wrong("key", "expected the key's text")
-        elif problem := key_problem(text):
+        if not isinstance(secret, str):
+            self.wrong("key", "expected the key's secret")
+        elif problem := key_problem(secret):
             self.wrong("key", problem)
         else:
-            self.shown = masked(text)
-            return text, ForeignHash("sha256", f"sha256:{hashlib.sha256(text.encode()).hexdigest()}")
+            self.shown = masked(secret)
+            return secret, ForeignHash("sha256", f"sha256:{hashlib.sha256(secret.encode()).hexdigest()}")
         return None, None
 
     def _hash(self, name: str, given: Mapping[str, Any], with_secret: bool) -> ForeignHash | None:
@@ -291,7 +289,7 @@ class _Line:
     def _previous(
         self, given: Mapping[str, Any], row: Mapping[str, Any], hash: ForeignHash | None, with_secret: bool
     ) -> ForeignHash | None:
-        """The hash of the text that was rotated away and works on until `previous_until`."""
+        """The hash of the old secret, which still works until `previous_until`."""
         if given.get("previous_hash") is None:
             if row.get("previous_until") is not None:
                 self.wrong("previous_until", "needs previous_hash")
@@ -307,7 +305,7 @@ class _Line:
             self.wrong("prefix", "is missing: previous_hash has a salt and cannot be looked up")
         return previous
 
-    def _id(self, given: Mapping[str, Any], text: str | None, hash: ForeignHash | None) -> str | None:
+    def _id(self, given: Mapping[str, Any], hash: ForeignHash | None) -> str | None:
         id = given.get("id")
         if id is None:
             return imported_id(hash) if hash is not None else None

@@ -147,7 +147,7 @@ class RecordImport:
         return PlannedRecord(record, entity.id, standing, tuple(differences))
 
     def _was_rotated(self, record: KeyRecord, key: ApiKey) -> bool:
-        """Whether the key has another text than the record's, as far as that can be told: once a key was used whose
+        """Whether the key has another secret than the record, as far as that can be told: once a key was used whose
         hash was no SHA-256, it has nothing to compare that hash with."""
         sha256 = sha256_of(record.hash)
         if sha256 is not None:
@@ -285,10 +285,10 @@ class RecordImport:
 
     def _key(self, record: KeyRecord, taken: set[str]) -> ApiKey:
         sha256 = sha256_of(record.hash)
-        text = record.text
+        secret = record.secret
         fields = dict(record.fields)
         if "display" not in fields:
-            fields["display"] = masked(text) if text is not None else _display(record)
+            fields["display"] = masked(secret) if secret is not None else _display(record)
         if fields.get("rotate_every_s") is not None and fields.get("next_rotation_at") is None:
             now = utc_from_us(self._database.now_us())
             fields["next_rotation_at"] = now + timedelta(seconds=fields["rotate_every_s"])
@@ -298,10 +298,10 @@ class RecordImport:
                 _PATTERN,
                 id=record.id,
                 tenant=record.tenant,
-                hash=self._hasher.hash(text)
-                if text is not None
+                hash=self._hasher.hash(secret)
+                if secret is not None
                 else self._stored_digest(record) or _slot(record, taken),
-                sealed=self._hasher.seal(sha256) if text is not None and sha256 is not None else None,
+                sealed=self._hasher.seal(sha256) if secret is not None and sha256 is not None else None,
                 previous_hash=self._previous(record, taken),
                 verifier=_salted(record),
                 last_used=usage.last_used_at,
