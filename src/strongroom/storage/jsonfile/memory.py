@@ -1,6 +1,6 @@
-"""Documents and the journal in memory: what is committed, drafts of what comes next, batches, schema changes.
+"""Documents and the journal in memory: the committed state, drafts of the next state, batches, schema changes.
 
-Nothing here waits or touches a disk: `jsonfile` decides when a draft becomes what is committed.
+Pure: `store` decides when a draft becomes the committed state.
 """
 
 from __future__ import annotations

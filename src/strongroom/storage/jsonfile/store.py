@@ -54,7 +54,7 @@ _T = TypeVar("_T")
 
 
 def _rendered(draft: Draft) -> str:
-    """A draft as the text of its file."""
+    """The content of the file for a draft."""
     tenants: dict[str, dict[str, str]] = {}
     shared: dict[str, str] = {}
     for (tenant, collection), section in draft.sections.items():
@@ -78,7 +78,7 @@ def _braced(members: Iterable[tuple[str, str]]) -> str:
 
 
 def _read(path: str) -> State:
-    """What the file holds; nothing, if there is none. StoreError if it is damaged, foreign or of a later format."""
+    """The state in the file, empty if there is no file. StoreError if it is damaged, foreign or of a later format."""
     try:
         with open(path, "rb") as file:
             content = file.read()
@@ -103,7 +103,7 @@ def _read(path: str) -> State:
 
 
 class _Reader:
-    """Reads the parsed file, and remembers where it is, to name the place of a damage."""
+    """Reads the parsed file. `at` is the current place, for the error message if the file is damaged there."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -139,7 +139,7 @@ class _Reader:
                 section.stored[id] = Stored.of(_fitting(_values.untag(tagged), id, kinds))
 
 
-# By names as the file has them. People edit these files, and a text among numbers would break each comparison later.
+# The names are those in the file. People edit these files; a text among numbers would break later comparisons.
 _SYSTEM_KINDS = {"id": "text", "version": "int", "created_at": "timestamp", "updated_at": "timestamp"}
 _TYPES: dict[str, type] = {
     "bool": bool,
@@ -168,8 +168,8 @@ def _fitting(document: Document, id: str, kinds: Mapping[str, str]) -> Document:
 
 
 def _write_new(path: str, text: str) -> tuple[int, int]:
-    """Write the text beside the file, durably, with the file's own permissions; the file itself stays as it is. Returns
-    which file was written: its device and inode."""
+    """Write a new file beside the file, durably, with the same permissions. Returns the device and inode of the new
+    file."""
     try:
         mode = stat.S_IMODE(os.stat(path).st_mode)
     except FileNotFoundError:
@@ -184,7 +184,7 @@ def _write_new(path: str, text: str) -> tuple[int, int]:
 
 
 def _is_in_place(path: str, written: tuple[int, int]) -> bool:
-    """Whether the file that was written is the one at `path` now."""
+    """Whether the written file is at `path` now."""
     try:
         status = os.stat(path)
     except OSError:
@@ -239,8 +239,8 @@ class JsonStore:
             path or ":memory:", up_to(MAX_GROUP), self._write_group, self._interrupted
         )
         self._lock: int | None = None
-        self._closed: str | None = "the store is not open"  # why nothing can be done with it, if so
-        self._broken: str | None = None  # why nothing can be written any more, if so
+        self._closed: str | None = "the store is not open"  # the reason, if the store cannot be used
+        self._broken: str | None = None  # the reason, if the store cannot be written to any more
 
     @property
     def capabilities(self) -> Capabilities:
@@ -256,7 +256,7 @@ class JsonStore:
             self._lock = _lock(self._path)
             try:
                 with contextlib.suppress(FileNotFoundError):
-                    os.unlink(_new(self._path))  # a process was killed while it wrote this
+                    os.unlink(_new(self._path))  # left by a process that was killed during a write
                 state = await asyncio.to_thread(_read, self._path)
             except BaseException:
                 self._unlock()
@@ -272,7 +272,7 @@ class JsonStore:
 
     def _unlock(self) -> None:
         if self._lock is not None:
-            fcntl.flock(self._lock, fcntl.LOCK_UN)  # a forked child may still hold a copy of the descriptor
+            fcntl.flock(self._lock, fcntl.LOCK_UN)  # a forked child may still have a copy of the descriptor
             os.close(self._lock)
             self._lock = None
 
@@ -335,7 +335,7 @@ class JsonStore:
         return ChangesPage(tuple(found), str(position))
 
     def on_change(self, callback: Callable[[], None]) -> None:
-        """There is no other process."""
+        """No other process can write to the file."""
 
     async def check(self) -> Health:
         began = time.perf_counter()
@@ -357,7 +357,7 @@ class JsonStore:
         return self._state.sections.get(key_of(self._declared, collection, tenant)) or Section()
 
     def _do(self, step: Callable[[Draft], _T]) -> asyncio.Future[_T]:
-        """Queue a step for the next write; the future has its answer once that is durable."""
+        """Queue a step for the next write. The future has its answer once the write is durable."""
         problem = self._closed or self._broken
         if problem is not None:
             refused: asyncio.Future[_T] = asyncio.get_running_loop().create_future()
@@ -401,7 +401,7 @@ class JsonStore:
             except OSError:
                 if not _is_in_place(path, written):
                     raise
-                # A network's file system may have renamed it and lost the answer.
+                # A network file system may have renamed the file and lost the answer.
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.unlink(_new(path))
