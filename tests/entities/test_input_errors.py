@@ -204,8 +204,8 @@ async def test_http_errors_use_the_same_messages() -> None:
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--bogus", "found --bogus, which is no option here (see"),
-        ("--tennant", "found --tennant, which is no option here; did you mean --tenant? (see"),
+        ("--bogus", "found --bogus, which is not an option of this command (see"),
+        ("--tennant", "found --tennant, which is not an option of this command; did you mean --tenant? (see"),
     ],
 )
 def test_an_option_is_suggested_only_if_it_resembles_the_given_one(

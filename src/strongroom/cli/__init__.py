@@ -142,7 +142,7 @@ def _of_option(error: Exception) -> str | None:
     context = getattr(error, "ctx", None)
     options = [one for parameter in context.command.params for one in parameter.opts] if context is not None else []
     meant = get_close_matches(name, [one for one in options if one.startswith("--")], n=1, cutoff=CLOSE_ENOUGH)
-    return f"found {name}, which is no option here" + (f"; did you mean {meant[0]}?" if meant else "")
+    return f"found {name}, which is not an option of this command" + (f"; did you mean {meant[0]}?" if meant else "")
 
 
 def _of_value(error: Exception) -> str | None:

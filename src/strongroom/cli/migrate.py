@@ -121,7 +121,7 @@ def _check_call(source: str, target: str, modes: dict[str, bool]) -> None:
             problems.append(Problem(option, error.message))
             continue
         if url.endswith("://:memory:"):
-            problems.append(Problem(option, "a store in memory is gone when the command ends: name a file or a server"))
+            problems.append(Problem(option, "a store in memory does not outlive the command: name a file or a server"))
     if (file := store_file(source)) is not None and not os.path.exists(file):
         problems.append(Problem("--from", f"there is no file {file}"))
     if shown(source) == shown(target) or (file is not None and file == store_file(target)):

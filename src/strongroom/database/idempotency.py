@@ -202,13 +202,13 @@ class Calls:
         version, _, rest = stored.partition(":")
         if version != _FORMAT or not rest:
             raise Conflict(
-                "the idempotency key was used under an earlier version of Strongroom, whose record cannot be compared: "
-                "look whether the change is there, and take a new key if it is not"
+                "an earlier version of Strongroom used this idempotency key, and its record cannot be compared: check "
+                "whether the change exists; if not, use a new key"
             )
         if rest.partition(":")[0] not in self._peppers.pepper_ids:
             raise Conflict(
-                "the idempotency key was used under a pepper that this process does not have (any more): look whether "
-                "the change is there, and take a new key if it is not"
+                "the idempotency key was used under a pepper that is not configured: check whether the change exists; "
+                "if not, use a new key"
             )
         raise Conflict("the idempotency key was used for a different request: take a new one")
 
@@ -228,7 +228,7 @@ class Calls:
             return {}
         packed = self._peppers.reveal(memo, f"{context.actor}\x00{key}")
         if packed is None:
-            raise Conflict("this was done before, under a pepper that is not configured any more: its answer is lost")
+            raise Conflict("this was done before, but its answer is lost: its pepper is not configured any more")
         opened: dict[str, Any] = msgspec.msgpack.decode(zlib.decompress(packed), ext_hook=_unpacked)
         return opened
 

@@ -185,4 +185,4 @@ async def _check_restored(run: Run, whole: backup.Backup) -> None:
     for (name, tenant), wanted in whole.sums.items():
         part = Part(run.collections[name], tenant)
         if await set_sum(run.target, part, run.canonical[name]) != wanted:
-            raise StoreError(f"{part}: what was put back from {whole.path} is not what the backup has")
+            raise StoreError(f"{part}: the restored documents differ from the backup {whole.path}")

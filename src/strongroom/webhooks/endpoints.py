@@ -93,7 +93,7 @@ class Webhooks:
         found = (await tx.find(Webhook, Query(Where("tenant", "==", tenant), limit=MAX_PER_TENANT))).items
         for count, most in ((len(found), MAX_PER_TENANT), (len(self.subscriptions), MAX_WEBHOOKS)):
             if count >= most:
-                raise InvalidInput([Problem("tenant", f"found {most} endpoints, which is as many as there may be")])
+                raise InvalidInput([Problem("tenant", f"found {most} endpoints, the most that a tenant may have")])
 
     async def get(self, id: str, *, context: Context | None = None) -> Webhook:
         """An endpoint by its id. Raises NotFound, also for an endpoint of another tenant."""

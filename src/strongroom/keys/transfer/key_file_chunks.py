@@ -91,7 +91,7 @@ class ChunkedKeyFile:
             return self.file.rows[chunk.start : chunk.end]
         with self.path.open("rb") as opened:
             if _stamp(opened) != self.stamp:
-                raise Conflict(f"{self.path}: was changed while it was read: begin again")
+                raise Conflict(f"{self.path}: was changed while it was read: run the command again")
             data = _read(opened, chunk)
         rows, _, _ = _judge(self.shape, data, chunk.first, self.now_us, {})
         return [row for row in rows if row.path not in self.twice] if self.twice else rows
