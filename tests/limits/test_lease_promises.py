@@ -739,7 +739,7 @@ async def test_a_stop_without_the_store_ends_in_time_and_keeps_the_lease_log(mak
 
 async def test_a_quotas_lease_forgets_keys_that_are_not_used(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """A quota's lease lives for as long as any of its keys is used: it must not remember every key that ever was."""
-    monkeypatch.setattr("strongroom.limits.lease_manager.MAX_TICKETS", 10)
+    monkeypatch.setattr("strongroom.limits.lease_manager.MAX_LEASED_KEYS", 10)
     cluster = await make(tokens(limit=10_000), quota=(tokens(limit=100_000),), keys=25)
     one, _ = cluster.nodes
     for key in range(25):
@@ -747,26 +747,26 @@ async def test_a_quotas_lease_forgets_keys_that_are_not_used(make: Make, monkeyp
     id = cluster.quotas[0].id or ""
     quota_lease = one.lease_manager.usage_lease(id)
     assert quota_lease is not None
-    assert len(quota_lease.tickets) == one.lease_manager.keys == 10
+    assert len(quota_lease.keys) == one.lease_manager.keys == 10
     for key in range(25):
         assert await cluster.verify(one, key, ONE)
         assert cluster.spend(one, ONE, key=key, most=2) == 2
         if key % 5 == 0:
             await cluster.tick(one)
-    assert len(quota_lease.tickets) == one.lease_manager.keys <= 10
+    assert len(quota_lease.keys) == one.lease_manager.keys <= 10
     await cluster.stop(one)
     assert (await cluster.usage_state(id)).count == 25 + 75
 
 
 async def test_scopes_that_are_remembered_of_one_key_are_bounded(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("strongroom.limits.lease_manager.MAX_SCOPES", 5)
+    monkeypatch.setattr("strongroom.limits.leased_key.MAX_SCOPES", 5)
     cluster = await make(tokens(models=("m*",)))
     one, _ = cluster.nodes
     subjects = cluster.subjects[0]
     assert (await one.ledger.admit(subjects, ONE, model="m")).allowed
     for number in range(20):
         assert one.lease_manager.admit(subjects, ONE, one.clock.now_us(), f"m{number}") is not None
-    assert len(one.lease_manager._tickets[subjects.id]._by_scope) <= 5
+    assert len(one.lease_manager._leased_keys[subjects.id]._by_scope) <= 5
     await cluster.stop(one)
     assert (await standing(cluster))[0] == 21
 

@@ -11,8 +11,7 @@ import msgspec
 
 from ..context import utc_from_us
 from ..errors import InvalidInput, Problem
-from ..limits import Amount, LimitStatus, Subject, Subjects, from_units, leased_status
-from ..limits.lease_manager import Entries
+from ..limits import Amount, Entries, LimitStatus, Subject, Subjects, from_units, leased_status
 from ..limits.usage_state import CONCURRENCY
 from .cache import KeyCache
 from .cached_key import CachedKey

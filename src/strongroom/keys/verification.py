@@ -20,6 +20,7 @@ from ..limits import (
     MONEY,
     AdmissionDecision,
     Amount,
+    Entries,
     LimitStatus,
     Status,
     explain_denial,
@@ -27,7 +28,6 @@ from ..limits import (
     limit_status,
     to_units,
 )
-from ..limits.lease_manager import Entries
 from ..limits.usage_state import CONCURRENCY
 from .cached_key import CachedKey, names
 

@@ -7,7 +7,8 @@ from .corrections import refills_that_begin
 from .counters import SATURATED, RollingCounter, counter_for
 from .idempotent_admission import statuses_kept
 from .lease_log import folder_for
-from .lease_manager import LEASE_S, LeaseManager, LocalReservation
+from .lease_manager import LEASE_S, LeaseManager
+from .leased_key import Entries, LocalReservation
 from .ledger import ClockMended, Ledger
 from .reservation_change import HoldChange, HoldEnded
 from .status import LimitStatus, explain_denial, leased_status, limit_status
@@ -61,6 +62,7 @@ __all__ = [
     "ClockMended",
     "CompiledLimit",
     "Crossing",
+    "Entries",
     "HoldChange",
     "HoldEnded",
     "KeyChanged",

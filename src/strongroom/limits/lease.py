@@ -140,6 +140,7 @@ class UsageLease:
         "from_us",
         "holds",
         "id",
+        "keys",
         "known",
         "last_used_us",
         "lease",
@@ -151,7 +152,6 @@ class UsageLease:
         "settled_count",
         "settled_totals",
         "subject",
-        "tickets",
         "totals",
         "until_us",
     )
@@ -175,7 +175,7 @@ class UsageLease:
         """Uses and totals in a commit that is under way, or whose answer was lost."""
         self.last_used_us = 0
         self.renewing = False
-        self.tickets: set[str] = set()
+        self.keys: set[str] = set()
         """The keys that are verified with it: see `lease_manager`."""
         self.holds: dict[str, Reservation] = {}
         """Reservations in memory that hold units of it."""

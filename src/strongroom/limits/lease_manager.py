@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,8 +22,9 @@ from ..errors import StrongroomError
 from ..storage.port import Check
 from .admission import AdmissionRequest, DecidedGroup, Group
 from .corrections import DeadLease
-from .lease import LeasedLimit, UsageLease
+from .lease import UsageLease
 from .lease_log import DeadLeaseLog, LeaseLog, dead_logs
+from .leased_key import Entries, LeasedKey, LeasedScope, LocalReservation
 from .usage_state import (
     CONCURRENCY,
     MAX_TOTALS,
@@ -47,18 +47,14 @@ LOOK_FOR_DEAD_EVERY = 3
 """The node looks for logs of dead processes at its start, and once in so many renewals."""
 MAX_USAGE_LEASES = 30_000
 """Subjects that a node has leases on: as many as it keeps keys in memory. Use of further ones is committed at once."""
-MAX_TICKETS = 30_000
+MAX_LEASED_KEYS = 30_000
 """Keys that are verified from memory. Where many keys share one quota, the oldest make room."""
 MAX_LOCAL_HOLDS = 100_000
-MAX_SCOPES = 1_000
-"""Pairs of model and route remembered for one key."""
 CLOSE_TIMEOUT_S = 5.0
 LOCAL = "rsl_"
 """The prefix of the id of a reservation that is in this process's memory only."""
 NEVER = 2**62
 _log = logging.getLogger(__name__)
-
-Entries = Sequence[tuple[LeasedLimit, str]]
 
 
 class Ledger(Protocol):
@@ -74,89 +70,6 @@ class Ledger(Protocol):
     def aggregate(self, subjects: Subjects, cost: Cost, count: int = 1) -> None: ...
 
     async def settled(self) -> None: ...
-
-
-class Scope:
-    """The leased limits that the calls of a key for one model and route are charged to, with their usage leases.
-    `aggregated` are the subjects without a limit for such calls: their use is only added up, so they need no lease."""
-
-    __slots__ = ("aggregated", "entries", "usage_leases")
-
-    def __init__(
-        self, subjects: Subjects, usage_leases: Mapping[str, UsageLease], model: str | None, route: str | None
-    ) -> None:
-        asked = [(subject, subject.asked(model, route)) for subject in subjects.all]
-        self.usage_leases = tuple(usage_leases[subject.id] for subject, compiled_limits in asked if compiled_limits)
-        self.entries: Entries = [
-            (usage_leases[subject.id].leased_limit(one), one.resource)
-            for subject, compiled_limits in asked
-            for one in compiled_limits
-        ]
-        self.aggregated = tuple(
-            Subjects(subject.id, subject.guard, subject.compiled_limits, (), subject.tenant)
-            for subject, compiled_limits in asked
-            if not compiled_limits
-        )
-
-
-class Ticket:
-    """The leased limits that a key's uses are charged to. Valid while the key is unchanged (`subjects`)."""
-
-    __slots__ = ("_by_scope", "plain", "scoped", "subjects", "usage_leases")
-
-    def __init__(self, subjects: Subjects, usage_leases: Mapping[str, UsageLease]) -> None:
-        self.subjects = subjects
-        self.usage_leases = {
-            subject.id: usage_leases[subject.id] for subject in subjects.all if subject.compiled_limits
-        }
-        self.scoped = any(subject.scoped for subject in subjects.all)
-        self.plain = Scope(subjects, self.usage_leases, None, None)
-        self._by_scope: dict[tuple[str | None, str | None], Scope] = {}
-
-    def scope(self, model: str | None, route: str | None) -> Scope:
-        """The leased limits for a call with this model and route."""
-        if not self.scoped:
-            return self.plain
-        found = self._by_scope.get((model, route))
-        if found is None:
-            if len(self._by_scope) >= MAX_SCOPES:
-                self._by_scope.clear()
-            found = self._by_scope[model, route] = Scope(self.subjects, self.usage_leases, model, route)
-        return found
-
-
-@dataclass(slots=True)
-class LocalReservation:
-    """A reservation in memory, and the amount that it holds of each leased limit."""
-
-    scope: Scope
-    cost: Cost
-    ends_us: int
-    key: Any
-    """The key that was reserved for, as the caller knows it."""
-    model: str | None
-    route: str | None
-    used: dict[str, int]
-    """The use that was reported while it was open; it is charged already."""
-    recording: bool = False
-    """Its settlement went through the ledger, and it is not known yet whether it was charged."""
-    reporting: tuple[str, dict[str, int]] | None = None
-    """The idempotency key and the totals of a report of use that went through the ledger."""
-
-    more: list[tuple[LeasedLimit, str]] = field(default_factory=list)
-    """Leased limits that were added later, and hold it too."""
-
-    @property
-    def entries(self) -> Entries:
-        return self.scope.entries
-
-    @property
-    def held_entries(self) -> Entries:
-        """All leased limits that hold it."""
-        return self.scope.entries if not self.more else [*self.scope.entries, *self.more]
-
-    def holds(self, leased_limit: LeasedLimit) -> bool:
-        return any(one is leased_limit for one, _ in self.held_entries)
 
 
 class LeaseManager:
@@ -181,7 +94,7 @@ class LeaseManager:
         self.log = LeaseLog(new_id("lse_"), folder)
         self._usage_leases: dict[str, UsageLease] = {}
         self._slices: list[dict[str, UsageLease]] = [{} for _ in range(SLICES)]
-        self._tickets: dict[str, Ticket] = {}
+        self._leased_keys: dict[str, LeasedKey] = {}
         self._holds: dict[str, LocalReservation] = {}
         self._next_end_us = NEVER
         """No reservation in memory ends before this moment."""
@@ -201,8 +114,8 @@ class LeaseManager:
 
     @property
     def keys(self) -> int:
-        """How many keys, each with its quotas, this node admits from memory. At most MAX_TICKETS."""
-        return len(self._tickets)
+        """How many keys, each with its quotas, this node admits from memory. At most MAX_LEASED_KEYS."""
+        return len(self._leased_keys)
 
     def usage_lease(self, id: str) -> UsageLease | None:
         """This node's lease of a subject's limits; None without one."""
@@ -223,10 +136,10 @@ class LeaseManager:
     ) -> Entries | None:
         """Charge one use to the leased limits of this node; the answer is made from them. None if that is not possible
         from memory: then nothing was charged, and the ledger has to decide."""
-        ticket = self._tickets.get(subjects.id)
-        if ticket is None or ticket.subjects is not subjects or self._closed:
+        leased_key = self._leased_keys.get(subjects.id)
+        if leased_key is None or leased_key.subjects is not subjects or self._closed:
             return None
-        scope = ticket.plain if not ticket.scoped else ticket.scope(model, route)
+        scope = leased_key.plain if not leased_key.scoped else leased_key.scope(model, route)
         entries = scope.entries
         for leased_limit, resource in entries:
             if (
@@ -237,7 +150,7 @@ class LeaseManager:
         self._spend(scope, cost, now_us)
         return entries
 
-    def _spend(self, scope: Scope, cost: Cost, now_us: int, count: int = 1) -> None:
+    def _spend(self, scope: LeasedScope, cost: Cost, now_us: int, count: int = 1) -> None:
         cells = self.log.cells
         for leased_limit, resource in scope.entries:
             units = cost.get(resource)
@@ -269,10 +182,15 @@ class LeaseManager:
         self, subjects: Subjects, cost: Cost, now_us: int, ends_us: int, key: Any, model: str | None, route: str | None
     ) -> tuple[str, Entries] | None:
         """Reserve from the leased limits of this node; None if that is not possible from memory."""
-        ticket = self._tickets.get(subjects.id)
-        if ticket is None or ticket.subjects is not subjects or self._closed or len(self._holds) >= MAX_LOCAL_HOLDS:
+        leased_key = self._leased_keys.get(subjects.id)
+        if (
+            leased_key is None
+            or leased_key.subjects is not subjects
+            or self._closed
+            or len(self._holds) >= MAX_LOCAL_HOLDS
+        ):
             return None
-        scope = ticket.scope(model, route)
+        scope = leased_key.scope(model, route)
         entries = scope.entries
         for leased_limit, resource in entries:
             if (
@@ -381,26 +299,26 @@ class LeaseManager:
                 self._issue(request.subjects)
 
     def _issue(self, subjects: Subjects) -> None:
-        ticket = self._tickets.get(subjects.id)
-        if ticket is not None and ticket.subjects is subjects:
+        leased_key = self._leased_keys.get(subjects.id)
+        if leased_key is not None and leased_key.subjects is subjects:
             return
         if subjects.limited and all(
             subject.id in self._usage_leases for subject in subjects.all if subject.compiled_limits
         ):
             self._revoke(subjects.id)
-            if len(self._tickets) >= MAX_TICKETS:
-                for oldest in list(self._tickets)[: MAX_TICKETS // 10]:
+            if len(self._leased_keys) >= MAX_LEASED_KEYS:
+                for oldest in list(self._leased_keys)[: MAX_LEASED_KEYS // 10]:
                     self._revoke(oldest)
-            ticket = self._tickets[subjects.id] = Ticket(subjects, self._usage_leases)
-            for usage_lease in ticket.usage_leases.values():
-                usage_lease.tickets.add(subjects.id)
+            leased_key = self._leased_keys[subjects.id] = LeasedKey(subjects, self._usage_leases)
+            for usage_lease in leased_key.usage_leases.values():
+                usage_lease.keys.add(subjects.id)
 
     def _revoke(self, id: str) -> None:
         """Send the next use of a key through the ledger."""
-        ticket = self._tickets.pop(id, None)
-        if ticket is not None:
-            for usage_lease in ticket.usage_leases.values():
-                usage_lease.tickets.discard(id)
+        leased_key = self._leased_keys.pop(id, None)
+        if leased_key is not None:
+            for usage_lease in leased_key.usage_leases.values():
+                usage_lease.keys.discard(id)
 
     def not_committed(self, decided: DecidedGroup) -> None:
         """The commit failed, or its outcome is unknown. Until the next attempt this node may spend what the old and the
@@ -438,7 +356,7 @@ class LeaseManager:
         for leased_limit in usage_lease.leased_limits.values():
             leased_limit.cap = leased_limit.ends_us = 0
             self.log.free(leased_limit.slot)
-        for id in list(usage_lease.tickets):
+        for id in list(usage_lease.keys):
             self._revoke(id)
 
     def show(self, id: str, state: UsageState, compiled_limits: Sequence[CompiledLimit] | None = None) -> None:
@@ -504,7 +422,7 @@ class LeaseManager:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
-        self._tickets.clear()
+        self._leased_keys.clear()
         for id in list(self._holds):
             self._release(id)
         with contextlib.suppress(TimeoutError):
@@ -559,4 +477,4 @@ class LeaseManager:
                 raise result
 
 
-__all__ = ["Entries", "LeaseManager", "LocalReservation"]
+__all__ = ["LeaseManager"]
