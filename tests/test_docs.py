@@ -93,3 +93,9 @@ def test_the_readme_has_at_most_eight_figures_and_names_the_floor_of_each() -> N
     for row in rows:
         assert re.search(r"\d × \w", row), row
         assert re.search(r"`\w+` \|$", row), row  # the benchmark that prints it
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_of_the_repository_that_a_page_names_exists(page: Path) -> None:
+    named = re.findall(r"`((?:src|tests|docs|benchmarks|examples)/[\w./-]+)`", page.read_text())
+    assert not [name for name in named if not (ROOT / name).exists()]
