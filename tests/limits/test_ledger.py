@@ -364,6 +364,32 @@ async def test_admissions_that_arrive_together_share_a_commit(cluster: Cluster) 
     assert await cluster.used(key.id) == {"requests": 500}
 
 
+async def test_a_commit_waits_for_an_announced_batch_and_not_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with cluster_of("sqlite", tmp_path, 1) as cluster:
+        key, ledger = await cluster.key(rolling("requests", 1_000)), cluster.one.ledger
+
+        def use() -> asyncio.Future[AdmissionDecision]:
+            return ledger.admit(subjects_of(key), {"requests": 1})
+
+        await use()  # now a round has been timed
+        before = len(cluster.one.store.batches)
+        with ledger.announced():  # another batch, which never arrives
+            await asyncio.wait_for(use(), PATIENCE_S)
+        assert len(cluster.one.store.batches) == before + 1
+        monkeypatch.setattr(tuning, "ANNOUNCED_PART", 1e9)
+        monkeypatch.setattr(tuning, "MAX_ANNOUNCED_S", 2 * PATIENCE_S)
+        with ledger.announced():
+            first = use()
+            for _ in range(10):
+                await asyncio.sleep(0.001)
+            assert not first.done()
+            second = use()
+        await asyncio.wait_for(asyncio.gather(first, second), PATIENCE_S)
+        assert len(cluster.one.store.batches) == before + 2
+
+
 async def test_returning_callers_share_a_group_commit_and_a_single_caller_does_not_wait(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
