@@ -13,9 +13,10 @@ import pytest
 
 from strongroom import Entity, Strongroom
 from strongroom.server.app import build
+from tests.helpers.paths import DOCS
 from tests.helpers.trips import files_entered
 
-PAGE = (Path(__file__).parent.parent / "docs" / "architecture.md").read_text()
+PAGE = (DOCS / "architecture.md").read_text()
 STEPS_AT_MOST = 13
 """Half of the 27 files of the first version's verification."""
 WARM_UP = 20

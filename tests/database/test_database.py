@@ -794,6 +794,14 @@ async def test_listeners_run_only_after_the_commit(database: Database, store: Fa
     assert told == [["a"]]
 
 
+async def test_a_listener_of_a_collection_is_called_for_its_changes_only(database: Database) -> None:
+    told: list[str] = []
+    database.after_commit(lambda _: told.append("accounts"), "accounts", "others")
+    database.after_commit(lambda _: told.append("others"), "others")
+    await database.create(ACME, Account(id="a", owner="x"))
+    assert told == ["accounts"]
+
+
 # --- Who may ----------------------------------------------------------------------------------------------------
 
 

@@ -70,7 +70,7 @@ class Database:
         self.calls = Calls(store)
         """The calls that had an idempotency key."""
         self.registry = registry
-        self._listeners: list[Callable[[Transaction], None]] = []
+        self._listeners: list[tuple[frozenset[str], Callable[[Transaction], None]]] = []
         self._on_records: Callable[[Sequence[Record]], None] | None = None
         self.retries: dict[str, int] = {}
         """How often a transaction ran again because a document that it had read was changed, by that collection."""
@@ -103,9 +103,16 @@ class Database:
             return refused
         return self._store.commit(batch)
 
-    def after_commit(self, listener: Callable[[Transaction], None]) -> None:
-        """Call `listener` with each transaction after its durable commit, never before."""
-        self._listeners.append(listener)
+    def after_commit(self, listener: Callable[[Transaction], None], *collections: str) -> None:
+        """Call `listener` with each transaction after its durable commit, never before. With `collections`, only
+        where the transaction changed a document of one of these."""
+        self._listeners.append((frozenset(collections), listener))
+
+    def _notify(self, transaction: Transaction) -> None:
+        changed = {change.collection.name for change in transaction.changes}
+        for collections, listener in self._listeners:
+            if not collections or not collections.isdisjoint(changed):
+                listener(transaction)
 
     def hand_records_to(self, feed: ChangeFeed) -> None:
         """Hand the feed the records of each commit, where the journal's order lets it do without reading them."""
@@ -189,8 +196,7 @@ class Database:
             self._forget_cached(transaction)
             if self._on_records is not None:
                 self._on_records(records_of(batch, committed))
-            for listener in self._listeners:
-                listener(transaction)
+            self._notify(transaction)
             return result
         raise AssertionError("the last attempt returns or raises")
 
@@ -281,8 +287,7 @@ class Database:
         if self.writes.refusal is not None:
             raise Unavailable(self.writes.refusal)
         locked_s = await loading.load(packs, self.at_now(context).now_us, rebuild=rebuild)
-        for listener in self._listeners:
-            listener(Transaction(self.reads, self.rules, context))  # without changes: the journal has the documents
+        self._notify(Transaction(self.reads, self.rules, context))  # without changes: the journal has the documents
         return locked_s
 
     def commit_counters(self, operations: Sequence[Operation], now_us: int) -> Awaitable[Committed]:

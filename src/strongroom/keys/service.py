@@ -52,7 +52,7 @@ class Keys:
         self.rotation = Rotation(database, self.queries, lambda: self.hasher, self.clock)
         self.editor = KeyEditor(database, self.queries, ledger, lambda: self.hasher, self.clock)
         self._ledger = ledger
-        database.after_commit(self._committed)
+        database.after_commit(self._committed, NAME, QUOTAS)
 
     verify = Delegate("verifier", Verifier.verify)
     verify_many = Delegate("verifier", Verifier.verify_many)

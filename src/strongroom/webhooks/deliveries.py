@@ -106,7 +106,7 @@ class Deliveries:
         self.waiting = 0
         """Pending deliveries of the store, counted every `count_every_s`."""
         self._counted_at = -math.inf
-        database.after_commit(self._committed)
+        database.after_commit(self._committed, EVENTS)
 
     # --- For callers ------------------------------------------------------------------------------------------
 

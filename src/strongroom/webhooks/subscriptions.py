@@ -47,7 +47,7 @@ class Subscriptions:
         self._by_id: dict[str, Subscription] = {}
         self._to_thresholds: dict[str, dict[str, Subscription]] = {}
         """The subscriptions to thresholds, by tenant and endpoint."""
-        database.after_commit(self._committed)
+        database.after_commit(self._committed, NAME)
         feed.on_record(self._recorded)
 
     def __len__(self) -> int:
