@@ -109,6 +109,26 @@ async def test_changes_of_two_processes_are_delivered_to_both_in_the_order_of_th
             assert tuple(found) == records
 
 
+async def test_a_record_before_a_commit_of_another_process_is_delivered_once(tmp_path: Path) -> None:
+    """Two records of this process are handed over together, and one of another process lies between them."""
+    url = f"sqlite:///{tmp_path}/shared.db"
+    async with Strongroom.open(url, entities=[Note]) as room, Strongroom.open(url, entities=[Note]) as other:
+        feed = ChangeFeed(room.store)
+        told: list[Record] = []
+        feed.on_record(told.append)
+        await feed.start()
+        start = (await room.store.changes("end")).cursor
+        for number in range(3):
+            await other.tenant("acme").create(Note(text=f"{number}"))
+        records = (await room.store.changes(start)).records
+        feed.committed([records[0], records[2]])
+        feed.wake()
+        await wait_until(lambda: len(told) >= 3)
+        await asyncio.sleep(2 * changes.POLL_S)
+        await feed.close()
+        assert tuple(told) == records
+
+
 async def test_a_change_during_a_read_of_the_journal_is_delivered_without_waiting_for_the_poll(
     store: FaultyStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

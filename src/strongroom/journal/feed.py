@@ -136,19 +136,19 @@ class ChangeFeed:
         if self._cursor is None:
             return False
         own, position = self._own, int(self._cursor)
-        while own:
+        in_order = True
+        while own and in_order:
             record = own.popleft()
-            if record.sequence <= position:  # a read has found it
-                continue
-            if record.sequence != position + 1:  # another process has committed in between
+            if record.sequence == position + 1:
+                self._tell(self._callbacks, record)
+                position += 1
+            elif record.sequence > position:  # another process has committed in between; else a read has found it
                 own.clear()
-                return False
-            self._tell(self._callbacks, record)
-            position += 1
+                in_order = False
         if self._cursor != (cursor := str(position)):
             self._cursor = cursor
             self._move()
-        return True
+        return in_order
 
     def _move(self) -> None:
         """Wake those who follow a tenant."""
