@@ -26,6 +26,7 @@ from strongroom.errors import (
     AlreadyExists,
     Conflict,
     Gone,
+    InvalidInput,
     SchemaError,
     StorageFull,
     StoreError,
@@ -1236,3 +1237,25 @@ async def test_one_slow_commit_does_not_move_fast_commits_to_the_thread(
         for n in range(40):
             await store.commit(batch(Create("notes", f"{n}", note())))
     assert set(threads) == {threading.current_thread().name}
+
+
+async def test_an_operation_that_is_invalid_among_many_is_named(store: SqliteStore) -> None:
+    """Checks and patches that could be applied together, if the last or the last but one were not what it is."""
+    keys = [Create("api_keys", f"k{n}", {"hash": f"h{n}", "owner": ""}) for n in range(8)]
+    made = await store.commit(batch(*keys, *(Create("notes", f"n{n}", note()) for n in range(8)), tenant="acme"))
+    patches = [Patch("api_keys", f"k{n}", {"hash": f"new {n}", "owner": "o"}, made.versions[n]) for n in range(8)]
+    checks = [Check("notes", f"n{n}", made.versions[8 + n]) for n in range(8)]
+    absent = [Check("absent", f"a{n}", 1) for n in range(8)]
+    for operations, at, tenant in (
+        ([*patches[1:], Patch("api_keys", "k0", {"hash": "x", "absent": 1}, made.versions[0])], 7, "acme"),
+        ([*patches, Patch("absent", "k0", {"hash": "x"}, 1)], 8, "acme"),
+        ([*patches, absent[0], patches[0]], 8, "acme"),
+        ([*absent, *patches], 0, "acme"),
+        ([*checks, *patches], 0, None),
+    ):
+        with pytest.raises(InvalidInput) as caught:
+            await store.commit(batch(*operations, tenant=tenant))
+        assert caught.value.details["operation"] == at
+    stored = await store.get("api_keys", None, "k1")
+    assert stored is not None
+    assert stored["hash"] == "h1"

@@ -70,8 +70,11 @@ class Statements:
         return found
 
     def patches(self, fields: tuple[str, ...]) -> Patches | None:
-        """The same for many documents at once; None unless the fields tell the size of the whole document."""
+        """The same for many documents at once; None unless the fields tell the size of the whole document, and for
+        fields that are unknown."""
         if fields not in self._many:
+            if not self.table.codec.collection.fields.keys() >= set(fields):
+                return None
             names = tuple(self.table.codec.fields)
             whole = {names[i] for i in self.variable}.issubset(fields) and not self.table.tenant_scoped
             sql, encoders = self.patch(fields, True)

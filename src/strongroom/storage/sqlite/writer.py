@@ -162,9 +162,9 @@ class Writer:
         if type(first) is not Patch:
             return None
         collection, fields = first.collection, tuple(first.fields)
-        statements = self._of(collection)
-        how = statements.patches(fields)
-        if how is None:
+        statements = self._usable(collection)
+        how = statements.patches(fields) if statements is not None else None
+        if statements is None or how is None:
             return None
         checks, versions, rows, size = [], [], [], 0
         now_us, now_text, encoders, measured = self._now_us, self._now_text, how.encoders, how.measured
@@ -211,10 +211,11 @@ class Writer:
             there = found.get(check.collection)
             if there is not None:
                 version = there.get(check.id, 0)
-            elif check.collection != written:
-                version = self._version(self._of(check.collection), check.id)
             else:
-                return False
+                statements = self._usable(check.collection)
+                if statements is None or check.collection == written:
+                    return False
+                version = self._version(statements, check.id)
             if version != check.expected:
                 return False
         return True
@@ -253,6 +254,11 @@ class Writer:
             check_batch_size(batch)
         return Committed(tuple(versions), values, sequence)
 
+    def _usable(self, collection: str) -> Statements | None:
+        """The collection's statements; None where `_of` raises, which then names the operation."""
+        statements = self._statements.get(collection)
+        return None if statements is None or (self._tenant is None and statements.table.tenant_scoped) else statements
+
     def _of(self, collection: str) -> Statements:
         statements = self._statements.get(collection)
         if statements is None:
@@ -284,9 +290,9 @@ class Writer:
             elif kind is not Append:
                 written.add(operation.collection)  # type: ignore[union-attr]
         return {
-            name: dict(self._execute(self._of(name).versions, (_values.dumps(ids),)).fetchall())
+            name: dict(self._execute(statements.versions, (_values.dumps(ids),)).fetchall())
             for name, ids in checked.items()
-            if len(ids) >= MANY_CHECKS and name not in written
+            if len(ids) >= MANY_CHECKS and name not in written and (statements := self._usable(name)) is not None
         }
 
     def _create(self, operation: Create) -> int:
