@@ -90,6 +90,21 @@ async def test_the_calls_of_keys_have_the_signature_and_description_of_their_par
         assert not (await room.keys.verify("unknown")).valid
 
 
+async def test_a_call_of_keys_can_be_overridden_in_a_subclass() -> None:
+    class Counted(Keys):
+        calls = 0
+
+        async def verify(self, text: str, **use: Any) -> Verification:
+            self.calls += 1
+            return await super().verify(text, **use)
+
+    async with Strongroom.open("json://:memory:") as room:
+        keys = Counted(room.database, room.ledger, room.keys.hasher)
+        for _ in range(3):
+            assert not (await keys.verify("unknown")).valid
+        assert keys.calls == 3
+
+
 @pytest.mark.parametrize("limits", ["durable", "leased"])
 async def test_a_dry_run_among_several_verifications_counts_nothing(limits: Any) -> None:
     async with Strongroom.open("json://:memory:", limits=limits) as room:

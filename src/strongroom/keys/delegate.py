@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from inspect import getattr_static
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
 P = ParamSpec("P")
@@ -42,5 +43,6 @@ class Delegate(Generic[P, R]):
         if whole is None:
             return self._of_class
         bound: Callable[P, R] = getattr(getattr(whole, self._part), self._method.__name__)
-        whole.__dict__[self._name] = bound
+        if getattr_static(type(whole), self._name) is self:  # else a subclass has a method of its own, and calls this
+            whole.__dict__[self._name] = bound
         return bound
