@@ -18,6 +18,7 @@ from .audit import Audit
 from .cache import Cache
 from .clock import MachineClock, StoreClock, clock_of
 from .context import Context, system_context
+from .cooperative import to_be_awaited
 from .database import Database, IdempotentCall, QueryShape, Reads, StoreState
 from .entities import MAX_LIMIT, MAX_PAGE_BYTES, Entity, Page, Query, Registry, Secret
 from .errors import AlreadyExists, ConfigError, StrongroomError
@@ -292,7 +293,7 @@ def _for_tenant(method: Callable[Concatenate[Any, Context, P], R]) -> Callable[C
     signature = inspect.signature(method)
     parameters = [parameter for parameter in signature.parameters.values() if parameter.name != "context"]
     vars(call)["__signature__"] = signature.replace(parameters=parameters)
-    return call
+    return to_be_awaited(call)
 
 
 class Tenant:

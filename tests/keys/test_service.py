@@ -6,10 +6,11 @@ import inspect
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from unittest.mock import AsyncMock, create_autospec
 
 import pytest
 
-from strongroom import Limit, Rolling, Strongroom
+from strongroom import Limit, Rolling, Strongroom, Tenant
 from strongroom.keys import Keys, Verification
 from strongroom.keys.verifier import Verifier
 
@@ -88,6 +89,11 @@ async def test_the_calls_of_keys_have_the_signature_and_description_of_their_par
         assert inspect.signature(Keys.verify) == inspect.signature(Verifier.verify)
         assert not (await Keys.verify(room.keys, "unknown")).valid
         assert not (await room.keys.verify("unknown")).valid
+
+
+def test_calls_that_must_be_awaited_are_mocked_as_such() -> None:
+    for mocked in (create_autospec(Keys).verify, create_autospec(Tenant).get, create_autospec(Tenant).create):
+        assert isinstance(mocked, AsyncMock)
 
 
 async def test_a_call_of_keys_can_be_overridden_in_a_subclass() -> None:

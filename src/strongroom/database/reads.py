@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 from ..cache import Cache
 from ..clock import Clock
 from ..context import Context
-from ..cooperative import in_slices
+from ..cooperative import in_slices, to_be_awaited
 from ..entities import (
     Aggregate,
     And,
@@ -56,10 +56,12 @@ class Reads:
         check_id(id)
         return await self._store.get(collection.name, scope_of(context, collection), id)
 
+    @to_be_awaited
     def get(self, context: Context, cls: type[E], id: str, *, fresh: bool = False) -> Coroutine[Any, Any, E]:
         """A document. `fresh`: from the store, not from a cache. Raises NotFound, Denied."""
         return cast("Coroutine[Any, Any, E]", self._get(context, cls, id, fresh, required=True))
 
+    @to_be_awaited
     def get_or_none(
         self, context: Context, cls: type[E], id: str, *, fresh: bool = False
     ) -> Coroutine[Any, Any, E | None]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from inspect import getattr_static
+from inspect import getattr_static, iscoroutinefunction
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
+
+from ..cooperative import to_be_awaited
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -31,7 +33,7 @@ class Delegate(Generic[P, R]):
             bound: Callable[P, R] = getattr(whole, name)
             return bound(*args, **kwargs)
 
-        self._of_class = of_class
+        self._of_class = to_be_awaited(of_class) if iscoroutinefunction(self._method) else of_class
 
     @overload
     def __get__(self, whole: None, owner: type) -> Callable[Concatenate[Any, P], R]: ...
