@@ -117,7 +117,8 @@ class Verifier:
         uses = [_use_of(ask) for ask in asks]
         unknown = await self._cache.unknown((ask["text"] for ask in asks), self._clock.now_us())
         slices = Slices()
-        if self._ledger.lease_manager is not None:  # in order: a decision in memory must not overtake a commit
+        # One after the other: a decision in memory must not overtake a commit, and a dry run sees what came before it.
+        if self._ledger.lease_manager is not None or any(ask.get("peek") for ask in asks):
             answers = []
             for ask, use in zip(asks, uses, strict=True):
                 await slices.pause()
@@ -151,13 +152,13 @@ class Verifier:
     def _start_in_order(
         self, found: CachedKey | None, use: KeyUse, ask: Mapping[str, Any], now_us: int
     ) -> Verification | PendingVerification | None:
-        """The answer, or the commit that decides it. None for a dry run and for a key without limits, which change
-        nothing for the others."""
+        """The answer, or the commit that decides it. None for a key without limits: it changes nothing for the
+        others."""
         key = usable(found, use, now_us)
         if isinstance(key, Verification):
             return key
         idempotency_key = ask.get("idempotency_key")
-        if ask.get("peek") or (not key.subjects.limited and idempotency_key is None):
+        if not key.subjects.limited and idempotency_key is None:
             return None
         once = self._once(key, use, idempotency_key, ask.get("actor", "system"))
         return self._ask_limits(key, use, now_us, once)
