@@ -548,3 +548,6 @@ def test_no_more_heads_are_kept_than_the_bound(monkeypatch: pytest.MonkeyPatch) 
     long = b"X: " + b"x" * 2_000
     heads.learn(long + b"\r\n\r\n{}", [], {b"authorization": b"", b"content-length": b"2"}, b"{}")
     assert heads.find(long + b"\r\n\r\n{}") is None
+    many = [(b"x", b"")] * 100
+    heads.learn(b"X:\r\n" * 100 + b"\r\n\r\n{}", many, {b"authorization": b"", b"content-length": b"2"}, b"{}")
+    assert heads.find(b"X:\r\n" * 100 + b"\r\n\r\n{}") is None

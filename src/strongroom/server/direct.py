@@ -19,6 +19,8 @@ from .verify import PATH, Asgi
 VERIFY = PATH.encode()
 MAX_KNOWN_HEADS = 1_000
 MAX_KNOWN_HEAD_BYTES = 1_024
+MAX_KNOWN_HEADERS = 32
+"""A head of many small headers would take far more memory than its bytes."""
 END_OF_HEAD = b"\r\n\r\n"
 
 Headers = list[tuple[bytes, bytes]]
@@ -68,7 +70,9 @@ class KnownHeads:
         """`data` was parsed, and is one verification with these headers and this body."""
         head, _, rest = data.partition(END_OF_HEAD)
         # Where the parser has seen the end of the head elsewhere, its body is another one.
-        if rest != body or len(body) != int(noted[b"content-length"]) or len(head) > MAX_KNOWN_HEAD_BYTES:
+        if rest != body or len(body) != int(noted[b"content-length"]):
+            return
+        if len(head) > MAX_KNOWN_HEAD_BYTES or len(headers) > MAX_KNOWN_HEADERS:
             return
         if len(self._heads) >= MAX_KNOWN_HEADS:
             self._heads.clear()
