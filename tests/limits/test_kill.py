@@ -35,7 +35,7 @@ WORKER = HELPERS / "limits_worker.py"
 PROCESSES = 4
 LIMIT = 100_000
 Mode = Literal["durable", "leased"]
-MANY_KILLS_LIMIT: dict[Mode, int] = {"durable": 3 * LIMIT, "leased": 12 * LIMIT}
+MANY_KILLS_LIMIT: dict[Mode, int] = {"durable": 8 * LIMIT, "leased": 12 * LIMIT}
 """What is left for a process to be at work when the last of many is killed."""
 LEASE_S = 2.0
 KILL_EVERY_S = 1.0
