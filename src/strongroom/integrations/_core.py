@@ -1,6 +1,6 @@
-"""What every integration shares: the key in a request, the caller's address, the answer that refuses, its headers.
+"""Shared by every integration: the request's key, the caller's address, refusals, RateLimit headers.
 
-It knows no framework: headers come in as bytes, and an answer is a status, headers and a body.
+It depends on no framework: headers come in as bytes, and an answer is a status, headers and a body.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ AUTHORIZATION = "authorization"
 MEDIA_TYPE = "application/problem+json"
 REALM = "api"
 RETRY_AFTER_S = 1
-"""What Retry-After says when the store cannot be asked: nobody knows how long that lasts."""
+"""Retry-After when the store cannot be reached and its error has no time of its own."""
 QUOTA_EXCEEDED = "https://iana.org/assignments/http-problem-types#quota-exceeded"
 _log = logging.getLogger(__name__)
 _HEADER_NAME = re.compile(r"^[a-z0-9!#$%&'*+.^_`|~-]{1,64}$")
@@ -41,15 +41,15 @@ _encode = msgspec.json.Encoder(decimal_format="number").encode
 
 
 def leased(options: OpenOptions) -> OpenOptions:
-    """How a room is opened that is given by its URL: with leased limits, unless `options` say otherwise. Limits are
-    exact, and cost no commit a request (docs/limits.md)."""
+    """Options for a room that is opened by its URL: leased limits unless `options` say otherwise. Leased limits are
+    exact and need no commit for each request (docs/limits.md)."""
     merged: OpenOptions = {"limits": "leased"}
     merged.update(options)
     return merged
 
 
 class Asked(TypedDict, total=False):
-    """What a verification is asked beside the key's secret, as `keys.verify` takes it."""
+    """The arguments of a verification beside the key's secret, as `keys.verify` takes them."""
 
     cost: Cost | None
     permission: str | None
@@ -59,7 +59,7 @@ class Asked(TypedDict, total=False):
 
 
 class Presented:
-    """A key as a request presented it, and what the request asks of it."""
+    """A key as a request presented it, and the arguments of its verification."""
 
     __slots__ = ("asked", "header", "secret")
 
@@ -70,33 +70,32 @@ class Presented:
 
     @classmethod
     def of(cls, secret: str, header: str, **asked: Any) -> Presented:
-        """What is asked, without the values that are None."""
+        """The arguments without the values that are None."""
         said: Any = {name: value for name, value in asked.items() if value is not None}
         return cls(secret, header, said)
 
     def asking(self, **more: Any) -> Presented:
-        """The same key, asked for something else as well."""
+        """The same key with more arguments."""
         return Presented.of(self.secret, self.header, **{**self.asked, **more})
 
 
 class Requirements:
-    """What an integration asks of each request's key: `permission`, `cost`, `model` and the like, each a value or a
-    function of the request. Values are checked and collected once, at the start. Raises InvalidInput for a wrong cost.
-    """
+    """The requirements for each request's key: `permission`, `cost`, `model` and others, each a value or a function of
+    the request. Values are checked once, at the start. Raises InvalidInput for an invalid cost."""
 
     __slots__ = ("_functions", "_values")
 
     def __init__(self, **settings: Any) -> None:
         cost = settings.get("cost")
         if cost is not None and not callable(cost):
-            cost_units(cost)  # a wrong one stops the start, not each request
+            cost_units(cost)  # an invalid cost fails at the start, not at each request
         self._values: dict[str, Any] = {
             name: value for name, value in settings.items() if value is not None and not callable(value)
         }
         self._functions = tuple((name, value) for name, value in settings.items() if callable(value))
 
     def of(self, request: Any) -> dict[str, Any]:
-        """What this request asks, in a dict of the caller's own."""
+        """The arguments for this request, in a new dict."""
         asked = self._values.copy()
         for name, function in self._functions:
             value = function(request)
@@ -106,7 +105,7 @@ class Requirements:
 
 
 async def verified(room: Strongroom, presented: Presented) -> Charged:
-    """The verification of a key that may be used; `returned` takes it back. Raises KeyRefused."""
+    """Verify the key and return the answer; `returned` refunds it. Raises KeyRefused if the key may not be used."""
     try:
         charged = await room.keys.verify_charged(presented.secret, **presented.asked)
     except StrongroomError as error:
@@ -136,7 +135,7 @@ class Refusal:
 
 
 class KeyRefused(Exception):
-    """A key may not be used for this. `refusal` is the HTTP answer that says so."""
+    """The key may not be used for this request. `refusal` is the HTTP answer."""
 
     def __init__(self, refusal: Refusal) -> None:
         self.refusal = refusal
@@ -144,7 +143,7 @@ class KeyRefused(Exception):
 
     @property
     def verification(self) -> Verification | None:
-        """The answer that refused; None if no key was asked (none came, or the store could not be reached)."""
+        """The verification that refused; None without a key, or if the store could not be reached."""
         return self.refusal.verification
 
 
@@ -192,19 +191,19 @@ def refusal_of(answer: Verification, header: str = AUTHORIZATION) -> Refusal:
 
 
 def missing(header: str, detail: str) -> Refusal:
-    """The HTTP answer to a request without a key, or with none that can be read."""
+    """The HTTP answer to a request without a key, or with a malformed one."""
     return _problem(
         401, "about:blank", "An API key is needed", detail, "unauthenticated", {}, [_challenge(header, None)]
     )
 
 
 def refusal_of_error(error: StrongroomError) -> Refusal:
-    """The HTTP answer where the store cannot be asked: nobody is let in unverified. Other errors are the application's
-    own (a cost that is none, a broken store), and are raised."""
+    """The HTTP answer when the store cannot be reached: no request passes unverified. Other errors (an invalid cost, a
+    damaged store) are raised."""
     status = _STORE_STATUS.get(error.code)
     if status is None:
         raise error
-    _log.warning("a key could not be verified: %s", error)  # the caller is not told why
+    _log.warning("a key could not be verified: %s", error)  # the reason may name the store: it stays out of the answer
     title = "API keys cannot be verified at the moment"
     wait_s = error.details.get("retry_after_s", RETRY_AFTER_S)
     retry = ("retry-after", str(max(1, math.ceil(wait_s))))
@@ -220,7 +219,7 @@ def _problem(
     members: Mapping[str, Any],
     headers: Sequence[tuple[str, str]],
 ) -> Refusal:
-    if kind == "about:blank":  # then the title is the status's own (RFC 9457, section 4.2.1)
+    if kind == "about:blank":  # the title must be the status's phrase (RFC 9457, section 4.2.1)
         detail = f"{title}: {detail}" if detail != title else title
         title = HTTPStatus(status).phrase
     body = _encode({"type": kind, "title": title, "status": status, "detail": detail, "code": code, **members})
@@ -229,7 +228,7 @@ def _problem(
 
 
 def _challenge(header: str, error: str | None) -> tuple[str, str]:
-    """A 401 must say how to authenticate. There is no registered scheme for a header of one's own."""
+    """The WWW-Authenticate header, which a 401 must have. No scheme is registered for custom headers."""
     if header == AUTHORIZATION:
         return "www-authenticate", f'Bearer realm="{REALM}"' + (f", {error}" if error else "")
     return "www-authenticate", f'ApiKey realm="{REALM}", header="{header}"'
@@ -239,7 +238,7 @@ def _challenge(header: str, error: str | None) -> tuple[str, str]:
 
 
 def rate_limit_headers(limits: Sequence[LimitStatus]) -> list[tuple[str, str]]:
-    """`RateLimit-Policy` and `RateLimit`, one item a limit; none for money, which these headers cannot say."""
+    """`RateLimit-Policy` and `RateLimit`, one item a limit. Money is left out: these headers have no unit for it."""
     policies: list[str] = []
     states: list[str] = []
     now_s = time.time()
@@ -274,11 +273,11 @@ def _policy(limit: LimitStatus) -> tuple[str, str]:
 def _policy_of(
     subject: str, resource: str, most: int, window: tuple[Any, ...], models: tuple[str, ...], routes: tuple[str, ...]
 ) -> tuple[str, str]:
-    """The name says what tells a limit from the others of its key, so that no two have one: whose it is unless it is
-    the key's own, the resource, the window, and the models and routes that it is for."""
+    """A name that is unique among the limits of a key: subject (unless it is the key), resource, window, models,
+    routes."""
     parts = [resource, *(str(part) for part in window if part is not None), *models, *routes]
     name = "-".join(parts if subject == "key" else [subject, *parts])
-    # A String holds printable ASCII (RFC 9651, section 3.3.3), which the name of a user or a model need not be.
+    # A String holds printable ASCII only (RFC 9651, section 3.3.3); names of users and models may have more.
     name = "".join(c if " " <= c <= "~" else quote(c) for c in name).translate(_QUOTED)
     unit = "concurrent-requests" if resource == "concurrency" else resource
     policy = f'"{name}";q={most}'
@@ -323,7 +322,7 @@ def credential(header: str, values: Sequence[bytes]) -> str:
 
 
 def networks(field: str, items: Iterable[str]) -> tuple[Network, ...]:
-    """Listed networks. Raises InvalidInput."""
+    """Parsed networks. Raises InvalidInput."""
     found: list[Network] = []
     for item in items:
         try:
@@ -334,11 +333,11 @@ def networks(field: str, items: Iterable[str]) -> tuple[Network, ...]:
     return tuple(found)
 
 
-# --- Settings that integrations have in common ------------------------------------------------------------------
+# --- Common settings --------------------------------------------------------------------------------------------
 
 
 class Paths:
-    """Paths that need no key: exact ones, and beginnings that are written with a `*` at the end."""
+    """Paths that need no key: exact paths, and prefixes written with a `*` at the end."""
 
     __slots__ = ("_beginnings", "_exact")
 
@@ -346,7 +345,7 @@ class Paths:
         items = tuple(items)
         for item in items:
             if not item.startswith("/") or "*" in item[:-1]:
-                message = f"found {item[:64]!r}, expected a path such as /healthz, or a beginning such as /docs/*"
+                message = f"found {item[:64]!r}, expected a path such as /healthz, or a prefix such as /docs/*"
                 raise InvalidInput([Problem("exempt", message)])
         self._exact = frozenset(item for item in items if not item.endswith("*"))
         self._beginnings = tuple(item[:-1] for item in items if item.endswith("*"))

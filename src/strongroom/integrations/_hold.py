@@ -1,4 +1,4 @@
-"""A reservation around a piece of work: held before, kept while it lasts, settled with what it used."""
+"""A reservation around work: reserved before, extended while the work runs, settled with the amount that it used."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from ..limits import Amount
 from ._core import Cost, KeyRefused, Presented, refusal_of, refusal_of_error
 
 TTL_S = 60
-"""How long a hold outlives a process that is killed. One that is alive keeps its holds for as long as their work."""
+"""How long a hold outlives a killed process. A running process extends its holds until their work ends."""
 SETTLE_WAIT_S = 2.0
-"""How long the end of a request waits for its settlement, which goes on meanwhile if the store cannot be reached."""
+"""How long the end of a request waits for its settlement. After that the settlement continues in the background."""
 RETRY_S = 0.5
 CLOSE_WAIT_S = 10.0
 _log = logging.getLogger(__name__)
 _settling: set[asyncio.Task[None]] = set()
-"""Tasks that settle: the loop itself holds tasks only weakly, and their callers may have been cancelled."""
+"""Running settlements. Without this reference a task whose caller was cancelled could be garbage-collected."""
 
 
 class Hold:
-    """What is reserved for a piece of work, of which the key is charged what was used.
+    """A reservation for a piece of work. The key is charged the amount that the work used.
 
-    `async with hold:` or `await hold` reserves (raises KeyRefused if the limits do not allow it); leaving the block or
-    `await hold.close()` settles, also when the work was cancelled because its client went away, or failed.
+    `async with hold:` or `await hold` reserves; raises KeyRefused if the limits do not allow it. The end of the block,
+    or `await hold.close()`, settles the reservation, also after an error or a cancellation.
 
-    `presented` asks for the cost to reserve; `fixed` counts as used whatever happens.
+    The verification's `cost` is the reserved amount. `fixed` is charged in any case.
     """
 
     def __init__(
@@ -49,51 +49,52 @@ class Hold:
         self._keys = room.keys
         self._presented = presented
         self._ttl_s = ttl_s
-        # In units, whole numbers: three times 0.1 of a currency are exactly 0.3.
+        # Whole units, because floats would add three times 0.1 of a currency to more than 0.3.
         self._reserved = cost_units(presented.asked.get("cost") or {}, reserving=True)
         self._fixed = cost_units(fixed or {})
         self._used = dict(self._fixed)
         self._reported: dict[str, int] = {}
-        """What the reservation was told to be used, and so is charged already."""
+        """The usage that was reported to the reservation, and so is charged already."""
         self._opened = opened
         self._keeper: asyncio.Task[None] | None = None
         self._reservation: Reservation | None = None
 
     @property
     def verification(self) -> Reservation:
-        """The answer that made the hold."""
+        """The answer to the reservation."""
         if self._reservation is None:
             raise RuntimeError("nothing is reserved yet: use `async with reserve(…)` or `await reserve(…)`")
         return self._reservation
 
     @property
     def used(self) -> Mapping[str, Amount]:
-        """What was used so far."""
+        """The amounts used so far, by resource."""
         return amounts_of(self._used)
 
     def use(self, **amounts: float | Decimal) -> None:
-        """Count what was used, on top of what was before; more than was reserved is charged as well. A float is what it
-        is written as. Raises InvalidInput for what could not be charged in the end; then nothing is counted."""
+        """Add usage; usage beyond the reserved amount is charged too. A float counts as its decimal text. Raises
+        InvalidInput, and counts nothing, if the sum cannot be charged."""
         self._used = _added(self._used, cost_units(amounts))
 
     def forgive(self) -> None:
-        """The request is refused: what it was to cost in any case is not charged, unless it was reported already."""
+        """Do not charge the fixed cost, because the request is refused. A fixed cost that was reported already stays
+        charged."""
         for name, units in self._fixed.items():
             self._used[name] = max(self._used[name] - units, self._reported.get(name, 0))
         self._fixed = {}
 
     async def extend(self, **more: float | Decimal) -> Reservation:
-        """Reserve more: `await hold.extend(tokens=500)`. Raises KeyRefused if the limits do not allow it; what is held
-        stays held."""
+        """Reserve more: `await hold.extend(tokens=500)`. Raises KeyRefused if the limits do not allow it; the hold then
+        does not change."""
         return await self._extend(_added(self._reserved, cost_units(more)))
 
     async def close(self) -> None:
-        """Charge what was used, and give back the rest. A second time does nothing."""
+        """Charge the used amount and release the rest. A second call does nothing."""
         keeper, self._keeper = self._keeper, None
         if keeper is None:
             return
         keeper.cancel()
-        # In a task of its own: a client that goes away cancels this one, again and again where anyio does it.
+        # A task of its own, because a disconnected client cancels the current task (anyio does so at every await).
         task = asyncio.create_task(self._settle(dict(self._used)))
         _settling.add(task)
         task.add_done_callback(_settling.discard)
@@ -112,7 +113,7 @@ class Hold:
 
     async def _reserve(self) -> Self:
         if self._reservation is not None:
-            raise RuntimeError("this was reserved already")
+            raise RuntimeError("already reserved")
         try:
             answer = await self._keys.reserve(self._presented.secret, ttl_s=self._ttl_s, **self._presented.asked)
         except StrongroomError as error:
@@ -142,8 +143,8 @@ class Hold:
         return answer
 
     async def _keep(self) -> None:
-        """Work that takes long keeps its hold. What it used so far is told with it, and so is charged even if this
-        process is killed."""
+        """Extend the reservation while the work runs. Each extension reports the usage so far, so a killed process
+        loses only the usage since the last one."""
         while True:
             await asyncio.sleep(self._ttl_s / 2)
             try:
@@ -154,13 +155,13 @@ class Hold:
                 )
 
     async def _settle(self, used: dict[str, int]) -> None:
-        """Charge what was used; tried again, since it is charged once, for as long as the hold lasts without us."""
+        """Settle, with retries for `ttl_s`. A retry cannot charge twice, because a reservation is settled once."""
         deadline = time.monotonic() + self._ttl_s
         while True:
             try:
                 try:
                     await self._keys.settle(self._id, amounts_of(used))
-                except (NotFound, Conflict):  # it has ended, so what it was not told is recorded
+                except (NotFound, Conflict):  # it has ended: only the reported usage was charged
                     await self._record(used)
             except Unavailable as error:
                 if time.monotonic() >= deadline:
@@ -180,7 +181,7 @@ class Hold:
             await self._keys.record(key_id=self.verification.key_id, cost=amounts_of(rest), idempotency_key=once)
 
     def _lost(self, error: StrongroomError) -> None:
-        # Logged, not raised: the work is done, and its answer is not to be lost over its bill.
+        # Logged, not raised: an error here would replace the answer of work that is done.
         _log.error(
             "a reservation could not be settled",
             extra={"reservation": self._id, "used": str(self.used), "error": error.code},
@@ -188,15 +189,15 @@ class Hold:
 
 
 def _added(units: dict[str, int], more: dict[str, int]) -> dict[str, int]:
-    """Both together. Raises InvalidInput where the sum could not be charged: too many resources, or too much of one."""
+    """The sum of both. Raises InvalidInput if it has too many resources or too large an amount."""
     total = {**units, **{name: units.get(name, 0) + amount for name, amount in more.items()}}
     cost_units(amounts_of(total), reserving=True)
     return total
 
 
 async def returned(room: Strongroom, charges: list[Charged]) -> None:
-    """Take back what a request was charged that is refused after all: once, whoever calls this for it. It goes on
-    meanwhile if the store cannot be reached."""
+    """Refund the charges of a request that was refused after its verification. The list is emptied first, so that a
+    second caller refunds nothing. After SETTLE_WAIT_S the refund continues in the background."""
     taken, charges[:] = list(charges), []
     if not taken:
         return
@@ -210,16 +211,16 @@ async def _return(room: Strongroom, charges: Iterable[Charged]) -> None:
     for charged in charges:
         try:
             await room.keys.undo(charged)
-        except StrongroomError as error:  # not tried again: it may be taken back already, and would be twice
+        except StrongroomError as error:  # no retry: if only the answer was lost, it would refund twice
             _log.error(
-                "a refused request may be charged all the same",
+                "a refused request may have been charged",
                 extra={"key": charged.answer.key_id, "units": str(dict(charged.units)), "error": error.code},
             )
 
 
 def reserving(presented: Presented, cost: Cost, permission: str | None, model: str | None, *, first: bool) -> Presented:
-    """What a reservation for a request asks. The `first` of them holds one of the key's limit on concurrency, unless
-    its cost says how many: a request is one, whatever it reserves."""
+    """The verification for a reservation of this request. Only the `first` reservation takes one of the key's
+    concurrency limit, unless `cost` has a concurrency: two reservations of one request would count as two requests."""
     more: dict[str, Any] = {"cost": cost if first else {"concurrency": 0, **cost}}
     if permission is not None:
         more["permission"] = permission
@@ -229,7 +230,7 @@ def reserving(presented: Presented, cost: Cost, permission: str | None, model: s
 
 
 async def settled(timeout_s: float = CLOSE_WAIT_S) -> None:
-    """Wait until what is being settled on this loop is: before a room is closed."""
+    """Wait until the settlements and refunds of this loop are done. Call it before the room is closed."""
     loop = asyncio.get_running_loop()
     tasks = [task for task in _settling if task.get_loop() is loop]
     if tasks:

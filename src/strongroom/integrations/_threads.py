@@ -1,4 +1,4 @@
-"""What the WSGI integrations share: verifying and reserving from threads, over a room on a loop of its own."""
+"""Shared by the WSGI integrations: verifies and reserves from threads, over a room on an event loop of its own."""
 
 from __future__ import annotations
 
@@ -58,17 +58,16 @@ class BlockingHold:
 
     @property
     def verification(self) -> Reservation:
-        """The answer that made the hold."""
+        """The answer to the reservation."""
         return self._held.verification
 
     @property
     def used(self) -> Mapping[str, Amount]:
-        """What was used so far."""
+        """The amounts used so far, by resource."""
         return self._held.used
 
     def use(self, **amounts: float | Decimal) -> None:
-        """Count what was used, on top of what was before; more than was reserved is charged as well. Raises
-        InvalidInput."""
+        """Add usage; usage beyond the reserved amount is charged too. Raises InvalidInput."""
         self._held.use(**amounts)
 
     def open(self) -> Self:
@@ -80,7 +79,7 @@ class BlockingHold:
         return self._began(await self._room.acall(self._reserve))
 
     def extend(self, **more: float | Decimal) -> Reservation:
-        """Reserve more. Raises KeyRefused if the limits do not allow it; what is held stays held."""
+        """Reserve more. Raises KeyRefused if the limits do not allow it; the hold then does not change."""
         hold = self._held
         return self._room.call(lambda _: hold.extend(**more))
 
@@ -90,13 +89,13 @@ class BlockingHold:
         return await self._room.acall(lambda _: hold.extend(**more))
 
     def close(self) -> None:
-        """Charge what was used, and give back the rest. A second time does nothing."""
+        """Charge the used amount and release the rest. A second call does nothing."""
         hold = self._hold
         if hold is not None:
             self._room.call(lambda _: hold.close())
 
     async def aclose(self) -> None:
-        """`close` for an event loop. It is done even if the caller is cancelled while it waits."""
+        """`close` for an event loop. It completes even if the caller is cancelled meanwhile."""
         hold = self._hold
         if hold is not None:
             await self._room.acall(lambda _: hold.close())
@@ -115,7 +114,7 @@ class BlockingHold:
 
 
 class Desk:
-    """Presents the keys of WSGI requests to a room that is opened by the first of them."""
+    """Verifies the keys of WSGI requests. The first request opens the room."""
 
     def __init__(
         self,
@@ -153,7 +152,7 @@ class Desk:
         return await self.room.acall(lambda room: verified(room, presented))
 
     def give_back(self, charges: list[Charged]) -> None:
-        """The request is refused after all: take back what it was charged."""
+        """Refund the charges of a request that is refused after its verification."""
         if charges:
             self.room.call(lambda room: returned(room, charges))
 
@@ -166,6 +165,6 @@ class Desk:
         model: str | None,
         opened: list[BlockingHold],
     ) -> BlockingHold:
-        """A reservation for the key of a request that was let in."""
+        """A reservation for the key of a verified request."""
         presented = reserving(presented, cost, permission, model, first=not opened)
         return BlockingHold(self.room, presented, ttl_s=ttl_s, opened=opened)

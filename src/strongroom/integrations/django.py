@@ -38,7 +38,7 @@ from ._hold import TTL_S
 from ._threads import BlockingHold, Desk
 
 View = TypeVar("View", bound=Callable[..., Any])
-# Django has no types. Requests and responses are `Any`, and stay at this edge.
+# Django has no types: requests and responses are `Any` in this module only.
 Request = Any
 Answer = Any
 
@@ -62,7 +62,7 @@ _GUARD = "_strongroom"
 
 
 class _Guard:
-    """One request's way to its room, and what was verified and reserved for it."""
+    """One request's room, its verification and its reservations."""
 
     def __init__(self, desk: Desk) -> None:
         self.desk = desk
@@ -93,13 +93,18 @@ class _Guard:
 
 
 class StrongroomMiddleware:
-    """Verifies the key of each request that has a view, before the view; or answers with a problem document.
+    """Verifies the key of each request before its view, or answers with a problem document.
 
-    Its settings are in the dict `STRONGROOM`: `url` (opened by the first request, so in each worker of a server that
-    forks, with `options` of Strongroom.open) or `room` (a BlockingStrongroom); `header` (`authorization`, Bearer, or
-    one of your own); `trusted_proxies` (networks whose X-Forwarded-For is believed); `exempt` (paths that need no key;
-    one may end in `*`); `permission`, `cost`, `model` (values, or functions of the request); `everywhere` (true: every
-    view needs a key but those with @public; false: only those with @api_key); `rate_limit_headers` (true).
+    The dict `STRONGROOM` has the settings:
+
+        url                  the store, opened by the first request with `options` of Strongroom.open
+        room                 or an open BlockingStrongroom
+        header               `authorization` (Bearer) or a header of your own
+        trusted_proxies      networks whose X-Forwarded-For is trusted
+        exempt               paths that need no key (`*` at the end matches any rest)
+        permission, cost, model    values, or functions of the request
+        everywhere           true: every view needs a key except @public; false: only views with @api_key
+        rate_limit_headers   true by default
 
     The Verification is `request.strongroom_key`. Raises ImproperlyConfigured, ConfigError, InvalidInput.
     """
@@ -134,7 +139,7 @@ class StrongroomMiddleware:
 
     @property
     def room(self) -> BlockingStrongroom:
-        """The store, for what else an application does with it."""
+        """The store, for the application's other work."""
         return self._desk.room
 
     def __call__(self, request: Request) -> Any:
@@ -152,7 +157,7 @@ class StrongroomMiddleware:
     async def _acall(self, request: Request, guard: _Guard) -> Answer:
         try:
             response = await self._get_response(request)
-        except BaseException:  # a client that went away cancels
+        except BaseException:  # a disconnected client cancels the request
             for hold in guard.holds:
                 await hold.aclose()
             raise
@@ -160,7 +165,7 @@ class StrongroomMiddleware:
 
     @property
     def process_view(self) -> Callable[..., Any]:
-        """Called by Django with the view that it has found, in the mode that the handler has."""
+        """Called by Django with the view that it found, in the handler's mode (sync or async)."""
         return self._aprocess_view if self._is_async else self._process_view
 
     def _process_view(self, request: Request, view: Any, args: Any, kwargs: Any) -> Answer:
@@ -180,7 +185,7 @@ class StrongroomMiddleware:
         return None
 
     def process_exception(self, request: Request, error: Exception) -> Answer:
-        """A refusal by a view's own decorator or reservation is answered; the request is charged nothing then."""
+        """Answer a refusal that a view's decorator or reservation raised, and charge the request nothing."""
         if not isinstance(error, KeyRefused):
             return None
         guard = _guard_of(request)
@@ -203,7 +208,7 @@ class StrongroomMiddleware:
                 finally:
                     guard.close()
 
-            # The server closes an answer when it is sent, and when its client went away.
+            # The server closes an answer once it is sent, and also when its client disconnected.
             response.close = close_all
         return response
 
@@ -214,9 +219,9 @@ def api_key(
     cost: Cost | Callable[[Request], Cost | None] | None = None,
     model: str | Callable[[Request], str | None] | None = None,
 ) -> Callable[[View], View]:
-    """A decorator for a view, sync or async: its key is asked for this instead of what the middleware asks.
+    """A decorator for a view, sync or async: its requirements replace the middleware's for this view.
 
-    `cost` is one request unless it is given. The middleware must be in MIDDLEWARE; ImproperlyConfigured if it is not.
+    `cost` defaults to one request. Raises ImproperlyConfigured if the middleware is not in MIDDLEWARE.
     """
     asks = Requirements(permission=permission, cost=cost, model=model)
 
@@ -245,13 +250,13 @@ def api_key(
 
 
 def public(view: View) -> View:
-    """A decorator for a view that needs no key although the middleware asks for one everywhere."""
+    """A decorator for a view that needs no key even if `everywhere` is true."""
     setattr(view, _MARK, True)
     return view
 
 
 def verification_of(request: Request) -> Verification:
-    """The verification of a request's key. Raises LookupError where there was none."""
+    """The verification of a request's key. Raises LookupError if the key was not verified."""
     answer = getattr(request, "strongroom_key", None)
     if not isinstance(answer, Verification):
         raise LookupError("this request's key was not verified: its path or view needs none")
@@ -261,7 +266,7 @@ def verification_of(request: Request) -> Verification:
 def reserve(
     request: Request, *, cost: Cost, ttl_s: int = TTL_S, permission: str | None = None, model: str | None = None
 ) -> BlockingHold:
-    """Reserve an estimate before work whose cost shows as it goes; what was used is charged:
+    """Reserve an estimate before work whose cost is known only as it runs:
 
         hold = reserve(request, cost={"tokens": 1_000}).open()      # in an async view: await ….aopen()
 
@@ -272,9 +277,9 @@ def reserve(
 
         return StreamingHttpResponse(parts())
 
-    or `with reserve(…) as hold:` (`async with`) around work that ends before its answer. What was used is charged at
-    the end of the block or of the answer: also where the client went away, and also what exceeds the reservation.
-    Opening raises KeyRefused, which the middleware answers, if the limits do not allow `cost`.
+    or `with reserve(…) as hold:` (`async with`) around work that ends before its answer. The end of the block or of the
+    answer charges the used amount, also if the client disconnected or the usage exceeds the reservation. Opening raises
+    KeyRefused, which the middleware answers, if the limits do not allow `cost`.
     """
     guard = _guard_of(request)
     if guard.presented is None:
@@ -290,7 +295,7 @@ def _guard_of(request: Request) -> _Guard:
 
 
 def _route(request: Request) -> str:
-    """`GET /items/<int:id>` where Django has found the pattern, else the method and the path."""
+    """`GET /items/<int:id>` if Django found the pattern, else the method and the path."""
     match = request.resolver_match
     return f"{request.method} /{match.route}" if match is not None else f"{request.method} {request.path}"
 

@@ -43,10 +43,10 @@ _CHARGES = "strongroom_charges"
 class ApiKeys:
     """The extension: `ApiKeys(app, url=…)`, or `ApiKeys(url=…)` and `init_app(app)`.
 
-    A store at `url` is opened by the first request (so in each worker of a server that forks) with `options` of
-    Strongroom.open, and closed with the process; or give a `room`. `header` is `authorization` (Bearer) or one of your
-    own. X-Forwarded-For is believed from `trusted_proxies` (networks) alone. A key that is refused is answered with a
-    problem document. Raises ConfigError, InvalidInput.
+    The first request opens the store at `url` with `options` of Strongroom.open; the end of the process closes it. So
+    each worker of a forking server has its own. Or give an open `room`. `header` is `authorization` (Bearer) or a
+    header of your own. X-Forwarded-For is trusted only from `trusted_proxies` (networks). A refused key is answered
+    with a problem document. Raises ConfigError, InvalidInput.
     """
 
     def __init__(
@@ -67,19 +67,19 @@ class ApiKeys:
 
     @property
     def room(self) -> BlockingStrongroom:
-        """The store, for what else an application does with it."""
+        """The store, for the application's other work."""
         return self._desk.room
 
     @property
     def verification(self) -> Verification:
-        """The verification of this request's key. Raises LookupError where there was none."""
+        """The verification of this request's key. Raises LookupError if the key was not verified."""
         answer = g.get(_ANSWER)
         if not isinstance(answer, Verification):
             raise LookupError("this request's key was not verified: its view has no @keys.required")
         return answer
 
     def init_app(self, app: Flask) -> None:
-        """Answer refusals, and put the RateLimit headers on answers."""
+        """Register the handler that answers refusals, and the RateLimit headers."""
         app.extensions["strongroom"] = self
         app.register_error_handler(KeyRefused, self._refused)
         app.after_request(self._finish)
@@ -91,10 +91,10 @@ class ApiKeys:
         cost: Cost | Callable[[], Cost | None] | None = None,
         model: str | Callable[[], str | None] | None = None,
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-        """A decorator for views, below the route's: the key is verified, and charged, before each call.
+        """A decorator for views, placed below the route's decorator: verifies and charges the key before each call.
 
-        `permission`, `cost` (one request unless it is given) and `model` are values, or functions that look at
-        `flask.request`. Raises InvalidInput for a cost that is none.
+        `permission`, `cost` (default: one request) and `model` are values, or functions that read `flask.request`.
+        Raises InvalidInput for an invalid cost.
         """
         verify = self._verifying(permission, cost, model)
 
@@ -119,8 +119,8 @@ class ApiKeys:
         model: str | Callable[[], str | None] | None = None,
         exempt: Iterable[str] = (),
     ) -> None:
-        """Verify the key of every request to an application or a blueprint, but for paths that are `exempt` (one may
-        end in `*`) and views that have @required themselves."""
+        """Verify the key of every request to an application or a blueprint. Exceptions are the `exempt` paths (`*` at
+        the end matches any rest) and views with their own @required."""
         verify = self._verifying(permission, cost, model)
         paths = Paths(exempt)
 
@@ -134,7 +134,7 @@ class ApiKeys:
     def reserve(
         self, *, cost: Cost, ttl_s: int = TTL_S, permission: str | None = None, model: str | None = None
     ) -> BlockingHold:
-        """Reserve an estimate before work whose cost shows as it goes; what was used is charged:
+        """Reserve an estimate before work whose cost is known only as it runs:
 
             hold = keys.reserve(cost={"tokens": 1_000}).open()
 
@@ -145,8 +145,8 @@ class ApiKeys:
 
             return Response(parts())
 
-        or `with keys.reserve(…) as hold:` around work that ends before its answer. What was used is charged at the end
-        of the block or of the answer: also where the client went away, and also what exceeds the reservation. Opening
+        or `with keys.reserve(…) as hold:` around work that ends before its answer. The end of the block or of the
+        answer charges the used amount, also if the client disconnected or the usage exceeds the reservation. Opening
         raises KeyRefused, which is answered, if the limits do not allow `cost`.
         """
         presented = g.get(_PRESENTED)
@@ -190,12 +190,13 @@ class ApiKeys:
 
 
 def _called(value: Any) -> Any:
-    """A setting as Requirements takes it: Flask's functions take no argument, the request is in the context."""
+    """A setting in the form that Requirements takes: Flask's functions have no argument, because the request is in the
+    context."""
     return (lambda _: value()) if callable(value) else value
 
 
 def _route() -> str:
-    """`GET /items/<int:id>` where Flask has found the rule, else the method and the path."""
+    """`GET /items/<int:id>` if Flask found the rule, else the method and the path."""
     return f"{request.method} {request.url_rule.rule if request.url_rule is not None else request.path}"
 
 

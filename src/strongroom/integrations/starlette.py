@@ -35,7 +35,7 @@ from .asgi import (
 
 
 class ApiKeyUser(BaseUser):
-    """`request.user`: the key that a request came with, and whose it is."""
+    """`request.user`: the request's key, and its owner."""
 
     def __init__(self, verification: Verification) -> None:
         self.verification = verification
@@ -60,7 +60,8 @@ class ApiKeyUser(BaseUser):
 
 
 class _Permissions(list[str]):
-    """Permissions as Starlette's `requires` looks them up; one that ends in `*` holds all that begin so."""
+    """Permissions in the form that Starlette's `requires` reads; `chat:*` includes every permission with this
+    prefix."""
 
     def __contains__(self, wanted: object) -> bool:
         return isinstance(wanted, str) and any(
@@ -69,8 +70,8 @@ class _Permissions(list[str]):
 
 
 class ApiKeyBackend(AuthenticationBackend):
-    """For Starlette's AuthenticationMiddleware, inside StrongroomMiddleware: no key is verified, or charged, twice. A
-    request on an exempt path is not authenticated."""
+    """For Starlette's AuthenticationMiddleware, inside StrongroomMiddleware: it reads the finished verification, so no
+    key is charged twice. A request on an exempt path is not authenticated."""
 
     async def authenticate(self, conn: HTTPConnection) -> tuple[AuthCredentials, ApiKeyUser] | None:
         answer = conn.scope.get(KEY)
@@ -82,8 +83,8 @@ class ApiKeyBackend(AuthenticationBackend):
 
 
 def templates(routes: Sequence[BaseRoute]) -> Callable[[Scope], str]:
-    """`route=templates(routes)`: names requests by the template of the route that they will take (`GET /items/{id}`),
-    which middleware before the router does not know otherwise. It tries the routes in turn, as the router will."""
+    """`route=templates(routes)`: names a request by the template of its route (`GET /items/{id}`). Middleware runs
+    before the router and does not know the route, so this tries the routes in the router's order."""
 
     def find(scope: Scope) -> str:
         return _template(routes, scope) or route_of(scope)
