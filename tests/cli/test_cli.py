@@ -317,7 +317,7 @@ def test_every_problem_of_a_call_is_reported_at_once(run: Run) -> None:
         "allowed_ips", "expires_at", "limits.0", "limits.2.window.unit", "limits.3", "metadata.0", "name",
     ]  # fmt: skip
     ran = run("keys", "create", "--name", "", "--limit", "nonsense")
-    assert ran.err.splitlines()[0] == "strongroom: 2 things are wrong:"
+    assert ran.err.splitlines()[0] == "strongroom: 2 problems:"
 
 
 def test_the_secret_is_shown_once_with_a_notice(run: Run) -> None:
@@ -481,7 +481,7 @@ def test_invalid_times_are_refused(text: str) -> None:
 # --- Schema, bench, serve ---------------------------------------------------------------------------------------
 
 
-def test_the_schema_is_planned_applied_and_then_fits(run: Run, tmp_path: Path) -> None:
+def test_the_schema_is_planned_applied_and_then_matches(run: Run, tmp_path: Path) -> None:
     module = "own_entities_of_the_cli_test"
     (tmp_path / f"{module}.py").write_text(
         'from strongroom import Entity\n\n\nclass Note(Entity, collection="notes"):\n    text: str\n'
@@ -495,7 +495,7 @@ def test_the_schema_is_planned_applied_and_then_fits(run: Run, tmp_path: Path) -
     ran = run("schema", "apply", *own)
     assert (ran.status, "create collection notes" in ran.out) == (0, True)
     assert run("schema", "plan", *own, "--json").json == {"changes": []}
-    assert "fits" in run("schema", "plan", *own).err
+    assert "matches the declarations" in run("schema", "plan", *own).err
     exported = run("schema", "export", *own).json
     assert exported["notes"]["properties"]["text"]["type"] == "string"
     assert "api_keys" in exported

@@ -76,7 +76,7 @@ def test_the_broken_file_imports_nothing_and_all_nine_rows_are_named(run: Run) -
     for row in range(1, 10):
         assert f"keys.{row}." in ran.out
     assert "keys.0." not in ran.out
-    assert "8 of 12 rows are wrong; nothing was imported" in ran.err
+    assert "8 of 12 rows are invalid; nothing was imported" in ran.err
     assert run("keys", "list", "--json").json["items"] == []
 
     ran = run("import", BROKEN, "--json")
@@ -133,7 +133,7 @@ def test_differences_are_reported_and_applied_on_request(run: Run, tmp_path: Pat
     ran = run("import", str(changed), "--json")
     assert (ran.status, ran.json["changed"], ran.json["written"]) == (0, 1, 0)
     assert ran.json["differences"][0]["fields"] == [{"field": "name", "file": "renamed", "store": "billing-worker 0"}]
-    assert "--update takes the file's word" in run("import", str(changed)).out
+    assert "--update overwrites them" in run("import", str(changed)).out
     ran = run("import", str(changed), "--update", "--json")
     assert (ran.json["changed"], ran.json["written"], ran.json["checksums"]["file_keys"]) == (1, 1, 40)
     assert run("import", str(changed), "--json").json["unchanged"] == 40
@@ -314,7 +314,7 @@ def test_a_stopped_import_is_completed_by_the_same_command(tmp_path: Path, numbe
         _, err = importing.communicate(timeout=2 * PATIENCE_S)
     if number is signal.SIGINT:
         assert (importing.returncode, err.count("\n")) == (130, 2)  # and that a new store is made
-        assert "the same command completes it" in err
+        assert "the same command imports the rest" in err
     keys, records = asyncio.run(counted(url))
     assert 100 <= keys < count
     assert records == keys

@@ -127,16 +127,16 @@ def test_keys_list_filters(run: Run) -> None:
 def test_keys_are_changed_in_bulk(run: Run) -> None:
     keys = [created(run, "--tenant", tenant) for tenant in ("acme", "acme", "beta")]
     ran = run("bulk", "disable", "--tenant", "acme", "--dry-run")
-    assert ran.out == "2 would be changed, 0 were so already, 0 failed\n"
+    assert ran.out == "2 would be changed, 0 unchanged, 0 failed\n"
     assert code(run, keys[0]["key"]) == "VALID"
-    assert run("bulk", "disable", "--tenant", "acme", "--yes").out == "2 changed, 0 were so already, 0 failed\n"
+    assert run("bulk", "disable", "--tenant", "acme", "--yes").out == "2 changed, 0 unchanged, 0 failed\n"
     assert [code(run, key["key"]) for key in keys] == ["DISABLED", "DISABLED", "VALID"]
     done = run("bulk", "enable", "--all", "--yes", "--json").json
     assert (done["looked_at"], done["changed"], done["unchanged"], done["failed"]) == (3, 2, 1, [])
     ids = [keys[0]["id"], "none"]
     ran = run("bulk", "update", *ids, "--limit", "tokens=5/1h", "--metadata", "plan=pro", "--group", "trial", "--yes")
     assert ran.status == 1
-    assert ran.out == "1 changed, 0 were so already, 1 failed\n"
+    assert ran.out == "1 changed, 0 unchanged, 1 failed\n"
     assert "none: there is no key 'none'" in ran.err
     changed = run("show", ids[0], "--json").json
     assert (changed["metadata"], changed["groups"], changed["limits"][0]["limit"]) == ({"plan": "pro"}, ["trial"], 5)
@@ -148,9 +148,9 @@ def test_keys_are_changed_in_bulk(run: Run) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["disable"], "expected ids, or a filter, or --all"),
-        (["disable", "x", "--all"], "only one of them"),
-        (["disable", "--tenant", "a", "--all", "--yes"], "only one of them"),
+        (["disable"], "expected exactly one of ids, a filter and --all"),
+        (["disable", "x", "--all"], "expected exactly one of ids"),
+        (["disable", "--tenant", "a", "--all", "--yes"], "expected exactly one of ids"),
         (["explode", "--all"], "found 'explode', expected disable, enable"),
         (["update", "--all", "--yes"], "at least one field to change"),
         (["disable", "--all", "--limit", "tokens=1/1h", "--yes"], "expected update"),

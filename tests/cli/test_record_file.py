@@ -50,7 +50,7 @@ def test_one_invalid_row_imports_nothing_unless_it_is_skipped(run: Run, tmp_path
     assert ran.status == 1
     for said in ("line 2, hash", "line 2, name", "line 3, hash", "found md5$…"):
         assert said in ran.out
-    assert "2 of 3 rows are wrong; nothing was imported" in ran.err
+    assert "2 of 3 rows are invalid; nothing was imported" in ran.err
     assert run("keys", "list", "--json").json["items"] == []
     ran = run("import", file, "--json")
     assert [error["path"] for error in ran.json["error"]["errors"] if "name" not in error["path"]] == [

@@ -67,7 +67,7 @@ def test_the_printed_roles_serve_an_apply_a_plan_and_retention(run: Run, server:
     assert "strongroom schema apply" in err
     assert run("schema", "apply", "--store", url(owner))[0] == 0
     status, out, err = run("schema", "plan", "--store", url(app))
-    assert (status, out, err) == (0, "", "the store fits the declarations\n")
+    assert (status, out, err) == (0, "", "the store matches the declarations\n")
     past = f"SELECT {schema}.strongroom_make_partitions('2020-01-01', 1)"
     server.execute(past)
     status, _, err = run("schema", "retain", "30", "--store", url(app))
@@ -124,7 +124,7 @@ def test_advice_names_unused_and_missing_indexes(run: Run, store_url: str) -> No
     arguments = ("--entities", "strongroom.state", "--store", store_url)
     assert run("schema", "advise", *arguments)[0] == 1, "nothing is made yet"
     assert run("schema", "apply", *arguments)[0] == 0
-    assert run("schema", "advise", *arguments) == (0, "", "nothing to advise, as far as was counted\n")
+    assert run("schema", "advise", *arguments) == (0, "", "no advice for the counted queries\n")
 
     async def ask() -> None:
         async with Strongroom.open(store_url, entities=ENTITIES) as room:

@@ -119,7 +119,7 @@ def test_every_problem_of_a_call_is_reported_at_once(run: Run) -> None:
         (("create", "--url", URL, "--event", "key.exploded"), "--event: found 'key.exploded'"),
         (("create", "--url", URL, "--threshold", "0"), "--threshold: "),
         (("create", "--url", URL, "--min-window", "soon"), "--min-window: "),
-        (("update", "whk_1"), "nothing is to be changed"),
+        (("update", "whk_1"), "no change was given"),
         (("rotate-secret", "whk_1", "--overlap", "soon"), "overlap: "),
         (("delete", "whk_1"), "--yes"),
         (("deliveries", "whk_1", "--state", "lost"), "state: found 'lost'"),

@@ -140,7 +140,7 @@ def test_the_command_repairs_the_usage_of_a_key_and_of_a_quota(run: Run) -> None
         assert run("keys", "verify", stdin=made["key"]).status == 0
         clock.shift(timedelta(hours=-2))
         for command in (["keys", "mend-clock", made["id"]], ["quotas", "mend-clock", "--tenant", "acme"]):
-            assert "it goes on from 2026-05-05 10:00" in run(*command).out
+            assert "it is now 2026-05-05 10:00" in run(*command).out
             assert run(*command, "--json").json == {"mended": False}
             assert "nothing to mend" in run(*command).out
         assert run("keys", "mend-clock", "key_unknown").status == 1

@@ -532,7 +532,7 @@ def test_equal_values_of_different_types_have_different_checksums(one: Any, othe
     )
 
 
-# --- What is in the way -----------------------------------------------------------------------------------------
+# --- Obstacles ----------------------------------------------------------------------------------------------------
 
 
 async def test_a_plan_counts_and_writes_nothing(pair: tuple[Backend, Backend]) -> None:

@@ -1,6 +1,7 @@
-"""The command line: `strongroom …`. One module a noun; here they are put together, and every error becomes a sentence.
+"""The command line: `strongroom …`. One module for each noun; this module joins them and prints every error as one
+sentence.
 
-Nothing heavy is imported at module level, here or in the nouns' modules: `--help` and completion must answer at once.
+No module of the command line imports anything heavy at its top: `--help` and completion must answer at once.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from .session import (
 )
 
 CLOSE_ENOUGH = 0.75
-"""Of 1: how like a name must be to one that there is for that to be named instead."""
+"""The least similarity, of at most 1, at which a known name is suggested for an unknown one."""
 
 app = typer.Typer(
     name="strongroom",
@@ -48,11 +49,11 @@ app = typer.Typer(
     "Settings come from the environment and from the file .env.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # help in plain text: rich would double the time that --help takes
+    rich_markup_mode=None,  # Rich would double the duration of --help
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 app.command("serve")(serve.serve)
-app.add_typer(keychanges.app, name="keys")  # those of keys.py as well
+app.add_typer(keychanges.app, name="keys")  # the group also has the commands of keys.py
 app.add_typer(quotas.app, name="quotas")
 app.add_typer(leaks.app, name="leaks")
 app.command("import")(keyfile.import_keys)
@@ -79,12 +80,12 @@ def _options(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help=f"Show tracebacks (or set {DEBUG_VARIABLE}=1).")] = False,
 ) -> None:
-    """The options of every command; `main` looks for --debug itself, since it must know of it whatever goes wrong."""
+    """The options of every command. `main` reads --debug itself, because it needs it even if parsing fails."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line and return its exit status. Errors are one sentence on standard error (with --json: one
-    document on standard output), never a traceback unless it was asked for."""
+    """Run one command line and return its exit status. An error is one sentence on standard error (with --json: one
+    document on standard output); a traceback only with --debug."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in given
     output.make_every_text_printable()
@@ -95,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise Interrupted
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # the reader has seen enough: `strongroom keys list | head`
+    except BrokenPipeError:  # the reader closed the pipe: `strongroom keys list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except Exception as error:
@@ -126,14 +127,14 @@ def _explained(error: Exception) -> tuple[int, str, str, list[dict[str, str]]]:
         hint = f" (see {context.command_path} --help)" if context is not None else ""
         message = (
             _of_option(error) or _of_value(error) or error.format_message().replace(": Value error, ", ": ", 1)
-        )  # a class of Python
+        )  # "Value error" is a Python class: not for people
         return error.exit_code, "invalid_input", message.rstrip(".") + hint, []
     name = type(error).__name__
     return EXIT_FAILED, "internal", f"{name}: {error} (an error in Strongroom: --debug shows where)", []
 
 
 def _of_option(error: Exception) -> str | None:
-    """What is said of an option that a command does not have: with another's name only if that is very like it."""
+    """The message for an unknown option; it suggests a known option only if the names are very alike."""
     name = getattr(error, "option_name", None)
     if type(error).__name__ != "NoSuchOption" or name is None:
         return None
@@ -146,7 +147,7 @@ def _of_option(error: Exception) -> str | None:
 
 
 def _of_value(error: Exception) -> str | None:
-    """What is said of a value of an option or argument that Pydantic refused: Strongroom's words, not Pydantic's."""
+    """The message for a value that Pydantic refused, in Strongroom's words instead of Pydantic's."""
     from pydantic import ValidationError
 
     parameter = getattr(error, "param", None)
@@ -161,12 +162,12 @@ def _of_value(error: Exception) -> str | None:
 
 
 def _spelled(parameter: Any) -> str | None:
-    """The option as it is given, `--name`; None of an argument."""
+    """The option as a caller writes it, `--name`; None for an argument."""
     return next((option for option in parameter.opts if option.startswith("--")), None)
 
 
 def _by_options(error: Exception, given: Sequence[str]) -> Exception:
-    """Problems of a call, named by the options that gave the values: a person gave `--expires`, not `expires_at`."""
+    """The problems of a call, named by the caller's options: `--expires` instead of `expires_at`."""
     if not isinstance(error, InvalidInput):
         return error
     command: Any = typer.main.get_command(app)

@@ -22,7 +22,7 @@ app = typer.Typer(help="Read the journal: who changed what, when.", no_args_is_h
 
 @app.callback()
 def _group() -> None:
-    """A callback, so that one command alone is still called by its name."""
+    """Without this callback Typer would drop the name of the group's only command."""
 
 
 def _option(help: str, metavar: str | None = None) -> Any:
@@ -42,7 +42,7 @@ FILTER: Options = {
 
 
 def _filter(**given: Any) -> AuditFilter:
-    """The filter that the options describe. InvalidInput names everything that is wrong with them at once."""
+    """The filter from the options. Raises InvalidInput with every problem."""
     from ..audit import AuditFilter
 
     now = datetime.now(UTC)
@@ -76,7 +76,7 @@ def list_records(
     """
 
     async def read(room: Strongroom) -> Page[AuditRecord]:
-        """A page that is as long as was asked for, however few records fit."""
+        """A full page, even if many records do not match: an empty page need not be the last."""
         page = await room.audit.page(wanted, limit=limit, cursor=cursor)
         while page.next_cursor is not None and len(page.items) < limit:
             more = await room.audit.page(wanted, limit=limit - len(page.items), cursor=page.next_cursor)
@@ -104,7 +104,7 @@ def list_records(
 
 
 def view(record: AuditRecord) -> dict[str, Any]:
-    """A record for programs, as `GET /v1/audit` has it."""
+    """A record as JSON, as in `GET /v1/audit`."""
     return {
         "sequence": record.sequence,
         "index": record.index,

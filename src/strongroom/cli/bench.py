@@ -1,4 +1,4 @@
-"""`strongroom bench`: how fast a store is on this machine, by what it is used for."""
+"""`strongroom bench`: measures the rates of reads, writes and verifications of a store on this machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KEYS = 200
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One thing measured: how often a second it was done, and how long one took (median, 99th percentile)."""
+    """One result: calls a second, and the duration of a call (median, 99th percentile)."""
 
     what: str
     per_second: float
@@ -67,17 +67,18 @@ def bench(
 
 
 async def _cleaned_up(room: Strongroom, seconds: float, callers: int) -> list[Measured]:
-    """Measure in a store of the user's own, and leave no key there."""
+    """Measure in the user's own store, and remove the created keys."""
     ids: list[str] = []
     try:
         return await _measure(room, seconds, callers, ids)
     finally:
-        output.print_note(f"removing the {len(ids)} keys that were made")
+        output.print_note(f"removing the {len(ids)} created keys")
         await _remove(room, operator(), ids)
 
 
 async def _measure(room: Strongroom, seconds: float, callers: int, ids: list[str]) -> list[Measured]:
-    """Measure each kind of work. The keys that are made are told in `ids`."""
+    """Measure each kind of work. `ids` receives the created keys, so that the caller removes them also after an
+    error."""
     context = operator()
     limits = [{"resource": "requests", "limit": 10**15, "window": {"kind": "rolling", "seconds": 18_000}}]
 
@@ -115,7 +116,7 @@ async def _measure(room: Strongroom, seconds: float, callers: int, ids: list[str
 
 
 async def _timed(what: str, call: Callable[[int], Awaitable[None]], seconds: float, callers: int) -> Measured:
-    """Call without pause from `callers` tasks for a while."""
+    """Call in `callers` concurrent tasks for `seconds`, without a pause."""
     import asyncio
 
     took: list[float] = []
@@ -125,7 +126,7 @@ async def _timed(what: str, call: Callable[[int], Awaitable[None]], seconds: flo
     async def caller() -> None:
         nonlocal turn
         this = asyncio.current_task()
-        # What is answered from memory never waits, so that nothing else here would see that the task is to end.
+        # An answer from memory never suspends, so a cancellation would go unnoticed without this check.
         while (begun := time.perf_counter()) < end and this is not None and not this.cancelling():
             turn += 1
             await call(turn)

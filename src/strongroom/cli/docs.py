@@ -1,6 +1,6 @@
 """The generated reference pages: docs/cli.md from the commands' help, docs/configuration.md from the settings table.
 
-`make docs` writes them; `python -m strongroom.cli.docs --check` only says whether they are up to date.
+`make docs` writes them; `python -m strongroom.cli.docs --check` only checks them.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ PAGES = {"cli.md": cli_page, "configuration.md": configuration_page}
 
 
 def main(arguments: list[str]) -> int:
-    """Write the pages into ./docs, or with --check name those that are out of date."""
+    """Write the pages into ./docs; with --check name the outdated pages instead."""
     folder = Path("docs")
     if not folder.is_dir():
         sys.stderr.write("strongroom: there is no folder docs here: run this in a checkout\n")

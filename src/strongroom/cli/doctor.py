@@ -1,4 +1,5 @@
-"""`strongroom doctor`: looks at settings, store, roles, schema, clock, disk and access, and says what to do."""
+"""`strongroom doctor`: checks settings, store, roles, schema, clock, disk and access, with a remedy for each
+problem."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from ..storage.port import Store
 
 MAX_OFFSET_S = 1.0
-"""Times in logs, and links that expire, are wrong by as much as a machine's clock is; limits go by the store's."""
+"""A wrong machine clock shifts the times in logs and expiring links. Limits use the store's clock."""
 SLOW_READ_S = 0.1
 SLOW_SYNC_S = 0.02
 """Each group of writes waits for one sync: 20 ms are 50 groups a second."""
@@ -38,7 +39,7 @@ Status = Literal["ok", "warn", "fail"]
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What was looked at, how it is, and what to do about it (nothing where it is well)."""
+    """One check: its name, status, finding, and the remedy (empty if the status is ok)."""
 
     name: str
     status: Status
@@ -77,14 +78,18 @@ def _checked(store: str | None) -> list[Check]:
         settings = config.load(store=store)
         modules = registry(settings.entities)
     except StrongroomError as error:
-        return [Check("settings", "fail", error.message, "change what it names; docs/configuration.md has the table")]
+        return [
+            Check(
+                "settings", "fail", error.message, "change the named setting; docs/configuration.md lists the settings"
+            )
+        ]
     warned = config.warnings(settings)
-    checks = [Check("settings", "warn", text, "remove it, or correct its name") for text in warned]
+    checks = [Check("settings", "warn", text, "remove the setting, or correct its name") for text in warned]
     checks = checks or [Check("settings", "ok", f"no contradictions; limits are {settings.limits}")]
     file = store_file(settings.store_url)
     shown = shown_url(settings.store_url)
     if file is not None and not os.path.exists(file):
-        remedy = "name the store (--store, STRONGROOM_STORE); or start the server, which makes a new one"
+        remedy = "name the store (--store, STRONGROOM_STORE), or start the server, which creates it"
         return [*checks, Check("store", "fail", f"there is no file {file}", remedy)]
 
     async def work() -> list[Check]:
@@ -97,7 +102,7 @@ def _checked(store: str | None) -> list[Check]:
 async def _of_store(
     settings: Settings, collections: tuple[Collection, ...], shown: str, file: str | None
 ) -> list[Check]:
-    """What is to be said of the store, as far as it can be opened."""
+    """The checks of the store, as far as it can be opened."""
     from ..storage import open_store
 
     try:
@@ -107,9 +112,9 @@ async def _of_store(
     except StrongroomError as error:
         name = "roles" if error.code == "store_error" and error.message.startswith("role ") else "store"
         remedy = (
-            "name the application's role in the URL (`strongroom schema roles` prints the SQL that makes it)"
+            "name the application's role in the URL (`strongroom schema roles` prints the SQL that creates it)"
             if name == "roles"
-            else "see that the store runs, and that this machine and user can reach it"
+            else "check that the store runs, and that this machine and user can reach it"
         )
         return [Check(name, "fail", error.message, remedy)]
     try:
@@ -127,17 +132,17 @@ async def _guarded(name: str, look: Callable[[Store], Awaitable[list[Check]]], s
     try:
         return await look(store)
     except StrongroomError as error:
-        return [Check(name, "fail", error.message, "mend what it names, and look again")]
+        return [Check(name, "fail", error.message, "correct the named problem, and run doctor again")]
 
 
 async def _reached(store: Store, shown: str) -> Check:
     health = await store.check()
     if not health.ok:
         problem = str(health.details.get("problem") or "it does not answer")
-        return Check("store", "fail", f"{shown}: {problem}", "see that the store runs and is the primary")
+        return Check("store", "fail", f"{shown}: {problem}", "check that the store runs and is the primary")
     took = f"{shown}, answered in {health.latency_s * 1_000:.0f} ms"
     if health.latency_s > SLOW_READ_S:
-        return Check("store", "warn", took, "run the server nearer to its store: each durable debit waits so long")
+        return Check("store", "warn", took, "run the server nearer to its store: each durable debit takes this long")
     return Check("store", "ok", took)
 
 
@@ -148,14 +153,14 @@ async def _roles(store: Store) -> list[Check]:
     if not isinstance(backend, SchemaRights):
         return []
     reason = await backend.unchangeable()
-    if reason is not None:  # opening it has proved that it cannot get round the policies
-        return [Check("roles", "ok", "the role can neither alter tables nor get round row-level security")]
+    if reason is not None:  # open_store has verified already that the role cannot bypass the policies
+        return [Check("roles", "ok", "the role can neither alter tables nor bypass row-level security")]
     return [
         Check(
             "roles",
             "warn",
-            "the role owns the schema: it is held to the policies, and could alter tables and the journal",
-            "serve as the application's role (`strongroom schema roles` prints the SQL that makes it)",
+            "the role owns the schema: row-level security applies, but it could alter tables and the journal",
+            "serve as the application's role (`strongroom schema roles` prints the SQL that creates it)",
         )
     ]
 
@@ -168,26 +173,26 @@ async def _durability(store: Store) -> list[Check]:
         return []
     off = [f"{name} is {value}" for name, value in (await backend.durability()).items() if value == "off"]
     if off:
-        what = f"{', '.join(off)}: what was answered may be lost when the server's machine fails"
-        return [Check("disk sync", "fail", what, "turn it on in postgresql.conf, or for this role")]
+        what = f"{', '.join(off)}: acknowledged commits may be lost when the database's machine fails"
+        return [Check("disk sync", "fail", what, "turn it on in postgresql.conf or for this role")]
     return [Check("disk sync", "ok", "the server waits for its disk before it answers a commit")]
 
 
 async def _clock(store: Store) -> list[Check]:
     if store.capabilities.embedded:
-        return [Check("clock", "ok", "the store goes by this machine's clock")]
+        return [Check("clock", "ok", "the store uses this machine's clock")]
     before = time.time()
     theirs = await store.now_us() / 1_000_000
     after = time.time()
     offset = theirs - (before + after) / 2
     found = f"the store's clock is {abs(offset):.2f} s {'ahead of' if offset > 0 else 'behind'} this machine's"
     if abs(offset) - (after - before) / 2 > MAX_OFFSET_S:
-        return [Check("clock", "warn", found, "set this machine's clock (NTP); limits go by the store's")]
+        return [Check("clock", "warn", found, "set this machine's clock (NTP); limits use the store's")]
     return [Check("clock", "ok", found)]
 
 
 def _disk(folder: str) -> Check:
-    """How long a small write takes until it is on the disk."""
+    """How long a small write takes until it is durable."""
     import tempfile
 
     try:
@@ -199,17 +204,17 @@ def _disk(folder: str) -> Check:
                 os.fsync(file.fileno())
                 took.append(time.perf_counter() - began)
     except OSError as error:
-        remedy = "let the server's user write there: SQLite keeps its log beside the file"
+        remedy = "let the server's user write there: SQLite keeps its write-ahead log beside the file"
         return Check("disk sync", "fail", f"{folder}: {error.strerror or error}", remedy)
     median = sorted(took)[SYNCS // 2]
     found = f"{folder}: {median * 1_000:.1f} ms"
     if median > SLOW_SYNC_S:
-        return Check("disk sync", "warn", found, "use a disk that syncs faster, or STRONGROOM_LIMITS=leased")
+        return Check("disk sync", "warn", found, "use a faster disk, or STRONGROOM_LIMITS=leased")
     return Check("disk sync", "ok", found)
 
 
 async def _schema(store: Store, collections: tuple[Collection, ...]) -> list[Check]:
-    """Whether the tables fit what a server declares, whether writes are on, and whether somebody can administer it."""
+    """Whether the tables match the declarations, writes are on, and an administrator key exists."""
     from ..storage.port import ChangeKind, SchemaRights, unwrapped
 
     changes = await store.prepare(collections, mode="plan")
@@ -241,7 +246,7 @@ async def _writes(store: Store) -> Check:
     if state is None or state["allowed"]:
         return Check("writes", "ok", "are on")
     where = f" (the other store is {state['other_store']})" if state["other_store"] else ""
-    remedy = "name the other store; or take the move back with `strongroom migrate --abort` or --rollback"
+    remedy = "name the other store, or undo the migration with `strongroom migrate --abort` or --rollback"
     return Check("writes", "fail", f"{state['reason']}{where}", remedy)
 
 
@@ -256,10 +261,10 @@ async def _access(store: Store) -> Check:
         collection.name, None, Query(And(where, Where("enabled", "==", True)), limit=1).check(collection)
     )
     if found:
-        return Check("administrator", "ok", "somebody has an administrator's key")
-    remedy = "start the server, which makes one; or `strongroom keys recover-administrator`"
-    return Check("administrator", "warn", "nobody has an administrator's key that is enabled", remedy)
+        return Check("administrator", "ok", "an enabled administrator's key exists")
+    remedy = "start the server, which creates one, or run `strongroom keys recover-administrator`"
+    return Check("administrator", "warn", "no enabled administrator's key exists", remedy)
 
 
 _IN_THE_STORE: dict[str, Callable[[Store], Awaitable[Check]]] = {"store_state": _writes, "api_keys": _access}
-"""What is looked up in a collection, by its name."""
+"""The checks that read a collection, by its name."""

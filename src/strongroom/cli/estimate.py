@@ -1,4 +1,4 @@
-"""`strongroom estimate`: what a month's load costs on Google's backends, by the prices of seed 000."""
+"""`strongroom estimate`: the monthly cost of a load on Google's backends, with the prices of seed 000."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ from .session import JsonOption, StoreOption, in_store
 if TYPE_CHECKING:
     from ..app import Strongroom
 
-SOURCE = "ADR 006 (seed 000), cost comparison, 2024, US dollars, one region; the deletes are Google's list of that time"
+SOURCE = (
+    "ADR 006 (seed 000), cost comparison, 2024, US dollars, one region; deletes from Google's price list of that time"
+)
 
 
 SAMPLE = 50
-"""Documents that the size of a collection is guessed from."""
+"""The sample of documents from which a collection's size is estimated."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """What a backend charges: dollars a GB and month, a million of reads, writes and deletes, and a month at least and
-    at most for being there."""
+    """A backend's prices in dollars: a GB and month, a million reads, writes and deletes, and the range of the monthly
+    base price."""
 
     backend: str
     gb: float
@@ -44,7 +46,7 @@ PRICES = (
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Documents read, written and deleted in a month, and how much is stored."""
+    """Documents read, written and deleted in a month, and the stored amount."""
 
     reads: float = 0
     writes: float = 0
@@ -73,13 +75,13 @@ OPERATIONS: Mapping[str, tuple[str, Load]] = {
     "verify-unlimited": ("verify a key without limits that is in memory", Load()),
     "poll": ("ask whether anything changed: each node does so four times a second", Load(reads=1)),
 }  # fmt: skip
-"""What Strongroom does on Firestore for each operation once it runs: a tenant's first write of each process costs one
-write more, and a process's first record in a shard one read. Verifications of a key that wait together share two."""
+"""Firestore's reads and writes for each operation of a warm process. A tenant's first write in a process costs one more
+write; a process's first record in a shard one more read. Concurrent verifications of one key share two."""
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Dollars a month on one backend; the base price has a least and a most."""
+    """Dollars a month on one backend. The base price is a range, so the total is one too."""
 
     backend: str
     storage: float
@@ -91,7 +93,7 @@ class Estimate:
 
 
 def estimate(load: Load) -> list[Estimate]:
-    """What a month's load costs on each backend."""
+    """The monthly cost of a load on each backend."""
     found = []
     for price in PRICES:
         parts = (
@@ -105,7 +107,7 @@ def estimate(load: Load) -> list[Estimate]:
 
 
 def load_of(counts: Mapping[str, float]) -> Load:
-    """The documents that so many of Strongroom's operations read and write. InvalidInput for an unknown one."""
+    """The documents that this many operations read and write. Raises InvalidInput for an unknown operation."""
     total = Load()
     for name, count in counts.items():
         if name not in OPERATIONS or count < 0:
@@ -172,7 +174,7 @@ def command(
 
 
 async def _stored_gb(room: Strongroom) -> float:
-    """How much a store's documents take, as the port counts bytes."""
+    """The estimated size of a store's documents, as the port counts bytes."""
     from ..entities import Aggregate, Query
     from ..storage.port import document_size
 

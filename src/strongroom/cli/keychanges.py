@@ -1,4 +1,4 @@
-"""`strongroom keys update`, `claim`, `restore`, `bulk` and others: what else happens to keys in their life."""
+"""`strongroom keys update`, `claim`, `restore`, `bulk` and others: changes during a key's life."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ..keys import Bulk, BulkFailure, KeyChanges, KeyFilter
 
 MAX_TOLD = 20
-"""Failures that are told one by one where people read; a JSON document has them all."""
+"""Failures that the output for people lists; a JSON document has all."""
 Ids = Annotated[
     list[str] | None, typer.Argument(metavar="[ID]...", help="The keys' ids; without ids, the filter applies.")
 ]
@@ -92,7 +92,7 @@ def update(
 
 
 def _update(given: dict[str, Any], clear: list[str]) -> KeyChanges:
-    """What the options of `update` set, and what --clear removes. InvalidInput names everything that is wrong."""
+    """The fields that the options of `update` set and --clear removes. Raises InvalidInput with every problem."""
     from ..keys import KeyChanges
 
     problems: list[Problem] = []
@@ -210,7 +210,7 @@ ACTIONS = ("disable", "enable", "delete", "purge", "restore", "update")
 
 
 class _Changes(NamedTuple):
-    """What `bulk update` sets, as its options give it."""
+    """The changes of `bulk update`, as the options give them."""
 
     limits: list[str] | None
     metadata: list[str] | None
@@ -218,7 +218,7 @@ class _Changes(NamedTuple):
 
 
 def _bulk(action: str, ids: list[str] | None, where: KeyFilter, every: bool, given: _Changes, dry_run: bool) -> Bulk:
-    """The work that the options describe. InvalidInput names everything that is wrong with them at once."""
+    """The work that the options describe. Raises InvalidInput with every problem."""
     from ..keys import Bulk, KeyFilter
 
     problems: list[Problem] = []
@@ -227,7 +227,7 @@ def _bulk(action: str, ids: list[str] | None, where: KeyFilter, every: bool, giv
         problems.append(Problem("action", f"found {action[:64]!r}, expected {expected}"))
     filtered = where != KeyFilter()
     if bool(ids) + filtered + every != 1:
-        problems.append(Problem("ids", "expected ids, or a filter, or --all, and only one of them"))
+        problems.append(Problem("ids", "expected exactly one of ids, a filter and --all"))
     changes = _changes(given, problems)
     if problems:
         raise InvalidInput(problems)
@@ -239,15 +239,15 @@ def _bulk(action: str, ids: list[str] | None, where: KeyFilter, every: bool, giv
 
 def _print_done(done: Mapping[str, Any]) -> None:
     would = "would be changed" if done["dry_run"] else "changed"
-    output.print_line(f"{done['changed']} {would}, {done['unchanged']} were so already, {len(done['failed'])} failed")
+    output.print_line(f"{done['changed']} {would}, {done['unchanged']} unchanged, {len(done['failed'])} failed")
     for failure in done["failed"][:MAX_TOLD]:
         output.print_note(f"{failure['id']}: {failure['message']}")
     if len(done["failed"]) > MAX_TOLD:
-        output.print_note(f"and {len(done['failed']) - MAX_TOLD} more: --json tells them all")
+        output.print_note(f"and {len(done['failed']) - MAX_TOLD} more: --json lists all")
 
 
 def _changes(given: _Changes, problems: list[Problem]) -> KeyChanges | None:
-    """What an update sets: only what is given."""
+    """The changed fields: only the given ones."""
     from ..keys import KeyChanges
 
     fields: dict[str, Any] = {}
@@ -265,7 +265,7 @@ def _changes(given: _Changes, problems: list[Problem]) -> KeyChanges | None:
 
 
 async def _work(room: Strongroom, work: Bulk, cursor: str | None, *, ask: bool) -> dict[str, Any]:
-    """Do it, with a bar where there is a terminal; what was done, in all."""
+    """Do the work, with a progress bar on a terminal; returns the totals."""
     context = operator()
     total = await room.keys.count(work.filter, context=context) if work.filter is not None else len(work.ids or ())
     confirm(not ask, f"{work.action} {total} keys?")
@@ -282,7 +282,7 @@ async def _work(room: Strongroom, work: Bulk, cursor: str | None, *, ask: bool) 
                 show(looked_at, total)
         except BaseException:
             if cursor is not None:
-                output.print_note(f"{changed} keys were changed; the rest: the same call with --cursor {cursor}")
+                output.print_note(f"{changed} keys were changed; continue with the same command and --cursor {cursor}")
             raise
     return {
         "dry_run": work.dry_run,

@@ -1,4 +1,4 @@
-"""`strongroom import` and `strongroom export`: key files in the two public shapes; those of records: `keyrecords`."""
+"""`strongroom import` and `strongroom export` of key files in the two public shapes; `keyrecords` imports records."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from ..keys.transfer import Checksums, ChunkedKeyFile, Finding, Plan
 
 MAX_SHOWN = 100
-"""Rows of each kind that a report for people names; with --json all that were kept."""
+"""Rows of each kind that the output for people lists; --json lists all kept rows."""
 
 MAX_WORKERS = 2
-"""Processes that read a large file beside the one that writes: no more than it takes to keep SQLite busy."""
+"""Processes that read a large file. SQLite has one writer, which more readers would not make faster."""
 
 TenantOption = Annotated[str, typer.Option("--tenant", help="The tenant of the keys.")]
 
@@ -103,7 +103,7 @@ def import_keys(
         in_store(store, job.work, absent="imagined" if dry_run else "made")
     except Interrupted:
         raise Interrupted(
-            f"stopped: {job.committed} keys were imported, each of them whole; the same command completes it"
+            f"stopped: {job.committed} keys were imported completely; the same command imports the rest"
         ) from None
     if job.foreign and not skip_invalid:
         job.refuse(json)
@@ -111,7 +111,7 @@ def import_keys(
 
 
 class _Import:
-    """One import: what was asked, and what came of it."""
+    """One import: its options and its results."""
 
     def __init__(
         self, file: Path, tenant: str, source: ChunkedKeyFile, dry_run: bool, skip_invalid: bool, update: bool
@@ -130,7 +130,7 @@ class _Import:
     async def work(self, room: Strongroom) -> None:
         from ..keys.transfer import KeyImport
 
-        await room.feed.close()  # nobody here listens: all that is imported would be read again for nothing
+        await room.feed.close()  # nothing listens: the feed would read every imported key again
         shape = self.found.shape
         job = KeyImport(
             room.database,
@@ -155,15 +155,15 @@ class _Import:
 
     @property
     def foreign(self) -> int:
-        """Keys that are another tenant's."""
+        """The number of keys that belong to another tenant."""
         return self._standings()["foreign"]
 
-    # --- What is told -------------------------------------------------------------------------------------------
+    # --- Reports -----------------------------------------------------------------------------------------------
 
     def refuse(self, json: bool) -> None:
-        """Say what is wrong and that nothing was imported. Raises Exit."""
+        """Print the problems and that nothing was imported. Raises Exit."""
         wrong = self.found.refused + self.foreign
-        message = f"{self.file}: {wrong} of {self.source.count} rows are wrong; nothing was imported"
+        message = f"{self.file}: {wrong} of {self.source.count} rows are invalid; nothing was imported"
         if json:
             errors = [{"path": f.path, "message": f.message} for f in self._problems()]
             error = {"code": "invalid_input", "message": message, "errors": errors}
@@ -174,7 +174,7 @@ class _Import:
         raise typer.Exit(EXIT_FAILED)
 
     def report(self, json: bool) -> None:
-        """Say what was done. Raises Exit if what was read back is not what the file has."""
+        """Print the results. Raises Exit if the store, read back, differs from the file."""
         sums = self.checksums
         if json:
             output.print_json(self._view())
@@ -259,10 +259,10 @@ class _Import:
             ("unchanged", str(standings["unchanged"])),
         ]
         if standings["changed"]:
-            what = f"{was}updated" if self.update else "left as they are in the store; --update takes the file's word"
+            what = f"{was}updated" if self.update else "not changed in the store; --update overwrites them"
             fields.append(("changed", f"{standings['changed']} ({what})"))
         if standings["rotated"]:
-            fields.append(("rotated", f"{standings['rotated']} (have another secret since; left alone)"))
+            fields.append(("rotated", f"{standings['rotated']} (have a newer secret; not changed)"))
         if self.found.refused or self.foreign:
             fields.append(("refused", str(self.found.refused + self.foreign)))
         sums = self.checksums
@@ -323,11 +323,11 @@ def export_keys(
         _export_records(file, None if all_tenants else tenant, force, store, json)
         return
     if all_tenants:
-        raise InvalidInput([Problem("all_tenants", f"the shape {shape} has no place for a tenant: use records")])
+        raise InvalidInput([Problem("all_tenants", f"the shape {shape} has no field for the tenant: use records")])
     found = Exported()
 
     async def work(room: Strongroom) -> None:
-        await room.feed.close()  # nobody here listens
+        await room.feed.close()  # nothing listens
         now_us = room.clock.now_us()
         with output.progress("reading") as progress:
             rows = export_rows(found, room.database, room.keys.hasher, shape, tenant, operator(), now_us, progress)
@@ -344,9 +344,7 @@ def export_keys(
     for what, count in found.left_out.items():
         output.print_note(f"left out {count} {'key' if count == 1 else 'keys'}: each {what}")
     for what, count in found.lost.items():
-        output.print_note(
-            f"{count} {'key has' if count == 1 else 'keys have'} {what}, for which the shape has no place"
-        )
+        output.print_note(f"{count} {'key has' if count == 1 else 'keys have'} {what}, which the shape cannot hold")
 
 
 def _export_records(file: Path, tenant: str | None, force: bool, store: str | None, json: bool) -> None:
@@ -378,7 +376,7 @@ def _export_records(file: Path, tenant: str | None, force: bool, store: str | No
 
 @contextmanager
 def _named(file: Path) -> Iterator[None]:
-    """What is wrong with the file, told with its name."""
+    """Put the file's name into the error."""
     from ..keys.transfer import KeyFileError
 
     try:
@@ -390,7 +388,7 @@ def _named(file: Path) -> Iterator[None]:
 
 
 def _check_target(file: Path, force: bool) -> None:
-    """Refuse before the work what would fail after it."""
+    """Refuse an unusable target before the work instead of after it."""
     with _named(file):
         if file.is_dir():
             raise IsADirectoryError(None, "is a directory")
@@ -402,7 +400,7 @@ def _check_target(file: Path, force: bool) -> None:
 
 @contextmanager
 def _new_file(file: Path, force: bool) -> Iterator[IO[bytes]]:
-    """A file that is written whole or not at all, readable by its owner only; durable at the end."""
+    """A file that is complete or absent, readable by its owner only, and durable at the end."""
     import tempfile
 
     folder = file.absolute().parent
@@ -427,10 +425,10 @@ def _new_file(file: Path, force: bool) -> Iterator[IO[bytes]]:
 
 
 def _put_in_place(name: str, file: Path, force: bool) -> None:
-    """Give a finished file its name. FileExistsError, without `force`, if a file came there meanwhile."""
+    """Rename a finished file. Raises FileExistsError, without `force`, if the target appeared meanwhile."""
     if not force:
         try:
-            os.link(name, file)  # unlike a rename, it never takes the place of another file
+            os.link(name, file)  # unlike a rename, a link never replaces another file
             return
         except FileExistsError:
             raise

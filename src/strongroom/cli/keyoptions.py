@@ -50,7 +50,7 @@ FIELDS: Options = {
         "--rotation-overlap", metavar="DURATION", help="How long the old secret then works, for example 7d."
     ),
 }  # fmt: skip
-"""Fields that a key is made with, and that can be changed."""
+"""The fields that creation and changes of a key share."""
 FLAGS = {name: option.__metadata__[0].default.removeprefix("--") for name, option in FIELDS.items()}
 """The option, without its dashes, that sets a field."""
 LISTS = frozenset(("permissions", "allowed_ips", "groups", "allowed_models", "allowed_routes", "limits"))
@@ -89,15 +89,14 @@ FILTER: Options = {
         "--used-before", metavar="TIME", help="Only keys not used since this time or for this long (7d), or never used."
     ),
 }
-"""Conditions that a key must meet; all of them do."""
+"""The conditions of a filter: a key must meet all given ones."""
 
 
-# --- Reading what was given -----------------------------------------------------------------------------------
+# --- Reading the call ----------------------------------------------------------------------------------------
 
 
 def key_fields(given: Mapping[str, Any], problems: list[Problem]) -> dict[str, Any]:
-    """The fields that options set, but for `limits`, which stay in their short form; what is wrong with them goes to
-    `problems`."""
+    """The fields from the options, except `limits`, which stay in their short form. Errors are added to `problems`."""
     fields = {name: value for name, value in given.items() if value is not None}
     if "metadata" in fields:
         fields["metadata"] = metadata(fields["metadata"], problems)
@@ -113,7 +112,7 @@ def key_fields(given: Mapping[str, Any], problems: list[Problem]) -> dict[str, A
 
 
 def key_filter(**given: Any) -> KeyFilter:
-    """The filter that the options describe. InvalidInput names everything that is wrong with them at once."""
+    """The filter from the options. Raises InvalidInput with every problem."""
     from ..keys import KeyFilter, KeyState
     from ..keys.filter import TIMES
 

@@ -1,4 +1,4 @@
-"""`strongroom import` of files of records: keys with any system's hashes, and all that another store knows of them."""
+"""`strongroom import` of files of records: keys with any system's hashes, or all fields of another store's keys."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from ..keys.transfer import Finding, PlannedRecord, Record, RecordImport
 
 MAX_SHOWN = 100
-"""Rows of each kind that a report for people names; with --json MAX_KEPT."""
+"""Rows of each kind that the output for people lists; --json lists MAX_KEPT."""
 MAX_KEPT = 10_000
 ROWS_AT_ONCE = 2_000
 
 
 def is_records(file: Path) -> bool:
-    """Whether a file is one of records; not a file that cannot be read, which is told elsewhere."""
+    """Whether the file has records. False for an unreadable file, whose error the import reports."""
     from ..keys.transfer import record_lines as recordlines
 
     try:
@@ -38,7 +38,7 @@ def is_records(file: Path) -> bool:
 
 
 def read_secret(file: Path | None) -> bytes | None:
-    """The secret that a file holds, without a line's end; OSError if it cannot be read."""
+    """The secret in a file, without a trailing newline. Raises OSError."""
     if file is None:
         return None
     secret = file.read_bytes().removesuffix(b"\n").removesuffix(b"\r")
@@ -48,7 +48,7 @@ def read_secret(file: Path | None) -> bytes | None:
 
 
 class RecordsImport:
-    """One import: what was asked, and what came of it. The file is read for each step, so that memory stays flat."""
+    """One import: its options and its results. Each step reads the file again, so memory stays flat."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class RecordsImport:
         self.differences: list[PlannedRecord] = []
 
     def run(self, store: str | None, json: bool) -> None:
-        """Judge every row, import, read back, and tell. Raises Exit, Interrupted, and what the store raises."""
+        """Check every row, import, read back, report. Raises Exit, Interrupted, and the errors of the store."""
         for record, findings in self._records():
             self.rows += 1
             self.refused += record is None
@@ -85,7 +85,7 @@ class RecordsImport:
             in_store(store, self._work, absent="imagined" if self.dry_run else "made")
         except Interrupted:
             raise Interrupted(
-                f"stopped: {self.committed} keys were imported, each of them whole; the same command completes it"
+                f"stopped: {self.committed} keys were imported completely; the same command imports the rest"
             ) from None
         if self.standings["foreign"] and not self.skip_invalid and not self.committed:
             self._refuse(json)
@@ -140,7 +140,7 @@ class RecordsImport:
         finally:
             self.committed = job.committed
 
-    # --- What is told -------------------------------------------------------------------------------------------
+    # --- Reports -----------------------------------------------------------------------------------------------
 
     def _keep(self, finding: Finding) -> None:
         kept = self.kept[finding.refused]
@@ -161,9 +161,9 @@ class RecordsImport:
             self.differences.append(planned)
 
     def _refuse(self, json: bool) -> None:
-        """Say what is wrong and that nothing was imported. Raises Exit."""
+        """Print the problems and that nothing was imported. Raises Exit."""
         wrong = self.refused + self.standings["foreign"]
-        message = f"{self.file}: {wrong} of {self.rows} rows are wrong; nothing was imported"
+        message = f"{self.file}: {wrong} of {self.rows} rows are invalid; nothing was imported"
         if json:
             errors = [{"path": f.path, "message": f.message} for f in self.kept[True]]
             error = {"code": "invalid_input", "message": message, "errors": errors}
@@ -174,7 +174,7 @@ class RecordsImport:
         raise typer.Exit(EXIT_FAILED)
 
     def _report(self, json: bool) -> None:
-        """Say what was done. Raises Exit if what was read back is not what the file has."""
+        """Print the results. Raises Exit if the store, read back, differs from the file."""
         if json:
             output.print_json(self._view())
         else:
@@ -182,7 +182,7 @@ class RecordsImport:
             self._print_differences()
             output.print_fields(self._fields())
         if self.missing:
-            output.print_note(f"strongroom: {self.missing} rows are not in the store as the file has them")
+            output.print_note(f"strongroom: {self.missing} rows differ between the store and the file")
             raise typer.Exit(EXIT_FAILED)
 
     def _view(self) -> dict[str, Any]:
@@ -234,16 +234,16 @@ class RecordsImport:
         was = "would be " if self.dry_run else ""
         fields = [
             ("file", f"{self.file} (records)"),
-            ("tenant", f"{self.tenant} (of rows that name none)"),
+            ("tenant", f"{self.tenant} (for rows without a tenant)"),
             ("rows", str(self.rows)),
             ("new", f"{standings['new']} ({was}imported)" if standings["new"] else "0"),
             ("unchanged", str(standings["unchanged"])),
         ]
         if standings["changed"]:
-            what = f"{was}updated" if self.update else "left as they are in the store; --update takes the file's word"
+            what = f"{was}updated" if self.update else "not changed in the store; --update overwrites them"
             fields.append(("changed", f"{standings['changed']} ({what})"))
         if standings["rotated"]:
-            fields.append(("rotated", f"{standings['rotated']} (have another secret since; left alone)"))
+            fields.append(("rotated", f"{standings['rotated']} (have a newer secret; not changed)"))
         if wrong := self.refused + standings["foreign"]:
             fields.append(("refused", str(wrong)))
         fields.append(("dry run", "nothing was written") if self.dry_run else ("written", str(self.committed)))

@@ -106,7 +106,7 @@ def list_keys(
     async def read(room: Strongroom) -> Page[ApiKey]:
         page = await room.keys.page(where, limit=limit, cursor=cursor)
         items = [*page.items]
-        # Of some filters a page may be empty, and not the last.
+        # With some filters a page may be empty although more pages follow.
         while page.next_cursor is not None and (every or not items):
             page = await room.keys.page(where, limit=limit, cursor=page.next_cursor)
             items += page.items
@@ -262,7 +262,7 @@ def delete(
     Example:
       strongroom keys delete key_0199f3c2… --yes
     """
-    must_be_confirmed(yes, json, "removing a key for good cannot be undone" if purge else "it stops working at once")
+    must_be_confirmed(yes, json, "purging a key cannot be undone" if purge else "it stops working at once")
 
     async def remove(room: Strongroom) -> ApiKey:
         key = await room.keys.get(id, deleted=purge)
@@ -277,7 +277,7 @@ def delete(
     elif purge:
         output.print_line(f"removed {key.id} ({key.name}) for good")
     else:
-        output.print_line(f"deleted {key.id} ({key.name}); strongroom keys restore {key.id} takes that back")
+        output.print_line(f"deleted {key.id} ({key.name}); strongroom keys restore {key.id} reverses this")
 
 
 @app.command()
@@ -328,7 +328,7 @@ def _cost(text: str) -> tuple[str, Any]:
 
 
 def _asked_for(prompt: str) -> str:
-    """A line of standard input; at a terminal it is asked for and not echoed."""
+    """A line of standard input; on a terminal after a prompt, without echo."""
     if is_interactive():
         import getpass
 

@@ -1,4 +1,4 @@
-"""How the command line shows keys, their statistics and what a verification answered."""
+"""How the command line shows keys, their statistics and verifications."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ ONCE = "Keep this secret now: it is not stored and cannot be shown again."
 
 
 def key_view(key: ApiKey) -> dict[str, Any]:
-    """A key as JSON shows it, here as over HTTP: everything but its hashes."""
+    """A key as JSON, as over HTTP: everything except its hashes."""
     return key.shown()
 
 
 def stats_view(found: KeyStats) -> dict[str, Any]:
-    """A key's statistics as JSON shows them, here as over HTTP."""
+    """A key's statistics as JSON, as over HTTP."""
     return {
         "key_id": found.key.id,
         "tenant": found.key.tenant,
@@ -41,7 +41,7 @@ def print_issued(issued: IssuedKey, json: bool) -> None:
         output.print_secret("key", issued.text, ONCE, lambda: print_key(issued.key, json))
     else:
         print_key(issued.key, json)
-        output.print_note(f"The new secret is kept until it is claimed: strongroom keys claim {issued.key.id}")
+        output.print_note(f"The new secret waits to be claimed: strongroom keys claim {issued.key.id}")
 
 
 def print_key(key: ApiKey, json: bool) -> None:
@@ -98,13 +98,13 @@ def print_answer(answer: Verification, json: bool) -> None:
 
 
 def _schedule(key: ApiKey) -> str:
-    """How often a key is rotated, and how long its old secret then works on."""
+    """The period of rotations, and how long the old secret then works."""
     if key.rotate_every_s is None:
         return ""
     every = f"every {shortforms.show_seconds(key.rotate_every_s)}"
     if key.rotation_overlap_s is None:
         return every
-    return f"{every}, the old secret works on for {shortforms.show_seconds(key.rotation_overlap_s)}"
+    return f"{every}, the old secret works for {shortforms.show_seconds(key.rotation_overlap_s)}"
 
 
 def state_of(key: ApiKey, now: datetime) -> str:

@@ -1,4 +1,4 @@
-"""`strongroom leaks …`: report keys that were found in public, list what leaked, set what is done about it."""
+"""`strongroom leaks …`: report leaked keys, list leaks, set leak policies."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def _content(file: str) -> str:
 
 
 def _sightings(content: str, **given: str) -> list[Sighting]:
-    """The texts of a file: an array as scanners send it, or one a line, to which `given` applies."""
+    """The secrets of a file: a scanner's JSON array, or one a line, for which `given` has the other fields."""
     from ..keys import Sighting
 
     if content.lstrip().startswith("["):

@@ -1,4 +1,4 @@
-"""How the command line shows limits, and where each of them stands."""
+"""How the command line shows limits and their state."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ _SPLIT: tuple[tuple[str, Callable[[LimitStatus], str]], ...] = (
     ("RESERVED", lambda s: str(s.reserved)),
     ("LEASED", lambda s: str(s.leased)),
 )
-"""What `used` consists of, shown where it is more than what was recorded."""
+"""The parts of `used`, shown if `used` is more than `recorded`."""
 _SPARSE: tuple[tuple[str, Callable[[LimitStatus], str]], ...] = (
     ("MODELS", lambda s: " ".join(s.models)),
     ("ROUTES", lambda s: " ".join(s.routes)),
     ("DENIED", lambda s: "yes" if s.exceeded else ""),
 )
-"""Columns that are there where one of the limits has something to say in them."""
+"""Columns that are shown if at least one limit has a value."""
 
 
 def print_limits(limits: Sequence[LimitStatus]) -> None:
-    """A table of where limits stand; nothing if there are none."""
+    """A table of limits and their state; nothing without limits."""
     if not limits:
         return
     columns = [*_COLUMNS]
@@ -52,10 +52,10 @@ def limit_texts(limits: Sequence[Limit]) -> list[str]:
 
 
 def print_mended(mended: ClockMended | None, json: bool) -> None:
-    """Whether the time that something was used at was ahead, and what it is now."""
+    """Print whether the time of the last use was reset, and to which time."""
     if json:
         output.print_json({"mended": mended is not None, **(asdict(mended) if mended is not None else {})})
     elif mended is None:
         output.print_line("nothing to mend: its time is not ahead of the clock")
     else:
-        output.print_line(f"its time was {output.moment(mended.before)}; it goes on from {output.moment(mended.now)}")
+        output.print_line(f"its time was {output.moment(mended.before)}; it is now {output.moment(mended.now)}")

@@ -1,4 +1,4 @@
-"""`strongroom migrate`: everything from one store into another, planned, resumed, switched over, taken back."""
+"""`strongroom migrate`: moves everything from one store to another: plan, copy, switch-over, rollback."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 MAX_SHOWN = 40
-"""Parts that a report for people lists; with --json all of them."""
+"""Parts that the output for people lists; --json lists all."""
 
 
 def migrate(
@@ -103,14 +103,14 @@ def migrate(
 
 
 def shown(url: str) -> str:
-    """A store's URL as it may be shown and kept: without a password, a file by its whole path."""
+    """A store's URL for messages and the stored state: without a password, and a file with its full path."""
     from ..storage.url import shown_url
 
     return shown_url(url)
 
 
 def _check_call(source: str, target: str, modes: dict[str, bool]) -> None:
-    """Raise InvalidInput that names everything wrong with the stores' URLs and the options that exclude each other."""
+    """Raise InvalidInput with every problem of the stores' URLs and the options."""
     from ..storage import store_for
 
     problems = []
@@ -134,7 +134,7 @@ def _check_call(source: str, target: str, modes: dict[str, bool]) -> None:
 
 
 def what_next(target: str) -> str:
-    """What is to be done once everything is in the target, whose URL has no password."""
+    """The next step once the target has everything. Its URL has no password."""
     parts = urlsplit(target)
     if not parts.scheme.startswith("postgres"):
         return f"everything is in {target}: set STRONGROOM_STORE to it wherever it is used"
@@ -149,7 +149,7 @@ def what_next(target: str) -> str:
 
 
 class _Job:
-    """One call: the stores by their URLs, what was asked, and how it is told."""
+    """One call: the URLs of the stores, the options, and the output."""
 
     def __init__(self, source: str, target: str, options: Options, json: bool) -> None:
         self.urls = source, target
@@ -157,11 +157,11 @@ class _Job:
         self.json = json
 
     def _run(self, work: Callable[[Store, Store, tuple[Collection, ...]], Awaitable[T]], absent: Absent = "made") -> T:
-        """Open both stores, do the work, close them. `absent`: what of a target whose file is not there."""
+        """Open both stores, do the work, close them. `absent`: what to do if the file of the target does not exist."""
         from ..config import load
         from ..storage import open_store
 
-        # Each with what the environment says of its engine, as a server on it would have.
+        # Each store with the settings of its engine, as a server would open it.
         settings = [load(store=url, store_is=of) for of, url in zip(("SOURCE", "TARGET"), self.urls, strict=False)]
         collections = registry(settings[0].entities).collections
 
@@ -226,19 +226,19 @@ class _Job:
 
 
 def _asks(target: str) -> bool:
-    """Whether someone at a terminal wants the switch-over now."""
+    """Ask for the switch-over on a terminal; without a terminal the answer is no."""
     if not is_interactive():
         return False
     with stopped_by_ctrl_c():
         return typer.confirm(f"{target} is up to date. Switch over now? Writes are refused until it is done.", err=True)
 
 
-# --- What is told ---------------------------------------------------------------------------------------------
+# --- Reports -------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def phases() -> Iterator[Progress]:
-    """Progress on standard error where that is a terminal: a line for each thing that is done, with its rate."""
+    """Progress on standard error if it is a terminal: one line for each phase, with its rate."""
     if not sys.stderr.isatty():
         yield lambda what, done, total: None
         return
@@ -281,7 +281,7 @@ def _print_plan(plan: Plan) -> None:
     for note in plan.notes:
         output.print_line(f"note: {note}")
     for problem in plan.problems:
-        output.print_note(f"in the way: {problem.path}: {problem.message}")
+        output.print_note(f"obstacle: {problem.path}: {problem.message}")
 
 
 def _plan_view(plan: Plan) -> dict[str, Any]:
@@ -309,13 +309,15 @@ def _print_report(report: Report) -> None:
         for difference in part.differences:
             output.print_note(f"strongroom: {difference}")
     if report.target_records not in (None, report.records):
-        output.print_note("strongroom: the journal's records in the target are not those of the source")
+        output.print_note("strongroom: the journal's records differ between source and target")
     fields = [("from", report.source), ("to", report.target), ("stands at", report.phase)]
     fields.append(("journal records", str(report.records)))
     if report.followed:
         fields.append(("followed", f"{report.followed} records written meanwhile"))
     if report.late:
-        fields.append(("late", f"{report.late} changes came after every process should have known; they were copied"))
+        fields.append(
+            ("late", f"{report.late} changes came after all processes should have stopped writing; they were copied")
+        )
     if report.pause_s is not None:
         fields.append(("writes were off for", f"{report.pause_s:.1f} s"))
     if report.backup:

@@ -1,4 +1,4 @@
-"""What commands of several nouns share: their options, whether to ask, and how what the options describe is read."""
+"""Shared by commands of several nouns: options, confirmation, and reading option values."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 M = TypeVar("M", bound="BaseModel")
 Command = Callable[..., None]
 Options = Mapping[str, Any]
-"""A group of options: annotated types by the names that the values are given under."""
+"""A group of options: the annotated type of each, by name."""
 
 PageOption = Annotated[int, typer.Option("--limit", help="At most this many (1 to 1000).")]
 CursorOption = Annotated[str | None, typer.Option(help="The `next_cursor` of the last page.")]
@@ -38,11 +38,11 @@ LimitsOption = Annotated[
 
 
 def with_options(options: Options, name: str, read: Callable[..., Any]) -> Callable[[Command], Command]:
-    """A decorator for a command whose parameter `name` is `read(**values of these options)`. In its help they stand
-    where the parameter does."""
+    """A decorator for a command whose parameter `name` is `read(**values of these options)`. The help lists the options
+    at the parameter's place."""
 
     def decorate(command: Command) -> Command:
-        command.__annotations__.pop(name)  # its type need not be imported before the command runs
+        command.__annotations__.pop(name)  # Typer would import the type for every --help
         own = inspect.signature(command, eval_str=True)
         parameters: list[inspect.Parameter] = []
         for parameter in own.parameters.values():
@@ -56,7 +56,7 @@ def with_options(options: Options, name: str, read: Callable[..., Any]) -> Calla
             values = {option: given.pop(option) for option in options}
             command(**given, **{name: read(**values)})
 
-        del run.__wrapped__  # Typer is to see the options, not the command's parameter
+        del run.__wrapped__  # else Typer would read the command's own parameter instead of the options
         run.__annotations__ = {}
         run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
         return run
@@ -70,18 +70,18 @@ def _parameter(name: str, annotation: Any) -> inspect.Parameter:
 
 
 def is_interactive() -> bool:
-    """Whether there is someone to ask."""
+    """Whether a person at a terminal can be asked."""
     return sys.stdin.isatty()
 
 
 def must_be_confirmed(yes: bool, json: bool, why: str) -> None:
-    """Raise InvalidInput where something needs a yes, which was not given, and nobody can be asked for it."""
+    """Raise InvalidInput if --yes is missing and there is no terminal to ask on."""
     if not yes and (json or not is_interactive()):
         raise InvalidInput([Problem("yes", f"{why}: confirm it with --yes")])
 
 
 def confirm(yes: bool, question: str) -> None:
-    """Ask, where that was not answered before; ends the command if the answer is no."""
+    """Ask, unless --yes was given. Ends the command if the answer is no."""
     if not yes:
         with stopped_by_ctrl_c():
             typer.confirm(question, abort=True, err=True)
@@ -89,8 +89,8 @@ def confirm(yes: bool, question: str) -> None:
 
 @contextmanager
 def stopped_by_ctrl_c() -> Iterator[None]:
-    """While someone is asked, Ctrl-C raises KeyboardInterrupt at once. The handler of an event loop only asks its task
-    to end, and that task waits for the answer."""
+    """While a prompt waits, Ctrl-C raises KeyboardInterrupt at once. The event loop's own handler only cancels the
+    task, which would still wait for the answer."""
     before = signal.getsignal(signal.SIGINT)
     if before in (signal.SIG_IGN, None):
         yield
@@ -105,7 +105,7 @@ def stopped_by_ctrl_c() -> Iterator[None]:
     signal.signal(signal.SIGINT, stop)
     try:
         yield
-    except typer.Abort:  # Typer tells the end of the input from Ctrl-C no more
+    except typer.Abort:  # Typer raises Abort for both Ctrl-C and the end of the input
         if interrupted:
             raise KeyboardInterrupt from None
         raise
@@ -114,7 +114,7 @@ def stopped_by_ctrl_c() -> Iterator[None]:
 
 
 def duration_s(name: str, text: str) -> int:
-    """What an option such as --overlap says. Raises InvalidInput."""
+    """A duration option such as --overlap in seconds. Raises InvalidInput."""
     problems: list[Problem] = []
     seconds = shortforms.one(name, text, shortforms.seconds, problems)
     if seconds is None:
@@ -123,7 +123,7 @@ def duration_s(name: str, text: str) -> int:
 
 
 def metadata(texts: Sequence[str], problems: list[Problem]) -> dict[str, Any]:
-    """What several --metadata NAME=VALUE say; what is wrong with them goes to `problems`."""
+    """The values of several --metadata NAME=VALUE. Errors are added to `problems`."""
     pairs = shortforms.by_name("metadata", texts, shortforms.pair, problems)
     return {name: shortforms.metadata_value(value) for name, value in pairs.items()}
 
@@ -131,8 +131,8 @@ def metadata(texts: Sequence[str], problems: list[Problem]) -> dict[str, Any]:
 def described(
     cls: type[M], fields: Mapping[str, Any], limits: Sequence[str] | None, problems: Sequence[Problem] = ()
 ) -> M:
-    """What the options describe: `fields`, and `limits` in their short form where they are given at all. InvalidInput
-    names everything that is wrong, `problems` that were found before included, at once."""
+    """A model from `fields` and, if given, `limits` in their short form. Raises InvalidInput with every problem,
+    including the earlier `problems`."""
     from ..entities import parse
 
     found = list(problems)

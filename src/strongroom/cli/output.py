@@ -1,4 +1,4 @@
-"""What commands print: tables and fields for people, one JSON document for programs, errors, progress."""
+"""The output of commands: tables and fields for people, one JSON document for programs, errors, progress."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _INDENT = "    "
 
 
 def make_every_text_printable() -> None:
-    """On a terminal of another encoding, a name that it cannot show must not end the command."""
+    """Replace characters that the terminal's encoding lacks; else a single name could end the command."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -39,14 +39,14 @@ def print_json(value: Any) -> None:
 
 
 def print_error(as_json: bool, code: str, message: str, problems: Sequence[Mapping[str, str]] = ()) -> None:
-    """With --json a document on standard output; else a sentence on standard error, each of several problems a line."""
+    """With --json a document on standard output, else a sentence on standard error, with one line for each problem."""
     if as_json:
         print_json({"error": {"code": code, "message": message, "errors": problems}})
         return
     if len(problems) < 2:
-        print_note(f"strongroom: {' '.join(message.splitlines())}")  # what failed may have said it in several lines
+        print_note(f"strongroom: {' '.join(message.splitlines())}")  # a driver's message may have several lines
         return
-    print_note(f"strongroom: {len(problems)} things are wrong:")
+    print_note(f"strongroom: {len(problems)} problems:")
     for problem in problems:
         print_note(f"  {problem['path']}: {problem['message']}" if problem["path"] else f"  {problem['message']}")
 
@@ -59,18 +59,18 @@ def print_line(text: str = "") -> None:
 
 
 def print_note(text: str) -> None:
-    """A line on standard error: what is said about the work, beside its result."""
+    """Print a line on standard error, apart from the result."""
     sys.stderr.write(shown(text) + "\n")
 
 
 def shown(text: str) -> str:
-    """A text without what would move a terminal's cursor or colour it: names come from anyone."""
+    """The text without control characters: a name from anyone could move the cursor or colour the terminal."""
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 def print_secret(name: str, secret: str, once: str, print_rest: Callable[[], None]) -> None:
-    """A secret that is shown `once`, below the rest. A pipe gets the secret alone, for `KEY=$(strongroom …)`: the rest
-    is on standard error then."""
+    """Print a secret that is shown `once`, below the rest. A pipe gets only the secret, for `KEY=$(strongroom …)`; the
+    rest then goes to standard error."""
     if _is_terminal(sys.stdout):
         print_rest()
         print_line(f"{name:<8}  {secret}")
@@ -86,7 +86,7 @@ def moment(value: datetime | None, absent: str = "never") -> str:
 
 
 def print_fields(fields: Sequence[tuple[str, str | Sequence[str]]]) -> None:
-    """Names and values, aligned; several values of one name are a line each. What has no value is left out."""
+    """Print aligned names and values; each of several values has its own line. Fields without a value are left out."""
     width = max((_cells(name) for name, value in fields if value), default=0)
     for name, value in fields:
         lines = [value] if isinstance(value, str) else value
@@ -96,7 +96,7 @@ def print_fields(fields: Sequence[tuple[str, str | Sequence[str]]]) -> None:
 
 
 def print_page(columns: Sequence[str], rows: Rows, next_cursor: str | None, nothing: str) -> None:
-    """One page of a list, or that there is `nothing`; and how to go on."""
+    """Print one page of a list, or `nothing` if it is empty, and the cursor of the next page."""
     if rows:
         print_table(columns, rows)
     else:
@@ -106,8 +106,8 @@ def print_page(columns: Sequence[str], rows: Rows, next_cursor: str | None, noth
 
 
 def print_table(columns: Sequence[str], rows: Rows) -> None:
-    """A table: drawn by Rich on a terminal, else plain aligned columns. Where a terminal is too narrow for it, the
-    columns that do not fit are told below each row, so that no text is broken into pieces."""
+    """Print a table: drawn by Rich on a terminal, else as aligned columns. Columns that do not fit into the terminal
+    are printed below each row, because folded cells cannot be copied."""
     if _is_terminal(sys.stdout):
         width = shutil.get_terminal_size().columns
         if _width(columns, rows) > width:
@@ -119,7 +119,7 @@ def print_table(columns: Sequence[str], rows: Rows) -> None:
 
         table = Table(box=None, pad_edge=False, header_style="bold")
         for column in columns:
-            table.add_column(column, overflow="fold", no_wrap=column == "ID")  # an id is there to be copied
+            table.add_column(column, overflow="fold", no_wrap=column == "ID")  # a folded id cannot be copied
         for row in rows:
             table.add_row(*(Text(shown(cell)) for cell in row))
         Console().print(table)
@@ -142,7 +142,7 @@ def _width(columns: Sequence[str], rows: Rows) -> int:
 
 
 def _print_stacked(columns: Sequence[str], rows: Rows, width: int) -> None:
-    """A table of the first columns that fit; below each of its rows, with their names, what the others have."""
+    """Print a table of the first columns that fit, and below each row the other columns with their names."""
     widths = _widths(columns, rows)
     fitting = 1
     while _width(columns[: fitting + 1], [row[: fitting + 1] for row in rows]) <= width:
@@ -170,7 +170,7 @@ def _is_terminal(stream: TextIO) -> bool:
 
 
 def _cells(text: str) -> int:
-    """The columns a text takes: East Asian wide characters take two, combining marks none."""
+    """The terminal columns of a text: East Asian wide characters take two, combining marks none."""
     if text.isascii():
         return len(text)
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
@@ -178,7 +178,7 @@ def _cells(text: str) -> int:
 
 @contextmanager
 def progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Progress on standard error where that is a terminal: the function takes what is done and how much there is."""
+    """Progress on standard error if it is a terminal. Call the function with the done and the total amount."""
     if not _is_terminal(sys.stderr):
         yield lambda done, total: None
         return
@@ -193,7 +193,7 @@ def progress(title: str) -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def log_on_terminal(name: str) -> Iterator[None]:
-    """What the logger `name` says of long work, a line a step, on standard error where that is a terminal."""
+    """Print the lines of the logger `name` on standard error if it is a terminal."""
     if not _is_terminal(sys.stderr):
         yield
         return

@@ -58,7 +58,7 @@ def set_quota(
     """
     kind, name = _subject(user, group)
     problems: list[Problem] = []
-    if not limit:  # what was set would be gone without a word
+    if not limit:  # else a call without limits would silently remove all limits
         expected = "expected one --limit at least (`strongroom quotas delete` removes a quota)"
         problems.append(Problem("limits", f"found none, {expected}"))
     new = _new_quota(kind, tenant, name, limit or [], description, problems)
@@ -193,7 +193,7 @@ def mend_clock(
 
 
 def _subject(user: str | None, group: str | None) -> tuple[str, str]:
-    """The kind and the name of the quota that the options mean."""
+    """The kind and the name of the quota that the options name."""
     if user is not None and group is not None:
         raise InvalidInput(
             [Problem("group", "cannot be combined with --user: a quota belongs to a user or to a group")]
@@ -206,7 +206,7 @@ def _subject(user: str | None, group: str | None) -> tuple[str, str]:
 def _new_quota(
     kind: str, tenant: str, name: str, limits: list[str], description: str | None, problems: list[Problem]
 ) -> NewQuota:
-    """The quota that the options describe. InvalidInput names everything that is wrong with them at once."""
+    """The quota from the options. Raises InvalidInput with every problem."""
     from ..quotas.service import NewQuota
 
     fields = {"kind": kind, "tenant": tenant, "name": name, "description": description}

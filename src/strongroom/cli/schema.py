@@ -1,4 +1,4 @@
-"""`strongroom schema …`: what the declared entities ask of the store, roles, advice on indexes, JSON Schema."""
+"""`strongroom schema …`: compares the declared entities with the store; roles, index advice, JSON Schema."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def advise(
         missing = await opened.prepare(list(collections.values()), mode="plan")
         if missing:
             raise SchemaError(
-                f"the store does not fit the declarations yet ({len(missing)} changes): run `strongroom schema apply`"
+                f"the store does not match the declarations yet ({len(missing)} changes): run `strongroom schema apply`"
             )
         await opened.prepare(list(collections.values()))
         return await advice.advise(opened, list(collections.values()))
@@ -224,7 +224,7 @@ def advise(
         return
     for item in found:
         output.print_line(str(item))
-    output.print_note(f"{len(found)} pieces of advice" if found else "nothing to advise, as far as was counted")
+    output.print_note(f"{len(found)} pieces of advice" if found else "no advice for the counted queries")
 
 
 @app.command()
@@ -272,7 +272,7 @@ def _with_store(
     work: Callable[[Store, Registry], Awaitable[T]],
     absent: Absent = "refused",
 ) -> T:
-    """Work on the store, not yet prepared, with the entities declared."""
+    """Work on the store, with the declared entities, before it is prepared."""
     from ..config import load
 
     declared = registry(modules or load(store=store).entities)
@@ -312,4 +312,4 @@ def _print_changes(changes: tuple[SchemaChange, ...], json: bool, done: str) -> 
         return
     for change in changes:
         output.print_line(f"{change}{' (loses data)' if change.destructive else ''}")
-    output.print_note(f"{len(changes)} changes {done}" if changes else "the store fits the declarations")
+    output.print_note(f"{len(changes)} changes {done}" if changes else "the store matches the declarations")

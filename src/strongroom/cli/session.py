@@ -1,4 +1,4 @@
-"""What commands share when they work on a store: its settings, opening it, who acts, and how a stop is told."""
+"""Shared by commands that work on a store: its URL, opening it, the acting user, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ Absent = Literal["refused", "made", "own", "imagined"]
 
 
 class Interrupted(StrongroomError):
-    """Stopped. What was committed before stays, nothing is half done."""
+    """Stopped. Earlier commits remain, and nothing is half done."""
 
     code = "interrupted"
 
 
 def in_store(store: str | None, work: Callable[[Strongroom], Awaitable[T]], *, absent: Absent = "refused") -> T:
-    """Open the store, do the work, close it. Raises what both raise, and Interrupted on Ctrl-C; ConfigError for the
-    file of a store that is not there, unless `absent` says otherwise."""
+    """Open the store, do the work, close it. Raises the errors of both, Interrupted on Ctrl-C, and ConfigError if the
+    file of the store does not exist and `absent` does not allow this."""
     from .. import config
     from ..app import Strongroom
     from ..served_entities import served_entities
@@ -62,9 +62,13 @@ def in_store(store: str | None, work: Callable[[Strongroom], Awaitable[T]], *, a
 
 @contextmanager
 def standing(store: str | None, url: str, absent: Absent) -> Iterator[str]:
-    """The URL of a store that may be opened for a command; `store` is what the option says. A file that is not there is
-    `refused` with ConfigError, since a mistyped name must not become a new store; `made`, which is told; the command's
-    `own`, of which nothing is said; or `imagined`: an empty store of its kind takes its place for a while."""
+    """The URL of a store to open; `store` is the value of the option. `absent` decides for a file that does not exist:
+
+    refused    raises ConfigError, because a mistyped name must not become a new store
+    made       makes a new store, with a note
+    own        makes a new store, without a note
+    imagined   uses an empty temporary store of the same kind
+    """
     file = store_file(url)
     if file is None or absent == "own" or os.path.exists(file):
         yield url
@@ -87,14 +91,14 @@ def standing(store: str | None, url: str, absent: Absent) -> Iterator[str]:
 
 
 def store_file(url: str) -> str | None:
-    """The path of the file that a store's URL names; None if it names a server, or nothing."""
+    """The path of the file in a store's URL; None for a server or an empty URL."""
     from ..storage.url import store_file as file_of
 
     return file_of(url)
 
 
 def registry(modules: Sequence[str]) -> Registry:
-    """Every entity that a server knows whose STRONGROOM_ENTITIES names these modules. ConfigError, SchemaError."""
+    """Every entity of a server whose STRONGROOM_ENTITIES names these modules. Raises ConfigError, SchemaError."""
     from ..app import SYSTEM_ENTITIES
     from ..entities import Registry
     from ..served_entities import served_entities
@@ -103,7 +107,8 @@ def registry(modules: Sequence[str]) -> Registry:
 
 
 def run(work: Callable[[], Awaitable[T]]) -> T:
-    """Run asynchronous work to its end. Raises Interrupted on Ctrl-C, after everything it opened was closed."""
+    """Run asynchronous work to its end. Raises Interrupted on Ctrl-C, after the work closed everything that it
+    opened."""
     import asyncio
 
     async def entered() -> T:
@@ -117,7 +122,7 @@ def run(work: Callable[[], Awaitable[T]]) -> T:
 
 @contextmanager
 def as_owner() -> Iterator[None]:
-    """The owner of a PostgreSQL schema is right here: do not warn that it should not serve."""
+    """Silence the warning that the owner of a PostgreSQL schema should not serve: these commands need the owner."""
     import logging
 
     logger = logging.getLogger("strongroom.storage.postgres.roles")
@@ -130,13 +135,13 @@ def as_owner() -> Iterator[None]:
 
 
 def operator() -> Context:
-    """The context of who sits at the command line: an administrator, named in the journal by the login name."""
+    """The context of the person at the command line: an administrator, named in the journal by the login name."""
     import getpass
 
     from ..context import system_context
 
     try:
         name = getpass.getuser()
-    except (OSError, KeyError):  # no such user in this container
+    except (OSError, KeyError):  # the container has no such user
         name = "unknown"
     return system_context(actor=f"cli:{name}")

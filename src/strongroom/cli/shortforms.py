@@ -1,4 +1,4 @@
-"""What is written short on the command line, read into what the library takes: limits, costs, metadata, times. Pure.
+"""Reads the short forms of the command line: limits, costs, metadata, times. Pure.
 
 tokens=100000/5h                             rolling: the last five hours
 requests=60/60s
@@ -32,7 +32,7 @@ SCOPES = ("models", "routes")
 
 def limit(text: str) -> dict[str, Any]:
     """`RESOURCE=AMOUNT/WINDOW [models=NAME,…] [routes=NAME,…]` as the fields of a Limit; `concurrency` has no window.
-    ValueError with what was found and expected."""
+    Raises ValueError with the found and the expected value."""
     form, *scopes = text.split(" ")
     fields = _counted(form, text)
     for scope in scopes:
@@ -138,7 +138,7 @@ def pair(text: str) -> tuple[str, str]:
 
 
 def metadata_value(text: str) -> Any:
-    """JSON where it is JSON (`3`, `true`, `["a"]`), else the text as it is."""
+    """The value as JSON if it is JSON (`3`, `true`, `["a"]`), else as text."""
     try:
         return json.loads(text)
     except ValueError:
@@ -146,7 +146,7 @@ def metadata_value(text: str) -> Any:
 
 
 def each(path: str, texts: Iterable[str], read: Callable[[str], T], problems: list[Problem]) -> dict[int, T]:
-    """Every text read, by its position; what is wrong with one goes to `problems`, so that all are told at once."""
+    """Every text, read, by its position. Errors are added to `problems`, so that all are reported at once."""
     found = {}
     for index, text in enumerate(texts):
         try:
@@ -159,7 +159,7 @@ def each(path: str, texts: Iterable[str], read: Callable[[str], T], problems: li
 def by_name(
     path: str, texts: Iterable[str], read: Callable[[str], tuple[str, T]], problems: list[Problem]
 ) -> dict[str, T]:
-    """As `each`, of texts that name something, by that name; the same name twice is a problem."""
+    """Like `each`, for texts that name something, by that name. A repeated name is a problem."""
     found: dict[str, T] = {}
     for index, (name, value) in each(path, texts, read, problems).items():
         if name in found:
@@ -169,7 +169,7 @@ def by_name(
 
 
 def one(path: str, text: str, read: Callable[[str], T], problems: list[Problem]) -> T | None:
-    """As `each`, for one text; None if it is wrong."""
+    """Like `each`, for one text; None if it is invalid."""
     try:
         return read(text)
     except ValueError as error:
@@ -178,7 +178,7 @@ def one(path: str, text: str, read: Callable[[str], T], problems: list[Problem])
 
 
 def as_given(problem: Problem, positions: Sequence[int]) -> Problem:
-    """A problem of the limits that could be read, counted among those that were given."""
+    """A problem of a readable limit, with its index among all given limits."""
     parts = problem.path.split(".")
     if parts[0] == "limits" and len(parts) > 1 and parts[1].isdecimal():
         parts[1] = str(positions[int(parts[1])])

@@ -1,4 +1,4 @@
-"""`strongroom webhooks …`: make, list, show, change, test and remove endpoints; list and redrive deliveries."""
+"""`strongroom webhooks …`: create, list, show, update, test and delete endpoints; list and redrive deliveries."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def update(
     fields = _fields(event, threshold, min_window, description, problems)
     fields |= {name: value for name, value in (("url", url), ("enabled", enable)) if value is not None}
     if not fields and not problems:
-        raise InvalidInput("nothing is to be changed: give an option such as --url")
+        raise InvalidInput("no change was given: expected an option such as --url")
     changes = described(WebhookChanges, fields, None, problems)
     _print_webhook(in_store(store, lambda room: room.webhooks.update(id, changes, context=operator())), json)
 
@@ -273,7 +273,7 @@ def _fields(
     description: str | None,
     problems: list[Problem],
 ) -> dict[str, Any]:
-    """What of these was given, as an endpoint's fields; what cannot be read goes to `problems`."""
+    """The given options as an endpoint's fields. Errors are added to `problems`."""
     fields: dict[str, Any] = {}
     if event:
         fields["events"] = event
@@ -291,7 +291,7 @@ def _fields(
 
 
 def webhook_view(webhook: Webhook) -> dict[str, Any]:
-    """An endpoint as JSON shows it, here as over HTTP: everything but its secrets."""
+    """An endpoint as JSON, as over HTTP: everything except its secrets."""
     return webhook.model_dump(exclude={"secret", "previous_secret"})
 
 
@@ -340,7 +340,7 @@ def _print_delivery(delivery: Delivery, json: bool) -> None:
 
 
 def _came(delivery: Delivery) -> str:
-    """What came of the last attempt."""
+    """The result of the last attempt."""
     return delivery.last_error or (str(delivery.last_status) if delivery.last_status is not None else "")
 
 

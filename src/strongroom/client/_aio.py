@@ -12,7 +12,7 @@ sleep = asyncio.sleep
 
 
 def new_http(timeout: httpx.Timeout, limits: httpx.Limits) -> httpx.AsyncClient:
-    """Kept connections. Redirects are not followed: they would send the key to another server."""
+    """A client with kept connections. It follows no redirect, which would send the key to another server."""
     return httpx.AsyncClient(timeout=timeout, limits=limits, follow_redirects=False)
 
 
@@ -28,9 +28,9 @@ async def uninterrupted(action: Callable[[], Coroutine[Any, Any, None]]) -> None
                 raise
             cancelled = error
         except Exception:
-            break  # the action's own: raised below
+            break  # the action was cancelled itself: raised below
     if cancelled is not None:
-        raise cancelled from task.exception()  # if it failed, that is told with the cancellation
+        raise cancelled from task.exception()  # the cancellation carries the failure
     task.result()
 
 

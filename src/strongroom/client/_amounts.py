@@ -11,7 +11,7 @@ from .models import Amount, Cost
 Amounts = Mapping[str, Amount]
 MONEY, MONEY_DECIMALS = "cost", 9
 _EXACT = Context(prec=60)
-"""Enough digits for every amount, whatever the caller's own context is set to."""
+"""Enough digits for every amount. The caller's own context may round."""
 
 
 def exact(resource: str, amount: object) -> Amount:
@@ -23,7 +23,7 @@ def exact(resource: str, amount: object) -> Amount:
         raise InvalidInput([Problem(f"cost.{resource[:64]}", f"found {number}, expected a finite number")])
     if number < 0:
         raise InvalidInput([Problem(f"cost.{resource[:64]}", f"found {number}, expected at least 0")])
-    if isinstance(number, Decimal):  # what the server would refuse in the end is refused here, where it is said
+    if isinstance(number, Decimal):  # the server would refuse it only at the end of the hold
         decimals = MONEY_DECIMALS if resource == MONEY else 0
         if number != round(number, decimals):
             what = f"at most {MONEY_DECIMALS} decimals" if decimals else "a whole number"

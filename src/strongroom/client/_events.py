@@ -11,14 +11,14 @@ from .errors import UnexpectedAnswer
 from .models import Change
 
 READY = "ready"
-"""The name of the first event of each connection, which has the cursor that it stands at."""
+"""The name of the first event of each connection. It carries the current cursor."""
 MAX_EVENT_BYTES = 16 * 1_048_576
 _LINE_END = re.compile(rb"\r\n|\n|\r(?!$)")
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """The lines between two empty lines. `data` is None if there was none: such an event only moves the cursor."""
+    """The lines between two empty lines. `data` is None without data lines: such an event only moves the cursor."""
 
     name: str
     data: bytes | None
@@ -26,7 +26,7 @@ class Event:
 
 
 class Parser:
-    """A parser from bytes to events, by the WHATWG's HTML standard."""
+    """Parses bytes to events, by the WHATWG's HTML standard."""
 
     def __init__(self) -> None:
         self.retry_ms: int | None = None
@@ -69,7 +69,7 @@ class Parser:
             case b"retry" if value.isdigit():
                 self.retry_ms = int(value)
             case _:
-                pass  # a comment, or a field of a newer standard: to be ignored
+                pass  # a comment, or a field of a newer standard
 
 
 class Resumption:

@@ -12,7 +12,7 @@ sleep = time.sleep
 
 
 def new_http(timeout: httpx.Timeout, limits: httpx.Limits) -> httpx.Client:
-    """Kept connections. Redirects are not followed: they would send the key to another server."""
+    """A client with kept connections. It follows no redirect, which would send the key to another server."""
     return httpx.Client(timeout=timeout, limits=limits, follow_redirects=False)
 
 

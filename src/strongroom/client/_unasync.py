@@ -1,8 +1,7 @@
 """Generates the synchronous client (`_sync/`) from the asynchronous one (`_async/`), token by token.
 
-`python src/strongroom/client/_unasync.py` writes it, even while the package cannot be imported; with `--check` it only
-says whether it is up to date. Texts are left alone: a string or a docstring says the same in both, so none of them may
-speak of awaiting.
+`python src/strongroom/client/_unasync.py` writes it, even while the package cannot be imported; `--check` only
+compares. Strings and docstrings are copied unchanged, so they must be true for both clients.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 SOURCE, TARGET = HERE / "_async", HERE / "_sync"
-HEADER = "# Generated from {source} by `python src/strongroom/client/_unasync.py`: change that, not this.\n"
+HEADER = "# Generated from {source} by `python src/strongroom/client/_unasync.py`: edit that file instead.\n"
 TIDIED = (["check", "--quiet", "--select", "I,UP028", "--fix-only", "--unsafe-fixes"], ["format", "--quiet"])
-"""How ruff is called on what was generated: shorter names sort and fold otherwise."""
+"""Calls of ruff on the generated code: shorter names change the order of imports and the line breaks."""
 DROPPED = frozenset({"async", "await"})
 NAMES = {
     "__aenter__": "__enter__",
@@ -32,11 +31,11 @@ NAMES = {
     "aread": "read",
     "asynccontextmanager": "contextmanager",
 }
-"""Names that are called otherwise without asyncio; beside these, `AsyncThing` is `Thing`."""
+"""Names with another form without asyncio. Also, `AsyncThing` becomes `Thing`."""
 
 
 class NotTranslated(Exception):
-    """The generated code still has a part of asyncio."""
+    """The generated code still contains asyncio."""
 
 
 def translate(source: str, name: str = "<text>") -> str:
@@ -103,7 +102,7 @@ def stale() -> Iterator[Path]:
 def main() -> int:
     if "--check" in sys.argv[1:]:
         found = [path.name for path in stale()]
-        sys.stderr.write("".join(f"_sync/{name} is not what the generator gives\n" for name in found))
+        sys.stderr.write("".join(f"_sync/{name} differs from the generated code\n" for name in found))
         return 1 if found else 0
     TARGET.mkdir(exist_ok=True)
     wanted = generated()

@@ -24,7 +24,7 @@ from .models import ApiKey, IssuedKey, IssuedWebhook, Page, Webhook
 T = TypeVar("T")
 MAX_RETRIES = 20
 READ_ONLY = ("version", "created_at", "updated_at")
-"""Fields of a document that the store sets: they are left out of what is written."""
+"""Fields that the store sets: a write leaves them out."""
 RESERVED = frozenset({"order_by", "limit", "cursor", "where"})
 _PARAMETER = re.compile(r"\{([a-z_]+)\}")
 _KEY = re.compile(r"[\x21-\x7e]+")
@@ -61,16 +61,17 @@ def without_none(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-# --- Where to -------------------------------------------------------------------------------------------------
+# --- Addresses ------------------------------------------------------------------------------------------------
 
 
 def base_url(url: str) -> str:
-    """The server's address without a slash at its end. Raises InvalidInput; a password in it is never shown."""
+    """The server's address without a slash at its end. Raises InvalidInput; the message never shows a password in
+    it."""
     try:
         parts = urlsplit(url)
         _ = parts.port
     except ValueError:
-        raise InvalidInput([Problem("url", "cannot be read, expected such as https://keys.example.com")]) from None
+        raise InvalidInput([Problem("url", "cannot be parsed, expected such as https://keys.example.com")]) from None
     if parts.username is not None or parts.password is not None:
         raise InvalidInput([Problem("url", "has a user or a password in it: give the management key as `key`")])
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
@@ -101,7 +102,7 @@ def path(template: str, segments: Mapping[str, Any]) -> str:
         value = segments[match[1]]
         if not isinstance(value, str) or not value:
             raise InvalidInput([Problem(match[1], f"found {value!r}, expected text that is not empty")])
-        # Dots alone would be taken as "this folder" and "the one above".
+        # Proxies and HTTP libraries resolve "." and ".." as folders: the request would get another path.
         return quote(value, safe="") if value.strip(".") else "%2E" * len(value)
 
     return _PARAMETER.sub(segment, template)
@@ -134,7 +135,7 @@ def decode(type_: type[T], body: bytes | msgspec.Raw) -> T:
     try:
         value: T = _decoder(wanted).decode(body)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise UnexpectedAnswer(f"the answer is not what was expected: {error}") from None
+        raise UnexpectedAnswer(f"the answer has an unexpected form: {error}") from None
     return value
 
 
@@ -174,13 +175,13 @@ def decode_document(type_: type[T], body: bytes | msgspec.Raw) -> T:
     try:
         document: T = read(bytes(body))
     except ValueError as error:
-        raise UnexpectedAnswer(f"the document is no {type_.__name__}: {error}") from None
+        raise UnexpectedAnswer(f"the document is not a valid {type_.__name__}: {error}") from None
     return document
 
 
 def fields_of(document: object) -> dict[str, Any]:
-    """A document (a mapping, a dataclass, a msgspec Struct, a pydantic model) as fields, without those that the store
-    sets. Raises InvalidInput."""
+    """The fields of a document (a mapping, a dataclass, a msgspec Struct, a pydantic model), without the fields that
+    the store sets. Raises InvalidInput."""
     if isinstance(document, Mapping):
         fields = dict(document)
     elif hasattr(document, "model_dump"):
@@ -191,7 +192,7 @@ def fields_of(document: object) -> dict[str, Any]:
         fields = msgspec.to_builtins(document, builtin_types=(bytes, Decimal, datetime))
     else:
         raise InvalidInput([Problem("document", f"found {type(document).__name__}, expected fields")])
-    # An id that is empty is one that the store is to make.
+    # An empty id means that the store makes one.
     return {name: value for name, value in fields.items() if name not in READ_ONLY and (value or name != "id")}
 
 
@@ -204,7 +205,7 @@ def encode_document(fields: Mapping[str, Any]) -> bytes:
 
 
 def text_of(value: object) -> str:
-    """A value as a query string has it."""
+    """A value in the form of a query string."""
     match value:
         case bool():
             return "true" if value else "false"
@@ -217,7 +218,7 @@ def text_of(value: object) -> str:
 
 
 def query(parameters: Mapping[str, object]) -> Query:
-    """Parameters that are given; a list is given several times."""
+    """The given parameters; a list becomes one parameter for each item."""
     found: Query = []
     for name, value in parameters.items():
         if isinstance(value, (list, tuple, set, frozenset)):
@@ -254,7 +255,8 @@ def new_idempotency_key() -> str:
 
 
 def once_of(idempotency_key: str | None) -> str:
-    """The Idempotency-Key of a write: the caller's, or a new one. Raises InvalidInput for what no header may have."""
+    """The Idempotency-Key of a write: the caller's, or a new one. Raises InvalidInput for a value that no header can
+    have."""
     if idempotency_key is None:
         return new_idempotency_key()
     if not _IDEMPOTENCY_KEY.fullmatch(idempotency_key):
@@ -275,7 +277,7 @@ def if_match(expected: int | None) -> dict[str, str]:
     return {"If-None-Match": "*"} if expected == 0 else {"If-Match": f'"{expected}"'}
 
 
-# --- Trying again ---------------------------------------------------------------------------------------------
+# --- Retries --------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -312,7 +314,7 @@ class Retries:
         wait_s = self.backoff_s(tried)
         told_s = error.details.get("retry_after_s")
         if told_s is not None:
-            wait_s += told_s  # with the jitter, so that those who were refused together do not come back together
+            wait_s += told_s  # with the jitter, so that clients that were refused together do not retry together
         return wait_s if elapsed_s + wait_s <= self.budget_s else None
 
     def backoff_s(self, tried: int) -> float:

@@ -27,7 +27,7 @@ from ..errors import (
 from .models import Verification
 
 MAX_TEXT_CHARS = 500
-"""Of an answer that is not Strongroom's, this much is told."""
+"""Characters of a foreign answer that the error shows."""
 MAX_UNKNOWN_CODES = 64
 
 
@@ -106,7 +106,7 @@ BY_CODE: dict[str, type[StrongroomError]] = {
     StrongroomError.code: StrongroomError,
     **{cls.code: cls for cls in _below(StrongroomError)},
 }
-"""The error that each of the server's codes stands for."""
+"""The error class of each of the server's codes."""
 _BY_STATUS: dict[int, type[StrongroomError]] = {
     400: MalformedRequest,
     401: Unauthenticated,

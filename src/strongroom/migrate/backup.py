@@ -62,7 +62,7 @@ async def write(
     if await asyncio.to_thread(path.exists):
         existing = await asyncio.to_thread(verified, path)
         if existing.sums != await _sums(store, collections):
-            raise Conflict(f"{path}: is there already, and is no backup of what the store holds now: name a new file")
+            raise Conflict(f"{path}: exists already, and is no backup of the present documents: name a new file")
         return existing
     partial = path.with_name(path.name + ".partial")
     sums: Sums = {}
@@ -174,7 +174,7 @@ def verified(path: Path) -> Backup:
     if trailer is None:
         raise StoreError(f"{path}: damaged: it ends before its checksums")
     if trailer["sha256"] != digest.hexdigest() or trailer["lines"] != count:
-        raise StoreError(f"{path}: damaged: its lines do not come to its checksum")
+        raise StoreError(f"{path}: damaged: the checksum of its lines differs")
     for one in trailer["parts"]:
         sums[one["collection"], one["tenant"]] = SetSum.of(one["documents"], one["checksum"])
     return Backup(path, sums)

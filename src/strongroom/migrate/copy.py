@@ -47,7 +47,7 @@ from .streams import Pipeline, Refused, pages, parts
 MAX_ATTEMPTS = 6
 MAX_BACKOFF_S = 2.0
 BYTES_PER_ENCODED = 8
-"""How much `document_size` counts at most for a byte of canonical encoding: a small number is 1 here and 8 there."""
+"""The most that `document_size` counts for one byte of canonical encoding: a small number is 1 byte encoded, 8 here."""
 
 
 # --- Retries --------------------------------------------------------------------------------------------------
@@ -193,7 +193,7 @@ class _PartCopy:
                     self._sum.add(digest(text))
                     self._size += size
                     self._last_id = id = document.pop("id")
-                    del document["version"]  # the target gives its own
+                    del document["version"]  # the target assigns its own
                     created, updated = document.pop("created_at"), document.pop("updated_at")
                     self._operations.append(Create(name, id, document, created, updated))
         if self._operations or self._chain.state.number:
@@ -202,7 +202,7 @@ class _PartCopy:
     async def _send(self, *, done: bool) -> None:
         creates, self._operations, self._size = self._operations, [], 0
         if not creates and not done:
-            return  # the first document is larger than the estimated room of a batch: it is sent alone
+            return  # the first document exceeds the estimated room of a batch: it is sent alone
         previous = self._chain.previous()
         progress = self._chain.advance(
             position=self._last_id, count=self._sum.count, checksum=self._sum.text, done=done

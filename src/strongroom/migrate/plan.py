@@ -80,9 +80,9 @@ async def make_plan(run: Run) -> Plan:
         except InvalidInput as error:
             problems += error.problems
     else:
-        notes.append("the journal is not moved: only the source then knows who changed what until now")
+        notes.append("the journal is not moved: the history until now stays in the source only")
     if run.options.ignore:
-        notes.append(f"not moved, as asked: {', '.join(run.options.ignore)}")
+        notes.append(f"not moved, because of --ignore: {', '.join(run.options.ignore)}")
     if run.options.overwrite:
         notes.append("the target's journal stays: the source's records are appended to it")
     notes.append("the target assigns its own versions: a client's ETag will not match, and the client reads again")
@@ -236,7 +236,7 @@ async def _has_journal(store: Store) -> bool:
 
 
 async def refusal(store: Store) -> str | None:
-    """Why the store takes no writes now; None if it does. It must be prepared for STORE_STATE."""
+    """Why the store takes no writes now; None if it does. The store must be prepared for STORE_STATE."""
     document = await store.get(STORE_STATE.name, None, WRITES)
     return None if document is None or document["allowed"] else document["reason"] or "its writes are off"
 
@@ -248,7 +248,8 @@ async def other_store(store: Store) -> str:
 
 
 async def same_store(run: Run) -> bool:
-    """Whether the source is the target under another name: then it has the nonce that was written into the target."""
+    """Whether source and target are the same store: then the source has the nonce that the start wrote into the
+    target."""
     absent, _ = await open_as_it_is(run.source, run, "--from")
     if MIGRATIONS.name in absent:
         return False

@@ -46,7 +46,7 @@ from .state import (
 )
 
 NOTICE_S = 4 * POLL_S
-"""How long processes of the source take at most to learn from the journal that writes are off."""
+"""The longest time until every process of the source has read in the journal that writes are off."""
 MAX_NOTICE_S = 30.0
 """How long the source's journal may keep growing after that before the switch-over fails."""
 MAX_ROUNDS = 4

@@ -33,7 +33,7 @@ from .checksum import Canonical
 
 CURRENT = "current"
 BATCH_BYTES = MAX_BATCH_BYTES - 10_000
-"""The bytes of a batch that are left beside its progress document."""
+"""The bytes of a batch without its progress document."""
 NO_SUM = "0" * 64
 
 
@@ -99,8 +99,8 @@ class MigrationPart(Entity, collection="migration_parts", scope="global", journa
 MIGRATIONS, PARTS, STORE_STATE = (c.__collection__ for c in (Migration, MigrationPart, StoreState))
 OWN = (MIGRATIONS, PARTS, STORE_STATE)
 NOT_MOVED = frozenset(c.name for c in (*OWN, JobLease.__collection__, QueryShape.__collection__))
-"""Collections about the store itself are not moved: job leases, whose positions refer to its own journal, and the
-shapes of queries that it was asked."""
+"""Collections about the store itself are not moved: job leases, whose positions refer to its journal, and the counted
+query shapes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +198,7 @@ class Run:
         self.state: Migration | None = None
         self.journal = MigrationPart(part=JOURNAL_PART, of=JOURNAL_PART)
         self.committed = 0
-        """Batches of progress that were committed: retries are counted anew after each."""
+        """Committed batches. Each one resets the number of retries."""
 
         self.declared = tuple(self.collections.values())
         self.existing: tuple[Collection, ...] = ()

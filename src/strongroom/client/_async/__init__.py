@@ -1,1 +1,1 @@
-"""The client's nouns. `_async` is written by hand, `_sync` is generated from it."""
+"""The client's classes, one module a noun. `_async` is written by hand; `_sync` is generated from it."""

@@ -22,7 +22,7 @@ from .transport import AsyncTransport
 
 DEFAULT_TTL_S = 60
 TICKS_PER_TTL = 3
-"""A hold is extended so often in its time: two tries may fail before it ends."""
+"""Extensions of a hold within its time: two may fail before the hold ends."""
 
 
 class AsyncReservations:
@@ -151,9 +151,9 @@ class AsyncHold:
         self._reported: Amounts = {}
         self._reservation: Reservation | None = None
         self.used: Amounts = added({}, {name: self._cost[name] for name in self._cost if name == "requests"})
-        """What was used so far, by resource."""
+        """The amounts used so far, by resource."""
         self.trouble: StrongroomError | None = None
-        """Why the hold could not be extended the last time; None if it could."""
+        """The error of the last extension; None if it succeeded."""
 
     @property
     def reservation(self) -> Reservation:
@@ -210,7 +210,7 @@ class AsyncHold:
             decode(Recorded, await self._http.send("POST", "/v1/usage", body=encode(used), once=once))
 
     async def _tick(self) -> bool:
-        """Extend the hold; whether to do so again."""
+        """Extend the hold; returns whether the ticker continues."""
         try:
             answer = await self.extend()
         except (Unavailable, TooManyRequests) as error:

@@ -29,7 +29,7 @@ CONNECT_TIMEOUT_S = 5.0
 CONNECTIONS = 100
 KEPT_CONNECTIONS = 20
 KEEP_ALIVE_S = 20.0
-"""Shorter than the server's 30 s, so that a call is not sent on a connection that the server is just closing."""
+"""Shorter than the server's 30 s: else a call could be sent on a connection that the server is closing."""
 _NONE: Mapping[str, str] = {}
 
 

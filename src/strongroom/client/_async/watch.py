@@ -16,7 +16,7 @@ from ..models import Change
 from .transport import AsyncTransport
 
 SILENCE_S = 45.0
-"""The server sends something every 15 s: after so long without anything the connection is taken for dead."""
+"""The server sends at least every 15 s. After this long without a byte the connection counts as lost."""
 GIVE_UP_AFTER_S = 300.0
 MOST_WAIT_S = 30.0
 

@@ -1,4 +1,4 @@
-# Generated from _async/audit.py by `python src/strongroom/client/_unasync.py`: change that, not this.
+# Generated from _async/audit.py by `python src/strongroom/client/_unasync.py`: edit that file instead.
 """The audit trail over HTTP: who changed what, when, from what to what."""
 
 from __future__ import annotations

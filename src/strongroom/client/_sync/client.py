@@ -1,4 +1,4 @@
-# Generated from _async/client.py by `python src/strongroom/client/_unasync.py`: change that, not this.
+# Generated from _async/client.py by `python src/strongroom/client/_unasync.py`: edit that file instead.
 """The client of a server: its connections, and one attribute for each noun."""
 
 from __future__ import annotations

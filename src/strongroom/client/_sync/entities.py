@@ -1,4 +1,4 @@
-# Generated from _async/entities.py by `python src/strongroom/client/_unasync.py`: change that, not this.
+# Generated from _async/entities.py by `python src/strongroom/client/_unasync.py`: edit that file instead.
 """Entities over HTTP: one tenant's documents, as dicts or typed values, and their stream of changes."""
 
 from __future__ import annotations

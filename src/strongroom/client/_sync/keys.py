@@ -1,4 +1,4 @@
-# Generated from _async/keys.py by `python src/strongroom/client/_unasync.py`: change that, not this.
+# Generated from _async/keys.py by `python src/strongroom/client/_unasync.py`: edit that file instead.
 """API keys over HTTP: create, show, list, change, rotate, delete, verify."""
 
 from __future__ import annotations

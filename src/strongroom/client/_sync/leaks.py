@@ -1,4 +1,4 @@
-# Generated from _async/leaks.py by `python src/strongroom/client/_unasync.py`: change that, not this.
+# Generated from _async/leaks.py by `python src/strongroom/client/_unasync.py`: edit that file instead.
 """Leaked keys over HTTP: report them, and list the leaks."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-# Generated from _async/quotas.py by `python src/strongroom/client/_unasync.py`: change that, not this.
+# Generated from _async/quotas.py by `python src/strongroom/client/_unasync.py`: edit that file instead.
 """Quotas over HTTP: limits that the keys of a tenant, of one of its users, or of a named group share."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-# Generated from _async/reservations.py by `python src/strongroom/client/_unasync.py`: change that, not this.
+# Generated from _async/reservations.py by `python src/strongroom/client/_unasync.py`: edit that file instead.
 """Reservations over HTTP: hold an amount before the usage is known, then settle the usage."""
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .transport import Transport
 
 DEFAULT_TTL_S = 60
 TICKS_PER_TTL = 3
-"""A hold is extended so often in its time: two tries may fail before it ends."""
+"""Extensions of a hold within its time: two may fail before the hold ends."""
 
 
 class Reservations:
@@ -152,9 +152,9 @@ class Hold:
         self._reported: Amounts = {}
         self._reservation: Reservation | None = None
         self.used: Amounts = added({}, {name: self._cost[name] for name in self._cost if name == "requests"})
-        """What was used so far, by resource."""
+        """The amounts used so far, by resource."""
         self.trouble: StrongroomError | None = None
-        """Why the hold could not be extended the last time; None if it could."""
+        """The error of the last extension; None if it succeeded."""
 
     @property
     def reservation(self) -> Reservation:
@@ -211,7 +211,7 @@ class Hold:
             decode(Recorded, self._http.send("POST", "/v1/usage", body=encode(used), once=once))
 
     def _tick(self) -> bool:
-        """Extend the hold; whether to do so again."""
+        """Extend the hold; returns whether the ticker continues."""
         try:
             answer = self.extend()
         except (Unavailable, TooManyRequests) as error:

@@ -1,4 +1,4 @@
-# Generated from _async/transport.py by `python src/strongroom/client/_unasync.py`: change that, not this.
+# Generated from _async/transport.py by `python src/strongroom/client/_unasync.py`: edit that file instead.
 """One call to the server: sent, retried where this is safe, and answered with a value or the server's error."""
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CONNECT_TIMEOUT_S = 5.0
 CONNECTIONS = 100
 KEPT_CONNECTIONS = 20
 KEEP_ALIVE_S = 20.0
-"""Shorter than the server's 30 s, so that a call is not sent on a connection that the server is just closing."""
+"""Shorter than the server's 30 s: else a call could be sent on a connection that the server is closing."""
 _NONE: Mapping[str, str] = {}
 
 

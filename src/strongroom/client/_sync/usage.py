@@ -1,4 +1,4 @@
-# Generated from _async/usage.py by `python src/strongroom/client/_unasync.py`: change that, not this.
+# Generated from _async/usage.py by `python src/strongroom/client/_unasync.py`: edit that file instead.
 """Usage over HTTP, recorded after it happened."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-# Generated from _async/watch.py by `python src/strongroom/client/_unasync.py`: change that, not this.
+# Generated from _async/watch.py by `python src/strongroom/client/_unasync.py`: edit that file instead.
 """A stream of one collection's changes, which continues after a lost connection."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..models import Change
 from .transport import Transport
 
 SILENCE_S = 45.0
-"""The server sends something every 15 s: after so long without anything the connection is taken for dead."""
+"""The server sends at least every 15 s. After this long without a byte the connection counts as lost."""
 GIVE_UP_AFTER_S = 300.0
 MOST_WAIT_S = 30.0
 

@@ -1,4 +1,4 @@
-# Generated from _async/webhooks.py by `python src/strongroom/client/_unasync.py`: change that, not this.
+# Generated from _async/webhooks.py by `python src/strongroom/client/_unasync.py`: edit that file instead.
 """Webhooks over HTTP: endpoints that receive events, and their deliveries."""
 
 from __future__ import annotations
