@@ -48,8 +48,10 @@ def test_doctor_names_each_problem_with_a_remedy(run: Run, tmp_path: Path, monke
     assert "recover-administrator" in checks["administrator"][2]
     monkeypatch.setenv("STRONGROOM_PROT", "1")
     assert looked(run)[1]["settings"] == (
-        "warn", "STRONGROOM_PROT is not a setting; did you mean STRONGROOM_PORT?", "remove the setting, or correct its name"
-    )  # fmt: skip
+        "warn",
+        "STRONGROOM_PROT is not a setting; did you mean STRONGROOM_PORT?",
+        "remove the setting, or correct its name",
+    )
     monkeypatch.setattr(doctor, "SLOW_SYNC_S", 0.0)
     assert looked(run)[1]["disk sync"][0] == "warn"
     monkeypatch.setenv("STRONGROOM_LIMITS", "sometimes")

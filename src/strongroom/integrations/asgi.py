@@ -36,27 +36,27 @@ ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _log = logging.getLogger(__name__)
 KEY = "strongroom.key"
-"""Where the Verification is found in a request's scope."""
+"""The name of the Verification in a request's scope."""
 STATE = "strongroom"
-"""Where the Strongroom is found in the lifespan's state, and so in each request's."""
+"""The name of the Strongroom in the lifespan's state, and so in each request's state."""
 STATE_KEY = "strongroom_key"
-"""Where the Verification is found in a request's state: `request.state.strongroom_key` in Starlette and FastAPI."""
+"""The name of the Verification in a request's state: `request.state.strongroom_key` in Starlette and FastAPI."""
 _GUARDED = "strongroom.guarded"
 _PROXIES = "strongroom.trusted_proxies"
 _SHOWN = "strongroom.limits_shown"
-"""Set once the RateLimit headers are on the answer: an application may be inside two of these middlewares."""
+"""Set once the answer has RateLimit headers: two nested middlewares would add them twice."""
 _OWN_STATE = "strongroom.state"
-"""The request's own state, once it has one: the server's may be one dict for all requests."""
+"""The request's own state dict. The server's dict may be shared by all requests."""
 _KINDS = frozenset(("http", "websocket"))
 _ACCEPTED = frozenset(("websocket.accept", "websocket.close", "websocket.http.response.start"))
 POLICY_VIOLATION = 1008
 
 
 class Guarded:
-    """A request whose key is verified: what another question about the same key needs.
+    """A request with a verified key, for later calls about the same key.
 
-    `holds`: reservations made for this request, settled at its end if they are not before. `charges`: what it was
-    charged already, taken back if it is refused after all.
+    `holds`: reservations of this request, settled at its end if they are still open. `charges`: what the verifications
+    charged, refunded if the request is refused after all.
     """
 
     __slots__ = ("charges", "holds", "presented", "room")
@@ -83,7 +83,7 @@ class Door:
         return credential(self.header, [value for found, value in scope["headers"] if found == name])
 
     def presented(self, scope: Scope, asked: Any, trusted: Sequence[Network] | None = None) -> Presented:
-        """The request's key and what it asks: `asked`, from the client's address. Raises KeyRefused (401)."""
+        """The request's key, with the arguments `asked` and the client's address. Raises KeyRefused (401)."""
         secret = self.key(scope)
         ip = address_of(scope, trusted)
         if ip is not None:
@@ -92,7 +92,7 @@ class Door:
 
 
 def address_of(scope: Scope, trusted: Sequence[Network] | None = None) -> str | None:
-    """The client's address, where it is known; `trusted` proxies are those of RoomMiddleware if they are not given."""
+    """The client's address if it is known. `trusted` proxies default to those of RoomMiddleware."""
     if trusted is None:
         trusted = scope.get(_PROXIES, ())
     client = scope.get("client")
@@ -103,33 +103,34 @@ def address_of(scope: Scope, trusted: Sequence[Network] | None = None) -> str | 
 
 
 def route_of(scope: Scope) -> str:
-    """`GET /items/{id}` where the framework has found the route already, else the method and the path as it came."""
+    """`GET /items/{id}` if the framework has found the route already, else the method and the received path."""
     method = scope.get("method", "WEBSOCKET")
     path: str = scope["path"]
     route = scope.get("route")
     if route is None:
         return f"{method} {path}"
-    # FastAPI's included routers share their routes; with the prefix is the one that is in effect.
+    # FastAPI's included routers share their routes; only the effective route has the prefix.
     effective = scope.get("fastapi", {}).get("effective_route_context")
     template = getattr(effective, "path", None) or getattr(route, "path", None)
-    # Below a mount the template begins after it; what the server itself was told to put before is not a route's.
+    # Below a mount the template begins after the mount's path. The server's own root path belongs to no route.
     root: str = scope.get("root_path", "")
     above: str = scope.get("app_root_path", root)
     mount = root[len(above) :] if root.startswith(above) else ""
-    # A template that cannot be this path's would mix up two routes.
+    # A template that does not match this path would charge the limit of another route.
     if not isinstance(template, str) or not path.removeprefix(above).startswith(mount + template.partition("{")[0]):
         return f"{method} {path}"
     return f"{method} {mount}{template}"
 
 
 class RoomMiddleware:
-    """Gives an application its Strongroom, in `request.state.strongroom`; keys are verified further inside.
+    """Gives an application its Strongroom, as `request.state.strongroom`; inner code verifies the keys.
 
-    `room` is an open Strongroom; with `url` (and `options` of Strongroom.open) one is opened at the server's start and
-    closed at its end, its limits leased unless `limits="durable"` is given; with neither it is taken from the
-    lifespan's state, under `strongroom`. X-Forwarded-For is believed from `trusted_proxies` (networks) alone. For what
-    is verified inside (by FastAPI's dependency), refusals are answered, RateLimit headers are put on answers unless
-    `rate_limit_headers` is false, and reservations are settled at the end of the request. Raises ConfigError,
+    `room` is an open Strongroom. With `url` (and `options` of Strongroom.open) one is opened at the server's start and
+    closed at its end, with leased limits unless `limits="durable"` is given. With neither, the lifespan's state has it
+    as `strongroom`. X-Forwarded-For is trusted only from `trusted_proxies` (networks).
+
+    For keys that inner code verifies (FastAPI's dependency), this middleware answers refusals, adds RateLimit headers
+    unless `rate_limit_headers` is false, and settles reservations at the end of the request. Raises ConfigError,
     InvalidInput.
     """
 
@@ -161,7 +162,9 @@ class RoomMiddleware:
             await self._lifespan(scope, receive, send)
         elif kind in _KINDS:
             scope["state"] = scope[_OWN_STATE] = {**scope.get("state", {}), STATE: self._opened(scope)}
-            if self._trusted or _PROXIES not in scope:  # a mounted application's own middleware has none of its own
+            if (
+                self._trusted or _PROXIES not in scope
+            ):  # the middleware of a mounted application inherits the outer proxies
                 scope[_PROXIES] = self._trusted
             await self._inside(scope, receive, send)
         else:
@@ -179,7 +182,7 @@ class RoomMiddleware:
         return room
 
     async def _inside(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the application; answer what it refuses, and settle what it reserved."""
+        """Run the application, answer its refusals, and settle its reservations."""
         started = connected = False
 
         async def sending(message: Message) -> None:
@@ -212,7 +215,7 @@ class RoomMiddleware:
                     await hold.close()
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Open before the application starts, and close after it has stopped."""
+        """Open the store before the application starts, and close it after the application has stopped."""
         if self._url is None:
             await self.app(scope, receive, send)
             return
@@ -236,15 +239,15 @@ class RoomMiddleware:
 
 
 class StrongroomMiddleware(RoomMiddleware):
-    """Verifies the key of each HTTP request and WebSocket, then hands it to `app`; or answers with a problem document.
+    """Verifies the key of each HTTP request and WebSocket before `app`, or answers with a problem document.
 
     `room`, `url` and `options` are RoomMiddleware's. `permission`, `cost`, `model` and `route` are values, or functions
-    of the ASGI scope; a cost is one request unless it is given. `header` is `authorization` (Bearer) or one of your own
-    such as `x-api-key`. `exempt` lists paths that need no key; one may end in `*`. X-Forwarded-For is believed from
-    `trusted_proxies` (networks) alone. With `concurrency` a request holds one of the key's limit on concurrency until
-    it is answered. `rate_limit_headers`: put RateLimit and RateLimit-Policy on answers.
+    of the ASGI scope; `cost` defaults to one request. `header` is `authorization` (Bearer) or a header of your own such
+    as `x-api-key`. `exempt` lists paths that need no key (`*` at the end matches any rest). X-Forwarded-For is trusted
+    only from `trusted_proxies` (networks).
 
-    Raises ConfigError and InvalidInput for settings that cannot be.
+    With `concurrency` a request holds one of the key's concurrency limit until it is answered. `rate_limit_headers`:
+    add RateLimit and RateLimit-Policy to answers. Raises ConfigError and InvalidInput for invalid settings.
     """
 
     def __init__(
@@ -306,14 +309,14 @@ class StrongroomMiddleware(RoomMiddleware):
 
 
 async def _concurrency(guarded: Guarded) -> Hold:
-    """A request that counts among those in work until it ends; what it costs is charged in any case."""
+    """A hold for the whole request: it counts as concurrent until its end, and its cost is charged in any case."""
     cost = guarded.presented.asked.get("cost") or ONE_REQUEST
     return await Hold(guarded.room, guarded.presented.asking(cost=cost), fixed=cost)
 
 
 async def _forward_lifespan(app: ASGIApp, scope: Scope, first: Message, receive: Receive, send: Send) -> Message | None:
-    """Run the application's lifespan, or stand in for one that has none. Gives the message that ends it unsent: a
-    server may stop the loop once it has it."""
+    """Run the application's lifespan, or replace it if the application has none. Returns the last message unsent,
+    because a server may stop the loop as soon as it has this message."""
     answered = False
     last: Message | None = None
     waiting = [first]
@@ -336,10 +339,13 @@ async def _forward_lifespan(app: ASGIApp, scope: Scope, first: Message, receive:
     except Exception as error:
         if answered:
             raise
-        # Most that raise here know no lifespan; one whose start has failed must not be mistaken for them in silence.
-        _log.warning("the application's lifespan raised before it answered, so it is taken for one without: %r", error)
+        # Most applications that raise here have no lifespan. A failed start looks the same, so it is logged.
+        _log.warning(
+            "the application's lifespan raised before it answered, so it counts as an application without one: %r",
+            error,
+        )
     if not answered:
-        # An application that knows no lifespan raises, returns or answers as to HTTP: it is stood in for.
+        # An application without a lifespan raises, returns or sends HTTP messages: this answers for it.
         await send({"type": "lifespan.startup.complete"})
         await receive()
         return {"type": "lifespan.shutdown.complete"}
@@ -354,27 +360,27 @@ def _rate_limit_headers(scope: Scope) -> list[tuple[bytes, bytes]]:
     return [(name.encode(), value.encode("latin-1")) for name, value in rate_limit_headers(answer.limits)]
 
 
-# --- For the integrations that are built on this ----------------------------------------------------------------
+# --- For the other integrations ---------------------------------------------------------------------------------
 
 
 def remember(scope: Scope, guarded: Guarded, answer: Verification) -> None:
-    """Put into the scope what the application may want to know."""
+    """Put the verification into the scope, for the application."""
     before = scope.get(_GUARDED)
-    if before is not None:  # verified by a middleware, and once more by a dependency
+    if before is not None:  # the middleware verified it, and a dependency verifies again
         guarded.holds.extend(before.holds)
-        before.charges.extend(guarded.charges)  # one list, whichever of them takes the charges back
+        before.charges.extend(guarded.charges)  # one shared list, so that the charges are refunded once
         guarded.charges = before.charges
     scope[KEY] = answer
     scope[_GUARDED] = guarded
     state = scope.get("state", {})
-    if state is not scope.get(_OWN_STATE):  # not every server copies the lifespan's state for each request
+    if state is not scope.get(_OWN_STATE):  # some servers share the lifespan's state between requests
         state = scope["state"] = scope[_OWN_STATE] = dict(state)
     state[STATE] = guarded.room
     state[STATE_KEY] = answer
 
 
 async def give_back(scope: Mapping[str, Any]) -> None:
-    """The request is refused after all: it is charged nothing, but for what its reservations were told to be used."""
+    """Refund a request that is refused after all, except the usage that its reservations reported already."""
     guarded = scope.get(_GUARDED)
     if isinstance(guarded, Guarded):
         for hold in guarded.holds:
@@ -383,13 +389,13 @@ async def give_back(scope: Mapping[str, Any]) -> None:
 
 
 async def refuse(scope: Scope, receive: Receive | None, send: Send, refusal: Refusal) -> None:
-    """Answer instead of the application. `receive`: None where it has seen a WebSocket's first message."""
+    """Answer instead of the application. `receive`: None if it has read a WebSocket's first message already."""
     kind = "http.response"
     if scope["type"] == "websocket":
         if receive is not None:
             await receive()  # websocket.connect
         if "websocket.http.response" not in (scope.get("extensions") or {}):
-            # Not accepted yet, so the server answers 403.
+            # A close before the accept makes the server answer 403.
             await send({"type": "websocket.close", "code": POLICY_VIOLATION, "reason": refusal.detail[:100]})
             return
         kind = "websocket.http.response"
@@ -401,8 +407,8 @@ async def refuse(scope: Scope, receive: Receive | None, send: Send, refusal: Ref
 
 
 def verification_of(request: Any) -> Verification:
-    """The verification of a request that was let in: a Starlette or FastAPI request, or an ASGI scope. Raises
-    LookupError where there was none (an exempt path)."""
+    """The verification of a request: a Starlette or FastAPI request, or an ASGI scope. Raises LookupError if the
+    request was not verified (an exempt path)."""
     answer = _scope_of(request).get(KEY)
     if not isinstance(answer, Verification):
         raise LookupError(_NOT_VERIFIED)
@@ -412,7 +418,7 @@ def verification_of(request: Any) -> Verification:
 def reserve(
     request: Any, *, cost: Cost, ttl_s: int = TTL_S, permission: str | None = None, model: str | None = None
 ) -> Hold:
-    """Reserve an estimate before work whose cost shows as it goes; what was used is charged:
+    """Reserve an estimate before work whose cost is known only as it runs:
 
         hold = await reserve(request, cost={"tokens": 1_000})
 
@@ -423,10 +429,10 @@ def reserve(
 
         return StreamingResponse(parts())
 
-    or `async with reserve(…) as hold:` around work that ends before its answer. `request` is one that the middleware
-    (or FastAPI's dependency) has let in, or its scope. What was used is charged at the end of the block or of the
-    request: also where the client went away, and also what exceeds the reservation. It is kept up meanwhile; it ends
-    `ttl_s` seconds after the process, if that is killed.
+    or `async with reserve(…) as hold:` around work that ends before its answer. `request` is a verified request, or its
+    scope. The end of the block or of the request charges the used amount, also if the client disconnected or the usage
+    exceeds the reservation. The reservation is extended while the work runs, and ends `ttl_s` seconds after a kill of
+    the process.
 
     Entering raises KeyRefused, which the middleware answers, if the limits do not allow `cost`. Raises LookupError for
     a request that was not verified, InvalidInput.

@@ -63,13 +63,13 @@ def install(
     rate_limit_headers: bool = True,
     **options: Unpack[OpenOptions],
 ) -> None:
-    """Give an application its Strongroom: opened at the start from `url` (with `options` of Strongroom.open), or one
-    that is open already, or with neither the one of the application that it is mounted in (or of its own lifespan's
-    state). X-Forwarded-For is believed from `trusted_proxies` (networks) alone. The room is `request.state.strongroom`.
-    Raises ConfigError, InvalidInput."""
+    """Give an application its Strongroom: opened at the start from `url` (with `options` of Strongroom.open), or an
+    open `room`. With neither it uses the room of the outer application, or of its own lifespan's state. X-Forwarded-For
+    is trusted only from `trusted_proxies` (networks). The room is `request.state.strongroom`. Raises ConfigError,
+    InvalidInput."""
     app.state.strongroom_installed = True
     proxies = tuple(trusted_proxies)
-    networks("trusted_proxies", proxies)  # FastAPI makes its middleware at the start: what is wrong is told now
+    networks("trusted_proxies", proxies)  # checked now, because FastAPI builds its middleware only at the start
     app.add_middleware(
         RoomMiddleware,
         room=room,
@@ -83,9 +83,9 @@ def install(
 class ApiKeyAuth(SecurityBase):
     """`Depends(ApiKeyAuth(permission="chat:write", cost={"requests": 1}))`: the Verification of the request's key.
 
-    `cost` (one request unless it is given), `permission` and `model` are values, or functions of the connection.
-    `header` is `authorization` (Bearer) or one of your own. A key that is refused is answered with a problem document.
-    A dependency that is one object is asked, and charged, once in a request. Raises InvalidInput.
+    `cost` (default: one request), `permission` and `model` are values, or functions of the connection. `header` is
+    `authorization` (Bearer) or a header of your own. A refused key is answered with a problem document. One object that
+    several dependencies share verifies and charges once in a request. Raises InvalidInput.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class ApiKeyAuth(SecurityBase):
             self.model = APIKey.model_validate({"in": APIKeyIn.header, "name": header, "description": description})
 
     async def __call__(self, connection: HTTPConnection) -> Verification:
-        """The answer for a key that may be used. Raises KeyRefused."""
+        """The verification of a valid key. Raises KeyRefused."""
         scope = connection.scope
         room = scope.get("state", {}).get(STATE)
         if not isinstance(room, Strongroom) or not hasattr(connection.app.state, "strongroom_installed"):

@@ -1,4 +1,4 @@
-"""The administrator's key: made at the first start and shown once, or as the configuration gives it."""
+"""The administrator's key: created at the first start and shown once, or set by the configuration."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _PERMISSION = Scope.ADMIN.permission
 
 
 async def ensure(room: Strongroom, given: str | None) -> str | None:
-    """Make sure there is an administrator's key. Returns the secret of one that was made now, to be shown once.
+    """Create the administrator's key if there is none. Returns the secret of a new key, to be shown once.
 
-    With `given`, the key `admin` has exactly this secret afterwards; any number of processes may do so at once.
-    Raises ConfigError if the secret belongs to another key.
+    With `given`, the key `admin` has exactly this secret afterwards; several processes may do this at once. Raises
+    ConfigError if the secret belongs to another key.
     """
     if given is not None:
         await _set(room, given)
@@ -34,17 +34,17 @@ async def ensure(room: Strongroom, given: str | None) -> str | None:
     try:
         deleted = await room.database.get_or_none(system_context(), ApiKey, ID)
         if deleted is not None and deleted.deleted_at is not None:
-            await room.keys.delete(ID, purge=True)  # its id is needed for the new one
+            await room.keys.delete(ID, purge=True)  # the new key needs its id
         await room.database.create(system_context(), _key(room, secret))
     except (AlreadyExists, NotFound):
-        # Another process made it in this moment, and shows it; or it lost its permission by hand.
+        # Another process has just created it and shows it, or someone removed its permission.
         return None
     return secret
 
 
 async def recover(room: Strongroom) -> str:
-    """Give the administrator's key a new secret, and return it to be shown once. The old one is unknown from now on.
-    The key is made again, enabled and given its permission back, whatever became of it."""
+    """Give the administrator's key a new secret, and return it, to be shown once. The old secret stops working. A
+    deleted or disabled key, or a key without its permission, is repaired."""
     secret = generate(PREFIX)
     await _set(room, secret)
     return secret
@@ -65,14 +65,15 @@ async def _set(room: Strongroom, secret: str) -> None:
                 changes |= dict.fromkeys(("previous_hash", "previous_until", "unclaimed", "deleted_at", "due_at"))
                 await room.database.update(context, ApiKey, ID, changes)
             return
-        except AlreadyExists:  # another process was faster: look whether it set the same secret
+        except AlreadyExists:  # another process was faster: check whether it set the same secret
             if key is not None:
                 break
     raise ConfigError("STRONGROOM_ADMIN_KEY: another key has this secret: choose a new one")
 
 
 def _is(key: ApiKey, candidates: list[str]) -> bool:
-    """Whether the key is an administrator's, usable, with one of these hashes. Compares all, in constant time."""
+    """Whether this is an enabled administrator's key with one of these hashes. Compares all of them, in constant
+    time."""
     same = [hmac.compare_digest(key.hash, candidate) for candidate in candidates]
     return (
         any(same)

@@ -1,4 +1,5 @@
-"""The ASGI application: verify as a bare route, the rest through FastAPI; bounded, counted, with one error shape."""
+"""The ASGI application: bare routes for verifications, FastAPI for the rest, with bounds, metrics and one error
+shape."""
 
 from __future__ import annotations
 
@@ -58,17 +59,17 @@ _access = logging.getLogger("strongroom.access")
 _OPEN = frozenset({"/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", "/stats"})
 """Paths that need no management key; `/stats` takes the API key itself."""
 _HEALTH = frozenset({"/healthz", "/readyz", "/metrics"})
-"""What is asked by those who watch over the server: other requests cannot take their places."""
+"""Paths of monitoring, with a gate of their own: a full server must still answer them."""
 _ENCODED_SLASH = re.compile(rb"%2f", re.IGNORECASE)
 DEFAULT_BOUNDS = Bounds()
 CLIENT_GONE = 499
-"""The status that is counted where the client went away before there was an answer."""
+"""The counted status of a request whose client disconnected before the answer."""
 SLASH = "\x00"
-"""Stands for an encoded slash inside a path's segment, while the path is routed; no id contains U+0000."""
+"""Replaces an encoded slash inside a path's segment during routing; no id contains U+0000."""
 
 
 class Application:
-    """What uvicorn calls."""
+    """The ASGI application that uvicorn calls."""
 
     def __init__(self, services: Services, api: FastAPI) -> None:
         self.services = services
@@ -82,7 +83,7 @@ class Application:
             services.bounds.max_body_bytes,
         )
 
-    # A coroutine function, as servers tell ASGI 3 from ASGI 2 by it.
+    # A coroutine function, because servers recognise ASGI 3 by it.
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             if scope["path"] == VERIFY and scope["method"] == "POST":
@@ -91,28 +92,28 @@ class Application:
                 await self._handle(scope, receive, send)
         elif scope["type"] == "lifespan":
             await self._lifespan(receive, send)
-        else:  # a websocket: there is none here
+        else:  # a websocket: not supported
             await receive()
             await send({"type": "websocket.close", "code": 1000})
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
-        """The store was opened before and is closed after, by whoever built this application."""
+        """Answer the lifespan events. The builder of this application opens and closes the store."""
         while (await receive())["type"] == "lifespan.startup":
             await send({"type": "lifespan.startup.complete"})
         self.close()
         await send({"type": "lifespan.shutdown.complete"})
 
     def close(self) -> None:
-        """The server is to stop: streams end."""
+        """End the streams, because the server stops."""
         self.services.close()
 
     async def _handle(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
-        """Everything but a verification: identify, authenticate, bound, hand on, count."""
+        """Handle every request except a verification: identify, authenticate, bound, pass on, count."""
         started = time.perf_counter()
         request_id = scope["strongroom.request_id"] = request_id_of(scope["headers"])
         method = scope["method"]
-        streams = scope["path"].endswith(":watch")  # an open stream is bounded as a watcher, not as a request
-        if method == "HEAD" and not streams:  # as GET, without the body; a copy, since the server looks into its own
+        streams = scope["path"].endswith(":watch")  # a stream counts as a watcher, not as a request
+        if method == "HEAD" and not streams:  # as GET, without the body; a copy, because the server reads its own scope
             scope = {**scope, "method": "GET"}
         answer = _Answer(send, request_id, without_body=method == "HEAD")
         gate = self.services.health_gate if scope["path"] in _HEALTH else self.services.gate
@@ -136,8 +137,8 @@ class Application:
             if not answer.started:
                 await send_problem(answer, error, request_id)
         except ClientDisconnect:
-            answer.status = CLIENT_GONE  # FastAPI has answered 500, to nobody: that is no failure of the server
-        except Exception as error:  # what the handlers below let through, or a failure in the midst of an answer
+            answer.status = CLIENT_GONE  # FastAPI answered 500 to a closed connection: not a failure of the server
+        except Exception as error:  # not handled below, or raised in the middle of an answer
             _log.exception("request failed", extra={"request_id": request_id, "error": type(error).__name__})
             if not answer.started:
                 await send_problem(answer, StrongroomError(), request_id)
@@ -148,7 +149,7 @@ class Application:
             self._count(scope, method, answer.status, time.perf_counter() - started, request_id)
 
     def _bounded(self, receive: Receive) -> Receive:
-        """`receive`, which raises TooLarge as soon as the body is known to be larger than the bound."""
+        """`receive`, which raises TooLarge as soon as the body exceeds the bound."""
         most = self.services.bounds.max_body_bytes
         size = 0
 
@@ -181,7 +182,7 @@ class Application:
 
 
 class _Answer:
-    """`send`, remembering what was sent, and adding the request's id."""
+    """`send`, which remembers the answer's status and adds the request's id."""
 
     __slots__ = ("_request_id", "_send", "_without_body", "started", "status")
 
@@ -205,7 +206,8 @@ class _Answer:
 
 
 def _route_encoded_slashes(scope: dict[str, Any]) -> None:
-    """A tenant or an id may contain a slash, sent as %2F: the server has decoded it, which would change the route."""
+    """Keep a slash inside a tenant or an id, sent as %2F. The server has decoded it already, which would change the
+    route."""
     raw: bytes = scope.get("raw_path") or b""
     if b"%00" in raw:
         raise InvalidInput([Problem("path", "found U+0000, which no name contains")])
@@ -224,9 +226,8 @@ def build(
     leak_keys: str | None = None,
     proxies: Sequence[Network] = (),
 ) -> Application:
-    """The application on an opened Strongroom, which stays the caller's to close. `leak_keys`: where the public keys
-    are of those who may report leaked keys by signature. `proxies`: whose X-Forwarded-For is believed. Raises
-    ConfigError."""
+    """The application on an opened Strongroom, which the caller closes. `leak_keys`: the place of the public keys of
+    scanners that sign their reports. `proxies`: networks whose X-Forwarded-For is trusted. Raises ConfigError."""
     services = Services(room, bounds, access_log, Signers(leak_keys) if leak_keys is not None else None, proxies)
     api = FastAPI(
         title="Strongroom",
@@ -248,7 +249,7 @@ def build(
 
 
 def _parameter_problem(item: Mapping[str, Any]) -> Problem:
-    """One of FastAPI's errors: of a query parameter or a part of the path, for it reads nothing else here."""
+    """A Problem from one of FastAPI's errors, which concern only query parameters and path segments here."""
     message = "is not a known parameter" if item["type"] == "extra_forbidden" else message_of(item)
     return Problem(".".join(str(part) for part in item["loc"][1:])[:128], message)
 
@@ -272,7 +273,7 @@ def _handle_errors(api: FastAPI) -> None:
 
     @api.exception_handler(Exception)
     async def unforeseen(request: Request, error: Exception) -> Response:
-        return problem(request, StrongroomError())  # Starlette raises it again: `_handle` logs it
+        return problem(request, StrongroomError())  # Starlette raises the error again, and `_handle` logs it
 
     @api.exception_handler(HTTPException)
     async def framework(request: Request, error: HTTPException) -> Response:

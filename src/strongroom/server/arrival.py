@@ -1,4 +1,4 @@
-"""The bounds of one connection: how large and how slow a request may be, and how long a closing connection is read."""
+"""The bounds of one connection: the size and the duration of a request, and the reading before a close."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from collections.abc import Callable
 from .deadline import Deadline
 
 MAX_HEAD_BYTES = 65_536
-"""Request line and headers together (a little more may pass if it arrives in one piece). The same again for what a
-chunked body has beside its content: extensions and trailers, beyond 16 bytes for each byte of content."""
+"""Request line and headers together; a little more passes if it arrives in one piece. The same bound applies to the
+extensions and trailers of a chunked body, beyond 16 bytes for each byte of content."""
 MAX_DISCARDED_BYTES = 64 * 1_048_576
-"""Of a body that was refused already, this much is read and dropped, so that its sender gets to read the answer."""
+"""Bytes of a refused body that are read and dropped: a reset could destroy the answer before the sender reads it."""
 ARRIVAL_TIMEOUT_S = 60.0
-"""A connection whose request has not arrived whole after this long is closed: it would hold a place for ever."""
+"""The longest arrival of a request. Without it a slow sender could occupy a connection for ever."""
 LINGER_S = 2.0
-"""A connection that was refused is closed once nothing has come for this long; what still comes is dropped."""
+"""A refused connection is closed after this long without input; its input is dropped."""
 MAX_LINGER_S = 60.0
 CHUNK_OVERHEAD = 16
 
 
 class Arrival:
-    """Counts what arrives of the present request, and watches the connection's next deadline.
+    """Counts the bytes of the current request, and watches the connection's next deadline.
 
-    `late_at`: until when the present request must have arrived; None between requests. `lingering`: the answer is
-    given, and the connection is only read so that a reset does not take the answer away.
+    `late_at`: the time by which the whole request must have arrived; None between requests. `lingering`: the answer is
+    sent, and the connection is only read so that a reset does not destroy the answer.
     """
 
     __slots__ = (
@@ -51,22 +51,22 @@ class Arrival:
     # --- Size -------------------------------------------------------------------------------------------------
 
     def head_fits(self, size: int) -> bool:
-        """Count so many bytes of a head; whether it is still small enough."""
+        """Count bytes of a head; returns whether the head is within its bound."""
         self._head_bytes += size
         return self._head_bytes <= MAX_HEAD_BYTES
 
     def content(self, size: int) -> None:
-        """So many bytes of a body were content; negative to count them again later."""
+        """Count content bytes of a body; a negative size subtracts bytes that will be counted again."""
         self._content_bytes += size
 
     def body_fits(self, size: int) -> bool:
-        """So many bytes of a body arrived since the last call; whether what they have beside content is little."""
+        """Count received bytes of a body; returns whether the bytes that are not content are within their bound."""
         content, self._content_bytes = self._content_bytes, 0
         self._overhead_bytes = max(0, self._overhead_bytes + size - (1 + CHUNK_OVERHEAD) * content)
         return self._overhead_bytes <= MAX_HEAD_BYTES
 
     def discard_fits(self, size: int) -> bool:
-        """So many bytes are dropped; whether the sender is to be read any longer."""
+        """Count discarded bytes; returns whether to read more from the sender."""
         self._heard = True
         self.discarded_bytes += size
         return self.discarded_bytes <= MAX_DISCARDED_BYTES
@@ -74,28 +74,28 @@ class Arrival:
     # --- Time -------------------------------------------------------------------------------------------------
 
     def await_rest(self) -> None:
-        """A request has begun, or may: bound its arrival by a time that later pieces do not put off."""
+        """Start the deadline of a request. Later pieces of the request do not extend it."""
         if self.late_at is None:
             self.late_at = self._loop.time() + ARRIVAL_TIMEOUT_S
             self._deadline.set(self.late_at)
 
     def complete(self) -> None:
-        """The request has arrived whole."""
+        """End the deadline: the whole request has arrived."""
         self.late_at = None
         self._head_bytes = self._content_bytes = self._overhead_bytes = self.discarded_bytes = 0
 
     def look_again(self, in_s: float) -> None:
-        """Call `overdue` so long from now, unless that is put off before."""
+        """Call `overdue` after this time, unless the deadline is set again before."""
         self._deadline.set(self._loop.time() + in_s)
 
     def linger(self) -> None:
-        """Read on for a while before the connection is closed."""
+        """Read for a while before the connection is closed."""
         self.lingering = True
         self._linger_until = self._loop.time() + MAX_LINGER_S
         self.look_again(LINGER_S)
 
     def lingers_on(self) -> bool:
-        """At the deadline of a lingering connection: whether the client has sent more, and may send still more."""
+        """At the deadline of a lingering connection: whether the client has sent more and may still send more."""
         if not self._heard or self._loop.time() >= self._linger_until:
             return False
         self._heard = False
@@ -103,7 +103,7 @@ class Arrival:
         return True
 
     def end(self) -> None:
-        """The connection is gone."""
+        """Stop the timer: the connection is closed."""
         self._deadline.end()
 
 

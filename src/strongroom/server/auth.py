@@ -1,4 +1,4 @@
-"""Who calls: a management key in `Authorization: Bearer …`, what it may do, and for which tenants."""
+"""Authenticates callers by the management key in `Authorization: Bearer …`: their scope and their tenant."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .errors import MalformedRequest
 MAX_CALLERS = 10_000
 """Callers cached by their Authorization header."""
 MAX_HEADER_BYTES = 1_024
-"""A longer header is not kept: a key may be imported with up to 512 characters, and one may put spaces before it."""
+"""A longer header is not cached: else headers with many spaces could fill the memory."""
 ONCE = frozenset(
     {
         b"authorization",
@@ -30,15 +30,14 @@ ONCE = frozenset(
         b"idempotency-key",
     }
 )
-"""Headers that a request may have once: of two, one part of a system might read the first and another the last."""
+"""Headers that a request may have once: of two, a proxy might read the first and this server the last."""
 TRUSTED_FOR_S = 0.25
-"""A caller is looked up again after this long, whatever was heard of its key meanwhile. With what
-`keycache.TRUSTED_FOR_S` allows, a management key that was revoked elsewhere ends within a second, even where the feed
-of changes is broken."""
+"""A cached caller is looked up again after this long. With the TRUSTED_FOR_S of the key cache, a management key that
+another node revoked stops working within a second, even if the change feed is broken."""
 
 
 class Scope(IntEnum):
-    """What a management key may do; each includes those before it."""
+    """What a management key may do; each scope includes the smaller ones."""
 
     NONE = 0
     READ = 1
@@ -54,17 +53,18 @@ _SCOPES = {scope.permission: scope for scope in (Scope.READ, Scope.WRITE, Scope.
 
 
 def scope_of(permissions: Iterable[str]) -> Scope:
-    """The widest scope that is named in full. A wildcard such as `*` gives none: whoever may write could grant it."""
+    """The widest scope that is named in full. A wildcard such as `*` gives none: else each key with write permission
+    could grant it."""
     return max((_SCOPES[name] for name in permissions if name in _SCOPES), default=Scope.NONE)
 
 
 def is_management(permissions: Iterable[str], tenant: str) -> bool:
-    """Whether a key with these permissions, of this tenant, is one that only an administrator may make or touch."""
+    """Whether only an administrator may create or change a key with these permissions."""
     return tenant == ALL_TENANTS or any(name.startswith(MANAGEMENT) for name in permissions)
 
 
 class Caller:
-    """An authenticated caller. `tenant` is the one it is bound to, or None for all of them."""
+    """An authenticated caller. `tenant` is the only tenant it may use; None: all tenants."""
 
     __slots__ = ("_clock", "actor", "claims", "ends_us", "key", "scope", "tenant", "trusted_until")
 
@@ -84,7 +84,7 @@ class Caller:
 
     @property
     def is_current(self) -> bool:
-        """Whether nothing has happened to the key since it was looked up, and it has not expired."""
+        """Whether the key is unchanged since it was looked up, and has not expired."""
         return (
             not self.key.stale
             and time.monotonic() < self.trusted_until
@@ -98,30 +98,30 @@ class Caller:
             raise Denied(f"this call needs a key with the permission {scope.permission}; {has}")
 
     def context(self, tenant: str | None, request_id: str) -> Context:
-        """The caller's call for one tenant, now. The rules refuse a tenant it does not belong to."""
+        """The context of this call for one tenant. The rules refuse a foreign tenant."""
         return Context(tenant, self.actor, self.claims, request_id)
 
 
 class Authenticator:
-    """Turns an Authorization header into a Caller. Known ones cost one dict lookup."""
+    """Turns an Authorization header into a Caller. A cached caller costs one dict lookup."""
 
     def __init__(self, keys: Keys, proxies: Sequence[Network] = ()) -> None:
         self._keys = keys
         self._proxies = proxies
-        # A dict finds by a keyed hash of all bytes and then compares once, so its time says nothing of how many
-        # characters of a guess were right; the store's hash is compared in constant time by Keys.
+        # A dict looks up by a keyed hash of all bytes, so its time does not reveal how many characters of a guess are
+        # right. Keys compares the store's hash in constant time.
         self._callers: dict[bytes, Caller] = {}
         self._bound: dict[bytes, Caller] = {}
-        """Callers whose keys may be used from some addresses only: they are asked for theirs at each call."""
+        """Callers whose keys are allowed from some addresses only: the address is checked at each call."""
 
     def known(self, header: bytes | None) -> Caller | None:
-        """The caller, if it is known and nothing has happened to its key."""
+        """The cached caller, if its key is unchanged."""
         caller = self._callers.get(header) if header is not None else None
         return caller if caller is not None and caller.is_current else None
 
     async def caller(self, header: bytes | None, scope: Mapping[str, Any]) -> Caller:
-        """The caller of an ASGI scope with this Authorization header. Raises Unauthenticated; Denied if its key may not
-        be used from where it calls."""
+        """The caller of an ASGI scope with this Authorization header. Raises Unauthenticated; Denied if the key is not
+        allowed from the client's address."""
         caller = self.known(header)
         if caller is not None:
             return caller
@@ -130,11 +130,11 @@ class Authenticator:
             bound = await self._found(header)
         if not bound.key.allows(self.address(scope) if bound.key.networks else None):
             where = self.address(scope) or "an unknown address"
-            raise Denied(f"this key may not be used from {where}: its allowed_ips name others")
+            raise Denied(f"this key may not be used from {where}: its allowed_ips do not include this address")
         return bound
 
     def address(self, scope: Mapping[str, Any]) -> str | None:
-        """Where a request comes from: the peer's address, or what a trusted proxy says of it."""
+        """The client's address: the peer's, or the address that a trusted proxy names."""
         client = scope.get("client")
         forwarded = [value for name, value in scope["headers"] if name == b"x-forwarded-for"] if self._proxies else []
         return client_address(client[0] if client else None, forwarded, self._proxies)
@@ -168,7 +168,7 @@ def bearer(header: bytes | None) -> str | None:
 
 
 def single(headers: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
-    """Those headers of an ASGI scope that a request may have once. Raises MalformedRequest if it has one twice."""
+    """The headers of an ASGI scope that may occur once. Raises MalformedRequest if one occurs twice."""
     found: dict[bytes, bytes] = {}
     for name, value in headers:
         if name in ONCE:

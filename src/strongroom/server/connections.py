@@ -1,4 +1,4 @@
-"""How many connections one process keeps: in all, so that the store never lacks descriptors, and from one peer."""
+"""Bounds the connections of one process: in all, so that the store has descriptors left, and from one peer."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from ..errors import TooManyRequests, Unavailable
 from .metrics import Metrics
 
 MAX_TURNED_AWAY = 100
-"""Connections over a bound that are kept a moment longer, so that they read why. More are told and closed at once,
-which some clients see as a reset."""
+"""Refused connections that linger, so that the client can read the answer. More are closed at once, which some
+clients see as a reset."""
 IPV6_PEER_BITS = 64
-"""Of an IPv6 address these say who the peer is: the others are its own to choose."""
+"""The bits of an IPv6 address that identify the peer: it can choose the other bits freely."""
 
 Network = IPv4Network | IPv6Network
 
 
 class Connections:
-    """The connections that are open, counted. `proxies` speak for many, and are not bounded as one peer."""
+    """Counts the open connections. `proxies` carry the connections of many clients and have no bound of their own."""
 
     def __init__(self, most: int, most_per_peer: int, proxies: Iterable[Network] = ()) -> None:
         self.most = most
@@ -32,8 +32,7 @@ class Connections:
         self._metrics: Metrics | None = None
 
     def enter(self, address: str | None) -> str | None:
-        """Take a place for a peer's connection; what is returned is handed back to `leave`. Raises TooManyRequests,
-        Unavailable."""
+        """Count a peer's connection; returns the value for `leave`. Raises TooManyRequests, Unavailable."""
         if self.open >= self.most:
             self.refused["all"] += 1
             raise Unavailable(f"{self.open} connections are open, the most that this server accepts")
@@ -57,9 +56,9 @@ class Connections:
                 del self._peers[peer]
 
     def measured(self, metrics: Metrics) -> None:
-        """Show these numbers among the metrics."""
+        """Export these numbers as metrics."""
         self._metrics = metrics
-        metrics.gauge("strongroom_connections", "Connections that are open.", lambda: self.open)
+        metrics.gauge("strongroom_connections", "Open connections.", lambda: self.open)
         metrics.counter(
             "strongroom_connections_refused",
             "Connections refused because too many were open: from one peer, or in all.",
@@ -68,16 +67,16 @@ class Connections:
         )
 
     def answered(self, status: int) -> None:
-        """A connection's last answer was an error of the protocol's own."""
+        """Count a connection's last answer, an error of the protocol itself."""
         if self._metrics is not None:
             self._metrics.refused(status)
 
     def _peer(self, address: str | None) -> str | None:
-        """By which name a peer is counted; None for one that is not."""
+        """The name under which a peer is counted; None for a peer without a bound."""
         try:
             found = ip_address((address or "").partition("%")[0])
         except ValueError:
-            return None  # no address: a socket of this machine's own
+            return None  # no address: a Unix socket of this machine
         if isinstance(found, IPv6Address) and found.ipv4_mapped is not None:
             found = found.ipv4_mapped
         if any(found in network for network in self._proxies if network.version == found.version):
@@ -86,7 +85,7 @@ class Connections:
 
 
 def descriptors(wanted: int) -> int:
-    """How many files this process may have open: the soft limit is raised as far as `wanted` and the hard one allow."""
+    """The number of files that this process may open. The soft limit is raised up to `wanted` and the hard limit."""
     if sys.platform == "win32":
         return wanted
     import resource
@@ -98,7 +97,7 @@ def descriptors(wanted: int) -> int:
     most = wanted if hard == unlimited else min(wanted, hard)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    except (OSError, ValueError):  # some systems have a bound of their own below the hard limit
+    except (OSError, ValueError):  # some systems have another bound below the hard limit
         return soft
     return most
 

@@ -14,7 +14,7 @@ from .errors import Message
 
 
 class Flow(FlowControl):
-    """Reading that stays paused while requests wait for their turn, whoever wants more of a body."""
+    """Flow control that keeps reading paused while requests wait, even if the application wants more of a body."""
 
     held = False
 
@@ -28,7 +28,7 @@ class Cycle(RequestResponseCycle):
 
     async def send(self, message: Any) -> None:
         if self.waiting_for_100_continue and not self.response_started:
-            # Whether the client sends its body all the same is its choice: what follows cannot be told apart.
+            # The client may send its body or not, so the next bytes could be a body or a request: close.
             self.keep_alive = False
         await super().send(message)
         if self.response_complete:

@@ -1,4 +1,4 @@
-"""One timer for many deadlines, most of which are put off before they come."""
+"""One timer for many deadlines, most of which are postponed before they expire."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 class Deadline:
-    """Calls `due` at the moment that was set last. To put it off costs no timer: the one that is there looks anew."""
+    """Calls `due` at the last set time. Postponing creates no timer: the existing timer checks the time again."""
 
     __slots__ = ("_due", "_loop", "_timer", "_timer_at", "moment")
 
@@ -19,7 +19,7 @@ class Deadline:
         self.moment = 0.0
 
     def set(self, moment: float) -> None:
-        """By the loop's clock."""
+        """Set the deadline, in the loop's time."""
         self.moment = moment
         if self._timer is None or self._timer_at > moment:
             self._begin()
@@ -38,7 +38,7 @@ class Deadline:
             self._due()
 
     def end(self) -> None:
-        """It is set no more, and nothing is referred to any longer."""
+        """Cancel the timer and drop its references."""
         self._due = None
         if self._timer is not None:
             self._timer.cancel()

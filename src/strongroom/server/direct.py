@@ -1,7 +1,7 @@
 """The direct path of verifications: from the bytes of a request to the bytes of its answer, without ASGI.
 
-ASGI's task, events and messages took twice the time of the verification itself. And a client repeats the head of its
-requests, so a head that the parser has read once is recognised by its bytes, which takes less than reading it again.
+ASGI's task, events and messages took twice the time of the verification itself. A client repeats the head of its
+requests, so a parsed head is recognised by its bytes. This is faster than parsing it again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _NONE: Headers = []
 
 
 class Head(NamedTuple):
-    """The head of a verification, as the parser has read it."""
+    """The parsed head of a verification."""
 
     authorization: bytes
     headers: Headers
@@ -36,8 +36,8 @@ class Head(NamedTuple):
 
 
 def is_plain_verification(url: bytes, noted: Mapping[bytes, bytes], parser: Any) -> bool:
-    """Whether the parser has just read the head of a verification that may take the direct path: one with Host,
-    Authorization and Content-Length, and nothing else that decides how a request is read (`heads.NOTED`)."""
+    """Whether the parser has read the head of a verification for the direct path. It has Host, Authorization and
+    Content-Length, and no other header that changes how a request is read (`heads.NOTED`)."""
     return (
         url == VERIFY
         and len(noted) == 3
@@ -54,8 +54,8 @@ def is_plain_verification(url: bytes, noted: Mapping[bytes, bytes], parser: Any)
 class KnownHeads:
     """Heads of verifications that took the direct path, by their bytes.
 
-    The same bytes at the beginning of a request mean the same again: whether a request may take the direct path
-    depends on nothing of it but its head. Only whether a caller is known is asked at each request.
+    Equal bytes at the beginning of a request have equal meaning, because only the head decides about the direct path.
+    Whether the caller is known is checked at each request.
     """
 
     __slots__ = ("_heads",)
@@ -67,9 +67,9 @@ class KnownHeads:
         return len(self._heads)
 
     def learn(self, data: bytes, headers: Headers, noted: Mapping[bytes, bytes], body: bytes) -> None:
-        """`data` was parsed, and is one verification with these headers and this body."""
+        """Remember the head in `data`, which was parsed as one verification with these headers and this body."""
         head, _, rest = data.partition(END_OF_HEAD)
-        # Where the parser has seen the end of the head elsewhere, its body is another one.
+        # Else the parser found the end of the head elsewhere, and the split would give another body.
         if rest != body or len(body) != int(noted[b"content-length"]):
             return
         if len(head) > MAX_KNOWN_HEAD_BYTES or len(headers) > MAX_KNOWN_HEADERS:
@@ -79,30 +79,30 @@ class KnownHeads:
         self._heads[head] = Head(noted[b"authorization"], headers, len(body))
 
     def find(self, data: bytes) -> tuple[Head, bytes] | None:
-        """The head and the body of a verification, if `data` is exactly one whose head is known."""
+        """The head and the body, if `data` is exactly one verification with a known head."""
         head, _, body = data.partition(END_OF_HEAD)
         known = self._heads.get(head)
         return (known, body) if known is not None and known.content_length == len(body) else None
 
 
 class Connection(Protocol):
-    """As much of a connection as a request that is answered directly needs."""
+    """The part of a connection that the direct path needs."""
 
     transport: Any
     server_state: ServerState
 
     def on_response_complete(self) -> None:
-        """The answer was given."""
+        """Called once the answer is written."""
         ...
 
     def start_whole(self, request: Direct, app: Asgi) -> None:
-        """Let an ASGI application answer."""
+        """Let an ASGI application answer the whole request."""
         ...
 
 
 class Direct:
-    """The request of a connection that is being answered without ASGI, or was: to uvicorn it is a cycle like others,
-    to the route it is where the answer goes. A connection has one, used again for each of them."""
+    """The request of a connection on the direct path. For uvicorn it is a cycle, for the route it is the reply. Each
+    connection has one and reuses it."""
 
     more_body = False
     response_started = False
@@ -119,7 +119,7 @@ class Direct:
         self.keep_alive = True
 
     def receive(self, headers: Headers, body: bytes) -> None:
-        """A request has arrived."""
+        """Start with a new request."""
         self.headers = headers
         self.body = body
         self.response_complete = self.disconnected = False
@@ -132,7 +132,7 @@ class Direct:
         transport: Any = protocol.transport
         if self.disconnected or transport.is_closing():
             return
-        defaults = protocol.server_state.default_headers  # a new list each second, for its date
+        defaults = protocol.server_state.default_headers  # uvicorn makes a new list each second, for the date
         if defaults is not self._defaults:
             self._defaults = defaults
             lines = b"".join(b"%s: %s\r\n" % header for header in defaults)
@@ -144,8 +144,8 @@ class Direct:
         protocol.on_response_complete()
 
     def take(self) -> tuple[Headers, bytes]:
-        """The headers and the body, which are then kept elsewhere."""
-        found = list(self.headers), self.body  # the list may be that of a known head
+        """The headers and the body; the caller keeps them."""
+        found = list(self.headers), self.body  # a copy, because the list may belong to a known head
         self.headers, self.body = _NONE, b""
         return found
 

@@ -19,7 +19,7 @@ Headers = list[tuple[bytes, bytes]]
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_S = 1
 MAX_PROBLEMS = 100
-"""Of a request with more problems than these, the first are named."""
+"""Problems that an answer names; further ones are left out."""
 MAX_DETAIL_CHARS = 2_000
 
 
@@ -77,7 +77,7 @@ STATUS: dict[str, int] = {
 }
 _OF_THE_STORE = frozenset({"store_error", "schema_error", "config_error", "unavailable", "storage_full"})
 _PLACE = re.compile(r"^(?:(?!: ).)*/(?:(?!: ).)*: ")
-"""How a store begins its messages: with its file, or its host and database."""
+"""The beginning of a store's message: its file, or its host and database."""
 _RETRY = frozenset({"too_many_requests", "unavailable", "storage_full"})
 _encode = msgspec.json.Encoder().encode
 
@@ -87,7 +87,7 @@ def status_of(error: StrongroomError) -> int:
 
 
 def document(error: StrongroomError, request_id: str) -> dict[str, Any]:
-    """The error as problem details. What is the server's own fault is said without its particulars: they are logged."""
+    """The error as problem details. The details of an internal error are logged and not sent."""
     status = status_of(error)
     title = (type(error).__doc__ or HTTPStatus(status).phrase).strip().split("\n")[0]
     body: dict[str, Any] = {
@@ -100,7 +100,7 @@ def document(error: StrongroomError, request_id: str) -> dict[str, Any]:
     }
     if error.details.get("outcome") == "unknown":
         body["outcome"] = "unknown"
-    for name in ("counted", "failed"):  # of a batch of usage
+    for name in ("counted", "failed"):  # members of a usage batch's error
         if name in error.details:
             body[name] = error.details[name]
     if isinstance(error, InvalidInput):
@@ -109,12 +109,12 @@ def document(error: StrongroomError, request_id: str) -> dict[str, Any]:
 
 
 def _detail(error: StrongroomError) -> str:
-    """The message; of a store's own errors without where the store is, which is not for callers."""
+    """The message; for a store's errors without the store's place, which callers must not learn."""
     return _PLACE.sub("", error.message, count=1) if error.code in _OF_THE_STORE else error.message
 
 
 def response(error: StrongroomError, request_id: str) -> tuple[int, Headers, bytes]:
-    """Status, headers and body of the answer that tells the error."""
+    """Status, headers and body of the answer to an error."""
     status = status_of(error)
     body = _encode(document(error, request_id))
     headers = [

@@ -58,7 +58,7 @@ _INTEGER = re.compile(r"[+-]?[0-9]{1,19}")
 
 
 def query_of(collection: Collection, parameters: Sequence[tuple[str, str]]) -> tuple[Query, str | None]:
-    """The query and the cursor that a query string means. Raises InvalidInput with every problem of it."""
+    """The query and the cursor in a query string. Raises InvalidInput with every problem."""
     reader = _Reader(collection)
     if len(parameters) > MAX_PARAMETERS:
         raise InvalidInput(f"found {len(parameters)} query parameters, expected at most {MAX_PARAMETERS}")
@@ -83,7 +83,7 @@ def query_of(collection: Collection, parameters: Sequence[tuple[str, str]]) -> t
 
 
 class _Reader:
-    """Reads values by their field's type, and collects what is wrong."""
+    """Reads values by the type of their field, and collects the problems."""
 
     def __init__(self, collection: Collection) -> None:
         self.collection = collection
@@ -124,7 +124,8 @@ class _Reader:
         return Where(field, op, value) if value is not _WRONG else None
 
     def name(self, name: str) -> tuple[str | None, Op, bool]:
-        """A parameter's name as field and operator. A field whose own name looks like one with an operator wins."""
+        """The field and the operator of a parameter. A field whose name looks like field and operator takes
+        precedence."""
         if self.collection.type_of(name) is not None:
             return name, Op.EQ, False
         field, separator, suffix = name.rpartition("__")
@@ -142,10 +143,10 @@ class _Reader:
     # --- Values -----------------------------------------------------------------------------------------------
 
     def value(self, path: str, field: str, op: Op, text: str) -> Any:
-        """A value of the query string, by the field's type."""
+        """A value of the query string, by the type of its field."""
         kind = self.collection.type_of(field)
         if op in (Op.CONTAINS, Op.CONTAINS_ANY) or kind is None or not kind.is_scalar:
-            return text  # elements of lists have no declared type here: texts; `where` takes others
+            return text  # elements of lists have no declared type here, so they are texts; `where` has other types
         try:
             return _FROM_TEXT[kind](text)
         except (ValueError, InvalidOperation, binascii.Error):
@@ -153,7 +154,7 @@ class _Reader:
             return _WRONG
 
     def json_value(self, path: str, field: str, op: Op, value: Any) -> Any:
-        """A value of `where`: JSON has texts and numbers already; times, bytes and Decimals are written as texts."""
+        """A value of `where`. JSON has texts and numbers; times, bytes and Decimals are texts."""
         kind = self.collection.type_of(field)
         if isinstance(value, dict):
             self.wrong(path, "found an object, expected a value")
@@ -214,7 +215,7 @@ class _Reader:
 
 
 class _Wrong:
-    """Stands for a value that could not be read, and was reported."""
+    """Replaces a value whose problem was already reported."""
 
 
 _WRONG: Any = _Wrong()

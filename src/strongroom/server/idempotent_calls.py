@@ -1,8 +1,9 @@
 """`Idempotency-Key` on writes: a retry changes nothing and gets the first answer; another request with it gets 409.
 
-- `run_once` serves a call that is one transaction. The record of the call commits with it.
-- `Answers` serves a call of several steps, each of which finds what was done before. The call is claimed first, and its
-  answer is stored last. A retry repeats the steps that an interrupted call has left.
+    run_once   for a call that is one transaction: the record of the call commits with it
+    Answers    for a call of several repeatable steps: claimed first, its answer stored last
+
+A retry repeats all steps of an interrupted call.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class _Answer(msgspec.Struct):
 
 
 def idempotency_key(request: Request) -> str | None:
-    """The Idempotency-Key header. Raises InvalidInput if it is none."""
+    """The Idempotency-Key header. Raises InvalidInput for a malformed key."""
     value = request.headers.get("idempotency-key")
     if value is not None and (problem := text_problem(value, MAX_IDEMPOTENCY_KEY_BYTES)):
         raise InvalidInput([Problem("Idempotency-Key", problem)])
@@ -55,8 +56,8 @@ def idempotency_key(request: Request) -> str | None:
 
 
 async def request_key(request: Request, context: Context) -> RequestKey | None:
-    """The Idempotency-Key header with what the request is: method, path, query, preconditions, and the body by value.
-    A repeat may order names and write numbers in another way. Raises InvalidInput."""
+    """The Idempotency-Key with a digest of the request: method, path, query, preconditions, and the body by value. So a
+    retry may order names and write numbers in another way. Raises InvalidInput."""
     value = idempotency_key(request)
     if value is None:
         return None
@@ -79,9 +80,10 @@ async def run_once(
     work: Callable[[RequestKey | None], Awaitable[T]],
     again: Callable[[Replayed], Awaitable[T]],
 ) -> T:
-    """The result of `work`, which hands the key to its transaction; of a retry, what `again` makes of the record.
+    """The result of `work`, whose transaction gets the key; for a retry, the result of `again` on the stored record.
 
-    The record is looked up before anything else: a document that was changed or deleted since must not fail a retry."""
+    The record is looked up first: a document that was changed or deleted since must not fail a retry.
+    """
     key = await request_key(request, context)
     replayed = await room_of(request).database.repeated(context, Idempotency.of(key))
     if replayed is not None:
@@ -92,31 +94,31 @@ async def run_once(
 
 
 async def nothing(replayed: Replayed) -> None:
-    """`again` of a call whose answer has no body."""
+    """`again` for a call whose answer has no body."""
 
 
 class Answers:
-    """The answers of calls that take several steps."""
+    """The answers of calls with several steps."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def answered(self, request: Request, context: Context, work: Callable[[], Awaitable[Response]]) -> Response:
-        """The answer that `work` gives, or gave to this request before."""
+        """The answer of `work`, or the stored answer to the same request."""
         call = Idempotency.of(await request_key(request, context))
         if call is None:
             return await work()
         id = self._database.calls.id(context, call)
         turn = self._turns.setdefault(id, asyncio.Lock())
-        async with turn:  # of two at once the second gets the answer of the first
+        async with turn:  # a concurrent second call waits and gets the first answer
             claimed = await self._claim(context, call)
             if isinstance(claimed, Response):
                 return claimed
             try:
                 response = await work()
             except StrongroomError as error:
-                if claimed and not isinstance(error, Unavailable):  # it failed: the key is unused
+                if claimed and not isinstance(error, Unavailable):  # a failed call gives its key back
                     await self._try(Delete("idempotent_calls", id), context)
                 raise
             headers = {name: response.headers[name] for name in _KEPT_HEADERS if name in response.headers}
@@ -128,8 +130,8 @@ class Answers:
             return response
 
     async def _claim(self, context: Context, call: Idempotency) -> Response | bool:
-        """The answer that this request had before; else whether its key is claimed by now for the first time. Raises
-        Conflict if it was another request's."""
+        """The stored answer to this request, or whether this call has claimed the key for the first time. Raises
+        Conflict if another request used the key."""
         context = self._database.at_now(context)
         for _ in range(2):
             try:
@@ -140,16 +142,16 @@ class Answers:
                 claim = self._database.calls.operation(context, call, [], None, before)
                 await self._database.commit_counters([claim], context.now_us)
             except (AlreadyExists, Conflict):
-                continue  # another node has this request or another one with its key: look which
+                continue  # another node claimed the key: check for which request
             return True
         raise Conflict("requests with this idempotency key come too quickly: try again")
 
     async def _try(self, operation: Put | Delete, context: Context) -> None:
-        """A record that cannot be written, or is gone, costs nothing but the work once more: a repeat finds it done."""
+        """Write the record, or log the failure. Without a record a retry only repeats the work, which finds it done."""
         try:
             await self._database.commit_counters([operation], self._database.at_now(context).now_us)
         except StrongroomError as error:
-            _log.info("what became of a call with an idempotency key could not be kept: %s", error)
+            _log.info("the answer of a call with an idempotency key could not be stored: %s", error)
 
 
 def _response(memo: bytes) -> Response:

@@ -17,13 +17,13 @@ _SECRETS = re.compile(rf"{SCAN_PATTERN}|(?<=[Bb]earer )\S+")
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message", "taskName"}
 _encode = msgspec.json.Encoder().encode
 QUIET = ("uvicorn.error", "uvicorn.access", "asyncio")
-"""Loggers that are heard from `warning` on: their usual lines say nothing that ours do not."""
+"""Loggers that log from `warning` up: their lower lines repeat ours."""
 
 
 class JsonFormatter(logging.Formatter):
     """`{"time", "level", "logger", "message", …extra, "error", "trace"}`. Keys and bearer tokens are masked.
 
-    A traceback is told by its places, without the exception's own text, which may repeat what a caller sent.
+    A traceback has only its places. The text of the exception may repeat a caller's input.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -48,7 +48,7 @@ def _masked(value: object) -> object:
 
 
 def configure(level: str, stream: TextIO | None = None) -> None:
-    """Send every log line of this process, from `level` on, to standard error as JSON."""
+    """Write every log line of this process, from `level` up, to standard error as JSON."""
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter())
     root = logging.getLogger()

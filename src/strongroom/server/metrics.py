@@ -1,4 +1,5 @@
-"""Counters and histograms as plain numbers, so that counting costs next to nothing; Prometheus reads them."""
+"""Counters and histograms as plain numbers, because an increment on the hot path must be cheap; Prometheus reads
+them."""
 
 from __future__ import annotations
 
@@ -13,15 +14,16 @@ from ..storage.instrumented import Histogram, StoreMetrics
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MAX_SERIES = 2_000
-"""Series of one family; further ones are counted under `other`."""
+"""Series of one family; further series are counted as `other`."""
 
 
 VERIFIED = ("POST", "/v1/keys/verify", 200)
-"""Verifications are counted by their code, since they must cost little: as requests they are added up when read."""
+"""A verification counts once, by its code, to stay cheap; a scrape adds up the requests from these counts."""
 
 
 class Metrics(Collector):
-    """What this process has done since it started; `strongroom_process` names it, as each worker has its own."""
+    """This process's counts since its start. `strongroom_process` names the process, because each worker has its
+    own."""
 
     def __init__(self, store: StoreMetrics | None = None) -> None:
         self.store = store
@@ -46,7 +48,7 @@ class Metrics(Collector):
         histogram.observe(seconds)
 
     def refused(self, status: int) -> None:
-        """What was no request, or came on a connection too many, was answered with this status."""
+        """Count the status of a refused connection or an invalid request."""
         key = ("other", "unmatched", status)
         self.requests[key] = self.requests.get(key, 0) + 1
 
@@ -59,15 +61,15 @@ class Metrics(Collector):
         self.writes[key] = self.writes.get(key, 0) + 1
 
     def gauge(self, name: str, help: str, value: Callable[[], float]) -> None:
-        """A number that is asked for when the metrics are read."""
+        """Register a number that is read at each scrape."""
         self.gauges[name] = (help, value)
 
     def counter(self, name: str, help: str, label: str, values: Callable[[], Mapping[str, float]]) -> None:
-        """Numbers that only grow, by one label, which are asked for when the metrics are read."""
+        """Register counts by one label, which are read at each scrape."""
         self.counters[name] = (help, label, values)
 
     def text(self) -> bytes:
-        """The exposition, Prometheus' text format."""
+        """The metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
     def collect(self) -> Iterable[Metric]:
@@ -75,7 +77,7 @@ class Metrics(Collector):
             "strongroom_requests", "Requests answered.", labels=("method", "route", "status")
         )
         counts = {**self.requests}
-        if answered := sum(self.verify_latency.counts):  # `self.verified` has those of batches too
+        if answered := sum(self.verify_latency.counts):  # `self.verified` would include batches
             counts[VERIFIED] = counts.get(VERIFIED, 0) + answered
         for (method, route, status), count in sorted(counts.items()):
             requests.add_metric((method, route, str(status)), count)
@@ -117,7 +119,7 @@ class Metrics(Collector):
 
 
 def store_families(store: StoreMetrics) -> Iterable[Metric]:
-    """What was asked of the store, by backend and collection: as many series as there are declared collections."""
+    """Counts of the store's calls, by backend and collection: a series for each declared collection."""
     labels = ("backend", "collection", "operation")
     operations = CounterMetricFamily(
         "strongroom_store_operations", "Reads, and operations of batches that were committed.", labels=labels

@@ -1,4 +1,4 @@
-"""`/openapi.json`, complete: the bare verify route too, and every schema that the code has."""
+"""`/openapi.json`: the complete OpenAPI document, with the bare verify route and every schema."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ _OF_EVERY_REQUEST = (
     "internal",
     "unavailable",
 )
-"""Errors that any request may end in, wherever it goes."""
+"""Errors of any request, on any path."""
 _OF_THE_API = (
     "unauthenticated",
     "denied",
@@ -106,7 +106,7 @@ def version() -> str:
 
 
 def body(model: type[BaseModel], *, required: bool = True) -> dict[str, Any]:
-    """For a route that reads its body itself: the body's description (`openapi_extra`)."""
+    """The description of the body of a route that reads its body itself (`openapi_extra`)."""
     return request_body(deepcopy(_schema(model)), required=required)
 
 
@@ -128,17 +128,17 @@ def header(*names: str) -> list[dict[str, Any]]:
 
 
 def takes(*names: str) -> dict[str, Any]:
-    """A route that looks at these request headers (`openapi_extra`)."""
+    """The request headers that a route reads (`openapi_extra`)."""
     return {"parameters": header(*names)}
 
 
 def tells(*names: str, status: int = 200) -> dict[str, Any]:
-    """A route whose answer with this status has these headers (`openapi_extra`)."""
+    """The headers of a route's answer with this status (`openapi_extra`)."""
     return {"responses": {str(status): {"headers": answer_headers(*names)}}}
 
 
 def may_be_unchanged() -> dict[str, Any]:
-    """A route that answers with one document, or with 304 to who has it already (`openapi_extra`)."""
+    """A route whose answer is one document, or 304 for a caller that has it (`openapi_extra`)."""
     unchanged = {"description": "Unchanged.", "headers": answer_headers("ETag")}
     return {
         "parameters": [_UNCHANGED],
@@ -147,12 +147,12 @@ def may_be_unchanged() -> dict[str, Any]:
 
 
 def may_fail(*codes: str) -> dict[str, Any]:
-    """A route that can answer with these errors, beside those that all of its kind can (`openapi_extra`)."""
+    """The errors of a route, beside the errors of all routes of its kind (`openapi_extra`)."""
     return {"x-errors": list(codes)}
 
 
 def about(*parts: dict[str, Any]) -> dict[str, Any]:
-    """Several of these together."""
+    """Several descriptions as one."""
     whole: dict[str, Any] = {}
     for part in parts:
         _merge(whole, part)
@@ -205,14 +205,14 @@ async def made(api: FastAPI) -> None:
 
 
 def document(api: FastAPI) -> dict[str, Any]:
-    """The OpenAPI document of all that is served, made once."""
+    """The OpenAPI document of all routes, built once."""
     if api.openapi_schema is None:
         api.openapi_schema = _build(api)
     return api.openapi_schema
 
 
 def methods(api: FastAPI, path: str) -> list[str]:
-    """The methods that a path takes, for Allow (the framework knows only those of the first route that it meets)."""
+    """The methods of a path, for Allow. The framework knows only the methods of the first matching route."""
     paths = document(api)["paths"]
     found = {method.upper() for template, item in paths.items() if _matches(template, path) for method in item}
     found = found or {"GET"}
@@ -230,7 +230,7 @@ def _build(api: FastAPI) -> dict[str, Any]:
     spec = get_openapi(title=api.title, version=api.version, description=DESCRIPTION, routes=api.routes)
     spec["paths"]["/v1/keys/verify"] = {"post": _verify()}
     schemas = spec.setdefault("components", {}).setdefault("schemas", {})
-    for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own error shape, which is never sent
+    for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's error shape, which this server never sends
         schemas.pop(name, None)
     components = Components(schemas)
     models = (ProblemDetails, VerifyOut, ReadyEvent, ChangeEvent, RemovedEvent, ResetEvent)
@@ -271,7 +271,7 @@ _SECURED: dict[str, list[dict[str, list[str]]]] = {
 def _complete(
     path: str, method: str, operation: dict[str, Any], components: Components, errors: dict[str, Any]
 ) -> None:
-    """What holds for every operation: authentication, errors, headers, named schemas."""
+    """Add to every operation its authentication, errors, headers and named schemas."""
     answers = operation["responses"]
     answers.pop("422", None)
     is_api = path.startswith("/v1")
@@ -289,7 +289,7 @@ def _complete(
     for media in operation.get("requestBody", {}).get("content", {}).values():
         media["schema"] = components.request(media["schema"])
     for answer in answers.values():
-        if path != VERIFY:  # which has none, to be quick
+        if path != VERIFY:  # the verify route has none, to stay fast
             answer["headers"] = {**answer_headers("X-Request-Id"), **answer.get("headers", {})}
         for media in answer.get("content", {}).values():
             media["schema"] = components.answer(media["schema"])
@@ -303,7 +303,7 @@ def _complete(
 
 
 def _failures(path: str, method: str, operation: dict[str, Any], named: set[str]) -> dict[int, list[str]]:
-    """The errors that an operation may end in: by status, its codes."""
+    """The errors of an operation: by status, its codes."""
     codes = {*_OF_EVERY_REQUEST, *operation.pop("x-errors", ())}
     if path.startswith("/v1"):
         codes |= {*_OF_THE_API, *(_OF_WRITES if method in WRITES else ())}

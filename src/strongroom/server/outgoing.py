@@ -1,4 +1,4 @@
-"""What is sent on one connection: in few calls to the system, and never waiting for a client longer than a bound."""
+"""The output of one connection: few system calls, and a bounded wait for slow readers."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Callable
 from typing import Any
 
 WRITE_TIMEOUT_S = 30.0
-"""A client has this long to read MIN_READ_BYTES of an answer that waits for it, or all of it; else it is cut off."""
+"""A client must read MIN_READ_BYTES of a waiting answer, or all of it, in this time; else the connection is closed."""
 MIN_READ_BYTES = 65_536
 MIN_APART_BYTES = 16_384
-"""What ends with a part as large as this is handed to the system in its parts."""
+"""Output whose last part is this large is not joined into one buffer."""
 
 
 class Outgoing:
-    """A transport that sends in one call to the system what is written in one turn of the loop.
+    """A transport that sends everything written in one turn of the loop with one system call.
 
-    uvicorn writes the head of an answer and its body apart; each would be a call of its own, and the two were a third
-    of what the server did for a verification.
+    uvicorn writes the head and the body of an answer separately. Two system calls took a third of the server's time for
+    a verification.
 
-    `linger` is asked at a close: it is true if the input is to be read on for a while, so that the answer is not lost
-    with what the client still sends. `release` breaks the reference to it, once the connection is gone.
+    `linger` is called at a close; it returns true if the input must be read for a while, so that a reset does not
+    destroy the answer. `release` breaks this reference cycle after the close.
     """
 
     __slots__ = ("_cut", "_linger", "_loop", "_pending", "_transport", "_watched_bytes", "half_closed")
@@ -44,7 +44,7 @@ class Outgoing:
         self._pending.append(data)
 
     def write_all(self, data: bytes) -> None:
-        """Send what is the whole of an answer, or its end."""
+        """Send a whole answer, or its end, without waiting for the end of the turn."""
         if self._pending or self.half_closed:
             self.write(data)
         else:
@@ -53,7 +53,7 @@ class Outgoing:
     def flush(self) -> None:
         if self._pending:
             pending, self._pending = self._pending, []
-            if len(pending[-1]) >= MIN_APART_BYTES:  # copied, each client that does not read would keep a copy
+            if len(pending[-1]) >= MIN_APART_BYTES:  # joining would copy it, and each slow client would keep a copy
                 self._transport.writelines(pending)
             else:
                 self._transport.write(b"".join(pending))
@@ -64,7 +64,7 @@ class Outgoing:
     # --- The end ---
 
     def half_close(self) -> None:
-        """Nothing is sent after what was written so far, and the client is told; its own bytes still come in."""
+        """Send the pending output and end the output; the client's input still arrives."""
         self.flush()
         self.half_closed = True
         if not self._transport.is_closing() and self._transport.can_write_eof():
@@ -76,14 +76,14 @@ class Outgoing:
             self.close_now()
 
     def close_now(self) -> None:
-        """Close once what was written is read, and without that if it takes too long."""
+        """Close after the client has read the output, or without that after a time-out."""
         self.flush()
         self._transport.close()
         if self._transport.get_write_buffer_size():
             self.watch()
 
     def release(self) -> None:
-        """The connection is gone."""
+        """Drop all references, because the connection is closed."""
         self._linger = None
         self._pending.clear()
         self.unwatch()
@@ -91,7 +91,7 @@ class Outgoing:
     # --- Clients that do not read ---
 
     def watch(self) -> None:
-        """Something waits for the client to read: cut it off if it does not."""
+        """Start the time-out for a client that does not read its output."""
         if self._cut is None and self._linger is not None:
             self._watched_bytes = self._transport.get_write_buffer_size()
             self._cut = self._loop.call_later(WRITE_TIMEOUT_S, self._look)

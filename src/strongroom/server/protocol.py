@@ -1,11 +1,11 @@
-"""uvicorn's HTTP protocol: strict about what a request is, bounded (`arrival`), with a direct path for verifications.
+"""uvicorn's HTTP protocol: strict about valid requests, bounded (`arrival`), with a direct path for verifications.
 
 A verification that arrives in one piece goes to `VerifyRoute.answer_directly`, and `direct` writes its answer. Every
-other request, and a verification that the route cannot answer so, goes to the ASGI application.
+other request, and a verification that the route cannot answer directly, goes to the ASGI application.
 
-Requests of one connection are answered one after the other. Pipelined requests wait: at most PIECE_BYTES of them are
-parsed, the rest of the input is kept unparsed, and the socket is not read until their turn. A request that is not
-valid HTTP is answered in its turn too, and is the connection's last.
+A connection answers its requests one after the other. Pipelined requests wait: at most PIECE_BYTES of them are parsed,
+the rest of the input is kept unparsed, and the socket is not read until their turn. An invalid request is answered in
+its turn too, and ends the connection.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from .outgoing import Outgoing
 from .verify import Asgi, VerifyRoute
 
 PIECE_BYTES = 1_024
-"""What was read is parsed in pieces of this size, and no further while a request waits for its turn."""
+"""The size of the pieces in which input is parsed. While a request waits for its turn, no further piece is parsed."""
 
 _NOT_HTTP = "the request is not valid HTTP"
 _NO_HEADS = KnownHeads()
-"""Of an application without a direct path, none is ever learned."""
+"""For an application without a direct path: it never learns a head."""
 
-# What of a request is coming.
+# The part of a request that is expected next.
 _NOTHING, _HEAD, _BODY = range(3)
 
 
 class _Stop(Exception):
-    """Nothing after this is parsed."""
+    """Stops the parser: the rest of the input is not parsed."""
 
 
 class Protocol(HttpToolsProtocol):
@@ -58,22 +58,22 @@ class Protocol(HttpToolsProtocol):
         self._entered = self._turned_away = False
 
         self._running: Any = None
-        """What is being answered."""
+        """The request that is answered now."""
         self._phase = _NOTHING
         self._keep = True
-        """Whether another request may follow the one that is read."""
+        """Whether another request may follow the current one."""
         self._last = False
-        """No more is parsed: what still comes is dropped."""
+        """Further input is dropped, not parsed."""
         self._problem: StrongroomError | None = None
-        """What is wrong with the request that is read."""
+        """The problem of the request that is parsed now."""
         self._error: StrongroomError | None = None
-        """The connection's last answer, once those before it are given."""
+        """The connection's last answer, sent after all earlier answers."""
         self._noted: dict[bytes, bytes] = {}
         self._repeated = False
         self._whole: bytes | None = None
-        """As much as has come of the body of a verification that may be answered directly."""
+        """The received body of a verification that may take the direct path."""
         self._data: bytes | memoryview | None = None
-        """The bytes that are parsed, where they began with a request."""
+        """The parsed bytes, if they begin with a request."""
         self._backlog: deque[memoryview] = deque()
         self._working_off = False
 
@@ -84,7 +84,7 @@ class Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport) -> None:  # type: ignore[no-untyped-def]
         outgoing = Outgoing(transport, self.loop, self._linger)
-        super().connection_made(outgoing)  # type: ignore[arg-type]  # as much as is used of one
+        super().connection_made(outgoing)  # type: ignore[arg-type]  # Outgoing has the used part of a transport
         self.flow = Flow(cast("Any", outgoing))
         if self._connections is not None:
             try:
@@ -102,8 +102,8 @@ class Protocol(HttpToolsProtocol):
         self._refuse(error)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Everyone who waits is told, and nothing is left that refers to this connection in a circle: its memory is
-        free at once, and not when Python next looks for garbage."""
+        """Wake all waiting tasks, and break every reference cycle of this connection. So its memory is free at once,
+        not at the next garbage collection."""
         if self._connections is not None:
             if self._entered:
                 self._connections.leave(self._peer)
@@ -125,7 +125,7 @@ class Protocol(HttpToolsProtocol):
         self._forget()
 
     def _forget(self) -> None:
-        """Keep nothing of a request that was answered."""
+        """Keep no data of an answered request."""
         self.headers = self.scope = self.cycle = cast("Any", None)
         self.url = b""
         self._noted = cast("Any", None)
@@ -135,7 +135,7 @@ class Protocol(HttpToolsProtocol):
         return cast("Outgoing", self.transport)
 
     def shutdown(self) -> None:
-        """The server stops: what is in work is answered, and then the connection closed."""
+        """Answer the current request, then close the connection: the server stops."""
         last = self.pipeline[0][0] if self.pipeline else self._running
         if last is None:
             self._outgoing.close_now()
@@ -184,7 +184,7 @@ class Protocol(HttpToolsProtocol):
         self._phase = _BODY
 
     def _begin_asgi(self) -> None:
-        """Give a request, whose body is still to come, to the application, now or in its turn."""
+        """Give a request, before its body has arrived, to the application, now or in its turn."""
         parser: Any = self.parser
         version, method = parser.get_http_version(), parser.get_method()
         problem = heads.problem_of(version, method, self._noted, upgrades=parser.should_upgrade())
@@ -204,7 +204,7 @@ class Protocol(HttpToolsProtocol):
             self.pipeline.appendleft((cycle, self.app))
 
     def _scope_of(self, *asked: Any) -> Any:
-        """What ASGI is told of a request, beside what is true of the whole connection."""
+        """A request's ASGI scope."""
         scope = heads.asked_of(*asked)
         scope.update(
             asgi={"version": self.asgi_version, "spec_version": "2.3"},
@@ -254,7 +254,9 @@ class Protocol(HttpToolsProtocol):
         if body is not None:
             headers, noted = self.headers, self._noted
             if self._verify_directly(noted[b"authorization"], headers, body) and isinstance(data, bytes):
-                self._heads.learn(data, headers, noted, body)  # of callers that are known: nobody else fills it
+                self._heads.learn(
+                    data, headers, noted, body
+                )  # only known callers, so that strangers cannot fill the cache
             return
         if self._arrival.late_at is not None:
             self._arrival.complete()
@@ -267,7 +269,7 @@ class Protocol(HttpToolsProtocol):
             raise _Stop
 
     def _verify_directly(self, authorization: bytes, headers: list[tuple[bytes, bytes]], body: bytes) -> bool:
-        """Let the route answer a verification that has arrived whole; whether it could without ASGI."""
+        """Let the route answer a verification that has arrived whole; returns whether it did so without ASGI."""
         if self._arrival.late_at is not None:
             self._arrival.complete()
         direct = self._direct
@@ -279,11 +281,11 @@ class Protocol(HttpToolsProtocol):
         return False
 
     def _in_pieces(self, body: bytes) -> None:
-        """Go on with a request as with any other: its body is not all there yet."""
+        """Take the ASGI path after all, because the body arrives in several pieces."""
         self._whole = None
         self._begin_asgi()
         if body:
-            self._arrival.content(-len(body))  # counted already
+            self._arrival.content(-len(body))  # on_body counts them again
             self.on_body(body)
 
     def start_whole(self, request: Direct, app: Asgi) -> None:
@@ -296,7 +298,7 @@ class Protocol(HttpToolsProtocol):
         cycle.body += body
         cycle.more_body = False
         cycle.disconnected = request.disconnected
-        if self.cycle is cast("Any", request):  # else the next request waits behind it already
+        if self.cycle is cast("Any", request):  # else the next request is the parser's current one already
             self.cycle = cycle
         self._start(cycle, app)
 
@@ -328,7 +330,7 @@ class Protocol(HttpToolsProtocol):
             self._bound(len(data))
 
     def _receive_more(self, data: bytes) -> None:
-        """What is more than a piece, or comes while requests wait, or is to be dropped."""
+        """Handle input that is larger than a piece, arrives while requests wait, or must be dropped."""
         if self._last:
             self._drop(len(data))
             return
@@ -337,7 +339,7 @@ class Protocol(HttpToolsProtocol):
         self._work_off()
 
     def _work_off(self) -> None:
-        """Parse what was read, as long as no request waits for its turn."""
+        """Parse the kept input until a request must wait for its turn."""
         if self._working_off:
             return
         self._working_off = True
@@ -363,14 +365,14 @@ class Protocol(HttpToolsProtocol):
         self.flow.resume_reading()
 
     def _bound(self, size: int) -> None:
-        """A request has not arrived whole with its last piece."""
+        """Check the bounds of a request that has not arrived whole yet."""
         if self._phase == _HEAD:
             if not self._arrival.head_fits(size):
                 self._refuse(HeadersTooLarge())
                 return
         else:
             if not self._arrival.body_fits(size):
-                self._refuse(MalformedRequest("the chunks of the body have too much beside their content"))
+                self._refuse(MalformedRequest("the chunk extensions and trailers of the body are too large"))
                 return
             if self._whole is not None:
                 self._in_pieces(self._whole)
@@ -398,8 +400,8 @@ class Protocol(HttpToolsProtocol):
             self._go_on()
 
     def _go_on(self) -> None:
-        """Begin what waits for its turn, if it has come."""
-        self._outgoing.flush()  # which may tell that the client does not read, so that nothing is begun for it
+        """Start the next waiting request, if it is its turn."""
+        self._outgoing.flush()  # may pause the writing: a client that does not read gets no further answers
         if self._running is None and not self.flow.write_paused and not self._outgoing.is_closing():
             if self.pipeline:
                 self._start(*self.pipeline.pop())
@@ -419,7 +421,7 @@ class Protocol(HttpToolsProtocol):
         self._go_on()
 
     def _refuse(self, error: StrongroomError) -> None:
-        """Answer the request that is read with an error, in its turn; it is the connection's last."""
+        """Answer the current request with an error, in its turn, and end the connection."""
         if self._last or self._outgoing.is_closing():
             return
         self._last = True
@@ -429,7 +431,7 @@ class Protocol(HttpToolsProtocol):
         elif self._phase == _BODY:
             if self.pipeline and self.pipeline[0][0] is cycle:
                 self.pipeline.popleft()
-            elif cycle.response_started:  # it cannot be answered again
+            elif cycle.response_started:  # an answer has begun: no second one
                 cycle.disconnected = True
                 cycle.message_event.set()
                 self.transport.close()
@@ -448,7 +450,7 @@ class Protocol(HttpToolsProtocol):
         if self._connections is not None:
             self._connections.answered(status)
         self.transport.write(b"%s%sconnection: close\r\n\r\n%s" % (STATUS_LINE[status], lines, body))
-        self._phase = _BODY  # something may come
+        self._phase = _BODY  # a body may still arrive
         self.transport.close()
 
     # --- Time ---
@@ -461,12 +463,12 @@ class Protocol(HttpToolsProtocol):
                 self._outgoing.close_now()
         elif self._running is None or (self._running is self.cycle and self._phase == _BODY):
             self._outgoing.close_now()
-        else:  # the client waits for us
+        else:  # the server is still working on the answer
             self._arrival.look_again(self.timeout_keep_alive)
 
     def _linger(self) -> bool:
-        """Whether the connection is to be read on for a while before it is closed. Closing with bytes unread would
-        reset it, and the client might never read the answer."""
+        """Whether to read for a while before the close. A close with unread input resets the connection, and the client
+        might never read the answer."""
         arrival = self._arrival
         nothing_unread = self._phase == _NOTHING and not (self._backlog or self.pipeline or arrival.discarded_bytes)
         if arrival.lingering or nothing_unread or not self._may_linger:

@@ -1,10 +1,10 @@
-"""Starts and stops the server: `serve(settings)` listens, opens the store, answers until it is told to stop, closes.
+"""Runs the server: `serve(settings)` listens, opens the store, answers until a signal stops it, closes.
 
-A database that is gone at the start does not stop it: the server answers 503 until the database is there
-(`starting.py`). A wrong configuration does, as soon as it is known.
+Without the database the server starts and answers 503 until the database is reachable (`starting.py`). A wrong
+configuration stops the start at once.
 
-Nothing that was acknowledged is lost by a stop: SIGTERM (or Ctrl-C) ends the listening, lets requests in flight finish,
-ends the streams, writes what the ledger still holds, and closes the store.
+A stop loses nothing that was acknowledged. SIGTERM (or Ctrl-C) ends the listening, lets requests in flight finish, ends
+the streams, writes the ledger's pending changes, and closes the store.
 """
 
 from __future__ import annotations
@@ -42,15 +42,14 @@ EXIT_STOPPED = 0
 EXIT_FAILED = 1
 EXIT_WRONG_CALL = 2
 COLLECT_AFTER = 50_000
-"""Objects that can hold others, made and still there, after which the youngest are looked through for garbage. After
-Python's 700 that is several times in each page of keys, and full collections follow, which with 20,000 keys in memory
-took 170 ms. Only cycles wait for this, some MB of them at most: all else is freed at once."""
+"""New container objects before a garbage collection. Python's 700 means several collections for each page of keys, and
+then full collections, which took 170 ms with 20,000 keys in memory. Only reference cycles wait, at most some MB."""
 BACKLOG = 2_048
 KEEP_ALIVE_S = 30
 RESERVED_DESCRIPTORS = 256
-"""Open files that are kept for the store, its connections aside, and for webhooks, logs and leases."""
+"""Open files for the store (beside its connections), webhooks, logs and leases."""
 STOP_SLACK_S = 5
-"""More than the requests in flight get, for closing the store."""
+"""Time to close the store, after the time for the requests in flight."""
 _log = logging.getLogger("strongroom.server")
 T = TypeVar("T")
 
@@ -64,8 +63,8 @@ class CannotListen(StrongroomError):
 def serve(settings: Settings, *, announce: Callable[[str], None] | None = None) -> int:
     """Serve until SIGTERM or Ctrl-C. Returns the exit status: 0 stopped, 1 could not run, 2 wrongly configured.
 
-    The reason for 1 and 2 is one sentence on standard error. `announce` gets what is to be shown on standard output:
-    the administrator's key of a first start.
+    The reason for 1 and 2 is one sentence on standard error. `announce` receives the text for standard output: the
+    administrator's key of a first start.
     """
     logs.configure(settings.log_level)
     try:
@@ -77,7 +76,7 @@ def serve(settings: Settings, *, announce: Callable[[str], None] | None = None) 
                 _run(_work(settings, listener, announce=announce or _print))
             else:
                 prepared = _run(_prepared(settings, announce or _print))
-                # Workers are started anew, and know nothing of where this process's output was directed.
+                # Workers start as new processes and do not inherit a redirected sys.stdout.
                 speak = None if prepared else _print_apart if sys.stdout is sys.stderr else _print
                 target = functools.partial(_worker, settings, os.getpid(), speak)
                 supervise(target, listener, settings.workers, settings.stop_timeout_s + STOP_SLACK_S)
@@ -125,7 +124,7 @@ def _run(work: Coroutine[Any, Any, T]) -> T:
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     try:
         import uvloop
-    except ImportError:  # not on Windows
+    except ImportError:  # uvloop does not exist on Windows
         return None
     return uvloop.new_event_loop
 
@@ -146,8 +145,8 @@ async def _opened(settings: Settings) -> AsyncIterator[Strongroom]:
 
 
 async def _prepared(settings: Settings, announce: Callable[[str], None]) -> bool:
-    """What is done once, before any of several workers starts: the schema, and the administrator's key. False if the
-    database is gone: each worker sees to it when it comes."""
+    """Prepare the schema and the administrator's key once, before several workers start. False if the database is
+    unreachable: each worker then does this later."""
     try:
         async with _opened(settings) as room:
             await _ensure_admin(settings, room, announce)
@@ -160,7 +159,7 @@ async def _prepared(settings: Settings, announce: Callable[[str], None]) -> bool
 
 
 def _may_come_back(settings: Settings) -> bool:
-    """Whether the store is a server somewhere, and not a file of ours that is locked or has no folder."""
+    """Whether the store is a database server. An embedded store that cannot be opened needs the operator."""
     return not store_for(settings.store_url).capabilities.embedded
 
 
@@ -171,14 +170,14 @@ async def _ensure_admin(settings: Settings, room: Strongroom, announce: Callable
     except Unavailable:
         if room.database.writes.refusal is None:
             raise
-        _log.warning("the administrator's key is left as it is: this store takes no writes")
+        _log.warning("the administrator's key was not checked: this store takes no writes")
         return
     if made is not None:
         announce(f"The administrator's key, shown this once; keep it:\n{made}")
 
 
 def _worker(settings: Settings, parent: int, announce: Callable[[str], None] | None, listener: socket.socket) -> None:
-    """One of several processes; it stops when its parent is gone, which could not tell it to."""
+    """One of several processes. It stops when its parent is gone, because a killed parent cannot tell it to stop."""
     logs.configure(settings.log_level)
     try:
         _run(_work(settings, listener, announce=announce, parent=parent))
@@ -187,10 +186,11 @@ def _worker(settings: Settings, parent: int, announce: Callable[[str], None] | N
 
 
 def collect_rarely() -> None:
-    """Keep Python's collections of garbage short and few, once everything is loaded.
+    """Keep garbage collections short and rare, once everything is loaded.
 
-    What is there now stays: without this a full collection walks through all of it, and every answer waits (50 ms at
-    the 99th percentile of pages of keys). And what one page or batch is made of is not yet garbage while it is made.
+    Objects that exist now are frozen. Otherwise a full collection walks through all of them while every answer waits
+    (50 ms at the 99th percentile of pages of keys). The threshold is above the objects of one page or batch, which are
+    not garbage while it is built.
     """
     gc.collect()
     gc.freeze()
@@ -234,25 +234,25 @@ async def _work(
 
 
 def _connections(settings: Settings) -> Connections:
-    """As many as are set, if the system has descriptors for them beside those of the store."""
+    """The configured number of connections, if the system has enough descriptors beside the store's."""
     reserved = RESERVED_DESCRIPTORS + settings.db_max_connections
     most, per_peer = settings.max_connections, settings.max_peer_connections
     found = descriptors(most + reserved)
     if found < most + reserved:
         most = max(found // 4, found - reserved)
         _log.warning(
-            "of %d connections (STRONGROOM_MAX_CONNECTIONS) %d are taken: the system allows this process %d open files",
+            "STRONGROOM_MAX_CONNECTIONS: %d, but at most %d are accepted: the system allows this process %d open files",
             settings.max_connections,
             most,
             found,
         )
-    # One peer never takes all places, unless that was asked for.
+    # One peer must not take all places, unless the settings allow it.
     per_peer = min(per_peer, most * 3 // 4) if per_peer < settings.max_connections else per_peer
     return Connections(most, per_peer, settings.proxies)
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, which on a signal returns instead of raising it again: the store is closed after it."""
+    """uvicorn's server. On a signal it returns instead of raising the signal again, so that the store is closed."""
 
     def __init__(
         self, settings: Settings, application: Application | Late, connections: Connections, parent: int | None
@@ -277,7 +277,7 @@ class _Server(uvicorn.Server):
         self._settings = settings
 
     async def serve_late(self, late: Late, opening: Coroutine[Any, Any, Application], listener: socket.socket) -> None:
-        """Serve, and go over to the application once it can be opened. Raises what stops that for good."""
+        """Serve, and switch to the application once the store can be opened. Raises a permanent failure to open."""
 
         async def switch() -> None:
             try:
@@ -286,7 +286,7 @@ class _Server(uvicorn.Server):
                 self.should_exit = True
                 raise
             late.application = application
-            self.config.loaded_app = application  # new connections need not go through Late
+            self.config.loaded_app = application  # new connections skip Late
             _log.info("the store was reached")
 
         task = asyncio.create_task(switch())
@@ -326,7 +326,7 @@ class _Server(uvicorn.Server):
 
 
 def main() -> int:
-    """`python -m strongroom.server.run`: serve as the environment says."""
+    """`python -m strongroom.server.run`: serve with the settings from the environment."""
     try:
         return serve(load())
     except StrongroomError as error:

@@ -1,4 +1,4 @@
-"""JSON Schemas as the OpenAPI document has them: each named once, none looser than what is taken or answered."""
+"""The JSON Schemas of the OpenAPI document: each has one name, and none is looser than the code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Schema = dict[str, Any]
 
 
 class Components:
-    """The document's named schemas. `answers`: those that FastAPI has put there, of what is answered."""
+    """The document's named schemas. `answers`: the schemas of answers, from FastAPI."""
 
     def __init__(self, answers: dict[str, Schema]) -> None:
         self.schemas = answers
@@ -24,8 +24,8 @@ class Components:
         return schema
 
     def request(self, schema: Schema) -> Schema:
-        """The schema of a request's body, moved here, as a reference. What it consists of gets a name that ends in
-        `In`: the same model in an answer always has fields that may be left out here."""
+        """A reference to the schema of a request's body, moved here. Its definitions get names that end in `In`,
+        because the same model in an answer requires fields that a request may leave out."""
         definitions = schema.pop("$defs", {})
         renamed = {_BEFORE + name: _BEFORE + _named_in(name) for name in definitions}
         for name, definition in definitions.items():
@@ -58,7 +58,7 @@ def close(schema: Schema) -> Schema:
 
 
 def _open(schema: Schema) -> Schema:
-    """A body whose model ignores other fields says so."""
+    """Allow other fields in a body whose model ignores them."""
     for part in _parts(schema):
         if "properties" in part:
             part.setdefault("additionalProperties", True)
@@ -66,7 +66,7 @@ def _open(schema: Schema) -> Schema:
 
 
 def _parts(value: Any) -> list[Schema]:
-    """Every schema in a schema, but for the values that `default`, `enum` and the like hold."""
+    """Every schema inside a schema, except the values of `default`, `enum` and similar keywords."""
     found: list[Schema] = []
     waiting: list[Any] = [value]
     while waiting:
@@ -84,7 +84,7 @@ def _parts(value: Any) -> list[Schema]:
 
 
 def given(parameter: dict[str, Any]) -> dict[str, Any]:
-    """A query parameter that FastAPI describes: null cannot be said in a query string."""
+    """The schema of a query parameter without null, which a query string cannot express."""
     schema = parameter["schema"]
     options = [option for option in schema.get("anyOf", ()) if option != {"type": "null"}]
     if len(options) == 1:

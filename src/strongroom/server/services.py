@@ -1,4 +1,4 @@
-"""What the routes work with: the opened store and this process's own counters, bounds and watchers."""
+"""The routes' services: the opened store and this process's counters, bounds and watchers."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from .verify import Gate
 MAX_BATCH_ITEMS = 1_000
 """Verifications in one `verify:batch`."""
 HEALTH_PLACES = 100
-"""Requests to `/healthz`, `/readyz` and `/metrics` in work at once."""
+"""Concurrent requests to `/healthz`, `/readyz` and `/metrics`."""
 MAX_USAGE_ITEMS = 10_000
 """Events in one `usage:batch`."""
 
 CALLERS_SHARE = 4
-"""A caller that has one in so many of the places, for requests or for streams, leaves the last of them to others."""
+"""A caller with one in this many of the places, for requests or streams, may not take the last of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What one process takes on at once."""
+    """The bounds of one process."""
 
     max_body_bytes: int = 1_048_576
     max_concurrency: int = 1_000
@@ -51,9 +51,9 @@ class Services:
     metrics: Metrics = field(init=False)
     closing: asyncio.Event = field(default_factory=asyncio.Event)
     watchers_of: dict[str, int] = field(default_factory=dict)
-    """Open streams by who reads them: a tenant, whichever of its keys it uses, or a key of no tenant."""
+    """Open streams by their reader: a tenant, for all its keys, or a key without a tenant."""
     requests_of: dict[str, int] = field(default_factory=dict)
-    """Requests in work by who sent them."""
+    """Requests in work by their sender, like the streams."""
     authenticator: Authenticator = field(init=False)
     gate: Gate = field(init=False)
     answers: Answers = field(init=False)
@@ -123,11 +123,10 @@ class Services:
         return {**self.room.database.retries, "usage": self.room.ledger.retries}
 
     def enter(self, caller: Caller) -> str:
-        """Count a request that is inside the gate as this caller's; what is returned is for `leave`. Raises
-        TooManyRequests.
+        """Count a request inside the gate for this caller; returns the value for `leave`. Raises TooManyRequests.
 
-        The last quarter of the places is for those who have less than a quarter: one caller whose bodies never arrive
-        cannot take all of them.
+        The last quarter of the places is reserved for callers with less than a quarter. So one caller whose bodies
+        never arrive cannot take all places.
         """
         who = _who(caller)
         own, share = self.requests_of.get(who, 0), self.gate.limit // CALLERS_SHARE
@@ -144,9 +143,9 @@ class Services:
             del self.requests_of[who]
 
     def enter_watcher(self, caller: Caller) -> str:
-        """Take a watcher's place; what is returned gives it back. Raises TooManyRequests, ShuttingDown.
+        """Take a watcher's place; returns the value that gives it back. Raises TooManyRequests, ShuttingDown.
 
-        The last quarter of the places is for those who have less than a quarter: one caller cannot take all of them.
+        The last quarter of the places is reserved for callers with less than a quarter, so one caller cannot take all.
         """
         if self.closing.is_set():
             raise ShuttingDown
@@ -167,18 +166,18 @@ class Services:
             del self.watchers_of[who]
 
     def close(self) -> None:
-        """The server is to stop: end the streams, which would never end by themselves."""
+        """End the streams, because the server stops and a stream never ends by itself."""
         self.closing.set()
 
 
 def services_of(request: Request) -> Services:
-    """What the application that a request came to has at hand: handlers are module-level functions."""
+    """The services of the request's application. Handlers are module-level functions and have no other access."""
     services: Services = request.app.state.services
     return services
 
 
 def _who(caller: Caller) -> str:
-    """Whose share a caller takes: its tenant's, whichever of its keys it uses, or of no tenant, the key's."""
+    """The owner of a share of the places: the tenant, for all its keys; without a tenant, the key."""
     return f"tenant:{caller.tenant}" if caller.tenant is not None else caller.actor
 
 

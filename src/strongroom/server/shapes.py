@@ -1,4 +1,5 @@
-"""What requests and answers look like, for OpenAPI. Answers are not validated by these: the tests compare them."""
+"""The shapes of requests and answers, for OpenAPI. Answers are not validated against them at run time; the tests do
+this."""
 
 from __future__ import annotations
 

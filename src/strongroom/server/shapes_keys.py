@@ -1,4 +1,4 @@
-"""What requests and answers about keys look like, for OpenAPI."""
+"""The shapes of requests and answers about keys, for OpenAPI."""
 
 from __future__ import annotations
 

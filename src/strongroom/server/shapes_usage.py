@@ -1,4 +1,4 @@
-"""What verifications, usage and reservations look like, for OpenAPI."""
+"""The shapes of verifications, usage and reservations, for OpenAPI."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Who may report leaked keys without a key of ours: secret scanners that sign, and their public keys.
+"""Verifies signed reports of leaked keys: secret scanners sign, and this module gets their public keys.
 
-The signature is that of GitHub's secret-scanning partner programme: ECDSA over P-256 with SHA-256 of the body as it
-was sent, DER in base64, by a key that its public list names.
+The signature is that of GitHub's secret-scanning partner programme: ECDSA over P-256 with SHA-256 of the body as sent,
+DER in base64, by a key in its public list.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ SIGNATURE = "github-public-key-signature"
 MAX_AGE_S = 3_600.0
 """The list is fetched again after this long."""
 MAX_STALE_S = 86_400.0
-"""If it cannot be fetched, what it said before is believed for this long."""
+"""If the list cannot be fetched, the old list is used for this long."""
 RETRY_S = 60.0
-"""It is fetched at most this often, whatever is asked for: those who ask need not have shown who they are."""
+"""The shortest time between fetches: unauthenticated requests can cause them."""
 CONNECT_TIMEOUT_S = 5.0
 TIMEOUT_S = 10.0
 MAX_LIST_BYTES = 65_536
@@ -52,14 +52,14 @@ class _List(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """That the key of `identifier` made a signature."""
+    """A signature that the key `identifier` is said to have made."""
 
     identifier: str
     _signed: bytes
     _key: ec.EllipticCurvePublicKey
 
     def check(self, body: bytes) -> str:
-        """The identifier, if the signature is of this body. Raises Unauthenticated."""
+        """The identifier, if the signature fits this body. Raises Unauthenticated."""
         try:
             self._key.verify(self._signed, body, ec.ECDSA(hashes.SHA256()))
         except InvalidSignature:
@@ -86,8 +86,8 @@ class Signers:
                 raise ConfigError(f"STRONGROOM_LEAK_KEYS: {place}: {_reason(error)}") from None
 
     async def claim(self, headers: Mapping[str, str]) -> Claim:
-        """Who says that it signed a request, which is known before its body is. Raises Unauthenticated, and Unavailable
-        if the list of keys cannot be had at the moment."""
+        """The claim in the headers, before the body is read. Raises Unauthenticated; Unavailable if the list of keys
+        cannot be fetched."""
         identifier, signature = headers.get(IDENTIFIER, ""), headers.get(SIGNATURE, "")
         if not 0 < len(identifier) <= MAX_HEADER_CHARS or not 0 < len(signature) <= MAX_HEADER_CHARS:
             raise Unauthenticated(_REFUSED)
@@ -111,7 +111,7 @@ class Signers:
         return float("inf") if self._known_at is None else time.monotonic() - self._known_at
 
     async def _refresh(self) -> None:
-        """Read the list again, unless that was tried less than RETRY_S ago. What fails is logged and tried later."""
+        """Read the list again, unless a try was less than RETRY_S ago. A failure is logged and retried later."""
         async with self._fetching:
             now = time.monotonic()
             if self._tried_at is not None and now - self._tried_at < RETRY_S:
@@ -125,7 +125,7 @@ class Signers:
                 _log.warning("the list of public keys at %s cannot be used: %s", _shown(self._place), _reason(error))
 
     def _use(self, listed: bytes) -> None:
-        """Raises ValueError if there is no usable key in it."""
+        """Use a list. Raises ValueError if it has no usable key."""
         try:
             found = msgspec.json.decode(listed, type=_List).public_keys
         except msgspec.MsgspecError as error:
@@ -144,7 +144,7 @@ class Signers:
 
 
 def _public_key(pem: str) -> ec.EllipticCurvePublicKey | None:
-    """The key, if it is of the one kind that signatures are checked with."""
+    """The key, if it is ECDSA over P-256."""
     try:
         key = load_pem_public_key(pem.encode())
     except (ValueError, UnsupportedAlgorithm):
@@ -161,7 +161,7 @@ def _read(file: Path) -> bytes:
 
 
 async def _fetched(url: str) -> bytes:
-    """What is at a URL. Raises ValueError, OSError; follows no redirect, since the operator named the place."""
+    """The content of a URL. Raises ValueError, OSError. Follows no redirect, because the operator chose the place."""
     import httpx
 
     listed = b""
@@ -190,7 +190,7 @@ def _reason(error: OSError | ValueError) -> str:
 
 
 def _shown(place: str) -> str:
-    """A place without the password that a URL may have."""
+    """The place without a password in its URL."""
     if "://" not in place:
         return place
     parts = urlsplit(place)

@@ -1,4 +1,4 @@
-"""A start without the database: the server answers what it can, and begins its work once the database is there."""
+"""Starts without the database: answers what needs no store, and opens the store once it is reachable."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _log = logging.getLogger("strongroom.server")
 
 
 class Late:
-    """What uvicorn calls while there is no store yet: alive, not ready, and 503 for everything else. Connections that
-    were made in that time go on through this one afterwards."""
+    """The ASGI application while the store is unreachable: alive, not ready, and 503 for everything else. Connections
+    from this time keep using it after the switch."""
 
     def __init__(self, kind: str) -> None:
         self.application: Application | None = None
@@ -43,7 +43,7 @@ class Late:
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         if self.application is not None:
             await self.application(scope, receive, send)
-        elif scope["type"] == "websocket":  # there is none here
+        elif scope["type"] == "websocket":  # not supported
             await receive()
             await send({"type": "websocket.close", "code": 1000})
         elif scope["path"] == "/healthz":
@@ -54,7 +54,7 @@ class Late:
             await send_problem(send, Unavailable(SENTENCE), request_id_of(scope["headers"]))
 
     def close(self) -> None:
-        """The server is to stop."""
+        """End the streams, because the server stops."""
         if self.application is not None:
             self.application.close()
 
@@ -70,8 +70,8 @@ async def _answer(scope: dict[str, Any], send: Send, status: int, body: bytes) -
 
 
 async def until_open(attempt: Callable[[], Awaitable[Application]]) -> Application:
-    """Try until it succeeds, with pauses that double up to MAX_PAUSE_S, and jitter, so that many nodes do not fall upon
-    a database that has just come back. What is not for want of the database (a wrong password) is raised."""
+    """Retry until the store opens, with pauses that double up to MAX_PAUSE_S. The jitter prevents that many nodes
+    connect at once to a database that has just come back. Permanent errors (a wrong password) are raised."""
     pause_s = FIRST_PAUSE_S
     told = RetryLog(_log, "the store still cannot be reached")
     while True:

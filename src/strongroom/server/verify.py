@@ -1,11 +1,11 @@
-"""`POST /v1/keys/verify`: the one route that must be fast. It logs nothing and allocates little.
+"""`POST /v1/keys/verify`: the hot route. It logs nothing and allocates little.
 
 A request takes one of two paths, with the same answers:
 
-- `VerifyRoute.answer_directly`: the server's own protocol calls it with the whole request. It needs no task and none of
-  ASGI's messages, which cost more than the verification itself.
-- `VerifyRoute.__call__` is bare ASGI. It takes every other request, and all requests under another server. Where a
-  request is wrong, `problems_with` reads it once more, slowly, so that the answer names every problem.
+- `VerifyRoute.answer_directly`: the server's own protocol calls it with the whole request. It needs no task and no
+  ASGI messages, which cost more than the verification itself.
+- `VerifyRoute.__call__` is bare ASGI. It takes every other request, and all requests under another server. For an
+  invalid request, `problems_with` reads the body again, slowly, so that the answer names every problem.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Ask(msgspec.Struct, forbid_unknown_fields=True, gc=False):
 
 
 class Reply(Protocol):
-    """Where the answer to one request goes; one of these is called, once."""
+    """The receiver of the answer to one request. The route calls one of the methods, once."""
 
     def answer(self, payload: bytes) -> None:
         """200, with this JSON."""
@@ -63,7 +63,7 @@ class Reply(Protocol):
 
 
 class Gate:
-    """Counts the requests in work, so that more than `limit` of them are refused instead of piling up."""
+    """Counts the requests in work. Requests beyond `limit` are refused instead of piling up."""
 
     __slots__ = ("inside", "limit")
 
@@ -72,7 +72,7 @@ class Gate:
         self.inside = 0
 
 
-# Numbers with a point become Decimals, so that money keeps all its digits.
+# Numbers with a point become Decimals: floats would lose digits of money.
 _decode = msgspec.json.Decoder(Ask, float_hook=Decimal).decode
 _encode = msgspec.json.Encoder(decimal_format="number").encode
 _CONTENT_TYPE = (b"content-type", b"application/json")
@@ -92,7 +92,7 @@ class VerifyRoute:
 
     def answer_directly(self, authorization: bytes, body: bytes, reply: Reply) -> bool:
         """Answer a request with one Authorization header and no Idempotency-Key, now or when its admission is decided.
-        False if it needs more than that: then nothing was done, and `__call__` answers it."""
+        False if the request needs `__call__`; then nothing was done."""
         gate = self._gate
         if gate.inside >= gate.limit or len(body) > self._max_body_bytes:
             return False
@@ -104,7 +104,7 @@ class VerifyRoute:
             ask = _decode(body)
             if ask.peek:
                 return False
-            if body.count(b'"key"') > 1:  # which one is meant is told there, and that they are two
+            if body.count(b'"key"') > 1:  # a repeated name: `__call__` reports it
                 return False
             pending = self._keys.verifier.start(
                 ask.key,
@@ -116,8 +116,8 @@ class VerifyRoute:
                 tenant=caller.tenant,
             )
         except (InvalidInput, msgspec.MsgspecError, ValueError, RecursionError):
-            return False  # what is wrong with it is told there
-        except Exception as error:  # to the parser that calls this it would be a malformed request
+            return False  # `__call__` names the problems
+        except Exception as error:  # the parser that calls this would report a malformed request
             reply.hand_on(_Failed(self, error, started))
             return True
         if pending is None:
@@ -135,7 +135,7 @@ class VerifyRoute:
         try:
             answer = self._keys.verifier.finish(pending)
             payload = _encode(answer) if answer is not None else b""
-        except Exception as error:  # logged and answered by `refuse`
+        except Exception as error:  # `refuse` logs and answers it
             reply.hand_on(_Failed(self, error, started))
             return
         if answer is None:
@@ -162,7 +162,7 @@ class VerifyRoute:
             expect_at_most(headers.get(b"content-length"), self._max_body_bytes)
             message = await receive()
             if message["type"] != "http.request":
-                return  # the client has gone
+                return  # the client has disconnected
             body: bytes = message["body"]
             if message.get("more_body"):
                 body = await self._rest(body, receive)
@@ -221,7 +221,7 @@ class VerifyRoute:
         return b"".join(parts)
 
     async def refuse(self, scope: Mapping[str, Any], send: Send, error: Exception, started: float) -> None:
-        """Answer with an error; one that nobody foresaw is logged, and told without its particulars."""
+        """Answer with an error. Unexpected errors are logged and answered with a generic 500."""
         if not isinstance(error, StrongroomError):
             _log.error("verify failed", exc_info=error, extra={"error": type(error).__name__})
             error = StrongroomError()
@@ -230,7 +230,7 @@ class VerifyRoute:
 
 
 class _Failed:
-    """An ASGI application that answers with an error that has happened already."""
+    """An ASGI application that answers with an earlier error."""
 
     def __init__(self, route: VerifyRoute, error: Exception, started: float) -> None:
         self._route = route
@@ -246,7 +246,7 @@ def too_large(most: int) -> TooLarge:
 
 
 def expect_at_most(content_length: bytes | None, most: int) -> None:
-    """Raise TooLarge if a body is announced that is larger, before any of it is read."""
+    """Raise TooLarge for a body with a larger Content-Length, before any of it is read."""
     if content_length is not None and (not content_length.isdigit() or int(content_length[:20]) > most):
         raise too_large(most)
 
@@ -255,7 +255,7 @@ def expect_at_most(content_length: bytes | None, most: int) -> None:
 
 
 def problems_with(body: bytes, otherwise: InvalidInput | None = None) -> StrongroomError:
-    """Everything that is wrong with a body that the fast path refused; `otherwise` if nothing in it is."""
+    """Every problem of a body that the fast path refused; `otherwise` if there is none."""
     try:
         value, problems = parse_json(body)
         fields = expect_object(value)
@@ -275,7 +275,7 @@ def item_problems(
     more: tuple[str, ...] = (),
     costs: Callable[[Any], Any] = cost_units,
 ) -> list[Problem]:
-    """What is wrong with one verification, field by field; `more` are other fields that it may have."""
+    """The problems of one verification, field by field; `more` are other allowed fields."""
     known = (*(name for name in Ask.__struct_fields__ if name != "peek"), *more)
     problems = [Problem(f"{prefix}{name[:64]}", "is not a known field") for name in fields if name not in known]
     if "key" not in fields:

@@ -1,8 +1,8 @@
-"""What a reader of a stream may see of each change: the document before and after it, whole, for the rules to look at.
+"""Decides what a reader of a stream may see of each change: the rules need the whole document before and after it.
 
-A journal record has the fields that its change touched, and the rules may look at others. So the states of a document
-are made of what is stored now, back through the records that came since; where the document is gone, of the record of
-its removal, which has all of it.
+A journal record has only the changed fields, and the rules may read others. So the states of a document are rebuilt
+backwards, from the stored document through the later records. For a deleted document they start from the record of its
+deletion, which has all fields.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from ..journal import masked
 from ..storage.port import ChangesPage, Record
 
 LOOK_AHEAD_PAGES = 8
-"""So many pages of later records are read for the states of documents that have changed since. A stream that is further
-behind begins anew: it is told so by a `reset`."""
+"""Pages of later records that are read to rebuild states. A stream that is further behind gets a `reset` and continues
+at the end of the journal."""
 LOOK_AHEAD = 100
-"""Records in each of these pages."""
+"""Records in each page."""
 _REMOVALS = frozenset({"delete", "expire"})
 ACTIONS = {"create": "create", "update": "update", "add": "update", "delete": "delete", "expire": "delete"}
-"""The records that a stream tells of, and as what."""
+"""The actions of records that a stream delivers, and their names in it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """One change as a reader may see it: `removed` if the document is there and the reader may not see it any more."""
+    """One change as a reader may see it. `removed`: the document exists, and the reader may no longer see it."""
 
     record: Record
     action: str
@@ -48,7 +48,7 @@ class View:
         self._collection = collection
 
     async def of(self, context: Context, page: ChangesPage) -> list[Seen]:
-        """What of a page's records the reader may see now. Gone if that cannot be found out any more."""
+        """The changes of a page that the reader may see now. Raises Gone if the states cannot be rebuilt."""
         name = self._collection.name
         mine = [record for record in page.records if record.collection == name and record.action in ACTIONS]
         if not mine:
@@ -70,24 +70,26 @@ class View:
         after = state.after is not None and self._may(context, id, state.after)
         if before and state.after is not None and not after:
             return Seen(record, "removed", None, None, "access_lost")
-        # What it is now counts as well: of a document that the reader may not see any more, no old text is told.
+        # The stored document must be visible too: else a reader that lost access would get its old contents.
         if not (before or after) or (state.now is not None and not self._may(context, id, state.now)):
             return None
-        if not before and state.before is not None:  # it has come into sight: all of it is new to the reader
+        if (
+            not before and state.before is not None
+        ):  # it became visible with this change: all fields are new to the reader
             return Seen(record, ACTIONS[record.action], None, masked(self._collection, state.after))
         return Seen(record, ACTIONS[record.action], record.before, record.after)
 
     # --- States -----------------------------------------------------------------------------------------------
 
     async def _states(self, context: Context, records: Sequence[Record], cursor: str) -> dict[str, _State]:
-        """The states around each record, by the record's id. None for a record of a document of which nothing is known:
-        it is gone, and nothing tells how."""
+        """The states around each record, by the record's id. A record whose document is gone without a record of the
+        deletion is left out."""
         database, collection = self._database, self._collection
         chains: dict[str, list[Record]] = {}
         for record in records:
             chains.setdefault(record.entity_id, []).append(record)
         now = {id: await database.load(context, collection, id) for id in chains}
-        least = {id: len(chain) - 1 for id, chain in chains.items()}  # what was loaded came after these records
+        least = {id: len(chain) - 1 for id, chain in chains.items()}  # the documents were loaded after these records
         open_ids = {id for id in chains if _base(chains[id], now[id], least[id]) is None}
         ended = False
         for _ in range(LOOK_AHEAD_PAGES):
@@ -114,7 +116,7 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class _State:
-    """A document before and after a record, and as it is stored now (None: not there)."""
+    """A document before and after a record, and as stored now (None: it does not exist)."""
 
     before: Document | None
     after: Document | None
@@ -122,7 +124,7 @@ class _State:
 
 
 def _base(chain: Sequence[Record], now: Document | None, least: int) -> int | None:
-    """Which record of a document's, in order and from `least` on, left it as it is now; None if none of them did."""
+    """The index of the record, from `least` on, that left the document in its stored state; None if there is none."""
     for number in range(len(chain) - 1, least - 1, -1):
         record = chain[number]
         if now is None:
@@ -139,8 +141,8 @@ def _around(
     """(before, after) of each record."""
     base = _base(chain, now, least)
     if base is None:
-        # The journal ends here, and no record left the document as it is. Perhaps it was changed while the journal was
-        # read, or came from another store with versions of its own; what it was is not known, so it is not shown.
+        # The journal ends here, and no record left the stored version. The document was changed meanwhile, or was
+        # migrated from another store with other versions. Its state is unknown, so it is not shown.
         if now is None or chain[-1].action in _REMOVALS or (chain[-1].version or 0) > now["version"]:
             return []
         base = len(chain) - 1
@@ -155,7 +157,7 @@ def _around(
 
 
 def _undone(record: Record, after: Document | None) -> Document | None:
-    """The document before a record, of what it was after it."""
+    """The document before a record, from the document after it."""
     if record.action == "create":
         return None
     if record.action in _REMOVALS:

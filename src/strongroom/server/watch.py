@@ -1,4 +1,4 @@
-"""A stream of one collection's changes as server-sent events, resumable, bounded, and asked of the rules each time."""
+"""Streams the changes of one collection as server-sent events: resumable, bounded, each change checked by the rules."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from .wire import caller_of
 
 HEARTBEAT_S = 15.0
 SEND_TIMEOUT_S = 30.0
-"""A reader that takes nothing for this long is dropped; it can resume from the last event it has."""
+"""A client that reads nothing for this long is disconnected; it can resume after its last event."""
 RETRY_MS = 2_000
 _encode = msgspec.json.Encoder().encode
 
 
 async def watch(services: Services, cls: type[Entity], request: Request, context: Context) -> Response:
-    """The stream, begun: what is wrong with the call is raised here, before anything is answered."""
+    """A started stream. Raises the errors of the call here, before the answer begins."""
     for name in request.query_params:
         if name != "cursor":
             raise InvalidInput([Problem(name[:128], "is not a known parameter; expected cursor")])
@@ -50,7 +50,7 @@ async def watch(services: Services, cls: type[Entity], request: Request, context
 
 
 class _Stream:
-    """What one watcher may see, and how it is written."""
+    """One watcher's view, and the format of its events."""
 
     def __init__(self, services: Services, cls: type[Entity], context: Context, scope: Mapping[str, Any]) -> None:
         self.services = services
@@ -60,8 +60,8 @@ class _Stream:
         self._header = authorization(scope["headers"])
 
     async def events(self, page: ChangesPage) -> bytes:
-        """A page's changes as events. The last carries the page's cursor, which a client resumes from: one that lost
-        the connection in the midst of a page gets its first changes again, and misses none."""
+        """The changes of a page as events. Only the last event has the page's cursor. So a client that lost the
+        connection within a page gets the first changes of the page again, and misses none."""
         await self.still_allowed()
         texts = []
         slices = Slices()
@@ -69,16 +69,16 @@ class _Stream:
             await slices.pause()
             texts.append(_event(seen))
         if not texts:
-            # An id without data moves the client's cursor and is not an event: nothing is read twice for nothing.
+            # An id without data only moves the client's cursor: else a resumed stream would read this page again.
             return b": \nid: %s\n\n" % page.cursor.encode()
         return b"\n\n".join(texts) + b"\nid: %s\n\n" % page.cursor.encode()
 
     def pages(self, after: str) -> AsyncGenerator[ChangesPage, None]:
-        """The tenant's records from a cursor on."""
+        """The tenant's records after a cursor, in pages."""
         return self.services.room.feed.follow(self._context.tenant or "", after, heartbeat_s=HEARTBEAT_S)
 
     async def still_allowed(self) -> None:
-        """The key may have been disabled, or have lost its permission, since the stream began."""
+        """Whether the key is still enabled and has its permission."""
         caller = await self.services.authenticator.caller(self._header, self._scope)
         caller.needs(Scope.READ)
 
@@ -104,7 +104,7 @@ def _event(seen: Seen) -> bytes:
 
 
 class EventStream(Response):
-    """The ASGI answer. It ends when the client goes, when the server stops, or when the caller may no longer see it."""
+    """The ASGI answer. It ends when the client disconnects, the server stops, or the caller loses access."""
 
     media_type = "text/event-stream"
 
@@ -131,7 +131,7 @@ class EventStream(Response):
             for wait in done:
                 wait.result()
         except (StrongroomError, TimeoutError):
-            pass  # no longer allowed, or it reads nothing: the stream ends, and a client that resumes is told why
+            pass  # access lost, or a client that does not read: the stream ends, and a resuming client gets the reason
         finally:
             for wait in waits:
                 wait.cancel()
@@ -159,7 +159,7 @@ class EventStream(Response):
                 await _write(send, b": \nid: %s\n\n" % page.cursor.encode())
 
     async def _reset(self, send: Send, error: Gone) -> ChangesPage:
-        """Go on at the journal's present end, and say that changes were missed."""
+        """Continue at the current end of the journal, and report that changes were missed."""
         await self._pages.aclose()
         self._pages = self._stream.pages("end")
         page = await anext(self._pages)

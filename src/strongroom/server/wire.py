@@ -1,4 +1,4 @@
-"""JSON in and out, and the request headers that every route reads alike."""
+"""JSON in and out, and the request headers that all routes read in the same way."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ _encode = msgspec.json.Encoder(decimal_format="number").encode
 
 
 def parse_json(body: bytes) -> tuple[Any, list[Problem]]:
-    """A body as Python values, and what is wrong with single values of it (NaN and its like, which are not JSON but
-    which some clients send; a name that an object has twice). Raises MalformedRequest if it cannot be read at all."""
+    """A body as Python values, and the problems of single values: numbers such as NaN, which JSON does not have, and
+    repeated names in an object. Raises MalformedRequest for an unreadable body."""
     try:
         value = _decode(body)
         name = repeated_name(body, value)
@@ -77,7 +77,7 @@ def _not_json(value: Any, path: str) -> Iterator[Problem]:
 
 
 def exactly(body: bytes) -> Any:
-    """A body by its value, numbers with all their digits; what is not JSON as it is, and no body as None."""
+    """A body by its value, numbers with all digits. A body that is not JSON stays as it is; no body is None."""
     try:
         return _decode_exactly(body) if body else None
     except (msgspec.MsgspecError, ValueError, RecursionError):
@@ -108,7 +108,8 @@ async def body_fields(request: Request, *, exact: Iterable[str] | None = ()) -> 
 
 
 async def read(request: Request, model: type[M]) -> M:
-    """The body as a model, strictly: a number is no text. Raises MalformedRequest, InvalidInput (all problems)."""
+    """The body as a model, strictly: a number is not accepted as text. Raises MalformedRequest, InvalidInput (all
+    problems)."""
     body = await request.body()
     _, problems = parse_json(body)
     if problems:
@@ -123,7 +124,7 @@ async def read(request: Request, model: type[M]) -> M:
 
 
 class Json(JSONResponse):
-    """A JSON answer. Decimals are numbers in it, with all their digits."""
+    """A JSON answer. Decimals are numbers with all their digits."""
 
     media_type = "application/json"
 
@@ -139,7 +140,7 @@ def etag(version: int) -> str:
 
 
 def request_id_of(headers: Any) -> str:
-    """The X-Request-Id of an ASGI scope's headers if it is sane, else a new id."""
+    """The X-Request-Id of an ASGI scope's headers if it is well-formed, else a new id."""
     for name, value in headers:
         if name == b"x-request-id":
             text: str = value.decode("latin-1")
@@ -150,7 +151,7 @@ def request_id_of(headers: Any) -> str:
 
 
 def room_of(request: Request) -> Strongroom:
-    """The opened store of the application that a request came to."""
+    """The opened store of the request's application."""
     room: Strongroom = request.app.state.room
     return room
 
@@ -161,7 +162,7 @@ def caller_of(request: Request) -> Caller:
 
 
 def context_of(request: Request, tenant: str | None = None) -> Context:
-    """The caller's context for one tenant (None: for its own, or for the platform)."""
+    """The caller's context for one tenant (None: the caller's own, or the platform)."""
     caller = caller_of(request)
     return caller.context(tenant if tenant is not None else caller.tenant, request.scope["strongroom.request_id"])
 
@@ -171,14 +172,14 @@ def _etags(value: str, header: str) -> list[str]:
     matches = [_ETAG.fullmatch(part) for part in parts]
     if len(parts) > MAX_ETAGS or not all(matches):
         raise InvalidInput([Problem(header, f'found {value[:64]!r}, expected * or a quoted version such as "17"')])
-    return [match[2] for match in matches if match is not None and not match[1]]  # a weak one never matches
+    return [match[2] for match in matches if match is not None and not match[1]]  # a weak ETag never matches
 
 
 class Preconditions:
-    """If-Match and If-None-Match of a write, as versions. A context manager that turns the conflict that breaks one
-    into PreconditionFailed.
+    """If-Match and If-None-Match of a write, as versions. As a context manager it turns the conflict of a failed
+    precondition into PreconditionFailed.
 
-    `any`: If-Match is `*`, the document must exist. `none`: If-None-Match is `*`, it must not.
+    `any`: If-Match is `*`, the document must exist. `none`: If-None-Match is `*`, it must not exist.
     """
 
     def __init__(self, request: Request) -> None:
@@ -199,7 +200,7 @@ class Preconditions:
             )
 
     async def expected(self, version: Callable[[], Awaitable[int | None]]) -> int | None:
-        """The version to expect; `version` reads the present one (None: there is no document), if that is needed.
+        """The expected version. `version` reads the current version if it is needed (None: there is no document).
 
         Raises PreconditionFailed.
         """
@@ -208,7 +209,7 @@ class Preconditions:
         if self.none:
             return 0
         if not self.versions:
-            return None  # whether there is one is decided where it is written: `any`
+            return None  # the write itself checks that the document exists: `any`
         found = await version()
         if found is None or found not in self.versions:
             raise PreconditionFailed

@@ -12,7 +12,7 @@ from multiprocessing.context import SpawnProcess
 from types import FrameType
 
 RESTART_PAUSE_S = 1.0
-"""A worker that dies is replaced after this long, so that one that cannot start does not keep the machine busy."""
+"""The pause before a dead worker is replaced: a worker that cannot start must not keep the machine busy."""
 POLL_S = 0.2
 _log = logging.getLogger(__name__)
 _spawn = multiprocessing.get_context("spawn")
@@ -22,9 +22,9 @@ Target = Callable[[socket.socket], None]
 
 
 def supervise(target: Target, listener: socket.socket, count: int, stop_timeout_s: float) -> None:
-    """Run `count` processes of `target(listener)` until SIGTERM or SIGINT. `target` can be pickled.
+    """Run `count` processes of `target(listener)` until SIGTERM or SIGINT. `target` must be picklable.
 
-    A worker that has not ended `stop_timeout_s` after it was told to is killed.
+    A worker that does not end within `stop_timeout_s` is killed.
     """
     stopping = False
 

@@ -1,6 +1,6 @@
-"""Entities: `/v1/tenants/{tenant}/{collection}` for every collection that is kept by tenant; their streams of changes.
+"""Entities: `/v1/tenants/{tenant}/{collection}` for every tenant collection, and their streams of changes.
 
-Each collection has routes of its own, so that OpenAPI has its schema. Secret fields are answered as `***`.
+Each collection has its own routes, so that OpenAPI has its schema. Secret fields are answered as `***`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from ..wire import (
 
 TAG = "entities"
 SLASH = "\x00"
-"""Stands for an encoded slash inside a path's segment, while the path is routed (`server.app`)."""
+"""Replaces an encoded slash inside a path's segment during routing (`server.app`)."""
 READ_ONLY = ("version", "created_at", "updated_at")
 _CHANGE = {"$ref": "#/components/schemas/ChangeEvent"}
 EVENTS = {
@@ -69,7 +69,7 @@ EVENTS = {
     "removed": {"$ref": "#/components/schemas/RemovedEvent"},
     "reset": {"$ref": "#/components/schemas/ResetEvent"},
 }
-"""What the data of each event of a stream is (`x-events`, since OpenAPI 3.1 has no word for it)."""
+"""The data of each event of a stream, as `x-events`: OpenAPI 3.1 has no keyword for it."""
 NO_ANSWERS: Any = MappingProxyType({})
 CURSOR = {
     "name": "cursor",
@@ -83,7 +83,7 @@ _encode_exactly = msgspec.json.Encoder(decimal_format="number").encode
 
 
 class Document(JSONResponse):
-    """An answer with documents. Decimals are texts in it, so that no client rounds them; bytes are base64."""
+    """An answer with documents. Decimals are texts, so that no client rounds them; bytes are base64."""
 
     media_type = "application/json"
 
@@ -117,7 +117,7 @@ class _Collection:
         self.name = cls.__collection__.name
         self.decimals = {f.name for f in cls.__collection__.fields.values() if f.type is FieldType.DECIMAL}
         self.changes = _changes_model(cls)
-        self.schemas = deepcopy(_schemas_of(cls))  # whoever describes the interface takes parts of it out
+        self.schemas = deepcopy(_schemas_of(cls))  # OpenAPI's builder removes parts of it
 
     def add_to(self, routes: APIRouter) -> None:
         path, one, name = f"/{self.name}", f"/{self.name}/{{id}}", self.name
@@ -277,7 +277,7 @@ class _Collection:
         return version
 
     async def fields(self, request: Request, *, id: str | None = None, patch: bool = False) -> dict[str, Any]:
-        """The body's fields, exactly as sent. Raises InvalidInput for what no client may set."""
+        """The fields of the body, exactly as sent. Raises InvalidInput for fields that a client may not set."""
         fields = await body_fields(request, exact=None)
         problems = [Problem(name, "is set by the store: leave it out") for name in READ_ONLY if name in fields]
         if patch and "id" in fields:
@@ -300,18 +300,18 @@ class _Collection:
             raise InvalidInput(problems)
         for name in self.decimals & fields.keys():
             if type(fields[name]) in (int, Decimal):
-                fields[name] = str(fields[name])  # as a number it would be read by way of a float
+                fields[name] = str(fields[name])  # a number would be parsed as a float
         return fields
 
     def parse(self, model: type[E], fields: dict[str, Any]) -> E:
-        """Strictly, as JSON: a number is no text. Raises InvalidInput with every problem."""
+        """Parse fields strictly, as JSON: a number is not accepted as text. Raises InvalidInput with every problem."""
         try:
             return model.model_validate_json(_encode_exactly(fields), strict=True)
         except ValidationError as error:
             raise InvalidInput(problems_of(error, secrets=self.collection.secrets)) from None
 
     def shown(self, entity: Entity) -> dict[str, Any]:
-        """A document as callers see it: secrets masked."""
+        """A document in the form of an answer: secrets masked."""
         document = self.cls.__codec__.encode(entity)
         for name in self.collection.secrets:
             if document[name] is not None:
@@ -327,14 +327,14 @@ def _decoded(segment: str) -> str:
 
 
 def path_of(tenant: str, collection: str, id: str) -> str:
-    """Where a document is read."""
+    """A document's path."""
     segments = (quote(_decoded(segment), safe="") for segment in (tenant, collection, id))
     return "/v1/tenants/" + "/".join(segments)
 
 
 @lru_cache(maxsize=256)
 def _changes_model(cls: type[Entity]) -> type[BaseModel]:
-    """A model of some fields of an entity, none required: for PATCH."""
+    """A model of some fields of an entity, all optional: for PATCH."""
     fields: dict[str, Any] = {}
     for name in cls.__collection__.fields:
         info = copy(cls.model_fields[name])
@@ -345,7 +345,7 @@ def _changes_model(cls: type[Entity]) -> type[BaseModel]:
 
 
 class _Schemas:
-    """A collection's JSON Schemas. Nested models keep their names, with the collection's before them."""
+    """A collection's JSON Schemas. Names of nested models get the collection's name as a prefix."""
 
     def __init__(self, cls: type[Entity]) -> None:
         name = cls.__collection__.name
@@ -402,11 +402,11 @@ _STORED: dict[tuple[FieldType, str], dict[str, Any]] = {
     },
     (FieldType.DECIMAL, "string"): {"pattern": "^[+-]?([0-9]+(\\.[0-9]*)?|\\.[0-9]+)([eE][+-]?[0-9]+)?$"},
 }
-"""What a store can keep of a type, where JSON Schema says more."""
+"""The store's range of a type, if JSON Schema allows more."""
 
 
 def _exactly(schema: dict[str, Any], kind: FieldType) -> None:
-    """Add what a store demands of a field, unless its own class demands more."""
+    """Add the store's constraints to a field, unless its class has stricter ones."""
     for option in [schema, *schema.get("anyOf", ())]:
         for name, bound in _STORED.get((kind, option.get("type", "")), {}).items():
             option.setdefault(name, bound)
@@ -415,7 +415,7 @@ def _exactly(schema: dict[str, Any], kind: FieldType) -> None:
 
 
 def _named(schema: dict[str, Any], collection: str, what: str) -> dict[str, Any]:
-    """The schema under its own name, and what it consists of under names that begin with the collection's."""
+    """The schema under its own name; its parts get names with the collection's prefix."""
     schema["title"] = f"{collection}.{what}"
     if "$defs" in schema:
         schema["$defs"] = {f"{collection}.{name}": one for name, one in schema["$defs"].items()}

@@ -1,4 +1,4 @@
-"""Whether the server lives, whether it is ready, and what it has done."""
+"""Health, readiness and metrics: `/healthz`, `/readyz`, `/metrics`."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ async def metrics(request: Request) -> Response:
 
 
 def shown(dependency: Dependency, details: bool) -> dict[str, Any]:
-    """A dependency as an answer has it."""
+    """A dependency in the form of an answer."""
     body: dict[str, Any] = {
         "status": dependency.status,
         "kind": dependency.kind,

@@ -1,4 +1,4 @@
-"""API keys: make, show, list, change, rotate, remove; their statistics; verifications in batches."""
+"""API keys: create, show, list, change, rotate, delete; their statistics; verifications in batches."""
 
 from __future__ import annotations
 
@@ -240,7 +240,7 @@ async def verify_batch(request: Request) -> Response:
 async def _changed(
     request: Request, id: str, change: Callable[..., Awaitable[ApiKey]], *, deleted: bool = False
 ) -> ApiKey:
-    """Disable, enable or restore a key: `change` is the method of Keys that does it."""
+    """Disable, enable or restore a key; `change` is the method of Keys."""
     keys = room_of(request).keys
     _writer(request)
     context = context_of(request)
@@ -261,7 +261,7 @@ def _issued_before(keys: Keys, context: Context) -> Callable[[Replayed], Awaitab
 
 
 async def _own(request: Request, id: str, *, deleted: bool = False) -> ApiKey:
-    """The key that is to be changed. Raises NotFound, and Denied if it is one that only administrators touch."""
+    """The key to change. Raises NotFound; Denied if only administrators may change it."""
     keys = room_of(request).keys
     caller = _writer(request)
     key = await keys.get(id, deleted=deleted, context=context_of(request))
@@ -282,15 +282,15 @@ def _writer(request: Request) -> Caller:
 
 
 def _stay_usable(allowed_ips: Sequence[str], address: str | None) -> None:
-    """Raise InvalidInput if the key that makes the call could not make another one from where it is: the last
-    administrator would have locked itself out."""
+    """Raise InvalidInput if the change would stop the caller's own key from undoing it: else the last administrator
+    could lock itself out."""
     if not is_allowed(allowed_ips, address):
         found = f"none that has {address or 'the address of this call, which is not known'}"
-        raise InvalidInput([Problem("allowed_ips", f"found {found}, expected where this key is calling from")])
+        raise InvalidInput([Problem("allowed_ips", f"found {found}, expected to include the address of this call")])
 
 
 def _guard(caller: Caller, permissions: Iterable[str], tenant: str) -> None:
-    """Management keys are for administrators: nobody gives, or takes, more than they have."""
+    """Only administrators change management keys: nobody may grant more than it has."""
     if is_management(permissions, tenant):
         caller.needs(Scope.ADMIN)
 
@@ -321,12 +321,13 @@ def _stats(stats: KeyStats) -> dict[str, Any]:
 
 
 def _nth(key: str, number: int) -> str:
-    """The idempotency key of one item of a batch: apart from every other, and from the same text sent for one call."""
+    """The idempotency key of one item of a batch. It differs from every other item, and from a single call with the
+    same key."""
     return hashlib.sha256(f"{number}\x00{key}".encode()).hexdigest()
 
 
 def _items(fields: dict[str, Any]) -> list[dict[str, Any]]:
-    """The verifications of a batch. Raises InvalidInput with every problem of every one, before any is decided."""
+    """The verifications of a batch. Raises InvalidInput with every problem of every item, before any is decided."""
     problems = [Problem(name[:64], "is not a known field") for name in fields if name != "items"]
     items = fields.get("items")
     if not isinstance(items, list) or not 1 <= len(items) <= MAX_BATCH_ITEMS:

@@ -1,4 +1,4 @@
-"""API keys, many at once: changes of those of a filter or of a list of ids; a new pepper for all."""
+"""Bulk changes of API keys, by a filter or by ids; rotation of the pepper."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ async def rotate_pepper(request: Request) -> Response:
 
 
 async def _bulk(request: Request, asked: BulkIn, caller: Caller) -> Bulk:
-    """What is asked for. Raises InvalidInput with everything that is wrong."""
+    """The requested work. Raises InvalidInput with every problem."""
     problems: list[Problem] = []
     where, changes = None, None
     if asked.filter is not None:
@@ -77,7 +77,7 @@ async def _bulk(request: Request, asked: BulkIn, caller: Caller) -> Bulk:
             problems.append(Problem("filter", "found none, expected at least one condition"))
         where = KeyFilter(**given)
     if asked.changes is not None:
-        # With the amounts of limits to their last digit.
+        # Parsed again, because amounts of limits need all their digits.
         exactly = (await body_fields(request, exact=("changes",)))["changes"]
         fields = {**asked.changes, **{name: exactly[name] for name in ("limits",) if name in exactly}}
         try:
@@ -97,7 +97,7 @@ async def _bulk(request: Request, asked: BulkIn, caller: Caller) -> Bulk:
 
 def _refusal(caller: Caller) -> Callable[[ApiKey], StrongroomError | None]:
     def refusal(key: ApiKey) -> StrongroomError | None:
-        """Management keys are for administrators, as one by one."""
+        """Only administrators change management keys, as in single changes."""
         if caller.scope < Scope.ADMIN and is_management(key.permissions, key.tenant):
             return Denied(f"this key is one that only {Scope.ADMIN.permission} may change")
         return None

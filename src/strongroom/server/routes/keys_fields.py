@@ -1,4 +1,4 @@
-"""What callers say of a key in a body, as its fields."""
+"""Reads a key's fields from a body."""
 
 from __future__ import annotations
 

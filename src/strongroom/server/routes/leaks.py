@@ -1,4 +1,4 @@
-"""Leaked keys: reports of secret scanners, what they came to, and the policies that decide what is done."""
+"""Leaked keys: reports of secret scanners, the list of leaks, and the policies."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class PolicyOut(BaseModel):
 
 
 def is_report(scope: Mapping[str, Any]) -> bool:
-    """Whether a request is a report of leaks: who makes it is found out by the route itself, since many have no key."""
+    """Whether a request reports leaks. The route authenticates it itself, because scanners sign and have no key."""
     return (scope["path"], scope["method"]) == (PATH, "POST")
 
 
@@ -137,8 +137,8 @@ async def report_leaks(request: Request) -> Response:
 
 
 async def _received(request: Request) -> tuple[bytes, str, str | None]:
-    """The body, who reports, and the tenant whose keys alone it may know of. For whom this refuses nothing was
-    looked up, and the body is not read before it is known who, as they say, sends it."""
+    """The body, the reporter, and the only tenant whose keys it may learn about. A refused reporter causes no lookup,
+    and the body is read only after the reporter has named itself."""
     services = services_of(request)
     if IDENTIFIER in request.headers or SIGNATURE in request.headers:
         if services.signers is None:

@@ -1,4 +1,4 @@
-"""Quotas: put, show, list, change, remove; where each stands."""
+"""Quotas: put, show, list, change, delete; their usage."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ async def list_quotas(request: Request, query: Annotated[QuotaListQuery, Query()
     return Json({"items": await in_slices(Quota.model_dump, page.items), "next_cursor": page.next_cursor})
 
 
-# Before the routes with a name, which `stats` would be taken for.
+# Registered first: else a route with a name would match `stats` as the name.
 @routes.get(
     PATH + "/tenant/{tenant}/stats",
     response_model=QuotaStatsOut,
@@ -258,7 +258,7 @@ async def _version(request: Request, kind: str, tenant: str, name: str) -> int |
 
 
 async def _new(request: Request, kind: str, tenant: str, name: str) -> NewQuota:
-    """The body and the path as a quota. Amounts keep all their digits. Raises InvalidInput with every problem."""
+    """The quota from the body and the path. Amounts keep all digits. Raises InvalidInput with every problem."""
     fields = await body_fields(request, exact=("limits",))
     problems = [
         Problem(field, "belongs in the path, not in the body")

@@ -1,4 +1,4 @@
-"""Reservations: hold a part of a key's limits, settle what was used of it, extend it, release it."""
+"""Reservations: hold a part of a key's limits, settle the used amount, extend, release."""
 
 from __future__ import annotations
 

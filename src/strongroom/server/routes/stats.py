@@ -1,4 +1,4 @@
-"""`GET /stats`: a key's statistics for whoever holds the key, in the shape of the service that seed 004 describes."""
+"""`GET /stats`: a key's statistics for the holder of the key, in the shape of seed 004's service."""
 
 from __future__ import annotations
 
@@ -85,7 +85,8 @@ def _as_seed_004(stats: KeyStats, now: datetime) -> dict[str, Any]:
 def _span(
     window: dict[str, Any], resets_at: datetime | None, now: datetime, created: datetime
 ) -> tuple[datetime, datetime | None]:
-    """When the window that now counts began, and when it ends: for a rolling one, when its oldest use came and goes."""
+    """The beginning and the end of the current window; for a rolling window, the time of its oldest use and the end of
+    that use's effect."""
     match window["kind"]:
         case "rolling" | "anchored":
             length = timedelta(seconds=window["seconds"])

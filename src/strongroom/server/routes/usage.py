@@ -1,4 +1,4 @@
-"""Usage: what has happened, recorded on a key after the fact, over a limit too."""
+"""Usage, recorded on a key after the fact, also beyond a limit."""
 
 from __future__ import annotations
 
@@ -109,12 +109,14 @@ _decode = msgspec.json.Decoder(_Batch, float_hook=Decimal).decode
 
 
 def _items(data: bytes) -> list[Usage]:
-    """The events of a batch. Raises InvalidInput with every problem of every one."""
+    """The items of a batch. Raises InvalidInput with every problem of every item."""
     try:
         items = _decode(data).items
     except (msgspec.MsgspecError, ValueError, RecursionError):
         raise _problems_with(data) from None
-    twice = any(data.count(name) > len(items) for name in _QUOTED)  # or it is somebody's text
+    twice = any(
+        data.count(name) > len(items) for name in _QUOTED
+    )  # a repeated name, or the name inside a text: the slow path decides
     if twice and (problems := parse_json(data)[1]):
         raise InvalidInput(problems)
     if not 1 <= len(items) <= MAX_USAGE_ITEMS:
@@ -125,7 +127,7 @@ def _items(data: bytes) -> list[Usage]:
 
 
 def _at(value: Any) -> datetime | None:
-    """A time as JSON has it. ValueError if it is none."""
+    """A time from JSON. Raises ValueError."""
     if value is None:
         return None
     if not isinstance(value, str):

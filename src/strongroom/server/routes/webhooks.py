@@ -285,12 +285,12 @@ async def _version(request: Request, id: str) -> int | None:
 
 
 def shown(webhook: Webhook) -> dict[str, Any]:
-    """The fields of an endpoint that callers see."""
+    """An endpoint's fields for callers."""
     return {name: value for name, value in webhook.model_dump().items() if name not in HIDDEN}
 
 
 def seen(delivery: Delivery) -> dict[str, Any]:
-    """The fields of a delivery that callers see."""
+    """A delivery's fields for callers."""
     return delivery.model_dump()
 
 
@@ -312,5 +312,5 @@ def _writer(request: Request) -> Caller:
 
 
 async def _parsed(request: Request, model: type[F], defaults: Mapping[str, Any] = MappingProxyType({})) -> F:
-    """The fields in the body. Raises InvalidInput with every problem."""
+    """The fields of the body. Raises InvalidInput with every problem."""
     return parse(model, {**defaults, **await body_fields(request)})
