@@ -603,7 +603,7 @@ async def test_undeclared_collections_are_refused_unless_ignored(simple: tuple[B
         declared = [SHARED]
         plan = await library.plan(one, other, declared)
         assert "items" in plan.problems[0].message
-        with pytest.raises(InvalidInput, match="items, which nobody declared"):
+        with pytest.raises(InvalidInput, match="items, which no module declares"):
             await library.migrate(one, other, declared)
         report = await library.migrate(one, other, declared, Options(ignore=("items",)))
         assert [part.collection for part in report.parts] == ["shared"]

@@ -108,7 +108,7 @@ async def _of_store(
     try:
         opened = await open_store(settings.store_url)
     except ConfigError as error:
-        return [Check("store", "fail", error.message, "change the URL, or install what it needs")]
+        return [Check("store", "fail", error.message, "change the URL, or install the missing package")]
     except StrongroomError as error:
         name = "roles" if error.code == "store_error" and error.message.startswith("role ") else "store"
         remedy = (

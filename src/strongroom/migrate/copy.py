@@ -280,8 +280,8 @@ def moved_records(run: Run, records: Iterable[Record]) -> list[Record]:
     if unknown:
         names = ", ".join(sorted(unknown))
         raise InvalidInput(
-            f"{run.options.source} has documents of {names}, which nobody declared: name the modules that do in "
-            f"STRONGROOM_ENTITIES, or leave them behind with --ignore {' --ignore '.join(sorted(unknown))}"
+            f"{run.options.source} has documents of {names}, which no module declares: name their module in "
+            f"STRONGROOM_ENTITIES, or skip them with --ignore {' --ignore '.join(sorted(unknown))}"
         )
     return moved
 

@@ -146,6 +146,6 @@ async def reconcile(run: Run) -> int:
                     for begin in range(0, len(differences), PAGE):
                         await equalise(run, part, [d.id for d in differences[begin : begin + PAGE]])
                     copied += len(differences)
-                    run.progress("comparing what is not journalled", done + comparison.source.count, None)
+                    run.progress("comparing documents without journal records", done + comparison.source.count, None)
             done += comparison.source.count
     return copied

@@ -93,12 +93,12 @@ async def roll_back(
         await run.save(switched=False)
         report.notes.append("the source takes writes again")
     if run.migration.phase == Phase.REMOVING:
-        await clear(run, "removing what was written")
+        await clear(run, "removing the migrated documents")
         await run.save(phase=Phase.RESTORING)
     if whole is not None:
         await with_retries(run, lambda: _restore(run, whole.path, whole.documents))
         await _check_restored(run, whole)
-        report.notes.append(f"{whole.documents} documents were put back from {whole.path}")
+        report.notes.append(f"{whole.documents} documents were restored from {whole.path}")
     before = run.migration.fence
     await run.save(*fence(before is None, before or "", at=1), phase=Phase.ROLLED_BACK, ended_at=datetime.now(UTC))
     report.seconds = time.perf_counter() - began

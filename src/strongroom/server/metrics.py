@@ -83,7 +83,7 @@ class Metrics(Collector):
             requests.add_metric((method, route, str(status)), count)
         yield requests
         latency = HistogramMetricFamily(
-            "strongroom_request_seconds", "Time to the end of the answer.", labels=("method", "route")
+            "strongroom_request_seconds", "Duration of a request, to the end of its answer.", labels=("method", "route")
         )
         latencies = {**self.latency}
         if answered:
@@ -95,7 +95,7 @@ class Metrics(Collector):
         for code, count in sorted(self.verified.items()):
             verified.add_metric((code,), count)
         yield verified
-        verify = HistogramMetricFamily("strongroom_verify_seconds", "Time that a verification took, durable.")
+        verify = HistogramMetricFamily("strongroom_verify_seconds", "Duration of a durable verification.")
         verify.add_metric((), buckets=self.verify_latency.buckets(), sum_value=self.verify_latency.sum_s)
         yield verify
         writes = CounterMetricFamily(
@@ -113,7 +113,7 @@ class Metrics(Collector):
             yield family
         if self.store is not None:
             yield from store_families(self.store)
-        info = GaugeMetricFamily("strongroom_process", "The process that these numbers are of.", labels=("pid",))
+        info = GaugeMetricFamily("strongroom_process", "The process of these numbers.", labels=("pid",))
         info.add_metric((str(os.getpid()),), 1)
         yield info
 
@@ -122,7 +122,7 @@ def store_families(store: StoreMetrics) -> Iterable[Metric]:
     """Counts of the store's calls, by backend and collection: a series for each declared collection."""
     labels = ("backend", "collection", "operation")
     operations = CounterMetricFamily(
-        "strongroom_store_operations", "Reads, and operations of batches that were committed.", labels=labels
+        "strongroom_store_operations", "Reads, and operations of committed batches.", labels=labels
     )
     for (collection, call), series in sorted(store.calls.items()):
         if call != "commit":
@@ -131,7 +131,7 @@ def store_families(store: StoreMetrics) -> Iterable[Metric]:
         operations.add_metric((store.backend, collection, kind), count)
     yield operations
     latency = HistogramMetricFamily(
-        "strongroom_store_seconds", "Time that the store took; of the gets one in 16 is timed.", labels=labels
+        "strongroom_store_seconds", "Duration of a call of the store; one get in 16 is timed.", labels=labels
     )
     errors = CounterMetricFamily(
         "strongroom_store_errors", "Calls of the store that failed, conflicts aside.", labels=(*labels, "code")
@@ -145,7 +145,7 @@ def store_families(store: StoreMetrics) -> Iterable[Metric]:
     yield errors
     conflicts = CounterMetricFamily(
         "strongroom_store_conflicts",
-        "Batches refused because what they expected had changed, or was there already.",
+        "Batches refused because a precondition failed or a document existed already.",
         labels=("backend", "collection"),
     )
     for collection, count in sorted(store.conflicts.items()):

@@ -196,7 +196,7 @@ def serve(api: FastAPI) -> None:
 
 
 async def made(api: FastAPI) -> None:
-    """Make the document on a thread, once: it takes a few hundred milliseconds, for which nobody else should wait."""
+    """Build the document once, on a thread: it takes a few hundred milliseconds, which would block other requests."""
     if api.openapi_schema is None:
         making: asyncio.Task[Any] | None = getattr(api.state, "making_openapi", None)
         if making is None:
@@ -265,7 +265,7 @@ _SECURED: dict[str, list[dict[str, list[str]]]] = {
     "/readyz": [{}, {"bearer": []}],
     "/v1/keys/leaked": [{"bearer": []}, {"signature": []}],
 }
-"""Where it is not a management key that is asked for."""
+"""Paths with another authentication than a management key."""
 
 
 def _complete(

@@ -50,7 +50,7 @@ def _renamed(value: Any, names: dict[str, str]) -> Any:
 
 
 def close(schema: Schema) -> Schema:
-    """An answer has no fields but those that are named."""
+    """Forbid unnamed fields in an answer."""
     for part in _parts(schema):
         if "properties" in part:
             part.setdefault("additionalProperties", False)

@@ -75,7 +75,7 @@ class Services:
         )
         room = self.room
         metrics.gauge(
-            "strongroom_feed_behind_seconds", "Age of what is known of others' changes.", lambda: room.feed.behind_s
+            "strongroom_feed_behind_seconds", "Age of the last read of the change feed.", lambda: room.feed.behind_s
         )
         metrics.gauge(
             "strongroom_clock_offset_seconds",
@@ -84,32 +84,30 @@ class Services:
         )
         metrics.gauge(
             "strongroom_clock_uncertainty_seconds",
-            "How far the store's time, as this process knows it, may be off.",
+            "The largest error of this process's estimate of the store's time.",
             lambda: room.clock.state().uncertainty_us / 1_000_000,
         )
-        metrics.counter("strongroom_retries", "Done again because another was faster.", "what", self._retries)
+        metrics.counter("strongroom_retries", "Retries after a conflict with another writer.", "what", self._retries)
         lease_manager = room.ledger.lease_manager
         if lease_manager is not None:
             metrics.gauge(
                 "strongroom_limit_leases",
-                "Keys and quotas that this process has a limit lease on.",
+                "Keys and quotas with a limit lease of this process.",
                 lambda: lease_manager.leases,
             )
-            metrics.gauge(
-                "strongroom_reservations", "Reservations that are open in memory.", lambda: lease_manager.holds
-            )
+            metrics.gauge("strongroom_reservations", "Open reservations in memory.", lambda: lease_manager.holds)
         metrics.counter(
             "strongroom_webhook_attempts",
-            "Attempts at webhooks: delivered, failed (made again later), dead (given up).",
+            "Delivery attempts: delivered, failed (retried later), dead (given up).",
             "result",
             lambda: room.deliveries.attempts.counts,
         )
         metrics.gauge(
             "strongroom_webhook_deliveries_waiting",
-            "Deliveries of the store that are neither delivered nor dead.",
+            "Pending deliveries in the store.",
             lambda: room.deliveries.waiting,
         )
-        metrics.gauge("strongroom_watchers", "Streams of changes that are open.", lambda: self.watchers)
+        metrics.gauge("strongroom_watchers", "Open streams of changes.", lambda: self.watchers)
 
     @property
     def watchers(self) -> int:

@@ -37,7 +37,7 @@ TIMEOUT_S = 10.0
 MAX_LIST_BYTES = 65_536
 MAX_KEYS = 32
 MAX_HEADER_CHARS = 256
-_REFUSED = "the signature is none that a known key made for this body"
+_REFUSED = "the signature is not from a known key, or not for this body"
 _log = logging.getLogger(__name__)
 
 

@@ -99,7 +99,7 @@ def _refusal(caller: Caller) -> Callable[[ApiKey], StrongroomError | None]:
     def refusal(key: ApiKey) -> StrongroomError | None:
         """Only administrators change management keys, as in single changes."""
         if caller.scope < Scope.ADMIN and is_management(key.permissions, key.tenant):
-            return Denied(f"this key is one that only {Scope.ADMIN.permission} may change")
+            return Denied(f"only a key with {Scope.ADMIN.permission} may change this key")
         return None
 
     return refusal

@@ -58,7 +58,7 @@ async def settle(request: Request, id: str) -> Response:
         problems.append(
             Problem(
                 "cost",
-                f"found {found_in(fields.get('cost'))}, expected an object: what was used in all, by resource",
+                f"found {found_in(fields.get('cost'))}, expected an object: the total usage, by resource",
             )
         )
     else:
