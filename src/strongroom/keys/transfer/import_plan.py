@@ -1,4 +1,4 @@
-"""What an import found and did: the standing of each row in the store, the plan of a file, the checksums at the end."""
+"""Results of an import: each row's standing in the store, the plan of a file, and the checksums."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ T = TypeVar("T")
 
 
 class Standing(StrEnum):
-    """What a row is to the store."""
+    """How a row of the file compares with the store."""
 
     NEW = "new"
     UNCHANGED = "unchanged"
     CHANGED = "changed"
-    """File and store say different things of the key; `differences` has them."""
+    """The key's fields differ between file and store; `differences` lists them."""
     ROTATED = "rotated"
-    """The key has been rotated in the store: the secret of the file is not imported."""
+    """The store rotated the key since: the file's secret is not imported."""
     FOREIGN = "foreign"
-    """The key is there, for another tenant."""
+    """Another tenant has the key."""
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One field of which file and store say different things."""
+    """One field whose values in file and store differ."""
 
     field: str
     file: Any
@@ -49,14 +49,14 @@ class Planned:
 
 @dataclass(slots=True)
 class Plan:
-    """What a file's rows are to the store: how many of each standing, and those of other tenants and with differences
-    (MAX_FINDINGS of each at most). `standings` has each row's, by the number of its chunk."""
+    """A file compared with the store: the count of each standing, and the rows of other tenants and with differences
+    (MAX_FINDINGS of each at most). `standings` maps a chunk's number to the standings of its rows."""
 
     counts: Counter[Standing] = field(default_factory=Counter)
     foreign: list[Planned] = field(default_factory=list)
     changed: list[Planned] = field(default_factory=list)
     standings: list[bytes | None] = field(default_factory=list)
-    """A byte a row, the index of its standing in the enumeration; None: all are new."""
+    """One byte for each row: the index of its standing in the enumeration. None: all rows are new."""
     few_keys: bool = False
 
     def add(self, planned: Sequence[Planned]) -> None:
@@ -82,11 +82,11 @@ CODES = {standing: code for code, standing in enumerate(Standing)}
 
 @dataclass(frozen=True, slots=True)
 class Checksums:
-    """The same digest over the file's rows and over what the store has of them, and how many keys each is over.
+    """One digest over the file's rows, one over the same keys in the store, and the number of keys in each.
 
-    It covers all that the shape speaks of; of a key that was used here since (`used_since` of them), all but its usage.
-    It is the sum of the rows' SHA-256, so it does not depend on their order. `left_out` are the rows of which file and
-    store are known to say different things; `unequal` has the paths of those where it was not known (MAX_FINDINGS at
+    A digest covers all fields of the shape. Keys that were used in the store since (`used_since`) count without usage.
+    It is the sum of the rows' SHA-256, so the order of rows does not matter. `left_out` counts rows whose difference
+    the plan has already reported. `unequal` lists the paths of rows with an unexpected difference (MAX_FINDINGS at
     most).
     """
 
@@ -104,7 +104,7 @@ class Checksums:
 
 
 class Sums:
-    """Checksums in the making."""
+    """Adds up checksums row by row."""
 
     def __init__(self) -> None:
         self.file = self.store = 0

@@ -24,12 +24,12 @@ from .key_file_chunks import Chunk, ChunkedKeyFile
 from .key_file_rows import Maker
 
 AHEAD = 2
-"""Chunks that each worker has in work or waiting. More chunks would only take memory."""
+"""Chunks that each worker packs or queues. More chunks would only take memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What a worker does with every chunk: read it, make its keys, pack them."""
+    """A worker's task for every chunk: read it, make its keys, pack them."""
 
     source: ChunkedKeyFile
     maker: Maker
@@ -38,13 +38,13 @@ class Task:
     tenant: str
 
     def pack(self, chunk: Chunk) -> Pack:
-        """The chunk's keys, made ready."""
+        """Read the chunk and pack its keys."""
         context = Context(self.tenant, self.actor, {}, next_id())
         return self.packer.pack_alike(self.maker.alike(self.source.rows(chunk), context))
 
 
 class Portion:
-    """The packs of one transaction, up to `room` rows. `chunks` and `keys` say afterwards what it had."""
+    """The packs of one transaction, up to `room` rows. After iteration, `chunks` and `keys` count what it took."""
 
     def __init__(self, packs: AsyncIterator[tuple[Chunk, Pack]], room: int) -> None:
         self._packs = packs
@@ -118,15 +118,15 @@ _tasks: list[Task] = []
 
 
 def _begin(task: Task) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the import stops in order
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _tasks.append(task)
-    gc.freeze()  # a chunk is many small objects and hardly a cycle: one collection between two chunks is enough
+    gc.freeze()  # chunks have many objects and few cycles: collecting between chunks is enough
     gc.disable()
 
 
 def _end_with_parent() -> None:
-    """A killed parent cannot end its workers, and they would wait for the next chunk for ever."""
+    """Exit when the parent is gone: a killed parent cannot end its workers, which would wait for ever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -6,10 +6,10 @@
               "usage_count"}}}
 
 Plain is the file of seed 004's proxy, hashed that of seed 000's service (haiven's API key storage guide). Where the
-text of a plain row is not known any more, `"key": "sha256:<hex>"` stands in its place.
+secret of a plain row is unknown, `key` is "sha256:<hex>".
 
-A row is refused with every reason, or accepted as it stands. Nothing is guessed, and no number is read from a text. An
-unusual value with one possible meaning is accepted with a note.
+A row is accepted unchanged, or refused with every reason. The reader does not guess and converts no text to a number.
+It accepts an unusual value that has only one meaning, with a note.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from ...context import (
 from ...errors import StrongroomError
 
 MAX_FINDINGS = 10_000
-"""Problems, and notes, that are kept of a file; more are only counted."""
+"""Problems kept for one file, and notes kept; further ones are only counted."""
 MAX_NAME_CHARS = 200
 SHORT_KEY_CHARS = 20
 WINDOW_S = 18_000
 MAX_AHEAD_S = 366 * 86_400
-"""A usage window that starts later than this from now is a mistake: it would count until then."""
+"""A usage window that starts further ahead is refused as a mistake: its tokens would count until then."""
 
 Shape = Literal["plain", "hashed"]
 
@@ -43,7 +43,7 @@ class KeyFileError(StrongroomError):
 
 @dataclass(frozen=True, slots=True)
 class KeyRow:
-    """One key of a file, whichever its shape. Times are microseconds since the epoch; `path` is where it stands.
+    """One key of a file, whichever its shape. Times are microseconds since the epoch; `path` is its place in the file.
 
     `secret` is the key's secret, if the file has it. `uses` counts requests (hashed), `tokens` is the lifetime total
     (plain), `windows` are (start, tokens) pairs in order of time.
@@ -66,7 +66,7 @@ class KeyRow:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What is wrong with a row (`refused`), or worth knowing of it. `key` is masked."""
+    """A problem of a row (`refused`), or a note about it. `key` is masked."""
 
     path: str
     key: str
@@ -77,9 +77,9 @@ class Finding:
 
 @dataclass(slots=True)
 class KeyFile:
-    """What a file holds: the rows that are accepted, how many are refused, and what was found of all of them.
+    """The content of a file: accepted rows, the number of refused rows, and the findings of all rows.
 
-    `problems` are why rows are refused; `dropped` counts the problems and notes past MAX_FINDINGS of each.
+    `problems` are the reasons of refusals; `dropped` counts the problems and notes past MAX_FINDINGS of each.
     """
 
     shape: Shape
@@ -106,7 +106,7 @@ class KeyFile:
 
 
 def render_row(shape: Shape, row: KeyRow) -> bytes:
-    """One row as the shape has it, indented as it stands in the file; without the comma."""
+    """One row in its shape, indented for the file, without the comma."""
     if shape == "plain":
         text = json.dumps(_plain(row), ensure_ascii=False, indent=2)
     else:
@@ -149,5 +149,5 @@ def _hashed(row: KeyRow) -> dict[str, Any]:
 
 
 def zulu(us: int) -> str:
-    """A moment as key files write it."""
+    """A time in the format of key files."""
     return utc_from_us(us).isoformat().replace("+00:00", "Z")

@@ -1,12 +1,12 @@
 """The chunked reader of key files: only one chunk of the file is in memory at a time.
 
 `survey` reads the file once: it finds where the chunks begin, judges every row, and finds keys that the file has twice.
-After that, `rows` reads any chunk again, in any process. `key_file_parse.parse` reads a file that has another layout
-than the two JSON shapes, or invalid JSON: it holds the whole file in memory and names the exact problem.
+After that, `rows` reads any chunk again, in any process. `key_file_parse.parse` reads files with an unexpected layout
+or invalid JSON: it holds the whole file in memory and names the exact problem.
 
-A JSON streaming library (ijson) was measured and is not used. It reads an unpaired surrogate as "?", which makes
-another key of the key; it does not report a name that a row has twice; and it tells no byte positions, which the worker
-processes of an import need.
+A JSON streaming library (ijson) was measured and is not used. It reads an unpaired surrogate as "?", which changes
+the key. It does not report duplicate names in a row. It gives no byte positions, which the import's worker processes
+need.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .key_file_parse import HASHES_NAMED, MAX_FILE_BYTES, judged, parse
 CHUNK_BYTES = 256 * 1024
 """The usual size of a chunk: some hundred rows."""
 MAX_CHUNK_BYTES = 16 * CHUNK_BYTES
-"""A file with a longer row, or a row whose end is not found, is read whole by `key_file_parse.parse`."""
+"""`key_file_parse.parse` reads a file with a longer row, or with a row whose end is not found."""
 MAX_CUTS = 200
 """Positions that are tried as the end of a chunk. Most of them lie between two usage windows of a row."""
 HELD_ROWS = 500
@@ -67,8 +67,8 @@ class Chunk:
 
 @dataclass(slots=True)
 class ChunkedKeyFile:
-    """A file that was surveyed. `file` says what was found of it, as `keyfile.parse` would; its rows are there only
-    where it had to be read whole, else they are in `chunks`."""
+    """A surveyed file. `file` has the findings, as from `key_file_parse.parse`. It has the rows only if the file was
+    read whole; else `chunks` leads to them."""
 
     path: Path
     file: KeyFile
@@ -78,7 +78,7 @@ class ChunkedKeyFile:
     chunks: Sequence[Chunk] = ()
     stamp: tuple[int, int] = (0, 0)
     twice: frozenset[str] = frozenset()
-    """Paths of rows that are refused because their key stands in an earlier row."""
+    """Paths of rows that are refused because an earlier row has the same key."""
     held: bool = field(default=False)
 
     @property
@@ -97,12 +97,12 @@ class ChunkedKeyFile:
         return [row for row in rows if row.path not in self.twice] if self.twice else rows
 
     def without_rows(self) -> ChunkedKeyFile:
-        """The same, as another process needs it to read chunks."""
+        """A copy for another process, with only the fields that reading chunks needs."""
         return self if self.held else replace(self, file=KeyFile(self.shape))
 
 
 def in_memory(path: Path, file: KeyFile, now_us: int) -> ChunkedKeyFile:
-    """A file that is held whole."""
+    """A source from a file that is held in memory."""
     chunks = [
         Chunk(start, min(start + HELD_ROWS, len(file.rows)), start, min(HELD_ROWS, len(file.rows) - start))
         for start in range(0, len(file.rows), HELD_ROWS)
@@ -111,8 +111,8 @@ def in_memory(path: Path, file: KeyFile, now_us: int) -> ChunkedKeyFile:
 
 
 def survey(path: Path, now_us: int, progress: Callable[[int, int], None] = lambda done, size: None) -> ChunkedKeyFile:
-    """Read a file and judge every row of it. `progress` is told bytes. Raises KeyFileError, a sentence, if it is of
-    neither shape, and OSError."""
+    """Read a file and judge every row. `progress` receives the bytes read. Raises KeyFileError if the file has neither
+    shape, and OSError."""
     with path.open("rb") as opened:
         size = opened.seek(0, 2)
         try:
@@ -158,7 +158,7 @@ def _surveyed(path: Path, opened: BinaryIO, now_us: int, progress: Callable[[int
         file.refused += refused
         for finding in findings:
             file.keep(finding)
-        # also of refused rows: a repeated key is reported even if its first row was refused
+        # refused rows count too: a repeated key is reported even if its first row was refused
         marks.frombytes(b"".join(known[:8] for known in seen))
         marks.frombytes(usual)
         chunks.append(chunk)
@@ -171,7 +171,7 @@ def _surveyed(path: Path, opened: BinaryIO, now_us: int, progress: Callable[[int
 
 
 def _repeated(marks: array[int]) -> frozenset[int]:
-    """The marks that occur more than once: marks of one key, or, once in a hundred million files, of two keys."""
+    """The marks that occur more than once. Two keys share a mark by chance in one of a hundred million files."""
     found = set()
     before = None
     for mark in sorted(marks):
@@ -182,9 +182,9 @@ def _repeated(marks: array[int]) -> frozenset[int]:
 
 
 def _without_repeated(source: ChunkedKeyFile, opened: BinaryIO, repeated: frozenset[int]) -> ChunkedKeyFile:
-    """Survey again, and compare all rows that have one of these marks. A key that an earlier row has is refused."""
+    """Survey again, and compare the keys of all rows with these marks. Refuses a row whose key an earlier row has."""
     if source.shape == "hashed":
-        raise _NotInChunks  # `parse` reports the hashes that the file names twice
+        raise _NotInChunks  # `parse` reports duplicate hashes
     file = KeyFile(source.shape)
     seen: dict[bytes, str] = {}
     twice: list[str] = []
@@ -225,9 +225,9 @@ def _chunks(opened: BinaryIO, start: int, bracket: bytes) -> Iterator[tuple[Chun
 
 
 def _cut(data: bytes, bracket: bytes, closing: bytes) -> tuple[int, int, int] | None:
-    """Where the last whole row of `data` ends, how many rows there are up to there, and where the next one begins.
+    """Where the last whole row of `data` ends, the number of rows before that, and where the next row begins.
 
-    An end is found by trying: what comes before it is JSON only if it lies between two rows.
+    Each comma is tried as the end: the bytes before it are valid JSON only if it separates two rows.
     """
     end = len(data)
     for _ in range(MAX_CUTS):
@@ -244,7 +244,7 @@ def _cut(data: bytes, bracket: bytes, closing: bytes) -> tuple[int, int, int] | 
 
 
 def _count(bracket: bytes, rows: bytes, closing: bytes) -> int | None:
-    """How many rows these bytes are, if they are whole rows."""
+    """The number of rows in these bytes. None if they are not whole rows."""
     if not rows.strip(_SPACE):
         return 0
     try:
@@ -254,7 +254,7 @@ def _count(bracket: bytes, rows: bytes, closing: bytes) -> int | None:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     if len(HASHES_NAMED.findall(rows)) > count:
-        raise _NotInChunks  # JSON keeps only the last of those that have one name
+        raise _NotInChunks  # of duplicate names, the decoder kept only the last
     return count
 
 
@@ -311,8 +311,8 @@ def _judge(
     twice: list[str] | None = None,
     usual: bytearray | None = None,
 ) -> tuple[list[KeyRow], int, list[Finding]]:
-    """The accepted rows of a chunk, how many are refused, and what was found of them. `usual` gets the marks of those
-    that were not judged with care; `seen` the others' keys."""
+    """The accepted rows of a chunk, the number of refused rows, and the findings. Appends the marks of rows that took
+    the quick way to `usual`; adds the keys of the other rows to `seen`."""
     wrapped = b"[" + data + b"]" if shape == "plain" else b"{" + data + b"}"
     raws: Any = None
     try:
@@ -352,8 +352,8 @@ def _judge(
 
 
 def _may_repeat(data: bytes, rows: list[Any]) -> bool:
-    """Whether a row may have a name twice, of which JSON keeps one: whether the text has a name more often than there
-    are rows with it. A value can look like a name, too, and a name can be written with escapes."""
+    """Whether a row may have a duplicate name, of which the decoder keeps one: the text has the name more often than
+    rows have it. May answer True wrongly: a value can look like a name, and names can contain escapes."""
     if _ESCAPED.search(data):
         return True
     for name in type(rows[0]).__struct_fields__ if rows else ():

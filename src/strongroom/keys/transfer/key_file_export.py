@@ -1,8 +1,7 @@
 """Export of key files: a tenant's keys, read page by page and rendered row by row.
 
-The rows are in the order of their creation, those of one moment in that of their hashes, so that the same keys give the
-same file whatever store they come from. So only keys that were made at one moment are in memory together; if these are
-many, as after an import, they are sorted in temporary files.
+Rows are sorted by creation time, then by hash, so that the same keys give the same file from every store. Only keys
+with the same creation time are in memory together. If they are many, as after an import, temporary files sort them.
 """
 
 from __future__ import annotations
@@ -28,16 +27,16 @@ from .key_file import Shape, render_row
 from .key_file_rows import lost, row_of
 
 MAX_HELD = 20_000
-"""Rows of one moment that are sorted in memory."""
+"""Rows with the same creation time that are sorted in memory."""
 _LENGTH_BYTES = 4
 _HASH_BYTES = 32
 
 
 @dataclass(slots=True)
 class Exported:
-    """A tenant's keys, rendered row by row in order of their creation, and what the shape has no place for.
+    """A tenant's keys, rendered row by row in order of their creation, and a count of what the shape lacks.
 
-    `left_out` and `lost` count keys by what is the matter with them.
+    `left_out` counts keys that were not exported, `lost` keys that lost a field, both by reason.
     """
 
     rows: list[bytes] = field(default_factory=list)
@@ -72,8 +71,8 @@ async def export_rows(
     now_us: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> AsyncIterator[bytes]:
-    """The rendered rows, one after the other; what is left out or lost is counted in `exported`. Keys that are changed
-    meanwhile are in their old or their new state. Raises InvalidInput, StoreError, and what the database raises."""
+    """Yield the rendered rows; `exported` counts what is left out or lost. A key that changes meanwhile is exported in
+    its old or its new state. Raises InvalidInput, StoreError, and the errors of the database."""
     check_tenant(tenant)
     if tenant == ALL_TENANTS:
         raise InvalidInput([Problem("tenant", "keys for all tenants are management keys: they are not exported")])
@@ -109,7 +108,7 @@ async def export_rows(
 
 
 async def file_of(shape: Shape, rows: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """A whole file, as `keyfile.render_file`, of rows as they come."""
+    """A whole file, as from `key_file.render_file`, from a stream of rows."""
     opening, closing = (b"[", b"]") if shape == "plain" else (b"{", b"}")
     before = b'{\n  "keys": ' + opening + b"\n"
     some = False
@@ -129,7 +128,7 @@ async def _usages(database: Database, context: Context, keys: list[Document]) ->
 
 
 class _Group:
-    """Rows that were created at one moment, to be sorted by their hashes."""
+    """Sorts rows with the same creation time by their hashes."""
 
     def __init__(self, files: ExitStack) -> None:
         self._files = files
@@ -146,7 +145,7 @@ class _Group:
             self._runs.append(run)
 
     def sorted(self) -> Iterator[bytes]:
-        """The rows in order; afterwards there are none."""
+        """Yield the rows in order and forget them."""
         held, runs = sorted(self._held), self._runs
         self._held, self._runs = [], []
         for _, row in heapq.merge(*map(_read, runs), held) if runs else held:

@@ -1,8 +1,8 @@
 """Import of key files: compares the rows of a file with a store, writes what is new, and reads it back.
 
-An imported key's id is made from the key's SHA-256, so a second run finds what the first run has written: keys that
-are there are left alone, missing keys are added. Each key is committed together with its usage, many keys in one
-transaction. An import that was stopped is completed by the same import. A file is read chunk by chunk
+An imported key's id is made from the key's SHA-256, so a second run finds the keys that the first run has written: it
+skips them and adds missing keys. Each key is committed together with its usage, many keys in one transaction. The same
+import completes an import that was stopped. A file is read chunk by chunk
 (`key_file_chunks`), so memory does not grow with the file, except for a byte a row.
 """
 
@@ -49,12 +49,12 @@ QUERIES_AT_ONCE = 8
 FIRST_LOAD, MOST_LOADED = 1_000, 30_000
 """Keys in the first transaction of a load, and in the largest one, where others use the store."""
 LOCKED_S = 0.5
-"""How long others wait for such a transaction, about; the next is made larger or smaller by how long the last took."""
+"""The target time for such a transaction, during which others wait. The last one's time sets the size of the next."""
 MIN_FILL, FILL_GROWTH = 100_000, 3
-"""Keys in the second transaction that fills a store, and how many times as large as what is there already each further
-one is: each builds all indexes anew, so they are few."""
+"""Keys at least in the second transaction that fills an empty store, and the growth of further ones: each adds this
+many times the keys before it. Each rebuilds all indexes, so there are few."""
 FEW_KEYS = 1_000
-"""A store with fewer keys is being filled for the first time: the import may keep the lock for long."""
+"""With fewer keys, the store counts as new: the import may keep the lock for long."""
 
 _log = logging.getLogger(__name__)
 MIN_FOR_WORKERS = 5_000
@@ -70,7 +70,7 @@ def no_progress(done: int, total: int) -> None:
 class KeyImport:
     """One import into a tenant of one store, by one actor: `plan`, then `apply`, then `checksums`.
 
-    Each raises what the database raises. What is committed is counted in `committed`, also when it is stopped. For a
+    Each raises the errors of the database. `committed` counts committed keys, also after a stop. For a
     file that is read chunk by chunk: `compare`, `carry_out`, `check`; `workers` processes then read it beside this one,
     where that pays.
     """
@@ -127,7 +127,7 @@ class KeyImport:
         ]
 
     async def _stored(self, rows: Sequence[KeyRow]) -> dict[bytes, Document]:
-        """The keys that the store has of these rows: imported ones by their id, its own by their hash."""
+        """The stored keys of these rows: imported keys by their id, the store's own keys by their hash."""
         ids = {id_of(row.sha256): row.sha256 for row in rows}
         found = {ids[id]: key for id, key in (await self._by_id(ApiKey, list(ids))).items()}
         rows_by_hash = {
@@ -170,12 +170,12 @@ class KeyImport:
     # --- Apply --------------------------------------------------------------------------------------------------
 
     async def apply(self, planned: Sequence[Planned], *, update: bool, progress: Progress = no_progress) -> None:
-        """Add what is new and, with `update`, set what differs. The usage of a key that was used here since stays."""
+        """Add new keys and, with `update`, overwrite changed ones. Keys that were used here since keep their usage."""
         work = [p for p in planned if p.standing is Standing.NEW or (update and p.standing is Standing.CHANGED)]
         await self._apply(in_groups(work, KEYS_PER_COMMIT), lambda: progress(self.committed, len(work)))
 
     async def _apply(self, groups: Iterator[Sequence[Planned]], progress: Callable[[], None]) -> None:
-        """Commit groups, some at once. The first failure ends it, once those in flight have ended."""
+        """Commit COMMITS_AT_ONCE groups at a time. Raises the first failure after the groups in flight have ended."""
         while some := [group for _, group in zip(range(COMMITS_AT_ONCE), groups, strict=False)]:
             results = await asyncio.gather(*map(self._apply_one, some), return_exceptions=True)
             for result in results:
@@ -186,12 +186,12 @@ class KeyImport:
     async def _apply_one(self, group: Sequence[Planned]) -> None:
         try:
             await self._commit(group, fresh=True)
-        except (AlreadyExists, Conflict):  # someone else wrote meanwhile, or a removed key has left its usage behind
+        except (AlreadyExists, Conflict):  # another process wrote, or a removed key left its usage
             await self._commit(await self._planned_again(group), fresh=False)
         self.committed += len(group)
 
     async def _planned_again(self, group: Sequence[Planned]) -> list[Planned]:
-        """Those of a group that still want what was planned for them; the others get their new standing."""
+        """The rows of a group whose plan still holds. The others get their new standing."""
         again = []
         for was, now in zip(group, await self._plan([p.row for p in group]), strict=True):
             if now.standing is was.standing:
@@ -220,8 +220,8 @@ class KeyImport:
         if names & USAGE_SAID:
             found = await tx.get_or_none(KeyUsage, planned.id)
             usage = _document(found) if found is not None else None
-            if usage is not None and is_as_imported(usage):  # else it was used a moment ago
-                # Made anew, so that a later run still knows it as imported and not used.
+            if usage is not None and is_as_imported(usage):  # else the key was used meanwhile
+                # Created again: an update would make a later run take the key for used.
                 await tx.delete(KeyUsage, planned.id)
                 fields = usage_document(self._shape, planned.row, UsageState(usage), tx.context.now_us)
                 await tx.create(KeyUsage(id=planned.id, **fields))
@@ -243,7 +243,7 @@ class KeyImport:
     async def carry_out(
         self, source: ChunkedKeyFile, plan: Plan, *, update: bool, progress: Progress = no_progress
     ) -> None:
-        """As `apply`, of what was compared."""
+        """As `apply`, for a file that `compare` has read."""
         total = plan.counts[Standing.NEW] + (plan.counts[Standing.CHANGED] if update else 0)
         wanted = frozenset({Standing.NEW, Standing.CHANGED} if update else {Standing.NEW})
 
@@ -263,8 +263,8 @@ class KeyImport:
                 await self._apply(in_groups(planned, KEYS_PER_COMMIT), told)
 
     async def _load(self, task: Task, numbers: Sequence[int], rebuild: bool, told: Callable[[], None]) -> set[int]:
-        """Load chunks of which every row is new, in transactions that grow. The numbers of those that are loaded; not
-        those where someone else has written such a key meanwhile, or a removed key has left its usage behind."""
+        """Bulk-load chunks whose rows are all new, in growing transactions. Returns the numbers of the loaded chunks. A
+        portion is not loaded if another process wrote one of its keys, or a removed key left its usage behind."""
         chunks = {task.source.chunks[number].first: number for number in numbers}
         count = sum(task.source.chunks[number].count for number in numbers)
         loaded: set[int] = set()
@@ -292,7 +292,7 @@ class KeyImport:
     async def check(
         self, source: ChunkedKeyFile, plan: Plan, now_us: int, *, updated: bool, progress: Progress = no_progress
     ) -> Checksums:
-        """As `checksums`, of what was compared and carried out."""
+        """As `checksums`, for a file that `carry_out` has imported."""
         wanted = frozenset({Standing.NEW, Standing.UNCHANGED, *((Standing.CHANGED,) if updated else ())})
         sums = Sums()
         for number, chunk in enumerate(source.chunks):
@@ -308,7 +308,7 @@ class KeyImport:
     async def checksums(
         self, planned: Sequence[Planned], now_us: int, *, updated: bool, progress: Progress = no_progress
     ) -> Checksums:
-        """Read what was imported again, and compare it with the file."""
+        """Read the imported keys back, and compare them with the file."""
         included = (Standing.NEW, Standing.UNCHANGED, *((Standing.CHANGED,) if updated else ()))
         compared = [p for p in planned if p.standing in included]
         sums = Sums()
@@ -343,7 +343,7 @@ class KeyImport:
         return {document["id"]: document for document in await self._each(cls, "id", ids)}
 
     async def _each(self, cls: type[ApiKey | KeyUsage], name: str, values: Sequence[str]) -> list[Document]:
-        """The documents in which a unique field has one of these values: MAX_IN a query, some queries at once."""
+        """The documents whose unique field has one of these values: MAX_IN values a query, several queries at once."""
         found: list[Document] = []
         for some in in_groups(list(in_groups(values, MAX_IN)), QUERIES_AT_ONCE):
             queries = (Query(Where(name, "in", group), limit=MAX_LIMIT) for group in some)

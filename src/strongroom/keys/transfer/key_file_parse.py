@@ -37,7 +37,7 @@ from .key_file import (
 )
 
 MAX_FILE_BYTES = 1 << 30
-"""A file that cannot be read in chunks is held in memory. This much is about 2,500,000 keys, which take 3.5 GB."""
+"""The largest file that is held in memory: about 2,500,000 keys, which take 3.5 GB."""
 T = TypeVar("T")
 
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
@@ -62,7 +62,7 @@ _FIELDS: dict[Shape, frozenset[str]] = {
 
 
 def parse(data: bytes, now_us: int) -> KeyFile:
-    """Read a file's bytes; every row is judged. Raises KeyFileError, a sentence, if the file is of neither shape."""
+    """Read a file's bytes and judge every row. Raises KeyFileError if the file has neither shape."""
     data = data.removeprefix(b"\xef\xbb\xbf")
     if not data.strip():
         raise KeyFileError('is empty: expected {"keys": …}')
@@ -113,7 +113,7 @@ def _named(document: dict[str, Any]) -> str:
 
 
 def _named_twice(data: bytes, count: int) -> frozenset[str]:
-    """Hashes that the file names more than once: JSON keeps only the last, so a key would be lost without a word."""
+    """Hashes that the file has more than once. JSON keeps only the last, so a key would be lost silently."""
     names = HASHES_NAMED.findall(data)
     if len(names) <= count:
         return frozenset()
@@ -140,8 +140,8 @@ def _judge(
 def judged(
     shape: Shape, name: int | str, raw: msgspec.Raw, now_us: int, seen: dict[bytes, str], *, twice: bool = False
 ) -> tuple[KeyRow | None, list[Finding]]:
-    """One row, from its JSON, unless it is refused; and what was found of it. `name` is its place in the list or its
-    hash; `seen` has where the keys of the rows before stand, and gets this one's."""
+    """One row from its JSON, or None if it is refused; and its findings. `name` is its index in the list, or its hash.
+    `seen` maps the keys of earlier rows to their places; this row's key is added."""
     reader = _Row(shape, f"keys.{name if isinstance(name, int) else _short(name)}", raw)
     if isinstance(name, str):
         reader.take_hash(name)
@@ -158,7 +158,7 @@ def _short(name: str) -> str:
 
 
 class _Row:
-    """One row being read: what is wrong goes to `findings`, so that all of it is told."""
+    """One row being read. Problems are collected in `findings`, so that a user sees all of them at once."""
 
     def __init__(self, shape: Shape, path: str, raw: msgspec.Raw) -> None:
         self.shape = shape
@@ -198,7 +198,7 @@ class _Row:
         return any(finding.refused for finding in self.findings)
 
     def read(self, now_us: int, seen: dict[bytes, str]) -> KeyRow | None:
-        """The row, or None if anything is wrong with it. `seen` has the keys of the rows before."""
+        """The row, or None if it has a problem. `seen` has the keys of earlier rows."""
         if not self.is_object:
             return None
         plain = self.shape == "plain"
@@ -234,7 +234,7 @@ class _Row:
     # --- The key ----------------------------------------------------------------------------------------------
 
     def take_hash(self, name: str) -> None:
-        """The key of a hashed row: the name it stands under."""
+        """The SHA-256 of a hashed row's key: the row's name."""
         self.shown = _short(name)
         if _SHA256.fullmatch(name):
             self.sha256 = bytes.fromhex(name)
@@ -262,7 +262,7 @@ class _Row:
     # --- Fields -----------------------------------------------------------------------------------------------
 
     def _given(self, name: str, required: bool, or_null: bool = False) -> Any:
-        """The value, or None where it is absent or null; says so where that may not be."""
+        """The value, or None if it is absent or null. Reports an absent or null value that is not allowed."""
         if required and name not in self.fields:
             self.wrong(name, "is missing" + (" (null: never)" if or_null else ""))
         return self.fields.get(name)
@@ -282,7 +282,7 @@ class _Row:
 
     def _whole(self, name: str, most: int, *, required: bool = False) -> int | None:
         value = self._given(name, required)
-        if value is None:  # an absent count is none; a limit that is null is no limit
+        if value is None:  # an absent count is 0; a limit of null means unlimited
             return None
         number, problem = _whole_number(value, most)
         if problem:
@@ -351,7 +351,7 @@ def key_problem(text: str) -> str | None:
 
 
 def _whole_number(value: object, most: int) -> tuple[int | None, str | None]:
-    """A JSON number that is whole (1e5 is), and what is wrong with it otherwise."""
+    """A whole JSON number (1e5 is one), or None and the problem."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         shown = f" {json.dumps(value[:40])}" if isinstance(value, str) else ""
         return None, f"found {_kind(value)}{shown}, expected a number"
@@ -363,7 +363,7 @@ def _whole_number(value: object, most: int) -> tuple[int | None, str | None]:
 
 
 def _moment(value: object) -> tuple[int | None, str | None]:
-    """A time as microseconds since the epoch, and what is wrong with it otherwise."""
+    """A time as microseconds since the epoch, or None and the problem."""
     expected = "expected a time such as 2027-01-01T00:00:00Z"
     if not isinstance(value, str):
         return None, f"found {_kind(value)}, {expected}"

@@ -1,6 +1,6 @@
-"""What a row of a key file is in a store: the documents that it makes, and the row that documents are. Pure.
+"""Converts rows of key files to a store's documents, and documents to rows. Pure.
 
-Between `keyfile` (rows) and `keytransfer`, which reads and writes stores.
+`key_file` has the rows; `key_file_import` and `key_file_export` read and write stores.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def id_of(sha256: bytes) -> str:
 
 
 class Maker:
-    """Makes what is stored of new keys, for one tenant, under one pepper."""
+    """Makes the documents of new keys, for one tenant, under one pepper."""
 
     def __init__(self, hasher: Hasher, shape: Shape, tenant: str) -> None:
         self._hasher = hasher
@@ -59,7 +59,7 @@ class Maker:
         self._pattern = ApiKey.__codec__.encode(pattern)
 
     def key_of(self, row: KeyRow) -> Document:
-        """A row as a key's document. With its text it is hashed under the pepper, else at its first use."""
+        """A row as a key's document. Without its secret, the key is hashed under the pepper at its first use."""
         values = self.values_of(row, self._hasher.seal)
         return {**self._pattern, **dict(zip(VARYING, values, strict=True)), "limits": limits_of(row.token_limit)}
 
@@ -84,7 +84,7 @@ class Maker:
         return usage_document(self._shape, row, UsageState(), now_us)
 
     def alike(self, rows: Sequence[KeyRow], context: Context) -> tuple[Alike, Alike]:
-        """What adds keys, their journal records and their usages."""
+        """The bulk form of new keys with their journal records, and of their usages."""
         values, seal, now_us = self.values_of, self._hasher.sealer(), context.now_us
         pattern = {**self._pattern, "sealed": b"pattern"}
         record = change_record(context, "create", ApiKey.__collection__, "", None, pattern)
@@ -122,8 +122,8 @@ def limits_of(token_limit: int | None) -> list[Document]:
 
 
 def usage_document(shape: Shape, row: KeyRow, state: UsageState, now_us: int) -> Document:
-    """A row's usage: the live part of its windows, its totals, the number and time of its uses. What the shape does not
-    speak of stays as the usage state has it."""
+    """A row's usage: the live part of its windows, its totals, the number and time of its uses. Fields of the
+    usage state that the shape lacks stay unchanged."""
     state.last_used_us = row.last_used_us
     if shape == "hashed":
         state.count = row.uses
@@ -163,7 +163,7 @@ def _set(totals: dict[str, int], resource: str, units: int) -> None:
 
 
 def row_of(key: Document, usage: Document | None, hasher: Hasher, now_us: int) -> KeyRow:
-    """A stored key as a row; without its text, which is not stored. StoreError if its SHA-256 cannot be opened."""
+    """A stored key as a row, without its secret, which is not stored. StoreError if its SHA-256 cannot be decrypted."""
     sha256 = sha256_of_imported(key["hash"])
     if sha256 is None:
         if key["sealed"] is None:
@@ -203,17 +203,17 @@ def _five_hours(encoded: bytes) -> int | None:
 
 
 def is_five_hours(limit: Document) -> bool:
-    """Whether a stored limit is the one that the plain shape speaks of."""
+    """Whether a stored limit is the plain shape's limit: tokens in five hours."""
     return limit["resource"] == "tokens" and _five_hours(_encode(limit)) is not None
 
 
 def is_as_imported(usage: Document | None) -> bool:
-    """Whether a usage document is as it was made, and no charge has been written into it since."""
+    """Whether a usage document is unchanged since the import."""
     return usage is not None and usage["active_at"] is None and usage["created_at"] == usage["updated_at"]
 
 
 def lost(shape: Shape, key: Document) -> Iterator[str]:
-    """What of a key the shape has no place for."""
+    """The parts of a key that the shape has no field for."""
     if key["permissions"]:
         yield "permissions"
     if key["allowed_ips"]:
@@ -238,7 +238,7 @@ def lost(shape: Shape, key: Document) -> Iterator[str]:
 
 
 def said(shape: Shape, row: KeyRow, now_us: int) -> dict[str, Any]:
-    """All that a shape says of a key, as values to compare; of its windows, the buckets that count now."""
+    """All fields that a shape has of a key, as values to compare; of its windows, the live buckets."""
     found: dict[str, Any] = {"name": row.name, "created_at": utc(row.created_us), "last_used": utc(row.last_used_us)}
     if shape == "plain":
         return found | {
@@ -252,7 +252,7 @@ def said(shape: Shape, row: KeyRow, now_us: int) -> dict[str, Any]:
 
 
 def canonical(shape: Shape, row: KeyRow, now_us: int, *, with_usage: bool) -> bytes:
-    """What the checksums are made of: one line a key."""
+    """The bytes of one key that a checksum hashes."""
     usage: list[Any] = []
     if shape == "plain":
         own = [row.expires_us, row.model, row.token_limit]
@@ -266,7 +266,7 @@ def canonical(shape: Shape, row: KeyRow, now_us: int, *, with_usage: bool) -> by
 
 
 def _live(row: KeyRow, now_us: int) -> list[tuple[int, int]]:
-    """The row's windows that count now, as buckets of a minute."""
+    """The row's live windows, as buckets of a minute."""
     if not row.windows:
         return []
     counter = RollingCounter(_WINDOW)

@@ -1,4 +1,4 @@
-"""New keys of records, written many at once where the store loads: what the ordinary way writes, in less time."""
+"""Bulk load of new keys from records: writes the same documents as single commits, in less time."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ...storage.port import Append, Create, Pack
 from ..model import ApiKey
 
 MIN_LOADED = 100
-"""Fewer keys are written the ordinary way: a load takes a connection of its own."""
+"""Fewer keys are committed without a bulk load, which needs its own connection."""
 
 
 async def load(database: Database, context: Context, made: Sequence[tuple[ApiKey, KeyUsage]]) -> bool:
-    """Add keys, their journal records and their usages, all or none. False if the store cannot, or not under these
-    rules. Raises as `Database.load_packs`."""
+    """Add keys, their journal records and their usages, all or none. False if the database cannot load, or the
+    keys are few. Raises Denied, and as `Database.load_packs`."""
     store = database.loading
     if store is None or len(made) < MIN_LOADED:
         return False

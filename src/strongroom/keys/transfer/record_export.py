@@ -30,12 +30,12 @@ _COPIED = (
     "owner", "environment", "groups", "allowed_models", "allowed_routes", "rotate_every_s", "rotation_overlap_s",
     "next_rotation_at", "leaked_at", "deleted_at", "display",
 )  # fmt: skip
-"""Fields of a key that a record has as they are."""
+"""Fields of a key that a record copies unchanged."""
 
 
 @dataclass(slots=True)
 class ExportedRecords:
-    """What was written, and how many keys have something that a record cannot say, or that needs more at an import."""
+    """Counts of written records, and of keys (by reason) that lost a part or need more at an import."""
 
     keys: int = 0
     quotas: int = 0
@@ -50,8 +50,8 @@ async def export_records(
     told: ExportedRecords,
     now_us: int,
 ) -> AsyncIterator[bytes]:
-    """The quotas and keys of a tenant, or of all (None), as the lines of a file; management keys stay. What is changed
-    meanwhile is in its old or its new state. StoreError if a key's SHA-256 cannot be opened."""
+    """Yield the quotas and keys of a tenant, or of all (None), as lines of a file, without management keys. A change
+    meanwhile may or may not be included. StoreError if a key's SHA-256 cannot be decrypted."""
     if tenant is not None:
         check_tenant(tenant)
         if tenant == ALL_TENANTS:
@@ -124,7 +124,7 @@ def _hash_said(key: ApiKey, hasher: Hasher, lost: Counter[str]) -> str:
 
 
 def _previous_said(key: ApiKey, hasher: Hasher, lost: Counter[str]) -> dict[str, Any]:
-    """The text that was rotated away and still works."""
+    """The old secret that still works after a rotation."""
     stored = key.previous_hash or ""
     until = {"previous_until": key.previous_until}
     if stored.startswith("hint:"):
@@ -144,8 +144,8 @@ def _is_used(usage: KeyUsage) -> bool:
 
 
 def _usage_said(usage: KeyUsage, limits: Iterable[Any], now_us: int) -> dict[str, Any]:
-    """What was used, for another store: what is reserved, or lent to a node, here counts there as used now: nobody can
-    settle it there. What runs at the same time (a limit on concurrency) does not run there."""
+    """The usage for another store. Reserved and leased amounts become used amounts, since no process can settle them
+    there. Limits on concurrency start at zero there."""
     state = UsageState({**KeyUsage.__codec__.encode(usage), "version": usage.version})
     moment_us = state.moment(now_us)
     for compiled_limit in compile_limits(limits):

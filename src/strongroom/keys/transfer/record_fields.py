@@ -24,7 +24,7 @@ MAX_DISPLAY_CHARS = 64
 
 
 class _ToldLine(BaseModel):
-    """Which thresholds of a limit were told of (`alerts.Told`)."""
+    """The thresholds of a limit whose alerts were sent (`alerts.Told`)."""
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
@@ -34,8 +34,8 @@ class _ToldLine(BaseModel):
 
 
 class UsageLine(BaseModel):
-    """What a key or a quota has used, as a store keeps it: amounts are units (billionths of money), `at` microseconds
-    since the epoch, each counter's state as `counters.py` has it."""
+    """The usage of a key or quota, as a store keeps it: amounts are units (billionths of money), `at` microseconds
+    since the epoch, each counter's state in the form of `counters.py`."""
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
@@ -84,7 +84,7 @@ class UsageLine(BaseModel):
 
 
 class KeyLine(KeyFields):
-    """What a line may say of a key, but for what it is found by."""
+    """The fields of a key that a line may have, without the fields that identify it."""
 
     tenant: str | None = None
     enabled: StrictBool = True
@@ -118,7 +118,7 @@ class KeyLine(KeyFields):
 
 
 class QuotaLine(BaseModel):
-    """What a line may say of a quota."""
+    """The fields of a quota that a line may have."""
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
@@ -162,7 +162,7 @@ def _moment(value: datetime | None) -> datetime | None:
 
 
 def state_problem(state: list[Any]) -> str | None:
-    """Why a value cannot be a counter's state: whole numbers, or two lists of them, the first rising."""
+    """Why a value is no counter's state. A state is whole numbers, or two lists of them, the first one rising."""
     parts = state if all(isinstance(part, list) for part in state) else [state]
     if len(state) > MAX_BUCKETS or any(len(part) > MAX_BUCKETS for part in parts):
         return f"expected at most {MAX_BUCKETS} numbers"

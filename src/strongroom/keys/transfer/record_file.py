@@ -1,14 +1,14 @@
-"""Files of records: a key or a quota a line, with all that is known of it, as JSON Lines or CSV. Pure.
+"""Files of records: one key or quota a line, with all its fields, as JSON Lines or CSV. Pure.
 
     {"hash": "pbkdf2_sha256$…", "prefix": "abcdefgh", "name": …, "tenant": …, "user_id": …, "limits": […], …}
     {"id": "key_…", "hash": "sha256:…", "name": …, "usage": {"count": …, "totals": …, "counters": …}, …}
     {"type": "quota", "kind": "user", "tenant": …, "name": …, "limits": […], "usage": …}
 
-Keys of other systems are imported from it, whatever their hash (`foreign_hash.py`), and one store gives it to
-another without loss. A CSV file has the same names in its first line; lists and objects stand in it as JSON.
-The columns of djangorestframework-api-key's table are read as they are, from CSV and from Django's `dumpdata`.
+Such a file imports keys of other systems with their hashes (`foreign_hash.py`), and moves keys between stores without
+loss. A CSV file has the same names in its first line, and lists and objects as JSON. The reader also takes the columns
+of djangorestframework-api-key's table, from CSV and from Django's `dumpdata`.
 
-A row is refused, with every reason, or accepted as it stands: nothing is guessed.
+A row is accepted unchanged, or refused with every reason: the reader does not guess.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .record_fields import KeyLine, QuotaLine, UsageLine, state_problem
 from .record_lines import OF_DJANGO, rows_of
 
 MAX_AHEAD_S = 86_400
-"""Usage may be told from this far ahead of now, for clocks that differ; what lies further ahead is a mistake."""
+"""How far usage may lie ahead of now, since clocks differ. Later usage is refused as a mistake."""
 
 _KEY_ID = re.compile(r"key_[0-9A-Za-z_-]{1,96}")
 _HASHES = ("id", "key", "hash", "prefix", "hint", "previous_hash")
@@ -43,9 +43,9 @@ _USED = frozenset({"last_used", "usage_count", "usage"})
 
 @dataclass(frozen=True, slots=True)
 class KeyRecord:
-    """A key of a file. `fields` are those of `ApiKey` that the line says, `path` is where it stands.
+    """A key of a file. `fields` are the fields of `ApiKey` that the line has; `path` is its place in the file.
 
-    It is found by its `secret` if the file has that, else by `hash`; a hash with a salt has a `hint` beside it.
+    `secret`, if the file has it, or else `hash` identifies the key. A salted hash needs a `hint` for its lookup.
     """
 
     path: str
@@ -85,9 +85,9 @@ Record = KeyRecord | QuotaRecord
 
 
 class RecordReader:
-    """Reads a file of records line by line; each record comes with what was found of it. One for one pass of a file.
+    """Reads a file of records line by line, each record with its findings. An instance reads a file once.
 
-    `tenant` is that of rows which name none. `with_secret`: the secret of the file's HMACs is known.
+    `tenant` is for rows without a tenant. `with_secret`: the secret of the file's HMACs is known.
     """
 
     def __init__(self, tenant: str, now_us: int, *, with_secret: bool = False) -> None:
@@ -98,7 +98,7 @@ class RecordReader:
         self._hints: dict[str, int] = {}
 
     def read(self, lines: Iterable[bytes]) -> Iterator[tuple[Record | None, list[Finding]]]:
-        """The records of a file, None for one that is refused. KeyFileError if it is no file of records."""
+        """Yield the records of a file, None for a refused one. KeyFileError if the file has no records."""
         for number, row, problem in rows_of(lines):
             line = _Line(number, row)
             if problem is not None:
@@ -109,7 +109,7 @@ class RecordReader:
             yield (None if line.is_refused else record), line.findings
 
     def _compare(self, record: Record, number: int, line: _Line) -> None:
-        """What is wrong with a record beside those before it."""
+        """The conflict of a record with earlier ones, or None."""
         names = [record.id]
         if isinstance(record, KeyRecord):
             names.append(record.hash.text)
@@ -134,7 +134,7 @@ def too_many_hints(hint: str) -> str:
 
 
 class _Line:
-    """One line being read: what is wrong goes to `findings`, so that all of it is told."""
+    """One line being read. Problems are collected in `findings`, so that a user sees all of them at once."""
 
     def __init__(self, number: int, row: dict[str, Any]) -> None:
         self.path = f"line {number}"
@@ -158,7 +158,7 @@ class _Line:
         return any(finding.refused for finding in self.findings)
 
     def record(self, tenant: str, now_us: int, with_secret: bool) -> Record | None:
-        """What the line says, or None if anything is wrong with it."""
+        """The record of the line, or None if it has a problem."""
         kind = self.row.pop("type", "key")
         if kind == "quota":
             return self._quota(tenant, now_us)
@@ -171,8 +171,8 @@ class _Line:
     # --- Keys -----------------------------------------------------------------------------------------------------
 
     def _from_django(self) -> None:
-        """The columns of djangorestframework-api-key by their names here. Its id was prefix.hash for a time, and ever
-        since then has no meaning."""
+        """Rename the columns of djangorestframework-api-key. Drop its id: it was prefix.hash in old versions and has
+        no meaning now."""
         row = self.row
         for theirs, ours in OF_DJANGO.items():
             if theirs in row:
@@ -320,7 +320,7 @@ class _Line:
         if line.next_rotation_at is not None and line.rotate_every_s is None:
             self.wrong("next_rotation_at", "needs rotate_every_s: there is no scheduled rotation")
 
-    # --- Quotas, and what was used --------------------------------------------------------------------------------
+    # --- Quotas and usage -----------------------------------------------------------------------------------------
 
     def _quota(self, tenant: str, now_us: int) -> QuotaRecord | None:
         row = {name: value for name, value in self.row.items() if value is not None}
@@ -353,7 +353,7 @@ class _Line:
         return QuotaRecord(self.path, quota_id(line.kind, whose, line.name), whose, fields, line.usage)
 
     def _counted(self, usage: UsageLine | None, limits: Iterable[Limit], now_us: int) -> None:
-        """Counters that the limits they are for can go on from."""
+        """Counters whose state fits their limits."""
         if usage is None:
             return
         latest_us = now_us + MAX_AHEAD_S * 1_000_000
@@ -383,5 +383,5 @@ def imported_id(hash: ForeignHash) -> str:
 
 
 def shown(hash: ForeignHash) -> str:
-    """What may be shown of a key whose text is not known."""
+    """The part of a hash that may be shown, for a key whose secret is unknown."""
     return f"{hash.text[:15]}…" if hash.kind in ("sha256", "sha512") else hash.kind

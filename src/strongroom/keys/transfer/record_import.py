@@ -1,8 +1,8 @@
-"""Records into a store.
+"""Import of records: compares them with a store, and writes new and changed ones.
 
-An imported key has the id that its record says, or one made of its hash, so a second run finds what the first has
-written: what is there is left alone, what is missing is added. Each key is committed together with its usage, many in
-one transaction; stopped anywhere, the same import completes it.
+An imported key has its record's id, or an id made from its hash, so a second run finds the keys that the first run has
+written: it skips them and adds missing keys. Each key is committed together with its usage, many keys in one
+transaction. The same import completes an import that was stopped.
 """
 
 from __future__ import annotations
@@ -47,28 +47,28 @@ from .record_file import (
 
 T = TypeVar("T")
 READS_AT_ONCE = 100
-"""Documents that are read at the same time, each by its id."""
+"""Documents that are read at the same time, one call for each."""
 _PATTERN = ApiKey(tenant="pattern", name="pattern", hash="pattern", display="pattern")
 _NOT_COMPARED = frozenset({"created_at", "previous_until", "display"})
-"""Fields that are as they were at the import, or that a use or a rotation here has changed since."""
+"""Fields that never change after the import, or that a use or a rotation here may have changed."""
 
 
 @dataclass(slots=True)
 class PlannedRecord:
-    """A record, the id it has or gets, and its standing in the store. `problem`: why it cannot be imported at all."""
+    """A record, its id in the store, and its standing there. `problem`: why it cannot be imported."""
 
     record: Record
     id: str
     standing: Standing
     differences: tuple[Difference, ...] = ()
     problem: tuple[str, str] | None = None
-    """The field, and what is wrong with it."""
+    """The field and the problem."""
 
 
 class RecordImport:
     """One import into one store, by one actor: for each chunk of a file `plan`, then `apply`.
 
-    `hmac_secret`: that of the system which the file's HMACs come from. Each method raises what the database raises.
+    `hmac_secret`: the secret of the system that made the file's HMACs. Each method raises the errors of the database.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class RecordImport:
         return planned
 
     async def _stored(self, records: Sequence[Record]) -> dict[str, ApiKey]:
-        """The keys that the store has of these records, by the record's id: by that very id, or by their hash."""
+        """The stored keys of these records, by the record's id. A key is looked up by that id, then by its hash."""
         wanted = [record for record in records if isinstance(record, KeyRecord)]
         found = await self._each([record.id for record in wanted], self._get(ApiKey))
         keys = {record.id: key for record, key in zip(wanted, found, strict=True) if key is not None}
@@ -112,7 +112,7 @@ class RecordImport:
         return keys
 
     def _names(self, record: KeyRecord) -> list[str]:
-        """Every stored form that a record's hash may have; none for one that cannot be looked up."""
+        """Every form in which the store may have a record's hash. Empty for a salted hash, which has no lookup."""
         sha256 = sha256_of(record.hash)
         if sha256 is not None:
             return self._hasher.candidates_of(sha256)
@@ -120,7 +120,7 @@ class RecordImport:
         return [stored] if stored is not None else []
 
     def _stored_digest(self, record: KeyRecord) -> str | None:
-        """The stored form of a digest; None for a hash that is none, or whose secret the store has not seen yet."""
+        """The stored form of a digest. None for a salted hash, and for an HMAC whose secret is new to the store."""
         if record.hash.kind == "hmac-sha256":
             hex_digest = record.hash.text.rpartition(":")[2]
             return imported_hmac(self._secret_id, hex_digest) if self._secret_id is not None else None
@@ -147,15 +147,15 @@ class RecordImport:
         return PlannedRecord(record, entity.id, standing, tuple(differences))
 
     def _was_rotated(self, record: KeyRecord, key: ApiKey) -> bool:
-        """Whether the key has another secret than the record, as far as that can be told: once a key was used whose
-        hash was no SHA-256, it has nothing to compare that hash with."""
+        """Whether the key has another secret than the record. False if unknown: the first use of a key
+        replaces a hash other than SHA-256, so nothing is left to compare."""
         sha256 = sha256_of(record.hash)
         if sha256 is not None:
             return key.hash not in self._hasher.candidates_of(sha256)
         return key.verifier is not None and not record.hash.is_digest and key.verifier != record.hash.text
 
     async def _check_hints(self, planned: Sequence[PlannedRecord]) -> None:
-        """Mark the records whose hint has no free slot: HINT_SLOTS keys have it already."""
+        """Mark the records whose hint has no free slot, because HINT_SLOTS keys have it already."""
         taken = await self._taken(p.record for p in planned)
         for p in planned:
             record = p.record
@@ -179,7 +179,7 @@ class RecordImport:
     # --- Apply ----------------------------------------------------------------------------------------------------
 
     async def apply(self, planned: Sequence[PlannedRecord], *, update: bool) -> None:
-        """Add what is new and, with `update`, set what differs. The usage of what was used here since stays."""
+        """Add new records and, with `update`, overwrite changed ones. A record that was used since keeps its usage."""
         work = [p for p in planned if p.standing is Standing.NEW or (update and p.standing is Standing.CHANGED)]
         await self._prepare(work)
         new = [(p, p.record) for p in work if p.standing is Standing.NEW and isinstance(p.record, KeyRecord)]
@@ -192,7 +192,7 @@ class RecordImport:
                 await self._commit(await self._planned_again(group), replace_usage=True)
 
     async def _load(self, new: Sequence[tuple[PlannedRecord, KeyRecord]]) -> bool:
-        """Write new keys all at once, if the store can and nobody has written one of them meanwhile."""
+        """Bulk-load new keys. False, with nothing written, if the store cannot or another process wrote one of them."""
         if self._database.loading is None or len(new) < MIN_LOADED:
             return False
         taken = await self._taken(record for _, record in new)
@@ -217,7 +217,7 @@ class RecordImport:
             self._hasher = self._hasher.with_imported(imported)
 
     async def _planned_again(self, group: Sequence[PlannedRecord]) -> list[PlannedRecord]:
-        """Those of a group that still want what was planned for them; the others get their new standing."""
+        """The records of a group whose plan still holds. The others get their new standing."""
         again = []
         for was, now in zip(group, await self.plan([p.record for p in group]), strict=True):
             if now.standing is was.standing:
@@ -226,7 +226,7 @@ class RecordImport:
         return again
 
     async def _commit(self, work: Sequence[PlannedRecord], *, replace_usage: bool = False) -> None:
-        """One transaction for each tenant, since a journal record belongs to one; more where it would be too large."""
+        """One transaction for each tenant, since a journal record has one tenant. Splits one that is too large."""
         taken = await self._taken(p.record for p in work if p.standing is Standing.NEW)
         tenants: dict[str, list[PlannedRecord]] = {}
         for planned in work:
@@ -271,9 +271,9 @@ class RecordImport:
         if record.usage is not None and any(difference.field == "usage" for difference in planned.differences):
             usage = await tx.get_or_none(KeyUsage, planned.id)
             if usage is not None and not _is_as_imported(usage):
-                return  # it has been used meanwhile
+                return  # the key was used meanwhile
             if usage is not None:
-                await tx.delete(KeyUsage, planned.id)  # made anew, so that a later run still knows it as not used
+                await tx.delete(KeyUsage, planned.id)  # an update would make a later run take the key for used
             await tx.create(_usage_of(planned.id, record.usage))
 
     # --- Records as entities ----------------------------------------------------------------------------------------
@@ -294,7 +294,7 @@ class RecordImport:
             fields["next_rotation_at"] = now + timedelta(seconds=fields["rotate_every_s"])
         usage = record.usage or UsageLine()
         return (
-            with_fields(  # its fields were judged when it was read, and to validate a key takes as long as to write it
+            with_fields(  # not validated again: that costs as much as the write, and the reader has judged the fields
                 _PATTERN,
                 id=record.id,
                 tenant=record.tenant,
@@ -339,14 +339,14 @@ class RecordImport:
 
 
 def _salted(record: KeyRecord) -> str | None:
-    """The one hash of a record that cannot be looked up, its present or its previous one."""
+    """The salted hash of a record, its present or previous one, which has no lookup without a hint."""
     if not record.hash.is_digest:
         return record.hash.text
     return record.previous.text if record.previous is not None and not record.previous.is_digest else None
 
 
 def _free(record: KeyRecord, taken: set[str]) -> str | None:
-    """A free name for a record's hint, which is then taken."""
+    """Take a free name for a record's hint. None if all are taken."""
     rule, hint = record.hint or (HintRule(), "")
     name = next((name for name in rule.names(hint) if name not in taken), None)
     if name is not None:
@@ -384,7 +384,7 @@ def _usage_of(id: str, line: UsageLine) -> KeyUsage:
 
 
 def _is_as_imported(usage: KeyUsage) -> bool:
-    """Whether a usage document is as it was made, and no charge has been written into it since."""
+    """Whether a usage document is unchanged since the import."""
     return usage.created_at == usage.updated_at
 
 

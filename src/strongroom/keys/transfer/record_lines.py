@@ -1,4 +1,4 @@
-"""The lines of a file of records, JSON or CSV, as rows of names and values; `keyrecords` judges them. Pure."""
+"""The lines of a file of records, JSON or CSV, as rows of names and values; `record_file` judges them. Pure."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .key_file import KeyFileError
 MAX_LINE_BYTES = 1 << 20
 TIMES = ("created_at", "expires_at", "last_used", "previous_until", "next_rotation_at", "leaked_at", "deleted_at")
 OF_DJANGO = {"hashed_key": "hash", "created": "created_at", "expiry_date": "expires_at"}
-"""Columns of djangorestframework-api-key, and their names here."""
+"""Columns of djangorestframework-api-key, mapped to field names."""
 DELIMITERS = ",;\t"
 MAX_NAMED = 8
-"""Columns that a message names."""
+"""Columns that an error message suggests."""
 _SEPARATOR = re.compile(r'"?sep=([^\w\s"]|\t)"?', re.IGNORECASE)
 _SHORT_OFFSET = re.compile(r"[+-]\d\d$")
 _LISTS = ("permissions", "allowed_ips", "groups", "allowed_models", "allowed_routes")
@@ -34,22 +34,22 @@ _TELLING = frozenset({"name", "hash", "key", "hashed_key", "type"})
 
 
 def is_records(beginning: bytes) -> bool:
-    """Whether a file that begins like this is one of records, and not one of `keyfile`'s shapes."""
+    """Whether a file that begins with these bytes has records, and is no key file (`key_file`)."""
     try:
         first = next((line.strip() for _, line in _numbered(io.BytesIO(beginning))), b"")
     except KeyFileError:
-        return True  # of neither shape: what is the matter is told when it is read
+        return True  # of neither shape: reading it as records reports the problem
     if first.startswith(b"{"):
         try:
             names = msgspec.json.decode(first, type=dict[str, msgspec.Raw]).keys()
         except (msgspec.DecodeError, UnicodeDecodeError):
             return False
         return "keys" not in names and (not names.isdisjoint(_TELLING) or {"model", "fields"} <= names)
-    return not first.startswith(b"[") and first != b""  # what is no JSON can only be CSV
+    return not first.startswith(b"[") and first != b""  # a file that is not JSON can only be CSV
 
 
 def rows_of(lines: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any], str | None]]:
-    """Number, content and problem of each line that holds anything."""
+    """Number, content and problem of each line that is not empty."""
     numbered = _numbered(lines)
     first = next(numbered, None)
     if first is None:
@@ -63,7 +63,7 @@ def rows_of(lines: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any], str |
 
 
 def _numbered(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """The lines that hold anything, in UTF-8, each with its number. A spreadsheet writes UTF-16, too."""
+    """The lines that are not empty, in UTF-8, with their numbers. Accepts UTF-16, which some spreadsheets write."""
     remaining = iter(lines)
     first = next(remaining, b"")
     whole = chain([first], remaining)
@@ -99,10 +99,10 @@ def _json_row(number: int, line: bytes) -> tuple[int, dict[str, Any], str | None
         raw = msgspec.json.decode(line, type=dict[str, msgspec.Raw])
         if (twice := repeated_name(line, None)) is not None:
             return number, {}, f"found the name {twice[:64]!r} more than once in one object, expected it once"
-        if "model" in raw and "fields" in raw:  # Django's dumpdata, one object a line
+        if "model" in raw and "fields" in raw:  # Django's dumpdata has one object a line
             id = {"id": raw["pk"]} if "pk" in raw else {}
             raw = id | msgspec.json.decode(raw["fields"], type=dict[str, msgspec.Raw])
-        # Amounts of money keep every digit; everything else is what JSON makes of it.
+        # A float would lose digits of money.
         return number, {n: _exact(v) if n == "limits" else msgspec.json.decode(v) for n, v in raw.items()}, None
     except msgspec.ValidationError:
         return number, {}, "expected a JSON object"
@@ -152,7 +152,7 @@ def _csv_rows(
                     f"is neither JSON nor CSV with the columns name and hash (or key): its first line has {found}"
                 )
             continue
-        if not any(cell.strip() for cell in cells):  # a row that only looks
+        if not any(cell.strip() for cell in cells):  # a row of empty cells
             continue
         if len(cells) != len(columns):
             yield began, {}, f"found {len(cells)} columns, expected {len(columns)}"
@@ -187,7 +187,7 @@ def _decoded(number: int, line: bytes) -> str:
 
 
 def _cells(cells: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
-    """What a row's texts mean. An empty cell says nothing."""
+    """Convert a row's texts to values. An empty cell is an absent field."""
     row: dict[str, Any] = {}
     problems: list[str] = []
     for name, cell in cells.items():
@@ -206,7 +206,7 @@ def _cells(cells: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
         elif name in ("usage_count", "rotate_every_s", "rotation_overlap_s"):
             row[name] = int(text) if text.isascii() and text.isdigit() and len(text) < 20 else text
         elif name in TIMES or name in OF_DJANGO:
-            row[name] = text + ":00" if _SHORT_OFFSET.search(text) and ":" in text else text  # PostgreSQL's +00
+            row[name] = text + ":00" if _SHORT_OFFSET.search(text) and ":" in text else text  # PostgreSQL writes +00
         else:
             row[name] = cell
     return row, problems
