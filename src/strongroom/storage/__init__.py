@@ -59,7 +59,7 @@ def store_for(url: str) -> Store:
 
 @contextmanager
 def _needing(extra: str, what: str) -> Iterator[None]:
-    """Imports of what only an extra of the package installs: ConfigError says which, where it is not installed."""
+    """Guards imports that need an extra of the package. ConfigError names the extra if it is not installed."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -20,7 +20,7 @@ class Waiting(NamedTuple, Generic[Request, Answer]):
     future: asyncio.Future[Answer]
 
     def answer(self, answer: Answer | Exception) -> None:
-        """Tell the caller the answer, or raise it there. A caller that was cancelled is told nothing."""
+        """Set the caller's result or error. Does nothing for a caller that was cancelled."""
         if self.future.done():
             return
         if isinstance(answer, Exception):
@@ -34,7 +34,7 @@ class GroupCommit(Generic[Request, Answer]):
 
     `next_group` takes the requests of the next group from the queue. `write_group` makes the group durable, answers its
     requests, and returns those that it leaves for the next group. `interrupted` is called if writing ends with an
-    exception (the loop is being torn down, or memory ran out) and returns the sentence that the callers are told.
+    exception (the loop is being torn down, or memory ran out) and returns the message of the callers' error.
     `place` names the store in messages. A write holds the lock `writing`; hold it to keep writes away.
     """
 

@@ -1,11 +1,11 @@
-"""The storage port: what a backend is. It stores documents, finds them, and commits batches atomically; nothing more.
+"""The storage port: the interface of backends, which store and find documents and commit batches atomically.
 
 The rules, which the conformance suite (`strongroom.testing`) checks:
 
 - A document is a dict of the collection's declared fields (all present) and the system fields `id`, `version`,
   `created_at`, `updated_at`. Values are those of `entities.values`: None, bool, int64, finite float, Decimal, str,
   bytes, aware UTC datetime with microseconds, list, dict; a backend gives back equal values of the same type.
-- Callers pass what `entities` has checked; a backend may rely on it and does not validate again.
+- `entities` has checked all arguments; a backend does not validate them again.
 - A collection that was not prepared, and no tenant for a collection that is kept by tenant: InvalidInput.
 - `tenant` is the tenant whose documents a call concerns; None for global collections. A backend must make it
   impossible, not just unlikely, that a call with tenant A sees or changes a document of tenant B.
@@ -154,8 +154,8 @@ class Batch(Struct, frozen=True):
 
 
 class Committed(Struct, frozen=True):
-    """What a durable commit gave: the new version of each operation's document (0 for delete, check, append), the new
-    value of each Add by its index, and the sequence of the batch's last journal record (None if it appended nothing).
+    """The result of a durable commit: the new version of each operation's document (0 for delete, check, append), the
+    new value of each Add by its index, and the sequence of the batch's last journal record (None without records).
 
     Of several operations on one document the last one's version is the document's; those before it have versions that
     are no greater."""
@@ -177,7 +177,7 @@ class ChangeKind(StrEnum):
     DROP_FIELD = "drop field"
     DROP_COLLECTION = "drop collection"
     CHANGE_POLICIES = "change policies"
-    """What keeps tenants apart in the engine itself was changed there by hand, and is set up again."""
+    """The engine's tenant isolation was changed by hand, and is set up again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +206,7 @@ class Advice:
     kind: Literal["unused index", "missing index"]
     fields: tuple[str, ...]
     reason: str
-    """What was seen, and since when."""
+    """The observed figures, and the start of the observation."""
     fix: str
     """What to do."""
 
@@ -220,7 +220,7 @@ class Advising(Protocol):
     """A store whose engine counts what its indexes serve."""
 
     async def advise(self) -> list[Advice]:
-        """What the engine's own statistics say of the collections that are prepared."""
+        """Advice from the engine's own statistics, for the prepared collections."""
         ...
 
 
@@ -272,7 +272,7 @@ class Loading(Protocol):
     """A store that can add very many new documents faster than by batches."""
 
     def packer(self) -> Packer:
-        """For the collections that are prepared now."""
+        """A packer for the collections that are prepared now."""
         ...
 
     async def load(self, packs: AsyncIterable[Pack], now_us: int, *, rebuild: bool = False) -> float:
@@ -295,11 +295,11 @@ class JournalPartitions(Protocol):
     """A store that keeps its journal in parts, and can drop the old ones."""
 
     async def make_journal_partitions(self) -> int:
-        """Make the parts that will be needed soon; gives how many were missing."""
+        """Make the parts that will be needed soon. Returns the number of new parts."""
         ...
 
     async def drop_journal_before(self, at_us: int) -> int:
-        """Drop the parts all of whose records are older; gives how many."""
+        """Drop the parts that have only older records. Returns the number of dropped parts."""
         ...
 
 
@@ -314,7 +314,7 @@ class SchemaRights(Protocol):
 
 @runtime_checkable
 class Durability(Protocol):
-    """A store whose server can be set up to lose what it has acknowledged."""
+    """A store whose server may have settings that lose acknowledged commits."""
 
     async def durability(self) -> dict[str, str]:
         """The server's settings that decide whether a commit is on its disk."""
@@ -326,13 +326,13 @@ class Durability(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What backends may differ in. The conformance suite asks for it and skips no test."""
+    """The features in which backends differ. The conformance suite adapts its tests to them and skips none."""
 
     name: str
     multi_process: bool
-    """Several processes may use the store at once. False: a second one is refused with a sentence."""
+    """Several processes may use the store at once. False: the store refuses a second process with Unavailable."""
     persistent: bool
-    """What was committed is there after a reopening."""
+    """Committed documents are still there after the store was closed and opened again."""
     embedded: bool = False
     """The engine runs in this process: its clock is this machine's, and no server may be gone for a while."""
     ordered_journal: bool = False
@@ -353,7 +353,7 @@ class ChangesPage(Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """Whether the store answers, and what an operator should see."""
+    """Whether the store answers, with details for operators."""
 
     ok: bool
     latency_s: float
@@ -367,11 +367,11 @@ class Store(Protocol):
     def capabilities(self) -> Capabilities: ...
 
     async def open(self) -> None:
-        """Connect. StoreError if what is there is damaged or foreign, Unavailable if it is locked or out of reach."""
+        """Connect. StoreError if the store is damaged or foreign, Unavailable if it is locked or out of reach."""
         ...
 
     async def close(self) -> None:
-        """Commit what is in flight, then let go of everything. Idempotent."""
+        """Finish the commits in flight, then release all resources. Idempotent."""
         ...
 
     async def prepare(
@@ -381,7 +381,7 @@ class Store(Protocol):
         mode: Literal["apply", "plan"] = "apply",
         allow_destructive: bool = False,
     ) -> tuple[SchemaChange, ...]:
-        """Make the store fit the declarations, or (plan) only say what differs.
+        """Make the store fit the declarations, or (plan) only list the differences.
 
         Adding collections, fields and indexes never loses anything; documents written before a field existed get its
         default (or null). A field that is added, not optional and without default, in a collection that has
@@ -394,7 +394,7 @@ class Store(Protocol):
         ...
 
     async def get(self, collection: str, tenant: str | None, id: str) -> Document | None:
-        """One document, or None. Reads what was last committed by anyone (strong consistency)."""
+        """One document, or None. Reads the last commit of any process (strong consistency)."""
         ...
 
     async def tenants(self, after: str | None = None, limit: int = MAX_TENANTS_PAGE) -> list[str]:
@@ -422,12 +422,11 @@ class Store(Protocol):
         """Apply a batch atomically and durably. Batches given without awaiting may share one engine transaction
         (group commit), each succeeding or failing by itself; those of one tenant (or of none) in the order given.
 
-        Raises what its operations say (the message and `details["operation"]`, the index, name the one that failed),
-        TooLarge past the MAX_ limits above, Unavailable or StorageFull when the engine cannot write; then nothing of
-        the batch is applied, except that Unavailable with `details["outcome"] == "unknown"` says that nobody knows: the
-        connection was lost with the answer, the disk failed at the commit, or the process's own loop was torn down
-        amid it. Then the batch may be applied or not. Not a coroutine: the batch is taken when commit is
-        called, in order.
+        Raises the errors of its operations (the message and `details["operation"]` have the failed one's index),
+        TooLarge past the MAX_ limits above, Unavailable or StorageFull when the engine cannot write. After an error,
+        nothing of the batch is applied. Unavailable with `details["outcome"] == "unknown"` is the exception: the batch
+        may be applied or not, because the connection was lost with the answer, the disk failed at the commit, or the
+        process's own loop ended during it. Not a coroutine: commit takes the batch when it is called, in order.
         """
         ...
 
@@ -463,7 +462,7 @@ class Wrapping(Protocol):
 
 
 def unwrapped(store: Store) -> Store:
-    """The backend itself: it is the one that may be `Advising`, `Loading` and the like."""
+    """The innermost store, which may also implement `Advising`, `Loading` and the like."""
     while isinstance(store, Wrapping):
         store = store.store
     return store
@@ -482,7 +481,7 @@ def document_size(document: Document) -> int:
 
 
 def _size(value: Any) -> int:
-    # The most frequent types come first: every value that is written is measured.
+    # The most frequent types come first, since every written value is measured.
     if isinstance(value, str):
         return (len(value) if value.isascii() else len(value.encode())) + 1
     if value is None or isinstance(value, bool):
@@ -508,7 +507,7 @@ def check_operations(batch: Batch) -> None:
 
 
 def check_batch_size(batch: Batch) -> None:
-    """Raise TooLarge if the documents, the fields and what the journal records hold are more than MAX_BATCH_BYTES."""
+    """Raise TooLarge if documents, fields and journal records together exceed MAX_BATCH_BYTES."""
     size = 0
     for operation in batch.operations:
         match operation:

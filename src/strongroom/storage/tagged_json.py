@@ -1,4 +1,4 @@
-"""Values in engines that lack their type: nested values as tagged JSON, times and decimals as text in their order."""
+"""Encodes types that an engine lacks: nested values as tagged JSON, times and decimals as sortable text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import msgspec
 # --- Nested values as JSON ------------------------------------------------------------------------------------
 #
 # JSON has no bytes, decimals or times: they become {"$bytes": "base64"}, {"$decimal": "1.5"}, {"$time": "…Z"}.
-# A map key of the user's that begins with $ gets one $ more, so that the two can never be confused.
+# A user's map key that begins with $ gets another $, so that it is never read as a tag.
 
 
 def dumps(value: Any) -> str:
@@ -26,7 +26,7 @@ def dumps(value: Any) -> str:
 
 
 def quick_dumps(value: Any) -> str:
-    """As `dumps`, in a tenth of the time, for texts that are only read back: some numbers are written differently."""
+    """As `dumps`, in a tenth of the time. Writes some numbers differently, so its texts must not be compared."""
     return _encode(tag(value)).decode()
 
 
@@ -37,7 +37,7 @@ def loads(text: str | bytes) -> Any:
 
 
 def tag(value: Any) -> Any:
-    """A port value as what JSON can hold."""
+    """Convert a port value to types that JSON has."""
     kind = type(value)
     if kind in _PLAIN:
         return value
@@ -81,7 +81,7 @@ _TAG: dict[type, Callable[[Any], Any]] = {
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder().decode
 _PLAIN = frozenset({str, int, bool, type(None)})
-"""The types of most values, which JSON holds as they are. Not float: JSON has no infinity."""
+"""Common types that need no tag. Not float: JSON has no infinity."""
 
 
 def text_to_time(text: str) -> datetime:
@@ -99,7 +99,7 @@ _NESTED = frozenset({dict, list})
 
 
 def untag(value: Any) -> Any:
-    """The port value behind what `tag` gave."""
+    """Convert the result of `tag` back to the port value."""
     kind = type(value)
     if kind is dict:
         if len(value) == 1:

@@ -1,4 +1,4 @@
-"""What the URL of a store names, and how it may be shown."""
+"""Parts of a store's URL, and its form without the password."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The store in one JSON file, or in memory; `store.open` is its door."""
+"""The store in one JSON file, or in memory; `store.open` is the entry."""

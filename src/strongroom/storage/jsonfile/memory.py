@@ -69,7 +69,7 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class _Change:
-    """One document's step: its values in unique indexes and itself, before and after."""
+    """One change of a document: the document and its values in unique indexes, before and after."""
 
     values_before: list[tuple[Any, ...]]
     values_after: list[tuple[Any, ...]]
@@ -82,7 +82,7 @@ class _Change:
 
 @dataclass(slots=True)
 class Section:
-    """One tenant's documents of one collection, and who holds each value of its unique indexes."""
+    """One tenant's documents of one collection, and the document that holds each value of a unique index."""
 
     stored: dict[str, Stored] = field(default_factory=dict)
     holders: dict[tuple[Any, ...], str] = field(default_factory=dict)
@@ -120,7 +120,7 @@ Key = tuple[str | None, str]  # tenant (None: global), collection
 
 @dataclass(slots=True)
 class State:
-    """What is committed. The journal only grows, and drafts share it."""
+    """The committed state. The journal only grows, and drafts share it."""
 
     schema: dict[str, dict[str, Any]] = field(default_factory=dict)
     sections: dict[Key, Section] = field(default_factory=dict)
@@ -132,7 +132,7 @@ class State:
 
 
 class Draft:
-    """The next state: what a group of jobs makes of the committed one, which stays as it is for readers.
+    """The next state, in which a group of jobs makes its changes. Readers still see the committed state.
 
     A section is copied when the group first touches it; a job that fails is undone step by step.
     """
@@ -150,7 +150,7 @@ class Draft:
         self._undo: list[Callable[[], object]] = []
 
     def attempt(self, job: Callable[[Draft], _T]) -> _T | Exception:
-        """The job's answer, or its error, and then nothing of it has happened."""
+        """Run the job. Returns its answer, or its error after undoing its steps."""
         self._undo.clear()
         records, deleted_version, changed = len(self.records), self.deleted_version, self.changed
         try:
@@ -163,7 +163,7 @@ class Draft:
             return error
 
     def section(self, key: Key) -> Section:
-        """The section, to be changed."""
+        """The draft's own copy of the section, for changes."""
         if key not in self._own:
             self._own.add(key)
             self.sections[key] = self.sections[key].copy() if key in self.sections else Section()
@@ -197,7 +197,7 @@ class Draft:
         self._undo.append(lambda: section.apply(id, change.reversed()))
 
     def append(self, record: Record, version: int | None) -> int:
-        """Put a record at the journal's end; gives its sequence."""
+        """Append a record to the journal. Returns its sequence."""
         sequence = len(self.state.journal) + len(self.records) + 1
         record = structs.replace(
             record, before=copied(record.before), after=copied(record.after), version=version, sequence=sequence
@@ -216,7 +216,7 @@ class Draft:
 
 
 def copied(value: Any) -> Any:
-    """A copy that shares nothing that can be changed: callers may alter what they gave or were given."""
+    """A deep copy, so that a caller's later changes of its own value do not reach the store."""
     if isinstance(value, dict):
         return {name: copied(inner) for name, inner in value.items()}
     return [copied(inner) for inner in value] if isinstance(value, list) else value
@@ -227,7 +227,7 @@ def _columns(index: Index) -> list[str]:
 
 
 def _unique_values(collection: Collection, document: Document) -> Iterable[tuple[Index, tuple[Any, ...]]]:
-    """Each unique index, with what the document has there; an index with a null in it is not compared."""
+    """Each unique index with the document's values. Skips an index with a null value, which is not compared."""
     for index in collection.indexes:
         if index.unique:
             values = tuple(document[name] for name in _columns(index))
@@ -239,7 +239,7 @@ def _unique_values(collection: Collection, document: Document) -> Iterable[tuple
 
 
 def apply(draft: Draft, batch: Batch) -> Committed:
-    """Apply a batch to a draft, or raise what the port says, with the number of the operation that failed."""
+    """Apply a batch to a draft. Raises the port's errors, with the number of the failed operation."""
     check_operations(batch)
     check_batch_size(batch)
     versions: list[int] = []
@@ -267,7 +267,7 @@ def apply(draft: Draft, batch: Batch) -> Committed:
 def _apply_one(
     draft: Draft, batch: Batch, operation: Create | Put | Patch | Delete | Add | Check
 ) -> tuple[int, int | None]:
-    """The new version of the operation's document (0 if it has none), and what an Add came to."""
+    """The new version of the operation's document (0 if it has none), and the new value of an Add."""
     key = key_of(draft.declared, operation.collection, batch.tenant)
     id = operation.id
     old = draft.find(key, id)
@@ -346,7 +346,7 @@ def key_of(declared: Mapping[str, Collection], name: str, tenant: str | None) ->
 
 
 def _described(collection: Collection) -> dict[str, Any]:
-    """What the file says of a declaration."""
+    """A declaration in the form of the file."""
     return {
         "scope": "tenant" if collection.tenant_scoped else "global",
         "fields": {spec.name: str(spec.type) for spec in collection.fields.values()},
@@ -355,7 +355,7 @@ def _described(collection: Collection) -> dict[str, Any]:
 
 
 def _differences(draft: Draft, collection: Collection) -> list[SchemaChange]:
-    """What would have to change for the store to fit one declaration."""
+    """The changes that make the store fit one declaration."""
     name = collection.name
     there, wanted = draft.schema.get(name), _described(collection)
     if there is None:
@@ -415,7 +415,7 @@ def prepare(
             fitted = Section(_fitted(section, collection, changes[name]))
             fitted.index_again(collection)
             sections[tenant, name] = fitted
-    # From here on nothing fails: a prepare is applied whole or not at all.
+    # Nothing may fail from here on, so that a prepare is applied whole or not at all.
     draft.sections = sections
     draft.schema = {**draft.schema, **{c.name: _described(c) for c in collections}}
     draft.declared = {c.name: c for c in collections}

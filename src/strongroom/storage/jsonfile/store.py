@@ -387,7 +387,7 @@ class JsonStore:
         return []
 
     async def _write(self, draft: Draft) -> None:
-        """Make the draft the file's content, durably. Unavailable or StorageFull if it cannot be."""
+        """Write the draft to the file, durably. Raises Unavailable or StorageFull."""
         if self._broken is not None:
             raise Unavailable(self._broken)
         if self._path is not None:
@@ -411,6 +411,6 @@ class JsonStore:
             _sync_folder(path)
         except OSError as error:
             # The new file is in place, but a power loss could bring the old one back, and a second fsync would not
-            # tell: what memory says and what the disk holds may differ until the store is opened again.
+            # report it: memory and disk may differ until the store is opened again.
             self._broken = f"{path}: its folder cannot be synced: {error.strerror}; open the store again to write"
             raise Unavailable(self._broken, outcome="unknown") from None

@@ -1,4 +1,4 @@
-"""What the SQL stores share: the tables behind the declarations, the codec of rows, and queries as SQL."""
+"""Code that the SQL stores share: the tables behind the declarations, the codec of rows, and queries as SQL."""
 
 from .dialect import Convert, Dialect, Total, listed, quoted
 from .queries import MAX_SHAPES, Compiler, Select, Totals

@@ -1,4 +1,4 @@
-"""In what SQL engines differ: how names, placeholders, literals, lists and sums are written."""
+"""The interface for differences between SQL engines: how names, placeholders, literals, lists and sums are written."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ Convert = Callable[[Any], Any]
 
 @dataclass(frozen=True, slots=True)
 class Total:
-    """How a field is summed: what to select, and what sum and count come from those values."""
+    """How a field is summed: the expressions to select, and the function from their values to sum and count."""
 
     columns: tuple[str, ...]
     finish: Callable[[Sequence[Any]], Any]
 
 
 class Dialect(ABC):
-    """Where engines differ. `encoders` and `decoders` are for the types whose values the driver does not take as is."""
+    """One engine's SQL. `encoders` and `decoders` convert the types that the driver does not accept."""
 
     encoders: Mapping[FieldType, Convert]
     decoders: Mapping[FieldType, Convert]
@@ -45,7 +45,7 @@ class Dialect(ABC):
 
     @abstractmethod
     def placeholder(self, number: int) -> str:
-        """The parameter of this number, from 1; the same number may stand in a text more than once."""
+        """The placeholder of this parameter, numbered from 1. A text may repeat a number."""
 
     @abstractmethod
     def column_type(self, kind: FieldType) -> sa.types.TypeEngine[Any]: ...
@@ -56,7 +56,7 @@ class Dialect(ABC):
 
     @abstractmethod
     def constraint(self, spec: FieldSpec) -> str | None:
-        """What the column must satisfy beyond its type, as an SQL expression."""
+        """The column's CHECK condition beyond its type, as an SQL expression."""
 
     @abstractmethod
     def element(self, item: Any) -> tuple[str, Any]:

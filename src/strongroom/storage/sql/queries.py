@@ -31,7 +31,7 @@ from .rows import Codec
 from .tables import index_columns
 
 MAX_SHAPES = 500
-"""Compiled texts kept for each collection; the oldest goes when there are more."""
+"""Compiled texts kept for each collection. A new text evicts the oldest."""
 
 Shape = tuple[Any, ...]
 """A filter without its values: (field, op, how many values, the tests of array-contains) or (And | Or, shapes)."""

@@ -135,13 +135,12 @@ class SqlitePacker:
         return column if convert is None else [None if value is None else convert(value) for value in column]
 
     def _text(self, value: Any) -> str:
-        """`json_text` of a list or map, remembered by the object itself, which nobody changes: the same few come again
-        and again."""
+        """`json_text` of a list or map, cached by object identity. Rows share a few objects, which are not changed."""
         found = self._texts.get(id(value))
         if found is None:
             if len(self._texts) >= _MAX_REMEMBERED:
                 self._texts.clear()
-            found = self._texts[id(value)] = value, json_text(value)  # that it is held keeps its id from being reused
+            found = self._texts[id(value)] = value, json_text(value)  # the reference keeps the id from being reused
         return found[1]
 
 

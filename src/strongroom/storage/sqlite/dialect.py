@@ -1,4 +1,4 @@
-"""How SQLite says it: column types, literals, lists as JSON, exact sums; and SQLite's errors as Strongroom's."""
+"""SQLite's dialect: column types, literals, lists as JSON, exact sums; and SQLite's errors as Strongroom's."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def _float(row: Sequence[Any]) -> float:
 
 
 def translated(error: apsw.Error, path: str) -> StrongroomError:
-    """SQLite's error as Strongroom's. Its own text goes along, except where it could hold a value."""
+    """Convert SQLite's error to Strongroom's. Includes SQLite's message unless it could contain a value."""
     match error:
         case apsw.FullError():
             return StorageFull(f"{path}: the disk is full: writes are refused, reads go on")
@@ -138,8 +138,8 @@ def translated(error: apsw.Error, path: str) -> StrongroomError:
 
 def commit_error(error: apsw.Error, path: str) -> StrongroomError:
     """The error of a COMMIT. The log may hold the whole transaction although the fsync behind it failed: then SQLite
-    rolls it back here, and a crash before the next commit brings it back. Only a lock that was not had, or a log that
-    could not be written to its end, says that nothing was committed."""
+    rolls it back here, and a crash before the next commit brings it back. Nothing was committed only if
+    SQLite did not get the lock, or could not write the log to its end."""
     known = translated(error, path)
     if type(known) is not Unavailable or isinstance(error, apsw.BusyError | apsw.LockedError | apsw.ProtocolError):
         return known

@@ -1,7 +1,7 @@
-"""The SQLite file: made, recognised, and fitted to the declarations by comparing them with what PRAGMA says is there.
+"""Creates and recognises the SQLite file, and fits its tables to the declarations.
 
-A collection is a table of its name. What is Strongroom's own begins with an underscore, which no collection's name
-does: `_journal`, `_fields` (the declared type of each column, since three types look alike as text) and `_meta`.
+A collection is a table of its name. Names of Strongroom's own tables begin with an underscore, which no collection's
+name does: `_journal`, `_fields` (the declared type of each column, since three types look alike as text) and `_meta`.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from .dialect import ENGINE, SqliteDialect, translated
 
 APPLICATION_ID = int.from_bytes(b"SROM", "big")
 LAYOUT = 1
-"""The version of what is written below, kept in PRAGMA user_version."""
+"""The version of the tables below, kept in PRAGMA user_version."""
 
 LOCK_POLL_S = 0.002
-"""How often a lock that another process holds is tried. A try costs about 10 microseconds of processor time."""
+"""The pause between two tries of another process's lock. A try costs about 10 microseconds of processor time."""
 
 MAX_WAL_BYTES = 64_000_000
-"""What the write-ahead log is cut back to once it has been taken over into the database."""
+"""The size in bytes to which SQLite truncates the write-ahead log after a checkpoint."""
 
 _MAKE = """
 CREATE TABLE _journal (
@@ -109,7 +109,7 @@ def connect(path: str, busy_timeout_s: float) -> apsw.Connection:
     connection = apsw.Connection(path, flags=flags, statementcachesize=_CACHED_STATEMENTS)
     try:
         connection.set_busy_handler(LockWait(busy_timeout_s))
-        # otherwise SQLite takes "name" for the text 'name' where another process has dropped that column
+        # or else SQLite reads "name" as the text 'name' after another process has dropped that column
         connection.config(apsw.SQLITE_DBCONFIG_DQS_DML, 0)
         connection.config(apsw.SQLITE_DBCONFIG_DQS_DDL, 0)
         for pragma, value in (
@@ -205,17 +205,17 @@ def _use_wal(connection: apsw.Connection, path: str, busy_timeout_s: float) -> N
 
 
 def integrity_problems(path: str, busy_timeout_s: float) -> list[str]:
-    """What SQLite finds wrong in the file: at most a hundred sentences."""
+    """The problems that SQLite finds in the file: at most a hundred sentences."""
     with closing(connect(path, busy_timeout_s)) as connection:
         try:
             found = [str(line) for (line,) in connection.execute("PRAGMA integrity_check").fetchall()]
         except apsw.CorruptError as error:
-            return [str(error)]  # so damaged that it could not read on
+            return [str(error)]  # the damage ended the check
     return [] if found == ["ok"] else found
 
 
 def write_snapshot(path: str, busy_timeout_s: float, target: str) -> None:
-    """A copy as of one moment. VACUUM INTO, since `backup` in steps begins again with every commit of another."""
+    """Write a consistent copy with VACUUM INTO: a stepwise `backup` restarts after each commit of another process."""
     if os.path.exists(target):
         raise StoreError(f"{target}: exists already, expected a new file")
     with closing(connect(path, busy_timeout_s)) as connection:
@@ -237,12 +237,12 @@ def tenants_of(path: str, busy_timeout_s: float, tables: Sequence[str], after: s
     return sorted(found)[:limit]  # code points are in the order of their UTF-8 bytes
 
 
-# --- What is there --------------------------------------------------------------------------------------------
+# --- Stored tables --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class _Field:
-    """A column as it is: its declared type, unless nobody wrote that down, and whether it may be null."""
+    """A stored column: its declared type (None if unrecorded), and whether it may be null."""
 
     type: str | None
     nullable: bool
@@ -250,7 +250,7 @@ class _Field:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """One collection's table as it is."""
+    """One collection's stored table."""
 
     tenant_scoped: bool
     fields: Mapping[str, _Field]
@@ -278,11 +278,11 @@ def _found(connection: apsw.Connection, name: str) -> _Found | None:
     )
 
 
-# --- What differs ---------------------------------------------------------------------------------------------
+# --- Differences ----------------------------------------------------------------------------------------------
 
 
 def _indexes(collection: Collection) -> dict[str, Index]:
-    """The indexes by name. A list field has none here: SQLite has no index of what is inside JSON."""
+    """The indexes by name. A list field has none here: SQLite cannot index the items of JSON."""
     return {
         index_name(collection, index): index
         for index in collection.indexes
@@ -354,7 +354,7 @@ def fit(
 
 
 def _roll_back(connection: apsw.Connection) -> None:
-    if connection.in_transaction:  # after some errors SQLite has done it already
+    if connection.in_transaction:  # SQLite rolls back by itself after some errors
         connection.execute("ROLLBACK").fetchall()
 
 
@@ -416,13 +416,13 @@ def _create(connection: apsw.Connection, collection: Collection, table: str, nul
 
 
 def _add_field(connection: apsw.Connection, table: str, spec: FieldSpec) -> None:
-    # A column that is added must be able to say something for the documents that are there.
+    # A new column needs a default or null for existing documents.
     column = describe_field(spec, _DIALECT, nullable=spec.optional or spec.default is None)
     connection.execute(f"ALTER TABLE {quoted(table)} ADD COLUMN {_ddl(CreateColumn(column))}").fetchall()
 
 
 def _rebuild(connection: apsw.Connection, collection: Collection, found: _Found) -> None:
-    """Make the table anew and take over what still fits; a changed or new field begins with its default, or null."""
+    """Create the table again and copy the fields that still fit. A changed or new field gets its default, or null."""
     values = {}
     nullable = set()
     for spec in collection.fields.values():

@@ -70,8 +70,8 @@ class Statements:
         return found
 
     def patches(self, fields: tuple[str, ...]) -> Patches | None:
-        """The same for many documents at once; None unless the fields tell the size of the whole document, and for
-        fields that are unknown."""
+        """The statement for many documents at once. None for unknown fields, and unless the fields determine the
+        size of the whole document."""
         if fields not in self._many:
             if not self.table.codec.collection.fields.keys() >= set(fields):
                 return None

@@ -1,6 +1,6 @@
 """The SQLite store: one file, any number of processes, every commit on the disk before it is acknowledged.
 
-Which thread does what, and why: `threads`.
+`threads` explains which thread runs which call.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which thread does what for a SQLite store. All that trades the event loop's time against a thread's is here.
+"""Chooses the thread for each call into SQLite.
 
 Each call into SQLite gives up the interpreter's lock. A second thread that wants the lock back from a busy event loop
 waits for up to 5 ms each time. Therefore:

@@ -155,9 +155,9 @@ class Writer:
         return committed
 
     def _run_patches(self, batch: Batch) -> Committed | None:
-        """Apply checks, and patches of one collection that name versions and the same fields, in two statements: what a
-        group commit of usage is. None, and nothing applied, for any other batch, and for one that does not apply whole:
-        an operation at a time then finds which one is in the way."""
+        """Apply checks, and patches of one collection that name versions and the same fields, in two statements:
+        a group commit of usage has this form. None, with nothing applied, for any other batch, and if an operation
+        fails: applying one operation at a time then finds the failed one."""
         first = batch.operations[-1]
         if type(first) is not Patch:
             return None
@@ -228,7 +228,7 @@ class Writer:
         for number, operation in enumerate(batch.operations):
             version = 0
             try:
-                # By how often they come: this is the hottest loop of the store.
+                # The most frequent kinds come first: this is the hottest loop of the store.
                 kind = type(operation)
                 if kind is Append:
                     sequence = self._append(operation, versions)  # type: ignore[arg-type]  # mypy cannot follow `kind`
@@ -279,7 +279,7 @@ class Writer:
             raise _conflict(operation, found)
 
     def _versions(self, operations: Sequence[Operation]) -> Mapping[str, Mapping[str, int]]:
-        """The versions of what a batch checks, by collection and id, where it checks many documents of a collection and
+        """The versions that a batch checks, by collection and id, for collections of which it checks many documents and
         writes none."""
         checked: dict[str, list[str]] = {}
         written = set()
@@ -332,7 +332,7 @@ class Writer:
         return int(found[0][0])
 
     def _insert(self, statements: Statements, operation: Create | Put, row: tuple[Any, ...]) -> int:
-        # versions are times, greater than those of what was deleted: an id that is used again never repeats one
+        # greater than every deleted version, so that a reused id never repeats one
         version = max(self._now_us, self._deleted_version + 1)
         created_at = self._time(operation.created_at) or self._now_text
         updated_at = self._time(operation.updated_at) or self._now_text
@@ -437,7 +437,7 @@ class Writer:
     def _misfit(
         self, statements: Statements, operation: Create | Put | Patch | Add, given: Document
     ) -> StrongroomError:
-        """Why SQLite refused a row: which unique index, found by asking for the document that is in the way."""
+        """The error for a row that SQLite refused. A query for the conflicting document finds the unique index."""
         table = statements.table
         if type(operation) is Patch or type(operation) is Add:
             given = {**self._stored(statements, operation.id), **given}
