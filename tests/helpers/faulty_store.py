@@ -40,7 +40,6 @@ class FaultyStore:
         self.fault: Callable[[int, Batch], Fault | None] = lambda number, batch: None
         self.before_read: Callable[[str, str], Awaitable[None]] | None = None
         self.after_read: Callable[[str, str], Awaitable[None]] | None = None
-        self._in_flight: set[asyncio.Future[Committed]] = set()
         self.gate: asyncio.Event | None = None
         """Where set, a commit is held until the event is."""
 
@@ -86,14 +85,7 @@ class FaultyStore:
     def commit(self, batch: Batch) -> Awaitable[Committed]:
         fault = self.fault(len(self.batches), batch)
         self.batches.append(batch)
-        commit = asyncio.ensure_future(self._commit(batch, fault))
-        self._in_flight.add(commit)
-        commit.add_done_callback(self._in_flight.discard)
-        return commit
-
-    async def settled(self) -> None:
-        """Wait until every commit in flight is applied or has failed, also those whose caller was cancelled."""
-        await asyncio.gather(*self._in_flight, return_exceptions=True)
+        return asyncio.ensure_future(self._commit(batch, fault))
 
     async def _commit(self, batch: Batch, fault: Fault | None) -> Committed:
         if self.gate is not None:

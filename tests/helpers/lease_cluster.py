@@ -178,9 +178,8 @@ class Cluster:
         """As kill -9: nothing is given back, and only the log stays (if even that does)."""
         self.nodes.remove(node)
         await node.ledger.group_commit.stop()
-        # What it has sent lands before anybody finds it dead, and it sends nothing more: a back-off may still wait.
+        # A request may still wait in a back-off: when it wakes up, it commits nothing.
         node.store.fault = lambda number, batch: Fault("before", Unavailable("its process was killed"))
-        await node.store.settled()
         node.lease_manager.log.abandon()
         if not log:
             for path in self.folder.glob(f"{node.lease_manager.log.lease}.*"):

@@ -230,10 +230,10 @@ async def test_the_metadata_of_keys_in_memory_is_bounded_by_its_size(
 async def test_keys_with_the_same_limits_share_them_in_memory(tmp_path: Path) -> None:
     async with opened(new_url("sqlite", tmp_path)) as (room, _):
         await imported(room, plain_file(tmp_path, 2))
-        for number in range(2):
-            await room.keys.verify(text(number))
-        one, two = (known.subjects.compiled_limits for known in room.keys.cache._by_id.values())
-        assert one is two
+        one, two = [await room.keys.cache.find(text(number), room.database.now_us()) for number in range(2)]
+        assert one is not None
+        assert two is not None
+        assert one.subjects.compiled_limits is two.subjects.compiled_limits
 
 
 async def test_opening_a_store_reads_no_keys(tmp_path: Path) -> None:
