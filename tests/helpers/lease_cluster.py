@@ -178,8 +178,6 @@ class Cluster:
         """As kill -9: nothing is given back, and only the log stays (if even that does)."""
         self.nodes.remove(node)
         await node.ledger.group_commit.stop()
-        # A request may still wait in a back-off: when it wakes up, it commits nothing.
-        node.store.fault = lambda number, batch: Fault("before", Unavailable("its process was killed"))
         node.lease_manager.log.abandon()
         if not log:
             for path in self.folder.glob(f"{node.lease_manager.log.lease}.*"):
