@@ -437,3 +437,14 @@ def hold_the_limit(limit: Limit, tokens: Mapping[int, int], whose: str, *, certa
 
 Machine.TestCase.settings = settings(settings(), max_examples=max(60, settings().max_examples), stateful_step_count=20)
 TestLeases = Machine.TestCase
+
+
+def test_a_dead_nodes_lease_is_returned_by_a_node_that_remembers_an_older_state() -> None:
+    machine = Machine()
+    machine.begin(
+        limit=Limit(resource="tokens", limit=1_600, window=Rolling(seconds=10)), shared=False, offsets=[0, 0, 0]
+    )
+    machine.burst(key=1, most=3, number=1)
+    machine.crash_with_much_spent(key=0, log=True, number=1, seconds=0)  # the last node remembers key 1 from here
+    machine.crash_with_much_spent(key=1, log=True, number=0, seconds=0)
+    machine.teardown()

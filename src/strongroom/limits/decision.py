@@ -259,7 +259,10 @@ class GroupDecision:
         state, now_us = entry.state, entry.now_us
         match special:
             case DeadLease():
-                return recover(state, subject.compiled_limits, special.lease, special.spent)
+                # Without such a lease it commits, too: this node's copy of the state may be older than the lease, and
+                # only the version check of a commit tells. Else the log would be removed and the lease stay.
+                recover(state, subject.compiled_limits, special.lease, special.spent)
+                return True
             case AggregatedUse():
                 used_at_us = request.used_at_us if request.used_at_us is not None else self._round.now_us
                 return add_once(state, special, request.cost, request.count, used_at_us)
