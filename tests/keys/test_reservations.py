@@ -1055,8 +1055,8 @@ class Machine(RuleBasedStateMachine):
         self.believed = tuning.REREAD_AFTER_S
         tuning.REREAD_AFTER_S = -1.0  # the machine's time stands still
         self.clock_us = 0
-        self.at_us = 0
-        """When the account was charged last."""
+        self.at_us = -(10**15)
+        """When the usage state was charged last; long ago, since it is made by its first charge."""
         self.used = [0 for _ in self.WINDOWS]
         self.window = 0
         self.made: dict[str, Open] = {}
@@ -1179,7 +1179,18 @@ class Machine(RuleBasedStateMachine):
     @rule(window=st.integers(0, 1))
     def change_the_window(self, window: int) -> None:
         self.window = window
-        self.run(self.nodes[0].keys.update(self.issued.key.id, limits=self.limits()))
+        self.run(self.update_everywhere())
+
+    async def update_everywhere(self) -> None:
+        """Update the key, and wait until each node knows: until then a node denies by the limits that it knew."""
+        updated = await self.nodes[0].keys.update(self.issued.key.id, limits=self.limits())
+        for node in self.nodes:
+
+            async def knows(node: Strongroom = node) -> bool:
+                key = await node.keys.cache.by_id(updated.id)
+                return key is not None and key.subjects.guard.expected == updated.version
+
+            await wait_until(knows)
 
     async def renew(self, lease_manager: Any) -> None:
         lease_manager.renew_leases()
