@@ -25,7 +25,7 @@ from .errors import AlreadyExists, ConfigError, StrongroomError
 from .events import Event
 from .jobs import JobLease, JobLeases
 from .jobs.maintenance import Background, ShapeKeeper, background
-from .journal import POLL_S, ChangeFeed
+from .journal import POLL_S, TREE_ENTITIES, ChangeFeed
 from .keys import ApiKey, Hasher, Keys, KeySource, Leak, LeakPolicy, Leaks, StoredReservation
 from .keys.import_source import load as load_sources
 from .keys.jobs import RollUp, key_jobs
@@ -73,6 +73,7 @@ SYSTEM_ENTITIES: tuple[type[Entity], ...] = (
     Webhook,
     Event,
     Delivery,
+    *TREE_ENTITIES,
 )
 
 

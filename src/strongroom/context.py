@@ -78,6 +78,32 @@ RANDOM_BYTES = 10
 RANDOM_AT_ONCE = 100
 new_id = _RandomIds()
 """An id that nobody can guess."""
+SALT_BYTES = 16
+
+
+class _Salts:
+    """Random salts of SALT_BYTES. They are read from the system for many at a time, as `_RandomIds` does."""
+
+    def __init__(self) -> None:
+        self.start()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self.start)  # a child that kept the bits would repeat its parent's salts
+
+    def start(self) -> None:
+        self._unused: list[bytes] = []
+
+    def __call__(self) -> bytes:
+        try:
+            return self._unused.pop()  # one step of the interpreter: no two threads get the same bits
+        except IndexError:
+            random = secrets.token_bytes(SALT_BYTES * RANDOM_AT_ONCE)
+            salt, *unused = (random[at : at + SALT_BYTES] for at in range(0, len(random), SALT_BYTES))
+            self._unused.extend(unused)
+            return salt
+
+
+new_salt = _Salts()
+"""A salt for a journal record, by which its values are committed to in its leaf."""
 
 
 class _Sequence:

@@ -10,11 +10,16 @@ from typing import Any, Literal
 from strongroom.entities.entity import Collection, Document
 from strongroom.entities.query import Aggregate, Filter, Query
 from strongroom.storage.port import (
+    MAX_CHANGES_PAGE,
+    WHOLE_JOURNAL,
     Batch,
     Capabilities,
     ChangesPage,
     Committed,
     Health,
+    JournalFilter,
+    JournalRow,
+    RowsPage,
     SchemaChange,
     Store,
 )
@@ -105,6 +110,17 @@ class FaultyStore:
 
     async def now_us(self) -> int:
         return await self.store.now_us()
+
+    async def rows(
+        self, after: str | None = None, where: JournalFilter = WHOLE_JOURNAL, limit: int = MAX_CHANGES_PAGE
+    ) -> RowsPage:
+        return await self.store.rows(after, where, limit)
+
+    async def rewrite(self, rows: Sequence[JournalRow]) -> int:
+        return await self.store.rewrite(rows)
+
+    async def drop(self, tenant: str | None, through_sequence: int) -> int:
+        return await self.store.drop(tenant, through_sequence)
 
     def on_change(self, callback: Callable[[], None]) -> None:
         self.store.on_change(callback)

@@ -3,5 +3,16 @@
 from .denials import Denials
 from .feed import FIRST_PAGE, POLL_S, ChangeFeed, next_limit
 from .records import MASK, change_record, masked
+from .trees import TREE_ENTITIES
 
-__all__ = ["FIRST_PAGE", "MASK", "POLL_S", "ChangeFeed", "Denials", "change_record", "masked", "next_limit"]
+__all__ = [
+    "FIRST_PAGE",
+    "MASK",
+    "POLL_S",
+    "TREE_ENTITIES",
+    "ChangeFeed",
+    "Denials",
+    "change_record",
+    "masked",
+    "next_limit",
+]

@@ -3,7 +3,7 @@ masked. Pure."""
 
 from __future__ import annotations
 
-from ..context import Context, next_id
+from ..context import Context, new_salt, next_id
 from ..entities import Collection, Document
 from ..storage.port import Record
 
@@ -44,6 +44,7 @@ def change_record(
         entity_id,
         before,
         None if after is None else _hidden(secrets, after),
+        salt=new_salt(),
     )
 
 
@@ -74,6 +75,7 @@ def denial_record(
         collection=collection,
         entity_id=entity_id,
         after=after,
+        salt=new_salt(),
     )
 
 

@@ -17,6 +17,7 @@ from ..errors import AlreadyExists, BoundExceeded, Conflict, StrongroomError
 from .port import (
     MAX_CHANGES_PAGE,
     MAX_TENANTS_PAGE,
+    WHOLE_JOURNAL,
     Add,
     Append,
     Batch,
@@ -27,8 +28,11 @@ from .port import (
     Create,
     Delete,
     Health,
+    JournalFilter,
+    JournalRow,
     Patch,
     Put,
+    RowsPage,
     SchemaChange,
     Store,
 )
@@ -85,9 +89,9 @@ class Series:
 class StoreMetrics:
     """The calls of a store since the process began, by collection. Only declared collections occur: a bounded number.
 
-    `calls`: by (collection, call), where a call is get, find, aggregate, commit or changes; a commit counts for the
-    collection of its first change. `conflicts`: commits that were refused because a document had changed or existed
-    already, by collection.
+    `calls`: by (collection, call), where a call is get, find, aggregate, commit, or one of the journal; a commit counts
+    for the collection of its first change. `conflicts`: commits that were refused because a document had changed or
+    existed already, by collection.
     """
 
     def __init__(self, backend: str) -> None:
@@ -177,6 +181,17 @@ class InstrumentedStore:
         self, after: str | None, *, tenant: str | None = None, limit: int = MAX_CHANGES_PAGE
     ) -> ChangesPage:
         return await self._timed(JOURNAL, "changes", self.store.changes(after, tenant=tenant, limit=limit))
+
+    async def rows(
+        self, after: str | None = None, where: JournalFilter = WHOLE_JOURNAL, limit: int = MAX_CHANGES_PAGE
+    ) -> RowsPage:
+        return await self._timed(JOURNAL, "rows", self.store.rows(after, where, limit))
+
+    async def rewrite(self, rows: Sequence[JournalRow]) -> int:
+        return await self._timed(JOURNAL, "rewrite", self.store.rewrite(rows))
+
+    async def drop(self, tenant: str | None, through_sequence: int) -> int:
+        return await self._timed(JOURNAL, "drop", self.store.drop(tenant, through_sequence))
 
     async def _timed(self, collection: str, call: str, answer: Awaitable[T]) -> T:
         series = self.metrics.series(collection, call)

@@ -18,7 +18,7 @@ The rules, which the conformance suite (`strongroom.testing`) checks:
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterable, Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -28,13 +28,24 @@ import msgspec
 from msgspec import Struct
 
 from ..entities import Aggregate, Collection, Document, Filter, Query
-from ..errors import Gone, TooLarge
+from ..errors import TooLarge
+from .journal_port import (
+    JOURNAL_ROW,
+    MAX_CHANGES_PAGE,
+    WHOLE_JOURNAL,
+    ChangesPage,
+    JournalFilter,
+    JournalRow,
+    JournalStore,
+    Record,
+    RowsPage,
+    past_the_end,
+)
 
 MAX_DOCUMENT_BYTES = 1_000_000
 MAX_OPERATIONS = 500
 MAX_BATCH_BYTES = 3_500_000
 """The greatest document with its journal record, before and after, is 3 MB; a message to Firestore's emulator 4 MiB."""
-MAX_CHANGES_PAGE = 1_000
 MAX_TENANTS_PAGE = 1_000
 
 
@@ -105,29 +116,6 @@ class Check(Struct, frozen=True):
     collection: str
     id: str
     expected: int
-
-
-class Record(Struct, frozen=True):
-    """One line of the journal. `sequence` and `version` are the store's; the rest is the caller's.
-
-    No two records have one sequence, and of one tenant's records (or of those of none) a later one has a greater one.
-
-    `before` and `after` hold the changed fields (all of them for create and delete), secrets masked.
-    `tenant` is whom the change concerns; None is the platform itself. `at_us` is microseconds since the epoch.
-    """
-
-    id: str
-    tenant: str | None
-    at_us: int
-    actor: str
-    request_id: str
-    action: str
-    collection: str
-    entity_id: str
-    before: Document | None = None
-    after: Document | None = None
-    version: int | None = None
-    sequence: int = 0
 
 
 class Append(Struct, frozen=True):
@@ -340,17 +328,6 @@ class Capabilities:
     consecutive sequences, and the cursor behind a record is the text of its sequence."""
 
 
-class ChangesPage(Struct, frozen=True):
-    """Journal records in commit order, and the opaque cursor after the last of them.
-
-    `size` is about how many bytes their `before` and `after` have, from a store that knows it without counting.
-    """
-
-    records: tuple[Record, ...]
-    cursor: str
-    size: int | None = None
-
-
 @dataclass(frozen=True, slots=True)
 class Health:
     """Whether the store answers, with details for operators."""
@@ -360,7 +337,7 @@ class Health:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Store(Protocol):
+class Store(JournalStore, Protocol):
     """A backend. `storage.open_store(url)` gives one; `open` comes before, `close` after everything else."""
 
     @property
@@ -430,24 +407,6 @@ class Store(Protocol):
         """
         ...
 
-    async def changes(
-        self, after: str | None, *, tenant: str | None = None, limit: int = MAX_CHANGES_PAGE
-    ) -> ChangesPage:
-        """Journal records after a cursor (None: from the beginning), of one tenant or (None) of all.
-
-        The records of one tenant (and those of none) come in commit order, and no record ever becomes visible behind a
-        cursor that was given out. The cursor `"end"` gives an empty page whose cursor is the present end.
-        InvalidInput for a text that is not a cursor. Gone for a cursor past the journal's end (an older copy of the
-        store was put back), or from before the records that retention has dropped: records may have been missed, so
-        the reader must read its state anew and begin at `"end"`.
-        """
-        ...
-
-    def on_change(self, callback: Callable[[], None]) -> None:
-        """Call `callback`, on the event loop, when another process may have appended to the journal, if the engine
-        reports it (PostgreSQL, Firestore). Some calls are lost, so a reader of the journal polls as well."""
-        ...
-
     async def check(self) -> Health:
         """Whether the store answers now. Never raises; `ok` is False instead."""
         ...
@@ -466,12 +425,6 @@ def unwrapped(store: Store) -> Store:
     while isinstance(store, Wrapping):
         store = store.store
     return store
-
-
-def past_the_end() -> Gone:
-    """The error of `changes` for a cursor past the journal's end. Callers of the server read it, so it does not name
-    the store."""
-    return Gone("the cursor lies past the journal's end: an older copy of the store was put back")
 
 
 def document_size(document: Document) -> int:
@@ -521,3 +474,50 @@ def check_batch_size(batch: Batch) -> None:
                 pass
     if size > MAX_BATCH_BYTES:
         raise TooLarge(f"found {size} bytes in a batch, expected at most {MAX_BATCH_BYTES}")
+
+
+__all__ = [
+    "JOURNAL_ROW",
+    "MAX_BATCH_BYTES",
+    "MAX_CHANGES_PAGE",
+    "MAX_DOCUMENT_BYTES",
+    "MAX_OPERATIONS",
+    "MAX_TENANTS_PAGE",
+    "WHOLE_JOURNAL",
+    "Add",
+    "Advice",
+    "Advising",
+    "Alike",
+    "Append",
+    "Batch",
+    "Capabilities",
+    "ChangeKind",
+    "ChangesPage",
+    "Check",
+    "Committed",
+    "Create",
+    "Delete",
+    "Durability",
+    "Health",
+    "JournalFilter",
+    "JournalPartitions",
+    "JournalRow",
+    "JournalStore",
+    "Loading",
+    "Operation",
+    "Pack",
+    "Packer",
+    "Patch",
+    "Put",
+    "Record",
+    "RowsPage",
+    "SchemaChange",
+    "SchemaRights",
+    "Store",
+    "Wrapping",
+    "check_batch_size",
+    "check_operations",
+    "document_size",
+    "past_the_end",
+    "unwrapped",
+]

@@ -18,12 +18,16 @@ from ...errors import ConfigError, InvalidInput, SchemaError, StrongroomError, U
 from ..port import (
     MAX_CHANGES_PAGE,
     MAX_TENANTS_PAGE,
+    WHOLE_JOURNAL,
     Batch,
     Capabilities,
     ChangeKind,
     ChangesPage,
     Committed,
     Health,
+    JournalFilter,
+    JournalRow,
+    RowsPage,
     SchemaChange,
 )
 from .client import RunQueryRequest, Wire, pause
@@ -279,6 +283,17 @@ class FirestoreStore:
     ) -> ChangesPage:
         self._check_open()
         return await self._journal.changes(after, tenant, limit)
+
+    async def rows(
+        self, after: str | None = None, where: JournalFilter = WHOLE_JOURNAL, limit: int = MAX_CHANGES_PAGE
+    ) -> RowsPage:
+        raise NotImplementedError
+
+    async def rewrite(self, rows: Sequence[JournalRow]) -> int:
+        raise NotImplementedError
+
+    async def drop(self, tenant: str | None, through_sequence: int) -> int:
+        raise NotImplementedError
 
     def on_change(self, callback: Callable[[], None]) -> None:
         self._check_open()

@@ -31,12 +31,16 @@ from ..group_commit import GroupCommit, Waiting, up_to
 from ..port import (
     MAX_CHANGES_PAGE,
     MAX_TENANTS_PAGE,
+    WHOLE_JOURNAL,
     Batch,
     Capabilities,
     ChangesPage,
     Committed,
     Health,
+    JournalFilter,
+    JournalRow,
     Record,
+    RowsPage,
     SchemaChange,
     past_the_end,
 )
@@ -221,6 +225,26 @@ def _lock(path: str) -> int:
     return descriptor
 
 
+def _row(record: Record) -> JournalRow:
+    return (
+        record.sequence,
+        record.id,
+        record.tenant,
+        record.at_us,
+        record.actor,
+        record.request_id,
+        record.action,
+        record.collection,
+        record.entity_id,
+        record.version,
+        None if record.before is None else _values.quick_dumps(record.before),
+        None if record.after is None else _values.quick_dumps(record.after),
+        record.salt,
+        None if record.claims is None else _values.quick_dumps(record.claims),
+        record.rules,
+    )
+
+
 # --- The store ------------------------------------------------------------------------------------------------
 
 
@@ -333,6 +357,30 @@ class JsonStore:
             if tenant is None or record.tenant == tenant:
                 found.append(structs.replace(record, before=copied(record.before), after=copied(record.after)))
         return ChangesPage(tuple(found), str(position))
+
+    async def rows(
+        self, after: str | None = None, where: JournalFilter = WHOLE_JOURNAL, limit: int = MAX_CHANGES_PAGE
+    ) -> RowsPage:
+        self._check_open()
+        journal = self._state.journal
+        if after is not None and not _CURSOR.fullmatch(after):
+            raise InvalidInput([Problem("after", "is not a cursor of this journal")])
+        position = int(after or 0)
+        if position > len(journal):
+            raise past_the_end()
+        found: list[JournalRow] = []
+        while position < len(journal) and len(found) < limit:
+            row = _row(journal[position])
+            position += 1
+            if where.matches(row):
+                found.append(row)
+        return RowsPage(found, str(position))
+
+    async def rewrite(self, rows: Sequence[JournalRow]) -> int:
+        raise NotImplementedError
+
+    async def drop(self, tenant: str | None, through_sequence: int) -> int:
+        raise NotImplementedError
 
     def on_change(self, callback: Callable[[], None]) -> None:
         """No other process can write to the file."""

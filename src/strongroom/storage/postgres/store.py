@@ -23,12 +23,16 @@ from ...errors import Gone, InvalidInput, Problem, StoreError, StrongroomError, 
 from ..port import (
     MAX_CHANGES_PAGE,
     MAX_TENANTS_PAGE,
+    WHOLE_JOURNAL,
     Advice,
     Batch,
     Capabilities,
     ChangesPage,
     Committed,
     Health,
+    JournalFilter,
+    JournalRow,
+    RowsPage,
     SchemaChange,
     past_the_end,
 )
@@ -333,6 +337,17 @@ class PostgresStore:
         return lane.submit(batch)
 
     # --- Waking ---
+
+    async def rows(
+        self, after: str | None = None, where: JournalFilter = WHOLE_JOURNAL, limit: int = MAX_CHANGES_PAGE
+    ) -> RowsPage:
+        raise NotImplementedError
+
+    async def rewrite(self, rows: Sequence[JournalRow]) -> int:
+        raise NotImplementedError
+
+    async def drop(self, tenant: str | None, through_sequence: int) -> int:
+        raise NotImplementedError
 
     def on_change(self, callback: Callable[[], None]) -> None:
         """Call `callback` on the loop soon after any process has appended to the journal. It may be called without

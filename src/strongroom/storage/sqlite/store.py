@@ -24,12 +24,16 @@ from ..group_commit import GroupCommit, Waiting, up_to
 from ..port import (
     MAX_CHANGES_PAGE,
     MAX_TENANTS_PAGE,
+    WHOLE_JOURNAL,
     Batch,
     Capabilities,
     ChangesPage,
     Committed,
     Health,
+    JournalFilter,
+    JournalRow,
     Pack,
+    RowsPage,
     SchemaChange,
     past_the_end,
 )
@@ -355,6 +359,17 @@ class SqliteStore:
                 _log.warning("%s: the checkpoint after an import failed: %s", self.path, error)
 
     # --- For operators ---
+
+    async def rows(
+        self, after: str | None = None, where: JournalFilter = WHOLE_JOURNAL, limit: int = MAX_CHANGES_PAGE
+    ) -> RowsPage:
+        raise NotImplementedError
+
+    async def rewrite(self, rows: Sequence[JournalRow]) -> int:
+        raise NotImplementedError
+
+    async def drop(self, tenant: str | None, through_sequence: int) -> int:
+        raise NotImplementedError
 
     def on_change(self, callback: Callable[[], None]) -> None:
         """SQLite does not notify a process of the commits of another process."""
