@@ -12,7 +12,7 @@ from .filter import KeyFilter, KeyState
 from .hasher import Hasher
 from .import_source import KeySource
 from .leaks import MAX_SIGHTINGS, Finding, Leak, LeakPolicy, Leaks, PolicyFields, Sighting
-from .model import MANAGEMENT, MAX_OVERLAP_S, ApiKey, Environment, IssuedKey, KeyChanges, KeyFields, NewKey
+from .model import AUDITOR, MANAGEMENT, MAX_OVERLAP_S, ApiKey, Environment, IssuedKey, KeyChanges, KeyFields, NewKey
 from .queries import KeyStats
 from .refund import Charged
 from .reservation import DEFAULT_TTL_S, MAX_TTL_S, amounts
@@ -23,6 +23,7 @@ from .verification import MAX_RESOURCES, ONE_REQUEST, Reservation, Verification,
 from .verifier import PendingVerification
 
 __all__ = [
+    "AUDITOR",
     "BULK_FIELDS",
     "DEFAULT_TTL_S",
     "MANAGEMENT",

@@ -28,7 +28,9 @@ from .token import DEFAULT_PREFIX, MAX_PREFIX_CHARS, PREFIX_PATTERN
 
 NAME = "api_keys"
 MANAGEMENT = "strongroom:"
-MANAGEMENT_PERMISSIONS = tuple(MANAGEMENT + scope for scope in ("read", "write", "admin"))
+AUDITOR = MANAGEMENT + "auditor"
+"""Reads and verifies the audit trail, and does nothing else."""
+MANAGEMENT_PERMISSIONS = (*(MANAGEMENT + scope for scope in ("read", "write", "admin")), AUDITOR)
 """The permissions of management keys. Names with this prefix are reserved for Strongroom."""
 MAX_PERMISSIONS = 100
 MAX_ADDRESSES = 100

@@ -19,12 +19,14 @@ from ..app import Strongroom
 from ..client_address import Network
 from ..entities import message_of
 from ..errors import (
+    Denied,
     InvalidInput,
     NotFound,
     Problem,
     StrongroomError,
     TooManyRequests,
 )
+from ..keys import AUDITOR
 from . import errors, openapi
 from .auth import single
 from .direct import KnownHeads
@@ -127,6 +129,8 @@ class Application:
             if scope["path"] not in _OPEN and scope["path"].startswith("/v1") and not leaks.is_report(scope):
                 caller = await self.services.authenticator.caller(headers.get(b"authorization"), scope)
                 scope["strongroom.caller"] = caller
+                if caller.only_audits:
+                    _expect_audit(scope)
                 if not streams:
                     who = self.services.enter(caller)
             if scope["path"] == VERIFY:
@@ -203,6 +207,14 @@ class _Answer:
         elif self._without_body:
             message["body"] = b""
         await self._send(message)
+
+
+def _expect_audit(scope: Mapping[str, Any]) -> None:
+    """Raise Denied unless the request reads the audit trail. It is checked here for every route, so that a route which
+    asks for no scope is still closed to auditors."""
+    path = scope["path"]
+    if scope["method"] != "GET" or not (path == audit.PATH or path.startswith(f"{audit.PATH}/")):
+        raise Denied(f"this key has only the permission {AUDITOR}: it reads {audit.PATH} and nothing else")
 
 
 def _route_encoded_slashes(scope: dict[str, Any]) -> None:

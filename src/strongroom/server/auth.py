@@ -13,7 +13,7 @@ from ..client_address import Network, client_address
 from ..clock import Clock
 from ..context import Context
 from ..errors import Denied, Unauthenticated
-from ..keys import MANAGEMENT, CachedKey, Keys
+from ..keys import AUDITOR, MANAGEMENT, CachedKey, Keys
 from .errors import MalformedRequest
 
 MAX_CALLERS = 10_000
@@ -37,7 +37,8 @@ another node revoked stops working within a second, even if the change feed is b
 
 
 class Scope(IntEnum):
-    """What a management key may do; each scope includes the smaller ones."""
+    """What a management key may do; each scope includes the smaller ones. The permission AUDITOR stands beside them: it
+    gives the audit trail and no scope."""
 
     NONE = 0
     READ = 1
@@ -66,7 +67,7 @@ def is_management(permissions: Iterable[str], tenant: str) -> bool:
 class Caller:
     """An authenticated caller. `tenant` is the only tenant it may use; None: all tenants."""
 
-    __slots__ = ("_clock", "actor", "claims", "ends_us", "key", "scope", "tenant", "trusted_until")
+    __slots__ = ("_clock", "actor", "audits", "claims", "ends_us", "key", "scope", "tenant", "trusted_until")
 
     def __init__(self, key: CachedKey, until_us: int | None, clock: Clock) -> None:
         self.key = key
@@ -74,9 +75,11 @@ class Caller:
         ends = [moment for moment in (key.expires_us, until_us) if moment is not None]
         self.ends_us = min(ends, default=None)
         self.scope = scope_of(key.permissions)
+        self.audits = AUDITOR in key.permissions
         self.tenant = None if key.tenant == ALL_TENANTS else key.tenant
         self.actor = f"key:{key.id}"
-        claims: dict[str, Any] = {"admin": True, "scope": self.scope.name.lower(), "key_id": key.id}
+        scope = "auditor" if self.only_audits else self.scope.name.lower()
+        claims: dict[str, Any] = {"admin": True, "scope": scope, "key_id": key.id}
         if self.tenant is not None:
             claims["tenant"] = self.tenant
         self.claims: Mapping[str, Any] = MappingProxyType(claims)
@@ -94,8 +97,26 @@ class Caller:
     def needs(self, scope: Scope) -> None:
         """Raise Denied unless the caller has this scope."""
         if self.scope < scope:
-            has = f"it has {self.scope.permission}" if self.scope else "it is not a management key"
-            raise Denied(f"this call needs a key with the permission {scope.permission}; {has}")
+            raise Denied(f"this call needs a key with the permission {scope.permission}; {self._has}")
+
+    def needs_audit(self) -> None:
+        """Raise Denied unless the caller may read the audit trail: its tenant's, or the whole one."""
+        least = Scope.ADMIN if self.tenant is None else Scope.READ
+        if not self.audits and self.scope < least:
+            raise Denied(
+                f"the audit trail needs a key with the permission {AUDITOR} or {least.permission}; {self._has}"
+            )
+
+    @property
+    def only_audits(self) -> bool:
+        """Whether the caller may read the audit trail and do nothing else."""
+        return self.audits and not self.scope
+
+    @property
+    def _has(self) -> str:
+        if self.scope:
+            return f"it has {self.scope.permission}"
+        return f"it has {AUDITOR}" if self.audits else "it is not a management key"
 
     def context(self, tenant: str | None, request_id: str) -> Context:
         """The context of this call for one tenant. The rules refuse a foreign tenant."""

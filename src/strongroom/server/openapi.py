@@ -30,7 +30,8 @@ HTML = "text/html; charset=utf-8"
 DESCRIPTION = """API keys with exact usage limits, and tenant-isolated state.
 
 Send a management key as `Authorization: Bearer …`: one with the permission `strongroom:read`, `strongroom:write` or
-`strongroom:admin` (each includes those before it), bound to its tenant, or with the tenant `*` for all of them.
+`strongroom:admin` (each includes those before it), or `strongroom:auditor` (the audit trail and nothing else). The key
+is bound to its tenant, or has the tenant `*` for all of them.
 Every error is `application/problem+json` (RFC 9457)."""
 WRITES = ("post", "put", "patch", "delete")
 _ONE_ETAG = r'(W/)?"[\x21\x23-\x7e\x80-\xff]*"'

@@ -10,7 +10,6 @@ from pydantic import BaseModel, Field
 
 from ...cooperative import in_slices
 from ...entities import DEFAULT_LIMIT, MAX_LIMIT
-from ..auth import Scope
 from ..shapes import Closed, Moment
 from ..wire import caller_of, context_of, room_of
 from .entities import Document
@@ -58,10 +57,9 @@ class AuditListQuery(Closed):
 
 @routes.get(PATH, response_model=AuditListOut, summary="List changes, oldest first")
 async def list_audit(request: Request, query: Annotated[AuditListQuery, Query()]) -> Response:
-    """For an administrator of all tenants. A management key of one tenant reads that tenant's records."""
+    """For an administrator or an auditor of all tenants. A management key of one tenant reads that tenant's records."""
     audit = room_of(request).audit
-    caller = caller_of(request)
-    caller.needs(Scope.ADMIN if caller.tenant is None else Scope.READ)
+    caller_of(request).needs_audit()
     page = await audit.list(**query.model_dump(), context=context_of(request))
     return Document({"items": await in_slices(shown, page.items), "next_cursor": page.next_cursor})
 
