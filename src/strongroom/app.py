@@ -38,6 +38,8 @@ from .rules import Policy, default_policy
 from .storage import open_store
 from .storage.instrumented import InstrumentedStore
 from .storage.port import Record
+from .tenants import ENTITIES as TENANT_ENTITIES
+from .tenants import refuse_reserved
 from .webhooks import Deliveries, Delivery, HttpSender, Webhook, Webhooks
 
 DEFAULT_STORE = "sqlite:///data/strongroom.db"
@@ -74,6 +76,7 @@ SYSTEM_ENTITIES: tuple[type[Entity], ...] = (
     Event,
     Delivery,
     *TREE_ENTITIES,
+    *TENANT_ENTITIES,
 )
 
 
@@ -148,6 +151,7 @@ class Strongroom:
         lease log, which survives a killed process (default: beside the store's file, or the temporary folder). Raises
         ConfigError, SchemaError, StoreError, Unavailable.
         """
+        refuse_reserved(entities)
         registry = Registry((*SYSTEM_ENTITIES, *entities))
         async with AsyncExitStack() as stack:
             store, database, clock = await _opened(stack, url, registry, policy)

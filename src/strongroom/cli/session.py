@@ -102,8 +102,11 @@ def registry(modules: Sequence[str]) -> Registry:
     from ..app import SYSTEM_ENTITIES
     from ..entities import Registry
     from ..served_entities import served_entities
+    from ..tenants import refuse_reserved
 
-    return Registry((*SYSTEM_ENTITIES, *served_entities(modules)))
+    own = served_entities(modules)
+    refuse_reserved(own)
+    return Registry((*SYSTEM_ENTITIES, *own))
 
 
 def run(work: Callable[[], Awaitable[T]]) -> T:

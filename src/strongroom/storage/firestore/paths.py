@@ -17,6 +17,7 @@ MAX_SEGMENT_BYTES = 1_500
 
 # Collections of entities begin with a letter, so these can never be one.
 TENANTS = "tenants"
+TENANT_RECORDS = "_strongroom_tenants"
 UNIQUE = "_strongroom_unique"
 SCHEMA = "_strongroom_schema"
 JOURNAL = "_strongroom_journal"
@@ -86,6 +87,8 @@ class Paths:
         """The last part of the collection's path."""
         if collection.name == "api_keys" and self.keys_collection is not None:
             return self.keys_collection
+        if collection.name == TENANTS:  # `tenants/{tenant}` is the parent of a tenant's documents
+            return TENANT_RECORDS
         return collection.name
 
     def document(self, collection: Collection, tenant: str | None, segment: str) -> str:
