@@ -395,7 +395,9 @@ def test_documents_packed_together_give_the_same_rows_and_records_as_alone(
         records.append(record)
         operations += (Create("api_keys", id, document, created), Append(record, len(operations)))
     of_all = change_record(context, "create", collection, "", None, pattern)
-    alike = Alike("api_keys", pattern, (*_VARYING, "hash"), rows, of_all, [r.id for r in records])
+    alike = Alike(
+        "api_keys", pattern, (*_VARYING, "hash"), rows, of_all, [r.id for r in records], [r.salt for r in records]
+    )
     packer = pickle.loads(pickle.dumps(SqlitePacker([collection])))  # noqa: S301 - our own
     one, other = packer.pack_alike([alike]), packer.pack(operations)
     assert rows_of(one) == rows_of(other)

@@ -220,9 +220,9 @@ class Alike:
     """Many new documents of one global collection that differ in some fields only, perhaps with their records.
 
     `pattern` has all declared fields. `rows` has of each document its id, its time of creation (None: that of the
-    load), and its values of the `varying` fields. `record` is the pattern of the records, whose ids are `record_ids`:
-    each has its document's id, and in `after` its document's varying values; of a secret that is set, what the pattern
-    has there.
+    load), and its values of the `varying` fields. `record` is the pattern of the records, whose ids are `record_ids`
+    and whose salts are `record_salts`: each has its document's id, and in `after` its document's varying values; of a
+    secret that is set, what the pattern has there.
     """
 
     collection: str
@@ -231,6 +231,7 @@ class Alike:
     rows: Sequence[tuple[Any, ...]]
     record: Record | None = None
     record_ids: Sequence[str] = ()
+    record_salts: Sequence[bytes] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from ...context import Context, next_id, us_from_utc, utc_from_us
+from ...context import Context, new_salt, next_id, us_from_utc, utc_from_us
 from ...entities import Document
 from ...errors import StoreError
 from ...journal import change_record
@@ -94,7 +94,7 @@ class Maker:
             keys.append((id, utc_from_us(row.created_us), *values(row, seal)))
             usages.append((id, None, *new_usage(self._shape, row, now_us)))
         return (
-            Alike(NAME, pattern, VARYING, keys, record, [next_id() for _ in keys]),
+            Alike(NAME, pattern, VARYING, keys, record, [next_id() for _ in keys], [new_salt() for _ in keys]),
             Alike(USAGE, UsageState().document(), USAGE_VARYING, usages),
         )
 

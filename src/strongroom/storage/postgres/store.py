@@ -246,7 +246,7 @@ class PostgresStore:
             raise past_the_end()
         if after is not None and position < floor:
             raise Gone("the records that come after the cursor are past the journal's retention")
-        lines = [row[2:] for row in rows if row[2] is not None]
+        lines = [(*row[2:], b"", None, None) for row in rows if row[2] is not None]
         records = tuple(await in_slices(record_of, lines))
         # At the end the cursor is the journal's head, not the tenant's last record: a quiet tenant's cursor would one
         # day be past the retention.

@@ -12,7 +12,7 @@ from ...entities import (
     Document,
 )
 from .. import tagged_json
-from ..port import Record
+from ..port import JournalRow, Record
 from .dialect import Dialect
 
 
@@ -93,14 +93,16 @@ def _made(source: str, name: str, scope: dict[str, Any]) -> Callable[[Any], Any]
 
 JOURNAL_COLUMNS = (
     "sequence", "id", "tenant_id", "at_us", "actor", "request_id", "action", "collection", "entity_id", "version",
-    "before", "after",
+    "before", "after", "salt", "claims", "rules",
 )  # fmt: skip
+"""The columns of the journal's table: those of JOURNAL_ROW, in their order."""
+_BEFORE, _AFTER, _SALT = (JOURNAL_COLUMNS.index(name) for name in ("before", "after", "salt"))
 Line = tuple[Any, ...]
 """A record's values in the order of JOURNAL_COLUMNS, without the sequence, which the store gives."""
 
 
 def line(record: Record, version: int | None) -> Line:
-    """A record as a row; before and after are JSON text, the last two."""
+    """A record as a row; before, after and claims are JSON text."""
     return (
         record.id,
         record.tenant,
@@ -113,12 +115,16 @@ def line(record: Record, version: int | None) -> Line:
         version,
         None if record.before is None else tagged_json.quick_dumps(record.before),
         None if record.after is None else tagged_json.quick_dumps(record.after),
+        record.salt,
+        None if record.claims is None else tagged_json.quick_dumps(record.claims),
+        record.rules,
     )
 
 
 def record_of(row: Sequence[Any]) -> Record:
     """The record of a row of JOURNAL_COLUMNS."""
-    sequence, id, tenant, at_us, actor, request_id, action, collection, entity_id, version, before, after = row
+    sequence, id, tenant, at_us, actor, request_id, action, collection, entity_id, version, *values = row
+    before, after, salt, claims, rules = values
     return Record(
         id=id,
         tenant=tenant,
@@ -132,9 +138,23 @@ def record_of(row: Sequence[Any]) -> Record:
         after=None if after is None else tagged_json.loads(after),
         version=version,
         sequence=sequence,
+        salt=salt,
+        claims=None if claims is None else tagged_json.loads(claims),
+        rules=rules,
     )
+
+
+def canonical(row: JournalRow) -> JournalRow:
+    """A row whose texts are those of `quick_dumps`. Before records had salts, some imports wrote other texts."""
+    if row[_SALT]:
+        return row
+    cells: list[Any] = list(row)
+    for at in (_BEFORE, _AFTER):
+        if cells[at] is not None:
+            cells[at] = tagged_json.quick_dumps(tagged_json.loads(cells[at]))
+    return tuple(cells)
 
 
 def content_size(rows: Sequence[Sequence[Any]]) -> int:
     """About how many bytes `before` and `after` have in rows of JOURNAL_COLUMNS."""
-    return sum(len(row[-2] or "") + len(row[-1] or "") for row in rows)
+    return sum(len(row[_BEFORE] or "") + len(row[_AFTER] or "") for row in rows)

@@ -33,6 +33,8 @@ _VARIABLE = frozenset({FieldType.TEXT, FieldType.BYTES, FieldType.LIST, FieldTyp
 _NESTED = frozenset({FieldType.LIST, FieldType.MAP})
 _LINE = tuple(name for name in JOURNAL_COLUMNS if name not in ("sequence", "version"))
 _VERSION = JOURNAL_COLUMNS[1:].index("version")
+_OWN = ("id", "entity_id", "after", "salt")
+"""What records of documents that are alike do not share."""
 _MAX_REMEMBERED = 1_000
 _string: Callable[[str], str] = json.encoder.encode_basestring
 _TIMES = ("created_at", "updated_at")
@@ -125,8 +127,8 @@ class SqlitePacker:
                 for name, kind, column, encoded in zip(varying, types, given, cells, strict=True)
             }
             after = _after(record.after or {}, columns, len(rows))
-            lines = _row_after_row(alike.record_ids, ids, after)
-            parts.append(Part(JOURNAL, _same_lines(record), ("id", "entity_id", "after"), lines))
+            lines = _row_after_row(alike.record_ids, ids, after, alike.record_salts)
+            parts.append(Part(JOURNAL, _same_lines(record), _OWN, lines))
         return parts
 
     def _cells(self, codec: Codec, kind: FieldType, column: Sequence[Any]) -> Sequence[Any]:
@@ -161,7 +163,7 @@ def _check_size(codec: Codec, id: str, document: Mapping[str, Any]) -> None:
 
 def _same_lines(record: Record) -> dict[str, Any]:
     found = dict(zip(JOURNAL_COLUMNS[1:], line(record, 0), strict=True))
-    return {name: value for name, value in found.items() if name in _LINE and name not in ("id", "entity_id", "after")}
+    return {name: value for name, value in found.items() if name in _LINE and name not in _OWN}
 
 
 def _row_after_row(*columns: Sequence[Any]) -> list[Any]:

@@ -29,7 +29,8 @@ from .schema import connect
 
 MAX_CHECKED = 10_000
 """Statements that were checked and are not checked again."""
-_OWN_TABLES = re.compile(r"(?<![\w$])(?:_journal|_meta|_fields|sqlite_sequence)(?![\w$])", re.IGNORECASE)
+_OWN_TABLES = re.compile(r"(?<![\w$])(?:_journal|_floors|_meta|_fields|sqlite_sequence)(?![\w$])", re.IGNORECASE)
+_JOURNAL_VIEWS = {"_journal": JOURNAL_COLUMNS, "_floors": ("sequence",)}
 _PAGE = "WITH page AS MATERIALIZED ({}) SELECT * FROM page"
 
 
@@ -100,8 +101,9 @@ class Guarded:
             elif whole_journal:
                 rights.allow_whole_journal()
             else:
-                rights.allow_view("_journal")
-                _make_view(connection, "_journal", JOURNAL_COLUMNS, rights.guard("_journal"))
+                for name, columns in _JOURNAL_VIEWS.items():
+                    rights.allow_view(name)
+                    _make_view(connection, name, columns, rights.guard(name))
                 connection.execute("PRAGMA query_only = ON").fetchall()
             connection.authorizer = rights.authorize
             self._check = connection.exec_trace = rights.checker(frozenset(own_texts) if writes else None)
@@ -191,7 +193,8 @@ class _Rights:
         self._allowed[apsw.SQLITE_UPDATE, "main", "_meta"] = None
 
     def allow_whole_journal(self) -> None:
-        self._allowed[apsw.SQLITE_READ, "main", "_journal"] = None
+        for name in _JOURNAL_VIEWS:
+            self._allowed[apsw.SQLITE_READ, "main", name] = None
 
     def checker(self, own_texts: frozenset[str] | None) -> Callable[[Any, str, Any], bool]:
         """What a connection asks of each statement that it is about to run. `own_texts`: the only ones that may name

@@ -1,7 +1,8 @@
 """Creates and recognises the SQLite file, and fits its tables to the declarations.
 
 A collection is a table of its name. Names of Strongroom's own tables begin with an underscore, which no collection's
-name does: `_journal`, `_fields` (the declared type of each column, since three types look alike as text) and `_meta`.
+name does: `_journal`, `_floors` (the greatest dropped sequence of each tenant), `_fields` (the declared type of each
+column, since three types look alike as text) and `_meta`.
 """
 
 from __future__ import annotations
@@ -32,8 +33,11 @@ from ..sql import (
 from .dialect import ENGINE, SqliteDialect, translated
 
 APPLICATION_ID = int.from_bytes(b"SROM", "big")
-LAYOUT = 1
-"""The version of the tables below, kept in PRAGMA user_version."""
+LAYOUT = 2
+"""The version of the tables below, kept in PRAGMA user_version. An older file is upgraded when it is opened."""
+
+UPGRADE_WAIT_S = 300.0
+"""How long an opener waits for another process that upgrades the file."""
 
 LOCK_POLL_S = 0.002
 """The pause between two tries of another process's lock. A try costs about 10 microseconds of processor time."""
@@ -41,7 +45,10 @@ LOCK_POLL_S = 0.002
 MAX_WAL_BYTES = 64_000_000
 """The size in bytes to which SQLite truncates the write-ahead log after a checkpoint."""
 
-_MAKE = """
+_MAKE_FLOORS = """
+CREATE TABLE _floors (tenant_id TEXT UNIQUE, sequence INTEGER NOT NULL) STRICT;
+"""
+_MAKE = f"""
 CREATE TABLE _journal (
     sequence INTEGER PRIMARY KEY AUTOINCREMENT,
     id TEXT NOT NULL,
@@ -57,7 +64,10 @@ CREATE TABLE _journal (
     entity_id TEXT NOT NULL,
     version INTEGER,
     "before" TEXT,
-    "after" TEXT
+    "after" TEXT,
+    salt BLOB NOT NULL DEFAULT X'',
+    claims TEXT,
+    rules TEXT
 ) STRICT;
 CREATE INDEX "_journal.index.tenant_id" ON _journal (tenant_id);
 CREATE TABLE _fields (
@@ -68,6 +78,13 @@ CREATE TABLE _fields (
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE _meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT, WITHOUT ROWID;
 INSERT INTO _meta VALUES ('deleted_version', 0);
+{_MAKE_FLOORS}
+"""
+_FROM_LAYOUT_1 = f"""
+ALTER TABLE _journal ADD COLUMN salt BLOB NOT NULL DEFAULT X'';
+ALTER TABLE _journal ADD COLUMN claims TEXT;
+ALTER TABLE _journal ADD COLUMN rules TEXT;
+{_MAKE_FLOORS}
 """
 
 _CACHED_STATEMENTS = 300
@@ -127,8 +144,8 @@ def connect(path: str, busy_timeout_s: float) -> apsw.Connection:
 
 
 def make_or_recognise(path: str, busy_timeout_s: float) -> None:
-    """Make the file if there is none. StoreError if it is damaged, foreign or of a later layout; Unavailable if it is
-    locked or cannot be reached."""
+    """Make the file if there is none, and upgrade one of an older layout. StoreError if it is damaged, foreign or of a
+    later layout; Unavailable if it is locked or cannot be reached."""
     if os.path.isdir(path):
         raise StoreError(f"{path}: is a folder, expected a file")
     try:
@@ -147,9 +164,11 @@ def make_or_recognise(path: str, busy_timeout_s: float) -> None:
         with closing(connect(path, busy_timeout_s)) as connection:
             # in a transaction, which sees one state: another process may be making the file at this moment
             connection.execute("BEGIN").fetchall()
-            made = _is_ours(connection, path)
+            layout = _layout(connection, path)
             connection.execute("COMMIT").fetchall()
-            if not made:
+            if layout < LAYOUT:
+                if layout:
+                    connection.set_busy_handler(LockWait(UPGRADE_WAIT_S))
                 _make(connection, path)
             _use_wal(connection, path, busy_timeout_s)
     except apsw.Error as error:
@@ -162,25 +181,27 @@ def _one(connection: apsw.Connection, sql: str) -> Any:
     return rows[0][0] if rows else None
 
 
-def _is_ours(connection: apsw.Connection, path: str) -> bool:
-    """True if it is a Strongroom file, False if it is empty. StoreError otherwise."""
+def _layout(connection: apsw.Connection, path: str) -> int:
+    """The layout of a Strongroom file, 0 if it is empty. StoreError otherwise."""
     application = _one(connection, "PRAGMA application_id")
-    layout = _one(connection, "PRAGMA user_version")
+    layout: int = _one(connection, "PRAGMA user_version")
     if application == APPLICATION_ID:
         if layout > LAYOUT:
             raise StoreError(
                 f"{path}: found layout {layout}, expected at most {LAYOUT}: a later version of Strongroom made it"
             )
-        return True
+        return layout
     if application or layout or _one(connection, "SELECT 1 FROM sqlite_schema"):
         raise StoreError(f"{path}: is a SQLite file, but not Strongroom's; it was left as it is")
-    return False
+    return 0
 
 
 def _make(connection: apsw.Connection, path: str) -> None:
+    """Make or upgrade the tables, in one transaction: a process that is killed leaves the file as it was."""
     connection.execute("BEGIN IMMEDIATE").fetchall()
-    if not _is_ours(connection, path):  # another process may have been faster
-        connection.execute(_MAKE).fetchall()
+    layout = _layout(connection, path)  # another process may have been faster
+    if layout < LAYOUT:
+        connection.execute(_FROM_LAYOUT_1 if layout else _MAKE).fetchall()
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}").fetchall()
         connection.execute(f"PRAGMA user_version = {LAYOUT}").fetchall()
     connection.execute("COMMIT").fetchall()

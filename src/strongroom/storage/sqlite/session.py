@@ -20,6 +20,10 @@ POINT_TIMEOUT_S = 0.02
 """How long the loop's thread waits for a process that has locked the whole file. After that a reader thread waits."""
 
 
+MAX_AUDITS = 2
+"""Reads of the whole journal's rows that run at the same time. Fewer than MAX_READERS, so that scans find a thread."""
+
+
 class Readers:
     """A pool of connections for scans. A connection is made when it is first needed, and serves one scan at a time."""
 
@@ -90,6 +94,8 @@ class Session:
         self.points = Guarded(path, self.tables.values(), POINT_TIMEOUT_S)
         self.scans = Readers(threads, lambda: Guarded(path, self.tables.values(), busy_timeout_s), MAX_READERS)
         self.journal = Readers(threads, lambda: Guarded(path, (), busy_timeout_s, whole_journal=True), 1)
+        # Its own connections: a search of a large journal must not keep the change feed waiting.
+        self.audits = Readers(threads, lambda: Guarded(path, (), busy_timeout_s, whole_journal=True), MAX_AUDITS)
         self.writer: Writer | None = None
 
     def open_writer(self) -> Writer:
@@ -110,11 +116,13 @@ class Session:
         """Wait for all scans. The caller makes sure that no other work is running."""
         await self.scans.finish()
         await self.journal.finish()
+        await self.audits.finish()
 
     def close(self) -> None:
         """Close every connection. The last connection to the file checkpoints the write-ahead log."""
         self.scans.close()
         self.journal.close()
+        self.audits.close()
         self.points.close()
         if self.writer is not None:
             self.writer.close()

@@ -19,7 +19,7 @@ import apsw
 
 from ...cooperative import in_slices
 from ...entities import Aggregate, And, Collection, Document, Filter, Op, Or, Query, Where
-from ...errors import InvalidInput, Problem, StrongroomError, Unavailable
+from ...errors import Gone, InvalidInput, Problem, StrongroomError, Unavailable
 from ..group_commit import GroupCommit, Waiting, up_to
 from ..port import (
     MAX_CHANGES_PAGE,
@@ -37,11 +37,12 @@ from ..port import (
     SchemaChange,
     past_the_end,
 )
-from ..sql import JOURNAL_COLUMNS, content_size, listed, record_of
+from ..sql import canonical, content_size, record_of
 from .bulk_load import Loader, checkpoint
 from .bulk_rows import SqlitePacker
 from .dialect import commit_error, translated
 from .isolation import Table
+from .journal import JournalPage, journal_rows
 from .schema import (
     fit,
     integrity_problems,
@@ -67,10 +68,6 @@ _Waiting = Waiting[Batch, Committed]
 _log = logging.getLogger(__name__)
 
 _HEAD = "SELECT seq FROM main.sqlite_sequence WHERE name = '_journal'"
-_CHANGES = (
-    f"WITH page AS MATERIALIZED (SELECT {listed(JOURNAL_COLUMNS)} FROM _journal WHERE sequence > ?1 "
-    "ORDER BY sequence LIMIT ?2) SELECT * FROM page"
-)
 
 
 class SqliteStore:
@@ -219,16 +216,26 @@ class SqliteStore:
     ) -> ChangesPage:
         if after == _END:
             return ChangesPage((), str(await self._head()))
+        session = self._opened()
+        page = await self._journal_page(
+            session.journal if tenant is None else session.scans, JournalFilter(tenant=tenant), after, limit
+        )
+        if after is not None and page.position < page.floor:
+            raise Gone("the records that come after the cursor were dropped")
+        records = await in_slices(record_of, page.rows)
+        return ChangesPage(tuple(records), page.cursor, content_size(page.rows))
+
+    async def _journal_page(self, readers: Readers, where: JournalFilter, after: str | None, limit: int) -> JournalPage:
+        """Rows of the journal after a cursor. InvalidInput for a text that is not a cursor, Gone for one past the
+        end."""
         if after is not None and not _CURSOR.fullmatch(after):
             raise InvalidInput([Problem("after", "is not a cursor of this journal")])
         position = int(after or 0)
-        session = self._opened()
-        readers = session.journal if tenant is None else session.scans
-        rows = await self._scan(readers, _CHANGES, (position, min(limit, MAX_CHANGES_PAGE)), tenant)
-        if not rows and position > await self._head():
+        sql, values = journal_rows(where, position, limit)
+        page = JournalPage.of(await self._scan(readers, sql, values, where.tenant), position, limit)
+        if position > page.head:
             raise past_the_end()
-        records = await in_slices(record_of, rows)
-        return ChangesPage(tuple(records), str(records[-1].sequence if records else position), content_size(rows))
+        return page
 
     async def _head(self) -> int:
         """The journal's last sequence."""
@@ -358,12 +365,15 @@ class SqliteStore:
             except apsw.Error as error:
                 _log.warning("%s: the checkpoint after an import failed: %s", self.path, error)
 
-    # --- For operators ---
-
     async def rows(
         self, after: str | None = None, where: JournalFilter = WHOLE_JOURNAL, limit: int = MAX_CHANGES_PAGE
     ) -> RowsPage:
-        raise NotImplementedError
+        session = self._opened()
+        readers = session.audits if where.tenant is None else session.scans
+        page = await self._journal_page(readers, where, after, limit)
+        return RowsPage(await in_slices(canonical, page.rows), page.cursor)
+
+    # --- For operators ---
 
     async def rewrite(self, rows: Sequence[JournalRow]) -> int:
         raise NotImplementedError

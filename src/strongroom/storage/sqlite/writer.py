@@ -50,6 +50,7 @@ _BYTES_PER_CHARACTER = 8
 MANY_CHECKS = 8
 """From this many checks of one collection on, one statement reads all their versions."""
 
+_BEFORE, _AFTER = JOURNAL_COLUMNS.index("before") - 1, JOURNAL_COLUMNS.index("after") - 1  # in a line
 _APPEND = (
     f"INSERT INTO main._journal ({listed(JOURNAL_COLUMNS[1:])}) VALUES ({', '.join('?' for _ in JOURNAL_COLUMNS[1:])})"
 )
@@ -403,7 +404,7 @@ class Writer:
     def _append(self, operation: Append, versions: Sequence[int]) -> int:
         record = operation.record
         row = line(record, record.version if operation.of is None else versions[operation.of])
-        self._size += (len(row[-2] or "") + len(row[-1] or "")) * _BYTES_PER_CHARACTER
+        self._size += (len(row[_BEFORE] or "") + len(row[_AFTER] or "")) * _BYTES_PER_CHARACTER
         self._execute(_APPEND, row)
         return self._connection.last_insert_rowid()
 
