@@ -24,11 +24,12 @@ from .entities import MAX_LIMIT, MAX_PAGE_BYTES, Entity, Page, Query, Registry, 
 from .errors import AlreadyExists, ConfigError, StrongroomError
 from .events import Event
 from .jobs import JobLease, JobLeases
-from .jobs.maintenance import Background, ShapeKeeper, background
+from .jobs.maintenance import Background, Job, ShapeKeeper, background
 from .journal import POLL_S, TREE_ENTITIES, ChangeFeed
 from .keys import ApiKey, Hasher, Keys, KeySource, Leak, LeakPolicy, Leaks, StoredReservation
 from .keys.import_source import load as load_sources
 from .keys.jobs import RollUp, key_jobs
+from .keys.tenant_part import KeysOfTenants
 from .limits import LEASE_S, KeyUsage, LeaseManager, Ledger, folder_for
 from .pepper import Pepper
 from .quotas import Quota
@@ -38,8 +39,8 @@ from .rules import Policy, default_policy
 from .storage import open_store
 from .storage.instrumented import InstrumentedStore
 from .storage.port import Record
+from .tenants import DELETIONS_EVERY_S, DeletionStatement, Owned, TenantDeletion, TenantPart, Tenants, refuse_reserved
 from .tenants import ENTITIES as TENANT_ENTITIES
-from .tenants import refuse_reserved
 from .webhooks import Deliveries, Delivery, HttpSender, Webhook, Webhooks
 
 DEFAULT_STORE = "sqlite:///data/strongroom.db"
@@ -77,6 +78,8 @@ SYSTEM_ENTITIES: tuple[type[Entity], ...] = (
     Delivery,
     *TREE_ENTITIES,
     *TENANT_ENTITIES,
+    TenantDeletion,
+    DeletionStatement,
 )
 
 
@@ -112,6 +115,7 @@ class Strongroom:
         feed: ChangeFeed,
         clock: MachineClock | StoreClock,
         background: Background,
+        tenants: Tenants,
     ) -> None:
         self.store = store
         self.clock = clock
@@ -121,6 +125,7 @@ class Strongroom:
         self.leaks = Leaks(database, keys, clock)
         self.quotas = Quotas(database, ledger, clock)
         self.audit = Audit(store, database)
+        self.tenants = tenants
         self.feed = feed
         self._reloading = asyncio.Lock()
         self.background = background
@@ -166,9 +171,10 @@ class Strongroom:
             keys = Keys(database, ledger, hasher, clock, feed)
             stack.push_async_callback(keys.cache.close)
             lease_manager = _lease_manager(ledger, clock, keys, url, limits, lease_s, lease_folder)
-            jobs = key_jobs(keys, database, clock)
+            tenants = Tenants(database, store, _parts_of_tenants(database, keys, ledger, clock), clock)
+            jobs = [*key_jobs(keys, database, clock), Job("tenant-deletions", DELETIONS_EVERY_S, tenants.deletions.run)]
             work = background(database, store, clock, leases, more=jobs, journal_kept_s=journal_kept_s)
-            room = cls(store, database, ledger, keys, feed, clock, work)
+            room = cls(store, database, ledger, keys, feed, clock, work, tenants)
             room._configured_peppers = tuple(peppers)
             if cache is not None:
                 room.cache = Cache(store, feed, registry.collections, cache, await _namespace(url, database))
@@ -359,6 +365,18 @@ def _lease_manager(
     if limits == "durable":
         return None
     return LeaseManager(ledger, clock, lease_s=lease_s, folder=folder_for(url, folder), describe=keys.cache.subject_of)
+
+
+def _parts_of_tenants(
+    database: Database, keys: Keys, ledger: Ledger, clock: MachineClock | StoreClock
+) -> list[TenantPart]:
+    """What tenants have beside the documents of their own collections."""
+    return [
+        KeysOfTenants(database, ledger, lambda: keys.hasher, clock),
+        Owned(database, Webhook, order=("tenant", "-created_at")),
+        Owned(database, Delivery),
+        Owned(database, Event),
+    ]
 
 
 def _configured(peppers: Sequence[str]) -> list[Pepper]:

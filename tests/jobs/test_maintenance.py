@@ -274,7 +274,7 @@ async def test_on_postgresql_every_job_does_its_work(postgres_url: str) -> None:
         for job in room.background.jobs:
             assert await leases.run_once(job.name, job.every_s, job.run) == job.every_s
         assert {job.name for job in room.background.jobs} == {
-            "keys", "expiry", "usage-roll-up", "journal-partitions", "journal-retention",
+            "keys", "tenant-deletions", "expiry", "usage-roll-up", "journal-partitions", "journal-retention",
         }  # fmt: skip
         assert all(state.done_us and not state.error for state in leases.jobs.values())
         assert await stored(room, "passes", "acme") == 0

@@ -12,7 +12,7 @@ from strongroom import Context, Entity, Strongroom
 from strongroom.context import system_context
 from strongroom.errors import Denied
 from strongroom.journal import denials
-from strongroom.journal.denials import MAX_KINDS_OF_ACTOR, _just_before
+from strongroom.journal.denials import MAX_KINDS_OF_ACTOR, just_before
 from strongroom.storage.port import Record
 from tests.helpers.faulty_store import FaultyStore
 from tests.helpers.server_app import serving
@@ -138,8 +138,8 @@ async def test_a_denial_that_cannot_be_journalled_is_not_counted_as_written(
 
 
 @given(st.text(st.characters(exclude_characters="\x00", exclude_categories=["Cs"]), min_size=1, max_size=30))
-def test_the_lookup_of_a_tenant_starts_just_before_its_name(name: str) -> None:
-    before = _just_before(name)
+def test_the_lookup_of_a_tenant_startsjust_before_its_name(name: str) -> None:
+    before = just_before(name)
     assert before.encode() < name.encode()
 
 

@@ -51,7 +51,7 @@ GOOD: list[tuple[type[Entity], dict[str, Any]]] = [
 BAD: list[tuple[type[Entity], dict[str, Any], list[str]]] = [
     (
         Tenant,
-        {"id": " acme", "status": "gone", "contact_email": "x", "plan": ""},
+        {"id": "x" * 129, "status": "gone", "contact_email": "x", "plan": ""},
         ["contact_email", "id", "plan", "status"],
     ),
     (Tenant, {"id": "a", "metadata": {"x": "y" * 20_000}, "settings": []}, ["metadata", "settings"]),

@@ -1,6 +1,6 @@
 """The journal: one record for each change, committed with it; the audit trail and the change feed read it."""
 
-from .denials import Denials
+from .denials import Denials, has_been_tenant, just_before
 from .feed import FIRST_PAGE, POLL_S, ChangeFeed, next_limit
 from .records import MASK, change_record, masked
 from .trees import TREE_ENTITIES
@@ -13,6 +13,8 @@ __all__ = [
     "ChangeFeed",
     "Denials",
     "change_record",
+    "has_been_tenant",
+    "just_before",
     "masked",
     "next_limit",
 ]

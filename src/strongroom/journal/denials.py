@@ -130,7 +130,7 @@ class Denials:
         """Whether a tenant has, or once had, documents of its own."""
         if tenant in self._tenants:
             return True
-        if tenant not in await self._store.tenants(_just_before(tenant), 2):
+        if not await has_been_tenant(self._store, tenant):
             return False
         if len(self._tenants) >= MAX_KINDS:
             self._tenants.clear()
@@ -146,7 +146,12 @@ class Denials:
             await asyncio.wait(set(self._writing))
 
 
-def _just_before(name: str) -> str:
+async def has_been_tenant(store: Store, name: str) -> bool:
+    """Whether a tenant has, or once had, documents of its own."""
+    return name in await store.tenants(just_before(name), 2)
+
+
+def just_before(name: str) -> str:
     """A text directly before a name, with hardly any other name in between."""
     last = ord(name[-1]) - 1
     if last == 0xDFFF:
@@ -155,4 +160,4 @@ def _just_before(name: str) -> str:
     return before + _LAST_CHARACTER * (MAX_TENANT_BYTES // 4) if last > 0 else before
 
 
-__all__ = ["PERIOD_S", "Denials"]
+__all__ = ["PERIOD_S", "Denials", "has_been_tenant", "just_before"]

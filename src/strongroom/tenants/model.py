@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -25,7 +25,7 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
-from ..context import MAX_TENANT_BYTES, name_problem
+from ..context import MAX_TENANT_BYTES, text_problem
 from ..entities import Entity, Index, Indexed, Secret
 from ..errors import SchemaError
 
@@ -46,6 +46,7 @@ MANAGEMENT = "strongroom:"
 """The prefix of the permissions of management keys. A role gives these by its scopes alone."""
 
 TenantStatus = Literal["active", "suspended", "deleting"]
+STATUSES: tuple[str, ...] = get_args(TenantStatus)
 RoleScope = Literal["read", "write", "admin", "auditor"]
 Provider = Literal["aws", "azure", "gcp", "oci"]
 
@@ -153,7 +154,7 @@ class Tenant(Entity, collection="tenants", scope="global", indexes=[Index("statu
     @field_validator("id")
     @classmethod
     def _tenant_name(cls, value: str) -> str:
-        if value and (problem := name_problem(value, MAX_TENANT_BYTES)):
+        if value and (problem := text_problem(value, MAX_TENANT_BYTES)):
             raise ValueError(problem)
         return value
 
