@@ -101,7 +101,7 @@ async def test_the_file_is_readable_by_people(path: Path, store: JsonStore) -> N
     await store.commit(batch(None, Create("shared", "s", shared("all"))))
     text = path.read_text(encoding="utf-8")
     data = json.loads(text)
-    assert data["strongroom"] == 1
+    assert data["strongroom"] == 2
     assert data["tenants"].keys() == {"acme", "other"}
     assert data["tenants"]["acme"]["items"]["a"]["label"] == "é"
     assert data["tenants"]["other"]["samples"]["b"]["blob"] == {"$bytes": "aGk="}
@@ -201,7 +201,40 @@ async def test_foreign_json_is_refused(path: Path) -> None:
 
 async def test_a_later_format_is_refused(path: Path) -> None:
     content = await whole(path)
-    assert "format 2" in (await refused(path, content.replace(b'"strongroom": 1', b'"strongroom": 2'))).message
+    later = content.replace(b'"strongroom": 2', b'"strongroom": 3')
+    assert "has format 3, this version of Strongroom reads formats 1 to 2" in (await refused(path, later)).message
+
+
+async def test_a_file_of_format_1_is_read(path: Path) -> None:
+    content = await whole(path)
+    old = b"".join(line for line in content.splitlines(True) if not line.startswith((b'"last_sequence"', b'"floors"')))
+    new_fields = b', "salt": {"$bytes": ""}, "claims": null, "rules": null'.replace(b" ", b"")
+    assert new_fields in old
+    path.write_bytes(old.replace(b'"strongroom": 2', b'"strongroom": 1').replace(new_fields, b""))
+    store = await opened(path)
+    try:
+        (found,) = (await store.changes(None)).records
+        assert (found.entity_id, found.sequence, found.salt, found.claims) == ("a", 1, b"", None)
+        await store.commit(batch("acme", Append(record("b"))))
+        assert [one.sequence for one in (await store.changes(None)).records] == [1, 2]
+    finally:
+        await store.close()
+    assert json.loads(path.read_bytes())["strongroom"] == 2
+
+
+async def test_a_dropped_record_leaves_a_gap_and_no_other_record_may(path: Path) -> None:
+    store = await opened(path)
+    await store.commit(batch("acme", *(Append(record(name)) for name in "abc")))
+    assert await store.drop("acme", 2) == 2
+    await store.close()
+    store = await opened(path)
+    assert [row[0] for row in (await store.rows()).rows] == [3]
+    await store.close()
+    data = json.loads(path.read_bytes())
+    path.write_text(json.dumps({**data, "floors": []}))
+    assert "journal record 1: ValueError: found sequence 3" in (await refused(path, path.read_bytes())).message
+    path.write_text(json.dumps({**data, "last_sequence": 2}))
+    assert "last_sequence: ValueError: found 2" in (await refused(path, path.read_bytes())).message
 
 
 @pytest.mark.parametrize(

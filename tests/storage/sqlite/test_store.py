@@ -19,6 +19,7 @@ from typing import Annotated, Any
 
 import apsw
 import pytest
+from msgspec import structs
 
 from strongroom.entities.entity import Collection, Counter, Entity, Index, Secret
 from strongroom.entities.query import Query, Where
@@ -1152,8 +1153,169 @@ async def test_a_file_of_an_older_layout_is_read_and_upgraded(tmp_path: Path) ->
         assert committed.versions == (NOW + 6,)
         with pytest.raises(Conflict):
             await store.commit(batch(Put("notes", "gone", note(), expected=NOW + 5)))
+        salted = record("salted", "acme", salt=b"s" * 16, claims={"a": 1}, rules="r1")
+        await store.commit(batch(Append(salted)))
+        rows = (await store.rows()).rows
+        assert [(row[8], row[12], row[13], row[14]) for row in rows] == [
+            ("first", b"", None, None),
+            ("key", b"", None, None),
+            ("salted", b"s" * 16, '{"a":1}', "r1"),
+        ]
     finally:
         await store.close()
+
+
+UPGRADE = """
+import sys
+from strongroom.storage.sqlite.schema import make_or_recognise
+print("ready", flush=True)
+sys.stdin.readline()
+make_or_recognise(sys.argv[1], 5.0)
+print("done", flush=True)
+"""
+
+
+async def upgrading(path: Path) -> asyncio.subprocess.Process:
+    """A process that upgrades the file once it is told to."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", UPGRADE, str(path), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert await process.stdout.readline() == b"ready\n"
+    return process
+
+
+def layout_1(path: Path, records: int) -> None:
+    """Write a file of layout 1 with so many records more."""
+    shutil.copy(SAVED / "layout-1.db", path)
+    with closing(apsw.Connection(str(path))) as connection:
+        connection.execute(
+            "WITH RECURSIVE n(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n WHERE n < ?) INSERT INTO _journal "
+            '(id, tenant_id, at_us, actor, request_id, "action", collection, entity_id) '
+            "SELECT 'r' || n, 'acme', n, 'user:ada', 'q' || n, 'create', 'notes', 'n' || n % 100 FROM n",
+            (records,),
+        ).fetchall()
+
+
+def described(path: Path) -> list[Any]:
+    """The store's own tables and indexes, and the layout."""
+    with closing(apsw.Connection(str(path))) as connection:
+        columns = connection.execute("SELECT name, type, \"notnull\", dflt_value FROM pragma_table_info('_journal')")
+        return [
+            connection.execute("PRAGMA user_version").fetchall(),
+            columns.fetchall(),
+            connection.execute(
+                "SELECT name, iif(name LIKE '\\_%' ESCAPE '\\' AND type = 'index', sql, '') FROM sqlite_schema "
+                "WHERE tbl_name LIKE '\\_%' ESCAPE '\\' ORDER BY name"
+            ).fetchall(),
+            connection.execute("SELECT count(*) FROM _journal").fetchall(),
+            connection.execute("PRAGMA integrity_check").fetchall(),
+        ]
+
+
+async def test_an_upgrade_by_several_openers_that_are_killed_is_whole_or_not_begun(tmp_path: Path) -> None:
+    records = 3_000
+    path, new = tmp_path / "store.db", tmp_path / "new.db"
+    layout_1(path, records)
+    with closing(apsw.Connection(str(path))) as connection:
+        (written,) = connection.execute("SELECT count(*) FROM _journal").fetchall()
+    store = SqliteStore(str(new))
+    await store.open()
+    await store.close()
+    version, columns, tables, _, _ = described(new)
+    for attempt in range(6):
+        processes = [await upgrading(path) for _ in range(2)]
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.write(b"\n")
+        await asyncio.sleep(attempt * 0.004)
+        for process in processes:
+            if process.returncode is None and attempt < 5:
+                process.kill()
+        outputs = [(await process.communicate())[0] for process in processes]
+        found = described(path)
+        assert found[0] in ([(1,)], version)
+        assert found[3:] == [[written], [("ok",)]]
+        if found[0] == version:
+            assert found[1:3] == [columns, tables]
+    assert outputs == [b"done\n", b"done\n"]
+    assert found[0] == version
+
+
+# --- Redaction and retention ----------------------------------------------------------------------------------
+
+SECRET_NAME = "Wolfgang Amadeus Nobody"
+
+
+async def test_what_was_redacted_or_dropped_is_nowhere_in_the_file(store: SqliteStore) -> None:
+    name = SECRET_NAME.encode()
+    for number in range(60):
+        told = structs.replace(
+            record(SECRET_NAME, "acme", after={"name": SECRET_NAME}, salt=b"s" * 16),
+            id=f"r{number}",
+            actor=SECRET_NAME,
+        )
+        await store.commit(batch(Append(told)))
+    rows = list((await store.rows()).rows)
+    redacted = [(*row[:4], "", *row[5:8], "", row[9], None, None, b"\x01" * 162, None, row[14]) for row in rows[30:]]
+    assert await store.rewrite(redacted) == 30
+    assert await store.drop("acme", rows[29][0]) == 30
+    assert len((await store.rows()).rows) == 30
+    for path in (store.path, store.path + "-wal"):
+        assert name not in Path(path).read_bytes()  # noqa: ASYNC240 - a small file
+
+
+async def test_pages_of_dropped_records_are_used_again(store: SqliteStore) -> None:
+    async def fill() -> int:
+        for begin in range(0, 3_000, 300):
+            many = (Append(record(f"{begin + n}", "acme", after={"n": "x" * 100})) for n in range(300))
+            await store.commit(batch(*many))
+        last = (await store.changes("end")).cursor
+        await store.drop("acme", int(last))
+        return os.stat(store.path).st_size
+
+    first = await fill()
+    for _ in range(3):
+        assert await fill() <= first * 1.1
+
+
+async def test_only_redaction_and_retention_change_the_journal_and_only_by_their_statements(store: SqliteStore) -> None:
+    await store.commit(batch(Create("notes", "x", note()), Append(record("kept", "acme"))))
+    own = "SELECT count(*) FROM main._journal"
+    statements = (
+        "UPDATE main._journal SET tenant_id = 'other'",
+        "UPDATE main._journal SET at_us = 1, actor = ''",
+        "UPDATE main._journal SET id = ''",
+        "INSERT INTO main._journal (id) VALUES ('x')",
+        "INSERT OR REPLACE INTO main._journal SELECT * FROM main._journal",
+        "SELECT * FROM notes",
+        "DELETE FROM main.notes",
+        "DELETE FROM main._floors",
+        "DROP TABLE main._journal",
+        "PRAGMA secure_delete = OFF",
+    )
+    redact = "UPDATE main._journal SET actor = '' WHERE sequence = -1"
+    with closing(Guarded(store.path, (), 1.0, upkeep=True, own_texts=(own, redact, *statements))) as upkeep:
+        for sql in statements:
+            with pytest.raises((apsw.AuthError, apsw.SQLError), match=r"not authorized|prohibited|no such table"):
+                upkeep.execute(sql).fetchall()
+        upkeep.execute(redact).fetchall()
+        with pytest.raises(apsw.AuthError, match="names one of the store's own tables"):
+            upkeep.execute("DELETE FROM main._journal").fetchall()
+        assert upkeep.execute(own).fetchall() == [(1,)]
+
+
+async def test_a_drop_lets_others_write_in_between(store: SqliteStore) -> None:
+    for begin in range(0, 3_000, 300):
+        await store.commit(batch(*(Append(record(f"{begin + n}", "acme")) for n in range(300))))
+    dropping = asyncio.create_task(store.drop("acme", 3_000))
+    written = 0
+    while not dropping.done():
+        await store.commit(batch(Create("notes", f"{written}", note())))
+        written += 1
+        await asyncio.sleep(0)
+    assert dropping.result() == 3_000
+    assert written >= 3
 
 
 # --- Many checks in a batch -----------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any, TypeVar
 
 from msgspec import structs
@@ -42,6 +43,7 @@ from ..port import (
     Committed,
     Create,
     Delete,
+    JournalRow,
     Operation,
     Patch,
     Put,
@@ -120,7 +122,10 @@ Key = tuple[str | None, str]  # tenant (None: global), collection
 
 @dataclass(slots=True)
 class State:
-    """The committed state. The journal only grows, and drafts share it."""
+    """The committed state. Drafts share the journal. It grows in place. To redact or drop, a draft copies it.
+
+    `lines` has the JSON of each record. `floors` has of a tenant (None: the platform) the greatest dropped sequence.
+    """
 
     schema: dict[str, dict[str, Any]] = field(default_factory=dict)
     sections: dict[Key, Section] = field(default_factory=dict)
@@ -129,6 +134,8 @@ class State:
     deleted_version: int = 0
     """The greatest version that a deleted document had. New documents get a greater one, so that an id that is used
     again never repeats a version, even if the clock stands still or goes back."""
+    last_sequence: int = 0
+    floors: dict[str | None, int] = field(default_factory=dict)
 
 
 class Draft:
@@ -143,6 +150,9 @@ class Draft:
         self.schema = state.schema
         self.sections = dict(state.sections)
         self.deleted_version = state.deleted_version
+        self.last_sequence = state.last_sequence
+        self.floors = state.floors
+        self.journal, self.journal_lines = state.journal, state.lines
         self.records: list[Record] = []
         self.lines: list[str] = []
         self.changed = False
@@ -152,14 +162,15 @@ class Draft:
     def attempt(self, job: Callable[[Draft], _T]) -> _T | Exception:
         """Run the job. Returns its answer, or its error after undoing its steps."""
         self._undo.clear()
-        records, deleted_version, changed = len(self.records), self.deleted_version, self.changed
+        records, changed = len(self.records), self.changed
+        deleted_version, last_sequence = self.deleted_version, self.last_sequence
         try:
             return job(self)
         except Exception as error:
             for step in reversed(self._undo):
                 step()
             del self.records[records:], self.lines[records:]
-            self.deleted_version, self.changed = deleted_version, changed
+            self.deleted_version, self.last_sequence, self.changed = deleted_version, last_sequence, changed
             return error
 
     def section(self, key: Key) -> Section:
@@ -198,21 +209,83 @@ class Draft:
 
     def append(self, record: Record, version: int | None) -> int:
         """Append a record to the journal. Returns its sequence."""
-        sequence = len(self.state.journal) + len(self.records) + 1
+        self.last_sequence = sequence = self.last_sequence + 1
         record = structs.replace(
-            record, before=copied(record.before), after=copied(record.after), version=version, sequence=sequence
+            record,
+            before=copied(record.before),
+            after=copied(record.after),
+            claims=copied(record.claims),
+            version=version,
+            sequence=sequence,
         )
         self.records.append(record)
-        self.lines.append(_values.dumps(structs.asdict(record)))
+        self.lines.append(line_of(record))
         self.changed = True
         return sequence
 
+    def rewrite(self, rows: Sequence[JournalRow]) -> int:
+        """Redact records. The number of those found."""
+        wanted = {row[:2]: row for row in rows}
+        found = 0
+        journal, lines = [*self.journal, *self.records], [*self.journal_lines, *self.lines]
+        for at, record in enumerate(journal):
+            row = wanted.get((record.sequence, record.id))
+            if row is not None:
+                journal[at] = _redacted(record, row)
+                lines[at] = line_of(journal[at])
+                found += 1
+        self._replace_journal(journal, lines)
+        return found
+
+    def drop(self, tenant: str | None, through_sequence: int) -> int:
+        """Remove a tenant's (None: the platform's) records up to and with a sequence. The number of those removed."""
+        journal, lines = [*self.journal, *self.records], [*self.journal_lines, *self.lines]
+        gone = [record.tenant == tenant and record.sequence <= through_sequence for record in journal]
+        if not any(gone):
+            return 0
+        floor = max(record.sequence for record, away in zip(journal, gone, strict=True) if away)
+        self.floors = {**self.floors, tenant: max(floor, self.floors.get(tenant, 0))}
+        kept = [not away for away in gone]
+        self._replace_journal(list(compress(journal, kept)), list(compress(lines, kept)))
+        return sum(gone)
+
+    def _replace_journal(self, journal: list[Record], lines: list[str]) -> None:
+        """Take another journal, in which the group's own records are now."""
+        self.journal, self.journal_lines, self.records, self.lines = journal, lines, [], []
+        self.changed = True
+
     def adopted(self) -> State:
         """The draft as the committed state."""
-        journal, lines = self.state.journal, self.state.lines
-        journal.extend(self.records)
-        lines.extend(self.lines)
-        return State(self.schema, self.sections, journal, lines, self.deleted_version)
+        self.journal.extend(self.records)
+        self.journal_lines.extend(self.lines)
+        return State(
+            self.schema,
+            self.sections,
+            self.journal,
+            self.journal_lines,
+            self.deleted_version,
+            self.last_sequence,
+            self.floors,
+        )
+
+
+def line_of(record: Record) -> str:
+    """A record in the form of the file."""
+    return _values.dumps(structs.asdict(record))
+
+
+def _redacted(record: Record, row: JournalRow) -> Record:
+    _, _, _, _, actor, _, _, _, entity_id, _, *texts = row
+    before, after, salt, claims, _ = texts
+    return structs.replace(
+        record,
+        actor=actor,
+        entity_id=entity_id,
+        before=None if before is None else _values.loads(before),
+        after=None if after is None else _values.loads(after),
+        salt=salt,
+        claims=None if claims is None else _values.loads(claims),
+    )
 
 
 def copied(value: Any) -> Any:

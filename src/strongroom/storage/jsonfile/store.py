@@ -1,7 +1,8 @@
 """The JSON store: everything in memory and in one readable file, for development and tests.
 
-The file is `{"strongroom": 1, "schema": …, "global": {collection: {id: document}}, "tenants": {tenant: {collection:
-{id: document}}}, "journal": […]}`, a document or record a line. Each group of commits writes it anew beside itself and
+The file is `{"strongroom": 2, "schema": …, "global": {collection: {id: document}}, "tenants": {tenant: {collection:
+{id: document}}}, "last_sequence": …, "floors": …, "journal": […]}`, a document or record a line. Format 1 had neither
+the last sequence nor floors: no record was ever dropped from it. Each group of commits writes it anew beside itself and
 renames it into place, so a crash leaves the old or the new file, never a part of one.
 """
 
@@ -16,16 +17,19 @@ import os
 import re
 import stat
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from decimal import Decimal
+from itertools import islice
+from operator import attrgetter
 from typing import Any, Literal, TypeVar
 
 from msgspec import structs
 
 from ...cooperative import in_slices
 from ...entities import Aggregate, Collection, Document, Filter, Query, aggregate, evaluate
-from ...errors import InvalidInput, Problem, StorageFull, StoreError, Unavailable
+from ...errors import Gone, InvalidInput, Problem, StorageFull, StoreError, Unavailable
 from .. import tagged_json as _values
 from ..group_commit import GroupCommit, Waiting, up_to
 from ..port import (
@@ -45,12 +49,14 @@ from ..port import (
     past_the_end,
 )
 from . import memory as _memory
-from .memory import Draft, Section, State, Stored, copied, key_of
+from .memory import Draft, Section, State, Stored, copied, key_of, line_of
 
-FORMAT = 1
+FORMAT = 2
+OLDEST_FORMAT = 1
 MAX_GROUP = 10_000
 """Batches that share one write of the file, at most. The write takes the whole file's time, however many there are."""
 _CURSOR = re.compile(r"[0-9]{1,18}")
+_sequence: Callable[[Record], int] = attrgetter("sequence")
 _T = TypeVar("_T")
 
 
@@ -65,13 +71,15 @@ def _rendered(draft: Draft) -> str:
         if section.stored:
             text = _braced((id, entry.text) for id, entry in section.stored.items())
             (shared if tenant is None else tenants.setdefault(tenant, {}))[collection] = text
-    journal = ",\n".join([*draft.state.lines, *draft.lines])
+    journal = ",\n".join([*draft.journal_lines, *draft.lines])
     return (
         f'{{"strongroom": {FORMAT},\n'
         f'"schema": {_braced((name, json.dumps(one)) for name, one in draft.schema.items())},\n'
         f'"deleted_version": {draft.deleted_version},\n'
         f'"global": {_braced(shared.items())},\n'
         f'"tenants": {_braced((tenant, _braced(parts.items())) for tenant, parts in tenants.items())},\n'
+        f'"last_sequence": {draft.last_sequence},\n'
+        f'"floors": {json.dumps(list(draft.floors.items()), ensure_ascii=False)},\n'
         f'"journal": [\n{journal}\n]}}\n'
     )
 
@@ -101,8 +109,11 @@ def _read(path: str) -> State:
         raise StoreError(f"{path}: damaged: nested too deeply, or a number too long; it was left as it is") from None
     if not isinstance(data, dict) or type(data.get("strongroom")) is not int:
         raise StoreError(f"{path}: is JSON, but not a Strongroom store; it was left as it is")
-    if data["strongroom"] != FORMAT:
-        raise StoreError(f"{path}: has format {data['strongroom']}, this version of Strongroom reads format {FORMAT}")
+    if not OLDEST_FORMAT <= data["strongroom"] <= FORMAT:
+        raise StoreError(
+            f"{path}: has format {data['strongroom']}, this version of Strongroom reads formats {OLDEST_FORMAT} to "
+            f"{FORMAT}"
+        )
     return _Reader(path).state(data)
 
 
@@ -120,17 +131,29 @@ class _Reader:
             self.at = "tenants"
             for tenant, collections in data["tenants"].items():
                 self._sections(state, tenant, collections, f"tenants/{tenant}")
-            for number, line in enumerate(data["journal"], 1):
-                self.at = f"journal record {number}"
-                record = Record(**_values.untag(line))
-                if record.sequence != number:
-                    raise ValueError(f"found sequence {record.sequence}")
-                state.journal.append(record)
-                state.lines.append(_values.dumps(structs.asdict(record)))
+            self._journal(state, data)
         except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             what = f"{type(error).__name__}: {error}"
             raise StoreError(f"{self.path}: damaged at {self.at}: {what}; it was left as it is") from None
         return state
+
+    def _journal(self, state: State, data: dict[str, Any]) -> None:
+        self.at = "floors"
+        state.floors = {tenant: int(sequence) for tenant, sequence in data.get("floors", ())}
+        last = 0
+        for number, line in enumerate(data["journal"], 1):
+            self.at = f"journal record {number}"
+            record = Record(**_values.untag(line))
+            # Only after a drop may a sequence be missing.
+            if record.sequence <= last or (not state.floors and record.sequence != number):
+                raise ValueError(f"found sequence {record.sequence}")
+            last = record.sequence
+            state.journal.append(record)
+            state.lines.append(line_of(record))
+        self.at = "last_sequence"
+        state.last_sequence = int(data.get("last_sequence", last))
+        if state.last_sequence < last or (not state.floors and state.last_sequence != last):
+            raise ValueError(f"found {state.last_sequence}")
 
     def _sections(self, state: State, tenant: str | None, collections: dict[str, Any], at: str) -> None:
         self.at = at
@@ -342,45 +365,68 @@ class JsonStore:
         self, after: str | None, *, tenant: str | None = None, limit: int = MAX_CHANGES_PAGE
     ) -> ChangesPage:
         self._check_open()
-        journal = self._state.journal
         if after == "end":
-            return ChangesPage((), str(len(journal)))
+            return ChangesPage((), str(self._state.last_sequence))
+        floors = self._state.floors
+        floor = max(floors.values(), default=0) if tenant is None else floors.get(tenant, 0)
+        found: list[Record] = []
+        position = self._position(after)
+        if after is not None and position < floor:
+            raise Gone("the records that come after the cursor were dropped")
+        for record in self._records_after(position):
+            if len(found) == limit:
+                break
+            position = record.sequence
+            if tenant is None or record.tenant == tenant:
+                found.append(
+                    structs.replace(
+                        record,
+                        before=copied(record.before),
+                        after=copied(record.after),
+                        claims=copied(record.claims),
+                    )
+                )
+        else:
+            position = self._state.last_sequence
+        return ChangesPage(tuple(found), str(position))
+
+    def _position(self, after: str | None) -> int:
+        """The sequence after which a cursor stands."""
         if after is not None and not _CURSOR.fullmatch(after):
             raise InvalidInput([Problem("after", "is not a cursor of this journal")])
         position = int(after or 0)
-        if position > len(journal):
+        if position > self._state.last_sequence:
             raise past_the_end()
-        found: list[Record] = []
-        while position < len(journal) and len(found) < limit:
-            record = journal[position]
-            position += 1
-            if tenant is None or record.tenant == tenant:
-                found.append(structs.replace(record, before=copied(record.before), after=copied(record.after)))
-        return ChangesPage(tuple(found), str(position))
+        return position
+
+    def _records_after(self, position: int) -> Iterator[Record]:
+        journal = self._state.journal
+        return islice(journal, bisect_right(journal, position, key=_sequence), None)
 
     async def rows(
         self, after: str | None = None, where: JournalFilter = WHOLE_JOURNAL, limit: int = MAX_CHANGES_PAGE
     ) -> RowsPage:
         self._check_open()
-        journal = self._state.journal
-        if after is not None and not _CURSOR.fullmatch(after):
-            raise InvalidInput([Problem("after", "is not a cursor of this journal")])
-        position = int(after or 0)
-        if position > len(journal):
-            raise past_the_end()
         found: list[JournalRow] = []
-        while position < len(journal) and len(found) < limit:
-            row = _row(journal[position])
-            position += 1
+        position = self._position(after)
+        for record in self._records_after(position):
+            if len(found) == limit:
+                break
+            position = record.sequence
+            row = _row(record)
             if where.matches(row):
                 found.append(row)
+        else:
+            position = self._state.last_sequence
         return RowsPage(found, str(position))
 
     async def rewrite(self, rows: Sequence[JournalRow]) -> int:
-        raise NotImplementedError
+        found: int = await self._do(lambda draft: draft.rewrite(rows))
+        return found
 
     async def drop(self, tenant: str | None, through_sequence: int) -> int:
-        raise NotImplementedError
+        removed: int = await self._do(lambda draft: draft.drop(tenant, through_sequence))
+        return removed
 
     def on_change(self, callback: Callable[[], None]) -> None:
         """No other process can write to the file."""

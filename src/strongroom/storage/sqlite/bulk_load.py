@@ -21,11 +21,13 @@ from ..port import Pack
 from ..sql import listed, quoted
 from .bulk_rows import JOURNAL, Part
 from .isolation import Table
-from .schema import connect
+from .schema import LockWait, connect
 
 CACHE_KIB = 64 * 1024
 """The page cache of a load: enough for the pages of some 500,000 new keys. With more, SQLite spills pages to the log
 while the load waits for the next keys."""
+TRUNCATE_WAIT_S = 0.05
+"""How long a checkpoint that empties the log waits for readers of older pages."""
 ROWS = 32
 """Rows in one statement. SQLite looks up the journal's last number, and gives up the interpreter's lock, once for each
 statement."""
@@ -140,7 +142,13 @@ def _cell(table: str, name: str, value: str) -> str:
     return f"ifnull({value}, ?2)" if name in ("created_at", "updated_at") else value
 
 
-def checkpoint(path: str, busy_timeout_s: float) -> None:
-    """Checkpoint the write-ahead log, as far as no reader needs it. Others can write meanwhile. Raises apsw.Error."""
+def checkpoint(path: str, busy_timeout_s: float, *, truncate: bool = False) -> None:
+    """Checkpoint the write-ahead log, as far as no reader needs it. Others can write meanwhile. Raises apsw.Error.
+
+    `truncate` also empties the log, so that nothing of older pages is left in it, if that needs no longer wait.
+    """
     with closing(connect(path, busy_timeout_s)) as connection:
         connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+        if truncate:
+            connection.set_busy_handler(LockWait(TRUNCATE_WAIT_S))  # writers wait meanwhile
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()

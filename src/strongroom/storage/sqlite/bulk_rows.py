@@ -60,7 +60,7 @@ class SqlitePacker:
             name: [i for i, spec in enumerate(codec.collection.fields.values()) if spec.type in _VARIABLE]
             for name, codec in self._codecs.items()
         }
-        self._texts: dict[int, tuple[Any, str]] = {}
+        self._texts: dict[int, tuple[Any, str, str]] = {}
 
     def __reduce__(self) -> tuple[type[SqlitePacker], tuple[list[Collection]]]:
         return SqlitePacker, ([replace(c, fields=dict(c.fields)) for c in self._collections],)
@@ -123,7 +123,7 @@ class SqlitePacker:
             columns = {
                 name: _hidden(column, (record.after or {}).get(name))
                 if name in secrets
-                else _json(kind, column, encoded)
+                else self._json(kind, column, encoded)
                 for name, kind, column, encoded in zip(varying, types, given, cells, strict=True)
             }
             after = _after(record.after or {}, columns, len(rows))
@@ -133,17 +133,33 @@ class SqlitePacker:
 
     def _cells(self, codec: Codec, kind: FieldType, column: Sequence[Any]) -> Sequence[Any]:
         """A column's values as SQLite has them."""
-        convert = self._text if kind in _NESTED else codec.dialect.encoders.get(kind)
+        if kind in _NESTED:
+            return [None if value is None else self._nested(value)[1] for value in column]
+        convert = codec.dialect.encoders.get(kind)
         return column if convert is None else [None if value is None else convert(value) for value in column]
 
-    def _text(self, value: Any) -> str:
-        """`json_text` of a list or map, cached by object identity. Rows share a few objects, which are not changed."""
+    def _nested(self, value: Any) -> tuple[Any, str, str]:
+        """The stored text of a list or map and its text in the journal, cached by object identity. Rows share a few
+        objects, which are not changed."""
         found = self._texts.get(id(value))
         if found is None:
             if len(self._texts) >= _MAX_REMEMBERED:
                 self._texts.clear()
-            found = self._texts[id(value)] = value, json_text(value)  # the reference keeps the id from being reused
-        return found[1]
+            # the reference to the value keeps the id from being reused
+            found = self._texts[id(value)] = value, json_text(value), _values.quick_dumps(value)
+        return found
+
+    def _json(self, kind: FieldType, column: Sequence[Any], cells: Sequence[Any]) -> list[str]:
+        """A column's values in the journal's JSON. `cells` are the same values as SQLite has them."""
+        if kind is FieldType.TEXT:
+            return ["null" if value is None else _string(value) for value in column]
+        if kind is FieldType.INT:
+            return ["null" if value is None else str(value) for value in column]
+        if kind is FieldType.TIMESTAMP:
+            return ["null" if cell is None else f'{{"$time":"{cell}"}}' for cell in cells]
+        if kind in _NESTED:
+            return ["null" if value is None else self._nested(value)[2] for value in column]
+        return ["null" if value is None else _values.quick_dumps(value) for value in column]
 
 
 def _time(moment: Any) -> str | None:
@@ -176,22 +192,9 @@ def _longest(columns: Sequence[Sequence[Any]]) -> int:
     return max(map(sum, zip(*lengths, strict=True)), default=0)
 
 
-def _json(kind: FieldType, column: Sequence[Any], cells: Sequence[Any]) -> list[str]:
-    """A column's values in the journal's JSON. `cells` are the same values as SQLite has them."""
-    if kind is FieldType.TEXT:
-        return ["null" if value is None else _string(value) for value in column]
-    if kind is FieldType.INT:
-        return ["null" if value is None else str(value) for value in column]
-    if kind is FieldType.TIMESTAMP:
-        return ["null" if cell is None else f'{{"$time":"{cell}"}}' for cell in cells]
-    if kind in _NESTED:
-        return ["null" if cell is None else cell for cell in cells]
-    return ["null" if value is None else json_text(value) for value in column]
-
-
 def _hidden(column: Sequence[Any], shown: Any) -> list[str]:
     """A column of secrets in the journal's JSON: a secret that is set is shown as the pattern shows it."""
-    text = json_text(shown)
+    text = _values.quick_dumps(shown)
     return ["null" if value is None else text for value in column]
 
 
@@ -206,6 +209,6 @@ def _after(pattern: Mapping[str, Any], columns: Mapping[str, Sequence[str]], cou
             pieces += repeat(text, count), columns[name]
             text = ""
         else:
-            text += json_text(value)
+            text += _values.quick_dumps(value)
     pieces.append(repeat(text + "}", count))
     return ["".join(texts).encode() for texts in zip(*pieces, strict=True)]

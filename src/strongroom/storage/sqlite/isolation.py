@@ -8,8 +8,9 @@ token in their names: SQLite tells the authorizer the name of a common table exp
 so `WITH notes AS (SELECT * FROM main.notes)` would pass if the view's own name were enough. And since EXPLAIN shows the
 token to anyone, a statement whose text has it is refused: a name in SQL cannot be written but as it is.
 
-The journal is only ever added to: SQLite asks no leave for the rows that REPLACE removes. So the writer names the
-store's own tables in the few texts that it is given, and in no other.
+The writer only adds to the journal: SQLite asks no leave for the rows that REPLACE removes. So the writer names the
+store's own tables in the few texts that it is given, and in no other. Records are redacted and removed on a connection
+that can do nothing else, and is opened for each of these calls (`journal_upkeep`).
 
 The file itself holds plain tables, for people with `sqlite3`.
 """
@@ -30,6 +31,8 @@ from .schema import connect
 MAX_CHECKED = 10_000
 """Statements that were checked and are not checked again."""
 _OWN_TABLES = re.compile(r"(?<![\w$])(?:_journal|_floors|_meta|_fields|sqlite_sequence)(?![\w$])", re.IGNORECASE)
+REDACTABLE = frozenset({"actor", "entity_id", "before", "after", "salt", "claims"})
+"""The columns of a journal record that redaction changes."""
 _JOURNAL_VIEWS = {"_journal": JOURNAL_COLUMNS, "_floors": ("sequence",)}
 _PAGE = "WITH page AS MATERIALIZED ({}) SELECT * FROM page"
 
@@ -64,7 +67,8 @@ class Guarded:
     """A connection whose statements see the documents of one tenant, and global ones.
 
     `writes` allows what the writer does; `own_texts` are the statements by which it may use the store's own tables.
-    `whole_journal` shows the journal of all tenants, and nothing else does.
+    `whole_journal` shows the journal of all tenants, and nothing else does. `upkeep` may redact and remove records by
+    the `own_texts`, and nothing else.
     """
 
     __slots__ = ("_check", "_present", "connection", "cursor", "execute")
@@ -78,6 +82,7 @@ class Guarded:
         writes: bool = False,
         own_texts: Iterable[str] = (),
         whole_journal: bool = False,
+        upkeep: bool = False,
     ) -> None:
         self._present: list[str | None] = [None]
         self.connection = connection = connect(path, busy_timeout_s)
@@ -98,6 +103,10 @@ class Guarded:
                     _make_triggers(connection, table.name, table.columns, rights)
             if writes:
                 rights.allow_append()
+            elif upkeep:
+                rights.allow_upkeep()
+                # overwrite removed content with zeros: what was redacted must not be left in free parts of pages
+                connection.execute("PRAGMA secure_delete = ON").fetchall()
             elif whole_journal:
                 rights.allow_whole_journal()
             else:
@@ -106,7 +115,7 @@ class Guarded:
                     _make_view(connection, name, columns, rights.guard(name))
                 connection.execute("PRAGMA query_only = ON").fetchall()
             connection.authorizer = rights.authorize
-            self._check = connection.exec_trace = rights.checker(frozenset(own_texts) if writes else None)
+            self._check = connection.exec_trace = rights.checker(frozenset(own_texts) if writes or upkeep else None)
         except BaseException:
             connection.close()
             raise
@@ -157,6 +166,7 @@ class _Rights:
 
     def __init__(self, token: str) -> None:
         self._token = token
+        self._changeable: frozenset[str] = frozenset()
         # (what, schema, table) → the view or triggers through which alone it may be done, or None: in any way
         self._allowed: dict[tuple[int, str | None, str | None], frozenset[str | None] | None] = {
             (apsw.SQLITE_READ, "main", "json_each"): None,
@@ -192,6 +202,15 @@ class _Rights:
         self._allowed[apsw.SQLITE_READ, "main", "_meta"] = None
         self._allowed[apsw.SQLITE_UPDATE, "main", "_meta"] = None
 
+    def allow_upkeep(self) -> None:
+        """Redaction and retention: they change some columns of the journal, remove rows, and note the floor."""
+        self.allow_whole_journal()
+        self._changeable = REDACTABLE
+        self._allowed[apsw.SQLITE_UPDATE, "main", "_journal"] = None
+        self._allowed[apsw.SQLITE_DELETE, "main", "_journal"] = None
+        self._allowed[apsw.SQLITE_UPDATE, "main", "_floors"] = None
+        self._allowed[apsw.SQLITE_INSERT, "main", "_floors"] = None
+
     def allow_whole_journal(self) -> None:
         for name in _JOURNAL_VIEWS:
             self._allowed[apsw.SQLITE_READ, "main", name] = None
@@ -219,9 +238,12 @@ class _Rights:
     def authorize(
         self, what: int, first: str | None, second: str | None, schema: str | None, through: str | None
     ) -> int:
-        """SQLite's question about one access of a statement that it compiles; for a table `first` is its name."""
+        """SQLite's question about one access of a statement that it compiles; for a table `first` is its name,
+        and `second` the column that it updates."""
         if what in _HARMLESS:
             return apsw.SQLITE_OK
+        if what == apsw.SQLITE_UPDATE and first == "_journal" and second not in self._changeable:
+            return apsw.SQLITE_DENY
         ways = self._allowed.get((what, schema, first), _NO_WAY)
         return apsw.SQLITE_OK if ways is None or through in ways else apsw.SQLITE_DENY
 

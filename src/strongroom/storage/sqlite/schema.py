@@ -134,6 +134,8 @@ def connect(path: str, busy_timeout_s: float) -> apsw.Connection:
             ("fullfsync", "ON"),  # macOS: its plain fsync does not reach the disk
             ("trusted_schema", "OFF"),
             ("cell_size_check", "ON"),
+            # overwrite moved and removed content where a page is written anyway; redaction needs it (`journal_upkeep`)
+            ("secure_delete", "FAST"),
             ("journal_size_limit", str(MAX_WAL_BYTES)),
         ):
             connection.execute(f"PRAGMA {pragma} = {value}").fetchall()

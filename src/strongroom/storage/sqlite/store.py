@@ -43,6 +43,7 @@ from .bulk_rows import SqlitePacker
 from .dialect import commit_error, translated
 from .isolation import Table
 from .journal import JournalPage, journal_rows
+from .journal_upkeep import DROPPED_AT_ONCE, drop_some, rewrite
 from .schema import (
     fit,
     integrity_problems,
@@ -357,13 +358,13 @@ class SqliteStore:
         return locked_s
 
     async def _checkpointed(self) -> None:
-        """Wait for the checkpoint of the last load. The loaded documents are durable without it."""
+        """Wait for the checkpoint of the last load or removal, which is durable without it."""
         checkpointing, self._checkpointing = self._checkpointing, None
         if checkpointing is not None:
             try:
                 await checkpointing
             except apsw.Error as error:
-                _log.warning("%s: the checkpoint after an import failed: %s", self.path, error)
+                _log.warning("%s: a checkpoint failed: %s", self.path, error)
 
     async def rows(
         self, after: str | None = None, where: JournalFilter = WHOLE_JOURNAL, limit: int = MAX_CHANGES_PAGE
@@ -373,13 +374,37 @@ class SqliteStore:
         page = await self._journal_page(readers, where, after, limit)
         return RowsPage(await in_slices(canonical, page.rows), page.cursor)
 
-    # --- For operators ---
-
     async def rewrite(self, rows: Sequence[JournalRow]) -> int:
-        raise NotImplementedError
+        self._opened()
+        async with self._commits.writing:
+            found = await self._awaited(self._threads.write(rewrite, self.path, self._busy_timeout_s, rows))
+        await self._emptied_log()
+        return found
 
     async def drop(self, tenant: str | None, through_sequence: int) -> int:
-        raise NotImplementedError
+        self._opened()
+        total = 0
+        while True:
+            async with self._commits.writing:
+                self._opened()
+                removed = await self._awaited(
+                    self._threads.write(drop_some, self.path, self._busy_timeout_s, tenant, through_sequence)
+                )
+            total += removed
+            if removed < DROPPED_AT_ONCE:
+                break
+        await self._emptied_log()
+        return total
+
+    async def _emptied_log(self) -> None:
+        """Empty the write-ahead log after content was removed, unless a reader needs it: then it is emptied later."""
+        await self._checkpointed()
+        self._checkpointing = asyncio.ensure_future(
+            self._threads.read(functools.partial(checkpoint, self.path, self._busy_timeout_s, truncate=True))
+        )
+        await self._checkpointed()
+
+    # --- For operators ---
 
     def on_change(self, callback: Callable[[], None]) -> None:
         """SQLite does not notify a process of the commits of another process."""

@@ -23,6 +23,7 @@ from .batches import TestAtomicBatches, TestGroupCommit, TestLimits
 from .counters import TestCounters
 from .isolation import TestIsolation
 from .journal import TestJournal
+from .journal_rows import TestJournalRows, TestJournalUpkeep
 from .model import TestModel
 from .preconditions import TestPreconditions, TestVersions
 from .processes import TestProcesses
@@ -42,6 +43,8 @@ SUITE: tuple[type, ...] = (
     TestCounters,
     TestIsolation,
     TestJournal,
+    TestJournalRows,
+    TestJournalUpkeep,
     TestSchema,
     TestReopening,
     TestProcesses,
