@@ -30,7 +30,8 @@ from strongroom.errors import (
 from strongroom.keys.model import ApiKey
 from strongroom.storage import store_for
 from strongroom.storage.firestore.client import CommitRequest
-from strongroom.storage.firestore.journal import record_name, shard_of
+from strongroom.storage.firestore.journal import shard_of
+from strongroom.storage.firestore.journal_documents import record_name
 from strongroom.storage.firestore.paths import JOURNAL, MAX_SEGMENT_BYTES, decoded, encoded
 from strongroom.storage.firestore.places import SHARDS
 from strongroom.storage.firestore.store import FirestoreStore

@@ -14,7 +14,8 @@ from ...errors import StrongroomError, TooLarge, Unavailable
 from ..port import Batch, Committed
 from .client import PRECONDITION, UNCERTAIN, Code, Rejected, Wire, pause, translated
 from .draft import Draft, needs_content, places_of
-from .journal import Journal, record_documents, shard_of
+from .journal import Journal, shard_of
+from .journal_documents import record_documents
 from .paths import Paths
 from .places import ANY, HINT, Line, Outcome, Pending, Plan, Raw, Written
 from .values import COMMIT_FIELD, MAX_STORED_BYTES, WritePb, micros, stored_size, timestamp
@@ -341,8 +342,6 @@ class Group:
                 for name, value in zip(place.increments, results[number], strict=True):
                     sums[place.path, name] = value.integer_value
             self._remember(place, write, moment, sums)
-        for line in prepared.lines:
-            writer.journal.saw_head(line.shard, line.number)
         writer.tenants.update(prepared.tenants)
         number = 0
         for job, outcome in zip(self._jobs, outcomes, strict=True):

@@ -354,10 +354,18 @@ class Draft:
         record = operation.record
         shard = self.shard_of(record.tenant)
         head = self._inner(self.paths.internal(HEADS, f"{shard:02}"), None)
-        last = (head.content or {}).get("last", 0) + 1
-        self._put_inner(head, {"last": last})
+        content = head.content or {}
+        last = content.get("last", 0) + 1
+        searchable = content.get("searchable", last)  # a head that an older version wrote does not have it
+        self._put_inner(head, {**content, "last": last, "searchable": searchable})
         of = operation.of
-        record = structs.replace(record, before=copied(record.before), after=copied(record.after), sequence=0)
+        record = structs.replace(
+            record,
+            before=copied(record.before),
+            after=copied(record.after),
+            claims=copied(record.claims),
+            sequence=0,
+        )
         if of is not None:
             record = structs.replace(record, version=0 if outcome.made[of] is None else None)
         outcome.lines.append(Line(record, shard, last, None if record.version == 0 else of, self._number))

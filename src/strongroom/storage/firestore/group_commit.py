@@ -30,7 +30,7 @@ from ..port import (
 from .client import Wire
 from .commit import Group, Job, Mode, Seen, fail
 from .journal import Journal, shard_of
-from .paths import HEADS, Paths
+from .paths import HEADS, Paths, last_of
 from .places import Plan, Raw
 from .values import micros
 
@@ -188,6 +188,8 @@ class Writer:
             return self.seen.keep(path, document)
         raw = Raw(0) if document is None else Raw(micros(document.update_time), document)
         self.heads[path] = raw
+        if document is not None:
+            self.journal.saw_head(int(last_of(path)), document)
         return raw
 
 

@@ -72,7 +72,7 @@ class Listener:
         kind = answer.WhichOneof("response_type")
         if kind == "document_change":
             document = answer.document_change.document
-            self._journal.saw_head(int(last_of(document.name)), document.fields["last"].integer_value)
+            self._journal.saw_head(int(last_of(document.name)), document)
         elif kind == "target_change":
             change = answer.target_change
             if change.target_change_type in (_REMOVE, _RESET):

@@ -23,6 +23,7 @@ SCHEMA = "_strongroom_schema"
 JOURNAL = "_strongroom_journal"
 JOURNAL_PARTS = "_strongroom_journal_parts"
 HEADS = "_strongroom_heads"
+FLOORS = "_strongroom_floors"
 
 # A name in a path must not contain "/", be "." or "..", or look like "__x__". The escapes below keep the order of the
 # UTF-8 bytes, so that documents ordered by name are ordered by id, without an index of their own:

@@ -17,6 +17,7 @@ from .client import PRECONDITION, Rejected, RunQueryRequest, Wire, pause, transl
 from .paths import JOURNAL, JOURNAL_PARTS, SCHEMA, TENANTS, UNIQUE, Paths, decoded, last_of
 from .places import SHARDS, Plan, values_of
 from .query import collection_documents, composite_index
+from .search_fields import PERIODS, REQUEST
 from .values import COMMIT_FIELD, Codec, WritePb, default_of, micros, put_field, timestamp
 
 FORMAT = 1
@@ -357,8 +358,9 @@ def firestore_indexes(collections: Sequence[Collection], keys_collection: str = 
             elif spec.name == collection.ttl:
                 overrides.append(_override(group, spec.name, _SINGLE, ttl=True))
         overrides.append(_override(group, COMMIT_FIELD, []))
+    overrides += [_override(JOURNAL, name, _ASCENDING) for name in (REQUEST, *PERIODS)]
     for group, fields in (
-        (JOURNAL, (*_NEVER_ASKED, "packed", COMMIT_FIELD)),
+        (JOURNAL, (*_NEVER_ASKED, COMMIT_FIELD)),
         (JOURNAL_PARTS, ("packed", COMMIT_FIELD)),
         (SCHEMA, ("content",)),
     ):
@@ -366,8 +368,12 @@ def firestore_indexes(collections: Sequence[Collection], keys_collection: str = 
     return {"indexes": composite, "fieldOverrides": overrides}
 
 
-_NEVER_ASKED = ("before", "after", "id", "at_us", "request_id", "sequence", "place", "version", "version_back", "parts")
+_NEVER_ASKED = (
+    "before", "after", "packed", "parts", "claims", "rules", "salt",
+    "id", "at_us", "request_id", "sequence", "place", "version", "version_back",
+)  # fmt: skip
 """Exemptions of the journal's fields: an index over a growing field limits a collection to 500 writes a second."""
+_ASCENDING = [{"order": "ASCENDING", "queryScope": "COLLECTION"}]
 _SINGLE = [{"order": "ASCENDING", "queryScope": "COLLECTION"}, {"order": "DESCENDING", "queryScope": "COLLECTION"}]
 
 

@@ -33,6 +33,7 @@ from ..port import (
 from .client import RunQueryRequest, Wire, pause
 from .group_commit import Writer
 from .journal import Journal, shard_of
+from .journal_upkeep import Upkeep
 from .listener import Listener
 from .paths import SCHEMA, TENANTS, Paths
 from .places import Plan
@@ -63,6 +64,7 @@ class FirestoreStore:
         self.wire = Wire(self.paths, emulator)
         self._schema = Schema(self.wire, self.paths)
         self._journal = Journal(self.wire, self.paths)
+        self._upkeep = Upkeep(self.wire, self.paths, self._journal)
         self._writer = Writer(self.wire, self.paths, self._journal)
         self._listener = Listener(self.wire, self.paths, self._journal)
         self._plans: Mapping[str, Plan] = {}
@@ -287,13 +289,16 @@ class FirestoreStore:
     async def rows(
         self, after: str | None = None, where: JournalFilter = WHOLE_JOURNAL, limit: int = MAX_CHANGES_PAGE
     ) -> RowsPage:
-        raise NotImplementedError
+        self._check_open()
+        return await self._journal.rows(after, where, limit)
 
     async def rewrite(self, rows: Sequence[JournalRow]) -> int:
-        raise NotImplementedError
+        self._check_open()
+        return await self._upkeep.rewrite(rows)
 
     async def drop(self, tenant: str | None, through_sequence: int) -> int:
-        raise NotImplementedError
+        self._check_open()
+        return await self._upkeep.drop(tenant, through_sequence)
 
     def on_change(self, callback: Callable[[], None]) -> None:
         self._check_open()
