@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Awaitable
+from typing import Annotated, Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strongroom import Context, Entity, Strongroom
+from strongroom import Context, Counter, Entity, Secret, Strongroom
 from strongroom.context import system_context
 from strongroom.errors import Denied
 from strongroom.journal import denials
 from strongroom.journal.denials import MAX_KINDS_OF_ACTOR, just_before
+from strongroom.journal.records import MAX_ATTEMPTED_BYTES
 from strongroom.storage.port import Record
+from strongroom.storage.tagged_json import quick_dumps
 from tests.helpers.faulty_store import FaultyStore
 from tests.helpers.server_app import serving
 from tests.helpers.waiting import wait_until
@@ -23,6 +26,9 @@ PATH = "/v1/tenants/{}/policies"
 
 class Note(Entity, collection="notes"):
     text: str = ""
+    more: str = ""
+    token: Annotated[str | None, Secret()] = None
+    used: Annotated[int, Counter()] = 0
 
 
 @pytest.fixture
@@ -119,6 +125,40 @@ async def test_a_denied_read_of_many_tenants_creates_none() -> None:
         records = (await served.room.store.changes(None)).records
         assert {record.tenant for record in records if record.action == "deny"} == {None}
         assert sum(record.action == "deny" for record in records) <= MAX_KINDS_OF_ACTOR + 1
+
+
+async def test_the_record_of_a_denied_write_has_what_it_would_have_written(
+    room: Strongroom, store: FaultyStore
+) -> None:
+    made = await room.tenant("beta").create(Note(text="their text", token="their token"))
+    by = stranger("beta")
+
+    async def attempted(count: int, writing: Awaitable[Any]) -> Any:
+        with pytest.raises(Denied):
+            await writing
+        records = await denied(store)
+        assert len(records) == count
+        assert "token" not in repr(after(records[-1])).replace("'token'", "")
+        return after(records[-1]).get("attempted")
+
+    created = await attempted(1, room.database.create(by, Note(text="x", token="a token")))
+    assert created == {"text": "x", "more": "", "token": "***", "used": 0}
+    changes = {"more": "y", "token": "my token"}
+    assert await attempted(2, room.database.update(by, Note, made.id, changes)) == {"more": "y", "token": "***"}
+    assert await attempted(3, room.database.delete(by, Note, made.id)) is None
+    await refused(room, by)
+    assert "attempted" not in after((await denied(store))[-1])
+
+
+async def test_the_record_of_a_denied_write_is_bounded(room: Strongroom, store: FaultyStore) -> None:
+    await room.tenant("beta").create(Note())
+    with pytest.raises(Denied):
+        await room.database.create(stranger("beta"), Note(text="x" * 100_000, more="é" * 3_000))
+    (record,) = await denied(store)
+    attempted = after(record)["attempted"]
+    assert attempted["text"] == "(100002 bytes were left out)"
+    assert attempted["more"] == "é" * 3_000
+    assert len(quick_dumps(attempted).encode()) < MAX_ATTEMPTED_BYTES
 
 
 async def test_a_denial_that_cannot_be_journalled_is_not_counted_as_written(

@@ -6,7 +6,7 @@ from ..clock import Clock
 from ..context import Context
 from ..entities import Collection, Document
 from ..errors import Denied
-from ..journal import Denials
+from ..journal import Denials, attempted_fields
 from ..rules import Decision, Policy, Request, default_policy
 from ..rules import Operation as RuleOperation
 
@@ -48,13 +48,22 @@ class Authorization:
         """Ask the rules. A denial is journalled first, then raised; of equal denials the first one and a count."""
         decision = self.policy(Request(context, operation, collection, id, before, after))
         if not decision.allowed:
-            await self.refuse(context, operation, collection, id, decision)
+            await self.refuse(context, operation, collection, id, decision, before, after)
 
     async def refuse(
-        self, context: Context, operation: RuleOperation, collection: Collection, id: str | None, decision: Decision
+        self,
+        context: Context,
+        operation: RuleOperation,
+        collection: Collection,
+        id: str | None,
+        decision: Decision,
+        before: Document | None = None,
+        after: Document | None = None,
     ) -> None:
-        """Journal a denial, then raise it."""
-        await self._denials.note(context.by(self._clock), operation, collection.name, id or "", decision.reason)
+        """Journal a denial, with what the call would have changed, then raise it."""
+        attempted = attempted_fields(collection, before, after)
+        by = context.by(self._clock)
+        await self._denials.note(by, operation, collection.name, id or "", decision.reason, attempted)
         raise Denied(f"{operation} {collection.name}: {decision.reason}", reason=decision.reason)
 
 

@@ -162,7 +162,7 @@ class Database:
                 asked = RULE_OF[change.action], change.collection, change.operation.id
                 decision = self.decide(context, *asked, change.before, after)
                 if not decision.allowed:
-                    await self.rules.refuse(context, *asked, decision)
+                    await self.rules.refuse(context, *asked, decision, change.before, change.after)
             if transaction.is_empty and idempotency is None:
                 return result
             record = None

@@ -2,7 +2,7 @@
 
 from .denials import Denials, has_been_tenant, just_before
 from .feed import FIRST_PAGE, POLL_S, ChangeFeed, next_limit
-from .records import MASK, change_record, masked
+from .records import MASK, attempted_fields, change_record, masked
 from .trees import TREE_ENTITIES
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "TREE_ENTITIES",
     "ChangeFeed",
     "Denials",
+    "attempted_fields",
     "change_record",
     "has_been_tenant",
     "just_before",

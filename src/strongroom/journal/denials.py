@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from ..context import MAX_TENANT_BYTES, Context, next_id
+from ..entities import Document
 from ..errors import StrongroomError
 from ..storage.port import Append, Batch, Committed, Store
 from .records import denial_record
@@ -35,6 +36,7 @@ class _Denied:
     collection: str
     entity_id: str
     reason: str
+    attempted: Document | None
 
 
 @dataclass(slots=True)
@@ -55,10 +57,18 @@ class Denials:
         self._tenants: set[str] = set()
         self._writing: set[asyncio.Task[None]] = set()
 
-    async def note(self, context: Context, operation: str, collection: str, entity_id: str, reason: str) -> None:
-        """Journal a denial: durably now if it is the first of its kind, else with later ones. Raises what the store
-        raises."""
-        denied = _Denied(context, operation, collection, entity_id, reason)
+    async def note(
+        self,
+        context: Context,
+        operation: str,
+        collection: str,
+        entity_id: str,
+        reason: str,
+        attempted: Document | None = None,
+    ) -> None:
+        """Journal a denial: durably now if it is the first of its kind, else with later ones. `attempted`: what the
+        call would have written (`attempted_fields`). Raises what the store raises."""
+        denied = _Denied(context, operation, collection, entity_id, reason, attempted)
         kind = self._kind((context.actor, operation, collection, context.tenant))
         period = self._periods.get(kind)
         if period is not None:
@@ -123,6 +133,7 @@ class Denials:
             denied.reason,
             count=count,
             asked=tenant if context.tenant is None else None,
+            attempted=denied.attempted,
         )
         await self._commit(Batch(context.tenant, (Append(record),), context.now_us))
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 
 from ..context import Context, new_salt, next_id
 from ..entities import Collection, Document
+from ..storage import tagged_json
 from ..storage.port import Record
 
 MASK = "***"
+MAX_ATTEMPTED_BYTES = 8_192
+"""The most that the record of a denial says of the document that a call would have written, in bytes of JSON."""
 
 
 def change_record(
@@ -57,14 +60,17 @@ def denial_record(
     *,
     count: int = 1,
     asked: str | None = None,
+    attempted: Document | None = None,
 ) -> Record:
-    """The record of a call that the rules refused, or of `count` equal calls. `asked`: the tenant that the call named,
-    if the record does not belong to that tenant."""
+    """The record of a call that the rules refused, or of `count` equal calls, of which it is the last. `asked`: the
+    tenant that the call named, if the record does not belong to that tenant. `attempted`: `attempted_fields`."""
     after: Document = {"operation": operation, "reason": reason}
     if count > 1:
         after["count"] = count
     if asked is not None:
         after["tenant"] = asked
+    if attempted is not None:
+        after["attempted"] = attempted
     return Record(
         id=next_id(),
         tenant=context.tenant,
@@ -77,6 +83,26 @@ def denial_record(
         after=after,
         salt=new_salt(),
     )
+
+
+def attempted_fields(collection: Collection, before: Document | None, after: Document | None) -> Document | None:
+    """The fields that a refused call would have written, secrets masked, with at most MAX_ATTEMPTED_BYTES of JSON. A
+    value that does not fit is replaced by a text with its length."""
+    if after is None:
+        return None
+    changed = {name: after[name] for name in after if before is None or before.get(name) != after[name]}
+    room = MAX_ATTEMPTED_BYTES
+    found: Document = {}
+    for name, value in (masked(collection, changed) or {}).items():
+        size = len(name) + len(tagged_json.quick_dumps(value).encode())
+        if size > room:
+            value = f"({size - len(name)} bytes were left out)"
+            size = len(name) + len(value)
+            if size > room:
+                break
+        found[name] = value
+        room -= size
+    return found
 
 
 def masked(collection: Collection, document: Document | None) -> Document | None:
