@@ -20,6 +20,7 @@ UNDESCRIBED = ("/openapi.json", "/docs")
 """What is served beside the API."""
 TOLD = ("etag", "location", "retry-after", "www-authenticate", "x-request-id")
 """Headers that an answer has only if the document says so."""
+NDJSON = "application/x-ndjson"
 _BASE = "urn:strongroom:openapi"
 
 
@@ -70,7 +71,7 @@ class Contract:
         media_type = headers.get("content-type", "").partition(";")[0]
         assert media_type in content, f"{where}: found {media_type!r}, the document has {list(content)}"
         if body and method != "HEAD":
-            value = json.loads(body) if media_type.endswith("json") else body.decode()
+            value = json.loads(body) if media_type.endswith("json") and media_type != NDJSON else body.decode()
             self._conforms(f"{pointer}/content/{_step(media_type)}/schema", value, where)
 
     def check_request(self, method: str, path: str, query: str, body: bytes) -> None:

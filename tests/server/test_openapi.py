@@ -17,6 +17,8 @@ FREE_JSON = {
     # What callers keep beside their keys, and it is not ours to know.
     "NewKey.metadata", "KeyChanges.metadata", "BulkIn.changes.metadata", "KeyOut.metadata", "IssuedKeyOut.metadata",
     "VerifyOut.metadata", "ReservationOut.metadata", "StatsOut.model",
+    "TenantOut.metadata", "TenantOut.settings", "NewTenant.metadata", "NewTenant.settings",
+    "TenantFields.metadata", "TenantFields.settings", "TenantChanges.metadata", "TenantChanges.settings",
     # Documents as the journal has them, and what a store tells of itself.
     "ChangeEvent.before", "ChangeEvent.after", "AuditRecordOut.before", "AuditRecordOut.after", "DependencyOut.details",
 }  # fmt: skip

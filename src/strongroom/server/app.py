@@ -47,6 +47,7 @@ from .routes import (
     quotas,
     reservations,
     stats,
+    tenants,
     usage,
     webhooks,
 )
@@ -253,7 +254,7 @@ def build(
     )
     _handle_errors(api)
     api.state.services, api.state.room = services, room
-    for module in (health, stats, usage, reservations, leaks, quotas, keys, keys_bulk, audit, webhooks):
+    for module in (health, stats, usage, reservations, leaks, quotas, keys, keys_bulk, audit, webhooks, tenants):
         api.include_router(module.routes)
     api.include_router(entities.router(services))
     openapi.serve(api)

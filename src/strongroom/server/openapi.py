@@ -138,12 +138,14 @@ def tells(*names: str, status: int = 200) -> dict[str, Any]:
     return {"responses": {str(status): {"headers": answer_headers(*names)}}}
 
 
-def may_be_unchanged() -> dict[str, Any]:
-    """A route whose answer is one document, or 304 for a caller that has it (`openapi_extra`)."""
+def may_be_unchanged(*, always: bool = True) -> dict[str, Any]:
+    """A route whose answer is one document, or 304 for a caller that has it (`openapi_extra`). `always`: every answer
+    has an ETag."""
     unchanged = {"description": "Unchanged.", "headers": answer_headers("ETag")}
+    headers = answer_headers("ETag") if always else {"ETag": {**_ANSWER_HEADERS["ETag"], "required": False}}
     return {
         "parameters": [_UNCHANGED],
-        "responses": {"200": {"headers": answer_headers("ETag")}, "304": unchanged},
+        "responses": {"200": {"headers": headers}, "304": unchanged},
     }
 
 

@@ -17,7 +17,7 @@ from .model import (
     User,
     refuse_reserved,
 )
-from .parts import Owned, Removed, TenantPart, remove_owned, tenants_of
+from .parts import Imported, Owned, Removed, TenantPart, remove_owned, tenants_of
 from .service import NewTenant, Reason, TenantChanges, TenantFields, Tenants
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "CloudAccount",
     "Configuration",
     "DeletionStatement",
+    "Imported",
     "NewTenant",
     "Owned",
     "Reason",

@@ -45,7 +45,7 @@ class TenantDeletion(Entity, collection="tenant_deletions", scope="global", jour
     statement_id: str
     actor: str
     request_id: str
-    reason: str
+    reason: str | None = None
     started_at: datetime
     counts: dict[str, int] = {}
 
@@ -62,7 +62,7 @@ class DeletionStatement(
     tenant: str
     actor: str
     request_id: str
-    reason: str
+    reason: str | None = None
     started_at: datetime
     finished_at: datetime
     counts: dict[str, int] = {}
@@ -113,7 +113,7 @@ class Deletions:
     async def begin(
         self,
         tenant: str,
-        reason: str,
+        reason: str | None,
         is_known: Callable[[str], Awaitable[bool]],
         *,
         context: Context | None,

@@ -99,7 +99,7 @@ def _at_most(max_bytes: int) -> AfterValidator:
 
 def _not_management(value: str) -> str:
     if value.startswith(MANAGEMENT):
-        raise ValueError(f"found {value[:64]!r}, which only a scope gives: name the scope in scopes")
+        raise ValueError(f"found {value[:64]!r}, expected a permission of the application: scopes give Strongroom's")
     return value
 
 

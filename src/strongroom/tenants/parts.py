@@ -5,21 +5,35 @@ Packages above this one bring their own parts (keys and quotas, webhooks); `app.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from pydantic import ValidationError
+
 from ..access import ALL_TENANTS
-from ..context import system_context
+from ..context import Context, system_context
 from ..database import Database, Transaction
-from ..entities import MAX_PAGE_BYTES, Entity, Query, Where
+from ..entities import MAX_PAGE_BYTES, Entity, Query, Where, check_id, problems_of
+from ..errors import InvalidInput, Problem
 from ..journal import has_been_tenant
 from ..storage.port import Store
-from ..storage.tagged_json import quick_dumps
+from ..storage.tagged_json import loads, quick_dumps
 
 ROWS = 128
 """Documents that are read at once to find the tenants of a global collection."""
 Removed = Sequence[tuple[str, str]]
 """The documents that a step removed: their collections and ids."""
+
+
+@dataclass(slots=True)
+class Imported:
+    """What an import wrote, by collection, and what it left out, by the reason."""
+
+    tenant: str
+    written: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
 
 
 class TenantPart(Protocol):
@@ -37,6 +51,14 @@ class TenantPart(Protocol):
     def export(self, tenant: str, *, whole: bool) -> AsyncIterator[tuple[str, bytes]]:
         """The tenant's data: of each document its collection, and a JSON object without any secret in clear. `whole`:
         with the hashes of secrets, which an import needs."""
+        ...
+
+    def check(self, tenant: str, collection: str, record: bytes) -> None:
+        """Raise InvalidInput with every problem of an exported record."""
+        ...
+
+    async def take(self, tenant: str, records: Sequence[tuple[str, bytes]], context: Context, told: Imported) -> None:
+        """Write exported records that `check` accepted, and count what was written and what was left out."""
         ...
 
     async def remove(self, tx: Transaction, tenant: str, limit: int) -> Removed:
@@ -65,6 +87,13 @@ class Owned:
         async for document in documents(self._database, self._cls, None, Where("tenant", "==", tenant)):
             yield self.name, document
 
+    def check(self, tenant: str, collection: str, record: bytes) -> None:
+        if collection != self.name:
+            raise InvalidInput([Problem("collection", f"found {collection[:64]!r}, expected {self.name}")])
+
+    async def take(self, tenant: str, records: Sequence[tuple[str, bytes]], context: Context, told: Imported) -> None:
+        told.left_out[f"{self.name}: make them anew"] += len(records)
+
     async def remove(self, tx: Transaction, tenant: str, limit: int) -> Removed:
         return await remove_owned(tx, self._cls, tenant, limit)
 
@@ -80,18 +109,48 @@ class Documents:
     def __init__(self, database: Database, store: Store) -> None:
         self._database = database
         self._store = store
-        self._classes = [cls for cls in database.registry.by_name.values() if cls.__collection__.tenant_scoped]
+        self._by_name = {n: cls for n, cls in database.registry.by_name.items() if cls.__collection__.tenant_scoped}
 
     async def tenants(self, after: str | None, limit: int) -> list[str]:
         return await self._store.tenants(after, limit)
 
     async def export(self, tenant: str, *, whole: bool) -> AsyncIterator[tuple[str, bytes]]:
-        for cls in self._classes:
+        for cls in self._by_name.values():
             async for document in documents(self._database, cls, tenant, None):
                 yield cls.__collection__.name, document
 
+    def check(self, tenant: str, collection: str, record: bytes) -> None:
+        self._entity(collection, record)
+
+    async def take(self, tenant: str, records: Sequence[tuple[str, bytes]], context: Context, told: Imported) -> None:
+        entities = [self._entity(collection, record) for collection, record in records]
+        by = Context(tenant, context.actor, system_context().claims, context.request_id)
+
+        async def body(tx: Transaction) -> None:
+            for entity in entities:
+                await tx.create(entity)
+
+        await self._database.transaction(by, body)
+        told.written.update(collection for collection, _ in records)
+
+    def _entity(self, collection: str, record: bytes) -> Entity:
+        """An exported document. Raises InvalidInput with every problem."""
+        cls = self._by_name.get(collection)
+        if cls is None:
+            raise InvalidInput([Problem("collection", f"there is no collection {collection[:64]!r} of tenants")])
+        try:
+            document = loads(record)
+            entity = cls.model_validate({**document, "version": 0})
+        except ValidationError as error:
+            raise InvalidInput(problems_of(error, "record.", secrets=cls.__collection__.secrets)) from None
+        except (ValueError, TypeError, ArithmeticError) as error:
+            raise InvalidInput([Problem("record", f"is not a document: {str(error)[:100]}")]) from None
+        check_id(entity.id, "record.id")
+        cls.__codec__.encode(entity)
+        return entity
+
     async def remove(self, tx: Transaction, tenant: str, limit: int) -> Removed:
-        for cls in self._classes:
+        for cls in self._by_name.values():
             expired = await self._database.reads.expired(tx.context, cls, limit)  # `find` does not show them
             for one in expired:
                 await tx.remove_expired(cls, one)
@@ -109,7 +168,7 @@ class Documents:
         """Whether the tenant has a document now."""
         if not await has_been_tenant(self._store, tenant):
             return False
-        for cls in self._classes:
+        for cls in self._by_name.values():
             if await self._store.find(cls.__collection__.name, tenant, Query(limit=1, fields=("id",))):
                 return True
         return False
@@ -158,4 +217,4 @@ async def remove_owned(tx: Transaction, cls: type[Entity], tenant: str, limit: i
     return [(cls.__collection__.name, document.id) for document in found]
 
 
-__all__ = ["Documents", "Owned", "Removed", "TenantPart", "documents", "remove_owned", "tenants_of"]
+__all__ = ["Documents", "Imported", "Owned", "Removed", "TenantPart", "documents", "remove_owned", "tenants_of"]

@@ -5,16 +5,17 @@ A name that has data is a tenant, also if nobody created it: it is active, and h
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, TypedDict, Unpack
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, TypedDict, Unpack
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ..access import ALL_TENANTS, acting, reader, writer
 from ..clock import Clock
-from ..context import MAX_TENANT_BYTES, Context, name_problem, text_problem, utc_from_us
+from ..context import MAX_TENANT_BYTES, Context, name_problem, system_context, text_problem, utc_from_us
 from ..database import Database, Idempotency, Replayed, Transaction
 from ..entities import (
     DEFAULT_LIMIT,
@@ -36,7 +37,8 @@ from ..journal import just_before
 from ..storage.port import Store
 from .deletion import Deletions, DeletionStatement
 from .model import MAX_REASON_CHARS, STATUSES, Email, Metadata, Name, Region, Tenant
-from .parts import Documents, TenantPart
+from .parts import Documents, Imported, TenantPart
+from .transfer import TenantFile, export_lines
 
 MAX_ROUNDS = 20
 """Reads of one list: it may be shorter than its limit, and then has a cursor."""
@@ -83,11 +85,11 @@ class TenantChanges(TenantFields):
 
 
 class Reason(BaseModel):
-    """Why a tenant is suspended or deleted. Its callers are told."""
+    """Why a tenant is suspended or deleted."""
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
-    reason: str = Field(min_length=1, max_length=MAX_REASON_CHARS)
+    reason: Annotated[str, Field(min_length=1, max_length=MAX_REASON_CHARS)] | None = None
 
 
 class TenantGiven(TypedDict, total=False):
@@ -107,6 +109,7 @@ class Tenants:
 
     def __init__(self, database: Database, store: Store, parts: Sequence[TenantPart], clock: Clock) -> None:
         self._database = database
+        self._store = store
         self._documents = Documents(database, store)
         self._parts = (self._documents, *parts)
         self._clock = clock
@@ -264,7 +267,7 @@ class Tenants:
     async def suspend(
         self,
         tenant: str,
-        reason: str,
+        reason: str | None = None,
         *,
         context: Context | None = None,
         expected: int | None = None,
@@ -336,7 +339,7 @@ class Tenants:
     async def delete(
         self,
         tenant: str,
-        reason: str,
+        reason: str | None = None,
         *,
         context: Context | None = None,
         expected: int | None = None,
@@ -355,10 +358,43 @@ class Tenants:
         require_administrator(context, "delete a tenant")
         once = Idempotency.by(context, idempotency_key, "delete tenant", tenant, reason, expected)
         await self.deletions.begin(tenant, reason, self.is_known, context=context, expected=expected, once=once)
+        return await self.deletion_begun_before(tenant, within_s=within_s)
+
+    async def deletion_begun_before(self, tenant: str, *, within_s: float | None = None) -> DeletionStatement | None:
+        """The statement of a deletion that an earlier call began; None if it is not complete within the time."""
         try:
             return await self.deletions.go_on(tenant, within_s=within_s)
-        except NotFound:  # another node has ended it, or this call was made before
+        except NotFound:  # it is complete
             return (await self.deletions.statements(tenant, 1)).items[0]
+
+    # --- Export and import ------------------------------------------------------------------------------------
+
+    async def export(self, tenant: str, *, context: Context | None = None) -> AsyncGenerator[bytes, None]:
+        """The lines of a tenant's export (`transfer.py`): everything that it has, and its journal, without any secret
+        in clear. A caller that is bound to the tenant gets its keys without their hashes. Raises NotFound, Denied."""
+        bound = context is not None and context.claims.get("tenant") is not None
+        if context is not None and (not context.is_admin or context.claims.get("scope", "admin") != "admin"):
+            raise Denied("only an administrator may export a tenant")
+        found = await self.get(tenant, context=context)
+        return export_lines(self._store, self._parts, found, self._clock.now_us(), whole=not bound)
+
+    async def import_file(self, lines: Callable[[], Iterable[bytes]], *, context: Context | None = None) -> Imported:
+        """Import an export into an empty tenant. `lines` is called twice: the file is checked whole before anything is
+        written. Raises InvalidInput with the problems of its lines, Conflict if the tenant has data, Denied."""
+        require_administrator(context, "import a tenant")
+        file = TenantFile(lines, self._parts)
+        tenant = await asyncio.to_thread(file.check)
+        stored = await self._database.get_or_none(system_context(), Tenant, tenant.id)
+        if (stored is not None and stored.status == "deleting") or await self.is_known(tenant.id):
+            raise Conflict(f"the tenant {tenant.id[:64]!r} has data: an import needs an empty tenant")
+        told = Imported(tenant.id)
+        await file.write(acting(context), told)
+
+        async def body(tx: Transaction) -> None:
+            await tx.replace(tenant)
+
+        await self._database.transaction(writer(context, tenant.id), body)
+        return told
 
     # --- Who may ----------------------------------------------------------------------------------------------
 

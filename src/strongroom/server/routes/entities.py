@@ -34,6 +34,7 @@ from ...entities import (
 )
 from ...errors import InvalidInput, NotFound, Problem
 from ...journal import MASK
+from ...tenants import Role
 from ..auth import Scope
 from ..filters import parameters_of, query_of
 from ..idempotent_calls import nothing, run_once
@@ -117,6 +118,7 @@ class _Collection:
         self.name = cls.__collection__.name
         self.decimals = {f.name for f in cls.__collection__.fields.values() if f.type is FieldType.DECIMAL}
         self.changes = _changes_model(cls)
+        self.to_write = Scope.ADMIN if cls is Role else Scope.WRITE  # else a writer could give itself a wider role
         self.schemas = deepcopy(_schemas_of(cls))  # OpenAPI's builder removes parts of it
 
     def add_to(self, routes: APIRouter) -> None:
@@ -203,7 +205,7 @@ class _Collection:
 
     async def create(self, request: Request, tenant: str) -> Response:
         """Without an `id` it gets a new one."""
-        caller_of(request).needs(Scope.WRITE)
+        caller_of(request).needs(self.to_write)
         context = context_of(request, _decoded(tenant))
 
         async def work(key: RequestKey | None) -> Entity:
@@ -217,7 +219,7 @@ class _Collection:
 
     async def put(self, request: Request, tenant: str, id: str) -> Response:
         """201 if it was added, 200 if it was there."""
-        caller_of(request).needs(Scope.WRITE)
+        caller_of(request).needs(self.to_write)
         id = _decoded(id)
         context = context_of(request, _decoded(tenant))
 
@@ -234,7 +236,7 @@ class _Collection:
 
     async def patch(self, request: Request, tenant: str, id: str) -> Response:
         """Missing fields keep their values."""
-        caller_of(request).needs(Scope.WRITE)
+        caller_of(request).needs(self.to_write)
         id = _decoded(id)
         context = context_of(request, _decoded(tenant))
 
@@ -249,7 +251,7 @@ class _Collection:
 
     async def delete(self, request: Request, tenant: str, id: str) -> Response:
         """Removes it; its history stays in the journal."""
-        caller_of(request).needs(Scope.WRITE)
+        caller_of(request).needs(self.to_write)
         id = _decoded(id)
         context = context_of(request, _decoded(tenant))
 
