@@ -304,6 +304,28 @@ def test_workers_share_one_store_exactly_and_a_dead_worker_is_replaced(tmp_path:
         assert [pid for pid in workers if _alive(pid)] == []
 
 
+def test_one_scrape_shows_all_workers_and_what_a_killed_worker_had_counted(tmp_path: Path) -> None:
+    def verified(text: str) -> float:
+        line = next((line for line in text.splitlines() if 'verifications_total{code="NOT_FOUND"}' in line), "_ 0")
+        return float(line.rpartition(" ")[2])
+
+    def scrape() -> str:
+        with process.client() as client:
+            return str(client.get("/metrics").text)
+
+    def pids(text: str) -> set[str]:
+        return {line for line in text.splitlines() if line.startswith("strongroom_process{")}
+
+    with running(tmp_path, STRONGROOM_WORKERS="2") as process:
+        wait_without_loop(lambda: len(pids(scrape())) == 2)
+        for _ in range(40):
+            with process.client() as client:  # a connection each, so that both workers get some
+                client.post("/v1/keys/verify", json={"key": "unknown"}).raise_for_status()
+        wait_without_loop(lambda: verified(scrape()) == 40)
+        os.kill(_children(process.process.pid)[0], signal.SIGKILL)
+        wait_without_loop(lambda: len(pids(scrape())) >= 2 and verified(scrape()) == 40)
+
+
 def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     with running(tmp_path, STRONGROOM_WORKERS="2") as server:
         workers = _children(server.process.pid)

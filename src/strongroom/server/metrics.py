@@ -11,6 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from ..storage.instrumented import Histogram, StoreMetrics
+from .shared_metrics import SharedMetrics
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MAX_SERIES = 2_000
@@ -22,8 +23,8 @@ VERIFIED = ("POST", "/v1/keys/verify", 200)
 
 
 class Metrics(Collector):
-    """This process's counts since its start. `strongroom_process` names the process, because each worker has its
-    own."""
+    """This process's counts since its start; with `share`, a scrape shows those of all workers of this server.
+    `strongroom_process` names the processes that a scrape covers."""
 
     def __init__(self, store: StoreMetrics | None = None) -> None:
         self.store = store
@@ -33,9 +34,17 @@ class Metrics(Collector):
         self.verify_latency = Histogram()
         self.writes: dict[tuple[str, str], int] = {}
         self.gauges: dict[str, tuple[str, Callable[[], float]]] = {}
+        self._largest: set[str] = set()
         self.counters: dict[str, tuple[str, str, Callable[[], Mapping[str, float]]]] = {}
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
+
+    def share(self, folder: str) -> SharedMetrics:
+        """Add up the numbers of all workers that use this folder, from now on. Raises OSError."""
+        shared = SharedMetrics(folder, self.collect, lambda: self._largest)
+        self._registry.unregister(self)
+        self._registry.register(shared)
+        return shared
 
     def request(self, method: str, route: str, status: int, seconds: float) -> None:
         key = (method, route, status)
@@ -60,9 +69,12 @@ class Metrics(Collector):
         key = (collection, action)
         self.writes[key] = self.writes.get(key, 0) + 1
 
-    def gauge(self, name: str, help: str, value: Callable[[], float]) -> None:
-        """Register a number that is read at each scrape."""
+    def gauge(self, name: str, help: str, value: Callable[[], float], *, largest: bool = False) -> None:
+        """Register a number that is read at each scrape. Those of several workers are added up, or the `largest`
+        counts."""
         self.gauges[name] = (help, value)
+        if largest:
+            self._largest.add(name)
 
     def counter(self, name: str, help: str, label: str, values: Callable[[], Mapping[str, float]]) -> None:
         """Register counts by one label, which are read at each scrape."""

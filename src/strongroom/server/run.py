@@ -19,6 +19,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any, TypeVar, cast
 
@@ -78,8 +79,9 @@ def serve(settings: Settings, *, announce: Callable[[str], None] | None = None) 
                 prepared = _run(_prepared(settings, announce or _print))
                 # Workers start as new processes and do not inherit a redirected sys.stdout.
                 speak = None if prepared else _print_apart if sys.stdout is sys.stderr else _print
-                target = functools.partial(_worker, settings, os.getpid(), speak)
-                supervise(target, listener, settings.workers, settings.stop_timeout_s + STOP_SLACK_S)
+                with tempfile.TemporaryDirectory(prefix="strongroom-metrics-") as metrics_folder:
+                    target = functools.partial(_worker, settings, os.getpid(), speak, metrics_folder)
+                    supervise(target, listener, settings.workers, settings.stop_timeout_s + STOP_SLACK_S)
     except StrongroomError as error:
         return _said(error)
     return EXIT_STOPPED
@@ -176,11 +178,17 @@ async def _ensure_admin(settings: Settings, room: Strongroom, announce: Callable
         announce(f"The administrator's key, shown this once; keep it:\n{made}")
 
 
-def _worker(settings: Settings, parent: int, announce: Callable[[str], None] | None, listener: socket.socket) -> None:
+def _worker(
+    settings: Settings,
+    parent: int,
+    announce: Callable[[str], None] | None,
+    metrics_folder: str,
+    listener: socket.socket,
+) -> None:
     """One of several processes. It stops when its parent is gone, because a killed parent cannot tell it to stop."""
     logs.configure(settings.log_level)
     try:
-        _run(_work(settings, listener, announce=announce, parent=parent))
+        _run(_work(settings, listener, announce=announce, parent=parent, metrics_folder=metrics_folder))
     except StrongroomError as error:
         sys.exit(_said(error))
 
@@ -203,6 +211,7 @@ async def _work(
     *,
     announce: Callable[[str], None] | None = None,
     parent: int | None = None,
+    metrics_folder: str | None = None,
 ) -> None:
     connections = _connections(settings)
     async with contextlib.AsyncExitStack() as stack:
@@ -218,6 +227,10 @@ async def _work(
                 room, bounds, access_log=settings.access_log, leak_keys=settings.leak_keys, proxies=settings.proxies
             )
             connections.measured(application.services.metrics)
+            if metrics_folder is not None:
+                shared = application.services.metrics.share(metrics_folder)
+                shared.start()
+                stack.push_async_callback(shared.close)
             collect_rarely()
             return application
 

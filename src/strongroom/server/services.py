@@ -75,17 +75,22 @@ class Services:
         )
         room = self.room
         metrics.gauge(
-            "strongroom_feed_behind_seconds", "Age of the last read of the change feed.", lambda: room.feed.behind_s
+            "strongroom_feed_behind_seconds",
+            "Age of the last read of the change feed.",
+            lambda: room.feed.behind_s,
+            largest=True,
         )
         metrics.gauge(
             "strongroom_clock_offset_seconds",
             "The store's clock minus this machine's.",
             lambda: room.clock.state().offset_us / 1_000_000,
+            largest=True,
         )
         metrics.gauge(
             "strongroom_clock_uncertainty_seconds",
             "The largest error of this process's estimate of the store's time.",
             lambda: room.clock.state().uncertainty_us / 1_000_000,
+            largest=True,
         )
         metrics.counter("strongroom_retries", "Retries after a conflict with another writer.", "what", self._retries)
         lease_manager = room.ledger.lease_manager
@@ -106,6 +111,7 @@ class Services:
             "strongroom_webhook_deliveries_waiting",
             "Pending deliveries in the store.",
             lambda: room.deliveries.waiting,
+            largest=True,
         )
         metrics.gauge("strongroom_watchers", "Open streams of changes.", lambda: self.watchers)
 

@@ -66,7 +66,7 @@ async def readyz(request: Request) -> Response:
 
 @routes.get("/metrics", summary="Metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
-    """This process's metrics in Prometheus' text format."""
+    """The metrics of all workers of this server in Prometheus' text format."""
     return Response(services_of(request).metrics.text(), media_type=CONTENT_TYPE)
 
 
