@@ -45,6 +45,8 @@ COMMANDS = (
     "webhooks create", "webhooks list", "webhooks show", "webhooks update", "webhooks rotate-secret",
     "webhooks delete", "webhooks test", "webhooks deliveries", "webhooks redrive",
     "leaks report", "leaks list", "leaks policy",
+    "tenants create", "tenants list", "tenants show", "tenants update", "tenants suspend", "tenants resume",
+    "tenants export", "tenants import", "tenants delete", "tenants statements",
     "schema plan", "schema apply", "schema views", "schema export", "schema roles", "schema advise", "schema retain",
 )  # fmt: skip
 

@@ -230,7 +230,7 @@ def test_an_export_that_fails_leaves_the_old_file_and_no_other(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("strongroom.cli.keyfile.os.fsync", full)
+        patched.setattr("strongroom.cli.files.os.fsync", full)
         ran = run("export", str(file), "--force")
     assert (ran.status, ran.err) == (1, f"strongroom: {file}: no space left on device\n")
     assert file.read_text() == "old"
@@ -245,10 +245,10 @@ def test_an_export_never_overwrites_a_file_that_appeared_meanwhile(
         raise PermissionError(1, "Operation not permitted")
 
     if not links:
-        monkeypatch.setattr("strongroom.cli.keyfile.os.link", none)
+        monkeypatch.setattr("strongroom.cli.files.os.link", none)
     file = tmp_path / "out.json"
     assert run("export", str(file)).status == 0
-    monkeypatch.setattr("strongroom.cli.keyfile._check_target", lambda *_: None)
+    monkeypatch.setattr("strongroom.cli.keyfile.check_target", lambda *_: None)
     file.write_text("theirs")
     assert run("export", str(file)).status == 1
     assert file.read_text() == "theirs"

@@ -28,6 +28,7 @@ from . import (
     quotas,
     schema,
     serve,
+    tenants,
     webhooks,
 )
 from .keyoptions import FLAGS
@@ -59,6 +60,7 @@ app.add_typer(leaks.app, name="leaks")
 app.command("import")(keyfile.import_keys)
 app.command("export")(keyfile.export_keys)
 app.add_typer(audit.app, name="audit")
+app.add_typer(tenants.app, name="tenants")
 app.add_typer(schema.app, name="schema")
 app.add_typer(webhooks.app, name="webhooks")
 app.command("migrate")(migrate.migrate)

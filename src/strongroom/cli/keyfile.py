@@ -6,16 +6,17 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..errors import AlreadyExists, InvalidInput, Problem
+from ..errors import InvalidInput, Problem
 from . import output
+from .files import check_target, new_file
 from .session import (
     EXIT_FAILED,
     Interrupted,
@@ -318,7 +319,8 @@ def export_keys(
     """
     from ..keys.transfer import Exported, export_rows, file_of
 
-    _check_target(file, force)
+    with _named(file):
+        check_target(file, force)
     if shape == "records":
         _export_records(file, None if all_tenants else tenant, force, store, json)
         return
@@ -331,7 +333,7 @@ def export_keys(
         now_us = room.clock.now_us()
         with output.progress("reading") as progress:
             rows = export_rows(found, room.database, room.keys.hasher, shape, tenant, operator(), now_us, progress)
-            with _new_file(file, force) as new:
+            with _named(file), new_file(file, force) as new:
                 async for part in file_of(shape, rows):
                     new.write(part)
 
@@ -355,7 +357,7 @@ def _export_records(file: Path, tenant: str | None, force: bool, store: str | No
     async def work(room: Strongroom) -> None:
         now_us = room.clock.now_us()
         lines = export_records(room.database, room.keys.hasher, tenant, operator(), told, now_us)
-        with output.progress("reading") as progress, _new_file(file, force) as new:
+        with output.progress("reading") as progress, _named(file), new_file(file, force) as new:
             async for line in lines:
                 new.write(line)
                 progress(told.keys, told.keys)
@@ -385,54 +387,3 @@ def _named(file: Path) -> Iterator[None]:
         raise KeyFileError(f"{file}: {error.message}") from None
     except OSError as error:
         raise KeyFileError(f"{file}: {(error.strerror or str(error)).lower()}") from None
-
-
-def _check_target(file: Path, force: bool) -> None:
-    """Refuse an unusable target before the work instead of after it."""
-    with _named(file):
-        if file.is_dir():
-            raise IsADirectoryError(None, "is a directory")
-        if not file.absolute().parent.is_dir():
-            raise NotADirectoryError(None, "its folder does not exist")
-    if file.exists() and not force:
-        raise AlreadyExists(f"{file}: exists already (--force overwrites it)")
-
-
-@contextmanager
-def _new_file(file: Path, force: bool) -> Iterator[IO[bytes]]:
-    """A file that is complete or absent, readable by its owner only, and durable at the end."""
-    import tempfile
-
-    folder = file.absolute().parent
-    with _named(file):
-        handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=folder)  # made with mode 0600
-        try:
-            with os.fdopen(handle, "wb") as new:
-                yield new
-                new.flush()
-                os.fsync(new.fileno())
-            _put_in_place(name, file, force)
-        except FileExistsError:
-            raise AlreadyExists(f"{file}: exists already (--force overwrites it)") from None
-        finally:
-            with suppress(FileNotFoundError):
-                os.unlink(name)
-        sync = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(sync)
-        finally:
-            os.close(sync)
-
-
-def _put_in_place(name: str, file: Path, force: bool) -> None:
-    """Rename a finished file. Raises FileExistsError, without `force`, if the target appeared meanwhile."""
-    if not force:
-        try:
-            os.link(name, file)  # unlike a rename, a link never replaces another file
-            return
-        except FileExistsError:
-            raise
-        except OSError:  # a file system without hard links
-            if file.exists():
-                raise FileExistsError from None
-    os.replace(name, file)
