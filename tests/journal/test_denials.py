@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from strongroom import Context, Counter, Entity, Secret, Strongroom
 from strongroom.context import system_context
-from strongroom.errors import Denied
+from strongroom.errors import Denied, Unavailable
 from strongroom.journal import denials
 from strongroom.journal.denials import MAX_KINDS_OF_ACTOR, just_before
 from strongroom.journal.records import MAX_ATTEMPTED_BYTES
 from strongroom.storage.port import Record
 from strongroom.storage.tagged_json import quick_dumps
-from tests.helpers.faulty_store import FaultyStore
+from tests.helpers.faulty_store import Fault, FaultyStore
 from tests.helpers.server_app import serving
 from tests.helpers.waiting import wait_until
 
@@ -189,3 +189,25 @@ async def test_existing_tenants_are_distinguished_from_others(room: Strongroom) 
     found = [tenant for tenant in ("a", "ab", "b", "\ue000", "é", "aa", "c", "\x01", "\ud7ff")
              if await room.database.denials._is_tenant(tenant)]  # fmt: skip
     assert found == ["a", "ab", "b", "\ue000", "é"]
+
+
+async def test_each_denial_is_counted_and_one_of_another_tenants_caller_as_a_cross_tenant_attempt(
+    room: Strongroom, store: FaultyStore
+) -> None:
+    await room.tenant("beta").create(Note())
+    for _ in range(5):
+        await refused(room, stranger("beta"))
+    with pytest.raises(Denied):
+        await room.database.find(Context(None, "key:k", {}), Note)
+    assert room.database.denials.counts == {("list", "notes"): 6}
+    assert room.database.denials.cross_tenant == {"notes": 5}
+    assert room.database.denials.failures == 0
+    assert len(await denied(store)) == 2
+
+
+async def test_a_denial_that_cannot_be_recorded_is_counted_and_raised(room: Strongroom, store: FaultyStore) -> None:
+    await room.tenant("beta").create(Note())
+    store.fault = lambda number, batch: Fault("before", Unavailable("the disk is full"))
+    with pytest.raises(Unavailable):
+        await room.database.find(stranger("beta"), Note)
+    assert room.database.denials.failures == 1

@@ -56,6 +56,12 @@ class Denials:
         self._periods: dict[_Kind, _Period] = {}
         self._tenants: set[str] = set()
         self._writing: set[asyncio.Task[None]] = set()
+        self.counts: dict[tuple[str, str], int] = {}
+        """Denials of this process by (operation, collection), with those that share a record."""
+        self.cross_tenant: dict[str, int] = {}
+        """Denials of callers that belong to another tenant than they named, by collection."""
+        self.failures = 0
+        """Records of denials that could not be written."""
 
     async def note(
         self,
@@ -68,6 +74,10 @@ class Denials:
     ) -> None:
         """Journal a denial: durably now if it is the first of its kind, else with later ones. `attempted`: what the
         call would have written (`attempted_fields`). Raises what the store raises."""
+        self.counts[operation, collection] = self.counts.get((operation, collection), 0) + 1
+        own = context.claims.get("tenant")
+        if own is not None and own != context.tenant:
+            self.cross_tenant[collection] = self.cross_tenant.get(collection, 0) + 1
         denied = _Denied(context, operation, collection, entity_id, reason, attempted)
         kind = self._kind((context.actor, operation, collection, context.tenant))
         period = self._periods.get(kind)
@@ -83,6 +93,7 @@ class Denials:
             await self._write(denied, 1)
         except BaseException:
             self._periods.pop(kind, None)  # the next denial counts as the first
+            self.failures += 1
             raise
 
     def _kind(self, kind: _Kind) -> _Kind:
@@ -118,6 +129,7 @@ class Denials:
         try:
             await self._write(denied, count)
         except StrongroomError as error:
+            self.failures += 1
             _log.warning("%d denials of %s are not in the journal: %s", count, denied.context.actor, error)
 
     async def _write(self, denied: _Denied, count: int) -> None:

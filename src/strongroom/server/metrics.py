@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -35,7 +36,7 @@ class Metrics(Collector):
         self.writes: dict[tuple[str, str], int] = {}
         self.gauges: dict[str, tuple[str, Callable[[], float]]] = {}
         self._largest: set[str] = set()
-        self.counters: dict[str, tuple[str, str, Callable[[], Mapping[str, float]]]] = {}
+        self.counters: dict[str, tuple[str, tuple[str, ...], Callable[[], Mapping[Any, float]]]] = {}
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
 
@@ -78,7 +79,14 @@ class Metrics(Collector):
 
     def counter(self, name: str, help: str, label: str, values: Callable[[], Mapping[str, float]]) -> None:
         """Register counts by one label, which are read at each scrape."""
-        self.counters[name] = (help, label, values)
+        self.labelled_counter(name, help, (label,), lambda: {(value,): count for value, count in values().items()})
+
+    def labelled_counter(
+        self, name: str, help: str, labels: tuple[str, ...], values: Callable[[], Mapping[Any, float]]
+    ) -> None:
+        """Register counts by several labels, which are read at each scrape. The keys are tuples of the labels' values,
+        and `()` without labels."""
+        self.counters[name] = (help, labels, values)
 
     def text(self) -> bytes:
         """The metrics in Prometheus' text format."""
@@ -118,10 +126,10 @@ class Metrics(Collector):
         yield writes
         for name, (help, value) in self.gauges.items():
             yield GaugeMetricFamily(name, help, value=value())
-        for name, (help, label, values) in self.counters.items():
-            family = CounterMetricFamily(name, help, labels=(label,))
+        for name, (help, names, values) in self.counters.items():
+            family = CounterMetricFamily(name, help, labels=names)
             for labelled, number in sorted(values().items()):
-                family.add_metric((labelled,), number)
+                family.add_metric(labelled, number)
             yield family
         if self.store is not None:
             yield from store_families(self.store)

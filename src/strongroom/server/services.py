@@ -114,6 +114,22 @@ class Services:
             largest=True,
         )
         metrics.gauge("strongroom_watchers", "Open streams of changes.", lambda: self.watchers)
+        denials = room.database.denials
+        metrics.labelled_counter(
+            "strongroom_denials", "Calls that the rules refused.", ("operation", "collection"), lambda: denials.counts
+        )
+        metrics.counter(
+            "strongroom_cross_tenant_attempts",
+            "Denied calls of callers that belong to another tenant than they named.",
+            "collection",
+            lambda: denials.cross_tenant,
+        )
+        metrics.labelled_counter(
+            "strongroom_audit_write_failures",
+            "Records of denials that could not be written (the record of a change is written with the change).",
+            (),
+            lambda: {(): denials.failures},
+        )
 
     @property
     def watchers(self) -> int:
