@@ -13,8 +13,6 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from urllib.parse import urlsplit
 
 import msgspec
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -23,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from ..errors import ConfigError, Unauthenticated, Unavailable
+from ..published import fetch, is_file, read_file, reason, shown
 
 IDENTIFIER = "github-public-key-identifier"
 SIGNATURE = "github-public-key-signature"
@@ -32,7 +31,6 @@ MAX_STALE_S = 86_400.0
 """If the list cannot be fetched, the old list is used for this long."""
 RETRY_S = 60.0
 """The shortest time between fetches: unauthenticated requests can cause them."""
-CONNECT_TIMEOUT_S = 5.0
 TIMEOUT_S = 10.0
 MAX_LIST_BYTES = 65_536
 MAX_KEYS = 32
@@ -73,7 +71,7 @@ class Signers:
     def __init__(self, place: str) -> None:
         """Raises ConfigError for a file that cannot be used; a list behind a URL is fetched when it is needed."""
         self._place = place
-        self._is_file = "://" not in place
+        self._is_file = is_file(place)
         self._keys: Mapping[str, ec.EllipticCurvePublicKey] = {}
         self._known_at: float | None = None
         self._tried_at: float | None = None
@@ -81,9 +79,9 @@ class Signers:
         self._fetching = asyncio.Lock()
         if self._is_file:
             try:
-                self._use(_read(Path(place)))
+                self._use(read_file(place, max_bytes=MAX_LIST_BYTES))
             except (OSError, ValueError) as error:
-                raise ConfigError(f"STRONGROOM_LEAK_KEYS: {place}: {_reason(error)}") from None
+                raise ConfigError(f"STRONGROOM_LEAK_KEYS: {place}: {reason(error)}") from None
 
     async def claim(self, headers: Mapping[str, str]) -> Claim:
         """The claim in the headers, before the body is read. Raises Unauthenticated; Unavailable if the list of keys
@@ -118,11 +116,16 @@ class Signers:
                 return
             self._tried_at = now
             try:
-                self._use(_read(Path(self._place)) if self._is_file else await _fetched(self._place))
+                self._use(await self._listed())
                 self._failed = False
             except (OSError, ValueError) as error:
                 self._failed = True
-                _log.warning("the list of public keys at %s cannot be used: %s", _shown(self._place), _reason(error))
+                _log.warning("the list of public keys at %s cannot be used: %s", shown(self._place), reason(error))
+
+    async def _listed(self) -> bytes:
+        if self._is_file:
+            return read_file(self._place, max_bytes=MAX_LIST_BYTES)
+        return await fetch(self._place, max_bytes=MAX_LIST_BYTES, timeout_s=TIMEOUT_S)
 
     def _use(self, listed: bytes) -> None:
         """Use a list. Raises ValueError if it has no usable key."""
@@ -150,48 +153,3 @@ def _public_key(pem: str) -> ec.EllipticCurvePublicKey | None:
     except (ValueError, UnsupportedAlgorithm):
         return None
     return key if isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP256R1) else None
-
-
-def _read(file: Path) -> bytes:
-    with file.open("rb") as opened:
-        listed = opened.read(MAX_LIST_BYTES + 1)
-    if len(listed) > MAX_LIST_BYTES:
-        raise ValueError(f"it has more than {MAX_LIST_BYTES} bytes")
-    return listed
-
-
-async def _fetched(url: str) -> bytes:
-    """The content of a URL. Raises ValueError, OSError. Follows no redirect, because the operator chose the place."""
-    import httpx
-
-    listed = b""
-    timeout = httpx.Timeout(TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
-    try:
-        async with (
-            asyncio.timeout(TIMEOUT_S),
-            httpx.AsyncClient(timeout=timeout) as client,
-            client.stream("GET", url, headers={"accept": "application/json"}) as answer,
-        ):
-            if answer.status_code != 200:
-                raise ValueError(f"it was answered with {answer.status_code}")
-            async for part in answer.aiter_bytes():
-                listed += part
-                if len(listed) > MAX_LIST_BYTES:
-                    raise ValueError(f"it has more than {MAX_LIST_BYTES} bytes")
-    except TimeoutError:
-        raise ValueError(f"there was no whole answer within {TIMEOUT_S:g} s") from None
-    except httpx.HTTPError as error:
-        raise ValueError(f"{type(error).__name__}: {error}") from None
-    return listed
-
-
-def _reason(error: OSError | ValueError) -> str:
-    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
-
-
-def _shown(place: str) -> str:
-    """The place without a password in its URL."""
-    if "://" not in place:
-        return place
-    parts = urlsplit(place)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
