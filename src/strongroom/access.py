@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .context import Context, system_context
+from .context import TOKEN, Context, system_context
 
 ALL_TENANTS = "*"
 """The tenant of a management key that may act for every tenant."""
@@ -21,6 +21,19 @@ def may_see(context: Context | None, tenant: str) -> bool:
     """Whether a caller sees the keys of a tenant."""
     own = bound_to(context)
     return own is None or own == tenant
+
+
+def unique_actor(context: Context | None) -> str:
+    """The name under which a caller's idempotency keys are kept: its actor, for a user with the tenant. A key's id is
+    unique in the store, a user's name only in its tenant: two tenants may each have a user `ann`."""
+    if context is None:
+        return "system"
+    return user_of(context.claims["tenant"], context.actor) if TOKEN in context.claims else context.actor
+
+
+def user_of(tenant: str, actor: str) -> str:
+    """The actor of a tenant's user, unique in the store: the length says where the tenant's name ends."""
+    return f"{len(tenant)}:{tenant}:{actor}"
 
 
 def reader(context: Context | None) -> Context:

@@ -39,7 +39,17 @@ from .rules import Policy, default_policy
 from .storage import open_store
 from .storage.instrumented import InstrumentedStore
 from .storage.port import Record
-from .tenants import DELETIONS_EVERY_S, DeletionStatement, Owned, TenantDeletion, TenantPart, Tenants, refuse_reserved
+from .tenants import (
+    DELETIONS_EVERY_S,
+    DeletionStatement,
+    Owned,
+    SignIn,
+    TenantDeletion,
+    TenantPart,
+    Tenants,
+    TokenSettings,
+    refuse_reserved,
+)
 from .tenants import ENTITIES as TENANT_ENTITIES
 from .webhooks import Deliveries, Delivery, HttpSender, Webhook, Webhooks
 
@@ -94,6 +104,7 @@ class OpenOptions(TypedDict, total=False):
     limits: LimitMode
     lease_s: float
     lease_folder: str | None
+    sign_in: TokenSettings | None
 
 
 class Strongroom:
@@ -144,6 +155,7 @@ class Strongroom:
         limits: LimitMode = "durable",
         lease_s: float = LEASE_S,
         lease_folder: str | None = None,
+        sign_in: TokenSettings | None = None,
     ) -> AsyncIterator[Self]:
         """Open a store, make its schema fit the declarations (additions only), and close everything at the end.
 
@@ -153,8 +165,9 @@ class Strongroom:
         `redis://…`, or `memory://` for this process alone; without it every read goes to the store.
         `limits`: `durable` debits each use before it is answered, `leased` debits limit leases, which are then
         spent in memory (docs/limits.md); `lease_s`: how long a limit lease lasts; `lease_folder`: the folder of the
-        lease log, which survives a killed process (default: beside the store's file, or the temporary folder). Raises
-        ConfigError, SchemaError, StoreError, Unavailable.
+        lease log, which survives a killed process (default: beside the store's file, or the temporary folder).
+        `sign_in`: which JWTs the server accepts; without it, none. Raises ConfigError, SchemaError, StoreError,
+        Unavailable.
         """
         refuse_reserved(entities)
         registry = Registry((*SYSTEM_ENTITIES, *entities))
@@ -179,6 +192,8 @@ class Strongroom:
             if cache is not None:
                 room.cache = Cache(store, feed, registry.collections, cache, await _namespace(url, database))
                 database.use(room.cache)
+            if sign_in is not None:
+                room.sign_in = SignIn(sign_in, database, clock, feed)
             room._listen(stack)
             room._tell_webhooks(leases)
             await room._start(stack)
@@ -192,6 +207,9 @@ class Strongroom:
         self.feed.on_record(self.database.writes.seen)
         self.feed.on_record(self._seen)
         self.feed.on_reset(self._forget_all)
+        if self.sign_in is not None:
+            self.feed.on_record(self.sign_in.seen)
+            self.feed.on_reset(self.sign_in.forget_all)
         stack.push_async_callback(self._stop_reloading)
 
     def _tell_webhooks(self, leases: JobLeases) -> None:
@@ -211,6 +229,9 @@ class Strongroom:
         await self.database.writes.load()
         await self._reload_peppers()  # one may have been made after they were read and before the feed began
         await self.webhooks.subscriptions.load()
+        if self.sign_in is not None:
+            self.sign_in.start()
+            stack.push_async_callback(self.sign_in.close)
         self.background.start()
         stack.push_async_callback(self.background.close)
         self.deliveries.start()
@@ -222,6 +243,7 @@ class Strongroom:
     webhooks: Webhooks
     deliveries: Deliveries
     cache: Cache | None = None
+    sign_in: SignIn | None = None
     _configured_peppers: tuple[str, ...] = ()
     _reload: asyncio.Task[None] | None = None
     _reload_again = False

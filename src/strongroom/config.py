@@ -23,6 +23,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from .entities import problems_of
 from .errors import ConfigError
 from .keys import is_possible
+from .tenants import DEFAULT_LEEWAY_S, MAX_LEEWAY_S, TokenSettings, is_token
 
 DEFAULT_STORE = "sqlite:///data/strongroom.db"
 STORES = {
@@ -179,6 +180,41 @@ class Settings(BaseSettings):
         "their list, or a file with the same JSON (default: reports need a management key).",
         repr=False,
     )
+    jwt_issuer: str | None = _setting(
+        "STRONGROOM_JWT_ISSUER",
+        None,
+        "Sign-in by JWT: the issuer, as the claim `iss` has it. Needs STRONGROOM_JWT_AUDIENCE and "
+        "STRONGROOM_JWKS (default: no JWTs are accepted).",
+    )
+    jwt_audience: Annotated[tuple[str, ...], NoDecode] = _setting(
+        "STRONGROOM_JWT_AUDIENCE",
+        (),
+        "Sign-in by JWT: the audience; the claim `aud` must have it. Several are separated by commas: one must match.",
+    )
+    jwks: str | None = _setting(
+        "STRONGROOM_JWKS",
+        None,
+        "Sign-in by JWT: the issuer's public keys (JWKS), an https:// URL or a file.",
+        repr=False,
+    )
+    jwt_tenant_claim: str = _setting(
+        "STRONGROOM_JWT_TENANT_CLAIM",
+        "tenant",
+        "Sign-in by JWT: the claim with the caller's tenant. In a name without / and :, a dot leads into an object.",
+        min_length=1, max_length=200,
+    )  # fmt: skip
+    jwt_roles_claim: str = _setting(
+        "STRONGROOM_JWT_ROLES_CLAIM",
+        "roles",
+        "Sign-in by JWT: the claim with the names of the caller's roles, such as realm_access.roles.",
+        min_length=1, max_length=200,
+    )  # fmt: skip
+    jwt_leeway_s: int = _setting(
+        "STRONGROOM_JWT_LEEWAY_S",
+        DEFAULT_LEEWAY_S,
+        "Sign-in by JWT: seconds by which the issuer's clock and the store's may differ.",
+        ge=0, le=MAX_LEEWAY_S,
+    )  # fmt: skip
     pq_encryption_password: SecretStr | None = _setting(
         "PQ_ENCRYPTION_PASSWORD",
         None,
@@ -197,7 +233,7 @@ class Settings(BaseSettings):
     firestore_emulator_host: str | None = _setting("FIRESTORE_EMULATOR_HOST", None, "Firestore: an emulator.")
     pubsub_emulator_host: str | None = _setting("PUBSUB_EMULATOR_HOST", None, "Pub/Sub: an emulator.")
 
-    @field_validator("peppers", "entities", "trusted_proxies", mode="before")
+    @field_validator("peppers", "entities", "trusted_proxies", "jwt_audience", mode="before")
     @classmethod
     def _listed(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
@@ -231,6 +267,20 @@ class Settings(BaseSettings):
     def proxies(self) -> tuple[IPv4Network | IPv6Network, ...]:
         """The networks of `trusted_proxies`."""
         return tuple(ip_network(text) for text in self.trusted_proxies)
+
+    @property
+    def sign_in(self) -> TokenSettings | None:
+        """Which JWTs are accepted; None: none."""
+        if self.jwt_issuer is None or self.jwks is None:
+            return None
+        return TokenSettings(
+            self.jwt_issuer,
+            self.jwt_audience,
+            self.jwks,
+            self.jwt_tenant_claim,
+            self.jwt_roles_claim,
+            self.jwt_leeway_s,
+        )
 
     @property
     def pepper_texts(self) -> tuple[str, ...]:
@@ -343,6 +393,14 @@ def _contradictions(settings: Settings) -> list[str]:
         named = unquote(stores[0][1].removeprefix("firestore://").partition("/")[0])
         if named not in ("", project):
             wrong.append(f"{stores[0][0]} and GOOGLE_CLOUD_PROJECT_ID name different projects: keep one of them")
+    sign_in = {
+        "STRONGROOM_JWT_ISSUER": settings.jwt_issuer,
+        "STRONGROOM_JWT_AUDIENCE": settings.jwt_audience,
+        "STRONGROOM_JWKS": settings.jwks,
+    }
+    given, missing = ([name for name in sign_in if bool(sign_in[name]) is there] for there in (True, False))
+    if given and missing:
+        wrong.append(f"{' and '.join(given)} cannot be used without {' and '.join(missing)}: set all three, or none")
     if settings.workers > 1 and settings.store_url.startswith("json:"):
         wrong.append(
             f"STRONGROOM_WORKERS={settings.workers} and a json: store (STRONGROOM_STORE): only one process can use it"
@@ -368,6 +426,11 @@ def _not_yet(settings: Settings) -> list[str]:
         wrong.append(
             f"STRONGROOM_LEAK_KEYS: found {_without_password(settings.leak_keys)!r}, expected an https:// URL (http:// "
             "only on this machine) or a file"
+        )
+    if settings.jwks is not None and not _is_list_of_keys(settings.jwks):
+        wrong.append(
+            f"STRONGROOM_JWKS: found {_without_password(settings.jwks)!r}, expected an https:// URL (http:// only on "
+            "this machine) or a file"
         )
     if settings.rules is not None:
         wrong.append("STRONGROOM_RULES: this version cannot read a rules file yet; leave it out")
@@ -407,6 +470,8 @@ def _secrets(settings: Settings) -> list[str]:
                 f"STRONGROOM_ADMIN_KEY: found {len(set(text))} different characters, expected "
                 f"{MIN_ADMIN_KEY_DIFFERENT} or more"
             )
+        elif is_token(text):
+            wrong.append("STRONGROOM_ADMIN_KEY: found the form of a JWT, which would be taken for one; choose another")
         elif not is_possible(text) or text != text.strip():
             wrong.append(
                 "STRONGROOM_ADMIN_KEY: expected printable text of at most 512 characters without spaces around it, "

@@ -24,6 +24,9 @@ from .errors import InvalidInput, Problem
 MAX_TENANT_BYTES = 128
 MAX_ACTOR_BYTES = 512
 MAX_REMEMBERED = 4_096
+TOKEN = "token"  # noqa: S105 - the name of a claim
+"""The claim that holds the claims of the caller's JWT, all of them and nothing else. The other claims are
+Strongroom's own, and none of them is ever taken from a token."""
 _NO_CLAIMS: Mapping[str, Any] = MappingProxyType({})
 _SYSTEM_CLAIMS: Mapping[str, Any] = MappingProxyType({"admin": True})
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)

@@ -13,6 +13,7 @@ from .context import utc_from_us
 from .jobs.maintenance import Background
 from .journal import ChangeFeed
 from .storage.port import Health, Store
+from .tenants import SignIn
 
 CHECK_TIMEOUT_S = 5.0
 DEGRADED_S = 0.5
@@ -73,6 +74,18 @@ def of_clock(clock: MachineClock | StoreClock) -> Dependency:
     return Dependency("degraded" if state.degraded else "ok", kind, state.uncertainty_us / 1_000_000, details)
 
 
+def of_sign_in(sign_in: SignIn) -> Dependency:
+    """Whether the token issuer's keys are known and current. Without them tokens are refused, and keys work as ever."""
+    state = sign_in.state()
+    details = {
+        "jwks": state.place,
+        "keys": state.keys,
+        "read_s_ago": None if state.age_s is None else round(state.age_s, 3),
+        "error": state.error,
+    }
+    return Dependency("degraded" if state.error is not None or not state.keys else "ok", "jwt", 0.0, details)
+
+
 def of_background(background: Background, now_us: int) -> Dependency:
     """Who does the background work, and when it was done last, by any node."""
     details: dict[str, Any] = {}
@@ -100,6 +113,7 @@ async def check(
     clock: MachineClock | StoreClock,
     background: Background,
     cache: Cache | None = None,
+    sign_in: SignIn | None = None,
 ) -> dict[str, Dependency]:
     """Everything, by name. Only the store is needed for all; where another is not well, the server is degraded."""
     found = {"store": await of_store(store)}
@@ -107,6 +121,8 @@ async def check(
         found["cache"] = of_cache(cache)
     found["feed"] = of_feed(feed)
     found["clock"] = of_clock(clock)
+    if sign_in is not None:
+        found["sign_in"] = of_sign_in(sign_in)
     found["background"] = of_background(background, clock.now_us())
     return found
 

@@ -251,4 +251,6 @@ async def test_a_writer_cannot_give_itself_a_wider_role() -> None:
         assert (await served.post("/v1/tenants/acme/roles", role, key=admin)).status == 201
         assert (await served.call("PATCH", "/v1/tenants/acme/roles/mine", {"scopes": []}, key=writer)).status == 403
         assert (await served.call("DELETE", "/v1/tenants/acme/roles/mine", key=writer)).status == 403
-        assert (await served.post("/v1/tenants/acme/users", GOOD["users"], key=writer)).status == 201
+        # A user's roles are its rights at sign-in.
+        assert (await served.post("/v1/tenants/acme/users", GOOD["users"], key=writer)).status == 403
+        assert (await served.post("/v1/tenants/acme/users", GOOD["users"], key=admin)).status == 201

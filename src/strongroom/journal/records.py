@@ -3,7 +3,9 @@ masked. Pure."""
 
 from __future__ import annotations
 
-from ..context import Context, new_salt, next_id
+import msgspec
+
+from ..context import TOKEN, Context, new_salt, next_id
 from ..entities import Collection, Document
 from ..storage import tagged_json
 from ..storage.port import Record
@@ -11,6 +13,14 @@ from ..storage.port import Record
 MASK = "***"
 MAX_ATTEMPTED_BYTES = 8_192
 """The most that the record of a denial says of the document that a call would have written, in bytes of JSON."""
+MAX_CLAIMS_BYTES = 4_096
+"""The claims of a token that a record keeps, as JSON. Of a larger token the first claims of FIRST_CLAIMS are kept, then
+those that fit, by name."""
+FIRST_CLAIMS = ("iss", "sub", "aud", "exp", "iat", "jti", "azp", "client_id")
+LEFT_OUT = "strongroom:left_out"
+"""In the kept claims of a larger token: how many others it had."""
+
+_encode = msgspec.json.Encoder().encode
 
 
 def change_record(
@@ -48,6 +58,7 @@ def change_record(
         before,
         None if after is None else _hidden(secrets, after),
         salt=new_salt(),
+        claims=token_claims(context),
     )
 
 
@@ -82,6 +93,7 @@ def denial_record(
         entity_id=entity_id,
         after=after,
         salt=new_salt(),
+        claims=token_claims(context),
     )
 
 
@@ -103,6 +115,25 @@ def attempted_fields(collection: Collection, before: Document | None, after: Doc
         found[name] = value
         room -= size
     return found
+
+
+def token_claims(context: Context) -> Document | None:
+    """The claims of the caller's token, as a record keeps them; None for a caller without a token."""
+    token = context.claims.get(TOKEN)
+    if token is None:
+        return None
+    claims = dict(token)
+    if len(_encode(claims)) <= MAX_CLAIMS_BYTES:
+        return claims
+    names = [*(name for name in FIRST_CLAIMS if name in claims), *sorted(claims.keys() - set(FIRST_CLAIMS))]
+    kept: Document = {}
+    left = MAX_CLAIMS_BYTES - len(_encode({LEFT_OUT: len(names)}))
+    for name in names:
+        size = len(_encode({name: claims[name]}))
+        if size <= left:
+            kept[name] = claims[name]
+            left -= size
+    return {**kept, LEFT_OUT: len(names) - len(kept)}
 
 
 def masked(collection: Collection, document: Document | None) -> Document | None:

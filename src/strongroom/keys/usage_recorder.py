@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from ..access import may_see
+from ..access import may_see, unique_actor
 from ..clock import Clock
 from ..context import Context, system_context, us_from_utc, utc_from_us
 from ..cooperative import Slices
@@ -101,7 +101,7 @@ class UsageRecorder:
             known = await self._key(key, key_id)
             if known is None or not may_see(context, known.tenant):
                 raise NotFound("there is no such key")
-            actor = context.actor if context is not None else "system"
+            actor = unique_actor(context)
             once = self._once(known, idempotency_key, actor, _request(units, model, route, at_us))
             try:
                 outcome = await self._ledger.admit(
@@ -128,7 +128,7 @@ class UsageRecorder:
         """
         with self._ledger.announced():
             sums = await self._sums(events, context)
-        actor = context.actor if context is not None else "system"
+        actor = unique_actor(context)
         if idempotency_key is not None:
             await self._claim(idempotency_key, actor, sums)
         answers: dict[str, Verification | None] = dict.fromkeys(one.key.id for one in sums)

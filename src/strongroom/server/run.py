@@ -142,6 +142,7 @@ async def _opened(settings: Settings) -> AsyncIterator[Strongroom]:
         limits=settings.limits,
         lease_s=settings.lease_s,
         lease_folder=settings.lease_dir,
+        sign_in=settings.sign_in,
     ) as room:
         yield room
 

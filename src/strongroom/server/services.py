@@ -62,7 +62,7 @@ class Services:
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.room.store.metrics)
-        self.authenticator = Authenticator(self.room.keys, self.proxies)
+        self.authenticator = Authenticator(self.room.keys, self.proxies, self.room.sign_in)
         self.gate = Gate(self.bounds.max_concurrency)
         self.answers = Answers(self.room.database)
         self.verify_gate = Gate(self.bounds.max_concurrency)

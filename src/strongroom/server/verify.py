@@ -184,7 +184,7 @@ class VerifyRoute:
                     route=ask.route,
                     tenant=caller.tenant,
                     idempotency_key=idempotency_key,
-                    actor=caller.actor,
+                    actor=caller.unique_actor,
                     peek=ask.peek,
                 )
             except InvalidInput as error:

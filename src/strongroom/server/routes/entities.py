@@ -34,7 +34,7 @@ from ...entities import (
 )
 from ...errors import InvalidInput, NotFound, Problem
 from ...journal import MASK
-from ...tenants import Role
+from ...tenants import GRANTING
 from ..auth import Scope
 from ..filters import parameters_of, query_of
 from ..idempotent_calls import nothing, run_once
@@ -118,7 +118,8 @@ class _Collection:
         self.name = cls.__collection__.name
         self.decimals = {f.name for f in cls.__collection__.fields.values() if f.type is FieldType.DECIMAL}
         self.changes = _changes_model(cls)
-        self.to_write = Scope.ADMIN if cls is Role else Scope.WRITE  # else a writer could give itself a wider role
+        # Else a writer could give itself a wider role, and be an administrator of its tenant.
+        self.to_write = Scope.ADMIN if self.name in GRANTING else Scope.WRITE
         self.schemas = deepcopy(_schemas_of(cls))  # OpenAPI's builder removes parts of it
 
     def add_to(self, routes: APIRouter) -> None:

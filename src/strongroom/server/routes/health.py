@@ -9,7 +9,7 @@ from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, Field
 
 from ... import health
-from ...errors import Unauthenticated, Unavailable
+from ...errors import Denied, Unauthenticated, Unavailable
 from ...health import Dependency
 from ..auth import Scope, authorization
 from ..metrics import CONTENT_TYPE
@@ -50,11 +50,11 @@ async def readyz(request: Request) -> Response:
     callers with a management key."""
     services = services_of(request)
     room = services.room
-    found = await health.check(room.store, room.feed, room.clock, room.background, room.cache)
+    found = await health.check(room.store, room.feed, room.clock, room.background, room.cache, room.sign_in)
     try:
         caller = await services.authenticator.caller(authorization(request.scope["headers"]), request.scope)
         may_see = caller.scope >= Scope.READ
-    except (Unauthenticated, Unavailable):
+    except (Denied, Unauthenticated, Unavailable):
         may_see = False
     stopping = services.closing.is_set()
     worst = health.overall(found)

@@ -106,7 +106,7 @@ async def update_key(request: Request, id: str) -> Response:
         changes = await _parsed(request, KeyChanges)
         before = await _own(request, id)
         _guard(caller, changes.permissions if "permissions" in changes.model_fields_set else (), before.tenant)
-        if id == caller.key.id:
+        if caller.key is not None and id == caller.key.id:
             _stay_usable(changes.allowed_ips or (), services.authenticator.address(request.scope))
         with Preconditions(request) as preconditions:
             expected = await preconditions.expected(_version_of(before))
@@ -225,7 +225,7 @@ async def verify_batch(request: Request) -> Response:
                     **{name: item.get(name) for name in ("cost", "permission", "ip", "model", "route")},
                     "tenant": caller.tenant,
                     "idempotency_key": None if named is None else _nth(named, number),
-                    "actor": caller.actor,
+                    "actor": caller.unique_actor,
                 }
                 for number, item in enumerate(items)
             ]

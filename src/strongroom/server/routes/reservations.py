@@ -39,7 +39,7 @@ async def reserve(request: Request) -> Response:
         **fields,
         tenant=caller.tenant,
         idempotency_key=idempotency_key(request),
-        actor=caller.actor,
+        actor=caller.unique_actor,
         durable=True,
     )
     return Json(answer)

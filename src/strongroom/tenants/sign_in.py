@@ -1,0 +1,93 @@
+"""Sign-in by JWT: from a bearer token to who calls, for which tenant, and what its roles allow there.
+
+A token gives an identity, a tenant and names of roles. What a role allows is stored with the tenant. So nothing that an
+issuer writes into a token gives more than the tenant's own roles give, and nothing at all outside the tenant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import msgspec
+
+from ..clock import Clock
+from ..database import Database
+from ..journal import ChangeFeed
+from ..storage.port import Record
+from .directory import Directory, Rights
+from .jwks import Jwks, JwksState
+from .tokens import Tokens, TokenSettings, refused
+
+
+class Source(Protocol):
+    """What a session was read from."""
+
+    stale: bool
+    """Whether it has changed since."""
+
+
+class Session(msgspec.Struct, frozen=True):
+    """A caller with a token, and its rights in `tenant`. `claims` are the token's: rules may ask for them, and
+    Strongroom itself asks none of them. `expires_us`: when the token stops working."""
+
+    subject: str
+    tenant: str
+    rights: Rights
+    claims: Mapping[str, Any]
+    expires_us: int
+    source: Source
+
+
+def _never(tenant: str) -> str | None:
+    return None
+
+
+class SignIn:
+    """The sign-in of one store. `start` before use, and `close` after. `suspended`: why a tenant's callers are refused,
+    or None."""
+
+    def __init__(
+        self,
+        settings: TokenSettings,
+        database: Database,
+        clock: Clock,
+        feed: ChangeFeed | None = None,
+        suspended: Callable[[str], str | None] = _never,
+    ) -> None:
+        self._jwks = Jwks(settings.jwks)
+        self._tokens = Tokens(settings, self._jwks, clock)
+        self.directory = Directory(database, feed)
+        self._suspended = suspended
+
+    def start(self) -> None:
+        """Read the issuer's keys, now and again and again. Raises ConfigError for a file that cannot be used."""
+        self._jwks.start()
+
+    async def close(self) -> None:
+        await self._jwks.close()
+
+    def state(self) -> JwksState:
+        """How the issuer's keys are, for operators."""
+        return self._jwks.state()
+
+    def seen(self, record: Record) -> None:
+        """A journal record of any process: forget what it makes outdated."""
+        self.directory.seen(record)
+
+    def forget_all(self) -> None:
+        """Records were missed: everything that was read before may be outdated."""
+        self.directory.forget_all()
+
+    async def session(self, text: str) -> Session:
+        """The caller of a token. Raises Unauthenticated, which says why the token, its user or its tenant is refused;
+        Unavailable if the issuer's keys or the store cannot be read."""
+        token = await self._tokens.verify(text)
+        access = await self.directory.access(token.tenant, token.subject, token.roles)
+        refusal = access.refusal or self._suspended(token.tenant)
+        if refusal is not None:
+            raise refused(refusal)
+        return Session(token.subject, token.tenant, access.rights, token.claims, token.expires_us, access.source)
+
+
+__all__ = ["Session", "SignIn"]
