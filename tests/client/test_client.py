@@ -518,3 +518,47 @@ async def test_a_watch_gives_up_after_its_timeout(connect: Connector, proxy: Pro
     with pytest.raises(NoAnswer):
         await watched(orders.watch(give_up_after_s=0.3), 1)
     assert proxy.accepted >= 2
+
+
+# --- Tenants ----------------------------------------------------------------------------------------------------
+
+
+async def test_a_tenant_is_created_changed_suspended_exported_and_deleted(client: Any, tenant: str) -> None:
+    made = await client.tenants.create(tenant, name="Acme Inc.", plan=tenant, metadata={"crm": 17})
+    assert (made.id, made.status, made.metadata) == (tenant, "active", {"crm": 17})
+    assert await client.tenants.get(tenant) == made
+    with pytest.raises(AlreadyExists):
+        await client.tenants.create(tenant)
+    changed = await client.tenants.update(tenant, name=None, expected=made.version)
+    assert (changed.name, changed.plan) == (None, tenant)
+    with pytest.raises(PreconditionFailed):
+        await client.tenants.update(tenant, plan="x", expected=made.version)
+    suspended = await client.tenants.suspend(tenant, "unpaid")
+    assert (suspended.status, suspended.reason) == ("suspended", "unpaid")
+    assert [one.id async for one in client.tenants.list(status="suspended", plan=tenant)] == [tenant]
+    assert (await client.tenants.resume(tenant)).status == "active"
+    await client.tenant(tenant).collection("users").create({"email": "ann@example.com"})
+    lines = b"".join([piece async for piece in client.tenants.export(tenant)]).splitlines()
+    assert msgspec.json.decode(lines[-1])["type"] == "end"
+    with pytest.raises(NotFound):
+        async for _ in client.tenants.export("nobody"):
+            pass
+    statement = await client.tenants.delete(tenant, "the end")
+    assert (statement.tenant, statement.reason, statement.counts) == (tenant, "the end", {"users": 1})
+    with pytest.raises(NotFound):
+        await client.tenants.get(tenant)
+
+
+async def test_a_deletion_that_takes_long_is_awaited(connect: Connector) -> None:
+    tenant = b'{"id": "acme", "status": "deleting", "version": 2}'
+    statement = (
+        b'{"id": "del_1", "tenant": "acme", "actor": "x", "request_id": "r", "started_at": "2026-01-01T00:00:00Z", '
+        b'"finished_at": "2026-01-01T00:00:00Z", "counts": {"users": 1}, "note": "n", "signed": false, "version": 1, '
+        b'"created_at": "2026-01-01T00:00:00Z", "updated_at": "2026-01-01T00:00:00Z"}'
+    )
+    async with scripted(Told(202, tenant), Told(202, tenant), Told(200, statement)) as server:
+        done = await connect(server.url, "key").tenants.delete("acme")
+        assert done.counts == {"users": 1}
+        asked = [one.headers["idempotency-key"] for one in server.asked]
+        assert len(asked) == 3
+        assert len(set(asked)) == 1

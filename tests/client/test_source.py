@@ -140,7 +140,9 @@ except ModuleNotFoundError as error:
 
 # --- The server's description -----------------------------------------------------------------------------------
 
-LEFT_OUT: dict[tuple[str, str], str] = {}
+LEFT_OUT: dict[tuple[str, str], str] = {
+    ("POST", "/v1/tenants/{tenant}"): "the same as POST /v1/tenants, with the name in the path",
+}
 """Routes without a method, and why."""
 ENTITY = "/v1/tenants/{tenant}/{collection}"
 SHAPES: dict[str, type[msgspec.Struct]] = {
@@ -166,6 +168,8 @@ SHAPES: dict[str, type[msgspec.Struct]] = {
     "UsageIn": models.Used,
     "UsageBatchOut": models.RecordedBatch,
     "ReservationOut": models.Reservation,
+    "TenantOut": models.TenantRecord,
+    "DeletionStatementOut": models.DeletionStatement,
 }
 
 
@@ -209,9 +213,9 @@ def described() -> dict[str, Any]:
 
 def _template(route: str) -> str:
     """A route as the client's source has it: collections are parameters there, and so is each id."""
-    if not route.startswith("/v1/tenants/"):
-        return route
     parts = route.split("/")
+    if not route.startswith("/v1/tenants/") or len(parts) < 5 or parts[4] in ("suspend", "resume", "export"):
+        return route
     _, colon, verb = parts[4].partition(":")
     return "/".join([*parts[:4], "{collection}" + colon + verb, *parts[5:]])
 

@@ -298,6 +298,55 @@ class QuotaStats(Model, frozen=True):
     limits: list[LimitStatus] = []
 
 
+# --- Tenants --------------------------------------------------------------------------------------------------
+
+
+class TenantRecord(Model, frozen=True):
+    """A tenant. `status` is active, suspended or deleting; `reason` and `suspended_at` say why and since when.
+    `version` 0 and `created_at` None: nobody created it, it has data."""
+
+    id: str
+    status: str
+    version: int
+    name: str | None = None
+    reason: str | None = None
+    suspended_at: Moment | None = None
+    plan: str | None = None
+    contact_email: str | None = None
+    region: str | None = None
+    settings: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
+    created_at: Moment | None = None
+    updated_at: Moment | None = None
+
+
+class DeletionStatement(Model, frozen=True):
+    """What the deletion of a tenant removed: `counts` by collection. `journal_size` and `journal_root`: the tenant's
+    tree in the journal when it ended. `note` is all of this as text, with its signature if `signed`."""
+
+    id: str
+    tenant: str
+    actor: str
+    request_id: str
+    started_at: Moment
+    finished_at: Moment
+    counts: dict[str, int]
+    note: str
+    signed: bool
+    version: int
+    created_at: Moment
+    updated_at: Moment
+    reason: str | None = None
+    journal_size: int | None = None
+    journal_root: str | None = None
+
+
+class DeletionAnswer(Model, frozen=True):
+    """The answer to a deletion: the tenant, whose `status` is deleting, while it is not complete."""
+
+    status: str | None = None
+
+
 # --- Statistics, health -----------------------------------------------------------------------------------------
 
 

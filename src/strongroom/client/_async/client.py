@@ -16,6 +16,7 @@ from .keys import AsyncKeys
 from .leaks import AsyncLeaks
 from .quotas import AsyncQuotas
 from .reservations import AsyncReservations
+from .tenants import AsyncTenants
 from .transport import AsyncTransport
 from .usage import AsyncUsage
 from .webhooks import AsyncWebhooks
@@ -58,6 +59,7 @@ class AsyncClient:
         self.webhooks = AsyncWebhooks(self._http)
         self.leaks = AsyncLeaks(self._http)
         self.audit = AsyncAudit(self._http)
+        self.tenants = AsyncTenants(self._http)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._http.url!r})"

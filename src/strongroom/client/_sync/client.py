@@ -17,6 +17,7 @@ from .keys import Keys
 from .leaks import Leaks
 from .quotas import Quotas
 from .reservations import Reservations
+from .tenants import Tenants
 from .transport import Transport
 from .usage import Usage
 from .webhooks import Webhooks
@@ -59,6 +60,7 @@ class Client:
         self.webhooks = Webhooks(self._http)
         self.leaks = Leaks(self._http)
         self.audit = Audit(self._http)
+        self.tenants = Tenants(self._http)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._http.url!r})"

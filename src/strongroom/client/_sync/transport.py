@@ -127,13 +127,18 @@ class Transport:
 
     @contextmanager
     def stream(
-        self, template: str, segments: Mapping[str, str], headers: Mapping[str, str], silence_s: float
+        self,
+        template: str,
+        segments: Mapping[str, str],
+        headers: Mapping[str, str],
+        silence_s: float,
+        expected: str = EVENTS,
     ) -> Iterator[Iterator[bytes]]:
-        """An open stream of events: its bytes as they arrive. Tried once.
+        """An open stream of this content type: its bytes as they arrive. Tried once.
 
         Raises the server's error; NoAnswer if the connection is lost, or silent for longer than `silence_s`.
         """
-        sent = {**self._headers, **headers, "Accept": EVENTS}
+        sent = {**self._headers, **headers, "Accept": expected}
         timeout = httpx.Timeout(self.timeout_s, connect=self._timeout.connect, read=silence_s)
         url = self.url + path(template, segments)
         try:
@@ -141,8 +146,8 @@ class Transport:
                 if response.status_code >= 300:
                     raise error_of(response.status_code, response.headers, response.read())
                 kind = response.headers.get("content-type", "no content type")
-                if not kind.startswith(EVENTS):
-                    raise UnexpectedAnswer(f"GET {template}: found {kind}, expected {EVENTS}")
+                if not kind.startswith(expected):
+                    raise UnexpectedAnswer(f"GET {template}: found {kind}, expected {expected}")
                 yield response.iter_bytes()
         except httpx.RequestError as error:
             raise no_answer(error, "GET", template, silence_s) from error

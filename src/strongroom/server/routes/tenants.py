@@ -27,7 +27,7 @@ routes = APIRouter(tags=["tenants"])
 
 PATH = "/v1/tenants"
 ONE = PATH + "/{tenant}"
-DELETE_WITHIN_S = 20.0
+DELETE_WITHIN_S = 5.0
 """A deletion that takes longer is answered with 202, and a job completes it."""
 NDJSON = "application/x-ndjson"
 
