@@ -25,7 +25,10 @@ from .errors import AlreadyExists, ConfigError, StrongroomError
 from .events import Event
 from .jobs import JobLease, JobLeases
 from .jobs.maintenance import Background, Job, ShapeKeeper, background
+from .jobs.sealing import LEASE_S as SEALING_LEASE_S
+from .jobs.sealing import Sealing
 from .journal import POLL_S, TREE_ENTITIES, ChangeFeed
+from .journal.sealer import Sealer
 from .keys import ApiKey, Hasher, Keys, KeySource, Leak, LeakPolicy, Leaks, StoredReservation
 from .keys.import_source import load as load_sources
 from .keys.jobs import RollUp, key_jobs
@@ -105,6 +108,7 @@ class OpenOptions(TypedDict, total=False):
     lease_s: float
     lease_folder: str | None
     sign_in: TokenSettings | None
+    sealing: bool
 
 
 class Strongroom:
@@ -156,6 +160,7 @@ class Strongroom:
         lease_s: float = LEASE_S,
         lease_folder: str | None = None,
         sign_in: TokenSettings | None = None,
+        sealing: bool = True,
     ) -> AsyncIterator[Self]:
         """Open a store, make its schema fit the declarations (additions only), and close everything at the end.
 
@@ -166,13 +171,19 @@ class Strongroom:
         `limits`: `durable` debits each use before it is answered, `leased` debits limit leases, which are then
         spent in memory (docs/limits.md); `lease_s`: how long a limit lease lasts; `lease_folder`: the folder of the
         lease log, which survives a killed process (default: beside the store's file, or the temporary folder).
-        `sign_in`: which JWTs the server accepts; without it, none. Raises ConfigError, SchemaError, StoreError,
-        Unavailable.
+        `sign_in`: which JWTs the server accepts; without it, none. `sealing`: whether this process seals the journal
+        (docs/audit.md) when no other does. Raises ConfigError, SchemaError, StoreError, Unavailable.
         """
         refuse_reserved(entities)
         registry = Registry((*SYSTEM_ENTITIES, *entities))
         async with AsyncExitStack() as stack:
             store, database, clock = await _opened(stack, url, registry, policy)
+            sealer = Sealing(
+                Sealer(store, clock),
+                JobLeases(database, clock, lease_s=SEALING_LEASE_S),
+                lambda: database.writes.refusal is not None,
+            )
+            stack.push_async_callback(sealer.close)  # once every record is written
             stack.push_async_callback(database.denials.close)
             hasher = await _hasher(database, peppers)
             database.calls.use(hasher)
@@ -188,6 +199,7 @@ class Strongroom:
             jobs = [*key_jobs(keys, database, clock), Job("tenant-deletions", DELETIONS_EVERY_S, tenants.deletions.run)]
             work = background(database, store, clock, leases, more=jobs, journal_kept_s=journal_kept_s)
             room = cls(store, database, ledger, keys, feed, clock, work, tenants)
+            room.sealer = sealer
             room._configured_peppers = tuple(peppers)
             if cache is not None:
                 room.cache = Cache(store, feed, registry.collections, cache, await _namespace(url, database))
@@ -197,6 +209,8 @@ class Strongroom:
             room._listen(stack)
             room._tell_webhooks(leases)
             await room._start(stack)
+            if sealing:
+                sealer.start()
             if lease_manager is not None:
                 lease_manager.start()
             yield room
@@ -210,6 +224,9 @@ class Strongroom:
         if self.sign_in is not None:
             self.feed.on_record(self.sign_in.seen)
             self.feed.on_reset(self.sign_in.forget_all)
+        self.feed.on_record(self.sealer.seen)
+        self.feed.on_reset(self.sealer.reset)
+        self.database.after_commit(lambda _: self.sealer.committed())
         stack.push_async_callback(self._stop_reloading)
 
     def _tell_webhooks(self, leases: JobLeases) -> None:
@@ -242,6 +259,8 @@ class Strongroom:
 
     webhooks: Webhooks
     deliveries: Deliveries
+    sealer: Sealing
+    """Seals the journal. `await sealer.seal_now()` returns once everything is sealed."""
     cache: Cache | None = None
     sign_in: SignIn | None = None
     _configured_peppers: tuple[str, ...] = ()

@@ -37,7 +37,9 @@ async def opened(
     url: str, *, beside: FaultyStore | None = None, **options: Any
 ) -> AsyncIterator[tuple[Strongroom, FaultyStore]]:
     """A Strongroom over a FaultyStore, by the machine's clock, which tests can move. `beside`: another node on that
-    one's store; a file is opened once more."""
+    one's store; a file is opened once more. It seals no journal unless `sealing` says so: what a test counts are the
+    commits of its own."""
+    options.setdefault("sealing", False)
     wrapped: list[FaultyStore] = []
     if url.startswith("sqlite:///"):
         file = Path(unquote(url.removeprefix("sqlite:///")))

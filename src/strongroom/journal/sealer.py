@@ -1,0 +1,428 @@
+"""Seals the journal: adds its new records to their trees, in rounds.
+
+A round reads the records after the log's cursor and extends the trees of their tenants, each in one batch with its
+tiles. The last batch of a round extends the platform's tree with its own records and with the round's leaf, and moves
+the log on. So a process may be killed between any two batches: the next round reads the same records again, skips
+those that a tree has already, and finishes the same round.
+
+Only one process seals at a time, under a lease whose guard is in each batch. Besides, each batch expects the versions
+of the documents that it replaces.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from ..clock import Clock
+from ..context import us_from_utc, utc_from_us
+from ..cooperative import Slices
+from ..entities import MAX_IN, MAX_LIMIT, MAX_PAGE_BYTES, Document, Query, Where
+from ..errors import AlreadyExists, Conflict, StoreError
+from ..storage.port import (
+    MAX_BATCH_BYTES,
+    MAX_CHANGES_PAGE,
+    MAX_OPERATIONS,
+    Batch,
+    Check,
+    Create,
+    JournalFilter,
+    JournalRow,
+    Operation,
+    Patch,
+    Put,
+    RowsPage,
+    Store,
+    document_size,
+)
+from .leaf import leaf_of
+from .signed_note import Checkpoint, SignedNote
+from .tree_state import NO_SEQUENCE, TREES, Disagreement, TreeState
+from .trees import (
+    LOG,
+    PLATFORM,
+    TILE,
+    JournalLog,
+    JournalRound,
+    JournalTile,
+    legacy_salt,
+    round_id,
+    round_leaf,
+    tile_id,
+    tree_id,
+)
+
+MAX_RECORDS = 20_000
+"""Records that one round seals, and a page more."""
+MAX_TREES = 2_500
+"""Trees that one round extends, and those of a page more: their entries fit into one document, even after a crash."""
+KEPT_TREES = 4_096
+"""Trees that stay in memory, each with the leaves of its last tile (10 KB at most)."""
+FIRST_ROWS = 100
+RENEW_EVERY_S = 1.0
+LOGS = JournalLog.__collection__.name
+ROUNDS = JournalRound.__collection__.name
+TILES = JournalTile.__collection__.name
+_log = logging.getLogger(__name__)
+
+
+class JournalBroken(StoreError):
+    """The stored records do not agree with the platform's tree, so nothing may be sealed and signed upon it."""
+
+
+class Lease(Protocol):
+    """The right to seal, as `jobs.AcquiredLease` gives it."""
+
+    @property
+    def guard(self) -> Check: ...
+
+    @property
+    def position(self) -> str | None: ...
+
+    async def save(self, position: str | None) -> None: ...
+
+
+class Signer(Protocol):
+    """Signs the log's checkpoints."""
+
+    def sign(self, checkpoint: Checkpoint, time_s: int) -> str:
+        """The signed note."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """The work of a round: how many `records` it sealed, the time of the oldest. `more`: others may be left."""
+
+    records: int = 0
+    trees: int = 0
+    more: bool = False
+    oldest_us: int | None = None
+
+
+class Sealer:
+    """Seals one store's journal. Call `forget` when another process may have sealed since the last round."""
+
+    def __init__(self, store: Store, clock: Clock, signer: Signer | None = None) -> None:
+        self._store = store
+        self._clock = clock
+        self.signer = signer
+        self._stored_log: Document | None = None
+        self._trees: OrderedDict[str, TreeState] = OrderedDict()
+        self._ahead: dict[str, TreeState] = {}
+        self._limit = FIRST_ROWS
+        self._renewed_at = 0.0
+        self.broken: dict[str, str] = {}
+        """Why trees are not extended any more, by their ids, as far as this process has met them."""
+
+    def forget(self) -> None:
+        """Read everything anew at the next round."""
+        self._stored_log = None
+        self._trees.clear()
+        self._ahead.clear()
+
+    async def behind(self) -> bool:
+        """Whether there are records after the log's cursor, as the store has it now."""
+        log = await self._store.get(LOGS, None, LOG)
+        cursor = log["cursor"] if log is not None else None
+        while True:
+            page = await self._store.rows(cursor, limit=1)
+            if page.rows or page.cursor == cursor:
+                return bool(page.rows)
+            cursor = page.cursor
+
+    async def round(self, lease: Lease) -> Sealed:
+        """Seal what was committed since the last round, up to MAX_RECORDS. Raises Conflict if another process has the
+        lease, and the errors of the store; then nothing, or a part of the round that is continued later, was done."""
+        self._renewed_at = time.monotonic()
+        try:
+            return await self._round(lease)
+        except BaseException:
+            self.forget()  # what was committed is not known
+            raise
+
+    async def _round(self, lease: Lease) -> Sealed:
+        log = self._stored_log or await self._begin(lease)
+        number, cursor = log["round"] + 1, log["cursor"]
+        touched = dict(self._ahead)
+        records, seen, oldest_us, more = 0, 0, None, True
+        slices = Slices()
+        while records < MAX_RECORDS and len(touched) < MAX_TREES:
+            page = await self._page(cursor)
+            if page.cursor == cursor:
+                more = False
+                break
+            states = await self._states({row[2] for row in page.rows})
+            for row in page.rows:
+                if slices.over:
+                    await slices.pause()
+                state = states[row[2]]
+                if row[0] <= state.sequence or state.broken:
+                    continue
+                state.add(self._leaf(row, log), row[0], row[3])
+                records += 1
+                touched[state.id] = state
+                if oldest_us is None or row[3] < oldest_us:
+                    oldest_us = row[3]
+            seen += len(page.rows)
+            short = len(page.rows) < self._limit
+            cursor = page.cursor
+            self._fit(page)
+            await self._renew(lease)
+            if short:
+                break
+        if not touched and not seen:
+            return Sealed()
+        platform = touched.pop(PLATFORM, None)
+        await self._commit_trees(lease, touched.values(), number)
+        await self._finish(lease, log, number, cursor, platform, touched)
+        self._shrink()
+        return Sealed(records, len(touched) + (platform is not None), more, oldest_us)
+
+    def _leaf(self, row: JournalRow, log: Document) -> bytes:
+        if not row[12]:
+            row = (*row[:12], legacy_salt(log["legacy_secret"], row[1]), *row[13:])
+        return leaf_of(row)
+
+    # --- Reading ----------------------------------------------------------------------------------------------
+
+    async def _begin(self, lease: Lease) -> Document:
+        """Read the log, or make it, and the trees that an unfinished round extended."""
+        log = await self._store.get(LOGS, None, LOG)
+        if log is None:
+            new = {
+                "origin": f"strongroom.invalid/{secrets.token_hex(8)}",
+                "round": 0,
+                "cursor": None,
+                "checkpoint": "",
+                "checkpoint_size": 0,
+                "legacy_secret": secrets.token_bytes(32),
+            }
+            try:
+                await self._commit([lease.guard, Create(LOGS, LOG, new)])
+            except AlreadyExists:
+                _log.info("another process has begun to seal the journal")
+            log = await self._store.get(LOGS, None, LOG)
+            if log is None:
+                raise Conflict("the journal's log was removed while it was made")
+        self._ahead = {}
+        after: tuple[str, ...] | None = None
+        while True:
+            where = Where("round", "==", log["round"] + 1)
+            found = await self._store.find(TREES, None, Query(where, limit=MAX_LIMIT, start_after=after))
+            for stored in found:
+                state = await self._restored(TreeState(stored["tenant"], stored))
+                self._ahead[state.id] = self._trees[state.id] = state
+            if len(found) < MAX_LIMIT:
+                break
+            after = (found[-1]["id"],)
+        self._stored_log = log
+        return log
+
+    async def _page(self, cursor: str | None) -> RowsPage:
+        return await self._store.rows(cursor, limit=self._limit)
+
+    def _fit(self, page: RowsPage) -> None:
+        """Read about MAX_PAGE_BYTES at once."""
+        size = sum(len(row[10] or "") + len(row[11] or "") + 200 for row in page.rows)
+        fitting = MAX_PAGE_BYTES * len(page.rows) // max(size, 1)
+        self._limit = max(1, min(4 * self._limit, fitting or self._limit, MAX_CHANGES_PAGE))
+
+    async def _states(self, tenants: set[str | None]) -> dict[str | None, TreeState]:
+        """The trees of these tenants, those that are not in memory from the store."""
+        found = {}
+        missing = {}
+        for tenant in tenants:
+            id = tree_id(tenant)
+            state = self._trees.get(id)
+            if state is None:
+                missing[id] = tenant
+            else:
+                self._trees.move_to_end(id)
+                found[tenant] = state
+        ids = sorted(missing)
+        for at in range(0, len(ids), MAX_IN):
+            some = ids[at : at + MAX_IN]
+            stored = {one["id"]: one for one in await self._store.find(TREES, None, _of_ids(some))}
+            for id in some:
+                state = await self._restored(TreeState(missing[id], stored.get(id)))
+                found[missing[id]] = self._trees[id] = state
+        return found
+
+    async def _restored(self, state: TreeState) -> TreeState:
+        """The tree with what it needs to be extended; broken, if its records do not agree with it."""
+        if state.broken:
+            self.broken[state.id] = state.broken
+            return state
+        if not state.size:
+            return state
+        try:
+            upper = {}
+            for level, number in state.incomplete_tiles():
+                tile = await self._store.get(TILES, None, tile_id(state.id, level, number))
+                upper[level, number] = tile["hashes"] if tile is not None else b""
+            state.restore(await self._last_leaves(state), upper)
+        except Disagreement as error:
+            await self._break(state, str(error))
+        except ValueError as error:  # a salt of an impossible form
+            await self._break(state, str(error))
+        return state
+
+    async def _break(self, state: TreeState, reason: str) -> None:
+        """Extend this tree no more, so that the others go on and nobody signs what does not fit."""
+        whose = "the platform" if state.tenant is None else f"tenant {state.tenant!r}"
+        _log.error("the journal of %s was changed behind Strongroom, and is not sealed any more: %s", whose, reason)
+        state.broken = self.broken[state.id] = reason
+        if state.tenant is not None:
+            await self._commit([Patch(TREES, state.id, {"broken": reason}, expected=state.version)])
+
+    async def _last_leaves(self, state: TreeState) -> list[tuple[bytes, int, int]]:
+        """The hash, sequence and time of the leaves after the last complete tile."""
+        begin = state.size - state.size % TILE
+        if begin == state.size:
+            return []
+        after: int | None = None
+        if begin:
+            tile = await self._store.get(TILES, None, tile_id(state.id, 0, begin // TILE - 1))
+            if tile is not None:  # else retention has removed it with its records
+                after = tile["last_sequence"]
+        where = JournalFilter(
+            tenant=state.tenant,
+            platform=state.tenant is None,
+            after_sequence=after,
+            through_sequence=state.sequence,
+        )
+        return await self._leaves(state, where, begin)
+
+    async def _leaves(self, state: TreeState, where: JournalFilter, begin: int) -> list[tuple[bytes, int, int]]:
+        log = await self._store.get(LOGS, None, LOG)
+        if log is None:
+            raise Disagreement("the journal's log was removed")
+        rounds = {}
+        if state.tenant is None:
+            query = Query(Where("index", ">=", begin), ("index",), limit=TILE)
+            rounds = {one["index"]: one for one in await self._store.find(ROUNDS, None, query)}
+        leaves: list[tuple[bytes, int, int]] = []
+
+        def add_rounds() -> None:
+            while (one := rounds.pop(begin + len(leaves), None)) is not None:
+                leaves.append((round_leaf(one["number"], one["entries"]), NO_SEQUENCE, us_from_utc(one["sealed_at"])))
+
+        cursor: str | None = None
+        while len(leaves) <= TILE:
+            page = await self._store.rows(cursor, where, limit=FIRST_ROWS)
+            for row in page.rows:
+                add_rounds()
+                leaves.append((self._leaf(row, log), row[0], row[3]))
+            if page.cursor == cursor:
+                break
+            cursor = page.cursor
+        add_rounds()
+        return leaves
+
+    # --- Writing ----------------------------------------------------------------------------------------------
+
+    async def _commit_trees(self, lease: Lease, states: Iterable[TreeState], number: int) -> None:
+        """Commit what was added to the trees of tenants, several in a batch, each in one."""
+        operations: list[Operation] = []
+        members: list[tuple[TreeState, int]] = []
+        size = 0
+        now_us = self._clock.now_us()
+        for state in states:
+            if not state.extended:
+                continue
+            some = state.operations(number, now_us)
+            weight = _weight(some)
+            if operations and (len(operations) + len(some) >= MAX_OPERATIONS or size + weight > MAX_BATCH_BYTES // 2):
+                await self._commit_some(lease, operations, members)
+                operations, members, size = [], [], 0
+            operations += some
+            members.append((state, len(operations)))  # behind the guard, the last operation has this index
+            size += weight
+        if operations:
+            await self._commit_some(lease, operations, members)
+
+    async def _commit_some(
+        self, lease: Lease, operations: Sequence[Operation], members: Sequence[tuple[TreeState, int]]
+    ) -> None:
+        versions = await self._commit([lease.guard, *operations])
+        for state, index in members:
+            state.committed(versions[index])
+        await self._renew(lease)
+
+    async def _finish(
+        self,
+        lease: Lease,
+        log: Document,
+        number: int,
+        cursor: str | None,
+        platform: TreeState | None,
+        touched: dict[str, TreeState],
+    ) -> None:
+        """The last batch: the platform's tree with the round's leaf, the round, and the log."""
+        now_us = self._clock.now_us()
+        changed = {name: value for name, value in log.items() if name in _LOG_FIELDS} | {"cursor": cursor}
+        operations: list[Operation] = []
+        if platform is None and touched:
+            platform = (await self._states({None}))[None]
+        if platform is not None:
+            if not platform.size and log["round"]:
+                await self._break(platform, "its tree was removed")
+            if platform.broken:
+                raise JournalBroken(f"nothing is sealed: the platform's journal was changed: {platform.broken}")
+            entries = [
+                [state.id, state.size, state.root().hex()]
+                for state in sorted(touched.values(), key=lambda state: state.id)
+                if not state.broken
+            ]
+            text = json.dumps(entries, separators=(",", ":"))
+            round = {"number": number, "index": platform.size, "entries": text, "sealed_at": utc_from_us(now_us)}
+            platform.add(round_leaf(number, text), NO_SEQUENCE, now_us)
+            checkpoint = Checkpoint(log["origin"], platform.size, platform.root())
+            changed["round"], changed["checkpoint_size"] = number, platform.size
+            changed["checkpoint"] = self._signed(checkpoint, now_us)
+            operations = [Create(ROUNDS, round_id(number), round), *platform.operations(number, now_us)]
+        operations.append(Put(LOGS, LOG, changed, expected=log["version"]))
+        versions = await self._commit([lease.guard, *operations])
+        if platform is not None:
+            platform.committed(versions[-2])
+        self._stored_log = {**log, **changed, "version": versions[-1]}
+        self._ahead = {}
+
+    def _signed(self, checkpoint: Checkpoint, now_us: int) -> str:
+        if self.signer is None:
+            return str(SignedNote(checkpoint.text))
+        return self.signer.sign(checkpoint, now_us // 1_000_000)
+
+    async def _commit(self, operations: Sequence[Operation]) -> tuple[int, ...]:
+        committed = await self._store.commit(Batch(None, tuple(operations), self._clock.now_us()))
+        return committed.versions
+
+    async def _renew(self, lease: Lease) -> None:
+        if (now := time.monotonic()) - self._renewed_at > RENEW_EVERY_S:
+            await lease.save(lease.position)
+            self._renewed_at = now
+
+    def _shrink(self) -> None:
+        while len(self._trees) > KEPT_TREES:
+            self._trees.popitem(last=False)
+
+
+_LOG_FIELDS = frozenset(JournalLog.__collection__.fields)
+
+
+def _of_ids(ids: Sequence[str]) -> Query:
+    return Query(Where("id", "in", ids), limit=MAX_IN)
+
+
+def _weight(operations: Iterable[Operation]) -> int:
+    return sum(document_size(one.document) for one in operations if isinstance(one, Create | Put))
+
+
+__all__ = ["JournalBroken", "Lease", "Sealed", "Sealer", "Signer"]
