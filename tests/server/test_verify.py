@@ -202,7 +202,7 @@ async def test_a_limit_is_never_over_admitted_through_http() -> None:
 
 async def test_guessed_keys_write_nothing_and_use_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("strongroom.keys.cache.MAX_UNKNOWN", 300)
-    async with serving() as served:
+    async with serving(sealing=False) as served:
         await served.verify("warm up")
         before = await served.room.store.changes("end")
         commits = 0

@@ -125,11 +125,12 @@ class Sealing:
                 wait_s = await self._step()
             except Exception as error:  # any error: a journal that is not sealed any more would not be noticed
                 conflicts = conflicts + 1 if isinstance(error, Conflict | JobLeaseLost) else MAX_CONFLICTS
-                if conflicts >= MAX_CONFLICTS:
+                if not isinstance(error, StrongroomError):  # its text may have anything, a secret too
+                    self.error = type(error).__name__
+                    _log.exception("the journal cannot be sealed, because of an unexpected error")
+                elif conflicts >= MAX_CONFLICTS:
                     self.error = f"{type(error).__name__}: {error}"
                     told.failed(error)
-                    if not isinstance(error, StrongroomError):
-                        _log.exception("the journal cannot be sealed, because of an unexpected error")
                 await asyncio.sleep(RETRY_S * random.uniform(0.5, 1))  # noqa: S311 - jitter
                 continue
             conflicts = 0
