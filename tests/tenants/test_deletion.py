@@ -53,7 +53,7 @@ async def fill(room: Strongroom, tenant: str, notes: int = 5) -> None:
 
 
 async def what_is_left(room: Strongroom, tenant: str) -> dict[str, int]:
-    """The documents of a tenant, by collection, journal left out."""
+    """The documents of a tenant, by collection, journal and its trees left out."""
     found: dict[str, int] = {}
     for cls in room.database.registry.by_name.values():
         name, fields = cls.__collection__.name, cls.__collection__.fields
@@ -61,7 +61,7 @@ async def what_is_left(room: Strongroom, tenant: str) -> dict[str, int]:
             documents = await room.store.find(name, tenant, Query(limit=1000))
         elif name in ("tenants", "tenant_deletions"):
             documents = [d for d in await room.store.find(name, None, Query(limit=1000)) if d["id"] == tenant]
-        elif "tenant" in fields and name != "deletion_statements":
+        elif "tenant" in fields and name not in ("deletion_statements", "journal_trees"):
             documents = [d for d in await room.store.find(name, None, Query(limit=1000)) if d["tenant"] == tenant]
         else:
             continue

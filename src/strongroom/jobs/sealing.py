@@ -123,6 +123,8 @@ class Sealing:
                 continue
             try:
                 wait_s = await self._step()
+            except NotImplementedError:
+                return  # PostgreSQL has no `rows` yet
             except Exception as error:  # any error: a journal that is not sealed any more would not be noticed
                 conflicts = conflicts + 1 if isinstance(error, Conflict | JobLeaseLost) else MAX_CONFLICTS
                 if not isinstance(error, StrongroomError):  # its text may have anything, a secret too
