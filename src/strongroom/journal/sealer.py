@@ -20,7 +20,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..clock import Clock
 from ..context import us_from_utc, utc_from_us
 from ..cooperative import Slices
 from ..entities import MAX_IN, MAX_LIMIT, MAX_PAGE_BYTES, Document, Query, Where
@@ -74,6 +73,12 @@ _log = logging.getLogger(__name__)
 
 class JournalBroken(StoreError):
     """The stored records do not agree with the platform's tree, so nothing may be sealed and signed upon it."""
+
+
+class Clock(Protocol):
+    """Gives the store's time, as `clock` does."""
+
+    def now_us(self) -> int: ...
 
 
 class Lease(Protocol):
