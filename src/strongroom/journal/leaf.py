@@ -44,29 +44,35 @@ each field its salt, or its commitment if it is redacted, then the salt of hidde
 def leaf_of(row: JournalRow) -> bytes:
     """The leaf hash of a record. Raises ValueError if its salt has an impossible form."""
     _, id, tenant, at_us, actor, request_id, action, collection, entity_id, _, before, after, salt, claims, rules = row
-    head = (
-        f"{VERSION}\n{len(id)}:{id},{len(tenant or '')}:{tenant or ''},{len(at := str(at_us))}:{at},"
-        f"{len(request_id)}:{request_id},{len(action)}:{action},{len(collection)}:{collection},"
-        f"{len(rules or '')}:{rules or ''},"
-    )
-    if not head.isascii():
-        head = _netstrings(id, tenant, str(at_us), request_id, action, collection, rules)
+    head = head_of(id, tenant, at_us, request_id, action, collection, rules)
     if collection in HIDDEN:
         before, after = hidden(row)
     if len(salt) != SALT_BYTES:
-        return sha256(
-            b"\x00" + head.encode() + b"".join(_opened(salt, actor, claims, entity_id, before, after))
-        ).digest()
+        return sha256(b"\x00" + head + b"".join(_opened(salt, actor, claims, entity_id, before, after))).digest()
     salts = sha512(salt).digest()
-    who = _who(actor, claims)
+    who = committed_actor(actor, claims)
     return sha256(
         b"\x00"
-        + head.encode()
+        + head
         + sha256(salts[:16] + who).digest()
         + sha256(salts[16:32] + entity_id.encode()).digest()
         + (NOTHING if before is None else sha256(salts[32:48] + before.encode()).digest())
         + (NOTHING if after is None else sha256(salts[48:] + after.encode()).digest())
     ).digest()
+
+
+def head_of(
+    id: str, tenant: str | None, at_us: int, request_id: str, action: str, collection: str, rules: str | None
+) -> bytes:
+    """The beginning of a leaf's content: what is never redacted."""
+    text = (
+        f"{VERSION}\n{len(id)}:{id},{len(tenant or '')}:{tenant or ''},{len(at := str(at_us))}:{at},"
+        f"{len(request_id)}:{request_id},{len(action)}:{action},{len(collection)}:{collection},"
+        f"{len(rules or '')}:{rules or ''},"
+    )
+    if not text.isascii():
+        text = _netstrings(id, tenant, str(at_us), request_id, action, collection, rules)
+    return text.encode()
 
 
 def _netstring(text: str) -> str:
@@ -77,7 +83,8 @@ def _netstrings(*texts: str | None) -> str:
     return VERSION + "\n" + "".join(_netstring(text or "") for text in texts)
 
 
-def _who(actor: str, claims: str | None) -> bytes:
+def committed_actor(actor: str, claims: str | None) -> bytes:
+    """What a record commits to as its actor: the name, and the claims' text."""
     if claims is None and actor.isascii():
         return f"{len(actor)}:{actor},0:,".encode()
     return (_netstring(actor) + _netstring(claims or "")).encode()
@@ -137,7 +144,7 @@ def _opened(
 ) -> list[bytes]:
     opening = opening_of(salt)
     values: list[bytes | None] = [
-        _who(actor, claims),
+        committed_actor(actor, claims),
         entity_id.encode(),
         None if before is None else before.encode(),
         None if after is None else after.encode(),
@@ -185,6 +192,8 @@ __all__ = [
     "VERSION",
     "Opening",
     "commitments_of",
+    "committed_actor",
+    "head_of",
     "hidden",
     "leaf_of",
     "opening_of",

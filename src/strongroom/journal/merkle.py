@@ -46,6 +46,17 @@ class Frontier:
             size >>= 1
         hashes.append(leaf)
 
+    def add_subtree(self, level: int, root: bytes) -> None:
+        """Add the next 2**level leaves by the root of their subtree. The size must be a multiple of 2**level."""
+        hashes, size = self.hashes, self.size >> level
+        if size << level != self.size:
+            raise ValueError(f"found {self.size} leaves, expected a multiple of {1 << level}")
+        self.size += 1 << level
+        while size & 1:
+            root = node_hash(hashes.pop(), root)
+            size >>= 1
+        hashes.append(root)
+
     def root(self) -> bytes:
         return joined(self.hashes)
 

@@ -1,0 +1,380 @@
+"""Compares one tree with its records: tile by tile, then its right edge, its last round and a saved checkpoint. It says
+what is wrong at the first leaf that differs."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from ..entities import MAX_LIMIT, And, Document, Query, Where
+from ..errors import Gone
+from ..storage.port import Store
+from .findings import Kind, Report, TreeReport
+from .merkle import HASH_BYTES, Frontier, complete_subtrees, root_of, split
+from .signed_note import Checkpoint
+from .tree_reader import TreeReader
+from .trees import TILE, JournalRound, JournalTile, round_id, tile_id, tree_id
+
+TILES = JournalTile.__collection__.name
+ROUNDS = JournalRound.__collection__.name
+MAX_SEARCHED_ROUNDS = 20_000
+"""Rounds that are searched for the one in which a tree first differs."""
+MAX_EXCHANGED = 64
+"""Records that were sealed together, of which each pair is tried to find two that were exchanged."""
+KEPT_ROUNDS = 64
+TILE_BYTES = TILE * HASH_BYTES
+SEQUENCE_BYTES = 8
+_BITS = 8
+
+
+class TreeCheck:
+    """A tree, as far as its records were read."""
+
+    def __init__(self, store: Store, document: Document, legacy_secret: bytes, report: Report, ahead: int) -> None:
+        self._store = store
+        self._document = document
+        self._secret = legacy_secret
+        self._report = report
+        self._ahead = ahead
+        self.id: str = document["id"]
+        self.tenant: str | None = document["tenant"]
+        self.size: int = document["size"]
+        self.sequence: int = document["sequence"]
+        self.first: int = document["first_index"]
+        self.logged = (document["size"], document["round"])
+        self.previous = (document["previous_size"], document["previous_round"])
+        self._edge: bytes = document["frontier"]
+        self.bad = False
+        self.seen = 0
+        """The sequence of the last record that was added."""
+        self.result = TreeReport(self.tenant, self.size, self.first, self.first)
+        self._frontier = Frontier()
+        """Of the complete tiles; `_leaves` and `_sequences` are those of the leaves after them."""
+        self._leaves = bytearray()
+        self._sequences = bytearray()
+        self._upper: dict[int, bytearray] = {}
+        self._tiles: dict[int, Document] = {}
+        self._upper_damaged = False
+
+    @property
+    def position(self) -> int:
+        return self._frontier.size + len(self._leaves) // HASH_BYTES
+
+    def found(self, kind: Kind, message: str, index: int | None = None) -> None:
+        self.bad = True
+        self._report.found(self.tenant, kind, message, index)
+
+    async def begin(self) -> None:
+        """Take the hashes left of the first record that retention left."""
+        if self.id != tree_id(self.tenant):
+            self.found("damaged", f"the stored tree {self.id} names a tenant that is not its own")
+            return
+        level = 1
+        while count := self.first >> (_BITS * level):
+            wanted = count % TILE * HASH_BYTES
+            tile = await self._store.get(TILES, None, tile_id(self.id, level, count // TILE)) if wanted else None
+            hashes = (tile["hashes"] if tile is not None else b"")[:wanted]
+            if len(hashes) != wanted:
+                self.found("damaged", f"the tile {count // TILE} of level {level} is missing or too short")
+                return
+            self._upper[level] = bytearray(hashes)
+            level += 1
+        for level, number in complete_subtrees(0, self.first):
+            above, inside = divmod(level, _BITS)
+            begin = (number << inside) % TILE * HASH_BYTES
+            hashes = bytes(self._upper[above][begin : begin + (HASH_BYTES << inside)])
+            self._frontier.add_subtree(level, root_of(split(hashes)))
+
+    async def add(self, sequences: bytes, leaves: bytes) -> None:
+        """Add the next leaves, and compare each tile that they complete."""
+        at = 0
+        while at < len(leaves) and not self.bad:
+            taken = min(TILE_BYTES - len(self._leaves), len(leaves) - at)
+            self._leaves += leaves[at : at + taken]
+            self._sequences += sequences[at // 4 : (at + taken) // 4]
+            at += taken
+            if len(self._leaves) == TILE_BYTES:
+                await self._complete()
+
+    async def _complete(self) -> None:
+        number = self._frontier.size // TILE
+        tile = await self._tile(number)
+        hashes, sequences = bytes(self._leaves), bytes(self._sequences)
+        root = root_of(split(hashes))
+        if tile is None and number < self.size // TILE:
+            self.found("damaged", f"the stored tile {number} of level 0 is missing")
+        elif tile is None or tile["hashes"] != hashes or tile["sequences"] != sequences:
+            await self._differs(number, tile, hashes, sequences, root)
+        if self.bad:
+            return
+        self._leaves, self._sequences = bytearray(), bytearray()
+        self._frontier.add_subtree(_BITS, root)
+        level = 1
+        while True:
+            above = self._upper.setdefault(level, bytearray())
+            above += root
+            if len(above) < TILE_BYTES:
+                return
+            number //= TILE
+            await self._compare_upper(level, number, bytes(above))
+            root, self._upper[level] = root_of(split(bytes(above))), bytearray()
+            level += 1
+
+    async def _tile(self, number: int) -> Document | None:
+        """A stored tile of level 0. Those after it are read with it."""
+        if number not in self._tiles:
+            where = And(Where("tree", "==", self.id), Where("level", "==", 0), Where("number", ">=", number))
+            query = Query(where, ("number",), limit=self._ahead)
+            self._tiles = {tile["number"]: tile for tile in await self._store.find(TILES, None, query)}
+        return self._tiles.pop(number, None)
+
+    async def _compare_upper(self, level: int, number: int, hashes: bytes) -> None:
+        stored = await self._store.get(TILES, None, tile_id(self.id, level, number))
+        found = stored["hashes"] if stored is not None else b""
+        if found == hashes or self._upper_damaged:
+            return
+        self._upper_damaged = True  # one sentence is enough
+        pairs = zip(split(found[: len(found) // HASH_BYTES * HASH_BYTES]), split(hashes), strict=False)
+        place = next((n for n, (one, other) in enumerate(pairs) if one != other), 0)
+        covered = 1 << (_BITS * level)
+        begin = (number * TILE + place) * covered
+        message = (
+            f"the stored hash above the records {begin} to {begin + covered - 1} was changed; the records are whole"
+        )
+        self._report.found(self.tenant, "damaged", message)
+
+    # --- What is wrong ---
+
+    async def _differs(self, number: int, tile: Document | None, hashes: bytes, sequences: bytes, root: bytes) -> None:
+        """Report the first leaf of a tile that differs from the stored hashes. `tile` is None behind the tree's end."""
+        begin = number * TILE
+        if tile is None:
+            await self._wrong_size()
+            return
+        if len(tile["hashes"]) != TILE_BYTES or len(tile["sequences"]) != TILE * SEQUENCE_BYTES:
+            self.found("damaged", f"the stored tile {number} of level 0 has another length")
+            return
+        found, stored = split(hashes), split(tile["hashes"])
+        found_at, stored_at = numbers(sequences), numbers(tile["sequences"])
+        at = next(n for n in range(TILE) if (found[n], found_at[n]) != (stored[n], stored_at[n]))
+        if await self._is_above(number, root):
+            where = f"the records {begin} to {begin + TILE - 1} are whole"
+            self.found("damaged", f"what is stored of index {begin + at} in its tile was changed; {where}")
+            return
+        self.found(*_difference(found, stored, found_at, stored_at, at, begin), begin + at)
+
+    async def _is_above(self, number: int, root: bytes) -> bool:
+        """Whether the tile above has this root, so that the records are those that were sealed."""
+        above = await self._store.get(TILES, None, tile_id(self.id, 1, number // TILE))
+        begin = number % TILE * HASH_BYTES
+        return above is not None and above["hashes"][begin : begin + HASH_BYTES] == root
+
+    async def end(self, rounds: Rounds) -> None:
+        """Compare the size, the last tile and the right edge, once all records were read."""
+        self.result.end = self.position
+        if not self.bad and self.position != self.size:
+            await self._wrong_size(rounds)
+        if self.bad:
+            return
+        whole = self._frontier.copy()
+        for leaf in split(bytes(self._leaves)):
+            whole.add(leaf)
+        self.result.root = whole.root()
+        if whole.to_bytes() != self._edge:
+            await self._wrong_edge(rounds)
+            return
+        for level, tile in self._upper.items():
+            if tile:
+                await self._compare_upper(level, (self.size >> (_BITS * level)) // TILE, bytes(tile))
+
+    async def _wrong_size(self, rounds: Rounds | None = None) -> None:
+        position = self.position
+        good, end = await self._window(rounds)
+        counts = f"the tree has {self.size} records, the journal has {position}"
+        if position > self.size:
+            extra = self._extra(good, end)
+            self.found("inserted", f"{counts}: one was put in at index {extra} or later", extra)
+        elif self.seen < self.sequence and good == position:
+            self.found("truncated", f"{counts}: those from index {good} on are gone", good)
+        elif end <= good + 1:
+            self.found("deleted", f"{counts}: the record at index {good} is gone", good)
+        else:
+            self.found("deleted", f"{counts}: one of the records {good} to {end - 1} is gone", good)
+
+    async def _wrong_edge(self, rounds: Rounds) -> None:
+        """The last leaves do not lead to the stored right edge."""
+        above = (self.size // TILE).bit_count()
+        if len(self._edge) != self.size.bit_count() * HASH_BYTES or split(self._edge)[:above] != self._frontier.hashes:
+            self.found("damaged", "the stored right edge of the tree was changed; the tiles agree with the records")
+            return
+        good, end = await self._window(rounds)
+        if (pair := self._exchanged(good, end)) is not None:
+            self.found("swapped", f"the records {pair[0]} and {pair[1]} were exchanged", pair[0])
+        elif end <= good + 1:
+            self.found("altered", f"the record at index {good} is not the one that was sealed", good)
+        else:
+            where = f"one of the records {good} to {end - 1}, which were sealed together,"
+            self.found("altered", f"{where} is not the one that was sealed", good)
+
+    async def _window(self, rounds: Rounds | None) -> tuple[int, int]:
+        """Of the leaves after the last complete tile: the index up to which they agree with what was sealed, and the
+        index before which one does not. The stored right edge and the rounds tell."""
+        begin, leaves = self._frontier.size, split(bytes(self._leaves))
+        good, end = begin, self.size
+        edge = split(self._edge)[(self.size // TILE).bit_count() :] if len(self._edge) % HASH_BYTES == 0 else []
+        for (level, number), stored in zip(complete_subtrees(begin, self.size), edge, strict=False):
+            first, last = number << level, (number + 1) << level
+            if last - begin > len(leaves) or root_of(leaves[first - begin : last - begin]) != stored:
+                end = last
+                break
+            good = last
+        for size, root in await rounds.of(self, begin) if rounds is not None else []:
+            if good < size <= end:
+                if size - begin > len(leaves) or self._root_at(size, leaves) != root:
+                    return good, size
+                good = size
+        return good, end
+
+    def _root_at(self, size: int, leaves: Sequence[bytes]) -> bytes:
+        reached = self._frontier.copy()
+        for leaf in leaves[: size - reached.size]:
+            reached.add(leaf)
+        return reached.root()
+
+    def _extra(self, good: int, end: int) -> int:
+        """The index of the one record too many, found by leaving each one out in turn."""
+        begin, leaves = self._frontier.size, split(bytes(self._leaves))
+        target = Frontier.of_bytes(self.size, self._edge).root() if self.position == self.size + 1 else None
+        for at in range(good, end + 1 if target is not None else good):
+            if self._root_at(self.size, [*leaves[: at - begin], *leaves[at - begin + 1 :]]) == target:
+                return at
+        return good
+
+    def _exchanged(self, good: int, end: int) -> tuple[int, int] | None:
+        """The two records that lead to the stored right edge if they are exchanged."""
+        if end - good > MAX_EXCHANGED:
+            return None
+        begin, leaves = self._frontier.size, split(bytes(self._leaves))
+        target = Frontier.of_bytes(self.size, self._edge).root()
+        for one in range(good - begin, end - begin):
+            for other in range(one + 1, len(leaves)):
+                other_way = [*leaves]
+                other_way[one], other_way[other] = leaves[other], leaves[one]
+                if self._root_at(self.size, other_way) == target:
+                    return begin + one, begin + other
+        return None
+
+    # --- Roots at other sizes, once the records agreed with the tiles ---
+
+    async def root_at(self, size: int) -> bytes | None:
+        """The root of the first `size` leaves; None if retention dropped the hashes that it needs."""
+        try:
+            return await TreeReader(self._store, self._document, self._secret).root(size)
+        except Gone:
+            return None
+
+    async def check_round(self, rounds: Rounds, log_round: int) -> None:
+        """Check that the last round of this tree says its size and root."""
+        size, number = self.logged if self.logged[1] <= log_round else self.previous
+        if self.bad or not number:
+            return
+        entry = await rounds.entry(number, self.id)
+        if entry is None:
+            self.found("forked", f"round {number}, which sealed the tree, does not name it")
+        elif entry[0] != size or entry[1] != await self.root_at(size):
+            good, bad = 0, entry[0]
+            for sealed, root in await rounds.of(self, 0):
+                if sealed > self.size or await self.root_at(sealed) != root:
+                    bad = sealed
+                    break
+                good = sealed
+            where = f"the first {good} records are those that were sealed, the records up to {bad - 1} are not"
+            self.found("forked", f"the tree is not the one that round {number} sealed: {where}", good)
+
+    async def check_saved(self, saved: Checkpoint) -> None:
+        """Compare the tree with a checkpoint that was kept elsewhere."""
+        if saved.size > self.size:
+            message = f"the tree has {self.size} records, the saved checkpoint {saved.size}"
+            self.found("old_copy", f"{message}: an old copy of the store was put back, or its end was cut", self.size)
+            return
+        root = await self.root_at(saved.size) if not self.bad else None
+        if root is None:
+            self._report.note(f"the saved checkpoint of {saved.size} records could not be compared")
+        elif root != saved.root:
+            message = f"the first {saved.size} records are not those of the saved checkpoint: history was rewritten"
+            self.found("forked", message)
+
+
+def numbers(sequences: bytes) -> list[int]:
+    return list(struct.unpack(f">{len(sequences) // SEQUENCE_BYTES}Q", sequences))
+
+
+def _difference(
+    found: list[bytes], stored: list[bytes], found_at: list[int], stored_at: list[int], at: int, begin: int
+) -> tuple[Kind, str]:
+    """What happened at the first place where a tile differs, from the leaves and sequences around it."""
+    index = begin + at
+    if found_at[at] == stored_at[at]:
+        if not stored_at[at]:
+            return "altered", f"what the round at index {index} sealed was changed"
+        other = found.index(stored[at]) if stored[at] in found else -1
+        if other > at and found[at] == stored[other]:
+            return "swapped", f"the records {index} and {begin + other} were exchanged"
+        return "altered", f"the record at index {index} (sequence {found_at[at]}) is not the one that was sealed"
+    if not stored_at[at]:
+        return "deleted", f"the round at index {index} is gone"
+    if found[at] == stored[at]:
+        return "altered", f"the record at index {index} has sequence {found_at[at]}, it was sealed with {stored_at[at]}"
+    if not found_at[at] or found_at[at] > stored_at[at]:
+        return "deleted", f"the record at index {index} (sequence {stored_at[at]}) is gone"
+    return "inserted", f"at index {index} stands a record (sequence {found_at[at]}) that was never sealed"
+
+
+class Rounds:
+    """The sealing rounds, the last ones kept."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._kept: OrderedDict[int, dict[str, tuple[int, bytes]]] = OrderedDict()
+
+    async def entry(self, number: int, tree: str) -> tuple[int, bytes] | None:
+        """A tree's size and root as a round has them."""
+        if number not in self._kept:
+            document = await self._store.get(ROUNDS, None, round_id(number))
+            self._kept[number] = _entries(document) if document is not None else {}
+            if len(self._kept) > KEPT_ROUNDS:
+                self._kept.popitem(last=False)
+        return self._kept[number].get(tree)
+
+    async def of(self, tree: TreeCheck, after: int) -> list[tuple[int, bytes]]:
+        """The sizes and roots of one tree as its rounds have them, from sizes greater than `after`, the least first.
+        The MAX_SEARCHED_ROUNDS before the tree's last round are searched."""
+        found: list[tuple[int, bytes]] = []
+        last = tree.logged[1] + 1
+        for _ in range(MAX_SEARCHED_ROUNDS // MAX_LIMIT):
+            query = Query(Where("id", "<", round_id(last)), ("-id",), limit=MAX_LIMIT)
+            page = await self._store.find(ROUNDS, None, query)
+            for document in page:
+                entry = _entries(document).get(tree.id)
+                if entry is None:
+                    continue
+                if entry[0] <= after:
+                    return found[::-1]
+                found.append(entry)
+            if len(page) < MAX_LIMIT:
+                break
+            last = page[-1]["number"]
+        return found[::-1]
+
+
+def _entries(document: Document) -> dict[str, tuple[int, bytes]]:
+    """A round's entries by tree; none if they are damaged, which its leaf shows."""
+    try:
+        return {tree: (size, bytes.fromhex(root)) for tree, size, root in json.loads(document["entries"])}
+    except (ValueError, TypeError):
+        return {}
+
+
+__all__ = ["SEQUENCE_BYTES", "Rounds", "TreeCheck", "numbers"]

@@ -1,0 +1,302 @@
+"""Verifies the journal of an open store: each column of each record against the stored hashes, those against the
+round that sealed them, and the rounds against the signed checkpoint.
+
+The journal is read once, in the order of its cursors. Each tree keeps the leaves of one tile, so memory grows with the
+number of trees and not with that of records. A caller may pass blocks that other processes computed.
+"""
+
+from __future__ import annotations
+
+import struct
+from bisect import bisect_right
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from msgspec import Struct
+
+from ..context import SALT_BYTES
+from ..cooperative import Slices
+from ..entities import MAX_LIMIT, Document, Query, Where
+from ..errors import InvalidInput, Problem
+from ..storage.port import MAX_CHANGES_PAGE, JournalRow, Store
+from .export_format import tree_origin
+from .findings import Report, check_note
+from .leaf import leaf_of
+from .merkle import HASH_BYTES
+from .signed_note import Checkpoint, VerifierKey
+from .tree_check import SEQUENCE_BYTES, Rounds, TreeCheck, numbers
+from .trees import LOG, JournalLog, JournalRound, JournalTree, legacy_salt, round_id, round_leaf
+
+LOGS = JournalLog.__collection__.name
+TREES = JournalTree.__collection__.name
+ROUNDS = JournalRound.__collection__.name
+MAX_LATE = 100_000
+"""Records that are in no tree yet, and are looked for after the log's cursor one by one; more are counted."""
+ROUNDS_AHEAD = 100
+TILES_AHEAD = 16
+FEW_TREES = 64
+"""So many trees read TILES_AHEAD tiles at once; with more, each reads one."""
+
+Progress = Callable[[int, int], None]
+
+
+class Part(Struct, frozen=True):
+    """The records of one tenant in a block: their sequences (8 bytes each, big-endian) and leaf hashes."""
+
+    tenant: str | None
+    sequences: bytes
+    leaves: bytes
+    redacted: int
+
+
+class Block(Struct, frozen=True):
+    """A part of the journal, with the leaf hashes computed."""
+
+    parts: list[Part]
+    rows: int
+
+
+def block_of(rows: Sequence[JournalRow], legacy_secret: bytes) -> Block:
+    """Compute the leaves of rows."""
+    groups: dict[str | None, list[JournalRow]] = {}
+    for row in rows:
+        groups.setdefault(row[2], []).append(row)
+    parts = []
+    for tenant, group in groups.items():
+        redacted = 0
+        if any(len(row[12]) != SALT_BYTES for row in group):
+            group = [row if row[12] else with_salt(row, legacy_secret) for row in group]
+            redacted = sum(len(row[12]) != SALT_BYTES for row in group)
+        try:
+            leaves = [leaf_of(row) for row in group]
+        except ValueError:
+            leaves = [_leaf_or_none(row) for row in group]
+        sequences = struct.pack(f">{len(group)}Q", *[row[0] for row in group])
+        parts.append(Part(tenant, sequences, b"".join(leaves), redacted))
+    return Block(parts, len(rows))
+
+
+def with_salt(row: JournalRow, legacy_secret: bytes) -> JournalRow:
+    """A row that is older than sealing, with its salt."""
+    return (*row[:12], legacy_salt(legacy_secret, row[1]), *row[13:])
+
+
+def _leaf_or_none(row: JournalRow) -> bytes:
+    """The leaf of a row; if its salt is impossible, zeros, which are the leaf of no record."""
+    try:
+        return leaf_of(row)
+    except ValueError:
+        return bytes(HASH_BYTES)
+
+
+async def blocks_of(store: Store, legacy_secret: bytes) -> AsyncIterator[Block]:
+    """The whole journal, computed in this process."""
+    cursor: str | None = None
+    while True:
+        page = await store.rows(cursor, limit=MAX_CHANGES_PAGE)
+        if page.rows:
+            yield block_of(page.rows, legacy_secret)
+        if page.cursor == cursor or (cursor is None and not page.rows and page.cursor == "0"):
+            return
+        cursor = page.cursor
+
+
+# --- The whole journal ----------------------------------------------------------------------------------------
+
+
+class StoreVerification:
+    """One verification of an open store. `log` is read by `begin`; then `add` takes the journal's blocks in order, and
+    `end` completes the report."""
+
+    def __init__(self, store: Store, keys: Sequence[VerifierKey] = (), saved: Checkpoint | None = None) -> None:
+        self._store = store
+        self._keys = keys
+        self._saved = saved
+        self._trees: dict[str | None, TreeCheck] = {}
+        self._rounds = Rounds(store)
+        self._next_rounds: deque[Document] = deque()
+        self._last_round = 0
+        self._late: set[tuple[str | None, int]] = set()
+        self.report = Report()
+        self.log: Document | None = None
+
+    async def begin(self) -> None:
+        """Read the log and its trees. Raises InvalidInput if the saved checkpoint is of another log."""
+        self.log = log = await self._store.get(LOGS, None, LOG)
+        after = ""
+        documents: list[Document] = []
+        while True:
+            query = Query(Where("id", ">", after), ("id",), limit=MAX_LIMIT)
+            page = await self._store.find(TREES, None, query)
+            documents += page
+            if len(page) < MAX_LIMIT:
+                break
+            after = page[-1]["id"]
+        ahead = TILES_AHEAD if len(documents) <= FEW_TREES else 1
+        for document in documents:
+            tree = TreeCheck(self._store, document, self.legacy_secret, self.report, ahead)
+            self._trees[tree.tenant] = tree
+            self.report.trees.append(tree.result)
+            await tree.begin()
+        if log is None:
+            if documents:
+                self.report.found(None, "damaged", "the document of the log is gone, but it has trees")
+            else:
+                self.report.note("no record is sealed yet, so nothing can be verified")
+        self._check_saved_origin()
+
+    def _check_saved_origin(self) -> None:
+        saved, log = self._saved, self.log
+        if saved is None:
+            return
+        if log is None:
+            what = f"the saved checkpoint of {saved.size} records is of a log that the store no longer has"
+            self.report.found(None, "old_copy", what)
+        elif saved.origin != log["origin"] and not saved.origin.startswith(log["origin"] + "/tenants/"):
+            found = f"found a checkpoint of {saved.origin!r}, expected one of {log['origin']!r}"
+            raise InvalidInput([Problem("checkpoint", found)])
+
+    @property
+    def legacy_secret(self) -> bytes:
+        secret: bytes = self.log["legacy_secret"] if self.log is not None else b""
+        return secret
+
+    async def add(self, block: Block) -> None:
+        """Take the next records of the journal."""
+        self.report.checked += block.rows
+        for part in block.parts:
+            tree = self._trees.get(part.tenant)
+            sequences = numbers(part.sequences)
+            sealed = bisect_right(sequences, tree.sequence) if tree is not None else 0
+            if tree is not None and sealed and not tree.bad:
+                tree.seen = sequences[sealed - 1]
+                tree.result.redacted += part.redacted
+                end = sealed * SEQUENCE_BYTES
+                if tree.tenant is None:
+                    await self._add_platform(tree, part, sealed)
+                else:
+                    await tree.add(part.sequences[:end], part.leaves[: sealed * HASH_BYTES])
+            if tree is not None:
+                tree.result.unsealed += len(sequences) - sealed
+            room = MAX_LATE - len(self._late)
+            self._late.update((part.tenant, sequence) for sequence in sequences[sealed : sealed + room])
+
+    async def _add_platform(self, tree: TreeCheck, part: Part, count: int) -> None:
+        """Add records of the platform, with the leaves of the rounds that stand between them."""
+        for number in range(count):
+            await self._add_rounds(tree)
+            at = number * SEQUENCE_BYTES
+            leaf = part.leaves[number * HASH_BYTES : (number + 1) * HASH_BYTES]
+            await tree.add(part.sequences[at : at + SEQUENCE_BYTES], leaf)
+
+    async def _add_rounds(self, tree: TreeCheck) -> None:
+        """Add the rounds whose leaves come next in the platform's tree."""
+        while not tree.bad and tree.position < tree.size:
+            if not self._next_rounds:
+                query = Query(Where("id", ">", round_id(self._last_round)), ("id",), limit=ROUNDS_AHEAD)
+                self._next_rounds.extend(await self._store.find(ROUNDS, None, query))
+                if not self._next_rounds:
+                    return
+                self._last_round = self._next_rounds[-1]["number"]
+            document = self._next_rounds[0]
+            if document["index"] > tree.position:
+                return
+            self._next_rounds.popleft()
+            if document["index"] < tree.first:
+                continue
+            try:
+                leaf = round_leaf(document["number"], document["entries"])
+            except (ValueError, RecursionError):
+                leaf = bytes(HASH_BYTES)
+            await tree.add(bytes(SEQUENCE_BYTES), leaf)
+
+    async def end(self) -> Report:
+        """Compare the trees with the rounds, and the log with its signatures."""
+        slices = Slices()
+        log_round = self.log["round"] if self.log is not None else 0
+        platform = self._trees.get(None)
+        if platform is not None:
+            await self._add_rounds(platform)
+        for tree in self._trees.values():
+            await slices.pause()
+            await tree.end(self._rounds)
+            if tree.tenant is not None:
+                await tree.check_round(self._rounds, log_round)
+        await self._check_log(platform)
+        await self._check_saved()
+        await self._check_late()
+        return self.report
+
+    async def _check_log(self, platform: TreeCheck | None) -> None:
+        """Check the signed checkpoint of the platform's tree."""
+        if self.log is None or not self.log["round"]:
+            return
+        if platform is None:
+            self.report.found(None, "damaged", "the platform's tree is gone")
+            return
+        checkpoint = check_note(self.log["checkpoint"], self.log["origin"], self._keys, None, self.report)
+        if checkpoint is None or platform.bad:
+            return
+        if checkpoint.size > platform.size:
+            platform.found("truncated", f"the checkpoint is of {checkpoint.size} records, the tree has {platform.size}")
+        elif await platform.root_at(checkpoint.size) != checkpoint.root:
+            message = f"the platform's tree does not lead to the root of its checkpoint ({checkpoint.size} records)"
+            platform.found("forked", f"{message}: history was rewritten after it was signed")
+
+    async def _check_saved(self) -> None:
+        saved, log = self._saved, self.log
+        if saved is None or log is None:
+            return
+        for tree in self._trees.values():
+            if tree_origin(log["origin"], tree.tenant) == saved.origin:
+                await tree.check_saved(saved)
+                return
+        message = f"the store has no tree {saved.origin!r} any more, of which {saved.size} records were saved"
+        self.report.found(None, "old_copy", message)
+
+    async def _check_late(self) -> None:
+        """Records that are in no tree must stand after the log's cursor: they wait for the next round."""
+        cursor = self.log["cursor"] if self.log is not None else None
+        late = self._late
+        while late and cursor is not None:
+            page = await self._store.rows(cursor, limit=MAX_CHANGES_PAGE)
+            late.difference_update((row[2], row[0]) for row in page.rows)
+            if page.cursor == cursor:
+                break
+            cursor = page.cursor
+        else:
+            return
+        if late:
+            tenant, sequence = min(late, key=lambda one: (one[0] or "", one[1]))
+            tree = self._trees.get(tenant)
+            if tree is not None and tree.bad:
+                return
+            message = (
+                f"{len(late)} records, the first with sequence {sequence}, stand among sealed ones and are in no tree"
+            )
+            self.report.found(tenant, "inserted", message)
+
+
+async def verify_store(
+    store: Store,
+    *,
+    keys: Sequence[VerifierKey] = (),
+    saved: Checkpoint | None = None,
+    blocks: Callable[[bytes], AsyncIterator[Block]] | None = None,
+    progress: Progress = lambda done, total: None,
+) -> Report:
+    """Verify the journal of an open store that is prepared for TREE_ENTITIES. `blocks` computes the journal's leaves,
+    from the secret of old records' salts (None: in this process). Raises InvalidInput if `saved` is of another log."""
+    verification = StoreVerification(store, keys, saved)
+    await verification.begin()
+    total = sum(tree.size - tree.first for tree in verification.report.trees)
+    source = blocks(verification.legacy_secret) if blocks is not None else blocks_of(store, verification.legacy_secret)
+    slices = Slices()
+    async for block in source:
+        await verification.add(block)
+        progress(verification.report.checked, total)
+        await slices.pause()
+    return await verification.end()
+
+
+__all__ = ["Block", "Part", "StoreVerification", "block_of", "blocks_of", "verify_store"]
