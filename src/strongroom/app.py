@@ -11,7 +11,7 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import wraps
-from typing import Annotated, Any, Concatenate, Literal, ParamSpec, Self, TypedDict, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Concatenate, Literal, ParamSpec, Self, TypedDict, TypeVar, get_args
 from urllib.parse import urlsplit
 
 from .audit import Audit
@@ -55,6 +55,9 @@ from .tenants import (
 )
 from .tenants import ENTITIES as TENANT_ENTITIES
 from .webhooks import Deliveries, Delivery, HttpSender, Webhook, Webhooks
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import TracerProvider
 
 DEFAULT_STORE = "sqlite:///data/strongroom.db"
 MIN_PEPPER_CHARS = 32
@@ -109,6 +112,7 @@ class OpenOptions(TypedDict, total=False):
     lease_folder: str | None
     sign_in: TokenSettings | None
     sealing: bool
+    tracer_provider: TracerProvider | None
 
 
 class Strongroom:
@@ -161,6 +165,7 @@ class Strongroom:
         lease_folder: str | None = None,
         sign_in: TokenSettings | None = None,
         sealing: bool = True,
+        tracer_provider: TracerProvider | None = None,
     ) -> AsyncIterator[Self]:
         """Open a store, make its schema fit the declarations (additions only), and close everything at the end.
 
@@ -173,11 +178,13 @@ class Strongroom:
         lease log, which survives a killed process (default: beside the store's file, or the temporary folder).
         `sign_in`: which JWTs the server accepts; without it, none. `sealing`: whether this process seals the journal
         (docs/audit.md) when no other does. Raises ConfigError, SchemaError, StoreError, Unavailable.
+        `tracer_provider`: OpenTelemetry's, which gets a span for each call of the store that belongs to a span. Raises
+        ConfigError, SchemaError, StoreError, Unavailable.
         """
         refuse_reserved(entities)
         registry = Registry((*SYSTEM_ENTITIES, *entities))
         async with AsyncExitStack() as stack:
-            store, database, clock = await _opened(stack, url, registry, policy)
+            store, database, clock = await _opened(stack, url, registry, policy, tracer_provider)
             sealer = Sealing(
                 Sealer(store, clock),
                 JobLeases(database, clock, lease_s=SEALING_LEASE_S),
@@ -376,10 +383,15 @@ class Tenant:
 
 
 async def _opened(
-    stack: AsyncExitStack, url: str, registry: Registry, policy: Policy
+    stack: AsyncExitStack, url: str, registry: Registry, policy: Policy, tracer_provider: TracerProvider | None
 ) -> tuple[InstrumentedStore, Database, MachineClock | StoreClock]:
     """The store, with the schema that the declarations ask for, the database over it, and its clock."""
-    store = InstrumentedStore(await open_store(url))
+    opened = await open_store(url)
+    if tracer_provider is not None:
+        from .storage.traced import TracedStore
+
+        opened = TracedStore(opened, tracer_provider)
+    store = InstrumentedStore(opened)
     stack.push_async_callback(store.close)
     await store.prepare(registry.collections)
     clock = clock_of(store)

@@ -114,6 +114,11 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = _setting(
         "STRONGROOM_LOG_LEVEL", "info", "The lowest level that is logged: debug, info, warning or error."
     )
+    log_format: Literal["json", "cloud-logging"] = _setting(
+        "STRONGROOM_LOG_FORMAT",
+        "json",
+        "json, or cloud-logging: the same lines with Google Cloud Logging's fields for severity and trace.",
+    )
     access_log: bool = _setting(
         "STRONGROOM_ACCESS_LOG", False, "Log every request except verifications and health checks: true or false."
     )

@@ -53,6 +53,7 @@ from .routes import (
 )
 from .services import Bounds, Services
 from .signers import Signers
+from .tracing import Tracing
 from .verify import PATH as VERIFY
 from .verify import Receive, VerifyRoute, expect_at_most, too_large
 from .wire import request_id_of
@@ -74,9 +75,10 @@ SLASH = "\x00"
 class Application:
     """The ASGI application that uvicorn calls."""
 
-    def __init__(self, services: Services, api: FastAPI) -> None:
+    def __init__(self, services: Services, api: FastAPI, tracing: Tracing | None = None) -> None:
         self.services = services
         self.api = api
+        self._tracing = tracing
         self.heads = KnownHeads()
         self.verify = VerifyRoute(
             services.room.keys,
@@ -85,19 +87,26 @@ class Application:
             services.verify_gate,
             services.bounds.max_body_bytes,
         )
+        self.verify.direct = tracing is None
 
     # A coroutine function, because servers recognise ASGI 3 by it.
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            if scope["path"] == VERIFY and scope["method"] == "POST":
-                await self.verify(scope, receive, send)
+            if self._tracing is None:
+                await self._answer(scope, receive, send)
             else:
-                await self._handle(scope, receive, send)
+                await self._tracing.request(self._answer, scope, receive, send)
         elif scope["type"] == "lifespan":
             await self._lifespan(receive, send)
         else:  # a websocket: not supported
             await receive()
             await send({"type": "websocket.close", "code": 1000})
+
+    async def _answer(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        if scope["path"] == VERIFY and scope["method"] == "POST":
+            await self.verify(scope, receive, send)
+        else:
+            await self._handle(scope, receive, send)
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         """Answer the lifespan events. The builder of this application opens and closes the store."""
@@ -238,9 +247,11 @@ def build(
     access_log: bool = False,
     leak_keys: str | None = None,
     proxies: Sequence[Network] = (),
+    tracing: Tracing | None = None,
 ) -> Application:
     """The application on an opened Strongroom, which the caller closes. `leak_keys`: the place of the public keys of
-    scanners that sign their reports. `proxies`: networks whose X-Forwarded-For is trusted. Raises ConfigError."""
+    scanners that sign their reports. `proxies`: networks whose X-Forwarded-For is trusted. `tracing` makes a span of
+    each request. Raises ConfigError."""
     services = Services(room, bounds, access_log, Signers(leak_keys) if leak_keys is not None else None, proxies)
     api = FastAPI(
         title="Strongroom",
@@ -258,7 +269,7 @@ def build(
         api.include_router(module.routes)
     api.include_router(entities.router(services))
     openapi.serve(api)
-    return Application(services, api)
+    return Application(services, api, tracing)
 
 
 def _parameter_problem(item: Mapping[str, Any]) -> Problem:

@@ -21,7 +21,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import uvicorn
 
@@ -32,12 +32,15 @@ from ..errors import ConfigError, StrongroomError, Unavailable
 from ..served_entities import served_entities
 from ..storage import store_for
 from ..storage.url import shown_url
-from . import adminkey, logs
+from . import adminkey, logs, tracing
 from .app import Application, Bounds, build
 from .connections import Connections, descriptors
 from .protocol import Protocol
 from .starting import Late, until_open
 from .workers import supervise
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
 
 EXIT_STOPPED = 0
 EXIT_FAILED = 1
@@ -67,7 +70,7 @@ def serve(settings: Settings, *, announce: Callable[[str], None] | None = None) 
     The reason for 1 and 2 is one sentence on standard error. `announce` receives the text for standard output: the
     administrator's key of a first start.
     """
-    logs.configure(settings.log_level)
+    _configure_logs(settings)
     try:
         for warning in warnings(settings):
             _log.warning(warning)
@@ -85,6 +88,10 @@ def serve(settings: Settings, *, announce: Callable[[str], None] | None = None) 
     except StrongroomError as error:
         return _said(error)
     return EXIT_STOPPED
+
+
+def _configure_logs(settings: Settings) -> None:
+    logs.configure(settings.log_level, format=settings.log_format, project=settings.google_cloud_project_id)
 
 
 def _said(error: StrongroomError) -> int:
@@ -132,7 +139,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 @contextlib.asynccontextmanager
-async def _opened(settings: Settings) -> AsyncIterator[Strongroom]:
+async def _opened(settings: Settings, spans: TracerProvider | None = None) -> AsyncIterator[Strongroom]:
     async with Strongroom.open(
         settings.store_url,
         entities=served_entities(settings.entities),
@@ -143,6 +150,7 @@ async def _opened(settings: Settings) -> AsyncIterator[Strongroom]:
         lease_s=settings.lease_s,
         lease_folder=settings.lease_dir,
         sign_in=settings.sign_in,
+        tracer_provider=spans,
     ) as room:
         yield room
 
@@ -187,7 +195,7 @@ def _worker(
     listener: socket.socket,
 ) -> None:
     """One of several processes. It stops when its parent is gone, because a killed parent cannot tell it to stop."""
-    logs.configure(settings.log_level)
+    _configure_logs(settings)
     try:
         _run(_work(settings, listener, announce=announce, parent=parent, metrics_folder=metrics_folder))
     except StrongroomError as error:
@@ -216,16 +224,26 @@ async def _work(
 ) -> None:
     connections = _connections(settings)
     async with contextlib.AsyncExitStack() as stack:
+        spans = tracing.provider() if tracing.wanted() else None
+        traces = spans is not None or settings.log_format == "cloud-logging"
+        requests = tracing.Tracing(spans) if traces else None
+        if requests is not None:
+            stack.callback(requests.close)
 
         async def attempt() -> Application:
             async with contextlib.AsyncExitStack() as opening:
-                room = await opening.enter_async_context(_opened(settings))
+                room = await opening.enter_async_context(_opened(settings, spans))
                 if announce is not None:
                     await _ensure_admin(settings, room, announce)
                 await stack.enter_async_context(opening.pop_all())
             bounds = Bounds(settings.max_body_bytes, settings.max_concurrency, settings.max_watchers)
             application = build(
-                room, bounds, access_log=settings.access_log, leak_keys=settings.leak_keys, proxies=settings.proxies
+                room,
+                bounds,
+                access_log=settings.access_log,
+                leak_keys=settings.leak_keys,
+                proxies=settings.proxies,
+                tracing=requests,
             )
             connections.measured(application.services.metrics)
             if metrics_folder is not None:

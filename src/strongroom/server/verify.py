@@ -89,12 +89,14 @@ class VerifyRoute:
         self._metrics = metrics
         self._gate = gate
         self._max_body_bytes = max_body_bytes
+        self.direct = True
+        """Whether `answer_directly` answers: it makes no spans, so not while requests are traced."""
 
     def answer_directly(self, authorization: bytes, body: bytes, reply: Reply) -> bool:
         """Answer a request with one Authorization header and no Idempotency-Key, now or when its admission is decided.
         False if the request needs `__call__`; then nothing was done."""
         gate = self._gate
-        if gate.inside >= gate.limit or len(body) > self._max_body_bytes:
+        if gate.inside >= gate.limit or len(body) > self._max_body_bytes or not self.direct:
             return False
         started = time.perf_counter()
         caller = self._authenticator.known(authorization)
