@@ -47,6 +47,14 @@ def test_wrong_calls_get_sentences_that_name_the_option(run: Run) -> None:
     assert run("tenants", "list").err == "there are no tenants\n"
 
 
+def test_the_json_schema_of_each_collection_is_exported(run: Run) -> None:
+    exported = run("schema", "export").json
+    for name in ("tenants", "users", "service_accounts", "roles", "configurations", "cloud_accounts"):
+        assert exported[name]["additionalProperties"] is False
+        assert exported[name]["x-strongroom"]["collection"] == name
+    assert exported["cloud_accounts"]["x-strongroom"]["secrets"] == ["credentials"]
+
+
 @pytest.mark.usefixtures("quickly")
 def test_a_tenant_is_exported_deleted_and_imported_again(run: Run, tmp_path: Path) -> None:
     run("tenants", "create", "acme", "--plan", "gold")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +14,13 @@ from strongroom.context import system_context
 from strongroom.entities import Query, with_fields
 from strongroom.errors import Conflict, InvalidInput, NotFound, Unavailable
 from strongroom.events import event
+from strongroom.journal.merkle import Frontier
+from strongroom.journal.trees import JournalTree, tree_id
 from strongroom.tenants import CloudAccount, Role, Tenant, TenantDeletion, User
 from strongroom.tenants.deletion import HEADLINE
 from strongroom.webhooks import Delivery
 from tests.helpers.stores import rolling
+from tests.helpers.waiting import wait_until
 from tests.tenants.test_service import names
 
 
@@ -108,6 +112,26 @@ async def test_the_statement_is_kept_and_says_the_same_as_its_text(room: Strongr
     assert (said["tenant"], said["id"], said["reason"]) == ("acme", statement.id, "the contract ended")
     records = (await room.audit.list(collection="deletion_statements")).items
     assert [(record.tenant, record.entity_id) for record in records] == [(None, statement.id)]
+
+
+async def test_the_statement_names_the_tree_of_the_tenant_in_the_journal(tmp_path: Path) -> None:
+    async with Strongroom.open(f"sqlite:///{tmp_path}/store.db", entities=[Note]) as room:
+        await fill(room, "acme")
+
+        async def sealed() -> JournalTree | None:
+            tree = await room.database.get_or_none(system_context(), JournalTree, tree_id("acme"))
+            return tree if tree is not None and tree.size >= 10 else None
+
+        before = await wait_until(sealed)
+        statement = await room.tenants.delete("acme", "x")
+        assert statement is not None
+        assert statement.journal_size is not None
+        assert statement.journal_size >= before.size
+        tree = await room.database.get(system_context(), JournalTree, tree_id("acme"))
+        root = bytes.fromhex(statement.journal_root or "")
+        if tree.size == statement.journal_size:  # else more was sealed since
+            assert Frontier.of_bytes(tree.size, tree.frontier).root() == root
+        assert f'"journal_root":"{statement.journal_root}"' in statement.note
 
 
 async def test_a_name_can_be_used_again_after_its_deletion(room: Strongroom) -> None:

@@ -8,7 +8,10 @@ from strongroom import Entity, Strongroom
 from strongroom.context import system_context
 from strongroom.entities import Query, Where
 from strongroom.errors import Denied, InvalidInput, NotFound
+from strongroom.storage.firestore.store import FirestoreStore
+from strongroom.storage.port import unwrapped
 from strongroom.tenants import CloudAccount, Configuration, Role, ServiceAccount, Tenant, User
+from tests.helpers.servers import firestore
 
 OF_A_TENANT: list[Entity] = [
     User(id="x", email="ann@example.com"),
@@ -37,6 +40,17 @@ async def test_bdd_12_14_04_documents_are_read_with_tenant_isolation(url: str) -
             with pytest.raises(Denied):
                 await bound.find(cls)
             await other.create(entity)  # the same id and the same unique values, in another tenant
+
+
+async def test_firestore_collections_are_created_with_the_tenant_hierarchy(request: pytest.FixtureRequest) -> None:
+    """Seed 003, section 8.1: `/tenants/{tenant_id}/…`."""
+    async with Strongroom.open(firestore.urls(firestore.start(request))()) as room:
+        store = unwrapped(room.store)
+        assert isinstance(store, FirestoreStore)
+        for entity in OF_A_TENANT:
+            await room.tenant("acme").create(entity)
+            path = f"{store.paths.documents}/tenants/acme/{entity.__collection__.name}/x"
+            assert await store.wire.get(path) is not None
 
 
 async def test_the_platforms_record_of_a_tenant_is_apart_from_the_tenants_documents(url: str) -> None:

@@ -24,12 +24,14 @@ from ..context import Context, new_id, system_context, us_from_utc, utc_from_us
 from ..database import Database, Idempotency, Replayed, Transaction
 from ..entities import DEFAULT_LIMIT, MAX_LIMIT, Entity, Index, Page, Query, Where
 from ..errors import AlreadyExists, Conflict, NotFound, StrongroomError, TooLarge
+from ..journal.merkle import Frontier
+from ..journal.trees import JournalTree, tree_id
 from .model import Tenant
 from .parts import Removed, TenantPart
 
 SETTLE_S = 1.0
 """The removal begins this long after the status is `deleting`: so soon every node refuses the tenant's writes."""
-DELETIONS_EVERY_S = 5.0
+DELETIONS_EVERY_S = 30.0
 """How soon the job continues a deletion that was broken off."""
 FIRST_STEP = 20
 MAX_STEP = 80
@@ -56,8 +58,8 @@ class DeletionStatement(
     scope="global",
     indexes=[Index("tenant", "-created_at"), Index("-created_at")],
 ):
-    """What a deletion removed. `journal_size` and `journal_root`: the tenant's tree in the journal when it ended.
-    `note`: all of this as text, signed (C2SP signed note) if there is a signing key."""
+    """What a deletion removed. `journal_size` and `journal_root`: the tenant's tree in the journal, as far as it was
+    sealed when the deletion ended. `note`: all of this as text, signed (C2SP signed note) if there is a signing key."""
 
     tenant: str
     actor: str
@@ -74,11 +76,10 @@ class DeletionStatement(
 
 @dataclass(slots=True)
 class DeletionHooks:
-    """What other packages add. `legal_hold`: why a tenant may not be deleted, None if it may. `tree`: the size and the
-    root (hex) of a tenant's tree. `sign`: a text as a signed note, None without a key."""
+    """What `app.py` adds. `legal_hold`: why a tenant may not be deleted, None if it may. `sign`: a text as a signed
+    note, None without a key."""
 
     legal_hold: Callable[[str], Awaitable[str | None]] | None = None
-    tree: Callable[[str], Awaitable[tuple[int, str] | None]] | None = None
     sign: Callable[[str], Awaitable[str | None]] | None = None
 
 
@@ -205,7 +206,7 @@ class Deletions:
 
     async def _finish(self, tenant: str, by: Context) -> DeletionStatement:
         deletion = await self._database.get(system_context(), TenantDeletion, tenant)
-        tree = await self.hooks.tree(tenant) if self.hooks.tree is not None else None
+        tree = await self._database.get_or_none(system_context(), JournalTree, tree_id(tenant))
         fields: dict[str, Any] = {
             "id": deletion.statement_id,
             "tenant": tenant,
@@ -215,8 +216,8 @@ class Deletions:
             "started_at": deletion.started_at,
             "finished_at": utc_from_us(self._clock.now_us()),
             "counts": deletion.counts,
-            "journal_size": tree[0] if tree is not None else None,
-            "journal_root": tree[1] if tree is not None else None,
+            "journal_size": tree.size if tree is not None else None,
+            "journal_root": Frontier.of_bytes(tree.size, tree.frontier).root().hex() if tree is not None else None,
         }
         text = statement_text(fields)
         note = await self.hooks.sign(text) if self.hooks.sign is not None else None
