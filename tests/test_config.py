@@ -12,6 +12,7 @@ from strongroom import config
 from strongroom import served_entities as served
 from strongroom.app import DEFAULT_STORE
 from strongroom.errors import ConfigError
+from strongroom.tenants import TokenSettings
 
 SECRET = "0123456789abcdef0123456789abcdef-secret"
 
@@ -106,6 +107,9 @@ def test_two_contradicting_settings_are_both_named(
         ("STRONGROOM_WORKERS", "0"), ("STRONGROOM_WORKERS", "1000"), ("STRONGROOM_LOG_LEVEL", "loud"),
         ("STRONGROOM_MAX_BODY_BYTES", "-1"), ("DB_MAX_CONNECTIONS", "many"),
         ("STRONGROOM_TRUSTED_PROXIES", "10.0.0.1, proxy.internal"), ("STRONGROOM_TRUSTED_PROXIES", "10.0.0.1/8"),
+        ("STRONGROOM_JWKS", "http://u:hunter2@issuer.example/jwks.json"), ("STRONGROOM_JWKS", "ftp://issuer.example/k"),
+        ("STRONGROOM_JWT_LEEWAY_S", "301"), ("STRONGROOM_JWT_LEEWAY_S", "-1"), ("STRONGROOM_JWT_ISSUER", "https://i.example"),
+        ("STRONGROOM_ADMIN_KEY", "eyJhbGciOiJSUzI1NiJ9.abcdefghijklmnop.abcdefghijklmnop"),
     ],
 )  # fmt: skip
 def test_an_invalid_setting_is_refused_by_name_without_its_secret(
@@ -117,6 +121,21 @@ def test_an_invalid_setting_is_refused_by_name_without_its_secret(
     assert name in caught.value.message
     assert "hunter2" not in caught.value.message
     assert "\n" not in caught.value.message
+
+
+def test_sign_in_needs_issuer_audience_and_keys_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert config.load().sign_in is None
+    monkeypatch.setenv("STRONGROOM_JWT_ISSUER", "https://issuer.example")
+    with pytest.raises(ConfigError, match="ISSUER cannot be used without STRONGROOM_JWT_AUDIENCE and STRONGROOM_JWKS"):
+        config.load()
+    monkeypatch.setenv("STRONGROOM_JWT_AUDIENCE", "strongroom, console")
+    with pytest.raises(ConfigError, match="AUDIENCE cannot be used without STRONGROOM_JWKS: set all three, or none"):
+        config.load()
+    monkeypatch.setenv("STRONGROOM_JWKS", "https://issuer.example/jwks.json")
+    monkeypatch.setenv("STRONGROOM_JWT_TENANT_CLAIM", "org.id")
+    assert config.load().sign_in == TokenSettings(
+        "https://issuer.example", ("strongroom", "console"), "https://issuer.example/jwks.json", "org.id"
+    )
 
 
 def test_an_administrators_key_needs_ten_different_characters(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from strongroom.errors import ConfigError
 from strongroom.storage.jsonfile.store import JsonStore
 from strongroom.storage.postgres.store import PostgresStore
 from tests.cli.test_cli import Run, created, run
+from tests.helpers.issuer import Issuer, key_of, public
 from tests.helpers.server_app import ADMIN
 from tests.helpers.servers import free_port, postgres
 
@@ -64,6 +66,22 @@ def test_doctor_names_each_problem_with_a_remedy(run: Run, tmp_path: Path, monke
     before = (tmp_path / "empty.json").read_bytes()
     status, checks = looked(run, "--store", f"json:///{tmp_path}/empty.json")
     assert (tmp_path / "empty.json").read_bytes() == before
+
+
+def test_doctor_says_whether_the_keys_of_the_token_issuer_can_be_read(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    created(run)
+    file = tmp_path / "jwks.json"
+    file.write_text(json.dumps({"keys": [public(key_of("ES256"))]}))
+    for name, value in Issuer(url=str(file)).environment().items():
+        monkeypatch.setenv(name, value)
+    assert looked(run)[1]["sign-in"] == ("ok", f"{file}: 1 key", "")
+    monkeypatch.setenv("STRONGROOM_JWKS", f"http://127.0.0.1:{free_port()}/jwks.json")
+    status, checks = looked(run)
+    assert (status, checks["sign-in"][0]) == (1, "fail")
+    assert "ConnectError" in checks["sign-in"][1]
+    assert "STRONGROOM_JWKS" in checks["sign-in"][2]
 
 
 def test_doctor_names_the_store_to_which_the_data_moved(run: Run, tmp_path: Path) -> None:

@@ -51,10 +51,6 @@ async def reading(issuer: Issuer, clock: Clock | None = None) -> AsyncIterator[J
         await keys.close()
 
 
-async def read_once(keys: Jwks) -> None:
-    await keys._one_read()
-
-
 def kids(found: Any) -> list[str | None]:
     return [key.kid for key in found]
 
@@ -119,7 +115,7 @@ async def test_a_withdrawn_key_is_gone_after_the_next_read_and_the_others_stay_t
         (first,) = await keys.find("k1")
         assert await keys.find("k2")
         del issuer.keys[1]
-        await read_once(keys)
+        await keys.read()
         assert not await keys.find("k2")
         assert await keys.find("k1") == (first,)
 
@@ -162,7 +158,7 @@ async def test_a_failed_read_changes_nothing_and_old_keys_serve_for_a_day(
         (known,) = await keys.find("k1")
         fail(issuer)
         monkeypatch.setattr(jwks, "TIMEOUT_S", 0.2 if issuer.silent else PATIENCE_S)
-        await read_once(keys)
+        await keys.read()
         assert keys.state().error
         assert (keys.state().keys, keys.state().age_s) == (1, 0.0)
         assert await keys.find("k1") == (known,)
@@ -218,7 +214,7 @@ async def test_one_bad_key_does_not_spoil_the_others(caplog: pytest.LogCaptureFi
             good,
         ]  # fmt: skip
         with caplog.at_level(logging.WARNING):
-            await read_once(keys)
+            await keys.read()
         assert keys.state().error is None
         assert sorted(str(kid) for kid in kids(keys._published.values())) == ["future", "good"]
         assert "anyone can sign" in caplog.text

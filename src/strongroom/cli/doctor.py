@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ..config import Settings
     from ..entities import Collection
     from ..storage.port import Store
+    from ..tenants import TokenSettings
 
 MAX_OFFSET_S = 1.0
 """A wrong machine clock shifts the times in logs and expiring links. Limits use the store's clock."""
@@ -93,10 +94,24 @@ def _checked(store: str | None) -> list[Check]:
         return [*checks, Check("store", "fail", f"there is no file {file}", remedy)]
 
     async def work() -> list[Check]:
-        return [*checks, *await _of_store(settings, modules.collections, shown, file)]
+        found = [*checks, *await _of_store(settings, modules.collections, shown, file)]
+        return [*found, await _sign_in(settings.sign_in)] if settings.sign_in is not None else found
 
     with as_owner():
         return run(work)
+
+
+async def _sign_in(settings: TokenSettings) -> Check:
+    """Whether the keys of the token issuer can be read."""
+    from ..tenants import Jwks
+
+    keys = Jwks(settings.jwks)
+    await keys.read()
+    state = keys.state()
+    if state.error is not None:
+        remedy = "check STRONGROOM_JWKS, and that this machine reaches the issuer; until then tokens are refused"
+        return Check("sign-in", "fail", f"{state.place}: {state.error}", remedy)
+    return Check("sign-in", "ok", f"{state.place}: {state.keys} key{'s' if state.keys > 1 else ''}")
 
 
 async def _of_store(

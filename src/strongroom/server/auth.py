@@ -225,7 +225,7 @@ class Authenticator:
         caller = self._long.get(header[-END_BYTES:])
         if caller is None or caller.header != header or caller.source.stale or monotonic() >= caller.trusted_until:
             return None
-        return caller if caller.ends_us is None or caller.is_current else None
+        return caller
 
     async def caller(self, header: bytes | None, scope: Mapping[str, Any]) -> Caller:
         """The caller of an ASGI scope with this Authorization header. Raises Unauthenticated; Denied if the key is not
@@ -274,6 +274,8 @@ class Authenticator:
     def _keep(self, caller: Caller, callers: dict[bytes, Caller]) -> None:
         header = caller.header
         if callers is self._callers and len(header) > LONG_HEADER_BYTES:
+            if caller.ends_us is not None:  # `known` would have to ask the clock for each token
+                return
             self._forget(header)  # another request may have been faster
             self._long[header[-END_BYTES:]] = caller
             self._long_bytes += len(header)

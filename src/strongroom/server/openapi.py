@@ -254,7 +254,11 @@ def _build(api: FastAPI) -> dict[str, Any]:
 
 
 _SECURITY = {
-    "bearer": {"type": "http", "scheme": "bearer", "description": "A management key."},
+    "bearer": {
+        "type": "http",
+        "scheme": "bearer",
+        "description": "A management key, or a JWT.",
+    },
     "key": {"type": "http", "scheme": "bearer", "description": "The API key itself."},
     "signature": {
         "type": "apiKey",

@@ -7,6 +7,7 @@ roles have in its tenant.
 
 from .deletion import DELETIONS_EVERY_S, DeletionStatement, TenantDeletion
 from .directory import GRANTING, Rights
+from .jwks import Jwks
 from .model import (
     ENTITIES,
     RESERVED_COLLECTIONS,
@@ -35,6 +36,7 @@ __all__ = [
     "Configuration",
     "DeletionStatement",
     "Imported",
+    "Jwks",
     "NewTenant",
     "Owned",
     "Reason",

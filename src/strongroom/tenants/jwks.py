@@ -155,6 +155,13 @@ class Jwks:
             self._remember_unknown(kid)
         return ()
 
+    async def read(self) -> None:
+        """Read the keys now, or join the read under way; `state` says how it went. A caller that is cancelled does not
+        end the read for the others."""
+        if self._reading is None:
+            self._reading = asyncio.get_running_loop().create_task(self._read())
+        await asyncio.shield(self._reading)
+
     def state(self) -> JwksState:
         age_s = None if self._read_at is None else self._now() - self._read_at
         return JwksState(shown(self._place), len(self._published), age_s, self._error)
@@ -176,7 +183,7 @@ class Jwks:
     async def _run(self) -> None:
         pause_s = FIRST_RETRY_S
         while True:
-            await self._one_read()
+            await self.read()
             if self._error is None:
                 pause_s = FIRST_RETRY_S
                 await asyncio.sleep(REFRESH_S * random.uniform(0.9, 1))  # noqa: S311 - jitter, not a secret
@@ -194,16 +201,10 @@ class Jwks:
             raise Unavailable("the keys of the token issuer are being read, and many requests wait for them")
         self._waiting += 1
         try:
-            await self._one_read()
+            await self.read()
         finally:
             self._waiting -= 1
         return True
-
-    async def _one_read(self) -> None:
-        """Join the read under way, or begin one. A caller that is cancelled does not end it for the others."""
-        if self._reading is None:
-            self._reading = asyncio.get_running_loop().create_task(self._read())
-        await asyncio.shield(self._reading)
 
     async def _read(self) -> None:
         """Read the keys. A failure is logged, and the old keys stay."""

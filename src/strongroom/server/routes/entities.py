@@ -5,7 +5,7 @@ Each collection has its own routes, so that OpenAPI has its schema. Secret field
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from copy import copy, deepcopy
 from decimal import Decimal
 from functools import lru_cache
@@ -242,12 +242,7 @@ class _Collection:
         context = context_of(request, _decoded(tenant))
 
         async def work(key: RequestKey | None) -> Entity:
-            given = await self.fields(request, patch=True)
-            try:
-                changes = self.parse(self.changes, given)
-            except InvalidInput as error:
-                before = await self.database.get_or_none(context, self.cls, id)
-                raise InvalidInput([*error.problems, *self.more_problems(before, given, error)]) from None
+            changes = self.parse(self.changes, await self.fields(request, patch=True))
             fields = {name: getattr(changes, name) for name in changes.model_fields_set}
             with Preconditions(request) as preconditions:
                 expected = await preconditions.expected(self.version_of(request, tenant, id))
@@ -317,18 +312,6 @@ class _Collection:
             return model.model_validate_json(_encode_exactly(fields), strict=True)
         except ValidationError as error:
             raise InvalidInput(problems_of(error, secrets=self.collection.secrets)) from None
-
-    def more_problems(self, before: Entity | None, changes: dict[str, Any], found: InvalidInput) -> Sequence[Problem]:
-        """The problems of changed fields that only the whole document shows: one field may be checked by another."""
-        if before is None:
-            return []
-        named = {problem.path.split(".")[0] for problem in found.problems}
-        try:
-            self.cls.model_validate({**before.__dict__, **changes})
-        except ValidationError as error:
-            more = problems_of(error, secrets=self.collection.secrets)
-            return [problem for problem in more if problem.path.split(".")[0] in changes.keys() - named]
-        return []
 
     def shown(self, entity: Entity) -> dict[str, Any]:
         """A document in the form of an answer: secrets masked."""
