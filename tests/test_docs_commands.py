@@ -16,6 +16,7 @@ import typer
 
 from strongroom.cli import app, docs
 from tests.helpers import docs_commands
+from tests.helpers.paths import ROOT
 from tests.helpers.servers import free_port, postgres
 from tests.helpers.waiting import PATIENCE_S
 from tests.test_docs import PAGES
@@ -27,6 +28,8 @@ createdb --host db --username postgres --encoding=UTF8 --template=template0 stro
 strongroom schema roles --store postgresql://db/strongroom | psql --quiet --host db --username postgres strongroom
 strongroom schema apply --store postgresql://strongroom_owner:…@db/strongroom >made.out
 """
+FIRST_EXAMPLE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+SIGN_IN = ROOT / "docs" / "sign-in.md"
 BEFORE: Mapping[str, str] = {
     "audit.md": SERVED,
     "backends.md": FILLED + DATABASE,
@@ -35,6 +38,7 @@ BEFORE: Mapping[str, str] = {
     "keys.md": f"{FILLED}\nexport STRONGROOM_STORE=sqlite:///data/strongroom.db",
     "migrate.md": FILLED + DATABASE,
     "operations.md": SERVED,
+    "sign-in.md": f"{sys.executable} - >token.out <<'END'\n{FIRST_EXAMPLE.findall(SIGN_IN.read_text())[0]}END",
 }
 """What a page takes for granted: it says so in words, and another page has the commands."""
 WITH_COMMANDS = [page for page in PAGES if any(block.reason is None for block in docs_commands.blocks(page))]
@@ -112,6 +116,7 @@ def test_the_commands_of_a_page_run_in_order_from_an_empty_machine(
     replaced = {
         "localhost:8080": f"localhost:{port}",
         "…the key it printed…": '"$(administrator)"',
+        "…the token it printed…": '"$(cat token.out)"',
         "…the secret…": """'"$(text_of_key $N)"'""",
     }
     binaries = ""

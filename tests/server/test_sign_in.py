@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import re
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -16,7 +14,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strongroom import config
 from strongroom.app import Tenant
 from strongroom.server import auth
 from strongroom.server.auth import Caller, Scope
@@ -24,7 +21,6 @@ from strongroom.storage.port import Batch, Put
 from strongroom.tenants import Rights, Role, ServiceAccount, Session, User, jwks
 from strongroom.tenants.tokens import MAX_TOKEN_BYTES
 from tests.helpers.issuer import ISSUER, Issuer, claims, issuing, key_of, public, signed
-from tests.helpers.paths import ROOT
 from tests.helpers.server_app import Served, serving
 from tests.helpers.server_process import running
 from tests.helpers.stores import STORES, new_url
@@ -412,19 +408,3 @@ async def test_a_token_works_on_a_real_server(tmp_path: Path) -> None:
                 assert server.stop()[0] == 0
 
         await asyncio.to_thread(calls)
-
-
-async def test_the_example_of_the_documentation_signs_in(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    page = (ROOT / "docs" / "sign-in.md").read_text()
-    monkeypatch.chdir(tmp_path)
-    exec(page.partition("```python\n")[2].partition("```")[0], {})  # noqa: S102 - our own documentation
-    token = capsys.readouterr().out.strip()
-    named = dict(re.findall(r"(STRONGROOM_\w+)=(\S+)", page.partition("strongroom serve")[0]))
-    for name, value in named.items():
-        monkeypatch.setenv(name, value)
-    async with serving(sign_in=config.load().sign_in) as served:
-        path, body = re.findall(r"localhost:8080(/v1/tenants/\S+).*?-d '(.*?)'", page, re.DOTALL)[0]
-        assert (await served.call("PUT", path, json.loads(body))).status == 201
-        assert (await served.get("/v1/keys", key=token)).status == 200
