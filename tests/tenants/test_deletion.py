@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from strongroom import Entity, Strongroom
 from strongroom.context import system_context
@@ -15,6 +16,15 @@ from strongroom.entities import Query, with_fields
 from strongroom.errors import Conflict, InvalidInput, NotFound, Unavailable
 from strongroom.events import event
 from strongroom.journal.merkle import Frontier
+from strongroom.journal.signed_note import (
+    ED25519,
+    Checkpoint,
+    NoteError,
+    Signature,
+    SignedNote,
+    VerifierKey,
+    signed_message,
+)
 from strongroom.journal.trees import JournalTree, tree_id
 from strongroom.tenants import CloudAccount, Role, Tenant, TenantDeletion, User
 from strongroom.tenants.deletion import HEADLINE
@@ -132,6 +142,29 @@ async def test_the_statement_names_the_tree_of_the_tenant_in_the_journal(tmp_pat
         if tree.size == statement.journal_size:  # else more was sealed since
             assert Frontier.of_bytes(tree.size, tree.frontier).root() == root
         assert f'"journal_root":"{statement.journal_root}"' in statement.note
+
+
+async def test_a_signed_statement_is_verified_by_the_public_key_and_any_change_of_it_found(room: Strongroom) -> None:
+    private = Ed25519PrivateKey.generate()
+    public = VerifierKey("log.example", ED25519, private.public_key().public_bytes_raw())
+
+    async def sign(text: str) -> str:
+        content = private.sign(signed_message(ED25519, public.name, text, 0))
+        return str(SignedNote(text, (Signature(public.name, public.id, content),)))
+
+    room.tenants.deletions.hooks.sign = sign
+    await fill(room, "acme")
+    statement = await room.tenants.delete("acme", "a\n\n— reason")
+    assert statement is not None
+    assert statement.signed
+    note = SignedNote.parse(statement.note)
+    assert note.signers([public]) == ([public], [])
+    headline, line = note.text.splitlines()
+    assert (headline, json.loads(line)["reason"]) == (HEADLINE, "a\n\n— reason")
+    forged = SignedNote.parse(statement.note.replace('"notes":5', '"notes":4'))
+    assert forged.signers([public]) == ([], [public])
+    with pytest.raises(NoteError):
+        Checkpoint.parse(note.text)  # nobody can take it for a checkpoint of the log
 
 
 async def test_a_name_can_be_used_again_after_its_deletion(room: Strongroom) -> None:
