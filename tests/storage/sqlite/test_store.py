@@ -39,8 +39,10 @@ from strongroom.storage.port import (
     Batch,
     ChangeKind,
     Check,
+    Committed,
     Create,
     Delete,
+    JournalFilter,
     Operation,
     Patch,
     Put,
@@ -49,6 +51,8 @@ from strongroom.storage.port import (
 from strongroom.storage.sqlite import schema as _sqlite_schema
 from strongroom.storage.sqlite import threads as sqlite_threads
 from strongroom.storage.sqlite.isolation import Guarded
+from strongroom.storage.sqlite.journal import journal_rows
+from strongroom.storage.sqlite.schema import BLOCK
 from strongroom.storage.sqlite.session import Session
 from strongroom.storage.sqlite.store import SqliteStore
 from strongroom.storage.sqlite.threads import Threads
@@ -1240,6 +1244,125 @@ async def test_an_upgrade_by_several_openers_that_are_killed_is_whole_or_not_beg
             assert found[1:3] == [columns, tables]
     assert outputs == [b"done\n", b"done\n"]
     assert found[0] == version
+
+
+# --- Searching the journal ------------------------------------------------------------------------------------
+
+FIELDS: tuple[tuple[dict[str, Any], str, str], ...] = (
+    # the filter, the index without a tenant, the index with one
+    ({}, "INTEGER PRIMARY KEY (rowid>?)", "tenant_id (tenant_id=? AND rowid>?)"),
+    ({"actor": "a"}, "actor (actor=? AND rowid>?)", "actor (actor=? AND rowid>?)"),
+    ({"action": "a"}, "action (action=? AND rowid>?)", "tenant_id (tenant_id=? AND rowid>?)"),
+    ({"collection": "a"}, "collection (collection=? AND rowid>?)", "tenant_id (tenant_id=? AND rowid>?)"),
+    ({"entity_id": "a"}, "entity_id (entity_id=? AND rowid>?)", "entity_id (entity_id=? AND rowid>?)"),
+    ({"request_id": "a"}, "request_id (request_id=? AND rowid>?)", "request_id (request_id=? AND rowid>?)"),
+    ({"since_us": 1}, "INTEGER PRIMARY KEY (rowid>?)", "tenant_id (tenant_id=? AND rowid>?)"),
+    ({"until_us": 1}, "INTEGER PRIMARY KEY (rowid>? AND rowid<?)", "tenant_id (tenant_id=? AND rowid>? AND rowid<?)"),
+    (
+        {"after_sequence": 1, "through_sequence": 2},
+        "INTEGER PRIMARY KEY (rowid>? AND rowid<?)",
+        "tenant_id (tenant_id=? AND rowid>? AND rowid<?)",
+    ),
+    (
+        {"actor": "a", "action": "a", "collection": "a", "until_us": 9, "since_us": 1},
+        "actor (actor=? AND rowid>? AND rowid<?)",
+        "actor (actor=? AND rowid>? AND rowid<?)",
+    ),
+    ({"action": "a", "collection": "a"}, "action (action=? AND rowid>?)", "tenant_id (tenant_id=? AND rowid>?)"),
+)
+
+
+@pytest.mark.parametrize(("fields", "alone", "of_tenant"), FIELDS)
+@pytest.mark.parametrize("scope", [{}, {"tenant": "acme"}, {"platform": True}])
+async def test_an_index_serves_every_search_of_the_journal(
+    session: Session, scope: dict[str, Any], fields: dict[str, Any], alone: str, of_tenant: str
+) -> None:
+    where = JournalFilter(**scope, **fields)
+    sql, values = journal_rows(where, 5, 10)
+    readers = session.audits if where.tenant is None else session.scans
+    plan = [row[3] for row in await readers.rows(f"EXPLAIN QUERY PLAN {sql}", values, where.tenant)]
+    (search,) = (line.replace("main.", "") for line in plan if "_journal" in line)
+    index = of_tenant if scope else alone
+    assert search in (f"SEARCH _journal USING {index}", f"SEARCH _journal USING INDEX _journal.index.{index}")
+    assert not [line for line in plan if "TEMP B-TREE" in line], "nothing is sorted"
+
+
+def examined(store: SqliteStore, where: JournalFilter) -> int:
+    """How many records a search reads from the journal's table."""
+    sql, values = journal_rows(where, 0, 1_000)
+    with closing(Guarded(store.path, (), 1.0, whole_journal=True)) as guarded:
+        guarded.connection.exec_trace = None
+        guarded.connection.authorizer = None
+        steps = [0]
+
+        def count() -> bool:
+            steps[0] += 1
+            return False
+
+        guarded.connection.set_progress_handler(count, 1)
+        guarded.execute(sql, values).fetchall()
+        return steps[0]
+
+
+async def test_a_search_by_time_reads_the_blocks_of_that_time_only(store: SqliteStore) -> None:
+    count = 6 * BLOCK
+    for begin in range(0, count, 256):
+        times = (NOW + n + (50 if n % 97 == 0 else 0) for n in range(begin, begin + 256))  # not quite in order
+        await store.commit(
+            batch(*(Append(structs.replace(record(f"{at - NOW}"), at_us=at)) for at in times), now_us=NOW)
+        )
+    rows = [row for number in range(7) for row in (await store.rows(f"{number * 1_000}")).rows]
+    for since, until in ((0, 10), (100, 163), (3_000, 3_001), (count - 5, count + 99), (count + 99, count + 100)):
+        where = JournalFilter(since_us=NOW + since, until_us=NOW + until)
+        found = (await store.rows(None, where)).rows
+        assert found == [row for row in rows[:count] if where.matches(row)]
+    whole = examined(store, JournalFilter(since_us=NOW))
+    short = examined(store, JournalFilter(action="none", since_us=NOW + 3_000, until_us=NOW + 3_001))
+    blocks = examined(store, JournalFilter(since_us=NOW + 3_000, until_us=NOW + 3_001))
+    late = examined(store, JournalFilter(since_us=NOW + 10 * count))
+    assert late < BLOCK < blocks < whole
+    assert short < BLOCK, "the index of the action finds none"
+
+
+async def test_records_that_an_earlier_version_appends_are_found_by_their_time(store: SqliteStore) -> None:
+    """An earlier version that had opened the file before it was upgraded does not note the times."""
+
+    async def found(since: int) -> list[str]:
+        page = await store.rows(None, JournalFilter(since_us=since, until_us=since + 1))
+        return [row[8] for row in page.rows]
+
+    def append(name: str, at_us: int) -> None:
+        with closing(raw(store)) as connection:
+            connection.execute(
+                'INSERT INTO _journal (id, at_us, actor, request_id, "action", collection, entity_id) '
+                "VALUES (?, ?, 'a', 'r', 'create', 'notes', ?)",
+                (name, at_us, name),
+            ).fetchall()
+
+    append("first", 5)
+    assert await found(5) == ["first"]
+    await store.commit(batch(Append(record("own"))))
+    assert (await found(5), await found(NOW)) == (["first"], ["own"])
+    append("second", 7)
+    assert (await found(7), await found(NOW), await found(8)) == (["second"], ["own"], [])
+    for number in range(3):
+        await store.commit(batch(Append(record(f"{number}"))))
+    assert (await found(7), await found(5), await found(8)) == (["second"], ["first"], [])
+    with closing(raw(store)) as connection:
+        assert connection.execute("SELECT * FROM _times").fetchall() == [(0, 5, NOW, 6)]
+
+
+async def test_the_times_of_records_that_were_taken_back_are_not_noted(store: SqliteStore) -> None:
+    failing = batch(Create("notes", "a", note()), Append(record("a")), Create("notes", "a", note()))
+    writing = [
+        store.commit(batch(Append(record("first")))),
+        store.commit(failing),
+        store.commit(batch(Append(record("last")))),
+    ]
+    answers = await asyncio.gather(*writing, return_exceptions=True)
+    assert [type(answer) for answer in answers] == [Committed, AlreadyExists, Committed]
+    with closing(raw(store)) as connection:
+        assert connection.execute("SELECT * FROM _times").fetchall() == [(0, NOW, NOW, 2)]
 
 
 # --- Redaction and retention ----------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from ..port import Pack
 from ..sql import listed, quoted
 from .bulk_rows import JOURNAL, Part
 from .isolation import Table
-from .schema import LockWait, connect
+from .schema import FIND_TIMES, LockWait, connect
 
 CACHE_KIB = 64 * 1024
 """The page cache of a load: enough for the pages of some 500,000 new keys. With more, SQLite spills pages to the log
@@ -124,6 +124,7 @@ class Loader:
 
     def commit(self) -> None:
         """Returns when everything is on the disk."""
+        self._connection.execute(FIND_TIMES).fetchall()
         self._connection.execute("COMMIT").fetchall()
 
     def close(self) -> None:

@@ -30,10 +30,12 @@ from .schema import connect
 
 MAX_CHECKED = 10_000
 """Statements that were checked and are not checked again."""
-_OWN_TABLES = re.compile(r"(?<![\w$])(?:_journal|_floors|_meta|_fields|sqlite_sequence)(?![\w$])", re.IGNORECASE)
+_OWN_TABLES = re.compile(r"(?<![\w$])(?:_journal|_floors|_times|_meta|_fields|sqlite_sequence)(?![\w$])", re.IGNORECASE)
 REDACTABLE = frozenset({"actor", "entity_id", "before", "after", "salt", "claims"})
 """The columns of a journal record that redaction changes."""
 _JOURNAL_VIEWS = {"_journal": JOURNAL_COLUMNS, "_floors": ("sequence",)}
+JOURNAL_BY_FIELD = "_journal_by_field"
+"""A tenant's journal, found by an index of another field than the tenant."""
 _PAGE = "WITH page AS MATERIALIZED ({}) SELECT * FROM page"
 
 
@@ -87,6 +89,9 @@ class Guarded:
         self._present: list[str | None] = [None]
         self.connection = connection = connect(path, busy_timeout_s)
         try:
+            if writes:
+                # or else a savepoint's copies of changed pages go to a temporary file, from some 15 pages on
+                connection.execute("PRAGMA temp_store = MEMORY").fetchall()  # before the views, which it would remove
             # a partial of C functions: SQLite calls this once a statement, and a Python frame would double its cost
             connection.create_scalar_function(
                 "current_tenant", functools.partial(self._present.__getitem__, 0), 0, deterministic=True
@@ -113,6 +118,10 @@ class Guarded:
                 for name, columns in _JOURNAL_VIEWS.items():
                     rights.allow_view(name)
                     _make_view(connection, name, columns, rights.guard(name))
+                rights.allow_view(JOURNAL_BY_FIELD, "_journal")
+                _make_view(
+                    connection, JOURNAL_BY_FIELD, JOURNAL_COLUMNS, rights.guard(JOURNAL_BY_FIELD), "_journal", by="+"
+                )
                 connection.execute("PRAGMA query_only = ON").fetchall()
             connection.authorizer = rights.authorize
             self._check = connection.exec_trace = rights.checker(frozenset(own_texts) if writes or upkeep else None)
@@ -135,10 +144,14 @@ class Guarded:
         self.connection.close()
 
 
-def _make_view(connection: apsw.Connection, name: str, columns: Iterable[str], guard: str) -> None:
+def _make_view(
+    connection: apsw.Connection, name: str, columns: Iterable[str], guard: str, table: str | None = None, by: str = ""
+) -> None:
+    """Make the view of a table, by default of the one of its name. With `by` + it does not use the tenant's index."""
     own = listed(tuple(columns))
     connection.execute(
-        f"CREATE TEMP VIEW {quoted(guard)} AS SELECT {own} FROM main.{quoted(name)} WHERE tenant_id = current_tenant()"
+        f"CREATE TEMP VIEW {quoted(guard)} AS SELECT {own} FROM main.{quoted(table or name)} "
+        f"WHERE {by}tenant_id = current_tenant()"
     ).fetchall()
     connection.execute(f"CREATE TEMP VIEW {quoted(name)} AS SELECT {own} FROM temp.{quoted(guard)}").fetchall()
 
@@ -171,6 +184,7 @@ class _Rights:
         self._allowed: dict[tuple[int, str | None, str | None], frozenset[str | None] | None] = {
             (apsw.SQLITE_READ, "main", "json_each"): None,
             (apsw.SQLITE_READ, "main", "sqlite_sequence"): None,
+            (apsw.SQLITE_READ, "main", "_times"): None,
         }
 
     def guard(self, name: str) -> str:
@@ -184,10 +198,11 @@ class _Rights:
             self._allowed[what, "main", name] = None
         self._allowed[apsw.SQLITE_READ, None, name] = None  # how SQLite asks for a count of rows, of no column
 
-    def allow_view(self, name: str) -> None:
+    def allow_view(self, name: str, table: str | None = None) -> None:
         self._allowed[apsw.SQLITE_READ, "temp", name] = None
         self._allowed[apsw.SQLITE_READ, "temp", self.guard(name)] = None
-        self._allowed[apsw.SQLITE_READ, "main", name] = frozenset({self.guard(name)})
+        what = (apsw.SQLITE_READ, "main", table or name)
+        self._allowed[what] = (self._allowed.get(what) or frozenset()) | {self.guard(name)}
 
     def allow_triggers(self, name: str) -> None:
         triggers = {event: self.trigger(name, event) for event in _WRITES}
@@ -197,8 +212,11 @@ class _Rights:
         self._allowed[apsw.SQLITE_READ, "main", name] = frozenset({self.guard(name), *triggers.values()})
 
     def allow_append(self) -> None:
-        """The writer adds to the journal and keeps the greatest version that was deleted."""
+        """The writer adds to the journal, and keeps the records' times and the greatest version that was deleted."""
         self._allowed[apsw.SQLITE_INSERT, "main", "_journal"] = None
+        self._allowed[apsw.SQLITE_READ, "main", "_journal"] = None
+        self._allowed[apsw.SQLITE_INSERT, "main", "_times"] = None
+        self._allowed[apsw.SQLITE_UPDATE, "main", "_times"] = None
         self._allowed[apsw.SQLITE_READ, "main", "_meta"] = None
         self._allowed[apsw.SQLITE_UPDATE, "main", "_meta"] = None
 

@@ -1,8 +1,8 @@
 """Creates and recognises the SQLite file, and fits its tables to the declarations.
 
 A collection is a table of its name. Names of Strongroom's own tables begin with an underscore, which no collection's
-name does: `_journal`, `_floors` (the greatest dropped sequence of each tenant), `_fields` (the declared type of each
-column, since three types look alike as text) and `_meta`.
+name does: `_journal`, `_floors` (the greatest dropped sequence of each tenant), `_times` (of the journal's records),
+`_fields` (the declared type of each column, since three types look alike as text) and `_meta`.
 """
 
 from __future__ import annotations
@@ -45,9 +45,34 @@ LOCK_POLL_S = 0.002
 MAX_WAL_BYTES = 64_000_000
 """The size in bytes to which SQLite truncates the write-ahead log after a checkpoint."""
 
-_MAKE_FLOORS = """
-CREATE TABLE _floors (tenant_id TEXT UNIQUE, sequence INTEGER NOT NULL) STRICT;
+BLOCK = 1_024
+"""Sequences whose records share a row of `_times`. A search by time reads up to two blocks too many."""
+
+_UPSERT_TIMES = """ON CONFLICT (block) DO UPDATE
+SET first_us = min(first_us, excluded.first_us), last_us = max(last_us, excluded.last_us), through = excluded.through
 """
+ADD_TIMES = f"INSERT INTO main._times VALUES (?, ?, ?, ?) {_UPSERT_TIMES}"
+"""Notes the block of some records, their earliest and latest time, and the last one's sequence."""
+FIND_TIMES = f"""
+INSERT INTO main._times SELECT sequence / {BLOCK}, min(at_us), max(at_us), max(sequence) FROM main._journal
+WHERE sequence > ifnull((SELECT through FROM main._times ORDER BY block DESC LIMIT 1), 0) GROUP BY 1
+{_UPSERT_TIMES}"""
+"""Notes the times of all records whose times are not noted, those that an earlier version appended too."""
+
+_MAKE_2 = """
+CREATE TABLE _floors (tenant_id TEXT UNIQUE, sequence INTEGER NOT NULL) STRICT;
+CREATE INDEX "_journal.index.actor" ON _journal (actor);
+CREATE INDEX "_journal.index.action" ON _journal ("action");
+CREATE INDEX "_journal.index.collection" ON _journal (collection);
+CREATE INDEX "_journal.index.entity_id" ON _journal (entity_id);
+CREATE INDEX "_journal.index.request_id" ON _journal (request_id);
+CREATE TABLE _times (
+    block INTEGER PRIMARY KEY, first_us INTEGER NOT NULL, last_us INTEGER NOT NULL, through INTEGER NOT NULL
+) STRICT;
+"""
+"""What layout 2 added. The order of the records' times is not quite that of their sequences, so an index of the times
+could not give a page in the order of the sequences without sorting all that it finds. `_times` has of each block of
+records the earliest and the latest time, and the last sequence of which that is true."""
 _MAKE = f"""
 CREATE TABLE _journal (
     sequence INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -78,13 +103,14 @@ CREATE TABLE _fields (
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE _meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT, WITHOUT ROWID;
 INSERT INTO _meta VALUES ('deleted_version', 0);
-{_MAKE_FLOORS}
+{_MAKE_2}
 """
 _FROM_LAYOUT_1 = f"""
 ALTER TABLE _journal ADD COLUMN salt BLOB NOT NULL DEFAULT X'';
 ALTER TABLE _journal ADD COLUMN claims TEXT;
 ALTER TABLE _journal ADD COLUMN rules TEXT;
-{_MAKE_FLOORS}
+{_MAKE_2}
+{FIND_TIMES};
 """
 
 _CACHED_STATEMENTS = 300

@@ -41,7 +41,7 @@ from ..port import (
 from ..sql import JOURNAL_COLUMNS, line, listed, quoted
 from .dialect import translated
 from .isolation import Guarded, Table
-from .schema import LockWait
+from .schema import ADD_TIMES, BLOCK, FIND_TIMES, LockWait
 from .statements import Statements
 
 _BYTES_PER_CHARACTER = 8
@@ -54,9 +54,12 @@ _BEFORE, _AFTER = JOURNAL_COLUMNS.index("before") - 1, JOURNAL_COLUMNS.index("af
 _APPEND = (
     f"INSERT INTO main._journal ({listed(JOURNAL_COLUMNS[1:])}) VALUES ({', '.join('?' for _ in JOURNAL_COLUMNS[1:])})"
 )
-_DELETED = "SELECT value FROM main._meta WHERE name = 'deleted_version'"
+_BEGUN = (
+    "SELECT value, (SELECT through FROM main._times ORDER BY block DESC LIMIT 1) FROM main._meta "
+    "WHERE name = 'deleted_version'"
+)
 _KEEP_DELETED = "UPDATE main._meta SET value = ? WHERE name = 'deleted_version'"
-OWN_TEXTS = (_APPEND, _DELETED, _KEEP_DELETED)
+OWN_TEXTS = (_APPEND, _BEGUN, _KEEP_DELETED, ADD_TIMES, FIND_TIMES)
 """The only statements by which the writer uses the store's own tables."""
 
 _OF_ONE_STATEMENT = (apsw.SQLError, apsw.ConstraintError, apsw.MismatchError, apsw.TooBigError, apsw.AuthError)
@@ -85,6 +88,8 @@ class Writer:
         self._deleted_version = 0  # new documents get a greater version than any deleted one had
         self._deleted_version_before = 0
         self._changes_before = 0
+        self._next = 0  # the sequence of the next record, if the times of all before are noted; 0 if they may not be
+        self._times: dict[int, list[int]] = {}  # of this transaction's records, by block
         self._tenant: str | None = None
         self._now_us = -1
         self._now_text = ""
@@ -96,9 +101,11 @@ class Writer:
         """Take the file's write lock. apsw.BusyError if another process keeps it for longer."""
         self._lock_wait.timeout_s = busy_timeout_s
         self._execute("BEGIN IMMEDIATE").fetchall()
-        found = self._execute(_DELETED).fetchall()
-        self._deleted_version = self._deleted_version_before = found[0][0]
+        deleted_version, timed = self._execute(_BEGUN).fetchall()[0]
+        self._deleted_version = self._deleted_version_before = deleted_version
         self._changes_before = self._connection.total_changes()
+        self._next = (timed or 0) + 1
+        self._times.clear()
         self._guarded.trust(True)
 
     @property
@@ -108,9 +115,19 @@ class Writer:
     def commit(self) -> None:
         """Returns when everything is on the disk. Blocks for an fsync if there are changes."""
         self._guarded.trust(False)
+        if self._times:
+            self._keep_times()
         if self._deleted_version != self._deleted_version_before:
             self._execute(_KEEP_DELETED, (self._deleted_version,))
         self._execute("COMMIT").fetchall()
+
+    def _keep_times(self) -> None:
+        """Note the times of this transaction's records, and of those that an earlier version appended before."""
+        if self._next:
+            for block, times in self._times.items():
+                self._execute(ADD_TIMES, (block, *times)).fetchall()
+        else:
+            self._execute(FIND_TIMES).fetchall()
 
     def roll_back(self) -> None:
         self._guarded.trust(False)
@@ -146,6 +163,7 @@ class Writer:
                 raise
             reason = translated(error, self._path) if isinstance(error, apsw.Error) else error
             self._deleted_version = deleted_version
+            self._next = 0  # records may be taken back
             if guarded:
                 self._execute("ROLLBACK TO batch; RELEASE batch").fetchall()
             elif self._connection.total_changes() != changes:
@@ -406,7 +424,18 @@ class Writer:
         row = line(record, record.version if operation.of is None else versions[operation.of])
         self._size += (len(row[_BEFORE] or "") + len(row[_AFTER] or "")) * _BYTES_PER_CHARACTER
         self._execute(_APPEND, row)
-        return self._connection.last_insert_rowid()
+        sequence, at_us = self._connection.last_insert_rowid(), record.at_us
+        self._next = sequence + 1 if sequence == self._next else 0
+        times = self._times.get(sequence // BLOCK)
+        if times is None:
+            self._times[sequence // BLOCK] = [at_us, at_us, sequence]
+        else:
+            if at_us > times[1]:
+                times[1] = at_us
+            elif at_us < times[0]:
+                times[0] = at_us
+            times[2] = sequence
+        return sequence
 
     # --- Helpers ---
 
