@@ -21,9 +21,8 @@ from strongroom.storage.port import Batch, Put
 from strongroom.tenants import Rights, Role, ServiceAccount, Session, User, jwks
 from strongroom.tenants.tokens import MAX_TOKEN_BYTES
 from tests.helpers.issuer import ISSUER, Issuer, claims, issuing, key_of, public, signed
-from tests.helpers.server_app import Served, serving
+from tests.helpers.server_app import Served, Stream, serving
 from tests.helpers.server_process import running
-from tests.helpers.stores import STORES, new_url
 from tests.helpers.waiting import PATIENCE_S, wait_until
 
 ROLES: dict[str, Any] = {"read": "reader", "write": "writer", "admin": "boss", "auditor": "checker"}
@@ -135,9 +134,9 @@ async def test_a_role_that_names_an_unknown_scope_is_refused_and_gives_only_the_
 # --- Who acts -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", STORES)
-async def test_a_record_names_the_user_and_has_the_claims_of_its_token(kind: str, tmp_path: Path) -> None:
-    async with signing_in(new_url(kind, tmp_path)) as (served, issuer, _):
+@pytest.mark.parametrize("backend", ["sqlite", "json-memory", "firestore"], indirect=True)
+async def test_a_record_names_the_user_and_has_the_claims_of_its_token(url: str) -> None:
+    async with signing_in(url) as (served, issuer, _):
         token = issuer.token(roles=["writer"], email="ann@acme.example", deep={"a": [1, 2.5, None, "é"]})
         made = await served.post("/v1/tenants/acme/policies", {"policy_type": "t", "policy_name": "n"}, key=token)
         assert made.status == 201, made
@@ -329,6 +328,18 @@ async def test_a_cached_caller_stops_when_its_token_expires() -> None:
         assert time.time() >= int(time.time())
         answer = await served.get("/v1/keys", key=token)
         assert answer.json["detail"] == "the token has expired"
+
+
+async def test_a_quiet_stream_ends_within_a_second_of_its_tokens_expiry() -> None:
+    async with signing_in(leeway_s=0) as (served, issuer, _):
+        expires = int(time.time()) + 2
+        token = issuer.token(roles=["reader"], exp=expires)
+        async with Stream(served.app, "/v1/tenants/acme/policies:watch", token) as stream:
+            assert stream.status == 200
+            ready = await stream.event()
+            assert ready is not None
+            assert await stream.event() is None
+            assert expires <= time.time() < expires + WITHIN_S + PATIENCE_S / 10  # a busy machine may be slower
 
 
 async def test_a_withdrawn_key_of_the_issuer_stops_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from fastapi import Request, Response
 from ..context import Context, utc_from_us
 from ..cooperative import Slices
 from ..entities import Entity
-from ..errors import Gone, InvalidInput, Problem, StrongroomError
+from ..errors import Gone, InvalidInput, Problem, StrongroomError, Unavailable
 from ..storage.port import ChangesPage
 from .auth import Scope, authorization
 from .errors import Message, Send
@@ -23,6 +23,8 @@ from .visible import Seen, View
 from .wire import caller_of
 
 HEARTBEAT_S = 15.0
+CHECK_EVERY_S = 0.5
+"""How often a stream's caller is authenticated anew: so soon a revoked key and an expired token end a quiet stream."""
 SEND_TIMEOUT_S = 30.0
 """A client that reads nothing for this long is disconnected; it can resume after its last event."""
 RETRY_MS = 2_000
@@ -78,9 +80,16 @@ class _Stream:
         return self.services.room.feed.follow(self._context.tenant or "", after, heartbeat_s=HEARTBEAT_S)
 
     async def still_allowed(self) -> None:
-        """Whether the key is still enabled and has its permission."""
+        """Raise unless the key is still enabled, or the token still good, and the caller may still read."""
         caller = await self.services.authenticator.caller(self._header, self._scope)
         caller.needs(Scope.READ)
+
+    async def refused(self) -> None:
+        """Wait until the caller is refused, and raise the reason."""
+        while True:
+            await asyncio.sleep(CHECK_EVERY_S)
+            with contextlib.suppress(Unavailable):  # nothing can be delivered now either; the next page will tell
+                await self.still_allowed()
 
 
 def _event(seen: Seen) -> bytes:
@@ -125,7 +134,8 @@ class EventStream(Response):
         try:
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             waits = [
-                asyncio.ensure_future(wait) for wait in (self._pump(send), _gone(receive), services.closing.wait())
+                asyncio.ensure_future(wait)
+                for wait in (self._pump(send), _gone(receive), services.closing.wait(), self._stream.refused())
             ]
             done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             for wait in done:
