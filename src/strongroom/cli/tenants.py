@@ -335,5 +335,4 @@ def _print_imported(told: Imported, json: bool) -> None:
     output.print_line(f"imported the tenant {told.tenant}")
     output.print_fields([(collection, str(count)) for collection, count in sorted(told.written.items())])
     for reason, count in told.left_out.items():
-        if count:
-            output.print_note(f"left out {count} {reason}")
+        output.print_note(f"left out {count} {reason}")

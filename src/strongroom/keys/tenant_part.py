@@ -65,7 +65,8 @@ class KeysOfTenants:
 
     async def take(self, tenant: str, records: Sequence[tuple[str, bytes]], context: Context, told: Imported) -> None:
         found = {index: self._record(tenant, record) for index, (_, record) in enumerate(records)}
-        told.left_out[NO_HASH] += sum(record is None for record in found.values())
+        if without := sum(record is None for record in found.values()):
+            told.left_out[NO_HASH] += without
         job = RecordImport(self._database, self._hasher(), Context(None, context.actor, system_context().claims))
         planned = await job.plan([record for record in found.values() if record is not None])
         for one in planned:
