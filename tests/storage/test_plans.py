@@ -16,6 +16,7 @@ from strongroom.app import SYSTEM_ENTITIES
 from strongroom.entities.entity import Collection, FieldType, Index
 from strongroom.entities.query import And, Query, Where
 from strongroom.state.model import ENTITIES
+from strongroom.storage.port import JournalFilter
 from strongroom.storage.postgres.store import PostgresStore
 from strongroom.storage.sqlite.store import SqliteStore
 from tests.helpers.servers import postgres
@@ -173,6 +174,63 @@ async def test_postgresql_serves_the_journal_and_the_tenants_by_an_index(
     assert await wasteful(connection, store._journal.page_of_tenant, (1, 100, "acme")) is None
     assert await wasteful(connection, store._journal.page, (1, 100), store._taking_all) is None
     assert await wasteful(connection, store._tenants_page, ("a", 100), store._taking_all) is None
+
+
+MONTH = datetime.now(UTC).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
+BEGAN_US = round(MONTH.timestamp()) * 1_000_000
+RECORDS = 20_000
+FIELDS: dict[str, Any] = {
+    "tenant": "t3", "platform": True, "actor": "actor-7", "action": "action-3", "collection": "collection-3",
+    "entity_id": "e77", "request_id": "q77", "since_us": BEGAN_US + RECORDS - 100, "until_us": BEGAN_US + 100,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", FIELDS)
+async def test_postgresql_finds_journal_rows_by_each_field_with_an_index(
+    postgres_store: tuple[PostgresStore, asyncpg.Connection], field: str
+) -> None:
+    """With statistics, and with what the planner chooses by itself; alone and with a tenant."""
+    store, connection = postgres_store
+    await fill_journal(store)
+    assert store._taking_all is not None
+    wheres = [JournalFilter(**{field: FIELDS[field]})]
+    if field != "platform":
+        wheres.append(JournalFilter(**{"tenant": "t3", field: FIELDS[field]}))
+    for where in wheres:
+        sql, values = store._journal.rows(where, 0, 100)
+        async with connection.transaction():
+            if where.tenant is None:
+                await connection.execute(store._taking_all)
+            (found,) = json.loads(await connection.fetchval(f"EXPLAIN (ANALYZE, FORMAT JSON) {sql}", *values))
+        read = {
+            node["Node Type"]: sum(node.get(part, 0) for part in ("Actual Rows", *READ_IN_VAIN))
+            for node in nodes(found["Plan"])
+            if node.get("Relation Name") == f"strongroom_journal_{MONTH:%Y_%m}"
+        }
+        assert read, f"{where}: {found}"
+        assert "Seq Scan" not in read, f"{where}: {found}"
+        assert sum(read.values()) < RECORDS / 8, f"{where}: {read}: {found}"
+
+
+READ_IN_VAIN = ("Rows Removed by Filter", "Rows Removed by Index Recheck")
+
+
+async def fill_journal(store: PostgresStore) -> None:
+    """Fill the journal with records of this month, one a microsecond, and count them for the planner."""
+    schema = store.settings.schema
+    owner = await asyncpg.connect(f"postgresql://{schema}_owner:{schema}_owner@{store.settings.place}")
+    await owner.execute(
+        f"ALTER TABLE {schema}.strongroom_journal DISABLE ROW LEVEL SECURITY; "
+        f"INSERT INTO {schema}.strongroom_journal (sequence, at, at_us, id, tenant_id, actor, request_id, action, "
+        f"collection, entity_id) SELECT n, '{MONTH.isoformat()}', {BEGAN_US} + n, 'r' || n, "
+        "CASE WHEN n % 20 < 19 THEN 't' || n % 20 END, 'actor-' || n % 100, 'q' || n, "
+        "'action-' || (n % 1000) / 100, 'collection-' || (n % 1000) / 100, 'e' || n "
+        f"FROM generate_series(1, {RECORDS}) AS n; "
+        f"UPDATE {schema}.strongroom_journal_head SET sequence = {RECORDS}; "
+        f"ALTER TABLE {schema}.strongroom_journal ENABLE ROW LEVEL SECURITY"
+    )
+    await owner.execute(f"VACUUM ANALYZE {schema}.strongroom_journal")
+    await owner.close()
 
 
 async def test_a_page_of_many_keys_reads_only_that_page(

@@ -16,7 +16,8 @@ from strongroom.entities.query import Aggregate, Query
 from strongroom.errors import ConfigError, Conflict, Denied, Gone, SchemaError, StoreError
 from strongroom.storage.port import Append, ChangeKind, Create, Delete, Patch, Put
 from strongroom.storage.postgres import schema_layout as layout
-from strongroom.storage.postgres.journal_access import POLICIES, READER_POLICY
+from strongroom.storage.postgres.journal_access import READER_POLICY
+from strongroom.storage.postgres.journal_indexes import INDEXES, index_name
 from strongroom.storage.postgres.partitions import drop_partitions_before, ensure_partitions
 from strongroom.storage.postgres.roles import check_role, roles_sql
 from strongroom.storage.postgres.schema import prepare
@@ -32,6 +33,7 @@ from tests.helpers.postgres_schema import (
     Roles,
     Settings,
     append,
+    catalog,
     documents,
     insert,
     on_each_version,
@@ -194,6 +196,105 @@ async def test_a_collection_of_secrets_is_visible_only_to_statements_that_declar
     await owner.close()
 
 
+async def make_layout_2(owner: asyncpg.Connection, place: Place) -> None:
+    """Take away what layout 3 added."""
+    journal = place.table("strongroom_journal")
+    for end in INDEXES:
+        if end not in ("sequence", "tenant_id.sequence"):
+            await owner.execute(f'DROP INDEX "{place.schema}"."{index_name("strongroom_journal", end)}"')
+    for policy in ("owner_delete", "owner_update"):
+        await owner.execute(f"DROP POLICY {policy} ON {journal}")
+    await owner.execute(f"ALTER TABLE {journal} DROP COLUMN salt, DROP COLUMN claims, DROP COLUMN rules")
+    await owner.execute(f"DROP TABLE {place.table('strongroom_journal_floors')}")
+    for function in ("strongroom_redact_journal", "strongroom_drop_records"):
+        await owner.execute(f"DROP FUNCTION {place.schema}.{function}")
+    await owner.execute(f"UPDATE {place.table('strongroom_layout')} SET version = 2")
+
+
+async def make_layout_1(owner: asyncpg.Connection, place: Place) -> None:
+    """Take away what layout 2 added."""
+    for table in ("strongroom_journal", "strongroom_tenants"):
+        for policy in ("owner_select", "tenant_insert", "tenant_select", READER_POLICY):
+            await owner.execute(f"DROP POLICY {policy} ON {place.table(table)}")
+        await owner.execute(f"ALTER TABLE {place.table(table)} DISABLE ROW LEVEL SECURITY, NO FORCE ROW LEVEL SECURITY")
+    await owner.execute(f"ALTER TABLE {place.table('strongroom_journal_head')} DROP COLUMN floor")
+    await owner.execute(f"UPDATE {place.table('strongroom_layout')} SET version = 1")
+
+
+OWN_TABLES = ("strongroom_journal", "strongroom_journal_floors", "strongroom_journal_head", "strongroom_tenants")
+
+
+async def test_a_store_of_layout_2_gets_salts_floors_and_indexes(
+    roles: tuple[Place, Roles],
+) -> None:
+    place, who = roles
+    owner, app = await place.connect(), await place.connect(who.application)
+    declared = [declare(), *COLLECTIONS]
+    new = await catalog(owner, place.schema, *OWN_TABLES)
+    await insert(owner, place, "acme", "a", "a")
+    for sequence in (5, 6):
+        await append(owner, place, sequence, us(datetime.now(UTC)))
+    await owner.execute(f"UPDATE {place.table('strongroom_journal_head')} SET sequence = 6, floor = 4")
+    await make_layout_2(owner, place)
+    with pytest.raises(SchemaError, match=r"layout 2 becomes 3.*run `strongroom schema apply"):
+        await prepare(app, place.settings, declared)
+    await prepare(owner, place.settings, declared)
+    assert await catalog(owner, place.schema, *OWN_TABLES) == new, "as a new schema"
+    assert await prepare(app, place.settings, declared) == await prepare(owner, place.settings, declared) == ()
+    await append(owner, place, 7, us(datetime.now(UTC)))  # as a node of the last release does, which is still running
+    store = PostgresStore(place.url(who.application))
+    await store.open()
+    await store.prepare(declared)
+    found = (await store.rows()).rows
+    assert [(row[0], row[12:]) for row in found] == [(n, (b"", None, None)) for n in (5, 6, 7)]
+    with pytest.raises(Gone):  # what was dropped before may have been anyone's
+        await store.changes("3", tenant="acme")
+    await store.close()
+    # An apply that was killed before its last index
+    index = index_name("strongroom_journal", "actor.sequence")
+    await owner.execute(f'DROP INDEX "{place.schema}"."{index}"')
+    with pytest.raises(SchemaError, match="the journal lacks an index"):
+        await prepare(app, place.settings, declared)
+    await prepare(owner, place.settings, declared)
+    assert await catalog(owner, place.schema, *OWN_TABLES) == new
+    await app.close()
+    await owner.close()
+
+
+async def test_the_application_redacts_and_drops_records_by_functions_only(roles: tuple[Place, Roles]) -> None:
+    place, who = roles
+    store = PostgresStore(place.url(who.application))
+    await store.open()
+    await store.prepare([declare(), *COLLECTIONS])
+    for name in ("acme", "other"):
+        await store.commit(batch(name, *(Append(record(f"{n}", name, salt=bytes(16))) for n in range(3))))
+    app = await place.connect(who.application)
+    journal, floors = place.table("strongroom_journal"), place.table("strongroom_journal_floors")
+    reader = '"' + who.reader + '"'
+    for role in ("", f"SET LOCAL ROLE {reader}"):
+        for statement in (
+            f"UPDATE {journal} SET actor = ''",
+            f"DELETE FROM {journal}",
+            f"UPDATE {floors} SET sequence = 0",
+            f"DELETE FROM {floors}",
+            f"INSERT INTO {floors} VALUES ('acme', 1)",
+        ):
+            settings = "SET LOCAL app.current_tenant = 'acme'; SET LOCAL app.journal = 'whole'"
+            with pytest.raises(asyncpg.InsufficientPrivilegeError):
+                await app.execute(f"{settings}; {role}; {statement}")
+    rows = (await store.rows()).rows
+    with pytest.raises(StoreError):  # a record that a function changed shows that it was redacted
+        await store.rewrite([(*rows[0][:4], "another actor", *rows[0][5:])])
+    assert (await store.rows()).rows == rows
+    assert await store.rewrite([(*rows[0][:12], b"\x01" * 162, None, None)]) == 1
+    assert await store.drop("acme", rows[1][0]) == 2
+    async with app.transaction():
+        await app.execute("SET LOCAL app.current_tenant = 'other'; SET LOCAL app.journal = 'whole'")
+        assert await app.fetch(f"SELECT * FROM {floors}") == [], "no tenant sees another's floor"
+    await app.close()
+    await store.close()
+
+
 async def test_a_store_of_layout_1_is_upgraded_by_its_owner_and_only_then_served(
     admin: asyncpg.Connection, roles: tuple[Place, Roles]
 ) -> None:
@@ -202,14 +303,11 @@ async def test_a_store_of_layout_1_is_upgraded_by_its_owner_and_only_then_served
     declared = [declare(), *COLLECTIONS]
     for sequence in (5, 6):
         await append(owner, place, sequence, us(datetime.now(UTC)))
-    for table, policies in (("strongroom_journal", POLICIES), ("strongroom_tenants", POLICIES)):
-        for policy in (*policies, READER_POLICY):
-            await owner.execute(f"DROP POLICY {policy} ON {place.table(table)}")
-        await owner.execute(f"ALTER TABLE {place.table(table)} DISABLE ROW LEVEL SECURITY, NO FORCE ROW LEVEL SECURITY")
     head = place.table("strongroom_journal_head")
-    await owner.execute(f"ALTER TABLE {head} DROP COLUMN floor; UPDATE {head} SET sequence = 6")
-    await owner.execute(f"UPDATE {place.table('strongroom_layout')} SET version = 1")
-    with pytest.raises(SchemaError, match=r"layout 1 becomes 2.*run `strongroom schema apply"):
+    await owner.execute(f"UPDATE {head} SET sequence = 6")
+    await make_layout_2(owner, place)
+    await make_layout_1(owner, place)
+    with pytest.raises(SchemaError, match=r"layout 1 becomes 3.*run `strongroom schema apply"):
         await prepare(app, place.settings, declared)
     (planned,) = await prepare(owner, place.settings, declared, mode="plan")
     assert planned.kind is ChangeKind.CHANGE_POLICIES

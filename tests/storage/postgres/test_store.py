@@ -304,7 +304,7 @@ async def test_no_record_appears_behind_a_cursor_though_a_transaction_is_held_op
     store: PostgresStore, schema: str, admin: asyncpg.Connection
 ) -> None:
     append = store._journal._append
-    line = ("r-held", "acme", NOW, "user:ada", "request-1", "create", "items", "held", 1, None, None)
+    line = ("r-held", "acme", NOW, "user:ada", "request-1", "create", "items", "held", 1, None, None, b"", None, None)
     await admin.execute("BEGIN")
     times = [await admin.fetchval("SELECT now()")]
     ((sequence, _, _),) = await admin.fetch(append, 1, "nobody", times, *([value] for value in line))

@@ -14,8 +14,12 @@ import asyncpg
 from ..sql import quoted
 
 READER = "strongroom_reader"
-TABLES = ("strongroom_journal", "strongroom_tenants")
-"""The store's own tables under row-level security."""
+POLICIES = {
+    "strongroom_journal": ("owner_delete", "owner_select", "owner_update", "tenant_insert", "tenant_select"),
+    "strongroom_journal_floors": ("owner_all", "tenant_select"),
+    "strongroom_tenants": ("owner_select", "tenant_insert", "tenant_select"),
+}
+"""The store's own tables under row-level security, and the policies of each."""
 AS_OWNER = "SET LOCAL app.journal = 'whole'"
 """Begins a transaction in which an owner that serves sees all of them."""
 WITH_SECRETS = "SET LOCAL app.secrets = 'on'"
@@ -23,29 +27,32 @@ WITH_SECRETS = "SET LOCAL app.secrets = 'on'"
 
 _PRESENT = "nullif(current_setting('app.current_tenant', true), '')"
 READER_POLICY = "reader_select"
-POLICIES = ("owner_select", "tenant_insert", "tenant_select")
 
 
 def policies(schema: str) -> str:
     """The script that puts the tables under row-level security; repeatable. `reader_policies` come after it.
 
     A record's tenant is compared for each row, not once a statement: one statement appends the records of many tenants,
-    and sets the tenant for each. A record of no tenant is added where none is set, and seen as a whole only.
+    and sets the tenant for each. A record of no tenant is added where none is set, and seen as a whole only. The owner
+    updates and deletes in the functions of `journal_upkeep` and `partitions`.
     """
     name = quoted(schema)
     parts = []
-    for table in TABLES:
+    for table, names in POLICIES.items():
         whole = (
-            "current_setting('app.journal', true) = 'whole' AND EXISTS (SELECT FROM pg_catalog.pg_class "
-            f"WHERE oid = '{name}.{table}'::regclass AND pg_get_userbyid(relowner) = current_user)"
+            "(SELECT current_setting('app.journal', true) = 'whole' AND EXISTS (SELECT FROM pg_catalog.pg_class "
+            f"WHERE oid = '{name}.{table}'::regclass AND pg_get_userbyid(relowner) = current_user))"
         )
         conditions = {
-            "owner_select": f"FOR SELECT USING ((SELECT {whole}))",
+            "owner_all": f"USING ({whole}) WITH CHECK ({whole})",
+            "owner_delete": f"FOR DELETE USING ({whole})",
+            "owner_select": f"FOR SELECT USING ({whole})",
+            "owner_update": f"FOR UPDATE USING ({whole})",
             "tenant_insert": f"FOR INSERT WITH CHECK (tenant_id IS NOT DISTINCT FROM {_PRESENT})",
             "tenant_select": f"FOR SELECT USING (tenant_id = (SELECT {_PRESENT}))",
         }
         parts.append(f"ALTER TABLE {name}.{table} ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;")
-        for policy in POLICIES:
+        for policy in names:
             parts.append(f"DROP POLICY IF EXISTS {policy} ON {name}.{table};")
             parts.append(f"CREATE POLICY {policy} ON {name}.{table} {conditions[policy]};")
     return "\n".join(parts)
@@ -55,7 +62,7 @@ def reader_policies(schema: str, readers: Sequence[str]) -> str:
     """The statements that let the readers, and no other role, see all of the tables."""
     name = quoted(schema)
     parts = []
-    for table in TABLES:
+    for table in POLICIES:
         parts.append(f"DROP POLICY IF EXISTS {READER_POLICY} ON {name}.{table};")
         if readers:
             to = ", ".join(map(quoted, readers))

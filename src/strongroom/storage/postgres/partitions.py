@@ -85,6 +85,7 @@ DECLARE
     last bigint;
     dropped integer := 0;
 BEGIN
+    PERFORM set_config('app.journal', 'whole', true);
     FOR partition IN
         SELECT relname FROM pg_inherits JOIN pg_class ON pg_class.oid = inhrelid
         WHERE inhparent = '{name}.strongroom_journal'::regclass
@@ -96,10 +97,16 @@ BEGIN
         -- whoever stood before the last of these records is told that they are gone
         LOCK TABLE ONLY {name}.strongroom_journal IN ACCESS EXCLUSIVE MODE;
         EXECUTE format('SELECT max(sequence) FROM %I.%I', {literal}, partition) INTO last;
+        EXECUTE format(
+            'INSERT INTO {name}.strongroom_journal_floors AS kept '
+            'SELECT tenant_id, max(sequence) FROM %I.%I GROUP BY tenant_id '
+            'ON CONFLICT (tenant_id) DO UPDATE SET sequence = greatest(kept.sequence, excluded.sequence)',
+            {literal}, partition);
         UPDATE {name}.strongroom_journal_head SET floor = greatest(floor, coalesce(last, 0));
         EXECUTE format('DROP TABLE %I.%I', {literal}, partition);
         dropped := dropped + 1;
     END LOOP;
+    PERFORM set_config('app.journal', '', true);
     RETURN dropped;
 END
 $body$;

@@ -140,7 +140,8 @@ BEGIN
         END LOOP;
         FOREACH grantee IN ARRAY {reader_array} LOOP
             EXECUTE format('REVOKE ALL ON TABLE {name}.%I FROM %I', item.relname, grantee);
-            IF item.relname IN ('strongroom_journal', 'strongroom_journal_head', 'strongroom_tenants') THEN
+            IF item.relname IN ('strongroom_journal', 'strongroom_journal_head', 'strongroom_journal_floors',
+                'strongroom_tenants') THEN
                 EXECUTE format('GRANT SELECT ON TABLE {name}.%I TO %I', item.relname, grantee);
             END IF;
         END LOOP;
@@ -150,7 +151,8 @@ BEGIN
         FOREACH grantee IN ARRAY {app_array} LOOP
             EXECUTE format('GRANT USAGE ON SEQUENCE {name}.strongroom_version TO %I', grantee);
             EXECUTE format('GRANT EXECUTE ON FUNCTION {name}.strongroom_require, '
-                '{name}.strongroom_make_partitions TO %I', grantee);
+                '{name}.strongroom_make_partitions, {name}.strongroom_redact_journal, '
+                '{name}.strongroom_drop_records TO %I', grantee);
         END LOOP;
         FOREACH grantee IN ARRAY {retention_array} LOOP
             EXECUTE format('GRANT EXECUTE ON FUNCTION {name}.strongroom_make_partitions, '
@@ -206,7 +208,7 @@ _TOO_MUCH = """
 SELECT relname::text FROM pg_class
 WHERE relnamespace = $1::text::regnamespace AND relkind IN ('r', 'p') AND (
     has_table_privilege(oid, 'TRUNCATE') OR has_table_privilege(oid, 'TRIGGER')
-    OR ((relispartition OR relname IN ('strongroom_journal', 'strongroom_tenants'))
+    OR ((relispartition OR relname IN ('strongroom_journal', 'strongroom_journal_floors', 'strongroom_tenants'))
         AND has_table_privilege(oid, 'UPDATE, DELETE')))
 ORDER BY relname LIMIT 1
 """

@@ -174,17 +174,17 @@ async def _apply(
 ) -> None:
     schema = settings.schema
     if state.outdated is not None:
+        if settings.pgbouncer:
+            raise _needs_session(schema)
         await online.upgrade(connection, schema)
+        await online.index_journal(connection, schema)
         for difference in plan.differences.values():
             await online.comment(connection, schema, difference.collection)
     replaced = {name for name, difference in plan.differences.items() if difference.rescoped}
     changed = {change.collection for change in plan.changes} & plan.differences.keys()
     used = [d for name, d in plan.differences.items() if name in changed and name not in replaced]
     if used and settings.pgbouncer:
-        raise SchemaError(
-            f"schema {schema}: tables in use are changed in steps that need a session of their own, which pgbouncer "
-            "does not give: run `strongroom schema apply --store URL` with a URL that goes to PostgreSQL directly"
-        )
+        raise _needs_session(schema)
     for difference in used:
         await online.refuse_duplicates(connection, schema, difference)
     for difference in used:
@@ -196,6 +196,13 @@ async def _apply(
             await online.create(connection, schema, state, new, replaced)
         for collection in unsaid:  # only the kept declaration is new, the table fits
             await online.finish(connection, schema, collection)
+
+
+def _needs_session(schema: str) -> SchemaError:
+    return SchemaError(
+        f"schema {schema}: tables in use are changed in steps that need a session of their own, which pgbouncer "
+        "does not give: run `strongroom schema apply --store URL` with a URL that goes to PostgreSQL directly"
+    )
 
 
 @asynccontextmanager

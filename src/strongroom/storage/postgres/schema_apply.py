@@ -20,6 +20,7 @@ import asyncpg
 from ...entities import Collection, FieldSpec, Index
 from ...errors import SchemaError, Unavailable
 from ..sql import listed, quoted
+from . import journal_indexes
 from .journal_access import AS_OWNER, WITH_SECRETS
 from .roles import granted_roles, grants
 from .schema_compare import Difference
@@ -88,8 +89,29 @@ async def upgrade(connection: asyncpg.Connection, schema: str) -> None:
     async def change() -> None:
         await connection.execute(script)
 
-    _log.info("schema %s: putting the journal and the list of tenants under row-level security", schema)
+    _log.info("schema %s: bringing the store's own tables to their present layout", schema)
     await _patiently(connection, "the journal", change)
+
+
+async def index_journal(connection: asyncpg.Connection, schema: str) -> None:
+    """Build the journal's missing indexes, partition by partition, beside those who append. Raises Unavailable."""
+
+    async def briefly(sql: str) -> None:
+        async def change() -> None:
+            await connection.execute(sql)
+
+        await _patiently(connection, "the journal", change)
+
+    for end in journal_indexes.INDEXES:
+        await briefly(journal_indexes.declare(schema, end))
+        for partition, valid in await journal_indexes.unattached(connection, schema, end):
+            name = journal_indexes.index_name(partition, end)
+            if valid is False:
+                await _drop_index(connection, schema, name)
+            if not valid:
+                _log.info("schema %s: building index %s", schema, name)
+                await _build(connection, schema, "the journal", name, journal_indexes.build(schema, partition, end))
+            await briefly(journal_indexes.attach(schema, partition, end))
 
 
 # --- Online: tables in use --------------------------------------------------------------------------------------
@@ -186,23 +208,30 @@ async def _patiently(connection: asyncpg.Connection, what: str, change: Callable
 async def _build_index(
     connection: asyncpg.Connection, schema: str, collection: Collection, name: str, index: Index
 ) -> None:
-    sql = create_index(schema, collection, name, concurrently=True)
+    try:
+        await _build(
+            connection, schema, collection.name, name, create_index(schema, collection, name, concurrently=True)
+        )
+    except asyncpg.UniqueViolationError:
+        await _drop_index(connection, schema, name)
+        raise broken_index(collection, index) from None
+
+
+async def _build(connection: asyncpg.Connection, schema: str, what: str, name: str, sql: str) -> None:
+    """Build an index CONCURRENTLY. Raises Unavailable, and the driver's error for documents that break a unique one."""
     for attempt in range(1, _INDEX_ATTEMPTS + 1):
         try:
             await connection.execute(sql, timeout=STATEMENT_TIMEOUT_S)
             break
-        except asyncpg.UniqueViolationError:
-            await _drop_index(connection, schema, name)
-            raise broken_index(collection, index) from None
         except asyncpg.LockNotAvailableError:
             await _drop_index(connection, schema, name)
             raise Unavailable(
-                f"{collection.name}: index {name} was not built: a transaction is open since before it began"
+                f"{what}: index {name} was not built: a transaction is open since before it began"
             ) from None
         except asyncpg.DeadlockDetectedError:
             await _drop_index(connection, schema, name)
             if attempt == _INDEX_ATTEMPTS:
-                raise Unavailable(f"{collection.name}: index {name} was not built: deadlocks, try again") from None
+                raise Unavailable(f"{what}: index {name} was not built: deadlocks, try again") from None
 
 
 async def _drop_index(connection: asyncpg.Connection, schema: str, name: str) -> None:

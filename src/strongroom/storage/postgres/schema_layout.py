@@ -11,19 +11,14 @@ import asyncpg
 
 from ...errors import StoreError
 from ..sql import quoted
-from . import partitions
-from .journal_access import POLICIES, READER_POLICY, TABLES, policies
+from . import journal_indexes, journal_upkeep, partitions
+from .journal_access import POLICIES, READER_POLICY, policies
 from .schema_tables import Stored, comment_text, stored
 
-LAYOUT = 2
+LAYOUT = 3
 """The version of the layout below, kept in `strongroom_layout`."""
 OLDEST_LAYOUT = 1
 """The oldest version that this one can use."""
-
-JOURNAL_COLUMNS = (
-    "sequence", "at", "at_us", "id", "tenant_id", "actor", "request_id", "action", "collection", "entity_id", "version",
-    "before", "after",
-)  # fmt: skip
 
 
 def make_layout(schema: str) -> str:
@@ -52,11 +47,13 @@ CREATE TABLE {name}.strongroom_journal (
     entity_id text COLLATE "C" NOT NULL,
     version bigint,
     before text COLLATE "C",
-    after text COLLATE "C"
+    after text COLLATE "C",
+    salt bytea NOT NULL DEFAULT '',
+    claims text COLLATE "C",
+    rules text COLLATE "C"
 ) PARTITION BY RANGE (at);
 CREATE TABLE {name}.strongroom_journal_default PARTITION OF {name}.strongroom_journal DEFAULT;
-CREATE INDEX "strongroom_journal.index.sequence" ON {name}.strongroom_journal (sequence);
-CREATE INDEX "strongroom_journal.index.tenant_id.sequence" ON {name}.strongroom_journal (tenant_id, sequence);
+{journal_indexes.create(schema)}
 -- One row, written by each commit that appends: room beside it keeps its versions on its page.
 CREATE TABLE {name}.strongroom_journal_head (sequence bigint NOT NULL, floor bigint NOT NULL DEFAULT 0)
 WITH (fillfactor = 10);
@@ -77,6 +74,7 @@ BEGIN
 END
 $body$;
 REVOKE ALL ON FUNCTION {name}.strongroom_require FROM PUBLIC;
+{journal_upkeep.functions(schema)}
 {partitions.functions(schema)}
 SELECT {name}.strongroom_make_partitions(now(), {partitions.MONTHS_AHEAD});
 {policies(schema)}
@@ -85,11 +83,13 @@ SELECT {name}.strongroom_make_partitions(now(), {partitions.MONTHS_AHEAD});
 
 
 def upgrade_layout(schema: str) -> str:
-    """The script that makes layout 2 of layout 1, or sets up again what was changed by hand: the journal's floor, and
-    row-level security for the journal and the list of tenants."""
+    """The script that makes the present layout of an older one, or sets up again what was changed by hand. Since layout
+    2 the journal has a floor, and row-level security as the list of tenants has. Since layout 3 records have `salt`,
+    `claims` and `rules`, and each tenant has a floor. The journal's indexes come afterwards."""
     name = quoted(schema)
     return f"""
 ALTER TABLE {name}.strongroom_journal NO FORCE ROW LEVEL SECURITY, DISABLE ROW LEVEL SECURITY;
+ALTER TABLE {name}.strongroom_tenants NO FORCE ROW LEVEL SECURITY, DISABLE ROW LEVEL SECURITY;
 DO $body$ BEGIN
     IF NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = '{name}.strongroom_journal_head'::regclass
             AND attname = 'floor') THEN
@@ -98,6 +98,14 @@ DO $body$ BEGIN
         SET floor = coalesce((SELECT min(sequence) - 1 FROM {name}.strongroom_journal), sequence);
     END IF;
 END $body$;
+ALTER TABLE {name}.strongroom_journal ADD COLUMN IF NOT EXISTS salt bytea NOT NULL DEFAULT '',
+    ADD COLUMN IF NOT EXISTS claims text COLLATE "C", ADD COLUMN IF NOT EXISTS rules text COLLATE "C";
+{journal_upkeep.functions(schema)}
+-- Whose records the dropped ones were is not known any more, so they count for every tenant.
+INSERT INTO {name}.strongroom_journal_floors
+SELECT tenant_id, floor FROM {name}.strongroom_journal_head,
+    (SELECT tenant_id FROM {name}.strongroom_tenants UNION SELECT NULL) AS tenants
+WHERE floor > 0 AND (SELECT version FROM {name}.strongroom_layout) < 3 ON CONFLICT DO NOTHING;
 {partitions.functions(schema)}
 {policies(schema)}
 {comments(schema)}
@@ -112,6 +120,7 @@ _COMMENTS = {
     "strongroom_journal": "Who changed what, when, from what to what, in which request; only ever added to, "
     "partitioned by month. Under row-level security: a tenant's own records, or all of them for the reader role.",
     "strongroom_journal_head": "One row: how far the journal goes, and what retention has dropped of it.",
+    "strongroom_journal_floors": "What retention has dropped of each tenant's records. Under row-level security.",
     "strongroom_journal.sequence": "The place in the journal: records are added in the order of their commits.",
     "strongroom_journal.at": "When, as far as a calendar has it; at_us is exact.",
     "strongroom_journal.at_us": "When: microseconds since 1970-01-01T00:00:00Z.",
@@ -125,6 +134,11 @@ _COMMENTS = {
     "strongroom_journal.version": "The document's version after the change.",
     "strongroom_journal.before": "The changed fields before, as JSON, secrets masked.",
     "strongroom_journal.after": "The changed fields after, as JSON, secrets masked.",
+    "strongroom_journal.salt": "What hides the record's values in its leaf of the Merkle tree; longer once redacted.",
+    "strongroom_journal.claims": "The claims of the caller's token, as JSON.",
+    "strongroom_journal.rules": "The version of the access rules that decided; null: the default rules.",
+    "strongroom_journal_floors.tenant_id": "The tenant; null is the platform itself.",
+    "strongroom_journal_floors.sequence": "The greatest sequence of its dropped records.",
     "strongroom_journal_head.sequence": "The last record's sequence.",
     "strongroom_journal_head.floor": "The greatest sequence that retention has dropped; 0 if nothing was.",
     "strongroom_tenants.tenant_id": "The tenant.",
@@ -156,9 +170,11 @@ SELECT namespace.oid IS NOT NULL AS schema_exists,
     ARRAY(SELECT relname::text FROM pg_class WHERE relnamespace = namespace.oid AND relkind IN ('r', 'p', 'f')
         AND relname !~ '^strongroom_') AS tables,
     (SELECT count(*) FROM pg_class WHERE relnamespace = namespace.oid AND relname = ANY($2::text[])
-        AND relrowsecurity AND relforcerowsecurity
-        AND ARRAY(SELECT polname::text FROM pg_policy WHERE polrelid = pg_class.oid AND polname <> $4 ORDER BY 1)
-            = $3::text[]) AS secured
+        AND relrowsecurity AND relforcerowsecurity) AS forced,
+    ARRAY(SELECT relname::text || '.' || polname::text FROM pg_policy JOIN pg_class ON pg_class.oid = polrelid
+        WHERE relnamespace = namespace.oid AND relname = ANY($2::text[]) AND polname <> $3) AS policies,
+    (SELECT count(*) FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid
+        WHERE relnamespace = namespace.oid AND relname = ANY($4::text[]) AND indisvalid) AS indexes
 FROM (SELECT 1) AS one LEFT JOIN pg_namespace AS namespace ON nspname = $1
 """
 
@@ -179,6 +195,13 @@ FROM pg_class WHERE relnamespace = (SELECT oid FROM pg_namespace WHERE nspname =
 """A fingerprint of a collection's table: a text that changes whenever the table does."""
 
 
+_NEWS = {
+    1: "row-level security for the journal and the list of tenants, and what 2 lacks",
+    2: "salts, claims and rules of journal records, floors of tenants, and indexes for searches",
+}
+"""What the present layout adds to older ones."""
+
+
 @dataclass(frozen=True, slots=True)
 class State:
     """The state of the schema now."""
@@ -196,7 +219,9 @@ class State:
     """Every table of the schema that is not the store's own."""
     layout: int = LAYOUT
     secured: bool = True
-    """The journal and the list of tenants are under row-level security as they were made."""
+    """The store's own tables are under row-level security as they were made."""
+    indexed: bool = True
+    """Every index of the journal is complete."""
 
     @property
     def outdated(self) -> str | None:
@@ -204,8 +229,10 @@ class State:
         if not self.made:
             return None
         if self.layout < LAYOUT:
-            return f"layout {self.layout} becomes {LAYOUT}: row-level security for the journal and the list of tenants"
-        return None if self.secured else "row-level security was changed"
+            return f"layout {self.layout} becomes {LAYOUT}: {_NEWS[self.layout]}"
+        if not self.secured:
+            return "row-level security was changed"
+        return None if self.indexed else "the journal lacks an index"
 
 
 async def read_state(connection: asyncpg.Connection, schema: str) -> State:
@@ -219,7 +246,7 @@ async def read_state(connection: asyncpg.Connection, schema: str) -> State:
 
 
 async def _read_state(connection: asyncpg.Connection, schema: str) -> State:
-    row = await connection.fetchrow(_STATE, schema, list(TABLES), list(POLICIES), READER_POLICY)
+    row = await connection.fetchrow(_STATE, schema, list(POLICIES), READER_POLICY, journal_indexes.NAMES)
     tables = frozenset(row["tables"])
     if not row["made"]:
         if tables:
@@ -233,7 +260,10 @@ async def _read_state(connection: asyncpg.Connection, schema: str) -> State:
     )
     applied = {row["collection"]: stored(json.loads(row["declaration"])) for row in rows}
     drifted = frozenset(row["collection"] for row in rows if not row["intact"])
-    return State(True, True, row["may_change"], applied, drifted, tables, version, row["secured"] == len(TABLES))
+    expected = {f"{table}.{policy}" for table, names in POLICIES.items() for policy in names}
+    secured = row["forced"] == len(POLICIES) and set(row["policies"]) == expected
+    indexed = row["indexes"] == len(journal_indexes.NAMES)
+    return State(True, True, row["may_change"], applied, drifted, tables, version, secured, indexed)
 
 
 async def remember(

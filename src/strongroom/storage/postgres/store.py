@@ -36,8 +36,8 @@ from ..port import (
     SchemaChange,
     past_the_end,
 )
-from ..sql import content_size, quoted, record_of
-from . import index_statistics, partitions, schema
+from ..sql import canonical, content_size, quoted, record_of
+from . import index_statistics, journal_upkeep, partitions, schema
 from .commits import Commits
 from .errors import DRIVER_ERRORS, is_connection_lost, is_outdated, translated
 from .journal import Journal
@@ -55,6 +55,7 @@ OWN_CONNECTIONS = 3
 T = TypeVar("T")
 _CURSOR = re.compile(r"[0-9]{1,18}")
 _END = "end"
+_GREATEST_SEQUENCE = 2**63 - 1
 
 
 class PostgresStore:
@@ -234,9 +235,7 @@ class PostgresStore:
     ) -> ChangesPage:
         if after == _END:
             return ChangesPage((), str(await self._head()))
-        if after is not None and not _CURSOR.fullmatch(after):
-            raise InvalidInput([Problem("after", "is not a cursor of this journal")])
-        position, limit = int(after or 0), min(limit, MAX_CHANGES_PAGE)
+        position, limit = _position(after), min(limit, MAX_CHANGES_PAGE)
         if tenant is None:
             rows = await self._all_rows(self._journal.page, (position, limit))
         else:
@@ -246,12 +245,30 @@ class PostgresStore:
             raise past_the_end()
         if after is not None and position < floor:
             raise Gone("the records that come after the cursor are past the journal's retention")
-        lines = [(*row[2:], b"", None, None) for row in rows if row[2] is not None]
+        lines = [row[2:] for row in rows if row[2] is not None]
         records = tuple(await in_slices(record_of, lines))
         # At the end the cursor is the journal's head, not the tenant's last record: a quiet tenant's cursor would one
         # day be past the retention.
         cursor = str(records[-1].sequence if len(records) == limit else head)
         return ChangesPage(records, cursor, content_size(lines))
+
+    async def rows(
+        self, after: str | None = None, where: JournalFilter = WHOLE_JOURNAL, limit: int = MAX_CHANGES_PAGE
+    ) -> RowsPage:
+        position, limit = _position(after), min(limit, MAX_CHANGES_PAGE)
+        texts = (where.tenant, where.actor, where.action, where.collection, where.entity_id, where.request_id)
+        if any(text is not None and "\0" in text for text in texts):  # no record has it, and PostgreSQL refuses it
+            return RowsPage((), str(await self._head()))
+        sql, values = self._journal.rows(where, position, limit)
+        if where.tenant is None:
+            found = await self._all_rows(sql, values)
+        else:
+            found = await self._rows(sql, values)
+        head: int = found[0][0]
+        if position > head:
+            raise past_the_end()
+        rows = await in_slices(_journal_row, found if found[0][2] is not None else ())
+        return RowsPage(rows, str(rows[-1][0] if len(rows) == limit else head))
 
     async def _head(self) -> int:
         """The journal's last sequence."""
@@ -336,18 +353,22 @@ class PostgresStore:
             return future
         return lane.submit(batch)
 
-    # --- Waking ---
-
-    async def rows(
-        self, after: str | None = None, where: JournalFilter = WHOLE_JOURNAL, limit: int = MAX_CHANGES_PAGE
-    ) -> RowsPage:
-        raise NotImplementedError
-
     async def rewrite(self, rows: Sequence[JournalRow]) -> int:
-        raise NotImplementedError
+        if not rows:
+            return 0
+        found: int = (await self._rows(*journal_upkeep.rewrite(self.settings.schema, rows)))[0][0]
+        return found
 
     async def drop(self, tenant: str | None, through_sequence: int) -> int:
-        raise NotImplementedError
+        total = 0
+        while True:
+            values = (tenant, min(through_sequence, _GREATEST_SEQUENCE))
+            removed: int = (await self._rows(journal_upkeep.drop_some(self.settings.schema), values))[0][0]
+            total += removed
+            if removed < journal_upkeep.DROPPED_AT_ONCE:
+                return total
+
+    # --- Waking ---
 
     def on_change(self, callback: Callable[[], None]) -> None:
         """Call `callback` on the loop soon after any process has appended to the journal. It may be called without
@@ -424,6 +445,19 @@ class PostgresStore:
                 return await work(connection)
         except DRIVER_ERRORS as error:
             raise translated(error, self._place) from error
+
+
+def _position(after: str | None) -> int:
+    """The sequence of a cursor. Raises InvalidInput for a text that is not one."""
+    if after is not None and not _CURSOR.fullmatch(after):
+        raise InvalidInput([Problem("after", "is not a cursor of this journal")])
+    return int(after or 0)
+
+
+def _journal_row(row: Sequence[Any]) -> JournalRow:
+    """The journal row in a row of a page, which begins with the head and the floor."""
+    found: Any = row[2:]
+    return canonical(found)
 
 
 _DURABILITY = (
