@@ -19,7 +19,7 @@ from .cache import Cache
 from .clock import MachineClock, StoreClock, clock_of
 from .context import Context, system_context
 from .cooperative import to_be_awaited
-from .database import Database, IdempotentCall, QueryShape, Reads, StoreState
+from .database import Database, IdempotentCall, QueryShape, Reads, StoreState, WriteSwitch
 from .entities import MAX_LIMIT, MAX_PAGE_BYTES, Entity, Page, Query, Registry, Secret
 from .errors import AlreadyExists, ConfigError, StrongroomError
 from .events import Event
@@ -47,10 +47,13 @@ from .tenants import (
     DeletionStatement,
     Owned,
     SignIn,
+    StateReader,
+    SuspendedTenants,
     TenantDeletion,
     TenantPart,
     Tenants,
     TokenSettings,
+    Writes,
     refuse_reserved,
 )
 from .tenants import ENTITIES as TENANT_ENTITIES
@@ -85,6 +88,7 @@ SYSTEM_ENTITIES: tuple[type[Entity], ...] = (
     StoredPepper,
     KeySource,
     StoreState,
+    WriteSwitch,
     JobLease,
     LeakPolicy,
     Leak,
@@ -145,6 +149,9 @@ class Strongroom:
         self.quotas = Quotas(database, ledger, clock)
         self.audit = Audit(store, database)
         self.tenants = tenants
+        self.writes = Writes(database, tenants)
+        self.suspended = SuspendedTenants(database, self._tenant_changed)
+        keys.cache.suspended = self.suspended.sentences
         self.feed = feed
         self._reloading = asyncio.Lock()
         self.background = background
@@ -212,7 +219,7 @@ class Strongroom:
                 room.cache = Cache(store, feed, registry.collections, cache, await _namespace(url, database))
                 database.use(room.cache)
             if sign_in is not None:
-                room.sign_in = SignIn(sign_in, database, clock, feed)
+                room.sign_in = SignIn(sign_in, database, clock, feed, room.suspended.check)
             room._listen(stack)
             room._tell_webhooks(leases)
             await room._start(stack)
@@ -226,6 +233,7 @@ class Strongroom:
         """Let the state in memory follow the changes of all processes, once the feed is started."""
         self.database.hand_records_to(self.feed)
         self.feed.on_record(self.database.writes.seen)
+        self.feed.on_record(self.suspended.seen)
         self.feed.on_record(self._seen)
         self.feed.on_reset(self._forget_all)
         if self.sign_in is not None:
@@ -251,6 +259,10 @@ class Strongroom:
             self.cache.start()
             stack.push_async_callback(self.cache.close)
         await self.database.writes.load()
+        await self.suspended.load()
+        state = StateReader(self.database, self.suspended, self.feed)
+        state.start()
+        stack.push_async_callback(state.close)
         await self._reload_peppers()  # one may have been made after they were read and before the feed began
         await self.webhooks.subscriptions.load()
         if self.sign_in is not None:
@@ -288,6 +300,12 @@ class Strongroom:
         elif record.collection in (StoredPepper.__collection__.name, KeySource.__collection__.name):
             self._reload_soon()
 
+    def _tenant_changed(self, tenant: str) -> None:
+        """A tenant was suspended or resumed: its keys and its callers are asked again."""
+        self.keys.tenant_changed(tenant)
+        if self.sign_in is not None:
+            self.sign_in.tenant_changed(tenant)
+
     def _forget_all(self) -> None:
         """Records were missed: everything that was read before may be outdated."""
         self.keys.forget_all()
@@ -324,6 +342,7 @@ class Strongroom:
                 await self._reload_peppers()
                 if whole:
                     await self.database.writes.reload()
+                    await self.suspended.load()
                     await self.webhooks.subscriptions.reload()
             except Exception as error:
                 # Whatever it is: without the peppers the keys that were made with them are not found.

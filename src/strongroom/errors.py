@@ -60,6 +60,12 @@ class Denied(StrongroomError):
     code = "denied"
 
 
+class TenantSuspended(Denied):
+    """The tenant is suspended: its keys and its writes are refused until it is resumed."""
+
+    code = "tenant_suspended"
+
+
 class NotFound(StrongroomError):
     """There is no such document."""
 
@@ -108,6 +114,12 @@ class Unavailable(StrongroomError):
     Nothing was changed by the call, unless `details["outcome"]` is `unknown`: then it may have been done."""
 
     code = "unavailable"
+
+
+class WritesOff(Unavailable):
+    """Writes are turned off, for all tenants or for this one; nothing was changed. Reads go on."""
+
+    code = "writes_off"
 
 
 class StorageFull(Unavailable):

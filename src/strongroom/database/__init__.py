@@ -12,7 +12,7 @@ from .idempotency import (
 from .index_advice import QueryShape
 from .reads import Reads
 from .transaction import Transaction
-from .write_state import StoreState
+from .write_state import StoreState, WriteState, WriteSwitch, switch_id
 
 __all__ = [
     "MAX_IDEMPOTENCY_KEY_BYTES",
@@ -26,4 +26,7 @@ __all__ = [
     "RequestKey",
     "StoreState",
     "Transaction",
+    "WriteState",
+    "WriteSwitch",
+    "switch_id",
 ]

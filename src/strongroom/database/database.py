@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterable, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, TypeVar, cast
 
@@ -22,7 +22,7 @@ from ..errors import (
     Conflict,
     NotFound,
     StrongroomError,
-    Unavailable,
+    WritesOff,
 )
 from ..journal import ChangeFeed, Denials
 from ..rules import Policy, default_policy
@@ -96,10 +96,10 @@ class Database:
     # --- Committing -------------------------------------------------------------------------------------------
 
     def _commit(self, batch: Batch) -> Awaitable[Committed]:
-        """As `Store.commit`; Unavailable while the store takes no writes."""
+        """As `Store.commit`; WritesOff while a migration lets nothing be written."""
         if self.writes.refusal is not None:
             refused: asyncio.Future[Committed] = asyncio.get_running_loop().create_future()
-            refused.set_exception(Unavailable(self.writes.refusal))
+            refused.set_exception(WritesOff(self.writes.refusal))
             return refused
         return self._store.commit(batch)
 
@@ -142,7 +142,8 @@ class Database:
 
         If a document that `body` read was changed meanwhile, `body` runs again on the present documents, at most
         MAX_ATTEMPTS times, with jitter. So `body` must have no effect but through its Transaction. Raises what `body`
-        raises, Denied (journalled), Conflict, AlreadyExists, NotFound, BoundExceeded, TooLarge, Unavailable.
+        raises, Denied (journalled), Conflict, AlreadyExists, NotFound, BoundExceeded, TooLarge, Unavailable, WritesOff,
+        TenantSuspended.
         """
         context = self.at_now(context)
         if not context.request_id:
@@ -173,6 +174,10 @@ class Database:
                     written = [result.id]
                 answer = answer_to_keep(result, transaction.changes, context.now)
                 record = self.calls.operation(context, idempotency, written, answer, former)
+            if self.writes.closed:
+                self.writes.check(
+                    context.tenant, [(one.collection, one.after or one.before) for one in transaction.changes]
+                )
             batch = Batch(context.tenant, transaction.operations(record), context.now_us)
             try:
                 committed = await self._commit(batch)
@@ -271,24 +276,37 @@ class Database:
     @property
     def loading(self) -> Loading | None:
         """The store, if it can load and `load_packs` may be used: with the default rules, which depend on the caller
-        alone, one decision holds for everything that is loaded."""
+        alone, one decision holds for everything that is loaded. None as well while writes of any tenant are refused:
+        then each document must be asked for."""
         backend = unwrapped(self._store)
-        return backend if isinstance(backend, Loading) and not self.rules_read_documents else None
+        may = not self.rules_read_documents and not self.writes.closed
+        return backend if isinstance(backend, Loading) and may else None
 
     async def load_packs(
         self, context: Context, cls: type[Entity], packs: AsyncIterable[Pack], *, rebuild: bool = False
     ) -> float:
         """The write trip of many new documents of one global entity, with their journal records. As `Loading.load`;
-        Denied; Unavailable while the store takes no writes."""
+        Denied; WritesOff as soon as writes of any tenant are turned off."""
+        self._expect_writes_of_all()
         loading = self.loading
         if loading is None:
             raise TypeError("this database cannot load")
         await self.authorize(context, "create", cls.__collection__)
-        if self.writes.refusal is not None:
-            raise Unavailable(self.writes.refusal)
-        locked_s = await loading.load(packs, self.at_now(context).now_us, rebuild=rebuild)
+        locked_s = await loading.load(self._while_allowed(packs), self.at_now(context).now_us, rebuild=rebuild)
         self._notify(Transaction(self.reads, self.rules, context))  # without changes: the journal has the documents
         return locked_s
+
+    def _expect_writes_of_all(self) -> None:
+        """Raise WritesOff if writes of any tenant are refused: what is loaded is not asked for one by one."""
+        writes = self.writes
+        if writes.refusal is not None or writes.closed:
+            raise WritesOff(writes.refusal or writes.why_off() or "writes of some tenants are off: try again")
+
+    async def _while_allowed(self, packs: AsyncIterable[Pack]) -> AsyncGenerator[Pack, None]:
+        """The packs, until writes are turned off: a load may take minutes."""
+        async for pack in packs:
+            self._expect_writes_of_all()
+            yield pack
 
     def commit_counters(self, operations: Sequence[Operation], now_us: int) -> Awaitable[Committed]:
         """The short form of the trip for Strongroom's own counters and leases. Their global collections (or fields of

@@ -88,6 +88,8 @@ class Sweeper:
             await lease.save(tenants[-1])
 
     async def _purge(self, lease: AcquiredLease, context: Context, cls: type[Entity]) -> None:
+        if cls.__collection__.journalled and self._database.writes.why_refused(context.tenant) is not None:
+            return  # they stay hidden, and are removed once writes are on again
         while await self._database.purge_expired(context.at_now(), cls, PAGE, guard=lease.guard) == PAGE:
             await lease.save(lease.position)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2s
 
@@ -62,6 +62,8 @@ class KeyCache:
         self._lookup = KeyLookup(database, hasher)
         self._feed = feed
         self.quotas = QuotaCache(database, feed)
+        self.suspended: Mapping[str, str] = {}
+        """The suspended tenants, and why: their keys are not enabled."""
         self._known: dict[bytes, _Found] = {}
         self._by_id: dict[str, CachedKey] = {}
         self._large: dict[str, int] = {}
@@ -233,13 +235,13 @@ class KeyCache:
         if known is not None:
             known.stale = True
         if changes != self.quotas.changes:  # true of the moment of the read, and must not be kept
-            known = CachedKey(key, quotas)
+            known = CachedKey(key, quotas, self.suspended.get(key.tenant))
             known.stale = True
             return known
         if len(self._by_id) >= MAX_CACHED_KEYS:
             for oldest in list(self._by_id)[: MAX_CACHED_KEYS // 10]:
                 self._by_id.pop(oldest).stale = True
-        known = self._by_id[key.id] = CachedKey(key, quotas)
+        known = self._by_id[key.id] = CachedKey(key, quotas, self.suspended.get(key.tenant))
         if key.metadata and (size := len(msgspec.json.encode(key.metadata))) > LARGE_BYTES:
             self._make_room_for(key.id, size)
         return known
@@ -274,6 +276,11 @@ class KeyCache:
         self.quotas.changed(id)
         for key in [known.id for known in self._by_id.values() if id in known.quota_ids]:
             self.forget(key)
+
+    def tenant_changed(self, tenant: str) -> None:
+        """A tenant was suspended or resumed: read its keys again at their next use."""
+        for known in [known for known in self._by_id.values() if known.tenant == tenant]:
+            self.forget(known.id)
 
     @property
     def hasher(self) -> Hasher:

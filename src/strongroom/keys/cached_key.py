@@ -16,7 +16,8 @@ Network = IPv4Network | IPv6Network
 
 
 class CachedKey:
-    """A key in memory. `stale`: the key was changed since, so this object must not decide anything any more."""
+    """A key in memory. `stale`: the key was changed since, so this object must not decide anything any more.
+    `suspended`: why its tenant is suspended; the key is then not `enabled`."""
 
     __slots__ = (
         "checked_at",
@@ -33,11 +34,12 @@ class CachedKey:
         "routes",
         "stale",
         "subjects",
+        "suspended",
         "tenant",
         "user_id",
     )
 
-    def __init__(self, key: ApiKey, quotas: Sequence[Quota] = ()) -> None:
+    def __init__(self, key: ApiKey, quotas: Sequence[Quota] = (), suspended: str | None = None) -> None:
         self.id = key.id
         self.tenant = key.tenant
         self.user_id = key.user_id
@@ -50,7 +52,8 @@ class CachedKey:
         self.models = tuple(key.allowed_models)
         self.routes = tuple(key.allowed_routes)
         self.deleted = key.deleted_at is not None
-        self.enabled = key.enabled
+        self.suspended = suspended
+        self.enabled = key.enabled and suspended is None
         self.expires_us = us_from_utc(key.expires_at) if key.expires_at is not None else None
         self.subjects = subjects_of(key, quotas)
         self.quota_ids = quota_ids(key)

@@ -366,6 +366,8 @@ class DurableReservations:
         stored = await self._database.get_or_none(system_context(), StoredReservation, id)
         if stored is None or not may_see(context, stored.tenant):
             raise NotFound(f"there is no reservation {id[:64]!r}")
+        if self._database.writes.usage_closed:
+            self._database.writes.check_usage(stored.tenant)
         return stored
 
     @staticmethod

@@ -202,6 +202,8 @@ class LocalReservations:
         hold = lease_manager.held(id, self._clock.now_us()) if lease_manager is not None else None
         if lease_manager is None or hold is None or not may_see(context, hold.key.tenant):
             raise NotFound(f"there is no reservation {id[:64]!r} in this process, or it has ended")
+        if self._database.writes.usage_closed:
+            self._database.writes.check_usage(hold.key.tenant)
         return lease_manager, hold
 
 

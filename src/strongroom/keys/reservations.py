@@ -27,6 +27,7 @@ class Reservations:
     """The reservations of one store, durable and local."""
 
     def __init__(self, database: Database, cache: KeyCache, ledger: Ledger, clock: Clock) -> None:
+        self._database = database
         self._cache = cache
         self._clock = clock
         self._local = LocalReservations(database, cache, ledger, clock)
@@ -52,11 +53,13 @@ class Reservations:
 
         `durable`: any process can settle the reservation, and it survives this process. Without it, the reservation is
         local if this process's leases cover it. All calls with one idempotency key (within a day) make one durable
-        reservation. Raises InvalidInput with every problem; never for a key.
+        reservation. Raises InvalidInput with every problem, WritesOff while usage is turned off; never for
+        a key.
         """
         use = KeyUse(reserved_units(cost, ttl_s, ip), permission, ip, model, route, tenant)
         may_be_local = not durable and idempotency_key is None
-        if may_be_local:
+        writes = self._database.writes
+        if may_be_local and not writes.usage_closed:
             now_us = self._clock.now_us()
             known = usable(self._cache.peek(text, now_us), use, now_us)
             made = None if isinstance(known, Verification) else self._local.make(known, use, ttl_s, now_us)
@@ -65,7 +68,10 @@ class Reservations:
         backoff = Backoff("the key is being changed too quickly to reserve its limits")
         while await backoff.attempt():
             now_us = self._clock.now_us()
-            key = usable(await self._cache.find(text, now_us), use, now_us)
+            found = await self._cache.find(text, now_us)
+            if writes.usage_closed:
+                writes.check_usage(found.tenant if found is not None else None)
+            key = usable(found, use, now_us)
             if isinstance(key, Verification):
                 return as_reservation(key)
             if not await self._cache.is_current(key):

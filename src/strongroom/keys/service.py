@@ -110,6 +110,10 @@ class Keys:
         self.cache.quota_changed(id)
         self._ledger.forget(id)
 
+    def tenant_changed(self, tenant: str) -> None:
+        """A tenant was suspended or resumed, here or on another node: read its keys again at their next use."""
+        self.cache.tenant_changed(tenant)
+
     def forget_all(self) -> None:
         """Changes were missed: read all keys, quotas and usage again at their next use."""
         self.cache.forget_all()

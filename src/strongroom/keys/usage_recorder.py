@@ -101,6 +101,8 @@ class UsageRecorder:
             known = await self._key(key, key_id)
             if known is None or not may_see(context, known.tenant):
                 raise NotFound("there is no such key")
+            if self._database.writes.usage_closed:
+                self._database.writes.check_usage(known.tenant)
             actor = unique_actor(context)
             once = self._once(known, idempotency_key, actor, _request(units, model, route, at_us))
             try:
@@ -259,6 +261,8 @@ class UsageRecorder:
             if key is None or not may_see(context, key.tenant):
                 missing.append(Problem(f"items.{number}.key", "there is no such key"))
                 continue
+            if self._database.writes.usage_closed:
+                self._database.writes.check_usage(key.tenant)
             try:
                 at_us = self._moment_of(event.at, f"items.{number}.at")
             except InvalidInput as error:

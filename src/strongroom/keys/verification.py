@@ -183,7 +183,7 @@ def usable(key: CachedKey | None, use: KeyUse, now_us: int) -> CachedKey | Verif
     if key is None or key.deleted or (use.tenant is not None and key.tenant != use.tenant):
         return NOT_FOUND
     if not key.enabled:
-        return refused(key, "DISABLED", "the key is disabled")
+        return refused(key, "DISABLED", key.suspended or "the key is disabled")
     if key.expires_us is not None and now_us >= key.expires_us:
         return refused(key, "EXPIRED", f"the key expired at {utc_from_us(key.expires_us).isoformat()}")
     if use.permission is not None and not key.permits(use.permission):

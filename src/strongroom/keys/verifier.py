@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from ..clock import Clock
 from ..cooperative import Slices
 from ..database import Database, IdempotentOperation
+from ..errors import TenantSuspended
 from ..limits import AdmissionDecision, Amount, Backoff, KeyChanged, Ledger
 from .cache import KeyCache
 from .cached_key import CachedKey
@@ -42,6 +43,7 @@ class Verifier:
         self._cache = cache
         self._ledger = ledger
         self._clock = clock
+        self._writes = database.writes
 
     async def verify(
         self,
@@ -65,7 +67,7 @@ class Verifier:
         of one actor with one idempotency key (within a day) debit once. `peek`: a dry run, which gives the same answer
         and counts nothing.
 
-        Raises InvalidInput for an invalid cost or address; never for a key.
+        Raises InvalidInput for an invalid cost or address, WritesOff while usage is turned off; never for a key.
         """
         use = key_use(cost, permission, ip, model, route, tenant)
         if peek:
@@ -81,7 +83,7 @@ class Verifier:
         backoff = Backoff("the key is being changed too quickly to verify it")
         while await backoff.attempt():
             now_us = self._clock.now_us()
-            key = usable(await self._cache.find(text, now_us), use, now_us)
+            key = usable(self._allowed(await self._cache.find(text, now_us)), use, now_us)
             if isinstance(key, Verification):
                 return key
             # A commit checks the key's version. A decision in memory has no such check.
@@ -101,7 +103,7 @@ class Verifier:
         backoff = Backoff("the key is being changed too quickly to verify it")
         while await backoff.attempt():
             now_us = self._clock.now_us()
-            key = usable(await self._cache.find(text, now_us), use, now_us)
+            key = usable(self._allowed(await self._cache.find(text, now_us)), use, now_us)
             if isinstance(key, Verification):
                 return key
             if not await self._cache.is_current(key):
@@ -128,7 +130,7 @@ class Verifier:
         known: dict[str, CachedKey | None] = {}
         for text in dict.fromkeys(ask["text"] for ask in asks):
             await slices.pause()
-            known[text] = None if text in unknown else await self._cache.find(text, now_us)
+            known[text] = None if text in unknown else self._allowed(await self._cache.find(text, now_us))
         # Nothing is awaited from here to the last admission, so that they are decided in this order.
         both = zip(asks, uses, strict=True)
         started = [self._start_in_order(known[ask["text"]], use, ask, now_us) for ask, use in both]
@@ -175,7 +177,7 @@ class Verifier:
         tenant: str | None = None,
     ) -> Verification | PendingVerification | None:
         """Verify without waiting, for a key that is in memory: the answer, or a pending verification for `finish`.
-        None: nothing was done, call `verify`. Raises InvalidInput as `verify` does."""
+        None: nothing was done, call `verify`. Raises InvalidInput and WritesOff as `verify` does."""
         return self.start_use(text, key_use(cost, permission, ip, model, route, tenant))
 
     def start_use(self, text: str, use: KeyUse) -> Verification | PendingVerification | None:
@@ -184,10 +186,18 @@ class Verifier:
         found = self._cache.peek(text, now_us)
         if found is None:
             return None
+        if self._writes.usage_closed:
+            self._allowed(found)
         key = usable(found, use, now_us)
         if isinstance(key, Verification):
             return key
         return self._ask_limits(key, use, now_us)
+
+    def _allowed(self, key: CachedKey | None) -> CachedKey | None:
+        """The key. Raises WritesOff if the usage of its tenant's keys is turned off."""
+        if self._writes.usage_closed:
+            self._writes.check_usage(key.tenant if key is not None else None)
+        return key
 
     def finish(self, pending: PendingVerification) -> Verification | None:
         """The answer to a pending verification whose commit is done. None: the key was changed meanwhile and nothing
@@ -232,12 +242,14 @@ class Verifier:
 
     async def authenticate(self, text: str, *, any_address: bool = False) -> CachedKey | None:
         """The key of a bearer token, if it may be used now; nothing is debited. `any_address`: a key with `allowed_ips`
-        is found too, and the caller checks the address by `CachedKey.allows`."""
+        is found too, and the caller checks the address by `CachedKey.allows`. Raises TenantSuspended."""
         backoff = Backoff("the key is being changed too quickly to authenticate with it")
         while await backoff.attempt():
             now_us = self._clock.now_us()
             key = await self._cache.find(text, now_us)
             found = usable(key, _ANY_USE, now_us)
+            if key is not None and key.suspended is not None and not key.deleted:
+                raise TenantSuspended(key.suspended)
             if key is None or (isinstance(found, Verification) and not (any_address and found.code == "FORBIDDEN")):
                 return None
             if await self._cache.is_current(key):

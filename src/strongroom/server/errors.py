@@ -57,6 +57,7 @@ STATUS: dict[str, int] = {
     "malformed_request": 400,
     "unauthenticated": 401,
     "denied": 403,
+    "tenant_suspended": 403,
     "not_found": 404,
     "method_not_allowed": 405,
     "already_exists": 409,
@@ -73,12 +74,13 @@ STATUS: dict[str, int] = {
     "schema_error": 500,
     "config_error": 500,
     "unavailable": 503,
+    "writes_off": 503,
     "storage_full": 507,
 }
 _OF_THE_STORE = frozenset({"store_error", "schema_error", "config_error", "unavailable", "storage_full"})
 _PLACE = re.compile(r"^(?:(?!: ).)*/(?:(?!: ).)*: ")
 """The beginning of a store's message: its file, or its host and database."""
-_RETRY = frozenset({"too_many_requests", "unavailable", "storage_full"})
+_RETRY = frozenset({"too_many_requests", "unavailable", "writes_off", "storage_full"})
 _encode = msgspec.json.Encoder().encode
 
 

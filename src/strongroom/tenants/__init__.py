@@ -23,7 +23,9 @@ from .model import (
 from .parts import Imported, Owned, Removed, TenantPart, remove_owned, tenants_of
 from .service import NewTenant, Reason, TenantChanges, TenantFields, Tenants
 from .sign_in import Session, SignIn, Source
+from .state import StateReader, SuspendedTenants
 from .tokens import DEFAULT_LEEWAY_S, MAX_LEEWAY_S, TokenSettings, is_token
+from .writes import Writes, WritesChange, WritesOf, WritesStatus
 
 __all__ = [
     "DEFAULT_LEEWAY_S",
@@ -47,6 +49,8 @@ __all__ = [
     "Session",
     "SignIn",
     "Source",
+    "StateReader",
+    "SuspendedTenants",
     "Tenant",
     "TenantChanges",
     "TenantDeletion",
@@ -56,6 +60,10 @@ __all__ = [
     "Tenants",
     "TokenSettings",
     "User",
+    "Writes",
+    "WritesChange",
+    "WritesOf",
+    "WritesStatus",
     "is_token",
     "refuse_reserved",
     "remove_owned",

@@ -115,10 +115,10 @@ class Directory:
         heard_at = self._feed.current_at if self._feed is not None else now
         if known is not None and now - max(known.read_at, heard_at) <= TRUSTED_FOR_S:
             return known
-        self._forget(tenant)
+        self.forget(tenant)
         if len(self._tenants) >= MAX_TENANTS:
             for oldest in list(self._tenants)[: MAX_TENANTS // 10]:
-                self._forget(oldest)
+                self.forget(oldest)
         made = self._tenants[tenant] = _Tenant()
         return made
 
@@ -184,14 +184,15 @@ class Directory:
     def seen(self, record: Record) -> None:
         """A journal record of any process: forget what it makes outdated."""
         if record.collection in GRANTING and record.tenant is not None:
-            self._forget(record.tenant)
+            self.forget(record.tenant)
 
     def forget_all(self) -> None:
         """Changes were missed: read everything again at its next use."""
         for tenant in list(self._tenants):
-            self._forget(tenant)
+            self.forget(tenant)
 
-    def _forget(self, tenant: str) -> None:
+    def forget(self, tenant: str) -> None:
+        """Read a tenant again at its next use."""
         known = self._tenants.pop(tenant, None)
         if known is not None:
             known.stale = True

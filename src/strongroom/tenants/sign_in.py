@@ -39,13 +39,13 @@ class Session(msgspec.Struct, frozen=True):
     source: Source
 
 
-def _never(tenant: str) -> str | None:
-    return None
+def _never(tenant: str | None) -> None:
+    """No tenant is suspended."""
 
 
 class SignIn:
-    """The sign-in of one store. `start` before use, and `close` after. `suspended`: why a tenant's callers are refused,
-    or None."""
+    """The sign-in of one store. `start` before use, and `close` after. `expect_active`: raises
+    TenantSuspended for a tenant whose callers are refused."""
 
     def __init__(
         self,
@@ -53,12 +53,12 @@ class SignIn:
         database: Database,
         clock: Clock,
         feed: ChangeFeed | None = None,
-        suspended: Callable[[str], str | None] = _never,
+        expect_active: Callable[[str | None], None] = _never,
     ) -> None:
         self._jwks = Jwks(settings.jwks)
         self._tokens = Tokens(settings, self._jwks, clock)
         self.directory = Directory(database, feed)
-        self._suspended = suspended
+        self._expect_active = expect_active
 
     def start(self) -> None:
         """Read the issuer's keys, now and again and again. Raises ConfigError for a file that cannot be used."""
@@ -75,18 +75,22 @@ class SignIn:
         """A journal record of any process: forget what it makes outdated."""
         self.directory.seen(record)
 
+    def tenant_changed(self, tenant: str) -> None:
+        """A tenant was suspended or resumed: its callers are asked again."""
+        self.directory.forget(tenant)
+
     def forget_all(self) -> None:
         """Records were missed: everything that was read before may be outdated."""
         self.directory.forget_all()
 
     async def session(self, text: str) -> Session:
-        """The caller of a token. Raises Unauthenticated, which says why the token, its user or its tenant is refused;
-        Unavailable if the issuer's keys or the store cannot be read."""
+        """The caller of a token. Raises Unauthenticated, which says why the token, or its user is refused;
+        TenantSuspended; Unavailable if the issuer's keys or the store cannot be read."""
         token = await self._tokens.verify(text)
         access = await self.directory.access(token.tenant, token.subject, token.roles)
-        refusal = access.refusal or self._suspended(token.tenant)
-        if refusal is not None:
-            raise refused(refusal)
+        if access.refusal is not None:
+            raise refused(access.refusal)
+        self._expect_active(token.tenant)
         return Session(token.subject, token.tenant, access.rights, token.claims, token.expires_us, access.source)
 
 

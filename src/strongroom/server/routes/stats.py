@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
 from ...context import us_from_utc, utc_from_us
-from ...errors import Unauthenticated
+from ...errors import TenantSuspended, Unauthenticated
 from ...keys import KeyStats
 from ...limits import calendar_span
 from ..auth import authorization, bearer
@@ -51,6 +51,8 @@ async def stats(request: Request) -> Response:
     keys = room.keys
     secret = bearer(authorization(request.scope["headers"]))
     known = await keys.identify(secret) if secret else None
+    if known is not None and known.suspended is not None:
+        raise TenantSuspended(known.suspended)
     if known is None or not known.enabled:
         raise Unauthenticated("the key is unknown or disabled", token=bool(secret))
     return Json(_as_seed_004(await keys.stats(known.id), utc_from_us(room.clock.now_us())))
