@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from .cache import Cache
 from .clock import MachineClock, StoreClock
 from .context import utc_from_us
+from .database import WriteState
 from .jobs.maintenance import Background
 from .journal import ChangeFeed
 from .storage.port import Health, Store
@@ -107,6 +108,20 @@ def of_background(background: Background, now_us: int) -> Dependency:
     return Dependency("degraded" if late else "ok", "leases", 0.0, details)
 
 
+def of_writes(writes: WriteState, suspended: int) -> Dependency:
+    """Whether anything turns writes off, for all tenants or some."""
+    why = writes.refusal or writes.why_off()
+    details = {
+        "allowed": why is None,
+        "usage": writes.usage_of_all,
+        "reason": why,
+        "tenants_off": writes.tenants_off,
+        "tenants_suspended": suspended,
+    }
+    kind = "migration" if writes.refusal is not None else "switch"
+    return Dependency("ok" if why is None else "degraded", kind, 0.0, details)
+
+
 async def check(
     store: Store,
     feed: ChangeFeed,
@@ -114,6 +129,8 @@ async def check(
     background: Background,
     cache: Cache | None = None,
     sign_in: SignIn | None = None,
+    writes: WriteState | None = None,
+    suspended: Sized = (),
 ) -> dict[str, Dependency]:
     """Everything, by name. Only the store is needed for all; where another is not well, the server is degraded."""
     found = {"store": await of_store(store)}
@@ -123,6 +140,8 @@ async def check(
     found["clock"] = of_clock(clock)
     if sign_in is not None:
         found["sign_in"] = of_sign_in(sign_in)
+    if writes is not None:
+        found["writes"] = of_writes(writes, len(suspended))
     found["background"] = of_background(background, clock.now_us())
     return found
 

@@ -30,6 +30,7 @@ from . import (
     serve,
     tenants,
     webhooks,
+    writes,
 )
 from .keyoptions import FLAGS
 from .session import (
@@ -61,6 +62,7 @@ app.command("import")(keyfile.import_keys)
 app.command("export")(keyfile.export_keys)
 app.add_typer(audit.app, name="audit")
 app.add_typer(tenants.app, name="tenants")
+app.add_typer(writes.app, name="writes")
 app.add_typer(schema.app, name="schema")
 app.add_typer(webhooks.app, name="webhooks")
 app.command("migrate")(migrate.migrate)

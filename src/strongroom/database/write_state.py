@@ -147,6 +147,12 @@ class WriteState:
         """The number of tenants whose own switch is off."""
         return len(self._switches) - (None in self._switches)
 
+    @property
+    def usage_of_all(self) -> bool:
+        """Whether verification, usage and reservations go on, as far as the switch for all tenants says."""
+        switch = self._switches.get(None)
+        return self.refusal is None and (switch is None or bool(switch.get("usage", True)))
+
     def why_off(self, tenant: str | None = None) -> str | None:
         """Why an operator lets nothing of a tenant be written (None: of no tenant); None if writes are allowed."""
         for whose in (None, tenant):

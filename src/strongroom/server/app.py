@@ -50,6 +50,7 @@ from .routes import (
     tenants,
     usage,
     webhooks,
+    writes,
 )
 from .services import Bounds, Services
 from .signers import Signers
@@ -265,7 +266,20 @@ def build(
     )
     _handle_errors(api)
     api.state.services, api.state.room = services, room
-    for module in (health, stats, usage, reservations, leaks, quotas, keys, keys_bulk, audit, webhooks, tenants):
+    for module in (
+        health,
+        stats,
+        usage,
+        reservations,
+        leaks,
+        quotas,
+        keys,
+        keys_bulk,
+        audit,
+        webhooks,
+        tenants,
+        writes,
+    ):
         api.include_router(module.routes)
     api.include_router(entities.router(services))
     openapi.serve(api)

@@ -6,11 +6,11 @@ Every node follows within a second, by the change feed, or by reading the switch
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Self
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationInfo, field_validator
 
-from ..access import reader, writer
+from ..access import ALL_TENANTS, reader, writer
 from ..context import Context
 from ..database import Database, Idempotency, Replayed, Transaction, WriteSwitch, switch_id
 from ..entities import DEFAULT_LIMIT, MAX_PAGE_BYTES, And, Page, Query, TenantName, Where
@@ -25,18 +25,33 @@ class WritesChange(BaseModel):
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
-    allowed: bool
+    allowed: StrictBool
     tenant: TenantName | None = None
-    usage: bool = True
-    reason: Annotated[str, Field(min_length=1, max_length=MAX_REASON_CHARS)] | None = None
+    usage: Annotated[StrictBool, Field(validate_default=True)] = True
+    reason: Annotated[
+        Annotated[str, Field(min_length=1, max_length=MAX_REASON_CHARS)] | None, Field(validate_default=True)
+    ] = None
 
-    @model_validator(mode="after")
-    def _fit(self) -> Self:
-        if not self.allowed and self.reason is None:
-            raise ValueError("reason: is required to turn writes off")
-        if self.allowed and not self.usage:
-            raise ValueError("usage: found false, expected true: while writes are on, usage is on")
-        return self
+    @field_validator("tenant")
+    @classmethod
+    def _one_tenant(cls, value: str | None) -> str | None:
+        if value == ALL_TENANTS:
+            raise ValueError(f"found {value!r}, expected one tenant: leave it out for all")
+        return value
+
+    @field_validator("usage")
+    @classmethod
+    def _off_with_writes(cls, value: bool, info: ValidationInfo) -> bool:
+        if not value and info.data.get("allowed") is True:
+            raise ValueError("found false, expected true: while writes are on, usage is on")
+        return value
+
+    @field_validator("reason")
+    @classmethod
+    def _with_reason(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None and info.data.get("allowed") is False:
+            raise ValueError("is required to turn writes off")
+        return value
 
 
 class WritesOf(BaseModel):
@@ -95,8 +110,12 @@ class Writes:
         try:
             made = await self._database.transaction(by, body, idempotency=once)
         except Replayed as replayed:
-            made = await self._database.answer_of(reader(context), WriteSwitch, replayed)
+            return await self.answered_before(replayed, context=context)
         return _shown(made)
+
+    async def answered_before(self, replayed: Replayed, *, context: Context | None = None) -> WritesOf:
+        """The answer of an idempotent call that was made before."""
+        return _shown(await self._database.answer_of(reader(context), WriteSwitch, replayed))
 
     async def status(
         self,

@@ -50,7 +50,8 @@ async def readyz(request: Request) -> Response:
     callers with a management key."""
     services = services_of(request)
     room = services.room
-    found = await health.check(room.store, room.feed, room.clock, room.background, room.cache, room.sign_in)
+    parts = (room.store, room.feed, room.clock, room.background, room.cache, room.sign_in)
+    found = await health.check(*parts, room.database.writes, room.suspended.sentences)
     try:
         caller = await services.authenticator.caller(authorization(request.scope["headers"]), request.scope)
         may_see = caller.scope >= Scope.READ
