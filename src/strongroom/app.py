@@ -103,6 +103,10 @@ SYSTEM_ENTITIES: tuple[type[Entity], ...] = (
 )
 
 
+_OF_TENANTS = frozenset(cls.__collection__.name for cls in (ApiKey, Quota, Webhook, LeakPolicy))
+"""Collections of the platform whose documents belong to tenants: nobody changes those of a suspended tenant."""
+
+
 class OpenOptions(TypedDict, total=False):
     """The options of Strongroom.open beside the store's URL, for code that passes them on."""
 
@@ -151,6 +155,7 @@ class Strongroom:
         self.tenants = tenants
         self.writes = Writes(database, tenants)
         self.suspended = SuspendedTenants(database, self._tenant_changed)
+        database.writes.owned = _OF_TENANTS
         keys.cache.suspended = self.suspended.sentences
         self.feed = feed
         self._reloading = asyncio.Lock()

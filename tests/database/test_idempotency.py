@@ -254,6 +254,8 @@ async def _requests(ids: _Ids, method: str, path: str) -> tuple[str, Any, Any]:
             return at, {"name": "a", "metadata": {"b": 1, "a": 2}}, {"name": "a", "metadata": {"b": 1, "a": 3}}
         case "/v1/keys/{id}", "PATCH":
             return at, {"name": "one"}, {"name": "two"}
+        case "/v1/writes", _:
+            return at, {"allowed": True, "reason": "one"}, {"allowed": True, "reason": "two"}
         case "/v1/keys/verify:batch", _:
             return at, {"items": [{"key": ids.key["key"]}]}, {"items": [{"key": ids.other["key"]}]}
         case "/v1/keys:bulk", _:

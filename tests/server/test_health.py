@@ -17,7 +17,7 @@ from tests.helpers.server_app import ADMIN, TOKENS, Served, serving
 from tests.helpers.waiting import PATIENCE_S, wait_until
 
 BODILESS = (
-    "/claim", "/disable", "/enable", "/redrive", "/release", "/restore", "/test", ":rotate-pepper",
+    "/claim", "/disable", "/enable", "/redrive", "/release", "/restore", "/resume", "/test", ":rotate-pepper",
 )  # fmt: skip
 """Calls that say all by their path."""
 

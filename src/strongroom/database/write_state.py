@@ -17,8 +17,9 @@ WRITES = "writes"
 STORE = "store"
 """The id of the switch for all tenants."""
 _OF_TENANT = "tenant:"
-_TENANTS = "tenants"
-_DELETIONS = "tenant_deletions"
+_OF_THE_PLATFORM = frozenset({"tenant_deletions", "leaks"})
+"""Collections of which a change in a batch says that the platform itself changes what belongs to a tenant: it deletes
+the tenant, or disables a key that leaked."""
 _log = logging.getLogger(__name__)
 
 
@@ -61,6 +62,8 @@ class WriteState:
         self._switches: dict[str | None, Document] = {}
         """The switches that are off, by their tenant."""
         self._suspended: Mapping[str, str] = {}
+        self.owned: frozenset[str] = frozenset()
+        """The global collections whose documents belong to the tenant in their field `tenant`."""
         self.refusal: str | None = None
         self.closed = False
         """Whether `check` may refuse a write."""
@@ -169,27 +172,24 @@ class WriteState:
         """Raise WritesOff or TenantSuspended if a batch of a tenant may not change these documents now.
 
         Strongroom's own bookkeeping, which is not journalled, and the switches themselves can always be written. A
-        suspended tenant can be resumed and deleted.
+        suspended tenant can be resumed and deleted, and what the platform keeps about it can be changed.
         """
-        tenants = {tenant}
-        names = set()
+        tenants, journalled, owned, platform = {tenant}, False, False, False
         for collection, document in changed:
             if collection.name == WriteSwitch.__collection__.name:
                 return
-            names.add(collection.name if collection.journalled else "")
-            if not collection.tenant_scoped and document is not None and "tenant" in collection.fields:
+            journalled = journalled or collection.journalled
+            owned = owned or collection.tenant_scoped or collection.name in self.owned
+            platform = platform or collection.name in _OF_THE_PLATFORM
+            if collection.name in self.owned and document is not None:
                 tenants.add(document.get("tenant"))  # a key, say, in a batch of all tenants
-            if collection.name == _DELETIONS:
-                names.add(_DELETIONS)
-        if not names or names == {""}:
+        if not journalled:
             return
         for one in tenants:
             if (reason := self.why_off(one)) is not None:
                 raise WritesOff(reason)
-        if names.isdisjoint((_TENANTS, _DELETIONS)):
-            for one in tenants:
-                if one is not None and (reason := self._suspended.get(one)) is not None:
-                    raise TenantSuspended(reason)
+            if one is not None and owned and not platform and (reason := self._suspended.get(one)) is not None:
+                raise TenantSuspended(reason)
 
     def check_usage(self, tenant: str | None) -> None:
         """Raise WritesOff if the keys of a tenant may not be used now."""

@@ -90,13 +90,14 @@ _OF_EVERY_REQUEST = (
 _OF_THE_API = (
     "unauthenticated",
     "denied",
+    "tenant_suspended",
     "invalid_input",
     "store_error",
     "schema_error",
     "config_error",
     "storage_full",
 )
-_OF_WRITES = ("conflict",)
+_OF_WRITES = ("conflict", "writes_off")
 RETRY_LATER = (429, 503, 507)
 
 
