@@ -26,9 +26,11 @@ from strongroom.client import (
     Problem,
     Refill,
     Sighting,
+    TenantSuspended,
     Unauthenticated,
     Used,
     Window,
+    WritesOff,
 )
 from tests.helpers.clients import Connector, Told, scripted, shop
 from tests.helpers.server_app import ADMIN
@@ -547,6 +549,21 @@ async def test_a_tenant_is_created_changed_suspended_exported_and_deleted(client
     assert (statement.tenant, statement.reason, statement.counts) == (tenant, "the end", {"users": 1})
     with pytest.raises(NotFound):
         await client.tenants.get(tenant)
+
+
+async def test_writes_of_a_tenant_are_turned_off_and_on(client: Any, tenant: str) -> None:
+    await client.tenants.create(tenant)
+    made = await client.writes.off("a breach", tenant=tenant, usage=False)
+    assert (made.tenant, made.allowed, made.usage, made.reason) == (tenant, False, False, "a breach")
+    with pytest.raises(WritesOff, match="a breach"):
+        await client.keys.create(name="k", tenant=tenant)
+    status = await client.writes.status(tenant)
+    assert (status.allowed, status.migration, [one.tenant for one in status.items]) == (True, None, [tenant])
+    assert (await client.writes.on(tenant=tenant)).allowed
+    assert (await client.writes.status(tenant)).items == []
+    await client.tenants.suspend(tenant)
+    with pytest.raises(TenantSuspended):
+        await client.keys.create(name="k", tenant=tenant)
 
 
 async def test_a_deletion_that_takes_long_is_awaited(connect: Connector) -> None:

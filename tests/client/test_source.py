@@ -169,6 +169,8 @@ SHAPES: dict[str, type[msgspec.Struct]] = {
     "UsageBatchOut": models.RecordedBatch,
     "ReservationOut": models.Reservation,
     "TenantOut": models.TenantRecord,
+    "WritesOut": models.WriteSwitch,
+    "WritesStatusOut": models.WritesStatus,
     "DeletionStatementOut": models.DeletionStatement,
 }
 

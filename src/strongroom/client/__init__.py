@@ -15,10 +15,12 @@ from ..errors import (
     Problem,
     StorageFull,
     StrongroomError,
+    TenantSuspended,
     TooLarge,
     TooManyRequests,
     Unauthenticated,
     Unavailable,
+    WritesOff,
 )
 from ._async.client import AsyncClient
 from ._async.entities import AsyncCollection, AsyncTenant
@@ -72,6 +74,8 @@ from .models import (
     Verification,
     Webhook,
     Window,
+    WritesStatus,
+    WriteSwitch,
 )
 
 __all__ = [
@@ -81,7 +85,7 @@ __all__ = [
     "IssuedWebhook", "KeyStats", "Leak", "LeakLabel", "LeakPolicy", "Limit", "LimitStatus", "MalformedRequest",
     "MethodNotAllowed", "NoAnswer", "NotFound", "OwnStats", "Page", "PreconditionFailed", "Problem", "Quota",
     "QuotaStats", "Readiness", "Recorded", "RecordedBatch", "Refill", "Refused", "Reservation", "Retries",
-    "Sighting", "StorageFull", "StrongroomError", "Tenant", "TenantRecord", "TooLarge", "TooManyRequests",
-    "Unauthenticated", "Unavailable", "UnexpectedAnswer", "Used", "Verification", "Watch", "Webhook", "Window",
-    "new_idempotency_key",
+    "Sighting", "StorageFull", "StrongroomError", "Tenant", "TenantRecord", "TenantSuspended", "TooLarge",
+    "TooManyRequests", "Unauthenticated", "Unavailable", "UnexpectedAnswer", "Used", "Verification", "Watch", "Webhook",
+    "Window", "WriteSwitch", "WritesOff", "WritesStatus", "new_idempotency_key",
 ]  # fmt: skip

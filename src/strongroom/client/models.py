@@ -301,6 +301,27 @@ class QuotaStats(Model, frozen=True):
 # --- Tenants --------------------------------------------------------------------------------------------------
 
 
+class WriteSwitch(Model, frozen=True):
+    """Whether writes of one tenant, or (None) of all, are on. `by` turned them last; `usage`: whether verification,
+    usage and reservations go on."""
+
+    tenant: str | None
+    allowed: bool
+    usage: bool
+    reason: str | None = None
+    by: str | None = None
+    changed_at: Moment | None = None
+
+
+class WritesStatus(WriteSwitch, frozen=True, kw_only=True):
+    """The switch for all tenants, and one page of tenants whose own switch is off. `migration`: why a migration lets
+    nothing be written."""
+
+    items: list[WriteSwitch]
+    next_cursor: str | None = None
+    migration: str | None = None
+
+
 class TenantRecord(Model, frozen=True):
     """A tenant. `status` is active, suspended or deleting; `reason` and `suspended_at` say why and since when.
     `version` 0 and `created_at` None: nobody created it, it has data."""

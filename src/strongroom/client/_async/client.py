@@ -20,6 +20,7 @@ from .tenants import AsyncTenants
 from .transport import AsyncTransport
 from .usage import AsyncUsage
 from .webhooks import AsyncWebhooks
+from .writes import AsyncWrites
 
 TIMEOUT_S = 10.0
 DEFAULT_RETRIES = Retries()
@@ -60,6 +61,7 @@ class AsyncClient:
         self.leaks = AsyncLeaks(self._http)
         self.audit = AsyncAudit(self._http)
         self.tenants = AsyncTenants(self._http)
+        self.writes = AsyncWrites(self._http)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._http.url!r})"

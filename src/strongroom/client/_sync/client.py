@@ -21,6 +21,7 @@ from .tenants import Tenants
 from .transport import Transport
 from .usage import Usage
 from .webhooks import Webhooks
+from .writes import Writes
 
 TIMEOUT_S = 10.0
 DEFAULT_RETRIES = Retries()
@@ -61,6 +62,7 @@ class Client:
         self.leaks = Leaks(self._http)
         self.audit = Audit(self._http)
         self.tenants = Tenants(self._http)
+        self.writes = Writes(self._http)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._http.url!r})"
