@@ -1,5 +1,7 @@
-"""The audit trail: who changed what and when, read from the journal."""
+"""The audit trail: who changed what and when, read from the journal, and exported with or without proofs."""
 
-from .trail import Audit, AuditFilter, AuditRecord
+from .formats import FORMATS, Format, changes_of, view
+from .record import AuditRecord
+from .trail import Audit, AuditFilter
 
-__all__ = ["Audit", "AuditFilter", "AuditRecord"]
+__all__ = ["FORMATS", "Audit", "AuditFilter", "AuditRecord", "Format", "changes_of", "view"]
