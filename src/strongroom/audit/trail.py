@@ -218,7 +218,8 @@ class Audit:
         where = wanted.rows(tenant)
         found = await range_of_times(self._store, tree, where.since_us, where.until_us)
         begin, end = found if found is not None else (tree.reader.size, tree.reader.size)
-        async for line in export_tree(self._store, tree, self._sign, first=begin, end=end):
+        note = await tree.checkpoint(self._sign)
+        async for line in export_tree(self._store, tree, note, first=begin, end=end):
             yield line
 
     async def checkpoint(self, tenant: str | None, *, context: Context | None = None) -> str:
