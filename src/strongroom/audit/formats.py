@@ -5,11 +5,11 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any, Literal, get_args
 
 import msgspec
 
-from .. import __version__
 from ..context import us_from_utc
 from ..storage import tagged_json
 from .record import AuditRecord
@@ -20,6 +20,7 @@ COLUMNS = (
     "sequence", "index", "tenant", "at", "actor", "request_id", "action", "collection", "entity_id", "before", "after",
 )  # fmt: skip
 OCSF_VERSION = "1.6.0"
+_VERSION = version("strongroom")
 MAX_CEF_VALUE = 4_000
 """Characters of a value in CEF; collectors cut longer ones. The other formats have whole values."""
 
@@ -114,7 +115,7 @@ def _cef(record: AuditRecord) -> bytes:
         if not name.endswith("Label") or name.removesuffix("Label") in given
     )
     name = f"{record.action} {record.collection}"
-    header = ("CEF:0", "Strongroom", "Strongroom", __version__, record.action, name)
+    header = ("CEF:0", "Strongroom", "Strongroom", _VERSION, record.action, name)
     parts = [part.translate(_CEF_HEADER) for part in header]
     return "|".join([*parts, str(_CEF_SEVERITY.get(record.action, 3)), extension]).encode() + b"\n"
 
@@ -151,7 +152,7 @@ def ocsf_event(record: AuditRecord) -> dict[str, Any]:
     activity, activity_name = _ACTIVITIES.get(operation, (_OTHER, operation))
     metadata: dict[str, Any] = {
         "version": OCSF_VERSION,
-        "product": {"name": "Strongroom", "vendor_name": "Strongroom", "version": __version__},
+        "product": {"name": "Strongroom", "vendor_name": "Strongroom", "version": _VERSION},
         "log_name": "journal",
         "sequence": record.sequence,
     }
