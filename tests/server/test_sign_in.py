@@ -393,6 +393,9 @@ async def test_while_the_issuer_never_answers_tokens_get_503_and_keys_work(monke
             ready = (await served.get("/readyz")).json
             assert (ready["status"], ready["ready"]) == ("degraded", True)
             assert "no whole answer" in ready["dependencies"]["sign_in"]["details"]["error"]
+            text = (await served.client.get("/metrics")).text
+            assert 'strongroom_tokens_total{result="unavailable"} 20.0' in text
+            assert "strongroom_token_keys_age_seconds +Inf" in text
 
 
 async def test_a_token_works_on_a_real_server(tmp_path: Path) -> None:
