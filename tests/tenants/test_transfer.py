@@ -118,6 +118,19 @@ async def test_a_deleted_tenant_comes_back_from_its_export(room: Strongroom) -> 
     assert (await room.tenant("acme").get(User, "ann")).email == "ann@example.com"
 
 
+async def test_a_suspended_tenant_stays_suspended_through_its_file(room: Strongroom) -> None:
+    room.tenants.deletions.settle_s = 0
+    text = await fill(room, "acme")
+    await room.tenants.suspend("acme", "unpaid")
+    lines = await lines_of(room, "acme")
+    await room.tenants.delete("acme")
+    await room.tenants.import_file(lambda: lines)
+    assert (await room.tenants.get("acme")).reason == "unpaid"
+    assert (await room.keys.verify(text)).code == "DISABLED", "though its first use would renew its hash"
+    await room.tenants.resume("acme")
+    assert (await room.keys.verify(text)).valid
+
+
 async def test_a_tenants_own_administrator_exports_it_without_the_hashes_of_its_keys(room: Strongroom) -> None:
     await fill(room, "acme")
     await fill(room, "other")

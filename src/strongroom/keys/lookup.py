@@ -14,7 +14,7 @@ from ..context import system_context
 from ..cooperative import Slices
 from ..database import Database
 from ..entities import MAX_DISJUNCTIONS, Or, Query, Where
-from ..errors import AlreadyExists, Conflict, NotFound, Unavailable
+from ..errors import AlreadyExists, Conflict, NotFound, TenantSuspended, Unavailable
 from .hasher import Hasher, hint_of_imported
 from .model import ApiKey
 from .slow_hash import SlowHashPool
@@ -124,7 +124,7 @@ class KeyLookup:
         for _ in range(UPGRADE_ATTEMPTS):
             try:
                 renewed = await self._database.update(context, ApiKey, key.id, fields, expected=found.version)
-            except (AlreadyExists, NotFound, Unavailable):
+            except (AlreadyExists, NotFound, TenantSuspended, Unavailable):
                 return key  # the old hash still works; the next use tries again
             except Conflict:
                 now = await self._database.get_or_none(system_context(), ApiKey, key.id, fresh=True)
