@@ -164,7 +164,7 @@ class Database:
     error: Exception | None = None
 
     @asynccontextmanager
-    async def opened(self, settings: Settings) -> AsyncIterator[Strongroom]:
+    async def opened(self, settings: Settings, spans: object = None) -> AsyncIterator[Strongroom]:
         self.attempts += 1
         if self.error is not None:
             raise self.error

@@ -14,7 +14,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Annotated, Any, Concatenate, Literal, ParamSpec, Self, TypedDict, TypeVar, get_args
 from urllib.parse import urlsplit
 
-from .audit import Audit
+from .audit import Audit, Proofs
 from .cache import Cache
 from .clock import MachineClock, StoreClock, clock_of
 from .context import Context, system_context
@@ -29,6 +29,7 @@ from .jobs.sealing import LEASE_S as SEALING_LEASE_S
 from .jobs.sealing import Sealing
 from .journal import POLL_S, TREE_ENTITIES, ChangeFeed
 from .journal.sealer import Sealer
+from .journal.signing_key import SigningKeys
 from .keys import ApiKey, Hasher, Keys, KeySource, Leak, LeakPolicy, Leaks, StoredReservation
 from .keys.import_source import load as load_sources
 from .keys.jobs import RollUp, key_jobs
@@ -42,6 +43,7 @@ from .rules import Policy, default_policy
 from .storage import open_store
 from .storage.instrumented import InstrumentedStore
 from .storage.port import Record
+from .storage.url import store_file
 from .tenants import (
     DELETIONS_EVERY_S,
     DeletionStatement,
@@ -120,6 +122,7 @@ class OpenOptions(TypedDict, total=False):
     lease_folder: str | None
     sign_in: TokenSettings | None
     sealing: bool
+    signing_key: str | None
     tracer_provider: TracerProvider | None
 
 
@@ -177,6 +180,7 @@ class Strongroom:
         lease_folder: str | None = None,
         sign_in: TokenSettings | None = None,
         sealing: bool = True,
+        signing_key: str | None = None,
         tracer_provider: TracerProvider | None = None,
     ) -> AsyncIterator[Self]:
         """Open a store, make its schema fit the declarations (additions only), and close everything at the end.
@@ -189,7 +193,8 @@ class Strongroom:
         spent in memory (docs/limits.md); `lease_s`: how long a limit lease lasts; `lease_folder`: the folder of the
         lease log, which survives a killed process (default: beside the store's file, or the temporary folder).
         `sign_in`: which JWTs the server accepts; without it, none. `sealing`: whether this process seals the journal
-        (docs/audit.md) when no other does. Raises ConfigError, SchemaError, StoreError, Unavailable.
+        (docs/audit.md) when no other does; `signing_key`: the file of the keys that sign its checkpoints (default:
+        beside the store's file, made at the first use).
         `tracer_provider`: OpenTelemetry's, which gets a span for each call of the store that belongs to a span. Raises
         ConfigError, SchemaError, StoreError, Unavailable.
         """
@@ -197,8 +202,9 @@ class Strongroom:
         registry = Registry((*SYSTEM_ENTITIES, *entities))
         async with AsyncExitStack() as stack:
             store, database, clock = await _opened(stack, url, registry, policy, tracer_provider)
+            signing_keys = _signing_keys(url, signing_key)
             sealer = Sealing(
-                Sealer(store, clock),
+                Sealer(store, clock, signing_keys),
                 JobLeases(database, clock, lease_s=SEALING_LEASE_S),
                 lambda: database.writes.refusal is not None,
             )
@@ -219,6 +225,8 @@ class Strongroom:
             work = background(database, store, clock, leases, more=jobs, journal_kept_s=journal_kept_s)
             room = cls(store, database, ledger, keys, feed, clock, work, tenants)
             room.sealer = sealer
+            room.proofs = Proofs(store, database, clock, signing_keys)
+            tenants.deletions.hooks.sign = room.proofs.sign_text
             room._configured_peppers = tuple(peppers)
             if cache is not None:
                 room.cache = Cache(store, feed, registry.collections, cache, await _namespace(url, database))
@@ -285,6 +293,7 @@ class Strongroom:
     deliveries: Deliveries
     sealer: Sealing
     """Seals the journal. `await sealer.seal_now()` returns once everything is sealed."""
+    proofs: Proofs
     cache: Cache | None = None
     sign_in: SignIn | None = None
     _configured_peppers: tuple[str, ...] = ()
@@ -454,6 +463,16 @@ def _parts_of_tenants(
         Owned(database, Delivery),
         Owned(database, Event),
     ]
+
+
+def _signing_keys(url: str, given: str | None) -> SigningKeys | None:
+    """The keys that sign checkpoints; None: trees stay unsigned. Raises ConfigError for a given file without keys."""
+    if given is not None:
+        keys = SigningKeys(given)
+        keys.read()
+        return keys
+    file = store_file(url)
+    return SigningKeys.of_store(file) if file is not None else None
 
 
 def _configured(peppers: Sequence[str]) -> list[Pepper]:

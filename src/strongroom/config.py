@@ -89,6 +89,13 @@ class Settings(BaseSettings):
         ge=1, le=36_500,
     )  # fmt: skip
 
+    journal_signing_key: str | None = _setting(
+        "STRONGROOM_JOURNAL_SIGNING_KEY",
+        None,
+        "The file of the keys that sign the journal's checkpoints, as `strongroom audit keys --make FILE` makes it "
+        "(default: beside the file of a SQLite or JSON store; other stores stay unsigned).",
+    )
+
     limits: Literal["durable", "leased"] = _setting(
         "STRONGROOM_LIMITS",
         "durable",

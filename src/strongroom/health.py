@@ -12,7 +12,9 @@ from .clock import MachineClock, StoreClock
 from .context import utc_from_us
 from .database import WriteState
 from .jobs.maintenance import Background
+from .jobs.sealing import Sealing
 from .journal import ChangeFeed
+from .journal.signing_key import SigningKeys
 from .storage.port import Health, Store
 from .tenants import SignIn
 
@@ -21,6 +23,9 @@ DEGRADED_S = 0.5
 """A dependency that answers, but later than this, is degraded."""
 FEED_LATE_S = 0.75
 """Where the feed of changes is further behind than this, keys in memory are not believed without asking the store."""
+SEALING_LATE_S = 10.0
+"""A record that waits longer to be sealed is reported: another node would have taken over by then."""
+MAX_PROBLEMS = 20
 MISSED_PERIODS = 3
 """Background work that was not done by any node for so many of its periods is said to be late."""
 
@@ -122,6 +127,21 @@ def of_writes(writes: WriteState, suspended: int) -> Dependency:
     return Dependency("ok" if why is None else "degraded", kind, 0.0, details)
 
 
+def of_sealing(sealing: Sealing, keys: SigningKeys | None) -> Dependency:
+    """Whether the journal is sealed in time, its trees are whole, and its checkpoints are signed."""
+    details: dict[str, Any] = {"rounds": sealing.rounds, "records": sealing.records, "lag_s": round(sealing.lag_s, 3)}
+    problems = [sealing.error] if sealing.error is not None else []
+    problems += [f"the tree {tree} is not extended: {reason}" for tree, reason in sealing.sealer.broken.items()]
+    if keys is None:
+        details["unsigned"] = "without STRONGROOM_JOURNAL_SIGNING_KEY nobody can tell who made the checkpoints"
+    elif keys.problem is not None:
+        problems.append(keys.problem)
+    if problems:
+        details["problems"] = problems[:MAX_PROBLEMS]
+    late = sealing.active and sealing.behind_s > SEALING_LATE_S
+    return Dependency("degraded" if problems or late else "ok", "unsigned" if keys is None else "signed", 0.0, details)
+
+
 async def check(
     store: Store,
     feed: ChangeFeed,
@@ -131,6 +151,7 @@ async def check(
     sign_in: SignIn | None = None,
     writes: WriteState | None = None,
     suspended: Sized = (),
+    sealing: tuple[Sealing, SigningKeys | None] | None = None,
 ) -> dict[str, Dependency]:
     """Everything, by name. Only the store is needed for all; where another is not well, the server is degraded."""
     found = {"store": await of_store(store)}
@@ -143,6 +164,8 @@ async def check(
     if writes is not None:
         found["writes"] = of_writes(writes, len(suspended))
     found["background"] = of_background(background, clock.now_us())
+    if sealing is not None:
+        found["journal"] = of_sealing(*sealing)
     return found
 
 

@@ -1,7 +1,6 @@
-"""The audit trail: who changed what and when, read from the journal, and exported with or without proofs."""
+"""The audit trail: who changed what and when, read from the journal."""
 
-from .formats import FORMATS, Format, changes_of, view
-from .record import AuditRecord
-from .trail import Audit, AuditFilter
+from .proofs import ConsistencyProof, InclusionProof, Proofs
+from .trail import Audit, AuditFilter, AuditRecord
 
-__all__ = ["FORMATS", "Audit", "AuditFilter", "AuditRecord", "Format", "changes_of", "view"]
+__all__ = ["Audit", "AuditFilter", "AuditRecord", "ConsistencyProof", "InclusionProof", "Proofs"]

@@ -53,7 +53,12 @@ def in_store(store: str | None, work: Callable[[Strongroom], Awaitable[T]], *, a
     entities = served_entities(settings.entities)
 
     async def opened() -> T:
-        async with Strongroom.open(url, entities=entities, peppers=settings.pepper_texts) as room:
+        async with Strongroom.open(
+            url,
+            entities=entities,
+            peppers=settings.pepper_texts,
+            signing_key=settings.journal_signing_key,
+        ) as room:
             return await work(room)
 
     with standing(store, settings.store_url, absent) as url:

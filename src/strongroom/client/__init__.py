@@ -42,6 +42,7 @@ from .errors import (
 from .models import (
     ApiKey,
     Ask,
+    AuditProof,
     AuditRecord,
     BulkFailure,
     BulkStep,
@@ -80,8 +81,9 @@ from .models import (
 
 __all__ = [
     "AlreadyExists", "ApiKey", "Ask", "AsyncClient", "AsyncCollection", "AsyncHold", "AsyncTenant", "AsyncWatch",
-    "AuditRecord", "BoundExceeded", "BulkFailure", "BulkStep", "Change", "Client", "Collection", "Conflict", "Cost",
-    "CurrentUsage", "DeletionStatement", "Delivery", "Denied", "Dependency", "Hold", "InvalidInput", "IssuedKey",
+    "AuditProof", "AuditRecord", "BoundExceeded", "BulkFailure", "BulkStep", "Change", "Client", "Collection",
+    "Conflict", "Cost", "CurrentUsage", "DeletionStatement", "Delivery", "Denied", "Dependency", "Hold", "InvalidInput",
+    "IssuedKey",
     "IssuedWebhook", "KeyStats", "Leak", "LeakLabel", "LeakPolicy", "Limit", "LimitStatus", "MalformedRequest",
     "MethodNotAllowed", "NoAnswer", "NotFound", "OwnStats", "Page", "PreconditionFailed", "Problem", "Quota",
     "QuotaStats", "Readiness", "Recorded", "RecordedBatch", "Refill", "Refused", "Reservation", "Retries",

@@ -544,6 +544,23 @@ class AuditRecord(Model, frozen=True):
     after: dict[str, Any] | None = None
 
 
+class AuditProof(Model, frozen=True):
+    """A proof about a tree of the journal. Hashes are in base64. Of inclusion: `index`, `size`, `leaf` and `root`; of
+    consistency: `first`, `second`, `first_root` and `second_root`. `checkpoint` is the signed note, if it is of this
+    size."""
+
+    proof: list[str]
+    checkpoint: str | None = None
+    index: int | None = None
+    size: int | None = None
+    leaf: str | None = None
+    root: str | None = None
+    first: int | None = msgspec.field(default=None, name="from")
+    second: int | None = msgspec.field(default=None, name="to")
+    first_root: str | None = msgspec.field(default=None, name="from_root")
+    second_root: str | None = msgspec.field(default=None, name="to_root")
+
+
 class LeakPolicy(Model, frozen=True):
     """The leak policy of a tenant: `action` is notify, disable or rotate; `overlap_s`: how long a leaked secret keeps
     working after its rotation. `updated_at` is None if none was set."""

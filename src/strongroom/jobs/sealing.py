@@ -82,6 +82,15 @@ class Sealing:
             self._woken_at = time.monotonic()
             self._woken.set()
 
+    def counts(self) -> dict[str, float]:
+        """For metrics: what this node sealed."""
+        return {"rounds": self.rounds, "records": self.records}
+
+    @property
+    def active(self) -> bool:
+        """Whether this node seals, if no other node does."""
+        return self._task is not None
+
     @property
     def behind_s(self) -> float:
         """For how long a record has been waiting for its round; 0 if none waits."""
@@ -123,8 +132,6 @@ class Sealing:
                 continue
             try:
                 wait_s = await self._step()
-            except NotImplementedError:
-                return  # PostgreSQL has no `rows` yet
             except Exception as error:  # any error: a journal that is not sealed any more would not be noticed
                 conflicts = conflicts + 1 if isinstance(error, Conflict | JobLeaseLost) else MAX_CONFLICTS
                 if not isinstance(error, StrongroomError):  # its text may have anything, a secret too

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import logging
-import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -23,7 +22,7 @@ from typing import Protocol
 from ..context import us_from_utc, utc_from_us
 from ..cooperative import Slices
 from ..entities import MAX_IN, MAX_LIMIT, MAX_PAGE_BYTES, Document, Query, Where
-from ..errors import AlreadyExists, Conflict, StoreError
+from ..errors import ConfigError, StoreError
 from ..storage.port import (
     MAX_BATCH_BYTES,
     MAX_CHANGES_PAGE,
@@ -31,8 +30,6 @@ from ..storage.port import (
     Batch,
     Check,
     Create,
-    JournalFilter,
-    JournalRow,
     Operation,
     Patch,
     Put,
@@ -41,16 +38,15 @@ from ..storage.port import (
     document_size,
 )
 from .leaf import leaf_of
+from .log import LOGS, log_of, made_log
 from .signed_note import Checkpoint, SignedNote
+from .tree_reader import ROUNDS, TILES, Leaf, TreeReader, salted
 from .tree_state import NO_SEQUENCE, TREES, Disagreement, TreeState
 from .trees import (
     LOG,
     PLATFORM,
     TILE,
     JournalLog,
-    JournalRound,
-    JournalTile,
-    legacy_salt,
     round_id,
     round_leaf,
     tile_id,
@@ -65,9 +61,6 @@ KEPT_TREES = 4_096
 """Trees that stay in memory, each with the leaves of its last tile (10 KB at most)."""
 FIRST_ROWS = 100
 RENEW_EVERY_S = 1.0
-LOGS = JournalLog.__collection__.name
-ROUNDS = JournalRound.__collection__.name
-TILES = JournalTile.__collection__.name
 _log = logging.getLogger(__name__)
 
 
@@ -94,10 +87,10 @@ class Lease(Protocol):
 
 
 class Signer(Protocol):
-    """Signs the log's checkpoints."""
+    """Signs the log's checkpoints, as `signing_key.SigningKeys` does."""
 
     def sign(self, checkpoint: Checkpoint, time_s: int) -> str:
-        """The signed note."""
+        """The signed note. Raises ConfigError if the key cannot be read."""
         ...
 
 
@@ -134,7 +127,7 @@ class Sealer:
 
     async def behind(self) -> bool:
         """Whether there are records after the log's cursor, as the store has it now."""
-        log = await self._store.get(LOGS, None, LOG)
+        log = await log_of(self._store)
         cursor = log["cursor"] if log is not None else None
         while True:
             page = await self._store.rows(cursor, limit=1)
@@ -153,7 +146,7 @@ class Sealer:
             raise
 
     async def _round(self, lease: Lease) -> Sealed:
-        log = self._stored_log or await self._begin(lease)
+        log = self._stored_log or await self._begin()
         number, cursor = log["round"] + 1, log["cursor"]
         touched = dict(self._ahead)
         records, seen, oldest_us, more = 0, 0, None, True
@@ -163,14 +156,14 @@ class Sealer:
             if page.cursor == cursor:
                 more = False
                 break
-            states = await self._states({row[2] for row in page.rows})
+            states = await self._states({row[2] for row in page.rows}, log)
             for row in page.rows:
                 if slices.over:
                     await slices.pause()
                 state = states[row[2]]
                 if row[0] <= state.sequence or state.broken:
                     continue
-                state.add(self._leaf(row, log), row[0], row[3])
+                state.add(leaf_of(salted(row, log["legacy_secret"])), row[0], row[3])
                 records += 1
                 touched[state.id] = state
                 if oldest_us is None or row[3] < oldest_us:
@@ -190,39 +183,18 @@ class Sealer:
         self._shrink()
         return Sealed(records, len(touched) + (platform is not None), more, oldest_us)
 
-    def _leaf(self, row: JournalRow, log: Document) -> bytes:
-        if not row[12]:
-            row = (*row[:12], legacy_salt(log["legacy_secret"], row[1]), *row[13:])
-        return leaf_of(row)
-
     # --- Reading ----------------------------------------------------------------------------------------------
 
-    async def _begin(self, lease: Lease) -> Document:
+    async def _begin(self) -> Document:
         """Read the log, or make it, and the trees that an unfinished round extended."""
-        log = await self._store.get(LOGS, None, LOG)
-        if log is None:
-            new = {
-                "origin": f"strongroom.invalid/{secrets.token_hex(8)}",
-                "round": 0,
-                "cursor": None,
-                "checkpoint": "",
-                "checkpoint_size": 0,
-                "legacy_secret": secrets.token_bytes(32),
-            }
-            try:
-                await self._commit([lease.guard, Create(LOGS, LOG, new)])
-            except AlreadyExists:
-                _log.info("another process has begun to seal the journal")
-            log = await self._store.get(LOGS, None, LOG)
-            if log is None:
-                raise Conflict("the journal's log was removed while it was made")
+        log = await made_log(self._store, self._clock.now_us())
         self._ahead = {}
         after: tuple[str, ...] | None = None
         while True:
             where = Where("round", "==", log["round"] + 1)
             found = await self._store.find(TREES, None, Query(where, limit=MAX_LIMIT, start_after=after))
             for stored in found:
-                state = await self._restored(TreeState(stored["tenant"], stored))
+                state = await self._restored(TreeState(stored["tenant"], stored), log)
                 self._ahead[state.id] = self._trees[state.id] = state
             if len(found) < MAX_LIMIT:
                 break
@@ -239,7 +211,7 @@ class Sealer:
         fitting = MAX_PAGE_BYTES * len(page.rows) // max(size, 1)
         self._limit = max(1, min(4 * self._limit, fitting or self._limit, MAX_CHANGES_PAGE))
 
-    async def _states(self, tenants: set[str | None]) -> dict[str | None, TreeState]:
+    async def _states(self, tenants: set[str | None], log: Document) -> dict[str | None, TreeState]:
         """The trees of these tenants, those that are not in memory from the store."""
         found = {}
         missing = {}
@@ -256,11 +228,11 @@ class Sealer:
             some = ids[at : at + MAX_IN]
             stored = {one["id"]: one for one in await self._store.find(TREES, None, _of_ids(some))}
             for id in some:
-                state = await self._restored(TreeState(missing[id], stored.get(id)))
+                state = await self._restored(TreeState(missing[id], stored.get(id)), log)
                 found[missing[id]] = self._trees[id] = state
         return found
 
-    async def _restored(self, state: TreeState) -> TreeState:
+    async def _restored(self, state: TreeState, log: Document) -> TreeState:
         """The tree with what it needs to be extended; broken, if its records do not agree with it."""
         if state.broken:
             self.broken[state.id] = state.broken
@@ -272,10 +244,10 @@ class Sealer:
             for level, number in state.incomplete_tiles():
                 tile = await self._store.get(TILES, None, tile_id(state.id, level, number))
                 upper[level, number] = tile["hashes"] if tile is not None else b""
-            state.restore(await self._last_leaves(state), upper)
-        except Disagreement as error:
-            await self._break(state, str(error))
-        except ValueError as error:  # a salt of an impossible form
+            reader = TreeReader(self._store, state.document(), log["legacy_secret"])
+            leaves = [_placed(leaf) async for leaf in reader.leaves(state.size - state.size % TILE)]
+            state.restore(leaves, upper)
+        except (Disagreement, ValueError) as error:  # ValueError: a salt, or a round, of an impossible form
             await self._break(state, str(error))
         return state
 
@@ -286,50 +258,6 @@ class Sealer:
         state.broken = self.broken[state.id] = reason
         if state.tenant is not None:
             await self._commit([Patch(TREES, state.id, {"broken": reason}, expected=state.version)])
-
-    async def _last_leaves(self, state: TreeState) -> list[tuple[bytes, int, int]]:
-        """The hash, sequence and time of the leaves after the last complete tile."""
-        begin = state.size - state.size % TILE
-        if begin == state.size:
-            return []
-        after: int | None = None
-        if begin:
-            tile = await self._store.get(TILES, None, tile_id(state.id, 0, begin // TILE - 1))
-            if tile is not None:  # else retention has removed it with its records
-                after = tile["last_sequence"]
-        where = JournalFilter(
-            tenant=state.tenant,
-            platform=state.tenant is None,
-            after_sequence=after,
-            through_sequence=state.sequence,
-        )
-        return await self._leaves(state, where, begin)
-
-    async def _leaves(self, state: TreeState, where: JournalFilter, begin: int) -> list[tuple[bytes, int, int]]:
-        log = await self._store.get(LOGS, None, LOG)
-        if log is None:
-            raise Disagreement("the journal's log was removed")
-        rounds = {}
-        if state.tenant is None:
-            query = Query(Where("index", ">=", begin), ("index",), limit=TILE)
-            rounds = {one["index"]: one for one in await self._store.find(ROUNDS, None, query)}
-        leaves: list[tuple[bytes, int, int]] = []
-
-        def add_rounds() -> None:
-            while (one := rounds.pop(begin + len(leaves), None)) is not None:
-                leaves.append((round_leaf(one["number"], one["entries"]), NO_SEQUENCE, us_from_utc(one["sealed_at"])))
-
-        cursor: str | None = None
-        while len(leaves) <= TILE:
-            page = await self._store.rows(cursor, where, limit=FIRST_ROWS)
-            for row in page.rows:
-                add_rounds()
-                leaves.append((self._leaf(row, log), row[0], row[3]))
-            if page.cursor == cursor:
-                break
-            cursor = page.cursor
-        add_rounds()
-        return leaves
 
     # --- Writing ----------------------------------------------------------------------------------------------
 
@@ -375,7 +303,7 @@ class Sealer:
         changed = {name: value for name, value in log.items() if name in _LOG_FIELDS} | {"cursor": cursor}
         operations: list[Operation] = []
         if platform is None and touched:
-            platform = (await self._states({None}))[None]
+            platform = (await self._states({None}, log))[None]
         if platform is not None:
             if not platform.size and log["round"]:
                 await self._break(platform, "its tree was removed")
@@ -401,9 +329,13 @@ class Sealer:
         self._ahead = {}
 
     def _signed(self, checkpoint: Checkpoint, now_us: int) -> str:
-        if self.signer is None:
-            return str(SignedNote(checkpoint.text))
-        return self.signer.sign(checkpoint, now_us // 1_000_000)
+        """The note, unsigned if there is no key or it cannot be used: records are sealed all the same."""
+        if self.signer is not None:
+            try:
+                return self.signer.sign(checkpoint, now_us // 1_000_000)
+            except ConfigError:  # the signer has logged it, and reports it
+                pass
+        return str(SignedNote(checkpoint.text))
 
     async def _commit(self, operations: Sequence[Operation]) -> tuple[int, ...]:
         committed = await self._store.commit(Batch(None, tuple(operations), self._clock.now_us()))
@@ -420,6 +352,13 @@ class Sealer:
 
 
 _LOG_FIELDS = frozenset(JournalLog.__collection__.fields)
+
+
+def _placed(leaf: Leaf) -> tuple[bytes, int, int]:
+    """The hash, sequence and time of a leaf that is sealed already."""
+    if leaf.row is not None:
+        return leaf.hash, leaf.row[0], leaf.row[3]
+    return leaf.hash, NO_SEQUENCE, us_from_utc(leaf.round["sealed_at"]) if leaf.round is not None else 0
 
 
 def _of_ids(ids: Sequence[str]) -> Query:

@@ -144,7 +144,7 @@ class TreeReader:
                     found += [leaf async for leaf in rounds.at(at + len(found), end)]
                 if at + len(found) >= end:
                     break
-                found.append(Leaf(at + len(found), leaf_of(row := self._salted(row)), row))
+                found.append(Leaf(at + len(found), leaf_of(row := salted(row, self._secret)), row))
             if page.cursor == cursor and rounds is not None:
                 found += [leaf async for leaf in rounds.at(at + len(found), end)]
             at += len(found)
@@ -155,8 +155,10 @@ class TreeReader:
                 return
             cursor, limit = page.cursor, _next_limit(limit, page.rows)
 
-    def _salted(self, row: JournalRow) -> JournalRow:
-        return row if row[12] else (*row[:12], legacy_salt(self._secret, row[1]), *row[13:])
+
+def salted(row: JournalRow, legacy_secret: bytes) -> JournalRow:
+    """A row as it is sealed: a record that is older than salts gets one."""
+    return row if row[12] else (*row[:12], legacy_salt(legacy_secret, row[1]), *row[13:])
 
 
 def _sequences(tile: Document) -> tuple[int, ...]:
@@ -196,4 +198,4 @@ class _RoundReader:
             index += 1
 
 
-__all__ = ["Leaf", "TreeReader"]
+__all__ = ["Leaf", "TreeReader", "salted"]

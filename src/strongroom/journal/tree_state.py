@@ -9,10 +9,10 @@ from ..context import utc_from_us
 from ..entities import Document
 from ..storage.port import Create, Operation, Put
 from .merkle import Frontier, root_of, split
-from .trees import TILE, JournalTile, JournalTree, tile_id, tree_id
+from .tree_reader import TILES
+from .trees import TILE, JournalTree, tile_id, tree_id
 
 TREES = JournalTree.__collection__.name
-TILES = JournalTile.__collection__.name
 TILE_BITS = 8
 NO_SEQUENCE = 0
 """Stands for a round among the sequences of a tile."""
@@ -160,6 +160,20 @@ class TreeState:
     def root(self) -> bytes:
         return self.frontier().root()
 
+    def document(self) -> Document:
+        return {
+            "id": self.id,
+            "tenant": self.tenant,
+            "size": self.size,
+            "sequence": self.sequence,
+            "frontier": self.frontier().to_bytes(),
+            "round": self.round,
+            "previous_size": self.previous_size,
+            "previous_round": self.previous_round,
+            "first_index": self.first_index,
+            "broken": self.broken,
+        }
+
     # --- Committing -------------------------------------------------------------------------------------------
 
     def operations(self, round: int, now_us: int) -> list[Operation]:
@@ -171,18 +185,8 @@ class TreeState:
             Put(TILES, tile_id(self.id, level, number), _upper_tile(self.id, level, number, hashes))
             for (level, number), hashes in self._new_upper.items()
         ]
-        document: Document = {
-            "tenant": self.tenant,
-            "size": self.size,
-            "sequence": self.sequence,
-            "frontier": self.frontier().to_bytes(),
-            "round": self.round,
-            "previous_size": self.previous_size,
-            "previous_round": self.previous_round,
-            "first_index": self.first_index,
-            "sealed_at": utc_from_us(now_us),
-            "broken": "",
-        }
+        document = self.document() | {"sealed_at": utc_from_us(now_us)}
+        del document["id"]
         return [*self._new_tiles, *upper, Put(TREES, self.id, document, expected=self.version)]
 
     def committed(self, version: int) -> None:

@@ -150,6 +150,7 @@ async def _opened(settings: Settings, spans: TracerProvider | None = None) -> As
         lease_s=settings.lease_s,
         lease_folder=settings.lease_dir,
         sign_in=settings.sign_in,
+        signing_key=settings.journal_signing_key,
         tracer_provider=spans,
     ) as room:
         yield room

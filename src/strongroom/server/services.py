@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -13,7 +12,6 @@ from ..app import Strongroom
 from ..client_address import Network
 from ..database import Transaction
 from ..errors import TooManyRequests
-from ..tenants import SignIn
 from .auth import Authenticator, Caller
 from .errors import ShuttingDown
 from .idempotent_calls import Answers
@@ -94,8 +92,6 @@ class Services:
             lambda: room.clock.state().uncertainty_us / 1_000_000,
             largest=True,
         )
-        if room.sign_in is not None:
-            _measure_sign_in(metrics, room.sign_in)
         metrics.counter("strongroom_retries", "Retries after a conflict with another writer.", "what", self._retries)
         lease_manager = room.ledger.lease_manager
         if lease_manager is not None:
@@ -116,6 +112,28 @@ class Services:
             "Pending deliveries in the store.",
             lambda: room.deliveries.waiting,
             largest=True,
+        )
+        sealer = room.sealer
+        metrics.gauge(
+            "strongroom_sealing_lag_seconds",
+            "How long the oldest record that is not sealed has been waiting.",
+            lambda: sealer.behind_s,
+            largest=True,
+        )
+        metrics.gauge(
+            "strongroom_sealing_round_lag_seconds",
+            "Age of the oldest record of the last round when it was sealed.",
+            lambda: sealer.lag_s,
+            largest=True,
+        )
+        metrics.gauge(
+            "strongroom_sealing_unsealed_records",
+            "Committed records that wait to be sealed.",
+            lambda: sealer.unsealed,
+            largest=True,
+        )
+        metrics.counter(
+            "strongroom_sealed", "Rounds of sealing, and the records that they sealed.", "what", sealer.counts
         )
         metrics.gauge("strongroom_watchers", "Open streams of changes.", lambda: self.watchers)
         denials = room.database.denials
@@ -192,21 +210,6 @@ class Services:
     def close(self) -> None:
         """End the streams, because the server stops and a stream never ends by itself."""
         self.closing.set()
-
-
-def _measure_sign_in(metrics: Metrics, sign_in: SignIn) -> None:
-    metrics.counter(
-        "strongroom_tokens",
-        "Tokens that were verified: accepted, refused, unavailable (the issuer's keys or the store).",
-        "result",
-        lambda: sign_in.results,
-    )
-    metrics.gauge(
-        "strongroom_token_keys_age_seconds",
-        "Time since the token issuer's keys were read.",
-        lambda: math.inf if (age_s := sign_in.state().age_s) is None else age_s,
-        largest=True,
-    )
 
 
 def services_of(request: Request) -> Services:

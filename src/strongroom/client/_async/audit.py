@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from datetime import datetime
 
-from .._wire import query
-from ..models import AuditRecord
+from .._wire import decode, query
+from ..models import AuditProof, AuditRecord
 from .transport import AsyncTransport
 
 DEFAULT_PAGE = 100
@@ -45,3 +45,28 @@ class AsyncAudit:
             }
         )
         return self._http.items(AuditRecord, "/v1/audit", {}, wanted, page_size)
+
+    async def checkpoint(self, tenant: str | None = None) -> str:
+        """The latest signed checkpoint of a tenant's tree (None: of the platform's), a C2SP signed note. Keep it: it
+        shows later that the journal was only added to. Raises NotFound if nothing is sealed yet."""
+        if tenant is None:
+            answer = await self._http.send("GET", "/v1/audit/checkpoint")
+        else:
+            answer = await self._http.send("GET", "/v1/audit/{tenant}/checkpoint", {"tenant": tenant})
+        return answer.decode()
+
+    async def inclusion(self, index: int, *, tenant: str | None = None, size: int | None = None) -> AuditProof:
+        """The proof that a record is in the tree: the leaf of this index, in the tree of this size (None: the
+        latest). Raises InvalidInput for an index past the tree."""
+        return await self._proof(tenant, {"index": index, "size": size})
+
+    async def consistency(self, first: int, second: int | None = None, *, tenant: str | None = None) -> AuditProof:
+        """The proof that the tree of size `first` is the beginning of the tree of size `second` (None: the latest)."""
+        return await self._proof(tenant, {"from": first, "to": second})
+
+    async def _proof(self, tenant: str | None, wanted: dict[str, int | None]) -> AuditProof:
+        if tenant is None:
+            answer = await self._http.send("GET", "/v1/audit/proof", query=query(wanted))
+        else:
+            answer = await self._http.send("GET", "/v1/audit/{tenant}/proof", {"tenant": tenant}, query=query(wanted))
+        return decode(AuditProof, answer)

@@ -51,7 +51,7 @@ async def readyz(request: Request) -> Response:
     services = services_of(request)
     room = services.room
     parts = (room.store, room.feed, room.clock, room.background, room.cache, room.sign_in)
-    found = await health.check(*parts, room.database.writes, room.suspended.sentences)
+    found = await health.check(*parts, room.database.writes, room.suspended.sentences, (room.sealer, room.proofs.keys))
     try:
         caller = await services.authenticator.caller(authorization(request.scope["headers"]), request.scope)
         may_see = caller.scope >= Scope.READ
