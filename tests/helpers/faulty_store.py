@@ -114,6 +114,7 @@ class FaultyStore:
     async def rows(
         self, after: str | None = None, where: JournalFilter = WHOLE_JOURNAL, limit: int = MAX_CHANGES_PAGE
     ) -> RowsPage:
+        self.reads.append(("rows", "journal"))
         return await self.store.rows(after, where, limit)
 
     async def rewrite(self, rows: Sequence[JournalRow]) -> int:

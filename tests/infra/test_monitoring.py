@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import missing
+from tests.helpers.issuer import Issuer
 from tests.helpers.paths import ROOT
 from tests.helpers.server_process import running
 
@@ -50,7 +51,9 @@ def test_each_metric_that_is_named_is_in_a_scrape(path: Path, tmp_path: Path) ->
     named = {re.sub(r"_(?:bucket|sum|count)$", "", name) for name in _METRIC.findall(_expressions(path))}
     assert named
     named -= {"strongroom_sealing_lag_seconds"}
-    with running(tmp_path) as server, server.client() as client:
+    issuer = Issuer(url=str(tmp_path / "jwks.json"))
+    Path(issuer.url).write_text(json.dumps({"keys": issuer.keys}))
+    with running(tmp_path, **issuer.environment()) as server, server.client() as client:
         scraped = client.get("/metrics").text
     known = {line.split()[2] for line in scraped.splitlines() if line.startswith("# TYPE")}
     assert named - known == set()

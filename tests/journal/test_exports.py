@@ -72,7 +72,7 @@ async def sealed(room: Strongroom, store: FaultyStore, signer: Signer) -> Faulty
 
 async def exported(store: FaultyStore, signer: Signer, tenant: str | None = "acme", **part: Any) -> bytes:
     tree = await logged_tree(store, tenant)
-    return b"".join([line async for line in export_tree(store, tree, signer.sign, **part)])
+    return b"".join([line async for line in export_tree(store, tree, await tree.checkpoint(signer.sign), **part)])
 
 
 def verified(content: bytes, *keys: VerifierKey, **options: Any) -> Report:

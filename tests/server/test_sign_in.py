@@ -134,7 +134,6 @@ async def test_a_role_that_names_an_unknown_scope_is_refused_and_gives_only_the_
 # --- Who acts -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["sqlite", "json-memory", "firestore"], indirect=True)
 async def test_a_record_names_the_user_and_has_the_claims_of_its_token(url: str) -> None:
     async with signing_in(url) as (served, issuer, _):
         token = issuer.token(roles=["writer"], email="ann@acme.example", deep={"a": [1, 2.5, None, "é"]})
@@ -320,6 +319,19 @@ async def test_a_suspended_user_is_told_why() -> None:
             assert (answer.status, answer.json["detail"]) == (401, sentence)
 
 
+async def test_tokens_of_a_suspended_tenant_are_refused_with_its_reason_until_it_is_resumed() -> None:
+    async with signing_in() as (served, issuer, _):
+        token = issuer.token(roles=["boss"])
+        assert (await served.get("/v1/keys", key=token)).status == 200
+        await served.room.tenants.suspend("acme", "invoice 17 is unpaid")
+        assert await _until(served, token, 403) < PATIENCE_S
+        refused = await served.get("/v1/audit", key=token)
+        assert (refused.status, refused.code) == (403, "tenant_suspended")
+        assert "invoice 17 is unpaid" in refused.json["detail"]
+        await served.room.tenants.resume("acme")
+        await _until(served, token, 200)
+
+
 async def test_a_cached_caller_stops_when_its_token_expires() -> None:
     async with signing_in(leeway_s=0) as (served, issuer, _):
         token = issuer.token(roles=["reader"], exp=int(time.time()) + 2)
@@ -393,6 +405,9 @@ async def test_while_the_issuer_never_answers_tokens_get_503_and_keys_work(monke
             ready = (await served.get("/readyz")).json
             assert (ready["status"], ready["ready"]) == ("degraded", True)
             assert "no whole answer" in ready["dependencies"]["sign_in"]["details"]["error"]
+            text = (await served.client.get("/metrics")).text
+            assert 'strongroom_tokens_total{result="unavailable"} 20.0' in text
+            assert "strongroom_token_keys_age_seconds +Inf" in text
 
 
 async def test_a_token_works_on_a_real_server(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
-"""The audit trail: who changed what, when, with the values before and after. It reads and filters the journal.
+"""The audit trail: who changed what, when, with the values before and after. It searches the journal.
 
-Records come oldest first. Each call reads a bounded part of the journal, so a filter that matches few records costs no
-more than others: the call may return an empty page with a cursor that continues.
+Records come oldest first. The store finds them by an index for each filter. A call makes a bounded number of reads, so
+it may return an empty page with a cursor that continues.
 """
 
 from __future__ import annotations
@@ -9,50 +9,34 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, TypedDict, Unpack
 
 from ..access import ALL_TENANTS, bound_to
 from ..context import Context, us_from_utc, utc_from_us
-from ..cooperative import Slices
+from ..cooperative import Slices, in_slices
 from ..database import Database
 from ..entities import DEFAULT_LIMIT, MAX_CURSOR_BYTES, MAX_LIMIT, MAX_PAGE_BYTES, Page
-from ..errors import Denied, Gone, InvalidInput, Problem
-from ..journal import FIRST_PAGE, MASK, next_limit
-from ..journal.feed import PAGE
+from ..errors import Denied, InvalidInput, NotFound, Problem
+from ..journal import FIRST_PAGE, MASK
+from ..journal.export import export_tree, logged_tree, range_of_times, unsigned
+from ..journal.signed_note import Checkpoint
 from ..keys.model import NAME as KEYS
-from ..storage.port import Record, Store, document_size
+from ..storage import tagged_json
+from ..storage.port import JournalFilter, JournalRow, RowsPage, Store
+from .formats import Format, formatter, header_of
+from .record import AuditRecord
 
-MAX_EXAMINED = 10_000
-"""Records that one call examines; its cursor continues after them. Large records, of which fewer than PAGE are read at
-once, count more, so a call reads MAX_EXAMINED / PAGE pages of about MAX_PAGE_BYTES."""
-OUT_OF_ORDER_US = 3_600 * 1_000_000
-"""Records are in commit order. Clock differences and long calls may put their times out of order, but by less than an
-hour."""
+MAX_READS = 20
+"""Reads of the store that one call makes; its cursor continues after them. Each reads about MAX_PAGE_BYTES at most."""
 NAME = "journal"
 ACTIONS = ("create", "update", "add", "delete", "expire", "deny")
 HASHES = frozenset({"hash", "previous_hash"})
 """Fields of API keys that audit records mask like secrets: an imported hash may have no pepper, so a weak secret could
 be guessed from it. The journal itself keeps them, because the change feed finds keys by them."""
-
-
-@dataclass(frozen=True, slots=True)
-class AuditRecord:
-    """One record. `tenant` is None for the platform's records. `index` is the record's leaf in its tenant's tree; this
-    version seals no records, so it is None. Secrets in `before` and `after` are `***`."""
-
-    sequence: int
-    index: int | None
-    tenant: str | None
-    at: datetime
-    actor: str
-    request_id: str
-    action: str
-    collection: str
-    entity_id: str
-    before: dict[str, Any] | None
-    after: dict[str, Any] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +52,18 @@ class AuditFilter:
     since: datetime | None = None
     until: datetime | None = None
 
-    def matches(self, record: Record) -> bool:
-        for name in ("actor", "action", "collection", "entity_id", "request_id"):
-            wanted = getattr(self, name)
-            if wanted is not None and getattr(record, name) != wanted:
-                return False
-        if self.since is not None and record.at_us < us_from_utc(self.since):
-            return False
-        return self.until is None or record.at_us < us_from_utc(self.until)
+    def rows(self, tenant: str | None) -> JournalFilter:
+        """The filter of the journal's rows, of one tenant or (None) of all."""
+        return JournalFilter(
+            tenant=tenant,
+            actor=self.actor,
+            action=self.action,
+            collection=self.collection,
+            entity_id=self.entity_id,
+            request_id=self.request_id,
+            since_us=us_from_utc(self.since) if self.since is not None else None,
+            until_us=us_from_utc(self.until) if self.until is not None else None,
+        )
 
     def check(self) -> None:
         """Raise InvalidInput with every problem."""
@@ -108,9 +96,10 @@ class AuditGiven(TypedDict, total=False):
 class Audit:
     """The audit trail of one store."""
 
-    def __init__(self, store: Store, database: Database) -> None:
+    def __init__(self, store: Store, database: Database, sign: Callable[[Checkpoint], str] = unsigned) -> None:
         self._store = store
         self._database = database
+        self._sign = sign
 
     async def list(
         self,
@@ -135,37 +124,109 @@ class Audit:
         there may be more records: an empty page can have one.
 
         A caller bound to a tenant reads that tenant's records; other callers read all. Raises Denied for another
-        tenant, InvalidInput, and Gone if retention dropped records after the cursor.
+        tenant, InvalidInput, and Gone for a cursor of a journal that an older copy replaced.
         """
+        rows, next_cursor = await self._rows(wanted, limit, cursor, context)
+        return Page([*await self._audited(rows)], next_cursor)
+
+    async def _rows(
+        self, wanted: AuditFilter, limit: int, cursor: str | None, context: Context | None
+    ) -> tuple[Sequence[JournalRow], str | None]:
+        """The rows of a page, and the next cursor."""
         wanted.check()
         if type(limit) is not int or not 1 <= limit <= MAX_LIMIT:
             raise InvalidInput([Problem("limit", f"found {limit!r}, expected 1 to {MAX_LIMIT}")])
         tenant = await self._tenant(wanted, context)
         name = _fingerprint(wanted, tenant)
-        if cursor is not None:
-            after, skip = _position(cursor, name)
-        else:
-            after, skip = await self._start(wanted, tenant), 0
-        reading = _Reading(wanted, limit)
-        until_us = us_from_utc(wanted.until) + OUT_OF_ORDER_US if wanted.until is not None else None
+        after, skip = _position(cursor, name) if cursor is not None else (None, 0)
+        reading = _Reading(limit)
+        where = wanted.rows(tenant)
         slices = Slices()
-        size = FIRST_PAGE
-        while True:
-            asked = min(size + skip, MAX_LIMIT)
-            page = await self._store.changes(after, tenant=tenant, limit=asked)
-            for number, record in enumerate(page.records):
+        size = min(FIRST_PAGE, limit + 1)
+        for _ in range(MAX_READS):
+            page = await self._store.rows(after, where, min(size + skip, MAX_LIMIT))
+            for number, row in enumerate(page.rows):
                 await slices.pause()
                 if number < skip:
                     continue
-                if reading.is_full(record):
-                    return Page(reading.items, _cursor(name, after, number))
-                if until_us is not None and record.at_us >= until_us:
-                    return Page(reading.items, None)
-                reading.take(record, PAGE / size)
-            if not page.records:
-                return Page(reading.items, None)
+                if reading.is_full(row):
+                    return reading.rows, _cursor(name, after, number)
+                reading.take(row)
+            if page.cursor == after:
+                return reading.rows, None
             after, skip = page.cursor, 0
-            size = next_limit(size, page)
+            size = _next_size(size, page)
+        return reading.rows, _cursor(name, after, 0)
+
+    async def _audited(self, rows: Sequence[JournalRow]) -> Sequence[AuditRecord]:
+        """The rows as audit records, with their indexes."""
+        groups: dict[str | None, list[int]] = {}
+        for row in rows:
+            groups.setdefault(row[2], []).append(row[0])
+        indexes: dict[int, int] = {}
+        for tenant, sequences in groups.items():
+            with suppress(NotFound):  # nothing is sealed yet
+                tree = await logged_tree(self._store, tenant)
+                indexes |= await tree.reader.indexes_of(sequences)
+        return await in_slices(lambda row: audited(row, indexes.get(row[0])), rows)
+
+    async def record(self, sequence: int, tenant: str | None, *, context: Context | None = None) -> AuditRecord:
+        """One record of a tenant, or (None) of the platform. Raises NotFound, Denied."""
+        own = await self._tenant(AuditFilter(tenant), context)
+        where = JournalFilter(tenant=own, platform=own is None, after_sequence=sequence - 1, through_sequence=sequence)
+        cursor: str | None = None
+        while True:
+            page = await self._store.rows(cursor, where, 1)
+            if page.rows:
+                return (await self._audited(page.rows))[0]
+            if page.cursor == cursor:
+                whose = f"tenant {own!r}" if own is not None else "the platform"
+                raise NotFound(f"{whose} has no record with sequence {sequence}")
+            cursor = page.cursor
+
+    # --- Exports and proofs -----------------------------------------------------------------------------------
+
+    async def exported(
+        self, format: Format, wanted: AuditFilter, *, context: Context | None = None
+    ) -> AsyncIterator[bytes]:
+        """The matching records as lines of a format. Raises what `page` raises."""
+        yield header_of(format)
+        line, cursor = formatter(format), None
+        while True:
+            page = await self.page(wanted, limit=MAX_LIMIT, cursor=cursor, context=context)
+            for record in page.items:
+                yield line(record)
+            if page.next_cursor is None:
+                return
+            cursor = page.next_cursor
+
+    async def proved(
+        self,
+        tenant: str | None,
+        *,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        context: Context | None = None,
+    ) -> AsyncIterator[bytes]:
+        """An export of the sealed records of a tenant (None: of the platform) that proves itself, as lines
+        (`journal.export_format`). It has every record of the time range, and those that lie between. Raises NotFound if
+        none is sealed, Denied, InvalidInput."""
+        wanted = AuditFilter(tenant, since=since, until=until)
+        wanted.check()
+        await self._tenant(wanted, context)
+        tree = await logged_tree(self._store, tenant)
+        where = wanted.rows(tenant)
+        found = await range_of_times(self._store, tree, where.since_us, where.until_us)
+        begin, end = found if found is not None else (tree.reader.size, tree.reader.size)
+        note = await tree.checkpoint(self._sign)
+        async for line in export_tree(self._store, tree, note, first=begin, end=end):
+            yield line
+
+    async def checkpoint(self, tenant: str | None, *, context: Context | None = None) -> str:
+        """The latest checkpoint of a tenant's tree (None: of the platform's) as a signed note; unsigned without a key.
+        Raises NotFound if nothing is sealed, Denied."""
+        await self._tenant(AuditFilter(tenant), context)
+        return await (await logged_tree(self._store, tenant)).checkpoint(self._sign)
 
     async def _tenant(self, wanted: AuditFilter, context: Context | None) -> str | None:
         """The tenant whose records are read; None for all. Raises Denied."""
@@ -180,79 +241,62 @@ class Audit:
             raise Denied(f"list {NAME}: {reason}", reason=reason)
         return own
 
-    async def _start(self, wanted: AuditFilter, tenant: str | None) -> str | None:
-        """A cursor before the first record of the time range, found by binary search where cursors are ordered numbers;
-        otherwise, or without `since`, the start of the journal."""
-        if wanted.since is None:
-            return None
-        before_us = us_from_utc(wanted.since) - OUT_OF_ORDER_US
-        end = (await self._store.changes("end")).cursor
-        if not (end.isascii() and end.isdigit()):
-            return None
-        start: str | None = None
-        low, high = 0, int(end)
-        while high - low > FIRST_PAGE:
-            middle = (low + high) // 2
-            try:
-                page = await self._store.changes(str(middle), tenant=tenant, limit=1)
-            except Gone:
-                low = middle
-                continue
-            if page.records and page.records[0].at_us < before_us:
-                start = page.cursor
-                low = max(int(page.cursor), middle + 1)
-            else:
-                high = middle
-        return start
+
+def _next_size(size: int, page: RowsPage) -> int:
+    """How many rows to read next, so that they have about MAX_PAGE_BYTES at most."""
+    if not page.rows:
+        return size
+    fitting = MAX_PAGE_BYTES * len(page.rows) // max(sum(_size(row) for row in page.rows), 1)
+    return max(1, min(2 * size, fitting, MAX_LIMIT))
 
 
 class _Reading:
     """A page under construction."""
 
-    def __init__(self, wanted: AuditFilter, limit: int) -> None:
-        self._wanted = wanted
+    def __init__(self, limit: int) -> None:
         self._limit = limit
-        self.items: list[AuditRecord] = []
+        self.rows: list[JournalRow] = []
         self._bytes = 0
-        self._examined = 0.0
 
-    def is_full(self, record: Record) -> bool:
-        """Whether the page ends before this record."""
-        if self._examined >= MAX_EXAMINED or len(self.items) >= self._limit:
+    def is_full(self, row: JournalRow) -> bool:
+        """Whether the page ends before this row."""
+        if len(self.rows) >= self._limit:
             return True
-        return bool(self.items) and self._wanted.matches(record) and self._bytes + _size(record) > MAX_PAGE_BYTES
+        return bool(self.rows) and self._bytes + _size(row) > MAX_PAGE_BYTES
 
-    def take(self, record: Record, weight: float) -> None:
-        self._examined += weight
-        if self._wanted.matches(record):
-            self._bytes += _size(record)
-            self.items.append(_audited(record))
+    def take(self, row: JournalRow) -> None:
+        self._bytes += _size(row)
+        self.rows.append(row)
 
 
-def _audited(record: Record) -> AuditRecord:
+def audited(row: JournalRow, index: int | None) -> AuditRecord:
+    """A row of the journal as an audit record."""
+    sequence, _, tenant, at_us, actor, request_id, action, collection, entity_id, _, before, after, *_ = row
     return AuditRecord(
-        sequence=record.sequence,
-        index=None,
-        tenant=record.tenant,
-        at=utc_from_us(record.at_us),
-        actor=record.actor,
-        request_id=record.request_id,
-        action=record.action,
-        collection=record.collection,
-        entity_id=record.entity_id,
-        before=_shown(record, record.before),
-        after=_shown(record, record.after),
+        sequence,
+        index,
+        tenant,
+        utc_from_us(at_us),
+        actor,
+        request_id,
+        action,
+        collection,
+        entity_id,
+        _shown(collection, before),
+        _shown(collection, after),
     )
 
 
-def _shown(record: Record, fields: dict[str, Any] | None) -> dict[str, Any] | None:
-    if fields is None or record.collection != KEYS:
+def _shown(collection: str, text: str | None) -> dict[str, Any] | None:
+    fields: dict[str, Any] | None = None if text is None else tagged_json.loads(text)
+    if fields is None or collection != KEYS:
         return fields
     return {name: MASK if name in HASHES and value is not None else value for name, value in fields.items()}
 
 
-def _size(record: Record) -> int:
-    return sum(document_size(part) for part in (record.before, record.after) if part is not None)
+def _size(row: JournalRow) -> int:
+    """About how many bytes a row's documents have."""
+    return len(row[10] or "") + len(row[11] or "")
 
 
 # --- Cursors --------------------------------------------------------------------------------------------------

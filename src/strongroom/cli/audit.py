@@ -1,14 +1,16 @@
-"""`strongroom audit …`: who changed what, when, from what to what."""
+"""`strongroom audit …`: who changed what, when, from what to what; exports, checkpoints and verification."""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import InvalidInput, Problem
-from . import output, shortforms
+from . import audit_verify, output, shortforms
+from .files import check_target, named, write_lines
 from .options import CursorOption, Options, PageOption, with_options
 from .session import JsonOption, StoreOption, in_store
 
@@ -17,12 +19,10 @@ if TYPE_CHECKING:
     from ..audit import AuditFilter, AuditRecord
     from ..entities import Page
 
-app = typer.Typer(help="Read the journal: who changed what, when.", no_args_is_help=True, rich_markup_mode=None)
-
-
-@app.callback()
-def _group() -> None:
-    """Without this callback Typer would drop the name of the group's only command."""
+app = typer.Typer(
+    help="Read, export and verify the journal: who changed what, when.", no_args_is_help=True, rich_markup_mode=None
+)
+app.command("verify")(audit_verify.verify)
 
 
 def _option(help: str, metavar: str | None = None) -> Any:
@@ -83,6 +83,8 @@ def list_records(
             page = type(page)([*page.items, *more.items], more.next_cursor)
         return page
 
+    from ..audit import view
+
     page = in_store(store, read)
     if json:
         output.print_json({"items": [view(record) for record in page.items], "next_cursor": page.next_cursor})
@@ -103,18 +105,129 @@ def list_records(
     output.print_page(columns, rows, page.next_cursor, "there are no records")
 
 
-def view(record: AuditRecord) -> dict[str, Any]:
-    """A record as JSON, as in `GET /v1/audit`."""
-    return {
-        "sequence": record.sequence,
-        "index": record.index,
-        "tenant": record.tenant,
-        "at": record.at,
-        "actor": record.actor,
-        "request_id": record.request_id,
-        "action": record.action,
-        "collection": record.collection,
-        "entity_id": record.entity_id,
-        "before": record.before,
-        "after": record.after,
-    }
+SequenceArgument = Annotated[int, typer.Argument(metavar="SEQUENCE", help="The record's sequence, as `list` has it.")]
+TreeOption = Annotated[str | None, typer.Option("--tenant", help="The tenant; without it the platform.")]
+FormatOption = Annotated[str, typer.Option("--format", metavar="FORMAT", help="jsonl, csv, cef or ocsf (OCSF 1.6).")]
+ProofsOption = Annotated[
+    bool, typer.Option("--proofs", help="Write sealed records with their proofs, for `audit verify FILE`.")
+]
+FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="The file to write; only its owner may read it.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite the file if it is there.")]
+
+
+@app.command("show")
+def show(
+    sequence: SequenceArgument, tenant: TreeOption = None, store: StoreOption = None, json: JsonOption = False
+) -> None:
+    """Show one record, and what it changed field by field.
+
+    \b
+    Example:
+      strongroom audit show 1042 --tenant acme
+    """
+    from ..audit import changes_of, view
+
+    record = in_store(store, lambda room: room.audit.record(sequence, tenant))
+    changes = changes_of(record)
+    if json:
+        output.print_json({**view(record), "changes": changes})
+        return
+    output.print_fields(
+        [
+            ("at", output.moment(record.at)),
+            ("tenant", record.tenant or "(the platform)"),
+            ("actor", record.actor or "(redacted)"),
+            ("action", record.action),
+            ("what", f"{record.collection}/{record.entity_id}" if record.entity_id else record.collection),
+            ("request", record.request_id),
+            ("sequence", str(record.sequence)),
+            ("index", "not sealed yet" if record.index is None else str(record.index)),
+        ]
+    )
+    if changes:
+        output.print_line()
+        rows = [(one["field"], _value(one["before"]), _value(one["after"])) for one in changes]
+        output.print_table(("FIELD", "BEFORE", "AFTER"), rows)
+
+
+def _value(value: Any) -> str:
+    """A value as one line."""
+    import msgspec
+
+    return "" if value is None else value if isinstance(value, str) else msgspec.json.encode(value).decode()
+
+
+@app.command("export")
+@with_options(FILTER, "wanted", _filter)
+def export(
+    *,
+    file: FileArgument,
+    wanted: AuditFilter,
+    format: FormatOption = "jsonl",
+    proofs: ProofsOption = False,
+    force: ForceOption = False,
+    store: StoreOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Write the matching records to a new file.
+
+    With --proofs, the sealed records of one tenant (without --tenant: of the platform) with everything that `audit
+    verify` needs on a machine without the store.
+
+    \b
+    Example:
+      strongroom audit export trail.csv --tenant acme --since 30d --format csv
+      strongroom audit export acme.jsonl --tenant acme --proofs
+    """
+    chosen = _format(format, proofs, wanted)
+
+    async def write(room: Strongroom) -> int:
+        if proofs:
+            lines = room.audit.proved(wanted.tenant, since=wanted.since, until=wanted.until)
+        else:
+            lines = room.audit.exported(chosen, wanted)
+        return await write_lines(file, force, lines)
+
+    with named(file):
+        check_target(file, force)
+    count = in_store(store, write)
+    records = count - 2 if proofs else count - 1  # without the first line, and the last one of proofs
+    if json:
+        output.print_json({"file": str(file), "format": format, "proofs": proofs, "records": records})
+    else:
+        output.print_line(f"wrote {records} records to {file}")
+
+
+def _format(format: str, proofs: bool, wanted: AuditFilter) -> Any:
+    """The format. Raises InvalidInput for one that does not exist, and for filters that proofs cannot have."""
+    from ..audit import FORMATS
+
+    problems = []
+    if format not in FORMATS:
+        problems.append(Problem("--format", f"found {format!r}, expected one of {', '.join(FORMATS)}"))
+    elif proofs and format != "jsonl":
+        problems.append(Problem("--format", f"found {format!r}, expected jsonl: other formats have no proofs"))
+    if proofs:
+        for name in ("actor", "action", "collection", "entity_id", "request_id"):
+            if getattr(wanted, name) is not None:
+                found = "proofs are of all records of a time range: leave this filter out"
+                problems.append(Problem(f"--{name.replace('_', '-')}", found))
+    if problems:
+        raise InvalidInput(problems)
+    return format
+
+
+@app.command("checkpoint")
+def checkpoint(tenant: TreeOption = None, store: StoreOption = None, json: JsonOption = False) -> None:
+    """Print the latest signed checkpoint. Keep it elsewhere: it finds a rewritten journal and an old copy.
+
+    \b
+    Example:
+      strongroom audit checkpoint > checkpoint-2026-12-01
+      strongroom audit checkpoint --tenant acme > acme-checkpoint
+    """
+    note = in_store(store, lambda room: room.audit.checkpoint(tenant))
+    if json:
+        output.print_json({"tenant": tenant, "checkpoint": note})
+    else:
+        output.print_text(note)

@@ -1,14 +1,15 @@
-"""A file that a command writes: complete or absent, readable by its owner only, and durable."""
+"""Files of commands. One that is written is complete or absent, readable by its owner only, and durable."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from ..errors import AlreadyExists
+from ..errors import AlreadyExists, ConfigError, InvalidInput, Problem
+from . import output
 
 
 def check_target(file: Path, force: bool) -> None:
@@ -58,3 +59,35 @@ def _put_in_place(name: str, file: Path, force: bool) -> None:
             if file.exists():
                 raise FileExistsError from None
     os.replace(name, file)
+
+
+@contextmanager
+def named(file: Path) -> Iterator[None]:
+    """Put the file's name into the error. Raises ConfigError for an OSError."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{file}: {(error.strerror or str(error)).lower()}") from None
+
+
+async def write_lines(file: Path, force: bool, lines: AsyncIterator[bytes]) -> int:
+    """Write lines to a new file, with progress. The number of lines. Raises AlreadyExists, ConfigError."""
+    count = 0
+    with named(file), new_file(file, force) as new, output.progress("writing") as progress:
+        async for line in lines:
+            new.write(line)
+            count += 1
+            progress(count, count)
+    return count
+
+
+def small_text(option: str, file: Path, most: int) -> str:
+    """The text of a file that an option names. Raises InvalidInput for one of more than `most` bytes, ConfigError."""
+    with named(file), file.open("rb") as opened:
+        content = opened.read(most + 1)
+    if len(content) > most:
+        raise InvalidInput([Problem(option, f"{file}: found more than {most} bytes")])
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        raise InvalidInput([Problem(option, f"{file}: is not UTF-8 text")]) from None

@@ -58,6 +58,11 @@ def print_line(text: str = "") -> None:
     sys.stdout.write(shown(text) + "\n")
 
 
+def print_text(text: str) -> None:
+    """Print a text of several lines as it is, for a file."""
+    sys.stdout.write(text)
+
+
 def print_note(text: str) -> None:
     """Print a line on standard error, apart from the result."""
     sys.stderr.write(shown(text) + "\n")

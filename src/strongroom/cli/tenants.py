@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import ConfigError, InvalidInput, Problem
+from ..errors import InvalidInput, Problem
 from . import options, output
-from .files import check_target, new_file
+from .files import check_target, named, new_file
 from .options import CursorOption, PageOption, YesOption, confirm, described, must_be_confirmed
 from .session import JsonOption, StoreOption, in_store, operator
 
@@ -170,10 +169,10 @@ def export(
 
     async def work(room: Strongroom) -> int:
         lines = await room.tenants.export(tenant, context=operator())
-        with _named(file), new_file(file, force) as new, output.progress("reading") as progress:
+        with named(file), new_file(file, force) as new, output.progress("reading") as progress:
             return await _written(lines, new, progress)
 
-    with _named(file):
+    with named(file):
         check_target(file, force)
     count = in_store(store, work)
     if json:
@@ -198,7 +197,7 @@ def import_tenant(
     """
 
     def lines() -> Iterator[bytes]:
-        with _named(file), file.open("rb") as opened:
+        with named(file), file.open("rb") as opened:
             yield from opened
 
     told = in_store(store, lambda room: room.tenants.import_file(lines, context=operator()), absent="made")
@@ -282,15 +281,6 @@ def _fields(
 
 
 # --- Files and printing ---------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _named(file: Path) -> Iterator[None]:
-    """Put the file's name into the error."""
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(f"{file}: {(error.strerror or str(error)).lower()}") from None
 
 
 async def _written(lines: Any, new: IO[bytes], progress: Callable[[int, int], None]) -> int:

@@ -99,10 +99,10 @@ async def round_proof(store: Store, tree: LoggedTree) -> RoundProof | None:
 
 
 async def export_tree(
-    store: Store, tree: LoggedTree, sign: Sign = unsigned, *, first: int | None = None, end: int | None = None
+    store: Store, tree: LoggedTree, note: str, *, first: int | None = None, end: int | None = None
 ) -> AsyncIterator[bytes]:
     """The lines of an export of a tree's leaves from `first` (None: the first that is left) to before `end` (None: the
-    last one). Raises Gone if retention drops them meanwhile."""
+    last one). `note`: the tree's checkpoint. Raises Gone if retention drops them meanwhile."""
     reader = tree.reader
     first = reader.first if first is None else first
     end = reader.size if end is None else end
@@ -115,7 +115,7 @@ async def export_tree(
         yield line_of(_line(leaf))
     after = await reader.subtrees(end, reader.size)
     proof = await round_proof(store, tree) if tree.tenant is not None else None
-    yield line_of(Closing(count, after, await tree.checkpoint(sign), proof))
+    yield line_of(Closing(count, after, note, proof))
 
 
 def _line(leaf: Leaf) -> Line:

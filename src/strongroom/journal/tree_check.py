@@ -71,6 +71,9 @@ class TreeCheck:
         if self.id != tree_id(self.tenant):
             self.found("damaged", f"the stored tree {self.id} names a tenant that is not its own")
             return
+        if len(self._edge) != self.size.bit_count() * HASH_BYTES:
+            self.found("damaged", "what is stored of the tree contradicts itself: its size and its right edge")
+            return
         level = 1
         while count := self.first >> (_BITS * level):
             wanted = count % TILE * HASH_BYTES
@@ -149,21 +152,26 @@ class TreeCheck:
 
     async def _differs(self, number: int, tile: Document | None, hashes: bytes, sequences: bytes, root: bytes) -> None:
         """Report the first leaf of a tile that differs from the stored hashes. `tile` is None behind the tree's end."""
-        begin = number * TILE
         if tile is None:
             await self._wrong_size()
-            return
+        elif not await self._is_above(number, root):
+            self._first_difference(number, tile, hashes, sequences)
+        else:
+            where = f"the records {number * TILE} to {(number + 1) * TILE - 1} are whole"
+            self.found("damaged", f"the stored tile {number} of level 0 was changed; {where}")
+
+    def _first_difference(self, number: int, tile: Document, hashes: bytes, sequences: bytes) -> None:
+        """Report the first of these leaves that is not in its place in the stored tile; nothing, if all are."""
+        begin = number * TILE
         if len(tile["hashes"]) != TILE_BYTES or len(tile["sequences"]) != TILE * SEQUENCE_BYTES:
             self.found("damaged", f"the stored tile {number} of level 0 has another length")
             return
         found, stored = split(hashes), split(tile["hashes"])
         found_at, stored_at = numbers(sequences), numbers(tile["sequences"])
-        at = next(n for n in range(TILE) if (found[n], found_at[n]) != (stored[n], stored_at[n]))
-        if await self._is_above(number, root):
-            where = f"the records {begin} to {begin + TILE - 1} are whole"
-            self.found("damaged", f"what is stored of index {begin + at} in its tile was changed; {where}")
-            return
-        self.found(*_difference(found, stored, found_at, stored_at, at, begin), begin + at)
+        for at in range(len(found)):
+            if (found[at], found_at[at]) != (stored[at], stored_at[at]):
+                self.found(*_difference(found, stored, found_at, stored_at, at, begin), begin + at)
+                return
 
     async def _is_above(self, number: int, root: bytes) -> bool:
         """Whether the tile above has this root, so that the records are those that were sealed."""
@@ -191,13 +199,20 @@ class TreeCheck:
 
     async def _wrong_size(self, rounds: Rounds | None = None) -> None:
         position = self.position
-        good, end = await self._window(rounds)
         counts = f"the tree has {self.size} records, the journal has {position}"
+        tile = await self._tile(self._frontier.size // TILE)
+        if tile is not None:  # it was complete once
+            number = tile["number"]
+            self._first_difference(number, tile, bytes(self._leaves), bytes(self._sequences))
+            if not self.bad:
+                self.found("truncated", f"{counts}: those from index {position} on are gone", position)
+            return
+        good, end = await self._window(rounds)
         if position > self.size:
             extra = self._extra(good, end)
             self.found("inserted", f"{counts}: one was put in at index {extra} or later", extra)
-        elif self.seen < self.sequence and good == position:
-            self.found("truncated", f"{counts}: those from index {good} on are gone", good)
+        elif self.seen < self.sequence and end > position:
+            self.found("truncated", f"{counts}: those from index {position} on are gone", position)
         elif end <= good + 1:
             self.found("deleted", f"{counts}: the record at index {good} is gone", good)
         else:
@@ -206,8 +221,9 @@ class TreeCheck:
     async def _wrong_edge(self, rounds: Rounds) -> None:
         """The last leaves do not lead to the stored right edge."""
         above = (self.size // TILE).bit_count()
-        if len(self._edge) != self.size.bit_count() * HASH_BYTES or split(self._edge)[:above] != self._frontier.hashes:
-            self.found("damaged", "the stored right edge of the tree was changed; the tiles agree with the records")
+        sealed = await rounds.entry(self.logged[1], self.id)
+        if sealed == (self.size, self.result.root) or split(self._edge)[:above] != self._frontier.hashes:
+            self.found("damaged", "the stored right edge of the tree was changed; the records are whole")
             return
         good, end = await self._window(rounds)
         if (pair := self._exchanged(good, end)) is not None:
@@ -223,7 +239,7 @@ class TreeCheck:
         index before which one does not. The stored right edge and the rounds tell."""
         begin, leaves = self._frontier.size, split(bytes(self._leaves))
         good, end = begin, self.size
-        edge = split(self._edge)[(self.size // TILE).bit_count() :] if len(self._edge) % HASH_BYTES == 0 else []
+        edge = split(self._edge)[(self.size // TILE).bit_count() :]
         for (level, number), stored in zip(complete_subtrees(begin, self.size), edge, strict=False):
             first, last = number << level, (number + 1) << level
             if last - begin > len(leaves) or root_of(leaves[first - begin : last - begin]) != stored:
@@ -315,21 +331,20 @@ def _difference(
     found: list[bytes], stored: list[bytes], found_at: list[int], stored_at: list[int], at: int, begin: int
 ) -> tuple[Kind, str]:
     """What happened at the first place where a tile differs, from the leaves and sequences around it."""
-    index = begin + at
-    if found_at[at] == stored_at[at]:
-        if not stored_at[at]:
-            return "altered", f"what the round at index {index} sealed was changed"
-        other = found.index(stored[at]) if stored[at] in found else -1
-        if other > at and found[at] == stored[other]:
-            return "swapped", f"the records {index} and {begin + other} were exchanged"
-        return "altered", f"the record at index {index} (sequence {found_at[at]}) is not the one that was sealed"
-    if not stored_at[at]:
-        return "deleted", f"the round at index {index} is gone"
+    index, after = begin + at, at + 1
+    sequence = f"(sequence {found_at[at] or stored_at[at]})"
+    if not stored_at[at] or not found_at[at]:
+        return "damaged", f"what the sealing round at index {index} sealed was changed, or the round is gone"
+    other = found.index(stored[at]) if stored[at] in found else -1
+    if other > at and found[at] == stored[other]:
+        return "swapped", f"the records {index} and {begin + other} were exchanged"
     if found[at] == stored[at]:
         return "altered", f"the record at index {index} has sequence {found_at[at]}, it was sealed with {stored_at[at]}"
-    if not found_at[at] or found_at[at] > stored_at[at]:
+    if found_at[at] < stored_at[at] or other == after:
+        return "inserted", f"at index {index} stands a record {sequence} that was not sealed there"
+    if found_at[at] > stored_at[at] or (after < TILE and found[at] == stored[after]):
         return "deleted", f"the record at index {index} (sequence {stored_at[at]}) is gone"
-    return "inserted", f"at index {index} stands a record (sequence {found_at[at]}) that was never sealed"
+    return "altered", f"the record at index {index} {sequence} is not the one that was sealed"
 
 
 class Rounds:
@@ -343,7 +358,7 @@ class Rounds:
         """A tree's size and root as a round has them."""
         if number not in self._kept:
             document = await self._store.get(ROUNDS, None, round_id(number))
-            self._kept[number] = _entries(document) if document is not None else {}
+            self._kept[number] = entries_of(document) if document is not None else {}
             if len(self._kept) > KEPT_ROUNDS:
                 self._kept.popitem(last=False)
         return self._kept[number].get(tree)
@@ -357,7 +372,7 @@ class Rounds:
             query = Query(Where("id", "<", round_id(last)), ("-id",), limit=MAX_LIMIT)
             page = await self._store.find(ROUNDS, None, query)
             for document in page:
-                entry = _entries(document).get(tree.id)
+                entry = entries_of(document).get(tree.id)
                 if entry is None:
                     continue
                 if entry[0] <= after:
@@ -369,7 +384,7 @@ class Rounds:
         return found[::-1]
 
 
-def _entries(document: Document) -> dict[str, tuple[int, bytes]]:
+def entries_of(document: Document) -> dict[str, tuple[int, bytes]]:
     """A round's entries by tree; none if they are damaged, which its leaf shows."""
     try:
         return {tree: (size, bytes.fromhex(root)) for tree, size, root in json.loads(document["entries"])}
@@ -377,4 +392,4 @@ def _entries(document: Document) -> dict[str, tuple[int, bytes]]:
         return {}
 
 
-__all__ = ["SEQUENCE_BYTES", "Rounds", "TreeCheck", "numbers"]
+__all__ = ["SEQUENCE_BYTES", "Rounds", "TreeCheck", "entries_of", "numbers"]

@@ -8,7 +8,6 @@ number of trees and not with that of records. A caller may pass blocks that othe
 from __future__ import annotations
 
 import struct
-from bisect import bisect_right
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 
@@ -22,10 +21,10 @@ from ..storage.port import MAX_CHANGES_PAGE, JournalRow, Store
 from .export_format import tree_origin
 from .findings import Report, check_note
 from .leaf import leaf_of
-from .merkle import HASH_BYTES
+from .merkle import HASH_BYTES, split
 from .signed_note import Checkpoint, VerifierKey
-from .tree_check import SEQUENCE_BYTES, Rounds, TreeCheck, numbers
-from .trees import LOG, JournalLog, JournalRound, JournalTree, legacy_salt, round_id, round_leaf
+from .tree_check import SEQUENCE_BYTES, Rounds, TreeCheck, entries_of, numbers
+from .trees import LOG, JournalLog, JournalRound, JournalTree, legacy_salt, round_id, round_leaf, tree_id
 
 LOGS = JournalLog.__collection__.name
 TREES = JournalTree.__collection__.name
@@ -117,6 +116,8 @@ class StoreVerification:
         self._next_rounds: deque[Document] = deque()
         self._last_round = 0
         self._late: set[tuple[str | None, int]] = set()
+        self._named: dict[str, int] = {}
+        """The trees that rounds sealed, and how many records the last of them sealed."""
         self.report = Report()
         self.log: Document | None = None
 
@@ -166,27 +167,26 @@ class StoreVerification:
         self.report.checked += block.rows
         for part in block.parts:
             tree = self._trees.get(part.tenant)
-            sequences = numbers(part.sequences)
-            sealed = bisect_right(sequences, tree.sequence) if tree is not None else 0
-            if tree is not None and sealed and not tree.bad:
-                tree.seen = sequences[sealed - 1]
+            if tree is None:
+                self._keep_late(part.tenant, numbers(part.sequences))
+                continue
+            late = [one for one in numbers(part.sequences) if one > tree.sequence]
+            part = _without(part, len(late), tree.sequence) if late else part
+            tree.result.unsealed += len(late)
+            self._keep_late(part.tenant, late)
+            if part.sequences and not tree.bad:
+                tree.seen = int.from_bytes(part.sequences[-SEQUENCE_BYTES:], "big")
                 tree.result.redacted += part.redacted
-                end = sealed * SEQUENCE_BYTES
-                if tree.tenant is None:
-                    await self._add_platform(tree, part, sealed)
-                else:
-                    await tree.add(part.sequences[:end], part.leaves[: sealed * HASH_BYTES])
-            if tree is not None:
-                tree.result.unsealed += len(sequences) - sealed
-            room = MAX_LATE - len(self._late)
-            self._late.update((part.tenant, sequence) for sequence in sequences[sealed : sealed + room])
+                await (tree.add(part.sequences, part.leaves) if tree.tenant is not None else self._platform(tree, part))
 
-    async def _add_platform(self, tree: TreeCheck, part: Part, count: int) -> None:
+    def _keep_late(self, tenant: str | None, sequences: Sequence[int]) -> None:
+        room = MAX_LATE - len(self._late)
+        self._late.update((tenant, sequence) for sequence in sequences[:room])
+
+    async def _platform(self, tree: TreeCheck, part: Part) -> None:
         """Add records of the platform, with the leaves of the rounds that stand between them."""
-        for number in range(count):
+        for leaf, at in zip(split(part.leaves), range(0, len(part.sequences), SEQUENCE_BYTES), strict=True):
             await self._add_rounds(tree)
-            at = number * SEQUENCE_BYTES
-            leaf = part.leaves[number * HASH_BYTES : (number + 1) * HASH_BYTES]
             await tree.add(part.sequences[at : at + SEQUENCE_BYTES], leaf)
 
     async def _add_rounds(self, tree: TreeCheck) -> None:
@@ -202,6 +202,7 @@ class StoreVerification:
             if document["index"] > tree.position:
                 return
             self._next_rounds.popleft()
+            self._named |= {id: size for id, (size, _) in entries_of(document).items()}
             if document["index"] < tree.first:
                 continue
             try:
@@ -224,6 +225,7 @@ class StoreVerification:
                 await tree.check_round(self._rounds, log_round)
         await self._check_log(platform)
         await self._check_saved()
+        self._check_missing()
         await self._check_late()
         return self.report
 
@@ -254,6 +256,19 @@ class StoreVerification:
         message = f"the store has no tree {saved.origin!r} any more, of which {saved.size} records were saved"
         self.report.found(None, "old_copy", message)
 
+    def _check_missing(self) -> None:
+        """Every tree that a round sealed must be there, and not be smaller."""
+        there = {tree.id: tree for tree in self._trees.values()}
+        tenants = {tree_id(tenant): tenant for tenant, _ in self._late}
+        for id, size in self._named.items():
+            if id not in there:
+                tenant = tenants.get(id)
+                whose = "its tree" if tenant is not None else f"the tree {id}"
+                self.report.found(tenant, "damaged", f"{whose} is gone, of which {size} records were sealed")
+            elif there[id].size < size and not there[id].bad:
+                there[id].found("truncated", f"the tree has {there[id].size} records, a round sealed {size}")
+        self._late = {one for one in self._late if tree_id(one[0]) in there or tree_id(one[0]) not in self._named}
+
     async def _check_late(self) -> None:
         """Records that are in no tree must stand after the log's cursor: they wait for the next round."""
         cursor = self.log["cursor"] if self.log is not None else None
@@ -275,6 +290,20 @@ class StoreVerification:
                 f"{len(late)} records, the first with sequence {sequence}, stand among sealed ones and are in no tree"
             )
             self.report.found(tenant, "inserted", message)
+
+
+def _without(part: Part, late: int, sequence: int) -> Part:
+    """A part without its records that come later than a sequence, of which it has so many."""
+    found = numbers(part.sequences)
+    if all(one <= sequence for one in found[: len(found) - late]):
+        kept = len(found) - late
+        return Part(
+            part.tenant, part.sequences[: kept * SEQUENCE_BYTES], part.leaves[: kept * HASH_BYTES], part.redacted
+        )
+    leaves = split(part.leaves)  # not in the order of their sequences: somebody put one in behind
+    kept_ones = [number for number, one in enumerate(found) if one <= sequence]
+    sequences = b"".join(found[number].to_bytes(SEQUENCE_BYTES, "big") for number in kept_ones)
+    return Part(part.tenant, sequences, b"".join(leaves[number] for number in kept_ones), part.redacted)
 
 
 async def verify_store(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -12,6 +13,7 @@ from ..app import Strongroom
 from ..client_address import Network
 from ..database import Transaction
 from ..errors import TooManyRequests
+from ..tenants import SignIn
 from .auth import Authenticator, Caller
 from .errors import ShuttingDown
 from .idempotent_calls import Answers
@@ -92,6 +94,8 @@ class Services:
             lambda: room.clock.state().uncertainty_us / 1_000_000,
             largest=True,
         )
+        if room.sign_in is not None:
+            _measure_sign_in(metrics, room.sign_in)
         metrics.counter("strongroom_retries", "Retries after a conflict with another writer.", "what", self._retries)
         lease_manager = room.ledger.lease_manager
         if lease_manager is not None:
@@ -210,6 +214,21 @@ class Services:
     def close(self) -> None:
         """End the streams, because the server stops and a stream never ends by itself."""
         self.closing.set()
+
+
+def _measure_sign_in(metrics: Metrics, sign_in: SignIn) -> None:
+    metrics.counter(
+        "strongroom_tokens",
+        "Tokens that were verified: accepted, refused, unavailable (the issuer's keys or the store).",
+        "result",
+        lambda: sign_in.results,
+    )
+    metrics.gauge(
+        "strongroom_token_keys_age_seconds",
+        "Time since the token issuer's keys were read.",
+        lambda: math.inf if (age_s := sign_in.state().age_s) is None else age_s,
+        largest=True,
+    )
 
 
 def services_of(request: Request) -> Services:

@@ -13,6 +13,7 @@ import msgspec
 
 from ..clock import Clock
 from ..database import Database
+from ..errors import StrongroomError, Unavailable
 from ..journal import ChangeFeed
 from ..storage.port import Record
 from .directory import Directory, Rights
@@ -59,6 +60,8 @@ class SignIn:
         self._tokens = Tokens(settings, self._jwks, clock)
         self.directory = Directory(database, feed)
         self._expect_active = expect_active
+        self.results = {"accepted": 0, "refused": 0, "unavailable": 0}
+        """How many tokens were verified with which result, since the start."""
 
     def start(self) -> None:
         """Read the issuer's keys, now and again and again. Raises ConfigError for a file that cannot be used."""
@@ -84,8 +87,20 @@ class SignIn:
         self.directory.forget_all()
 
     async def session(self, text: str) -> Session:
-        """The caller of a token. Raises Unauthenticated, which says why the token, or its user is refused;
+        """The caller of a token. Raises Unauthenticated, which says why the token or its user is refused;
         TenantSuspended; Unavailable if the issuer's keys or the store cannot be read."""
+        try:
+            session = await self._session(text)
+        except Unavailable:
+            self.results["unavailable"] += 1
+            raise
+        except StrongroomError:
+            self.results["refused"] += 1
+            raise
+        self.results["accepted"] += 1
+        return session
+
+    async def _session(self, text: str) -> Session:
         token = await self._tokens.verify(text)
         access = await self.directory.access(token.tenant, token.subject, token.roles)
         if access.refusal is not None:

@@ -1,0 +1,283 @@
+"""The owner of a database may change, remove, move or add records behind Strongroom: the verifier says where and what.
+
+Each test is run on each store, with direct SQL, raw writes to Firestore, or an editor on the JSON file.
+"""
+
+from __future__ import annotations
+
+import base64
+import shutil
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+
+from strongroom import Strongroom
+from strongroom.entities import Registry
+from strongroom.journal import TREE_ENTITIES
+from strongroom.journal.export import logged_tree
+from strongroom.journal.findings import Report
+from strongroom.journal.signed_note import Checkpoint, SignedNote, VerifierKey
+from strongroom.journal.trees import tree_id
+from strongroom.journal.verify_store import verify_store
+from strongroom.storage import open_store
+from strongroom.storage.port import Append, Batch, Record, Store
+from tests.conftest import backend_of
+from tests.helpers.owner import Owner, Row, owner_of
+from tests.journal.test_exports import Signer
+
+NOW_US = 1_800_000_000_000_000
+SIZE = 300
+"""Of the tenant's tree: a complete tile, and records after it that were sealed in rounds of ROUND."""
+ROUND = 11
+SCHEMES = ["sqlite", "json"]
+PERSISTENT = pytest.mark.parametrize("scheme", SCHEMES)
+
+
+@dataclass
+class Sealed:
+    """A store with two tenants' trees, closed, and what its owner can do."""
+
+    url: str
+    owner: Owner
+    signer: Signer
+    saved: dict[str, Checkpoint]
+    """A tenant's checkpoint and the platform's, kept elsewhere."""
+
+    async def records(self, tenant: str | None = "acme") -> list[Row]:
+        return await self.owner.records(tenant)
+
+    async def verify(self, saved: str | None = None, *, keys: Sequence[VerifierKey] | None = None) -> Report:
+        async with opened_for_trees(self.url) as store:
+            given = [self.signer.key] if keys is None else keys
+            return await verify_store(store, keys=given, saved=None if saved is None else self.saved[saved])
+
+
+@asynccontextmanager
+async def opened_for_trees(url: str) -> AsyncIterator[Store]:
+    """The store as `audit verify` opens it."""
+    store = await open_store(url)
+    try:
+        await store.prepare(Registry(TREE_ENTITIES).collections)
+        yield store
+    finally:
+        await store.close()
+
+
+def record(tenant: str | None, number: int) -> Append:
+    return Append(
+        Record(
+            f"{tenant}-{number:04}", tenant, NOW_US + number, f"key:{number % 3}", "r", "update", "notes", f"n{number}",
+            {"text": "a"}, {"text": f"b{number}"}, salt=number.to_bytes(16, "big"),
+        )
+    )  # fmt: skip
+
+
+async def append(room: Strongroom, tenant: str | None, begin: int, end: int) -> None:
+    await room.store.commit(Batch(tenant, tuple(record(tenant, number) for number in range(begin, end)), 1))
+
+
+async def seal(url: str, signer: Signer, grow: int = 0) -> dict[str, Checkpoint]:
+    """Append to a new store or an old one, seal it, and give the checkpoints."""
+    async with Strongroom.open(url, sealing=False) as room:
+        room.sealer.sealer.signer = signer
+        if grow:
+            await append(room, "acme", SIZE, SIZE + grow)
+        else:
+            for begin in range(0, 256, 64):
+                await append(room, "acme", begin, begin + 64)
+                await append(room, "beta", begin // 64, begin // 64 + 1)
+                await append(room, None, begin // 64, begin // 64 + 1)
+            for begin in range(256, SIZE, ROUND):
+                await room.sealer.seal_now()
+                await append(room, "acme", begin, begin + ROUND)
+        await room.sealer.seal_now()
+        tree = await logged_tree(room.store, "acme")
+        origin = f"{tree.log['origin']}/tenants/acme"
+        return {
+            "acme": Checkpoint(origin, tree.reader.size, await tree.reader.root(tree.reader.size)),
+            "platform": Checkpoint.parse(SignedNote.parse(tree.log["checkpoint"]).text),
+        }
+
+
+@pytest.fixture
+async def sealed(scheme: str, tmp_path: Path, request: pytest.FixtureRequest) -> Sealed:
+    url, signer = backend_of(scheme, tmp_path, request).new_url(), Signer()
+    saved = await seal(url, signer)
+    return Sealed(url, owner_of(url), signer, saved)
+
+
+def told(report: Report) -> list[tuple[str | None, str, int | None]]:
+    return [(one.tenant, one.kind, one.index) for one in report.findings]
+
+
+# --- One record -----------------------------------------------------------------------------------------------
+
+Tamper = Callable[[Sealed], Awaitable[None]]
+
+
+def altered(index: int, column: str, value: Any) -> Tamper:
+    async def tamper(sealed: Sealed) -> None:
+        old = (await sealed.records())[index]
+        assert column in old
+        await sealed.owner.write(old, {**old, column: value})
+
+    return tamper
+
+
+def removed(begin: int, end: int) -> Tamper:
+    async def tamper(sealed: Sealed) -> None:
+        for old in (await sealed.records())[begin:end]:
+            await sealed.owner.write(old, None)
+
+    return tamper
+
+
+def exchanged(one: int, other: int) -> Tamper:
+    async def tamper(sealed: Sealed) -> None:
+        records = await sealed.records()
+        first, second = records[one], records[other]
+        await sealed.owner.write(first, {**second, "sequence": first["sequence"]})
+        await sealed.owner.write(second, {**first, "sequence": second["sequence"]})
+
+    return tamper
+
+
+async def put_in(sealed: Sealed) -> None:
+    """A record that never was, among the others: at the sequence of another tenant's record."""
+    like, place = (await sealed.records())[64], (await sealed.records("beta"))[0]
+    await sealed.owner.write(place, {**like, "id": "acme-new", "sequence": place["sequence"]})
+
+
+@PERSISTENT
+async def test_a_store_that_nobody_changed_is_whole(sealed: Sealed) -> None:
+    for saved in (None, "acme", "platform"):
+        report = await sealed.verify(saved)
+        assert told(report) == []
+        assert report.signers == [f"log.example (Ed25519, {sealed.signer.key.id.hex()})"]
+        assert {tree.tenant: tree.end for tree in report.trees}["acme"] == SIZE
+    assert [note for note in (await sealed.verify(keys=())).notes if "not checked" in note]
+
+
+@PERSISTENT
+@pytest.mark.parametrize(
+    ("tamper", "kind", "index"),
+    [
+        (altered(10, "actor", "key:other"), "altered", 10),
+        (altered(20, "at_us", 5), "altered", 20),
+        (altered(255, "entity_id", "other"), "altered", 255),
+        (altered(0, "id", "other"), "altered", 0),
+        (altered(280, "request_id", "other"), "altered", range(278, 289)),
+        (exchanged(10, 20), "swapped", 10),
+        (exchanged(11, 12), "swapped", 11),
+        (exchanged(279, 283), "swapped", 279),
+        (removed(10, 11), "deleted", 10),
+        (removed(10, 200), "deleted", 10),
+        (removed(0, 1), "deleted", 0),
+        (removed(280, 281), "deleted", range(278, 281)),
+        (removed(SIZE - 5, SIZE), "truncated", SIZE - 5),
+        (removed(100, SIZE), "truncated", 100),
+        (put_in, "inserted", 64),
+    ],
+    ids=lambda value: value.__qualname__.partition(".")[0] if callable(value) else str(value),
+)
+async def test_the_first_bad_index_is_named_and_what_is_wrong_with_it(
+    tamper: Tamper, kind: str, index: int | range, sealed: Sealed
+) -> None:
+    await tamper(sealed)
+    (found, *more) = [one for one in (await sealed.verify()).findings if one.tenant == "acme"]
+    assert (found.kind, more) == (kind, []), found
+    assert found.index == index if isinstance(index, int) else found.index in index, found
+
+
+# --- The stored trees, and a history that was written anew ----------------------------------------------------
+
+
+async def rewritten(sealed: Sealed, *, signer: Signer) -> None:
+    """The owner changes a record, throws the trees away, and seals everything again under the old name."""
+    (log,) = await sealed.owner.documents("journal_log")
+    for collection in ("journal_trees", "journal_tiles", "journal_rounds"):
+        for document in await sealed.owner.documents(collection):
+            await sealed.owner.write_document(collection, document["id"], None)
+    new = {**log, "round": 0, "cursor": None, "checkpoint": "", "checkpoint_size": 0}
+    await sealed.owner.write_document("journal_log", "log", new)
+    await altered(10, "actor", "key:other")(sealed)
+    async with Strongroom.open(sealed.url, sealing=False) as room:
+        room.sealer.sealer.signer = signer
+        await room.sealer.seal_now()
+
+
+@PERSISTENT
+async def test_a_history_that_was_sealed_anew_with_another_key_is_found_by_the_key(sealed: Sealed) -> None:
+    await rewritten(sealed, signer=Signer())
+    assert told(await sealed.verify()) == [(None, "signature", None)]
+
+
+@PERSISTENT
+async def test_a_history_that_was_sealed_anew_with_the_same_key_is_found_by_a_saved_checkpoint(sealed: Sealed) -> None:
+    await rewritten(sealed, signer=sealed.signer)
+    assert told(await sealed.verify()) == [], "who has database and key can sign everything again"
+    assert told(await sealed.verify("acme")) == [("acme", "forked", None)]
+    assert [kind for _, kind, _ in told(await sealed.verify("platform"))] in (["forked"], ["old_copy"])
+
+
+@pytest.mark.parametrize("scheme", ["sqlite", "json"])
+async def test_an_old_copy_that_was_put_back_is_found_by_a_saved_checkpoint(sealed: Sealed, tmp_path: Path) -> None:
+    file = Path(unquote(sealed.url.partition(":///")[2]))
+    shutil.copyfile(file, tmp_path / "old")
+    sealed.saved = await seal(sealed.url, sealed.signer, grow=3)
+    assert told(await sealed.verify("acme")) == []
+    shutil.copyfile(tmp_path / "old", file)
+    assert told(await sealed.verify()) == []
+    assert told(await sealed.verify("acme")) == [("acme", "old_copy", SIZE)]
+    assert [kind for _, kind, _ in told(await sealed.verify("platform"))] == ["old_copy"]
+
+
+@PERSISTENT
+@pytest.mark.parametrize(
+    ("collection", "field", "expected"),
+    [
+        ("journal_tiles", "hashes", ("acme", "damaged")),
+        ("journal_tiles", "sequences", ("acme", "damaged")),
+        ("journal_trees", "frontier", ("acme", "damaged")),
+        ("journal_trees", "size", ("acme", "damaged")),
+        ("journal_rounds", "entries", (None, "altered")),
+        ("journal_log", "checkpoint", (None, "signature")),
+        ("journal_tiles", None, ("acme", "damaged")),
+        ("journal_trees", None, ("acme", "damaged")),
+        ("journal_rounds", None, (None, "deleted")),
+        ("journal_log", None, (None, "damaged")),
+    ],
+)
+async def test_a_change_of_what_is_stored_of_the_trees_is_found(
+    collection: str, field: str | None, expected: tuple[str | None, str], sealed: Sealed
+) -> None:
+    documents = await sealed.owner.documents(collection)
+    old = documents[0] if collection in ("journal_rounds", "journal_log") else next(iter_of("acme", documents))
+    new = None if field is None else {**old, field: spoiled(old[field], field)}
+    await sealed.owner.write_document(collection, old["id"], new)
+    found = told(await sealed.verify())
+    assert expected in [(tenant, kind) for tenant, kind, _ in found], found
+
+
+def iter_of(tenant: str, documents: list[Row]) -> Iterator[Row]:
+    wanted = tree_id(tenant)
+    return (one for one in documents if one["id"] == wanted or one["id"].startswith(f"{wanted}-0-"))
+
+
+def spoiled(value: Any, field: str) -> Any:
+    """A value of a document with one bit or character changed, in the form that the store has."""
+    if isinstance(value, int):
+        return value - 1
+    if isinstance(value, bytes):
+        return value[:-1] + bytes([value[-1] ^ 1])
+    if isinstance(value, dict):
+        return {"$bytes": base64.b64encode(spoiled(base64.b64decode(value["$bytes"]), field)).decode()}
+    if field == "checkpoint":  # the size, so that it is still a note
+        origin, _, rest = value.partition("\n")
+        return f"{origin}\n1{rest}"
+    return value.replace('"]', '0"]', 1) if field == "entries" else value[::-1]
