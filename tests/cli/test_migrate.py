@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from benchmarks.migrate import fill
-from strongroom import config
+from strongroom import Strongroom, config
 from strongroom.cli import migrate as command
 from tests.cli.test_cli import Run, process, run
 from tests.helpers.server_process import running
@@ -39,6 +39,40 @@ def source(run: Run, tmp_path: Path) -> str:
 def rows(file: Path, table: str = "api_keys") -> list[Any]:
     with sqlite3.connect(f"file:{file}?mode=ro", uri=True) as connection:
         return connection.execute(f"SELECT id, name, hash, created_at FROM {table} ORDER BY id").fetchall()
+
+
+def sealed(url: str) -> None:
+    """Seal the journal, as a server does."""
+
+    async def seal() -> None:
+        async with Strongroom.open(url, sealing=False) as room:
+            await room.sealer.seal_now()
+
+    asyncio.run(seal())
+
+
+def test_migrate_reports_that_the_journals_trees_have_equal_roots(run: Run, source: str, tmp_path: Path) -> None:
+    sealed(source)
+    moved = run("migrate", "--from", source, "--to", f"sqlite:///{tmp_path}/first.db")
+    assert moved.status == 0
+    assert re.search(r"^equal roots +2 trees$", moved.out, re.MULTILINE), moved.out
+    again = run(
+        "migrate", "--from", f"sqlite:///{tmp_path}/first.db", "--to", f"json:///{tmp_path}/second.json", "--json"
+    )
+    assert again.status == 0
+    assert (again.json["trees"]["trees"], again.json["trees"]["unequal"]) == (2, 0)
+
+
+def test_migrate_names_a_record_that_was_changed_behind_strongroom(run: Run, source: str, tmp_path: Path) -> None:
+    sealed(source)
+    with sqlite3.connect(tmp_path / "store.db") as connection:
+        connection.execute("UPDATE _journal SET actor = 'eve' WHERE id = (SELECT max(id) FROM _journal)")
+    moved = run("migrate", "--from", source, "--to", f"sqlite:///{tmp_path}/target.db")
+    assert moved.status == 1
+    assert re.search(r"^equal roots +1 of 2 trees$", moved.out, re.MULTILINE), moved.out
+    assert "the journal of tenant 'default' differs at index" in moved.err
+    assert moved.err.count("differs at index") == 1
+    assert re.search(r"^stands at +following$", moved.out, re.MULTILINE), "the target stays closed"
 
 
 def test_migrate_plans_moves_and_reports(run: Run, source: str, tmp_path: Path) -> None:

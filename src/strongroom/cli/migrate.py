@@ -29,7 +29,7 @@ from .session import (
 
 if TYPE_CHECKING:
     from ..entities import Collection
-    from ..migrate import Options, Plan, Progress, Report
+    from ..migrate import Options, Plan, Progress, Report, TreesReport
     from ..storage.port import Store
 
 T = TypeVar("T")
@@ -72,7 +72,8 @@ def migrate(
 
     Documents keep their id, their times and every value; the target assigns new versions. After an interruption the
     same command continues. The source is only read; with --live, its writes are turned off for the switch-over. Both
-    stores are compared by count and checksum, for each collection and tenant: exit status 1 if they differ.
+    stores are compared by count and checksum, for each collection and tenant, and by the root of each of the journal's
+    trees: exit status 1 if they differ.
     STRONGROOM_ENTITIES names your own entities. This command ignores --store. For PostgreSQL, --to is the URL of the
     schema's owner; the nodes later use the application role.
 
@@ -310,8 +311,13 @@ def _print_report(report: Report) -> None:
             output.print_note(f"strongroom: {difference}")
     if report.target_records not in (None, report.records):
         output.print_note("strongroom: the journal's records differ between source and target")
+    if report.trees is not None:
+        for tree in report.trees.differences:
+            output.print_note(f"strongroom: {tree}")
     fields = [("from", report.source), ("to", report.target), ("stands at", report.phase)]
     fields.append(("journal records", str(report.records)))
+    if report.trees is not None:
+        fields.append(("equal roots", _roots(report.trees)))
     if report.followed:
         fields.append(("followed", f"{report.followed} records written meanwhile"))
     if report.late:
@@ -326,6 +332,16 @@ def _print_report(report: Report) -> None:
     output.print_fields(fields)
     for note in report.notes:
         output.print_line(f"note: {note}")
+
+
+def _roots(trees: TreesReport) -> str:
+    """How many of the journal's trees have the same root in both stores."""
+    equal = trees.trees - trees.unequal
+    if trees.unequal:
+        return f"{equal} of {trees.trees} trees"
+    if not trees.carried:
+        return f"{equal} trees (but the target had a journal of its own, and begins a log of its own)"
+    return f"{equal} trees"
 
 
 def _verdict(equal: bool) -> str:

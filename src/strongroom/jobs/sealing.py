@@ -128,6 +128,7 @@ class Sealing:
             await asyncio.sleep(pause_s)
             began = time.monotonic()
             if self._refused():
+                await self._last_round()
                 await asyncio.sleep(REFUSED_S)
                 continue
             try:
@@ -146,6 +147,18 @@ class Sealing:
             told.succeeded()
             if wait_s:
                 await asyncio.sleep(wait_s)
+
+    async def _last_round(self) -> None:
+        """Seal what was written before writes were turned off, as long as this node has the lease, which it cannot
+        renew any more."""
+        if self._lease is None or time.monotonic() >= self._until or not self._woken.is_set():
+            return
+        try:
+            async with self._one:
+                if (await self._round(self._lease)).more:
+                    self._wake()
+        except StrongroomError as error:
+            _log.info("the last round of sealing is left to the next process: %s", error.message)
 
     async def _step(self) -> float:
         """One round, if this node has the lease or gets it. Returns for how long nothing is to be done."""

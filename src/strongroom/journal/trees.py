@@ -22,6 +22,8 @@ PLATFORM = "platform"
 """The id of the platform's tree."""
 JOURNAL = "journal"
 """The collection that records about the journal itself name: redactions, retention, new keys."""
+REDACT = "redact"
+"""The action of the record of a redaction."""
 ROUND_VERSION = "strongroom-round/1"
 
 
@@ -153,6 +155,7 @@ __all__ = [
     "JOURNAL",
     "LOG",
     "PLATFORM",
+    "REDACT",
     "TILE",
     "TREE_ENTITIES",
     "Entry",

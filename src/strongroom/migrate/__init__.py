@@ -9,9 +9,10 @@ from .plan import Plan, PlannedPart
 from .prove import PartReport, Report
 from .run import migrate, plan
 from .state import Migration, MigrationPart, Options, Phase, Progress
+from .trees import TreeDifference, TreesReport
 from .undo import abort, roll_back
 
 __all__ = [
     "Difference", "Migration", "MigrationPart", "Options", "PartReport", "Phase", "Plan", "PlannedPart", "Progress",
-    "Report", "abort", "migrate", "plan", "roll_back",
+    "Report", "TreeDifference", "TreesReport", "abort", "migrate", "plan", "roll_back",
 ]  # fmt: skip

@@ -73,7 +73,7 @@ def encoded_record(record: Record) -> bytes:
     """A journal record as canonical bytes, without its sequence, which each store assigns."""
     head = (record.id, record.tenant, record.at_us, record.actor, record.request_id, record.action)
     rest = (record.collection, record.entity_id, tagged(record.before), tagged(record.after), record.version)
-    return _encode((*head, *rest))
+    return _encode((*head, *rest, record.salt, tagged(record.claims), record.rules))
 
 
 def record_digest(encoded: bytes) -> int:

@@ -12,6 +12,8 @@ import random
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing
 
+from msgspec import structs
+
 from ..entities import And, Document, Query, Where
 from ..errors import (
     AlreadyExists,
@@ -20,12 +22,15 @@ from ..errors import (
     NotFound,
     Unavailable,
 )
+from ..journal.trees import JOURNAL, legacy_salt
+from ..storage.journal_rows import record_of
 from ..storage.port import (
     Append,
     Batch,
     ChangesPage,
     Create,
     Delete,
+    JournalRow,
     Operation,
     Record,
     document_size,
@@ -35,6 +40,7 @@ from .state import (
     BATCH_BYTES,
     NOT_MOVED,
     PARTS,
+    STORE_STATE,
     MigrationPart,
     Part,
     ProgressChain,
@@ -226,14 +232,12 @@ async def copy_journal(run: Run) -> None:
         async with Pipeline(run.target) as pipeline:
             copy = JournalCopy(run)
             cursor = run.journal.position
-            following = asyncio.ensure_future(run.source.changes(cursor, limit=_room(run)))
+            following = asyncio.ensure_future(records(run, cursor, _room(run)))
             try:
-                while True:
-                    page, encoded = await bounded(run, cursor, await following)
-                    if not encoded:
-                        break
+                while (whole := await following).cursor != cursor:
+                    page, encoded = await bounded(run, cursor, whole)
                     cursor = page.cursor
-                    following = asyncio.ensure_future(run.source.changes(cursor, limit=_room(run)))
+                    following = asyncio.ensure_future(records(run, cursor, _room(run)))
                     await pipeline.commit(*copy.batch(page, encoded))
             finally:
                 following.cancel()
@@ -257,7 +261,7 @@ class JournalCopy:
         total = int(before.checksum, 16)
         if run.migration.journal:
             for record, text in zip(page.records, encoded, strict=True):
-                if record.collection not in NOT_MOVED:
+                if run.migration.carried or record.collection not in NOT_MOVED:
                     kept.append(Append(record))
                     total = (total + record_digest(text)) % MODULUS
         previous = self._chain.previous()
@@ -276,7 +280,7 @@ class JournalCopy:
 def moved_records(run: Run, records: Iterable[Record]) -> list[Record]:
     """The records without those about the stores themselves. Raises InvalidInput for an undeclared collection."""
     moved = [record for record in records if record.collection not in NOT_MOVED]
-    unknown = {r.collection for r in moved} - run.collections.keys() - set(run.options.ignore)
+    unknown = {r.collection for r in moved} - run.collections.keys() - {JOURNAL, *run.options.ignore}
     if unknown:
         names = ", ".join(sorted(unknown))
         raise InvalidInput(
@@ -284,6 +288,26 @@ def moved_records(run: Run, records: Iterable[Record]) -> list[Record]:
             f"STRONGROOM_ENTITIES, or skip them with --ignore {' --ignore '.join(sorted(unknown))}"
         )
     return moved
+
+
+async def records(run: Run, cursor: str | None, limit: int) -> ChangesPage:
+    """The source's records after a cursor, as the target's journal gets them. An equal cursor says that it was the end.
+
+    Not by `changes`, which refuses to read behind records that retention has dropped.
+    """
+    page = await run.source.rows(cursor, limit=limit)
+    return ChangesPage(tuple(moved_record(run, row) for row in page.rows), page.cursor)
+
+
+def moved_record(run: Run, row: JournalRow) -> Record:
+    """A record of the source as the target's journal gets it."""
+    record = record_of(row)
+    if not record.salt and run.legacy_secret:
+        record = structs.replace(record, salt=legacy_salt(run.legacy_secret, record.id))
+    if record.collection == STORE_STATE.name:
+        # A process on the target takes a record of a greater version for news about its own store.
+        record = structs.replace(record, version=1)
+    return record
 
 
 def _room(run: Run) -> int:
@@ -300,5 +324,5 @@ async def bounded(run: Run, cursor: str | None, page: ChangesPage) -> tuple[Chan
     for count, record in enumerate(page.records):
         size += sum(document_size(part) for part in (record.before, record.after) if part)
         if size > BATCH_BYTES and count:
-            return await run.source.changes(cursor, limit=count), encoded[:count]
+            return await records(run, cursor, count), encoded[:count]
     return page, encoded

@@ -22,6 +22,7 @@ from .copy import (
     bounded,
     free_unique_values,
     moved_records,
+    records,
     with_retries,
 )
 from .state import Part, Run, now_us
@@ -45,8 +46,8 @@ async def follow(run: Run, *, closely: bool = False) -> int:
     async def work() -> None:
         nonlocal found
         while True:
-            page = await run.source.changes(run.journal.position, limit=limit)
-            if not page.records:
+            page = await records(run, run.journal.position, limit)
+            if page.cursor == run.journal.position:
                 return
             at_end = len(page.records) < limit
             changed = await _apply(run, *await bounded(run, run.journal.position, page))
@@ -63,9 +64,9 @@ async def follow(run: Run, *, closely: bool = False) -> int:
 async def _apply(run: Run, page: ChangesPage, encoded: Sequence[bytes]) -> int:
     """Write the documents first, then the records with the cursor. After a kill between the two the documents are
     written again, with the same result."""
-    records = moved_records(run, page.records)
+    moved = moved_records(run, page.records)
     ids: dict[tuple[str, str | None], dict[str, None]] = {}
-    for record in records:
+    for record in moved:
         collection = run.collections.get(record.collection)
         if collection is not None and record.entity_id and (record.tenant is not None or not collection.tenant_scoped):
             key = collection.name, record.tenant if collection.tenant_scoped else None
@@ -75,7 +76,7 @@ async def _apply(run: Run, page: ChangesPage, encoded: Sequence[bytes]) -> int:
     batch, committed = JournalCopy(run).batch(page, encoded)
     await run.target.commit(batch)
     committed()
-    return len(records)
+    return len(moved)
 
 
 async def equalise(run: Run, part: Part, ids: Sequence[str]) -> None:

@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from ..database.write_state import WRITES
 from ..entities import Aggregate
 from ..errors import InvalidInput, Problem
-from ..storage.port import ChangeKind, SchemaChange, SchemaRights, Store, unwrapped
-from .copy import moved_records
+from ..journal.trees import LOG, JournalLog
+from ..storage.port import MAX_CHANGES_PAGE, ChangeKind, SchemaChange, SchemaRights, Store, unwrapped
+from .copy import moved_records, records
 from .state import (
     CURRENT,
     MIGRATIONS,
     NOT_MOVED,
     OWN,
     STORE_STATE,
+    TREES,
     UNDOING,
     Part,
     Phase,
@@ -31,6 +33,7 @@ TYPICAL_WRITES_PER_S = {"sqlite": 35_000, "json": 2_000, "postgresql": 25_000, "
 """Documents a second into each engine, measured by `python -m benchmarks.migrate`; only used for the estimate."""
 _NAMED = 5
 _COUNT = Aggregate("count")
+LOG_COLLECTION = JournalLog.__collection__.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +87,9 @@ async def make_plan(run: Run) -> Plan:
     if run.options.ignore:
         notes.append(f"not moved, because of --ignore: {', '.join(run.options.ignore)}")
     if run.options.overwrite:
-        notes.append("the target's journal stays: the source's records are appended to it")
+        notes.append(
+            "a journal of the target's own stays: the source's records are appended to it, and its log begins anew"
+        )
     notes.append("the target assigns its own versions: a client's ETag will not match, and the client reads again")
     read_s = time.perf_counter() - began
     rate = TYPICAL_WRITES_PER_S.get(run.target.capabilities.name, min(TYPICAL_WRITES_PER_S.values()))
@@ -103,7 +108,7 @@ async def _read_through(run: Run, part: Part, before: int) -> int:
 
 async def _read_journal(run: Run) -> int:
     cursor, count = None, 0
-    while (page := await run.source.changes(cursor)).records:
+    while (page := await records(run, cursor, MAX_CHANGES_PAGE)).cursor != cursor:
         cursor = page.cursor
         count += len(moved_records(run, page.records))
         run.progress("reading the source's journal", count, None)
@@ -153,6 +158,9 @@ async def open_source(run: Run) -> list[Problem]:
     """
     absent, problems = await open_as_it_is(run.source, run, "--from")
     run.existing = () if problems else tuple(c for c in run.declared if c.name not in absent)
+    run.source_is_sealed = not problems and absent.isdisjoint(collection.name for collection in TREES)
+    if run.source_is_sealed and (log := await run.source.get(LOG_COLLECTION, None, LOG)) is not None:
+        run.legacy_secret = log["legacy_secret"]
     if run.options.live and STORE_STATE.name in absent:
         problems.append(
             Problem(
@@ -203,7 +211,7 @@ async def open_target(run: Run) -> list[Problem]:
     if existing:
         what = ", ".join(existing[:_NAMED]) + (" …" if len(existing) > _NAMED else "")
         return [Problem("--to", f"is not empty ({what}): --overwrite replaces this, after a backup of it")]
-    if not same and await _has_journal(run.target):
+    if not same and await has_journal(run.target):
         return [Problem("--to", "its journal has records of its own: take a new store, or --overwrite to append to it")]
     return []
 
@@ -226,11 +234,12 @@ async def _existing_in(run: Run, absent: set[str]) -> dict[str, int]:
     return counts
 
 
-async def _has_journal(store: Store) -> bool:
+async def has_journal(store: Store) -> bool:
+    """Whether the store's journal has records, but for those about the store itself."""
     cursor = None
-    while (page := await store.changes(cursor)).records:
+    while (page := await store.rows(cursor)).cursor != cursor:
         cursor = page.cursor
-        if any(record.collection not in NOT_MOVED for record in page.records):
+        if any(row[7] not in NOT_MOVED for row in page.rows):
             return True
     return False
 

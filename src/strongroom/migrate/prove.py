@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
+from ..storage.journal_rows import record_of
 from .checksum import MODULUS, SetSum, encoded_record, record_digest
 from .compare import Comparison, Difference, set_sum
 from .state import NOT_MOVED, Part, Phase, Run, committed_progress
 from .streams import parts
+from .trees import TreesReport, carry_trees
 
 MAX_DIFFERENCES = 10
 """Differing documents that a report names for each part."""
@@ -34,13 +36,15 @@ class PartReport:
 
 @dataclass(slots=True)
 class Report:
-    """The result of a call. `phase`: the migration's phase. `late`: journal records that came after every process
-    should have known that writes are off. `pause_s`: how long writes were off before the migration was done."""
+    """The result of a call. `trees`: those of the journal, once they were compared. `phase`: the migration's phase.
+    `late`: journal records that came after every process should have known that writes are off. `pause_s`: how long
+    writes were off before the migration was done."""
 
     source: str
     target: str
     phase: str
     parts: list[PartReport] = field(default_factory=list)
+    trees: TreesReport | None = None
     records: int = 0
     target_records: int | None = None
     followed: int = 0
@@ -58,7 +62,8 @@ class Report:
     @property
     def equal(self) -> bool:
         """Whether everything that was compared is equal."""
-        return all(part.equal for part in self.parts) and self.target_records in (None, self.records)
+        documents = all(part.equal for part in self.parts)
+        return documents and self.target_records in (None, self.records) and (self.trees is None or self.trees.equal)
 
     @property
     def is_done(self) -> bool:
@@ -79,6 +84,16 @@ async def prove(run: Run, report: Report, *, again: bool) -> None:
                 report.parts.append(one)
     if run.migration.journal:
         report.records, report.target_records = run.journal.count, await count_journal(run)
+
+
+async def prove_trees(run: Run, report: Report) -> None:
+    """Compare the root of each of the journal's trees with the one that the target's records lead to. Nobody may seal
+    either journal meanwhile."""
+    report.trees = TreesReport()
+    if run.migration.journal:
+        await carry_trees(run, report.trees)
+        # Less than before, if retention has removed records from both.
+        report.records = report.target_records = run.journal.count
 
 
 async def _summed(run: Run, part: Part) -> PartReport:
@@ -106,16 +121,18 @@ def _part_report(part: Part, source: SetSum, target: SetSum, named: Sequence[Dif
 
 
 async def count_journal(run: Run) -> int:
-    """The number of copied records in the target's journal; -1 if the number is right but the checksum is not."""
+    """The number of copied records in the target's journal, and of later ones that are not about the store itself; -1
+    if the number is right but the checksum is not."""
     cursor, count, total = run.migration.target_cursor, 0, 0
-    while (page := await run.target.changes(cursor)).records:
+    carried, copied = run.migration.carried, run.journal.count
+    while (page := await run.target.rows(cursor)).cursor != cursor:
         cursor = page.cursor
-        for record in page.records:
-            if record.collection not in NOT_MOVED:
+        for row in page.rows:
+            if (carried and count < copied) or row[7] not in NOT_MOVED:
                 count += 1
-                total = (total + record_digest(encoded_record(record))) % MODULUS
-        run.progress("comparing the journal", count, run.journal.count)
-    return -1 if count == run.journal.count and f"{total:064x}" != run.journal.checksum else count
+                total = (total + record_digest(encoded_record(record_of(row)))) % MODULUS
+        run.progress("comparing the journal", count, copied)
+    return -1 if count == copied and f"{total:064x}" != run.journal.checksum else count
 
 
 def fill(run: Run, report: Report) -> None:

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ..context import new_id
-from ..entities import Collection
+from ..entities import INT64_MAX, Collection
 from ..errors import InvalidInput, Problem, Unavailable
 from ..journal import POLL_S
 from ..storage.port import Batch, Put, Store
@@ -21,6 +21,7 @@ from .follow import equalise, follow, reconcile
 from .plan import (
     Plan,
     count_documents,
+    has_journal,
     make_plan,
     open_source,
     open_target,
@@ -29,7 +30,8 @@ from .plan import (
     same_store,
     wrong_options,
 )
-from .prove import PartReport, Report, fill, prove
+from .prove import PartReport, Report, fill, prove, prove_trees
+from .redactions import copy_redactions
 from .state import (
     CURRENT,
     MIGRATIONS,
@@ -43,12 +45,17 @@ from .state import (
     fence,
     no_progress,
     now_us,
+    sealing_allowed,
+    sealing_stopped,
 )
+from .trees import remove_trees, source_log
 
 NOTICE_S = 4 * POLL_S
 """The longest time until every process of the source has read in the journal that writes are off."""
 MAX_NOTICE_S = 30.0
 """How long the source's journal may keep growing after that before the switch-over fails."""
+LAST_ROUND_S = 4.0
+"""How long the switch-over waits for the source's processes to seal what they wrote last."""
 MAX_ROUNDS = 4
 """How often late writes are copied and everything is compared again."""
 
@@ -122,6 +129,7 @@ async def _start(run: Run) -> None:
     end = (await run.target.changes("end")).cursor
     same = before is not None and before.source == options.source
     cursor = (run.journal.position or before.cursor) if same and before is not None else None
+    carried = options.journal and cursor is None and not await has_journal(run.target)
     if not options.journal and cursor is None:
         cursor = (await run.source.changes("end")).cursor
     state = Migration(
@@ -131,6 +139,7 @@ async def _start(run: Run) -> None:
         nonce=new_id(),
         live=options.live,
         journal=options.journal,
+        carried=carried,
         cursor=cursor,
         target_cursor=end,
         backup=kept,
@@ -140,11 +149,11 @@ async def _start(run: Run) -> None:
     document = Migration.__codec__.encode(state)
     first = Put(MIGRATIONS.name, CURRENT, document)
     fenced = fence(False, "a migration into this store is under way", options.source, at=1)
-    await run.target.commit(Batch(None, (first, *fenced), now_us()))
+    await run.target.commit(Batch(None, (first, *fenced, await sealing_stopped(run.target)), now_us()))
     await run.load()
     if await same_store(run):
         lifted = fence(state.fence is None, state.fence or "")
-        await run.target.commit(Batch(None, lifted, now_us()))
+        await run.target.commit(Batch(None, (*lifted, *await sealing_allowed(run.target)), now_us()))
         await run.save(phase=Phase.ROLLED_BACK)
         refuse([Problem("--to", "is the source itself, under another name")])
 
@@ -166,6 +175,9 @@ async def _advance(run: Run, report: Report) -> None:
     state = run.migration
     if state.phase == Phase.CLEARING:
         await clear(run, "clearing the target")
+        await remove_trees(run)
+        if run.migration.carried:
+            await run.target.drop(None, INT64_MAX)  # the fence's record: the source's records come first
         await run.save(run.journal_progress(), phase=Phase.JOURNAL)
     if run.migration.phase == Phase.JOURNAL:
         await copy_journal(run)
@@ -185,7 +197,10 @@ async def _advance(run: Run, report: Report) -> None:
                     "writes are not in the target; --live is for sources that are in use"
                 )
         if not run.options.live:
+            await copy_redactions(run)
             await prove(run, report, again=run.migration.followed > 0)
+            if report.equal:
+                await prove_trees(run, report)
             if report.equal:
                 await _finish(run)
             return
@@ -212,6 +227,7 @@ async def _switch_over(run: Run, report: Report) -> None:
     await with_retries(run, work)
     for number in range(MAX_ROUNDS):
         late = await follow(run)
+        await copy_redactions(run)
         await prove(run, report, again=True)
         if report.equal or number + 1 == MAX_ROUNDS:
             break
@@ -220,7 +236,37 @@ async def _switch_over(run: Run, report: Report) -> None:
             late += len(part.differences)
         await run.save(late=run.migration.late + late)
     if report.equal:
+        await _stop_sealing(run)
+        await prove_trees(run, report)
+    if report.equal:
         await _finish(run, pause_ms=round((time.perf_counter() - began) * 1000))
+
+
+async def _stop_sealing(run: Run) -> None:
+    """Let the source's processes seal what they have acknowledged, in a last round; then keep them from sealing more.
+
+    Two stores that both continue one log would be a fork of it. What is not sealed then, the target seals.
+    """
+    if not run.source_is_sealed:
+        return
+    deadline = time.monotonic() + LAST_ROUND_S
+    while time.monotonic() < deadline and await _unsealed(run):
+        run.progress("waiting for the last round of sealing", 0, None)
+        await asyncio.sleep(POLL_S)
+    await run.source.commit(Batch(None, (await sealing_stopped(run.source),), now_us()))
+
+
+async def _unsealed(run: Run) -> bool:
+    """Whether the source has records that its log does not cover."""
+    log = await source_log(run)
+    if log is None:
+        return False
+    cursor: str | None = log["cursor"]
+    while (page := await run.source.rows(cursor, limit=1)).cursor != cursor:
+        if page.rows:
+            return True
+        cursor = page.cursor
+    return False
 
 
 async def _until_quiet(run: Run) -> None:
@@ -257,6 +303,7 @@ async def _repair(run: Run, part: PartReport) -> None:
 
 
 async def _finish(run: Run, **fields: object) -> None:
-    """Let the target take writes."""
+    """Let the target take writes, and seal its journal."""
     lifted = fence(True, at=1)
-    await run.save(*lifted, phase=Phase.DONE, ended_at=datetime.now(UTC), **fields)
+    sealing = await sealing_allowed(run.target)
+    await run.save(*lifted, *sealing, phase=Phase.DONE, ended_at=datetime.now(UTC), **fields)

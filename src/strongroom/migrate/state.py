@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from enum import StrEnum
 from hashlib import sha256
 from pathlib import Path
@@ -16,6 +16,8 @@ from ..database import QueryShape, StoreState
 from ..database.write_state import WRITES
 from ..entities import Collection, Document, Entity, Index, Query, Where
 from ..jobs import JobLease
+from ..jobs.sealing import SEALING
+from ..journal.trees import TREE_ENTITIES
 from ..storage.port import (
     MAX_BATCH_BYTES,
     MAX_OPERATIONS,
@@ -57,8 +59,10 @@ UNDOING = frozenset({Phase.REMOVING, Phase.RESTORING})
 class Migration(Entity, collection="migrations", scope="global", journalled=False):
     """The one migration into this store. `source` and `target` are URLs without passwords.
 
-    `cursor`: where the copied part of the source's journal starts. `target_cursor`: the end of the target's journal
-    before it. `fence`: why the target took no writes before, if so. `switched`: whether the source's writes are off.
+    `carried`: whether the target's journal becomes that of the source, with its trees and its log; else the target had
+    records of its own. `cursor`: where the copied part of the source's journal starts. `target_cursor`: the end of the
+    target's journal before it. `fence`: why the target took no writes before, if so. `switched`: whether the source's
+    writes are off.
     """
 
     source: str
@@ -67,6 +71,7 @@ class Migration(Entity, collection="migrations", scope="global", journalled=Fals
     nonce: str
     live: bool = False
     journal: bool = True
+    carried: bool = False
     cursor: str | None = None
     target_cursor: str | None = None
     followed: int = 0
@@ -97,10 +102,15 @@ class MigrationPart(Entity, collection="migration_parts", scope="global", journa
 
 
 MIGRATIONS, PARTS, STORE_STATE = (c.__collection__ for c in (Migration, MigrationPart, StoreState))
-OWN = (MIGRATIONS, PARTS, STORE_STATE)
-NOT_MOVED = frozenset(c.name for c in (*OWN, JobLease.__collection__, QueryShape.__collection__))
+TREES = tuple(entity.__collection__ for entity in TREE_ENTITIES)
+LEASES = JobLease.__collection__
+OWN = (MIGRATIONS, PARTS, STORE_STATE, LEASES, *TREES)
+NOT_MOVED = frozenset(c.name for c in (*OWN, QueryShape.__collection__))
 """Collections about the store itself are not moved: job leases, whose positions refer to its journal, and the counted
-query shapes."""
+query shapes. The journal's trees are built again (`trees`)."""
+FOR_EVER = datetime(9999, 1, 1, tzinfo=UTC)
+MIGRATE = "migrate"
+"""The holder of the sealing lease, and the actor, of a migration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +213,10 @@ class Run:
         self.declared = tuple(self.collections.values())
         self.existing: tuple[Collection, ...] = ()
         """The declared collections that the source has."""
+        self.source_is_sealed = False
+        """Whether the source has the collections of the journal's trees."""
+        self.legacy_secret = b""
+        """Gives salts to records of the source that are older than sealing; empty if it was never sealed."""
 
     @property
     def switching(self) -> bool:
@@ -257,7 +271,7 @@ def fence(allowed: bool, reason: str = "", other_store: str = "", *, at: int = 0
         id=next_id(),
         tenant=None,
         at_us=now_us(),
-        actor="migrate",
+        actor=MIGRATE,
         request_id=next_id(),
         action="update",
         collection=STORE_STATE.name,
@@ -265,3 +279,20 @@ def fence(allowed: bool, reason: str = "", other_store: str = "", *, at: int = 0
         after=document,
     )
     return Put(STORE_STATE.name, WRITES, document), Append(record, at)
+
+
+async def sealing_stopped(store: Store) -> Put:
+    """The operation that keeps every process from sealing the store's journal: the lease is the migration's."""
+    found = await store.get(LEASES.name, None, SEALING)
+    lease = JobLease() if found is None else JobLease.__codec__.decode(found)
+    fields = JobLease.__codec__.encode(lease) | {"holder": MIGRATE, "expires_at": FOR_EVER}
+    return Put(LEASES.name, SEALING, fields | {"token": fields["token"] + 1})
+
+
+async def sealing_allowed(store: Store) -> tuple[Put, ...]:
+    """The operation that gives the lease back, if the migration has it."""
+    found = await store.get(LEASES.name, None, SEALING)
+    if found is None or found["holder"] != MIGRATE:
+        return ()
+    fields = {name: found[name] for name in LEASES.fields} | {"holder": "", "expires_at": None}
+    return (Put(LEASES.name, SEALING, fields),)

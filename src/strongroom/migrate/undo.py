@@ -9,7 +9,7 @@ from contextlib import aclosing
 from datetime import UTC, datetime
 from pathlib import Path
 
-from ..entities import Collection, Document
+from ..entities import INT64_MAX, Collection, Document
 from ..errors import Conflict, NotFound, Problem, StoreError
 from ..storage.port import Batch, Create, Operation, Store, document_size
 from . import backup
@@ -35,8 +35,10 @@ from .state import (
     fence,
     no_progress,
     now_us,
+    sealing_allowed,
 )
 from .streams import Pipeline
+from .trees import remove_trees
 
 
 async def abort(
@@ -70,9 +72,10 @@ async def roll_back(
 ) -> Report:
     """Remove the migrated documents, restore the target's backup, and let the source take writes again.
 
-    The same call resumes after an interruption, and does nothing once it is done. Records that were appended to the
-    target's journal stay, because a journal is append-only. Raises NotFound without a migration, Conflict if the target
-    was written to after the migration was done, StoreError if the backup is damaged.
+    The same call resumes after an interruption, and does nothing once it is done. The copied records leave the target's
+    journal too, unless it has records of its own: then they stay, because they are between these. Raises NotFound
+    without a migration, Conflict if the target was written to after the migration was done, StoreError if the backup is
+    damaged.
     """
     began = time.perf_counter()
     run = Run(source, target, collections, options, progress)
@@ -86,7 +89,7 @@ async def roll_back(
         await _check_unused(run)
     if state.phase not in UNDOING:
         fenced = fence(False, "a migration into this store is being rolled back", state.source, at=1)
-        cursor = run.journal.position or state.cursor
+        cursor = None if state.carried else run.journal.position or state.cursor
         await run.save(*fenced, phase=Phase.REMOVING, cursor=cursor)
     if run.migration.switched:
         await _lift(run)
@@ -94,13 +97,17 @@ async def roll_back(
         report.notes.append("the source takes writes again")
     if run.migration.phase == Phase.REMOVING:
         await clear(run, "removing the migrated documents")
+        await remove_trees(run)
+        if run.migration.carried:
+            await _drop_journal(run)
         await run.save(phase=Phase.RESTORING)
     if whole is not None:
         await with_retries(run, lambda: _restore(run, whole.path, whole.documents))
         await _check_restored(run, whole)
         report.notes.append(f"{whole.documents} documents were restored from {whole.path}")
     before = run.migration.fence
-    await run.save(*fence(before is None, before or "", at=1), phase=Phase.ROLLED_BACK, ended_at=datetime.now(UTC))
+    lifted = fence(before is None, before or "", at=1)
+    await run.save(*lifted, *await sealing_allowed(run.target), phase=Phase.ROLLED_BACK, ended_at=datetime.now(UTC))
     report.seconds = time.perf_counter() - began
     return report
 
@@ -121,7 +128,20 @@ async def _loaded(run: Run) -> Migration:
 
 async def _lift(run: Run) -> None:
     if await refusal(run.source) is not None:
-        await run.source.commit(Batch(None, fence(True), now_us()))
+        await run.source.commit(Batch(None, (*fence(True), *await sealing_allowed(run.source)), now_us()))
+
+
+async def _drop_journal(run: Run) -> None:
+    """Remove every record of the target's journal: all of them are copies, or about the migration."""
+    count, cursor = 0, None
+    while True:
+        page = await run.target.rows(None, limit=1)
+        if page.rows:
+            count += await run.target.drop(page.rows[0][2], INT64_MAX)
+            run.progress("removing the copied journal", count, None)
+        elif page.cursor == cursor:
+            return
+        cursor = page.cursor
 
 
 async def _check_unused(run: Run) -> None:

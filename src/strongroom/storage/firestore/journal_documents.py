@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from .. import tagged_json
+from ..journal_rows import record_of
 from ..port import JournalFilter, JournalRow, Record
 from .paths import JOURNAL, JOURNAL_PARTS, Paths, last_of
 from .places import Line
@@ -89,16 +90,7 @@ class Found:
         return *self._plain()[:10], *texts, salt, claims, rules
 
     def record(self, paths: Paths, parts: Mapping[str, Any]) -> Record:
-        (sequence, id, tenant, at_us, actor, request_id, action, collection, entity_id, version,
-         before, after, salt, claims, rules) = self.row(paths, parts)  # fmt: skip
-        return Record(
-            id, tenant, at_us, actor, request_id, action, collection, entity_id,
-            _loaded(before), _loaded(after), version, sequence, salt, _loaded(claims), rules,
-        )  # fmt: skip
-
-
-def _loaded(text: str | None) -> Any:
-    return None if text is None else tagged_json.loads(text)
+        return record_of(self.row(paths, parts))
 
 
 def part_names(paths: Paths, name: str, count: int) -> list[str]:

@@ -20,6 +20,7 @@ import asyncpg
 from ...cooperative import in_slices
 from ...entities import Aggregate, Collection, Document, Filter, Query
 from ...errors import Gone, InvalidInput, Problem, StoreError, StrongroomError, Unavailable
+from ..journal_rows import record_of
 from ..port import (
     MAX_CHANGES_PAGE,
     MAX_TENANTS_PAGE,
@@ -36,7 +37,7 @@ from ..port import (
     SchemaChange,
     past_the_end,
 )
-from ..sql import canonical, content_size, quoted, record_of
+from ..sql import canonical, content_size, quoted
 from . import index_statistics, journal_upkeep, partitions, schema
 from .commits import Commits
 from .errors import DRIVER_ERRORS, is_connection_lost, is_outdated, translated

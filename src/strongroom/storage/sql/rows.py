@@ -121,29 +121,6 @@ def line(record: Record, version: int | None) -> Line:
     )
 
 
-def record_of(row: Sequence[Any]) -> Record:
-    """The record of a row of JOURNAL_COLUMNS."""
-    sequence, id, tenant, at_us, actor, request_id, action, collection, entity_id, version, *values = row
-    before, after, salt, claims, rules = values
-    return Record(
-        id=id,
-        tenant=tenant,
-        at_us=at_us,
-        actor=actor,
-        request_id=request_id,
-        action=action,
-        collection=collection,
-        entity_id=entity_id,
-        before=None if before is None else tagged_json.loads(before),
-        after=None if after is None else tagged_json.loads(after),
-        version=version,
-        sequence=sequence,
-        salt=salt,
-        claims=None if claims is None else tagged_json.loads(claims),
-        rules=rules,
-    )
-
-
 def canonical(row: JournalRow) -> JournalRow:
     """A row whose texts are those of `quick_dumps`. Before records had salts, some imports wrote other texts."""
     if row[_SALT]:

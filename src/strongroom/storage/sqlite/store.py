@@ -21,6 +21,7 @@ from ...cooperative import in_slices
 from ...entities import Aggregate, And, Collection, Document, Filter, Op, Or, Query, Where
 from ...errors import Gone, InvalidInput, Problem, StrongroomError, Unavailable
 from ..group_commit import GroupCommit, Waiting, up_to
+from ..journal_rows import record_of
 from ..port import (
     MAX_CHANGES_PAGE,
     MAX_TENANTS_PAGE,
@@ -37,7 +38,7 @@ from ..port import (
     SchemaChange,
     past_the_end,
 )
-from ..sql import canonical, content_size, record_of
+from ..sql import canonical, content_size
 from .bulk_load import Loader, checkpoint
 from .bulk_rows import SqlitePacker
 from .dialect import commit_error, translated
