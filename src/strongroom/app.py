@@ -226,6 +226,7 @@ class Strongroom:
             room = cls(store, database, ledger, keys, feed, clock, work, tenants)
             room.sealer = sealer
             room.proofs = Proofs(store, database, clock, signing_keys)
+            tenants.deletions.hooks.tree = room.proofs.size_and_root
             tenants.deletions.hooks.sign = room.proofs.sign_text
             room._configured_peppers = tuple(peppers)
             if cache is not None:

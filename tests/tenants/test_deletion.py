@@ -15,7 +15,6 @@ from strongroom.context import system_context
 from strongroom.entities import Query, with_fields
 from strongroom.errors import Conflict, InvalidInput, NotFound, Unavailable
 from strongroom.events import event
-from strongroom.journal.merkle import Frontier
 from strongroom.journal.signed_note import (
     ED25519,
     Checkpoint,
@@ -124,7 +123,7 @@ async def test_the_statement_is_kept_and_says_the_same_as_its_text(room: Strongr
     assert [(record.tenant, record.entity_id) for record in records] == [(None, statement.id)]
 
 
-async def test_the_statement_names_the_tree_of_the_tenant_in_the_journal(tmp_path: Path) -> None:
+async def test_the_statement_names_the_tree_of_the_tenant_and_is_signed_by_the_journals_key(tmp_path: Path) -> None:
     async with Strongroom.open(f"sqlite:///{tmp_path}/store.db", entities=[Note]) as room:
         await fill(room, "acme")
 
@@ -137,10 +136,15 @@ async def test_the_statement_names_the_tree_of_the_tenant_in_the_journal(tmp_pat
         assert statement is not None
         assert statement.journal_size is not None
         assert statement.journal_size >= before.size
-        tree = await room.database.get(system_context(), JournalTree, tree_id("acme"))
-        root = bytes.fromhex(statement.journal_root or "")
-        if tree.size == statement.journal_size:  # else more was sealed since
-            assert Frontier.of_bytes(tree.size, tree.frontier).root() == root
+        note = SignedNote.parse(statement.note)
+        valid, invalid = note.signers(await room.proofs.verifiers())
+        assert statement.signed
+        assert [key.algorithm for key in valid] == [ED25519]
+        assert invalid == []
+        now = await room.proofs.size_and_root("acme")
+        assert now is not None
+        if now[0] == statement.journal_size:  # else more was sealed since
+            assert now[1] == statement.journal_root
         assert f'"journal_root":"{statement.journal_root}"' in statement.note
 
 

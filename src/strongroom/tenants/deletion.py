@@ -24,8 +24,6 @@ from ..context import Context, new_id, system_context, us_from_utc, utc_from_us
 from ..database import Database, Idempotency, Replayed, Transaction
 from ..entities import DEFAULT_LIMIT, MAX_LIMIT, Entity, Index, Page, Query, Where
 from ..errors import AlreadyExists, Conflict, NotFound, StrongroomError, TooLarge
-from ..journal.merkle import Frontier
-from ..journal.trees import JournalTree, tree_id
 from .model import Tenant
 from .parts import Removed, TenantPart
 
@@ -76,10 +74,11 @@ class DeletionStatement(
 
 @dataclass(slots=True)
 class DeletionHooks:
-    """What `app.py` adds. `legal_hold`: why a tenant may not be deleted, None if it may. `sign`: a text as a signed
-    note, None without a key."""
+    """What `app.py` adds. `legal_hold`: why a tenant may not be deleted, None if it may. `tree`: the size and the root
+    of a tenant's tree in the journal, as far as it is sealed. `sign`: a text as a signed note, None without a key."""
 
     legal_hold: Callable[[str], Awaitable[str | None]] | None = None
+    tree: Callable[[str], Awaitable[tuple[int, str] | None]] | None = None
     sign: Callable[[str], Awaitable[str | None]] | None = None
 
 
@@ -206,7 +205,7 @@ class Deletions:
 
     async def _finish(self, tenant: str, by: Context) -> DeletionStatement:
         deletion = await self._database.get(system_context(), TenantDeletion, tenant)
-        tree = await self._database.get_or_none(system_context(), JournalTree, tree_id(tenant))
+        tree = await self.hooks.tree(tenant) if self.hooks.tree is not None else None
         fields: dict[str, Any] = {
             "id": deletion.statement_id,
             "tenant": tenant,
@@ -216,8 +215,8 @@ class Deletions:
             "started_at": deletion.started_at,
             "finished_at": utc_from_us(self._clock.now_us()),
             "counts": deletion.counts,
-            "journal_size": tree.size if tree is not None else None,
-            "journal_root": Frontier.of_bytes(tree.size, tree.frontier).root().hex() if tree is not None else None,
+            "journal_size": tree[0] if tree is not None else None,
+            "journal_root": tree[1] if tree is not None else None,
         }
         text = statement_text(fields)
         note = await self.hooks.sign(text) if self.hooks.sign is not None else None
