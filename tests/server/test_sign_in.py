@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from strongroom.app import Tenant
-from strongroom.server import auth
+from strongroom.server import auth, openapi
 from strongroom.server.auth import Caller, Scope
 from strongroom.storage.port import Batch, Put
 from strongroom.tenants import Rights, Role, ServiceAccount, Session, User, jwks
@@ -23,6 +24,7 @@ from strongroom.tenants.tokens import MAX_TOKEN_BYTES
 from tests.helpers.issuer import ISSUER, Issuer, claims, issuing, key_of, public, signed
 from tests.helpers.server_app import Served, Stream, serving
 from tests.helpers.server_process import running
+from tests.helpers.stores import new_url
 from tests.helpers.waiting import PATIENCE_S, wait_until
 
 ROLES: dict[str, Any] = {"read": "reader", "write": "writer", "admin": "boss", "auditor": "checker"}
@@ -237,6 +239,26 @@ async def test_a_token_that_claims_everything_gets_what_its_roles_give() -> None
             assert answer.status == 401, tenant
 
 
+async def test_no_route_lets_an_administrators_token_into_another_tenant() -> None:
+    async with signing_in() as (served, issuer, _):
+        globex = served.room.tenant("globex")
+        await globex.create(Role(id="theirs", scopes=["admin"]))
+        await served.room.tenants.create("globex")
+        before = (await served.room.store.changes("end")).cursor
+        tried = 0
+        for path, item in openapi.document(served.app.api)["paths"].items():
+            if not path.startswith("/v1/") or "{tenant}" not in path:
+                continue
+            for method in item:
+                there = re.sub(r"\{[^}]*\}", "theirs", path.replace("{tenant}", "globex"))
+                answer = await served.call(method.upper(), there, {}, key=issuer.token(roles=["boss", "theirs"]))
+                assert answer.status >= 400, (method, there, answer)
+                tried += 1
+        assert tried > 30
+        records = (await served.room.store.changes(before)).records
+        assert {record.action for record in records if record.actor == "user:ann"} <= {"deny"}
+
+
 async def test_hostile_tokens_are_answered_401_and_leave_nothing_in_memory() -> None:
     async with signing_in() as (served, issuer, _):
         assert (await served.get("/v1/keys", key=issuer.token(roles=["reader"]))).status == 200
@@ -308,6 +330,16 @@ async def test_changes_of_another_node_to_roles_and_users_act_within_a_second(ur
         took.append(await _until(served, token, 200))
         assert max(took) < WITHIN_S + PATIENCE_S / 10, took  # a busy machine may be slower
         assert min(took) < WITHIN_S, took
+
+
+async def test_a_node_whose_change_feed_is_broken_sees_a_changed_role_within_a_second(tmp_path: Path) -> None:
+    url = new_url("sqlite", tmp_path)
+    async with signing_in(url) as (served, issuer, _), serving(url) as other:
+        token = issuer.token(roles=["reader"])
+        assert (await served.get("/v1/keys", key=token)).status == 200
+        await served.room.feed.close()
+        await other.room.tenant("acme").update(Role, "reader", {"scopes": []})
+        assert await _until(served, token, 403) < WITHIN_S + PATIENCE_S / 10  # a busy machine may be slower
 
 
 async def test_a_suspended_user_is_told_why() -> None:
