@@ -342,6 +342,17 @@ async def test_a_node_whose_change_feed_is_broken_sees_a_changed_role_within_a_s
         assert await _until(served, token, 403) < WITHIN_S + PATIENCE_S / 10  # a busy machine may be slower
 
 
+async def test_a_changed_role_ends_cached_callers_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auth, "TRUSTED_FOR_S", 3_600.0)  # so that only the change itself can end them
+    async with signing_in() as (served, issuer, acme):
+        token = issuer.token(roles=["reader"])
+        assert (await served.get("/v1/keys", key=token)).status == 200
+        await acme.update(Role, "reader", {"scopes": []})
+        await _until(served, token, 403)
+        await acme.create(User(id="u1", email="ann@acme.example", external_subject="ann", roles=["reader", "writer"]))
+        await _until(served, token, 200)
+
+
 async def test_a_suspended_user_is_told_why() -> None:
     async with signing_in() as (served, issuer, acme):
         await acme.create(User(id="u1", email="a@acme.example", external_subject="ann", status="suspended"))

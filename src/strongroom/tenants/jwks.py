@@ -47,7 +47,7 @@ COOL_DOWN_S = 10.0
 FIRST_RETRY_S = 1.0
 """The pause after the first failed read; each further pause is twice as long, up to REFRESH_S."""
 UNKNOWN_FOR_S = 30.0
-"""An unknown key id is refused without a read for this long, or until the keys have changed."""
+"""An unknown key id causes no second read for this long. Once a read has found it, it is known at once."""
 MAX_UNKNOWN = 1_000
 MAX_WAITING = 100
 """Requests that may wait for one read; further ones are answered at once."""
@@ -248,8 +248,6 @@ class Jwks:
             if key.kid is not None:
                 by_kid.setdefault(key.kid, []).append(key)
         self._keys = {kid: tuple(keys) for kid, keys in by_kid.items()}
-        if published.keys() != self._published.keys():
-            self._unknown.clear()
         self._published = published
         self._read_at = self._tried_at = self._now()
 
