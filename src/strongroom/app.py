@@ -14,7 +14,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Annotated, Any, Concatenate, Literal, ParamSpec, Self, TypedDict, TypeVar, get_args
 from urllib.parse import urlsplit
 
-from .audit import Audit, Proofs
+from .audit import Audit, Evidence, Proofs
 from .cache import Cache
 from .clock import MachineClock, StoreClock, clock_of
 from .context import Context, system_context
@@ -154,7 +154,6 @@ class Strongroom:
         self.keys = keys
         self.leaks = Leaks(database, keys, clock)
         self.quotas = Quotas(database, ledger, clock)
-        self.audit = Audit(store, database)
         self.tenants = tenants
         self.writes = Writes(database, tenants)
         self.suspended = SuspendedTenants(database, self._tenant_changed)
@@ -227,6 +226,8 @@ class Strongroom:
             room.sealer = sealer
             room.proofs = Proofs(store, database, clock, signing_keys)
             tenants.deletions.hooks.tree = room.proofs.size_and_root
+            room.audit = Audit(store, database, room.proofs)
+            room.evidence = Evidence(store, database, room.proofs, clock)
             tenants.deletions.hooks.sign = room.proofs.sign_text
             room._configured_peppers = tuple(peppers)
             if cache is not None:
@@ -295,6 +296,8 @@ class Strongroom:
     sealer: Sealing
     """Seals the journal. `await sealer.seal_now()` returns once everything is sealed."""
     proofs: Proofs
+    audit: Audit
+    evidence: Evidence
     cache: Cache | None = None
     sign_in: SignIn | None = None
     _configured_peppers: tuple[str, ...] = ()

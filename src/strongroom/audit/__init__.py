@@ -1,5 +1,6 @@
-"""The audit trail: who changed what and when, read from the journal, and exported with or without proofs."""
+"""The audit trail: who changed what and when, read from the journal, with its proofs, exports and evidence."""
 
+from .evidence import Evidence
 from .formats import FORMATS, Format, changes_of, view
 from .proofs import ConsistencyProof, InclusionProof, Proofs
 from .record import AuditRecord
@@ -11,6 +12,7 @@ __all__ = [
     "AuditFilter",
     "AuditRecord",
     "ConsistencyProof",
+    "Evidence",
     "Format",
     "InclusionProof",
     "Proofs",

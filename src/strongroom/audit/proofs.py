@@ -10,16 +10,16 @@ from dataclasses import dataclass
 
 from ..access import bound_to
 from ..clock import Clock
-from ..context import Context
+from ..context import Context, new_salt, next_id
 from ..database import Database
-from ..errors import Denied, InvalidInput, NotFound, Problem
+from ..errors import ConfigError, Denied, InvalidInput, NotFound, Problem
 from ..journal.export import LoggedTree, logged_tree, round_proof
 from ..journal.export_format import RoundProof
 from ..journal.log import made_log
 from ..journal.merkle import consistency_ranges, inclusion_ranges
 from ..journal.signed_note import Checkpoint, SignedNote, VerifierKey
 from ..journal.signing_key import SigningKeys
-from ..storage.port import Store
+from ..storage.port import Append, Batch, Record, Store
 
 NAME = "journal"
 
@@ -65,7 +65,7 @@ class Proofs:
 
     async def checkpoint(self, tenant: str | None, *, context: Context | None = None) -> str:
         """The latest checkpoint, a C2SP signed note (unsigned, if there is no signing key)."""
-        return await self._checkpoint(await self._tree(tenant, context))
+        return await self.note(await self._tree(tenant, context))
 
     async def inclusion(
         self, tenant: str | None, index: int, size: int | None = None, *, context: Context | None = None
@@ -106,6 +106,15 @@ class Proofs:
         """The tree as far as the log covers it. Raises NotFound."""
         return await logged_tree(self._store, tenant)
 
+    async def note(self, tree: LoggedTree) -> str:
+        """The signed checkpoint of a tree as far as the log covers it."""
+        name, time_s = tree.log["origin"], self._clock.now_us() // 1_000_000
+
+        def sign(checkpoint: Checkpoint) -> str:
+            return str(SignedNote(checkpoint.text)) if self.keys is None else self.keys.sign(checkpoint, time_s, name)
+
+        return await tree.checkpoint(sign)
+
     async def round(self, tree: LoggedTree) -> RoundProof | None:
         """What ties a tenant's tree to the platform's checkpoint."""
         return await round_proof(self._store, tree)
@@ -138,6 +147,21 @@ class Proofs:
         """The public keys, the current ones first."""
         return [] if self.keys is None else self.keys.verifiers(await self.origin())
 
+    async def rotate(self, context: Context) -> list[VerifierKey]:
+        """Sign with a new key from now on, and journal that. The former key's public key stays, for old checkpoints.
+        The public keys, the new ones first. Raises ConfigError without a key's file."""
+        if self.keys is None:
+            raise ConfigError("there is no signing key: STRONGROOM_JOURNAL_SIGNING_KEY names its file")
+        self.keys.rotate()
+        found = await self.verifiers()
+        context = self._database.at_now(context)
+        record = Record(
+            next_id(), None, context.now_us, context.actor, context.request_id or next_id(), "rotate", NAME,
+            found[0].id.hex(), after={"public_keys": [str(key) for key in found[:2]]}, salt=new_salt(),
+        )  # fmt: skip
+        await self._store.commit(Batch(None, (Append(record),), context.now_us))
+        return found
+
     async def origin(self) -> str:
         """The log's origin, which is the name of its keys."""
         log = await made_log(self._store, self._clock.now_us())
@@ -155,16 +179,8 @@ class Proofs:
             raise Denied(f"get {NAME}: {reason}", reason=reason)
         return await self.tree(tenant)
 
-    async def _checkpoint(self, tree: LoggedTree) -> str:
-        name, time_s = tree.log["origin"], self._clock.now_us() // 1_000_000
-
-        def sign(checkpoint: Checkpoint) -> str:
-            return str(SignedNote(checkpoint.text)) if self.keys is None else self.keys.sign(checkpoint, time_s, name)
-
-        return await tree.checkpoint(sign)
-
     async def _note_of(self, tree: LoggedTree, size: int) -> str | None:
-        return await self._checkpoint(tree) if size == tree.reader.size else None
+        return await self.note(tree) if size == tree.reader.size else None
 
 
 def _size_problems(name: str, size: int | None, latest: int) -> list[Problem]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -22,12 +22,12 @@ from ..database import Database
 from ..entities import DEFAULT_LIMIT, MAX_CURSOR_BYTES, MAX_LIMIT, MAX_PAGE_BYTES, Page
 from ..errors import Denied, InvalidInput, NotFound, Problem
 from ..journal import FIRST_PAGE, MASK
-from ..journal.export import export_tree, logged_tree, range_of_times, unsigned
-from ..journal.signed_note import Checkpoint
+from ..journal.export import export_tree, logged_tree, range_of_times
 from ..keys.model import NAME as KEYS
 from ..storage import tagged_json
 from ..storage.port import JournalFilter, JournalRow, RowsPage, Store
 from .formats import Format, formatter, header_of
+from .proofs import Proofs
 from .record import AuditRecord
 
 MAX_READS = 20
@@ -96,10 +96,10 @@ class AuditGiven(TypedDict, total=False):
 class Audit:
     """The audit trail of one store."""
 
-    def __init__(self, store: Store, database: Database, sign: Callable[[Checkpoint], str] = unsigned) -> None:
+    def __init__(self, store: Store, database: Database, proofs: Proofs) -> None:
         self._store = store
         self._database = database
-        self._sign = sign
+        self._proofs = proofs
 
     async def list(
         self,
@@ -218,15 +218,9 @@ class Audit:
         where = wanted.rows(tenant)
         found = await range_of_times(self._store, tree, where.since_us, where.until_us)
         begin, end = found if found is not None else (tree.reader.size, tree.reader.size)
-        note = await tree.checkpoint(self._sign)
+        note = await self._proofs.note(tree)
         async for line in export_tree(self._store, tree, note, first=begin, end=end):
             yield line
-
-    async def checkpoint(self, tenant: str | None, *, context: Context | None = None) -> str:
-        """The latest checkpoint of a tenant's tree (None: of the platform's) as a signed note; unsigned without a key.
-        Raises NotFound if nothing is sealed, Denied."""
-        await self._tenant(AuditFilter(tenant), context)
-        return await (await logged_tree(self._store, tenant)).checkpoint(self._sign)
 
     async def _tenant(self, wanted: AuditFilter, context: Context | None) -> str | None:
         """The tenant whose records are read; None for all. Raises Denied."""

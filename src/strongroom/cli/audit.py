@@ -10,9 +10,9 @@ import typer
 
 from ..errors import InvalidInput, Problem
 from . import audit_verify, output, shortforms
-from .files import check_target, named, write_lines
+from .files import check_target, named, new_file, write_lines
 from .options import CursorOption, Options, PageOption, with_options
-from .session import JsonOption, StoreOption, in_store
+from .session import JsonOption, StoreOption, in_store, operator
 
 if TYPE_CHECKING:
     from ..app import Strongroom
@@ -226,8 +226,100 @@ def checkpoint(tenant: TreeOption = None, store: StoreOption = None, json: JsonO
       strongroom audit checkpoint > checkpoint-2026-12-01
       strongroom audit checkpoint --tenant acme > acme-checkpoint
     """
-    note = in_store(store, lambda room: room.audit.checkpoint(tenant))
+    note = in_store(store, lambda room: room.proofs.checkpoint(tenant))
     if json:
         output.print_json({"tenant": tenant, "checkpoint": note})
     else:
         output.print_text(note)
+
+
+@app.command("keys")
+def keys(
+    rotate: Annotated[bool, typer.Option("--rotate", help="Make a new key, which signs from now on.")] = False,
+    make: Annotated[
+        Path | None, typer.Option("--make", metavar="FILE", help="Make a file with a first key, for a new store.")
+    ] = None,
+    store: StoreOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Print the public keys of the log, one a line, the current ones first. Keep them apart from the store.
+
+    Each key is there twice: for Ed25519, and for ML-DSA-44, which also a quantum computer cannot forge.
+
+    \b
+    Example:
+      strongroom audit keys > keys.txt
+      strongroom audit keys --rotate
+      strongroom audit keys --make /etc/strongroom/journal-key
+    """
+    if make is not None:
+        _make_key(make, json)
+        return
+    found = in_store(store, lambda room: room.proofs.rotate(operator()) if rotate else room.proofs.verifiers())
+    if json:
+        output.print_json({"keys": [str(key) for key in found]})
+        return
+    if not found:
+        output.print_note("there is no signing key (STRONGROOM_JOURNAL_SIGNING_KEY): checkpoints stay unsigned")
+    for key in found:
+        output.print_line(str(key))
+
+
+def _make_key(file: Path, json: bool) -> None:
+    from ..journal.signing_key import SigningKeys
+
+    with named(file):
+        check_target(file, False)
+    SigningKeys(file, make=True).read()
+    if json:
+        output.print_json({"file": str(file)})
+    else:
+        output.print_line(f"made {file}: set STRONGROOM_JOURNAL_SIGNING_KEY to it on every node, and keep a copy")
+
+
+@app.command("evidence")
+def evidence(
+    file: FileArgument,
+    since: Annotated[
+        str | None, typer.Option("--from", metavar="TIME", help="Records from this time on (2026-11-30T12:00Z, 90d).")
+    ] = None,
+    until: Annotated[str | None, typer.Option("--to", metavar="TIME", help="Records before this time.")] = None,
+    force: ForceOption = False,
+    store: StoreOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Write the pack that an auditor takes away: all records with proofs, checkpoints, statements, and access lists.
+
+    `audit verify FILE` checks it without the store.
+
+    \b
+    Example:
+      strongroom audit evidence evidence.zip --from 2026-01-01T00:00Z --to 2026-07-01T00:00Z
+    """
+    wanted = _times(since, until)
+    with named(file):
+        check_target(file, force)
+
+    async def write(room: Strongroom) -> Any:
+        with named(file), new_file(file, force) as new:
+            return await room.evidence.write(new, wanted.since, wanted.until, context=operator())
+
+    manifest = in_store(store, write)
+    records = sum(part.records or 0 for part in manifest.parts)
+    if json:
+        output.print_json({"file": str(file), "parts": len(manifest.parts), "records": records})
+    else:
+        output.print_line(f"wrote {records} records in {len(manifest.parts)} parts to {file}")
+
+
+def _times(since: str | None, until: str | None) -> AuditFilter:
+    """The filter of a range of times. Raises InvalidInput."""
+    given: dict[str, str | None] = dict.fromkeys(FILTER)
+    try:
+        found = _filter(**{**given, "since": since, "until": until})
+        found.check()
+    except InvalidInput as error:
+        names = {"since": "--from", "until": "--to", "--since": "--from", "--until": "--to"}
+        problems = [Problem(names.get(one.path, one.path), one.message) for one in error.problems]
+        raise InvalidInput(problems) from None
+    return found

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from ..journal.signed_note import Checkpoint, VerifierKey
 
 MAX_KEYS_BYTES = 1024 * 1024
+ZIP = b"PK\x03\x04"
+"""How an evidence pack begins."""
 
 FileArgument = Annotated[
     Path | None,
@@ -94,9 +96,13 @@ def _saved(file: Path | None, keys: Sequence[VerifierKey]) -> Checkpoint | None:
 
 
 def _verified_file(file: Path, keys: Sequence[VerifierKey], saved: Checkpoint | None) -> Report:
+    from ..journal.verify_evidence import verify_evidence
     from ..journal.verify_export import verify_export
 
     with named(file), file.open("rb") as opened, output.progress("verifying") as progress:
+        if opened.read(len(ZIP)) == ZIP:
+            return verify_evidence(opened, str(file), keys=keys, saved=saved, progress=progress)
+        opened.seek(0)
         size = file.stat().st_size
         return verify_export(opened, str(file), keys=keys, saved=saved, size=size, progress=progress)
 
