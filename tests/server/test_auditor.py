@@ -57,6 +57,26 @@ async def test_an_auditor_of_one_tenant_reads_only_its_records() -> None:
         assert {"acme", "globex"} <= {item["tenant"] for item in whole.json["items"]}
 
 
+async def test_every_audit_route_is_open_to_auditors_and_each_only_for_its_tenant() -> None:
+    async with serving() as served:
+        for tenant in ("acme", "globex"):
+            await served.make_key(tenant=tenant)
+        ours, whole = await served.manager("auditor", "acme"), await served.manager("auditor")
+        audits = [
+            path
+            for path, item in openapi.document(served.app.api)["paths"].items()
+            if path.startswith("/v1/audit/") and "get" in item
+        ]
+        assert len(audits) >= 4
+        for path in audits:
+            for tenant in ("acme", "globex"):
+                query = "?index=0" if path.endswith("/proof") else ""
+                there = _PARAMETER.sub("x", path.replace("{tenant}", tenant)) + query
+                bound = (await served.get(there, key=ours)).status
+                assert (bound == 403) == (tenant != "acme" or "{tenant}" not in path), (there, bound)
+                assert (await served.get(there, key=whole)).status in (200, 404), there
+
+
 async def test_a_scope_beside_auditor_keeps_what_it_allows() -> None:
     async with serving() as served:
         both = (await served.make_key(tenant="*", permissions=["strongroom:read", AUDITOR]))["key"]
