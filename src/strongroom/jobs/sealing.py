@@ -164,10 +164,15 @@ class Sealing:
         """One round, if this node has the lease or gets it. Returns for how long nothing is to be done."""
         async with self._one:
             if self._lease is None or time.monotonic() >= self._until:
-                self._idle()
-                if not await self.sealer.behind():
+                own, unsealed = self._idle()
+                behind = True
+                try:
+                    behind = await self.sealer.behind()
+                finally:
+                    if behind:
+                        self._again(own, unsealed)
+                if not behind:
                     return 0.0
-                self._wake()
             lease = await self._acquire()
             if lease is None:  # another node seals; its lease ends unless it renews it
                 return LEASE_S / 2 + random.uniform(0, LEASE_S / 4)  # noqa: S311 - jitter
@@ -175,22 +180,26 @@ class Sealing:
                 self._wake()
         return 0.0
 
-    def _idle(self) -> None:
-        """Nothing waits, unless something is committed from now on."""
+    def _idle(self) -> tuple[bool, int]:
+        """Nothing waits, unless something is committed from now on. What waited until now is for `_again`."""
+        waited = self._own, self.unsealed
         self._woken.clear()
-        self._own = False
-        self.unsealed = 0
+        self._own, self.unsealed = False, 0
+        return waited
+
+    def _again(self, own: bool, unsealed: int) -> None:
+        """What waited was not sealed."""
+        self._own, self.unsealed = own or self._own, unsealed + self.unsealed
+        self._wake()
 
     async def _round(self, lease: AcquiredLease) -> Sealed:
-        own, unsealed = self._own, self.unsealed
-        self._idle()
+        waited = self._idle()
         try:
             sealed = await self.sealer.round(lease)
         except BaseException as error:
             if isinstance(error, Conflict | JobLeaseLost):
                 self._lease = None
-            self._own, self.unsealed = own or self._own, unsealed + self.unsealed
-            self._wake()
+            self._again(*waited)
             raise
         self.error = None
         if sealed.records:
