@@ -48,6 +48,7 @@ COMMANDS = (
     "leaks report", "leaks list", "leaks policy",
     "tenants create", "tenants list", "tenants show", "tenants update", "tenants suspend", "tenants resume",
     "tenants export", "tenants import", "tenants delete", "tenants statements",
+    "writes off", "writes on", "writes status",
     "schema plan", "schema apply", "schema views", "schema export", "schema roles", "schema advise", "schema retain",
 )  # fmt: skip
 

@@ -194,7 +194,7 @@ def test_live_stops_before_the_switch_over_and_asks_at_a_terminal(
     moved = run(*both, "--live", stdin="y\n")
     assert (moved.status, "stands at" in moved.out, "Switch over now?" in moved.err) == (0, True, True)
     refused = run("keys", "create", "--name", "too late", "--json")
-    assert (refused.status, refused.json["error"]["code"]) == (1, "unavailable")
+    assert (refused.status, refused.json["error"]["code"]) == (1, "writes_off")
     assert run("keys", "list", "--json").status == 0
     names = {item["name"] for item in run("keys", "list", "--store", target, "--json").json["items"]}
     assert names == {"key 0", "key 1", "key 2", "meanwhile", "meanwhile too"}

@@ -187,6 +187,18 @@ async def _requests(ids: _Ids, method: str, path: str) -> tuple[str, Any, Any]:
     served = ids.served
     body: dict[str, Any]
     name = path.rpartition("/")[2]
+    if path == "/v1/writes":
+        return path, {"allowed": True, "tenant": "acme"}, {"allowed": True, "tenant": "acme", "reason": "other"}
+    if path == "/v1/tenants":
+        return path, {"id": "new"}, {"id": "new", "name": "other"}
+    if path.startswith("/v1/tenants/{tenant}") and path.count("/") < 5 and name in ("{tenant}", "suspend", "resume"):
+        own = f"for-{name.strip('{}')}-{method.lower()}"
+        if method != "POST" or name != "{tenant}":
+            await served.call("POST", "/v1/tenants", {"id": own})
+        at = path.format(tenant=own)
+        if method == "PATCH" or (method == "POST" and name == "{tenant}"):
+            return at, {"name": "one"}, {"name": "two"}
+        return at, ({"reason": "one"} if name == "suspend" else None), ({"reason": "two"} if name == "suspend" else "?")
     if path.startswith("/v1/tenants/"):
         collection = path.split("/")[4]
         documents: dict[str, dict[str, Any]] = {
@@ -195,14 +207,24 @@ async def _requests(ids: _Ids, method: str, path: str) -> tuple[str, Any, Any]:
             "actions": {"action_type": "t", "source_service": "s"},
             "coordination_status": {"service_name": "s", "status": "healthy", "timestamp_ns": 1},
             "accounts": {"owner": "o", "token": "one"},
+            "users": {"email": "one@example.com"},
+            "service_accounts": {"name": "one"},
+            "roles": {"scopes": ["read"]},
+            "configurations": {"value": {"a": 1}},
+            "cloud_accounts": {"provider": "aws", "account_id": "123456789012"},
         }
         new = documents[collection]
         field, value = {
             "policies": ("policy_name", "m"), "signals": ("timestamp_ns", 2), "actions": ("action_type", "u"),
             "coordination_status": ("timestamp_ns", 2), "accounts": ("token", "two"),
+            "users": ("email", "two@example.com"), "service_accounts": ("name", "two"), "roles": ("scopes", ["write"]),
+            "configurations": ("value", {"a": 2}), "cloud_accounts": ("account_id", "210987654321"),
         }[collection]  # fmt: skip
-        there = f"/v1/tenants/acme/{collection}"
+        there = (
+            f"/v1/tenants/acme-{method.lower()}/{collection}"  # unique values of one method are not in another's way
+        )
         if "{id}" not in path:
+            new = {"id": "named", **new} if collection in ("roles", "configurations") else new
             return there, new, {**new, field: value}
         if method in ("PATCH", "DELETE"):
             await served.call("PUT", f"{there}/x", new)
