@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from strongroom import Entity, Strongroom
 from strongroom.context import system_context
+from strongroom.database import Transaction
 from strongroom.entities import Query, with_fields
 from strongroom.errors import Conflict, InvalidInput, NotFound, Unavailable
 from strongroom.events import event
@@ -25,6 +26,7 @@ from strongroom.journal.signed_note import (
     signed_message,
 )
 from strongroom.journal.trees import JournalTree, tree_id
+from strongroom.storage.port import Check
 from strongroom.tenants import CloudAccount, Role, Tenant, TenantDeletion, User
 from strongroom.tenants.deletion import HEADLINE
 from strongroom.webhooks import Delivery
@@ -282,6 +284,41 @@ async def test_a_legal_hold_refuses_and_stops_a_deletion(room: Strongroom) -> No
     held[0] = None
     await room.tenants.deletions.run(_Lease())
     assert await what_is_left(room, "acme") == {}
+
+
+async def test_no_step_is_committed_once_a_legal_hold_was_placed(
+    room: Strongroom, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await fill(room, "acme")
+    before = await what_is_left(room, "acme")
+    policy = await room.tenants.create("policy")
+    held: list[str | None] = [None]
+
+    async def legal_hold(tenant: str) -> str | None:
+        return held[0]
+
+    async def guard() -> Check:
+        return Check("tenants", "policy", (await room.tenants.get("policy")).version)
+
+    documents = room.tenants.deletions._parts[0]
+    remove = documents.remove
+
+    async def held_meanwhile(tx: Transaction, tenant: str, limit: int) -> Any:
+        removed = await remove(tx, tenant, limit)
+        if held[0] is None:  # a hold is placed just before the commit
+            held[0] = "court order 9"
+            await room.tenants.update("policy", plan="touched", expected=policy.version)
+        return removed
+
+    room.tenants.deletions.hooks.legal_hold, room.tenants.deletions.hooks.guard = legal_hold, guard
+    with monkeypatch.context() as patched:
+        patched.setattr(documents, "remove", held_meanwhile)
+        with pytest.raises(Conflict, match="court order 9"):
+            await room.tenants.delete("acme", "x")
+    left = await what_is_left(room, "acme")
+    assert {name: count for name, count in left.items() if name != "tenant_deletions"} == before
+    held[0] = None
+    assert await room.tenants.delete("acme", "x") is not None
 
 
 async def test_a_deletion_needs_the_right_version_and_a_reason(room: Strongroom) -> None:

@@ -24,6 +24,7 @@ from ..context import Context, new_id, system_context, us_from_utc, utc_from_us
 from ..database import Database, Idempotency, Replayed, Transaction
 from ..entities import DEFAULT_LIMIT, MAX_LIMIT, Entity, Index, Page, Query, Where
 from ..errors import AlreadyExists, Conflict, NotFound, StrongroomError, TooLarge
+from ..storage.port import Check
 from .model import Tenant
 from .parts import Removed, TenantPart
 
@@ -74,10 +75,13 @@ class DeletionStatement(
 
 @dataclass(slots=True)
 class DeletionHooks:
-    """What `app.py` adds. `legal_hold`: why a tenant may not be deleted, None if it may. `tree`: the size and the root
+    """What `app.py` adds. `legal_hold`: why a tenant may not be deleted, None if it may. `guard`: a condition that does
+    not hold any more once a legal hold is placed; it is read before `legal_hold` is asked, and each step expects it, so
+    that no step is committed after a hold was placed. `tree`: the size and the root
     of a tenant's tree in the journal, as far as it is sealed. `sign`: a text as a signed note, None without a key."""
 
     legal_hold: Callable[[str], Awaitable[str | None]] | None = None
+    guard: Callable[[], Awaitable[Check]] | None = None
     tree: Callable[[str], Awaitable[tuple[int, str] | None]] | None = None
     sign: Callable[[str], Awaitable[str | None]] | None = None
 
@@ -169,7 +173,6 @@ class Deletions:
             for part in self._parts:
                 size = FIRST_STEP
                 while True:
-                    await self._refuse_if_held(tenant)
                     if until is not None and time.monotonic() >= until:
                         return None
                     removed, size = await self._step(part, by, size)
@@ -182,21 +185,28 @@ class Deletions:
         """Remove about `size` documents. Returns them, and the size of the next step."""
         tenant = by.tenant or ""
 
-        async def body(tx: Transaction) -> Removed:
-            removed = await part.remove(tx, tenant, size)
-            if removed:
-                counts = Counter((await tx.get(TenantDeletion, tenant)).counts)
-                counts.update(collection for collection, _ in removed)
-                await tx.update(TenantDeletion, tenant, {"counts": dict(counts)})
-            return removed
-
         while True:
+            guard = await self.hooks.guard() if self.hooks.guard is not None else None
+            await self._refuse_if_held(tenant)
+
+            async def body(tx: Transaction, size: int = size, guard: Check | None = guard) -> Removed:
+                tx.guard = guard
+                removed = await part.remove(tx, tenant, size)
+                if removed:
+                    counts = Counter((await tx.get(TenantDeletion, tenant)).counts)
+                    counts.update(collection for collection, _ in removed)
+                    await tx.update(TenantDeletion, tenant, {"counts": dict(counts)})
+                return removed
+
             try:
                 removed = await self._database.transaction(by.at_now(), body)
             except TooLarge:
                 if size == 1:
                     raise
                 size = max(1, size // 4)
+            except Conflict:
+                if guard is None or guard == await self.hooks.guard():  # type: ignore[misc]  # it gave the guard
+                    raise
             except NotFound:  # another node has removed one of them: go on, unless it has ended the deletion
                 await self._database.get(system_context(), TenantDeletion, tenant)
             else:
