@@ -23,6 +23,7 @@ from tests.test_docs import PAGES
 
 SERVED = 'serve; export KEY="$(administrator)"'
 FILLED = "strongroom keys create --name worker --tenant acme --store sqlite:///data/strongroom.db >made.out"
+SEALED = "until strongroom audit checkpoint --tenant acme >made.out 2>&1; do sleep 0.1; done"
 DATABASE = """
 createdb --host db --username postgres --encoding=UTF8 --template=template0 strongroom
 strongroom schema roles --store postgresql://db/strongroom | psql --quiet --host db --username postgres strongroom
@@ -31,7 +32,7 @@ strongroom schema apply --store postgresql://strongroom_owner:…@db/strongroom 
 FIRST_EXAMPLE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SIGN_IN = ROOT / "docs" / "sign-in.md"
 BEFORE: Mapping[str, str] = {
-    "audit.md": SERVED,
+    "audit.md": f"{FILLED}\n{SERVED}\n{SEALED}",
     "backends.md": FILLED + DATABASE,
     "http.md": SERVED,
     "import.md": FILLED,
