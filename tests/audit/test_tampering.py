@@ -34,7 +34,7 @@ NOW_US = 1_800_000_000_000_000
 SIZE = 300
 """Of the tenant's tree: a complete tile, and records after it that were sealed in rounds of ROUND."""
 ROUND = 11
-SCHEMES = ["sqlite", "json"]
+SCHEMES = ["sqlite", "json", "postgres", "firestore"]
 PERSISTENT = pytest.mark.parametrize("scheme", SCHEMES)
 
 
@@ -90,7 +90,7 @@ async def seal(url: str, signer: Signer, grow: int = 0) -> dict[str, Checkpoint]
         else:
             for begin in range(0, 256, 64):
                 await append(room, "acme", begin, begin + 64)
-                await append(room, "beta", begin // 64, begin // 64 + 1)
+                await append(room, "gamma", begin // 64, begin // 64 + 1)
                 await append(room, None, begin // 64, begin // 64 + 1)
             for begin in range(256, SIZE, ROUND):
                 await room.sealer.seal_now()
@@ -105,8 +105,15 @@ async def seal(url: str, signer: Signer, grow: int = 0) -> dict[str, Checkpoint]
 
 
 @pytest.fixture
-async def sealed(scheme: str, tmp_path: Path, request: pytest.FixtureRequest) -> Sealed:
-    url, signer = backend_of(scheme, tmp_path, request).new_url(), Signer()
+def new_url(scheme: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if scheme == "firestore":
+        monkeypatch.setattr("strongroom.storage.firestore.journal.GAP_ATTEMPTS", 4)
+    return backend_of(scheme, tmp_path, request).new_url()
+
+
+@pytest.fixture
+async def sealed(new_url: str) -> Sealed:
+    url, signer = new_url, Signer()
     saved = await seal(url, signer)
     return Sealed(url, owner_of(url), signer, saved)
 
@@ -149,7 +156,7 @@ def exchanged(one: int, other: int) -> Tamper:
 
 async def put_in(sealed: Sealed) -> None:
     """A record that never was, among the others: at the sequence of another tenant's record."""
-    like, place = (await sealed.records())[64], (await sealed.records("beta"))[0]
+    like, place = (await sealed.records())[64], (await sealed.records("gamma"))[0]
     await sealed.owner.write(place, {**like, "id": "acme-new", "sequence": place["sequence"]})
 
 

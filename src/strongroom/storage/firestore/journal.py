@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import re
 import sys
 import time
@@ -32,8 +33,10 @@ from .values import value_of
 
 END = "end"
 GAP_ATTEMPTS = 10
+MAX_GAPS = 100_000
 MAX_EXAMINED = 5_000
 """Documents that one page reads at most, if few of them match."""
+_log = logging.getLogger(__name__)
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 _CURSOR = re.compile(r"f(?:[0-9a-z]{1,12}\.){15}[0-9a-z]{1,12}")
 _Direction: Any = _query.StructuredQuery.Direction
@@ -113,6 +116,8 @@ class Journal:
         self._paths = paths
         self._known = [NO_HEAD] * SHARDS
         """The head of each shard, as this node has heard of it: trusted only when the sum is confirmed."""
+        self._gaps: set[tuple[int, int]] = set()
+        """Records that are missing although nobody dropped them, as readers of rows have found."""
         self._sum_of_heads = AggregationRequest(parent=paths.documents)
         aggregation = self._sum_of_heads.structured_aggregation_query
         aggregation.structured_query.from_.add().collection_id = HEADS
@@ -149,7 +154,7 @@ class Journal:
 
     async def changes(self, after: str | None, tenant: str | None, limit: int) -> ChangesPage:
         where = WHOLE_JOURNAL if tenant is None else JournalFilter(tenant=tenant)
-        found, start, position = await self._examined(after, where, limit)
+        found, start, position = await self._examined(after, where, limit, whole=True)
         if after is not None:
             await self._check_not_dropped(tenant, start, position)
         parts = await self._parts(found)
@@ -157,7 +162,7 @@ class Journal:
         return ChangesPage(tuple(records), cursor_text(position))
 
     async def rows(self, after: str | None, where: JournalFilter, limit: int) -> RowsPage:
-        found, _, position = await self._examined(after, where, limit)
+        found, _, position = await self._examined(after, where, limit, whole=False)
         parts = await self._parts(found)
         return RowsPage([one.row(self._paths, parts) for one in found], cursor_text(position))
 
@@ -180,9 +185,9 @@ class Journal:
         return 0 if document is None else int(document.fields["number"].integer_value)
 
     async def _examined(
-        self, after: str | None, where: JournalFilter, limit: int
+        self, after: str | None, where: JournalFilter, limit: int, *, whole: bool
     ) -> tuple[list[Found], list[int], list[int]]:
-        """The next records that match, and the positions before and after them."""
+        """The next records that match, and the positions before and after them. `whole`: a gap is an error."""
         limit = min(limit, MAX_CHANGES_PAGE)
         position = position_of(None if after == END else after)
         everything = after == END or not (where.platform or where.tenant is not None)
@@ -195,11 +200,11 @@ class Journal:
             raise past_the_end()
         start = list(position)
         behind = [shard for shard in shards if position[shard] < heads[shard].last]
-        found = await self._merged(behind, position, heads, where, limit)
+        found = await self._merged(behind, position, heads, where, limit, whole)
         return found, start, position
 
     async def _merged(
-        self, behind: list[int], position: list[int], heads: list[Head], where: JournalFilter, limit: int
+        self, behind: list[int], position: list[int], heads: list[Head], where: JournalFilter, limit: int, whole: bool
     ) -> list[Found]:
         """The next records of all shards in the order of their commits; moves `position` past them."""
         waiting: dict[int, list[Found]] = {shard: [] for shard in behind}
@@ -215,7 +220,7 @@ class Journal:
                 # Not a whole page from each shard: records that do not fit into the page are read and billed again.
                 size = max(10, (limit - len(chosen)) // len(empty) + 1) if len(behind) > 1 else limit
                 pages = await asyncio.gather(
-                    *(self._page(shard, fetched[shard], ends[shard], where, min(size, limit)) for shard in empty)
+                    *(self._page(shard, fetched[shard], ends[shard], where, min(size, limit), whole) for shard in empty)
                 )
                 for shard, (page, upto, count) in zip(empty, pages, strict=True):
                     waiting[shard] = page
@@ -234,14 +239,15 @@ class Journal:
         return chosen
 
     async def _page(
-        self, shard: int, after: int, upto: int, where: JournalFilter, limit: int
+        self, shard: int, after: int, upto: int, where: JournalFilter, limit: int, whole: bool
     ) -> tuple[list[Found], int, int]:
         """The next records of a shard that match, the number up to which there are no others, and how many documents
         were read for that.
 
         A head is written with its records, so a shard has no gaps, except where records were dropped. Queries of
         Google's emulator have gaps, because they lag behind commits under way. There the query is for the whole shard,
-        which shows the gaps, and is repeated.
+        which shows the gaps, and is repeated. A gap that stays is a record that the database's owner has removed. The
+        change feed must not pass over it, but readers of rows do: verification says what is missing.
         """
         checked = where == WHOLE_JOURNAL or self._wire.emulator is not None
         if not checked and needs_search_fields(where) and after + 1 < self._known[shard].searchable:
@@ -251,7 +257,8 @@ class Journal:
         else:
             where_asked = WHOLE_JOURNAL if checked else where
         request = _request(self._paths, shard, after, upto, where_asked, limit)
-        missing: list[int] = []
+        page: list[Found] = []
+        last, missing = upto, list[int]()
         for attempt in range(GAP_ATTEMPTS):
             documents, _ = await self._wire.query(request)
             page = [Found.of(document) for document in documents]
@@ -260,10 +267,17 @@ class Journal:
             if missing and missing[-1] > self._known[shard].dropped:
                 await self.heads([shard])
             missing = [number for number in missing if number > self._known[shard].dropped]
+            if not whole:
+                missing = [number for number in missing if (shard, number) not in self._gaps]
             if not missing:
                 return [one for one in page if one.matches(where)], last, len(page)
             await pause(attempt)
-        raise Unavailable(f"the journal has no record {record_name(shard, missing[0])}, which was written")
+        message = f"the journal has no record {record_name(shard, missing[0])}, which was written"
+        if whole:
+            raise Unavailable(message)
+        _log.error("%s; %d are missing there", message, len(missing))
+        self._gaps.update((shard, number) for number in missing[: MAX_GAPS - len(self._gaps)])
+        return [one for one in page if one.matches(where)], last, len(page)
 
     async def _parts(self, found: list[Found]) -> Mapping[str, Any]:
         """The further documents of large records, by their names."""

@@ -32,7 +32,7 @@ from ...entities import (
     project,
     sort_key,
 )
-from ...errors import InvalidInput, SchemaError
+from ...errors import InvalidInput, Problem, SchemaError
 from .client import AggregationRequest, MissingIndex, RunQueryRequest, Wire
 from .paths import Paths
 from .places import Plan
@@ -190,7 +190,11 @@ class Search:
             different = [value_of(one, kind) for one in dict.fromkeys(values)]
             return self._leaf(name, _F.IN, _array(different), ways=len(different))
         if op in _RANGES and ranged in (None, name):
-            return self._leaf(self._path_of(name), _RANGES[op], self._value(name, kind, value))
+            try:
+                compared = self._value(name, kind, value)
+            except InvalidInput:  # an id that no name can hold
+                return None
+            return self._leaf(self._path_of(name), _RANGES[op], compared)
         return None
 
     def _push_contains(self, name: str, values: Sequence[Any]) -> Pushed | None:
@@ -222,6 +226,8 @@ class Search:
     def _value(self, name: str, kind: FieldType | None, value: Any) -> Any:
         if self._path_of(name) != "__name__":
             return value_of(value, kind)
+        if not value:
+            raise InvalidInput([Problem(name, "is empty, and no document has such a name")])
         reference = value_of(None)
         reference.reference_value = self._paths.document(self._collection, self._tenant, value)
         return reference
@@ -244,10 +250,7 @@ class Search:
         ranged = listed[0][0] if listed else "id"
         if listed == [("id", True)]:
             self._by_name = False  # Firestore reads names forwards only; the field `id` holds the same
-        try:
-            pushed = self._push(query.where, ranged) if query.where is not None else None
-        except InvalidInput:  # compared with an id that no name can hold
-            pushed = None
+        pushed = self._push(query.where, ranged) if query.where is not None else None
         start = self._start(order, pinned, query.start_after)
         if start is _NOTHING:
             return

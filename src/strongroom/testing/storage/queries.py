@@ -352,3 +352,15 @@ class TestQueries(StorageSuite):
             await store.commit(batch("acme", Create("samples", f"{rank:02}", sample(rank=rank))))
             (last,) = await store.find("samples", "acme", Query(order_by=("-rank",), limit=1))
             assert last["rank"] == rank
+
+    async def test_an_id_is_compared_with_text_that_no_document_can_have(self, store: Store) -> None:
+        for tenant in ("acme", "other"):
+            await store.commit(batch(tenant, *(Create("samples", id, sample()) for id in ("a", "b"))))
+        for where, expected in (
+            (Where("id", ">", ""), ["a", "b"]),
+            (Where("id", "<", ""), []),
+            (Where("id", "<=", "a" + "/" * 1_000), ["a"]),
+        ):
+            assert [one["id"] for one in await store.find("samples", "acme", Query(where, ("id",)))] == expected
+            count = await store.aggregate("samples", "acme", [Aggregate("count")], where)
+            assert count == {"count": len(expected)}
