@@ -166,6 +166,7 @@ HOSTILE: dict[str, tuple[Callable[[], str], str]] = {
     "an audience that is a part": (lambda: good(aud="strong"), "another audience"),
     "an audience as an object": (lambda: good(aud={AUDIENCE: 1}), "another audience"),
     "no audience": (lambda: good(aud=None), "another audience"),
+    "bound to its holder's key": (lambda: good(cnf={"jkt": "x"}), "'cnf'"),
     "expired": (lambda: good(exp=NOW - LEEWAY_S - 1), "expired"),
     "never expiring": (lambda: good(exp=None), "never expire"),
     "expiring as a text": (lambda: good(exp=str(NOW + 600)), "'exp': found text"),

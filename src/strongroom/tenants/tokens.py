@@ -133,6 +133,8 @@ class Tokens:
         given = [audience] if isinstance(audience, str) else audience if isinstance(audience, list) else ()
         if not any(one in settings.audiences for one in given if isinstance(one, str)):
             raise refused("the token is for another audience than STRONGROOM_JWT_AUDIENCE names")
+        if "cnf" in claims:  # whoever stole it could use it, which its issuer wanted to prevent
+            raise refused("the token is bound to a key of its holder ('cnf'), which this server cannot check")
         expires_us = self._expiry_us(claims)
         return VerifiedToken(
             _subject(claims),
