@@ -21,7 +21,7 @@ import asyncpg
 
 from ...errors import StrongroomError, Unavailable
 from ..port import Append, Batch, Committed, check_batch_size, check_operations
-from ..sql import Line, quoted
+from ..sql import Line, RecentRows, quoted
 from . import batch_sets as sets
 from .batch_sets import Outcome, Sets, Statement
 from .batch_steps import Locks, Steps
@@ -70,13 +70,14 @@ class _Group:
 class Commits:
     """Writes groups of batches on one connection of its own. Used by one task at a time."""
 
-    def __init__(self, connector: Connector, tenants: set[str]) -> None:
+    def __init__(self, connector: Connector, tenants: set[str], recent: RecentRows) -> None:
         settings = connector.settings
         self._connector = connector
         self._settings: Settings = settings
         self._journal = Journal(settings.schema)
         self._locks = Locks(settings.schema)
         self._known_tenants = tenants
+        self._recent = recent
         self._statements: Mapping[str, Statements] = {}
         self._connection: asyncpg.Connection | None = None
         self._started: Any = None
@@ -386,6 +387,7 @@ class Commits:
                 raise
             raise _Lost(xid, self._started, record) from error
         self._known_tenants |= new
+        self._recent.committed([(sequence, *line) for sequence, line in enumerate(lines, base + 1)])
 
     def _has_documents(self, batch: Batch) -> bool:
         return any(

@@ -37,7 +37,7 @@ from ..port import (
     SchemaChange,
     past_the_end,
 )
-from ..sql import canonical, content_size, quoted
+from ..sql import RecentRows, canonical, content_size, quoted
 from . import index_statistics, journal_upkeep, partitions, schema
 from .commits import Commits
 from .errors import DRIVER_ERRORS, is_connection_lost, is_outdated, translated
@@ -82,6 +82,7 @@ class PostgresStore:
         self._journal = Journal(self.settings.schema)
         self._tables: Mapping[str, Table] = {}
         self._known_tenants: set[str] = set()
+        self._recent = RecentRows()
         self._taking_all: str | None = None
         """The statement that begins a transaction which sees the whole journal; None if this role may not see it."""
         self._pool: Pool | None = None
@@ -114,8 +115,10 @@ class PostgresStore:
             await pool.close()
             raise
         self._pool = pool
-        self._platform = Lane(self._place, Commits(self._connector, self._known_tenants))
-        self._tenants = Lane(self._place, Commits(self._connector, self._known_tenants))
+        self._recent.clear()
+        self._platform, self._tenants = (
+            Lane(self._place, Commits(self._connector, self._known_tenants, self._recent)) for _ in range(2)
+        )
         for lane in self._lanes():
             lane.commits.taking_all = self._taking_all
         if self._callbacks:
@@ -257,6 +260,8 @@ class PostgresStore:
         self, after: str | None = None, where: JournalFilter = WHOLE_JOURNAL, limit: int = MAX_CHANGES_PAGE
     ) -> RowsPage:
         position, limit = _position(after), min(limit, MAX_CHANGES_PAGE)
+        if where == WHOLE_JOURNAL and after is not None and (recent := self._recent.after(position, limit)):
+            return RowsPage(recent, str(recent[-1][0]))
         texts = (where.tenant, where.actor, where.action, where.collection, where.entity_id, where.request_id)
         if any(text is not None and "\0" in text for text in texts):  # no record has it, and PostgreSQL refuses it
             return RowsPage((), str(await self._head()))
@@ -358,6 +363,7 @@ class PostgresStore:
         if not rows:
             return 0
         found: int = (await self._rows(*journal_upkeep.rewrite(self.settings.schema, rows)))[0][0]
+        self._recent.clear()
         return found
 
     async def drop(self, tenant: str | None, through_sequence: int) -> int:
@@ -365,6 +371,7 @@ class PostgresStore:
         while True:
             values = (tenant, min(through_sequence, _GREATEST_SEQUENCE))
             removed: int = (await self._rows(journal_upkeep.drop_some(self.settings.schema), values))[0][0]
+            self._recent.clear()
             total += removed
             if removed < journal_upkeep.DROPPED_AT_ONCE:
                 return total

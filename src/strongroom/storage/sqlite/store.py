@@ -38,7 +38,7 @@ from ..port import (
     SchemaChange,
     past_the_end,
 )
-from ..sql import canonical, content_size
+from ..sql import RecentRows, canonical, content_size
 from .bulk_load import Loader, checkpoint
 from .bulk_rows import SqlitePacker
 from .dialect import commit_error, translated
@@ -87,6 +87,7 @@ class SqliteStore:
             self.path, up_to(MAX_GROUP), self._write_group, self._interrupted
         )
         self._closing = False
+        self._recent = RecentRows()
         self._checkpointing: asyncio.Future[None] | None = None
 
     @property
@@ -99,6 +100,7 @@ class SqliteStore:
         if self._session is not None:
             return
         self._threads = Threads()
+        self._recent.clear()
         try:
             await self._awaited(self._threads.write(make_or_recognise, self.path, self._busy_timeout_s))
             self._session = await self._awaited(self._threads.write(self._new_session, ()))
@@ -288,6 +290,7 @@ class SqliteStore:
             committing = writer.has_changes
             if committing:
                 await self._threads.commit(writer.commit)
+                self._recent.committed(writer.rows)
             else:
                 writer.commit()
         except apsw.Error as error:
@@ -371,6 +374,10 @@ class SqliteStore:
         self, after: str | None = None, where: JournalFilter = WHOLE_JOURNAL, limit: int = MAX_CHANGES_PAGE
     ) -> RowsPage:
         session = self._opened()
+        if where == WHOLE_JOURNAL and after is not None and _CURSOR.fullmatch(after):
+            recent = self._recent.after(int(after), min(limit, MAX_CHANGES_PAGE))
+            if recent:
+                return RowsPage(recent, str(recent[-1][0]))
         readers = session.audits if where.tenant is None else session.scans
         page = await self._journal_page(readers, where, after, limit)
         return RowsPage(await in_slices(canonical, page.rows), page.cursor)
@@ -379,6 +386,7 @@ class SqliteStore:
         self._opened()
         async with self._commits.writing:
             found = await self._awaited(self._threads.write(rewrite, self.path, self._busy_timeout_s, rows))
+            self._recent.clear()
         await self._emptied_log()
         return found
 
@@ -388,6 +396,7 @@ class SqliteStore:
         while True:
             async with self._commits.writing:
                 self._opened()
+                self._recent.clear()
                 removed = await self._awaited(
                     self._threads.write(drop_some, self.path, self._busy_timeout_s, tenant, through_sequence)
                 )

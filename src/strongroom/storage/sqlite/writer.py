@@ -31,6 +31,7 @@ from ..port import (
     Committed,
     Create,
     Delete,
+    JournalRow,
     Operation,
     Patch,
     Put,
@@ -89,6 +90,8 @@ class Writer:
         self._deleted_version_before = 0
         self._changes_before = 0
         self._next = 0  # the sequence of the next record, if the times of all before are noted; 0 if they may not be
+        self.rows: list[JournalRow] = []
+        """The journal rows of this transaction."""
         self._times: dict[int, list[int]] = {}  # of this transaction's records, by block
         self._tenant: str | None = None
         self._now_us = -1
@@ -106,6 +109,7 @@ class Writer:
         self._changes_before = self._connection.total_changes()
         self._next = (timed or 0) + 1
         self._times.clear()
+        self.rows = []
         self._guarded.trust(True)
 
     @property
@@ -154,6 +158,7 @@ class Writer:
         if guarded:
             self._execute("SAVEPOINT batch").fetchall()
         deleted_version, changes = self._deleted_version, self._connection.total_changes()
+        rows = len(self.rows)
         try:
             committed = self._run_patches(batch) if len(operations) >= MANY_CHECKS else None
             if committed is None:
@@ -164,6 +169,7 @@ class Writer:
             reason = translated(error, self._path) if isinstance(error, apsw.Error) else error
             self._deleted_version = deleted_version
             self._next = 0  # records may be taken back
+            del self.rows[rows:]
             if guarded:
                 self._execute("ROLLBACK TO batch; RELEASE batch").fetchall()
             elif self._connection.total_changes() != changes:
@@ -426,6 +432,7 @@ class Writer:
         self._execute(_APPEND, row)
         sequence, at_us = self._connection.last_insert_rowid(), record.at_us
         self._next = sequence + 1 if sequence == self._next else 0
+        self.rows.append((sequence, *row))
         times = self._times.get(sequence // BLOCK)
         if times is None:
             self._times[sequence // BLOCK] = [at_us, at_us, sequence]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -12,11 +13,13 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from ...entities import Document
-from ...errors import Gone, InvalidInput
+from ...errors import Gone, InvalidInput, NotFound
 from ...storage.port import (
     MAX_CHANGES_PAGE,
     WHOLE_JOURNAL,
     Append,
+    Create,
+    Delete,
     JournalFilter,
     JournalRow,
     Record,
@@ -26,7 +29,7 @@ from ...storage.tagged_json import loads, quick_dumps
 from .backend import Backend, StorageSuite, examples
 from .journal import tail
 from .reopening import prepared
-from .samples import HOSTILE_NAMES, NOW, batch, documents, record
+from .samples import HOSTILE_NAMES, NOW, batch, documents, item, record
 
 SALT = bytes(range(16))
 TENANTS = ("acme", "beta", None)
@@ -179,6 +182,38 @@ class TestJournalRows(StorageSuite):
                 through_sequence=sequences[last],
             )
             assert [row[0] for row in await all_rows(store, where, limit=2)] == sequences[first + 1 : last + 1]
+
+    async def test_a_reader_close_behind_the_writers_reads_what_is_stored(self, backend: Backend) -> None:
+        """As sealing does. A store may answer it from memory; failed batches, and another process, must not matter."""
+        url = backend.new_url()
+        store = await prepared(backend, url)
+        other = await prepared(backend, url) if store.capabilities.multi_process else store
+        try:
+            cursor = (await store.rows()).cursor
+            followed: list[JournalRow] = []
+            count = 0
+            for number in range(12):
+                names = [f"{number}-{n}" for n in range(3)]
+                writing = [
+                    store.commit(batch("acme", Append(record(name, salt=SALT, after={"n": 1})))) for name in names
+                ]
+                failing = batch("acme", Append(record("fails")), Create("items", "x", item()), Delete("items", "y"))
+                answers = await asyncio.gather(*writing, store.commit(failing), return_exceptions=True)
+                assert isinstance(answers[-1], NotFound)
+                if number % 3 == 1:
+                    await other.commit(batch("acme", Append(record(f"{number}-other", salt=SALT)), now_us=NOW + 1))
+                    count += 1
+                count += len(names)
+                await tail(store, count)
+                while (page := await store.rows(cursor, limit=2)).cursor != cursor:
+                    followed += page.rows
+                    cursor = page.cursor
+            assert [tuple(row) for row in followed] == [tuple(row) for row in await all_rows(other)]
+            assert len(followed) == count
+        finally:
+            if other is not store:
+                await other.close()
+            await store.close()
 
     async def test_rows_refuse_cursors_as_changes_do(self, backend: Backend, store: Store) -> None:
         for cursor in ("", "nonsense", "-1", "9" * 100, "\x00"):
