@@ -14,9 +14,10 @@ from strongroom import Entity, Strongroom
 from strongroom.entities import Query, Where
 from strongroom.errors import Conflict, Unavailable
 from strongroom.jobs import JobLeases
-from strongroom.jobs.sealing import LEASE_S, Sealing
+from strongroom.jobs.sealing import EVERY_S, LEASE_S, LONGEST_S, Sealing, interval_s
 from strongroom.journal import sealer as sealing
 from strongroom.journal.sealer import Sealer
+from strongroom.journal.trees import new_round, round_leaf, tree_id
 from strongroom.storage.port import Append, Batch, Check, Patch, Put, Record
 from tests.helpers.faulty_store import Fault, FaultyStore
 from tests.helpers.stores import opened
@@ -160,6 +161,30 @@ async def test_small_batches_keep_each_tree_in_one(
     await room.sealer.seal_now()
     assert max(len(batch.operations) for batch in store.batches) == 4
     assert (await check_trees(store)).rounds == 1
+
+
+async def test_trees_with_and_without_new_tiles_are_sealed_in_one_round(room: Strongroom, store: FaultyStore) -> None:
+    for count in (1, 300, 5):
+        for number in range(12):
+            await append(store, f"t{number}", count if number % 3 else 1, begin=1_000 * count)
+        await room.sealer.seal_now()
+    trees = await check_trees(store)
+    assert (len(trees.leaves), trees.rounds) == (13, 3)
+
+
+def test_long_rounds_are_fewer_and_still_seal_within_a_second() -> None:
+    assert interval_s(0.0) == interval_s(0.04) == EVERY_S
+    assert interval_s(0.07) == pytest.approx(0.7)
+    for took_s in (0.1, 0.2, 0.3):
+        assert EVERY_S <= interval_s(took_s) == pytest.approx(LONGEST_S - took_s)
+    assert interval_s(1.0) == EVERY_S
+
+
+def test_the_leaf_of_a_new_round_is_that_of_its_stored_entries() -> None:
+    entries = [(tree_id(tenant), size, f"{size:064x}") for tenant, size in (("acme", 1), ('é"', 2**40), ("x", 0))]
+    for some in (entries, entries[:1], []):
+        text, leaf = new_round(7, some)
+        assert leaf == round_leaf(7, text)
 
 
 async def test_a_thousand_tenants_are_sealed_in_one_round(room: Strongroom, store: FaultyStore) -> None:

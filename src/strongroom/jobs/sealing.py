@@ -22,7 +22,12 @@ from .job_lease import AcquiredLease, JobLeaseLost, JobLeases
 SEALING = "journal-sealing"
 LEASE_S = 3.0
 EVERY_S = 0.5
-"""A round begins so long after the one before. A record is sealed within this and the time of a round."""
+"""A round begins so long after the one before, or (after a long one) later. A record is sealed within this and the time
+of a round."""
+LONGEST_S = 0.8
+"""The interval and a round's time together, if the interval is longer than EVERY_S."""
+ROUND_SHARE = 10
+"""A round is to take at most one in so many parts of the time."""
 GATHER_S = 0.05
 """The first round after a pause waits so long, because a commit seldom comes alone."""
 REFUSED_S = 0.5
@@ -32,6 +37,12 @@ MAX_CONFLICTS = 3
 CLOSE_TIMEOUT_S = 2.0
 NOW_TIMEOUT_S = 30.0
 _log = logging.getLogger(__name__)
+
+
+def interval_s(took_s: float) -> float:
+    """The time from the begin of a round, which took `took_s`, to the begin of the next. A round costs something for
+    each tree, however few records it adds: fewer rounds leave more of the processor to the writes."""
+    return max(EVERY_S, min(ROUND_SHARE * took_s, LONGEST_S - took_s))
 
 
 class Sealing:
@@ -121,12 +132,12 @@ class Sealing:
 
     async def _run(self) -> None:
         told = RetryLog(_log, "the journal cannot be sealed")
-        began, conflicts = 0.0, 0
+        began, took_s, conflicts = 0.0, 0.0, 0
         while True:
             await self._woken.wait()
-            pause_s = max(GATHER_S, began + EVERY_S - time.monotonic())
+            pause_s = max(GATHER_S, began + interval_s(took_s) - time.monotonic())
             await asyncio.sleep(pause_s)
-            began = time.monotonic()
+            began, took_s = time.monotonic(), 0.0
             if self._refused():
                 await self._last_round()
                 await asyncio.sleep(REFUSED_S)
@@ -143,6 +154,7 @@ class Sealing:
                     told.failed(error)
                 await asyncio.sleep(RETRY_S * random.uniform(0.5, 1))  # noqa: S311 - jitter
                 continue
+            took_s = time.monotonic() - began
             conflicts = 0
             told.succeeded()
             if wait_s:

@@ -11,7 +11,6 @@ of the documents that it replaces.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections import OrderedDict
@@ -47,8 +46,8 @@ from .trees import (
     PLATFORM,
     TILE,
     JournalLog,
+    new_round,
     round_id,
-    round_leaf,
     tile_id,
     tree_id,
 )
@@ -59,6 +58,10 @@ MAX_TREES = 2_500
 """Trees that one round extends, and those of a page more: their entries fit into one document, even after a crash."""
 KEPT_TREES = 4_096
 """Trees that stay in memory, each with the leaves of its last tile (10 KB at most)."""
+TREE_BYTES = 4_096
+"""The most that the document of a tree has."""
+PAUSE_EVERY = 16
+"""After so many records a round looks whether others are to run: some 100 microseconds."""
 FIRST_ROWS = 100
 RENEW_EVERY_S = 1.0
 _log = logging.getLogger(__name__)
@@ -147,7 +150,7 @@ class Sealer:
 
     async def _round(self, lease: Lease) -> Sealed:
         log = self._stored_log or await self._begin()
-        number, cursor = log["round"] + 1, log["cursor"]
+        number, cursor, secret = log["round"] + 1, log["cursor"], log["legacy_secret"]
         touched = dict(self._ahead)
         records, seen, oldest_us, more = 0, 0, None, True
         slices = Slices()
@@ -157,13 +160,13 @@ class Sealer:
                 more = False
                 break
             states = await self._states({row[2] for row in page.rows}, log)
-            for row in page.rows:
-                if slices.over:
+            for at, row in enumerate(page.rows):
+                if not at % PAUSE_EVERY and slices.over:
                     await slices.pause()
                 state = states[row[2]]
                 if row[0] <= state.sequence or state.broken:
                     continue
-                state.add(leaf_of(salted(row, log["legacy_secret"])), row[0], row[3])
+                state.add(leaf_of(row if row[12] else salted(row, secret)), row[0], row[3])
                 records += 1
                 touched[state.id] = state
                 if oldest_us is None or row[3] < oldest_us:
@@ -267,12 +270,14 @@ class Sealer:
         members: list[tuple[TreeState, int]] = []
         size = 0
         now_us = self._clock.now_us()
-        for state in states:
-            if not state.extended:
-                continue
-            some = state.operations(number, now_us)
+        extended = [(state, state.operations(number, now_us)) for state in states if state.extended]
+        # First the trees without new tiles: batches of nothing but patches are several times as fast on SQLite.
+        for state, some in sorted(extended, key=lambda one: not _is_patch(one[1])):
             weight = _weight(some)
-            if operations and (len(operations) + len(some) >= MAX_OPERATIONS or size + weight > MAX_BATCH_BYTES // 2):
+            changes_kind = bool(operations) and _is_patch(operations) and not _is_patch(some)
+            if operations and (
+                changes_kind or len(operations) + len(some) >= MAX_OPERATIONS or size + weight > MAX_BATCH_BYTES // 2
+            ):
                 await self._commit_some(lease, operations, members)
                 operations, members, size = [], [], 0
             operations += some
@@ -310,13 +315,13 @@ class Sealer:
             if platform.broken:
                 raise JournalBroken(f"nothing is sealed: the platform's journal was changed: {platform.broken}")
             entries = [
-                [state.id, state.size, state.root().hex()]
+                (state.id, state.size, state.root().hex())
                 for state in sorted(touched.values(), key=lambda state: state.id)
                 if not state.broken
             ]
-            text = json.dumps(entries, separators=(",", ":"))
+            text, leaf = new_round(number, entries)
             round = {"number": number, "index": platform.size, "entries": text, "sealed_at": utc_from_us(now_us)}
-            platform.add(round_leaf(number, text), NO_SEQUENCE, now_us)
+            platform.add(leaf, NO_SEQUENCE, now_us)
             checkpoint = Checkpoint(log["origin"], platform.size, platform.root())
             changed["round"], changed["checkpoint_size"] = number, platform.size
             changed["checkpoint"] = self._signed(checkpoint, now_us)
@@ -365,8 +370,12 @@ def _of_ids(ids: Sequence[str]) -> Query:
     return Query(Where("id", "in", ids), limit=MAX_IN)
 
 
+def _is_patch(operations: Sequence[Operation]) -> bool:
+    return type(operations[0]) is Patch
+
+
 def _weight(operations: Iterable[Operation]) -> int:
-    return sum(document_size(one.document) for one in operations if isinstance(one, Create | Put))
+    return TREE_BYTES + sum(document_size(one.document) for one in operations if isinstance(one, Create | Put))
 
 
 __all__ = ["JournalBroken", "Lease", "Sealed", "Sealer", "Signer"]

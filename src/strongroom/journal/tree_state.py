@@ -7,7 +7,7 @@ from typing import Any
 
 from ..context import utc_from_us
 from ..entities import Document
-from ..storage.port import Create, Operation, Put
+from ..storage.port import Create, Operation, Patch, Put
 from .merkle import Frontier, root_of, split
 from .tree_reader import TILES
 from .trees import TILE, JournalTree, tile_id, tree_id
@@ -187,7 +187,9 @@ class TreeState:
         ]
         document = self.document() | {"sealed_at": utc_from_us(now_us)}
         del document["id"]
-        return [*self._new_tiles, *upper, Put(TREES, self.id, document, expected=self.version)]
+        if not self.version:
+            return [*self._new_tiles, *upper, Put(TREES, self.id, document, expected=0)]
+        return [*self._new_tiles, *upper, Patch(TREES, self.id, document, expected=self.version)]
 
     def committed(self, version: int) -> None:
         """The operations were committed; the tree's document has this version."""

@@ -8,6 +8,7 @@ the audit trail would want one more for each change.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from datetime import datetime
@@ -27,6 +28,7 @@ REDACT = "redact"
 ROUND_VERSION = "strongroom-round/1"
 
 
+@functools.lru_cache(maxsize=10_000)
 def tree_id(tenant: str | None) -> str:
     """The id of a tenant's tree, or of the platform's."""
     return PLATFORM if tenant is None else "t" + sha256(tenant.encode()).hexdigest()[:40]
@@ -141,6 +143,13 @@ def round_leaf(number: int, entries: str) -> bytes:
     return round_leaf_of_root(number, len(found), root_of(entry_hash(entry) for entry in found))
 
 
+def new_round(number: int, entries: Sequence[Entry]) -> tuple[str, bytes]:
+    """The text of a new round's entries, and its leaf: `round_leaf` of that text."""
+    texts = [f'["{tree}",{size},"{root}"]' for tree, size, root in entries]
+    root = root_of(leaf_hash(text.encode()) for text in texts)
+    return f"[{','.join(texts)}]", round_leaf_of_root(number, len(entries), root)
+
+
 def round_leaf_of_root(number: int, count: int, root: bytes) -> bytes:
     """The same from the number of entries and the root of the round's small tree."""
     return leaf_hash(f"{ROUND_VERSION}\n{number}\n{count}\n{root.hex()}\n".encode())
@@ -165,6 +174,7 @@ __all__ = [
     "JournalTree",
     "entry_hash",
     "legacy_salt",
+    "new_round",
     "round_id",
     "round_leaf",
     "round_leaf_of_root",
