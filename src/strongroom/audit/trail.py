@@ -232,7 +232,7 @@ class Audit:
             asked = None if wanted.tenant == ALL_TENANTS else wanted.tenant
             by = Context(asked, context.actor, context.claims, context.request_id)
             await self._database.denials.note(self._database.at_now(by), "list", NAME, "", reason)
-            raise Denied(f"list {NAME}: {reason}", reason=reason)
+            raise Denied(f"list {NAME}: {reason}", reason=reason, recorded=True)
         return own
 
 

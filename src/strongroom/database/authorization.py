@@ -64,7 +64,16 @@ class Authorization:
         attempted = attempted_fields(collection, before, after)
         by = context.by(self._clock)
         await self._denials.note(by, operation, collection.name, id or "", decision.reason, attempted)
-        raise Denied(f"{operation} {collection.name}: {decision.reason}", reason=decision.reason)
+        raise Denied(f"{operation} {collection.name}: {decision.reason}", reason=decision.reason, recorded=True)
+
+    async def refuse_other_tenant(
+        self, context: Context, tenant: str, operation: RuleOperation, collection: Collection, id: str | None = None
+    ) -> None:
+        """Refuse a call that names another tenant than the caller's own, as the rules refuse one."""
+        own = context.claims.get("tenant", context.tenant)
+        asked = Context(tenant, context.actor, context.claims, context.request_id)
+        reason = f"the caller belongs to tenant {own!r}, not to {tenant!r}"
+        await self.refuse(asked, operation, collection, id, Decision(False, reason))
 
 
 __all__ = ["Authorization"]

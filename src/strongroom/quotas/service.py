@@ -192,7 +192,7 @@ class Quotas:
         Raises InvalidInput with every problem, Conflict, Denied.
         """
         new = new if new is not None else parse(NewQuota, fields)
-        self._may_set(context, new)
+        await self._may_set(context, new)
         quota = Quota(
             id=new.id,
             tenant=new.tenant,
@@ -275,7 +275,7 @@ class Quotas:
         if replayed is not None:
             return await self.answered_before(replayed, context=context)
         quota = await self.get(kind, tenant, name, context=context)
-        self._may_set(context, quota)
+        await self._may_set(context, quota)
         values = {field: getattr(changes, field) for field in changes.model_fields_set}
         by = writer(context, quota.tenant)
         await self._begin_refills(quota, values.get("limits", ()))
@@ -308,7 +308,7 @@ class Quotas:
         if await self._database.repeated(acting(context), once) is not None:
             return
         quota = await self.get(kind, tenant, name, context=context)
-        self._may_set(context, quota)
+        await self._may_set(context, quota)
 
         by = writer(context, quota.tenant)
         await self._database.authorize(by, "delete", Quota.__collection__, quota.id)
@@ -337,17 +337,16 @@ class Quotas:
         """Set back the usage of a quota that was charged at a time ahead of the store's clock, as `Keys.mend_clock`
         does for a key. Raises NotFound, Denied, Unavailable."""
         quota = await self.get(kind, tenant, name, context=context)
-        self._may_set(context, quota)
+        await self._may_set(context, quota)
         return await self._ledger.set_back(quota.id)
 
-    @staticmethod
-    def _may_set(context: Context | None, quota: QuotaName | Quota) -> None:
+    async def _may_set(self, context: Context | None, quota: QuotaName | Quota) -> None:
         """Raises Denied unless the caller may set this quota."""
         own = bound_to(context)
-        if own is None:
+        if own is None or context is None:
             return
         if own != quota.tenant:
-            raise Denied(f"the caller belongs to tenant {own!r}, not to {quota.tenant!r}")
+            await self._database.rules.refuse_other_tenant(context, quota.tenant, "update", Quota.__collection__)
         if quota.kind == "tenant":
             raise Denied("only a caller for all tenants may change a tenant's own quota")
 

@@ -87,6 +87,7 @@ class Application:
             services.metrics,
             services.verify_gate,
             services.bounds.max_body_bytes,
+            services.record_denial,
         )
         self.verify.direct = tracing is None
 
@@ -149,6 +150,7 @@ class Application:
             expect_at_most(headers.get(b"content-length"), self.services.bounds.max_body_bytes)
             await self.api(scope, self._bounded(receive), answer)
         except StrongroomError as error:
+            await self.services.record_denial(error, scope.get("strongroom.caller"), method, "other")
             if not answer.started:
                 await send_problem(answer, error, request_id)
         except ClientDisconnect:
@@ -301,6 +303,9 @@ def _handle_errors(api: FastAPI) -> None:
 
     @api.exception_handler(StrongroomError)
     async def ours(request: Request, error: StrongroomError) -> Response:
+        services, scope = request.app.state.services, request.scope
+        route = getattr(scope.get("route"), "path", "other")
+        await services.record_denial(error, scope.get("strongroom.caller"), request.method, route)
         if errors.status_of(error) == 500:
             _log.error("request failed: %s", error, extra={"request_id": request.scope["strongroom.request_id"]})
         return problem(request, error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from fastapi import Request
 from ..app import Strongroom
 from ..client_address import Network
 from ..database import Transaction
-from ..errors import TooManyRequests
+from ..errors import Denied, StrongroomError, TenantSuspended, TooManyRequests
 from ..tenants import SignIn
 from .auth import Authenticator, Caller
 from .errors import ShuttingDown
@@ -28,6 +29,7 @@ HEALTH_PLACES = 100
 MAX_USAGE_ITEMS = 10_000
 """Events in one `usage:batch`."""
 
+_log = logging.getLogger(__name__)
 CALLERS_SHARE = 4
 """A caller with one in this many of the places, for requests or streams, may not take the last of them."""
 
@@ -167,6 +169,20 @@ class Services:
 
     def _retries(self) -> Mapping[str, float]:
         return {**self.room.database.retries, "usage": self.room.ledger.retries}
+
+    async def record_denial(self, error: StrongroomError, caller: Caller | None, method: str, route: str) -> None:
+        """Journal a refusal that no rule has journalled: a scope that is too small, or what one tenant's callers may
+        not do. It has the request's method and route for an operation and a collection."""
+        if not isinstance(error, Denied) or isinstance(error, TenantSuspended) or error.details.get("recorded"):
+            return
+        if caller is None:
+            return
+        database = self.room.database
+        context = database.at_now(caller.context(caller.tenant, ""))
+        try:
+            await database.denials.note(context, method, route, "", error.message)
+        except StrongroomError as failed:  # the caller is refused either way
+            _log.warning("a denial of %s is not in the journal: %s", caller.actor, failed)
 
     def enter(self, caller: Caller) -> str:
         """Count a request inside the gate for this caller; returns the value for `leave`. Raises TooManyRequests.

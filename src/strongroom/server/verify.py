@@ -27,7 +27,7 @@ from ..errors import (
     TooManyRequests,
 )
 from ..keys import Keys, PendingVerification, Verification, check_address, cost_units
-from .auth import Authenticator, Scope, single
+from .auth import Authenticator, Caller, Scope, single
 from .errors import MalformedRequest, Message, Send, send_problem
 from .metrics import Metrics
 from .wire import expect_object, parse_json, repeated, request_id_of
@@ -82,13 +82,20 @@ class VerifyRoute:
     """The ASGI application of this one route."""
 
     def __init__(
-        self, keys: Keys, authenticator: Authenticator, metrics: Metrics, gate: Gate, max_body_bytes: int
+        self,
+        keys: Keys,
+        authenticator: Authenticator,
+        metrics: Metrics,
+        gate: Gate,
+        max_body_bytes: int,
+        record_denial: Callable[[StrongroomError, Caller | None, str, str], Awaitable[None]],
     ) -> None:
         self._keys = keys
         self._authenticator = authenticator
         self._metrics = metrics
         self._gate = gate
         self._max_body_bytes = max_body_bytes
+        self._record_denial = record_denial
         self.direct = True
         """Whether `answer_directly` answers: it makes no spans, so not while requests are traced."""
 
@@ -160,7 +167,11 @@ class VerifyRoute:
             if caller is None:
                 caller = await self._authenticator.caller(authorization, scope)
             if caller.scope < Scope.WRITE:
-                caller.needs(Scope.WRITE)
+                try:
+                    caller.needs(Scope.WRITE)
+                except StrongroomError as denied:
+                    await self._record_denial(denied, caller, "POST", PATH)
+                    raise
             expect_at_most(headers.get(b"content-length"), self._max_body_bytes)
             message = await receive()
             if message["type"] != "http.request":

@@ -63,8 +63,8 @@ class Webhooks:
         """
         new = new if new is not None else parse(NewWebhook, fields)
         own = bound_to(context)
-        if own is not None and new.tenant != own:
-            raise Denied(f"the caller belongs to tenant {own!r}, not to {new.tenant!r}")
+        if own is not None and context is not None and new.tenant != own:
+            await self._database.rules.refuse_other_tenant(context, new.tenant, "create", Webhook.__collection__)
         if new.allow_private or new.tenant == ALL_TENANTS:
             _require_administrator(context, "allow_private" if new.allow_private else "tenant")
         idempotency = _idempotency(context, idempotency_key, "create webhook", new)
