@@ -27,7 +27,7 @@ from .jobs import JobLease, JobLeases
 from .jobs.maintenance import Background, Job, ShapeKeeper, background
 from .jobs.sealing import LEASE_S as SEALING_LEASE_S
 from .jobs.sealing import Sealing
-from .journal import POLL_S, TREE_ENTITIES, ChangeFeed
+from .journal import DENY, POLL_S, TREE_ENTITIES, ChangeFeed
 from .journal.sealer import Sealer
 from .journal.signing_key import SigningKeys
 from .keys import ApiKey, Hasher, Keys, KeySource, Leak, LeakPolicy, Leaks, StoredReservation
@@ -311,6 +311,8 @@ class Strongroom:
 
     def _seen(self, record: Record) -> None:
         """A journal record of any process: forget what it makes outdated."""
+        if record.action == DENY:
+            return
         if record.collection == ApiKey.__collection__.name:
             self.keys.changed(record.entity_id)
         elif record.collection == Quota.__collection__.name:

@@ -40,7 +40,7 @@ async def test_bdd_12_14_14_a_cross_tenant_access_attempt_is_denied_on_every_sto
             "list": lambda: database.find(eve, Note),
             "filter": lambda: database.find(eve, Note, Query(Where("text", "==", "theirs"))),
             "select": lambda: database.reads.select(eve, Note, Query()),
-            "aggregate": lambda: database.aggregate(eve, Note, [Aggregate("count")]),
+            "aggregate": lambda: database.aggregate(eve, Note, Aggregate("count")),
             "create": lambda: database.create(eve, Note(text="x")),
             "replace": lambda: database.replace(eve, Note(id="n", text="x")),
             "update": lambda: database.update(eve, Note, "n", {"text": "x"}),

@@ -12,6 +12,7 @@ import pytest
 
 from strongroom import Entity, Strongroom
 from strongroom.context import Context, system_context
+from strongroom.database import WriteSwitch
 from strongroom.entities import parse
 from strongroom.errors import (
     Conflict,
@@ -25,7 +26,7 @@ from strongroom.errors import (
 )
 from strongroom.migrate.state import fence
 from strongroom.storage.port import Batch
-from strongroom.tenants import WritesChange
+from strongroom.tenants import Tenant, WritesChange
 from tests.helpers.stores import rolling
 from tests.helpers.waiting import wait_until
 
@@ -374,3 +375,30 @@ async def test_a_switch_outlives_the_processes(url: str) -> None:
             await room.tenant("acme").create(Note(text="x"))
         with pytest.raises(WritesOff):
             await room.tenant("other").create(Note(text="x"))
+
+
+async def test_later_changes_and_denials_take_no_switch_and_no_suspension_back(shared_url: str) -> None:
+    """The journal's record of a change has the changed fields alone, and that of a denial has none of the document."""
+    async with two_nodes(shared_url) as (one, two):
+        issued = await one.keys.create(name="k", tenant="acme")
+        await one.tenant("other").create(Note(text="x"))
+        await one.tenants.suspend("acme", "unpaid")
+        await off(one, "other")
+        await one.tenants.update("acme", plan="gold")
+        change = WritesChange(allowed=False, tenant="other", reason="another reason")
+        await one.writes.set(change)
+        by = Context("acme", "key:k", {"tenant": "x", "admin": True})
+        with pytest.raises(Denied):
+            await one.database.update(by, Tenant, "acme", {"plan": "x"})
+        with pytest.raises(Denied):
+            await one.database.delete(by, WriteSwitch, "tenant:other")
+        await one.tenant("third").create(Note(text="the last record"))
+        seen: list[str] = []
+        two.feed.on_record(lambda record: seen.append(record.collection))
+        await one.tenant("third").create(Note(text="the last record"))
+        await wait_until(lambda: "notes" in seen)
+        for room in (one, two):
+            answer = await room.keys.verify(issued.text)
+            assert (answer.code, answer.message) == ("DISABLED", "the tenant 'acme' is suspended: unpaid")
+            with pytest.raises(WritesOff, match="another reason"):
+                await room.tenant("other").create(Note(text="x"))

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 
 from ..entities import MAX_LIMIT, Collection, Document, Entity, Index, Query
 from ..errors import TenantSuspended, WritesOff
+from ..journal import CHANGES, document_after
 from ..storage.port import Record, Store
 
 WRITES = "writes"
@@ -59,6 +60,8 @@ class WriteState:
         self._store = store
         self._version = 0
         self._versions: dict[str, int] = {}
+        self._documents: dict[str, Document] = {}
+        """The switches that were ever turned, by id, each of the version in `_versions`."""
         self._switches: dict[str | None, Document] = {}
         """The switches that are off, by their tenant."""
         self._suspended: Mapping[str, str] = {}
@@ -93,15 +96,19 @@ class WriteState:
         self._version = 0
         self.refusal = None
         self._versions.clear()
+        self._documents.clear()
         self._switches.clear()
         self._consider()
         await self.load()
 
     def seen(self, record: Record) -> None:
         """A journal record of any process: it may turn writes off, or on again."""
+        if record.action not in CHANGES:  # a denial, say, turned nothing
+            return
         if record.collection == WriteSwitch.__collection__.name:
             version = record.version or self._versions.get(record.entity_id, 0) + 1
-            self._use_switch(record.entity_id, version, record.after or {})
+            after = document_after(record, self._documents.get(record.entity_id))
+            self._use_switch(record.entity_id, version, after or {})
         elif record.collection == StoreState.__collection__.name and record.entity_id == WRITES:
             self._use(record.version or self._version + 1, record.after or {})
 
@@ -120,6 +127,7 @@ class WriteState:
         if version <= self._versions.get(id, 0):
             return
         self._versions[id] = version
+        self._documents[id] = switch
         tenant = None if id == STORE else id.removeprefix(_OF_TENANT)
         before = self._switches.pop(tenant, None)
         if not switch.get("allowed", True):

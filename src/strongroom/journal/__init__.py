@@ -2,10 +2,12 @@
 
 from .denials import Denials, has_been_tenant, just_before
 from .feed import FIRST_PAGE, POLL_S, ChangeFeed, next_limit
-from .records import MASK, attempted_fields, change_record, masked
+from .records import CHANGES, DENY, MASK, attempted_fields, change_record, document_after, masked
 from .trees import TREE_ENTITIES
 
 __all__ = [
+    "CHANGES",
+    "DENY",
     "FIRST_PAGE",
     "MASK",
     "POLL_S",
@@ -14,6 +16,7 @@ __all__ = [
     "Denials",
     "attempted_fields",
     "change_record",
+    "document_after",
     "has_been_tenant",
     "just_before",
     "masked",

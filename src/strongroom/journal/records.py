@@ -3,6 +3,9 @@ masked. Pure."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import msgspec
 
 from ..context import TOKEN, Context, new_salt, next_id
@@ -11,6 +14,10 @@ from ..storage import tagged_json
 from ..storage.port import Record
 
 MASK = "***"
+DENY = "deny"
+"""The action of a record of refused calls."""
+CHANGES = frozenset({"create", "update", "delete", "expire"})
+"""The actions of records of changes of a document."""
 MAX_ATTEMPTED_BYTES = 8_192
 """The most that the record of a denial says of the document that a call would have written, in bytes of JSON."""
 MAX_CLAIMS_BYTES = 4_096
@@ -21,6 +28,15 @@ LEFT_OUT = "strongroom:left_out"
 """In the kept claims of a larger token: how many others it had."""
 
 _encode = msgspec.json.Encoder().encode
+
+
+def document_after(record: Record, before: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """A document after a record, for a reader that follows it in memory. `before`: the document before it, as far as
+    the reader knows it, because an update records the changed fields alone. None if the record, one of CHANGES, removed
+    it."""
+    if record.action == "update":
+        return {**(before or {}), **(record.after or {})}
+    return dict(record.after or {}) if record.action == "create" else None
 
 
 def change_record(
@@ -88,7 +104,7 @@ def denial_record(
         at_us=context.now_us,
         actor=context.actor,
         request_id=context.request_id,
-        action="deny",
+        action=DENY,
         collection=collection,
         entity_id=entity_id,
         after=after,

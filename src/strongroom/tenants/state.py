@@ -15,7 +15,7 @@ from ..context import system_context
 from ..database import Database, Transaction
 from ..entities import MAX_LIMIT, Document, Query, Where
 from ..errors import StrongroomError, TenantSuspended
-from ..journal import ChangeFeed
+from ..journal import CHANGES, ChangeFeed, document_after
 from ..retry_log import RetryLog
 from ..storage.port import Record
 from .model import Tenant
@@ -26,6 +26,7 @@ LOOK_EVERY_S = 0.1
 READ_EVERY_S = 0.3
 """How often the state is read while the feed is behind."""
 READ_TIMEOUT_S = 5.0
+MAX_VERSIONS = 10_000
 _STATUSES = ("suspended", "deleting")
 _log = logging.getLogger(__name__)
 
@@ -42,6 +43,10 @@ class SuspendedTenants:
         self._reading = asyncio.Lock()
         self._touched: set[str] = set()
         """Tenants that a record or a commit told of while they were read: what was read may be older."""
+        self._documents: dict[str, Mapping[str, object]] = {}
+        """The status and the reason of the suspended tenants."""
+        self._versions: dict[str, int] = {}
+        """The versions of the tenants that were changed last, by this process or another."""
         self.sentences: dict[str, str] = {}
         database.writes.suspend(self.sentences)
         database.after_commit(self._committed, Tenant.__collection__.name)
@@ -57,38 +62,53 @@ class SuspendedTenants:
         async with self._reading:
             self._touched.clear()
             before = set(self.sentences)
-            found: dict[str, str] = {}
+            found: dict[str, Mapping[str, object]] = {}
             cursor: str | None = None
             query = Query(Where("status", "in", _STATUSES), ("id",), MAX_LIMIT, fields=("status", "reason"))
             while True:
                 page = await self._database.select(system_context(), Tenant, query, cursor)
-                found.update((document["id"], _sentence(document["id"], document)) for document in page.items)
+                found.update((document["id"], document) for document in page.items)
                 cursor = page.next_cursor
                 if cursor is None:
                     break
             for tenant in (before - set(found)) - self._touched:
                 self._set(tenant, None)
-            for tenant, sentence in found.items():
+            for tenant, document in found.items():
                 if tenant not in self._touched:
-                    self._set(tenant, sentence)
+                    self._set(tenant, document)
 
     def seen(self, record: Record) -> None:
         """A journal record of any process: it may suspend a tenant, or resume it."""
-        if record.collection == Tenant.__collection__.name:
-            self._use(record.entity_id, record.after)
+        if record.collection == Tenant.__collection__.name and record.action in CHANGES:
+            after = document_after(record, self._documents.get(record.entity_id))
+            self._use(record.entity_id, after, record.version or 0)
 
     def _committed(self, transaction: Transaction) -> None:
         """Follow this process's own changes at once."""
         for change in transaction.changes:
             if change.collection is Tenant.__collection__:
-                self._use(change.operation.id, change.after)
+                version = change.entity.version if change.entity is not None else 0
+                self._use(change.operation.id, change.after, version)
 
-    def _use(self, tenant: str, document: Mapping[str, object] | None) -> None:
+    def _use(self, tenant: str, document: Mapping[str, object] | None, version: int) -> None:
+        if 0 < version <= self._versions.get(tenant, 0):
+            return  # the feed's record of this process's own change, which may be followed by others already
+        self._versions.pop(tenant, None)
+        if document is not None and version:
+            self._versions[tenant] = version
+            if len(self._versions) > MAX_VERSIONS:
+                del self._versions[next(iter(self._versions))]
         self._touched.add(tenant)
-        off = document is not None and document.get("status") in _STATUSES
-        self._set(tenant, _sentence(tenant, document or {}) if off else None)
+        self._set(tenant, document if document is not None and document.get("status") in _STATUSES else None)
 
-    def _set(self, tenant: str, sentence: str | None) -> None:
+    def _set(self, tenant: str, document: Mapping[str, object] | None) -> None:
+        """Take the document of a suspended tenant, or None for an active one."""
+        if document is None:
+            self._documents.pop(tenant, None)
+            sentence = None
+        else:
+            self._documents[tenant] = {"status": document.get("status"), "reason": document.get("reason")}
+            sentence = _sentence(tenant, document)
         if self.sentences.get(tenant) == sentence:
             return
         if sentence is None:
