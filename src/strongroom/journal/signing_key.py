@@ -12,6 +12,7 @@ import binascii
 import json
 import logging
 import os
+import secrets
 import stat
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -212,7 +213,7 @@ def _write(path: Path, keys: list[SigningKey | FormerKey], *, replace: bool) -> 
     """Write the file beside itself and move it into place, durably, so that nobody reads a part of it. Without
     `replace` a file that another process made meanwhile stays. Raises ConfigError."""
     text = json.dumps({FORMAT: 1, "keys": [key.document() for key in keys]}, indent=1) + "\n"
-    new = path.with_name(f"{path.name}.{os.getpid()}.new")
+    new = path.with_name(f"{path.name}.{secrets.token_hex(8)}.new")
     try:
         descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
