@@ -18,7 +18,7 @@ from .harness import Benchmark, Plan
 NAMES = (
     "verify", "verify_postgres", "read", "write", "usage", "usage_batch", "limits", "middleware", "store", "cache",
     "zipf", "postgres", "firestore", "manykeys", "revocation", "stalls", "sign_in", "audit_verify",
-    "sealing", "sealing_lag",
+    "sealing", "sealing_lag", "proofs",
 )  # fmt: skip
 ROUNDS, SECONDS = 7, 1.5
 QUICK_ROUNDS, QUICK_SECONDS = 2, 0.25

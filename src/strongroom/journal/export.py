@@ -74,7 +74,7 @@ async def logged_tree(store: Store, tenant: str | None) -> LoggedTree:
         size, number = tree["previous_size"], tree["previous_round"]
     if not size:
         raise NotFound(f"no record of {whose} is sealed yet")
-    return LoggedTree(log, TreeReader(store, tree, log["legacy_secret"], size), number)
+    return LoggedTree(log, TreeReader(store, tree, log["legacy_secret"], size, use_edge=True), number)
 
 
 async def round_proof(store: Store, tree: LoggedTree) -> RoundProof | None:
@@ -93,7 +93,7 @@ async def round_proof(store: Store, tree: LoggedTree) -> RoundProof | None:
         lambda level, number: root_of(leaves[number << level : (number + 1) << level]),
     )
     size = tree.log["checkpoint_size"]
-    platform = TreeReader(store, stored, tree.log["legacy_secret"], size)
+    platform = TreeReader(store, stored, tree.log["legacy_secret"], size, use_edge=True)
     proof = await platform.hashes(inclusion_ranges(document["index"], size))
     return RoundProof(tree.round, len(entries), entries[at], at, path, document["index"], proof, tree.log["checkpoint"])
 

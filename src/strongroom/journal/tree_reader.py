@@ -34,9 +34,12 @@ class Leaf:
 
 
 class TreeReader:
-    """One tree at a size (None: that of its document). `legacy_secret` is the log's."""
+    """One tree at a size (None: that of its document). `legacy_secret` is the log's. `use_edge`: take the hashes along
+    the right edge from the tree's document, instead of reading the last records; a verification must not."""
 
-    def __init__(self, store: Store, tree: Document, legacy_secret: bytes, size: int | None = None) -> None:
+    def __init__(
+        self, store: Store, tree: Document, legacy_secret: bytes, size: int | None = None, *, use_edge: bool = False
+    ) -> None:
         self._store = store
         self._secret = legacy_secret
         self._last: bytes | None = None
@@ -46,11 +49,17 @@ class TreeReader:
         self.size: int = tree["size"] if size is None else size
         self.first: int = tree["first_index"]
         self._sequence: int = tree["sequence"]
+        self._edge: dict[tuple[int, int], bytes] = {}
+        if use_edge:
+            hashes = split(tree["frontier"])
+            self._edge = dict(zip(complete_subtrees(0, tree["size"]), hashes, strict=False))
 
     # --- Hashes ---
 
     async def subtree(self, level: int, number: int) -> bytes:
         """The hash of a complete subtree. Raises Gone if retention dropped what it needs."""
+        if (level, number) in self._edge:
+            return self._edge[level, number]
         above, inside = divmod(level, _BITS)
         first = number << inside
         if not above and first >= self.size - self.size % TILE:
