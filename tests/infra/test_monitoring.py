@@ -50,7 +50,6 @@ def test_an_alert_with_another_threshold_fails_its_test(tmp_path: Path) -> None:
 def test_each_metric_that_is_named_is_in_a_scrape(path: Path, tmp_path: Path) -> None:
     named = {re.sub(r"_(?:bucket|sum|count)$", "", name) for name in _METRIC.findall(_expressions(path))}
     assert named
-    named -= {"strongroom_sealing_lag_seconds"}
     issuer = Issuer(url=str(tmp_path / "jwks.json"))
     Path(issuer.url).write_text(json.dumps({"keys": issuer.keys}))
     with running(tmp_path, **issuer.environment()) as server, server.client() as client:

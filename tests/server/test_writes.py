@@ -74,6 +74,9 @@ async def test_readyz_shows_that_writes_are_off_and_stays_ready() -> None:
         assert (answer.status, shown["status"]) == (200, "degraded")
         assert (shown["details"]["allowed"], shown["details"]["usage"]) == (False, False)
         assert shown["details"]["reason"] == "writes of all tenants are off: a rollback"
+        scraped = (await served.get("/metrics")).answer.text.splitlines()
+        for line in ("strongroom_writes_off 1.0", "strongroom_tenants_off 1.0", "strongroom_tenants_suspended 1.0"):
+            assert line in scraped
         assert "details" not in (await served.get("/readyz", key=None)).json["dependencies"]["writes"]
 
 

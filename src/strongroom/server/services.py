@@ -142,6 +142,25 @@ class Services:
             "strongroom_sealed", "Rounds of sealing, and the records that they sealed.", "what", sealer.counts
         )
         metrics.gauge("strongroom_watchers", "Open streams of changes.", lambda: self.watchers)
+        writes, suspended = room.database.writes, room.suspended
+        metrics.gauge(
+            "strongroom_writes_off",
+            "Whether writes of all tenants are off: 1, else 0.",
+            lambda: float(writes.refusal is not None or writes.why_off() is not None),
+            largest=True,
+        )
+        metrics.gauge(
+            "strongroom_tenants_off",
+            "Tenants whose own writes are off.",
+            lambda: writes.tenants_off,
+            largest=True,
+        )
+        metrics.gauge(
+            "strongroom_tenants_suspended",
+            "Tenants that are suspended or being deleted.",
+            lambda: len(suspended.sentences),
+            largest=True,
+        )
         denials = room.database.denials
         metrics.labelled_counter(
             "strongroom_denials", "Calls that the rules refused.", ("operation", "collection"), lambda: denials.counts
