@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import time
 from collections.abc import AsyncIterator, Callable
@@ -13,10 +14,12 @@ from typing import Any
 import pytest
 from msgspec import structs
 
+from strongroom import Entity, Strongroom
 from strongroom import migrate as library
+from strongroom.database.write_state import STORE, WriteState, WriteSwitch
 from strongroom.entities import Query
 from strongroom.entities.entity import Document
-from strongroom.errors import Conflict
+from strongroom.errors import Conflict, Unavailable, WritesOff
 from strongroom.jobs.sealing import SEALING
 from strongroom.journal.leaf import redacted_salt
 from strongroom.journal.merkle import Frontier, root_of
@@ -25,6 +28,7 @@ from strongroom.journal.trees import TILE, tile_id, tree_id
 from strongroom.keys.model import ApiKey
 from strongroom.migrate import Options, Phase, run
 from strongroom.migrate.state import OWN
+from strongroom.storage import open_store
 from strongroom.storage.port import (
     Append,
     Batch,
@@ -41,10 +45,11 @@ from strongroom.storage.port import (
 )
 from strongroom.testing.storage import Backend
 from strongroom.testing.storage.samples import COLLECTIONS as SAMPLES
-from strongroom.testing.storage.samples import NOW, item, record
+from strongroom.testing.storage.samples import ITEMS, NOW, item, record
 from tests.conftest import backend_of
 from tests.helpers.faulty_store import FaultyStore
 from tests.helpers.trees import all_rows, check_trees
+from tests.helpers.waiting import wait_until
 
 KINDS = ["sqlite", "json", "postgres", "firestore"]
 EVERY_PAIR = [f"{one}-{other}" for one in KINDS for other in KINDS]
@@ -52,6 +57,10 @@ EACH_ONCE = [f"{one}-{other}" for one, other in zip(KINDS, [*KINDS[1:], KINDS[0]
 SMALL = Options(batch=50)
 COLLECTIONS = (*SAMPLES, ApiKey.__collection__)
 ALL = (*COLLECTIONS, *OWN)
+
+
+class Note(Entity, collection="notes"):
+    text: str
 
 
 @pytest.fixture
@@ -185,8 +194,9 @@ async def filled(store: Store, large: int = 2 * TILE + 40) -> None:
     await seal(store)
 
 
-async def documents(store: Store, collection: str) -> dict[str, Document]:
-    await store.prepare(ALL)
+async def documents(store: Store, collection: str, *, prepare: bool = True) -> dict[str, Document]:
+    if prepare:
+        await store.prepare(ALL)
     return {one["id"]: one for one in await store.find(collection, None, Query(limit=1000))}
 
 
@@ -194,12 +204,12 @@ _OF_THE_STORE = {"version", "created_at", "updated_at", "sequence", "first_seque
 _OF_THE_STORE |= {"cursor"}
 
 
-async def proofs_of(store: Store) -> dict[str, Document]:
+async def proofs_of(store: Store, *, prepare: bool = True) -> dict[str, Document]:
     """What is stored of the trees, without what each store has of its own."""
     return {
         f"{name}/{id}": {field: value for field, value in document.items() if field not in _OF_THE_STORE}
         for name in ("journal_trees", "journal_tiles", "journal_rounds", "journal_log")
-        for id, document in (await documents(store, name)).items()
+        for id, document in (await documents(store, name, prepare=prepare)).items()
     }
 
 
@@ -472,3 +482,76 @@ async def test_the_source_seals_again_after_an_abort_or_a_rollback(
     await check_trees(one)
     await append(other, None, 1)
     await seal(other)
+
+
+async def test_a_process_that_serves_the_target_early_obeys_the_targets_own_switches_afterwards(
+    two: list[Store],
+) -> None:
+    """Copied records have the versions of the source, which may be far greater."""
+    one, other = two
+    switches = WriteSwitch.__collection__
+    declared = (*COLLECTIONS, switches)
+    await one.prepare((*ALL, switches))
+    for allowed in (False, True):
+        switch = {"tenant": None, "allowed": allowed, "usage": True, "reason": None, "by": "ada"}
+        told = record(STORE, None, id=f"s-{allowed}", collection=switches.name, action="create", after=switch)
+        await one.commit(
+            Batch(
+                None, (Put(switches.name, STORE, switch), Append(structs.replace(told, version=2**60 + allowed))), NOW
+            )
+        )
+    opened = {"allowed": True, "reason": "", "other_store": ""}
+    told = record("writes", None, collection="store_state", action="update", after=opened, version=2**60)
+    await one.commit(Batch(None, (Append(told),), NOW))
+    await library.migrate(one, other, declared, replace(SMALL, live=True))
+    await other.prepare((*ALL, switches))
+    state = WriteState(other)
+    await state.load()
+    assert state.refusal is not None
+    for one_record in (await other.changes(None)).records:
+        state.seen(one_record)
+    assert state.refusal is not None, "a copied record of the source's own state says nothing about the target"
+    cursor = (await other.changes("end")).cursor
+    report = await library.migrate(one, other, declared, replace(SMALL, live=True, switch=True))
+    assert report.is_done
+    await other.prepare((*ALL, switches))
+    off = {"tenant": None, "allowed": False, "usage": True, "reason": "by hand", "by": "ada"}
+    told = record(STORE, None, id="off", collection=switches.name, action="update", after=off)
+    await other.commit(Batch(None, (Put(switches.name, STORE, off), Append(told, 0)), NOW))
+    for one_record in (await other.changes(cursor)).records:
+        state.seen(one_record)
+    with pytest.raises(WritesOff):
+        state.check("acme", [(ITEMS, None)])
+
+
+async def test_the_sources_servers_seal_their_last_records_and_then_no_more(
+    two: list[Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, other = two
+    url = two[0].path  # type: ignore[attr-defined]
+    room_url = f"sqlite:///{url}-live"
+    async with Strongroom.open(room_url, entities=[Note]) as room:
+        for number in range(5):
+            await room.tenant("acme").create(Note(id=f"n{number}", text="x"))
+        await wait_until(lambda: room.sealer.rounds > 0)
+        declared = room.database.registry.collections
+        source = await open_store(room_url)
+        try:
+            await library.migrate(source, other, declared, Options(live=True))
+            await room.tenant("acme").create(Note(id="last", text="x"))
+            monkeypatch.setattr(run, "LAST_ROUND_S", 4.0)
+            monkeypatch.setattr(run, "NOTICE_S", 0.5)
+            report = await library.migrate(source, other, declared, Options(live=True, switch=True))
+            assert report.is_done
+            assert report.trees is not None
+            assert report.trees.equal
+            trees = await check_trees(source)
+            assert len(trees.leaves[tree_id("acme")]) == 6, "the last record too, and the switch-over's own"
+            assert (await proofs_of(other, prepare=False)) == (await proofs_of(source, prepare=False))
+            rounds = room.sealer.rounds
+            with pytest.raises(Unavailable):
+                await room.tenant("acme").create(Note(id="late", text="x"))
+            await asyncio.sleep(0.3)
+            assert room.sealer.rounds == rounds
+        finally:
+            await source.close()

@@ -121,6 +121,7 @@ class WriteState:
                 other = state.get("other_store")
                 _log.warning("%s%s", self.refusal, f"; the other store is {other}" if other else "")
             elif before is not None:
+                self._versions.clear()  # a migration has copied records that have the versions of another store
                 _log.info("writes are on again")
 
     def _use_switch(self, id: str, version: int, switch: Document) -> None:
