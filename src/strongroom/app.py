@@ -14,7 +14,9 @@ from functools import wraps
 from typing import TYPE_CHECKING, Annotated, Any, Concatenate, Literal, ParamSpec, Self, TypedDict, TypeVar, get_args
 from urllib.parse import urlsplit
 
-from .audit import Audit, Evidence, Proofs
+from .audit import Audit, Evidence, JournalWitness, Proofs, Witnesses
+from .audit.witnesses import EVERY_S as WITNESSES_EVERY_S
+from .audit.witnesses import parse as parse_witnesses
 from .cache import Cache
 from .clock import MachineClock, StoreClock, clock_of
 from .context import Context, system_context
@@ -99,6 +101,7 @@ SYSTEM_ENTITIES: tuple[type[Entity], ...] = (
     Event,
     Delivery,
     *TREE_ENTITIES,
+    JournalWitness,
     *TENANT_ENTITIES,
     TenantDeletion,
     DeletionStatement,
@@ -123,6 +126,7 @@ class OpenOptions(TypedDict, total=False):
     sign_in: TokenSettings | None
     sealing: bool
     signing_key: str | None
+    witnesses: str | None
     tracer_provider: TracerProvider | None
 
 
@@ -180,6 +184,7 @@ class Strongroom:
         sign_in: TokenSettings | None = None,
         sealing: bool = True,
         signing_key: str | None = None,
+        witnesses: str | None = None,
         tracer_provider: TracerProvider | None = None,
     ) -> AsyncIterator[Self]:
         """Open a store, make its schema fit the declarations (additions only), and close everything at the end.
@@ -193,7 +198,7 @@ class Strongroom:
         lease log, which survives a killed process (default: beside the store's file, or the temporary folder).
         `sign_in`: which JWTs the server accepts; without it, none. `sealing`: whether this process seals the journal
         (docs/audit.md) when no other does; `signing_key`: the file of the keys that sign its checkpoints (default:
-        beside the store's file, made at the first use).
+        beside the store's file, made at the first use); `witnesses`: a file of witnesses that cosign them.
         `tracer_provider`: OpenTelemetry's, which gets a span for each call of the store that belongs to a span. Raises
         ConfigError, SchemaError, StoreError, Unavailable.
         """
@@ -221,11 +226,15 @@ class Strongroom:
             lease_manager = _lease_manager(ledger, clock, keys, url, limits, lease_s, lease_folder)
             tenants = Tenants(database, store, _parts_of_tenants(database, keys, ledger, clock), clock)
             jobs = [*key_jobs(keys, database, clock), Job("tenant-deletions", DELETIONS_EVERY_S, tenants.deletions.run)]
+            asked = Witnesses(store, clock, parse_witnesses(witnesses)) if witnesses is not None else None
+            if asked is not None:
+                jobs.append(Job("journal-witnesses", WITNESSES_EVERY_S, asked.run))
             work = background(database, store, clock, leases, more=jobs, journal_kept_s=journal_kept_s)
             room = cls(store, database, ledger, keys, feed, clock, work, tenants)
             room.sealer = sealer
             room.proofs = Proofs(store, database, clock, signing_keys)
             tenants.deletions.hooks.tree = room.proofs.size_and_root
+            room.witnesses = asked
             room.audit = Audit(store, database, room.proofs)
             room.evidence = Evidence(store, database, room.proofs, clock)
             tenants.deletions.hooks.sign = room.proofs.sign_text
@@ -296,6 +305,7 @@ class Strongroom:
     sealer: Sealing
     """Seals the journal. `await sealer.seal_now()` returns once everything is sealed."""
     proofs: Proofs
+    witnesses: Witnesses | None = None
     audit: Audit
     evidence: Evidence
     cache: Cache | None = None

@@ -96,6 +96,12 @@ class Settings(BaseSettings):
         "(default: beside the file of a SQLite or JSON store; other stores stay unsigned).",
     )
 
+    witnesses: str | None = _setting(
+        "STRONGROOM_WITNESSES",
+        None,
+        "A file of witnesses that cosign the journal's checkpoints (C2SP tlog-witness): a URL and a public key a line.",
+    )
+
     limits: Literal["durable", "leased"] = _setting(
         "STRONGROOM_LIMITS",
         "durable",

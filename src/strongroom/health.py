@@ -127,7 +127,7 @@ def of_writes(writes: WriteState, suspended: int) -> Dependency:
     return Dependency("ok" if why is None else "degraded", kind, 0.0, details)
 
 
-def of_sealing(sealing: Sealing, keys: SigningKeys | None) -> Dependency:
+def of_sealing(sealing: Sealing, keys: SigningKeys | None, alarms: Mapping[str, str] | None = None) -> Dependency:
     """Whether the journal is sealed in time, its trees are whole, and its checkpoints are signed."""
     details: dict[str, Any] = {"rounds": sealing.rounds, "records": sealing.records, "lag_s": round(sealing.lag_s, 3)}
     problems = [sealing.error] if sealing.error is not None else []
@@ -136,6 +136,7 @@ def of_sealing(sealing: Sealing, keys: SigningKeys | None) -> Dependency:
         details["unsigned"] = "without STRONGROOM_JOURNAL_SIGNING_KEY nobody can tell who made the checkpoints"
     elif keys.problem is not None:
         problems.append(keys.problem)
+    problems += [f"the witness {url} {alarm}" for url, alarm in (alarms or {}).items()]
     if problems:
         details["problems"] = problems[:MAX_PROBLEMS]
     late = sealing.active and sealing.behind_s > SEALING_LATE_S
@@ -151,7 +152,7 @@ async def check(
     sign_in: SignIn | None = None,
     writes: WriteState | None = None,
     suspended: Sized = (),
-    sealing: tuple[Sealing, SigningKeys | None] | None = None,
+    sealing: tuple[Sealing, SigningKeys | None, Mapping[str, str] | None] | None = None,
 ) -> dict[str, Dependency]:
     """Everything, by name. Only the store is needed for all; where another is not well, the server is degraded."""
     found = {"store": await of_store(store)}

@@ -5,6 +5,7 @@ from .formats import FORMATS, Format, changes_of, view
 from .proofs import ConsistencyProof, InclusionProof, Proofs
 from .record import AuditRecord
 from .trail import Audit, AuditFilter
+from .witnesses import JournalWitness, Witnesses
 
 __all__ = [
     "FORMATS",
@@ -15,7 +16,9 @@ __all__ = [
     "Evidence",
     "Format",
     "InclusionProof",
+    "JournalWitness",
     "Proofs",
+    "Witnesses",
     "changes_of",
     "view",
 ]

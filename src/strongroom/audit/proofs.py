@@ -21,6 +21,7 @@ from ..journal.merkle import consistency_ranges, inclusion_ranges, root_from_inc
 from ..journal.signed_note import Checkpoint, SignedNote, VerifierKey
 from ..journal.signing_key import SigningKeys
 from ..storage.port import Append, Batch, Record, Store
+from .witnesses import witnessed
 
 NAME = "journal"
 KEPT_NOTES = 1_000
@@ -70,6 +71,11 @@ class Proofs:
     async def checkpoint(self, tenant: str | None, *, context: Context | None = None) -> str:
         """The latest checkpoint, a C2SP signed note (unsigned, if there is no signing key)."""
         return await self.note(await self._tree(tenant, context))
+
+    async def witnessed(self, *, context: Context | None = None) -> str:
+        """The platform's latest checkpoint that a witness has cosigned, with the cosignatures. Raises NotFound."""
+        await self._tree(None, context)
+        return await witnessed(self._store)
 
     async def inclusion(
         self, tenant: str | None, index: int, size: int | None = None, *, context: Context | None = None

@@ -151,6 +151,7 @@ async def _opened(settings: Settings, spans: TracerProvider | None = None) -> As
         lease_folder=settings.lease_dir,
         sign_in=settings.sign_in,
         signing_key=settings.journal_signing_key,
+        witnesses=settings.witnesses,
         tracer_provider=spans,
     ) as room:
         yield room

@@ -141,6 +141,14 @@ class Services:
         metrics.counter(
             "strongroom_sealed", "Rounds of sealing, and the records that they sealed.", "what", sealer.counts
         )
+        witnesses = room.witnesses
+        if witnesses is not None:
+            metrics.counter(
+                "strongroom_witness_submissions",
+                "Checkpoints submitted to witnesses: cosigned, failed.",
+                "result",
+                lambda: witnesses.counts,
+            )
         metrics.gauge("strongroom_watchers", "Open streams of changes.", lambda: self.watchers)
         writes, suspended = room.database.writes, room.suspended
         metrics.gauge(

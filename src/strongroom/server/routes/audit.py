@@ -106,15 +106,22 @@ class ProofQuery(Closed):
     to: int | None = Field(None, ge=1, le=INT64_MAX, description="Consistency: the greater size (default: the latest).")
 
 
+class CheckpointQuery(Closed):
+    witnessed: bool = Field(False, description="The latest one that a witness has cosigned, with its cosignature.")
+
+
 @routes.get(
     PATH + "/checkpoint",
     response_class=PlainTextResponse,
     summary="The platform's latest checkpoint",
     openapi_extra=PROOF_ERRORS,
 )
-async def platform_checkpoint(request: Request) -> Response:
+async def platform_checkpoint(request: Request, query: Annotated[CheckpointQuery, Query()]) -> Response:
     """A C2SP signed note. For an administrator or an auditor of all tenants."""
-    return await _checkpoint(request, None)
+    if not query.witnessed:
+        return await _checkpoint(request, None)
+    caller_of(request).needs_audit()
+    return PlainTextResponse(await room_of(request).proofs.witnessed(context=context_of(request)))
 
 
 @routes.get(

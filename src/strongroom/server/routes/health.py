@@ -51,7 +51,8 @@ async def readyz(request: Request) -> Response:
     services = services_of(request)
     room = services.room
     parts = (room.store, room.feed, room.clock, room.background, room.cache, room.sign_in)
-    found = await health.check(*parts, room.database.writes, room.suspended.sentences, (room.sealer, room.proofs.keys))
+    sealing = room.sealer, room.proofs.keys, room.witnesses.alarms if room.witnesses is not None else None
+    found = await health.check(*parts, room.database.writes, room.suspended.sentences, sealing)
     try:
         caller = await services.authenticator.caller(authorization(request.scope["headers"]), request.scope)
         may_see = caller.scope >= Scope.READ
