@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from strongroom import Entity, Strongroom
+from strongroom.app import SYSTEM_ENTITIES
 from strongroom.context import Context, system_context
 from strongroom.database import WriteSwitch
-from strongroom.entities import parse
+from strongroom.entities import Registry, parse
 from strongroom.errors import (
     Conflict,
     Denied,
@@ -24,10 +26,14 @@ from strongroom.errors import (
     Unavailable,
     WritesOff,
 )
+from strongroom.keys import ApiKey
+from strongroom.keys.filter import KeyFilter
+from strongroom.migrate import migrate
 from strongroom.migrate.state import fence
-from strongroom.storage.port import Batch
+from strongroom.storage import open_store
+from strongroom.storage.port import Batch, Create, Pack
 from strongroom.tenants import Tenant, WritesChange
-from tests.helpers.stores import rolling
+from tests.helpers.stores import new_url, rolling
 from tests.helpers.waiting import wait_until
 
 WITHIN_S = 1.0
@@ -402,3 +408,55 @@ async def test_later_changes_and_denials_take_no_switch_and_no_suspension_back(s
             assert (answer.code, answer.message) == ("DISABLED", "the tenant 'acme' is suspended: unpaid")
             with pytest.raises(WritesOff, match="another reason"):
                 await room.tenant("other").create(Note(text="x"))
+
+
+# --- Imports and migrations -------------------------------------------------------------------------------------
+
+
+async def test_a_bulk_load_ends_when_writes_are_turned_off_during_it(tmp_path: Path) -> None:
+    async with Strongroom.open(new_url("sqlite", tmp_path), entities=[Note]) as room:
+        await room.tenant("other").create(Note(text="x"))
+        await room.keys.create(name="k", tenant="acme")
+        await room.tenants.suspend("other", "unpaid")
+        database, context = room.database, system_context("acme")
+        loading = database.loading
+        assert loading is not None, "another tenant's suspension does not slow an import down"
+
+        async def packs(turned: Callable[[], Awaitable[object]] | None) -> AsyncIterator[Pack]:
+            for number in range(3):
+                fields = {"tenant": "acme", "name": "n", "hash": f"h{number}{turned is None}", "display": "d"}
+                document = ApiKey.__codec__.encode(ApiKey.parse({"id": f"{turned is None}{number}", **fields}))
+                yield loading.packer().pack([Create("api_keys", f"{turned is None}{number}", document)])
+                if turned is not None and number == 1:
+                    await turned()
+
+        await database.load_packs(context, ApiKey, packs(None))
+        assert await room.keys.count(KeyFilter()) == 4
+        for turned, error in (
+            (lambda: off(room, "acme"), WritesOff),
+            (lambda: room.tenants.suspend("acme"), TenantSuspended),
+        ):
+            with pytest.raises(error):
+                await database.load_packs(context, ApiKey, packs(turned))
+            assert await room.keys.count(KeyFilter()) == 4, "nothing of it was written"
+            await on(room, "acme")
+
+
+async def test_switches_and_suspensions_move_with_the_data(tmp_path: Path) -> None:
+    one, two = new_url("sqlite", tmp_path, "one"), new_url("sqlite", tmp_path, "two")
+    async with Strongroom.open(one, entities=[Note]) as room:
+        issued = await room.keys.create(name="k", tenant="acme")
+        await room.tenant("other").create(Note(text="x"))
+        await off(room, "other")
+        await room.tenants.suspend("acme", "unpaid")
+    source, target = await open_store(one), await open_store(two)
+    report = await migrate(source, target, Registry((*SYSTEM_ENTITIES, Note)).collections)
+    assert report.equal
+    await source.close()
+    await target.close()
+    async with Strongroom.open(two, entities=[Note]) as room:
+        assert (await room.keys.verify(issued.text)).code == "DISABLED"
+        with pytest.raises(WritesOff, match="a rollback"):
+            await room.tenant("other").create(Note(text="x"))
+        await on(room, "other")
+        await room.tenant("other").create(Note(text="x"))

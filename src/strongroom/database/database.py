@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, TypeVar, cast
 
@@ -276,37 +276,46 @@ class Database:
     @property
     def loading(self) -> Loading | None:
         """The store, if it can load and `load_packs` may be used: with the default rules, which depend on the caller
-        alone, one decision holds for everything that is loaded. None as well while writes of any tenant are refused:
-        then each document must be asked for."""
+        alone, one decision holds for everything that is loaded."""
         backend = unwrapped(self._store)
-        may = not self.rules_read_documents and not self.writes.closed
-        return backend if isinstance(backend, Loading) and may else None
+        return backend if isinstance(backend, Loading) and not self.rules_read_documents else None
 
     async def load_packs(
-        self, context: Context, cls: type[Entity], packs: AsyncIterable[Pack], *, rebuild: bool = False
+        self,
+        context: Context,
+        cls: type[Entity],
+        packs: AsyncIterable[Pack],
+        *,
+        rebuild: bool = False,
+        tenants: Iterable[str] = (),
     ) -> float:
         """The write trip of many new documents of one global entity, with their journal records. As `Loading.load`;
-        Denied; WritesOff as soon as writes of any tenant are turned off."""
-        self._expect_writes_of_all()
+        Denied; WritesOff or TenantSuspended as soon as the context's tenant, or one of `tenants`, may not write."""
         loading = self.loading
         if loading is None:
             raise TypeError("this database cannot load")
         await self.authorize(context, "create", cls.__collection__)
-        locked_s = await loading.load(self._while_allowed(packs), self.at_now(context).now_us, rebuild=rebuild)
+        allowed = self._while_allowed(packs, cls, {context.tenant, *tenants})
+        locked_s = await loading.load(allowed, self.at_now(context).now_us, rebuild=rebuild)
         self._notify(Transaction(self.reads, self.rules, context))  # without changes: the journal has the documents
         return locked_s
 
-    def _expect_writes_of_all(self) -> None:
-        """Raise WritesOff if writes of any tenant are refused: what is loaded is not asked for one by one."""
-        writes = self.writes
-        if writes.refusal is not None or writes.closed:
-            raise WritesOff(writes.refusal or writes.why_off() or "writes of some tenants are off: try again")
-
-    async def _while_allowed(self, packs: AsyncIterable[Pack]) -> AsyncGenerator[Pack, None]:
+    async def _while_allowed(
+        self, packs: AsyncIterable[Pack], cls: type[Entity], tenants: Collection[str | None]
+    ) -> AsyncGenerator[Pack, None]:
         """The packs, until writes are turned off: a load may take minutes."""
+
+        def check() -> None:
+            if self.writes.refusal is not None:
+                raise WritesOff(self.writes.refusal)
+            if self.writes.closed:
+                for tenant in tenants:
+                    self.writes.check(tenant, [(cls.__collection__, None)])
+
         async for pack in packs:
-            self._expect_writes_of_all()
+            check()
             yield pack
+        check()
 
     def commit_counters(self, operations: Sequence[Operation], now_us: int) -> Awaitable[Committed]:
         """The short form of the trip for Strongroom's own counters and leases. Their global collections (or fields of

@@ -30,7 +30,7 @@ async def load(database: Database, context: Context, made: Sequence[tuple[ApiKey
     async def packs() -> AsyncIterator[Pack]:
         yield pack
 
-    await database.load_packs(next(iter(contexts.values())), ApiKey, packs())
+    await database.load_packs(next(iter(contexts.values())), ApiKey, packs(), tenants=contexts)
     return True
 
 
