@@ -24,7 +24,7 @@ LEASE_S = 3.0
 EVERY_S = 0.5
 """A round begins so long after the one before, or (after a long one) later. A record is sealed within this and the time
 of a round."""
-LONGEST_S = 0.8
+LONGEST_S = 0.7
 """The interval and a round's time together, if the interval is longer than EVERY_S."""
 ROUND_SHARE = 10
 """A round is to take at most one in so many parts of the time."""
