@@ -8,7 +8,7 @@ from typing import Any
 from ..context import utc_from_us
 from ..entities import Document
 from ..storage.port import Create, Operation, Patch, Put
-from .merkle import Frontier, root_of, split
+from .merkle import Frontier, joined, root_of, split
 from .tree_reader import TILES
 from .trees import TILE, JournalTree, tile_id, tree_id
 
@@ -158,7 +158,7 @@ class TreeState:
         return Frontier(self.size, [*self._above.hashes, *self._below.hashes])
 
     def root(self) -> bytes:
-        return self.frontier().root()
+        return joined([*self._above.hashes, *self._below.hashes])
 
     def document(self) -> Document:
         return {
@@ -166,7 +166,7 @@ class TreeState:
             "tenant": self.tenant,
             "size": self.size,
             "sequence": self.sequence,
-            "frontier": self.frontier().to_bytes(),
+            "frontier": b"".join([*self._above.hashes, *self._below.hashes]),
             "round": self.round,
             "previous_size": self.previous_size,
             "previous_round": self.previous_round,
