@@ -11,10 +11,25 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Concatenate, Literal, ParamSpec, Self, TypedDict, TypeVar, get_args
 from urllib.parse import urlsplit
 
-from .audit import Audit, Evidence, JournalWitness, Proofs, Witnesses
+from .audit import (
+    JOB,
+    RETENTION_EVERY_S,
+    Audit,
+    Evidence,
+    JournalWitness,
+    LegalHold,
+    LegalHolds,
+    Policies,
+    Proofs,
+    Redactions,
+    RetentionPolicy,
+    Witnesses,
+)
+from .audit.upkeep import Upkeep, is_new
 from .audit.witnesses import EVERY_S as WITNESSES_EVERY_S
 from .audit.witnesses import parse as parse_witnesses
 from .cache import Cache
@@ -102,6 +117,8 @@ SYSTEM_ENTITIES: tuple[type[Entity], ...] = (
     Delivery,
     *TREE_ENTITIES,
     JournalWitness,
+    LegalHold,
+    RetentionPolicy,
     *TENANT_ENTITIES,
     TenantDeletion,
     DeletionStatement,
@@ -118,7 +135,8 @@ class OpenOptions(TypedDict, total=False):
     entities: Sequence[type[Entity]]
     policy: Policy
     peppers: Sequence[str]
-    journal_kept_s: float | None
+    journal_days: int | None
+    archive: str | Path | None
     cache: str | None
     limits: LimitMode
     lease_s: float
@@ -176,7 +194,8 @@ class Strongroom:
         entities: Sequence[type[Entity]] = (),
         policy: Policy = default_policy,
         peppers: Sequence[str] = (),
-        journal_kept_s: float | None = None,
+        journal_days: int | None = None,
+        archive: str | Path | None = None,
         cache: str | None = None,
         limits: LimitMode = "durable",
         lease_s: float = LEASE_S,
@@ -190,8 +209,9 @@ class Strongroom:
         """Open a store, make its schema fit the declarations (additions only), and close everything at the end.
 
         `peppers`: secrets of 32 characters or more that key hashes are made with, the current one first; without
-        them one is made and kept in the store. `journal_kept_s`: how long the journal is kept, where the store can drop
-        its old parts (PostgreSQL); without it, for ever. `cache`: where what entities declare as cached is kept,
+        them one is made and kept in the store. `journal_days`: how long journal records are kept;
+        None: 90 days in a new store, for ever in an older one. `archive`: the folder to which they are written before
+        they are dropped. `cache`: where what entities declare as cached is kept,
         `redis://…`, or `memory://` for this process alone; without it every read goes to the store.
         `limits`: `durable` debits each use before it is answered, `leased` debits limit leases, which are then
         spent in memory (docs/limits.md); `lease_s`: how long a limit lease lasts; `lease_folder`: the folder of the
@@ -214,6 +234,7 @@ class Strongroom:
             )
             stack.push_async_callback(sealer.close)  # once every record is written
             stack.push_async_callback(database.denials.close)
+            await Policies(database, journal_days).begin(lambda: is_new(store))
             hasher = await _hasher(database, peppers)
             database.calls.use(hasher)
             ledger = Ledger(database, store, clock)
@@ -229,7 +250,10 @@ class Strongroom:
             asked = Witnesses(store, clock, parse_witnesses(witnesses)) if witnesses is not None else None
             if asked is not None:
                 jobs.append(Job("journal-witnesses", WITNESSES_EVERY_S, asked.run))
-            work = background(database, store, clock, leases, more=jobs, journal_kept_s=journal_kept_s)
+            upkeep = Upkeep.of(database, store, clock, sealer, journal_days, archive)
+            jobs.append(Job(JOB, RETENTION_EVERY_S, upkeep.job.run))
+            tenants.deletions.hooks.legal_hold = upkeep.blocks_deletion
+            work = background(database, store, clock, leases, more=jobs)
             room = cls(store, database, ledger, keys, feed, clock, work, tenants)
             room.sealer = sealer
             room.proofs = Proofs(store, database, clock, signing_keys)
@@ -238,6 +262,7 @@ class Strongroom:
             room.audit = Audit(store, database, room.proofs)
             room.evidence = Evidence(store, database, room.proofs, clock)
             tenants.deletions.hooks.sign = room.proofs.sign_text
+            room.legal_holds, room.retention, room.redactions = upkeep.holds, upkeep.policies, upkeep.redactions
             room._configured_peppers = tuple(peppers)
             if cache is not None:
                 room.cache = Cache(store, feed, registry.collections, cache, await _namespace(url, database))
@@ -302,6 +327,9 @@ class Strongroom:
 
     webhooks: Webhooks
     deliveries: Deliveries
+    legal_holds: LegalHolds
+    retention: Policies
+    redactions: Redactions
     sealer: Sealing
     """Seals the journal. `await sealer.seal_now()` returns once everything is sealed."""
     proofs: Proofs

@@ -85,9 +85,13 @@ class Settings(BaseSettings):
     journal_days: int | None = _setting(
         "STRONGROOM_JOURNAL_DAYS",
         None,
-        "PostgreSQL: days that the journal is kept; older months are dropped (default: for ever).",
+        "Days that journal records are kept; older ones are archived and dropped (default: 90 on new stores, "
+        "for ever on older ones).",
         ge=1, le=36_500,
     )  # fmt: skip
+    archive: str | None = _setting(
+        "STRONGROOM_ARCHIVE", None, "The folder to which journal records are written before they are dropped."
+    )
 
     journal_signing_key: str | None = _setting(
         "STRONGROOM_JOURNAL_SIGNING_KEY",
@@ -274,10 +278,6 @@ class Settings(BaseSettings):
                 return url
 
     @property
-    def journal_kept_s(self) -> float | None:
-        return None if self.journal_days is None else self.journal_days * 86_400.0
-
-    @property
     def cache_url(self) -> str | None:
         return self.cache if self.cache is not None else self.redis_url
 
@@ -450,6 +450,11 @@ def _not_yet(settings: Settings) -> list[str]:
             f"STRONGROOM_JWKS: found {_without_password(settings.jwks)!r}, expected an https:// URL (http:// only on "
             "this machine) or a file"
         )
+    if settings.archive is not None and ("://" in settings.archive or not settings.archive.strip()):
+        wrong.append(
+            f"STRONGROOM_ARCHIVE: found {_without_password(settings.archive)!r}, expected a folder; this version "
+            "archives to no other place"
+        )
     if settings.rules is not None:
         wrong.append("STRONGROOM_RULES: this version cannot read a rules file yet; leave it out")
     if settings.pq_encryption_password is not None:
@@ -519,7 +524,6 @@ def _proxies(settings: Settings) -> list[str]:
 
 _ENGINE_OF = {
     "DB_MAX_CONNECTIONS": "postgresql",
-    "STRONGROOM_JOURNAL_DAYS": "postgresql",
     "FIRESTORE_COLLECTION": "firestore",
     "FIRESTORE_EMULATOR_HOST": "firestore",
     "PUBSUB_EMULATOR_HOST": "pubsub",

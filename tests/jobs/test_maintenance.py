@@ -16,10 +16,10 @@ import time_machine
 from strongroom import ApiKey, Entity, Query, Strongroom
 from strongroom.context import system_context
 from strongroom.database.idempotency import IdempotentCall
-from strongroom.errors import ConfigError, Unavailable
+from strongroom.errors import Unavailable
 from strongroom.jobs import maintenance as lifecycle
 from strongroom.jobs.job_lease import AcquiredLease, JobLeaseLost
-from strongroom.jobs.maintenance import PAGE, Retention, Sweeper
+from strongroom.jobs.maintenance import PAGE, Sweeper
 from strongroom.keys import jobs as keywork
 from strongroom.storage.port import Patch
 from tests.conftest import backend_of
@@ -249,23 +249,9 @@ async def test_a_roll_up_does_not_overwrite_a_concurrent_change_of_a_key(both: t
 # --- Retention ------------------------------------------------------------------------------------------------
 
 
-async def test_retention_drops_the_journal_before_the_kept_period(room: Strongroom) -> None:
-    asked = []
-
-    async def drop(at_us: int) -> int:
-        asked.append(at_us)
-        return 1
-
-    with time_machine.travel(START, tick=False):
-        lease = await room.background.leases.acquire("journal-retention")
-        assert lease is not None
-        await Retention(drop, room.clock, 86_400).run(lease)
-    assert asked == [round((START - timedelta(days=1)).timestamp() * 1_000_000)]
-
-
 @pytest.mark.server
 async def test_on_postgresql_every_job_does_its_work(postgres_url: str) -> None:
-    async with Strongroom.open(postgres_url, entities=[Pass], journal_kept_s=86_400) as room:
+    async with Strongroom.open(postgres_url, entities=[Pass], journal_days=1) as room:
         gone = datetime.now(UTC) - timedelta(seconds=1)
         await room.tenant("acme").create(Pass(until=gone))
         issued = await room.keys.create(name="k", limits=[rolling("requests", 5)])
@@ -279,12 +265,6 @@ async def test_on_postgresql_every_job_does_its_work(postgres_url: str) -> None:
         assert all(state.done_us and not state.error for state in leases.jobs.values())
         assert await stored(room, "passes", "acme") == 0
         assert (await used(room, issued.key.id))[1] == 1
-
-
-async def test_retention_on_a_store_without_partitions_is_a_configuration_error() -> None:
-    with pytest.raises(ConfigError, match="json store cannot drop"):
-        async with Strongroom.open("json://:memory:", journal_kept_s=86_400):
-            pass
 
 
 @pytest.mark.parametrize("limits", ["durable", "leased"])

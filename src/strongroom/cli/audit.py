@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InvalidInput, Problem
-from . import audit_verify, output, shortforms
+from . import audit_upkeep, audit_verify, output, shortforms
 from .files import check_target, named, new_file, write_lines
 from .options import CursorOption, Options, PageOption, with_options
 from .session import JsonOption, StoreOption, in_store, operator
@@ -23,6 +23,8 @@ app = typer.Typer(
     help="Read, export and verify the journal: who changed what, when.", no_args_is_help=True, rich_markup_mode=None
 )
 app.command("verify")(audit_verify.verify)
+for _command in (audit_upkeep.retention, audit_upkeep.hold, audit_upkeep.redact):
+    app.command()(_command)
 
 
 def _option(help: str, metavar: str | None = None) -> Any:

@@ -229,11 +229,13 @@ def advise(
 
 @app.command()
 def retain(
-    days: Annotated[int, typer.Argument(min=1, help="The least number of days that are kept.")],
+    days: Annotated[int, typer.Argument(min=1, help="Only partitions of months that ended so many days ago.")],
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Drop the journal's old partitions and create those of the next months (PostgreSQL only).
+    """Drop the journal's empty old partitions and create those of the next months (PostgreSQL only).
+
+    Nodes do this by themselves. The records are dropped by retention: see `strongroom audit retention`.
 
     \b
     Example:

@@ -58,6 +58,8 @@ def in_store(store: str | None, work: Callable[[Strongroom], Awaitable[T]], *, a
             entities=entities,
             peppers=settings.pepper_texts,
             signing_key=settings.journal_signing_key,
+            journal_days=settings.journal_days,
+            archive=settings.archive,
         ) as room:
             return await work(room)
 

@@ -1,4 +1,4 @@
-"""Background work, done once for all nodes: expiry, the journal's retention, and the jobs that packages above add."""
+"""Background work, done once for all nodes: expiry, the journal's partitions, and the jobs that packages above add."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..context import Context, system_context
 from ..database import Database
 from ..database.index_advice import persist
 from ..entities import Entity
-from ..errors import ConfigError, StrongroomError
+from ..errors import StrongroomError
 from ..storage.port import JournalPartitions, Store, unwrapped
 from .job_lease import AcquiredLease, JobLeases
 
@@ -20,7 +20,6 @@ EXPIRY_EVERY_S = 60.0
 SHAPES_EVERY_S = 60.0
 SHAPES_TIMEOUT_S = 5.0
 PARTITIONS_EVERY_S = 21_600.0
-RETENTION_EVERY_S = 3_600.0
 PAGE = 200
 TENANTS_PAGE = 100
 MAX_TENANTS_A_RUN = 1_000
@@ -146,21 +145,6 @@ class Partitions:
             _log.info("created %d new partitions of the journal", made)
 
 
-class Retention:
-    """Drops the journal's old partitions, where the store can (PostgreSQL)."""
-
-    def __init__(self, drop_before: Callable[[int], Awaitable[int]], clock: Clock, keep_s: float) -> None:
-        self._drop_before = drop_before
-        self._clock = clock
-        self._keep_us = round(keep_s * 1_000_000)
-
-    async def run(self, lease: AcquiredLease) -> None:
-        """Drop partitions that are wholly older than the retention. That is idempotent, so it needs no guard."""
-        dropped = await self._drop_before(self._clock.now_us() - self._keep_us)
-        if dropped:
-            _log.info("dropped %d old partitions of the journal", dropped)
-
-
 def background(
     database: Database,
     store: Store,
@@ -168,21 +152,12 @@ def background(
     leases: JobLeases,
     *,
     more: Sequence[Job] = (),
-    journal_kept_s: float | None = None,
 ) -> Background:
-    """The jobs of a node: those of this module, and `more` of packages above. `journal_kept_s`: the journal's
-    retention; None: for ever. Raises ConfigError if the store cannot drop old partitions."""
+    """The jobs of a node: those of this module, and `more` of packages above."""
     jobs = [
         *more,
         Job("expiry", EXPIRY_EVERY_S, Sweeper(database, store).run),
     ]
-    backend = unwrapped(store)
-    journal = backend if isinstance(backend, JournalPartitions) else None
-    if journal is not None:
+    if isinstance(journal := unwrapped(store), JournalPartitions):
         jobs.append(Job("journal-partitions", PARTITIONS_EVERY_S, Partitions(journal.make_journal_partitions).run))
-    if journal_kept_s is not None:
-        if journal is None:
-            raise ConfigError(f"a {store.capabilities.name} store cannot drop old parts of its journal")
-        retention = Retention(journal.drop_journal_before, clock, journal_kept_s)
-        jobs.append(Job("journal-retention", RETENTION_EVERY_S, retention.run))
     return Background(leases, jobs)

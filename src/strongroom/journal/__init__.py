@@ -2,7 +2,7 @@
 
 from .denials import Denials, has_been_tenant, just_before
 from .feed import FIRST_PAGE, POLL_S, ChangeFeed, next_limit
-from .records import CHANGES, DENY, MASK, attempted_fields, change_record, document_after, masked
+from .records import CHANGES, DENY, MASK, attempted_fields, change_record, document_after, is_redacted, masked
 from .trees import TREE_ENTITIES
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "change_record",
     "document_after",
     "has_been_tenant",
+    "is_redacted",
     "just_before",
     "masked",
     "next_limit",

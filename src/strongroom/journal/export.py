@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from ..entities import Document
-from ..errors import NotFound
+from ..errors import Gone, NotFound
 from ..storage.port import JournalFilter, Store
 from .export_format import (
     FORMAT,
@@ -78,7 +78,8 @@ async def logged_tree(store: Store, tenant: str | None) -> LoggedTree:
 
 
 async def round_proof(store: Store, tree: LoggedTree) -> RoundProof | None:
-    """What ties a tenant's tree to the platform's checkpoint; None if the round was dropped."""
+    """What ties a tenant's tree to the platform's checkpoint; None if retention dropped the round from the
+    platform's tree."""
     document = await store.get(ROUNDS, None, round_id(tree.round))
     stored = await store.get(TREES, None, tree_id(None))
     if document is None or stored is None:
@@ -94,7 +95,10 @@ async def round_proof(store: Store, tree: LoggedTree) -> RoundProof | None:
     )
     size = tree.log["checkpoint_size"]
     platform = TreeReader(store, stored, tree.log["legacy_secret"], size, use_edge=True)
-    proof = await platform.hashes(inclusion_ranges(document["index"], size))
+    try:
+        proof = await platform.hashes(inclusion_ranges(document["index"], size))
+    except Gone:
+        return None
     return RoundProof(tree.round, len(entries), entries[at], at, path, document["index"], proof, tree.log["checkpoint"])
 
 

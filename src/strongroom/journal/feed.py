@@ -18,6 +18,7 @@ from ..entities import MAX_PAGE_BYTES
 from ..errors import Gone, StrongroomError
 from ..retry_log import RetryLog
 from ..storage.port import ChangesPage, Record, Store, document_size
+from .records import is_redacted
 
 POLL_S = 0.25
 """How long a change of another process may stay unseen; a change of this process is seen at once."""
@@ -163,6 +164,8 @@ class ChangeFeed:
             return True
         async with asyncio.timeout(READ_TIMEOUT_S):
             page = await self._store.changes(self._cursor, limit=self._limit)
+        if any(map(is_redacted, page.records)):  # of what document they were is not known any more
+            self._tell(self._resets)
         for record in page.records:
             self._tell(self._callbacks, record)
         self._cursor = page.cursor

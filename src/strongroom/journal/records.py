@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from ..context import TOKEN, Context, new_salt, next_id
+from ..context import SALT_BYTES, TOKEN, Context, new_salt, next_id
 from ..entities import Collection, Document
 from ..storage import tagged_json
 from ..storage.port import Record
@@ -150,6 +150,11 @@ def token_claims(context: Context) -> Document | None:
             kept[name] = claims[name]
             left -= size
     return {**kept, LEFT_OUT: len(names) - len(kept)}
+
+
+def is_redacted(record: Record) -> bool:
+    """Whether a record was redacted: then it does not say what was changed."""
+    return len(record.salt) > SALT_BYTES
 
 
 def masked(collection: Collection, document: Document | None) -> Document | None:

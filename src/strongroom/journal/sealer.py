@@ -21,7 +21,7 @@ from typing import Protocol
 from ..context import us_from_utc, utc_from_us
 from ..cooperative import Slices
 from ..entities import MAX_IN, MAX_LIMIT, MAX_PAGE_BYTES, Document, Query, Where
-from ..errors import ConfigError, StoreError
+from ..errors import ConfigError, Conflict, StoreError
 from ..storage.port import (
     MAX_BATCH_BYTES,
     MAX_CHANGES_PAGE,
@@ -143,7 +143,11 @@ class Sealer:
         lease, and the errors of the store; then nothing, or a part of the round that is continued later, was done."""
         self._renewed_at = time.monotonic()
         try:
-            return await self._round(lease)
+            try:
+                return await self._round(lease)
+            except Conflict:  # retention moved the first index of a tree, or another process has the lease
+                self.forget()
+                return await self._round(lease)
         except BaseException:
             self.forget()  # what was committed is not known
             raise

@@ -43,6 +43,8 @@ class TreeCheck:
         self.size: int = document["size"]
         self.sequence: int = document["sequence"]
         self.first: int = document["first_index"]
+        self.dropped: int = document["dropped_sequence"]
+        """Retention has dropped the records up to this sequence, or is about to."""
         self.logged = (document["size"], document["round"])
         self.previous = (document["previous_size"], document["previous_round"])
         self._edge: bytes = document["frontier"]

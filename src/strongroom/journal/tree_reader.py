@@ -48,6 +48,7 @@ class TreeReader:
         self.tenant: str | None = tree["tenant"]
         self.size: int = tree["size"] if size is None else size
         self.first: int = tree["first_index"]
+        self._dropped: int = tree["dropped_sequence"]
         self._sequence: int = tree["sequence"]
         self._edge: dict[tuple[int, int], bytes] = {}
         if use_edge:
@@ -140,7 +141,7 @@ class TreeReader:
         where = JournalFilter(
             tenant=self.tenant,
             platform=self.tenant is None,
-            after_sequence=before["last_sequence"] if before is not None else None,
+            after_sequence=before["last_sequence"] if before is not None else self._dropped or None,
             through_sequence=self._sequence,
         )
         rounds = _RoundReader(self._store, at) if self.tenant is None else None

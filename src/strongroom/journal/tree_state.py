@@ -24,6 +24,7 @@ _NEW: Document = {
     "previous_size": 0,
     "previous_round": 0,
     "first_index": 0,
+    "dropped_sequence": 0,
     "frontier": b"",
     "broken": "",
 }
@@ -48,6 +49,7 @@ class TreeState:
         self.previous_size: int = found["previous_size"]
         self.previous_round: int = found["previous_round"]
         self.first_index: int = found["first_index"]
+        self.dropped_sequence: int = found["dropped_sequence"]
         self.broken: str = found["broken"]
         hashes = split(found["frontier"])
         tiles = self.size >> TILE_BITS
@@ -171,6 +173,7 @@ class TreeState:
             "previous_size": self.previous_size,
             "previous_round": self.previous_round,
             "first_index": self.first_index,
+            "dropped_sequence": self.dropped_sequence,
             "broken": self.broken,
         }
 

@@ -47,8 +47,9 @@ class JournalTree(
     the right edge (`merkle.Frontier`). `round`: the last round that extended the tree; the tree's root at `size` is
     covered by that round once the log has reached it. Until then (in the middle of a round) `previous_size` and
     `previous_round` count: what the tree was after the round before. `first_index`: the first leaf whose record
-    retention has not dropped (a multiple of TILE). `sealed_at`: the time of the last round of this tree. `broken`: why
-    it is not extended any more: its stored records do not agree with it.
+    retention has not dropped (a multiple of TILE). `dropped_sequence`: that of the last record before it, on this
+    store; readers skip records up to it, which may still be there for a moment. `sealed_at`: the time of the last round
+    of this tree. `broken`: why it is not extended any more: its stored records do not agree with it.
     """
 
     tenant: str | None = None
@@ -59,6 +60,7 @@ class JournalTree(
     previous_size: int = 0
     previous_round: int = 0
     first_index: int = 0
+    dropped_sequence: int = 0
     sealed_at: datetime | None = None
     broken: str = ""
 

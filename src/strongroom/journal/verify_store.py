@@ -127,7 +127,7 @@ class StoreVerification:
         after = ""
         documents: list[Document] = []
         while True:
-            query = Query(Where("id", ">", after), ("id",), limit=MAX_LIMIT)
+            query = Query(Where("id", ">", after) if after else None, ("id",), limit=MAX_LIMIT)
             page = await self._store.find(TREES, None, query)
             documents += page
             if len(page) < MAX_LIMIT:
@@ -172,6 +172,7 @@ class StoreVerification:
                 continue
             late = [one for one in numbers(part.sequences) if one > tree.sequence]
             part = _without(part, len(late), tree.sequence) if late else part
+            part = _after(part, tree.dropped) if tree.dropped else part
             tree.result.unsealed += len(late)
             self._keep_late(part.tenant, late)
             if part.sequences and not tree.bad:
@@ -304,6 +305,12 @@ def _without(part: Part, late: int, sequence: int) -> Part:
     kept_ones = [number for number, one in enumerate(found) if one <= sequence]
     sequences = b"".join(found[number].to_bytes(SEQUENCE_BYTES, "big") for number in kept_ones)
     return Part(part.tenant, sequences, b"".join(leaves[number] for number in kept_ones), part.redacted)
+
+
+def _after(part: Part, sequence: int) -> Part:
+    """A part without the records up to a sequence: retention has dropped them from the tree."""
+    gone = sum(one <= sequence for one in numbers(part.sequences))
+    return Part(part.tenant, part.sequences[gone * SEQUENCE_BYTES :], part.leaves[gone * HASH_BYTES :], part.redacted)
 
 
 async def verify_store(

@@ -210,7 +210,10 @@ class _TreeCopy:
             short = TreeDifference(tree["tenant"], tree["size"], state.size, "the target has no more records")
         if short is None and state.frontier().to_bytes() == tree["frontier"]:
             if self._writes:
-                document = {name: tree[name] for name in _TREE_FIELDS} | {"sequence": state.sequence}
+                document = {name: tree[name] for name in _TREE_FIELDS} | {
+                    "sequence": state.sequence,
+                    "dropped_sequence": 0,
+                }
                 await _commit(run, [Put(TREES, tree["id"], document)])
             return None
         return await self._difference() or short
@@ -220,7 +223,10 @@ class _TreeCopy:
         copied."""
         tenant = self._tree["tenant"]
         where = JournalFilter(tenant=tenant, platform=tenant is None)
-        first = await _first_row(self._run.source, where)
+        kept = JournalFilter(
+            tenant=tenant, platform=tenant is None, after_sequence=self._tree["dropped_sequence"] or None
+        )
+        first = await _first_row(self._run.source, kept)
         if first is None:
             return
         before: int | None = None

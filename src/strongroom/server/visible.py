@@ -16,7 +16,7 @@ from ..cooperative import in_slices
 from ..database import Database
 from ..entities import Collection, Document, is_expired
 from ..errors import Gone
-from ..journal import masked
+from ..journal import is_redacted, masked
 from ..storage.port import ChangesPage, Record
 
 LOOK_AHEAD_PAGES = 8
@@ -53,6 +53,8 @@ class View:
         mine = [record for record in page.records if record.collection == name and record.action in ACTIONS]
         if not mine:
             return []
+        if any(is_redacted(record) for record in mine):
+            raise Gone("a record after the cursor was redacted")
         if not self._database.rules_read_documents:
             allowed = self._may(context, mine[0].entity_id, None)
             return [Seen(r, ACTIONS[r.action], r.before, r.after) for r in mine] if allowed else []

@@ -288,7 +288,7 @@ class JournalPartitions(Protocol):
         ...
 
     async def drop_journal_before(self, at_us: int) -> int:
-        """Drop the parts that have only older records. Returns the number of dropped parts."""
+        """Drop the parts for older records that have no record any more. Returns the number of dropped parts."""
         ...
 
 

@@ -1,7 +1,7 @@
-"""The journal's monthly partitions in PostgreSQL: made ahead of time, dropped whole when they are past retention.
+"""The journal's monthly partitions in PostgreSQL: made ahead of time, dropped once retention has emptied them.
 
-Two functions in the database do the work, as the schema's owner. The application role may make partitions, since it
-runs all the time; only the retention role may drop them.
+Two functions in the database do the work, as the schema's owner. The application role may call both, since it runs all
+the time, and so may the retention role.
 """
 
 from __future__ import annotations
@@ -82,10 +82,9 @@ CREATE OR REPLACE FUNCTION {name}.strongroom_drop_partitions(before timestamptz)
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET timezone = 'UTC' AS $body$
 DECLARE
     partition text;
-    last bigint;
+    filled boolean;
     dropped integer := 0;
 BEGIN
-    PERFORM set_config('app.journal', 'whole', true);
     FOR partition IN
         SELECT relname FROM pg_inherits JOIN pg_class ON pg_class.oid = inhrelid
         WHERE inhparent = '{name}.strongroom_journal'::regclass
@@ -94,19 +93,14 @@ BEGIN
     LOOP
         -- never one that is still being written to, whatever the date says
         CONTINUE WHEN to_timestamp(right(partition, 7), 'YYYY_MM') + interval '1 month' > least(before, now());
-        -- whoever stood before the last of these records is told that they are gone
-        LOCK TABLE ONLY {name}.strongroom_journal IN ACCESS EXCLUSIVE MODE;
-        EXECUTE format('SELECT max(sequence) FROM %I.%I', {literal}, partition) INTO last;
-        EXECUTE format(
-            'INSERT INTO {name}.strongroom_journal_floors AS kept '
-            'SELECT tenant_id, max(sequence) FROM %I.%I GROUP BY tenant_id '
-            'ON CONFLICT (tenant_id) DO UPDATE SET sequence = greatest(kept.sequence, excluded.sequence)',
-            {literal}, partition);
-        UPDATE {name}.strongroom_journal_head SET floor = greatest(floor, coalesce(last, 0));
+        EXECUTE format('SELECT EXISTS (SELECT FROM %I.%I)', {literal}, partition) INTO filled;
+        CONTINUE WHEN filled;
+        LOCK TABLE {name}.strongroom_journal IN ACCESS EXCLUSIVE MODE;
+        EXECUTE format('SELECT EXISTS (SELECT FROM %I.%I)', {literal}, partition) INTO filled;
+        CONTINUE WHEN filled;
         EXECUTE format('DROP TABLE %I.%I', {literal}, partition);
         dropped := dropped + 1;
     END LOOP;
-    PERFORM set_config('app.journal', '', true);
     RETURN dropped;
 END
 $body$;
@@ -127,13 +121,12 @@ async def ensure_partitions(
 
 
 async def drop_partitions_before(connection: asyncpg.Connection, settings: Schema, before: datetime) -> int:
-    """Drop the partitions all of whose records are older than `before`; how many were dropped.
+    """Drop the partitions of months before `before` that have no record any more; how many were dropped.
 
-    What the default partition holds stays: it is dropped with its month once `ensure_partitions` has moved it there.
     Raises Denied for a role that may not, Unavailable if the journal was in use for longer than LOCK_TIMEOUT_MS.
     """
     sql = f"SELECT {quoted(settings.schema)}.strongroom_drop_partitions($1)"
-    return await _call(connection, sql, before, needed="that of the schema's owner or of retention")
+    return await _call(connection, sql, before, needed="that of the schema's owner, of the application or of retention")
 
 
 async def _call(connection: asyncpg.Connection, sql: str, *arguments: object, needed: str) -> int:

@@ -152,7 +152,7 @@ BEGIN
             EXECUTE format('GRANT USAGE ON SEQUENCE {name}.strongroom_version TO %I', grantee);
             EXECUTE format('GRANT EXECUTE ON FUNCTION {name}.strongroom_require, '
                 '{name}.strongroom_make_partitions, {name}.strongroom_redact_journal, '
-                '{name}.strongroom_drop_records TO %I', grantee);
+                '{name}.strongroom_drop_records, {name}.strongroom_drop_partitions TO %I', grantee);
         END LOOP;
         FOREACH grantee IN ARRAY {retention_array} LOOP
             EXECUTE format('GRANT EXECUTE ON FUNCTION {name}.strongroom_make_partitions, '

@@ -440,8 +440,7 @@ class PostgresStore:
         )
 
     async def drop_journal_before(self, at_us: int) -> int:
-        """Drop the journal's partitions whose records are all older; returns how many. Denied for an application role
-        that does not own the schema: retention has a role of its own."""
+        """Drop the journal's partitions of earlier months that have no record any more; returns how many."""
         before = partitions.journal_time(at_us)
         return await self._maintain(
             lambda connection: partitions.drop_partitions_before(connection, self.settings, before)
