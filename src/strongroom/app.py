@@ -262,6 +262,10 @@ class Strongroom:
             room.audit = Audit(store, database, room.proofs)
             room.evidence = Evidence(store, database, room.proofs, clock)
             tenants.deletions.hooks.sign = room.proofs.sign_text
+            room.evidence.statements |= {
+                "retention": upkeep.retention_statement,
+                "legal-holds": upkeep.holds_statement,
+            }
             room.legal_holds, room.retention, room.redactions = upkeep.holds, upkeep.policies, upkeep.redactions
             room._configured_peppers = tuple(peppers)
             if cache is not None:

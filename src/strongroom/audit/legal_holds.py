@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import datetime
 
-from ..access import ALL_TENANTS, bound_to, writer
+from ..access import ALL_TENANTS, writer
 from ..context import Context, new_id, system_context
 from ..database import Database, Transaction
 from ..entities import DEFAULT_LIMIT, MAX_LIMIT, Page, Query, Where
@@ -108,17 +108,15 @@ class LegalHolds:
         active: bool | None = None,
         limit: int = DEFAULT_LIMIT,
         cursor: str | None = None,
-        context: Context | None = None,
     ) -> Page[LegalHold]:
-        """A page of holds, in the order in which they were placed. A caller of one tenant sees those of its tenant and
-        those of all. A page may be empty and not be the last."""
+        """A page of holds, in the order in which they were placed: all, or those on a tenant's records. A page may be
+        empty and not be the last."""
         query = Query(order_by=("id",), limit=limit)
         page = await self._database.find(system_context(), LegalHold, query, cursor)
-        wanted = bound_to(context) or tenant
         items = [
             hold
             for hold in page.items
-            if (wanted is None or hold.tenant in (wanted, None)) and active in (None, hold.active)
+            if (tenant is None or hold.tenant in (tenant, None)) and active in (None, hold.active)
         ]
         return Page(items, page.next_cursor)
 

@@ -12,12 +12,12 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from ..access import ALL_TENANTS, writer
+from ..access import ALL_TENANTS, bound_to, may_see, writer
 from ..clock import Clock
 from ..context import Context, new_salt, next_id, system_context, us_from_utc
 from ..database import Database, Transaction
 from ..entities import MAX_LIMIT, And, Document, Query, Where
-from ..errors import AlreadyExists, Conflict, InvalidInput, NotFound, Problem
+from ..errors import AlreadyExists, Conflict, Denied, InvalidInput, NotFound, Problem
 from ..jobs import AcquiredLease
 from ..journal.export import Sign, export_tree, logged_tree
 from ..journal.trees import JOURNAL, PLATFORM, TILE, JournalRound, JournalTile, JournalTree, tree_id
@@ -78,11 +78,14 @@ class Policies:
         except AlreadyExists:
             return  # another process starts at the same time
 
-    async def of(self, tenant: str | None, *, everyone: bool = False) -> Kept:
-        """What counts for a tenant (None: for the platform; `everyone`: for all without own days)."""
-        context = system_context()
-        general = await self._database.get_or_none(context, RetentionPolicy, POLICY)
-        own = await self._database.get_or_none(context, RetentionPolicy, POLICY if everyone else tree_id(tenant))
+    async def of(self, tenant: str | None, *, everyone: bool = False, context: Context | None = None) -> Kept:
+        """What counts for a tenant (None: for the platform; `everyone`: for all without own days). Raises Denied for
+        another tenant's."""
+        if tenant is not None and not may_see(context, tenant):
+            raise Denied(f"the caller belongs to tenant {bound_to(context)!r}, not to {tenant!r}")
+        system = system_context()
+        general = await self._database.get_or_none(system, RetentionPolicy, POLICY)
+        own = await self._database.get_or_none(system, RetentionPolicy, POLICY if everyone else tree_id(tenant))
         floor = max(one.floor_days if one is not None else 0 for one in (general, own))
         days = own.days if own is not None and not everyone else None
         if days is None:
@@ -163,7 +166,7 @@ class Retention:
         """Drop what is old enough, of every tree."""
         last_rounds: set[int] = set()
         dropped = 0
-        async for tree in self._trees():
+        async for tree in self.trees():
             last_rounds |= {tree["round"], tree["previous_round"]}
             dropped += await self.tree(lease, tree["tenant"])
             await lease.save(None)
@@ -171,7 +174,8 @@ class Retention:
         if dropped and self._drop_empty is not None:
             await self._drop_empty()
 
-    async def _trees(self) -> AsyncIterator[Document]:
+    async def trees(self) -> AsyncIterator[Document]:
+        """The documents of all trees."""
         after = ""
         while True:
             where = Where("id", ">", after) if after else None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ..clock import Clock
 from ..database import Database
+from ..entities import MAX_LIMIT
 from ..jobs.sealing import Sealing
 from ..journal.export import unsigned
 from ..journal.signed_note import Checkpoint
@@ -47,6 +49,22 @@ class Upkeep:
 
         job = Retention(database, store, clock, policies, holds, folder, sign, _dropping_empty(store, clock))
         return cls(holds, policies, Redactions(database, store, clock, policies, holds, folder), job)
+
+    async def retention_statement(self) -> AsyncIterator[Mapping[str, Any]]:
+        """How long the records of each tenant that has a tree are kept, and which are left, for the evidence pack."""
+        async for tree in self.job.trees():
+            kept = await self.policies.of(tree["tenant"])
+            yield {**asdict(kept), "first_index": tree["first_index"], "size": tree["size"]}
+
+    async def holds_statement(self) -> AsyncIterator[Mapping[str, Any]]:
+        """The legal holds, lifted ones too, for the evidence pack."""
+        cursor = None
+        while True:
+            page = await self.holds.list(limit=MAX_LIMIT, cursor=cursor)
+            for hold in page.items:
+                yield hold.model_dump(exclude={"version", "updated_at"})
+            if (cursor := page.next_cursor) is None:
+                return
 
     async def blocks_deletion(self, tenant: str) -> str | None:
         """The reason of a legal hold on a tenant's records; None if there is none."""

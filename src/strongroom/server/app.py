@@ -39,6 +39,7 @@ from .errors import (
 )
 from .routes import (
     audit,
+    audit_upkeep,
     entities,
     health,
     keys,
@@ -277,6 +278,7 @@ def build(
         quotas,
         keys,
         keys_bulk,
+        audit_upkeep,
         audit,
         webhooks,
         tenants,
