@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -274,3 +275,27 @@ async def test_closing_seals_what_this_process_wrote(tmp_path: Path, entities: l
         await written(room, tenants=1, records=1)
     async with Strongroom.open(url, entities=entities, sealing=False) as room:
         assert len((await check_trees(room.store)).leaves) == 2
+
+
+async def test_every_store_seals_what_is_written_to_it(url: str, entities: list[type[Entity]]) -> None:
+    async with Strongroom.open(url, entities=entities) as room:
+        for _ in range(2):
+            await written(room)
+            await room.sealer.seal_now()
+        trees = await check_trees(room.store)
+        assert [len(trees.leaves[tree_id(f"tenant-{number}")]) for number in range(3)] == [10, 10, 10]
+
+
+async def test_another_process_continues_when_the_one_that_seals_was_killed(
+    room: Strongroom, store: FaultyStore
+) -> None:
+    killed, other = another(room, store), another(room, store)
+    await append(store, "acme", 5)
+    await killed.seal_now()  # it has the lease now, and does nothing any more
+    await append(store, "acme", 5, begin=5)
+    began = time.monotonic()
+    other.start()
+    await wait_until(lambda: other.records)
+    assert time.monotonic() - began > LEASE_S / 2, "not before the lease is over"
+    await other.close()
+    await check_trees(store)
