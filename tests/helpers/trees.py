@@ -77,6 +77,10 @@ async def check_trees(store: Store, *, sealed: bool = True) -> Trees:
     for id, tree in stored.items():
         await _check_tree(store, tree, trees.leaves[id][: tree["size"]], trees.sequences[id])
     _check_rounds(rounds, trees)
+    for id, tree in stored.items():
+        if id != PLATFORM and tree["round"] <= log["round"]:
+            entries = json.loads(rounds[tree["round"] - 1]["entries"])
+            assert [size for name, size, _ in entries if name == id] == [tree["size"]], "its round covers its root"
     if log["round"]:
         note = SignedNote.parse(log["checkpoint"])
         root = root_of(platform[: log["checkpoint_size"]])
