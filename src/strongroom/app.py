@@ -253,6 +253,7 @@ class Strongroom:
             upkeep = Upkeep.of(database, store, clock, sealer, journal_days, archive)
             jobs.append(Job(JOB, RETENTION_EVERY_S, upkeep.job.run))
             tenants.deletions.hooks.legal_hold = upkeep.blocks_deletion
+            tenants.deletions.hooks.guard = upkeep.policies.guard
             work = background(database, store, clock, leases, more=jobs)
             room = cls(store, database, ledger, keys, feed, clock, work, tenants)
             room.sealer = sealer
@@ -510,6 +511,7 @@ def _parts_of_tenants(
         Owned(database, Webhook, order=("tenant", "-created_at")),
         Owned(database, Delivery),
         Owned(database, Event),
+        Owned(database, WriteSwitch),
     ]
 
 

@@ -26,11 +26,11 @@ from ..journal.leaf import COMMITTED, NOTHING, committed_actor, redacted_salt
 from ..journal.trees import JOURNAL, LOG, JournalLog, legacy_salt, tree_id
 from ..storage import tagged_json
 from ..storage.journal_port import JOURNAL_ROW
-from ..storage.port import Append, Batch, Check, JournalFilter, JournalRow, Store
+from ..storage.port import Append, Batch, JournalFilter, JournalRow, Store
 from .archive import Archive
 from .legal_holds import LegalHolds
 from .model import MAX_REASON_CHARS, MAX_SUBJECT_CHARS, POLICY, LegalHold, RetentionPolicy
-from .retention import JOB, POLICIES, Policies, journal_record
+from .retention import JOB, Policies, journal_record
 
 REDACT = "redact"
 """The action of the record that says that records were redacted."""
@@ -150,7 +150,7 @@ class Redactions:
         raise Conflict("retention is at work: try again")
 
     async def _redact(self, lease: AcquiredLease, subject: Subject, reason: str, by: Context) -> Redaction:
-        guard = Check(POLICIES, POLICY, await self._policies.version())
+        guard = await self._policies.guard()
         holds = [hold for hold in await self._holds.active() if hold.concerns(subject.tenant)]
         count = 0
         async for rows in self._rows(subject):

@@ -97,6 +97,10 @@ class Policies:
         policy = await self._database.get_or_none(system_context(), RetentionPolicy, POLICY)
         return (policy.version or 0) if policy is not None else 0
 
+    async def guard(self) -> Check:
+        """The condition that no legal hold was placed, and no policy for all tenants changed, since now."""
+        return Check(POLICIES, POLICY, await self.version())
+
     async def set(
         self,
         tenant: str | None,
@@ -210,7 +214,7 @@ class Retention:
     async def _segment(self, lease: AcquiredLease, tenant: str | None, before_us: int) -> int | None:
         """Archive and drop one segment; the number of its records. None if no tile is old enough, or a legal hold
         blocks the oldest."""
-        guard = Check(POLICIES, POLICY, await self._policies.version())
+        guard = await self._policies.guard()
         holds = [hold for hold in await self._holds.active() if hold.concerns(tenant)]
         try:
             logged = await logged_tree(self._store, tenant)
