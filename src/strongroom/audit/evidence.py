@@ -15,7 +15,7 @@ from ..clock import Clock
 from ..context import Context, us_from_utc, utc_from_us
 from ..cooperative import Slices
 from ..database import Database
-from ..entities import MAX_LIMIT, MAX_PAGE_BYTES, Entity, Query, Where
+from ..entities import MAX_LIMIT, MAX_PAGE_BYTES, Entity, Query
 from ..errors import NotFound
 from ..journal.evidence_format import FORMAT, KEYS, MANIFEST, NOTE, Manifest, Part, encoded, signed_text
 from ..journal.export import export_tree, logged_tree, range_of_times
@@ -76,15 +76,15 @@ class Evidence:
     async def _tenants(self) -> AsyncIterator[str | None]:
         """The tenants that have a tree, after the platform."""
         yield None
-        after = ""
+        after: tuple[object, ...] | None = None
         while True:
-            found = await self._store.find(TREES, None, Query(Where("id", ">", after), ("id",), limit=MAX_LIMIT))
+            found = await self._store.find(TREES, None, Query(limit=MAX_LIMIT, start_after=after))
             for tree in found:
                 if tree["tenant"] is not None:
                     yield tree["tenant"]
             if len(found) < MAX_LIMIT:
                 return
-            after = found[-1]["id"]
+            after = (found[-1]["id"],)
 
     async def _records(
         self, pack: zipfile.ZipFile, tenant: str | None, since: datetime | None, until: datetime | None
