@@ -33,7 +33,7 @@ from .record import AuditRecord
 MAX_READS = 20
 """Reads of the store that one call makes; its cursor continues after them. Each reads about MAX_PAGE_BYTES at most."""
 NAME = "journal"
-ACTIONS = ("create", "update", "add", "delete", "expire", "deny")
+ACTIONS = ("create", "update", "add", "delete", "expire", "deny", "redact", "drop", "rotate")
 HASHES = frozenset({"hash", "previous_hash"})
 """Fields of API keys that audit records mask like secrets: an imported hash may have no pepper, so a weak secret could
 be guessed from it. The journal itself keeps them, because the change feed finds keys by them."""

@@ -34,7 +34,7 @@ def _option(help: str, metavar: str | None = None) -> Any:
 FILTER: Options = {
     "tenant": _option("Only this tenant's records."),
     "actor": _option("Only changes by this actor, for example key:key_0199…."),
-    "action": _option("Only create, update, add, delete, expire or deny.", "ACTION"),
+    "action": _option("Only create, update, add, delete, expire, deny, redact, drop or rotate.", "ACTION"),
     "collection": _option("Only changes of this collection, for example api_keys."),
     "entity_id": _option("Only changes of the document with this id.", "ID"),
     "request_id": _option("Only changes by this request.", "ID"),

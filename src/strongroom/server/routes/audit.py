@@ -49,7 +49,7 @@ class AuditListOut(BaseModel):
 class AuditListQuery(Closed):
     tenant: str | None = Field(None, description="Only this tenant's records.")
     actor: str | None = Field(None, description="Only changes by this actor, for example `key:key_…`.")
-    action: Literal["create", "update", "add", "delete", "expire", "deny"] | None = Field(None)
+    action: Literal["create", "update", "add", "delete", "expire", "deny", "redact", "drop", "rotate"] | None = None
     collection: str | None = Field(None, description="Only changes of this collection, for example `api_keys`.")
     entity_id: str | None = Field(None, description="Only changes of the document with this id.")
     request_id: str | None = Field(None, description="Only changes by this request.")
