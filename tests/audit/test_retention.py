@@ -18,11 +18,12 @@ from strongroom.audit import Archive, Retention, Subject
 from strongroom.audit.model import POLICY, LegalHold
 from strongroom.audit.retention import JOB, MAX_SEGMENT_TILES
 from strongroom.context import Context
-from strongroom.errors import Conflict, Denied, Gone, InvalidInput, NotFound, StoreError
+from strongroom.errors import Conflict, Denied, Gone, InvalidInput, NotFound, StoreError, WritesOff
 from strongroom.journal.leaf import opening_of
 from strongroom.journal.trees import TILE, JournalTile, tree_id
 from strongroom.journal.verify_store import verify_store
 from strongroom.storage.port import Append, Batch, JournalFilter, JournalRow, Record, Store
+from strongroom.tenants import User, WritesChange
 from strongroom.testing.storage.backend import examples
 from tests.helpers.stores import opened
 
@@ -139,6 +140,24 @@ async def test_old_tiles_are_archived_and_dropped_whole_and_what_is_left_verifie
     assert (await room.proofs.inclusion("acme", 2 * TILE)).index == 2 * TILE
     await append(room, 2 * TILE, begin=1_000)
     await whole(room)
+
+
+@pytest.mark.parametrize("tenant", [None, "acme"])
+async def test_nothing_is_dropped_or_redacted_while_writes_are_off(memory: Strongroom, tenant: str | None) -> None:
+    await append(memory, 2 * TILE, days_ago=200)
+    await memory.tenant("acme").create(User(email="ann@example.com"))
+    await memory.sealer.seal_now()
+    await memory.writes.set(WritesChange(allowed=False, tenant=tenant, reason="a rollback"))
+    before = len(await rows(memory.store))
+    await retain(memory)
+    with pytest.raises(WritesOff, match="a rollback"):
+        await memory.redactions.redact(Subject("acme", user="user:ada"), "asked", context=ADMIN)
+    assert len(await rows(memory.store)) >= before
+    assert [row for row in await rows(memory.store) if row[4] == "user:ada"]
+    await memory.writes.set(WritesChange(allowed=True, tenant=tenant))
+    await retain(memory)
+    assert len(await rows(memory.store)) < before
+    await whole(memory)
 
 
 async def test_more_tiles_than_a_segment_has_are_dropped_in_several(memory: Strongroom, monkeypatch: Any) -> None:

@@ -132,6 +132,7 @@ class Redactions:
         by = writer(context, ALL_TENANTS)
         await self._database.authorize(by, "update", RetentionPolicy.__collection__, POLICY)
         subject.check()
+        self._database.writes.expect_on(subject.tenant)
         if not reason.strip() or len(reason) > MAX_REASON_CHARS:
             raise InvalidInput([Problem("reason", f"found {len(reason)} characters, expected 1 to {MAX_REASON_CHARS}")])
         lease = await self._lease()

@@ -191,7 +191,10 @@ class Retention:
             after = page[-1]["id"]
 
     async def tree(self, lease: AcquiredLease, tenant: str | None) -> int:
-        """Drop what is old enough of one tree; the number of dropped records."""
+        """Drop what is old enough of one tree; the number of dropped records. Nothing while its writes are off."""
+        writes = self._database.writes
+        if writes.refusal is not None or writes.why_off(tenant) is not None:
+            return 0
         dropped = await self._finish(tenant)
         kept = await self._policies.of(tenant)
         if kept.days is None:

@@ -177,6 +177,13 @@ class WriteState:
         suspended = self._suspended.get(tenant) if tenant is not None else None
         return self.refusal or self.why_off(tenant) or suspended
 
+    def expect_on(self, tenant: str | None) -> None:
+        """Raise WritesOff if writes of a tenant are off, for work that is no write of documents: to redact or to drop
+        records. A suspension does not stop it."""
+        reason = self.refusal or self.why_off(tenant)
+        if reason is not None:
+            raise WritesOff(reason)
+
     def check(self, tenant: str | None, changed: Iterable[tuple[Collection, Document | None]]) -> None:
         """Raise WritesOff or TenantSuspended if a batch of a tenant may not change these documents now.
 
