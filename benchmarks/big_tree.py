@@ -16,7 +16,7 @@ from strongroom.entities import Registry
 from strongroom.journal.log import LOGS, made_log
 from strongroom.journal.merkle import root_of
 from strongroom.journal.tree_reader import TILES, TreeReader
-from strongroom.journal.tree_state import TREES
+from strongroom.journal.tree_state import TREES, TreeState
 from strongroom.journal.trees import LOG, TILE, tile_id, tree_id
 from strongroom.storage import open_store
 from strongroom.storage.port import Append, Batch, Create, Operation, Put, Record
@@ -46,8 +46,8 @@ async def make(url: str, tenant: str, about: int) -> int:
     ]
     committed = await store.commit(Batch(tenant, tuple(map(Append, records)), _NOW_US))
     tree = _tree(tenant, size, committed.sequence or 0)
-    tree["frontier"] = b"".join(await TreeReader(store, {**tree, "id": tree_id(tenant)}, b"").subtrees(0, size))
-    await store.commit(Batch(None, (Put(TREES, tree_id(tenant), tree),), _NOW_US))
+    tree["frontier"] = b"".join(await TreeReader(store, tree, b"").subtrees(0, size))
+    await store.commit(Batch(None, (Put(TREES, tree.pop("id"), tree),), _NOW_US))
     log = await made_log(store, _NOW_US)
     cursor = (await store.changes("end")).cursor
     fields = {name: value for name, value in log.items() if name in ("origin", "legacy_secret", "checkpoint")}
@@ -92,15 +92,5 @@ def _tile(tree: str, level: int, number: int, hashes: bytes) -> dict[str, Any]:
 
 
 def _tree(tenant: str, size: int, sequence: int) -> dict[str, Any]:
-    return {
-        "tenant": tenant,
-        "size": size,
-        "sequence": sequence,
-        "frontier": b"",
-        "round": 1,
-        "previous_size": 0,
-        "previous_round": 0,
-        "first_index": 0,
-        "sealed_at": _NOW,
-        "broken": "",
-    }
+    new = TreeState(tenant).document()
+    return {**new, "size": size, "sequence": sequence, "round": 1, "sealed_at": _NOW}
