@@ -39,6 +39,7 @@ from tests.helpers.waiting import PATIENCE_S
 COMMANDS = (
     "serve", "import", "export", "migrate", "bench", "doctor", "estimate",
     "audit list", "audit show", "audit export", "audit checkpoint", "audit keys", "audit verify", "audit evidence",
+    "audit retention", "audit hold", "audit redact",
     "keys create", "keys list", "keys show", "keys verify", "keys rotate",
     "keys disable", "keys enable", "keys delete", "keys stats", "keys claim", "keys restore", "keys bulk",
     "keys rotate-pepper", "keys update", "keys recover-administrator", "keys mend-clock",

@@ -283,6 +283,25 @@ async def test_the_audit_trail_shows_changes(client: Any, tenant: str) -> None:
     assert [one.action for one in await all_of(client.audit.list(tenant=tenant, since=since))] == ["update"]
 
 
+async def test_records_are_held_redacted_and_kept(client: Any, tenant: str) -> None:
+    issued = await client.keys.create("k", tenant=tenant)
+    hold = await client.audit.place_legal_hold("case 7", tenant=tenant, collection="api_keys")
+    document = {"collection": "api_keys", "entity_id": issued.key.id}
+    with pytest.raises(Conflict, match="case 7"):
+        await client.audit.redact(tenant, "asked", **document)
+    assert [one.id for one in await all_of(client.audit.legal_holds(tenant=tenant, active=True))] == [hold.id]
+    lifted = await client.audit.lift_legal_hold(hold.id, "closed")
+    assert (lifted.lifted_because, lifted.lifted_at is not None) == ("closed", True)
+    assert (await client.audit.redact(tenant, "asked", **document)).records == 1
+    assert (await client.audit.set_retention(tenant, days=400, floor_days=183)).days == 400
+    with pytest.raises(InvalidInput):
+        await client.audit.set_retention(tenant, floor_days=90)
+    kept = await client.audit.retention(tenant)
+    assert (kept.tenant, kept.days, kept.floor_days) == (tenant, 400, 183)
+    general = await client.audit.retention()
+    assert (await client.audit.set_retention(floor_days=general.floor_days)).tenant is None
+
+
 async def test_the_trail_has_checkpoints_and_proofs(client: Any, tenant: str) -> None:
     async def found(tenant: str | None) -> str | None:
         try:

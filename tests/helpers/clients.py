@@ -17,7 +17,9 @@ from strongroom.client import AsyncClient, Client, Retries
 from tests.helpers.openapi_contract import checked_if_ours
 from tests.helpers.server_process import Running, running
 
-AT_ONCE = frozenset({"tenant", "collection", "watch", "hold", "list", "find", "deliveries", "bulk", "use", "export"})
+AT_ONCE = frozenset(
+    {"tenant", "collection", "watch", "hold", "list", "find", "deliveries", "bulk", "use", "export", "legal_holds"}
+)
 """Methods of both clients that are not awaited: they only make something."""
 OBJECTS = ("strongroom.client._sync.",)
 _END = object()

@@ -561,6 +561,43 @@ class AuditProof(Model, frozen=True):
     second_root: str | None = msgspec.field(default=None, name="to_root")
 
 
+class Retention(Model, frozen=True):
+    """How long journal records are kept: `days` None is for ever. `floor_days` is the least. `tenant` None: of all that
+    have no days of their own."""
+
+    tenant: str | None
+    days: int | None
+    floor_days: int
+
+
+class LegalHold(Model, frozen=True):
+    """Journal records that stay as they are until the hold is lifted. `tenant` None: those of all tenants and of the
+    platform. `user`: the actor of the records."""
+
+    id: str
+    tenant: str | None
+    user: str | None
+    collection: str | None
+    entity_id: str | None
+    since: Moment | None
+    until: Moment | None
+    reason: str
+    placed_by: str
+    created_at: Moment | None = None
+    lifted_at: Moment | None = None
+    lifted_by: str | None = None
+    lifted_because: str | None = None
+
+
+class Redaction(Model, frozen=True):
+    """The number of redacted records in the store and in the archive. `record` is the id of the journal's record about
+    it."""
+
+    record: str
+    records: int
+    archived: int
+
+
 class LeakPolicy(Model, frozen=True):
     """The leak policy of a tenant: `action` is notify, disable or rotate; `overlap_s`: how long a leaked secret keeps
     working after its rotation. `updated_at` is None if none was set."""

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import datetime
 
-from .._wire import decode, query
-from ..models import AuditProof, AuditRecord
+from .._wire import decode, encode, once_of, query, without_none
+from ..models import AuditProof, AuditRecord, LegalHold, Redaction, Retention
 from .transport import Transport
 
 DEFAULT_PAGE = 100
@@ -71,3 +71,86 @@ class Audit:
         else:
             answer = self._http.send("GET", "/v1/audit/{tenant}/proof", {"tenant": tenant}, query=query(wanted))
         return decode(AuditProof, answer)
+
+    # --- Retention, legal holds, redaction ---
+
+    def retention(self, tenant: str | None = None) -> Retention:
+        """How long a tenant's records are kept (None: those of tenants without days of their own)."""
+        if tenant is None:
+            return decode(Retention, self._http.send("GET", "/v1/audit/retention"))
+        return decode(Retention, self._http.send("GET", "/v1/audit/{tenant}/retention", {"tenant": tenant}))
+
+    def set_retention(
+        self,
+        tenant: str | None = None,
+        *,
+        days: int | None = None,
+        floor_days: int | None = None,
+        idempotency_key: str | None = None,
+    ) -> Retention:
+        """Set how long records are kept, and raise the floor. Raises InvalidInput for a lower floor, and for days below
+        the floor."""
+        body, once = encode(without_none({"days": days, "floor_days": floor_days})), once_of(idempotency_key)
+        if tenant is None:
+            return decode(Retention, self._http.send("PATCH", "/v1/audit/retention", body=body, once=once))
+        path = {"tenant": tenant}
+        answer = self._http.send("PATCH", "/v1/audit/{tenant}/retention", path, body=body, once=once)
+        return decode(Retention, answer)
+
+    def legal_holds(
+        self, *, tenant: str | None = None, active: bool | None = None, page_size: int = DEFAULT_PAGE
+    ) -> Iterator[LegalHold]:
+        """Every legal hold, over all pages; or those on a tenant's records; or those that are (not) lifted."""
+        wanted = query({"tenant": tenant, "active": active})
+        return self._http.items(LegalHold, "/v1/audit/holds", {}, wanted, page_size)
+
+    def place_legal_hold(
+        self,
+        reason: str,
+        *,
+        tenant: str | None = None,
+        user: str | None = None,
+        collection: str | None = None,
+        entity_id: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        idempotency_key: str | None = None,
+    ) -> LegalHold:
+        """Place a legal hold: it blocks retention, redaction and the deletion of the tenant until it is lifted."""
+        body = without_none(
+            {
+                "reason": reason,
+                "tenant": tenant,
+                "user": user,
+                "collection": collection,
+                "entity_id": entity_id,
+                "since": since,
+                "until": until,
+            }
+        )
+        answer = self._http.send("POST", "/v1/audit/holds", body=encode(body), once=once_of(idempotency_key))
+        return decode(LegalHold, answer)
+
+    def lift_legal_hold(self, id: str, reason: str, *, idempotency_key: str | None = None) -> LegalHold:
+        """Lift a legal hold. Raises NotFound, and Conflict if it was lifted before."""
+        body, once = encode({"reason": reason}), once_of(idempotency_key)
+        answer = self._http.send("POST", "/v1/audit/holds/{id}/lift", {"id": id}, body=body, once=once)
+        return decode(LegalHold, answer)
+
+    def redact(
+        self,
+        tenant: str,
+        reason: str,
+        *,
+        user: str | None = None,
+        collection: str | None = None,
+        entity_id: str | None = None,
+        idempotency_key: str | None = None,
+    ) -> Redaction:
+        """Remove what the journal says of a user, or of a document (`collection` and `entity_id`). Raises Conflict
+        under a legal hold."""
+        subject = {"user": user, "collection": collection, "entity_id": entity_id}
+        body, once = encode(without_none({"reason": reason, **subject})), once_of(idempotency_key)
+        path = {"tenant": tenant}
+        answer = self._http.send("POST", "/v1/audit/{tenant}/redactions", path, body=body, once=once)
+        return decode(Redaction, answer)
