@@ -15,15 +15,15 @@ from typing import Any
 import pytest
 
 from strongroom import Strongroom
-from strongroom.entities import Registry
+from strongroom.entities import Query, Registry
 from strongroom.journal import TREE_ENTITIES
 from strongroom.journal.export import logged_tree
 from strongroom.journal.findings import Report
 from strongroom.journal.signed_note import Checkpoint, SignedNote, VerifierKey
-from strongroom.journal.trees import tree_id
-from strongroom.journal.verify_store import verify_store
+from strongroom.journal.trees import tile_id, tree_id
+from strongroom.journal.verify_store import Block, StoreVerification, blocks_of, verify_store
 from strongroom.storage import open_store
-from strongroom.storage.port import Append, Batch, Record, Store
+from strongroom.storage.port import Append, Batch, Delete, Patch, Record, Store
 from tests.conftest import backend_of
 from tests.helpers.owner import Owner, Row, owner_of
 from tests.journal.test_exports import Signer
@@ -294,3 +294,38 @@ def spoiled(value: Any, field: str) -> Any:
         origin, _, rest = value.partition("\n")
         return f"{origin}\n1{rest}"
     return value.replace('"]', '0"]', 1) if field == "entries" else value[::-1]
+
+
+async def test_a_store_that_is_written_to_and_sealed_meanwhile_is_whole(tmp_path: Path) -> None:
+    """Also when retention drops records that the verification has not reached."""
+    url, signer = f"sqlite:///{tmp_path}/store.db", Signer()
+    await seal(url, signer)
+    async with Strongroom.open(url, sealing=False) as room:
+        room.sealer.sealer.signer = signer
+        verification = StoreVerification(room.store, [signer.key])
+        await verification.begin()
+        await append(room, "acme", SIZE, SIZE + 400)
+        await append(room, None, 10, 12)
+        await append(room, "new", 0, 2)
+        await room.sealer.seal_now()
+        await append(room, "acme", SIZE + 400, SIZE + 401)
+        async for block in blocks_of(room.store, verification.legacy_secret):
+            await verification.add(block)
+        report = await verification.end()
+        assert told(report) == []
+        assert {tree.tenant: (tree.end, tree.unsealed) for tree in report.trees}["acme"] == (SIZE, 401)
+
+        async def late(legacy_secret: bytes) -> AsyncIterator[Block]:
+            (tree,) = [one for one in await room.store.find("journal_trees", None, Query()) if one["tenant"] == "acme"]
+            if not tree["first_index"]:
+                tile = await room.store.get("journal_tiles", None, tile_id(tree["id"], 0, 0))
+                assert tile is not None
+                patch = Patch("journal_trees", tree["id"], {"first_index": 256})
+                await room.store.commit(Batch(None, (patch, Delete("journal_tiles", tile["id"])), 1))
+                await room.store.drop("acme", tile["last_sequence"])
+            async for block in blocks_of(room.store, legacy_secret):
+                yield block
+
+        report = await verify_store(room.store, keys=[signer.key], blocks=late)
+        assert told(report) == []
+        assert {tree.tenant: tree.first for tree in report.trees}["acme"] == 256

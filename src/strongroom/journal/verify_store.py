@@ -257,6 +257,14 @@ class StoreVerification:
         message = f"the store has no tree {saved.origin!r} any more, of which {saved.size} records were saved"
         self.report.found(None, "old_copy", message)
 
+    async def outdated(self) -> bool:
+        """Whether retention has dropped records since the trees were read, so that what is missing says nothing."""
+        for tree in self._trees.values():
+            now = await self._store.get(TREES, None, tree.id)
+            if tree.bad and now is not None and now["first_index"] != tree.first:
+                return True
+        return False
+
     def _check_missing(self) -> None:
         """Every tree that a round sealed must be there, and not be smaller."""
         there = {tree.id: tree for tree in self._trees.values()}
@@ -323,16 +331,19 @@ async def verify_store(
 ) -> Report:
     """Verify the journal of an open store that is prepared for TREE_ENTITIES. `blocks` computes the journal's leaves,
     from the secret of old records' salts (None: in this process). Raises InvalidInput if `saved` is of another log."""
-    verification = StoreVerification(store, keys, saved)
-    await verification.begin()
-    total = sum(tree.size - tree.first for tree in verification.report.trees)
-    source = blocks(verification.legacy_secret) if blocks is not None else blocks_of(store, verification.legacy_secret)
-    slices = Slices()
-    async for block in source:
-        await verification.add(block)
-        progress(verification.report.checked, total)
-        await slices.pause()
-    return await verification.end()
+    while True:
+        verification = StoreVerification(store, keys, saved)
+        await verification.begin()
+        total = sum(tree.size - tree.first for tree in verification.report.trees)
+        secret = verification.legacy_secret
+        slices = Slices()
+        async for block in blocks(secret) if blocks is not None else blocks_of(store, secret):
+            await verification.add(block)
+            progress(verification.report.checked, total)
+            await slices.pause()
+        report = await verification.end()
+        if report.whole or not await verification.outdated():
+            return report
 
 
 __all__ = ["Block", "Part", "StoreVerification", "block_of", "blocks_of", "verify_store"]
