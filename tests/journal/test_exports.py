@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +18,10 @@ from strongroom.errors import InvalidInput, NotFound
 from strongroom.journal import export_format
 from strongroom.journal import verify_export as verifying
 from strongroom.journal.export import export_tree, logged_tree, range_of_times
+from strongroom.journal.export_format import Closing, Header, line_of
 from strongroom.journal.findings import Report
 from strongroom.journal.leaf import leaf_of, redacted_salt
+from strongroom.journal.merkle import Frontier
 from strongroom.journal.signed_note import ED25519, Checkpoint, Signature, SignedNote, VerifierKey, signed_message
 from strongroom.journal.tree_reader import TreeReader
 from strongroom.storage.port import Append, Batch, Record
@@ -259,3 +263,34 @@ async def test_the_index_of_a_record_and_the_range_of_times(sealed: FaultyStore,
     with pytest.raises(NotFound, match="no record of tenant 'nobody' is sealed yet"):
         await logged_tree(sealed, "nobody")
     assert isinstance(acme.reader, TreeReader)
+
+
+def long_export(count: int) -> Iterator[bytes]:
+    """The lines of an export that no store made."""
+    frontier = Frontier()
+    yield line_of(Header(1, "log.example", "log.example", None, 0, count, count, []))
+    for number in range(count):
+        row: Any = (
+            number, f"{number}", None, number, "a", "r", "update", "notes", "n", 1, None, '{"text":"b"}',
+            number.to_bytes(16, "big"), None, None,
+        )  # fmt: skip
+        leaf = leaf_of(row)
+        frontier.add(leaf)
+        yield line_of(export_format.exported(row, number, leaf))
+    note = str(SignedNote(Checkpoint("log.example", count, frontier.root()).text))
+    yield line_of(Closing(count, [], note))
+
+
+def test_the_memory_is_the_same_for_any_number_of_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verifying, "BLOCK_BYTES", 50_000)
+    peaks = []
+    for count in (1_000, 1_000, 10_000):  # the first one also imports
+        file = tmp_path / f"{count}.jsonl"
+        file.write_bytes(b"".join(long_export(count)))
+        tracemalloc.start()
+        with file.open("rb") as opened:
+            report = verifying.verify_export(opened, str(file))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert (report.findings, report.checked) == ([], count)
+    assert peaks[2] < 1.3 * peaks[1]
