@@ -35,7 +35,7 @@ def test_doctor_passes_every_check_on_a_healthy_store(run: Run, tmp_path: Path) 
     assert run("keys", "create", "--name", "a", "--tenant", "*", "--permission", "strongroom:admin").status == 0
     status, checks = looked(run)
     assert (status, set(checks)) == (
-        0, {"settings", "store", "clock", "disk sync", "schema", "writes", "administrator"}
+        0, {"settings", "store", "clock", "disk sync", "schema", "writes", "write switches", "administrator"}
     )  # fmt: skip
     assert {name for name, (found, *_) in checks.items() if found != "ok"} <= {"disk sync", "store"}  # a slow machine
     assert f"sqlite:///{tmp_path}/store.db" in checks["store"][1]
@@ -91,6 +91,17 @@ def test_doctor_names_the_store_to_which_the_data_moved(run: Run, tmp_path: Path
     status, checks = looked(run, "--store", f"json:///{tmp_path}/there.json")
     assert (status, checks["writes"][0]) == (1, "fail")
     assert f"sqlite:///{tmp_path}/store.db" in checks["writes"][1]
+
+
+def test_doctor_names_writes_that_an_operator_turned_off(run: Run) -> None:
+    created(run)
+    run("tenants", "create", "acme")
+    assert looked(run)[1]["write switches"][0] == "ok"
+    run("writes", "off", "--tenant", "acme", "--reason", "a breach")
+    assert looked(run)[1]["write switches"][:2] == ("warn", "writes of one tenant are off")
+    run("writes", "off", "--reason", "a rollback")
+    status, checks = looked(run)
+    assert (status, checks["write switches"][:2]) == (0, ("warn", "writes of all tenants are off: a rollback"))
 
 
 def test_doctor_fails_the_check_of_an_unreachable_store(run: Run) -> None:

@@ -265,6 +265,20 @@ async def _writes(store: Store) -> Check:
     return Check("writes", "fail", f"{state['reason']}{where}", remedy)
 
 
+async def _switches(store: Store) -> Check:
+    from ..database import WriteState
+
+    writes = WriteState(store)
+    await writes.load_switches()
+    off = writes.tenants_off
+    if (why := writes.why_off()) is not None:
+        return Check("write switches", "warn", why, "when it is over: `strongroom writes on`")
+    if off:
+        what = f"writes of {off} tenants are off" if off > 1 else "writes of one tenant are off"
+        return Check("write switches", "warn", what, "`strongroom writes status` names them")
+    return Check("write switches", "ok", "none is off")
+
+
 async def _access(store: Store) -> Check:
     from ..entities import And, Query, Where
     from ..keys import ApiKey
@@ -281,5 +295,9 @@ async def _access(store: Store) -> Check:
     return Check("administrator", "warn", "no enabled administrator's key exists", remedy)
 
 
-_IN_THE_STORE: dict[str, Callable[[Store], Awaitable[Check]]] = {"store_state": _writes, "api_keys": _access}
+_IN_THE_STORE: dict[str, Callable[[Store], Awaitable[Check]]] = {
+    "store_state": _writes,
+    "write_switches": _switches,
+    "api_keys": _access,
+}
 """The checks that read a collection, by its name."""

@@ -81,6 +81,10 @@ class WriteState:
         document = await self._store.get(StoreState.__collection__.name, None, WRITES)
         if document is not None:
             self._use(document["version"], document)
+        await self.load_switches()
+
+    async def load_switches(self) -> None:
+        """Read the operators' switches."""
         after: tuple[object, ...] | None = None
         while True:
             query = Query(limit=MAX_LIMIT, start_after=after)
