@@ -56,6 +56,7 @@ def test_migrate_reports_that_the_journals_trees_have_equal_roots(run: Run, sour
     moved = run("migrate", "--from", source, "--to", f"sqlite:///{tmp_path}/first.db")
     assert moved.status == 0
     assert re.search(r"^equal roots +2 trees$", moved.out, re.MULTILINE), moved.out
+    assert "STRONGROOM_JOURNAL_SIGNING_KEY" in moved.err
     again = run(
         "migrate", "--from", f"sqlite:///{tmp_path}/first.db", "--to", f"json:///{tmp_path}/second.json", "--json"
     )

@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from ..storage.port import Store
 
 T = TypeVar("T")
+SAME_KEY = (
+    "its journal continues the source's log: set STRONGROOM_JOURNAL_SIGNING_KEY there to the source's key (an embedded "
+    "store's is in the file beside it), so that auditors need no new one"
+)
 MAX_SHOWN = 40
 """Parts that the output for people lists; --json lists all."""
 
@@ -222,6 +226,8 @@ class _Job:
             _print_report(report)
             if report.is_done and report.equal:
                 output.print_note(what_next(report.target))
+                if report.trees is not None and report.trees.carried and report.trees.trees:
+                    output.print_note(SAME_KEY)
         if not report.equal:
             raise typer.Exit(EXIT_FAILED)
 
