@@ -133,11 +133,11 @@ async def _bare(count: int) -> AsyncIterator[Round]:
         contents.append(head + b"".join(commitments_of(row)))
 
     async def measure(job: Job) -> Sample:
-        begin, done = time.perf_counter(), 0
+        cpu, begin, done = time.process_time(), time.perf_counter(), 0
         while (seconds := time.perf_counter() - begin) < job.seconds or not done:
             _hash_all(contents)
             done += count
-        return Sample(done, seconds, cores=1.0)
+        return Sample(done, seconds, cores=(time.process_time() - cpu) / seconds)
 
     yield measure
 
