@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field
 
 from ...access import bound_to
 from ...audit import LegalHold, Subject
+from ...audit.model import MAX_REASON_CHARS, MAX_SUBJECT_CHARS
 from ...entities import DEFAULT_LIMIT, MAX_LIMIT, parse
 from ...errors import Denied
 from ..auth import Scope
@@ -72,27 +73,31 @@ class HoldsQuery(Closed):
     cursor: str | None = Field(None, description="The `next_cursor` of the last page.")
 
 
+_Reason = Annotated[str, Field(min_length=1, max_length=MAX_REASON_CHARS, pattern=r"\S")]
+_Subject = Annotated[str, Field(min_length=1, max_length=MAX_SUBJECT_CHARS)]
+
+
 class HoldIn(Closed):
-    reason: str
-    tenant: str | None = Field(None, description="null: all tenants and the platform.")
-    user: str | None = Field(None, description="Only what this user did: the actor of the records.")
-    collection: str | None = None
-    entity_id: str | None = None
+    reason: _Reason
+    tenant: _Subject | None = Field(None, description="null: all tenants and the platform.")
+    user: _Subject | None = Field(None, description="Only what this user did: the actor of the records.")
+    collection: _Subject | None = None
+    entity_id: _Subject | None = None
     since: Moment | None = None
     until: Moment | None = None
 
 
 class ReasonIn(Closed):
-    reason: str
+    reason: _Reason
 
 
 class RedactionIn(Closed):
     """Either `user`, or `collection` and `entity_id`."""
 
-    reason: str
-    user: str | None = Field(None, description="What this user did: the actor of the records.")
-    collection: str | None = None
-    entity_id: str | None = None
+    reason: _Reason
+    user: _Subject | None = Field(None, description="What this user did: the actor of the records.")
+    collection: _Subject | None = None
+    entity_id: _Subject | None = None
 
 
 class RedactionOut(BaseModel):
