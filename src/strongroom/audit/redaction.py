@@ -23,7 +23,7 @@ from ..errors import Conflict, InvalidInput, Problem
 from ..jobs import AcquiredLease, JobLeases
 from ..journal.export_format import ExportedRecord
 from ..journal.leaf import COMMITTED, NOTHING, committed_actor, redacted_salt
-from ..journal.trees import JOURNAL, LOG, JournalLog, legacy_salt, tree_id
+from ..journal.trees import JOURNAL, LOG, REDACT, JournalLog, legacy_salt, tree_id
 from ..storage import tagged_json
 from ..storage.journal_port import JOURNAL_ROW
 from ..storage.port import Append, Batch, JournalFilter, JournalRow, Store
@@ -32,8 +32,6 @@ from .legal_holds import LegalHolds
 from .model import MAX_REASON_CHARS, MAX_SUBJECT_CHARS, POLICY, LegalHold, RetentionPolicy
 from .retention import JOB, Policies, journal_record
 
-REDACT = "redact"
-"""The action of the record that says that records were redacted."""
 OF_DOCUMENT = frozenset({"entity_id", "before", "after"})
 OF_USER = frozenset(COMMITTED)
 ROWS_AT_ONCE = 200

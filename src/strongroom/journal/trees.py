@@ -24,7 +24,7 @@ PLATFORM = "platform"
 JOURNAL = "journal"
 """The collection that records about the journal itself name: redactions, retention, new keys."""
 REDACT = "redact"
-"""The action of the record of a redaction."""
+"""The action of the record that says that records were redacted."""
 ROUND_VERSION = "strongroom-round/1"
 
 
