@@ -9,6 +9,7 @@ before a tree's first index are dropped again.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
@@ -44,6 +45,8 @@ RETENTION_EVERY_S = 3_600.0
 MAX_SEGMENT_TILES = 64
 """Tiles that one segment of the archive has, and one batch removes."""
 ROUNDS_AT_ONCE = 200
+SAVE_EVERY_S = 2.0
+"""How often the job renews its lease while trees have nothing to drop."""
 _DAY_US = 86_400_000_000
 TREES, TILES, ROUNDS = (cls.__collection__.name for cls in (JournalTree, JournalTile, JournalRound))
 POLICIES = RetentionPolicy.__collection__.name
@@ -169,11 +172,14 @@ class Retention:
     async def run(self, lease: AcquiredLease) -> None:
         """Drop what is old enough, of every tree."""
         last_rounds: set[int] = set()
-        dropped = 0
+        dropped, saved = 0, time.monotonic()
         async for tree in self.trees():
             last_rounds |= {tree["round"], tree["previous_round"]}
-            dropped += await self.tree(lease, tree["tenant"])
-            await lease.save(None)
+            if tree["dropped_sequence"] or tree["size"] - tree["first_index"] >= TILE:
+                dropped += await self.tree(lease, tree["tenant"])
+            if time.monotonic() - saved > SAVE_EVERY_S:
+                await lease.save(None)
+                saved = time.monotonic()
         dropped += await self._drop_rounds(lease, last_rounds)
         if dropped and self._drop_empty is not None:
             await self._drop_empty()
