@@ -6,6 +6,8 @@ Each test is run on each store, with direct SQL, raw writes to Firestore, or an 
 from __future__ import annotations
 
 import base64
+import json
+import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -15,15 +17,18 @@ from typing import Any
 import pytest
 
 from strongroom import Strongroom
+from strongroom.audit.retention import journal_record
 from strongroom.entities import Query, Registry
 from strongroom.journal import TREE_ENTITIES
 from strongroom.journal.export import logged_tree
 from strongroom.journal.findings import Report
+from strongroom.journal.leaf import COMMITTED, redacted_salt
+from strongroom.journal.merkle import Frontier
 from strongroom.journal.signed_note import Checkpoint, SignedNote, VerifierKey
-from strongroom.journal.trees import tile_id, tree_id
+from strongroom.journal.trees import DROP, REDACT, round_leaf, tile_id, tree_id
 from strongroom.journal.verify_store import Block, StoreVerification, blocks_of, verify_store
 from strongroom.storage import open_store
-from strongroom.storage.port import Append, Batch, Delete, Patch, Record, Store
+from strongroom.storage.port import JOURNAL_ROW, Append, Batch, Delete, JournalFilter, Patch, Record, Store
 from tests.conftest import backend_of
 from tests.helpers.owner import Owner, Row, owner_of
 from tests.journal.test_exports import Signer
@@ -296,6 +301,152 @@ def spoiled(value: Any, field: str) -> Any:
     return value.replace('"]', '0"]', 1) if field == "entries" else value[::-1]
 
 
+# --- What proofs alone do not show: the verifier looks for it -------------------------------------------------
+
+
+async def rewrite(sealed: Sealed, number: int, **cells: Any) -> None:
+    """Let a record of acme (by its number) be redacted, and its cells be these."""
+    async with opened_for_trees(sealed.url) as store:
+        (row,) = [row for row in (await store.rows(None, JournalFilter(tenant="acme"))).rows if row[8] == f"n{number}"]
+        salt = redacted_salt(row, frozenset(name for name in COMMITTED if name in cells))
+        new: Any = tuple((dict(zip(JOURNAL_ROW, row, strict=True)) | cells | {"salt": salt}).values())
+        assert await store.rewrite([new]) == 1
+
+
+def mark(record: str, reason: str = "asked") -> str:
+    return json.dumps({"redacted": {"by": "system", "reason": reason, "at": "2027-01-01", "record": record}})
+
+
+BLANK = {"entity_id": "", "before": None}
+
+
+@PERSISTENT
+@pytest.mark.parametrize("number", [10, 290])
+async def test_nothing_may_stand_in_the_place_of_what_was_redacted(number: int, sealed: Sealed) -> None:
+    """The leaf of such a record does not tell: it has the commitments of what was there before."""
+    await rewrite(sealed, number, actor="key:somebody else")
+    ((tenant, kind, index),) = told(await sealed.verify())
+    assert (tenant, kind) == ("acme", "altered")
+    assert number - ROUND < (index or 0) <= number
+
+
+@PERSISTENT
+async def test_a_redaction_that_the_journal_does_not_tell_of_is_found(sealed: Sealed) -> None:
+    await rewrite(sealed, 10, **BLANK, after=mark("no such record"))
+    assert told(await sealed.verify()) == [("acme", "altered", 10)]
+
+
+@pytest.mark.parametrize("scheme", ["sqlite"])
+async def test_a_redaction_must_say_who_and_why_as_its_record_does_and_of_no_more_records(sealed: Sealed) -> None:
+    note = journal_record(
+        "acme", NOW_US, REDACT, "", {"of": "document", "reason": "asked", "records": 1, "archived": 0}
+    )
+    async with Strongroom.open(sealed.url, sealing=False) as room:
+        room.sealer.sealer.signer = sealed.signer
+        await room.store.commit(Batch(None, (Append(note),), 1))
+        await room.sealer.seal_now()
+    await rewrite(sealed, 10, **BLANK, after=mark(note.id))
+    assert told(await sealed.verify()) == []
+    await rewrite(sealed, 20, **BLANK, after=mark(note.id))
+    assert told(await sealed.verify()) == [("acme", "altered", 10)], "two records, and one was to be redacted"
+    (old,) = [one for one in await sealed.records() if one["sequence"] == (await sealed.records())[20]["sequence"]]
+    await sealed.owner.write(old, {**old, "after": mark(note.id, "another reason")})
+    assert told(await sealed.verify()) == [("acme", "altered", 20)]
+
+
+@PERSISTENT
+async def test_records_that_were_removed_as_if_by_retention_are_missed(sealed: Sealed) -> None:
+    last = (await sealed.records())[255]["sequence"]
+    async with opened_for_trees(sealed.url) as store:
+        change = {"first_index": 256, "dropped_sequence": last}
+        await store.commit(Batch(None, (Patch("journal_trees", tree_id("acme"), change),), 1))
+        await store.drop("acme", last)
+    ((tenant, kind, index),) = told(await sealed.verify())
+    assert (tenant, kind, index) == ("acme", "deleted", 0)
+
+
+@pytest.mark.parametrize("scheme", ["sqlite"])
+async def test_a_record_among_those_that_retention_dropped_is_told(sealed: Sealed) -> None:
+    old = await sealed.records()
+    note = journal_record("acme", NOW_US, DROP, tree_id("acme"), {"first_index": 0, "end": 256, "archived": False})
+    async with opened_for_trees(sealed.url) as store:
+        change = {"first_index": 256, "dropped_sequence": old[255]["sequence"]}
+        await store.commit(Batch(None, (Patch("journal_trees", tree_id("acme"), change), Append(note)), 1))
+        await store.drop("acme", old[255]["sequence"])
+    assert told(await sealed.verify()) == []
+    await sealed.owner.write(None, {**old[9], "actor": "key:never was"})
+    assert [note for note in (await sealed.verify()).notes if "stand before index 256" in note]
+
+
+@pytest.mark.parametrize("scheme", ["sqlite"])
+@pytest.mark.parametrize("first", [1, 255, 512, -256])
+async def test_an_impossible_first_index_is_a_finding(first: int, sealed: Sealed) -> None:
+    async with opened_for_trees(sealed.url) as store:
+        await store.commit(Batch(None, (Patch("journal_trees", tree_id("acme"), {"first_index": first}),), 1))
+    assert ("acme", "damaged", None) in told(await sealed.verify())
+
+
+async def resealed(sealed: Sealed) -> Row:
+    """The owner changes a record, seals its tree again, and keeps what the platform has signed: the tree's document."""
+    other = f"sqlite:///{sealed.url.removeprefix('sqlite:///')}.other"
+    shutil.copy(sealed.url.removeprefix("sqlite:///"), other.removeprefix("sqlite:///"))
+    forged = Sealed(other, owner_of(other), Signer(), {})
+    await rewritten(forged, signer=forged.signer)
+    for collection in ("journal_trees", "journal_tiles"):
+        for one in await forged.owner.documents(collection):
+            if one["id"].startswith(tree_id("acme")):
+                await sealed.owner.write_document(collection, one["id"], one)
+    await altered(10, "actor", "key:other")(sealed)
+    (tree,) = [one for one in await sealed.owner.documents("journal_trees") if one["id"] == tree_id("acme")]
+    return tree
+
+
+@pytest.mark.parametrize("scheme", ["sqlite"])
+@pytest.mark.parametrize("trick", ["older round", "round to come", "no round", "log without rounds"])
+async def test_a_tree_is_compared_with_the_rounds_that_were_signed(trick: str, sealed: Sealed) -> None:
+    """Not with those that its own document names, or that somebody put behind them."""
+    owner = sealed.owner
+    tree = await resealed(sealed)
+    (log,) = await owner.documents("journal_log")
+    number = log["round"] + 1
+    if trick == "older round":
+        tree |= {"round": number, "previous_size": 0, "previous_round": 0}
+    elif trick == "round to come":
+        root = Frontier.of_bytes(tree["size"], tree["frontier"]).root().hex()
+        entries = json.dumps([[tree["id"], tree["size"], root]], separators=(",", ":"))
+        round_leaf(number, entries)
+        (like, *_) = await owner.documents("journal_rounds")
+        new = {**like, "id": f"{number:010}", "number": number, "index": 10**6, "entries": entries}
+        await owner.write_document("journal_rounds", new["id"], new)
+        tree |= {"round": number, "previous_size": tree["size"], "previous_round": number}
+    elif trick == "no round":
+        tree |= {"round": number + 5, "previous_size": 0, "previous_round": 0}
+    else:
+        tree |= {"round": 1, "previous_size": 0, "previous_round": 0}
+        await owner.write_document("journal_log", "log", {**log, "round": 0})
+    await owner.write_document("journal_trees", tree["id"], tree)
+    found = [(tenant, kind) for tenant, kind, _ in told(await sealed.verify())]
+    assert ("acme", "forked") in found, found
+
+
+@pytest.mark.parametrize("scheme", ["sqlite"])
+async def test_an_older_checkpoint_does_not_cover_what_came_after_it(sealed: Sealed) -> None:
+    (log,) = await sealed.owner.documents("journal_log")
+    await seal(sealed.url, sealed.signer, grow=3)
+    assert told(await sealed.verify()) == []
+    (now,) = await sealed.owner.documents("journal_log")
+    await sealed.owner.write_document("journal_log", "log", {**now, "checkpoint": log["checkpoint"]})
+    assert told(await sealed.verify()) == [(None, "forked", log["checkpoint_size"])]
+
+
+@pytest.mark.parametrize("scheme", ["sqlite"])
+async def test_a_store_without_its_trees_is_not_whole_for_who_has_the_key(sealed: Sealed) -> None:
+    for collection in COLLECTIONS:
+        for document in await sealed.owner.documents(collection):
+            await sealed.owner.write_document(collection, document["id"], None)
+    assert told(await sealed.verify()) == [(None, "signature", None)]
+
+
 async def test_a_store_that_is_written_to_and_sealed_meanwhile_is_whole(tmp_path: Path) -> None:
     """Also when retention drops records that the verification has not reached."""
     url, signer = f"sqlite:///{tmp_path}/store.db", Signer()
@@ -321,7 +472,8 @@ async def test_a_store_that_is_written_to_and_sealed_meanwhile_is_whole(tmp_path
                 tile = await room.store.get("journal_tiles", None, tile_id(tree["id"], 0, 0))
                 assert tile is not None
                 patch = Patch("journal_trees", tree["id"], {"first_index": 256})
-                await room.store.commit(Batch(None, (patch, Delete("journal_tiles", tile["id"])), 1))
+                note = Append(journal_record("acme", NOW_US, DROP, tree["id"], {"end": 256}))
+                await room.store.commit(Batch(None, (patch, Delete("journal_tiles", tile["id"]), note), 1))
                 await room.store.drop("acme", tile["last_sequence"])
             async for block in blocks_of(room.store, legacy_secret):
                 yield block

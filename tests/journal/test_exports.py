@@ -176,13 +176,6 @@ async def test_each_change_of_the_file_is_found(
     assert kinds(report)[:1] == [expected], report.findings
 
 
-async def test_a_cut_file_names_an_index_only_if_a_record_comes_before(sealed: FaultyStore, signer: Signer) -> None:
-    lines = (await exported(sealed, signer)).splitlines(keepends=True)
-    for kept, where in ((1, ""), (3, " after index 0")):
-        (finding,) = verified(b"".join(lines[:kept]), signer.key).findings
-        assert finding.message == f"the file has no last line: it was cut{where}"
-
-
 async def test_a_line_without_end_is_refused_before_it_fills_the_memory(
     sealed: FaultyStore, signer: Signer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -248,10 +241,15 @@ async def test_a_redacted_record_verifies_and_is_counted(sealed: FaultyStore, si
     (leaf,) = [leaf async for leaf in tree.reader.leaves(450, 451)]
     assert leaf.row is not None
     gone = redacted_salt(leaf.row, frozenset({"actor", "entity_id", "before", "after"}))
-    after = '{"redacted":{"by":"a"}}'
+    after = '{"redacted":{"by":"a","reason":"r","at":"2027","record":"id"}}'
     await sealed.store.rewrite([(*leaf.row[:4], "", *leaf.row[5:8], "", leaf.row[9], None, after, gone, None, None)])
     report = verified(await exported(sealed, signer), signer.key)
     assert (report.findings, report.trees[0].redacted) == ([], 1)
+    for name, value in (("actor", "eve"), ("claims", "{}"), ("entity_id", "n"), ("before", "{}"), ("after", "{}")):
+        lines = (await exported(sealed, signer)).splitlines(keepends=True)
+        lines[451] = json.dumps({**json.loads(lines[451]), name: value}).encode() + b"\n"
+        found = [(one.kind, one.index) for one in verified(b"".join(lines), signer.key).findings]
+        assert found == [("altered", 450)], f"{name}: nothing may stand in the place of what was redacted"
 
 
 async def test_the_index_of_a_record_and_the_range_of_times(sealed: FaultyStore, signer: Signer) -> None:

@@ -21,7 +21,7 @@ from ..entities import MAX_LIMIT, And, Document, Query, Where
 from ..errors import AlreadyExists, Conflict, Denied, InvalidInput, NotFound, Problem
 from ..jobs import AcquiredLease
 from ..journal.export import Sign, export_tree, logged_tree
-from ..journal.trees import JOURNAL, PLATFORM, TILE, JournalRound, JournalTile, JournalTree, tree_id
+from ..journal.trees import DROP, JOURNAL, PLATFORM, TILE, JournalRound, JournalTile, JournalTree, tree_id
 from ..storage.port import (
     Append,
     Batch,
@@ -38,7 +38,6 @@ from .archive import Archive
 from .legal_holds import LegalHolds, touch_policy
 from .model import MAX_DAYS, NEW_STORE_DAYS, POLICY, LegalHold, RetentionPolicy
 
-DROP = "drop"
 """The action of the record that says which records were dropped."""
 JOB = "journal-retention"
 RETENTION_EVERY_S = 3_600.0

@@ -21,7 +21,7 @@ import msgspec
 from msgspec import Struct
 
 from ..storage.port import JournalRow
-from .leaf import COMMITTED, NOTHING, committed_actor, head_of, hidden, opening_of
+from .leaf import COMMITTED, NOTHING, committed_actor, head_of, hidden, is_blank, opening_of
 from .merkle import leaf_hash, root_from_inclusion
 from .signed_note import Checkpoint
 from .trees import entry_hash, round_leaf_of_root, tree_id
@@ -70,6 +70,8 @@ class ExportedRecord(Struct, frozen=True, omit_defaults=True, tag_field="kind", 
         before = None if self.before is None else self.before.encode()
         after = None if self.after is None else self.after.encode()
         if self.commitments is not None:
+            if not is_blank(self.redacted, self.actor, self.claims, self.entity_id, self.before, self.after):
+                raise ValueError("it has a value in the place of a redacted one")
             values = (who, what, before, after)
             return leaf_hash(head + b"".join(self._commitment(number, value) for number, value in enumerate(values)))
         one, two, three, four = self.salts

@@ -18,6 +18,8 @@ commitment, so the leaf stays as it was, and nobody can find the value by guessi
 
 from __future__ import annotations
 
+import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from hashlib import sha256, sha512
 from typing import Any
@@ -34,6 +36,7 @@ COMMITTED = ("actor", "entity_id", "before", "after")
 HIDDEN = {"api_keys": ("hash", "previous_hash")}
 """Fields whose values enter a leaf by a commitment of their own: an imported hash may have no pepper, so a weak secret
 could be guessed from it by a reader of the audit trail."""
+_MARK = {"by", "reason", "at", "record"}
 _REDACTED = b"\x01"
 _SLOT = 32
 REDACTED_BYTES = 2 + 5 * _SLOT
@@ -175,6 +178,39 @@ def _hidden(text: str | None, names: tuple[str, ...], key: bytes) -> str | None:
     return tagged_json.quick_dumps(fields)
 
 
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What stands in `after` once it is redacted. `record`: the id of the journal's record about it."""
+
+    by: str
+    reason: str
+    record: str
+
+
+def mark_of(after: str | None) -> Mark | None:
+    """The mark of a redaction; None if the text is anything else."""
+    try:
+        found = json.loads(after or "null")
+    except (ValueError, RecursionError):
+        return None
+    mark = found.get("redacted") if isinstance(found, dict) and len(found) == 1 else None
+    if not isinstance(mark, dict) or mark.keys() != _MARK or not all(isinstance(one, str) for one in mark.values()):
+        return None
+    return Mark(mark["by"], mark["reason"], mark["record"])
+
+
+def is_blank(
+    redacted: Collection[str], actor: str, claims: str | None, entity_id: str, before: str | None, after: str | None
+) -> bool:
+    """Whether a record has nothing in the place of its redacted fields, where any text would lead to the same leaf."""
+    return not (
+        ("actor" in redacted and (actor or claims is not None))
+        or ("entity_id" in redacted and entity_id)
+        or ("before" in redacted and before is not None)
+        or ("after" in redacted and mark_of(after) is None)
+    )
+
+
 def redacted_salt(row: JournalRow, fields: frozenset[str]) -> bytes:
     """The salt of a record once these fields of COMMITTED are redacted: their commitments stay, their salts go."""
     opening, commitments = opening_of(row[12]), commitments_of(row)
@@ -190,12 +226,15 @@ __all__ = [
     "NOTHING",
     "REDACTED_BYTES",
     "VERSION",
+    "Mark",
     "Opening",
     "commitments_of",
     "committed_actor",
     "head_of",
     "hidden",
+    "is_blank",
     "leaf_of",
+    "mark_of",
     "opening_of",
     "redacted_salt",
 ]

@@ -10,12 +10,14 @@ from collections.abc import Sequence
 
 from ..entities import MAX_LIMIT, And, Document, Query, Where
 from ..errors import Gone
-from ..storage.port import Store
+from ..storage.port import JournalFilter, Store
+from .blocks import Part
 from .findings import Kind, Report, TreeReport
+from .leaf import Mark
 from .merkle import HASH_BYTES, Frontier, complete_subtrees, root_of, split
 from .signed_note import Checkpoint
 from .tree_reader import TreeReader
-from .trees import TILE, JournalRound, JournalTile, round_id, tile_id, tree_id
+from .trees import DROP, TILE, JournalRound, JournalTile, round_id, tile_id, tree_id
 
 TILES = JournalTile.__collection__.name
 ROUNDS = JournalRound.__collection__.name
@@ -59,10 +61,32 @@ class TreeCheck:
         self._upper: dict[int, bytearray] = {}
         self._tiles: dict[int, Document] = {}
         self._upper_damaged = False
+        self._redactions: dict[str, tuple[str, str, int]] = {}
+        """The journal's records of redactions: who, why, and of how many records."""
+        self._marked: dict[Mark | None, tuple[int, int]] = {}
+        """What redacted records say of it: how many say it, and the sequence of the first."""
+        self._drops: set[int] = set()
+        """The first indexes that the journal's records of retention name."""
 
     @property
     def position(self) -> int:
         return self._frontier.size + len(self._leaves) // HASH_BYTES
+
+    def note(self, part: Part) -> None:
+        """Keep what redacted records say of it, and what the journal says of redactions and of retention."""
+        for sequence, mark in part.marks:
+            if self.dropped < sequence <= self.sequence:
+                count, first = self._marked.get(mark, (0, sequence))
+                self._marked[mark] = count + 1, first
+        for note in part.notes:
+            try:
+                after = json.loads(note.after or "null")
+                if note.action == DROP:
+                    self._drops.add(after["end"])
+                else:
+                    self._redactions[note.id] = note.actor, after["reason"], int(after["records"])
+            except (ValueError, TypeError, LookupError, RecursionError):
+                continue  # an impossible one says nothing; its leaf tells that it was changed
 
     def found(self, kind: Kind, message: str, index: int | None = None) -> None:
         self.bad = True
@@ -75,6 +99,9 @@ class TreeCheck:
             return
         if len(self._edge) != self.size.bit_count() * HASH_BYTES:
             self.found("damaged", "what is stored of the tree contradicts itself: its size and its right edge")
+            return
+        if self.first % TILE or not 0 <= self.first <= self.size:
+            self.found("damaged", f"the stored first index of the tree is {self.first}, expected that of a tile")
             return
         level = 1
         while count := self.first >> (_BITS * level):
@@ -310,6 +337,42 @@ class TreeCheck:
                 good = sealed
             where = f"the first {good} records are those that were sealed, the records up to {bad - 1} are not"
             self.found("forked", f"the tree is not the one that round {number} sealed: {where}", good)
+
+    async def check_entry(self, rounds: Rounds, number: int, size: int, root: bytes) -> None:
+        """Check that the tree had this size and root in a round."""
+        if size > self.size or await self.root_at(size) in (None, root):  # others say so if records are missing
+            return
+        good = 0
+        for sealed, other in await rounds.of(self, 0):
+            if sealed > self.size or await self.root_at(sealed) != other:
+                break
+            good = sealed
+        self.found("forked", f"the tree is not the one that round {number} sealed with {size} records", good)
+
+    async def check_notes(self) -> None:
+        """Check that the journal's own records tell of each redaction, and of what retention dropped."""
+        if self.bad:
+            return
+        if self.first and self.first not in self._drops:
+            message = f"the records before index {self.first} are gone, and no record says that retention dropped them"
+            self.found("deleted", message, 0)
+            return
+        if self.dropped:
+            where = JournalFilter(tenant=self.tenant, platform=self.tenant is None, through_sequence=self.dropped)
+            page = await self._store.rows(None, where, limit=1)
+            if page.rows:
+                whose = "the platform" if self.tenant is None else f"tenant {self.tenant!r}"
+                self._report.note(
+                    f"records of {whose} stand before index {self.first}, where retention drops all (the first has "
+                    f"sequence {page.rows[0][0]}): they were not compared. Retention was interrupted, or somebody put "
+                    "them in; its next run removes them"
+                )
+        for mark, (count, first) in self._marked.items():
+            who = self._redactions.get(mark.record) if mark is not None else None
+            if mark is None or who is None or who[:2] != (mark.by, mark.reason) or count > who[2]:
+                index = await TreeReader(self._store, self._document, self._secret).index_of(first)
+                message = f"{count} records were redacted, and no record of the journal says so, by whom and why"
+                self._report.found(self.tenant, "altered", f"{message}: the first is that at index {index}", index)
 
     async def check_saved(self, saved: Checkpoint) -> None:
         """Compare the tree with a checkpoint that was kept elsewhere."""

@@ -25,6 +25,8 @@ JOURNAL = "journal"
 """The collection that records about the journal itself name: redactions, retention, new keys."""
 REDACT = "redact"
 """The action of the record that says that records were redacted."""
+DROP = "drop"
+"""The action of the record that says that retention dropped records."""
 ROUND_VERSION = "strongroom-round/1"
 
 
@@ -163,6 +165,7 @@ def legacy_salt(secret: bytes, record_id: str) -> bytes:
 
 
 __all__ = [
+    "DROP",
     "JOURNAL",
     "LOG",
     "PLATFORM",

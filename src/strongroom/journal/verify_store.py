@@ -11,24 +11,40 @@ import struct
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 
-from msgspec import Struct
+from msgspec import structs
 
 from ..context import SALT_BYTES
 from ..cooperative import Slices
 from ..entities import MAX_LIMIT, Document, Query, Where
 from ..errors import InvalidInput, Problem
 from ..storage.port import MAX_CHANGES_PAGE, JournalRow, Store
+from .blocks import Block, Note, Part
 from .export_format import tree_origin
 from .findings import Report, check_note
-from .leaf import leaf_of
+from .leaf import Mark, is_blank, leaf_of, mark_of, opening_of
 from .merkle import HASH_BYTES, split
 from .signed_note import Checkpoint, VerifierKey
 from .tree_check import SEQUENCE_BYTES, Rounds, TreeCheck, entries_of, numbers
-from .trees import LOG, JournalLog, JournalRound, JournalTree, legacy_salt, round_id, round_leaf, tree_id
+from .trees import (
+    DROP,
+    JOURNAL,
+    LOG,
+    PLATFORM,
+    REDACT,
+    JournalLog,
+    JournalRound,
+    JournalTree,
+    legacy_salt,
+    round_id,
+    round_leaf,
+    tree_id,
+)
 
 LOGS = JournalLog.__collection__.name
 TREES = JournalTree.__collection__.name
 ROUNDS = JournalRound.__collection__.name
+LOOKS = 20
+"""Times that the log and the platform's tree are read until both are of the same round."""
 MAX_LATE = 100_000
 """Records that are in no tree yet, and are looked for after the log's cursor one by one; more are counted."""
 ROUNDS_AHEAD = 100
@@ -39,22 +55,6 @@ FEW_TREES = 64
 Progress = Callable[[int, int], None]
 
 
-class Part(Struct, frozen=True):
-    """The records of one tenant in a block: their sequences (8 bytes each, big-endian) and leaf hashes."""
-
-    tenant: str | None
-    sequences: bytes
-    leaves: bytes
-    redacted: int
-
-
-class Block(Struct, frozen=True):
-    """A part of the journal, with the leaf hashes computed."""
-
-    parts: list[Part]
-    rows: int
-
-
 def block_of(rows: Sequence[JournalRow], legacy_secret: bytes) -> Block:
     """Compute the leaves of rows."""
     groups: dict[str | None, list[JournalRow]] = {}
@@ -62,16 +62,20 @@ def block_of(rows: Sequence[JournalRow], legacy_secret: bytes) -> Block:
         groups.setdefault(row[2], []).append(row)
     parts = []
     for tenant, group in groups.items():
-        redacted = 0
+        marks: list[tuple[int, Mark | None]] = []
         if any(len(row[12]) != SALT_BYTES for row in group):
             group = [row if row[12] else with_salt(row, legacy_secret) for row in group]
-            redacted = sum(len(row[12]) != SALT_BYTES for row in group)
-        try:
-            leaves = [leaf_of(row) for row in group]
-        except ValueError:
+            marks = [(row[0], mark_of(row[11])) for row in group if len(row[12]) != SALT_BYTES]
             leaves = [_leaf_or_none(row) for row in group]
+        else:
+            leaves = [leaf_of(row) for row in group]
+        notes = [
+            Note(row[0], row[1], row[6], row[4], row[11])
+            for row in group
+            if row[7] == JOURNAL and row[6] in (REDACT, DROP)
+        ]
         sequences = struct.pack(f">{len(group)}Q", *[row[0] for row in group])
-        parts.append(Part(tenant, sequences, b"".join(leaves), redacted))
+        parts.append(Part(tenant, sequences, b"".join(leaves), len(marks), marks, notes))
     return Block(parts, len(rows))
 
 
@@ -81,8 +85,13 @@ def with_salt(row: JournalRow, legacy_secret: bytes) -> JournalRow:
 
 
 def _leaf_or_none(row: JournalRow) -> bytes:
-    """The leaf of a row; if its salt is impossible, zeros, which are the leaf of no record."""
+    """The leaf of a row; if its salt is impossible, or something stands in the place of what was redacted, zeros, which
+    are the leaf of no record."""
     try:
+        _, _, _, _, actor, _, _, collection, entity_id, _, before, after, salt, claims, _ = row
+        redacted = opening_of(salt).redacted
+        if redacted and (collection == JOURNAL or not is_blank(redacted, actor, claims, entity_id, before, after)):
+            return bytes(HASH_BYTES)
         return leaf_of(row)
     except ValueError:
         return bytes(HASH_BYTES)
@@ -116,14 +125,20 @@ class StoreVerification:
         self._next_rounds: deque[Document] = deque()
         self._last_round = 0
         self._late: set[tuple[str | None, int]] = set()
-        self._named: dict[str, int] = {}
-        """The trees that rounds sealed, and how many records the last of them sealed."""
+        self._named: dict[str, tuple[int, int, bytes]] = {}
+        """The trees that rounds sealed: the last round of each, the tree's size and its root. The leaf of each of these
+        rounds is in the platform's tree."""
+        self._older: dict[str, tuple[int, int, bytes]] = {}
+        """The same of rounds before the platform's first record: nothing proves them any more."""
+        self._settled = False
+        """Whether the log and the platform's tree were read as one round left them."""
         self.report = Report()
         self.log: Document | None = None
 
     async def begin(self) -> None:
         """Read the log and its trees. Raises InvalidInput if the saved checkpoint is of another log."""
-        self.log = log = await self._store.get(LOGS, None, LOG)
+        log, platform = await self._top()
+        self.log = log
         after = ""
         documents: list[Document] = []
         while True:
@@ -135,6 +150,8 @@ class StoreVerification:
             after = page[-1]["id"]
         ahead = TILES_AHEAD if len(documents) <= FEW_TREES else 1
         for document in documents:
+            if document["id"] == PLATFORM and platform is not None:
+                document = platform
             tree = TreeCheck(self._store, document, self.legacy_secret, self.report, ahead)
             self._trees[tree.tenant] = tree
             self.report.trees.append(tree.result)
@@ -145,6 +162,19 @@ class StoreVerification:
             else:
                 self.report.note("no record is sealed yet, so nothing can be verified")
         self._check_saved_origin()
+
+    async def _top(self) -> tuple[Document | None, Document | None]:
+        """The log and the platform's tree, which each round writes in one batch."""
+        log = await self._store.get(LOGS, None, LOG)
+        platform: Document | None = None
+        for _ in range(LOOKS):
+            platform = await self._store.get(TREES, None, PLATFORM)
+            again = await self._store.get(LOGS, None, LOG)
+            self._settled = (log and log["round"]) == (again and again["round"])
+            log = again
+            if self._settled:
+                break
+        return log, platform
 
     def _check_saved_origin(self) -> None:
         saved, log = self._saved, self.log
@@ -170,6 +200,7 @@ class StoreVerification:
             if tree is None:
                 self._keep_late(part.tenant, numbers(part.sequences))
                 continue
+            tree.note(part)
             late = [one for one in numbers(part.sequences) if one > tree.sequence]
             part = _without(part, len(late), tree.sequence) if late else part
             part = _after(part, tree.dropped) if tree.dropped else part
@@ -203,7 +234,9 @@ class StoreVerification:
             if document["index"] > tree.position:
                 return
             self._next_rounds.popleft()
-            self._named |= {id: size for id, (size, _) in entries_of(document).items()}
+            found = self._older if document["index"] < tree.first else self._named
+            number = document["number"]
+            found |= {id: (number, size, root) for id, (size, root) in entries_of(document).items()}
             if document["index"] < tree.first:
                 continue
             try:
@@ -224,15 +257,37 @@ class StoreVerification:
             await tree.end(self._rounds)
             if tree.tenant is not None:
                 await tree.check_round(self._rounds, log_round)
+                await self._check_named(tree, platform)
+            await tree.check_notes()
         await self._check_log(platform)
         await self._check_saved()
         self._check_missing()
         await self._check_late()
         return self.report
 
+    async def _check_named(self, tree: TreeCheck, platform: TreeCheck | None) -> None:
+        """Check a tree against the last round that names it, among those in the platform's tree: what the tree's own
+        document says of its rounds is not signed."""
+        if tree.bad or platform is None or platform.bad:
+            return
+        entry = self._named.get(tree.id)
+        if entry is None and (entry := self._older.get(tree.id)) is not None:
+            self.report.note(
+                "some trees were sealed last before the first record that the platform has left: "
+                "their rounds are in its archive"
+            )
+        if entry is None:
+            self.report.note("some trees are in no finished round yet, so no checkpoint covers them")
+        else:
+            await tree.check_entry(self._rounds, *entry)
+
     async def _check_log(self, platform: TreeCheck | None) -> None:
         """Check the signed checkpoint of the platform's tree."""
         if self.log is None or not self.log["round"]:
+            if platform is not None:
+                self.report.found(None, "damaged", "the platform's tree was sealed, but the log says that no round was")
+            elif self._keys and self.report.checked:
+                self.report.found(None, "signature", "none of the given keys signed: there is no checkpoint")
             return
         if platform is None:
             self.report.found(None, "damaged", "the platform's tree is gone")
@@ -240,7 +295,10 @@ class StoreVerification:
         checkpoint = check_note(self.log["checkpoint"], self.log["origin"], self._keys, None, self.report)
         if checkpoint is None or platform.bad:
             return
-        if checkpoint.size > platform.size:
+        if checkpoint.size < platform.size and self._settled:
+            message = f"the checkpoint is of {checkpoint.size} records, the tree has {platform.size}"
+            platform.found("forked", f"{message}: an older one was put in its place", checkpoint.size)
+        elif checkpoint.size > platform.size:
             platform.found("truncated", f"the checkpoint is of {checkpoint.size} records, the tree has {platform.size}")
         elif await platform.root_at(checkpoint.size) != checkpoint.root:
             message = f"the platform's tree does not lead to the root of its checkpoint ({checkpoint.size} records)"
@@ -269,7 +327,7 @@ class StoreVerification:
         """Every tree that a round sealed must be there, and not be smaller."""
         there = {tree.id: tree for tree in self._trees.values()}
         tenants = {tree_id(tenant): tenant for tenant, _ in self._late}
-        for id, size in self._named.items():
+        for id, (_, size, _) in (self._older | self._named).items():
             if id not in there:
                 tenant = tenants.get(id)
                 whose = "its tree" if tenant is not None else f"the tree {id}"
@@ -282,6 +340,8 @@ class StoreVerification:
         """Records that are in no tree must stand after the log's cursor: they wait for the next round."""
         cursor = self.log["cursor"] if self.log is not None else None
         late = self._late
+        if self.log is not None and self.log["round"] and cursor is None:
+            self.report.found(None, "damaged", "the log does not say any more up to where the journal is sealed")
         while late and cursor is not None:
             page = await self._store.rows(cursor, limit=MAX_CHANGES_PAGE)
             late.difference_update((row[2], row[0]) for row in page.rows)
@@ -306,19 +366,21 @@ def _without(part: Part, late: int, sequence: int) -> Part:
     found = numbers(part.sequences)
     if all(one <= sequence for one in found[: len(found) - late]):
         kept = len(found) - late
-        return Part(
-            part.tenant, part.sequences[: kept * SEQUENCE_BYTES], part.leaves[: kept * HASH_BYTES], part.redacted
+        return structs.replace(
+            part, sequences=part.sequences[: kept * SEQUENCE_BYTES], leaves=part.leaves[: kept * HASH_BYTES]
         )
     leaves = split(part.leaves)  # not in the order of their sequences: somebody put one in behind
     kept_ones = [number for number, one in enumerate(found) if one <= sequence]
     sequences = b"".join(found[number].to_bytes(SEQUENCE_BYTES, "big") for number in kept_ones)
-    return Part(part.tenant, sequences, b"".join(leaves[number] for number in kept_ones), part.redacted)
+    return structs.replace(part, sequences=sequences, leaves=b"".join(leaves[number] for number in kept_ones))
 
 
 def _after(part: Part, sequence: int) -> Part:
     """A part without the records up to a sequence: retention has dropped them from the tree."""
     gone = sum(one <= sequence for one in numbers(part.sequences))
-    return Part(part.tenant, part.sequences[gone * SEQUENCE_BYTES :], part.leaves[gone * HASH_BYTES :], part.redacted)
+    return structs.replace(
+        part, sequences=part.sequences[gone * SEQUENCE_BYTES :], leaves=part.leaves[gone * HASH_BYTES :]
+    )
 
 
 async def verify_store(
