@@ -49,7 +49,7 @@ class InvalidInput(StrongroomError):
 
 
 class Unauthenticated(StrongroomError):
-    """A valid management key is needed: send it as `Authorization: Bearer …`."""
+    """A valid management key or token is needed: send it as `Authorization: Bearer …`."""
 
     code = "unauthenticated"
 
