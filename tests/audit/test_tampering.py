@@ -5,6 +5,7 @@ Each test is run on each store, with direct SQL, raw writes to Firestore, or an 
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import shutil
@@ -19,7 +20,7 @@ import pytest
 from strongroom import Strongroom
 from strongroom.audit.retention import journal_record
 from strongroom.entities import Query, Registry
-from strongroom.journal import TREE_ENTITIES
+from strongroom.journal import TREE_ENTITIES, verify_parallel
 from strongroom.journal.export import logged_tree
 from strongroom.journal.findings import Report
 from strongroom.journal.leaf import COMMITTED, redacted_salt
@@ -445,6 +446,22 @@ async def test_a_store_without_its_trees_is_not_whole_for_who_has_the_key(sealed
         for document in await sealed.owner.documents(collection):
             await sealed.owner.write_document(collection, document["id"], None)
     assert told(await sealed.verify()) == [(None, "signature", None)]
+
+
+@pytest.mark.parametrize("scheme", ["sqlite"])
+async def test_a_record_that_was_put_in_far_behind_the_others_keeps_no_process_busy(
+    sealed: Sealed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several processes take ranges of sequences in turn: they must not count up to that of the last one."""
+    (first, *_) = await sealed.records()
+    await sealed.owner.write(None, {**first, "id": "far", "sequence": 10**17})
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    async with opened_for_trees(sealed.url) as store:
+        blocks = await verify_parallel.parallel_blocks(store, sealed.url)
+        assert blocks is not None
+        report = await asyncio.wait_for(verify_store(store, keys=[sealed.signer.key], blocks=blocks), 60)
+    assert told(report) == []
+    assert {tree.tenant: tree.unsealed for tree in report.trees} == {None: 0, "acme": 1, "gamma": 0}
 
 
 async def test_a_store_that_is_written_to_and_sealed_meanwhile_is_whole(tmp_path: Path) -> None:

@@ -340,6 +340,8 @@ class TreeCheck:
 
     async def check_entry(self, rounds: Rounds, number: int, size: int, root: bytes) -> None:
         """Check that the tree had this size and root in a round."""
+        if (size, root) == (self.size, self.result.root):
+            return
         if size > self.size or await self.root_at(size) in (None, root):  # others say so if records are missing
             return
         good = 0

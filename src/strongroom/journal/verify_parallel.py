@@ -37,11 +37,17 @@ async def parallel_blocks(store: Store, url: str) -> Callable[[bytes], AsyncIter
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
             waiting: deque[asyncio.Future[Block]] = deque()
             try:
-                for begin in range(0, last, RANGE):
+                begin = 0
+                while begin < last:
                     through = min(begin + RANGE, last)
                     waiting.append(loop.run_in_executor(pool, block_of_range, url, begin, through, legacy_secret))
+                    begin = through
                     if len(waiting) > 2 * workers:
-                        yield await waiting.popleft()
+                        block = await waiting.popleft()
+                        if not block.rows:  # a gap, which may be huge: somebody may have put a record in far behind
+                            rows = (await store.rows(str(begin), limit=1)).rows
+                            begin = max(begin, rows[0][0] - 1) if rows else last
+                        yield block
                 while waiting:
                     yield await waiting.popleft()
             finally:
