@@ -151,7 +151,8 @@ async def test_a_store_without_a_key_has_unsigned_checkpoints() -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("", "Expecting value"),
+        ("", "found no JSON, expected a file that `strongroom audit keys --make` made"),
+        ("\udcff", "found no JSON"),
         ("{}", "found no strongroom_signing_keys of version 1"),
         ('{"strongroom_signing_keys": 1, "keys": []}', "expected 1 to 100 keys"),
         ('{"strongroom_signing_keys": 1, "keys": [{"ed25519": "x"}]}', "key 0: ed25519: expected 32 bytes in base64"),
@@ -161,7 +162,7 @@ async def test_a_store_without_a_key_has_unsigned_checkpoints() -> None:
 async def test_a_bad_key_file_stops_the_start(tmp_path: Path, content: str | None, said: str) -> None:
     file = tmp_path / "key"
     if content is not None:
-        file.write_text(content)
+        file.write_text(content, errors="surrogateescape")
     with pytest.raises(ConfigError, match=said):
         async with Strongroom.open("json://:memory:", signing_key=str(file)):
             pass

@@ -112,6 +112,7 @@ def test_exports_have_four_formats_and_refuse_what_proofs_cannot_have(run: Run) 
         assert file.read_text().startswith(first)
     assert "exists already" in run("audit", "export", "trail.csv", status=1)[1]
     run("audit", "export", "trail.csv", "--force")
+    assert "records and rounds of sealing to platform" in run("audit", "export", "platform", "--proofs")[0]
     _, told = run("audit", "export", "x", "--proofs", "--actor", "a", "--format", "csv", status=2)
     assert "--format" in told
     assert "--actor" in told

@@ -196,7 +196,9 @@ def test_what_is_no_export_is_refused(content: bytes) -> None:
 async def test_the_signature_is_checked_with_the_given_keys(sealed: FaultyStore, signer: Signer) -> None:
     content = await exported(sealed, signer)
     other = Signer()
-    assert [one.kind for one in verified(content, other.key).findings] == ["signature", "signature"]
+    found = verified(content, other.key).findings
+    assert [one.kind for one in found] == ["signature", "signature"]
+    assert len({one.message for one in found}) == 2, "each names its note: the tenant's and the platform's"
     assert verified(content, other.key, signer.key).findings == []
     assert [note for note in verified(content).notes if "not checked" in note]
     resigned = await exported(sealed, other)

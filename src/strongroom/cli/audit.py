@@ -197,7 +197,8 @@ def export(
     if json:
         output.print_json({"file": str(file), "format": format, "proofs": proofs, "records": records})
     else:
-        output.print_line(f"wrote {records} records to {file}")
+        what = "records and rounds of sealing" if proofs and wanted.tenant is None else "records"
+        output.print_line(f"wrote {records} {what} to {file}")
 
 
 def _format(format: str, proofs: bool, wanted: AuditFilter) -> Any:

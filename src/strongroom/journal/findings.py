@@ -96,7 +96,8 @@ def check_signatures(signed: SignedNote, keys: Sequence[VerifierKey], tenant: st
         report.found(tenant, "signature", f"the signature by {_described(key)} is not valid: the text was changed")
     if not valid and not invalid:
         others = ", ".join(sorted({f"{one.name} ({one.key_id.hex()})" for one in signed.signatures})) or "nobody"
-        report.found(tenant, "signature", f"none of the given keys signed; it is signed by {others}")
+        note = signed.text.split("\n", 1)[0]
+        report.found(tenant, "signature", f"none of the given keys signed the note {note!r}; it is signed by {others}")
     report.signed(_described(key) for key in valid)
 
 

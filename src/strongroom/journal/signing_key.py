@@ -175,13 +175,16 @@ def _parsed(path: Path, content: bytes) -> list[SigningKey | FormerKey]:
     try:
         if len(content) > MAX_FILE_BYTES:
             raise ValueError(f"found more than {MAX_FILE_BYTES} bytes")
-        data = json.loads(content)
+        try:
+            data = json.loads(content)
+        except (ValueError, RecursionError):
+            raise ValueError("found no JSON, expected a file that `strongroom audit keys --make` made") from None
         if not isinstance(data, dict) or data.get(FORMAT) != 1:
             raise ValueError(f"found no {FORMAT} of version 1")
         if not isinstance(data.get("keys"), list) or not 1 <= len(data["keys"]) <= MAX_KEYS:
             raise ValueError(f"expected 1 to {MAX_KEYS} keys")
         return [_key(number, one) for number, one in enumerate(data["keys"])]
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ConfigError(f"the signing keys {path}: {error}") from None
 
 
