@@ -255,6 +255,7 @@ class Strongroom:
             tenants.deletions.hooks.legal_hold = upkeep.blocks_deletion
             tenants.deletions.hooks.guard = upkeep.policies.guard
             work = background(database, store, clock, leases, more=jobs)
+            database.writes.applications = frozenset(entity.__collection__.name for entity in entities)
             room = cls(store, database, ledger, keys, feed, clock, work, tenants)
             room.sealer = sealer
             room.proofs = Proofs(store, database, clock, signing_keys)

@@ -43,9 +43,17 @@ class Note(Entity, collection="notes"):
     text: str
 
 
+class Draft(Entity, collection="drafts", journalled=False):
+    text: str
+
+
+class Rate(Entity, collection="rates", scope="global", journalled=False):
+    text: str
+
+
 @pytest.fixture
 def entities() -> list[type[Entity]]:
-    return [Note]
+    return [Note, Draft, Rate]
 
 
 async def off(room: Strongroom, tenant: str | None = None, *, usage: bool = True) -> None:
@@ -81,6 +89,35 @@ async def test_while_writes_are_off_every_write_is_refused_with_the_reason(room:
     assert (await acme.get(Note, note.id)).text == "before"
     await on(room)
     await acme.update(Note, note.id, {"text": "after"})
+
+
+@pytest.mark.parametrize("tenant", [None, "acme"])
+async def test_what_an_application_writes_without_a_journal_is_refused_too(
+    room: Strongroom, tenant: str | None
+) -> None:
+    acme = room.tenant("acme")
+    draft = await acme.create(Draft(text="before"))
+    await off(room, tenant)
+    for write in (
+        acme.create(Draft(text="x")),
+        acme.update(Draft, draft.id, {"text": "x"}),
+        acme.delete(Draft, draft.id),
+    ):
+        with pytest.raises(WritesOff):
+            await write
+    if tenant is None:
+        with pytest.raises(WritesOff):
+            await room.database.create(system_context(), Rate(text="x"))
+    await on(room, tenant)
+    await room.tenants.suspend("acme")
+    for write in (
+        acme.create(Draft(text="x")),
+        acme.update(Draft, draft.id, {"text": "x"}),
+        acme.delete(Draft, draft.id),
+    ):
+        with pytest.raises(TenantSuspended):
+            await write
+    assert (await acme.get(Draft, draft.id)).text == "before"
 
 
 async def test_reads_of_keys_and_of_the_audit_trail_go_on_while_writes_are_off(room: Strongroom) -> None:

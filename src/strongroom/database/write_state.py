@@ -67,6 +67,8 @@ class WriteState:
         self._suspended: Mapping[str, str] = {}
         self.owned: frozenset[str] = frozenset()
         """The global collections whose documents belong to the tenant in their field `tenant`."""
+        self.applications: frozenset[str] = frozenset()
+        """The application's collections: none of them is Strongroom's bookkeeping, also without a journal."""
         self.refusal: str | None = None
         self.closed = False
         """Whether `check` may refuse a write."""
@@ -191,14 +193,15 @@ class WriteState:
     def check(self, tenant: str | None, changed: Iterable[tuple[Collection, Document | None]]) -> None:
         """Raise WritesOff or TenantSuspended if a batch of a tenant may not change these documents now.
 
-        Strongroom's own bookkeeping, which is not journalled, and the switches themselves can always be written. A
-        suspended tenant can be resumed and deleted, and what the platform keeps about it can be changed.
+        Strongroom's own bookkeeping, which is not journalled, and the switches themselves can always be written; what
+        an application keeps without a journal cannot. A suspended tenant can be resumed and deleted, and what the
+        platform keeps about it can be changed.
         """
         tenants, journalled, owned, platform = {tenant}, False, False, False
         for collection, document in changed:
             if collection.name == WriteSwitch.__collection__.name:
                 return
-            journalled = journalled or collection.journalled
+            journalled = journalled or collection.journalled or collection.name in self.applications
             owned = owned or collection.tenant_scoped or collection.name in self.owned
             platform = platform or collection.name in _OF_THE_PLATFORM
             if collection.name in self.owned and document is not None:
