@@ -189,6 +189,17 @@ async def _requests(ids: _Ids, method: str, path: str) -> tuple[str, Any, Any]:
     name = path.rpartition("/")[2]
     if path == "/v1/writes":
         return path, {"allowed": True, "tenant": "acme"}, {"allowed": True, "tenant": "acme", "reason": "other"}
+    if path.startswith("/v1/audit/"):
+        if name == "retention":
+            return path.format(tenant="acme"), {"days": 400}, {"days": 500}
+        if name == "lift":
+            held = await served.call("POST", "/v1/audit/holds", {"reason": "a case", "tenant": "held"})
+            return path.format(id=held.json["id"]), {"reason": "one"}, {"reason": "two"}
+        return (
+            path.format(tenant="other"),
+            {"reason": "one", "user": "user:u"},
+            {"reason": "two", "user": "user:u"},
+        )
     if path == "/v1/tenants":
         return path, {"id": "new"}, {"id": "new", "name": "other"}
     if path.startswith("/v1/tenants/{tenant}") and path.count("/") < 5 and name in ("{tenant}", "suspend", "resume"):

@@ -127,6 +127,8 @@ class Sealing:
                 await self._release()
         except (StrongroomError, TimeoutError) as error:
             _log.info("the last records are sealed by the next process: %s", error or type(error).__name__)
+        except Exception:  # any error: it must not keep the store from closing
+            _log.exception("the last records are sealed by the next process, because of an unexpected error")
 
     # --- The loop ---------------------------------------------------------------------------------------------
 
