@@ -125,6 +125,8 @@ def test_show_has_the_difference_field_by_field(run: Run) -> None:
     listed = json.loads(run("audit", "list", "--tenant", "acme", "--json")[0])["items"]
     assert [one["index"] for one in listed] == [0, 1]
     sequence = str(listed[1]["sequence"])
+    rows = [line.split() for line in run("audit", "list", "--tenant", "acme")[0].splitlines()]
+    assert [row[0] for row in rows] == ["SEQUENCE", str(listed[0]["sequence"]), sequence]
     shown: dict[str, Any] = json.loads(run("audit", "show", sequence, "--tenant", "acme", "--json")[0])
     assert {"field": "enabled", "before": True, "after": False} in shown["changes"]
     out, _ = run("audit", "show", sequence, "--tenant", "acme")

@@ -16,6 +16,8 @@ def test_retention_is_shown_and_set_for_all_and_for_one(run: Run) -> None:
     for wrong in (("--days", "100"), ("--floor", "90"), ("--days", "0")):
         assert run("audit", "retention", *wrong).status == 2, wrong
     assert run("audit", "retention", "--platform", "--json").json["days"] == 183
+    assert "--floor: found 90" in run("audit", "retention", "--floor", "90").err
+    assert "--platform" in run("audit", "retention", "--platform", "--tenant", "acme").err
 
 
 def test_a_legal_hold_is_placed_listed_and_lifted(run: Run) -> None:
@@ -42,4 +44,9 @@ def test_a_users_records_are_redacted(run: Run) -> None:
     assert run(*done, "--yes", "--json").json["records"] == 1
     items = run("audit", "list", "--tenant", "acme", "--json").json["items"]
     assert [(one["actor"], one["entity_id"]) for one in items if one["collection"] == "tenants"] == [("", "")]
-    assert run("audit", "redact", "--tenant", "acme", "--reason", "r", "--yes").status == 2
+    both = ("--user", "ada", "--collection", "notes", "--id", "n1")
+    for wrong, found in (((), "nothing"), (both, "it beside a document")):
+        refused = run("audit", "redact", "--tenant", "acme", *wrong, "--reason", "r", "--yes")
+        assert (refused.status, f"--user: found {found}, expected a user" in refused.err) == (2, True), refused.err
+    refused = run("audit", "redact", "--collection", "notes", "--reason", "r", "--yes")
+    assert (refused.status, refused.err.startswith("strongroom: --id: ")) == (2, True), refused.err

@@ -176,6 +176,13 @@ async def test_each_change_of_the_file_is_found(
     assert kinds(report)[:1] == [expected], report.findings
 
 
+async def test_a_cut_file_names_an_index_only_if_a_record_comes_before(sealed: FaultyStore, signer: Signer) -> None:
+    lines = (await exported(sealed, signer)).splitlines(keepends=True)
+    for kept, where in ((1, ""), (3, " after index 0")):
+        (finding,) = verified(b"".join(lines[:kept]), signer.key).findings
+        assert finding.message == f"the file has no last line: it was cut{where}"
+
+
 async def test_a_line_without_end_is_refused_before_it_fills_the_memory(
     sealed: FaultyStore, signer: Signer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,7 +28,7 @@ UNSAID = re.compile(
     r"cannot be combined with|concurrency counts|whsec_"
     r"|as a key:|is not a cursor|address or a range|found two limits|less than rotate_every_s|needs rotate_every_s"
     r"|there is no such key|not JSON|at most 10 different|at least one condition|exactly one of filter and ids"
-    r"|is needed with|is not after|found nothing, expected|beside|both or neither|give both"
+    r"|is needed with|is not after|found nothing, expected|beside|a time after since|give both"
     r"|required to turn writes off|which the log covers|below the size|expected a size"
     r"|is not a URL|host|action \w+, expected|inside a list|levels|outside int64|digits|exponent|quoted version"
 )

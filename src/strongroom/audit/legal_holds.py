@@ -47,7 +47,9 @@ class LegalHolds:
         if entity_id is not None and collection is None:
             problems.append(Problem("collection", "is needed with entity_id"))
         if since is not None and until is not None and until <= since:
-            problems.append(Problem("until", "is not after since"))
+            problems.append(
+                Problem("until", f"found {until.isoformat()}, expected a time after since ({since.isoformat()})")
+            )
         if problems:
             raise InvalidInput(problems)
         hold = LegalHold(

@@ -60,7 +60,9 @@ class Subject:
                 problems.append(Problem(name, f"found {len(value)} characters, expected 1 to {MAX_SUBJECT_CHARS}"))
         document = self.collection is not None or self.entity_id is not None
         if (self.user is not None) == document:
-            problems.append(Problem("user", "found both or neither, expected a user, or a collection and an entity_id"))
+            found = "it beside a document" if document else "nothing"
+            expected = "expected a user, or a collection and an entity_id"
+            problems.append(Problem("user", f"found {found}, {expected}"))
         elif document and (self.collection is None or self.entity_id is None):
             problems.append(Problem("entity_id", "a document has a collection and an entity_id: give both"))
         if self.collection == JOURNAL:

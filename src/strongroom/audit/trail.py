@@ -72,8 +72,11 @@ class AuditFilter:
             for name in ("since", "until")
             if (moment := getattr(self, name)) is not None and moment.utcoffset() is None
         ]
-        if not problems and self.since is not None and self.until is not None and self.since >= self.until:
-            problems.append(Problem("until", f"found {self.until}, expected a time after since ({self.since})"))
+        since, until = self.since, self.until
+        if not problems and since is not None and until is not None and since >= until:
+            problems.append(
+                Problem("until", f"found {until.isoformat()}, expected a time after since ({since.isoformat()})")
+            )
         if self.action is not None and self.action not in ACTIONS:
             problems.append(Problem("action", f"found {self.action[:64]!r}, expected one of {', '.join(ACTIONS)}"))
         if problems:

@@ -32,6 +32,7 @@ from . import (
     webhooks,
     writes,
 )
+from .audit_upkeep import FLAGS as UPKEEP_FLAGS
 from .keyoptions import FLAGS
 from .session import (
     DEBUG_VARIABLE,
@@ -182,7 +183,7 @@ def _by_options(error: Exception, given: Sequence[str]) -> Exception:
     for problem in error.problems:
         name, _, rest = problem.path.partition(".")
         if name not in options:
-            name = FLAGS.get(name, name.removesuffix("s")).replace("-", "_")
+            name = (FLAGS | UPKEEP_FLAGS).get(name, name.removesuffix("s")).replace("-", "_")
         option = options.get(name) if not rest or rest.isdecimal() else None
         problems.append(Problem(option or problem.path, problem.message))
     return InvalidInput(problems) if problems != list(error.problems) else error

@@ -93,6 +93,7 @@ def list_records(
         return
     rows = [
         (
+            str(record.sequence),
             output.moment(record.at),
             record.tenant or "",
             record.actor,
@@ -103,7 +104,7 @@ def list_records(
         )
         for record in page.items
     ]
-    columns = ("AT", "TENANT", "ACTOR", "ACTION", "WHAT", "FIELDS", "REQUEST")
+    columns = ("SEQUENCE", "AT", "TENANT", "ACTOR", "ACTION", "WHAT", "FIELDS", "REQUEST")
     output.print_page(columns, rows, page.next_cursor, "there are no records")
 
 
@@ -323,6 +324,9 @@ def _times(since: str | None, until: str | None) -> AuditFilter:
         found.check()
     except InvalidInput as error:
         names = {"since": "--from", "until": "--to", "--since": "--from", "--until": "--to"}
-        problems = [Problem(names.get(one.path, one.path), one.message) for one in error.problems]
+        problems = [
+            Problem(names.get(one.path, one.path), one.message.replace("after since", "after --from"))
+            for one in error.problems
+        ]
         raise InvalidInput(problems) from None
     return found

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from ..app import Strongroom
     from ..audit import Kept, LegalHold, Redaction
 
+FLAGS = {"entity_id": "id", "floor_days": "floor"}
+"""The option, without its dashes, that sets a field."""
+
 OfTenant = Annotated[str | None, typer.Option("--tenant", help="Only this tenant.")]
 User = Annotated[str | None, typer.Option("--user", help="What this user did: the actor of the records.")]
 Collection = Annotated[str | None, typer.Option("--collection", help="Records of this collection.")]
@@ -38,6 +41,9 @@ def retention(
       strongroom audit retention --tenant acme --days 2557 --floor 183
       strongroom audit retention --floor 183
     """
+
+    if platform and tenant is not None:
+        raise InvalidInput([Problem("--platform", "found it beside --tenant, expected one of the two")])
 
     async def work(room: Strongroom) -> Kept:
         everyone = tenant is None and not platform
@@ -128,8 +134,8 @@ def redact(
       strongroom audit redact --tenant acme --user user:ada --reason "erasure request 12" --yes
       strongroom audit redact --tenant acme --collection notes --id n1 --reason "erasure request 12" --yes
     """
-    must_be_confirmed(yes, json, "what is removed cannot be had back")
-    confirm(yes, "What is removed cannot be had back. Go on?")
+    must_be_confirmed(yes, json, "what is removed cannot be restored")
+    confirm(yes, "What is removed cannot be restored. Go on?")
 
     async def work(room: Strongroom) -> Redaction:
         from ..audit import Subject

@@ -194,7 +194,8 @@ class _Check:
             return form.decode_closing(line)
         except (msgspec.DecodeError, RecursionError):
             at = self._frontier.size
-            self.found("truncated", f"the file has no last line: it was cut after index {at - 1}", at)
+            where = f" after index {at - 1}" if at > self._header.first else ""
+            self.found("truncated", f"the file has no last line: it was cut{where}", at)
             return None
 
     def _compare_saved(self, checkpoint: Checkpoint) -> None:
