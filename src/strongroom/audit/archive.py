@@ -1,7 +1,7 @@
 """The archive: a folder with the segments of trees that retention drops, each a file that proves itself.
 
-A segment is an export with proofs (`journal.export_format`). It is written beside its place, put on the disk, verified
-as it will be later, and only then renamed. So a file with a segment's name is whole, and a killed process leaves at
+A segment is an export with proofs (`journal.export_format`). It is written under a temporary name, synced to the disk,
+verified, and only then renamed. So a file with a segment's name is whole, and a killed process leaves at
 most a file that nobody reads.
 """
 

@@ -1,4 +1,4 @@
-"""What is stored of retention and of legal holds."""
+"""The stored documents of retention policies and legal holds."""
 
 from __future__ import annotations
 

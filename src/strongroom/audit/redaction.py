@@ -1,7 +1,7 @@
-"""Redaction: removes what the journal says of one document or one user, in the store and in the archive.
+"""Redaction: removes the values of one document or one user from the journal, in the store and in the archive.
 
-The leaf of a redacted record stays as it was: its commitments stay, the salts that open them go. The record shows that
-it was redacted, by whom, when and why.
+The leaf of a redacted record does not change: the record keeps its commitments and loses the salts that open them. It
+shows that it was redacted, by whom, when and why.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Builds what keeps, redacts and drops the journal of one store, from its parts."""
+"""Builds the services of one store for retention, redaction and legal holds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a verification found: of each tree how far it reaches and what is wrong, and who signed."""
+"""The report of a verification: the range that was compared of each tree, its findings, and the signers."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Compares one tree with its records: tile by tile, then its right edge, its last round and a saved checkpoint. It says
-what is wrong at the first leaf that differs."""
+"""Compares one tree with its records: tile by tile, then its right edge, its last round and a saved checkpoint. It
+reports the first leaf that differs, and why."""
 
 from __future__ import annotations
 

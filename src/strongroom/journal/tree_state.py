@@ -1,4 +1,4 @@
-"""A tree in memory while its records are sealed: what it takes to add leaves, and the documents that this changes."""
+"""A tree in memory while its records are sealed: adds leaves, and gives the documents to store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is stored of the journal's Merkle trees: their sizes and right edges, their tiles, and the rounds of sealing.
+"""The stored documents of the journal's Merkle trees: sizes and right edges, tiles, and the rounds of sealing.
 
 A tree belongs to one tenant, or to the platform. Its leaves are its records in the order of their sequence. The
 platform's tree has, between its own records, one leaf for each round of sealing: it covers the new roots of all other
