@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.cli.test_cli import Run, run
 
 __all__ = ["run"]  # the fixture
@@ -25,6 +27,13 @@ def test_writes_are_turned_off_shown_and_turned_on(run: Run) -> None:
     assert run("keys", "create", "--name", "k").status == 0
     assert run("writes", "on", "--tenant", "acme").status == 0
     assert run("writes", "status", "--json").json["items"] == []
+
+
+def test_the_commands_print_the_switches_and_no_warning_of_them(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    run("writes", "off", "--reason", "a rollback")
+    run("writes", "status")
+    run("writes", "on")
+    assert [record.message for record in caplog.records if "are off" in record.message] == []
 
 
 def test_wrong_switches_get_sentences(run: Run) -> None:

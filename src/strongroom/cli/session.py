@@ -133,9 +133,16 @@ def run(work: Callable[[], Awaitable[T]]) -> T:
 @contextmanager
 def as_owner() -> Iterator[None]:
     """Silence the warning that the owner of a PostgreSQL schema should not serve: these commands need the owner."""
+    with without_warnings("strongroom.storage.postgres.roles"):
+        yield
+
+
+@contextmanager
+def without_warnings(name: str) -> Iterator[None]:
+    """Silence the warnings of a logger, of which the command itself prints what matters."""
     import logging
 
-    logger = logging.getLogger("strongroom.storage.postgres.roles")
+    logger = logging.getLogger(name)
     before = logger.level
     logger.setLevel(logging.ERROR)
     try:

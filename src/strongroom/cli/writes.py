@@ -8,7 +8,7 @@ import typer
 
 from . import output
 from .options import CursorOption, PageOption
-from .session import JsonOption, StoreOption, in_store, operator
+from .session import JsonOption, StoreOption, in_store, operator, without_warnings
 
 if TYPE_CHECKING:
     from ..tenants import WritesChange, WritesOf
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Turn writes off for all tenants or one, and on again.", no_args_is_help=True, rich_markup_mode=None
 )
+
+SWITCHES = "strongroom.database.write_state"
+"""The logger that warns of switches that are off: before `on` has turned them, too."""
 
 OfTenant = Annotated[str | None, typer.Option("--tenant", help="Only this tenant (default: all).")]
 
@@ -76,7 +79,8 @@ def status(
     Example:
       strongroom writes status
     """
-    found = in_store(store, lambda room: room.writes.status(tenant, limit=limit, cursor=cursor))
+    with without_warnings(SWITCHES):
+        found = in_store(store, lambda room: room.writes.status(tenant, limit=limit, cursor=cursor))
     if json:
         output.print_json(found.model_dump())
         return
@@ -87,7 +91,8 @@ def status(
 
 
 def _turn(change: WritesChange, store: str | None, json: bool) -> None:
-    made = in_store(store, lambda room: room.writes.set(change, context=operator()))
+    with without_warnings(SWITCHES):
+        made = in_store(store, lambda room: room.writes.set(change, context=operator()))
     if json:
         output.print_json(made.model_dump())
         return
