@@ -431,6 +431,33 @@ async def test_a_tree_is_compared_with_the_rounds_that_were_signed(trick: str, s
 
 
 @pytest.mark.parametrize("scheme", ["sqlite"])
+@pytest.mark.parametrize("cursor", [None, "100000000", "garbage", "-5"])
+async def test_a_log_with_an_impossible_cursor_is_a_finding(cursor: str | None, sealed: Sealed) -> None:
+    (log,) = await sealed.owner.documents("journal_log")
+    await sealed.owner.write_document("journal_log", "log", {**log, "cursor": cursor})
+    async with Strongroom.open(sealed.url, sealing=False) as room:
+        await append(room, "new", 0, 1)
+    assert told(await sealed.verify()) == [(None, "damaged", None)]
+
+
+@pytest.mark.parametrize("scheme", ["sqlite"])
+@pytest.mark.parametrize("entries", ["[" * 100_000, "[[1]]", '[["a","b","c"]]', '[[["a"],5,"00"]]', "{}", "x"])
+async def test_impossible_entries_of_a_round_are_a_finding(entries: str, sealed: Sealed) -> None:
+    last = (await sealed.owner.documents("journal_rounds"))[-1]
+    await sealed.owner.write_document("journal_rounds", last["id"], {**last, "entries": entries})
+    (found, *_) = (await sealed.verify()).findings
+    assert (found.tenant, found.kind) == (None, "altered")
+    assert (found.index or 0) <= last["index"]
+
+
+@pytest.mark.parametrize("scheme", ["sqlite"])
+async def test_a_tree_that_is_not_extended_any_more_is_told_of(sealed: Sealed) -> None:
+    async with opened_for_trees(sealed.url) as store:
+        await store.commit(Batch(None, (Patch("journal_trees", tree_id("acme"), {"broken": "a reason"}),), 1))
+    assert [note for note in (await sealed.verify()).notes if "not sealed any more: a reason" in note]
+
+
+@pytest.mark.parametrize("scheme", ["sqlite"])
 async def test_an_older_checkpoint_does_not_cover_what_came_after_it(sealed: Sealed) -> None:
     (log,) = await sealed.owner.documents("journal_log")
     await seal(sealed.url, sealed.signer, grow=3)

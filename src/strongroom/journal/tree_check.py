@@ -94,6 +94,9 @@ class TreeCheck:
 
     async def begin(self) -> None:
         """Take the hashes left of the first record that retention left."""
+        if self._document["broken"]:
+            whose = "the platform" if self.tenant is None else f"tenant {self.tenant!r}"
+            self._report.note(f"records of {whose} are not sealed any more: {self._document['broken']}")
         if self.id != tree_id(self.tenant):
             self.found("damaged", f"the stored tree {self.id} names a tenant that is not its own")
             return
@@ -455,7 +458,7 @@ def entries_of(document: Document) -> dict[str, tuple[int, bytes]]:
     """A round's entries by tree; none if they are damaged, which its leaf shows."""
     try:
         return {tree: (size, bytes.fromhex(root)) for tree, size, root in json.loads(document["entries"])}
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return {}
 
 

@@ -16,7 +16,7 @@ from msgspec import structs
 from ..context import SALT_BYTES
 from ..cooperative import Slices
 from ..entities import MAX_LIMIT, Document, Query, Where
-from ..errors import InvalidInput, Problem
+from ..errors import Gone, InvalidInput, Problem
 from ..storage.port import MAX_CHANGES_PAGE, JournalRow, Store
 from .blocks import Block, Note, Part
 from .export_format import tree_origin
@@ -343,7 +343,12 @@ class StoreVerification:
         if self.log is not None and self.log["round"] and cursor is None:
             self.report.found(None, "damaged", "the log does not say any more up to where the journal is sealed")
         while late and cursor is not None:
-            page = await self._store.rows(cursor, limit=MAX_CHANGES_PAGE)
+            try:
+                page = await self._store.rows(cursor, limit=MAX_CHANGES_PAGE)
+            except (Gone, InvalidInput) as error:
+                message = f"up to where the journal is sealed, as the log says it, was changed: {error}"
+                self.report.found(None, "damaged", message)
+                return
             late.difference_update((row[2], row[0]) for row in page.rows)
             if page.cursor == cursor:
                 break
