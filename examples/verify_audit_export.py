@@ -191,7 +191,7 @@ def main(arguments: list[str]) -> int:
         print(f"TAMPERED: {error}" if str(error) else "TAMPERED: the signature of the checkpoint is not valid")
         return 1
     except (OSError, ValueError, KeyError, TypeError, StopIteration, RecursionError) as error:
-        print(f"cannot be verified: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"expected an export and a file of public keys: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
 
 

@@ -105,6 +105,7 @@ async def test_a_tenant_is_suspended_and_resumed_and_the_journal_says_why(url: s
         assert first.suspended_at is not None
         again = await room.tenants.suspend("acme", "unpaid invoices 17 and 18")
         assert (again.reason, again.suspended_at) == ("unpaid invoices 17 and 18", first.suspended_at)
+        assert (await room.tenants.suspend("acme")).reason == "unpaid invoices 17 and 18"
         resumed = await room.tenants.resume("acme")
         assert (resumed.status, resumed.reason, resumed.suspended_at) == ("active", None, None)
         assert await room.tenants.resume("acme") == resumed, "the second one changes nothing"

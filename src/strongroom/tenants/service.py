@@ -279,8 +279,9 @@ class Tenants:
         once = Idempotency.by(context, idempotency_key, "suspend tenant", tenant, reason, expected)
 
         def change(now: Tenant) -> dict[str, Any]:
-            since = now.suspended_at if now.status == "suspended" else utc_from_us(self._clock.now_us())
-            return {"status": "suspended", "reason": reason, "suspended_at": since}
+            if now.status == "suspended":  # a repeat without a reason keeps the first one
+                return {"reason": reason if reason is not None else now.reason}
+            return {"status": "suspended", "reason": reason, "suspended_at": utc_from_us(self._clock.now_us())}
 
         return await self._set(tenant, "suspend a tenant", change, context, expected, once)
 
