@@ -120,7 +120,7 @@ Change = Callable[[list[bytes]], list[bytes]]
 def edited(at: int, **fields: Any) -> Change:
     def change(lines: list[bytes]) -> list[bytes]:
         line = {**json.loads(lines[at]), **fields}
-        lines[at] = json.dumps(line).encode() + b"\n"
+        lines[at] = json.dumps(line, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
         return lines
 
     return change
@@ -138,7 +138,11 @@ def again(index: int) -> Change:
             int(line["entity_id"][1:]).to_bytes(16, "big"), None, None,
         )  # fmt: skip
         line["leaf"] = base64.b64encode(leaf_of(row)).decode()
-        return [*lines[: index + 1], json.dumps(line).encode() + b"\n", *lines[index + 2 :]]
+        return [
+            *lines[: index + 1],
+            json.dumps(line, separators=(",", ":"), ensure_ascii=False).encode() + b"\n",
+            *lines[index + 2 :],
+        ]
 
     return change
 
@@ -259,6 +263,26 @@ async def test_a_redacted_record_verifies_and_is_counted(sealed: FaultyStore, si
         lines[451] = json.dumps({**json.loads(lines[451]), name: value}).encode() + b"\n"
         found = [(one.kind, one.index) for one in verified(b"".join(lines), signer.key).findings]
         assert found == [("altered", 450)], f"{name}: nothing may stand in the place of what was redacted"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"actor":', b'"actor":"eve","actor":'),
+        (b'"actor":', b'"\\u0061ctor":"eve","actor":'),
+        (b'"actor":', b'"actor" :'),
+        (b'"actor":', b'"Actor":"eve","actor":'),
+        (b"}\n", b"}\r\n"),
+    ],
+)
+async def test_a_line_must_be_written_as_exports_are(
+    old: bytes, new: bytes, sealed: FaultyStore, signer: Signer
+) -> None:
+    """Else another reader could take something else from it than the verifier."""
+    lines = (await exported(sealed, signer)).splitlines(keepends=True)
+    lines[451] = lines[451].replace(old, new, 1)
+    found = [(one.kind, one.index) for one in verified(b"".join(lines), signer.key).findings]
+    assert found == [("altered", 450)]
 
 
 async def test_the_index_of_a_record_and_the_range_of_times(sealed: FaultyStore, signer: Signer) -> None:

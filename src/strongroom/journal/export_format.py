@@ -169,7 +169,8 @@ def exported(row: JournalRow, index: int, leaf: bytes) -> ExportedRecord:
     )  # fmt: skip
 
 
-_encode = msgspec.json.Encoder().encode
+_encoder = msgspec.json.Encoder()
+_encode = _encoder.encode
 
 
 def line_of(part: Header | Line | Closing) -> bytes:
@@ -186,6 +187,12 @@ def lines_of(block: bytes) -> Sequence[Line]:
     return _decode_lines(block)
 
 
+def is_exact(block: bytes, lines: Sequence[Line]) -> bool:
+    """Whether a block has these lines as `line_of` writes them: a name that stands twice, or one more, could tell
+    another reader something else."""
+    return block == _encoder.encode_lines(lines)
+
+
 __all__ = [
     "FORMAT",
     "MAX_LINE_BYTES",
@@ -198,6 +205,7 @@ __all__ = [
     "decode_closing",
     "decode_header",
     "exported",
+    "is_exact",
     "line_of",
     "lines_of",
     "tree_origin",

@@ -292,12 +292,20 @@ def leaves_of(block: bytes, tenant: str | None) -> _Leaves:
         records, unreadable = form.lines_of(block), None
     except (msgspec.DecodeError, RecursionError):
         records, unreadable = _readable(block)
+    exact = len(records)
+    if unreadable is None and not form.is_exact(block, records):
+        pairs = enumerate(zip(block.splitlines(keepends=True), records, strict=False))
+        exact = next((n for n, (line, record) in pairs if line != form.line_of(record)), 0)
     hashes: list[bytes] = []
     redacted = 0
     first = records[0].index if records else None
     bad = None
     for number, record in enumerate(records, first or 0):
         if (bad := _bad(record, number, tenant, hashes)) is not None:
+            break
+        if len(hashes) > exact:
+            hashes.pop()
+            bad = _Bad(exact, "altered", f"the line of the record at index {number} is not as exports are written")
             break
         redacted += isinstance(record, ExportedRecord) and record.commitments is not None
     if bad is None and unreadable is not None:
