@@ -188,6 +188,25 @@ async def test_the_clock_does_not_wait_for_a_store_that_does_not_answer(monkeypa
         await StoreClock(store).start()
 
 
+async def test_a_store_that_answers_its_first_question_late_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock, "SAMPLE_TIMEOUT_S", 0.05)
+    store: Any = FaultyStore(JsonStore(None))
+    asked = 0
+
+    async def now_us() -> int:
+        nonlocal asked
+        asked += 1
+        if asked < clock.START_ATTEMPTS:
+            await asyncio.Event().wait()
+        return 1_000_000
+
+    store.now_us = now_us
+    started = StoreClock(store)
+    await started.start()
+    assert started.now_us() >= 1_000_000
+    await started.close()
+
+
 def test_the_machines_clock_waits_out_a_small_step_back_and_follows_a_large_one() -> None:
     own = MachineClock()
     moment = datetime(2027, 3, 4, tzinfo=UTC)

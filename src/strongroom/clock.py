@@ -16,6 +16,7 @@ import logging
 import random
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,6 +28,7 @@ SAMPLE_EVERY_S = 4.0
 FIRST_SAMPLES = 3
 KEPT_SAMPLES = 16
 SAMPLE_TIMEOUT_S = 2.0
+START_ATTEMPTS = 3
 DRIFT_PPM = 200
 """How far two machines' oscillators may run apart: twice the drift of the worst ordinary oscillators."""
 MAX_HOLD_US = 250_000
@@ -115,10 +117,20 @@ class StoreClock:
         """How often the store's clock was set, forwards or back, beyond drift."""
 
     async def start(self) -> None:
-        """Ask the store's clock, and start the task that asks it again. Raises Unavailable."""
-        for _ in range(FIRST_SAMPLES):
+        """Ask the store's clock, and start the task that asks it again. Raises Unavailable after START_ATTEMPTS without
+        an answer."""
+        await self._first_sample()
+        for _ in range(FIRST_SAMPLES - 1):
             await self.sample()
         self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def _first_sample(self) -> None:
+        """A busy store may answer the first question of a new connection late."""
+        for _ in range(START_ATTEMPTS - 1):
+            with suppress(Unavailable):
+                await self.sample()
+                return
+        await self.sample()
 
     async def close(self) -> None:
         if self._task is not None:
